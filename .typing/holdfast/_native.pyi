@@ -1,0 +1,1 @@
+../../csrc/_native.pyi

@@ -1,0 +1,40 @@
+"""The errors that this project raises: one small tree, messages that say what to do."""
+
+from __future__ import annotations
+
+
+class HoldfastError(Exception):
+    """Base of every error that holdfast raises on purpose.
+
+    The command line prints its message without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(HoldfastError, ValueError):
+    """A value that the user gave is wrong: message = key, value, what is allowed."""
+
+    exit_code = 2
+
+
+class DataError(ConfigError):
+    """Training data that cannot be used: unreadable, empty, too short, a token beyond the vocabulary."""
+
+
+class LayoutError(HoldfastError, ValueError):
+    """Boxes that leave a hole, overlap where they must not, or lie outside their tensor."""
+
+
+class ScheduleError(HoldfastError, ValueError):
+    """A set of programs that deadlocks, loses a micro-batch, or sends what nobody receives."""
+
+
+class NumericsError(HoldfastError, ArithmeticError):
+    """A gradient or loss that is not finite or not representable; the step was not applied."""
+
+
+class PeerLost(HoldfastError, ConnectionError):
+    """A rank of this generation is gone; a restart (or recovery) can cure it."""
+
+    exit_code = 3

@@ -57,15 +57,17 @@ class Communicator(Protocol):
         ...
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Handle:
-        """Send to the member with global rank `peer`; matched by (peer, tag), not by order."""
+        """Send to the member with global rank `peer`; matched by (peer, tag).
+
+        `tag` is in [0, 2**30). Between one sender and one receiver, receives are posted in the order of
+        the sends, so that transports without tags (NCCL) match them too.
+        """
         ...
 
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Handle:
         """Receive into `tensor` from the member with global rank `peer`."""
         ...
 
-    def barrier(self) -> None: ...
-
-    def abort(self) -> None:
-        """Release every waiting operation with `PeerLost`; the group is not used again."""
+    def barrier(self) -> None:
+        """Return when every member has called it."""
         ...

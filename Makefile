@@ -1,0 +1,53 @@
+# Everything a newcomer needs: `make train` and `make test` set up .venv by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.txt csrc/*.pyi)
+
+.PHONY: setup setup-dev train test lint bench soak wheel-test clean
+
+setup: .venv/base.stamp
+setup-dev: .venv/dev.stamp
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/base.stamp: requirements/base.txt $(SOURCES) | .venv/bin/python
+	$(PIP) install -r requirements/base.txt
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+.venv/dev.stamp: requirements/dev.txt .venv/base.stamp
+	$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+train: setup
+	$(BIN)/holdfast train examples/tiny.toml
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+bench: setup-dev
+	$(BIN)/python benchmarks/run_all.py
+
+soak: setup-dev
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 1800
+
+# Builds the wheel, installs it in a clean environment and tests it outside the checkout.
+wheel-test: setup-dev
+	rm -rf build/wheel-test && mkdir -p build/wheel-test
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel-test/dist .
+	$(PYTHON) -m venv build/wheel-test/venv
+	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install -r requirements/dev.txt
+	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install --no-deps build/wheel-test/dist/holdfast-*.whl
+	cp -r tests examples pyproject.toml build/wheel-test/
+	cd build/wheel-test && venv/bin/python -m pytest -q -m "not slow" tests/native tests/parallel tests/launch
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,76 @@
+"""Runs one model chunk under autograd for the executor: the only place where backward is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from holdfast.parallel.chunk import Chunk, MicroBatchContext, WeightGradientRecord
+
+
+class ModelChunkRunner:
+    """Keeps what lies between a micro-batch's forward and backward passes. Local; exact-mode safe.
+
+    Only the graph edge of an output is kept, so that the output itself is freed when it was sent.
+    """
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        *,
+        is_last: bool,
+        context: Callable[[int], MicroBatchContext],
+        loss_gradient: float,
+    ) -> None:
+        """Args:
+        context: gives a micro-batch's context for the running step.
+        loss_gradient: derivative of the step's loss by a token's loss: 1 / tokens of the step.
+        """
+        self.chunk = chunk
+        self._is_last = is_last
+        self._context = context
+        self._loss_gradient = torch.tensor(loss_gradient, dtype=torch.float64)
+        self._inputs: dict[int, Tensor | None] = {}
+        self._edges: dict[int, GradientEdge] = {}
+        self._deferred: dict[int, list[WeightGradientRecord]] = {}
+        self.losses: dict[int, Tensor] = {}
+        """Last chunk: each micro-batch's sum of token losses, a float64 scalar."""
+
+    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
+        context = self._context(micro_batch)
+        if value is not None:
+            value = value.detach().requires_grad_(context.training)
+        with torch.set_grad_enabled(context.training):
+            output = self.chunk(value, context)
+        if context.training:
+            self._inputs[micro_batch] = value
+            self._edges[micro_batch] = get_gradient_edge(output)
+        if self._is_last:
+            self.losses[micro_batch] = output.detach()
+            return None
+        return output.detach()
+
+    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        return self._backward(micro_batch, grad_output)
+
+    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        queue = self.chunk.queue
+        queue.deferred = True
+        gradient = self._backward(micro_batch, grad_output)
+        queue.deferred = False
+        self._deferred[micro_batch] = queue.take()
+        return gradient
+
+    def backward_weight(self, micro_batch: int) -> None:
+        self.chunk.queue.run(self._deferred.pop(micro_batch))
+
+    def _backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        value = self._inputs.pop(micro_batch)
+        edge = self._edges.pop(micro_batch)
+        if grad_output is None:
+            grad_output = self._loss_gradient
+        torch.autograd.backward(edge, grad_output)
+        return value.grad if value is not None else None

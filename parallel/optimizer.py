@@ -1,0 +1,238 @@
+"""AdamW whose state is sharded by whole-row blocks (ZeRO-1): the owner of a block updates it.
+
+Rajbhandari et al. 2020, section 5.1, for what is sharded; blocks and owners come from the plan. One
+kernel everywhere (torch's fused AdamW), applied block by block, so that the bits of an update do not
+depend on how blocks are shared out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast import _native
+from holdfast.parallel.accumulate import GradientAccumulator
+from holdfast.parallel.comm import Communicator
+from holdfast.parallel.exchange import (
+    OwnedBlock,
+    Routes,
+    build_routes,
+    gather_from_owners,
+    reduce_to_owners,
+)
+from holdfast.parallel.flat import FlatParameters, Segment
+from holdfast.parallel.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWSettings:
+    """The constants of AdamW (Loshchilov and Hutter 2019)."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class _UpdateGroup:
+    """Blocks that share a weight decay; four lists in one order, as the fused kernel takes them."""
+
+    values: list[Tensor]
+    gradients: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    weight_decay: float
+
+
+def clipping_factor(gradient_norm: float, clip_norm: float) -> float:
+    """What gradients are multiplied by: torch.nn.utils.clip_grad_norm_'s rule; 1.0 when clip_norm is 0."""
+    return min(1.0, clip_norm / (gradient_norm + 1e-6)) if clip_norm > 0 else 1.0
+
+
+def norm_from_squares(squares: Sequence[float]) -> float:
+    """The global gradient norm from every block's sum of squares.
+
+    The exact sum, rounded once (math.fsum): independent of the order, hence of who owns what.
+    """
+    return math.sqrt(math.fsum(squares))
+
+
+class ShardedAdamW:
+    """The optimizer of one rank: reduce, (vote elsewhere), apply, gather.
+
+    Exact-mode safe. `reduce` and `apply` are collective over the ranks that hold a use of a block.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        flat: FlatParameters,
+        accumulator: GradientAccumulator,
+        world: Communicator,
+        tensor: Communicator,
+        settings: AdamWSettings,
+    ) -> None:
+        self._rank = rank
+        self._tensor_index = plan.mesh.coordinates(rank).tensor
+        self._flat = flat
+        self._accumulator = accumulator
+        self._world = world
+        self._tensor = tensor
+        self._settings = settings
+        self._routes: Routes = build_routes(plan, rank, flat)
+        self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._tensor_index])
+        self.slots = sum(len(blocks) for blocks in plan.blocks)
+        """Number of (tensor index, block) pairs: the length of the squares that `reduce` gives."""
+        self._summed_over_copies = tuple(s for s in flat.segments if s.spec.sum_over_copies)
+        self._allocate()
+
+    @property
+    def owned(self) -> tuple[OwnedBlock, ...]:
+        """The blocks whose state this rank keeps."""
+        return self._routes.owned
+
+    def owned_gradients(self) -> Iterator[tuple[OwnedBlock, Tensor]]:
+        """This rank's blocks with their reduced gradients (flat), valid between reduce and apply."""
+        for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+            yield block, self._gradients[start:stop]
+
+    def slot(self, block: OwnedBlock) -> int:
+        """The place of one of this rank's blocks among all (tensor index, block) pairs."""
+        return self._first_slot + block.block.index
+
+    @property
+    def step(self) -> int:
+        """How many updates have been applied."""
+        return int(self._step)
+
+    def _allocate(self) -> None:
+        values = self._flat.values
+        state_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        owned = self._routes.owned
+        elements = sum(block.block.elements for block in owned)
+        self._step = torch.zeros((), dtype=torch.float32, device=values.device)
+        self._gradients = torch.zeros(elements, dtype=state_dtype, device=values.device)
+        self._exp_avg = torch.zeros_like(self._gradients)
+        self._exp_avg_sq = torch.zeros_like(self._gradients)
+        self._master: Tensor | None = None
+        if values.dtype != state_dtype:
+            self._master = torch.empty_like(self._gradients)
+        self._ranges: list[tuple[int, int]] = []
+        groups = {decay: _UpdateGroup([], [], [], [], [], wd) for decay, wd in self._decays()}
+        start = 0
+        for block in owned:
+            stop = start + block.block.elements
+            self._ranges.append((start, stop))
+            group = groups[block.segment.spec.decay]
+            source = values[block.start : block.stop]
+            if self._master is not None:
+                self._master[start:stop].copy_(source)
+                source = self._master[start:stop]
+            group.values.append(source)
+            group.gradients.append(self._gradients[start:stop])
+            group.exp_avgs.append(self._exp_avg[start:stop])
+            group.exp_avg_sqs.append(self._exp_avg_sq[start:stop])
+            group.steps.append(self._step)
+            start = stop
+        self._groups = [group for group in groups.values() if group.values]
+
+    def _decays(self) -> tuple[tuple[bool, float], tuple[bool, float]]:
+        return (True, self._settings.weight_decay), (False, 0.0)
+
+    def reduce(self) -> tuple[Tensor, int]:
+        """Bring every owned block's complete gradient here.
+
+        Returns:
+            squares: float64[slots] on CPU: each counted block's sum of squares in its slot if this
+                rank owns it, zero elsewhere, so that a sum over ranks gives all slots.
+            flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
+        """
+        accumulator = self._accumulator
+        flags = accumulator.finish()
+        flags |= self._sum_over_tensor_copies()
+        flags |= reduce_to_owners(self._routes, accumulator, self._rank, self._world)
+        squares = torch.zeros(self.slots, dtype=torch.float64)
+        for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+            square = self._converted(block, self._gradients[start:stop])
+            if block.segment.spec.counts_in_norm(self._tensor_index):
+                squares[self.slot(block)] = square
+        return squares, flags
+
+    def _converted(self, block: OwnedBlock, gradient: Tensor) -> float:
+        sums = self._accumulator.sums[block.start : block.stop]
+        bits = self._accumulator.fraction_bits
+        double = gradient.dtype == torch.float64
+        if gradient.device.type != "cpu":
+            if self._accumulator.exact:
+                torch.mul(sums.double(), 2.0**-bits, out=gradient)
+            else:
+                gradient.copy_(sums)
+            return float(gradient.double().square().sum())
+        pointers = (sums.data_ptr(), gradient.data_ptr(), gradient.numel())
+        if self._accumulator.exact:
+            convert = _native.reduce_convert_f64 if double else _native.reduce_convert_f32
+            return convert(*pointers, bits)
+        gradient.copy_(sums)
+        squares = _native.sum_squares_f64 if double else _native.sum_squares_f32
+        return squares(gradient.data_ptr(), gradient.numel())
+
+    def _sum_over_tensor_copies(self) -> int:
+        """Add the partial gradients of tensor-parallel copies, in member order: equal on each copy."""
+        segments = self._summed_over_copies
+        if not segments or self._tensor.size == 1:
+            return 0
+        sums = self._accumulator.sums
+        mine = torch.cat([self._flat.view(sums, s).reshape(-1) for s in segments])
+        parts = [torch.empty_like(mine) for _ in range(self._tensor.size)]
+        self._tensor.all_gather(parts, mine).wait()
+        flags, start = 0, 0
+        for segment in segments:
+            stop = start + segment.spec.elements
+            flags |= self._sum_copies(segment, [part[start:stop] for part in parts])
+            start = stop
+        return flags
+
+    def _sum_copies(self, segment: Segment, parts: Sequence[Tensor]) -> int:
+        copies = [parts[index] for index in segment.spec.tensor_copies]
+        total = copies[0].clone()
+        flags = 0
+        for part in copies[1:]:
+            flags |= self._accumulator.add_to(total, part)
+        self._flat.view(self._accumulator.sums, segment).copy_(total.view(segment.spec.box.shape))
+        return flags
+
+    def apply(self, lr: float, factor: float) -> None:
+        """Update the owned blocks with their gradients times `factor`, then gather all parameters.
+
+        Called only after the vote: every rank that calls it can finish.
+        """
+        if factor != 1.0:
+            self._gradients.mul_(factor)
+        self._step += 1
+        beta1, beta2 = self._settings.betas
+        for group in self._groups:
+            torch._fused_adamw_(
+                group.values,
+                group.gradients,
+                group.exp_avgs,
+                group.exp_avg_sqs,
+                [],
+                group.steps,
+                amsgrad=False,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group.weight_decay,
+                eps=self._settings.eps,
+                maximize=False,
+            )
+        if self._master is not None:
+            for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+                self._flat.values[block.start : block.stop].copy_(self._master[start:stop])
+        gather_from_owners(self._routes, self._flat.values, self._rank, self._world)

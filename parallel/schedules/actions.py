@@ -1,0 +1,138 @@
+"""What a rank can be told to do, and the text form of programs.
+
+A program is the ordered list of one rank's actions of one step. Programs are data: they are
+generated, checked, simulated, printed and kept in golden files by the other modules of this package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from holdfast.parallel.errors import ScheduleError
+
+
+class Op(StrEnum):
+    """The kinds of action; the values are the notation of torch.distributed.pipelining."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    """Input and weight gradients in one pass."""
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+    SEND_FORWARD = "SEND_F"
+    """Send the output of the chunk to where the next chunk of this micro-batch is computed."""
+    RECEIVE_FORWARD = "RECV_F"
+    """Receive the input of the chunk."""
+    SEND_BACKWARD = "SEND_B"
+    """Send the gradient of the chunk's input to where the previous chunk was computed."""
+    RECEIVE_BACKWARD = "RECV_B"
+    """Receive the gradient of the chunk's output."""
+
+
+COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT})
+RECEIVED_AS = {Op.SEND_FORWARD: Op.RECEIVE_FORWARD, Op.SEND_BACKWARD: Op.RECEIVE_BACKWARD}
+SENDS = frozenset(RECEIVED_AS)
+RECEIVES = frozenset(RECEIVED_AS.values())
+
+_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)(?:([<>])(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing to do: `2F0` is the forward of chunk 2 for micro-batch 0, `2SEND_F0>1` sends it to 1."""
+
+    op: Op
+    chunk: int
+    micro_batch: int
+    peer: int | None = None
+    """Rank at the other end; None for compute actions."""
+
+    def __str__(self) -> str:
+        text = f"{self.chunk}{self.op.value}{self.micro_batch}"
+        if self.peer is None:
+            return text
+        return f"{text}{'<' if self.op in RECEIVES else '>'}{self.peer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """The action that `str` wrote.
+
+        Raises:
+            ScheduleError: the text is not an action, or its peer does not fit its kind.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if match is None:
+            raise ScheduleError(
+                f"cannot read the action {text!r}; "
+                "write [chunk][op][micro-batch], e.g. 2F0, 2SEND_F0>1 or 2RECV_F0<1"
+            )
+        chunk, op_text, micro_batch, arrow, peer = match.groups()
+        op = Op(op_text)
+        expected = None if op in COMPUTE else ("<" if op in RECEIVES else ">")
+        if arrow != expected:
+            wanted = "no peer" if expected is None else f"'{expected}RANK' at its end"
+            raise ScheduleError(f"cannot read the action {text!r}; {op.value} takes {wanted}")
+        return cls(op, int(chunk), int(micro_batch), None if peer is None else int(peer))
+
+
+Program = tuple[Action, ...]
+
+
+def render_programs(programs: Mapping[int, Program]) -> str:
+    """One line per rank, ranks ascending: `0: 0F0,0SEND_F0>1,0RECV_B0<1,0B0`."""
+    return "".join(f"{rank}: {','.join(map(str, programs[rank]))}\n" for rank in sorted(programs))
+
+
+def parse_programs(text: str) -> dict[int, Program]:
+    """The programs that `render_programs` wrote; blank lines and lines starting with # are skipped.
+
+    Raises:
+        ScheduleError: a line has no rank, repeats one, or holds what is not an action.
+    """
+    programs: dict[int, Program] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        rank_text, colon, actions = line.partition(":")
+        if not colon or not rank_text.strip().isdecimal():
+            raise ScheduleError(f"line {number}: {line[:40]!r} does not start with 'RANK:'")
+        rank = int(rank_text)
+        if rank in programs:
+            raise ScheduleError(f"line {number}: rank {rank} has a program already; join the two")
+        try:
+            programs[rank] = tuple(Action.parse(a) for a in actions.split(",") if a.strip())
+        except ScheduleError as error:
+            raise ScheduleError(f"line {number}: {error}") from None
+    return programs
+
+
+def peak_in_flight(
+    program: Program,
+    *,
+    until: Literal["input", "weight"] = "weight",
+    size: Callable[[int], float] | None = None,
+) -> float:
+    """The most activations that a program keeps at once.
+
+    Args:
+        program: one rank's actions; messages are ignored.
+        until: what frees a chunk's activations: "input", the backward of the input (B or I);
+            "weight", the backward of the weights (B or W), which is what memory follows, since the
+            saved tensors of a split backward stay until its W.
+        size: of one micro-batch's activations by chunk, in any unit; None counts chunks.
+    Returns:
+        The peak, in the unit of `size`.
+    """
+    freeing = Op.BACKWARD_INPUT if until == "input" else Op.BACKWARD_WEIGHT
+    live = peak = 0.0
+    for action in program:
+        if action.op is Op.FORWARD:
+            live += 1 if size is None else size(action.chunk)
+            peak = max(peak, live)
+        elif action.op is Op.BACKWARD or action.op is freeing:
+            live -= 1 if size is None else size(action.chunk)
+    return peak

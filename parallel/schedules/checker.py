@@ -1,0 +1,205 @@
+"""Proof that a set of programs computes a step: nothing missing, doubled, misplaced, unmatched or stuck."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import pairwise
+
+from holdfast.parallel.errors import ScheduleError
+from holdfast.parallel.schedules.actions import (
+    COMPUTE,
+    RECEIVED_AS,
+    Action,
+    Op,
+    Program,
+    peak_in_flight,
+)
+from holdfast.parallel.schedules.simulator import simulate
+
+_Place = tuple[int, int]
+"""Rank and position."""
+_Places = Mapping[tuple[Op, int, int], _Place]
+
+
+def check_programs(
+    programs: Mapping[int, Program],
+    chunks: int,
+    micro_batches: Collection[int],
+    *,
+    forward_only: bool = False,
+    cap: Mapping[int, int] | int | None = None,
+) -> None:
+    """Check programs with messages, of all ranks that exchange any.
+
+    What is proved: every micro-batch passes every chunk forward once and, after its forward and on
+    the same rank, backward once (B, or I then W), in chunk order; every value that crosses ranks has
+    exactly one send after it is made and one receive before it is used, each naming the other's
+    rank; nothing else is sent; and the programs end when receives block and sends do not.
+
+    Args:
+        programs: by rank.
+        chunks: of the whole model.
+        micro_batches: ids that the programs compute.
+        forward_only: the programs are for evaluation and have no backward.
+        cap: most chunk activations that a rank may keep until their B or W, for all or by rank.
+    Raises:
+        ScheduleError: names the rank, the position and the action of the first thing wrong.
+    """
+    places = _index(programs, chunks, frozenset(micro_batches), forward_only)
+    pairs = [(chunk, m) for chunk in range(chunks) for m in micro_batches]
+    for chunk, micro_batch in pairs:
+        _check_compute(places, chunk, micro_batch, forward_only)
+    for rank, program in programs.items():
+        for position, action in enumerate(program):
+            if action.op not in COMPUTE:
+                _check_address(places, rank, position, action)
+    for chunk, micro_batch in pairs:
+        if chunk > 0:
+            _check_flow(places, Op.FORWARD, chunk - 1, chunk, micro_batch)
+            if not forward_only:
+                _check_flow(places, Op.BACKWARD, chunk, chunk - 1, micro_batch)
+    simulate(programs, lambda action: 1.0)
+    for rank, program in programs.items():
+        limit = cap.get(rank) if isinstance(cap, Mapping) else cap
+        peak = peak_in_flight(program, until="weight")
+        if limit is not None and peak > limit:
+            raise ScheduleError(
+                f"rank {rank} keeps {int(peak)} chunk activations at once, {limit} are allowed; "
+                "run backwards earlier, or allow more"
+            )
+
+
+def _index(
+    programs: Mapping[int, Program], chunks: int, known: frozenset[int], forward_only: bool
+) -> dict[tuple[Op, int, int], _Place]:
+    """Where each action is; every one is in range and there once."""
+    places: dict[tuple[Op, int, int], _Place] = {}
+    for rank, program in programs.items():
+        for position, action in enumerate(program):
+            key = (action.op, action.chunk, action.micro_batch)
+            if not 0 <= action.chunk < chunks:
+                wrong = f"there is no such chunk, chunks are 0..{chunks - 1}"
+            elif action.micro_batch not in known:
+                wrong = "this micro-batch is not one of the step's"
+            elif (action.peer is None) != (action.op in COMPUTE):
+                wrong = "messages need a peer, and compute actions have none"
+            elif forward_only and action.op not in _FORWARD_OPS:
+                wrong = "a backward in a forward-only program"
+            elif key in places:
+                wrong = f"is there already, at {_where(places[key])}"
+            else:
+                places[key] = (rank, position)
+                continue
+            raise ScheduleError(f"{_at((rank, position), action)}: {wrong}")
+    return places
+
+
+_FORWARD_OPS = frozenset({Op.FORWARD, Op.SEND_FORWARD, Op.RECEIVE_FORWARD})
+
+
+def _check_compute(places: _Places, chunk: int, micro_batch: int, forward_only: bool) -> None:
+    """One forward, then one backward on the same rank."""
+    forward = places.get((Op.FORWARD, chunk, micro_batch))
+    if forward is None:
+        raise ScheduleError(f"no rank computes {chunk}F{micro_batch}")
+    if forward_only:
+        return
+    whole, split, weight = (
+        places.get((op, chunk, micro_batch))
+        for op in (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+    )
+    for extra, op in ((split, Op.BACKWARD_INPUT), (weight, Op.BACKWARD_WEIGHT)):
+        if whole is not None and extra is not None:
+            again = _at(extra, Action(op, chunk, micro_batch))
+            raise ScheduleError(f"{again}: the whole backward is there too, at {_where(whole)}")
+    if whole is None and (split is None or weight is None):
+        missing = "B" if split is None and weight is None else "I" if split is None else "W"
+        raise ScheduleError(
+            f"no rank computes {chunk}{missing}{micro_batch}, whose forward is at {_where(forward)}"
+        )
+    place = whole if split is None else split
+    assert place is not None
+    sequence = [
+        (Op.FORWARD, forward),
+        (Op.BACKWARD if split is None else Op.BACKWARD_INPUT, place),
+    ]
+    if weight is not None:
+        sequence.append((Op.BACKWARD_WEIGHT, weight))
+    for (first, before), (second, after) in pairwise(sequence):
+        if after[0] != before[0]:
+            raise ScheduleError(
+                f"{_at(after, Action(second, chunk, micro_batch))}: "
+                f"{Action(first, chunk, micro_batch)} is on another rank, at {_where(before)}"
+            )
+        _check_order((first, chunk), before, (second, chunk), after, micro_batch)
+
+
+def _check_address(places: _Places, rank: int, position: int, action: Action) -> None:
+    """A message between the ranks that compute its two chunks, and these are not the same."""
+    neighbour = action.chunk + (1 if action.op in (Op.SEND_FORWARD, Op.RECEIVE_BACKWARD) else -1)
+    own = places[Op.FORWARD, action.chunk, action.micro_batch][0]
+    other = places.get((Op.FORWARD, neighbour, action.micro_batch))
+    if other is None:
+        wrong = f"there is no chunk {neighbour} to exchange it with"
+    elif own != rank:
+        wrong = f"this chunk of the micro-batch is computed by rank {own}"
+    elif other[0] == rank:
+        wrong = "both chunks are on this rank and need no message"
+    elif other[0] != action.peer:
+        wrong = f"the peer must be rank {other[0]}, which computes {neighbour}F{action.micro_batch}"
+    else:
+        return
+    raise ScheduleError(f"{_at((rank, position), action)}: {wrong}")
+
+
+def _check_flow(places: _Places, direction: Op, source: int, target: int, micro_batch: int) -> None:
+    """What `source` gives to `target` is made, sent, received and used, in this order."""
+    made_op, made = _computed(places, direction, source, micro_batch)
+    used_op, used = _computed(places, direction, target, micro_batch)
+    if made[0] == used[0]:
+        _check_order((made_op, source), made, (used_op, target), used, micro_batch)
+        return
+    send = Op.SEND_FORWARD if direction is Op.FORWARD else Op.SEND_BACKWARD
+    receive = RECEIVED_AS[send]
+    sent = places.get((send, source, micro_batch))
+    received = places.get((receive, target, micro_batch))
+    for place, op, chunk, near_op, near in (
+        (sent, send, source, made_op, made),
+        (received, receive, target, used_op, used),
+    ):
+        if place is None:
+            raise ScheduleError(
+                f"{_at(near, Action(near_op, chunk, micro_batch))}: its "
+                f"{Action(op, chunk, micro_batch)} is missing, though the neighbouring chunk is on "
+                "another rank"
+            )
+    assert sent is not None
+    assert received is not None
+    _check_order((made_op, source), made, (send, source), sent, micro_batch)
+    _check_order((receive, target), received, (used_op, target), used, micro_batch)
+
+
+def _check_order(
+    first: tuple[Op, int], before: _Place, second: tuple[Op, int], after: _Place, micro_batch: int
+) -> None:
+    """Two actions of one rank, given as (op, chunk), come in this order."""
+    if before[1] > after[1]:
+        raise ScheduleError(
+            f"{_at(after, Action(*second, micro_batch))}: comes before "
+            f"{Action(*first, micro_batch)} at {_where(before)}, which it needs"
+        )
+
+
+def _computed(places: _Places, direction: Op, chunk: int, micro_batch: int) -> tuple[Op, _Place]:
+    place = places.get((direction, chunk, micro_batch))
+    if place is not None:
+        return direction, place
+    return Op.BACKWARD_INPUT, places[Op.BACKWARD_INPUT, chunk, micro_batch]
+
+
+def _where(place: _Place) -> str:
+    return f"rank {place[0]}, position {place[1]}"
+
+
+def _at(place: _Place, action: Action) -> str:
+    return f"{_where(place)}, {action}"

@@ -1,0 +1,144 @@
+"""A pool of real worker processes that tests share: ranks that talk over gloo, forked once a session.
+
+A job names a module-level function `function(rank, world_size, store, **arguments)` of a test module; it
+runs on the first `world_size` workers, each with a store of its own prefix, and what it returns (or
+raises) on every rank comes back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+WORKERS = 8
+
+
+class WorkerFailed(AssertionError):
+    """A job raised on one or more ranks; the message holds every traceback."""
+
+
+class Cluster:
+    """Eight processes waiting for jobs. A job that hangs or dies ends the pool; the next starts anew."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connections: list[Connection] = []
+        self._jobs = 0
+
+    def run(
+        self, function: str, world_size: int, *, timeout_s: float = 90.0, **arguments: Any
+    ) -> list[Any]:
+        """Run `module:function` on `world_size` ranks; results by rank.
+
+        Raises:
+            WorkerFailed: with the traceback of every rank that raised.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        self._jobs += 1
+        for rank in range(world_size):
+            self._connections[rank].send((function, rank, world_size, self._jobs, arguments))
+        results: list[Any] = []
+        failures: list[str] = []
+        for rank in range(world_size):
+            try:
+                if not self._connections[rank].poll(timeout_s if not failures else 5.0):
+                    raise TimeoutError(f"rank {rank} gave no result")
+                succeeded, value = self._connections[rank].recv()
+            except (EOFError, TimeoutError, OSError) as error:
+                failures.append(f"rank {rank}: {error!r}")
+                continue
+            results.append(value)
+            if not succeeded:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.close()
+            raise WorkerFailed("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        """End all workers."""
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            address = str(Path(folder) / "pool")
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            }
+            with Listener(address, "AF_UNIX", backlog=WORKERS) as listener:
+                self._process = subprocess.Popen(
+                    [sys.executable, __file__, address], env=environment, start_new_session=True
+                )
+                connected = {}
+                for _ in range(WORKERS):
+                    connection = listener.accept()
+                    connected[connection.recv()] = connection
+        self._connections = [connected[rank] for rank in range(WORKERS)]
+
+
+def _serve(address: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    importlib.import_module("holdfast.parallel.comm_torch")
+    torch.set_num_threads(1)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(4 * WORKERS)
+    port = listening.getsockname()[1]
+    for rank in range(WORKERS):
+        if os.fork() == 0:
+            listening.close()
+            _work(address, rank, port)
+            os._exit(0)
+    server = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+    os.wait()
+    del server
+
+
+def _work(address: str, rank: int, port: int) -> None:
+    import torch.distributed as dist
+
+    connection = Client(address, "AF_UNIX")
+    connection.send(rank)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    while True:
+        try:
+            function, job_rank, world_size, job, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            module, name = function.split(":")
+            call = getattr(importlib.import_module(module), name)
+            prefixed = dist.PrefixStore(f"job{job}", store)
+            connection.send((True, call(job_rank, world_size, prefixed, **arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

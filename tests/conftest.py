@@ -1,0 +1,21 @@
+"""What all tests share: one pool of worker processes, one thread per process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from cluster import Cluster
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    pool = Cluster()
+    yield pool
+    pool.close()

@@ -1,0 +1,173 @@
+"""The oracle for training: a plain single-process Llama and loop, sharing no code with the project.
+
+Parameters carry the Hugging Face names, so any state with those names can be loaded into it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int = 6
+    hidden: int = 96
+    intermediate: int = 224
+    heads: int = 6
+    kv_heads: int = 3
+    vocab: int = 320
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = False
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding with half rotation; x: float[batch, heads, seq, head_dim]."""
+    seq, dim = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    angle = torch.outer(torch.arange(seq, dtype=torch.float32), frequency)
+    cos, sin = (torch.cat([f(angle)] * 2, -1).to(x.dtype) for f in (torch.cos, torch.sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(hidden)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.shape, dim = s, s.hidden // s.heads
+        self.q_proj = nn.Linear(s.hidden, s.heads * dim, bias=False)
+        self.k_proj = nn.Linear(s.hidden, s.kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(s.hidden, s.kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(s.heads * dim, s.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, (batch, seq, _) = self.shape, x.shape
+        q, k, v = (
+            p(x).view(batch, seq, heads, -1).transpose(1, 2)
+            for p, heads in (
+                (self.q_proj, s.heads),
+                (self.k_proj, s.kv_heads),
+                (self.v_proj, s.kv_heads),
+            )
+        )
+        q, k = rotate(q, s.rope_theta), rotate(k, s.rope_theta)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(s.hidden, s.intermediate, bias=False)
+        self.up_proj = nn.Linear(s.hidden, s.intermediate, bias=False)
+        self.down_proj = nn.Linear(s.intermediate, s.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(s.hidden, s.norm_eps)
+        self.self_attn = Attention(s)
+        self.post_attention_layernorm = RMSNorm(s.hidden, s.norm_eps)
+        self.mlp = MLP(s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class PlainLlama(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(s.vocab, s.hidden)
+        self.model.layers = nn.ModuleList(Block(s) for _ in range(s.layers))
+        self.model.norm = RMSNorm(s.hidden, s.norm_eps)
+        self.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
+        if s.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64[batch, seq] -> logits: float[batch, seq, vocab]."""
+        x = self.model.embed_tokens(tokens)
+        for block in self.model.layers:
+            x = block(x)
+        return self.lm_head(self.model.norm(x))
+
+    def load_named(self, values: Mapping[str, Tensor]) -> None:
+        """Take the values of every parameter by its Hugging Face name."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(values[name])
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    loss: float
+    grad_norm: float
+
+
+def train_plainly(
+    model: PlainLlama,
+    batches: Callable[[int], Tensor],
+    learning_rate: Callable[[int], float],
+    *,
+    steps: int,
+    micro_batch: int,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+    fused: bool = False,
+) -> list[StepRecord]:
+    """The loop everybody writes: autograd, clip_grad_norm_, torch.optim.AdamW.
+
+    Args:
+        batches: step -> int64[global_batch, seq + 1].
+    """
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+    records = []
+    for step in range(steps):
+        tokens = batches(step)
+        count = tokens.shape[0] * (tokens.shape[1] - 1)
+        total = 0.0
+        optimizer.zero_grad()
+        for part in tokens.split(micro_batch):
+            logits = model(part[:, :-1])
+            loss = F.cross_entropy(
+                logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1),
+                part[:, 1:].flatten(),
+                reduction="sum",
+            )
+            (loss / count).backward()
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm else math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        records.append(StepRecord(total / count, float(norm)))
+    return records

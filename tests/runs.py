@@ -1,0 +1,78 @@
+"""Small runs that tests start on the pool: a configuration as nested dicts, and what a run gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from torch.distributed import Store
+
+from holdfast.trainer.config import RunConfig
+
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {
+        "family": "llama",
+        "layers": 6,
+        "hidden": 32,
+        "intermediate": 48,
+        "heads": 4,
+        "kv_heads": 2,
+        "vocab": 67,
+        "dropout": 0.1,
+    },
+    "data": {"kind": "synthetic"},
+    "train": {"steps": 20, "seq_len": 16, "global_batch": 12, "micro_batch": 1, "device": "cpu"},
+    "optimizer": {"lr": 1e-2, "warmup_steps": 2, "block_elements": 512},
+}
+
+
+def make_config(**sections: dict[str, Any]) -> RunConfig:
+    """`SMALL` with keys of some sections replaced."""
+    merged = {name: dict(keys) for name, keys in SMALL.items()}
+    for name, keys in sections.items():
+        merged.setdefault(name, {}).update(keys)
+    return msgspec.convert(merged, RunConfig)
+
+
+def world_size_of(config: RunConfig) -> int:
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+
+
+def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
+    """Train all steps on this rank: exact losses and norms, and a digest of the parameters."""
+    from holdfast.trainer.loop import rate_of
+    from holdfast.trainer.training import Training
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    training = Training(run_config, local_world(rank, world_size), store)
+    losses, norms = [], []
+    for step in range(run_config.train.steps):
+        training.compute(step)
+        outcome = training.vote(*training.reduce())
+        training.apply(outcome, rate_of(run_config, step))
+        losses.append(outcome.loss.hex())
+        norms.append(outcome.grad_norm.hex())
+    return {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
+
+
+def run_training(cluster: Any, config: RunConfig) -> dict[str, Any]:
+    """Run `config` on the pool; all ranks must agree on what they saw."""
+    plain = msgspec.to_builtins(config)
+    results = cluster.run("runs:train_steps", world_size_of(config), config=plain)
+    assert all(result == results[0] for result in results), "ranks disagree"
+    return results[0]
+
+
+def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug: str = "") -> Any:
+    """What one rank of a checked layout saw, with a bug put in first if one is named."""
+    from holdfast.trainer.check.layout_run import run_layout
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    if not bug:
+        return run_layout(run_config, local_world(rank, world_size), store)
+    import bugs
+
+    with getattr(bugs, bug)():
+        return run_layout(run_config, local_world(rank, world_size), store)

@@ -1,0 +1,110 @@
+"""The first promise: after 20 steps, losses, norms and parameters are the same bits in any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def one_process(cluster: Cluster) -> dict[str, Any]:
+    return run_training(cluster, make_config())
+
+
+LAYOUTS = [
+    {"data": 2},
+    {"data": 3},
+    {"data": 4},
+    {"pipeline": 2},
+    {"pipeline": 3},
+    {"pipeline": 2, "schedule": "gpipe"},
+    {"pipeline": 3, "schedule": "gpipe", "virtual": 2},
+    {"pipeline": 2, "schedule": "interleaved-1f1b", "virtual": 2, "blocks_per_chunk": [2, 1, 1, 2]},
+    {"pipeline": 3, "schedule": "interleaved-1f1b", "virtual": 2},
+    {"pipeline": 2, "schedule": "zb-h1"},
+    {"pipeline": 3, "schedule": "zb-h1"},
+    {"pipeline": 3, "schedule": "zb-v", "virtual": 2},
+    {"pipeline": 2, "data": 2, "schedule": "zb-h1"},
+    {"pipeline": 2, "data": 3},
+    {"pipeline": 3, "data": 2, "schedule": "interleaved-1f1b", "virtual": 2},
+    {"pipeline": 2, "data": 4, "schedule": "interleaved-1f1b", "virtual": 3},
+    {"data": 2, "micro_batch_order": "descending"},
+    {"data": 3, "pipeline": 2, "micro_batch_order": "shuffled"},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: ",".join(map(str, layout.values())))
+def test_layout_gives_the_same_bits(
+    cluster: Cluster, one_process: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    assert run_training(cluster, make_config(parallel=layout)) == one_process
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2, "data": 2, "schedule": "zb-h1"}], ids=str)
+def test_recompute_gives_the_same_bits(
+    cluster: Cluster, one_process: dict[str, Any], recompute: str, layout: dict[str, Any]
+) -> None:
+    config = make_config(parallel=layout, train={"recompute": recompute})
+    assert run_training(cluster, config) == one_process
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tied_embeddings_give_the_same_bits(cluster: Cluster, precision: str) -> None:
+    def run(**layout: Any) -> dict[str, Any]:
+        config = make_config(
+            model={"tie_embeddings": True},
+            train={"precision": precision, "steps": 6},
+            parallel=layout,
+        )
+        return run_training(cluster, config)
+
+    alone = run()
+    assert run(pipeline=3) == alone
+    assert run(pipeline=2, data=2, schedule="interleaved-1f1b", virtual=3) == alone
+    assert run(pipeline=3, data=2, schedule="zb-v", virtual=2) == alone
+
+
+def test_bf16_gives_the_same_bits(cluster: Cluster) -> None:
+    alone = run_training(cluster, make_config(train={"precision": "bf16", "steps": 8}))
+    layout = {"pipeline": 3, "data": 2, "schedule": "zb-h1"}
+    config = make_config(train={"precision": "bf16", "steps": 8}, parallel=layout)
+    assert run_training(cluster, config) == alone
+
+
+def test_tensor_parallel_layouts_give_the_same_bits_among_themselves(cluster: Cluster) -> None:
+    def run(**layout: Any) -> dict[str, Any]:
+        return run_training(cluster, make_config(parallel={"tensor": 2, **layout}))
+
+    alone = run()
+    assert run(pipeline=2, data=2, schedule="zb-h1") == alone
+    assert run(data=3, micro_batch_order="shuffled") == alone
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_sizes_agree_within_rounding(
+    cluster: Cluster, one_process: dict[str, Any], tensor: int, sequence_parallel: bool
+) -> None:
+    layout = {"tensor": tensor, "sequence_parallel": sequence_parallel}
+    losses = run_training(cluster, make_config(parallel=layout))["losses"]
+    for split, whole in zip(losses, one_process["losses"], strict=True):
+        assert float.fromhex(split) == pytest.approx(float.fromhex(whole), rel=1e-5)
+
+
+def test_another_seed_gives_other_bits(cluster: Cluster, one_process: dict[str, Any]) -> None:
+    other = run_training(cluster, make_config(train={"seed": 7}))
+    assert other["digest"] != one_process["digest"]
+
+
+def test_the_digest_sees_one_bit(cluster: Cluster) -> None:
+    steps = {"steps": 1}
+    first = run_training(cluster, make_config(train=steps, optimizer={"eps": 1e-8}))
+    second = run_training(cluster, make_config(train=steps, optimizer={"eps": 1.0000001e-8}))
+    assert first["losses"] == second["losses"]
+    assert first["digest"] != second["digest"]

@@ -1,0 +1,92 @@
+"""What a run is compared by: activations, gradients and parameters, under names that layouts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.parallel.parameters import ParameterSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a logical tensor as one rank has it."""
+
+    name: str
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the whole logical tensor."""
+    tensor_copies: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(slots=True)
+class RankCapture:
+    """What one rank saw. Activations and gradients are those of the first step."""
+
+    tensor: int = 0
+    data: int = 0
+    pipeline: int = 0
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """(module, micro-batch) -> its output, float64[seq (/ tensor), micro_batch, hidden]."""
+    output_gradients: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    partial_gradients: list[Piece] = field(default_factory=list)
+    """This rank's sums before any reduction, by segment."""
+    gradients: list[Piece] = field(default_factory=list)
+    """The reduced gradients of the blocks this rank owns."""
+    parameters: list[Piece] = field(default_factory=list)
+    """All parameters of this rank after the last step."""
+
+
+def piece_of(spec: ParameterSpec, values: Tensor, rows: tuple[int, int] | None = None) -> Piece:
+    """The piece that a segment, or some of its rows, is."""
+    first, last = rows if rows is not None else (0, spec.rows)
+    start = (spec.box.start[0] + first, *spec.box.start[1:])
+    stop = (spec.box.start[0] + last, *spec.box.stop[1:])
+    shape = tuple(b - a for a, b in zip(start, stop, strict=True))
+    copied = values.detach().cpu().double().reshape(shape).clone()
+    return Piece(spec.name, start, stop, spec.shape, spec.tensor_copies, copied)
+
+
+class ActivationRecorder:
+    """Hooks every module of a chunk whose output is a hidden state. Local."""
+
+    def __init__(self, capture: RankCapture, current_micro_batch: Callable[[], int]) -> None:
+        self._capture = capture
+        self._current = current_micro_batch
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def watch(self, name: str, module: nn.Module, hidden: int) -> None:
+        """Record `module`'s output and its gradient as `name` if it is float[rows, batch, hidden]."""
+
+        def forward_hook(_: nn.Module, __: object, output: object) -> None:
+            if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[-1] != hidden:
+                return
+            key = (name, self._current())
+            if key in self._capture.outputs:
+                return  # a recomputed forward pass
+            self._capture.outputs[key] = output.detach().clone()
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._keep_gradient(key, gradient))
+
+        self._handles.append(module.register_forward_hook(forward_hook))
+
+    def _keep_gradient(self, key: tuple[str, int], gradient: Tensor) -> None:
+        self._capture.output_gradients[key] = gradient.detach().clone()
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def watch_chunk(recorder: ActivationRecorder, chunk: nn.Module, hidden: int) -> None:
+    """Watch all modules of a chunk under names that do not depend on the layout."""
+    for name, module in chunk.named_modules():
+        if name:
+            recorder.watch(name, module, hidden)

@@ -1,0 +1,254 @@
+"""Compares what ranks saw with the reference, and says which collective a difference points to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.trainer.check.capture import Piece, RankCapture
+
+LOSS_TOLERANCE = 1e-12
+TENSOR_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that differs from the reference."""
+
+    kind: str
+    """"activation", "activation gradient", "loss", "gradient", "gradient norm" or "parameter"."""
+    name: str
+    rank: int
+    difference: float
+    """Largest absolute difference, relative to the largest reference value where that exceeds 1."""
+    hint: str
+
+    def __str__(self) -> str:
+        line = f"{self.kind} {self.name} on rank {self.rank} differs by {self.difference:.3g}"
+        return f"{line}: {self.hint}" if self.hint else line
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over max(1, largest expected magnitude); infinite if NaN."""
+    if not actual.numel():
+        return 0.0
+    scale = max(1.0, float(expected.abs().max()))
+    largest = float((actual - expected).abs().max()) / scale
+    return largest if largest == largest else float("inf")
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and difference(actual, expected) <= TENSOR_TOLERANCE
+
+
+def compare(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
+    """All findings, the one that comes first in the order of computation first."""
+    findings = _activations(ranks, reference, forward=True)
+    findings += _losses(ranks, reference)
+    findings += _activations(ranks, reference, forward=False)
+    findings += _gradients(ranks, reference)
+    findings += _norms(ranks, reference)
+    findings += _parameters(ranks, reference)
+    return findings
+
+
+def _tensor_group(ranks: Sequence[RankCapture], rank: RankCapture) -> list[RankCapture]:
+    members = [r for r in ranks if (r.data, r.pipeline) == (rank.data, rank.pipeline)]
+    return sorted(members, key=lambda r: r.tensor)
+
+
+def _activations(
+    ranks: Sequence[RankCapture], reference: RankCapture, *, forward: bool
+) -> list[Finding]:
+    kind = "activation" if forward else "activation gradient"
+    expected_values = reference.outputs if forward else reference.output_gradients
+    order = list(expected_values)
+    findings = []
+    for key in order if forward else reversed(order):
+        expected = expected_values[key]
+        for number, rank in enumerate(ranks):
+            values = rank.outputs if forward else rank.output_gradients
+            if key not in values:
+                continue
+            actual, part = values[key], expected
+            group = _tensor_group(ranks, rank)
+            if actual.shape[0] != expected.shape[0]:
+                rows = actual.shape[0]
+                part = expected[rank.tensor * rows : (rank.tensor + 1) * rows]
+            if same(actual, part):
+                continue
+            partials = [
+                member.outputs[key] if forward else member.output_gradients[key]
+                for member in group
+                if key in (member.outputs if forward else member.output_gradients)
+            ]
+            name = f"{key[0]} of micro-batch {key[1]}"
+            hint = _activation_hint(actual, part, expected, partials, forward=forward)
+            findings.append(Finding(kind, name, number, _distance(actual, part), hint))
+            break
+    return findings
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    return difference(actual, expected) if actual.shape == expected.shape else float("inf")
+
+
+def _activation_hint(
+    actual: Tensor, part: Tensor, whole: Tensor, partials: Sequence[Tensor], *, forward: bool
+) -> str:
+    size = len(partials)
+    where = "forward" if forward else "backward"
+    if size > 1:
+        total = torch.stack(list(partials)).sum(0)
+        if same(total, whole):
+            return (
+                f"the tensor-parallel ranks hold partial sums: a {where} all_reduce (or "
+                f"reduce_scatter) over the tensor group is missing"
+            )
+        if actual.shape == part.shape and same(actual, part * size):
+            return f"it is {size} times too large: a {where} sum over the tensor group is one too many"
+        for other, value in enumerate(partials):
+            rows = value.shape[0]
+            if rows != whole.shape[0] and same(actual, whole[other * rows : (other + 1) * rows]):
+                return f"it holds the sequence part of tensor rank {other}"
+    return ""
+
+
+def _losses(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
+    findings = []
+    for step, expected in enumerate(reference.losses):
+        for number, rank in enumerate(ranks):
+            apart = abs(rank.losses[step] - expected) / max(1.0, abs(expected))
+            if not apart <= LOSS_TOLERANCE:
+                hint = _scale_hint(rank.losses[step], expected)
+                findings.append(Finding("loss", f"of step {step + 1}", number, apart, hint))
+                break
+    return findings
+
+
+def _norms(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
+    findings = []
+    for step, expected in enumerate(reference.grad_norms):
+        for number, rank in enumerate(ranks):
+            apart = abs(rank.grad_norms[step] - expected) / max(1.0, abs(expected))
+            if not apart <= TENSOR_TOLERANCE:
+                hint = (
+                    "the gradients themselves agree: a parameter is counted once too often or not "
+                    "at all (see ParameterSpec.counts_in_norm)"
+                )
+                findings.append(Finding("gradient norm", f"of step {step + 1}", number, apart, hint))
+                break
+    return findings
+
+
+def _scale_hint(actual: float, expected: float) -> str:
+    for factor in range(2, 65):
+        if abs(actual - expected * factor) <= LOSS_TOLERANCE * abs(expected) * factor:
+            return f"it is {factor} times too large: something is summed over {factor} ranks too often"
+        if abs(actual * factor - expected) <= LOSS_TOLERANCE * abs(expected):
+            return f"it is {factor} times too small: a sum over {factor} ranks or micro-batches is missing"
+    return ""
+
+
+def _cut(piece: Piece, reference: dict[str, Tensor]) -> Tensor:
+    return reference[piece.name][tuple(map(slice, piece.start, piece.stop))]
+
+
+def _whole(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    for piece in pieces:
+        target = whole.setdefault(piece.name, torch.zeros(piece.shape, dtype=torch.float64))
+        target[tuple(map(slice, piece.start, piece.stop))] = piece.values
+    return whole
+
+
+def _gradients(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
+    expected = _whole(reference.gradients)
+    seen: set[str] = set()
+    findings = []
+    for number, rank in enumerate(ranks):
+        for piece in rank.gradients:
+            part = _cut(piece, expected)
+            if piece.name in seen or same(piece.values, part):
+                continue
+            seen.add(piece.name)
+            hint = _gradient_hint(piece, part, ranks, rank)
+            apart = difference(piece.values, part)
+            findings.append(Finding("gradient", piece.name, number, apart, hint))
+    order = {name: place for place, name in enumerate(expected)}
+    return sorted(findings, key=lambda finding: -order[finding.name])
+
+
+def _gradient_hint(
+    piece: Piece, expected: Tensor, ranks: Sequence[RankCapture], owner: RankCapture
+) -> str:
+    """Which sum over which ranks would have given the right gradient."""
+
+    def summed(members: Iterable[RankCapture]) -> Tensor:
+        total = torch.zeros_like(piece.values)
+        for member in members:
+            for partial in member.partial_gradients:
+                if partial.name == piece.name and _holds(partial, piece):
+                    total += partial.values[_inside(piece, partial)]
+        return total
+
+    own_tensor = [r for r in ranks if r.tensor == owner.tensor]
+    copies = [r for r in ranks if r.tensor in piece.tensor_copies]
+    everywhere = list(ranks)
+    over_replicas, over_copies = summed(own_tensor), summed(copies)
+    if same(over_replicas, expected):
+        if same(piece.values, over_copies):
+            return "it is summed over the tensor group, where each copy already has all of it"
+        return "the sum over the data-parallel replicas (or tied uses) is missing or wrong"
+    if same(over_copies, expected):
+        return (
+            "each tensor-parallel copy holds a part of it: the all_reduce over the tensor group is "
+            "missing (ParameterSpec.sum_over_copies)"
+        )
+    if same(summed(everywhere), expected):
+        return "all tensor ranks hold a part of it: the all_reduce over the tensor group is missing"
+    ratio = float((piece.values * expected).sum() / (expected * expected).sum().clamp_min(1e-300))
+    if abs(ratio - 1) > 1e-6 and same(piece.values, expected * ratio):
+        return f"it is {ratio:.6g} times the reference: a wrong scale, or counted that many times"
+    return "no sum of the ranks' parts gives it: the computation itself differs"
+
+
+def _holds(outer: Piece, inner: Piece) -> bool:
+    return all(a <= b for a, b in zip(outer.start, inner.start, strict=True)) and all(
+        a >= b for a, b in zip(outer.stop, inner.stop, strict=True)
+    )
+
+
+def _inside(inner: Piece, outer: Piece) -> tuple[slice, ...]:
+    return tuple(
+        slice(a - o, b - o) for a, b, o in zip(inner.start, inner.stop, outer.start, strict=True)
+    )
+
+
+def _parameters(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
+    expected = _whole(reference.parameters)
+    findings = []
+    seen: set[str] = set()
+    for number, rank in enumerate(ranks):
+        for piece in rank.parameters:
+            part = _cut(piece, expected)
+            if piece.name in seen or same(piece.values, part):
+                continue
+            seen.add(piece.name)
+            apart = difference(piece.values, part)
+            agreeing = [
+                n
+                for n, other in enumerate(ranks)
+                for theirs in other.parameters
+                if theirs.name == piece.name and same(theirs.values, _cut(theirs, expected))
+            ]
+            hint = (
+                f"ranks {agreeing} hold it right: it was not gathered from its owner here"
+                if agreeing
+                else "the update itself differs (see gradients and optimizer settings)"
+            )
+            findings.append(Finding("parameter", piece.name, number, apart, hint))
+    return findings

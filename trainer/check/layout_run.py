@@ -1,0 +1,46 @@
+"""One rank of the layout under check: the real trainer, watched."""
+
+from __future__ import annotations
+
+from torch.distributed import Store
+
+from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.loop import rate_of
+from holdfast.trainer.training import Training
+from holdfast.trainer.world import WorldInfo
+
+
+def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture:
+    """Train `config.train.steps` steps on this rank and return what it saw. Collective."""
+    training = Training(config, world, store)
+    coordinates = training.plan.mesh.coordinates(world.rank)
+    capture = RankCapture(coordinates.tensor, coordinates.data, coordinates.pipeline)
+    recorder = ActivationRecorder(capture, lambda: training.current_micro_batch)
+    for chunk in training.chunks:
+        watch_chunk(recorder, chunk, config.model.hidden)
+    flat, accumulator = training.flat, training.accumulator
+    for step in range(config.train.steps):
+        training.compute(step)
+        if step == 0:
+            recorder.stop()
+            accumulator.finish()
+            scale = 2.0**-accumulator.fraction_bits if accumulator.exact else 1.0
+            capture.partial_gradients = [
+                piece_of(s.spec, flat.view(accumulator.sums, s).double() * scale)
+                for s in flat.segments
+            ]
+        squares, flags = training.reduce()
+        if step == 0:
+            capture.gradients = [
+                piece_of(
+                    owned.segment.spec, gradient, (owned.block.row_start, owned.block.row_stop)
+                )
+                for owned, gradient in training.optimizer.owned_gradients()
+            ]
+        outcome = training.vote(squares, flags)
+        capture.losses.append(outcome.loss)
+        capture.grad_norms.append(outcome.grad_norm)
+        training.apply(outcome, rate_of(config, step))
+    capture.parameters = [piece_of(s.spec, flat.view(flat.values, s)) for s in flat.segments]
+    return capture

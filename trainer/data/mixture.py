@@ -1,0 +1,121 @@
+"""Weighted mixtures: which corpus sample i comes from, and which of its samples it is.
+
+The method is the quota method of Balinski and Young 1975 over a fixed period. Weights are taken
+as exact fractions of their decimal text: [0.7, 0.3] has a period of 10, of which 7 are the first
+corpus. Along the period, a corpus may be chosen at place t while it has been chosen fewer than
+its share of t times, and among those the one whose next sample would be due first is chosen. The
+method is proven to keep every corpus within one sample of its share over every prefix; since a
+period ends exactly on the shares, the sequence of periods does too, and a place in it is found
+with one division. Weights whose period would be longer than 2^16 are rounded to multiples of 2^-16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import blake2b
+from math import gcd, lcm
+
+import numpy as np
+
+from holdfast.parallel.errors import DataError
+from holdfast.trainer.data.dataset import Samples
+
+LONGEST_PERIOD = 2**16
+
+
+def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """Whole numbers in the proportion of the weights: how often each is chosen in a period.
+
+    Raises:
+        DataError: a weight too small to be chosen once in the longest period.
+    """
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    total = sum(exact)
+    parts = [weight / total for weight in exact]
+    period = lcm(*(part.denominator for part in parts))
+    if period <= LONGEST_PERIOD:
+        return tuple(int(part * period) for part in parts)
+    shares = [int(part * LONGEST_PERIOD) for part in parts]
+    largest_rest = sorted(
+        range(len(parts)), key=lambda k: (shares[k] - parts[k] * LONGEST_PERIOD, k)
+    )
+    for source in largest_rest[: LONGEST_PERIOD - sum(shares)]:
+        shares[source] += 1
+    if min(shares) == 0:
+        source = shares.index(0)
+        raise DataError(
+            f"data.weights[{source}] = {weights[source]}: less than 1/{LONGEST_PERIOD} of the sum "
+            "of weights is never drawn; raise it, or leave the path out"
+        )
+    common = gcd(*shares)
+    return tuple(share // common for share in shares)
+
+
+def period_choices(shares: Sequence[int]) -> np.ndarray:
+    """The corpus at each place of a period: int64[sum(shares)], by the quota method."""
+    share = np.array(shares, dtype=np.int64)
+    period = int(share.sum())
+    taken = np.zeros(len(shares), dtype=np.int64)
+    choices = np.empty(period, dtype=np.int64)
+    for place in range(period):
+        # (taken + 1) / share is when the next sample of a corpus is due
+        due = np.where(taken * period < share * (place + 1), (taken + 1) / share, np.inf)
+        choice = int(np.argmin(due))
+        choices[place] = choice
+        taken[choice] += 1
+    return choices
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureSamples:
+    """Samples of several corpora in fixed proportions, each corpus with epochs of its own.
+
+    Attributes:
+        sources: the corpora.
+        shares: of each, how many samples a period takes from it.
+        choices: int64[period]: the corpus at each place.
+        ranks: int64[period]: how often that corpus was chosen before in the period.
+    """
+
+    sources: tuple[Samples, ...]
+    shares: tuple[int, ...]
+    choices: np.ndarray
+    ranks: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Number of distinct samples of all corpora together."""
+        return sum(source.size for source in self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal: equal where all samples are equal."""
+        named = f"mixture 1 {self.shares} {[source.fingerprint for source in self.sources]}"
+        return blake2b(named.encode(), digest_size=16).hexdigest()
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The corpus that sample `index` comes from, and the index within that corpus."""
+        period, place = divmod(index, len(self.choices))
+        source = int(self.choices[place])
+        return source, period * self.shares[source] + int(self.ranks[place])
+
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """Samples start..start+count-1: int64[count, seq_len + 1]."""
+        located = [self.locate(start + row) for row in range(count)]
+        return np.concatenate([self.sources[source].rows(own, 1) for source, own in located])
+
+
+def mixture_samples(sources: tuple[Samples, ...], weights: Sequence[float]) -> MixtureSamples:
+    """Mix corpora by weight; over any prefix each is within one sample of its share.
+
+    Raises:
+        DataError: a weight too small to be chosen once in the longest period.
+    """
+    shares = period_shares(weights)
+    choices = period_choices(shares)
+    ranks = np.empty_like(choices)
+    for source, share in enumerate(shares):
+        ranks[choices == source] = np.arange(share)
+    return MixtureSamples(sources, shares, choices, ranks)

@@ -1,0 +1,19 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.learning_rate import learning_rate
+
+
+def rate_of(config: RunConfig, step: int) -> float:
+    """The learning rate of a step of this run."""
+    optimizer = config.optimizer
+    return learning_rate(
+        step,
+        steps=config.train.steps,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        warmup_steps=optimizer.warmup_steps,
+        schedule=optimizer.schedule,
+    )

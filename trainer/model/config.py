@@ -1,0 +1,36 @@
+"""The [model] section of a configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is trained. `family`, `layers` and `hidden` are required."""
+
+    family: Literal["llama"]
+    """The Hugging Face architecture it matches."""
+    layers: int
+    """Transformer blocks."""
+    hidden: int
+    intermediate: int = 224
+    heads: int = 6
+    kv_heads: int = 3
+    """Key and value heads of grouped-query attention."""
+    head_dim: int = 0
+    """0: hidden / heads."""
+    vocab: int = 320
+    max_seq_len: int = 2048
+    tie_embeddings: bool = False
+    dropout: float = 0.0
+    """Of the embedding's output and of what each attention and MLP adds."""
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get it / sqrt(2 layers)."""
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.head_dim or self.hidden // self.heads

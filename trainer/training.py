@@ -1,0 +1,316 @@
+"""One rank's training: its plan, model chunks, gradients, optimizer and data, and a step's four parts.
+
+A step is a transaction: `compute` and `reduce` change nothing durable, `vote` tells every rank that all
+can finish, `apply` updates the state. trainer/loop.py is the order in which they are called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import Store
+
+from holdfast.parallel.accumulate import NONFINITE, OUT_OF_RANGE, GradientAccumulator
+from holdfast.parallel.chunk import Chunk, MicroBatchContext
+from holdfast.parallel.chunk_runner import ModelChunkRunner
+from holdfast.parallel.comm_torch import Groups, build_groups
+from holdfast.parallel.flat import FlatParameters
+from holdfast.parallel.mesh import Mesh
+from holdfast.parallel.optimizer import (
+    AdamWSettings,
+    ShardedAdamW,
+    clipping_factor,
+    norm_from_squares,
+)
+from holdfast.parallel.pipeline import ActionTimes, Executor, MessageShape, receive_order
+from holdfast.parallel.plan import Plan
+from holdfast.parallel.schedule import Program
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.data import Dataset, open_dataset
+from holdfast.trainer.model.build import build_chunk
+from holdfast.trainer.planning import plan_of
+from holdfast.trainer.world import WorldInfo
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What every rank knows after the vote of a step; equal on all ranks, bit for bit."""
+
+    loss: float
+    """Mean over the step's tokens, before the update."""
+    grad_norm: float
+    """Before clipping; NaN when a gradient is not finite."""
+    nonfinite_ranks: int
+    out_of_range_ranks: int
+
+    @property
+    def usable(self) -> bool:
+        """Whether the step may be applied."""
+        return not (self.nonfinite_ranks or self.out_of_range_ranks) and self.grad_norm > 0
+
+
+class Training:
+    """All that one rank holds for training. Built collectively by all ranks of a generation."""
+
+    def __init__(self, config: RunConfig, world: WorldInfo, store: Store) -> None:
+        self.config = config
+        self.rank = world.rank
+        self.device = choose_device(config, world.local_rank)
+        self.plan: Plan = plan_of(config)
+        mesh: Mesh = self.plan.mesh
+        backend = config.parallel.backend
+        if backend == "auto":
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self.groups: Groups = build_groups(
+            store,
+            world.store_host,
+            self.rank,
+            tuple(range(mesh.size)),
+            mesh.tensor_group(self.rank),
+            mesh.pipeline_group(self.rank),
+            backend=backend,
+            generation=self.plan.generation,
+        )
+        self.data: Dataset = self._open_data("train")
+        self._build_model()
+        self._clear_step(0)
+
+    def _open_data(self, split: str) -> Dataset:
+        config = self.config
+        return open_dataset(
+            config.data,
+            vocab=config.model.vocab,
+            seq_len=config.train.seq_len,
+            seed=config.data.seed or config.train.seed,
+            split=split,
+        )
+
+    def _build_model(self) -> None:
+        config, plan = self.config, self.plan
+        train = config.train
+        dtype = DTYPES[train.precision]
+        tensor = self.groups.tensor if self.groups.tensor.size > 1 else None
+        sequence_parallel = config.parallel.sequence_parallel and tensor is not None
+        last = len(plan.placement) - 1
+        self._runners: dict[int, ModelChunkRunner] = {}
+        rows = []
+        for index in plan.chunks_of(self.rank):
+            chunk = build_chunk(
+                config.model,
+                plan.layers_of(index),
+                tensor=tensor,
+                sequence_parallel=sequence_parallel,
+                dtype=dtype,
+                device=self.device,
+                seq_len=train.seq_len,
+                micro_batch=train.micro_batch,
+                recompute=train.recompute,
+                seed=train.seed,
+            )
+            rows.extend(chunk.named_specs())
+            self._runners[index] = ModelChunkRunner(
+                chunk,
+                is_last=index == last,
+                context=self._context,
+                loss_gradient=1.0 / self.step_tokens,
+            )
+        self.flat = FlatParameters(rows)
+        self.accumulator = GradientAccumulator(
+            self.flat,
+            exact=config.numerics.reduction == "exact",
+            fraction_bits=config.numerics.fraction_bits,
+        )
+        for runner in self._runners.values():
+            runner.chunk.queue.sink = self.accumulator
+        optimizer = config.optimizer
+        self.optimizer = ShardedAdamW(
+            plan,
+            self.rank,
+            self.flat,
+            self.accumulator,
+            self.groups.world,
+            self.groups.tensor,
+            AdamWSettings(
+                betas=(optimizer.betas[0], optimizer.betas[1]),
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+            ),
+        )
+        rows_of_message = train.seq_len // (self.groups.tensor.size if sequence_parallel else 1)
+        shape = (rows_of_message, train.micro_batch, config.model.hidden)
+        self.executor = Executor(
+            self._runners,
+            last,
+            MessageShape(shape, dtype, self.device),
+            self.groups.pipeline,
+            self.step_micro_batches,
+        )
+        self._train_program = self._prepared(plan.program)
+        self._eval_program: tuple[Program, dict] | None = None
+        self._eval_data: Dataset | None = None
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """This rank's model chunks, in order."""
+        return [runner.chunk for runner in self._runners.values()]
+
+    @property
+    def current_micro_batch(self) -> int:
+        """The micro-batch whose forward pass ran last."""
+        return self._current_micro_batch
+
+    @property
+    def step_micro_batches(self) -> int:
+        """Micro-batches of one step over all replicas."""
+        return self.config.train.global_batch // self.config.train.micro_batch
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step over all replicas."""
+        return self.config.train.global_batch * self.config.train.seq_len
+
+    def _prepared(self, program_of) -> tuple[Program, dict]:
+        program = program_of(self.rank)
+        peers = {a.peer for a in program if a.peer is not None}
+        return program, receive_order(program, {p: program_of(p) for p in peers}, self.rank)
+
+    def _clear_step(self, step: int, *, training: bool = True) -> None:
+        self._step = step
+        self._is_training = training
+        self._current_micro_batch = 0
+        self._tokens: dict[int, torch.Tensor] = {}
+        for runner in self._runners.values():
+            runner.losses.clear()
+
+    def _context(self, micro_batch: int) -> MicroBatchContext:
+        self._current_micro_batch = micro_batch
+        tokens = None
+        if self._reads_tokens:
+            tokens = self._tokens.get(micro_batch)
+            if tokens is None:
+                data = self.data if self._is_training else self._eval_data
+                assert data is not None
+                train = self.config.train
+                tokens = data.batch(
+                    self._step,
+                    micro_batch,
+                    global_batch=train.global_batch,
+                    micro_batch_size=train.micro_batch,
+                ).to(self.device)
+                self._tokens[micro_batch] = tokens
+        return MicroBatchContext(self._step, micro_batch, self._is_training, tokens)
+
+    @property
+    def _reads_tokens(self) -> bool:
+        return 0 in self._runners or len(self.plan.placement) - 1 in self._runners
+
+    def compute(self, step: int) -> ActionTimes:
+        """A: run the program of `step`; gradient sums accumulate. Collective over the pipeline group."""
+        self._clear_step(step)
+        self.accumulator.clear()
+        return self.executor.run(*self._train_program)
+
+    def reduce(self) -> tuple[torch.Tensor, int]:
+        """B: every block's sum arrives at its owner. See `ShardedAdamW.reduce`."""
+        return self.optimizer.reduce()
+
+    def vote(self, squares: torch.Tensor, flags: int) -> Outcome:
+        """C: the all-reduce that carries the gradient norm and the loss. Collective over all ranks.
+
+        A rank enters only with all the gradients it owns, so whoever leaves knows that all can apply.
+        """
+        ballot = torch.cat(
+            [
+                squares,
+                self._loss_slots(),
+                torch.tensor(
+                    [float(bool(flags & NONFINITE)), float(bool(flags & OUT_OF_RANGE))],
+                    dtype=torch.float64,
+                ),
+            ]
+        )
+        self.groups.control.all_reduce(ballot).wait()
+        counted = ballot.tolist()
+        slots, losses = self.optimizer.slots, self.step_micro_batches
+        nonfinite, out_of_range = (int(count) for count in counted[slots + losses :])
+        finite = bool(torch.isfinite(ballot[:slots]).all())
+        return Outcome(
+            loss=mean_loss(counted[slots : slots + losses], self.step_tokens),
+            grad_norm=norm_from_squares(counted[:slots])
+            if finite and not nonfinite
+            else float("nan"),
+            nonfinite_ranks=nonfinite,
+            out_of_range_ranks=out_of_range,
+        )
+
+    def apply(self, outcome: Outcome, lr: float) -> None:
+        """D: owners update, parameters are gathered. Collective over the replicas of a stage."""
+        clip = self.config.train.clip_grad_norm
+        self.optimizer.apply(lr, clipping_factor(outcome.grad_norm, clip))
+
+    def _loss_slots(self) -> torch.Tensor:
+        """Each micro-batch's loss sum in its slot, where this rank is the one that reports it."""
+        slots = torch.zeros(self.step_micro_batches, dtype=torch.float64)
+        last = self._runners.get(len(self.plan.placement) - 1)
+        if last is not None and self.groups.tensor.index == 0:
+            for micro_batch, loss in last.losses.items():
+                slots[micro_batch] = loss
+        return slots
+
+    def evaluate(self) -> float:
+        """Mean held-out loss over `train.eval_batches` global batches. Collective over all ranks."""
+        if self._eval_program is None:
+            self._eval_data = self._open_data("eval")
+            self._eval_program = self._prepared(self.plan.forward_program)
+        total = 0.0
+        for batch in range(self.config.train.eval_batches):
+            self._clear_step(batch, training=False)
+            self.executor.run(*self._eval_program)
+            slots = self._loss_slots()
+            self.groups.control.all_reduce(slots).wait()
+            total += mean_loss(slots.tolist(), self.step_tokens)
+        return total / self.config.train.eval_batches
+
+    def parameter_digest(self) -> str:
+        """SHA-256 over all parameters, equal for equal bits in any layout of one tensor size.
+
+        Collective over all ranks. Every owner hashes its blocks; the digest is over all block hashes
+        in block order.
+        """
+        halves = torch.zeros(self.optimizer.slots, 4, dtype=torch.int64)
+        for block in self.optimizer.owned:
+            values = self.flat.values[block.start : block.stop].contiguous().cpu()
+            digest = hashlib.sha256(values.view(torch.uint8).numpy()).digest()
+            words = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8, 16, 24)]
+            halves[self.optimizer.slot(block)] = torch.tensor(words)
+        self.groups.control.all_reduce(halves).wait()
+        return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
+
+
+def mean_loss(sums: list[float], tokens: int) -> float:
+    """Micro-batch loss sums added in micro-batch order in float64, divided once."""
+    total = 0.0
+    for value in sums:
+        total += value
+    return total / tokens
+
+
+def choose_device(config: RunConfig, local_rank: int) -> torch.device:
+    """The device of this rank; sets threads and, in exact mode, deterministic kernels."""
+    torch.set_num_threads(config.train.threads_per_rank)
+    wanted = config.train.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.numerics.reduction == "exact":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if wanted == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

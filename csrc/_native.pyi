@@ -1,1 +1,190 @@
-"""Native kernels of holdfast."""
+"""Native kernels of holdfast.
+
+Arrays are addresses (`tensor.data_ptr()`) of contiguous memory aligned to its element; counts and
+offsets are in elements. Every function is Local, releases the GIL, uses the calling thread alone and
+raises ValueError for a negative count or an argument outside its stated range. All are exact-mode
+safe: results have the same bits on every instruction set, for every alignment and for every way of
+cutting the elements into calls (sums of squares excepted: one call, one fixed order).
+
+Flags: 1 = a gradient was not finite, 2 = a contribution or a sum left the int64 range.
+"""
+
+def isa() -> str:
+    """The instruction set in use: "portable", "avx2" or "avx512".
+
+    The best one of the machine, or the one that the environment variable HOLDFAST_NATIVE_ISA named at
+    import (importing fails if the machine cannot run it).
+    """
+
+def accumulate_f32(accumulator: int, gradient: int, count: int, fraction_bits: int) -> int:
+    """accumulator[i] += rint(gradient[i] * 2**fraction_bits), half to even; returns flags.
+
+    Args:
+        accumulator: int64[count]; an overflowing sum wraps and sets flag 2.
+        gradient: float32[count]; what is not finite or not below 2**63 once scaled adds nothing.
+        fraction_bits: 0 to 62.
+    """
+
+def accumulate_bf16(accumulator: int, gradient: int, count: int, fraction_bits: int) -> int:
+    """As accumulate_f32, gradient: bfloat16[count]."""
+
+def accumulate_f64(accumulator: int, gradient: int, count: int, fraction_bits: int) -> int:
+    """As accumulate_f32, gradient: float64[count]."""
+
+def accumulate_rows_f32(
+    accumulator: int,
+    gradient: int,
+    rows: int,
+    row_count: int,
+    row_elements: int,
+    fraction_bits: int,
+) -> int:
+    """As accumulate_f32 for row rows[k] of the accumulator and row k of the gradient.
+
+    Args:
+        accumulator: int64[any, row_elements].
+        gradient: float32[row_count, row_elements].
+        rows: int64[row_count], each within the accumulator (not checked).
+    """
+
+def accumulate_rows_bf16(
+    accumulator: int,
+    gradient: int,
+    rows: int,
+    row_count: int,
+    row_elements: int,
+    fraction_bits: int,
+) -> int:
+    """As accumulate_rows_f32, gradient: bfloat16."""
+
+def accumulate_rows_f64(
+    accumulator: int,
+    gradient: int,
+    rows: int,
+    row_count: int,
+    row_elements: int,
+    fraction_bits: int,
+) -> int:
+    """As accumulate_rows_f32, gradient: float64."""
+
+def add_i64(accumulator: int, other: int, count: int) -> int:
+    """accumulator[i] += other[i], both int64[count]; returns flag 2 if any sum overflowed (wrapped)."""
+
+def reduce_convert_f32(sums: int, output: int, count: int, fraction_bits: int) -> float:
+    """output[i] = sums[i] * 2**-fraction_bits, rounded once to nearest; returns its sum of squares.
+
+    Args:
+        sums: int64[count].
+        output: float32[count], not overlapping sums.
+        fraction_bits: 0 to 62.
+    Returns:
+        sum_squares_f32(output, count).
+    """
+
+def reduce_convert_f64(sums: int, output: int, count: int, fraction_bits: int) -> float:
+    """As reduce_convert_f32, output: float64[count]."""
+
+def sum_squares_f32(values: int, count: int) -> float:
+    """Sum of squares of float32[count] in float64, in a fixed order.
+
+    Sixteen lanes: lane j adds elements j, j + 16, ... in turn; then lanes j and j + 8, j + 4, j + 2,
+    j + 1 are added.
+    """
+
+def sum_squares_f64(values: int, count: int) -> float:
+    """As sum_squares_f32, values: float64[count]."""
+
+def crc32c(data: int, nbytes: int, initial: int = 0) -> int:
+    """CRC-32C (Castagnoli, RFC 3720) of nbytes bytes that follow data with checksum `initial`."""
+
+def crc32c_combine(a: int, b: int, length_b: int) -> int:
+    """Checksum of A followed by B, from those of A and B; length_b in bytes."""
+
+def philox_uint32(output: int, count: int, key: int, stream: int, offset: int) -> None:
+    """Elements offset.. of the Philox4x32-10 stream (Salmon et al. 2011) named by key and stream.
+
+    Element i is word i % 4 of the block with counter [i // 4 low, high, stream low, high].
+
+    Args:
+        output: uint32[count].
+        key: unsigned 64 bits.
+        stream: unsigned 64 bits.
+    """
+
+def philox_uniform_f32(output: int, count: int, key: int, stream: int, offset: int) -> None:
+    """float32[count] in [0, 1): (word i >> 8) * 2**-24."""
+
+def philox_uniform_f64(output: int, count: int, key: int, stream: int, offset: int) -> None:
+    """float64[count] in [0, 1): the upper 53 bits of (word 2i << 32 | word 2i + 1), times 2**-53."""
+
+def philox_normal_f32(
+    output: int, count: int, key: int, stream: int, offset: int, mean: float, std: float
+) -> None:
+    """philox_normal_f64 rounded to float32[count]."""
+
+def philox_normal_f64(
+    output: int, count: int, key: int, stream: int, offset: int, mean: float, std: float
+) -> None:
+    """float64[count], normal: mean + std * z by Box-Muller.
+
+    With u, v the float64 uniforms 2(i // 2) and 2(i // 2) + 1: z = sqrt(-2 log(1 - u)) times
+    cos(2 pi v) for even i, sin(2 pi v) for odd i.
+    """
+
+def philox_normal_box_f32(
+    output: int,
+    rows: int,
+    columns: int,
+    row_start: int,
+    column_start: int,
+    total_columns: int,
+    key: int,
+    stream: int,
+    mean: float,
+    std: float,
+) -> None:
+    """A box of a logical matrix of normals: output: float32[rows, columns].
+
+    output[r, c] is normal (row_start + r) * total_columns + column_start + c of the stream.
+    """
+
+def philox_normal_box_f64(
+    output: int,
+    rows: int,
+    columns: int,
+    row_start: int,
+    column_start: int,
+    total_columns: int,
+    key: int,
+    stream: int,
+    mean: float,
+    std: float,
+) -> None:
+    """As philox_normal_box_f32, output: float64[rows, columns]."""
+
+def dropout_scale_f32(
+    output: int, input: int, count: int, key: int, stream: int, offset: int, probability: float
+) -> None:
+    """output[i] = input[i] * (1 / (1 - probability) if kept else 0), both float32[count].
+
+    Kept when word offset + i of the stream >= floor(probability * 2**32). output may be input.
+
+    Args:
+        probability: 0 <= probability < 1. The factor is rounded to float32 once.
+    """
+
+def dropout_scale_bf16(
+    output: int, input: int, count: int, key: int, stream: int, offset: int, probability: float
+) -> None:
+    """As dropout_scale_f32 for bfloat16[count]: the float32 product, rounded half to even."""
+
+def dropout_scale_f64(
+    output: int, input: int, count: int, key: int, stream: int, offset: int, probability: float
+) -> None:
+    """As dropout_scale_f32 for float64[count] (factor in float64)."""
+
+def permute_index(index: int, size: int, key: int) -> int:
+    """Where a keyed bijection of [0, size) sends index; key: unsigned 64 bits."""
+
+def permute_indices(output: int, start: int, count: int, size: int, key: int) -> None:
+    """output[i] = permute_index(start + i, size, key), output: int64[count]."""

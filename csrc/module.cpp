@@ -1,3 +1,158 @@
+// Native kernels of holdfast: arrays arrive as addresses, counts are in elements, no call holds the GIL.
 #include <nanobind/nanobind.h>
 
-NB_MODULE(_native, module) { module.doc() = "Native kernels of holdfast."; }
+#include <cstdlib>
+
+#include "crc32c.h"
+#include "fixed_point.h"
+#include "instruction_set.h"
+#include "permutation.h"
+#include "philox.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace holdfast {
+namespace {
+
+using Address = std::uintptr_t;
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+template <class Value>
+Value* at(Address address) {
+  return reinterpret_cast<Value*>(address);
+}
+
+template <class Gradient>
+void define_accumulate(nb::module_& module, const char* name, const char* rows_name) {
+  module.def(
+      name,
+      [](Address accumulator, Address gradient, std::int64_t count, int fraction_bits) {
+        return accumulate(at<std::int64_t>(accumulator), at<const Gradient>(gradient), count,
+                          fraction_bits);
+      },
+      "accumulator"_a, "gradient"_a, "count"_a, "fraction_bits"_a, Unlocked());
+  module.def(
+      rows_name,
+      [](Address accumulator, Address gradient, Address rows, std::int64_t row_count,
+         std::int64_t row_elements, int fraction_bits) {
+        return accumulate_rows(at<std::int64_t>(accumulator), at<const Gradient>(gradient),
+                               at<const std::int64_t>(rows), row_count, row_elements,
+                               fraction_bits);
+      },
+      "accumulator"_a, "gradient"_a, "rows"_a, "row_count"_a, "row_elements"_a, "fraction_bits"_a,
+      Unlocked());
+}
+
+template <class Value>
+void define_conversion(nb::module_& module, const char* convert_name, const char* squares_name) {
+  module.def(
+      convert_name,
+      [](Address sums, Address output, std::int64_t count, int fraction_bits) {
+        return reduce_convert(at<const std::int64_t>(sums), at<Value>(output), count,
+                              fraction_bits);
+      },
+      "sums"_a, "output"_a, "count"_a, "fraction_bits"_a, Unlocked());
+  module.def(
+      squares_name,
+      [](Address values, std::int64_t count) { return sum_squares(at<const Value>(values), count); },
+      "values"_a, "count"_a, Unlocked());
+}
+
+template <class Value>
+void define_distributions(nb::module_& module, const char* uniform_name, const char* normal_name,
+                          const char* box_name) {
+  module.def(
+      uniform_name,
+      [](Address output, std::int64_t count, std::uint64_t key, std::uint64_t stream,
+         std::int64_t offset) {
+        philox_uniform(at<Value>(output), count, {key, stream, offset});
+      },
+      "output"_a, "count"_a, "key"_a, "stream"_a, "offset"_a, Unlocked());
+  module.def(
+      normal_name,
+      [](Address output, std::int64_t count, std::uint64_t key, std::uint64_t stream,
+         std::int64_t offset, double mean, double std) {
+        philox_normal(at<Value>(output), count, {key, stream, offset}, mean, std);
+      },
+      "output"_a, "count"_a, "key"_a, "stream"_a, "offset"_a, "mean"_a, "std"_a, Unlocked());
+  module.def(
+      box_name,
+      [](Address output, std::int64_t rows, std::int64_t columns, std::int64_t row_start,
+         std::int64_t column_start, std::int64_t total_columns, std::uint64_t key,
+         std::uint64_t stream, double mean, double std) {
+        philox_normal_box(at<Value>(output),
+                          {rows, columns, row_start, column_start, total_columns},
+                          {key, stream, 0}, mean, std);
+      },
+      "output"_a, "rows"_a, "columns"_a, "row_start"_a, "column_start"_a, "total_columns"_a,
+      "key"_a, "stream"_a, "mean"_a, "std"_a, Unlocked());
+}
+
+template <class Value>
+void define_dropout(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](Address output, Address input, std::int64_t count, std::uint64_t key,
+         std::uint64_t stream, std::int64_t offset, double probability) {
+        dropout_scale(at<Value>(output), at<const Value>(input), count, {key, stream, offset},
+                      probability);
+      },
+      "output"_a, "input"_a, "count"_a, "key"_a, "stream"_a, "offset"_a, "probability"_a,
+      Unlocked());
+}
+
+}  // namespace
+}  // namespace holdfast
+
+NB_MODULE(_native, module) {
+  using namespace holdfast;
+  module.doc() = "Native kernels of holdfast.";
+  const char* wanted = std::getenv("HOLDFAST_NATIVE_ISA");
+  choose_instruction_set(wanted ? wanted : "auto");
+  module.def("isa", &instruction_set_name);
+
+  define_accumulate<float>(module, "accumulate_f32", "accumulate_rows_f32");
+  define_accumulate<bfloat16>(module, "accumulate_bf16", "accumulate_rows_bf16");
+  define_accumulate<double>(module, "accumulate_f64", "accumulate_rows_f64");
+  module.def(
+      "add_i64",
+      [](Address accumulator, Address other, std::int64_t count) {
+        return add_integers(at<std::int64_t>(accumulator), at<const std::int64_t>(other), count);
+      },
+      "accumulator"_a, "other"_a, "count"_a, Unlocked());
+  define_conversion<float>(module, "reduce_convert_f32", "sum_squares_f32");
+  define_conversion<double>(module, "reduce_convert_f64", "sum_squares_f64");
+
+  module.def(
+      "crc32c",
+      [](Address data, std::size_t nbytes, std::uint32_t initial) {
+        return crc32c(at<const unsigned char>(data), nbytes, initial);
+      },
+      "data"_a, "nbytes"_a, "initial"_a = 0, Unlocked());
+  module.def("crc32c_combine", &crc32c_combine, "a"_a, "b"_a, "length_b"_a, Unlocked());
+
+  module.def(
+      "philox_uint32",
+      [](Address output, std::int64_t count, std::uint64_t key, std::uint64_t stream,
+         std::int64_t offset) {
+        philox_words(at<std::uint32_t>(output), count, {key, stream, offset});
+      },
+      "output"_a, "count"_a, "key"_a, "stream"_a, "offset"_a, Unlocked());
+  define_distributions<float>(module, "philox_uniform_f32", "philox_normal_f32",
+                              "philox_normal_box_f32");
+  define_distributions<double>(module, "philox_uniform_f64", "philox_normal_f64",
+                               "philox_normal_box_f64");
+  define_dropout<float>(module, "dropout_scale_f32");
+  define_dropout<bfloat16>(module, "dropout_scale_bf16");
+  define_dropout<double>(module, "dropout_scale_f64");
+
+  module.def("permute_index", &permute_index, "index"_a, "size"_a, "key"_a, Unlocked());
+  module.def(
+      "permute_indices",
+      [](Address output, std::int64_t start, std::int64_t count, std::int64_t size,
+         std::uint64_t key) {
+        permute_indices(at<std::int64_t>(output), start, count, size, key);
+      },
+      "output"_a, "start"_a, "count"_a, "size"_a, "key"_a, Unlocked());
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -53,7 +54,7 @@ class Cluster:
             try:
                 if not self._connections[rank].poll(timeout_s if not failures else 5.0):
                     raise TimeoutError(f"rank {rank} gave no result")
-                succeeded, value = self._connections[rank].recv()
+                succeeded, value = pickle.loads(self._connections[rank].recv_bytes())
             except (EOFError, TimeoutError, OSError) as error:
                 failures.append(f"rank {rank}: {error!r}")
                 continue
@@ -135,9 +136,10 @@ def _work(address: str, rank: int, port: int) -> None:
             module, name = function.split(":")
             call = getattr(importlib.import_module(module), name)
             prefixed = dist.PrefixStore(f"job{job}", store)
-            connection.send((True, call(job_rank, world_size, prefixed, **arguments)))
+            result = call(job_rank, world_size, prefixed, **arguments)
+            connection.send_bytes(pickle.dumps((True, result)))
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,26 @@
-"""The training loop."""
+"""The training loop of one rank: compute, reduce, vote, apply."""
 
 from __future__ import annotations
 
+import logging
+from time import perf_counter
+
+from torch.distributed import Store
+
+from holdfast.parallel.errors import NumericsError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.learning_rate import learning_rate
+from holdfast.trainer.reporter import Reporter
+from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.trace import Phase
+from holdfast.trainer.training import Outcome, Training
+from holdfast.trainer.world import WorldInfo
+
+logger = logging.getLogger("holdfast.loop")
 
 
 def rate_of(config: RunConfig, step: int) -> float:
-    """The learning rate of a step of this run."""
+    """The learning rate of a step of this run, counted from 0."""
     optimizer = config.optimizer
     return learning_rate(
         step,
@@ -17,3 +30,55 @@ def rate_of(config: RunConfig, step: int) -> float:
         warmup_steps=optimizer.warmup_steps,
         schedule=optimizer.schedule,
     )
+
+
+def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) -> None:
+    """Train all steps of `config` on this rank. Collective over all workers.
+
+    Raises:
+        NumericsError: a step's gradients were not usable, and numerics.nonfinite is "error".
+        PeerLost: another worker is gone.
+    """
+    training = Training(config, world, store)
+    reporter = Reporter(training, world, run)
+    try:
+        for step in range(config.train.steps):
+            lr = rate_of(config, step)
+            starts = [perf_counter()]
+            times = training.compute(step)
+            starts.append(perf_counter())
+            squares, flags = training.reduce()
+            starts.append(perf_counter())
+            outcome = training.vote(squares, flags)
+            starts.append(perf_counter())
+            if outcome.usable:
+                training.apply(outcome, lr)
+            else:
+                _refuse(config, step, outcome)
+                reporter.skipped(step, outcome)
+            starts.append(perf_counter())
+            evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
+            eval_loss = training.evaluate() if evaluate else None
+            names = ("compute", "reduce", "vote", "apply")
+            phases = [Phase(n, a, b) for n, a, b in zip(names, starts[:-1], starts[1:], strict=True)]
+            if outcome.usable:
+                reporter.step(step, outcome, lr, phases, times, eval_loss)
+        reporter.finished(training.parameter_digest())
+    finally:
+        reporter.close()
+
+
+def _refuse(config: RunConfig, step: int, outcome: Outcome) -> None:
+    """Raise for a step that may not be applied, unless such steps are to be skipped."""
+    if outcome.nonfinite_ranks or outcome.grad_norm != outcome.grad_norm:
+        reason = "a gradient or the loss is not finite"
+    elif outcome.out_of_range_ranks:
+        limit = 2.0 ** (63 - config.numerics.fraction_bits)
+        reason = f"a gradient sum exceeds +-{limit:g} (numerics.fraction_bits)"
+    else:
+        reason = "all gradients are exactly zero"
+    message = f"step {step + 1}: {reason}, loss {outcome.loss:g}; the step was not applied"
+    if config.numerics.nonfinite == "error":
+        advice = "lower optimizer.lr or check the data; numerics.nonfinite = 'skip' goes on instead"
+        raise NumericsError(f"{message}; {advice}")
+    logger.warning("%s", message)

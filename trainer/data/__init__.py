@@ -31,6 +31,4 @@ def open_dataset(
     from holdfast.trainer.data.opening import open_samples
     from holdfast.trainer.data.sampling import SampledDataset
 
-    return SampledDataset(
-        open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split)
-    )
+    return SampledDataset(open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split))

@@ -24,9 +24,9 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     kind: Literal["synthetic", "text", "megatron"] = "synthetic"
-    path: list[str] = []  # noqa: RUF012  (msgspec copies defaults)
+    path: list[str] = []
     tokenizer: str = "bytes"
-    weights: list[float] = []  # noqa: RUF012
+    weights: list[float] = []
     eval_fraction: float = 0.05
     seed: int = 0
 

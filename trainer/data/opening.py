@@ -1,10 +1,67 @@
-"""Opens the samples of each kind of data."""
+"""Opens the samples that a configuration names."""
 
 from __future__ import annotations
 
-from holdfast.trainer.data.config import DataConfig
+import numpy as np
+
+from holdfast.trainer.data.config import DataConfig, check_data_config
+from holdfast.trainer.data.dataset import Samples
+from holdfast.trainer.data.megatron import megatron_stream
+from holdfast.trainer.data.mixture import mixture_samples
 from holdfast.trainer.data.synthetic import markov_samples
+from holdfast.trainer.data.text import text_stream
+from holdfast.trainer.data.windows import StreamPart, TokenStream, split_part, window_samples
 
 
-def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str):
-    return markov_samples(vocab=vocab, seq_len=seq_len, seed=seed, split=split)
+def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str) -> Samples:
+    """The samples of one split; see `holdfast.trainer.data.open_dataset`.
+
+    Raises:
+        DataError: data that cannot be used.
+        ValueError: a split of another name, or a sequence without a token.
+    """
+    check_data_config(data)
+    if split not in ("train", "eval"):
+        raise ValueError(f'split "{split}": allowed are "train" and "eval"')
+    if seq_len < 1:
+        raise ValueError(f"seq_len = {seq_len}: a sequence has at least one token")
+    if data.kind == "synthetic":
+        return markov_samples(vocab=vocab, seq_len=seq_len, seed=seed, split=split)
+    parts = _parts(data, vocab=vocab, seq_len=seq_len, split=split)
+    if not data.weights:
+        return window_samples(parts, seq_len=seq_len, vocab=vocab, seed=seed, name=split)
+    sources = tuple(
+        window_samples((part,), seq_len=seq_len, vocab=vocab, seed=seed, name=f"{split} {number}")
+        for number, part in enumerate(parts)
+    )
+    return mixture_samples(sources, data.weights)
+
+
+def split_tokens(data: DataConfig, *, vocab: int, seq_len: int, split: str) -> np.ndarray:
+    """All tokens of one split of a corpus in their order: int64[tokens], in memory.
+
+    For statistics of corpora that fit, such as `bigram_loss`.
+
+    Raises:
+        DataError: data that cannot be used.
+        ValueError: synthetic data, which has no stream.
+    """
+    if data.kind == "synthetic":
+        raise ValueError("synthetic data is not a stream: take samples from open_dataset")
+    check_data_config(data)
+    parts = _parts(data, vocab=vocab, seq_len=seq_len, split=split)
+    return np.concatenate([part.stream.read(part.start, part.stop) for part in parts])
+
+
+def _parts(data: DataConfig, *, vocab: int, seq_len: int, split: str) -> tuple[StreamPart, ...]:
+    """One part per corpus: text without weights is one corpus, else every path is one."""
+    streams: list[TokenStream]
+    if data.kind == "megatron":
+        streams = [megatron_stream(prefix) for prefix in data.path]
+    else:
+        corpora = [[path] for path in data.path] if data.weights else [data.path]
+        streams = [text_stream(paths, tokenizer=data.tokenizer, vocab=vocab) for paths in corpora]
+    return tuple(
+        split_part(stream, seq_len=seq_len, eval_fraction=data.eval_fraction, split=split)
+        for stream in streams
+    )

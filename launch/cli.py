@@ -1,0 +1,121 @@
+"""The `holdfast` command. torch is imported only by what computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from holdfast.parallel.errors import HoldfastError
+from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.run_directory import choose_root, open_run
+from holdfast.trainer.world import world_from_environment
+
+app = typer.Typer(
+    name="holdfast",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain language models over many machines, in any layout, with the same bits.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Work with training data.")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated."),
+]
+
+
+@app.command()
+def train(
+    config: Config,
+    nproc: Annotated[
+        int, typer.Option(help="Workers on this machine; by default what the layout needs.")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/NAME-N.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, none, or the path of a checkpoint.")] = "auto",
+    overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
+) -> None:
+    """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker."""
+    world = world_from_environment(os.environ)
+    if world is not None:
+        from holdfast.trainer.entry import enter
+
+        raise typer.Exit(enter(config, overrides, out, resume, world))
+    run_config = load_config(config, overrides)
+    workers = nproc or run_config.parallel.ranks
+    check_config(run_config, workers)
+    run = open_run(choose_root(config, out), run_config, resume)
+    from holdfast.launch.local import run_local
+
+    raise typer.Exit(run_local(run_config, run, workers))
+
+
+@app.command()
+def plan(
+    config: Config,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Print layout, memory by rank, bubble and program, without starting a worker."""
+    from holdfast.trainer.plan_report import plan_report
+
+    report = plan_report(load_config(config, overrides))
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        Console().print(report.renderable())
+
+
+@app.command()
+def check(
+    config: Config,
+    steps: Annotated[int, typer.Option(help="Steps to replay.", min=1)] = 3,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Replay this layout at tiny size in float64 against one process; name what is wrong."""
+    run_config: RunConfig = load_config(config, overrides)
+    from holdfast.launch.check import check_layout
+
+    raise typer.Exit(check_layout(run_config, steps))
+
+
+@data_app.command()
+def prepare(
+    inputs: Annotated[list[Path], typer.Argument(help="UTF-8 files or folders.")],
+    output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json.")] = "bytes",
+) -> None:
+    """Write text as Megatron .bin/.idx, which `data.kind = "megatron"` reads."""
+    from holdfast.trainer.data.prepare import prepare as write
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("tokenizing", total=None)
+        counts = write(
+            [str(path) for path in inputs],
+            str(output),
+            tokenizer,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    typer.echo(f"{output}.bin, {output}.idx: {counts}")
+
+
+def main() -> None:
+    """Run the command; an error is one line and an exit code, never a traceback."""
+    try:
+        app()
+    except HoldfastError as error:
+        print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

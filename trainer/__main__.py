@@ -1,0 +1,33 @@
+"""`python -m holdfast.trainer CONFIG.toml`: one worker under torchrun, srun or mpirun, or a run alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from holdfast.parallel.errors import HoldfastError
+from holdfast.trainer.entry import enter
+from holdfast.trainer.world import WorldInfo, world_from_environment
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m holdfast.trainer", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", default="auto")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    arguments = parser.parse_args()
+    try:
+        world = world_from_environment(os.environ)
+    except HoldfastError as error:
+        print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    if world is None:
+        world = WorldInfo(0, 1, 0, 1, 0, "127.0.0.1", 0, True)
+    return enter(arguments.config, arguments.set, arguments.out, arguments.resume, world)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

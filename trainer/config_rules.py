@@ -1,0 +1,217 @@
+"""The rules that keys must keep, one line per broken rule: the key, its value, what to change."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from holdfast.parallel.errors import ConfigError, ScheduleError
+from holdfast.parallel.schedule import placement
+from holdfast.trainer.data.config import check_data_config
+
+if TYPE_CHECKING:
+    from holdfast.trainer.config import RunConfig
+
+
+def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
+    """All broken rules, in the order of the sections; empty when the configuration is sound. Pure."""
+    rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+        _ranges,
+        _model,
+        _data,
+        _batch,
+        _layout,
+        _pipeline,
+        _not_in_this_version,
+    )
+    problems = [problem for rule in rules for problem in rule(config)]
+    if world_size is not None and world_size != config.parallel.ranks:
+        p = config.parallel
+        problems.append(
+            f"{world_size} workers were started, but tensor {p.tensor} x pipeline {p.pipeline} x data "
+            f"{p.data} needs {p.ranks}; change parallel.data, or start {p.ranks}"
+        )
+    return problems
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    at_least_one = {
+        "model": ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab", "max_seq_len"),
+        "train": ("steps", "seq_len", "global_batch", "micro_batch", "threads_per_rank"),
+        "optimizer": ("block_elements",),
+        "parallel": ("tensor", "pipeline", "data", "context", "expert", "virtual"),
+        "log": ("every",),
+    }
+    at_least_zero = {
+        "model": ("head_dim", "init_std"),
+        "train": ("seed", "clip_grad_norm", "eval_every"),
+        "optimizer": ("min_lr", "warmup_steps", "weight_decay"),
+        "checkpoint": ("every", "keep"),
+        "offload": ("limit_gib",),
+        "data": ("seed",),
+    }
+    for least, table in ((1, at_least_one), (0, at_least_zero)):
+        for section, keys in table.items():
+            for key in keys:
+                value = getattr(getattr(config, section), key)
+                if not value >= least:
+                    yield f"{section}.{key} = {value}: must be {least} or more"
+    for section, key in (("optimizer", "lr"), ("optimizer", "eps"), ("model", "norm_eps")):
+        value = getattr(getattr(config, section), key)
+        if not (value > 0 and math.isfinite(value)):
+            yield f"{section}.{key} = {value}: must be greater than 0"
+    for number, beta in enumerate(config.optimizer.betas):
+        if not 0 <= beta < 1:
+            yield f"optimizer.betas[{number}] = {beta}: must be at least 0 and less than 1"
+    if not 0 <= config.model.dropout < 1:
+        yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
+    if not 8 <= config.numerics.fraction_bits <= 60:
+        yield (
+            f"numerics.fraction_bits = {config.numerics.fraction_bits}: must be 8 to 60; the range of a "
+            "gradient sum is 2**(63 - fraction_bits)"
+        )
+    if config.train.eval_every and config.train.eval_batches < 1:
+        yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"
+    for step in config.log.trace_steps:
+        if not 1 <= step <= config.train.steps:
+            yield f"log.trace_steps has {step}: steps are 1 to train.steps = {config.train.steps}"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if min(model.heads, model.kv_heads, model.hidden) < 1:
+        return
+    if not model.head_dim and model.hidden % model.heads:
+        yield (
+            f"model.hidden = {model.hidden} is not divisible by model.heads = {model.heads}; change one "
+            "of them, or set model.head_dim"
+        )
+    elif model.dim_per_head % 2:
+        yield (
+            f"the head dimension is {model.dim_per_head}, and rotary embedding needs an even one; "
+            "change model.hidden, model.heads or model.head_dim"
+        )
+    if model.heads % model.kv_heads:
+        yield (
+            f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; each "
+            "key and value head serves the same number of query heads"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    try:
+        check_data_config(config.data)
+    except ConfigError as error:
+        yield str(error)
+    if config.data.kind == "text" and config.data.tokenizer == "bytes" and config.model.vocab < 257:
+        yield (
+            f"model.vocab = {config.model.vocab} is too small for data.tokenizer = 'bytes', which has "
+            "256 bytes and a separator; set it to 257 or more"
+        )
+    if config.train.eval_every and config.data.eval_fraction == 0:
+        yield "train.eval_every needs held-out data; set data.eval_fraction above 0"
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    train, data = config.train, config.parallel.data
+    if train.micro_batch >= 1 and train.global_batch % train.micro_batch:
+        yield (
+            f"train.global_batch = {train.global_batch} is not divisible by train.micro_batch = "
+            f"{train.micro_batch}; change one of them"
+        )
+    elif train.micro_batch >= 1 and train.global_batch // train.micro_batch < data:
+        yield (
+            f"a step has {train.global_batch // train.micro_batch} micro-batches, fewer than "
+            f"parallel.data = {data} replicas; lower parallel.data or raise train.global_batch"
+        )
+    if train.seq_len > config.model.max_seq_len:
+        yield (
+            f"train.seq_len = {train.seq_len} exceeds model.max_seq_len = {config.model.max_seq_len}; "
+            "lower the one or raise the other"
+        )
+    if config.optimizer.warmup_steps > train.steps:
+        yield (
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} exceeds train.steps = "
+            f"{train.steps}; lower it"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield (
+            f"optimizer.min_lr = {config.optimizer.min_lr} exceeds optimizer.lr = {config.optimizer.lr}; "
+            "lower it"
+        )
+
+
+def _layout(config: RunConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    tensor = parallel.tensor
+    if tensor < 1 or model.kv_heads < 1:
+        return
+    if model.heads % tensor:
+        yield (
+            f"model.heads = {model.heads} is not divisible by parallel.tensor = {tensor}; every tensor "
+            "rank takes the same number of heads"
+        )
+    elif model.kv_heads % tensor and tensor % model.kv_heads:
+        yield (
+            f"model.kv_heads = {model.kv_heads} and parallel.tensor = {tensor}: one must divide the "
+            "other, so that key and value heads are split or shared evenly"
+        )
+    if tensor > min(model.vocab, model.intermediate):
+        yield f"parallel.tensor = {tensor} exceeds model.vocab or model.intermediate; lower it"
+    if tensor > 1 and parallel.sequence_parallel and config.train.seq_len % tensor:
+        yield (
+            f"train.seq_len = {config.train.seq_len} is not divisible by parallel.tensor = {tensor}, "
+            "which splits sequences; change it, or set parallel.sequence_parallel = false"
+        )
+
+
+def _pipeline(config: RunConfig) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.layers
+    if min(parallel.pipeline, parallel.virtual) < 1:
+        return
+    try:
+        placement(parallel.schedule, parallel.pipeline, parallel.virtual)
+    except ScheduleError as error:
+        yield str(error)
+    chunks = parallel.pipeline * parallel.virtual
+    given = parallel.blocks_per_chunk
+    if not given:
+        if layers % chunks:
+            yield (
+                f"model.layers = {layers} is not divisible by parallel.pipeline x parallel.virtual = "
+                f"{chunks}; change one of them, or give an uneven split in parallel.blocks_per_chunk"
+            )
+    elif len(given) != chunks or sum(given) != layers or min(given[1:-1], default=1) < 1:
+        yield (
+            f"parallel.blocks_per_chunk = {given}: must be {chunks} numbers (pipeline x virtual) that add "
+            f"up to model.layers = {layers}, each 1 or more (0 for the first or last)"
+        )
+    elif min(given) < 0:
+        yield f"parallel.blocks_per_chunk = {given}: numbers must not be negative"
+
+
+def _not_in_this_version(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    for key in ("context", "expert"):
+        if getattr(parallel, key) > 1:
+            yield f"parallel.{key} = {getattr(parallel, key)}: not available in this version; set it to 1"
+    if parallel.backend == "mpi":
+        yield "parallel.backend = 'mpi': not available in this version; use 'gloo' or 'nccl'"
+    if config.elastic.enabled:
+        yield "elastic.enabled = true: not available in this version; set it to false"
+    if config.offload.activations != "none":
+        yield (
+            f"offload.activations = {config.offload.activations!r}: not available in this version; set "
+            "it to 'none'"
+        )
+    if config.checkpoint.every or config.checkpoint.path:
+        yield (
+            "checkpoint.every and checkpoint.path: checkpoints are not available in this version; leave "
+            "them out"
+        )
+    if config.data.kind == "megatron" and importlib.util.find_spec("megatron") is None:
+        yield (
+            "data.kind = 'megatron' needs megatron-core; pip install 'holdfast[megatron]'"
+        )

@@ -1,0 +1,150 @@
+"""Tokenised corpora of Megatron: `.bin`/`.idx` pairs, read by megatron-core's IndexedDataset.
+
+`PREFIX.idx` holds a header of 34 bytes (magic, version, dtype code, number of sequences, number of
+document boundaries), then the length (int32), byte offset (int64) of every sequence and the document
+boundaries (int64); `PREFIX.bin` holds the tokens. Written in order, as Megatron's tools and ours do,
+the `.bin` file is the concatenation of all documents, so a window is one read at a known offset and
+nothing has to be built or searched, whatever the size.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from holdfast.parallel.errors import DataError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+INTEGER_CODES = {1, 2, 3, 4, 5, 8}
+SAMPLED_BYTES = 2**16
+CHECKED_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronStream:
+    """A `TokenStream` over one `.bin`/`.idx` pair.
+
+    Attributes:
+        name: what messages call it.
+        count: number of tokens.
+        fingerprint: of the sizes and of the first and last bytes of both files (reading whole
+            corpora would take minutes).
+        dataset: megatron-core's reader.
+    """
+
+    name: str
+    count: int
+    fingerprint: str
+    dataset: IndexedDataset
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 of the concatenated documents: int64[stop - start]."""
+        dtype = self.dataset.index.dtype
+        offset_bytes = start * np.dtype(dtype).itemsize
+        tokens = self.dataset.bin_reader.read(dtype, stop - start, offset_bytes)
+        return tokens.astype(np.int64)
+
+
+def indexed_dataset_module() -> ModuleType:
+    """megatron-core's `indexed_dataset` module. Takes seconds the first time: it imports the rest.
+
+    Raises:
+        DataError: megatron-core is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            # on import it lists the optional accelerators that are missing: of no use here
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets import indexed_dataset
+    except ImportError as error:
+        raise DataError(
+            "Megatron's .bin/.idx files need megatron-core, which cannot be imported "
+            f"({error}); run: pip install 'holdfast[megatron]'"
+        ) from error
+    return indexed_dataset
+
+
+def megatron_stream(prefix: str) -> MegatronStream:
+    """Open the pair `PREFIX.bin`, `PREFIX.idx`; either file's name is taken as the prefix too.
+
+    Raises:
+        DataError: missing, damaged or not Megatron's format, not integers, or not in order;
+            or megatron-core is not installed.
+    """
+    base = prefix.removesuffix(".bin").removesuffix(".idx")
+    name = f'data.path "{prefix}"'
+    index_path, token_path = Path(base + ".idx"), Path(base + ".bin")
+    for path in (index_path, token_path):
+        if not path.is_file():
+            raise DataError(
+                f"{name}: {path} does not exist; name the prefix that .bin and .idx share"
+            )
+    _check_index(index_path, name)
+    size_bytes = token_path.stat().st_size
+    if size_bytes == 0:
+        raise DataError(f"{name}: {token_path} is empty; prepare it again")
+    dataset = indexed_dataset_module().IndexedDataset(base)
+    itemsize = np.dtype(dataset.index.dtype).itemsize
+    _check_order(dataset, size_bytes, itemsize, name)
+    digest = blake2b(f"megatron 1 {HEADER.size} {size_bytes}".encode(), digest_size=16)
+    for path in (index_path, token_path):
+        digest.update(_ends(path))
+    return MegatronStream(name, size_bytes // itemsize, digest.hexdigest(), dataset)
+
+
+def _check_index(path: Path, name: str) -> None:
+    """Check the header and the length, which megatron-core asserts or takes on trust."""
+    with path.open("rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise DataError(f"{name}: {path} is not a Megatron index; prepare the data again")
+    _, version, code, sequences, boundaries = HEADER.unpack(head)
+    if version != 1:
+        raise DataError(f"{name}: {path} has version {version}, known is 1; prepare it again")
+    if code not in INTEGER_CODES:
+        raise DataError(f"{name}: {path} has dtype code {code}, token ids are integers")
+    needed = HEADER.size + 12 * sequences + 8 * boundaries
+    if sequences == 0 or boundaries == 0 or path.stat().st_size < needed:
+        raise DataError(
+            f"{name}: {path} has {path.stat().st_size} bytes, its {sequences} sequences need "
+            f"{needed}; it is empty or cut off, prepare the data again"
+        )
+
+
+def _check_order(dataset: IndexedDataset, size_bytes: int, itemsize: int, name: str) -> None:
+    """Raise unless the sequences lie one after another and fill the `.bin` file."""
+    lengths, pointers = dataset.index.sequence_lengths, dataset.index.sequence_pointers
+    expected = 0
+    for start in range(0, len(lengths), CHECKED_AT_ONCE):
+        sizes = lengths[start : start + CHECKED_AT_ONCE].astype(np.int64) * itemsize
+        ends = expected + np.cumsum(sizes)
+        if not np.array_equal(pointers[start : start + CHECKED_AT_ONCE], ends - sizes):
+            raise DataError(
+                f"{name}: sequences do not lie one after another in the .bin file; merge or "
+                "prepare the data again"
+            )
+        expected = int(ends[-1])
+    if expected != size_bytes:
+        raise DataError(
+            f"{name}: the index counts {expected} bytes of tokens, the .bin file has {size_bytes}; "
+            "the two do not belong together or one is cut off, prepare the data again"
+        )
+
+
+def _ends(path: Path) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(SAMPLED_BYTES)
+        file.seek(max(0, path.stat().st_size - SAMPLED_BYTES))
+        return first + file.read(SAMPLED_BYTES)

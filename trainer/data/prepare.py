@@ -1,0 +1,154 @@
+"""Writes `.bin`/`.idx` pairs from text, through megatron-core's IndexedDatasetBuilder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from holdfast.parallel.errors import DataError
+from holdfast.trainer.data.documents import DocumentFile, list_documents, read_documents
+from holdfast.trainer.data.megatron import indexed_dataset_module
+from holdfast.trainer.data.text import encode_documents
+from holdfast.trainer.data.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `prepare` wrote."""
+
+    documents: int
+    tokens: int
+    vocab: int
+    bin_path: Path
+    idx_path: Path
+
+
+def prepare(
+    inputs: Sequence[str],
+    output_prefix: str | Path,
+    tokenizer: str = "bytes",
+    *,
+    json_key: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Tokenise files into `OUTPUT_PREFIX.bin` and `.idx`, readable by Megatron.
+
+    Every document ends with the tokenizer's separator. Both files are written under other names
+    and renamed when complete, the index last; after an error nothing is left.
+
+    Args:
+        inputs: files and folders, as in `data.path`; a file is a document. None: the Python
+            standard library.
+        output_prefix: path without suffix; its folder is made.
+        tokenizer: "bytes" or the path of a `tokenizer.json`.
+        json_key: when given, the inputs are JSON Lines, and each line's value under this key is a
+            document.
+        overwrite: replace existing files.
+        progress: called with (bytes of input read, bytes of input in all).
+
+    Returns:
+        Counts, and `vocab`: the smallest `model.vocab` that holds every id of the tokenizer.
+
+    Raises:
+        DataError: input that cannot be used, output that exists, or megatron-core missing.
+    """
+    files = list_documents(inputs, key="input")
+    encoder = load_tokenizer(tokenizer, key="tokenizer")
+    bin_path, idx_path = Path(f"{output_prefix}.bin"), Path(f"{output_prefix}.idx")
+    for path in (bin_path, idx_path):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path} exists already; name another output, or say overwrite")
+    indexed = indexed_dataset_module()
+    partial_bin, partial_idx = (
+        path.with_name(f"{path.name}.partial-{os.getpid()}") for path in (bin_path, idx_path)
+    )
+    documents = tokens = 0
+    try:
+        bin_path.parent.mkdir(parents=True, exist_ok=True)
+        dtype = indexed.DType.optimal_dtype(encoder.vocab)
+        builder = indexed.IndexedDatasetBuilder(str(partial_bin), dtype=dtype)
+        try:
+            for encoded in encode_documents(_documents(files, json_key, progress), encoder):
+                builder.add_document(encoded, [len(encoded)])
+                documents += 1
+                tokens += len(encoded)
+        finally:
+            builder.data_file.close()
+        if tokens == 0:
+            raise DataError(f"{list(inputs)}: no text in {len(files)} files; nothing was written")
+        builder.finalize(str(partial_idx))
+        for path in (partial_bin, partial_idx):
+            _sync(path)
+        # a reader needs both: without the index the pair does not exist
+        idx_path.unlink(missing_ok=True)
+        partial_bin.rename(bin_path)
+        partial_idx.rename(idx_path)
+        _sync(bin_path.parent)
+    except OSError as error:
+        raise DataError(
+            f"{output_prefix}: cannot be written ({error.strerror}); name a folder with room that "
+            "you may write"
+        ) from error
+    finally:
+        partial_bin.unlink(missing_ok=True)
+        partial_idx.unlink(missing_ok=True)
+    return Prepared(documents, tokens, encoder.vocab, bin_path, idx_path)
+
+
+def _documents(
+    files: Sequence[DocumentFile],
+    json_key: str | None,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[bytes]:
+    total_bytes = sum(file.size_bytes for file in files)
+    read_bytes = 0
+
+    def counted() -> Iterator[DocumentFile]:
+        nonlocal read_bytes
+        for file in files:
+            yield file
+            read_bytes += file.size_bytes
+            if progress is not None:
+                progress(read_bytes, total_bytes)
+
+    if json_key is None:
+        yield from read_documents(counted(), key="input")
+        return
+    for file in counted():
+        yield from _json_lines(file, json_key)
+
+
+def _json_lines(file: DocumentFile, key: str) -> Iterator[bytes]:
+    try:
+        lines = file.path.open("rb")
+    except OSError as error:
+        raise DataError(
+            f'input "{file.path}": cannot be read ({error.strerror}); make it readable or leave it out'
+        ) from error
+    with lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = msgspec.json.decode(line, type=dict[str, msgspec.Raw])[key]
+                document = msgspec.json.decode(text, type=str)
+            except (KeyError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise DataError(
+                    f'{file.path}, line {number}: no JSON object with text under "{key}" '
+                    f"({error}); correct the line or name another key"
+                ) from error
+            if document:
+                yield document.encode("utf-8", errors="replace")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

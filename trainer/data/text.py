@@ -1,0 +1,86 @@
+"""Text corpora: files, tokenised once per machine, as one stream of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+
+import msgspec
+import numpy as np
+
+from holdfast.parallel.errors import DataError
+from holdfast.trainer.data.documents import list_documents, read_documents
+from holdfast.trainer.data.token_cache import CachedTokens, TokenWriter, cached_tokens
+from holdfast.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from holdfast.trainer.data.windows import check_tokens
+
+# documents are handed to the tokenizer in groups of about this size, which it spreads over cores
+GROUP_BYTES = 4 * 2**20
+
+
+def text_stream(paths: Sequence[str], *, tokenizer: str, vocab: int) -> CachedTokens:
+    """The documents of the paths as one stream, each followed by the tokenizer's separator.
+
+    Tokens are cached by the paths, sizes and modification times of the files and by the content of
+    the tokenizer.
+
+    Args:
+        paths: files and folders; none: the Python standard library.
+        tokenizer: "bytes" or the path of a `tokenizer.json`.
+        vocab: of the model; every token has to be below it.
+
+    Raises:
+        DataError: unreadable or not UTF-8, a bad tokenizer, or a token beyond the vocabulary.
+    """
+    encoder = load_tokenizer(tokenizer)
+    if tokenizer == "bytes" and vocab < encoder.vocab:
+        raise DataError(
+            f'model.vocab = {vocab}: data.tokenizer = "bytes" needs at least {encoder.vocab} '
+            "(256 bytes and the document separator, id 256); set model.vocab to that or more"
+        )
+    files = list_documents(paths)
+    state = [(str(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
+    named = msgspec.json.encode(["text 1", encoder.fingerprint, encoder.separator, state])
+
+    def write(writer: TokenWriter) -> None:
+        for tokens in encode_documents(read_documents(files), encoder):
+            writer.append(tokens)
+
+    stream = cached_tokens(
+        blake2b(named, digest_size=16).hexdigest(),
+        name=stream_name(paths),
+        vocab=encoder.vocab,
+        write=write,
+    )
+    if stream.largest >= vocab:
+        first = int(np.argmax(stream.tokens >= vocab))
+        check_tokens(stream.read(first, first + 1), vocab, name=stream.name, start=first)
+    return stream
+
+
+def encode_documents(documents: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of each document, its separator included, one array per document."""
+    end = np.array([] if tokenizer.separator is None else [tokenizer.separator], dtype=np.int64)
+    for group in _groups(documents):
+        for tokens in tokenizer.encode(group):
+            yield np.concatenate([tokens, end])
+
+
+def stream_name(paths: Sequence[str]) -> str:
+    """What messages call the corpus of these paths."""
+    if not paths:
+        return "data.path [] (the Python standard library)"
+    return f'data.path "{paths[0]}"' + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def _groups(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    group: list[bytes] = []
+    size_bytes = 0
+    for document in documents:
+        group.append(document)
+        size_bytes += len(document)
+        if size_bytes >= GROUP_BYTES:
+            yield group
+            group, size_bytes = [], 0
+    if group:
+        yield group

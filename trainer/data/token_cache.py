@@ -1,0 +1,178 @@
+"""Token streams kept on disk: made once per machine, shared by its ranks through memory mapping.
+
+An entry is a folder `KEY/` with `tokens.npy` (uint16 or uint32, one dimension) and `entry.json`
+(count, largest id, fingerprint). It is written under another name and renamed, so an entry that
+can be seen is whole; a lock keeps several ranks from doing the same work, but correctness does not
+depend on it (some network file systems have none).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from holdfast.parallel.errors import DataError
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What `entry.json` says about the tokens beside it."""
+
+    count: int
+    largest: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTokens:
+    """A `TokenStream` read through a memory map.
+
+    Attributes:
+        name: what messages call it.
+        tokens: uint16 or uint32 [count].
+        largest: the largest id; -1 when there is none.
+    """
+
+    name: str
+    tokens: np.ndarray
+    largest: int
+    fingerprint: str
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1: int64[stop - start]."""
+        return self.tokens[start:stop].astype(np.int64)
+
+
+class TokenWriter:
+    """Writes `tokens.npy` piece by piece, in constant memory."""
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
+        self._file = file
+        self._dtype = dtype
+        self._hash = blake2b(digest_size=16)
+        self._count = 0
+        self._largest = -1
+        self._header_bytes = self._write_header()
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Add tokens of any integer dtype."""
+        if len(tokens) == 0:
+            return
+        self._largest = max(self._largest, int(tokens.max()))
+        content = np.ascontiguousarray(tokens, dtype=self._dtype).tobytes()
+        self._hash.update(content)
+        self._file.write(content)
+        self._count += len(tokens)
+
+    def finish(self) -> Entry:
+        """Write the final header and put everything on the disk."""
+        self._file.seek(0)
+        # numpy pads headers so that a growing first dimension keeps their length
+        assert self._write_header() == self._header_bytes
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return Entry(self._count, self._largest, self._hash.hexdigest())
+
+    def _write_header(self) -> int:
+        description = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._count,),
+        }
+        np.lib.format.write_array_header_1_0(self._file, description)
+        return self._file.tell()
+
+
+def cache_folder() -> Path:
+    """`$HOLDFAST_CACHE/tokens`, else `$XDG_CACHE_HOME/holdfast/tokens`, else under `~/.cache`."""
+    own = os.environ.get("HOLDFAST_CACHE")
+    if own:
+        return Path(own, "tokens")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "holdfast" / "tokens"
+
+
+def cached_tokens(
+    key: str, *, name: str, vocab: int, write: Callable[[TokenWriter], None]
+) -> CachedTokens:
+    """The tokens of an entry, made by `write` when it does not exist (or is damaged).
+
+    Args:
+        key: names the entry; a digest of everything the tokens depend on.
+        name: what messages call the stream.
+        vocab: ids are below it; decides the dtype on disk.
+        write: adds all tokens. May be called by several processes at once, never usefully.
+
+    Raises:
+        DataError: the cache folder cannot be written; or what `write` raises, with nothing left.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / f"{key}.lock"):
+            found = _open(folder / key, name)
+            if found is None:
+                _make(folder, key, np.dtype("<u2" if vocab <= 2**16 else "<u4"), write)
+                found = _open(folder / key, name)
+    except OSError as error:
+        raise DataError(
+            f"token cache {folder}: cannot be written ({error.strerror}); set HOLDFAST_CACHE to a "
+            "folder with room that you may write"
+        ) from error
+    if found is None:
+        raise DataError(f"token cache {folder / key}: unreadable after writing; check the disk")
+    return found
+
+
+def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter], None]) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
+    try:
+        with (partial / "tokens.npy").open("wb") as file:
+            writer = TokenWriter(file, dtype)
+            write(writer)
+            entry = writer.finish()
+        (partial / "entry.json").write_bytes(msgspec.json.encode(entry))
+        # what stands there did not open: damaged, so it gives way
+        with suppress(FileNotFoundError):
+            (folder / key).rename(partial / "damaged")
+        # a rank on another machine may have been first; its entry is as good
+        with suppress(OSError):
+            shutil.rmtree(partial / "damaged", ignore_errors=True)
+            partial.rename(folder / key)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(path: Path, name: str) -> CachedTokens | None:
+    """The entry, or None when it is missing or damaged."""
+    try:
+        entry = msgspec.json.decode((path / "entry.json").read_bytes(), type=Entry)
+        tokens = np.load(path / "tokens.npy", mmap_mode="r" if entry.count else None)
+    except (OSError, ValueError, EOFError, msgspec.DecodeError):
+        return None
+    if tokens.shape != (entry.count,):
+        return None
+    return CachedTokens(name, tokens, entry.largest, entry.fingerprint)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("wb") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,158 @@
+"""Turns committed steps into records, traces and what is shown; the lowest rank writes the records."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+from collections.abc import Sequence
+from time import perf_counter
+
+import torch
+
+from holdfast.parallel.pipeline import ActionTimes
+from holdfast.trainer.display import Display, Progress, duration
+from holdfast.trainer.flops import step_flops, utilisation
+from holdfast.trainer.metrics import RunRecords, StepMetrics
+from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.trace import Phase, write_trace
+from holdfast.trainer.training import Outcome, Training
+from holdfast.trainer.world import WorldInfo
+
+_RECENT = 20
+"""Steps that the shown rate and time left are taken over."""
+
+
+class Reporter:
+    """What one rank reports of its run. Local."""
+
+    def __init__(self, training: Training, world: WorldInfo, run: RunDirectory) -> None:
+        self._training, self._world, self._run = training, world, run
+        self._config = training.config
+        self._losses: list[float] = []
+        self._eval_loss: float | None = None
+        self._step_times: list[float] = []
+        self._last_s = perf_counter()
+        self._began_s = self._last_s
+        self._records: RunRecords | None = None
+        self._display: Display | None = None
+        if world.rank == 0:
+            tensorboard = run.tensorboard if self._config.log.tensorboard else None
+            self._records = RunRecords(run.metrics, run.events, tensorboard)
+            self._display = Display(run.root.name, training.plan, every=self._config.log.every)
+            self._display.start()
+
+    def step(
+        self,
+        step: int,
+        outcome: Outcome,
+        lr: float,
+        phases: Sequence[Phase],
+        times: ActionTimes,
+        eval_loss: float | None,
+    ) -> None:
+        """Report one committed step, counted from 0."""
+        config = self._config
+        if step + 1 in config.log.trace_steps:
+            at = self._training.plan.mesh.coordinates(self._world.rank)
+            label = (
+                f"rank {self._world.rank} (stage {at.pipeline}, replica {at.data}, tensor {at.tensor})"
+            )
+            write_trace(self._run.trace, self._world.rank, label, step + 1, phases, times)
+        now = perf_counter()
+        step_s, self._last_s = now - self._last_s, now
+        if self._records is None or self._display is None:
+            return
+        self._losses.append(outcome.loss)
+        self._step_times.append(step_s)
+        self._eval_loss = eval_loss if eval_loss is not None else self._eval_loss
+        rate = self._training.step_tokens / step_s
+        metrics = StepMetrics(
+            step=step + 1,
+            loss=outcome.loss,
+            loss_hex=outcome.loss.hex(),
+            grad_norm=outcome.grad_norm,
+            grad_norm_hex=outcome.grad_norm.hex(),
+            lr=lr,
+            tokens=(step + 1) * self._training.step_tokens,
+            step_s=step_s,
+            tokens_per_s=rate,
+            world=self._world.world_size,
+            generation=self._training.plan.generation,
+        )
+        memory_gib = self._peak_memory_gib()
+        extra = {"memory/max_active(GiB)": memory_gib}
+        mfu = self._utilisation(step_s)
+        if mfu is not None:
+            extra["mfu(%)"] = 100 * mfu
+        if eval_loss is not None:
+            extra["validation_metrics/loss"] = eval_loss
+            self._records.event("evaluated", step=step + 1, loss=eval_loss, loss_hex=eval_loss.hex())
+        self._records.step(metrics, extra)
+        recent = statistics.median(self._step_times[-_RECENT:])
+        self._display.show(
+            Progress(
+                step=step + 1,
+                steps=config.train.steps,
+                loss=outcome.loss,
+                grad_norm=outcome.grad_norm,
+                lr=lr,
+                tokens_per_s=self._training.step_tokens / recent,
+                left_s=(config.train.steps - step - 1) * recent,
+                memory_gib=memory_gib,
+                eval_loss=eval_loss,
+                mfu=mfu,
+            )
+        )
+
+    def skipped(self, step: int, outcome: Outcome) -> None:
+        """Record a step that was not applied."""
+        if self._records is not None:
+            self._records.event(
+                "step_skipped",
+                step=step + 1,
+                nonfinite_ranks=outcome.nonfinite_ranks,
+                out_of_range_ranks=outcome.out_of_range_ranks,
+            )
+
+    def finished(self, digest: str) -> None:
+        """Record and show that the run reached its last step."""
+        if self._records is None or self._display is None:
+            return
+        total_s = perf_counter() - self._began_s
+        steps = self._config.train.steps
+        self._records.event(
+            "run_finished", steps=steps, total_s=total_s, parameter_digest=digest
+        )
+        losses = self._losses or [float("nan")]
+        median_s = statistics.median(self._step_times) if self._step_times else float("nan")
+        summary = [
+            ("steps", f"{steps} in {duration(total_s)}"),
+            ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"),
+            ("speed", f"{self._training.step_tokens / median_s:,.0f} tokens/s (median step)"),
+            ("parameters", f"sha256 {digest[:16]}"),
+            ("run", str(self._run.root)),
+        ]
+        if self._eval_loss is not None:
+            summary.insert(2, ("held-out loss", f"{self._eval_loss:.4f}"))
+        self._display.finish(summary)
+
+    def close(self) -> None:
+        if self._display is not None:
+            self._display.stop()
+        if self._records is not None:
+            self._records.close()
+
+    def _utilisation(self, step_s: float) -> float | None:
+        device = self._training.device
+        if device.type != "cuda":
+            return None
+        flops = step_flops(self._training.plan.layers, self._training.step_micro_batches)
+        name = torch.cuda.get_device_name(device)
+        return utilisation(flops, step_s, self._world.world_size, name)
+
+    def _peak_memory_gib(self) -> float:
+        """Peak of torch's allocator on a GPU, of resident memory on CPU; of this rank."""
+        device = self._training.device
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,127 @@
+"""The sections of a configuration that belong to no other folder: names, types and defaults.
+
+The names are a contract (docs/configuration.md): keys are added, never renamed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One table of the TOML file; unknown keys are errors."""
+
+
+class TrainConfig(Section):
+    """How much is trained, and how a micro-batch is computed."""
+
+    steps: int = 100
+    seq_len: int = 128
+    global_batch: int = 16
+    """Sequences per step, over all replicas; never changes with the number of ranks."""
+    micro_batch: int = 2
+    seed: int = 1234
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 has fp32 master weights; fp64 is what `holdfast check` computes in."""
+    clip_grad_norm: float = 1.0
+    """0: no clipping."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    threads_per_rank: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every: int = 0
+    """Steps between evaluations on held-out data; 0: none."""
+    eval_batches: int = 8
+    """Global batches per evaluation."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_steps: int = 10
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Of matrices; norm weights do not decay."""
+    block_elements: int = 1048576
+
+
+class NumericsConfig(Section):
+    """How gradients are summed."""
+
+    reduction: Literal["exact", "fast"] = "exact"
+    fraction_bits: int = 44
+    nonfinite: Literal["error", "skip"] = "error"
+
+
+class ParallelConfig(Section):
+    """The layout: tensor x pipeline x data ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    virtual: int = 1
+    """Model chunks per pipeline rank."""
+    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v"] = "1f1b"
+    sequence_parallel: bool = True
+    """With tensor > 1: hidden states are split along the sequence between layers."""
+    backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
+    blocks_per_chunk: list[int] = []  # noqa: RUF012  (msgspec copies defaults)
+    """Blocks of each model chunk, in forward order; empty: an even split."""
+    micro_batch_order: Literal["ascending", "descending", "shuffled"] = "ascending"
+    """In which order a replica computes its micro-batches; results do not depend on it."""
+
+    @property
+    def ranks(self) -> int:
+        """Workers that this layout takes."""
+        return self.tensor * self.pipeline * self.data
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and where."""
+
+    every: int = 0
+    keep: int = 3
+    path: str = ""
+    policy: Literal["wait", "skip"] = "wait"
+    verify: bool = True
+
+
+class OffloadConfig(Section):
+    """Where activations wait for their backward pass."""
+
+    activations: Literal["none", "ssd", "host"] = "none"
+    path: str = ""
+    limit_gib: float = 0.0
+
+
+class ElasticConfig(Section):
+    """What happens when ranks are lost or come back."""
+
+    enabled: bool = False
+    redundancy: int = 1
+    min_ranks: int = 1
+    heartbeat_ms: int = 100
+    heartbeat_timeout_ms: int = 600
+    hang_timeout_s: float = 10.0
+    respawn: bool = True
+    verify_every: int = 100
+    local_nodes: int = 1
+    lighthouse: str = ""
+
+
+class LogConfig(Section):
+    """What is reported."""
+
+    every: int = 1
+    """Steps between progress lines; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    trace_steps: list[int] = []  # noqa: RUF012
+    """Steps, counted from 1, whose actions are written for Perfetto."""

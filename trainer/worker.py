@@ -1,0 +1,119 @@
+"""One worker process: logging, store, training, and how its end is reported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import Store, TCPStore
+
+from holdfast.parallel.errors import PeerLost
+from holdfast.trainer.config import RunConfig, check_config
+from holdfast.trainer.loop import train
+from holdfast.trainer.run_directory import RankError, RunDirectory, read_error, write_error
+from holdfast.trainer.world import WorldInfo
+
+STORE_TIMEOUT_S = 300.0
+_SETTLE_S = 2.0
+"""How long a rank that lost a peer waits for the peer's own reason before it gives its own."""
+
+logger = logging.getLogger("holdfast")
+
+Target = Callable[[RunConfig, WorldInfo, Store, RunDirectory], None]
+
+
+def connect(world: WorldInfo) -> Store:
+    """The rendezvous store of the run; hosted here if the launcher says so.
+
+    Raises:
+        PeerLost: nobody answers at its address, or the port is taken by somebody else.
+    """
+    try:
+        return TCPStore(
+            world.store_host,
+            world.store_port,
+            is_master=world.store_is_server,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=STORE_TIMEOUT_S),
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PeerLost(
+            f"the rendezvous store at {world.store_host}:{world.store_port} cannot be used: {reason}; "
+            "free the port or choose another (MASTER_PORT)"
+        ) from error
+
+
+def log_to_file(run: RunDirectory, rank: int) -> None:
+    """Send this process's log to its own file, every line with its rank."""
+    run.log(rank).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run.log(rank))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+    )
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def run_worker(
+    config: RunConfig,
+    world: WorldInfo,
+    run: RunDirectory,
+    *,
+    announce: bool,
+    store: Store | None = None,
+    target: Target = train,
+) -> int:
+    """Run `target` as one worker and return the process's exit code.
+
+    Whatever ends the worker is written to its log with a traceback and to its error file in one line.
+
+    Args:
+        store: the rendezvous store where the worker has it already.
+        announce: print the one line too, for workers that nobody watches for their error files. A rank
+            that merely lost a peer stays silent when another has left its reason.
+    """
+    log_to_file(run, world.rank)
+    logger.info("pid %d, %d workers", os.getpid(), world.world_size)
+    try:
+        check_config(config, world.world_size)
+        target(config, world, store or connect(world), run)
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+        return 130
+    except BaseException as error:
+        logger.exception("this worker ends")
+        reason = write_error(run, world.rank, error)
+        if announce and not (isinstance(error, PeerLost) and _somebody_else_knows(run, world)):
+            print(describe(reason, run), file=sys.stderr, flush=True)  # noqa: T201
+        return reason.exit_code
+    logger.info("finished")
+    return 0
+
+
+def describe(reason: RankError, run: RunDirectory) -> str:
+    """The one line (or one per configuration problem) that a person is shown."""
+    return f"holdfast: rank {reason.rank}: {reason.message} (log: {run.log(reason.rank)})"
+
+
+def root_cause(run: RunDirectory, ranks: range) -> RankError | None:
+    """The reason that explains the others: the first rank that failed by itself, else any."""
+    reasons = [found for rank in ranks if (found := read_error(run, rank)) is not None]
+    own = [reason for reason in reasons if reason.kind != PeerLost.__name__]
+    return next(iter(own or reasons), None)
+
+
+def _somebody_else_knows(run: RunDirectory, world: WorldInfo) -> bool:
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        cause = root_cause(run, range(world.world_size))
+        if cause is not None and cause.kind != PeerLost.__name__:
+            return True
+        time.sleep(0.05)
+    first = root_cause(run, range(world.world_size))
+    return first is not None and first.rank < world.rank

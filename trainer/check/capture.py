@@ -89,4 +89,5 @@ def watch_chunk(recorder: ActivationRecorder, chunk: nn.Module, hidden: int) -> 
     """Watch all modules of a chunk under names that do not depend on the layout."""
     for name, module in chunk.named_modules():
         if name:
-            recorder.watch(name, module, hidden)
+            shown = name.removeprefix("layers.").replace("block_", "block.")
+            recorder.watch(shown, module, hidden)

@@ -46,11 +46,14 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 
 def compare(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
     """All findings, the one that comes first in the order of computation first."""
+    steps = range(len(reference.losses))
     findings = _activations(ranks, reference, forward=True)
-    findings += _losses(ranks, reference)
+    findings += _losses(ranks, reference, steps[:1])
     findings += _activations(ranks, reference, forward=False)
     findings += _gradients(ranks, reference)
-    findings += _norms(ranks, reference)
+    findings += _norms(ranks, reference, steps[:1])
+    findings += _losses(ranks, reference, steps[1:])
+    findings += _norms(ranks, reference, steps[1:])
     findings += _parameters(ranks, reference)
     return findings
 
@@ -117,9 +120,12 @@ def _activation_hint(
     return ""
 
 
-def _losses(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
+def _losses(
+    ranks: Sequence[RankCapture], reference: RankCapture, steps: range
+) -> list[Finding]:
     findings = []
-    for step, expected in enumerate(reference.losses):
+    for step in steps:
+        expected = reference.losses[step]
         for number, rank in enumerate(ranks):
             apart = abs(rank.losses[step] - expected) / max(1.0, abs(expected))
             if not apart <= LOSS_TOLERANCE:
@@ -129,15 +135,16 @@ def _losses(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Findin
     return findings
 
 
-def _norms(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
+def _norms(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) -> list[Finding]:
     findings = []
-    for step, expected in enumerate(reference.grad_norms):
+    for step in steps:
+        expected = reference.grad_norms[step]
         for number, rank in enumerate(ranks):
             apart = abs(rank.grad_norms[step] - expected) / max(1.0, abs(expected))
             if not apart <= TENSOR_TOLERANCE:
                 hint = (
-                    "the gradients themselves agree: a parameter is counted once too often or not "
-                    "at all (see ParameterSpec.counts_in_norm)"
+                    "if the gradients agree, a parameter is counted too often or not at all "
+                    "(ParameterSpec.counts_in_norm), or some rank's share of the squares is missing"
                 )
                 findings.append(Finding("gradient norm", f"of step {step + 1}", number, apart, hint))
                 break

@@ -1,0 +1,84 @@
+"""Every instruction set gives the same bits; the environment variable chooses one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from holdfast import _native
+
+# Runs every kernel on mixed lengths and alignments and prints a digest of all that came out.
+PROGRAM = """
+import hashlib
+import numpy as np
+from holdfast import _native as n
+
+digest = hashlib.sha256()
+draw = np.random.default_rng(0)
+kinds = [("f32", np.float32), ("f64", np.float64), ("bf16", np.uint16)]
+for count in (0, 1, 5, 16, 33, 1000, 5003):
+    for shift in (0, 1, 3):
+        for name, dtype in kinds:
+            values = draw.standard_normal(count + shift).astype(np.float32) * 40
+            if count > 5:
+                values[shift + 5] = 4e30
+            if count > 1000:
+                values[shift + 4000] = np.nan
+            source = values.astype(dtype) if name != "bf16" else (values.view(np.uint32) >> 16).astype(dtype)
+            source = source[shift:]
+            sums = draw.integers(-(2**62), 2**62, count + shift)[shift:]
+            flags = getattr(n, "accumulate_" + name)(sums.ctypes.data, source.ctypes.data, count, 44)
+            flags |= n.add_i64(sums.ctypes.data, sums.ctypes.data, count)
+            target = np.zeros(count + shift, dtype)[shift:]
+            dropout = getattr(n, "dropout_scale_" + name)
+            dropout(target.ctypes.data, source.ctypes.data, count, 3, 4, shift, 0.3)
+            digest.update(sums.tobytes() + bytes([flags]) + target.tobytes())
+            if name == "bf16":
+                continue
+            total = getattr(n, "reduce_convert_" + name)(sums.ctypes.data, target.ctypes.data, count, 44)
+            digest.update(target.tobytes() + np.float64(total).tobytes())
+            digest.update(np.float64(getattr(n, "sum_squares_" + name)(target.ctypes.data, count)).tobytes())
+            getattr(n, "philox_uniform_" + name)(target.ctypes.data, count, 5, 6, shift)
+            digest.update(target.tobytes())
+            getattr(n, "philox_normal_" + name)(target.ctypes.data, count, 5, 6, shift, 0.1, 0.7)
+            digest.update(target.tobytes())
+        words = np.zeros(count + shift, np.uint32)[shift:]
+        n.philox_uint32(words.ctypes.data, count, 7, 8, shift)
+        digest.update(words.tobytes() + n.crc32c(words.ctypes.data, words.nbytes).to_bytes(4, "little"))
+print(n.isa(), digest.hexdigest())
+"""
+
+
+def run(isa: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HOLDFAST_NATIVE_ISA": isa, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_vector_kernels_give_the_bits_of_the_portable_ones(isa: str) -> None:
+    result = run(isa)
+    if "cannot run" in result.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    portable = run("portable")
+    assert portable.stdout.split()[0] == "portable", portable.stderr
+    assert result.stdout.split() == [isa, portable.stdout.split()[1]], result.stderr
+
+
+def test_unknown_instruction_set_is_refused_at_import() -> None:
+    result = run("sse9")
+    assert result.returncode != 0
+    assert "allowed: auto, portable, avx2, avx512" in result.stderr
+
+
+def test_auto_names_what_runs() -> None:
+    assert run("auto").stdout.split()[0] in ("portable", "avx2", "avx512")
+    assert _native.isa() in ("portable", "avx2", "avx512")

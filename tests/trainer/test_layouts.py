@@ -1,0 +1,92 @@
+"""Every layout of up to eight ranks computes what one process computes, in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import msgspec
+import pytest
+from cluster import Cluster
+from layouts import all_layouts, tiny
+from runs import world_size_of
+
+from holdfast.trainer.check.capture import RankCapture
+from holdfast.trainer.check.compare import compare
+from holdfast.trainer.check.reference import run_reference
+from holdfast.trainer.config import RunConfig
+
+pytestmark = [pytest.mark.mp, pytest.mark.slow]
+
+
+@cache
+def reference_of(encoded: bytes) -> RankCapture:
+    return run_reference(msgspec.json.decode(encoded, type=RunConfig))
+
+
+def agree(cluster: Cluster, config: RunConfig) -> None:
+    """Loss within 1e-12, gradients, norm and parameters after all steps within 1e-10."""
+    alone = msgspec.structs.replace(
+        config,
+        parallel=type(config.parallel)(),
+        train=msgspec.structs.replace(config.train, recompute="none"),
+    )
+    reference = reference_of(msgspec.json.encode(alone))
+    plain = msgspec.to_builtins(config)
+    ranks = cluster.run("runs:check_layout", world_size_of(config), config=plain, timeout_s=110)
+    findings = compare(ranks, reference)
+    assert findings == [], [str(finding) for finding in findings]
+    seen = {piece.name for rank in ranks for piece in rank.gradients}
+    assert seen == {piece.name for piece in reference.gradients}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("layout", all_layouts(), ids=lambda v: "-".join(map(str, v.values())))
+def test_layout_agrees_with_one_process(
+    cluster: Cluster, layout: dict[str, Any], dropout: float
+) -> None:
+    agree(cluster, tiny(layout, {"dropout": dropout}))
+
+
+OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"tensor": 2, "sequence_parallel": False}, {}),
+    ({"tensor": 4, "sequence_parallel": False}, {}),
+    ({"tensor": 2, "pipeline": 2, "sequence_parallel": False, "schedule": "zb-h1"}, {}),
+    ({"tensor": 2}, {"vocab": 19}),
+    ({"tensor": 4, "sequence_parallel": False}, {"vocab": 19, "intermediate": 23}),
+    ({"pipeline": 2}, {"tie_embeddings": True}),
+    ({"tensor": 2, "pipeline": 2, "data": 2}, {"tie_embeddings": True}),
+    ({"pipeline": 2, "virtual": 2, "schedule": "zb-v", "data": 3}, {"tie_embeddings": True}),
+    ({"pipeline": 4, "schedule": "gpipe"}, {}),
+    ({"pipeline": 2, "virtual": 2, "schedule": "gpipe", "data": 2}, {}),
+    ({"pipeline": 4, "schedule": "zb-h1", "data": 2}, {}),
+    ({"tensor": 2, "pipeline": 2, "schedule": "zb-h1", "data": 2}, {}),
+    ({"pipeline": 3, "virtual": 2, "schedule": "zb-v"}, {}),
+    ({"tensor": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"}, {}),
+    ({"pipeline": 2, "blocks_per_chunk": [3, 1]}, {"layers": 4}),
+    ({"pipeline": 3, "blocks_per_chunk": [0, 2, 2]}, {"layers": 4}),
+    ({"data": 3, "pipeline": 2, "micro_batch_order": "shuffled"}, {}),
+]
+
+
+@pytest.mark.parametrize(("layout", "model"), OTHERS, ids=lambda v: "-".join(map(str, v.values())))
+def test_other_schedules_splits_and_models_agree(
+    cluster: Cluster, layout: dict[str, Any], model: dict[str, Any]
+) -> None:
+    agree(cluster, tiny(layout, model))
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"}], ids=str
+)
+def test_recompute_agrees(cluster: Cluster, layout: dict[str, Any], recompute: str) -> None:
+    config = tiny(layout, {})
+    train = msgspec.structs.replace(config.train, recompute=recompute)
+    agree(cluster, msgspec.structs.replace(config, train=train))
+
+
+def test_fast_reduction_agrees(cluster: Cluster) -> None:
+    config = tiny({"tensor": 2, "data": 2, "pipeline": 2}, {"tie_embeddings": True})
+    numerics = msgspec.structs.replace(config.numerics, reduction="fast")
+    agree(cluster, msgspec.structs.replace(config, numerics=numerics))

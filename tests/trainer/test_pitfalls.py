@@ -1,0 +1,84 @@
+"""Every published layout bug that applies is found when it is put in, and named for what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from cluster import Cluster
+from layouts import tiny
+from runs import world_size_of
+
+from holdfast.trainer.check.compare import compare
+from holdfast.trainer.check.reference import run_reference
+
+pytestmark = [pytest.mark.mp, pytest.mark.slow]
+
+SPLIT = {"tensor": 2, "sequence_parallel": False}
+
+# (bug, layout, model, kind of the first finding, what its line says)
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
+    ("norm_weights_not_summed_over_tensor", {"tensor": 2}, {}, "gradient", "all_reduce over the tensor"),
+    (
+        "shared_kv_heads_not_summed",
+        {"tensor": 4},
+        {},
+        "gradient",
+        "all_reduce over the tensor group is missing",
+    ),
+    ("replicated_weights_counted_by_every_rank", {"tensor": 2}, {}, "gradient norm", "counted"),
+    ("tied_weight_counted_twice", {}, {"tie_embeddings": True}, "gradient", "embed_tokens"),
+    ("copy_to_group_without_all_reduce", SPLIT, {}, "activation gradient", "backward all_reduce"),
+    ("row_parallel_without_sum", SPLIT, {}, "activation", "forward all_reduce"),
+    ("row_parallel_scatter_without_sum", {"tensor": 2}, {}, "activation", "embedding"),
+    ("gradient_summed_once_too_often", SPLIT, {}, "activation gradient", "2 times too large"),
+    ("cross_entropy_over_local_vocabulary", {"tensor": 2}, {}, "loss", "step 1"),
+    ("vocabulary_split_rounded_down", {"tensor": 2}, {"vocab": 19}, "activation", "embedding"),
+    ("dropout_equal_on_sequence_shards", {"tensor": 2}, {}, "activation", "embedding"),
+    ("loss_averaged_over_replicas", {"data": 3}, {}, "loss", "step 1"),
+    ("gradient_scaled_by_pipeline", {"pipeline": 2}, {}, "activation gradient", "head"),
+    ("clipping_by_own_norm", {"pipeline": 2}, {}, "gradient norm", "squares is missing"),
+    (
+        "weight_gradients_computed_twice",
+        {"pipeline": 2, "schedule": "zb-h1"},
+        {},
+        "gradient",
+        "2 times the reference",
+    ),
+    ("replica_reads_another_ones_samples", {"data": 2}, {}, "activation", "embedding"),
+    ("replicas_not_summed", {"data": 2}, {}, "gradient", "data-parallel replicas"),
+    ("parameters_not_gathered", {"data": 2}, {}, "loss", "step 2"),
+    ("gradients_kept_from_the_last_step", {}, {}, "loss", "step 3"),
+]
+
+
+@pytest.mark.parametrize(("bug", "layout", "model", "kind", "said"), CASES, ids=lambda v: str(v)[:40])
+def test_bug_is_found_and_named(
+    cluster: Cluster,
+    bug: str,
+    layout: dict[str, Any],
+    model: dict[str, Any],
+    kind: str,
+    said: str,
+) -> None:
+    config = tiny(layout, model, steps=4)
+    plain = msgspec.to_builtins(config)
+    ranks = cluster.run("runs:check_layout", world_size_of(config), config=plain, bug=bug)
+    findings = compare(ranks, run_reference(config))
+    kinds = [finding.kind for finding in findings]
+    assert kind in kinds, [str(finding) for finding in findings]
+    lines = [str(finding) for finding in findings if finding.kind == kind]
+    assert any(said in line for line in lines), lines
+    assert kinds[0] == kind, [str(finding) for finding in findings]
+
+
+def test_messages_without_tags_are_found(cluster: Cluster) -> None:
+    layout = {"pipeline": 2, "virtual": 2, "schedule": "interleaved-1f1b"}
+    config = tiny(layout, {}, steps=2)
+    plain = msgspec.to_builtins(config)
+    bug = "messages_in_order_without_tags"
+    ranks = cluster.run("runs:check_layout", 2, config=plain, bug=bug)
+    assert compare(ranks, run_reference(config)) == [], (
+        "receives are posted in the order of the sends, so that even without tags nothing is mixed up"
+    )

@@ -1,0 +1,56 @@
+"""A rank's capture as a safetensors file, so that ranks hand it over without pickling."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdfast.trainer.check.capture import Piece, RankCapture
+
+_PIECES = ("partial_gradients", "gradients", "parameters")
+_ACTIVATIONS = ("outputs", "output_gradients")
+
+
+def save_capture(capture: RankCapture, path: Path) -> None:
+    """Write what one rank saw."""
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, Any] = {
+        "place": [capture.tensor, capture.data, capture.pipeline],
+        "losses": [value.hex() for value in capture.losses],
+        "grad_norms": [value.hex() for value in capture.grad_norms],
+    }
+    for kind in _ACTIVATIONS:
+        entries = list(getattr(capture, kind).items())
+        index[kind] = [key for key, _ in entries]
+        tensors |= {f"{kind}.{n}": value.contiguous() for n, (_, value) in enumerate(entries)}
+    for kind in _PIECES:
+        pieces: list[Piece] = getattr(capture, kind)
+        index[kind] = [[p.name, p.start, p.stop, p.shape, p.tensor_copies] for p in pieces]
+        tensors |= {f"{kind}.{n}": piece.values.contiguous() for n, piece in enumerate(pieces)}
+    save_file(tensors, path, metadata={"index": json.dumps(index)})
+
+
+def load_capture(path: Path) -> RankCapture:
+    """Read what `save_capture` wrote."""
+    with safe_open(path, framework="pt") as file:
+        index = json.loads(file.metadata()["index"])
+        tensor, data, pipeline = index["place"]
+        capture = RankCapture(tensor, data, pipeline)
+        capture.losses = [float.fromhex(value) for value in index["losses"]]
+        capture.grad_norms = [float.fromhex(value) for value in index["grad_norms"]]
+        for kind in _ACTIVATIONS:
+            values = getattr(capture, kind)
+            for number, (name, micro_batch) in enumerate(index[kind]):
+                values[(name, micro_batch)] = file.get_tensor(f"{kind}.{number}")
+        for kind in _PIECES:
+            pieces = getattr(capture, kind)
+            for number, (name, *bounds) in enumerate(index[kind]):
+                start, stop, shape, copies = (tuple(bound) for bound in bounds)
+                values = file.get_tensor(f"{kind}.{number}")
+                pieces.append(Piece(name, start, stop, shape, copies, values))
+    return capture

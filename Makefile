@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.txt csrc/*.pyi)
+SOURCES := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.txt csrc/*.pyi)
 
 .PHONY: setup setup-dev train test lint bench soak wheel-test clean
 

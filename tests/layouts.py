@@ -34,7 +34,7 @@ def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 5) -> RunCo
             "precision": "fp64",
             "steps": steps,
             "seq_len": 8,
-            "global_batch": 8,
+            "global_batch": 8 if layout.get("data", 1) <= 4 else 16,
             "micro_batch": 2,
         },
         optimizer={"lr": 1e-3, "warmup_steps": 1, "block_elements": 64},
@@ -47,7 +47,7 @@ def all_layouts() -> Iterator[dict[str, Any]]:
     """tensor x pipeline x data of up to eight ranks, each with one and with two chunks per rank."""
     for tensor in (1, 2, 4, 8):
         for pipeline in range(1, MOST_RANKS + 1):
-            for data in range(1, 5):
+            for data in range(1, MOST_RANKS + 1):
                 if tensor * pipeline * data > MOST_RANKS:
                     continue
                 base = {"tensor": tensor, "pipeline": pipeline, "data": data}

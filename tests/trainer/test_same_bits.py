@@ -79,21 +79,37 @@ def test_bf16_gives_the_same_bits(cluster: Cluster) -> None:
 
 def test_tensor_parallel_layouts_give_the_same_bits_among_themselves(cluster: Cluster) -> None:
     def run(**layout: Any) -> dict[str, Any]:
-        return run_training(cluster, make_config(parallel={"tensor": 2, **layout}))
+        config = make_config(
+            model={"layers": 2},
+            train={"steps": 6, "global_batch": 6},
+            parallel={"tensor": 2, **layout},
+        )
+        return run_training(cluster, config)
 
     alone = run()
     assert run(pipeline=2, data=2, schedule="zb-h1") == alone
     assert run(data=3, micro_batch_order="shuffled") == alone
 
 
+@pytest.fixture(scope="module")
+def whole_losses(cluster: Cluster) -> list[str]:
+    return run_training(cluster, make_config(**TENSOR_RUN))["losses"]
+
+
+TENSOR_RUN: dict[str, Any] = {
+    "model": {"layers": 2},
+    "train": {"global_batch": 8, "micro_batch": 4},
+}
+
+
 @pytest.mark.parametrize("tensor", [2, 4])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_tensor_sizes_agree_within_rounding(
-    cluster: Cluster, one_process: dict[str, Any], tensor: int, sequence_parallel: bool
+    cluster: Cluster, whole_losses: list[str], tensor: int, sequence_parallel: bool
 ) -> None:
     layout = {"tensor": tensor, "sequence_parallel": sequence_parallel}
-    losses = run_training(cluster, make_config(parallel=layout))["losses"]
-    for split, whole in zip(losses, one_process["losses"], strict=True):
+    losses = run_training(cluster, make_config(**TENSOR_RUN, parallel=layout))["losses"]
+    for split, whole in zip(losses, whole_losses, strict=True):
         assert float.fromhex(split) == pytest.approx(float.fromhex(whole), rel=1e-5)
 
 

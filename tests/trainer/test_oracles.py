@@ -1,0 +1,209 @@
+"""Training against what we did not write: transformers' Llama, torch's AdamW and a plain loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from cluster import Cluster
+from plain_llama import PlainLlama, Shape, train_plainly
+from runs import make_config, run_training, world_size_of
+from torch import Tensor
+
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.data import open_dataset
+from holdfast.trainer.data.bigram import bigram_loss
+from holdfast.trainer.data.opening import split_tokens
+from holdfast.trainer.model.build import ModelChunk, build_chunk
+
+
+def whole_model(config: RunConfig) -> ModelChunk:
+    dtypes = {"fp32": torch.float32, "fp64": torch.float64}
+    return build_chunk(
+        config.model,
+        range(config.model.layers + 2),
+        tensor=None,
+        sequence_parallel=False,
+        dtype=dtypes[config.train.precision],
+        device=torch.device("cpu"),
+        seq_len=config.train.seq_len,
+        micro_batch=config.train.micro_batch,
+        recompute="none",
+        seed=config.train.seed,
+    )
+
+
+def named_values(chunk: ModelChunk) -> dict[str, Tensor]:
+    """The chunk's weights by Hugging Face name."""
+    return {
+        spec.name: parameter.detach()[spec.local_row : spec.local_row + spec.rows]
+        for _, spec, parameter in chunk.named_specs()
+        if spec.tied_use == 0
+    }
+
+
+def oracle(config: RunConfig) -> Any:
+    """transformers' model with our initial weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = config.model
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model.vocab,
+            hidden_size=model.hidden,
+            intermediate_size=model.intermediate,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            head_dim=model.dim_per_head,
+            rms_norm_eps=model.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            max_position_embeddings=model.max_seq_len,
+            tie_word_embeddings=model.tie_embeddings,
+            attention_dropout=0.0,
+        )
+    )
+    values = named_values(whole_model(config))
+    missing, unexpected = theirs.load_state_dict(values, strict=False)
+    assert unexpected == []
+    assert set(missing) <= ({"lm_head.weight"} if model.tie_embeddings else set())
+    return theirs.to(dict(fp32=torch.float32, fp64=torch.float64)[config.train.precision])
+
+
+MODELS = [
+    {},
+    {"kv_heads": 4},
+    {"kv_heads": 1, "head_dim": 12},
+    {"tie_embeddings": True},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_forward_and_gradients_equal_transformers(model: dict[str, Any]) -> None:
+    config = make_config(model={"dropout": 0.0, **model}, train={"micro_batch": 3})
+    chunk, theirs = whole_model(config), oracle(config)
+    tokens = torch.randint(config.model.vocab, (3, 17), generator=torch.Generator().manual_seed(5))
+    logits = theirs(tokens[:, :-1]).logits
+    torch.testing.assert_close(chunk.logits(tokens[:, :-1]), logits, rtol=0, atol=1e-5)
+
+    from holdfast.parallel.chunk import MicroBatchContext
+
+    loss = chunk(None, MicroBatchContext(0, 0, True, tokens))
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    gradients: dict[str, Tensor] = {}
+    for _, spec, parameter in chunk.named_specs():
+        assert parameter.grad is not None
+        part = parameter.grad[spec.local_row : spec.local_row + spec.rows]
+        gradients[spec.name] = gradients.get(spec.name, 0) + part
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [{}, {"data": 2, "pipeline": 2, "schedule": "zb-h1"}, {"tensor": 2}], ids=str
+)
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_fifty_steps_equal_a_plain_loop(
+    cluster: Cluster, layout: dict[str, Any], reduction: str
+) -> None:
+    config = make_config(
+        model={"dropout": 0.0, "layers": 2},
+        train={"steps": 50, "global_batch": 8, "micro_batch": 2},
+        optimizer={"lr": 3e-3, "warmup_steps": 5},
+        numerics={"reduction": reduction},
+        parallel=layout,
+    )
+    ours = run_training(cluster, config)
+    model, train, optimizer = config.model, config.train, config.optimizer
+    plain = PlainLlama(
+        Shape(
+            layers=model.layers,
+            hidden=model.hidden,
+            intermediate=model.intermediate,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            vocab=model.vocab,
+        )
+    )
+    plain.load_named(named_values(whole_model(config)))
+    data = open_dataset(config.data, vocab=model.vocab, seq_len=train.seq_len, seed=train.seed)
+
+    def batches(step: int) -> Tensor:
+        rows = [data.sample(step * train.global_batch + row) for row in range(train.global_batch)]
+        return torch.stack([torch.from_numpy(row) for row in rows])
+
+    def rate(step: int) -> float:
+        """Linear warm-up and cosine decay, written anew."""
+        if step < optimizer.warmup_steps:
+            return optimizer.lr * (step + 1) / optimizer.warmup_steps
+        part = (step - optimizer.warmup_steps) / (train.steps - 1 - optimizer.warmup_steps)
+        half = (optimizer.lr - optimizer.min_lr) / 2
+        return optimizer.min_lr + half * (1 + math.cos(math.pi * part))
+
+    records = train_plainly(
+        plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch
+    )
+    for record, loss, norm in zip(records, ours["losses"], ours["norms"], strict=True):
+        assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
+        assert float.fromhex(norm) == pytest.approx(record.grad_norm, rel=1e-3)
+
+
+def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: dict) -> float:
+    from holdfast.trainer.loop import rate_of
+    from holdfast.trainer.training import Training
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    training = Training(run_config, local_world(rank, world_size), store)
+    for step in range(run_config.train.steps):
+        training.compute(step)
+        training.apply(training.vote(*training.reduce()), rate_of(run_config, step))
+    return training.evaluate()
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_text_run_learns_more_than_a_bigram_model(cluster: Cluster) -> None:
+    config = make_config(
+        model={
+            "layers": 2,
+            "hidden": 128,
+            "intermediate": 344,
+            "heads": 4,
+            "vocab": 257,
+            "dropout": 0.0,
+        },
+        data={"kind": "text"},
+        train={
+            "steps": 260,
+            "seq_len": 128,
+            "global_batch": 16,
+            "micro_batch": 8,
+            "eval_batches": 16,
+        },
+        optimizer={"lr": 4e-3, "min_lr": 2e-4, "warmup_steps": 20, "block_elements": 65536},
+        parallel={"data": 2},
+    )
+    held_out = cluster.run(
+        "test_oracles:losses_on_held_out_text",
+        world_size_of(config),
+        config=msgspec.to_builtins(config),
+        timeout_s=280,
+    )[0]
+    tokens = {
+        split: split_tokens(config.data, vocab=257, seq_len=128, split=split)
+        for split in ("train", "eval")
+    }
+    assert held_out < bigram_loss(tokens["train"], tokens["eval"], 257)

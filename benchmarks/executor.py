@@ -127,12 +127,12 @@ class _SleepInBackward(torch.autograd.Function):
     backward runs each once."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, seconds: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, value: Tensor, seconds: float) -> Tensor:
         ctx.seconds = seconds
         return value.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         sleep_until(time.perf_counter() + ctx.seconds)
         return gradient.clone(), None
 

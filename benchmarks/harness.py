@@ -31,7 +31,9 @@ class Measurement:
         return f"{min(self.times_s) * 1e3:.1f}..{max(self.times_s) * 1e3:.1f}"
 
 
-def alternate(contestants: Mapping[str, Callable[[], float]], repetitions: int) -> list[Measurement]:
+def alternate(
+    contestants: Mapping[str, Callable[[], float]], repetitions: int
+) -> list[Measurement]:
     """Run every contestant once per repetition, in turn, so that drifts of the machine hit all alike."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repetitions):

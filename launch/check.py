@@ -41,7 +41,7 @@ def check_layout(config: RunConfig, steps: int) -> int:
         root = Path(folder)
         run = open_run(root / "run", tiny)
 
-        def target(config, world, store, _) -> None:  # noqa: ANN001
+        def target(config, world, store, _) -> None:
             save_capture(run_layout(config, world, store), root / f"rank-{world.rank}.safetensors")
 
         def main(world: WorldInfo) -> int:

@@ -40,7 +40,9 @@ def train(
     nproc: Annotated[
         int, typer.Option(help="Workers on this machine; by default what the layout needs.")
     ] = 0,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/NAME-N.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; by default runs/NAME-N.")
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto, none, or the path of a checkpoint.")] = "auto",
     overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
 ) -> None:

@@ -79,9 +79,7 @@ class GradientAccumulator:
             largest if exact else 0, dtype=values.dtype, device=values.device
         )
         self._empty: set[nn.Parameter] = set(flat.parameters)
-        self._views = {
-            p: self.sums[slice(*flat.place(p))].view(p.shape) for p in flat.parameters
-        }
+        self._views = {p: self.sums[slice(*flat.place(p))].view(p.shape) for p in flat.parameters}
         for parameter in flat.parameters:
             parameter.register_post_accumulate_grad_hook(self._take_ordinary_gradient)
 

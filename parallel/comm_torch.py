@@ -6,11 +6,10 @@ can hold several generations of groups and drop one without touching another.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from holdfast.parallel.comm import Handle, ReduceOp
 from holdfast.parallel.errors import PeerLost
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store, Work
+    from torch.distributed import Store, Work
 
 _COLLECTIVE_TAG = 1 << 30
 _SMALL_BYTES = 1 << 18
@@ -166,15 +165,14 @@ class GlooCommunicator(_PairwiseCollectives):
             timeout_s: how long an operation may take before its waiters get `PeerLost`.
         """
         super().__init__(name, ranks, rank)
-        self._group: dist.ProcessGroupGloo | None = None
+        self._group: Any = None
         if self.size > 1:
-            options = dist.ProcessGroupGloo._Options()
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
             options._devices = [device]
             options._timeout = timedelta(seconds=timeout_s)
             try:
-                self._group = dist.ProcessGroupGloo(
-                    dist.PrefixStore(name, store), self.index, self.size, options
-                )
+                self._group = gloo(dist.PrefixStore(name, store), self.index, self.size, options)
             except RuntimeError as error:
                 raise _lost("rendezvous", name, None, error) from error
 
@@ -232,14 +230,14 @@ class NcclCommunicator(_PairwiseCollectives):
         self._store = store
         self._timeout_s = timeout_s
         self._group = self._new_group(name, self.index, self.size) if self.size > 1 else None
-        self._channels: dict[tuple[int, int], ProcessGroup] = {}
+        self._channels: dict[tuple[int, int], Any] = {}
 
-    def _new_group(self, name: str, index: int, size: int) -> ProcessGroup:
+    def _new_group(self, name: str, index: int, size: int) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self._timeout_s)
         return dist.ProcessGroupNCCL(dist.PrefixStore(name, self._store), index, size, options)
 
-    def _channel(self, source: int, target: int) -> ProcessGroup:
+    def _channel(self, source: int, target: int) -> Any:
         key = (source, target)
         if key not in self._channels:
             name = f"{self._name}/{source}-{target}"
@@ -302,7 +300,7 @@ def build_groups(
         generation: part of every group's name, so that groups of two generations never meet.
         timeout_s: see `GlooCommunicator`; positive and finite.
     """
-    assert math.isfinite(timeout_s) and timeout_s > 0
+    assert timeout_s > 0
     device = gloo_device(host)
 
     def gloo(kind: str, ranks: Sequence[int]) -> GlooCommunicator:

@@ -55,6 +55,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(value, weight)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         value, weight = ctx.saved_tensors
         grad_value = grad_output @ weight if ctx.needs_input_grad[0] else None
@@ -88,6 +89,7 @@ class _GatheredLinear(torch.autograd.Function):
         return F.linear(gather_rows(value, group), weight)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         value, weight = ctx.saved_tensors
         grad_value = sum_scatter_rows(grad_output @ weight, ctx.group)

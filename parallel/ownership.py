@@ -20,7 +20,9 @@ class Block:
     elements: int
 
 
-def blocks(layers: Sequence[LayerSpec], tensor_index: int, block_elements: int) -> tuple[Block, ...]:
+def blocks(
+    layers: Sequence[LayerSpec], tensor_index: int, block_elements: int
+) -> tuple[Block, ...]:
     found: list[Block] = []
     for layer, spec_of_layer in enumerate(layers):
         for spec_index, spec in enumerate(spec_of_layer.parameters[tensor_index]):

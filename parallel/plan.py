@@ -12,7 +12,12 @@ from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.ownership import Block, assign_owners, blocks
 from holdfast.parallel.parameters import LayerSpec
 from holdfast.parallel.schedule import (
-    Action, Program, compute_programs, forward_only, placement, with_messages,
+    Action,
+    Program,
+    compute_programs,
+    forward_only,
+    placement,
+    with_messages,
 )
 
 
@@ -116,7 +121,14 @@ def make_plan(
         shares.append(tuple(range(start, stop)))
         start = stop
     return Plan(
-        generation, mesh, tuple(layers), virtual, schedule,
-        tuple(zip(edges[:-1], edges[1:], strict=True)), where, tuple(shares), block_elements,
+        generation,
+        mesh,
+        tuple(layers),
+        virtual,
+        schedule,
+        tuple(zip(edges[:-1], edges[1:], strict=True)),
+        where,
+        tuple(shares),
+        block_elements,
         micro_batch_order,
     )

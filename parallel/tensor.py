@@ -82,6 +82,7 @@ class _CopyToGroup(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         gradient = grad_output.clone(memory_format=torch.contiguous_format)
         ctx.group.all_reduce(gradient).wait()
@@ -96,6 +97,7 @@ class _SumOverGroup(torch.autograd.Function):
         return total
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output, None
 
@@ -107,5 +109,6 @@ class _ScatterSum(torch.autograd.Function):
         return sum_scatter_rows(value, group)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return gather_rows(grad_output, ctx.group), None

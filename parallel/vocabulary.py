@@ -64,6 +64,7 @@ class _Embed(torch.autograd.Function):
         return output.masked_fill_(outside.unsqueeze(-1), 0.0) if outside.any() else output
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor | None, None, None]:
         local, outside = ctx.saved_tensors
         inside = ~outside.reshape(-1)
@@ -103,6 +104,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return (total.log() - target).double().sum()
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities, local, outside = ctx.saved_tensors
         scale = grad_output.to(probabilities.dtype)

@@ -44,8 +44,9 @@ def _specs(change: Any) -> Iterator[None]:
     from holdfast.trainer import planning
 
     changed = _patched_specs(change)
-    with mock.patch.object(build, "layer_specs", changed), mock.patch.object(
-        planning, "layer_specs", changed
+    with (
+        mock.patch.object(build, "layer_specs", changed),
+        mock.patch.object(planning, "layer_specs", changed),
     ):
         yield
 
@@ -61,7 +62,9 @@ def norm_weights_not_summed_over_tensor() -> Iterator[None]:
 def shared_kv_heads_not_summed() -> Iterator[None]:
     """Key and value heads replicated over tensor ranks drift apart."""
     with _specs(
-        lambda s: replace(s, sum_over_copies=False) if "k_proj" in s.name or "v_proj" in s.name else s
+        lambda s: (
+            replace(s, sum_over_copies=False) if "k_proj" in s.name or "v_proj" in s.name else s
+        )
     ):
         yield
 
@@ -69,7 +72,7 @@ def shared_kv_heads_not_summed() -> Iterator[None]:
 @contextmanager
 def replicated_weights_counted_by_every_rank() -> Iterator[None]:
     """Replicated weights enter the gradient norm once per tensor rank."""
-    with mock.patch.object(ParameterSpec, "counts_in_norm", lambda self, tensor_index: True):
+    with mock.patch.object(ParameterSpec, "counts_in_norm", return_value=True):
         yield
 
 
@@ -151,16 +154,14 @@ def vocabulary_split_rounded_down() -> Iterator[None]:
 @contextmanager
 def dropout_equal_on_sequence_shards() -> Iterator[None]:
     """Every sequence shard draws the first shard's mask."""
-    with mock.patch.object(tensor.TensorParallel, "element_offset", lambda self, value: 0):
+    with mock.patch.object(tensor.TensorParallel, "element_offset", return_value=0):
         yield
 
 
 @contextmanager
 def loss_averaged_over_replicas() -> Iterator[None]:
     """The gradient is scaled by the replica's own micro-batches: a mean of means."""
-    with mock.patch.object(
-        Training, "step_tokens", property(lambda self: _own_tokens(self))
-    ):
+    with mock.patch.object(Training, "step_tokens", property(lambda self: _own_tokens(self))):
         yield
 
 
@@ -233,26 +234,26 @@ def replica_reads_another_ones_samples() -> Iterator[None]:
 @contextmanager
 def replicas_not_summed() -> Iterator[None]:
     """The owner keeps its own sum."""
-    with mock.patch.object(optimizer, "reduce_to_owners", lambda *args: 0):
+    with mock.patch.object(optimizer, "reduce_to_owners", return_value=0):
         yield
 
 
 @contextmanager
 def parameters_not_gathered() -> Iterator[None]:
     """Updated blocks stay with their owners."""
-    with mock.patch.object(optimizer, "gather_from_owners", lambda *args: None):
+    with mock.patch.object(optimizer, "gather_from_owners", return_value=None):
         yield
 
 
 @contextmanager
 def messages_in_order_without_tags() -> Iterator[None]:
     """Messages matched by order alone: what interleaved schedules of two ranks cannot bear."""
-    with mock.patch.object(pipeline, "message_tag", lambda op, chunk, micro_batch, count: 0):
+    with mock.patch.object(pipeline, "message_tag", return_value=0):
         yield
 
 
 @contextmanager
 def gradients_kept_from_the_last_step() -> Iterator[None]:
     """Sums are not cleared between steps."""
-    with mock.patch.object(GradientAccumulator, "clear", lambda self: None):
+    with mock.patch.object(GradientAccumulator, "clear", return_value=None):
         yield

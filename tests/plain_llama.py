@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class Block(nn.Module):
 class PlainLlama(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
-        self.model = nn.Module()
+        self.model: Any = nn.Module()
         self.model.embed_tokens = nn.Embedding(s.vocab, s.hidden)
         self.model.layers = nn.ModuleList(Block(s) for _ in range(s.layers))
         self.model.norm = RMSNorm(s.hidden, s.norm_eps)
@@ -159,7 +160,9 @@ def train_plainly(
         for part in tokens.split(micro_batch):
             logits = model(part[:, :-1])
             loss = F.cross_entropy(
-                logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1),
+                logits.flatten(0, 1).float()
+                if logits.dtype != torch.float64
+                else logits.flatten(0, 1),
                 part[:, 1:].flatten(),
                 reduction="sum",
             )

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(python|toml|sh run)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(kind: str) -> list[pytest.param]:
+def blocks(kind: str) -> list[Any]:
     found = []
     for page in PAGES if PAGES[0].exists() else []:
         for number, match in enumerate(BLOCK.finditer(page.read_text())):
@@ -35,7 +36,11 @@ def test_python_block_runs(source: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
     script.write_text(source)
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -65,10 +70,12 @@ def test_toml_block_is_a_valid_configuration(source: str, tmp_path: Path) -> Non
     load_config(config, [])
 
 
+@pytest.mark.skipif(not PAGES[0].exists(), reason="the pages lie in the checkout")
 def test_pages_link_only_to_what_exists() -> None:
-    missing = []
-    for page in PAGES if PAGES[0].exists() else []:
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-            if "://" not in target and not (page.parent / target).exists():
-                missing.append(f"{page.name}: {target}")
+    missing = [
+        f"{page.name}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
     assert missing == []

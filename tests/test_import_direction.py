@@ -11,6 +11,7 @@ import pytest
 from holdfast import parallel
 
 ROOT = Path(parallel.__file__ or "").parent.parent
+RENDEZVOUS = {"Store", "TCPStore", "PrefixStore"}
 ALLOWED = {
     "parallel": {"parallel", "_native"},
     "checkpoint": {"checkpoint", "parallel", "_native"},
@@ -62,13 +63,14 @@ def test_only_communicators_import_torch_distributed() -> None:
     for folder in ALLOWED:
         for module in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(module.read_text())):
-                is_from = isinstance(node, ast.ImportFrom) and node.module == "torch.distributed"
-                names = {a.name for a in node.names} if is_from else set()
-                is_plain = isinstance(node, ast.Import) and any(
-                    a.name.startswith("torch.distributed") for a in node.names
+                plain = isinstance(node, ast.Import) and any(
+                    alias.name.startswith("torch.distributed") for alias in node.names
                 )
-                if (is_plain or names - {"Store", "TCPStore", "PrefixStore"}) and (
-                    module.name not in allowed
-                ):
+                named = (
+                    {alias.name for alias in node.names}
+                    if isinstance(node, ast.ImportFrom) and node.module == "torch.distributed"
+                    else set()
+                )
+                if (plain or named - RENDEZVOUS) and module.name not in allowed:
                     wrong.append(str(module.relative_to(ROOT)))
     assert wrong == []

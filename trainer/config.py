@@ -13,33 +13,9 @@ import msgspec
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config_rules import problems_of
-from holdfast.trainer.data.config import DataConfig
-from holdfast.trainer.model.config import ModelConfig
-from holdfast.trainer.sections import (
-    CheckpointConfig,
-    ElasticConfig,
-    LogConfig,
-    NumericsConfig,
-    OffloadConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from holdfast.trainer.sections import RunConfig
 
-
-class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that a run depends on; a pure value."""
-
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    numerics: NumericsConfig = NumericsConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    offload: OffloadConfig = OffloadConfig()
-    elastic: ElasticConfig = ElasticConfig()
-    log: LogConfig = LogConfig()
+__all__ = ["RunConfig", "check_config", "convert_config", "dump_toml", "load_config"]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -12,7 +12,7 @@ from holdfast.parallel.schedule import placement
 from holdfast.trainer.data.config import check_data_config
 
 if TYPE_CHECKING:
-    from holdfast.trainer.config import RunConfig
+    from holdfast.trainer.sections import RunConfig
 
 
 def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
@@ -212,6 +212,4 @@ def _not_in_this_version(config: RunConfig) -> Iterator[str]:
             "them out"
         )
     if config.data.kind == "megatron" and importlib.util.find_spec("megatron") is None:
-        yield (
-            "data.kind = 'megatron' needs megatron-core; pip install 'holdfast[megatron]'"
-        )
+        yield ("data.kind = 'megatron' needs megatron-core; pip install 'holdfast[megatron]'")

@@ -161,7 +161,9 @@ def sparkline(values: Sequence[float], width: int) -> str:
     if not values:
         return ""
     size = -(-len(values) // width)
-    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    means = [
+        sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)
+    ]
     low, high = min(means), max(means)
     scale = 7.0 / (high - low) if high > low else 0.0
     return "".join("▁▂▃▄▅▆▇█"[int((mean - low) * scale + 0.5)] for mean in means)

@@ -60,7 +60,9 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
             evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
             eval_loss = training.evaluate() if evaluate else None
             names = ("compute", "reduce", "vote", "apply")
-            phases = [Phase(n, a, b) for n, a, b in zip(names, starts[:-1], starts[1:], strict=True)]
+            phases = [
+                Phase(n, a, b) for n, a, b in zip(names, starts[:-1], starts[1:], strict=True)
+            ]
             if outcome.usable:
                 reporter.step(step, outcome, lr, phases, times, eval_loss)
         reporter.finished(training.parameter_digest())

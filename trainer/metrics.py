@@ -116,8 +116,8 @@ class RunRecords:
         if self._tensorboard_folder is None:
             return
         # Imported here: it takes longer than the first steps of a small run.
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # pyrefly: ignore
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         if self._writer is None:

@@ -54,9 +54,7 @@ class Reporter:
         config = self._config
         if step + 1 in config.log.trace_steps:
             at = self._training.plan.mesh.coordinates(self._world.rank)
-            label = (
-                f"rank {self._world.rank} (stage {at.pipeline}, replica {at.data}, tensor {at.tensor})"
-            )
+            label = f"rank {self._world.rank} (stage {at.pipeline}, replica {at.data}, tensor {at.tensor})"
             write_trace(self._run.trace, self._world.rank, label, step + 1, phases, times)
         now = perf_counter()
         step_s, self._last_s = now - self._last_s, now
@@ -86,7 +84,9 @@ class Reporter:
             extra["mfu(%)"] = 100 * mfu
         if eval_loss is not None:
             extra["validation_metrics/loss"] = eval_loss
-            self._records.event("evaluated", step=step + 1, loss=eval_loss, loss_hex=eval_loss.hex())
+            self._records.event(
+                "evaluated", step=step + 1, loss=eval_loss, loss_hex=eval_loss.hex()
+            )
         self._records.step(metrics, extra)
         recent = statistics.median(self._step_times[-_RECENT:])
         self._display.show(
@@ -120,9 +120,7 @@ class Reporter:
             return
         total_s = perf_counter() - self._began_s
         steps = self._config.train.steps
-        self._records.event(
-            "run_finished", steps=steps, total_s=total_s, parameter_digest=digest
-        )
+        self._records.event("run_finished", steps=steps, total_s=total_s, parameter_digest=digest)
         losses = self._losses or [float("nan")]
         median_s = statistics.median(self._step_times) if self._step_times else float("nan")
         summary = [

@@ -1,6 +1,6 @@
-"""The sections of a configuration that belong to no other folder: names, types and defaults.
+"""A configuration as typed values: the sections that belong to no other folder, and the whole.
 
-The names are a contract (docs/configuration.md): keys are added, never renamed.
+`RunConfig` holds them all. The names are a contract (docs/configuration.md): keys are added, never renamed.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from typing import Literal
 
 import msgspec
 
+from holdfast.trainer.data.config import DataConfig
+from holdfast.trainer.model.config import ModelConfig
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One table of the TOML file; unknown keys are errors."""
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, frozen=True):
     """How much is trained, and how a micro-batch is computed."""
 
     steps: int = 100
@@ -36,7 +39,7 @@ class TrainConfig(Section):
     """Global batches per evaluation."""
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, frozen=True):
     """AdamW and its learning rate."""
 
     name: Literal["adamw"] = "adamw"
@@ -51,7 +54,7 @@ class OptimizerConfig(Section):
     block_elements: int = 1048576
 
 
-class NumericsConfig(Section):
+class NumericsConfig(Section, frozen=True):
     """How gradients are summed."""
 
     reduction: Literal["exact", "fast"] = "exact"
@@ -59,7 +62,7 @@ class NumericsConfig(Section):
     nonfinite: Literal["error", "skip"] = "error"
 
 
-class ParallelConfig(Section):
+class ParallelConfig(Section, frozen=True):
     """The layout: tensor x pipeline x data ranks."""
 
     tensor: int = 1
@@ -73,7 +76,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = True
     """With tensor > 1: hidden states are split along the sequence between layers."""
     backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
-    blocks_per_chunk: list[int] = []  # noqa: RUF012  (msgspec copies defaults)
+    blocks_per_chunk: list[int] = []
     """Blocks of each model chunk, in forward order; empty: an even split."""
     micro_batch_order: Literal["ascending", "descending", "shuffled"] = "ascending"
     """In which order a replica computes its micro-batches; results do not depend on it."""
@@ -84,7 +87,7 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.data
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, frozen=True):
     """When state is saved, and where."""
 
     every: int = 0
@@ -94,7 +97,7 @@ class CheckpointConfig(Section):
     verify: bool = True
 
 
-class OffloadConfig(Section):
+class OffloadConfig(Section, frozen=True):
     """Where activations wait for their backward pass."""
 
     activations: Literal["none", "ssd", "host"] = "none"
@@ -102,7 +105,7 @@ class OffloadConfig(Section):
     limit_gib: float = 0.0
 
 
-class ElasticConfig(Section):
+class ElasticConfig(Section, frozen=True):
     """What happens when ranks are lost or come back."""
 
     enabled: bool = False
@@ -117,11 +120,26 @@ class ElasticConfig(Section):
     lighthouse: str = ""
 
 
-class LogConfig(Section):
+class LogConfig(Section, frozen=True):
     """What is reported."""
 
     every: int = 1
     """Steps between progress lines; metrics.jsonl has every step."""
     tensorboard: bool = True
-    trace_steps: list[int] = []  # noqa: RUF012
+    trace_steps: list[int] = []
     """Steps, counted from 1, whose actions are written for Perfetto."""
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a run depends on; a pure value."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    numerics: NumericsConfig = NumericsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    offload: OffloadConfig = OffloadConfig()
+    elastic: ElasticConfig = ElasticConfig()
+    log: LogConfig = LogConfig()

@@ -55,7 +55,9 @@ def trace_events(
         if phase.name == "compute":
             arguments["bubble"] = round(bubble_of(times, phase), 6)
         events.append(
-            _slice(phase.name, rank, _LANES["step"], phase.start_s, phase.stop_s, clock_s, arguments)
+            _slice(
+                phase.name, rank, _LANES["step"], phase.start_s, phase.stop_s, clock_s, arguments
+            )
         )
     for action, start, stop in zip(times.actions, times.starts_s, times.stops_s, strict=True):
         lane = "compute" if action.op in _COMPUTE else "messages"

@@ -285,8 +285,10 @@ class Training:
         halves = torch.zeros(self.optimizer.slots, 4, dtype=torch.int64)
         for block in self.optimizer.owned:
             values = self.flat.values[block.start : block.stop].contiguous().cpu()
-            digest = hashlib.sha256(values.view(torch.uint8).numpy()).digest()
-            words = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8, 16, 24)]
+            digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
+            words = [
+                int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8, 16, 24)
+            ]
             halves[self.optimizer.slot(block)] = torch.tensor(words)
         self.groups.control.all_reduce(halves).wait()
         return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
@@ -309,7 +311,8 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
     if config.numerics.reduction == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # Every buffer here is written before it is read; filling them would cost a pass each.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
     if wanted == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

@@ -94,7 +94,9 @@ def _slurm(environment: Mapping[str, str]) -> WorldInfo:
     per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0]
     return WorldInfo(
         rank=rank,
-        world_size=_number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1)),
+        world_size=_number(
+            environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1)
+        ),
         local_rank=_number(environment, "SLURM_LOCALID", 0),
         local_world_size=int(re.match(r"\d+", per_node)[0]),  # pyrefly: ignore
         node=_number(environment, "SLURM_NODEID", 0),
@@ -112,7 +114,9 @@ def _mpi(environment: Mapping[str, str]) -> WorldInfo:
     prefix = "OMPI_COMM_WORLD_" if open_mpi else "PMI_"
     rank, world_size = _number(environment, f"{prefix}RANK"), _number(environment, f"{prefix}SIZE")
     local = "OMPI_COMM_WORLD_LOCAL_" if open_mpi else "MPI_LOCAL"
-    local_world_size = _number(environment, f"{local}SIZE" if open_mpi else "MPI_LOCALNRANKS", world_size)
+    local_world_size = _number(
+        environment, f"{local}SIZE" if open_mpi else "MPI_LOCALNRANKS", world_size
+    )
     host = environment.get("MASTER_ADDR")
     if host is None:
         if local_world_size != world_size:

@@ -70,7 +70,7 @@ def oracle(config: RunConfig) -> Any:
     missing, unexpected = theirs.load_state_dict(values, strict=False)
     assert unexpected == []
     assert set(missing) <= ({"lm_head.weight"} if model.tie_embeddings else set())
-    return theirs.to(dict(fp32=torch.float32, fp64=torch.float64)[config.train.precision])
+    return theirs
 
 
 MODELS = [
@@ -151,9 +151,7 @@ def test_fifty_steps_equal_a_plain_loop(
         half = (optimizer.lr - optimizer.min_lr) / 2
         return optimizer.min_lr + half * (1 + math.cos(math.pi * part))
 
-    records = train_plainly(
-        plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch
-    )
+    records = train_plainly(plain, batches, rate, steps=train.steps, micro_batch=train.micro_batch)
     for record, loss, norm in zip(records, ours["losses"], ours["norms"], strict=True):
         assert float.fromhex(loss) == pytest.approx(record.loss, rel=1e-5)
         assert float.fromhex(norm) == pytest.approx(record.grad_norm, rel=1e-3)

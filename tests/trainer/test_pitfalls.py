@@ -19,7 +19,13 @@ SPLIT = {"tensor": 2, "sequence_parallel": False}
 
 # (bug, layout, model, kind of the first finding, what its line says)
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
-    ("norm_weights_not_summed_over_tensor", {"tensor": 2}, {}, "gradient", "all_reduce over the tensor"),
+    (
+        "norm_weights_not_summed_over_tensor",
+        {"tensor": 2},
+        {},
+        "gradient",
+        "all_reduce over the tensor",
+    ),
     (
         "shared_kv_heads_not_summed",
         {"tensor": 4},
@@ -53,7 +59,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("bug", "layout", "model", "kind", "said"), CASES, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("bug", "layout", "model", "kind", "said"), CASES, ids=lambda v: str(v)[:40]
+)
 def test_bug_is_found_and_named(
     cluster: Cluster,
     bug: str,

@@ -112,7 +112,9 @@ def _activation_hint(
                 f"reduce_scatter) over the tensor group is missing"
             )
         if actual.shape == part.shape and same(actual, part * size):
-            return f"it is {size} times too large: a {where} sum over the tensor group is one too many"
+            return (
+                f"it is {size} times too large: a {where} sum over the tensor group is one too many"
+            )
         for other, value in enumerate(partials):
             rows = value.shape[0]
             if rows != whole.shape[0] and same(actual, whole[other * rows : (other + 1) * rows]):
@@ -120,9 +122,7 @@ def _activation_hint(
     return ""
 
 
-def _losses(
-    ranks: Sequence[RankCapture], reference: RankCapture, steps: range
-) -> list[Finding]:
+def _losses(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) -> list[Finding]:
     findings = []
     for step in steps:
         expected = reference.losses[step]
@@ -146,7 +146,9 @@ def _norms(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) -
                     "if the gradients agree, a parameter is counted too often or not at all "
                     "(ParameterSpec.counts_in_norm), or some rank's share of the squares is missing"
                 )
-                findings.append(Finding("gradient norm", f"of step {step + 1}", number, apart, hint))
+                findings.append(
+                    Finding("gradient norm", f"of step {step + 1}", number, apart, hint)
+                )
                 break
     return findings
 
@@ -154,7 +156,9 @@ def _norms(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) -
 def _scale_hint(actual: float, expected: float) -> str:
     for factor in range(2, 65):
         if abs(actual - expected * factor) <= LOSS_TOLERANCE * abs(expected) * factor:
-            return f"it is {factor} times too large: something is summed over {factor} ranks too often"
+            return (
+                f"it is {factor} times too large: something is summed over {factor} ranks too often"
+            )
         if abs(actual * factor - expected) <= LOSS_TOLERANCE * abs(expected):
             return f"it is {factor} times too small: a sum over {factor} ranks or micro-batches is missing"
     return ""

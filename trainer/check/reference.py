@@ -69,7 +69,10 @@ def run_reference(config: RunConfig) -> RankCapture:
         for micro_batch in range(count):
             running[0] = micro_batch
             tokens = data.batch(
-                step, micro_batch, global_batch=train.global_batch, micro_batch_size=train.micro_batch
+                step,
+                micro_batch,
+                global_batch=train.global_batch,
+                micro_batch_size=train.micro_batch,
             )
             context = MicroBatchContext(step, micro_batch, True, tokens)
             loss = chunk(None, context)
@@ -102,7 +105,9 @@ def run_reference(config: RunConfig) -> RankCapture:
     return capture
 
 
-def _tied(rows: list[tuple[ParameterSpec, nn.Parameter]]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def _tied(
+    rows: list[tuple[ParameterSpec, nn.Parameter]],
+) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """(first use, second use) of tied weights."""
     first = {spec.name: parameter for spec, parameter in rows if spec.tied_use == 0}
     return [(first[spec.name], parameter) for spec, parameter in rows if spec.tied_use]

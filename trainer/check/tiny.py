@@ -64,7 +64,11 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
             eval_every=0,
         ),
         optimizer=msgspec.structs.replace(
-            config.optimizer, warmup_steps=min(1, steps - 1), lr=1e-3, min_lr=1e-4, block_elements=64
+            config.optimizer,
+            warmup_steps=min(1, steps - 1),
+            lr=1e-3,
+            min_lr=1e-4,
+            block_elements=64,
         ),
         numerics=msgspec.structs.replace(config.numerics, fraction_bits=FRACTION_BITS),
         parallel=msgspec.structs.replace(

@@ -33,6 +33,7 @@ class _Dropout(torch.autograd.Function):
         return dropout(value, key, offset=offset, probability=probability)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         key, offset, probability = ctx.draw
         return dropout(grad_output, key, offset=offset, probability=probability), None, None, None

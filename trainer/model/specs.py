@@ -126,9 +126,7 @@ class _Table:
         start, stop = self._split(self.model.vocab)
         return self._sharded(name, shape, Box((start, 0), (stop, shape[1])), local, 0, tied_use)
 
-    def _rows(
-        self, name: str, shape: tuple[int, int], local: str, local_row: int
-    ) -> ParameterSpec:
+    def _rows(self, name: str, shape: tuple[int, int], local: str, local_row: int) -> ParameterSpec:
         start, stop = self._split(shape[0])
         return self._sharded(name, shape, Box((start, 0), (stop, shape[1])), local, local_row)
 

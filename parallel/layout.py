@@ -1,17 +1,41 @@
-"""The layout algebra (being completed): boxes."""
+"""The layout algebra: which holder has which part of which logical tensor, and how to get from one
+layout to another.
+
+Every shard is a box, a half-open interval per dimension, never a flat range. Holders are opaque: the same
+code serves ranks and files. Pure; needs no torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+
+from holdfast.parallel.errors import LayoutError
+
+Holder = Hashable
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A half-open interval per dimension of a logical tensor."""
+    """A half-open interval per dimension of a logical tensor; a scalar's box has no dimension."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop) or any(
+            a < 0 or b < a for a, b in zip(self.start, self.stop, strict=False)
+        ):
+            raise LayoutError(
+                f"a box from {self.start} to {self.stop} is not an interval per dimension; starts are "
+                "0 or more and stops are not below them"
+            )
+
+    @staticmethod
+    def whole(shape: Sequence[int]) -> Box:
+        """The box of all elements of a tensor."""
+        return Box((0,) * len(shape), tuple(shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -20,3 +44,189 @@ class Box:
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What indexes the logical tensor to get this box."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The elements in both; None if there are none."""
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        if any(a >= b for a, b in zip(start, stop, strict=True)):
+            return None
+        return Box(start, stop)
+
+    def contains(self, other: Box) -> bool:
+        return all(a <= b for a, b in zip(self.start, other.start, strict=True)) and all(
+            a >= b for a, b in zip(self.stop, other.stop, strict=True)
+        )
+
+    def relative_to(self, outer: Box) -> Box:
+        """This box in the coordinates of `outer`, which contains it."""
+        if not outer.contains(self):
+            raise LayoutError(f"box {self} does not lie in {outer}")
+        return Box(
+            tuple(a - o for a, o in zip(self.start, outer.start, strict=True)),
+            tuple(b - o for b, o in zip(self.stop, outer.start, strict=True)),
+        )
+
+    def minus(self, other: Box) -> tuple[Box, ...]:
+        """What is left of this box without `other`: disjoint boxes, at most two per dimension."""
+        common = self.intersect(other)
+        if common is None:
+            return (self,)
+        left: list[Box] = []
+        start, stop = list(self.start), list(self.stop)
+        for dim in range(len(start)):
+            if start[dim] < common.start[dim]:
+                below = stop.copy()
+                below[dim] = common.start[dim]
+                left.append(Box(tuple(start), tuple(below)))
+            if common.stop[dim] < stop[dim]:
+                above = start.copy()
+                above[dim] = common.stop[dim]
+                left.append(Box(tuple(above), tuple(stop)))
+            start[dim], stop[dim] = common.start[dim], common.stop[dim]
+        return tuple(left)
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A logical tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """"float32", "bfloat16", …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which boxes of which tensors each holder has."""
+
+    holdings: Mapping[Holder, Mapping[str, tuple[Box, ...]]]
+
+    def by_name(self) -> dict[str, list[tuple[Holder, Box]]]:
+        """The same, by tensor: every (holder, box), in the order of the holders."""
+        found: dict[str, list[tuple[Holder, Box]]] = {}
+        for holder, tensors in self.holdings.items():
+            for name, boxes in tensors.items():
+                found.setdefault(name, []).extend((holder, box) for box in boxes)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Bytes that must move: a box of a tensor from one holder to another."""
+
+    name: str
+    box: Box
+    source: Holder
+    target: Holder
+
+
+def without(boxes: Iterable[Box], taken: Iterable[Box]) -> list[Box]:
+    """What is left of `boxes` without `taken`: disjoint if `boxes` are."""
+    left = [box for box in boxes if box.elements]
+    for hole in taken:
+        left = [rest for box in left for rest in box.minus(hole)]
+    return left
+
+
+def covers(specs: Iterable[TensorSpec], layout: Layout) -> None:
+    """Check that every element of every tensor is held at least once.
+
+    Raises:
+        LayoutError: a hole, named by tensor and box; a box outside its tensor; an unknown tensor.
+    """
+    held = layout.by_name()
+    known = set()
+    for spec in specs:
+        known.add(spec.name)
+        whole = Box.whole(spec.shape)
+        boxes = list({box for _, box in held.get(spec.name, [])})
+        for box in boxes:
+            if len(box.start) != len(spec.shape) or not whole.contains(box):
+                raise LayoutError(f"{spec.name}: box {box} lies outside its shape {list(spec.shape)}")
+        holes = without([whole], boxes)
+        if holes:
+            raise LayoutError(
+                f"{spec.name}: nobody holds {holes[0]} of its shape {list(spec.shape)} "
+                f"({sum(hole.elements for hole in holes)} elements are missing in all)"
+            )
+    for name in held:
+        if name not in known:
+            raise LayoutError(f"{name} is held but is not a tensor of this model")
+
+
+def transfers(
+    source: Layout, target: Layout, *, cost: Callable[[Holder, Holder], float]
+) -> list[Transfer]:
+    """The moves that turn `source` into `target`.
+
+    Only what a target holder lacks is moved, each element from the cheapest source that has it; among
+    equally cheap ones the one that has sent the least so far sends next. A holder's own parts cost
+    nothing and are not listed. Deterministic: equal inputs give equal lists on every rank.
+
+    Args:
+        cost: (source holder, target holder) -> relative cost of an element, e.g. 1 in a node, 10
+            between nodes, 100 from a file.
+    Returns:
+        Disjoint boxes per target, in the target's order.
+    Raises:
+        LayoutError: an element that no source holds.
+    """
+    held = source.by_name()
+    sent: dict[Holder, int] = {}
+    moves: list[Transfer] = []
+    for holder, tensors in target.holdings.items():
+        own = source.holdings.get(holder, {})
+        for name, boxes in tensors.items():
+            wanted: list[Box] = []
+            for box in boxes:
+                wanted += without([box], [*own.get(name, ()), *wanted])
+            for box in wanted:
+                moves += _fetch(name, box, holder, held.get(name, []), cost, sent)
+    return moves
+
+
+def _fetch(
+    name: str,
+    wanted: Box,
+    target: Holder,
+    held: Sequence[tuple[Holder, Box]],
+    cost: Callable[[Holder, Holder], float],
+    sent: dict[Holder, int],
+) -> list[Transfer]:
+    """Moves that bring one box, largest pieces of the cheapest sources first."""
+    offers = [
+        (cost(holder, target), order, holder, common)
+        for order, (holder, box) in enumerate(held)
+        if holder != target and (common := box.intersect(wanted)) is not None
+    ]
+    moves: list[Transfer] = []
+    missing = [wanted] if wanted.elements else []
+    while missing:
+        best = None
+        for price, order, holder, common in offers:
+            gain = sum(part.elements for box in missing if (part := box.intersect(common)))
+            if gain:
+                key = (price, sent.get(holder, 0), -gain, order)
+                if best is None or key < best[0]:
+                    best = (key, holder, common, gain)
+        if best is None:
+            raise LayoutError(f"{name}: no source holds {missing[0]}, which {target} needs")
+        _, holder, common, gain = best
+        moves += [
+            Transfer(name, part, holder, target)
+            for box in missing
+            if (part := box.intersect(common)) is not None
+        ]
+        sent[holder] = sent.get(holder, 0) + gain
+        missing = without(missing, [common])
+    return moves

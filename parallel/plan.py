@@ -1,16 +1,22 @@
-"""The plan of a generation."""
+"""The plan: who holds which layers, computes which micro-batches and owns which blocks.
+
+A pure function of layers, mesh and batch: equal on every rank, computed without communication, and
+lazily, so that the plan of 100,000 ranks costs what is asked of it. Needs no torch.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeVar
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.layout import Box, Layout
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.ownership import Block, assign_owners, blocks
-from holdfast.parallel.parameters import LayerSpec
+from holdfast.parallel.parameters import LayerSpec, ParameterSpec
 from holdfast.parallel.schedule import (
     Action,
     Program,
@@ -20,74 +26,153 @@ from holdfast.parallel.schedule import (
     with_messages,
 )
 
+_T = TypeVar("_T")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Plan:
+    """Everything that follows from the live ranks, the model and the batch."""
+
     generation: int
     mesh: Mesh
     layers: tuple[LayerSpec, ...]
     virtual: int
     schedule: str
     chunk_layers: tuple[tuple[int, int], ...]
+    """The half-open range of layers of each model chunk, in forward order."""
     placement: tuple[int, ...]
+    """The pipeline index of each chunk."""
     micro_batches: tuple[tuple[int, ...], ...]
+    """The global micro-batch numbers of each data replica, in the order in which it takes them."""
     block_elements: int
-    order: str
+    _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
-    @cached_property
+    @property
     def blocks(self) -> tuple[tuple[Block, ...], ...]:
-        return tuple(blocks(self.layers, t, self.block_elements) for t in range(self.mesh.tensor))
+        """The optimizer blocks of each tensor-parallel index."""
+        return self._cached(
+            "blocks",
+            lambda: tuple(
+                blocks(self.layers, index, self.block_elements) for index in range(self.mesh.tensor)
+            ),
+        )
+
+    @property
+    def owners(self) -> tuple[tuple[int, ...], ...]:
+        """The owner's rank of each block, by tensor-parallel index."""
+        return self._cached(
+            "owners",
+            lambda: tuple(
+                assign_owners(
+                    [block.elements for block in found],
+                    [self.holders_of_layer(index, block.layer) for block in found],
+                )
+                for index, found in enumerate(self.blocks)
+            ),
+        )
+
+    def chunk_of_layer(self, layer: int) -> int:
+        return next(c for c, (a, b) in enumerate(self.chunk_layers) if a <= layer < b)
 
     def holders_of_layer(self, tensor_index: int, layer: int) -> tuple[int, ...]:
-        chunk = next(c for c, (a, b) in enumerate(self.chunk_layers) if a <= layer < b)
-        stage = self.placement[chunk]
-        return tuple(self.mesh.rank(tensor_index, d, stage) for d in range(self.mesh.data))
-
-    @cached_property
-    def owners(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            assign_owners(
-                [b.elements for b in found],
-                [self.holders_of_layer(t, b.layer) for b in found],
-            )
-            for t, found in enumerate(self.blocks)
+        """The ranks, one per data replica, that hold a layer at a tensor-parallel index."""
+        stage = self.placement[self.chunk_of_layer(layer)]
+        key = ("holders", tensor_index, stage)
+        return self._cached(
+            key,
+            lambda: tuple(
+                self.mesh.rank(tensor_index, replica, stage) for replica in range(self.mesh.data)
+            ),
         )
 
     def contributors(self, tensor_index: int, block: Block) -> tuple[int, ...]:
-        spec = self.layers[block.layer].parameters[tensor_index][block.spec_index]
+        """All ranks that hold a use of a block's parameter, the second use of a tied one included."""
+        name = self.layers[block.layer].parameters[tensor_index][block.spec_index].name
         ranks = set(self.holders_of_layer(tensor_index, block.layer))
-        for index, layer in enumerate(self.layers):
-            if any(s.tied_use and s.name == spec.name for s in layer.parameters[tensor_index]):
-                ranks |= set(self.holders_of_layer(tensor_index, index))
+        for layer in self._tied_layers().get(name, ()):
+            ranks.update(self.holders_of_layer(tensor_index, layer))
         return tuple(sorted(ranks))
 
+    def _tied_layers(self) -> dict[str, tuple[int, ...]]:
+        """Layers that hold a second use, by the logical name of the weight."""
+
+        def find() -> dict[str, tuple[int, ...]]:
+            found: dict[str, tuple[int, ...]] = {}
+            for index, layer in enumerate(self.layers):
+                for spec in layer.parameters[0]:
+                    if spec.tied_use:
+                        found[spec.name] = (*found.get(spec.name, ()), index)
+            return found
+
+        return self._cached("tied", find)
+
     def chunks_of(self, rank: int) -> tuple[int, ...]:
+        """The model chunks that a rank holds, in forward order."""
         stage = self.mesh.coordinates(rank).pipeline
-        return tuple(c for c, p in enumerate(self.placement) if p == stage)
+        return tuple(chunk for chunk, place in enumerate(self.placement) if place == stage)
 
     def layers_of(self, chunk: int) -> range:
         return range(*self.chunk_layers[chunk])
 
     def program(self, rank: int) -> Program:
-        return self._program(rank, compute_programs)
+        """What a rank does in a training step, with global micro-batch numbers and peers' ranks."""
+        return self._program("train", rank, compute_programs)
 
     def forward_program(self, rank: int) -> Program:
-        return self._program(rank, forward_only)
+        """What a rank does to evaluate one global batch."""
+        return self._program("forward", rank, forward_only)
 
-    def _program(self, rank, generate) -> Program:
+    def _program(
+        self, kind: str, rank: int, generate: Callable[[str, int, int, int], tuple[Program, ...]]
+    ) -> Program:
         at = self.mesh.coordinates(rank)
-        ids = list(self.micro_batches[at.data])
-        if self.order == "descending":
-            ids.reverse()
-        elif self.order == "shuffled":
-            random.Random(at.data).shuffle(ids)
-        local = generate(self.schedule, self.mesh.pipeline, self.virtual, len(ids))[at.pipeline]
-        program = tuple(Action(a.op, a.chunk, ids[a.micro_batch]) for a in local)
-        return with_messages(
-            {rank: program},
+        numbers = self.micro_batches[at.data]
+        local = self._cached(
+            (kind, len(numbers)),
+            lambda: generate(self.schedule, self.mesh.pipeline, self.virtual, len(numbers)),
+        )
+        named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
+        complete = with_messages(
+            {rank: named},
             lambda chunk, _: self.mesh.rank(at.tensor, at.data, self.placement[chunk]),
             chunks=len(self.placement),
-        )[rank]
+        )
+        return complete[rank]
+
+    def parameter_layout(self) -> Layout:
+        """Which boxes of which logical tensors each rank's parameters are."""
+        holdings: dict[int, dict[str, tuple[Box, ...]]] = {}
+        for rank in range(self.mesh.size):
+            index = self.mesh.coordinates(rank).tensor
+            mine = holdings.setdefault(rank, {})
+            for chunk in self.chunks_of(rank):
+                for layer in self.layers_of(chunk):
+                    for spec in self.layers[layer].parameters[index]:
+                        mine[spec.name] = tuple({*mine.get(spec.name, ()), spec.box})
+        return Layout(holdings)
+
+    def optimizer_layout(self) -> Layout:
+        """Which boxes of which logical tensors each rank keeps optimizer state for."""
+        holdings: dict[int, dict[str, tuple[Box, ...]]] = {r: {} for r in range(self.mesh.size)}
+        for index, found in enumerate(self.blocks):
+            for block, owner in zip(found, self.owners[index], strict=True):
+                spec = self.layers[block.layer].parameters[index][block.spec_index]
+                mine = holdings[owner]
+                mine[spec.name] = (*mine.get(spec.name, ()), block_box(spec, block))
+        return Layout(holdings)
+
+    def _cached(self, key: object, make: Callable[[], _T]) -> _T:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+def block_box(spec: ParameterSpec, block: Block) -> Box:
+    """The box of its logical tensor that a block is."""
+    first = spec.box.start[0]
+    return Box(
+        (first + block.row_start, *spec.box.start[1:]), (first + block.row_stop, *spec.box.stop[1:])
+    )
 
 
 def make_plan(
@@ -99,36 +184,73 @@ def make_plan(
     micro_batches: int,
     block_elements: int,
     blocks_per_chunk: Sequence[int] | None = None,
-    recompute: str = "none",
     micro_batch_order: str = "ascending",
     generation: int = 0,
 ) -> Plan:
+    """The plan of a generation. Pure.
+
+    Args:
+        layers: the embedding, every block, the head.
+        virtual: model chunks per pipeline rank.
+        micro_batches: of a step, over all replicas; shared out in contiguous runs that differ by one.
+        blocks_per_chunk: an uneven split of the blocks; None for an even one.
+        micro_batch_order: "ascending", "descending" or "shuffled"; results do not depend on it.
+    Raises:
+        ConfigError: the layout does not fit the layers or the batch; the line says what to change.
+        ScheduleError: the schedule does not allow this many chunks.
+    """
     where = placement(schedule, mesh.pipeline, virtual)
-    chunks = len(where)
-    count = len(layers) - 2
-    if blocks_per_chunk is None:
-        if count % chunks:
-            raise ConfigError(f"model.layers = {count} is not divisible by {chunks} chunks")
-        blocks_per_chunk = [count // chunks] * chunks
-    edges = [1]
-    for n in blocks_per_chunk:
-        edges.append(edges[-1] + n)
-    edges[0], edges[-1] = 0, len(layers)
-    base, extra = divmod(micro_batches, mesh.data)
-    shares, start = [], 0
-    for d in range(mesh.data):
-        stop = start + base + (d < extra)
-        shares.append(tuple(range(start, stop)))
-        start = stop
+    if micro_batches < mesh.data:
+        raise ConfigError(
+            f"a step has {micro_batches} micro-batches, fewer than parallel.data = {mesh.data} replicas; "
+            "lower parallel.data or raise train.global_batch"
+        )
+    edges = _chunk_edges(len(layers) - 2, len(where), blocks_per_chunk)
     return Plan(
-        generation,
-        mesh,
-        tuple(layers),
-        virtual,
-        schedule,
-        tuple(zip(edges[:-1], edges[1:], strict=True)),
-        where,
-        tuple(shares),
-        block_elements,
-        micro_batch_order,
+        generation=generation,
+        mesh=mesh,
+        layers=tuple(layers),
+        virtual=virtual,
+        schedule=schedule,
+        chunk_layers=tuple(pairwise(edges)),
+        placement=where,
+        micro_batches=_shares(micro_batches, mesh.data, micro_batch_order),
+        block_elements=block_elements,
     )
+
+
+def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[int]:
+    """Where chunks begin and end in the list of layers; the first has the embedding, the last the head."""
+    if given is None:
+        if count % chunks:
+            raise ConfigError(
+                f"model.layers = {count} is not divisible by parallel.pipeline x parallel.virtual = "
+                f"{chunks}; change one of them, or give an uneven split in parallel.blocks_per_chunk"
+            )
+        given = [count // chunks] * chunks
+    if len(given) != chunks or sum(given) != count:
+        raise ConfigError(
+            f"parallel.blocks_per_chunk = {list(given)}: must be {chunks} numbers that add up to "
+            f"model.layers = {count}"
+        )
+    edges = [1]
+    for blocks_of_chunk in given:
+        edges.append(edges[-1] + blocks_of_chunk)
+    edges[0] = 0
+    edges[-1] += 1
+    return edges
+
+
+def _shares(count: int, replicas: int, order: str) -> tuple[tuple[int, ...], ...]:
+    base, extra = divmod(count, replicas)
+    shares, start = [], 0
+    for replica in range(replicas):
+        stop = start + base + (replica < extra)
+        numbers = list(range(start, stop))
+        if order == "descending":
+            numbers.reverse()
+        elif order == "shuffled":
+            random.Random(replica).shuffle(numbers)
+        shares.append(tuple(numbers))
+        start = stop
+    return tuple(shares)

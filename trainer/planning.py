@@ -37,7 +37,6 @@ def plan_of(config: RunConfig, generation: int = 0) -> Plan:
         micro_batches=train.global_batch // train.micro_batch,
         block_elements=config.optimizer.block_elements,
         blocks_per_chunk=parallel.blocks_per_chunk or None,
-        recompute=train.recompute,
         micro_batch_order=parallel.micro_batch_order,
         generation=generation,
     )

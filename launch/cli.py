@@ -74,7 +74,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        Console().print(report.renderable())
+        console = Console()
+        console.print(report.renderable(console.width))
 
 
 @app.command()

@@ -54,9 +54,9 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     failed = [end for end in ends if end.code != 0]
     if not failed:
         return 0
-    interrupted = [end for end in ends if end.code in (-signal.SIGINT, 130)]
-    if len(interrupted) == len(failed):
-        return 130
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if all(end.code == -number for end in ends):
+            return 128 + number
     cause = root_cause(run, range(world_size))
     killed = next((end for end in failed if end.code < 0), None)
     if cause is not None and (killed is None or cause.exit_code != 3):
@@ -85,8 +85,8 @@ def start_workers(main: Main, world_size: int, run: RunDirectory) -> list[Worker
     process go to the workers. A worker dies with this process, however that ends.
 
     Returns:
-        Ends in the order in which they happened; those that this function brought about come with
-        code 0 if they were asked to stop.
+        Ends in the order in which they happened. Workers that were stopped because another failed
+        have code 0; after a signal to this process all have its negative number.
     """
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

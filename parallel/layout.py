@@ -152,7 +152,9 @@ def covers(specs: Iterable[TensorSpec], layout: Layout) -> None:
         boxes = list({box for _, box in held.get(spec.name, [])})
         for box in boxes:
             if len(box.start) != len(spec.shape) or not whole.contains(box):
-                raise LayoutError(f"{spec.name}: box {box} lies outside its shape {list(spec.shape)}")
+                raise LayoutError(
+                    f"{spec.name}: box {box} lies outside its shape {list(spec.shape)}"
+                )
         holes = without([whole], boxes)
         if holes:
             raise LayoutError(

@@ -24,7 +24,9 @@ class Block:
     elements: int
 
 
-def blocks(layers: Sequence[LayerSpec], tensor_index: int, block_elements: int) -> tuple[Block, ...]:
+def blocks(
+    layers: Sequence[LayerSpec], tensor_index: int, block_elements: int
+) -> tuple[Block, ...]:
     """All blocks of one tensor-parallel index, in layer, table and row order.
 
     A block is as many whole rows as fit into `block_elements`, and one at least. It depends on the model

@@ -59,10 +59,10 @@ def duration(seconds: float) -> str:
 def layout_grid(plan: Plan) -> Table:
     """Pipeline stages down, data replicas across; each cell names its ranks and layers."""
     grid = Table(show_header=True, box=None, padding=(0, 1))
-    grid.add_column("", style="dim")
+    grid.add_column("", style="dim", no_wrap=True)
     for replica in range(plan.mesh.data):
         count = len(plan.micro_batches[replica])
-        grid.add_column(f"replica {replica} ({count} micro-batches)", justify="center")
+        grid.add_column(f"replica {replica}: {count} micro-batches", no_wrap=True)
     for stage in range(plan.mesh.pipeline):
         first = plan.mesh.rank(0, 0, stage)
         layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))

@@ -10,7 +10,7 @@ from torch.distributed import Store
 from holdfast.parallel.errors import NumericsError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.learning_rate import learning_rate
-from holdfast.trainer.reporter import Reporter
+from holdfast.trainer.reporter import Reporter, introduce, workers_of
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.trace import Phase
 from holdfast.trainer.training import Outcome, Training
@@ -39,8 +39,9 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
         NumericsError: a step's gradients were not usable, and numerics.nonfinite is "error".
         PeerLost: another worker is gone.
     """
+    introduce(store, world)
     training = Training(config, world, store)
-    reporter = Reporter(training, world, run)
+    reporter = Reporter(training, world, run, workers_of(store, world))
     try:
         for step in range(config.train.steps):
             lr = rate_of(config, step)

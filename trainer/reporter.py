@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
+import socket
 import statistics
 from collections.abc import Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch.distributed import Store
 
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.display import Display, Progress, duration
@@ -22,10 +27,29 @@ _RECENT = 20
 """Steps that the shown rate and time left are taken over."""
 
 
+def introduce(store: Store, world: WorldInfo) -> None:
+    """Tell the store who this worker is."""
+    worker = {"rank": world.rank, "pid": os.getpid(), "node": socket.gethostname()}
+    store.set(f"worker/{world.rank}", json.dumps(worker))
+
+
+def workers_of(store: Store, world: WorldInfo) -> list[dict[str, Any]]:
+    """Rank 0: who all workers are, once they have said so; nothing on other ranks."""
+    if world.rank != 0:
+        return []
+    return [json.loads(store.get(f"worker/{rank}")) for rank in range(world.world_size)]
+
+
 class Reporter:
     """What one rank reports of its run. Local."""
 
-    def __init__(self, training: Training, world: WorldInfo, run: RunDirectory) -> None:
+    def __init__(
+        self,
+        training: Training,
+        world: WorldInfo,
+        run: RunDirectory,
+        workers: Sequence[dict[str, Any]],
+    ) -> None:
         self._training, self._world, self._run = training, world, run
         self._config = training.config
         self._losses: list[float] = []
@@ -38,6 +62,8 @@ class Reporter:
         if world.rank == 0:
             tensorboard = run.tensorboard if self._config.log.tensorboard else None
             self._records = RunRecords(run.metrics, run.events, tensorboard)
+            for worker in workers:
+                self._records.event("worker_started", **worker)
             self._display = Display(run.root.name, training.plan, every=self._config.log.every)
             self._display.start()
 

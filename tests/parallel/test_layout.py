@@ -111,7 +111,9 @@ def test_equal_holders_share_the_load() -> None:
 def test_many_holders_are_served() -> None:
     rows = 4096
     old = Layout({r: {"w": (Box((r * 8, 0), (r * 8 + 8, 16)),)} for r in range(rows // 8)})
-    new = Layout({("n", r): {"w": (Box((r * 32, 0), (r * 32 + 32, 16)),)} for r in range(rows // 32)})
+    new = Layout(
+        {("n", r): {"w": (Box((r * 32, 0), (r * 32 + 32, 16)),)} for r in range(rows // 32)}
+    )
     moves = transfers(old, new, cost=lambda *_: 1.0)
     assert sum(move.box.elements for move in moves) == rows * 16
     assert len(moves) == rows // 8
@@ -142,7 +144,9 @@ def test_covers_names_the_hole() -> None:
 )
 def test_covers_refuses_what_does_not_belong(holdings: dict, message: str | None) -> None:
     if message is None:
-        covers([TensorSpec("w", SHAPE, "float32"), TensorSpec("v", (0,), "float32")], Layout(holdings))
+        covers(
+            [TensorSpec("w", SHAPE, "float32"), TensorSpec("v", (0,), "float32")], Layout(holdings)
+        )
         return
     with pytest.raises(LayoutError, match=message):
         covers([TensorSpec("w", SHAPE, "float32")], Layout(holdings))

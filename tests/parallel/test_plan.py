@@ -62,9 +62,9 @@ def test_ranks_and_coordinates_are_inverse(tensor: int, data: int, pipeline: int
     for rank in range(mesh.size):
         for group in (mesh.tensor_group(rank), mesh.data_group(rank), mesh.pipeline_group(rank)):
             assert rank in group
-    assert sorted(r for first in range(0, mesh.size, tensor) for r in mesh.tensor_group(first)) == list(
-        range(mesh.size)
-    )
+    assert sorted(
+        r for first in range(0, mesh.size, tensor) for r in mesh.tensor_group(first)
+    ) == list(range(mesh.size))
 
 
 LAYOUTS = [
@@ -144,7 +144,9 @@ def test_a_plan_for_a_hundred_thousand_ranks() -> None:
         mesh.rank(3, 500, 6),
         mesh.rank(3, 500, 8),
     }
-    assert all(len(owners) == len(found) for owners, found in zip(plan.owners, plan.blocks, strict=True))
+    assert all(
+        len(owners) == len(found) for owners, found in zip(plan.owners, plan.blocks, strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""What `holdfast plan` says of a configuration, for people and for programs. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from holdfast.parallel.cost import (
+    RankMemory,
+    rank_memory,
+    replica_timeline,
+)
+from holdfast.parallel.plan import Plan
+from holdfast.parallel.schedule import Timeline, draw
+from holdfast.trainer.display import layout_grid
+from holdfast.trainer.flops import step_flops
+from holdfast.trainer.planning import plan_of
+from holdfast.trainer.sections import RunConfig
+
+_SHOWN_ACTIONS = 24
+_CHART_MARGIN = 28
+"""Columns that a chart's labels take."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The plan of a configuration and its estimates."""
+
+    config: RunConfig
+    plan: Plan
+    timeline: Timeline
+    """Of the replica with the most micro-batches."""
+    memory: tuple[RankMemory, ...]
+    """The fullest rank of each pipeline stage."""
+    parameters: int
+    step_flops: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-able form: the same facts as `renderable`."""
+        plan = self.plan
+        return {
+            "mesh": plan.mesh._asdict(),
+            "schedule": plan.schedule,
+            "virtual": plan.virtual,
+            "parameters": self.parameters,
+            "step_flops": self.step_flops,
+            "bubble": self.timeline.bubble,
+            "micro_batches": [list(numbers) for numbers in plan.micro_batches],
+            "chunks": [
+                {
+                    "chunk": chunk,
+                    "pipeline": plan.placement[chunk],
+                    "layers": [plan.layers[layer].name for layer in plan.layers_of(chunk)],
+                }
+                for chunk in range(len(plan.placement))
+            ],
+            "memory_by_stage": [
+                asdict(memory) | {"total": memory.total, "stage": stage}
+                for stage, memory in enumerate(self.memory)
+            ],
+            "programs": {
+                str(rank): " ".join(map(str, plan.program(rank))) for rank in self.timeline.spans
+            },
+        }
+
+    def renderable(self, width: int = 100) -> RenderableType:
+        """Tables and charts for a terminal of `width` columns."""
+        config, plan = self.config, self.plan
+        mesh = plan.mesh
+        facts = Table.grid(padding=(0, 2))
+        for name, value in (
+            ("parameters", f"{self.parameters:,}"),
+            (
+                "ranks",
+                f"tensor {mesh.tensor} x pipeline {mesh.pipeline} x data {mesh.data} = {mesh.size}",
+            ),
+            ("step", f"{config.train.global_batch} sequences of {config.train.seq_len} tokens"),
+            ("operations", f"{self.step_flops:.3g} floating-point operations a step"),
+            ("schedule", f"{plan.schedule}, {plan.virtual} chunks per rank"),
+            ("bubble", f"{self.timeline.bubble:.1%} of the busiest rank's work (simulated)"),
+        ):
+            facts.add_row(Text(name, style="dim"), value)
+        return Group(
+            facts,
+            Text(""),
+            layout_grid(plan),
+            Text(""),
+            self._memory_table(),
+            Text(""),
+            Text("one step of the pipeline, simulated", style="bold"),
+            Text(draw(self.timeline, width=max(30, width - _CHART_MARGIN)), no_wrap=True),
+            Text(""),
+            Text("program of each pipeline rank, first actions", style="bold"),
+            *self._programs(),
+        )
+
+    def _memory_table(self) -> Table:
+        table = Table(title="memory of the fullest rank of each stage, MiB", title_justify="left")
+        for column in ("stage", "parameters", "gradients", "optimizer", "activations", "total"):
+            table.add_column(column, justify="right")
+        for stage, memory in enumerate(self.memory):
+            numbers = (
+                memory.parameters,
+                memory.gradients,
+                memory.optimizer,
+                memory.activations,
+                memory.total,
+            )
+            table.add_row(str(stage), *(f"{number / 2**20:,.1f}" for number in numbers))
+        return table
+
+    def _programs(self) -> list[Text]:
+        lines = []
+        for rank in self.timeline.spans:
+            program = self.plan.program(rank)
+            shown = " ".join(map(str, program[:_SHOWN_ACTIONS]))
+            rest = (
+                f" … {len(program) - _SHOWN_ACTIONS} more" if len(program) > _SHOWN_ACTIONS else ""
+            )
+            lines.append(Text(f"rank {rank}: {shown}{rest}", no_wrap=False))
+        return lines
+
+
+def plan_report(config: RunConfig) -> PlanReport:
+    """Plan a configuration and estimate what it costs. Pure; starts nothing."""
+    plan = plan_of(config)
+    mesh = plan.mesh
+    replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
+    exact = config.numerics.reduction == "exact"
+    memory = []
+    for stage in range(mesh.pipeline):
+        of_stage = [
+            rank_memory(plan, mesh.rank(t, d, stage), precision=config.train.precision, exact=exact)
+            for t in range(mesh.tensor)
+            for d in {0, replica, mesh.data - 1}
+        ]
+        memory.append(max(of_stage, key=lambda m: m.total))
+    parameters = sum(
+        spec.elements
+        for layer in plan.layers
+        for index, specs in enumerate(layer.parameters)
+        for spec in specs
+        if spec.counts_in_norm(index)
+    )
+    micro_batches = config.train.global_batch // config.train.micro_batch
+    return PlanReport(
+        config=config,
+        plan=plan,
+        timeline=replica_timeline(plan, replica),
+        memory=tuple(memory),
+        parameters=parameters,
+        step_flops=step_flops(plan.layers, micro_batches),
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from holdfast.parallel.errors import LayoutError
 
@@ -109,7 +110,7 @@ class TensorSpec:
 class Layout:
     """Which boxes of which tensors each holder has."""
 
-    holdings: Mapping[Holder, Mapping[str, tuple[Box, ...]]]
+    holdings: Mapping[Any, Mapping[str, tuple[Box, ...]]]
 
     def by_name(self) -> dict[str, list[tuple[Holder, Box]]]:
         """The same, by tensor: every (holder, box), in the order of the holders."""

@@ -104,7 +104,7 @@ class PlainLlama(nn.Module):
         self.model.norm = RMSNorm(s.hidden, s.norm_eps)
         self.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
         if s.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.model.embed_tokens.weight  # pyrefly: ignore
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64[batch, seq] -> logits: float[batch, seq, vocab]."""

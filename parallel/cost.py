@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.parallel.parameters import LayerSpec
 from holdfast.parallel.plan import Plan
-from holdfast.parallel.schedule import Action, Op, Timeline, simulate
+from holdfast.parallel.schedule import Action, Op, Timeline, peak_in_flight, simulate
 
 PARAMETER_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _BACKWARD_SHARE = {
@@ -63,14 +63,7 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
         chunk: sum(plan.layers[layer].activation_bytes for layer in plan.layers_of(chunk))
         for chunk in plan.chunks_of(rank)
     }
-    kept = peak = 0
-    for action in plan.program(rank):
-        if action.op is Op.FORWARD:
-            kept += chunk_bytes[action.chunk]
-            peak = max(peak, kept)
-        elif action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
-            kept -= chunk_bytes[action.chunk]
-    return peak
+    return int(peak_in_flight(plan.program(rank), size=chunk_bytes.__getitem__))
 
 
 def rank_memory(plan: Plan, rank: int, *, precision: str, exact: bool) -> RankMemory:

@@ -22,6 +22,10 @@ setup-dev: .venv/dev.stamp
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
+.venv/bench.stamp: requirements/bench.txt .venv/dev.stamp
+	$(PIP) install -r requirements/bench.txt
+	@touch $@
+
 train: setup
 	$(BIN)/holdfast train examples/tiny.toml
 
@@ -33,7 +37,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 
-bench: setup-dev
+bench: .venv/bench.stamp
 	$(BIN)/python benchmarks/run_all.py
 
 soak: setup-dev

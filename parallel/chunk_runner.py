@@ -32,7 +32,8 @@ class ModelChunkRunner:
         self.chunk = chunk
         self._is_last = is_last
         self._context = context
-        self._loss_gradient = torch.tensor(loss_gradient, dtype=torch.float64)
+        device = next(chunk.parameters()).device
+        self._loss_gradient = torch.tensor(loss_gradient, dtype=torch.float64, device=device)
         self._inputs: dict[int, Tensor | None] = {}
         self._edges: dict[int, GradientEdge] = {}
         self._deferred: dict[int, list[WeightGradientRecord]] = {}

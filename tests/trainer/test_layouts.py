@@ -41,7 +41,9 @@ def agree(cluster: Cluster, config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("layout", all_layouts(), ids=lambda v: "-".join(map(str, v.values())))
+@pytest.mark.parametrize(
+    "layout", list(all_layouts()), ids=lambda v: "-".join(map(str, v.values()))
+)
 def test_layout_agrees_with_one_process(
     cluster: Cluster, layout: dict[str, Any], dropout: float
 ) -> None:

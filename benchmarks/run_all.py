@@ -1,0 +1,32 @@
+"""Runs every benchmark and keeps the JSON beside benchmarks/RESULTS.md: python benchmarks/run_all.py"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "results"
+RUNS = {
+    "native_kernels.py": ["--json", str(OUTPUT / "native_kernels.json")],
+    "executor.py": ["--repetitions", "7", "--json", str(OUTPUT / "executor.json")],
+    "data_parallel.py": ["--json", str(OUTPUT / "data_parallel")],
+    "startup.py": ["--json", str(OUTPUT / "startup.json")],
+}
+
+
+def main() -> int:
+    OUTPUT.mkdir(exist_ok=True)
+    failed = [
+        name
+        for name, arguments in RUNS.items()
+        if subprocess.run([sys.executable, str(HERE / name), *arguments], check=False).returncode
+    ]
+    if failed:
+        print("failed:", ", ".join(failed), file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -61,8 +61,7 @@ def layout_grid(plan: Plan) -> Table:
     grid = Table(show_header=True, box=None, padding=(0, 1))
     grid.add_column("", style="dim", no_wrap=True)
     for replica in range(plan.mesh.data):
-        count = len(plan.micro_batches[replica])
-        grid.add_column(f"replica {replica}: {count} micro-batches", no_wrap=True)
+        grid.add_column(f"replica {replica}", no_wrap=True)
     for stage in range(plan.mesh.pipeline):
         first = plan.mesh.rank(0, 0, stage)
         layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
@@ -72,6 +71,8 @@ def layout_grid(plan: Plan) -> Table:
             name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
             cells.append(Text(f"■ {name}", style="green"))
         grid.add_row(f"stage {stage}: {layers}", *cells)
+    counts = [Text(str(len(numbers)), style="dim") for numbers in plan.micro_batches]
+    grid.add_row("micro-batches of a step", *counts)
     return grid
 
 

@@ -25,12 +25,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
 sys.path.insert(0, os.path.dirname(__file__))
 
 import msgspec
+
 from cluster import Cluster
 from harness import Measurement, report
-from plain_llama import PlainLlama, Shape
-from runs import make_config
-
 from holdfast.trainer.config import RunConfig
+from plain_llama import PlainLlama, Shape
+from small_runs import make_config
 
 RANKS = 2
 MODEL = {

@@ -25,7 +25,6 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 from cluster import Cluster
 from harness import Measurement, report
-
 from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
 from holdfast.parallel.pipeline import Executor, MessageShape, receive_order
 from holdfast.parallel.schedule import (

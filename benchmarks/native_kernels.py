@@ -23,10 +23,10 @@ import torch
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-from harness import Measurement, alternate, machine
 from rich.console import Console
 from rich.table import Table
 
+from harness import Measurement, alternate, machine
 from holdfast import _native
 
 

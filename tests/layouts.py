@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from runs import make_config
 
 from holdfast.trainer.check.tiny import FRACTION_BITS
 from holdfast.trainer.config import RunConfig
+from small_runs import make_config
 
 MOST_RANKS = 8
 

@@ -151,7 +151,9 @@ class Display:
             numbers.add_row(*(Text(name, style="dim") for name, _ in shown))
             numbers.add_row(*(Text(value, style="bold") for _, value in shown))
             bar = ProgressBar(total=progress.steps, completed=progress.step, width=60)
-            parts += [numbers, Text(""), bar, Text(sparkline(self._losses, 60), style="cyan")]
+            line = Table.grid()
+            line.add_row(bar)
+            parts += [numbers, Text(""), line, Text(sparkline(self._losses, 60), style="cyan")]
             if progress.eval_loss is not None:
                 parts.append(Text(f"held-out loss {progress.eval_loss:.4f}"))
         return Panel(Group(*parts), title=self._title, expand=False)

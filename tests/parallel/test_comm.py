@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cluster import Cluster, WorkerFailed
 
+from cluster import Cluster, WorkerFailed
 from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
 from holdfast.parallel.errors import PeerLost
 

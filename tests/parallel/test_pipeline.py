@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cluster import Cluster
 from torch import Tensor
 
+from cluster import Cluster
 from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
 from holdfast.parallel.pipeline import Executor, MessageShape, message_tag, receive_order
 from holdfast.parallel.schedule import (

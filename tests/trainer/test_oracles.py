@@ -8,16 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from cluster import Cluster
-from plain_llama import PlainLlama, Shape, train_plainly
-from runs import make_config, run_training, world_size_of
 from torch import Tensor
 
+from cluster import Cluster
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.opening import split_tokens
 from holdfast.trainer.model.build import ModelChunk, build_chunk
+from plain_llama import PlainLlama, Shape, train_plainly
+from small_runs import make_config, run_training, world_size_of
 
 
 def whole_model(config: RunConfig) -> ModelChunk:

@@ -6,12 +6,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from cluster import Cluster
-from layouts import tiny
-from runs import world_size_of
 
+from cluster import Cluster
 from holdfast.trainer.check.compare import compare
 from holdfast.trainer.check.reference import run_reference
+from layouts import tiny
+from small_runs import world_size_of
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
@@ -72,7 +72,7 @@ def test_bug_is_found_and_named(
 ) -> None:
     config = tiny(layout, model, steps=4)
     plain = msgspec.to_builtins(config)
-    ranks = cluster.run("runs:check_layout", world_size_of(config), config=plain, bug=bug)
+    ranks = cluster.run("small_runs:check_layout", world_size_of(config), config=plain, bug=bug)
     findings = compare(ranks, run_reference(config))
     kinds = [finding.kind for finding in findings]
     assert kind in kinds, [str(finding) for finding in findings]
@@ -86,7 +86,7 @@ def test_messages_without_tags_are_found(cluster: Cluster) -> None:
     config = tiny(layout, {}, steps=2)
     plain = msgspec.to_builtins(config)
     bug = "messages_in_order_without_tags"
-    ranks = cluster.run("runs:check_layout", 2, config=plain, bug=bug)
+    ranks = cluster.run("small_runs:check_layout", 2, config=plain, bug=bug)
     assert compare(ranks, run_reference(config)) == [], (
         "receives are posted in the order of the sends, so that even without tags nothing is mixed up"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from cluster import Cluster
-from runs import make_config, run_training
+from small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 

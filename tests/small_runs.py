@@ -59,7 +59,7 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
 def run_training(cluster: Any, config: RunConfig) -> dict[str, Any]:
     """Run `config` on the pool; all ranks must agree on what they saw."""
     plain = msgspec.to_builtins(config)
-    results = cluster.run("runs:train_steps", world_size_of(config), config=plain)
+    results = cluster.run("small_runs:train_steps", world_size_of(config), config=plain)
     assert all(result == results[0] for result in results), "ranks disagree"
     return results[0]
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-WORKERS = 8
+WORKERS = 12
 
 
 class WorkerFailed(AssertionError):
@@ -28,7 +28,7 @@ class WorkerFailed(AssertionError):
 
 
 class Cluster:
-    """Eight processes waiting for jobs. A job that hangs or dies ends the pool; the next starts anew."""
+    """Processes waiting for jobs. A job that hangs or dies ends the pool; the next starts anew."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

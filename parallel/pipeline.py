@@ -7,6 +7,7 @@ the order in which the peer sends, and sends are never waited for before the end
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -106,7 +107,7 @@ class Executor:
         self._micro_batches = micro_batches
 
     def run(self, program: Program, order: Mapping[Action, int] | None = None) -> ActionTimes:
-        """Run one step's program.
+        """Run one step's program, without pauses for the cyclic garbage collector.
 
         Args:
             program: this rank's actions.
@@ -117,6 +118,15 @@ class Executor:
         Raises:
             PeerLost: a message failed.
         """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self._run(program, order)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _run(self, program: Program, order: Mapping[Action, int] | None) -> ActionTimes:
         times = ActionTimes()
         note = (times.actions.append, times.starts_s.append, times.stops_s.append)
         values: dict[tuple[int, int], Tensor | None] = {}
@@ -146,8 +156,10 @@ class Executor:
                 gradients[key] = receives.wait(action)
             elif op is Op.SEND_FORWARD:
                 sends.append(self._send(action, values.pop((chunk + 1, micro_batch))))
+                receives.post_ahead()
             else:
                 sends.append(self._send(action, gradients.pop((chunk - 1, micro_batch))))
+                receives.post_ahead()
             note[0](action)
             note[1](start)
             note[2](perf_counter())
@@ -191,16 +203,19 @@ class _Receives:
             self._done_by_peer[peer] = 0
             if order is not None:
                 actions.sort(key=order.__getitem__)
-        self._post_ahead()
+        self.post_ahead()
 
     def wait(self, action: Action) -> Tensor:
+        """The message that `action` waits for."""
         self._waited += 1
-        self._post_ahead()
+        if action not in self._posted:
+            self.post_ahead()
         posted = self._posted.pop(action)
         posted.handle.wait()
         return posted.buffer
 
-    def _post_ahead(self) -> None:
+    def post_ahead(self) -> None:
+        """Post what will be waited for soon; called after sends, where nothing waits for this rank."""
         while self._next < min(self._waited + _POSTED_AHEAD, len(self._upcoming)):
             self._post_up_to(self._upcoming[self._next])
             self._next += 1

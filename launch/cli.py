@@ -85,12 +85,19 @@ def train(
 def plan(
     config: Config,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    tflops: Annotated[
+        float,
+        typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time.", min=0),
+    ] = 0.0,
+    gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.", min=0)] = 0.0,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Print layout, memory by rank, bubble and program, without starting a worker."""
     from holdfast.trainer.plan_report import plan_report
 
-    report = plan_report(load_config(config, overrides))
+    report = plan_report(
+        load_config(config, overrides), flops_per_s=tflops * 1e12, link_bytes_per_s=gbytes * 1e9
+    )
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:

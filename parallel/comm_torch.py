@@ -211,7 +211,12 @@ class GlooCommunicator(_PairwiseCollectives):
         return _WorkHandle(work, tensor, "receive", self._name, peer)
 
     def barrier(self) -> None:
-        self.all_reduce(torch.zeros(1)).wait()
+        if self._group is None:
+            return
+        try:
+            self._group.barrier().wait()
+        except RuntimeError as error:
+            raise _lost("barrier", self._name, None, error) from error
 
 
 class NcclCommunicator(_PairwiseCollectives):

@@ -46,11 +46,67 @@ def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], floa
     )
 
 
-def replica_timeline(plan: Plan, replica: int = 0, flops_per_s: float = 1.0) -> Timeline:
-    """The simulated step of one replica's pipeline, by rank, messages free."""
+def replica_timeline(
+    plan: Plan,
+    replica: int = 0,
+    flops_per_s: float = 1.0,
+    link_bytes_per_s: float | None = None,
+) -> Timeline:
+    """The simulated step of one replica's pipeline, by rank; messages are free without a link rate."""
     ranks = [plan.mesh.rank(0, replica, stage) for stage in range(plan.mesh.pipeline)]
     programs = {rank: plan.program(rank) for rank in ranks}
-    return simulate(programs, action_cost(plan, flops_per_s))
+    if link_bytes_per_s is None:
+        return simulate(programs, action_cost(plan, flops_per_s))
+    rate = link_bytes_per_s
+    return simulate(
+        programs,
+        action_cost(plan, flops_per_s),
+        lambda send: _message_bytes(plan, send) / rate,
+    )
+
+
+def _message_bytes(plan: Plan, send: Action) -> int:
+    """What a send carries: its chunk's output, or the gradient of its input."""
+    producer = send.chunk if send.op is Op.SEND_FORWARD else send.chunk - 1
+    return plan.layers[plan.layers_of(producer)[-1]].output_bytes
+
+
+def exchange_bytes(plan: Plan, rank: int, *, precision: str, exact: bool) -> float:
+    """What a rank sends to its replicas in a step: gradient sums to owners, parameters from owners.
+
+    With balanced owners each is (D - 1) / D of what the rank holds, for D replicas.
+    """
+    replicas = plan.mesh.data
+    memory = rank_memory(plan, rank, precision=precision, exact=exact)
+    return (memory.gradients + memory.parameters) * (replicas - 1) / replicas
+
+
+def step_time_s(
+    plan: Plan,
+    *,
+    precision: str,
+    exact: bool,
+    flops_per_s: float,
+    link_bytes_per_s: float,
+) -> float:
+    """An estimate of a step's seconds: the slowest replica's pipeline, then its widest exchange.
+
+    Computation and exchange are not overlapped, and the tensor-parallel collectives, the optimizer's
+    update and recomputation are left out.
+
+    Args:
+        flops_per_s: what a rank reaches, not the peak of its data sheet.
+        link_bytes_per_s: of one rank, each way.
+    """
+    slowest = max(range(plan.mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
+    computed = replica_timeline(plan, slowest, flops_per_s, link_bytes_per_s).makespan
+    ranks = (
+        plan.mesh.rank(tensor, slowest, stage)
+        for tensor in range(plan.mesh.tensor)
+        for stage in range(plan.mesh.pipeline)
+    )
+    widest = max(exchange_bytes(plan, r, precision=precision, exact=exact) for r in ranks)
+    return computed + widest / link_bytes_per_s
 
 
 def peak_activation_bytes(plan: Plan, rank: int) -> int:

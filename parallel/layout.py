@@ -7,8 +7,11 @@ code serves ranks and files. Pure; needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -150,7 +153,8 @@ def covers(specs: Iterable[TensorSpec], layout: Layout) -> None:
     for spec in specs:
         known.add(spec.name)
         whole = Box.whole(spec.shape)
-        boxes = list({box for _, box in held.get(spec.name, [])})
+        # In order, so that what is left stays a few boxes however many are held.
+        boxes = sorted({box for _, box in held.get(spec.name, [])}, key=lambda box: box.start)
         for box in boxes:
             if len(box.start) != len(spec.shape) or not whole.contains(box):
                 raise LayoutError(
@@ -184,52 +188,83 @@ def transfers(
     Raises:
         LayoutError: an element that no source holds.
     """
-    held = source.by_name()
+    held = {name: _BoxIndex(boxes) for name, boxes in source.by_name().items()}
+    nothing = _BoxIndex([])
     sent: dict[Holder, int] = {}
     moves: list[Transfer] = []
     for holder, tensors in target.holdings.items():
         own = source.holdings.get(holder, {})
         for name, boxes in tensors.items():
-            wanted: list[Box] = []
-            for box in boxes:
-                wanted += without([box], [*own.get(name, ()), *wanted])
-            for box in wanted:
-                moves += _fetch(name, box, holder, held.get(name, []), cost, sent)
+            had = _BoxIndex((holder, box) for box in own.get(name, ()))
+            asked = _BoxIndex(enumerate(boxes))
+            for place, box in enumerate(boxes):
+                taken = [part for part, _ in had.overlaps(box)]
+                # What an earlier box of the same target asks for is not asked for again.
+                taken += [part for part, by in asked.overlaps(box) if by[0][0] < place]
+                for wanted in without([box], taken):
+                    moves += _fetch(name, wanted, holder, held.get(name, nothing), cost, sent)
     return moves
+
+
+class _BoxIndex:
+    """Who holds which boxes of one tensor, found by rows: each distinct box is kept once."""
+
+    def __init__(self, held: Iterable[tuple[Holder, Box]]) -> None:
+        holders: dict[Box, list[tuple[int, Holder]]] = {}
+        for order, (holder, box) in enumerate(held):
+            if box.elements:
+                holders.setdefault(box, []).append((order, holder))
+        self._held = sorted(holders.items(), key=lambda item: item[0].start)
+        rows = [_rows(box) for box, _ in self._held]
+        self._starts = [first for first, _ in rows]
+        self._furthest = list(accumulate((last for _, last in rows), max))
+
+    def overlaps(self, wanted: Box) -> Iterator[tuple[Box, list[tuple[int, Holder]]]]:
+        """The parts of `wanted` that are held, each with its (place in the list, holder) pairs."""
+        first, last = _rows(wanted)
+        # Boxes before the first whose furthest row reaches `wanted` all end before it.
+        low, high = bisect_right(self._furthest, first), bisect_left(self._starts, last)
+        for box, holders in self._held[low:high]:
+            common = box.intersect(wanted)
+            if common is not None:
+                yield common, holders
+
+
+def _rows(box: Box) -> tuple[int, int]:
+    return (box.start[0], box.stop[0]) if box.start else (0, 1)
 
 
 def _fetch(
     name: str,
     wanted: Box,
     target: Holder,
-    held: Sequence[tuple[Holder, Box]],
+    held: _BoxIndex,
     cost: Callable[[Holder, Holder], float],
     sent: dict[Holder, int],
 ) -> list[Transfer]:
     """Moves that bring one box, largest pieces of the cheapest sources first."""
     offers = [
-        (cost(holder, target), order, holder, common)
-        for order, (holder, box) in enumerate(held)
-        if holder != target and (common := box.intersect(wanted)) is not None
+        (cost(holder, target), sent.get(holder, 0), -common.elements, order, holder, common)
+        for common, holders in held.overlaps(wanted)
+        for order, holder in holders
+        if holder != target
     ]
+    heapify(offers)
     moves: list[Transfer] = []
-    missing = [wanted] if wanted.elements else []
+    missing = [wanted]
     while missing:
-        best = None
-        for price, order, holder, common in offers:
-            gain = sum(part.elements for box in missing if (part := box.intersect(common)))
-            if gain:
-                key = (price, sent.get(holder, 0), -gain, order)
-                if best is None or key < best[0]:
-                    best = (key, holder, common, gain)
-        if best is None:
+        if not offers:
             raise LayoutError(f"{name}: no source holds {missing[0]}, which {target} needs")
-        _, holder, common, gain = best
-        moves += [
-            Transfer(name, part, holder, target)
-            for box in missing
-            if (part := box.intersect(common)) is not None
-        ]
+        price, was_sent, was_gain, order, holder, common = heappop(offers)
+        parts = [part for box in missing if (part := box.intersect(common)) is not None]
+        gain = sum(part.elements for part in parts)
+        if not gain:
+            continue
+        # An offer's key only grows, so one that has not grown since it was queued is the best.
+        if (sent.get(holder, 0), -gain) != (was_sent, was_gain):
+            heappush(offers, (price, sent.get(holder, 0), -gain, order, holder, common))
+            continue
+        moves += [Transfer(name, part, holder, target) for part in parts]
         sent[holder] = sent.get(holder, 0) + gain
         missing = without(missing, [common])
     return moves

@@ -94,7 +94,8 @@ def _contiguous(sizes: Sequence[int], group: tuple[int, ...]) -> list[int]:
 def _minimal_moves(
     sizes: Sequence[int], group: tuple[int, ...], previous: Sequence[int | None]
 ) -> list[int]:
-    chosen: list[int | None] = [owner if owner in group else None for owner in previous]
+    remaining = set(group)
+    chosen: list[int | None] = [owner if owner in remaining else None for owner in previous]
     load = dict.fromkeys(group, 0)
     for size, owner in zip(sizes, chosen, strict=True):
         if owner is not None:

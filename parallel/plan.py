@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, ScheduleError
 from holdfast.parallel.layout import Box, Layout
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.ownership import Block, assign_owners, blocks
@@ -27,6 +27,8 @@ from holdfast.parallel.schedule import (
 )
 
 _T = TypeVar("_T")
+
+MICRO_BATCH_ORDERS = ("ascending", "descending", "shuffled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +198,14 @@ def make_plan(
         blocks_per_chunk: an uneven split of the blocks; None for an even one.
         micro_batch_order: "ascending", "descending" or "shuffled"; results do not depend on it.
     Raises:
-        ConfigError: the layout does not fit the layers or the batch; the line says what to change.
-        ScheduleError: the schedule does not allow this many chunks.
+        ConfigError: the layout does not fit the layers, the batch or the schedule; the line says what
+            to change.
     """
-    where = placement(schedule, mesh.pipeline, virtual)
+    _check_sizes(layers, mesh, block_elements, micro_batch_order)
+    try:
+        where = placement(schedule, mesh.pipeline, virtual)
+    except ScheduleError as error:
+        raise ConfigError(str(error)) from error
     if micro_batches < mesh.data:
         raise ConfigError(
             f"a step has {micro_batches} micro-batches, fewer than parallel.data = {mesh.data} replicas; "
@@ -219,6 +225,29 @@ def make_plan(
     )
 
 
+def _check_sizes(
+    layers: Sequence[LayerSpec], mesh: Mesh, block_elements: int, micro_batch_order: str
+) -> None:
+    for axis, size in mesh._asdict().items():
+        if size < 1:
+            raise ConfigError(f"parallel.{axis} = {size} is too small; use 1 or more")
+    for layer in layers:
+        if len(layer.parameters) != mesh.tensor:
+            raise ConfigError(
+                f"layer {layer.name} is split over {len(layer.parameters)} tensor ranks, but "
+                f"parallel.tensor = {mesh.tensor}; describe the layers for that size"
+            )
+    if block_elements < 1:
+        raise ConfigError(
+            f"optimizer.block_elements = {block_elements} is too small; use 1 or more"
+        )
+    if micro_batch_order not in MICRO_BATCH_ORDERS:
+        raise ConfigError(
+            f"parallel.micro_batch_order = {micro_batch_order!r} does not exist; choose one of "
+            f"{', '.join(MICRO_BATCH_ORDERS)}"
+        )
+
+
 def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[int]:
     """Where chunks begin and end in the list of layers; the first has the embedding, the last the head."""
     if given is None:
@@ -232,6 +261,11 @@ def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[i
         raise ConfigError(
             f"parallel.blocks_per_chunk = {list(given)}: must be {chunks} numbers that add up to "
             f"model.layers = {count}"
+        )
+    if min(given) < 0 or min(given[1:-1], default=1) < 1:
+        raise ConfigError(
+            f"parallel.blocks_per_chunk = {list(given)}: a chunk would have no layer; each number must be "
+            "1 or more, 0 only for the first and the last, which have the embedding and the head"
         )
     edges = [1]
     for blocks_of_chunk in given:

@@ -13,6 +13,7 @@ from holdfast.parallel.cost import (
     RankMemory,
     rank_memory,
     replica_timeline,
+    step_time_s,
 )
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedule import Timeline, draw
@@ -38,6 +39,8 @@ class PlanReport:
     """The fullest rank of each pipeline stage."""
     parameters: int
     step_flops: float
+    step_s: float | None
+    """The estimate of a step's time, where rates were given."""
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form: the same facts as `renderable`."""
@@ -49,6 +52,7 @@ class PlanReport:
             "parameters": self.parameters,
             "step_flops": self.step_flops,
             "bubble": self.timeline.bubble,
+            "step_s": self.step_s,
             "micro_batches": [list(numbers) for numbers in plan.micro_batches],
             "chunks": [
                 {
@@ -84,6 +88,10 @@ class PlanReport:
             ("bubble", f"{self.timeline.bubble:.1%} of the busiest rank's work (simulated)"),
         ):
             facts.add_row(Text(name, style="dim"), value)
+        if self.step_s is not None:
+            rate = config.train.global_batch * config.train.seq_len / self.step_s
+            estimate = f"{self.step_s:.4g} s, {rate:,.0f} tokens/s (estimated)"
+            facts.add_row(Text("step time", style="dim"), estimate)
         return Group(
             facts,
             Text(""),
@@ -125,8 +133,14 @@ class PlanReport:
         return lines
 
 
-def plan_report(config: RunConfig) -> PlanReport:
-    """Plan a configuration and estimate what it costs. Pure; starts nothing."""
+def plan_report(
+    config: RunConfig, *, flops_per_s: float = 0.0, link_bytes_per_s: float = 0.0
+) -> PlanReport:
+    """Plan a configuration and estimate what it costs. Pure; starts nothing.
+
+    Args:
+        flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time.
+    """
     plan = plan_of(config)
     mesh = plan.mesh
     replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
@@ -139,6 +153,15 @@ def plan_report(config: RunConfig) -> PlanReport:
             for d in {0, replica, mesh.data - 1}
         ]
         memory.append(max(of_stage, key=lambda m: m.total))
+    step_s = None
+    if flops_per_s > 0 and link_bytes_per_s > 0:
+        step_s = step_time_s(
+            plan,
+            precision=config.train.precision,
+            exact=exact,
+            flops_per_s=flops_per_s,
+            link_bytes_per_s=link_bytes_per_s,
+        )
     parameters = sum(
         spec.elements
         for layer in plan.layers
@@ -154,4 +177,5 @@ def plan_report(config: RunConfig) -> PlanReport:
         memory=tuple(memory),
         parameters=parameters,
         step_flops=step_flops(plan.layers, micro_batches),
+        step_s=step_s,
     )

@@ -155,11 +155,33 @@ def test_a_plan_for_a_hundred_thousand_ranks() -> None:
         ({"virtual": 3, "schedule": "interleaved-1f1b"}, "layers = 4 is not divisible"),
         ({"micro_batches": 1}, "1 micro-batches, fewer than"),
         ({"blocks_per_chunk": [1, 1]}, "add up to model.layers = 4"),
+        ({"blocks_per_chunk": [5, -1]}, "a chunk would have no layer"),
+        (
+            {"blocks_per_chunk": [2, 0, 0, 2], "virtual": 2, "schedule": "interleaved-1f1b"},
+            "a chunk would have no layer",
+        ),
+        ({"schedule": "zb-v"}, "set parallel.virtual = 2"),
+        ({"schedule": "fastest"}, "choose one of gpipe"),
+        ({"micro_batch_order": "sideways"}, "choose one of ascending"),
+        ({"block_elements": 0}, "block_elements = 0 is too small"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(Mesh(1, 2, 2), **changes)
+
+
+def test_a_mesh_that_the_layers_were_not_cut_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"split over 1 tensor ranks.*parallel.tensor = 2"):
+        plan_of(Mesh(2, 1, 2), layers_of(tensor=1))
+    with pytest.raises(ConfigError, match=r"parallel.data = 0 is too small"):
+        plan_of(Mesh(1, 0, 2))
+
+
+def test_the_outer_chunks_may_have_no_block() -> None:
+    plan = plan_of(Mesh(1, 1, 3), blocks_per_chunk=[0, 4, 0])
+    names = [[plan.layers[i].name for i in plan.layers_of(c)] for c in range(3)]
+    assert (names[0], names[2]) == (["embedding"], ["head"])
 
 
 def loads(sizes: list[int], owners: tuple[int, ...], ranks: int) -> list[int]:

@@ -18,7 +18,7 @@ def one_process(cluster: Cluster) -> dict[str, Any]:
     return run_training(cluster, make_config())
 
 
-SCHEDULES = [
+SCHEDULES: list[dict[str, Any]] = [
     {"schedule": "1f1b"},
     {"schedule": "gpipe"},
     {"schedule": "gpipe", "virtual": 2},
@@ -32,7 +32,7 @@ def layouts() -> list[dict[str, Any]]:
     """data 1 to 4 x pipeline 1 to 3 x every schedule with 1 and 2 chunks per rank."""
     found = []
     for data, pipeline, schedule in itertools.product((1, 2, 3, 4), (1, 2, 3), SCHEDULES):
-        layout = {"data": data, "pipeline": pipeline, **schedule}
+        layout: dict[str, Any] = {"data": data, "pipeline": pipeline, **schedule}
         if pipeline == 2 and schedule.get("virtual") == 2:
             layout["blocks_per_chunk"] = [2, 1, 1, 2]
         found.append(layout)

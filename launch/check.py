@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch.distributed import Store
 
 from holdfast.launch.local import start_workers
 from holdfast.trainer.check.compare import Finding, compare
@@ -18,7 +19,7 @@ from holdfast.trainer.check.layout_run import run_layout
 from holdfast.trainer.check.reference import run_reference
 from holdfast.trainer.check.tiny import tiny_config
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.run_directory import open_run
+from holdfast.trainer.run_directory import RunDirectory, open_run
 from holdfast.trainer.worker import describe, root_cause, run_worker
 from holdfast.trainer.world import WorldInfo
 
@@ -41,7 +42,7 @@ def check_layout(config: RunConfig, steps: int) -> int:
         root = Path(folder)
         run = open_run(root / "run", tiny)
 
-        def target(config, world, store, _) -> None:
+        def target(config: RunConfig, world: WorldInfo, store: Store, _: RunDirectory) -> None:
             save_capture(run_layout(config, world, store), root / f"rank-{world.rank}.safetensors")
 
         def main(world: WorldInfo) -> int:

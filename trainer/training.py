@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from holdfast.parallel.optimizer import (
 )
 from holdfast.parallel.pipeline import ActionTimes, Executor, MessageShape, receive_order
 from holdfast.parallel.plan import Plan
-from holdfast.parallel.schedule import Program
+from holdfast.parallel.schedule import Action, Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.model.build import build_chunk
@@ -151,7 +152,7 @@ class Training:
             self.step_micro_batches,
         )
         self._train_program = self._prepared(plan.program)
-        self._eval_program: tuple[Program, dict] | None = None
+        self._eval_program: tuple[Program, dict[Action, int]] | None = None
         self._eval_data: Dataset | None = None
 
     @property
@@ -174,7 +175,8 @@ class Training:
         """Tokens of one step over all replicas."""
         return self.config.train.global_batch * self.config.train.seq_len
 
-    def _prepared(self, program_of) -> tuple[Program, dict]:
+    def _prepared(self, program_of: Callable[[int], Program]) -> tuple[Program, dict[Action, int]]:
+        """This rank's program and the order in which its peers send to it."""
         program = program_of(self.rank)
         peers = {a.peer for a in program if a.peer is not None}
         return program, receive_order(program, {p: program_of(p) for p in peers}, self.rank)

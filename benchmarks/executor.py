@@ -1,7 +1,7 @@
 """Executor against the simulated ideal, and torch.distributed.pipelining's executor beside it.
 
 Four pipeline ranks, 16 micro-batches, gloo. A chunk's compute is a sleep (forward 20 ms / chunks per rank,
-backward twice that), which shows schedule and overhead honestly when ranks outnumber cores.
+or as told; backward twice that), which shows schedule and overhead honestly when ranks outnumber cores.
 
     python benchmarks/executor.py [--repetitions 5] [--json out.json]
 """
@@ -39,7 +39,6 @@ from holdfast.parallel.schedule import (
 
 RANKS = 4
 MICRO_BATCHES = 16
-FORWARD_S = 0.020
 SPIN_S = 0.0002
 SHAPE = (64, 64)
 
@@ -52,8 +51,8 @@ CASES = {
 }
 
 
-def cost_of(virtual: int) -> Callable[[Action], float]:
-    return lambda action: COST.get(action.op, 0.0) * FORWARD_S / virtual
+def cost_of(virtual: int, forward_s: float) -> Callable[[Action], float]:
+    return lambda action: COST.get(action.op, 0.0) * forward_s / virtual
 
 
 def make_sleeps_exact() -> None:
@@ -103,7 +102,14 @@ def our_programs(schedule: str, virtual: int) -> dict:
 
 
 def run_ours(
-    rank: int, world_size: int, store: dist.Store, *, schedule: str, virtual: int, repetitions: int
+    rank: int,
+    world_size: int,
+    store: dist.Store,
+    *,
+    schedule: str,
+    virtual: int,
+    repetitions: int,
+    forward_s: float,
 ) -> list[float]:
     make_sleeps_exact()
     comm = GlooCommunicator(
@@ -111,7 +117,7 @@ def run_ours(
     )
     programs = our_programs(schedule, virtual)
     mine = placement(schedule, RANKS, virtual)
-    chunks = {c: SleepingChunk(FORWARD_S / virtual) for c, r in enumerate(mine) if r == rank}
+    chunks = {c: SleepingChunk(forward_s / virtual) for c, r in enumerate(mine) if r == rank}
     message = MessageShape(SHAPE, torch.float32, torch.device("cpu"))
     executor = Executor(chunks, RANKS * virtual - 1, message, comm, MICRO_BATCHES)
     order = receive_order(programs[rank], programs, rank)
@@ -153,7 +159,14 @@ class _SleepingLayer(nn.Module):
 
 
 def run_torch(
-    rank: int, world_size: int, store: dist.Store, *, schedule: str, virtual: int, repetitions: int
+    rank: int,
+    world_size: int,
+    store: dist.Store,
+    *,
+    schedule: str,
+    virtual: int,
+    repetitions: int,
+    forward_s: float,
 ) -> list[float]:
     make_sleeps_exact()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -165,7 +178,7 @@ def run_torch(
             mine = [rank + RANKS * v for v in range(virtual)]
         stages = [
             pipelining.PipelineStage(
-                _SleepingLayer(FORWARD_S / virtual), s, stages_total, torch.device("cpu")
+                _SleepingLayer(forward_s / virtual), s, stages_total, torch.device("cpu")
             )
             for s in mine
         ]
@@ -183,7 +196,8 @@ def run_torch(
         for _ in range(repetitions + 1):
             dist.barrier()
             start = time.perf_counter()
-            arguments = (batch,) if has_first else ()
+            # Without a gradient for its input the first stage would skip half of its backward time.
+            arguments = (batch.clone().requires_grad_(),) if has_first else ()
             runner.step(*arguments, **({"target": batch} if has_last else {}))
             dist.barrier()
             times.append(time.perf_counter() - start)
@@ -195,13 +209,15 @@ def run_torch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--forward-ms", type=float, default=20.0, help="of a rank and micro-batch")
     parser.add_argument("--json")
     arguments = parser.parse_args()
+    forward_s = arguments.forward_ms / 1e3
     cluster = Cluster()
     rows, baseline = [], {}
     for title, (schedule, virtual, peer) in CASES.items():
-        ideal = simulate(our_programs(schedule, virtual), cost_of(virtual)).makespan
-        common = {"virtual": virtual, "repetitions": arguments.repetitions}
+        ideal = simulate(our_programs(schedule, virtual), cost_of(virtual, forward_s)).makespan
+        common = {"virtual": virtual, "repetitions": arguments.repetitions, "forward_s": forward_s}
         contestants = [("holdfast", "executor:run_ours", schedule)]
         contestants.append(("torch.pipelining", "executor:run_torch", peer))
         for who, function, name in contestants:
@@ -210,7 +226,8 @@ def main() -> None:
             baseline[f"{title}: {who}"] = ideal
     cluster.close()
     report(
-        f"pipeline step over simulated ideal, {RANKS} ranks, {MICRO_BATCHES} micro-batches, sleeping compute",
+        f"pipeline step over simulated ideal, {RANKS} ranks, {MICRO_BATCHES} micro-batches, "
+        f"forward {arguments.forward_ms:g} ms",
         rows,
         baseline,
         json_path=arguments.json,

@@ -54,13 +54,10 @@ class ModelChunkRunner:
             return None
         return output.detach()
 
-    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
-        return self._backward(micro_batch, grad_output)
-
     def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
         queue = self.chunk.queue
         queue.deferred = True
-        gradient = self._backward(micro_batch, grad_output)
+        gradient = self.backward(micro_batch, grad_output)
         queue.deferred = False
         self._deferred[micro_batch] = queue.take()
         return gradient
@@ -68,7 +65,7 @@ class ModelChunkRunner:
     def backward_weight(self, micro_batch: int) -> None:
         self.chunk.queue.run(self._deferred.pop(micro_batch))
 
-    def _backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
         value = self._inputs.pop(micro_batch)
         edge = self._edges.pop(micro_batch)
         if grad_output is None:

@@ -99,6 +99,11 @@ class Box:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
 
 
+def even_range(size: int, parts: int, index: int) -> tuple[int, int]:
+    """The half-open part `index` of `size` rows cut into `parts` that differ by one at most."""
+    return index * size // parts, (index + 1) * size // parts
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A logical tensor."""

@@ -15,11 +15,6 @@ from holdfast.parallel.chunk import WeightGradientQueue
 from holdfast.parallel.comm import Communicator
 
 
-def vocabulary_range(vocab: int, tensor: int, tensor_index: int) -> tuple[int, int]:
-    """The half-open range of rows that a tensor-parallel rank holds."""
-    return tensor_index * vocab // tensor, (tensor_index + 1) * vocab // tensor
-
-
 def embed(
     tokens: Tensor, weight: nn.Parameter, queue: WeightGradientQueue, first_row: int
 ) -> Tensor:

@@ -208,7 +208,6 @@ def _gradient_hint(
 
     own_tensor = [r for r in ranks if r.tensor == owner.tensor]
     copies = [r for r in ranks if r.tensor in piece.tensor_copies]
-    everywhere = list(ranks)
     over_replicas, over_copies = summed(own_tensor), summed(copies)
     if same(over_replicas, expected):
         if same(piece.values, over_copies):
@@ -219,7 +218,7 @@ def _gradient_hint(
             "each tensor-parallel copy holds a part of it: the all_reduce over the tensor group is "
             "missing (ParameterSpec.sum_over_copies)"
         )
-    if same(summed(everywhere), expected):
+    if same(summed(ranks), expected):
         return "all tensor ranks hold a part of it: the all_reduce over the tensor group is missing"
     ratio = float((piece.values * expected).sum() / (expected * expected).sum().clamp_min(1e-300))
     if abs(ratio - 1) > 1e-6 and same(piece.values, expected * ratio):

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from holdfast.parallel.chunk import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.keyed_random import dropout, stream_key
+from holdfast.parallel.layout import even_range
 from holdfast.parallel.tensor import TensorParallel
-from holdfast.parallel.vocabulary import cross_entropy_sum, embed, vocabulary_range
+from holdfast.parallel.vocabulary import cross_entropy_sum, embed
 from holdfast.trainer.model.config import ModelConfig
 
 Recompute = Literal["none", "full", "selective"]
@@ -145,7 +146,7 @@ class MLP(nn.Module):
     def __init__(self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue) -> None:
         super().__init__()
         self._tp, self._queue = tp, queue
-        start, stop = vocabulary_range(model.intermediate, tp.size, tp.index)
+        start, stop = even_range(model.intermediate, tp.size, tp.index)
         self.gate_up = nn.Parameter(torch.empty(2 * (stop - start), model.hidden))
         self.down = nn.Parameter(torch.empty(model.hidden, stop - start))
 
@@ -162,7 +163,7 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self._tp, self._queue = tp, queue
-        self._first, stop = vocabulary_range(model.vocab, tp.size, tp.index)
+        self._first, stop = even_range(model.vocab, tp.size, tp.index)
         self.weight = nn.Parameter(torch.empty(stop - self._first, model.hidden))
         self.dropout = KeyedDropout(model.dropout, seed, "embedding", "output", tp)
 
@@ -214,7 +215,7 @@ class Head(nn.Module):
     def __init__(self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue) -> None:
         super().__init__()
         self._tp, self._queue = tp, queue
-        self._first, stop = vocabulary_range(model.vocab, tp.size, tp.index)
+        self._first, stop = even_range(model.vocab, tp.size, tp.index)
         self.norm = RMSNorm(model.hidden, model.norm_eps)
         self.projection = nn.Parameter(torch.empty(stop - self._first, model.hidden))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-from holdfast.parallel.layout import Box
+from holdfast.parallel.layout import Box, even_range
 from holdfast.parallel.parameters import Initial, LayerSpec, ParameterSpec
 from holdfast.trainer.model.config import ModelConfig
 
@@ -119,7 +119,7 @@ class _Table:
         )
 
     def _split(self, size: int) -> tuple[int, int]:
-        return self.index * size // self.tensor, (self.index + 1) * size // self.tensor
+        return even_range(size, self.tensor, self.index)
 
     def _vocabulary(self, name: str, local: str, tied_use: int) -> ParameterSpec:
         shape = (self.model.vocab, self.model.hidden)

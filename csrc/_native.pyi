@@ -100,6 +100,105 @@ def crc32c(data: int, nbytes: int, initial: int = 0) -> int:
 def crc32c_combine(a: int, b: int, length_b: int) -> int:
     """Checksum of A followed by B, from those of A and B; length_b in bytes."""
 
+def copy_crc32c(destination: int, source: int, nbytes: int, initial: int = 0) -> int:
+    """Copy nbytes bytes and return crc32c(source, nbytes, initial); the ranges must not overlap."""
+
+class FileEngine:
+    """Asynchronous reads and writes of files, for checkpoints and offloaded activations. Local.
+
+    A request may have any address, offset and length. Whole 4 KiB blocks go past the page cache
+    (O_DIRECT) where address and offset are equally far from a multiple of 4096 and the filesystem allows
+    it; the rest goes through it. At most queue_depth pieces of 1 MiB are in flight; more wait in the call
+    that makes them. Every wait is without the GIL and ends with a signal's exception. Several threads may
+    use one engine. Memory must stay as it is until the ticket is done.
+    """
+
+    def __init__(
+        self, *, kind: str = "auto", queue_depth: int = 64, threads: int = 4, direct: bool = True
+    ) -> None:
+        """
+        Args:
+            kind: "io_uring", "threads", or "auto": what the environment variable HOLDFAST_FILE_ENGINE
+                names, else io_uring where the kernel allows it, else threads.
+            threads: of the engine "threads".
+            direct: whether O_DIRECT is used; never where HOLDFAST_FILE_DIRECT is 0.
+        Raises:
+            RuntimeError: a kind that this machine cannot do.
+        """
+
+    @property
+    def kind(self) -> str:
+        """The kind in use."""
+
+    @property
+    def in_flight(self) -> int:
+        """Pieces that the kernel or a thread has now."""
+
+    def register_buffer(self, address: int, nbytes: int) -> None:
+        """Announce memory that many requests use, so that the kernel pins it once, where it will."""
+
+    def unregister_buffers(self) -> None:
+        """Forget all of them. Raises RuntimeError while requests are in flight."""
+
+    def open(
+        self,
+        path: str,
+        *,
+        write: bool = False,
+        create: bool = False,
+        truncate: bool = False,
+        size: int = -1,
+    ) -> int:
+        """Open a file; size >= 0 sets its length and takes the room for it. Raises OSError."""
+
+    def direct(self, file: int) -> bool:
+        """Whether the filesystem takes direct requests for this file."""
+
+    def write(self, file: int, address: int, offset: int, nbytes: int) -> int:
+        """Begin to write; returns a ticket."""
+
+    def read(self, file: int, address: int, offset: int, nbytes: int) -> int:
+        """Begin to read; returns a ticket."""
+
+    def submit(self, requests: list[tuple[bool, int, int, int, int]]) -> list[int]:
+        """Begin many at once: (is it a write, file, address, offset, nbytes); returns their tickets."""
+
+    def done(self, ticket: int) -> bool:
+        """Whether it has ended, well or not."""
+
+    def wait(self, ticket: int, timeout_s: float = -1.0) -> bool:
+        """Wait for one request; False when time is over first. The ticket is used up by True or an error.
+
+        Raises:
+            OSError: the request failed; with the file's name.
+        """
+
+    def wait_all(self, timeout_s: float = -1.0) -> bool:
+        """Wait for all requests and use up their tickets; raises the error of the first that failed."""
+
+    def sync(self, file: int) -> None:
+        """Wait for the file's requests, then until its data are on the device. Raises OSError."""
+
+    def close_file(self, file: int) -> None:
+        """Wait for the file's requests and close it."""
+
+    def close(self) -> None:
+        """Wait for everything and close all files. Again is harmless."""
+
+    def inject(self, operation: str, after: int, error: int, count: int = 1) -> None:
+        """For tests: let `count` pieces fail after `after` more that do not.
+
+        Args:
+            operation: "read", "write", "sync" or "open".
+            error: the errno; 0 lets a piece be transferred by halves instead.
+        """
+
+    def statistics(self) -> dict[str, int]:
+        """bytes_read, bytes_written, direct_bytes_read, direct_bytes_written, requests, busy_ns."""
+
+    def __enter__(self) -> FileEngine: ...
+    def __exit__(self, *error: object) -> None: ...
+
 def philox_uint32(output: int, count: int, key: int, stream: int, offset: int) -> None:
     """Elements offset.. of the Philox4x32-10 stream (Salmon et al. 2011) named by key and stream.
 

@@ -1,5 +1,6 @@
 #include "crc32c.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -164,6 +165,19 @@ std::uint32_t crc32c(const unsigned char* data, std::size_t bytes, std::uint32_t
 
 std::uint32_t crc32c_combine(std::uint32_t a, std::uint32_t b, std::uint64_t bytes_b) {
   return multiply(zeros(bytes_b), a) ^ b;
+}
+
+std::uint32_t copy_crc32c(unsigned char* destination, const unsigned char* source,
+                          std::size_t bytes, std::uint32_t initial) {
+  // Small enough that what the checksum reads is still in the first-level cache.
+  constexpr std::size_t kCached = 24 << 10;
+  std::uint32_t crc = initial;
+  for (std::size_t done = 0; done < bytes; done += kCached) {
+    const std::size_t part = std::min(kCached, bytes - done);
+    std::memcpy(destination + done, source + done, part);
+    crc = crc32c(source + done, part, crc);
+  }
+  return crc;
 }
 
 }  // namespace holdfast

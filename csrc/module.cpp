@@ -13,6 +13,9 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace holdfast {
+
+void define_file_engine(nb::module_& module);  // module_files.cpp
+
 namespace {
 
 using Address = std::uintptr_t;
@@ -130,6 +133,13 @@ NB_MODULE(_native, module) {
         return crc32c(at<const unsigned char>(data), nbytes, initial);
       },
       "data"_a, "nbytes"_a, "initial"_a = 0, Unlocked());
+  module.def(
+      "copy_crc32c",
+      [](Address destination, Address source, std::size_t nbytes, std::uint32_t initial) {
+        return copy_crc32c(at<unsigned char>(destination), at<const unsigned char>(source), nbytes,
+                           initial);
+      },
+      "destination"_a, "source"_a, "nbytes"_a, "initial"_a = 0, Unlocked());
   module.def("crc32c_combine", &crc32c_combine, "a"_a, "b"_a, "length_b"_a, Unlocked());
 
   module.def(
@@ -146,6 +156,8 @@ NB_MODULE(_native, module) {
   define_dropout<float>(module, "dropout_scale_f32");
   define_dropout<bfloat16>(module, "dropout_scale_bf16");
   define_dropout<double>(module, "dropout_scale_f64");
+
+  define_file_engine(module);
 
   module.def("permute_index", &permute_index, "index"_a, "size"_a, "key"_a, Unlocked());
   module.def(

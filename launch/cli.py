@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from holdfast.parallel.errors import HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
-from holdfast.trainer.run_directory import choose_root, open_run
+from holdfast.trainer.run_directory import choose_root, lock_run, open_run
 from holdfast.trainer.world import world_from_environment
 
 app = typer.Typer(
@@ -64,6 +64,10 @@ def train(
         Path | None, typer.Option(help="The run's folder; by default runs/NAME-N.")
     ] = None,
     resume: Annotated[str, typer.Option(help="auto, none, or the path of a checkpoint.")] = "auto",
+    allow_change: Annotated[
+        bool,
+        typer.Option("--allow-change", help="Go on although model, data or batch have changed."),
+    ] = False,
     overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
 ) -> None:
     """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker."""
@@ -71,14 +75,16 @@ def train(
     if world is not None:
         from holdfast.trainer.entry import enter
 
-        raise typer.Exit(enter(config, overrides, out, resume, world))
+        raise typer.Exit(enter(config, overrides, out, resume, world, allow_change=allow_change))
     run_config = load_config(config, overrides)
     workers = nproc or run_config.parallel.ranks
     check_config(run_config, workers)
-    run = open_run(choose_root(config, out), run_config, resume)
-    from holdfast.launch.local import run_local
+    root = choose_root(config, out, run_config, resume, allow_change=allow_change)
+    with lock_run(root):
+        run = open_run(root, run_config, resume, allow_change=allow_change)
+        from holdfast.launch.local import run_local
 
-    raise typer.Exit(run_local(run_config, run, workers))
+        raise typer.Exit(run_local(run_config, run, workers))
 
 
 @app.command()

@@ -10,20 +10,25 @@ import ctypes
 import gc
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
+from holdfast.checkpoint.tiers import flush
+from holdfast.parallel.errors import CheckpointError
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.resume import checkpoint_root, memory_root
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.world import WorldInfo
 
 GRACE_S = 3.0
-"""Between the SIGTERM and the SIGKILL that a worker gets once another has failed."""
+"""How long workers have to end after SIGINT."""
 _SETTLE_S = 0.5
 """How long the reasons of workers that fail together are collected."""
 _PR_SET_PDEATHSIG = 1
@@ -50,13 +55,16 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     def main(world: WorldInfo) -> int:
         return run_worker(config, world, run, announce=False)
 
-    ends = start_workers(main, world_size, run)
+    memory = memory_root(run.root)
+    try:
+        ends = start_workers(main, world_size, run, exit_s=config.checkpoint.exit_s)
+    finally:
+        _keep_memory(memory, checkpoint_root(run.root, config))
     failed = [end for end in ends if end.code != 0]
     if not failed:
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if all(end.code == -number for end in ends):
-            return 128 + number
+    if all(end.code == -signal.SIGINT for end in ends):
+        return 128 + signal.SIGINT
     cause = root_cause(run, range(world_size))
     killed = next((end for end in failed if end.code < 0), None)
     if cause is not None and (killed is None or cause.exit_code != 3):
@@ -78,15 +86,39 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     return failed[0].code
 
 
-def start_workers(main: Main, world_size: int, run: RunDirectory) -> list[WorkerEnd]:
+def _keep_memory(memory: Path, disk: Path) -> None:
+    """Put the newest copy in shared memory on the disk if that has none as new, and free the memory.
+
+    This process has outlived the workers, so what they had committed there survives their crash.
+    """
+    if not memory.exists():
+        return
+    try:
+        copied = flush(memory, disk)
+    except (OSError, CheckpointError) as error:
+        print(  # noqa: T201
+            f"holdfast: the copy in {memory} could not be put on the disk and stays there: {error}",
+            file=sys.stderr,
+        )
+        return
+    if copied is not None:
+        print(f"holdfast: kept the copy in memory as {copied}", file=sys.stderr)  # noqa: T201
+    shutil.rmtree(memory, ignore_errors=True)
+
+
+def start_workers(
+    main: Main, world_size: int, run: RunDirectory, *, exit_s: float = GRACE_S
+) -> list[WorkerEnd]:
     """Fork `world_size` workers that call `main`, and wait for them all.
 
-    When one fails, the others get SIGTERM, and SIGKILL after `GRACE_S`. SIGINT and SIGTERM to this
-    process go to the workers. A worker dies with this process, however that ends.
+    When one fails, the others get SIGKILL a moment later. SIGINT, SIGTERM and SIGUSR1 to this process
+    go to the workers. A worker dies with this process, however that ends.
 
+    Args:
+        exit_s: how long workers that were told to end by SIGTERM may take.
     Returns:
-        Ends in the order in which they happened. Workers that were stopped because another failed
-        have code 0; after a signal to this process all have its negative number.
+        Ends in the order in which they happened. Workers that were killed because another failed
+        have code 0; after SIGINT to this process all have its negative number.
     """
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -105,7 +137,7 @@ def start_workers(main: Main, world_size: int, run: RunDirectory) -> list[Worker
         pids[pid] = rank
     store = _host_store(listening, port)
     try:
-        return _watch(pids)
+        return _watch(pids, exit_s)
     finally:
         del store
 
@@ -148,15 +180,17 @@ def _become_worker(
         os._exit(code)
 
 
-def _watch(pids: dict[int, int]) -> list[WorkerEnd]:
-    """Wait for all workers; after the first failure the others are stopped."""
+def _watch(pids: dict[int, int], exit_s: float) -> list[WorkerEnd]:
+    """Wait for all workers; after the first failure the others are killed."""
     forwarded: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        forwarded.append(number)
+        if number != signal.SIGUSR1:
+            forwarded.append(number)
         _signal_all(pids, number)
 
-    previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
+    passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {n: signal.signal(n, forward) for n in passed_on}
     descriptors = {os.pidfd_open(pid): pid for pid in pids}
     ends: list[WorkerEnd] = []
     stopping_since: float | None = None
@@ -168,23 +202,23 @@ def _watch(pids: dict[int, int]) -> list[WorkerEnd]:
                 os.close(descriptor)
                 _, status = os.waitpid(pid, 0)
                 code = os.waitstatus_to_exitcode(status)
-                if stopping_since is not None and code in (-signal.SIGTERM, -signal.SIGKILL):
+                if stopping_since is not None and code == -signal.SIGKILL:
                     code = 0
                 ends.append(WorkerEnd(pids.pop(pid), code))
             now = time.monotonic()
-            failed = forwarded or any(end.code != 0 for end in ends)
-            if failed and stopping_since is None:
+            failed = any(end.code != 0 for end in ends)
+            if (forwarded or failed) and stopping_since is None:
                 stopping_since = now
-            if stopping_since is not None:
-                if now - stopping_since > _SETTLE_S + GRACE_S:
-                    _signal_all(pids, signal.SIGKILL)
-                elif now - stopping_since > _SETTLE_S:
-                    _signal_all(pids, signal.SIGTERM)
+            patience = _SETTLE_S
+            if forwarded:
+                patience = exit_s if forwarded[-1] == signal.SIGTERM else _SETTLE_S + GRACE_S
+            if stopping_since is not None and now - stopping_since > patience:
+                _signal_all(pids, signal.SIGKILL)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if forwarded:
-        ends = [WorkerEnd(end.rank, -forwarded[0]) for end in ends]
+    if forwarded and forwarded[0] == signal.SIGINT:
+        ends = [WorkerEnd(end.rank, -signal.SIGINT) for end in ends]
     return ends
 
 

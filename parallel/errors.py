@@ -38,3 +38,13 @@ class PeerLost(HoldfastError, ConnectionError):
     """A rank of this generation is gone; a restart (or recovery) can cure it."""
 
     exit_code = 3
+
+
+class CheckpointError(HoldfastError):
+    """A checkpoint that is damaged, incomplete, of another model, or could not be written or read."""
+
+
+class Stopped(HoldfastError):
+    """The run was asked to end before its last step; starting it again goes on."""
+
+    exit_code = 3

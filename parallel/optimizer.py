@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,16 +38,27 @@ class AdamWSettings:
     weight_decay: float
 
 
-@dataclass(frozen=True, slots=True)
-class _UpdateGroup:
-    """Blocks that share a weight decay; four lists in one order, as the fused kernel takes them."""
+class Fence(Protocol):
+    """What protects state that somebody still copies."""
 
-    values: list[Tensor]
-    gradients: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: list[Tensor]
-    weight_decay: float
+    def __call__(self, number: int) -> int:
+        """Return once owned block `number` may change (their count: all else that this rank holds).
+
+        Returns:
+            The highest number that may change as well.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """What the fused kernel takes of one block."""
+
+    value: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    decays: bool
 
 
 def clipping_factor(gradient_norm: float, clip_norm: float) -> float:
@@ -85,6 +97,8 @@ class ShardedAdamW:
         self._world = world
         self._tensor = tensor
         self._settings = settings
+        self.fence: Fence | None = None
+        """Asked before state changes, where somebody copies it meanwhile."""
         self._routes: Routes = build_routes(plan, rank, flat)
         self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._tensor_index])
         self.slots = sum(len(blocks) for blocks in plan.blocks)
@@ -124,26 +138,36 @@ class ShardedAdamW:
         if values.dtype != state_dtype:
             self._master = torch.empty_like(self._gradients)
         self._ranges: list[tuple[int, int]] = []
-        groups = {decay: _UpdateGroup([], [], [], [], [], wd) for decay, wd in self._decays()}
+        self._updates: list[_Update] = []
         start = 0
         for block in owned:
             stop = start + block.block.elements
             self._ranges.append((start, stop))
-            group = groups[block.segment.spec.decay]
             source = values[block.start : block.stop]
             if self._master is not None:
                 self._master[start:stop].copy_(source)
                 source = self._master[start:stop]
-            group.values.append(source)
-            group.gradients.append(self._gradients[start:stop])
-            group.exp_avgs.append(self._exp_avg[start:stop])
-            group.exp_avg_sqs.append(self._exp_avg_sq[start:stop])
-            group.steps.append(self._step)
+            self._updates.append(
+                _Update(
+                    source,
+                    self._gradients[start:stop],
+                    self._exp_avg[start:stop],
+                    self._exp_avg_sq[start:stop],
+                    block.segment.spec.decay,
+                )
+            )
             start = stop
-        self._groups = [group for group in groups.values() if group.values]
 
-    def _decays(self) -> tuple[tuple[bool, float], tuple[bool, float]]:
-        return (True, self._settings.weight_decay), (False, 0.0)
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """This rank's state by kind, flat, in the order of `owned`: exp_avg, exp_avg_sq and, where the
+        parameters have fewer bits, master. Live memory: see `fence`."""
+        found = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+        return found if self._master is None else {"master": self._master, **found}
+
+    def restore(self, step: int) -> None:
+        """Go on from `step` updates, once parameters and `state` have been filled. Local."""
+        self._step.fill_(step)
 
     def reduce(self) -> tuple[Tensor, int]:
         """Bring every owned block's complete gradient here.
@@ -215,24 +239,37 @@ class ShardedAdamW:
         if factor != 1.0:
             self._gradients.mul_(factor)
         self._step += 1
-        beta1, beta2 = self._settings.betas
-        for group in self._groups:
-            torch._fused_adamw_(
-                group.values,
-                group.gradients,
-                group.exp_avgs,
-                group.exp_avg_sqs,
-                [],
-                group.steps,
-                amsgrad=False,
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group.weight_decay,
-                eps=self._settings.eps,
-                maximize=False,
-            )
+        count = len(self._updates)
+        position = 0
+        while position < count:
+            free = count if self.fence is None else min(count, self.fence(position) + 1)
+            for decays in (True, False):
+                self._update([u for u in self._updates[position:free] if u.decays == decays], lr)
+            position = free
         if self._master is not None:
             for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
                 self._flat.values[block.start : block.stop].copy_(self._master[start:stop])
+        if self.fence is not None:
+            self.fence(count)
         gather_from_owners(self._routes, self._flat.values, self._rank, self._world)
+
+    def _update(self, updates: Sequence[_Update], lr: float) -> None:
+        """AdamW on blocks that all decay, or all do not. Elementwise: how blocks are grouped is all one."""
+        if not updates:
+            return
+        beta1, beta2 = self._settings.betas
+        torch._fused_adamw_(
+            [u.value for u in updates],
+            [u.gradient for u in updates],
+            [u.exp_avg for u in updates],
+            [u.exp_avg_sq for u in updates],
+            [],
+            [self._step] * len(updates),
+            amsgrad=False,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=self._settings.weight_decay if updates[0].decays else 0.0,
+            eps=self._settings.eps,
+            maximize=False,
+        )

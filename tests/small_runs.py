@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -54,6 +58,58 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
         losses.append(outcome.loss.hex())
         norms.append(outcome.grad_norm.hex())
     return {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
+
+
+def train_in(
+    rank: int,
+    world_size: int,
+    store: Store,
+    *,
+    config: dict,
+    root: str,
+    resume: str = "auto",
+    allow_change: bool = False,
+    kill: tuple[int, int] | None = None,
+) -> None:
+    """The whole training loop in a run's folder, resumed where it can be.
+
+    Args:
+        kill: (rank, step): that rank sends SIGKILL to itself when it has computed that step.
+    """
+    from holdfast.trainer.loop import train
+    from holdfast.trainer.resume import find_resume
+    from holdfast.trainer.run_directory import RunDirectory
+    from holdfast.trainer.training import Training
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    path = Path(root)
+    path.mkdir(parents=True, exist_ok=True)
+    found = find_resume(path, run_config, resume, allow_change=allow_change)
+    compute = Training.compute
+
+    def compute_and_die(self: Training, step: int) -> Any:
+        times = compute(self, step)
+        if kill == (rank, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return times
+
+    Training.compute = compute_and_die  # type: ignore[method-assign]
+    try:
+        train(run_config, local_world(rank, world_size), store, RunDirectory(path, found))
+    finally:
+        Training.compute = compute  # type: ignore[method-assign]
+
+
+def metrics_of(root: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+def events_of(root: Path, kind: str) -> list[dict[str, Any]]:
+    """A run's events of one kind."""
+    lines = (root / "events.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == kind]
 
 
 def run_training(cluster: Any, config: RunConfig) -> dict[str, Any]:

@@ -42,13 +42,21 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         "train": ("steps", "seq_len", "global_batch", "micro_batch", "threads_per_rank"),
         "optimizer": ("block_elements",),
         "parallel": ("tensor", "pipeline", "data", "context", "expert", "virtual"),
+        "checkpoint": ("memory_keep", "remote_every"),
         "log": ("every",),
     }
     at_least_zero = {
         "model": ("head_dim", "init_std"),
-        "train": ("seed", "clip_grad_norm", "eval_every"),
+        "train": ("seed", "clip_grad_norm", "eval_every", "stop_after"),
         "optimizer": ("min_lr", "warmup_steps", "weight_decay"),
-        "checkpoint": ("every", "keep"),
+        "checkpoint": (
+            "every",
+            "every_seconds",
+            "keep",
+            "memory_every",
+            "remote_keep",
+            "arena_mib",
+        ),
         "offload": ("limit_gib",),
         "data": ("seed",),
     }
@@ -58,7 +66,14 @@ def _ranges(config: RunConfig) -> Iterator[str]:
                 value = getattr(getattr(config, section), key)
                 if not value >= least:
                     yield f"{section}.{key} = {value}: must be {least} or more"
-    for section, key in (("optimizer", "lr"), ("optimizer", "eps"), ("model", "norm_eps")):
+    above_zero = (
+        ("optimizer", "lr"),
+        ("optimizer", "eps"),
+        ("model", "norm_eps"),
+        ("checkpoint", "timeout_s"),
+        ("checkpoint", "exit_s"),
+    )
+    for section, key in above_zero:
         value = getattr(getattr(config, section), key)
         if not (value > 0 and math.isfinite(value)):
             yield f"{section}.{key} = {value}: must be greater than 0"
@@ -200,11 +215,6 @@ def _not_in_this_version(config: RunConfig) -> Iterator[str]:
         yield (
             f"offload.activations = {config.offload.activations!r}: not available in this version; set "
             "it to 'none'"
-        )
-    if config.checkpoint.every or config.checkpoint.path:
-        yield (
-            "checkpoint.every and checkpoint.path: checkpoints are not available in this version; leave "
-            "them out"
         )
     if config.data.kind == "megatron" and importlib.util.find_spec("megatron") is None:
         yield ("data.kind = 'megatron' needs megatron-core; pip install 'holdfast[megatron]'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,6 +89,9 @@ def _layers(plan: Plan, chunk: int) -> str:
     return " + ".join(parts)
 
 
+_SHOWN_NOTES = 3
+
+
 class Display:
     """Shows a run's progress on rank 0; other ranks have none."""
 
@@ -95,6 +99,8 @@ class Display:
         self._title, self._plan, self._every = title, plan, every
         self._console = Console(file=sys.stdout, highlight=False)
         self._losses: list[float] = []
+        self._notes: deque[str] = deque(maxlen=_SHOWN_NOTES)
+        self._progress: Progress | None = None
         self._live: Live | None = None
 
     def start(self) -> None:
@@ -107,8 +113,17 @@ class Display:
             self._console.print(self._title)
             self._console.print(layout_grid(self._plan))
 
+    def note(self, text: str) -> None:
+        """Show a line beside the progress: something that happened."""
+        if self._live is not None:
+            self._notes.append(text)
+            self._live.update(self._panel(self._progress))
+        else:
+            self._console.print(text, soft_wrap=True, markup=False)
+
     def show(self, progress: Progress) -> None:
         self._losses.append(progress.loss)
+        self._progress = progress
         if self._live is not None:
             self._live.update(self._panel(progress))
         elif (
@@ -156,6 +171,7 @@ class Display:
             parts += [numbers, Text(""), line, Text(sparkline(self._losses, 60), style="cyan")]
             if progress.eval_loss is not None:
                 parts.append(Text(f"held-out loss {progress.eval_loss:.4f}"))
+        parts += [Text(note, style="dim", overflow="fold") for note in self._notes]
         return Panel(Group(*parts), title=self._title, expand=False)
 
 

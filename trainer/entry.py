@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
-from holdfast.trainer.run_directory import RunDirectory, choose_root, open_run
+from holdfast.trainer.resume import Resume
+from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
 from holdfast.trainer.world import WorldInfo
 
 if TYPE_CHECKING:
@@ -20,7 +24,13 @@ _RUN_KEY = "run directory"
 
 
 def enter(
-    config_path: Path, overrides: Sequence[str], out: Path | None, resume: str, world: WorldInfo
+    config_path: Path,
+    overrides: Sequence[str],
+    out: Path | None,
+    resume: str,
+    world: WorldInfo,
+    *,
+    allow_change: bool = False,
 ) -> int:
     """Run one worker of a world that exists already; returns the process's exit code.
 
@@ -35,27 +45,42 @@ def enter(
         from holdfast.trainer.worker import connect, run_worker
 
         store = PrefixStore(f"attempt-{world.attempt}", connect(world))
-        run = _agreed_run(store, world.rank, config_path, out, resume, config)
+        with contextlib.ExitStack() as held:
+            if world.rank == 0:
+                run = _opened_run(store, held, config_path, out, resume, config, allow_change)
+            else:
+                run = _told_run(store)
+            return run_worker(config, world, run, announce=True, store=store)
     except HoldfastError as error:
         if world.rank == 0:
             print(f"holdfast: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return error.exit_code
-    return run_worker(config, world, run, announce=True, store=store)
 
 
-def _agreed_run(
-    store: Store, rank: int, config_path: Path, out: Path | None, resume: str, config: RunConfig
+def _opened_run(
+    store: Store,
+    held: contextlib.ExitStack,
+    config_path: Path,
+    out: Path | None,
+    resume: str,
+    config: RunConfig,
+    allow_change: bool,
 ) -> RunDirectory:
-    """Rank 0's run directory, or its reason for not having one."""
-    if rank == 0:
-        try:
-            run = open_run(choose_root(config_path, out), config, resume)
-        except HoldfastError as error:
-            store.set(_RUN_KEY, json.dumps({"error": str(error)}))
-            raise
-        store.set(_RUN_KEY, json.dumps({"root": str(run.root.absolute())}))
-        return run
+    """Rank 0: make the run directory, keep it locked, and tell the others, or why there is none."""
+    try:
+        root = choose_root(config_path, out, config, resume, allow_change=allow_change)
+        held.enter_context(lock_run(root))
+        run = open_run(root, config, resume, allow_change=allow_change)
+    except HoldfastError as error:
+        store.set(_RUN_KEY, json.dumps({"error": str(error)}))
+        raise
+    told = {"root": str(run.root.absolute()), "resume": msgspec.to_builtins(run.resume)}
+    store.set(_RUN_KEY, json.dumps(told))
+    return run
+
+
+def _told_run(store: Store) -> RunDirectory:
     told = json.loads(store.get(_RUN_KEY))
     if "error" in told:
         raise ConfigError(told["error"])
-    return RunDirectory(Path(told["root"]))
+    return RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))

@@ -7,10 +7,11 @@ from time import perf_counter
 
 from torch.distributed import Store
 
-from holdfast.parallel.errors import NumericsError
+from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
+from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.learning_rate import learning_rate
-from holdfast.trainer.reporter import Reporter, introduce, workers_of
+from holdfast.trainer.reporter import Reporter, introduce, nodes_of, workers_of
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.trace import Phase
 from holdfast.trainer.training import Outcome, Training
@@ -38,19 +39,27 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     Raises:
         NumericsError: a step's gradients were not usable, and numerics.nonfinite is "error".
         PeerLost: another worker is gone.
+        Stopped: a signal ended the run early; its state is saved.
     """
     introduce(store, world)
     training = Training(config, world, store)
-    reporter = Reporter(training, world, run, workers_of(store, world))
+    workers = workers_of(store, world)
+    signals = Signals()
+    checkpoints = Checkpoints(training, world, store, run, nodes_of(workers), signals)
+    notes = list(run.resume.notes)
+    first = checkpoints.resume(notes.append)
+    reporter = Reporter(training, world, run, workers, first)
     try:
-        for step in range(config.train.steps):
+        reporter.resumed(first, checkpoints.loaded, notes)
+        signals.listen()
+        for step in range(first, config.train.steps):
             lr = rate_of(config, step)
             starts = [perf_counter()]
             times = training.compute(step)
             starts.append(perf_counter())
             squares, flags = training.reduce()
             starts.append(perf_counter())
-            outcome = training.vote(squares, flags)
+            outcome = training.vote(squares, flags, checkpoints.requests())
             starts.append(perf_counter())
             if outcome.usable:
                 training.apply(outcome, lr)
@@ -66,9 +75,41 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
             ]
             if outcome.usable:
                 reporter.step(step, outcome, lr, phases, times, eval_loss)
+            if checkpoints.after_step(step + 1, outcome):
+                reporter.checkpoint_skipped(step + 1)
+            reporter.checkpoints(checkpoints.results())
+            stop_after = config.train.stop_after
+            if outcome.requests.stop or (stop_after and step + 1 >= stop_after):
+                _stop(step + 1, checkpoints, reporter, asked=outcome.requests.stop)
+                return
+        checkpoints.save(config.train.steps)
+        ended = checkpoints.finish()
+        reporter.checkpoints(ended)
         reporter.finished(training.parameter_digest())
+        unsaved = [e.error for e in ended if e.error and e.step == config.train.steps]
+        if unsaved:
+            raise CheckpointError(f"all steps are done, but the last is not saved: {unsaved[0]}")
     finally:
+        signals.close()
+        checkpoints.close()
         reporter.close()
+
+
+def _stop(step: int, checkpoints: Checkpoints, reporter: Reporter, *, asked: bool) -> None:
+    """End the run before its last step, with its state saved.
+
+    Raises:
+        Stopped: a signal asked for it.
+    """
+    checkpoints.save(step)
+    ended = checkpoints.finish()
+    reporter.checkpoints(ended)
+    failed = [result.error for result in ended if result.error]
+    if asked:
+        saved = f"could not be saved: {failed[0]}" if failed else "is saved"
+        raise Stopped(
+            f"stopped by a signal after step {step}, which {saved}; the same command goes on"
+        )
 
 
 def _refuse(config: RunConfig, step: int, outcome: Outcome) -> None:

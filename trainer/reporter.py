@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
+from holdfast.checkpoint.loading import LoadStatistics
+from holdfast.checkpoint.remote import UploadResult
+from holdfast.checkpoint.saver import SaveResult
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.display import Display, Progress, duration
 from holdfast.trainer.flops import step_flops, utilisation
-from holdfast.trainer.metrics import RunRecords, StepMetrics
+from holdfast.trainer.metrics import RunRecords, StepMetrics, drop_after
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.trace import Phase, write_trace
 from holdfast.trainer.training import Outcome, Training
@@ -34,10 +37,16 @@ def introduce(store: Store, world: WorldInfo) -> None:
 
 
 def workers_of(store: Store, world: WorldInfo) -> list[dict[str, Any]]:
-    """Rank 0: who all workers are, once they have said so; nothing on other ranks."""
-    if world.rank != 0:
-        return []
-    return [json.loads(store.get(f"worker/{rank}")) for rank in range(world.world_size)]
+    """Who all workers are, by rank, once they have said so."""
+    keys = [f"worker/{rank}" for rank in range(world.world_size)]
+    store.wait(keys)
+    return [json.loads(text) for text in store.multi_get(keys)]
+
+
+def nodes_of(workers: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    """The node of each rank: equal numbers for workers on one machine."""
+    names = list(dict.fromkeys(worker["node"] for worker in workers))
+    return tuple(names.index(worker["node"]) for worker in workers)
 
 
 class Reporter:
@@ -49,7 +58,11 @@ class Reporter:
         world: WorldInfo,
         run: RunDirectory,
         workers: Sequence[dict[str, Any]],
+        first: int = 0,
     ) -> None:
+        """Args:
+        first: the steps that are done already; what the records hold of later ones is dropped.
+        """
         self._training, self._world, self._run = training, world, run
         self._config = training.config
         self._losses: list[float] = []
@@ -61,6 +74,8 @@ class Reporter:
         self._display: Display | None = None
         if world.rank == 0:
             tensorboard = run.tensorboard if self._config.log.tensorboard else None
+            if run.metrics.exists():
+                drop_after(run.metrics, first)
             self._records = RunRecords(run.metrics, run.events, tensorboard)
             for worker in workers:
                 self._records.event("worker_started", **worker)
@@ -140,6 +155,48 @@ class Reporter:
                 out_of_range_ranks=outcome.out_of_range_ranks,
             )
 
+    def resumed(self, step: int, loaded: LoadStatistics | None, notes: Sequence[str]) -> None:
+        """Record and show where the run goes on from."""
+        if self._records is None or self._display is None:
+            return
+        for note in notes:
+            self._display.note(note)
+            self._records.event("resume_note", message=note)
+        if loaded is None:
+            return
+        self._records.event(
+            "resumed",
+            step=step,
+            seconds=loaded.seconds,
+            read_bytes=loaded.node_bytes,
+            samples=step * self._config.train.global_batch,
+        )
+        self._display.note(
+            f"resumed after step {step}: {loaded.node_bytes / 2**20:,.0f} MiB read in "
+            f"{loaded.seconds:.2f} s"
+        )
+
+    def checkpoint_skipped(self, step: int) -> None:
+        """Record that the save before was still under way (checkpoint.policy)."""
+        if self._records is not None and self._display is not None:
+            self._records.event("checkpoint_skipped", step=step)
+            self._display.note(
+                f"checkpoint of step {step} left out: the one before is being written"
+            )
+
+    def checkpoints(self, ended: Sequence[SaveResult | UploadResult]) -> None:
+        """Record and show saves and uploads that have ended."""
+        if self._records is None or self._display is None:
+            return
+        for result in ended:
+            fields = checkpoint_fields(result)
+            if result.error:
+                self._records.event("checkpoint_failed", error=result.error, **fields)
+                self._display.note(f"checkpoint of step {result.step} failed: {result.error}")
+            else:
+                self._records.event("checkpoint_committed", **fields)
+                self._display.note(describe_save(result))
+
     def finished(self, digest: str) -> None:
         """Record and show that the run reached its last step."""
         if self._records is None or self._display is None:
@@ -180,3 +237,42 @@ class Reporter:
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def checkpoint_fields(result: SaveResult | UploadResult) -> dict[str, Any]:
+    """The fields of a checkpoint's event."""
+    if isinstance(result, UploadResult):
+        return {
+            "step": result.step,
+            "tier": "remote",
+            "bytes": result.bytes,
+            "stall_s": 0.0,
+            "total_s": result.total_s,
+            "path": result.url,
+        }
+    rank, phase = result.slowest
+    return {
+        "step": result.step,
+        "tier": result.tier,
+        "bytes": result.bytes,
+        "stall_s": max((times["stall_s"] for times in result.times.values()), default=0.0),
+        "total_s": result.total_s,
+        "commit_s": result.commit_s,
+        "path": str(result.path or ""),
+        "slowest_rank": rank,
+        "slowest_phase": phase,
+        "ranks": {str(r): dict(times) for r, times in result.times.items()},
+    }
+
+
+def describe_save(result: SaveResult | UploadResult) -> str:
+    """One line about a save that was committed."""
+    size = f"{result.bytes / 2**20:,.0f} MiB in {result.total_s:.2f} s"
+    if isinstance(result, UploadResult):
+        return f"checkpoint of step {result.step} uploaded: {size}"
+    rank, phase = result.slowest
+    stall = max((times["stall_s"] for times in result.times.values()), default=0.0)
+    return (
+        f"checkpoint of step {result.step} ({result.tier}): {size}, stall {1000 * stall:.1f} ms, slowest "
+        f"rank {rank} ({phase})"
+    )

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from dataclasses import dataclass
+import os
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+
+import msgspec
 
 from holdfast.parallel.errors import ConfigError, HoldfastError
-from holdfast.trainer.config import RunConfig, dump_toml
+from holdfast.trainer.config import RunConfig, dump_toml, load_config
+from holdfast.trainer.resume import (
+    MUST_MATCH,
+    Resume,
+    checkpoint_root,
+    differing_keys,
+    find_resume,
+    is_finished,
+    set_aside_all,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +32,8 @@ class RunDirectory:
     """Paths below a run's folder."""
 
     root: Path
+    resume: Resume = field(default_factory=Resume)
+    """Where the run goes on from."""
 
     @property
     def config(self) -> Path:
@@ -75,44 +93,113 @@ def read_error(run: RunDirectory, rank: int) -> RankError | None:
     return RankError(rank, found["kind"], found["message"], found["exit_code"])
 
 
-def choose_root(config_path: Path, out: Path | None) -> Path:
-    """`out`, or the first free runs/<config name>-<n>."""
+def choose_root(
+    config_path: Path,
+    out: Path | None,
+    config: RunConfig,
+    resume: str = "auto",
+    *,
+    allow_change: bool = False,
+) -> Path:
+    """`out`; else this configuration's newest run in runs/ if it can go on; else a free folder there.
+
+    A run that is finished, that another process works on, or whose configuration does not fit, cannot.
+    """
     if out is not None:
         return out
-    number = 1
-    while (root := Path("runs") / f"{config_path.stem}-{number}").exists():
-        number += 1
-    return root
+    numbers = [
+        int(found[1])
+        for path in Path("runs").glob(f"{config_path.stem}-*")
+        if (found := re.fullmatch(rf"{re.escape(config_path.stem)}-(\d+)", path.name))
+    ]
+    last = max(numbers, default=0)
+    newest = Path("runs") / f"{config_path.stem}-{last}"
+    if last and resume == "auto" and not is_finished(newest):
+        try:
+            with lock_run(newest):
+                found = find_resume(newest, config, "auto", allow_change=allow_change)
+            if found.candidates:
+                return newest
+        except ConfigError:
+            pass
+    return Path("runs") / f"{config_path.stem}-{last + 1}"
+
+
+@contextlib.contextmanager
+def lock_run(root: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run's folder meanwhile.
+
+    Raises:
+        ConfigError: another process does, or the folder cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / ".lock").open("a+")
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConfigError(
+                f"{root} is in use by another run ({file.read().strip() or 'unknown process'}); wait for "
+                "it, stop it, or name another folder with --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def open_run(
-    root: Path, config: RunConfig, resume: Literal["auto", "none"] | str = "auto"
+    root: Path, config: RunConfig, resume: str = "auto", *, allow_change: bool = False
 ) -> RunDirectory:
-    """Make the run's folder with the resolved configuration in it. Called by one process.
+    """Make the run's folder with the resolved configuration in it. Called by one process, locked.
 
+    Args:
+        resume: "auto", "none" or the path of a checkpoint.
+        allow_change: go on from a checkpoint whose model, data or batch differ.
     Raises:
-        ConfigError: it holds another run, cannot be written, or a checkpoint is asked for.
+        ConfigError: the folder cannot be written, or the checkpoint does not fit.
     """
-    run = RunDirectory(root)
-    if resume not in ("auto", "none"):
-        raise ConfigError(
-            f"--resume {resume}: checkpoints are not available in this version; use auto or none"
-        )
-    if run.metrics.exists() and run.metrics.stat().st_size and resume != "none":
-        raise ConfigError(
-            f"{root} already holds a run, and this version has no checkpoint to resume from; name "
-            "another folder with --out, or start it over with --resume none"
-        )
+    found = find_resume(root, config, resume, allow_change=allow_change)
+    run = RunDirectory(root, found)
+    if resume == "auto" and not found.candidates:
+        _check_own(run, config)
     try:
         (root / "logs").mkdir(parents=True, exist_ok=True)
-        for stale in (run.metrics, run.events, *(root / "logs").glob("rank-*.error.json")):
-            stale.unlink(missing_ok=True)
+        stale = list((root / "logs").glob("rank-*.error.json"))
+        if not found.candidates:
+            stale += [run.metrics, run.events]
+            set_aside_all(checkpoint_root(root, config))
+        for path in stale:
+            path.unlink(missing_ok=True)
         partial = run.config.with_suffix(".partial")
         partial.write_text(dump_toml(config))
         partial.replace(run.config)
     except OSError as error:
-        raise ConfigError(
-            f"{error.filename or root} cannot be written: {error.strerror}; name another folder with "
-            "--out"
-        ) from error
+        raise _unwritable(root, error) from error
     return run
+
+
+def _check_own(run: RunDirectory, config: RunConfig) -> None:
+    """Refuse to start over what another run has left, which had no checkpoint to go on from."""
+    if not run.metrics.exists() or not run.metrics.stat().st_size:
+        return
+    try:
+        before = msgspec.to_builtins(load_config(run.config, []))
+        others = differing_keys(before, msgspec.to_builtins(config), MUST_MATCH)
+    except ConfigError:
+        others = [("config.toml", None, None)]
+    if others:
+        raise ConfigError(
+            f"{run.root} already holds another run (it differs in {others[0][0]}), which has no checkpoint; "
+            "name another folder with --out, or start over with --resume none"
+        )
+
+
+def _unwritable(root: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{error.filename or root} cannot be written: {error.strerror}; name another folder with --out"
+    )

@@ -21,6 +21,8 @@ class TrainConfig(Section, frozen=True):
     """How much is trained, and how a micro-batch is computed."""
 
     steps: int = 100
+    stop_after: int = 0
+    """Save and end after this step, though the schedule is that of `steps`; 0: do not."""
     seq_len: int = 128
     global_batch: int = 16
     """Sequences per step, over all replicas; never changes with the number of ranks."""
@@ -88,13 +90,38 @@ class ParallelConfig(Section, frozen=True):
 
 
 class CheckpointConfig(Section, frozen=True):
-    """When state is saved, and where."""
+    """When state is saved, and where. The last step is always saved."""
 
     every: int = 0
+    """Steps between checkpoints on the local disk; 0: only at the end."""
+    every_seconds: float = 0.0
+    """Also after so many seconds without one; 0: by steps alone."""
     keep: int = 3
+    """Checkpoints that stay; 0: all."""
     path: str = ""
+    """Folder of the checkpoints, RUN/checkpoints by default; a URL (s3://…) is where they go besides."""
     policy: Literal["wait", "skip"] = "wait"
+    """What happens when one is due while the one before is still being written."""
     verify: bool = True
+    """Whether checksums are checked on loading."""
+    memory_every: int = 0
+    """Steps between copies in shared memory, which survive a worker's crash; 0: none."""
+    memory_keep: int = 1
+    remote_every: int = 1
+    """With a URL: every how many local checkpoints one goes there."""
+    remote_keep: int = 0
+    """Checkpoints that stay at the URL; 0: all."""
+    arena_mib: int = 0
+    """Host memory of a rank between state and disk; 0: room for its share of a checkpoint, 2048 at most."""
+    timeout_s: float = 600.0
+    """After which a save is given up."""
+    exit_s: float = 60.0
+    """How long a run that gets SIGTERM may take to finish its step and save it."""
+
+    @property
+    def url(self) -> str:
+        """The remote tier; empty when there is none."""
+        return self.path if "://" in self.path else ""
 
 
 class OffloadConfig(Section, frozen=True):

@@ -33,9 +33,20 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.model.build import build_chunk
 from holdfast.trainer.planning import plan_of
+from holdfast.trainer.state import TrainingState
 from holdfast.trainer.world import WorldInfo
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What some rank asks of all for the end of a step; every rank learns of it by the vote."""
+
+    save: bool = False
+    stop: bool = False
+    busy: bool = False
+    """Whether the save before is still under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,7 @@ class Outcome:
     """Before clipping; NaN when a gradient is not finite."""
     nonfinite_ranks: int
     out_of_range_ranks: int
+    requests: Requests = Requests()
 
     @property
     def usable(self) -> bool:
@@ -155,6 +167,11 @@ class Training:
         self._eval_program: tuple[Program, dict[Action, int]] | None = None
         self._eval_data: Dataset | None = None
 
+    def state(self) -> TrainingState:
+        """Where this rank keeps what is saved. Local."""
+        precision = self.config.train.precision
+        return TrainingState(self.plan, self.rank, precision, self.flat, self.optimizer)
+
     @property
     def chunks(self) -> list[Chunk]:
         """This rank's model chunks, in order."""
@@ -221,7 +238,7 @@ class Training:
         """B: every block's sum arrives at its owner. See `ShardedAdamW.reduce`."""
         return self.optimizer.reduce()
 
-    def vote(self, squares: torch.Tensor, flags: int) -> Outcome:
+    def vote(self, squares: torch.Tensor, flags: int, requests: Requests = Requests()) -> Outcome:
         """C: the all-reduce that carries the gradient norm and the loss. Collective over all ranks.
 
         A rank enters only with all the gradients it owns, so whoever leaves knows that all can apply.
@@ -231,7 +248,13 @@ class Training:
                 squares,
                 self._loss_slots(),
                 torch.tensor(
-                    [float(bool(flags & NONFINITE)), float(bool(flags & OUT_OF_RANGE))],
+                    [
+                        bool(flags & NONFINITE),
+                        bool(flags & OUT_OF_RANGE),
+                        requests.save,
+                        requests.stop,
+                        requests.busy,
+                    ],
                     dtype=torch.float64,
                 ),
             ]
@@ -239,7 +262,7 @@ class Training:
         self.groups.control.all_reduce(ballot).wait()
         counted = ballot.tolist()
         slots, losses = self.optimizer.slots, self.step_micro_batches
-        nonfinite, out_of_range = (int(count) for count in counted[slots + losses :])
+        nonfinite, out_of_range, *asked = (int(count) for count in counted[slots + losses :])
         finite = bool(torch.isfinite(ballot[:slots]).all())
         return Outcome(
             loss=mean_loss(counted[slots : slots + losses], self.step_tokens),
@@ -248,6 +271,7 @@ class Training:
             else float("nan"),
             nonfinite_ranks=nonfinite,
             out_of_range_ranks=out_of_range,
+            requests=Requests(*map(bool, asked)),
         )
 
     def apply(self, outcome: Outcome, lr: float) -> None:

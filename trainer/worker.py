@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from torch.distributed import Store, TCPStore
 
-from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run_directory import RankError, RunDirectory, read_error, write_error
@@ -87,7 +87,10 @@ def run_worker(
         logger.info("interrupted")
         return 130
     except BaseException as error:
-        logger.exception("this worker ends")
+        if isinstance(error, Stopped):
+            logger.info("%s", error)
+        else:
+            logger.exception("this worker ends")
         reason = write_error(run, world.rank, error)
         if announce and not (isinstance(error, PeerLost) and _somebody_else_knows(run, world)):
             print(describe(reason, run), file=sys.stderr, flush=True)  # noqa: T201

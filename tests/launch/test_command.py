@@ -292,7 +292,7 @@ def test_another_run_is_not_overwritten(config: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     done = holdfast(config.parent, "train", str(config), "--out", "out")
     assert done.returncode == 2
-    assert "already holds a run" in done.stderr
+    assert "already holds another run" in done.stderr
     assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
@@ -358,16 +358,35 @@ def test_no_worker_outlives_a_killed_command(
 
 @pytest.mark.mp
 @pytest.mark.chaos
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_all_workers(
-    long_run: tuple[subprocess.Popen[str], Path], number: signal.Signals, code: int
+def test_an_interrupt_ends_all_workers_at_once(
+    long_run: tuple[subprocess.Popen[str], Path],
 ) -> None:
     process, _ = long_run
     workers = descendants(process.pid)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == code
+    assert process.returncode == 130
     assert "Traceback" not in errors
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_termination_saves_the_last_step_and_ends(
+    long_run: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, run = long_run
+    workers = descendants(process.pid)
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: (run / "checkpoints" / "latest").exists())
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "Traceback" not in errors
+    last = lines_of(run / "metrics.jsonl")[-1]["step"]
+    assert f"stopped by a signal after step {last}, which is saved" in errors
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
     wait_until(lambda: not any(alive(pid) for pid in workers))
 
 

@@ -71,7 +71,6 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("data.eval_fraction=1.5", "data.eval_fraction = 1.5"),
         ("parallel.context=2", "not available in this version"),
         ("parallel.backend=mpi", "not available in this version"),
-        ("checkpoint.every=10", "not available in this version"),
         ("offload.activations=ssd", "not available in this version"),
         ("elastic.enabled=true", "not available in this version"),
     ],

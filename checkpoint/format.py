@@ -1,0 +1,305 @@
+"""What a checkpoint is on disk: tensor files, their headers, and the manifest. Pure; needs no torch.
+
+docs/checkpoint-format.md is the specification; this module is the only code that knows the bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import msgspec
+
+from holdfast import _native
+from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.layout import Box, Layout, TensorSpec
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+ALIGNMENT = 4096
+"""Tensor data begin at a multiple of this many bytes, so that direct I/O needs no shifting."""
+
+ELEMENT_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+"""safetensors' names of element types, and their sizes."""
+
+
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A logical tensor: [kind, dtype, shape]."""
+
+    kind: str
+    """"weight", "master", "exp_avg", "exp_avg_sq", "buffer" or a name of the caller's."""
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * ELEMENT_BYTES[self.dtype]
+
+
+class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A box of a tensor, contiguous in its file: [offset, length, start, stop, crc32c]."""
+
+    offset: int
+    """From the beginning of the file, in bytes."""
+    length: int
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    crc32c: int
+
+    @property
+    def box(self) -> Box:
+        return Box(self.start, self.stop)
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the checkpoint."""
+
+    bytes: int
+    header_bytes: int = 0
+    """Of a tensor file: what lies before the data. 0 for a file that is checked as a whole."""
+    crc32c: int
+    """Of the first `header_bytes` bytes of a tensor file; of the whole of any other."""
+    chunks: dict[str, tuple[ChunkEntry, ...]] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a reader needs to know of a checkpoint."""
+
+    format: str = "holdfast"
+    format_version: int = FORMAT_VERSION
+    id: str
+    """Of this save: random, the same in every file's header."""
+    step: int
+    created: float
+    """Unix seconds."""
+    versions: dict[str, str] = {}
+    scalars: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files, without the manifest."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    def specs(self) -> list[TensorSpec]:
+        return [TensorSpec(name, t.shape, t.dtype) for name, t in self.tensors.items()]
+
+    def layout(self, names: Iterable[str] | None = None) -> Layout:
+        """Which chunk holds which box; holders are (file, place in the file's list for the tensor).
+
+        Args:
+            names: only these tensors; None for all.
+        """
+        wanted = None if names is None else set(names)
+        holdings: dict[tuple[str, str, int], dict[str, tuple[Box, ...]]] = {}
+        for file, entry in self.files.items():
+            for name, chunks in entry.chunks.items():
+                if wanted is None or name in wanted:
+                    for place, chunk in enumerate(chunks):
+                        holdings[file, name, place] = {name: (chunk.box,)}
+        return Layout(holdings)
+
+
+class _Version(msgspec.Struct):
+    """What is read first, whatever the rest looks like."""
+
+    format_version: int
+
+
+def crc32c_of(content: bytes | bytearray | memoryview, initial: int = 0) -> int:
+    """CRC-32C of bytes that follow data whose checksum is `initial`."""
+    view = memoryview(content).cast("B")
+    if not view.nbytes:
+        return initial
+    if view.readonly:
+        kept = bytes(view)
+        address = ctypes.cast(ctypes.c_char_p(kept), ctypes.c_void_p).value
+    else:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    assert address is not None
+    return _native.crc32c(address, view.nbytes, initial)
+
+
+_CLOSING = b',"crc32c":"'
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json: one JSON object whose last key is a checksum of all before it."""
+    body = msgspec.json.encode(manifest)[:-1]
+    return body + _CLOSING + f'{crc32c_of(body):08x}"}}\n'.encode()
+
+
+def decode_manifest(content: bytes, where: str) -> Manifest:
+    """The manifest in `content`, which was read from `where`.
+
+    Raises:
+        CheckpointError: not a manifest, of a newer version, or a byte of it changed.
+    """
+    body, closing, check = content.rpartition(_CLOSING)
+    if not closing or not check.endswith(b'"}\n'):
+        raise CheckpointError(
+            f"{where} is not a whole manifest: its last key must be crc32c; `holdfast verify --rebuild` "
+            "makes a new one from the files' headers"
+        )
+    if f"{crc32c_of(body):08x}".encode() != check[:8]:
+        raise CheckpointError(
+            f"{where} is damaged: its content does not match its checksum; `holdfast verify --rebuild` "
+            "makes a new one from the files' headers"
+        )
+    try:
+        version = msgspec.json.decode(body + b"}", type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where} has format version {version}; this version of holdfast reads {FORMAT_VERSION}"
+            )
+        return msgspec.json.decode(body + b"}", type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise CheckpointError(f"{where} is not a manifest: {error}") from error
+
+
+class FileTensor(msgspec.Struct, frozen=True):
+    """A tensor of a tensor file, as safetensors lists it."""
+
+    key: str
+    name: str
+    """Of the logical tensor that it is, or is a part of."""
+    box: Box
+    begin: int
+    """First byte, counted from the beginning of the data."""
+    end: int
+
+
+def key_of(name: str, box: Box, shape: Sequence[int]) -> str:
+    """How a tensor file names a box: the tensor's name, with the box where it is not the whole."""
+    return name if box == Box.whole(shape) else f"{name}{box}".replace(", ", ",")
+
+
+def header_capacity(
+    tensors: Sequence[FileTensor],
+    entries: Mapping[str, TensorEntry],
+    chunks: Mapping[str, Sequence[ChunkEntry]],
+) -> int:
+    """Bytes that are set aside before the data: room for any checksums, a multiple of ALIGNMENT."""
+    most = {
+        name: [ChunkEntry(1 << 40, c.length, c.start, c.stop, 0xFFFFFFFF) for c in listed]
+        for name, listed in chunks.items()
+    }
+    text = _header_text(tensors, entries, most, id="f" * 32, step=1 << 40)
+    return -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+
+
+def encode_header(
+    tensors: Sequence[FileTensor],
+    entries: Mapping[str, TensorEntry],
+    chunks: Mapping[str, Sequence[ChunkEntry]],
+    *,
+    id: str,
+    step: int,
+    capacity: int,
+) -> bytes:
+    """The first `capacity` bytes of a tensor file: a safetensors header padded with spaces."""
+    text = _header_text(tensors, entries, chunks, id=id, step=step)
+    if 8 + len(text) > capacity:
+        raise ValueError(f"a header of {8 + len(text)} bytes does not fit into {capacity}")
+    return (capacity - 8).to_bytes(8, "little") + text.ljust(capacity - 8)
+
+
+def _header_text(
+    tensors: Sequence[FileTensor],
+    entries: Mapping[str, TensorEntry],
+    chunks: Mapping[str, Sequence[ChunkEntry]],
+    *,
+    id: str,
+    step: int,
+) -> bytes:
+    ours = {
+        "format_version": FORMAT_VERSION,
+        "id": id,
+        "step": step,
+        "tensors": {tensor.name: entries[tensor.name] for tensor in tensors},
+        "chunks": chunks,
+    }
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", "holdfast": msgspec.json.encode(ours).decode()}
+    }
+    for tensor in tensors:
+        header[tensor.key] = {
+            "dtype": entries[tensor.name].dtype,
+            "shape": tensor.box.shape,
+            "data_offsets": (tensor.begin, tensor.end),
+        }
+    return msgspec.json.encode(header)
+
+
+class FileHeader(msgspec.Struct, frozen=True):
+    """What a tensor file says of itself."""
+
+    format_version: int
+    id: str
+    step: int
+    tensors: dict[str, TensorEntry]
+    chunks: dict[str, tuple[ChunkEntry, ...]]
+
+
+def decode_header(content: bytes, where: str) -> FileHeader:
+    """Our part of the header of a tensor file, `content` being all of the header.
+
+    Raises:
+        CheckpointError: not a safetensors header, or not one of ours.
+    """
+    try:
+        header = json.loads(content[8:])
+        return msgspec.json.decode(header["__metadata__"]["holdfast"], type=FileHeader)
+    except (ValueError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        raise CheckpointError(
+            f"{where} has no header of a holdfast checkpoint: {type(error).__name__} {error}"
+        ) from error
+
+
+def header_bytes(first: bytes, size: int, where: str) -> int:
+    """How long a tensor file's header is, from its first 8 bytes and the file's size.
+
+    Raises:
+        CheckpointError: no file of `size` bytes can begin so.
+    """
+    length = 8 + int.from_bytes(first[:8], "little")
+    if len(first) < 8 or not 10 <= length <= min(size, 8 + 100_000_000):
+        raise CheckpointError(f"{where} is not a safetensors file, or its header is damaged")
+    return length
+
+
+def huggingface_index(manifest_files: Mapping[str, FileEntry], names: Iterable[str]) -> bytes:
+    """model.safetensors.index.json: where a loader of Hugging Face models finds each weight."""
+    weights = set(names)
+    mapped: dict[str, str] = {}
+    total = 0
+    for file, entry in manifest_files.items():
+        for name, chunks in entry.chunks.items():
+            if name in weights:
+                mapped[name] = file
+                total += sum(chunk.length for chunk in chunks)
+    text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapped.items()))}
+    return (json.dumps(text, indent=2) + "\n").encode()

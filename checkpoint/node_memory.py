@@ -1,0 +1,158 @@
+"""Memory that the ranks of one node share while they load: a reader fills it, the others take from it.
+
+Each rank owns two slots and a page of counters, which only it writes; so nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, Store
+
+from holdfast.parallel.errors import CheckpointError, PeerLost
+
+_PAGE = 4096
+_FILLED, _FAILED, _ATTACHED, _FIRST_CONSUMED = 0, 1, 2, 8
+_PAUSE_S = 0.0002
+_LOOK_S = 0.5
+"""How often a rank that waits looks whether the others are alive."""
+
+
+class NodeMemory:
+    """This rank's view of all ranks' slots. Collective over the ranks of a node."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        rank: int,
+        peers: Sequence[int],
+        slot_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        """Args:
+        name: of this load, never used before on this store.
+        peers: all ranks of the node, this one included; equal on all.
+        slot_bytes: equal on all; rounded up to whole pages.
+        timeout_s: how long one wait for another rank may last.
+        """
+        self.rank, self.peers = rank, tuple(peers)
+        self._index = {peer: place for place, peer in enumerate(self.peers)}
+        self._timeout_s = timeout_s
+        self.slot_bytes = -(-max(slot_bytes, 1) // _PAGE) * _PAGE
+        counters = -(-8 * (_FIRST_CONSUMED + len(peers)) // _PAGE) * _PAGE
+        self._data = counters
+        self._store = PrefixStore(f"load/{name}", store)
+        size = counters + 2 * self.slot_bytes
+        own = os.memfd_create(f"holdfast-load-{rank}")
+        os.ftruncate(own, size)
+        self._store.set(f"memory/{rank}", f"{os.getpid()} {own}")
+        self._pids: dict[int, int] = {}
+        self._maps: dict[int, mmap.mmap] = {}
+        self._counters: dict[int, memoryview] = {}
+        try:
+            for peer in self.peers:
+                self._attach(peer, own, size, counters)
+            self._counters[rank][_ATTACHED] = 1
+            for peer in self.peers:
+                self._wait_until(peer, _ATTACHED, 1)
+        finally:
+            # Everybody has mapped it, or the load has failed.
+            os.close(own)
+
+    def _attach(self, peer: int, own: int, size: int, counters: int) -> None:
+        text = self._store.get(f"memory/{peer}").decode()
+        pid, descriptor = map(int, text.split())
+        self._pids[peer] = pid
+        opened = own if peer == self.rank else _open_of(pid, descriptor, peer)
+        try:
+            self._maps[peer] = mmap.mmap(opened, size)
+        finally:
+            if opened != own:
+                os.close(opened)
+        self._counters[peer] = memoryview(self._maps[peer])[:counters].cast("q")
+
+    def slot(self, reader: int, number: int) -> Tensor:
+        """The memory of a reader's load: uint8[slot_bytes], page-aligned."""
+        begin = self._data + number % 2 * self.slot_bytes
+        whole = torch.frombuffer(self._maps[reader], dtype=torch.uint8)
+        return whole[begin : begin + self.slot_bytes]
+
+    def wait_free(self, number: int, receivers: Iterable[int]) -> None:
+        """Reader: wait until `receivers` have taken what they want of load `number` - 2."""
+        for peer in receivers:
+            self._wait_until(peer, _FIRST_CONSUMED + self._index[self.rank], number - 1)
+
+    def publish(self, number: int) -> None:
+        """Reader: load `number` lies in its slot."""
+        self._counters[self.rank][_FILLED] = number + 1
+
+    def wait_filled(self, reader: int, number: int) -> None:
+        """Receiver: wait until a reader has published load `number`."""
+        self._wait_until(reader, _FILLED, number + 1)
+
+    def took(self, reader: int, number: int) -> None:
+        """Receiver: load `number` of a reader is no longer needed here."""
+        self._counters[self.rank][_FIRST_CONSUMED + self._index[reader]] = number + 1
+
+    def fail(self, reason: str) -> None:
+        """Tell the node that this rank cannot go on."""
+        self._store.set(f"failed/{self.rank}", reason)
+        self._counters[self.rank][_FAILED] = 1
+
+    def close(self) -> None:
+        """Unmap; what was handed out must no longer be in use. Local."""
+        self._store.delete_key(f"memory/{self.rank}")
+        for view in self._counters.values():
+            view.release()
+        self._counters.clear()
+        for mapped in self._maps.values():
+            # A tensor that still looks at it keeps it mapped until it is gone.
+            with contextlib.suppress(BufferError):
+                mapped.close()
+        self._maps.clear()
+
+    def _wait_until(self, peer: int, counter: int, value: int) -> None:
+        counters = self._counters[peer]
+        if counters[counter] >= value:
+            return
+        now = time.monotonic()
+        give_up, look = now + self._timeout_s, now + _LOOK_S
+        while counters[counter] < value:
+            time.sleep(_PAUSE_S)
+            now = time.monotonic()
+            if any(self._counters[p][_FAILED] for p in self.peers):
+                self._raise_failure()
+            if now > look:
+                look = now + _LOOK_S
+                _check_alive(self._pids[peer], peer)
+            if now > give_up:
+                raise PeerLost(f"rank {peer} did not go on with loading for {self._timeout_s:g} s")
+
+    def _raise_failure(self) -> None:
+        for peer in self.peers:
+            if self._counters[peer][_FAILED]:
+                raise CheckpointError(self._store.get(f"failed/{peer}").decode())
+
+
+def _open_of(pid: int, descriptor: int, peer: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+    except OSError as error:
+        raise PeerLost(
+            f"memory of rank {peer} cannot be shared with this process ({error.strerror}); ranks that the "
+            "launcher puts on one node must see each other's /proc"
+        ) from error
+
+
+def _check_alive(pid: int, peer: int) -> None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        raise PeerLost(f"rank {peer} died while loading a checkpoint") from None

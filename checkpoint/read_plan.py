@@ -1,0 +1,204 @@
+"""Which rank of a node reads which chunks, and who gets which boxes of them. Pure; needs no torch.
+
+Every chunk that some rank of the node needs is read once, whole, so that it can be checked; the boxes in it
+are then handed to the ranks that want them. What must move comes from `transfers`: chunks are the holders
+of the source layout, ranks of the target's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES, ChunkEntry, Manifest
+from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.layout import Box, Layout, covers, transfers
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A box that one rank takes out of a chunk."""
+
+    rank: int
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRead:
+    """A chunk that is read, by whom, and for whom."""
+
+    name: str
+    dtype: str
+    file: str
+    chunk: ChunkEntry
+    deliveries: tuple[Delivery, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What the ranks of one node read: loads of at most `load_bytes`, in order, by reading rank."""
+
+    loads: Mapping[int, tuple[tuple[ChunkRead, ...], ...]]
+    load_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """What the node reads from storage."""
+        return sum(
+            read.chunk.length for loads in self.loads.values() for load in loads for read in load
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The largest load with the gaps that direct reads need."""
+        return max(
+            (requests_of(load)[2] for loads in self.loads.values() for load in loads), default=0
+        )
+
+    @property
+    def rounds(self) -> int:
+        return max(map(len, self.loads.values()), default=0)
+
+    def receivers(self, reader: int, number: int) -> frozenset[int]:
+        """The ranks that take something out of a load."""
+        return frozenset(d.rank for read in self.loads[reader][number] for d in read.deliveries)
+
+
+def check_coverage(manifest: Manifest, where: str) -> None:
+    """Check that the chunks of a manifest make up every tensor, each element once.
+
+    Raises:
+        CheckpointError: a hole, an overlap, or a chunk outside its tensor, named.
+    """
+    held: defaultdict[str, int] = defaultdict(int)
+    for file, entry in manifest.files.items():
+        for name, chunks in entry.chunks.items():
+            tensor = manifest.tensors.get(name)
+            if tensor is None or tensor.dtype not in ELEMENT_BYTES:
+                raise CheckpointError(
+                    f"{where}: {file} holds {name}, which the manifest does not list"
+                )
+            for chunk in chunks:
+                elements = chunk.box.elements
+                held[name] += elements
+                if (
+                    chunk.length != elements * ELEMENT_BYTES[tensor.dtype]
+                    or chunk.offset < entry.header_bytes
+                    or chunk.offset + chunk.length > entry.bytes
+                ):
+                    raise CheckpointError(
+                        f"{where}: the chunk of {name} at byte {chunk.offset} of {file} does not fit its "
+                        f"box {chunk.box} or its file"
+                    )
+    try:
+        covers(manifest.specs(), manifest.layout())
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    for name, tensor in manifest.tensors.items():
+        if held[name] != Box.whole(tensor.shape).elements:
+            raise CheckpointError(f"{where}: chunks of {name} overlap; each element must be in one")
+
+
+def make_read_plan(
+    manifest: Manifest,
+    wanted: Mapping[int, Mapping[str, Sequence[Box]]],
+    *,
+    load_bytes: int,
+    where: str = "checkpoint",
+) -> ReadPlan:
+    """Plan what the ranks of one node read. Pure.
+
+    Args:
+        wanted: by rank of the node: the boxes that it needs, by tensor.
+        load_bytes: what is read and handed on at a time; one chunk at least.
+    Raises:
+        CheckpointError: a tensor or a box that the checkpoint does not have.
+    """
+    names = {name for boxes in wanted.values() for name in boxes}
+    missing = sorted(names - manifest.tensors.keys())
+    if missing:
+        raise CheckpointError(
+            f"{where} does not hold {missing[0]}"
+            + (f" and {len(missing) - 1} more tensors that are needed" if len(missing) > 1 else "")
+        )
+    source = manifest.layout(names)
+    target = Layout(
+        {rank: {n: tuple(b) for n, b in boxes.items()} for rank, boxes in wanted.items()}
+    )
+    try:
+        moves = transfers(source, target, cost=lambda holder, rank: 1)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    taken: defaultdict[tuple[str, str, int], list[Delivery]] = defaultdict(list)
+    for move in moves:
+        taken[move.source].append(Delivery(move.target, move.box))  # pyrefly: ignore
+    reads: defaultdict[int, list[ChunkRead]] = defaultdict(list)
+    load: dict[int, int] = dict.fromkeys(sorted(wanted), 0)
+    for file, entry in manifest.files.items():
+        for name in entry.chunks:
+            if name not in names:
+                continue
+            for place, chunk in enumerate(entry.chunks[name]):
+                deliveries = taken.get((file, name, place))
+                if not deliveries:
+                    continue
+                # Whoever needs it reads it, the least loaded first: most bytes then stay where they are.
+                reader = min({d.rank for d in deliveries}, key=lambda rank: (load[rank], rank))
+                load[reader] += chunk.length
+                dtype = manifest.tensors[name].dtype
+                reads[reader].append(ChunkRead(name, dtype, file, chunk, tuple(deliveries)))
+    largest = max((r.chunk.length for listed in reads.values() for r in listed), default=0)
+    limit = max(load_bytes, largest)
+    loads = {rank: _loads(reads[rank], limit) for rank in sorted(wanted)}
+    return ReadPlan(loads, limit)
+
+
+def _loads(reads: Sequence[ChunkRead], limit: int) -> tuple[tuple[ChunkRead, ...], ...]:
+    ordered = sorted(reads, key=lambda read: (read.file, read.chunk.offset))
+    loads: list[list[ChunkRead]] = []
+    size = limit
+    for read in ordered:
+        if size + read.chunk.length > limit:
+            loads.append([])
+            size = 0
+        loads[-1].append(read)
+        size += read.chunk.length
+    return tuple(map(tuple, loads))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Bytes of one file that are read at once."""
+
+    file: str
+    offset: int
+    length: int
+    place: int
+    """Where they go in the load's memory: as far from a multiple of ALIGNMENT as in the file."""
+
+
+def requests_of(reads: Sequence[ChunkRead]) -> tuple[list[Request], list[int], int]:
+    """How a load is read: (requests, the place of each chunk, bytes of memory).
+
+    Chunks that follow each other in a file are one request.
+    """
+    requests: list[Request] = []
+    places: list[int] = []
+    end = 0
+    for read in reads:
+        chunk = read.chunk
+        last = requests[-1] if requests else None
+        if (
+            last is not None
+            and last.file == read.file
+            and last.offset + last.length == chunk.offset
+        ):
+            requests[-1] = Request(last.file, last.offset, last.length + chunk.length, last.place)
+            places.append(last.place + last.length)
+        else:
+            place = -(-end // ALIGNMENT) * ALIGNMENT + chunk.offset % ALIGNMENT
+            requests.append(Request(read.file, chunk.offset, chunk.length, place))
+            places.append(place)
+        end = places[-1] + chunk.length
+    return requests, places, end

@@ -1,0 +1,415 @@
+"""Who writes what where: a pure function of the tensors, who holds them, and which node each rank is on.
+
+Equal on every rank, computed without communication, and cached by its user while the layout stands.
+Weights are written whole, under the names that Hugging Face loaders read, each file by one node; other
+state in boxes, each by a rank that holds it. No byte is written twice. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from holdfast.checkpoint.format import (
+    ELEMENT_BYTES,
+    ChunkEntry,
+    FileTensor,
+    TensorEntry,
+    header_capacity,
+    key_of,
+)
+from holdfast.parallel.errors import LayoutError
+from holdfast.parallel.layout import Box, without
+from holdfast.parallel.ownership import assign_owners
+
+SMALLEST_CHUNK_BYTES = 8 << 20
+MOST_CHUNKS = 1 << 18
+LARGEST_FILE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a tensor and the ranks that can provide it, all with equal bytes."""
+
+    box: Box
+    holders: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A logical tensor that is to be saved."""
+
+    name: str
+    kind: str
+    dtype: str
+    """As safetensors names it: "F32", "BF16", …"""
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    """Disjoint, and the whole tensor together."""
+    whole: bool
+    """Whether it is written as one tensor in the files that Hugging Face loaders open."""
+
+    @property
+    def entry(self) -> TensorEntry:
+        return TensorEntry(self.kind, self.dtype, self.shape)
+
+    def nbytes(self, box: Box) -> int:
+        return box.elements * ELEMENT_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChunk:
+    """Bytes that one rank writes, contiguous in one file."""
+
+    name: str
+    box: Box
+    file: str
+    offset: int
+    length: int
+    writer: int
+    sources: tuple[Part, ...] = ()
+    """Where the bytes come from when no single rank has them: parts of the box, one rank each."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A tensor file that will be written."""
+
+    name: str
+    tensors: tuple[FileTensor, ...]
+    chunks: tuple[PlannedChunk, ...]
+    header_bytes: int
+    bytes: int
+
+    @property
+    def writers(self) -> tuple[int, ...]:
+        return tuple(sorted({chunk.writer for chunk in self.chunks}))
+
+    @property
+    def lead(self) -> int:
+        """The rank that writes the header and syncs the file, after the others have written."""
+        return min(chunk.writer for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """All files of a checkpoint."""
+
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[PlannedFile, ...]
+    chunk_bytes: int
+    _by_rank: dict[int, list[PlannedChunk]] = field(default_factory=dict, compare=False, repr=False)
+
+    def chunks_of(self, rank: int) -> Sequence[PlannedChunk]:
+        """What a rank writes, or sends to a writer, in one order on all ranks."""
+        if not self._by_rank:
+            found: defaultdict[int, list[PlannedChunk]] = defaultdict(list)
+            for file in self.files:
+                for chunk in file.chunks:
+                    for member in {chunk.writer, *(r for p in chunk.sources for r in p.holders)}:
+                        found[member].append(chunk)
+            self._by_rank.update(found)
+        return self._by_rank.get(rank, ())
+
+    def written_by(self, rank: int) -> list[PlannedChunk]:
+        """What a rank writes, in the order of the plan."""
+        return [chunk for chunk in self.chunks_of(rank) if chunk.writer == rank]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def written_bytes(self) -> dict[int, int]:
+        """Tensor bytes by writing rank."""
+        written: defaultdict[int, int] = defaultdict(int)
+        for file in self.files:
+            for chunk in file.chunks:
+                written[chunk.writer] += chunk.length
+        return dict(written)
+
+
+def chunk_bytes_for(total: int) -> int:
+    """How large a chunk may be: 8 MiB, doubled until at most 2^18 of them make the checkpoint."""
+    size = SMALLEST_CHUNK_BYTES
+    while total > size * MOST_CHUNKS:
+        size *= 2
+    return size
+
+
+def make_write_plan(tensors: Sequence[SavedTensor], nodes: Sequence[int]) -> WritePlan:
+    """Plan a checkpoint. Pure.
+
+    Args:
+        tensors: in the order in which files list them.
+        nodes: the node of each rank.
+    Raises:
+        LayoutError: parts that leave a hole, overlap or lie outside their tensor; a name given twice.
+    """
+    names = {tensor.name for tensor in tensors}
+    if len(names) != len(tensors):
+        raise LayoutError("a tensor is listed twice; list its parts under one name")
+    for tensor in tensors:
+        _check_parts(tensor)
+    total = sum(tensor.entry.bytes for tensor in tensors)
+    size = chunk_bytes_for(total)
+    entries = {tensor.name: tensor.entry for tensor in tensors}
+    whole = [tensor for tensor in tensors if tensor.whole]
+    boxed = [tensor for tensor in tensors if not tensor.whole]
+    files = [*_weight_files(whole, entries, nodes, size), *_box_files(boxed, entries, size)]
+    return WritePlan(entries, tuple(files), size)
+
+
+def _check_parts(tensor: SavedTensor) -> None:
+    whole = Box.whole(tensor.shape)
+    for part in tensor.parts:
+        if len(part.box.start) != len(tensor.shape) or not whole.contains(part.box):
+            raise LayoutError(f"{tensor.name}: box {part.box} lies outside {list(tensor.shape)}")
+        if not part.holders:
+            raise LayoutError(f"{tensor.name}: nobody holds box {part.box}")
+    held = sum(part.box.elements for part in tensor.parts)
+    holes = without([whole], sorted((p.box for p in tensor.parts), key=lambda box: box.start))
+    if holes:
+        raise LayoutError(f"{tensor.name}: nobody holds {holes[0]} of {list(tensor.shape)}")
+    if held != whole.elements:
+        raise LayoutError(f"{tensor.name}: its parts overlap; each element must be in one part")
+
+
+def _is_rows(box: Box, shape: Sequence[int]) -> bool:
+    """Whether a box is whole rows, hence contiguous in the tensor."""
+    return all(a == 0 for a in box.start[1:]) and box.stop[1:] == tuple(shape[1:])
+
+
+def _row_pieces(box: Box, row_bytes: int, chunk_bytes: int) -> Iterator[Box]:
+    """Cut a box along dimension 0 into boxes of at most `chunk_bytes`, or one row."""
+    if not box.start or not box.elements:
+        yield box
+        return
+    rows = max(1, chunk_bytes // max(1, row_bytes))
+    for start in range(box.start[0], box.stop[0], rows):
+        stop = min(box.stop[0], start + rows)
+        yield Box((start, *box.start[1:]), (stop, *box.stop[1:]))
+
+
+def _merged(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring rows with the same holders become one part."""
+    merged: list[Part] = []
+    for part in sorted(parts, key=lambda p: p.box.start):
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and part.box.start
+            and last.holders == part.holders
+            and last.box.stop[0] == part.box.start[0]
+            and last.box.start[1:] == part.box.start[1:]
+            and last.box.stop[1:] == part.box.stop[1:]
+        ):
+            merged[-1] = Part(Box(last.box.start, part.box.stop), part.holders)
+        else:
+            merged.append(part)
+    return merged
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A chunk before its file and writer are known."""
+
+    tensor: SavedTensor
+    box: Box
+    groups: tuple[tuple[Part, ...], ...]
+    """Ways to provide it: each is the parts, one rank each, that make up the box."""
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.nbytes(self.box)
+
+
+def _pieces(tensor: SavedTensor, chunk_bytes: int) -> list[_Piece]:
+    row_bytes = prod(tensor.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
+    if all(_is_rows(part.box, tensor.shape) for part in tensor.parts):
+        return [
+            _Piece(tensor, box, tuple((Part(box, (rank,)),) for rank in part.holders))
+            for part in _merged(tensor.parts)
+            for box in _row_pieces(part.box, row_bytes, chunk_bytes)
+        ]
+    # Split along a later dimension: pieces of whole rows, joined from one rank for each part.
+    ways = min(len(part.holders) for part in tensor.parts)
+    pieces = []
+    for box in _row_pieces(Box.whole(tensor.shape), row_bytes, chunk_bytes):
+        inside = [
+            (common, part.holders)
+            for part in tensor.parts
+            if (common := part.box.intersect(box)) is not None
+        ]
+        inside.sort(key=lambda item: item[0].start)
+        groups = tuple(
+            tuple(Part(common, (holders[way],)) for common, holders in inside)
+            for way in range(ways)
+        )
+        pieces.append(_Piece(tensor, box, groups))
+    return pieces
+
+
+def _weight_files(
+    tensors: Sequence[SavedTensor],
+    entries: Mapping[str, TensorEntry],
+    nodes: Sequence[int],
+    chunk_bytes: int,
+) -> list[PlannedFile]:
+    pieces = {tensor.name: _pieces(tensor, chunk_bytes) for tensor in tensors}
+    homes = _homes(tensors, pieces, nodes)
+    shelves: list[list[SavedTensor]] = []
+    for node in sorted(set(homes.values())):
+        size = LARGEST_FILE_BYTES
+        for tensor in tensors:
+            if homes[tensor.name] != node:
+                continue
+            if size + tensor.entry.bytes > LARGEST_FILE_BYTES:
+                shelves.append([])
+                size = 0
+            shelves[-1].append(tensor)
+            size += tensor.entry.bytes
+    flat = [piece for shelf in shelves for tensor in shelf for piece in pieces[tensor.name]]
+    usable = [_groups_on(piece, homes[piece.tensor.name], nodes) for piece in flat]
+    # Leads stand for their groups, so that pieces with the same candidates are shared out evenly.
+    by_lead = [{group[0].holders[0]: group for group in groups} for groups in usable]
+    chosen = assign_owners([p.bytes for p in flat], [tuple(sorted(g)) for g in by_lead])
+    placed: defaultdict[str, list[_Placed]] = defaultdict(list)
+    for number, (piece, groups, lead) in enumerate(zip(flat, by_lead, chosen, strict=True)):
+        group = groups[lead]
+        # Where a box is joined, the members of the group take turns in writing.
+        writer = group[number % len(group)].holders[0]
+        placed[piece.tensor.name].append(_Placed(piece, writer, group if len(group) > 1 else ()))
+    return [
+        _file(
+            f"model-{number + 1:05d}-of-{len(shelves):05d}.safetensors",
+            [item for tensor in shelf for item in placed[tensor.name]],
+            entries,
+            merge=True,
+        )
+        for number, shelf in enumerate(shelves)
+    ]
+
+
+def _homes(
+    tensors: Sequence[SavedTensor], pieces: Mapping[str, Sequence[_Piece]], nodes: Sequence[int]
+) -> dict[str, int]:
+    """The node that writes each tensor: the least loaded of those that have all of it."""
+    loads: defaultdict[int, int] = defaultdict(int)
+    homes: dict[str, int] = {}
+    for tensor in sorted(tensors, key=lambda t: (-t.entry.bytes, t.name)):
+        able: set[int] | None = None
+        for piece in pieces[tensor.name]:
+            here = {nodes[group[0].holders[0]] for group in piece.groups if _one_node(group, nodes)}
+            able = here if able is None else able & here
+        # Where no node has all of a tensor, several write the file.
+        candidates = able or {nodes[g[0].holders[0]] for p in pieces[tensor.name] for g in p.groups}
+        home = min(candidates, key=lambda node: (loads[node], node))
+        loads[home] += tensor.entry.bytes
+        homes[tensor.name] = home
+    return homes
+
+
+def _one_node(group: Sequence[Part], nodes: Sequence[int]) -> bool:
+    return len({nodes[part.holders[0]] for part in group}) == 1
+
+
+def _groups_on(piece: _Piece, home: int, nodes: Sequence[int]) -> tuple[tuple[Part, ...], ...]:
+    there = tuple(
+        group for group in piece.groups if all(nodes[part.holders[0]] == home for part in group)
+    )
+    return there or piece.groups
+
+
+def _box_files(
+    tensors: Sequence[SavedTensor], entries: Mapping[str, TensorEntry], chunk_bytes: int
+) -> list[PlannedFile]:
+    pieces: list[_Piece] = []
+    for tensor in tensors:
+        for part in _merged(tensor.parts):
+            row_bytes = prod(part.box.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
+            pieces += [
+                _Piece(tensor, box, tuple((Part(box, (rank,)),) for rank in part.holders))
+                for box in _row_pieces(part.box, row_bytes, chunk_bytes)
+            ]
+    writers = assign_owners(
+        [piece.bytes for piece in pieces],
+        [tuple(sorted(group[0].holders[0] for group in piece.groups)) for piece in pieces],
+    )
+    by_writer: defaultdict[int, list[_Placed]] = defaultdict(list)
+    for piece, writer in zip(pieces, writers, strict=True):
+        by_writer[writer].append(_Placed(piece, writer, ()))
+    return [
+        _file(
+            f"optimizer-{number + 1:05d}-of-{len(by_writer):05d}.safetensors",
+            _by_rows(by_writer[writer]),
+            entries,
+            merge=False,
+        )
+        for number, writer in enumerate(sorted(by_writer))
+    ]
+
+
+def _by_rows(placed: Sequence[_Placed]) -> list[_Placed]:
+    """All state of the same rows together, in the order of the first: one fence frees them all."""
+    rank: dict[tuple[str, Box], int] = {}
+    for item in placed:
+        rank.setdefault((_base(item.piece.tensor), item.piece.box), len(rank))
+    return sorted(placed, key=lambda item: rank[_base(item.piece.tensor), item.piece.box])
+
+
+def _base(tensor: SavedTensor) -> str:
+    return tensor.name.removeprefix(f"{tensor.kind}.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    piece: _Piece
+    writer: int
+    sources: tuple[Part, ...]
+
+
+def _file(
+    name: str, placed: Sequence[_Placed], entries: Mapping[str, TensorEntry], *, merge: bool
+) -> PlannedFile:
+    """Lay pieces out one after the other; with `merge`, the pieces of a tensor are one tensor."""
+    tensors: list[FileTensor] = []
+    spans: list[tuple[_Placed, int]] = []
+    position = 0
+    for item in placed:
+        tensor, box, length = item.piece.tensor, item.piece.box, item.piece.bytes
+        spans.append((item, position))
+        if merge and tensors and tensors[-1].name == tensor.name:
+            tensors[-1] = FileTensor(
+                tensor.name,
+                tensor.name,
+                Box.whole(tensor.shape),
+                tensors[-1].begin,
+                position + length,
+            )
+        else:
+            listed = Box.whole(tensor.shape) if merge else box
+            key = key_of(tensor.name, listed, tensor.shape)
+            tensors.append(FileTensor(key, tensor.name, listed, position, position + length))
+        position += length
+    trial: defaultdict[str, list[ChunkEntry]] = defaultdict(list)
+    for item, offset in spans:
+        box = item.piece.box
+        trial[item.piece.tensor.name].append(
+            ChunkEntry(offset, item.piece.bytes, box.start, box.stop, 0)
+        )
+    header = header_capacity(tensors, entries, trial)
+    chunks = tuple(
+        PlannedChunk(
+            item.piece.tensor.name,
+            item.piece.box,
+            name,
+            header + offset,
+            item.piece.bytes,
+            item.writer,
+            item.sources,
+        )
+        for item, offset in spans
+    )
+    return PlannedFile(name, tuple(tensors), chunks, header, header + position)

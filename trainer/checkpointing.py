@@ -1,0 +1,327 @@
+"""When a run saves, and what: the checkpoints of one rank, in memory, on disk and at a URL."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic, perf_counter
+from types import FrameType
+from typing import Any
+
+import msgspec
+import torch
+from torch.distributed import Store
+
+from holdfast.checkpoint import directory
+from holdfast.checkpoint.format import Manifest
+from holdfast.checkpoint.loading import LoadStatistics, load
+from holdfast.checkpoint.read_plan import check_coverage
+from holdfast.checkpoint.reading import ByteReader, FolderReader
+from holdfast.checkpoint.remote import RemoteStore, Uploader, UploadResult
+from holdfast.checkpoint.saver import SaveJob, Saver, SaveResult
+from holdfast.checkpoint.verify import check_small_parts
+from holdfast.checkpoint.write_plan import WritePlan, make_write_plan
+from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
+from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.trainer.resume import checkpoint_root, memory_root
+from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.state import huggingface_files, saved_tensors, wanted_boxes
+from holdfast.trainer.training import Outcome, Requests, Training
+from holdfast.trainer.world import WorldInfo
+
+logger = logging.getLogger("holdfast.checkpoint")
+
+_LARGEST_ARENA_MIB = 2048
+
+
+class Signals:
+    """SIGUSR1 asks for a save, SIGTERM for a save and the end; both at the end of a step."""
+
+    def __init__(self) -> None:
+        self.save = False
+        self.stop = False
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take the signals; only the main thread of a process can."""
+
+        def asked(number: int, _: FrameType | None) -> None:
+            if number == signal.SIGTERM:
+                self.stop = True
+            self.save = True
+
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            self._before[number] = signal.signal(number, asked)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class Checkpoints:
+    """The checkpoints of one rank's run. Every method is called by all ranks at the same step."""
+
+    def __init__(
+        self,
+        training: Training,
+        world: WorldInfo,
+        store: Store,
+        run: RunDirectory,
+        nodes: tuple[int, ...],
+        signals: Signals,
+    ) -> None:
+        """Args:
+        nodes: the node of each rank.
+        """
+        self._training, self._world, self._run, self._nodes = training, world, run, nodes
+        self._config = training.config.checkpoint
+        self._store = store
+        self._signals = signals
+        self._state = training.state()
+        self._plan: WritePlan | None = None
+        self._saver: Saver | None = None
+        self._uploader: Uploader | None = None
+        self._uploading: set[Path] = set()
+        self._root = checkpoint_root(run.root, training.config)
+        self._saved_step = -1
+        self._local_saves = 0
+        self._last_save_at = monotonic()
+        self.loaded: LoadStatistics | None = None
+        """What loading took, where the run was resumed."""
+        self.wait_s = 0.0
+        """Time that steps waited for the save before theirs, under the policy "wait"."""
+
+    @property
+    def plan(self) -> WritePlan:
+        """Who writes what; made once while the layout stands."""
+        if self._plan is None:
+            precision = self._training.config.train.precision
+            self._plan = make_write_plan(saved_tensors(self._training.plan, precision), self._nodes)
+        return self._plan
+
+    def requests(self) -> Requests:
+        """What this rank asks for at the vote."""
+        overdue = (
+            self._config.every_seconds > 0
+            and self._world.rank == 0
+            and monotonic() - self._last_save_at >= self._config.every_seconds
+        )
+        busy = self._saver is not None and self._saver.busy
+        return Requests(save=self._signals.save or overdue, stop=self._signals.stop, busy=busy)
+
+    def after_step(self, step: int, outcome: Outcome) -> bool:
+        """Begin a save if one is due after `step` steps; returns whether one was left out as too soon."""
+        config, asked = self._config, outcome.requests
+        due = asked.save or asked.stop or (config.every > 0 and step % config.every == 0)
+        in_memory = config.memory_every > 0 and step % config.memory_every == 0
+        if asked.save and not asked.stop:
+            self._signals.save = False
+        if not due and not in_memory:
+            return False
+        if asked.busy and config.policy == "skip" and not (asked.save or asked.stop):
+            return True
+        self.save(step, in_memory=not due)
+        return False
+
+    def save(self, step: int, *, in_memory: bool = False) -> None:
+        """Begin to save the state after `step` steps; waits for the save before."""
+        if step == self._saved_step and not in_memory:
+            return
+        saver = self._open_saver()
+        began = perf_counter()
+        saver.wait(self._config.timeout_s)
+        self.wait_s += perf_counter() - began
+        training, config = self._training, self._training.config
+        if not in_memory:
+            self._saved_step = step
+            self._last_save_at = monotonic()
+        saver.start(
+            SaveJob(
+                step=step,
+                root=memory_root(self._run.root) if in_memory else self._root,
+                tier="memory" if in_memory else "disk",
+                plan=self.plan,
+                source=self._state.source,
+                before=self._state.before,
+                scalars={
+                    "step": step,
+                    "optimizer_step": training.optimizer.step,
+                    "samples": step * config.train.global_batch,
+                    "tokens": step * training.step_tokens,
+                    "seed": config.train.seed,
+                    "data_fingerprint": training.data.fingerprint,
+                },
+                config=msgspec.to_builtins(config),
+                versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
+                extra_files=huggingface_files(config) if self._world.rank == 0 else {},
+                keep=self._config.memory_keep if in_memory else self._config.keep,
+                protected=self._uploading_now,
+            )
+        )
+        training.optimizer.fence = saver.fence
+
+    def _uploading_now(self) -> set[Path]:
+        return set(self._uploading)
+
+    def _open_saver(self) -> Saver:
+        if self._saver is not None:
+            return self._saver
+        share = self.plan.written_bytes().get(self._world.rank, 0)
+        mib = self._config.arena_mib or min(_LARGEST_ARENA_MIB, -(-share >> 20) + 16)
+        group = self._training.groups.tensor
+        join = None
+        if group.size > 1:
+            name = f"g{self._training.plan.generation}/join/{group.ranks[0]}"
+            join = GlooCommunicator(
+                self._store,
+                name,
+                group.ranks,
+                self._world.rank,
+                device=gloo_device(self._world.store_host),
+                timeout_s=self._config.timeout_s,
+            )
+        self._saver = Saver(
+            self._world.rank,
+            self._nodes,
+            self._store,
+            arena_bytes=mib << 20,
+            timeout_s=self._config.timeout_s,
+            join=join,
+            pinned=self._training.device.type == "cuda",
+        )
+        return self._saver
+
+    def results(self) -> list[SaveResult | UploadResult]:
+        """Saves and uploads that have ended since the last call."""
+        found: list[SaveResult | UploadResult] = []
+        for result in self._saver.results() if self._saver is not None else []:
+            found.append(result)
+            if result.error:
+                logger.warning("checkpoint of step %d failed: %s", result.step, result.error)
+            elif result.tier == "disk" and result.path is not None:
+                self._upload(result.path)
+        if self._uploader is not None:
+            found += self._uploader.results()
+        return found
+
+    def _upload(self, path: Path) -> None:
+        """Queue a local checkpoint for the URL. Every rank counts the same commits."""
+        self._local_saves += 1
+        if not self._config.url or (self._local_saves - 1) % self._config.remote_every:
+            return
+        if self._uploader is None:
+            self._uploader = Uploader(
+                self._config.url,
+                self._world.rank,
+                self._world.world_size,
+                self._store,
+                keep=self._config.remote_keep,
+                finished=self._uploading.discard,
+            )
+        self._uploading.add(path)
+        self._uploader.start(path)
+
+    def finish(self) -> list[SaveResult | UploadResult]:
+        """Wait for what is being saved and uploaded; returns how it ended."""
+        if self._saver is None:
+            return []
+        self._saver.wait(self._config.timeout_s)
+        found = self.results()
+        if self._uploader is not None:
+            self._uploader.wait()
+            found += self.results()
+        return found
+
+    def close(self) -> None:
+        """Release threads, files and memory. Local."""
+        self._training.optimizer.fence = None
+        if self._saver is not None and not self._saver.busy:
+            self._saver.close()
+
+    def resume(self, note: Callable[[str], None]) -> int:
+        """Load the best checkpoint that can be read; returns the step to go on with, 0 if there is none.
+
+        A damaged one is passed over for the one before, on every rank alike.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be read.
+        """
+        reason = ""
+        for number, place in enumerate(self._run.resume.candidates):
+            step, reason = self._try(place, number)
+            if not reason:
+                self._saved_step = step
+                return step
+            note(f"{place} is passed over: {reason}")
+        if self._run.resume.candidates:
+            raise CheckpointError(
+                f"no checkpoint of this run can be read; the last reason: {reason}"
+            )
+        return 0
+
+    def _try(self, place: str, number: int) -> tuple[int, str]:
+        """Load from one place: (the step it was saved after, why it cannot be used on any rank)."""
+        step, mine = 0, ""
+        try:
+            step = self._load(place, f"resume-{number}")
+        except CheckpointError as error:
+            mine = str(error)
+        failed = torch.tensor([float(bool(mine))], dtype=torch.float64)
+        self._training.groups.control.all_reduce(failed).wait()
+        if failed.item():
+            return step, mine or "another rank could not read it"
+        return step, ""
+
+    def _load(self, place: str, name: str) -> int:
+        manifest, reader = open_checkpoint(place)
+        training, rank = self._training, self._world.rank
+        precision = training.config.train.precision
+        try:
+            check_coverage(manifest, place)
+            here = [r for r, node in enumerate(self._nodes) if node == self._nodes[rank]]
+            files = list(manifest.files)[here.index(rank) :: len(here)]
+            check_small_parts(manifest, reader, files)
+            self.loaded = load(
+                manifest,
+                reader,
+                self._state.targets(),
+                {peer: wanted_boxes(training.plan, peer, precision) for peer in here},
+                rank,
+                store=self._store,
+                name=name,
+                verify=self._config.verify,
+                timeout_s=self._config.timeout_s,
+                where=place,
+            )
+        finally:
+            reader.close()
+        self._check_data(manifest, place)
+        training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
+        return manifest.step
+
+    def _check_data(self, manifest: Manifest, place: str) -> None:
+        saved = manifest.scalars.get("data_fingerprint")
+        now = self._training.data.fingerprint
+        if saved in (None, now) or self._run.resume.allow_change:
+            return
+        raise ConfigError(
+            f"{place} was trained on other data: its fingerprint is {saved}, that of [data] now is {now}; "
+            "bring the files back, start over with --resume none, or go on with --allow-change"
+        )
+
+
+def open_checkpoint(place: str) -> tuple[Manifest, ByteReader]:
+    """The manifest of a checkpoint folder or URL, and what reads its bytes.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
+    if "://" in place:
+        url, _, name = place.rpartition("/")
+        remote = RemoteStore(url)
+        return remote.manifest(name), remote.reader(name)
+    return directory.read_manifest(Path(place)), FolderReader(Path(place))

@@ -1,0 +1,200 @@
+"""What of a run is saved: its tensors by logical name, where this rank keeps them, and what goes with them."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from holdfast.checkpoint.loading import Target
+from holdfast.checkpoint.write_plan import Part, PlannedChunk, SavedTensor
+from holdfast.parallel.flat import FlatParameters, Segment
+from holdfast.parallel.layout import Box
+from holdfast.parallel.optimizer import ShardedAdamW
+from holdfast.parallel.plan import Plan, block_box
+from holdfast.trainer.config import RunConfig
+
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp64": "F64"}
+
+
+def state_kinds(precision: str) -> tuple[str, ...]:
+    """The optimizer's tensors: a master copy only where the parameters have fewer bits."""
+    return ("master", "exp_avg", "exp_avg_sq") if precision == "bf16" else ("exp_avg", "exp_avg_sq")
+
+
+def saved_tensors(plan: Plan, precision: str) -> list[SavedTensor]:
+    """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    holders: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
+    owners: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
+    for index, blocks in enumerate(plan.blocks):
+        for block, owner in zip(blocks, plan.owners[index], strict=True):
+            spec = plan.layers[block.layer].parameters[index][block.spec_index]
+            box = block_box(spec, block)
+            shapes[spec.name] = spec.shape
+            stage = plan.holders_of_layer(index, block.layer)
+            holders[spec.name].setdefault(box, set()).update(stage)
+            owners[spec.name].setdefault(box, set()).add(owner)
+    dtype = DTYPES[precision]
+    state_dtype = "F64" if precision == "fp64" else "F32"
+    weights = [
+        SavedTensor(name, "weight", dtype, shape, _parts(holders[name]), whole=True)
+        for name, shape in shapes.items()
+    ]
+    state = [
+        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, _parts(owners[name]), whole=False)
+        for name, shape in shapes.items()
+        for kind in state_kinds(precision)
+    ]
+    return weights + state
+
+
+def _parts(boxes: Mapping[Box, set[int]]) -> tuple[Part, ...]:
+    return tuple(Part(box, tuple(sorted(ranks))) for box, ranks in boxes.items())
+
+
+def wanted_boxes(plan: Plan, rank: int, precision: str) -> dict[str, tuple[Box, ...]]:
+    """The boxes of every saved tensor that a rank needs to go on. Pure."""
+    index = plan.mesh.coordinates(rank).tensor
+    found: defaultdict[str, list[Box]] = defaultdict(list)
+    for chunk in plan.chunks_of(rank):
+        for layer in plan.layers_of(chunk):
+            for spec in plan.layers[layer].parameters[index]:
+                if spec.box not in found[spec.name]:
+                    found[spec.name].append(spec.box)
+    kinds = state_kinds(precision)
+    for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True):
+        if owner == rank:
+            spec = plan.layers[block.layer].parameters[index][block.spec_index]
+            for kind in kinds:
+                _join(found[f"{kind}.{spec.name}"], block_box(spec, block))
+    return {name: tuple(boxes) for name, boxes in found.items()}
+
+
+def _join(boxes: list[Box], box: Box) -> None:
+    """Append rows, to the last box where they follow it."""
+    last = boxes[-1] if boxes else None
+    if last is not None and last.stop[0] == box.start[0] and last.start[1:] == box.start[1:]:
+        boxes[-1] = Box(last.start, box.stop)
+    else:
+        boxes.append(box)
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnedRows:
+    """Rows of a weight whose state this rank keeps."""
+
+    first: int
+    last: int
+    number: int
+    """Of the owned block."""
+    place: int
+    """Of its first element in the flat state."""
+
+
+class TrainingState:
+    """Where one rank keeps its part of the saved tensors. Local; hands out views of live memory."""
+
+    def __init__(
+        self, plan: Plan, rank: int, precision: str, flat: FlatParameters, optimizer: ShardedAdamW
+    ) -> None:
+        self._plan, self._rank, self._precision = plan, rank, precision
+        self._flat = flat
+        self._state = optimizer.state
+        self._segments: defaultdict[str, list[Segment]] = defaultdict(list)
+        for segment in sorted(flat.segments, key=lambda s: s.spec.tied_use):
+            self._segments[segment.spec.name].append(segment)
+        self._rows: defaultdict[str, list[_OwnedRows]] = defaultdict(list)
+        place = 0
+        self.owned = len(optimizer.owned)
+        for number, block in enumerate(optimizer.owned):
+            spec = block.segment.spec
+            first_row = spec.box.start[0] + block.block.row_start
+            last_row = spec.box.start[0] + block.block.row_stop
+            self._rows[spec.name].append(_OwnedRows(first_row, last_row, number, place))
+            place += block.block.elements
+
+    def views(self, name: str, box: Box) -> list[Tensor]:
+        """Every place where this rank keeps a box of a tensor; two for a tied weight."""
+        kind, _, base = name.partition(".")
+        if kind not in self._state:
+            return [
+                self._flat.view(self._flat.values, segment)[
+                    box.relative_to(segment.spec.box).slices
+                ]
+                for segment in self._segments[name]
+            ]
+        rows = self._rows[base]
+        at = rows[bisect_right(rows, box.start[0], key=lambda found: found.first) - 1]
+        row_elements = box.elements // box.shape[0]
+        start = at.place + (box.start[0] - at.first) * row_elements
+        return [self._state[kind][start : start + box.elements].view(box.shape)]
+
+    def source(self, name: str, box: Box) -> Tensor:
+        """The live values of a box: contiguous."""
+        return self.views(name, box)[0]
+
+    def before(self, chunk: PlannedChunk) -> int:
+        """The first owned block whose update overwrites a chunk; their number if none does."""
+        kind, _, base = chunk.name.partition(".")
+        rows = self._rows.get(base if kind in self._state else chunk.name, [])
+        first, last = chunk.box.start[0], chunk.box.stop[0]
+        overlapping = (found.number for found in rows if found.first < last and found.last > first)
+        return min(overlapping, default=self.owned)
+
+    def targets(self) -> dict[str, list[Target]]:
+        """Where everything that this rank loads goes."""
+        wanted = wanted_boxes(self._plan, self._rank, self._precision)
+        return {
+            name: [Target(box, view) for box in boxes for view in self.views(name, box)]
+            for name, boxes in wanted.items()
+        }
+
+
+def huggingface_files(config: RunConfig) -> dict[str, bytes]:
+    """config.json and what else makes a checkpoint folder a Hugging Face model folder."""
+    model = config.model
+    described: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.dim_per_head,
+        "vocab_size": model.vocab,
+        "max_position_embeddings": max(model.max_seq_len, config.train.seq_len),
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[config.train.precision],
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": True,
+    }
+    files = {
+        "config.json": _json(described),
+        "generation_config.json": _json({"_from_model_config": True}),
+    }
+    if config.data.kind == "text" and config.data.tokenizer != "bytes":
+        files["tokenizer.json"] = Path(config.data.tokenizer).read_bytes()
+        files["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
+    return files
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

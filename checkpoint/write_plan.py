@@ -195,7 +195,7 @@ def _row_pieces(box: Box, row_bytes: int, chunk_bytes: int) -> Iterator[Box]:
 def _merged(parts: Sequence[Part]) -> list[Part]:
     """Neighbouring rows with the same holders become one part."""
     merged: list[Part] = []
-    for part in sorted(parts, key=lambda p: p.box.start):
+    for part in sorted(parts, key=lambda p: (p.box.start[1:], p.box.start[:1])):
         last = merged[-1] if merged else None
         if (
             last is not None
@@ -239,7 +239,7 @@ def _pieces(tensor: SavedTensor, chunk_bytes: int) -> list[_Piece]:
     for box in _row_pieces(Box.whole(tensor.shape), row_bytes, chunk_bytes):
         inside = [
             (common, part.holders)
-            for part in tensor.parts
+            for part in _merged(tensor.parts)
             if (common := part.box.intersect(box)) is not None
         ]
         inside.sort(key=lambda item: item[0].start)

@@ -128,7 +128,9 @@ def differing_keys(
     saved: dict[str, Any], now: dict[str, Any], prefixes: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:
     """Keys of two configurations (nested dicts) that differ: (key, saved value, value now)."""
-    flat_saved, flat_now = _flat(saved), _flat(now)
+    # As a manifest holds them: JSON has no tuples.
+    plain = msgspec.json.decode(msgspec.json.encode((saved, now)))
+    flat_saved, flat_now = _flat(plain[0]), _flat(plain[1])
     return [
         (key, flat_saved.get(key), flat_now.get(key))
         for key in sorted(flat_saved.keys() | flat_now.keys())

@@ -33,6 +33,7 @@ def _check(plan: WritePlan, tensors: list[SavedTensor], nodes: list[int]) -> Non
             held[chunk.name] += chunk.box.elements
             sources = chunk.sources or (Part(chunk.box, (chunk.writer,)),)
             assert sum(part.box.elements for part in sources) == chunk.box.elements
+            assert len({part.holders for part in sources}) == len(sources), "one part a rank"
             for part in sources:
                 [rank] = part.holders
                 assert any(

@@ -1,0 +1,278 @@
+"""Going on from a checkpoint, in the same or another layout, gives the run that never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from torch.distributed import Store
+
+from cluster import Cluster, WorkerFailed
+from holdfast.trainer.config import RunConfig
+from small_runs import events_of, make_config, metrics_of, world_size_of
+
+STEPS = 40
+
+
+def _config(**sections: dict[str, Any]) -> RunConfig:
+    train = {"steps": STEPS, **sections.pop("train", {})}
+    checkpoint = {"every": 7, **sections.pop("checkpoint", {})}
+    return make_config(train=train, checkpoint=checkpoint, **sections)
+
+
+def _train(cluster: Cluster, config: RunConfig, root: Path, **arguments: Any) -> None:
+    plain = msgspec.to_builtins(config)
+    cluster.run(
+        "small_runs:train_in", world_size_of(config), config=plain, root=str(root), **arguments
+    )
+
+
+def _exact(root: Path) -> tuple[list[str], list[str], str]:
+    lines = metrics_of(root)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    [finished] = events_of(root, "run_finished")
+    return (
+        [line["loss_hex"] for line in lines],
+        [line["grad_norm_hex"] for line in lines],
+        finished["parameter_digest"],
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("undisturbed")
+    _train(cluster, _config(), root)
+    return _exact(root)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data 2 x pipeline 2": {"data": 2, "pipeline": 2},
+    "interleaved": {"data": 2, "pipeline": 2, "virtual": 3, "schedule": "interleaved-1f1b"},
+    "pipeline 3": {"pipeline": 3, "schedule": "zb-h1"},
+    "data 3": {"data": 3},
+    "zb-v": {"data": 2, "pipeline": 3, "virtual": 2, "schedule": "zb-v"},
+    "one": {},
+}
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("data 2 x pipeline 2", "one"),
+        ("one", "zb-v"),
+        ("interleaved", "pipeline 3"),
+        ("pipeline 3", "data 3"),
+        ("zb-v", "data 2 x pipeline 2"),
+    ],
+)
+def test_a_stopped_run_goes_on_with_the_same_bits(
+    cluster: Cluster, tmp_path: Path, undisturbed: Any, first: str, second: str
+) -> None:
+    _train(cluster, _config(parallel=LAYOUTS[first], train={"stop_after": 23}), tmp_path)
+    assert len(metrics_of(tmp_path)) == 23
+    _train(cluster, _config(parallel=LAYOUTS[second]), tmp_path)
+    assert _exact(tmp_path) == undisturbed
+    [resumed] = events_of(tmp_path, "resumed")
+    assert resumed["step"] == 23
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+@pytest.mark.parametrize(("rank", "step"), [(0, 15), (3, 30)])
+def test_a_killed_run_goes_on_with_the_same_bits(
+    cluster: Cluster, tmp_path: Path, undisturbed: Any, rank: int, step: int
+) -> None:
+    layout = LAYOUTS["data 2 x pipeline 2"]
+    with pytest.raises(WorkerFailed):
+        _train(cluster, _config(parallel=layout), tmp_path, kill=(rank, step))
+    assert len(metrics_of(tmp_path)) <= step
+    _train(cluster, _config(parallel=LAYOUTS["data 3"]), tmp_path)
+    assert _exact(tmp_path) == undisturbed
+
+
+@pytest.mark.mp
+def test_bf16_with_tied_embeddings_goes_on_with_the_same_bits(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {"model": {"tie_embeddings": True}}
+    train = {"precision": "bf16", "steps": 16}
+    _train(cluster, _config(**sections, train=train), tmp_path / "a")
+    _train(
+        cluster,
+        _config(**sections, train={**train, "stop_after": 9}, parallel={"pipeline": 3}),
+        tmp_path / "b",
+    )
+    _train(cluster, _config(**sections, train=train, parallel={"data": 2}), tmp_path / "b")
+    assert _exact(tmp_path / "b") == _exact(tmp_path / "a")
+
+
+@pytest.mark.mp
+def test_each_sample_is_seen_once_over_changes_of_data_parallelism(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """data 3, then 2, then 3: what the replicas read, put together, is every sample once."""
+    seen: list[int] = []
+    for stop, data in ((4, 3), (9, 2), (12, 3)):
+        config = _config(train={"steps": 12, "stop_after": stop}, parallel={"data": data})
+        rows = cluster.run(
+            f"{__name__}:train_and_list_samples",
+            data,
+            config=msgspec.to_builtins(config),
+            root=str(tmp_path),
+        )
+        seen += [index for found in rows for index in found]
+    assert sorted(seen) == list(range(12 * 12))
+
+
+def train_and_list_samples(
+    rank: int, world_size: int, store: Store, *, config: dict, root: str
+) -> list[int]:
+    """Train and return the global indices of the samples that this rank has computed."""
+    import small_runs
+    from holdfast.trainer.training import Training
+
+    seen: set[int] = set()
+    context = Training._context
+
+    def noted(self: Training, micro_batch: int) -> Any:
+        if self._is_training:
+            size, batch = self.config.train.micro_batch, self.config.train.global_batch
+            first = self._step * batch + micro_batch * size
+            seen.update(range(first, first + size))
+        return context(self, micro_batch)
+
+    Training._context = noted  # type: ignore[method-assign]
+    try:
+        small_runs.train_in(rank, world_size, store, config=config, root=root)
+    finally:
+        Training._context = context  # type: ignore[method-assign]
+    return sorted(seen)
+
+
+def save_and_load_elsewhere(
+    rank: int, world_size: int, store: Store, *, config: dict, root: str, resume: str
+) -> dict[str, str]:
+    """Resume and do nothing else: a digest of every saved tensor's boxes on this rank."""
+    import hashlib
+
+    from holdfast.trainer.checkpointing import Checkpoints, Signals
+    from holdfast.trainer.resume import Resume
+    from holdfast.trainer.run_directory import RunDirectory
+    from holdfast.trainer.training import Training
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    world = local_world(rank, world_size)
+    training = Training(run_config, world, store)
+    run = RunDirectory(Path(root), Resume((resume,)))
+    checkpoints = Checkpoints(training, world, store, run, (0,) * world_size, Signals())
+    step = checkpoints.resume(lambda note: None)
+    digests = {}
+    for name, targets in training.state().targets().items():
+        for target in targets:
+            raw = target.memory.contiguous().view(-1).numpy().tobytes()
+            digests[f"{name} {target.box}"] = hashlib.sha256(raw).hexdigest()
+    checkpoints.save(step + 1)
+    results = checkpoints.finish()
+    assert not any(result.error for result in results), results
+    checkpoints.close()
+    return digests
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("tie", [False, True])
+def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
+    cluster: Cluster, tmp_path: Path, tie: bool
+) -> None:
+    """Saved with tensor 2, loaded with 4 x pipeline 2 and saved again, loaded with 1: the same files."""
+    import safetensors.torch
+    import torch
+
+    model = {"heads": 4, "kv_heads": 4, "tie_embeddings": tie}
+    train = {"steps": 3}
+    start = _config(model=model, train=train, parallel={"tensor": 2, "data": 2})
+    _train(cluster, start, tmp_path / "first")
+    source = tmp_path / "first/checkpoints/step-00000003"
+    wide = _config(model=model, train=train, parallel={"tensor": 4, "pipeline": 2})
+    for config, root, place in (
+        (wide, tmp_path / "second", source),
+        (_config(model=model, train=train), tmp_path / "third", None),
+    ):
+        cluster.run(
+            f"{__name__}:save_and_load_elsewhere",
+            world_size_of(config),
+            config=msgspec.to_builtins(config),
+            root=str(root),
+            resume=str(place or tmp_path / "second/checkpoints/step-00000004"),
+        )
+
+    def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+        from holdfast.checkpoint.directory import read_manifest
+
+        manifest = read_manifest(folder)
+        whole = {n: torch.empty(t.shape) for n, t in manifest.tensors.items()}
+        for file, entry in manifest.files.items():
+            if not entry.header_bytes:
+                continue
+            raw = (folder / file).read_bytes()
+            for name, chunks in entry.chunks.items():
+                for chunk in chunks:
+                    part = torch.frombuffer(
+                        bytearray(raw[chunk.offset : chunk.offset + chunk.length]),
+                        dtype=torch.float32,
+                    )
+                    whole[name][chunk.box.slices] = part.view(chunk.box.shape)
+        return whole
+
+    first = tensors_of(source)
+    for folder in ("second/checkpoints/step-00000004", "third/checkpoints/step-00000005"):
+        again = tensors_of(tmp_path / folder)
+        assert again.keys() == first.keys()
+        for name, values in first.items():
+            assert torch.equal(values, again[name]), (folder, name)
+    # safetensors' own reader sees the same weights as our manifest.
+    files = sorted((tmp_path / "third/checkpoints/step-00000005").glob("model-*"))
+    read = {k: v for file in files for k, v in safetensors.torch.load_file(file).items()}
+    assert all(torch.equal(values, first[name]) for name, values in read.items())
+
+
+@pytest.mark.mp
+def test_what_cannot_be_resumed_is_refused_with_its_keys(cluster: Cluster, tmp_path: Path) -> None:
+    _train(cluster, _config(train={"steps": 2}), tmp_path)
+    changed = _config(train={"steps": 4, "seed": 5}, model={"dropout": 0.2})
+    with pytest.raises(WorkerFailed, match=r"model.dropout = 0.2 .* train.seed = 5"):
+        _train(cluster, changed, tmp_path)
+    _train(cluster, changed, tmp_path, allow_change=True)
+    assert len(metrics_of(tmp_path)) == 4
+    notes = [event["message"] for event in events_of(tmp_path, "resume_note")]
+    assert any("train.seed = 5" in note for note in notes)
+    other_shape = _config(train={"steps": 6, "seed": 5}, model={"dropout": 0.2, "hidden": 64})
+    with pytest.raises(WorkerFailed, match=r"has shape"):
+        _train(cluster, other_shape, tmp_path, allow_change=True)
+
+
+@pytest.mark.mp
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = _config(train={"steps": 12}, parallel={"data": 2}, checkpoint={"every": 4})
+    _train(cluster, config, tmp_path / "a")
+    _train(
+        cluster,
+        _config(train={"steps": 12, "stop_after": 8}, checkpoint={"every": 4}),
+        tmp_path / "b",
+    )
+    [file] = (tmp_path / "b/checkpoints/step-00000008").glob("optimizer-*")
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    _train(cluster, config, tmp_path / "b")
+    assert _exact(tmp_path / "b") == _exact(tmp_path / "a")
+    [resumed] = events_of(tmp_path / "b", "resumed")
+    assert resumed["step"] == 4
+    [note] = events_of(tmp_path / "b", "resume_note")
+    assert file.name in note["message"]
+    assert "exp_avg" in note["message"]

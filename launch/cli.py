@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from holdfast.launch.checkpoint_commands import register
 from holdfast.parallel.errors import HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.run_directory import choose_root, lock_run, open_run
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Work with training data.")
 app.add_typer(data_app, name="data")
+register(app)
 
 
 def _print_version(wanted: bool) -> None:

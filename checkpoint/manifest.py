@@ -99,7 +99,8 @@ def build_manifest(
             chunks=_entries(file, crcs),
         )
     small = dict(extra_files)
-    weights = [name for name, entry in plan.tensors.items() if entry.kind == "weight"]
+    whole = [file for file in plan.files if file.name.startswith("model-")]
+    weights = [tensor.name for file in whole for tensor in file.tensors]
     if weights:
         small[INDEX] = huggingface_index(files, weights)
     for name, content in small.items():

@@ -23,6 +23,7 @@ from holdfast.checkpoint import directory
 from holdfast.checkpoint.arena import Deadline
 from holdfast.checkpoint.format import MANIFEST, Manifest, decode_manifest
 from holdfast.checkpoint.reading import RemoteReader
+from holdfast.checkpoint.saver import own_connection
 from holdfast.checkpoint.votes import Votes
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
@@ -149,7 +150,7 @@ class Uploader:
         """
         self._remote = RemoteStore(url)
         self._rank, self._world_size = rank, world_size
-        self._store: Store = store.clone()  # pyrefly: ignore
+        self._store: Store = own_connection(store)
         self._keep, self._timeout_s = keep, timeout_s
         self._finished = finished
         self._waiting: queue.SimpleQueue[Path | None] = queue.SimpleQueue()

@@ -110,7 +110,7 @@ class Saver:
         pinned: page-locked memory, when the state is on a GPU.
         """
         self.rank, self._nodes = rank, tuple(nodes)
-        self._store: Store = store.clone()  # pyrefly: ignore
+        self._store: Store = own_connection(store)
         self._timeout_s = timeout_s
         self._join = join
         self.engine = _native.FileEngine()
@@ -386,6 +386,14 @@ class _Save:
             "write_s": self.write_s,
             "sync_s": self.sync_s,
         }
+
+
+def own_connection(store: Store) -> Store:
+    """A connection to the same store for another thread; the store itself where it has none."""
+    try:
+        return store.clone()  # pyrefly: ignore
+    except (RuntimeError, NotImplementedError):
+        return store
 
 
 def _preflight(job: SaveJob) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from holdfast import _native
 from holdfast.checkpoint.read_plan import Request
 from holdfast.parallel.errors import CheckpointError
 
+_T = TypeVar("_T")
 _REMOTE_READS = 8
 
 
@@ -29,6 +30,10 @@ class ByteReader(Protocol):
 
     def read_file(self, name: str, length: int | None = None) -> bytes:
         """A whole small file, or the first `length` bytes of one."""
+        ...
+
+    def size(self, name: str) -> int:
+        """A file's length in bytes."""
         ...
 
     def close(self) -> None: ...
@@ -68,6 +73,14 @@ class FolderReader:
         try:
             with (self.folder / name).open("rb") as file:
                 return file.read(-1 if length is None else length)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / name} cannot be read: {error.strerror}"
+            ) from error
+
+    def size(self, name: str) -> int:
+        try:
+            return (self.folder / name).stat().st_size
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder / name} cannot be read: {error.strerror}"
@@ -128,13 +141,19 @@ class RemoteReader:
     def read_file(self, name: str, length: int | None = None) -> bytes:
         return self._fetch(name, None if length is None else 0, length)
 
+    def size(self, name: str) -> int:
+        return self._asked(name, lambda path: self._filesystem.size(path))
+
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def _fetch(self, name: str, start: int | None, end: int | None) -> bytes:
+        return self._asked(name, lambda path: self._filesystem.cat_file(path, start=start, end=end))
+
+    def _asked(self, name: str, ask: Callable[[str], _T]) -> _T:
         # Whatever a driver raises (each has its own kinds) means the same here.
         try:
-            return self._filesystem.cat_file(f"{self._path}/{name}", start=start, end=end)
+            return ask(f"{self._path}/{name}")
         except Exception as error:
             raise CheckpointError(
                 f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}"

@@ -61,9 +61,12 @@ def check_small_parts(manifest: Manifest, reader: ByteReader, files: Iterable[st
 def _small_part_problem(manifest: Manifest, reader: ByteReader, name: str) -> Problem | None:
     entry = manifest.files[name]
     try:
+        size = reader.size(name)
         content = reader.read_file(name, entry.header_bytes or None)
     except CheckpointError as error:
         return Problem(name, f"is missing or cannot be read: {error}")
+    if size != entry.bytes:
+        return Problem(name, f"has {size} bytes where the manifest says {entry.bytes}")
     wanted = entry.header_bytes or entry.bytes
     if len(content) != wanted:
         return Problem(name, f"has {len(content)} bytes where the manifest says {wanted}")
@@ -124,8 +127,6 @@ def _file_problems(
     if size is None:
         yield Problem(name, "is missing")
         return
-    if size != entry.bytes:
-        yield Problem(name, f"has {size} bytes where the manifest says {entry.bytes}")
     small = _small_part_problem(manifest, reader, name)
     if small is not None:
         yield small

@@ -5,6 +5,7 @@ Exact-mode safe: it only copies bytes.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import time
 from collections import deque
@@ -74,8 +75,7 @@ class Arena:
         self._collect()
         while not self._free:
             deadline.check()
-            if self._engine.wait(self._writing[0][0], _SLICE_S):
-                self._free.append(self._writing.popleft()[1])
+            self._reap(_SLICE_S)
         return self._free.pop()
 
     def tensor(self, slab: int) -> Tensor:
@@ -102,10 +102,7 @@ class Arena:
         """Wait until nothing is being written; raises the first failure, as `take` does."""
         while self._writing:
             deadline.check()
-            ticket, slab = self._writing[0]
-            if self._engine.wait(ticket, _SLICE_S):
-                self._writing.popleft()
-                self._free.append(slab)
+            self._reap(_SLICE_S)
 
     def recover(self, seconds: float) -> None:
         """After a failed save: let what is in flight end, whatever comes of it.
@@ -115,24 +112,31 @@ class Arena:
         """
         until = time.monotonic() + seconds
         while self._writing:
-            ticket, slab = self._writing[0]
-            try:
-                finished = self._engine.wait(ticket, max(0.0, until - time.monotonic()))
-            except OSError:
-                finished = True
-            if not finished:
-                raise CheckpointError(
-                    "a write of the previous checkpoint has not come back from the device; no checkpoint "
-                    "can be written until it does"
-                )
-            self._writing.popleft()
-            self._free.append(slab)
+            with contextlib.suppress(OSError):
+                if not self._reap(max(0.0, until - time.monotonic())):
+                    raise CheckpointError(
+                        "a write of the previous checkpoint has not come back from the device; no "
+                        "checkpoint can be written until it does"
+                    )
 
     def _collect(self) -> None:
         while self._writing and self._engine.done(self._writing[0][0]):
-            ticket, slab = self._writing.popleft()
-            self._free.append(slab)
-            self._engine.wait(ticket)
+            self._reap(0.0)
+
+    def _reap(self, timeout_s: float) -> bool:
+        """Free the slab of the oldest write, if that ends in time; raises what it ended with."""
+        ticket, slab = self._writing[0]
+        finished = False
+        try:
+            finished = self._engine.wait(ticket, timeout_s)
+        except OSError:
+            finished = True
+            raise
+        finally:
+            if finished:
+                self._writing.popleft()
+                self._free.append(slab)
+        return finished
 
 
 class FileStream:

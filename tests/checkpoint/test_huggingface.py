@@ -1,0 +1,68 @@
+"""A checkpoint folder is a Hugging Face model folder: transformers opens it as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from cluster import Cluster
+from holdfast.checkpoint import load
+from holdfast.parallel.flat import FlatParameters
+from holdfast.trainer.model.build import build_chunk
+from small_runs import make_config, world_size_of
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_transformers_gives_our_logits(
+    cluster: Cluster, tmp_path: Path, tie: bool, tensor: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(
+        model={"tie_embeddings": tie, "dropout": 0.0},
+        train={"steps": 4},
+        checkpoint={"every": 2, "keep": 0},
+        parallel={"tensor": tensor, "data": 2},
+    )
+    cluster.run(
+        "small_runs:train_in",
+        world_size_of(config),
+        config=msgspec.to_builtins(config),
+        root=str(tmp_path),
+    )
+    ours = build_chunk(
+        config.model,
+        range(config.model.layers + 2),
+        tensor=None,
+        sequence_parallel=False,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        seq_len=config.train.seq_len,
+        micro_batch=3,
+        recompute="none",
+        seed=1,
+    )
+    tokens = torch.randint(67, (3, 16), generator=torch.Generator().manual_seed(5))
+    seen = []
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        theirs: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+        assert theirs.config.tie_word_embeddings is tie
+        flat = FlatParameters(ours.named_specs())
+        weights: dict[str, Any] = {}
+        for segment in flat.segments:
+            weights.setdefault(segment.spec.name, flat.view(flat.values, segment))
+        load(folder, weights)
+        for segment in flat.segments:
+            flat.view(flat.values, segment).copy_(weights[segment.spec.name])
+        logits = theirs(tokens).logits
+        torch.testing.assert_close(ours.logits(tokens), logits, rtol=0, atol=1e-5)
+        seen.append(logits)
+    assert not torch.equal(*seen)

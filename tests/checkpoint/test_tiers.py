@@ -1,0 +1,236 @@
+"""Tiers: an S3 server that dies in the middle, and memory that outlives a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from holdfast.checkpoint import directory, save
+from holdfast.checkpoint.directory import committed
+from holdfast.checkpoint.remote import RemoteStore, share_of
+from holdfast.checkpoint.tiers import flush
+from holdfast.checkpoint.verify import verify_checkpoint
+from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.trainer.config import dump_toml
+from holdfast.trainer.resume import memory_root
+from small_runs import events_of, make_config, metrics_of
+
+KEY, SECRET = "test-key", "test-secret"
+HOLDFAST = [sys.executable, "-m", "holdfast.launch.cli"]
+
+
+class S3Server:
+    """A real S3 server that keeps its objects in a folder, so that it can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        rclone = Path(sys.executable).with_name("rclone")
+        command = [
+            str(rclone), "serve", "s3", str(self._folder), "--addr", f"127.0.0.1:{self.port}",
+            "--auth-key", f"{KEY},{SECRET}", "--config", os.devnull, "--vfs-cache-mode", "off",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        wait_for(self._answers)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            # This server answers a range with the checksum of the whole object.
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+            "OMP_NUM_THREADS": "1",
+        }
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "this did not come true in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[S3Server]:
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    running = S3Server(tmp_path / "s3")
+    running.start()
+    yield running
+    running.kill()
+
+
+def _train(
+    config: Any, root: Path, environment: dict[str, str], folder: Path
+) -> subprocess.Popen[str]:
+    path = folder / f"{root.name}.toml"
+    path.write_text(dump_toml(config))
+    return subprocess.Popen(
+        [*HOLDFAST, "train", str(path), "--out", str(root)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+@pytest.mark.slow
+def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
+    server: S3Server, tmp_path: Path
+) -> None:
+    train = {"steps": 24, "global_batch": 24}
+    plain = make_config(train=train, parallel={"data": 2})
+    base = _train(plain, tmp_path / "plain", server.environment, tmp_path)
+    checkpoint = {"every": 3, "path": "s3://bucket/run"}
+    config = make_config(
+        train={**train, "stop_after": 18}, parallel={"data": 2}, checkpoint=checkpoint
+    )
+    first = _train(config, tmp_path / "first", server.environment, tmp_path)
+    uploaded = tmp_path / "s3" / "bucket" / "run"
+    wait_for(lambda: uploaded.exists() and any(uploaded.iterdir()))
+    server.kill()
+    time.sleep(1.0)
+    server.start()
+    output, _ = first.communicate(timeout=90)
+    assert first.returncode == 0, output
+    assert base.wait(timeout=90) == 0
+    events = events_of(tmp_path / "first", "checkpoint_committed")
+    remote = [event["step"] for event in events if event["tier"] == "remote"]
+    assert remote == [3, 6, 9, 12, 15, 18]
+    assert not events_of(tmp_path / "first", "checkpoint_failed")
+    for step in remote:
+        assert verify_checkpoint(uploaded / f"step-{step:08d}") == []
+    # Another machine in another layout, which has nothing but the URL.
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    second = make_config(train=train, parallel={"pipeline": 3}, checkpoint=checkpoint)
+    again = _train(second, tmp_path / "second", server.environment, tmp_path)
+    output, _ = again.communicate(timeout=90)
+    assert again.returncode == 0, output
+    lines, whole = metrics_of(tmp_path / "second"), metrics_of(tmp_path / "plain")
+    assert [line["step"] for line in lines] == list(range(19, 25))
+    assert [line["loss_hex"] for line in lines] == [line["loss_hex"] for line in whole[18:]]
+    [one], [two] = (events_of(tmp_path / name, "run_finished") for name in ("plain", "second"))
+    assert one["parameter_digest"] == two["parameter_digest"]
+
+
+def test_a_folder_url_is_a_tier_with_its_own_retention(tmp_path: Path) -> None:
+    """fsspec's own local driver: the same code without a server."""
+    import torch
+
+    store = RemoteStore(f"file://{tmp_path}/remote")
+    assert store.names() == []
+    from holdfast.checkpoint.arena import Deadline
+
+    for step in (1, 2, 3):
+        path = save(tmp_path / "local", {"a": torch.full((9,), float(step))}, step=step)
+        manifest = directory.read_manifest(path)
+        for name in (*manifest.files, "manifest.json"):
+            store.put(path / name, path.name, name, Deadline(5))
+    assert store.names() == ["step-00000001", "step-00000002", "step-00000003"]
+    assert store.retain(2) == ["step-00000001"]
+    assert [manifest.step for _, manifest in store.manifests()] == [3, 2]
+    with pytest.raises(CheckpointError, match="could not be uploaded"):
+        store.put(tmp_path / "none", "step-00000009", "x", Deadline(0.0))
+
+
+def test_a_url_that_no_driver_knows_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint.path = 'tape://x' cannot be used"):
+        RemoteStore("tape://x")
+
+
+def test_every_file_is_uploaded_by_one_rank_and_bytes_are_even() -> None:
+    sizes = {f"f{i}": 100 + i for i in range(11)} | {"manifest-like": 1}
+    shares = [share_of(sizes, rank, 3) for rank in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    loads = [sum(sizes[name] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes.values())
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+@pytest.mark.slow
+def test_memory_outlives_a_killed_worker_and_goes_to_the_disk(tmp_path: Path) -> None:
+    """The newest copy in shared memory becomes a checkpoint when a worker dies, and the run goes on there."""
+    sections: dict[str, Any] = {"parallel": {"data": 2}, "train": {"steps": 100_000}}
+    config = make_config(**sections, checkpoint={"memory_every": 2})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = tmp_path / "run"
+    process = _train(config, root, environment, tmp_path)
+    memory = memory_root(root)
+    wait_for(lambda: len(committed(memory)) == 1 and directory.newest(memory) is not None)
+    wait_for(lambda: len(metrics_of(root)) > 5)
+    victim = events_of(root, "worker_started")[1]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "rank 1 was killed by SIGKILL" in output
+    assert "kept the copy in memory as" in output
+    assert not memory.exists(), "memory is given back"
+    [kept] = committed(root / "checkpoints")
+    step = directory.step_of(kept) or 0
+    assert step % 2 == 0
+    assert verify_checkpoint(kept) == []
+    done = len(metrics_of(root))
+    assert done - step <= 4, "no more than what was computed since the last copy is lost"
+    after = make_config(parallel={"data": 2}, train={"steps": 100_000, "stop_after": step + 3})
+    again = _train(after, root, environment, tmp_path)
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, output
+    [resumed] = events_of(root, "resumed")
+    assert resumed["step"] == step
+
+
+def test_a_copy_goes_to_the_disk_only_when_it_is_newer_and_whole(tmp_path: Path) -> None:
+    import torch
+
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    assert flush(memory, disk) is None
+    save(memory, {"a": torch.ones(50)}, step=4)
+    assert flush(memory, disk) == disk / "step-00000004"
+    assert verify_checkpoint(disk / "step-00000004") == []
+    assert flush(memory, disk) is None
+    path = save(memory, {"a": torch.ones(50)}, step=5)
+    [file] = path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + b"oops")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        flush(memory, disk)
+    assert [found.name for found in committed(disk)] == ["step-00000004"]
+
+
+def test_configuration_names_the_tiers() -> None:
+    remote = make_config(checkpoint={"path": "s3://bucket/run"})
+    local = make_config(checkpoint={"path": "/data/checkpoints"})
+    assert remote.checkpoint.url == "s3://bucket/run"
+    assert local.checkpoint.url == ""
+    assert json.loads(msgspec.json.encode(local))["checkpoint"]["path"] == "/data/checkpoints"

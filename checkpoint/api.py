@@ -14,7 +14,6 @@ import socket
 from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 
 from holdfast.checkpoint import directory
-from holdfast.checkpoint.loading import Target, boxes_of
+from holdfast.checkpoint.loading import LoadStatistics, Target, boxes_of
 from holdfast.checkpoint.loading import load as load_targets
 from holdfast.checkpoint.program_state import (
     Entry,
@@ -47,7 +46,6 @@ from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 _LARGEST_ARENA_BYTES = 2 << 30
-_instances = count()
 
 
 class Checkpointer:
@@ -80,7 +78,9 @@ class Checkpointer:
         self.state = state
         self._keep, self._arena_bytes, self._timeout_s = keep, arena_bytes, timeout_s
         self._rank, self._world_size, store = _world()
-        self._store = PrefixStore(f"holdfast/{next(_instances)}", store)
+        # Counted by the store, so that what this process did before in other groups does not count.
+        number = store.add(f"holdfast/checkpointers/{self._rank}", 1)
+        self._store = PrefixStore(f"holdfast/{number}", store)
         self._nodes = self._exchange_nodes()
         self._plan: tuple[object, WritePlan] | None = None
         self._saver: Saver | None = None
@@ -168,6 +168,8 @@ class Checkpointer:
 
     loaded: Mapping[str, Any] = {}
     """Plain values of the last load, by their keys."""
+    load_statistics: LoadStatistics | None = None
+    """What the last load took on this rank."""
 
     def _before_update(self, *_: object) -> None:
         if self._saver is not None:
@@ -246,7 +248,7 @@ class Checkpointer:
             check_small_parts(
                 manifest, reader, list(manifest.files)[here.index(self._rank) :: len(here)]
             )
-            load_targets(
+            self.load_statistics = load_targets(
                 manifest,
                 reader,
                 targets,

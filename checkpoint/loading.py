@@ -131,8 +131,8 @@ def _load_alone(
     slot = slot[-slot.data_ptr() % 4096 :]
     statistics.shared_bytes = slot.numel()
     for load_of_chunks in plan.loads[rank]:
-        places = _read(load_of_chunks, reader, slot, verify, where, statistics)
-        _deliver(load_of_chunks, places, slot, targets, rank)
+        _read(load_of_chunks, reader, slot, targets, rank, verify, where, statistics)
+        _deliver(load_of_chunks, slot, targets, rank, own=True)
 
 
 def _load_together(
@@ -150,14 +150,15 @@ def _load_together(
         if number < len(mine):
             if number >= 2:
                 memory.wait_free(number, plan.receivers(rank, number - 2))
-            _read(mine[number], reader, memory.slot(rank, number), verify, where, statistics)
+            slot = memory.slot(rank, number)
+            _read(mine[number], reader, slot, targets, rank, verify, where, statistics)
             memory.publish(number)
         if number == 0:
             continue
         for reading, chunks in _interesting(plan, rank, number - 1):
             memory.wait_filled(reading, number - 1)
-            places = requests_of(chunks)[1]
-            _deliver(chunks, places, memory.slot(reading, number - 1), targets, rank)
+            slot = memory.slot(reading, number - 1)
+            _deliver(chunks, slot, targets, rank, own=reading == rank)
             memory.took(reading, number - 1)
     # The slots are unmapped by their owners only after everybody has taken the last loads.
     for number in range(max(0, len(mine) - 2), len(mine)):
@@ -174,35 +175,59 @@ def _interesting(
             yield reading, loads[number]
 
 
+def _own_memory(chunks: Sequence[ChunkRead], targets: Targets, rank: int) -> dict[int, int]:
+    """By number: chunks that only this rank wants, whole, and the address where they go in its state."""
+    found: dict[int, int] = {}
+    for number, read in enumerate(chunks):
+        if len(read.deliveries) != 1 or read.deliveries[0].box != read.chunk.box:
+            continue
+        places = [t for t in targets[read.name] if t.box.intersect(read.chunk.box) is not None]
+        if len(places) == 1 and places[0].box.contains(read.chunk.box):
+            part = places[0].memory[read.chunk.box.relative_to(places[0].box).slices]
+            if part.device.type == "cpu" and part.is_contiguous() and part.numel():
+                found[number] = part.data_ptr()
+    return found
+
+
 def _read(
     chunks: Sequence[ChunkRead],
     reader: ByteReader,
     slot: Tensor,
+    targets: Targets,
+    rank: int,
     verify: bool,
     where: str,
     statistics: LoadStatistics,
-) -> list[int]:
-    """Bring a load into a slot and check it; returns the place of each chunk."""
-    requests, places, _ = requests_of(chunks)
+) -> None:
+    """Bring a load into a slot, or where only this rank wants it, and check it."""
+    own = _own_memory(chunks, targets, rank)
+    requests, places, _ = requests_of(chunks, own)
     reader.read(requests, slot.data_ptr())
     statistics.read_bytes += sum(request.length for request in requests)
-    if verify:
-        for read, place in zip(chunks, places, strict=True):
-            found = _native.crc32c(slot.data_ptr() + place, read.chunk.length)
-            if found != read.chunk.crc32c:
-                raise CheckpointError(
-                    f"{where}/{read.file} is damaged: {read.name}{read.chunk.box} at byte "
-                    f"{read.chunk.offset} has checksum {found:08x}, not {read.chunk.crc32c:08x}"
-                )
-    return places
+    if not verify:
+        return
+    for number, (read, place) in enumerate(zip(chunks, places, strict=True)):
+        found = _native.crc32c(own.get(number, slot.data_ptr() + place), read.chunk.length)
+        if found != read.chunk.crc32c:
+            raise CheckpointError(
+                f"{where}/{read.file} is damaged: {read.name}{read.chunk.box} at byte "
+                f"{read.chunk.offset} has checksum {found:08x}, not {read.chunk.crc32c:08x}"
+            )
 
 
 def _deliver(
-    chunks: Sequence[ChunkRead], places: Sequence[int], slot: Tensor, targets: Targets, rank: int
+    chunks: Sequence[ChunkRead], slot: Tensor, targets: Targets, rank: int, own: bool
 ) -> None:
-    for read, place in zip(chunks, places, strict=True):
+    """Take this rank's boxes out of a slot.
+
+    Args:
+        own: whether this rank has read the load itself.
+    """
+    elsewhere = _own_memory(chunks, targets, rank) if own else {}
+    places = requests_of(chunks)[1]
+    for number, (read, place) in enumerate(zip(chunks, places, strict=True)):
         mine = [delivery.box for delivery in read.deliveries if delivery.rank == rank]
-        if not mine:
+        if not mine or number in elsewhere:
             continue
         values = chunk_values(slot[place : place + read.chunk.length], read)
         for box in mine:

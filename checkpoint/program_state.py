@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -138,7 +139,6 @@ def local_part(value: Tensor, name: str) -> tuple[Tensor, Box]:
         CheckpointError: a DTensor whose local part is no box, or only a partial sum.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     value = value.detach()
     if not isinstance(value, DTensor):
@@ -150,12 +150,17 @@ def local_part(value: Tensor, name: str) -> tuple[Tensor, Box]:
             raise CheckpointError(
                 f"{name} is placed as {placement}, whose local part is not one box of the tensor"
             )
-    local = value.to_local()
-    shape, offset = compute_local_shape_and_global_offset(
-        value.shape, value.device_mesh, value.placements
-    )
-    stop = tuple(a + b for a, b in zip(offset, shape, strict=True))
-    return local, Box(tuple(offset), stop)
+    mesh: Any = value.device_mesh
+    return value.to_local(), _box_of(value.shape, mesh, value.placements)
+
+
+@lru_cache(maxsize=65536)
+def _box_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Box:
+    """This rank's box of a DTensor of this form."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return Box(tuple(offset), tuple(a + b for a, b in zip(offset, local, strict=True)))
 
 
 def scalars_of(state: State) -> dict[str, Any]:

@@ -176,29 +176,46 @@ class Request:
     length: int
     place: int
     """Where they go in the load's memory: as far from a multiple of ALIGNMENT as in the file."""
+    target: int = 0
+    """The address where they go instead, if that is not 0."""
+
+    def address(self, memory: int) -> int:
+        """Where they go, given the address of the load's memory."""
+        return self.target or memory + self.place
 
 
-def requests_of(reads: Sequence[ChunkRead]) -> tuple[list[Request], list[int], int]:
+def requests_of(
+    reads: Sequence[ChunkRead], targets: Mapping[int, int] | None = None
+) -> tuple[list[Request], list[int], int]:
     """How a load is read: (requests, the place of each chunk, bytes of memory).
 
     Chunks that follow each other in a file are one request.
+
+    Args:
+        targets: by number, chunks that go to an address of their own; they leave their place empty, so
+            that places are the same for whoever does not know of it.
     """
+    own = targets or {}
     requests: list[Request] = []
     places: list[int] = []
     end = 0
-    for read in reads:
+    before: ChunkRead | None = None
+    for number, read in enumerate(reads):
         chunk = read.chunk
-        last = requests[-1] if requests else None
-        if (
-            last is not None
-            and last.file == read.file
-            and last.offset + last.length == chunk.offset
-        ):
+        follows = (
+            before is not None
+            and before.file == read.file
+            and before.chunk.offset + before.chunk.length == chunk.offset
+        )
+        before = read
+        place = end if follows else -(-end // ALIGNMENT) * ALIGNMENT + chunk.offset % ALIGNMENT
+        places.append(place)
+        end = place + chunk.length
+        if number in own:
+            requests.append(Request(read.file, chunk.offset, chunk.length, place, own[number]))
+        elif follows and not requests[-1].target:
+            last = requests[-1]
             requests[-1] = Request(last.file, last.offset, last.length + chunk.length, last.place)
-            places.append(last.place + last.length)
         else:
-            place = -(-end // ALIGNMENT) * ALIGNMENT + chunk.offset % ALIGNMENT
             requests.append(Request(read.file, chunk.offset, chunk.length, place))
-            places.append(place)
-        end = places[-1] + chunk.length
     return requests, places, end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,30 +41,29 @@ class ByteReader(Protocol):
 class FolderReader:
     """A checkpoint in a local folder.
 
-    What the page cache has is read from there; the rest directly, so that loading evicts nothing.
+    Read through the page cache: as fast as past it where nothing is cached (measured), and whoever loads the
+    same files next, an evaluation beside the training say, finds them in memory.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._cached = _native.FileEngine(direct=False)
-        self._direct = _native.FileEngine()
-        self._handles: dict[tuple[bool, str], int] = {}
+        self._engine = _native.FileEngine(direct=False)
+        self._handles: dict[str, int] = {}
 
     def read(self, requests: Sequence[Request], address: int) -> None:
-        waiting = []
         try:
             for request in requests:
-                in_memory = self._in_page_cache(request)
-                engine = self._cached if in_memory else self._direct
-                handle = self._handle(engine, in_memory, request.file)
-                place = address + request.place
-                ticket = engine.read(handle, place, request.offset, request.length)
-                waiting.append((engine, ticket))
-            while waiting:
-                engine, ticket = waiting.pop(0)
-                engine.wait(ticket)
+                if request.file not in self._handles:
+                    path = str(self.folder / request.file)
+                    self._handles[request.file] = self._engine.open(path)
+            self._engine.submit(
+                [
+                    (False, self._handles[r.file], r.address(address), r.offset, r.length)
+                    for r in requests
+                ]
+            )
+            self._engine.wait_all()
         except OSError as error:
-            self._let_go(waiting)
             place = error.filename or self.folder
             raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
 
@@ -87,34 +85,7 @@ class FolderReader:
             ) from error
 
     def close(self) -> None:
-        self._cached.close()
-        self._direct.close()
-
-    def _handle(self, engine: _native.FileEngine, cached: bool, file: str) -> int:
-        key = (cached, file)
-        if key not in self._handles:
-            self._handles[key] = engine.open(str(self.folder / file))
-        return self._handles[key]
-
-    def _in_page_cache(self, request: Request) -> bool:
-        """Whether the first page of a request can be had without the device."""
-        handle = os.open(self.folder / request.file, os.O_RDONLY)
-        try:
-            probe = bytearray(min(4096, request.length))
-            return os.preadv(handle, [probe], request.offset, os.RWF_NOWAIT) == len(probe)
-        except (BlockingIOError, OSError):
-            return False
-        finally:
-            os.close(handle)
-
-    @staticmethod
-    def _let_go(waiting: Sequence[tuple[_native.FileEngine, int]]) -> None:
-        """Wait for what is still in flight: its memory is about to be given up."""
-        for engine, ticket in waiting:
-            try:
-                engine.wait(ticket)
-            except OSError:
-                continue
+        self._engine.close()
 
 
 class RemoteReader:
@@ -133,7 +104,7 @@ class RemoteReader:
                     f"{self.url}/{request.file} ends at byte {request.offset + len(content)}, and bytes up "
                     f"to {request.offset + request.length} are needed"
                 )
-            ctypes.memmove(address + request.place, content, request.length)
+            ctypes.memmove(request.address(address), content, request.length)
 
         for done in [self._pool.submit(fetch, request) for request in requests]:
             done.result()

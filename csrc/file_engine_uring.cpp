@@ -181,6 +181,8 @@ class UringBackend final : public FileBackend {
     } else {
       entry->fd = piece->direct ? file.direct : file.buffered;
     }
+    // Through the page cache the kernel would copy within the call that submits; a worker of its own does it.
+    if (!piece->direct) entry->flags |= IOSQE_ASYNC;
     entry->addr = reinterpret_cast<std::uintptr_t>(piece->address);
     entry->len = static_cast<unsigned>(piece->limit ? piece->limit : piece->bytes);
     entry->off = piece->offset;

@@ -27,7 +27,7 @@ from holdfast.checkpoint.read_plan import check_coverage, make_read_plan
 from holdfast.checkpoint.write_plan import make_write_plan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.planning import plan_of
-from holdfast.trainer.state import saved_tensors, wanted_boxes
+from holdfast.trainer.saved_tensors import saved_tensors, wanted_boxes
 
 T = TypeVar("T")
 MODEL = {

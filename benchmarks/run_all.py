@@ -12,6 +12,8 @@ RUNS = {
     "native_kernels.py": ["--json", str(OUTPUT / "native_kernels.json")],
     "executor.py": ["--repetitions", "7", "--json", str(OUTPUT / "executor.json")],
     "data_parallel.py": ["--json", str(OUTPUT / "data_parallel")],
+    "checkpoint.py": ["--json", str(OUTPUT / "checkpoint.json")],
+    "checkpoint_scale.py": ["--json", str(OUTPUT / "checkpoint_scale.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }
 

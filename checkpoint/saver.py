@@ -13,79 +13,27 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-from torch import Tensor
 from torch.distributed import Store
 
 from holdfast import _native
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.arena import Arena, Cancelled, Deadline
 from holdfast.checkpoint.format import encode_manifest
+from holdfast.checkpoint.job import SaveJob, SaveResult
 from holdfast.checkpoint.join import join_chunks
 from holdfast.checkpoint.manifest import build_manifest, header_of
 from holdfast.checkpoint.snapshot import Snapshot, SnapshotItem
 from holdfast.checkpoint.votes import Votes
-from holdfast.checkpoint.write_plan import PlannedChunk, PlannedFile, WritePlan
+from holdfast.checkpoint.write_plan import PlannedChunk, PlannedFile
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError
-from holdfast.parallel.layout import Box
 
-Source = Callable[[str, Box], Tensor]
-"""(tensor, box) -> this rank's live values of that box: contiguous, any device."""
-
-
-@dataclass(frozen=True, slots=True)
-class SaveJob:
-    """What is saved, and where. Equal on every rank but for `source` and `before`."""
-
-    step: int
-    root: Path
-    """The folder of checkpoints."""
-    tier: str
-    plan: WritePlan
-    source: Source
-    before: Callable[[PlannedChunk], int] = field(default=lambda chunk: 0)
-    """The fence of each chunk; see `Snapshot`."""
-    scalars: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    extra_files: Mapping[str, bytes] = field(default_factory=dict)
-    """Small files that are part of the checkpoint; the coordinator's are written."""
-    keep: int = 0
-    """How many checkpoints stay in `root`; 0: all."""
-    protected: Callable[[], Collection[Path]] = field(default=lambda: ())
-    """Checkpoints that must stay for now."""
-
-
-@dataclass(frozen=True, slots=True)
-class SaveResult:
-    """How a save ended; on the coordinator with the times of all ranks."""
-
-    step: int
-    tier: str
-    path: Path | None
-    """None when it failed."""
-    error: str
-    bytes: int
-    total_s: float
-    times: Mapping[int, Mapping[str, float]]
-    """By rank: stall_s, copy_s, write_s, sync_s; this rank alone on others than the coordinator."""
-    commit_s: float = 0.0
-
-    @property
-    def slowest(self) -> tuple[int, str]:
-        """The rank that took longest, and the phase in which it did."""
-        rank, phase, _ = max(
-            ((r, p, s) for r, t in self.times.items() for p, s in t.items() if p != "stall_s"),
-            key=lambda found: found[2],
-            default=(0, "begin_s", 0.0),
-        )
-        return rank, phase.removesuffix("_s")
+_STUCK = "the save before is still under way"
 
 
 class Saver:
@@ -142,7 +90,9 @@ class Saver:
         votes = Votes(self._store, f"{self._saves}", self.rank, ranks)
         if self.busy:
             votes.phase = "begin"
-            votes.fail("the save before is stuck")
+            votes.fail(_STUCK)
+            tier, size = job.tier, job.plan.bytes
+            self._results.put(SaveResult(job.step, tier, None, _STUCK, size, 0.0, {}))
             return
         deadline = Deadline(self._timeout_s)
         written = [c for c in job.plan.chunks_of(self.rank) if not c.sources]
@@ -211,6 +161,7 @@ class Saver:
                 total_s=perf_counter() - began,
                 times=save.times,
                 commit_s=save.commit_s,
+                imbalance=save.job.plan.imbalance(len(self._nodes)),
             )
         )
 

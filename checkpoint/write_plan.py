@@ -121,6 +121,11 @@ class WritePlan:
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
+    def imbalance(self, ranks: int) -> float:
+        """Bytes of the rank that writes most over the mean of all ranks."""
+        written = self.written_bytes()
+        return max(written.values(), default=0) * ranks / max(1, sum(written.values()))
+
     def written_bytes(self) -> dict[int, int]:
         """Tensor bytes by writing rank."""
         written: defaultdict[int, int] = defaultdict(int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from collections.abc import Callable
 from importlib.metadata import version
@@ -26,9 +27,10 @@ from holdfast.checkpoint.verify import check_small_parts
 from holdfast.checkpoint.write_plan import WritePlan, make_write_plan
 from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.resume import checkpoint_root, memory_root
+from holdfast.trainer.resume import checkpoint_root, memory_root, set_aside_newer
 from holdfast.trainer.run_directory import RunDirectory
-from holdfast.trainer.state import huggingface_files, saved_tensors, wanted_boxes
+from holdfast.trainer.saved_tensors import saved_tensors, wanted_boxes
+from holdfast.trainer.state import huggingface_files
 from holdfast.trainer.training import Outcome, Requests, Training
 from holdfast.trainer.world import WorldInfo
 
@@ -79,6 +81,11 @@ class Checkpoints:
         """
         self._training, self._world, self._run, self._nodes = training, world, run, nodes
         self._config = training.config.checkpoint
+        if self._config.memory_every and len(set(nodes)) > 1:
+            raise ConfigError(
+                f"checkpoint.memory_every = {self._config.memory_every}: copies in shared memory are for runs "
+                f"on one machine, and this one is on {len(set(nodes))}; set it to 0"
+            )
         self._store = store
         self._signals = signals
         self._state = training.state()
@@ -211,8 +218,10 @@ class Checkpoints:
     def _upload(self, path: Path) -> None:
         """Queue a local checkpoint for the URL. Every rank counts the same commits."""
         self._local_saves += 1
-        if not self._config.url or (self._local_saves - 1) % self._config.remote_every:
-            return
+        if self._config.url and (self._local_saves - 1) % self._config.remote_every == 0:
+            self._start_upload(path)
+
+    def _start_upload(self, path: Path) -> None:
         if self._uploader is None:
             self._uploader = Uploader(
                 self._config.url,
@@ -227,14 +236,18 @@ class Checkpoints:
 
     def finish(self) -> list[SaveResult | UploadResult]:
         """Wait for what is being saved and uploaded; returns how it ended."""
-        if self._saver is None:
-            return []
-        self._saver.wait(self._config.timeout_s)
+        if self._saver is not None:
+            self._saver.wait(self._config.timeout_s)
         found = self.results()
         if self._uploader is not None:
             self._uploader.wait()
             found += self.results()
         return found
+
+    def forget_memory(self) -> None:
+        """Give back what the memory tier has; for a run whose last step is on the disk."""
+        if self._world.rank == 0:
+            shutil.rmtree(memory_root(self._run.root), ignore_errors=True)
 
     def close(self) -> None:
         """Release threads, files and memory. Local."""
@@ -253,15 +266,37 @@ class Checkpoints:
         reason = ""
         for number, place in enumerate(self._run.resume.candidates):
             step, reason = self._try(place, number)
-            if not reason:
-                self._saved_step = step
-                return step
-            note(f"{place} is passed over: {reason}")
+            if reason:
+                note(f"{place} is passed over: {reason}")
+                continue
+            self._saved_step = step
+            if self._world.rank == 0:
+                for moved in set_aside_newer(self._root, step):
+                    note(f"{moved.name}: a checkpoint of steps that the run now repeats, set aside")
+            self._upload_missing(place)
+            return step
         if self._run.resume.candidates:
             raise CheckpointError(
                 f"no checkpoint of this run can be read; the last reason: {reason}"
             )
         return 0
+
+    def _upload_missing(self, place: str) -> None:
+        """Send a local checkpoint to the URL where it is not there yet: its run ended before it could."""
+        if not self._config.url or "://" in place:
+            return
+        path = Path(place)
+        missing = torch.zeros(1, dtype=torch.float64)
+        if self._world.rank == 0 and path.parent == self._root.absolute():
+            # A store that does not answer now, in whatever way, is asked again while uploading.
+            try:
+                missing += path.name not in RemoteStore(self._config.url).names()
+            except Exception as error:
+                logger.warning("%s does not answer: %s", self._config.url, error)
+                missing += 1
+        self._training.groups.control.all_reduce(missing).wait()
+        if missing.item():
+            self._start_upload(path)
 
     def _try(self, place: str, number: int) -> tuple[int, str]:
         """Load from one place: (the step it was saved after, why it cannot be used on any rank)."""

@@ -89,6 +89,7 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
         unsaved = [e.error for e in ended if e.error and e.step == config.train.steps]
         if unsaved:
             raise CheckpointError(f"all steps are done, but the last is not saved: {unsaved[0]}")
+        checkpoints.forget_memory()
     finally:
         signals.close()
         checkpoints.close()

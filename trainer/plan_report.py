@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.checkpoint.write_plan import make_write_plan
 from holdfast.parallel.cost import (
     RankMemory,
     rank_memory,
@@ -20,6 +21,7 @@ from holdfast.parallel.schedule import Timeline, draw
 from holdfast.trainer.display import layout_grid
 from holdfast.trainer.flops import step_flops
 from holdfast.trainer.planning import plan_of
+from holdfast.trainer.saved_tensors import saved_tensors
 from holdfast.trainer.sections import RunConfig
 
 _SHOWN_ACTIONS = 24
@@ -41,6 +43,9 @@ class PlanReport:
     step_flops: float
     step_s: float | None
     """The estimate of a step's time, where rates were given."""
+    checkpoint_bytes: int
+    checkpoint_imbalance: float
+    """Bytes of the rank that writes most of a checkpoint over the mean."""
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form: the same facts as `renderable`."""
@@ -53,6 +58,8 @@ class PlanReport:
             "step_flops": self.step_flops,
             "bubble": self.timeline.bubble,
             "step_s": self.step_s,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoint_imbalance": self.checkpoint_imbalance,
             "micro_batches": [list(numbers) for numbers in plan.micro_batches],
             "chunks": [
                 {
@@ -86,6 +93,11 @@ class PlanReport:
             ("operations", f"{self.step_flops:.3g} floating-point operations a step"),
             ("schedule", f"{plan.schedule}, {plan.virtual} chunks per rank"),
             ("bubble", f"{self.timeline.bubble:.1%} of the busiest rank's work (simulated)"),
+            (
+                "checkpoint",
+                f"{self.checkpoint_bytes / 2**30:,.2f} GiB; the rank that writes most writes "
+                f"{self.checkpoint_imbalance:.2f} times the mean",
+            ),
         ):
             facts.add_row(Text(name, style="dim"), value)
         if self.step_s is not None:
@@ -170,6 +182,7 @@ def plan_report(
         if spec.counts_in_norm(index)
     )
     micro_batches = config.train.global_batch // config.train.micro_batch
+    saved = make_write_plan(saved_tensors(plan, config.train.precision), [0] * mesh.size)
     return PlanReport(
         config=config,
         plan=plan,
@@ -178,4 +191,6 @@ def plan_report(
         parameters=parameters,
         step_flops=step_flops(plan.layers, micro_batches),
         step_s=step_s,
+        checkpoint_bytes=saved.bytes,
+        checkpoint_imbalance=saved.imbalance(mesh.size),
     )

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
+from holdfast.checkpoint.job import SaveResult
 from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.remote import UploadResult
-from holdfast.checkpoint.saver import SaveResult
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.display import Display, Progress, duration
 from holdfast.trainer.flops import step_flops, utilisation
@@ -259,6 +259,7 @@ def checkpoint_fields(result: SaveResult | UploadResult) -> dict[str, Any]:
         "total_s": result.total_s,
         "commit_s": result.commit_s,
         "path": str(result.path or ""),
+        "imbalance": result.imbalance,
         "slowest_rank": rank,
         "slowest_phase": phase,
         "ranks": {str(r): dict(times) for r, times in result.times.items()},

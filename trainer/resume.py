@@ -61,13 +61,17 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
 
     Args:
         wanted: "auto" (the newest of this run's own, in memory or on disk, or at its URL), "none", or
-            a path.
+            a path or URL.
     Raises:
         ConfigError: the configuration differs from the checkpoint's in a key that may not change, or
             the path is no checkpoint.
     """
     if wanted == "none":
         return Resume()
+    if "://" in wanted:
+        place, manifest = _remote_checkpoint(wanted)
+        notes = check_same_run(manifest, config, place, allow_change=allow_change)
+        return Resume((place,), notes, allow_change)
     if wanted != "auto":
         try:
             found = directory.find_checkpoint(Path(wanted))
@@ -100,6 +104,21 @@ def _remote_candidates(config: RunConfig) -> dict[int, tuple[str, Manifest]]:
     return {
         manifest.step: (f"{remote.url}/{name}", manifest) for name, manifest in remote.manifests()
     }
+
+
+def _remote_checkpoint(url: str) -> tuple[str, Manifest]:
+    """The checkpoint that a URL names: itself, or the newest of a folder of checkpoints."""
+    from holdfast.checkpoint.remote import RemoteStore
+
+    folder, _, name = url.rstrip("/").rpartition("/")
+    try:
+        if directory.step_of(Path(name)) is not None:
+            return url.rstrip("/"), RemoteStore(folder).manifest(name)
+        for found, manifest in RemoteStore(url).manifests():
+            return f"{url.rstrip('/')}/{found}", manifest
+    except CheckpointError as error:
+        raise ConfigError(f"--resume {url}: {error}") from error
+    raise ConfigError(f"--resume {url}: there is no checkpoint")
 
 
 def check_same_run(

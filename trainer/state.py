@@ -1,11 +1,10 @@
-"""What of a run is saved: its tensors by logical name, where this rank keeps them, and what goes with them."""
+"""Where one rank keeps what is saved of a run, and the small files that go with it."""
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,77 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.checkpoint.loading import Target
-from holdfast.checkpoint.write_plan import Part, PlannedChunk, SavedTensor
+from holdfast.checkpoint.write_plan import PlannedChunk
 from holdfast.parallel.flat import FlatParameters, Segment
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import ShardedAdamW
-from holdfast.parallel.plan import Plan, block_box
+from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
-
-DTYPES = {"fp32": "F32", "bf16": "BF16", "fp64": "F64"}
-
-
-def state_kinds(precision: str) -> tuple[str, ...]:
-    """The optimizer's tensors: a master copy only where the parameters have fewer bits."""
-    return ("master", "exp_avg", "exp_avg_sq") if precision == "bf16" else ("exp_avg", "exp_avg_sq")
-
-
-def saved_tensors(plan: Plan, precision: str) -> list[SavedTensor]:
-    """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    holders: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
-    owners: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
-    for index, blocks in enumerate(plan.blocks):
-        for block, owner in zip(blocks, plan.owners[index], strict=True):
-            spec = plan.layers[block.layer].parameters[index][block.spec_index]
-            box = block_box(spec, block)
-            shapes[spec.name] = spec.shape
-            stage = plan.holders_of_layer(index, block.layer)
-            holders[spec.name].setdefault(box, set()).update(stage)
-            owners[spec.name].setdefault(box, set()).add(owner)
-    dtype = DTYPES[precision]
-    state_dtype = "F64" if precision == "fp64" else "F32"
-    weights = [
-        SavedTensor(name, "weight", dtype, shape, _parts(holders[name]), whole=True)
-        for name, shape in shapes.items()
-    ]
-    state = [
-        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, _parts(owners[name]), whole=False)
-        for name, shape in shapes.items()
-        for kind in state_kinds(precision)
-    ]
-    return weights + state
-
-
-def _parts(boxes: Mapping[Box, set[int]]) -> tuple[Part, ...]:
-    return tuple(Part(box, tuple(sorted(ranks))) for box, ranks in boxes.items())
-
-
-def wanted_boxes(plan: Plan, rank: int, precision: str) -> dict[str, tuple[Box, ...]]:
-    """The boxes of every saved tensor that a rank needs to go on. Pure."""
-    index = plan.mesh.coordinates(rank).tensor
-    found: defaultdict[str, list[Box]] = defaultdict(list)
-    for chunk in plan.chunks_of(rank):
-        for layer in plan.layers_of(chunk):
-            for spec in plan.layers[layer].parameters[index]:
-                if spec.box not in found[spec.name]:
-                    found[spec.name].append(spec.box)
-    kinds = state_kinds(precision)
-    for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True):
-        if owner == rank:
-            spec = plan.layers[block.layer].parameters[index][block.spec_index]
-            for kind in kinds:
-                _join(found[f"{kind}.{spec.name}"], block_box(spec, block))
-    return {name: tuple(boxes) for name, boxes in found.items()}
-
-
-def _join(boxes: list[Box], box: Box) -> None:
-    """Append rows, to the last box where they follow it."""
-    last = boxes[-1] if boxes else None
-    if last is not None and last.stop[0] == box.start[0] and last.start[1:] == box.start[1:]:
-        boxes[-1] = Box(last.start, box.stop)
-    else:
-        boxes.append(box)
+from holdfast.trainer.saved_tensors import wanted_boxes
 
 
 @dataclass(frozen=True, slots=True)

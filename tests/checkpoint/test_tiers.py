@@ -144,6 +144,46 @@ def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
     assert one["parameter_digest"] == two["parameter_digest"]
 
 
+@pytest.mark.chaos
+def test_an_upload_in_parts_survives_the_server(server: S3Server, tmp_path: Path) -> None:
+    """A file of many parts, the server killed between them: it is there in the end, byte for byte."""
+    import threading
+
+    from holdfast.checkpoint.arena import Deadline
+
+    content = os.urandom(1 << 20) * 96
+    path = tmp_path / "large"
+    path.write_bytes(content)
+    options = {
+        "key": KEY,
+        "secret": SECRET,
+        "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{server.port}"},
+    }
+    store = RemoteStore("s3://bucket/run", options)
+    calls: list[int] = []
+    put = store._filesystem.put_file
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return put(*arguments, **keywords)
+
+    store._filesystem.put_file = counted
+
+    def disturb() -> None:
+        wait_for(lambda: bool(calls))
+        time.sleep(0.1)
+        server.kill()
+        time.sleep(0.5)
+        server.start()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    store.put(path, "step-00000001", "large", Deadline(90))
+    thread.join()
+    assert len(calls) > 1, "the kill came too late to disturb anything"
+    assert (tmp_path / "s3/bucket/run/step-00000001/large").read_bytes() == content
+
+
 def test_a_folder_url_is_a_tier_with_its_own_retention(tmp_path: Path) -> None:
     """fsspec's own local driver: the same code without a server."""
     import torch

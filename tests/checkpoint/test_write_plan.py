@@ -14,7 +14,7 @@ from holdfast.checkpoint.write_plan import Part, SavedTensor, WritePlan, make_wr
 from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout import Box
 from holdfast.trainer.planning import plan_of
-from holdfast.trainer.state import saved_tensors, wanted_boxes
+from holdfast.trainer.saved_tensors import saved_tensors, wanted_boxes
 from small_runs import make_config
 
 

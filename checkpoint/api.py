@@ -19,9 +19,17 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store
+from torch.distributed import (
+    HashStore,
+    PrefixStore,
+    Store,
+    get_rank,
+    get_world_size,
+    is_available,
+    is_initialized,
+)
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from holdfast.checkpoint import directory
@@ -293,10 +301,9 @@ def load(path: str | os.PathLike[str], state: State) -> Mapping[str, Any]:
 
 def _world() -> tuple[int, int, Store]:
     """(rank, world size, store) of the default process group; a world of one without it."""
-    if dist.is_available() and dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()
-        return dist.get_rank(), dist.get_world_size(), store
-    return 0, 1, dist.HashStore()
+    if is_available() and is_initialized():
+        return get_rank(), get_world_size(), _get_default_store()
+    return 0, 1, HashStore()
 
 
 def _held(entry: Entry) -> Entry:

@@ -33,6 +33,7 @@ from holdfast.checkpoint.write_plan import PlannedChunk, PlannedFile
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError
 
+_PATIENCE_S = 5.0
 _STUCK = "the save before is still under way"
 
 
@@ -209,7 +210,9 @@ class Saver:
         if votes.is_coordinator:
             path = self._commit(save)
             votes.cast("end", {"path": str(path)})
-        told = votes.collect("end", [votes.coordinator], save.deadline)[votes.coordinator]
+        told = votes.collect("end", [votes.coordinator], save.deadline, patience_s=_PATIENCE_S)[
+            votes.coordinator
+        ]
         # Whoever takes part in this save has read all of the one before.
         if self._finished_votes is not None:
             self._finished_votes.clear()

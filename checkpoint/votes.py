@@ -56,10 +56,12 @@ class Votes:
         self._store.compare_set("failed", "", f"rank {self.rank}, {self.phase}: {reason}")
 
     def collect(
-        self, kind: str, ranks: Sequence[int], deadline: Deadline
+        self, kind: str, ranks: Sequence[int], deadline: Deadline, *, patience_s: float = 0.0
     ) -> dict[int, dict[str, Any]]:
         """The `kind` of each of `ranks`.
 
+        Args:
+            patience_s: after the deadline; whoever waits for the coordinator lets it say who is late.
         Raises:
             CheckpointError: a rank failed, or did not vote in time; it is named with its phase.
         """
@@ -67,7 +69,7 @@ class Votes:
         pause = _FIRST_POLL_S
         while not self._store.check(list(keys.values())):
             self._raise_failure()
-            if deadline.left_s == 0:
+            if time.monotonic() > deadline.at + patience_s:
                 raise CheckpointError(self._who_is_missing(keys))
             time.sleep(pause)
             pause = min(2 * pause, max(_LONGEST_POLL_S, _POLL_PER_RANK_S * len(self.ranks)))

@@ -130,7 +130,8 @@ class Checkpoints:
         if not due and not in_memory:
             return False
         if asked.busy and config.policy == "skip" and not (asked.save or asked.stop):
-            return True
+            # The last step is saved in any case.
+            return step < self._training.config.train.steps
         self.save(step, in_memory=not due)
         return False
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor  # before forking: it takes longer than a round
 
 from holdfast.checkpoint import Checkpointer, load
 from holdfast.checkpoint.directory import PARTIAL, committed, step_of
@@ -45,7 +46,12 @@ def _save_for_ever(folder: Path, rank: int, port: int, listening: int) -> None:
         checkpointer.save(step)
 
 
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
 def _round(folder: Path, delay_s: float) -> None:
+    """Kill both processes `delay_s` after they have begun to write."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen()
@@ -58,6 +64,9 @@ def _round(folder: Path, delay_s: float) -> None:
             listening.close()
         _save_for_ever(folder, rank, port, listening.detach() if rank == 0 else -1)
     listening.close()
+    before, give_up = _names(folder), time.monotonic() + 60
+    while _names(folder) == before and time.monotonic() < give_up:
+        time.sleep(0.001)
     time.sleep(delay_s)
     os.killpg(leader, signal.SIGKILL)
     os.waitpid(leader, 0)
@@ -68,7 +77,7 @@ def main() -> None:
     chance = random.Random(int(sys.argv[3]))
     reached, torn, newest = 0, 0, 0
     for _ in range(rounds):
-        _round(folder, chance.uniform(0.15, 0.6))
+        _round(folder, chance.uniform(0.0, 0.25))
         if not folder.exists():
             continue
         torn += any(path.name.endswith(PARTIAL) for path in folder.iterdir())

@@ -32,7 +32,7 @@ from holdfast.trainer.saved_tensors import saved_tensors, wanted_boxes
 T = TypeVar("T")
 MODEL = {
     "family": "llama",
-    "layers": 128,
+    "layers": 160,
     "hidden": 25600,
     "intermediate": 68608,
     "heads": 200,

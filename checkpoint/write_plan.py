@@ -216,43 +216,61 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
     return merged
 
 
+_Groups = tuple[tuple[int, ...], ...]
+"""Ways to provide a chunk: each is the ranks that hold its parts, one a part."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """A chunk before its file and writer are known."""
 
     tensor: SavedTensor
     box: Box
-    groups: tuple[tuple[Part, ...], ...]
-    """Ways to provide it: each is the parts, one rank each, that make up the box."""
+    parts: tuple[Box, ...]
+    """What each rank of a group has of it; the box itself, or columns of it."""
+    groups: _Groups
 
     @property
     def bytes(self) -> int:
         return self.tensor.nbytes(self.box)
 
+    def sources(self, group: tuple[int, ...]) -> tuple[Part, ...]:
+        """Where a writer gets the bytes, when it must ask other ranks."""
+        if len(group) == 1:
+            return ()
+        return tuple(Part(box, (rank,)) for box, rank in zip(self.parts, group, strict=True))
+
 
 def _pieces(tensor: SavedTensor, chunk_bytes: int) -> list[_Piece]:
+    merged = _merged(tensor.parts)
+    if not all(_is_rows(part.box, tensor.shape) for part in merged):
+        return _joined_pieces(tensor, merged, chunk_bytes)
+    return _own_pieces(tensor, merged, chunk_bytes)
+
+
+def _own_pieces(tensor: SavedTensor, merged: Sequence[Part], chunk_bytes: int) -> list[_Piece]:
+    """Pieces that one rank has."""
+    pieces = []
+    for part in merged:
+        row_bytes = prod(part.box.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
+        groups = tuple((rank,) for rank in part.holders)
+        for box in _row_pieces(part.box, row_bytes, chunk_bytes):
+            pieces.append(_Piece(tensor, box, (box,), groups))  # noqa: PERF401
+    return pieces
+
+
+def _joined_pieces(tensor: SavedTensor, merged: Sequence[Part], chunk_bytes: int) -> list[_Piece]:
+    """Pieces of whole rows, joined from one rank for each part: the tensor is split along columns."""
     row_bytes = prod(tensor.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
-    if all(_is_rows(part.box, tensor.shape) for part in tensor.parts):
-        return [
-            _Piece(tensor, box, tuple((Part(box, (rank,)),) for rank in part.holders))
-            for part in _merged(tensor.parts)
-            for box in _row_pieces(part.box, row_bytes, chunk_bytes)
-        ]
-    # Split along a later dimension: pieces of whole rows, joined from one rank for each part.
-    ways = min(len(part.holders) for part in tensor.parts)
     pieces = []
     for box in _row_pieces(Box.whole(tensor.shape), row_bytes, chunk_bytes):
         inside = [
             (common, part.holders)
-            for part in _merged(tensor.parts)
+            for part in merged
             if (common := part.box.intersect(box)) is not None
         ]
-        inside.sort(key=lambda item: item[0].start)
-        groups = tuple(
-            tuple(Part(common, (holders[way],)) for common, holders in inside)
-            for way in range(ways)
-        )
-        pieces.append(_Piece(tensor, box, groups))
+        groups = tuple(zip(*(holders for _, holders in inside), strict=False))
+        pieces.append(_Piece(tensor, box, tuple(common for common, _ in inside), groups))
     return pieces
 
 
@@ -276,16 +294,16 @@ def _weight_files(
             shelves[-1].append(tensor)
             size += tensor.entry.bytes
     flat = [piece for shelf in shelves for tensor in shelf for piece in pieces[tensor.name]]
-    usable = [_groups_on(piece, homes[piece.tensor.name], nodes) for piece in flat]
+    near = _Nearby(nodes)
+    usable = [near.groups(piece.groups, homes[piece.tensor.name]) for piece in flat]
     # Leads stand for their groups, so that pieces with the same candidates are shared out evenly.
-    by_lead = [{group[0].holders[0]: group for group in groups} for groups in usable]
-    chosen = assign_owners([p.bytes for p in flat], [tuple(sorted(g)) for g in by_lead])
+    chosen = assign_owners([p.bytes for p in flat], [found.leads for found in usable])
     placed: defaultdict[str, list[_Placed]] = defaultdict(list)
-    for number, (piece, groups, lead) in enumerate(zip(flat, by_lead, chosen, strict=True)):
-        group = groups[lead]
+    for number, (piece, found, lead) in enumerate(zip(flat, usable, chosen, strict=True)):
+        group = found.by_lead[lead]
         # Where a box is joined, the members of the group take turns in writing.
-        writer = group[number % len(group)].holders[0]
-        placed[piece.tensor.name].append(_Placed(piece, writer, group if len(group) > 1 else ()))
+        writer = group[number % len(group)]
+        placed[piece.tensor.name].append(_Placed(piece, writer, piece.sources(group)))
     return [
         _file(
             f"model-{number + 1:05d}-of-{len(shelves):05d}.safetensors",
@@ -297,50 +315,68 @@ def _weight_files(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """The groups that may provide a chunk, by their first rank."""
+
+    leads: tuple[int, ...]
+    by_lead: Mapping[int, tuple[int, ...]]
+
+
+class _Nearby:
+    """Which groups of ranks lie on one node; looked up once for each set of groups."""
+
+    def __init__(self, nodes: Sequence[int]) -> None:
+        self._nodes = nodes
+        self._homes: dict[_Groups, frozenset[int]] = {}
+        self._groups: dict[tuple[_Groups, int], _Candidates] = {}
+
+    def homes(self, groups: _Groups) -> frozenset[int]:
+        """The nodes that have all of a chunk."""
+        if groups not in self._homes:
+            found = ({self._nodes[rank] for rank in group} for group in groups)
+            self._homes[groups] = frozenset(n for here in found if len(here) == 1 for n in here)
+        return self._homes[groups]
+
+    def groups(self, groups: _Groups, home: int) -> _Candidates:
+        """The groups on a node; all where it has none."""
+        key = groups, home
+        if key not in self._groups:
+            there = [g for g in groups if all(self._nodes[rank] == home for rank in g)]
+            by_lead = {group[0]: group for group in there or groups}
+            self._groups[key] = _Candidates(tuple(sorted(by_lead)), by_lead)
+        return self._groups[key]
+
+
 def _homes(
     tensors: Sequence[SavedTensor], pieces: Mapping[str, Sequence[_Piece]], nodes: Sequence[int]
 ) -> dict[str, int]:
     """The node that writes each tensor: the least loaded of those that have all of it."""
+    near = _Nearby(nodes)
     loads: defaultdict[int, int] = defaultdict(int)
     homes: dict[str, int] = {}
     for tensor in sorted(tensors, key=lambda t: (-t.entry.bytes, t.name)):
-        able: set[int] | None = None
-        for piece in pieces[tensor.name]:
-            here = {nodes[group[0].holders[0]] for group in piece.groups if _one_node(group, nodes)}
-            able = here if able is None else able & here
+        ways = {piece.groups for piece in pieces[tensor.name]}
+        able = frozenset.intersection(*(near.homes(groups) for groups in ways))
         # Where no node has all of a tensor, several write the file.
-        candidates = able or {nodes[g[0].holders[0]] for p in pieces[tensor.name] for g in p.groups}
+        candidates = able or {nodes[group[0]] for groups in ways for group in groups}
         home = min(candidates, key=lambda node: (loads[node], node))
         loads[home] += tensor.entry.bytes
         homes[tensor.name] = home
     return homes
 
 
-def _one_node(group: Sequence[Part], nodes: Sequence[int]) -> bool:
-    return len({nodes[part.holders[0]] for part in group}) == 1
-
-
-def _groups_on(piece: _Piece, home: int, nodes: Sequence[int]) -> tuple[tuple[Part, ...], ...]:
-    there = tuple(
-        group for group in piece.groups if all(nodes[part.holders[0]] == home for part in group)
-    )
-    return there or piece.groups
-
-
 def _box_files(
     tensors: Sequence[SavedTensor], entries: Mapping[str, TensorEntry], chunk_bytes: int
 ) -> list[PlannedFile]:
-    pieces: list[_Piece] = []
-    for tensor in tensors:
-        for part in _merged(tensor.parts):
-            row_bytes = prod(part.box.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
-            pieces += [
-                _Piece(tensor, box, tuple((Part(box, (rank,)),) for rank in part.holders))
-                for box in _row_pieces(part.box, row_bytes, chunk_bytes)
-            ]
+    pieces = [
+        piece
+        for tensor in tensors
+        for piece in _own_pieces(tensor, _merged(tensor.parts), chunk_bytes)
+    ]
     writers = assign_owners(
         [piece.bytes for piece in pieces],
-        [tuple(sorted(group[0].holders[0] for group in piece.groups)) for piece in pieces],
+        [tuple(sorted(group[0] for group in piece.groups)) for piece in pieces],
     )
     by_writer: defaultdict[int, list[_Placed]] = defaultdict(list)
     for piece, writer in zip(pieces, writers, strict=True):

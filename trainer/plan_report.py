@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.checkpoint.write_plan import make_write_plan
+from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.cost import (
     RankMemory,
     rank_memory,
@@ -21,7 +21,7 @@ from holdfast.parallel.schedule import Timeline, draw
 from holdfast.trainer.display import layout_grid
 from holdfast.trainer.flops import step_flops
 from holdfast.trainer.planning import plan_of
-from holdfast.trainer.saved_tensors import saved_tensors
+from holdfast.trainer.saved_tensors import DTYPES, state_kinds
 from holdfast.trainer.sections import RunConfig
 
 _SHOWN_ACTIONS = 24
@@ -45,7 +45,7 @@ class PlanReport:
     """The estimate of a step's time, where rates were given."""
     checkpoint_bytes: int
     checkpoint_imbalance: float
-    """Bytes of the rank that writes most of a checkpoint over the mean."""
+    """What the rank that owns most optimizer state, and so writes most, has over the mean."""
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form: the same facts as `renderable`."""
@@ -182,7 +182,12 @@ def plan_report(
         if spec.counts_in_norm(index)
     )
     micro_batches = config.train.global_batch // config.train.micro_batch
-    saved = make_write_plan(saved_tensors(plan, config.train.precision), [0] * mesh.size)
+    owned = [0] * mesh.size
+    for blocks, owners in zip(plan.blocks, plan.owners, strict=True):
+        for block, owner in zip(blocks, owners, strict=True):
+            owned[owner] += block.elements
+    weight_bytes = ELEMENT_BYTES[DTYPES[config.train.precision]]
+    state_bytes = len(state_kinds(config.train.precision)) * max(4, weight_bytes)
     return PlanReport(
         config=config,
         plan=plan,
@@ -191,6 +196,6 @@ def plan_report(
         parameters=parameters,
         step_flops=step_flops(plan.layers, micro_batches),
         step_s=step_s,
-        checkpoint_bytes=saved.bytes,
-        checkpoint_imbalance=saved.imbalance(mesh.size),
+        checkpoint_bytes=parameters * (weight_bytes + state_bytes),
+        checkpoint_imbalance=max(owned) * mesh.size / sum(owned),
     )

@@ -14,7 +14,13 @@ from holdfast import _native
 from holdfast.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from holdfast.checkpoint.format import Manifest
 from holdfast.checkpoint.node_memory import NodeMemory
-from holdfast.checkpoint.read_plan import ChunkRead, ReadPlan, make_read_plan, requests_of
+from holdfast.checkpoint.read_plan import (
+    ChunkRead,
+    ReadPlan,
+    Request,
+    make_read_plan,
+    requests_of,
+)
 from holdfast.checkpoint.reading import ByteReader
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
@@ -202,17 +208,33 @@ def _read(
     """Bring a load into a slot, or where only this rank wants it, and check it."""
     own = _own_memory(chunks, targets, rank)
     requests, places, _ = requests_of(chunks, own)
-    reader.read(requests, slot.data_ptr())
     statistics.read_bytes += sum(request.length for request in requests)
-    if not verify:
-        return
-    for number, (read, place) in enumerate(zip(chunks, places, strict=True)):
-        found = _native.crc32c(own.get(number, slot.data_ptr() + place), read.chunk.length)
-        if found != read.chunk.crc32c:
-            raise CheckpointError(
-                f"{where}/{read.file} is damaged: {read.name}{read.chunk.box} at byte "
-                f"{read.chunk.offset} has checksum {found:08x}, not {read.chunk.crc32c:08x}"
-            )
+    number = 0
+    # A chunk is checked as soon as it is there, while it is in a cache and the next ones arrive.
+    for arrived in reader.read(requests, slot.data_ptr()):
+        request = requests[arrived]
+        end = request.offset + request.length
+        while number < len(chunks) and _lies_in(chunks[number], request, end):
+            if verify:
+                address = own.get(number, slot.data_ptr() + places[number])
+                _check(chunks[number], _native.crc32c(address, chunks[number].chunk.length), where)
+            number += 1
+
+
+def _lies_in(read: ChunkRead, request: Request, end: int) -> bool:
+    return (
+        read.file == request.file
+        and request.offset <= read.chunk.offset
+        and read.chunk.offset + read.chunk.length <= end
+    )
+
+
+def _check(read: ChunkRead, found: int, where: str) -> None:
+    if found != read.chunk.crc32c:
+        raise CheckpointError(
+            f"{where}/{read.file} is damaged: {read.name}{read.chunk.box} at byte "
+            f"{read.chunk.offset} has checksum {found:08x}, not {read.chunk.crc32c:08x}"
+        )
 
 
 def _deliver(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,8 +20,10 @@ _REMOTE_READS = 8
 class ByteReader(Protocol):
     """Where a checkpoint's bytes come from. Local."""
 
-    def read(self, requests: Sequence[Request], address: int) -> None:
-        """Bring all requests to their places after `address`.
+    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+        """Bring all requests to their places after `address`; yields their numbers as they arrive, in order.
+
+        The memory must stay as it is until the iterator has ended, well or not.
 
         Raises:
             CheckpointError: a file is missing, too short or cannot be read.
@@ -50,19 +53,26 @@ class FolderReader:
         self._engine = _native.FileEngine(direct=False)
         self._handles: dict[str, int] = {}
 
-    def read(self, requests: Sequence[Request], address: int) -> None:
+    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
         try:
             for request in requests:
                 if request.file not in self._handles:
                     path = str(self.folder / request.file)
                     self._handles[request.file] = self._engine.open(path)
-            self._engine.submit(
+            tickets = self._engine.submit(
                 [
                     (False, self._handles[r.file], r.address(address), r.offset, r.length)
                     for r in requests
                 ]
             )
-            self._engine.wait_all()
+            try:
+                for number, ticket in enumerate(tickets):
+                    self._engine.wait(ticket)
+                    yield number
+            finally:
+                # After a failure the rest is still in flight; its outcome no longer matters.
+                with contextlib.suppress(OSError):
+                    self._engine.wait_all()
         except OSError as error:
             place = error.filename or self.folder
             raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
@@ -96,7 +106,7 @@ class RemoteReader:
         self._filesystem, self._path = filesystem, path
         self._pool = ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="checkpoint-read")
 
-    def read(self, requests: Sequence[Request], address: int) -> None:
+    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
         def fetch(request: Request) -> None:
             content = self._fetch(request.file, request.offset, request.offset + request.length)
             if len(content) != request.length:
@@ -106,8 +116,13 @@ class RemoteReader:
                 )
             ctypes.memmove(request.address(address), content, request.length)
 
-        for done in [self._pool.submit(fetch, request) for request in requests]:
-            done.result()
+        fetched = [self._pool.submit(fetch, request) for request in requests]
+        try:
+            for number, done in enumerate(fetched):
+                done.result()
+                yield number
+        finally:
+            wait(fetched)
 
     def read_file(self, name: str, length: int | None = None) -> bytes:
         return self._fetch(name, None if length is None else 0, length)

@@ -158,7 +158,8 @@ def checksums_of(
         requests, places, end = requests_of(load)
         memory = torch.empty(end + 4096, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % 4096 :]
-        reader.read(requests, memory.data_ptr())
+        for _ in reader.read(requests, memory.data_ptr()):
+            pass
         for read, place in zip(load, places, strict=True):
             yield read, _native.crc32c(memory.data_ptr() + place, read.chunk.length)
 

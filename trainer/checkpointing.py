@@ -37,6 +37,8 @@ from holdfast.trainer.world import WorldInfo
 logger = logging.getLogger("holdfast.checkpoint")
 
 _LARGEST_ARENA_MIB = 2048
+_PATIENCE_S = 10.0
+"""How much longer than a save's deadline its end is waited for."""
 
 
 class Signals:
@@ -95,6 +97,8 @@ class Checkpoints:
         self._uploading: set[Path] = set()
         self._root = checkpoint_root(run.root, training.config)
         self._saved_step = -1
+        self.committed_step = -1
+        """The newest step that is known to be on the disk."""
         self._local_saves = 0
         self._last_save_at = monotonic()
         self.loaded: LoadStatistics | None = None
@@ -141,7 +145,7 @@ class Checkpoints:
             return
         saver = self._open_saver()
         began = perf_counter()
-        saver.wait(self._config.timeout_s)
+        saver.wait(self._config.timeout_s + _PATIENCE_S)
         self.wait_s += perf_counter() - began
         training, config = self._training, self._training.config
         if not in_memory:
@@ -211,6 +215,7 @@ class Checkpoints:
             if result.error:
                 logger.warning("checkpoint of step %d failed: %s", result.step, result.error)
             elif result.tier == "disk" and result.path is not None:
+                self.committed_step = result.step
                 self._upload(result.path)
         if self._uploader is not None:
             found += self._uploader.results()
@@ -238,7 +243,7 @@ class Checkpoints:
     def finish(self) -> list[SaveResult | UploadResult]:
         """Wait for what is being saved and uploaded; returns how it ended."""
         if self._saver is not None:
-            self._saver.wait(self._config.timeout_s)
+            self._saver.wait(self._config.timeout_s + _PATIENCE_S)
         found = self.results()
         if self._uploader is not None:
             self._uploader.wait()
@@ -270,7 +275,7 @@ class Checkpoints:
             if reason:
                 note(f"{place} is passed over: {reason}")
                 continue
-            self._saved_step = step
+            self._saved_step = self.committed_step = step
             if self._world.rank == 0:
                 for moved in set_aside_newer(self._root, step):
                     note(f"{moved.name}: a checkpoint of steps that the run now repeats, set aside")

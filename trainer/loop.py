@@ -86,9 +86,12 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
         ended = checkpoints.finish()
         reporter.checkpoints(ended)
         reporter.finished(training.parameter_digest())
-        unsaved = [e.error for e in ended if e.error and e.step == config.train.steps]
-        if unsaved:
-            raise CheckpointError(f"all steps are done, but the last is not saved: {unsaved[0]}")
+        if checkpoints.committed_step != config.train.steps:
+            reasons = [result.error for result in ended if result.error]
+            raise CheckpointError(
+                "all steps are done, but the last is not saved: "
+                f"{reasons[-1] if reasons else 'its save has not ended'}"
+            )
         checkpoints.forget_memory()
     finally:
         signals.close()
@@ -105,9 +108,10 @@ def _stop(step: int, checkpoints: Checkpoints, reporter: Reporter, *, asked: boo
     checkpoints.save(step)
     ended = checkpoints.finish()
     reporter.checkpoints(ended)
-    failed = [result.error for result in ended if result.error]
     if asked:
-        saved = f"could not be saved: {failed[0]}" if failed else "is saved"
+        failed = [result.error for result in ended if result.error] or ["its save has not ended"]
+        committed = checkpoints.committed_step == step
+        saved = "is saved" if committed else f"could not be saved: {failed[-1]}"
         raise Stopped(
             f"stopped by a signal after step {step}, which {saved}; the same command goes on"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed import Store
 
-from cluster import Cluster
+from cluster import Cluster, WorkerFailed
 from holdfast.checkpoint import Checkpointer, load
 from holdfast.checkpoint.arena import SLAB_BYTES
 from small_runs import events_of, make_config, metrics_of, world_size_of
@@ -53,16 +53,27 @@ def test_a_state_larger_than_the_arena_streams_through_it(tmp_path: Path) -> Non
 
 
 def train_with_a_slow_rank(
-    rank: int, world_size: int, store: Store, *, config: dict, root: str, slow: int, seconds: float
+    rank: int,
+    world_size: int,
+    store: Store,
+    *,
+    config: dict,
+    root: str,
+    slow: int,
+    seconds: float,
+    times: int,
 ) -> None:
-    """The training loop, where one rank takes its time to finish each file."""
+    """The training loop, where one rank takes its time to finish its first files."""
     import small_runs
     from holdfast.checkpoint.saver import Saver
 
     finish = Saver._finish_file
+    left = times
 
     def slowly(self: Saver, *arguments: Any) -> int:
-        if rank == slow:
+        nonlocal left
+        if rank == slow and left > 0:
+            left -= 1
             time.sleep(seconds)
         return finish(self, *arguments)
 
@@ -73,7 +84,9 @@ def train_with_a_slow_rank(
         Saver._finish_file = finish  # type: ignore[method-assign]
 
 
-def _run(cluster: Cluster, root: Path, checkpoint: dict[str, Any], seconds: float) -> None:
+def _run(
+    cluster: Cluster, root: Path, checkpoint: dict[str, Any], seconds: float, times: int = 99
+) -> None:
     config = make_config(
         train={"steps": 16}, parallel={"data": 2, "pipeline": 2}, checkpoint=checkpoint
     )
@@ -84,6 +97,7 @@ def _run(cluster: Cluster, root: Path, checkpoint: dict[str, Any], seconds: floa
         root=str(root),
         slow=3,
         seconds=seconds,
+        times=times,
     )
 
 
@@ -91,15 +105,20 @@ def _run(cluster: Cluster, root: Path, checkpoint: dict[str, Any], seconds: floa
 def test_a_rank_that_is_stuck_in_a_save_costs_the_checkpoint_and_is_named(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    from cluster import WorkerFailed
-
-    with pytest.raises(WorkerFailed, match="the last is not saved"):
-        _run(cluster, tmp_path, {"every": 6, "timeout_s": 0.4}, 1.5)
+    _run(cluster, tmp_path, {"every": 6, "timeout_s": 3.0}, 5.0, times=1)
     assert len(metrics_of(tmp_path)) == 16, "training went on to its end"
     failed = events_of(tmp_path, "checkpoint_failed")
-    assert failed
+    assert failed[0]["step"] == 6
     assert "rank 3 (sync)" in failed[0]["error"]
+    assert events_of(tmp_path, "checkpoint_committed")[-1]["step"] == 16
     assert events_of(tmp_path, "run_finished")
+
+
+@pytest.mark.mp
+def test_a_run_whose_last_step_is_not_saved_fails(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match="all steps are done, but the last is not saved"):
+        _run(cluster, tmp_path, {"timeout_s": 1.0}, 3.0)
+    assert len(metrics_of(tmp_path)) == 16
 
 
 @pytest.mark.mp
@@ -127,7 +146,7 @@ def test_a_checkpoint_after_so_many_seconds(cluster: Cluster, tmp_path: Path) ->
 
 @pytest.mark.mp
 def test_what_a_save_cost_is_recorded_by_rank(cluster: Cluster, tmp_path: Path) -> None:
-    _run(cluster, tmp_path, {"every": 8}, 0.2)
+    _run(cluster, tmp_path, {"every": 8}, 1.0)
     event = events_of(tmp_path, "checkpoint_committed")[0]
     assert event["tier"] == "disk"
     assert set(event["ranks"]) == {"0", "1", "2", "3"}

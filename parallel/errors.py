@@ -48,3 +48,17 @@ class Stopped(HoldfastError):
     """The run was asked to end before its last step; starting it again goes on."""
 
     exit_code = 3
+
+
+class MembershipError(HoldfastError):
+    """This process cannot be a member of the run, or not at present; a restart can cure it."""
+
+    exit_code = 3
+
+
+class Minority(MembershipError):
+    """Too few members of the last generation can be reached to go on without risking two runs in one."""
+
+
+class Superseded(MembershipError):
+    """The run has gone on without this process, whose state is therefore out of date."""

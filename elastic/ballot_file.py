@@ -1,0 +1,60 @@
+"""Where a worker's ballot outlives its process, and who may speak for it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from holdfast.elastic.agreement import Ballot, ballot_from_data, ballot_to_data
+from holdfast.elastic.generation import Identity
+
+
+class BallotFile:
+    """The ballot of one worker in its node's memory or disk: written before it is acted on.
+
+    The process that votes as the worker holds a lock on it: the worker while it lives, afterwards whoever
+    speaks for it. The lock ends with the process, however that ends; forked children do not inherit it.
+    """
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        """Args:
+        folder: on the worker's node, and seen by its agent; need not survive the node.
+        """
+        self._path = folder / f"{identity}.ballot"
+        self._lock_path = folder / f"{identity}.lock"
+
+    @contextlib.contextmanager
+    def held(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold the right to vote as this worker.
+
+        Args:
+            wait: until another process gives it up.
+        Raises:
+            BlockingIOError: another process has it.
+        """
+        with self._lock_path.open("w") as file:
+            _lock(file, wait=wait)
+            yield
+
+    def read(self) -> Ballot:
+        """The last ballot written; that of a worker that knows nothing if there is none."""
+        try:
+            text = self._path.read_text()
+        except FileNotFoundError:
+            return Ballot()
+        return ballot_from_data(json.loads(text))
+
+    def write(self, ballot: Ballot) -> None:
+        """Replace the ballot. The process may be killed at any instant; the node may not."""
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(ballot_to_data(ballot)))
+        os.replace(partial, self._path)
+
+
+def _lock(file: IO[str], *, wait: bool) -> None:
+    fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,152 @@
+"""Who takes part in a run, as values: identities, members, and the generation they have agreed on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.parallel.errors import MembershipError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Identity:
+    """One worker process: its rank, and which process in that place it is. Never used twice."""
+
+    rank: int
+    incarnation: int = 0
+    """0 for the worker that the run began with; a replacement has a higher number."""
+
+    def __str__(self) -> str:
+        return f"{self.rank}.{self.incarnation}" if self.incarnation else str(self.rank)
+
+
+def parse_identity(text: str) -> Identity:
+    """The identity that `str` wrote: `3`, or `3.2` for a replacement.
+
+    Raises:
+        MembershipError: another text.
+    """
+    found = re.fullmatch(r"(\d+)(?:\.(\d+))?", text)
+    if found is None:
+        raise MembershipError(
+            f"{text!r} is not the identity of a worker (RANK or RANK.INCARNATION)"
+        )
+    return Identity(int(found[1]), int(found[2] or 0))
+
+
+def format_identities(identities: Iterable[Identity]) -> str:
+    """A set of identities in one short line: `0-3,4.1,5-7`. Its length is that of what is unusual."""
+    parts: list[str] = []
+    first: int | None = None
+    ordered = sorted(set(identities))
+    for number, identity in enumerate(ordered):
+        if identity.incarnation:
+            parts.append(str(identity))
+            continue
+        first = identity.rank if first is None else first
+        following = ordered[number + 1] if number + 1 < len(ordered) else None
+        if following != Identity(identity.rank + 1):
+            parts.append(str(first) if first == identity.rank else f"{first}-{identity.rank}")
+            first = None
+    return ",".join(parts)
+
+
+def parse_identities(text: str) -> frozenset[Identity]:
+    """The set that `format_identities` wrote.
+
+    Raises:
+        MembershipError: another text.
+    """
+    identities: set[Identity] = set()
+    for part in text.split(",") if text else ():
+        if found := re.fullmatch(r"(\d+)-(\d+)", part):
+            identities.update(Identity(rank) for rank in range(int(found[1]), int(found[2]) + 1))
+        else:
+            identities.add(parse_identity(part))
+    return frozenset(identities)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What one member reported of itself when its generation was agreed on."""
+
+    identity: Identity
+    node: str
+    """The failure domain that it runs in."""
+    store: str
+    """The rendezvous store of its node's agent, HOST:PORT."""
+    held: int
+    """The generation whose training state it holds; 0: none, it has just been started."""
+    step: int
+    """Steps that it has committed."""
+    phase: str
+    """Where in the step it was when it came to agree; the caller's own word."""
+    leaving: bool
+    """It has announced its departure: its state is to be moved away, nothing given to it."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What else the caller reported, as JSON values."""
+
+    @property
+    def rank(self) -> int:
+        return self.identity.rank
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A set of ranks that train together; equal on every member."""
+
+    number: int
+    """Goes up each time that membership is agreed on; never back."""
+    members: tuple[Member, ...]
+    """By rank."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(member.rank for member in self.members)
+
+    @property
+    def identities(self) -> frozenset[Identity]:
+        return frozenset(member.identity for member in self.members)
+
+    @property
+    def store(self) -> str:
+        """Where this generation meets, HOST:PORT.
+
+        The agent's store of the lowest rank that holds state and stays; else of the lowest rank.
+        """
+        ordered = sorted(self.members, key=lambda m: (m.leaving, not m.held, m.rank))
+        return ordered[0].store
+
+    @property
+    def prefix(self) -> str:
+        """Under which this generation's keys lie in its store.
+
+        It contains a digest of the whole value: members that disagreed would not meet.
+        """
+        fields = [
+            (str(m.identity), m.node, m.store, m.held, m.step, m.phase, m.leaving, m.data)
+            for m in self.members
+        ]
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return f"generation-{self.number}-{digest[:8]}"
+
+    def member(self, rank: int) -> Member:
+        """The member with a rank; KeyError if there is none."""
+        for member in self.members:
+            if member.rank == rank:
+                return member
+        raise KeyError(rank)
+
+    def lost_since(self, before: Generation | None) -> tuple[Identity, ...]:
+        """Members of an earlier generation that are not in this one."""
+        known = before.identities if before is not None else frozenset()
+        return tuple(sorted(known - self.identities))
+
+    def joined_since(self, before: Generation | None) -> tuple[Identity, ...]:
+        """Members that an earlier generation did not have."""
+        known = before.identities if before is not None else frozenset()
+        return tuple(sorted(self.identities - known))

@@ -52,8 +52,11 @@ class Report:
     ballot: Ballot = Ballot()
     alive: bool = True
     """False: its process has ended, and its agent speaks for it."""
+    founder: bool = False
+    """It may take part in founding the first generation: the run was started with it, or it replaces a
+    worker that was and had not voted."""
     world_size: int = 1
-    """Ranks that the first generation needs."""
+    """Ranks that the first generation needs, one founder each."""
     min_ranks: int = 1
     lost: Identities = _NOBODY
     """Whom not to wait for: their end, or their silence, has been noticed."""
@@ -230,9 +233,9 @@ def _accept(
 ) -> Verdict:
     """Accept a membership for the next generation where the rule allows one."""
     if ballot.generation == 0:
-        value, reason = _first(own, reports, accepted)
-        if value == ballot.accepted:
+        if ballot.accepted:
             return Verdict(ballot, "wait", "not every rank has accepted the first generation yet")
+        value, reason = _first(own, reports, accepted)
         minority = False
     elif ballot.accepted:
         return Verdict(ballot, *_wait_for_votes(ballot, reports))
@@ -240,7 +243,7 @@ def _accept(
         value, reason, minority = _next(own, ballot, reports, accepted)
     if value is None:
         return Verdict(ballot, "wait", reason, minority)
-    if ballot.generation > 0 and own.identity not in ballot.members:
+    if own.identity not in (ballot.members or value):
         return Verdict(ballot, "again")
     return Verdict(replace(ballot, accepted=value), "again")
 
@@ -264,13 +267,15 @@ def _first(
     own: Report, reports: Mapping[Identity, Report], accepted: Mapping[Identity, Identities]
 ) -> tuple[Identities | None, str]:
     """The first generation has every rank that the run was started with, and needs all of them."""
-    live = _newest_incarnations(_live(reports), _NOBODY)
-    missing = set(range(own.world_size)) - {identity.rank for identity in live}
+    bound = {value for identity, value in accepted.items() if reports[identity].founder}
+    if bound:
+        return min(bound, key=sorted), ""
+    founders = frozenset(i for i in _live(reports) if reports[i].founder)
+    missing = set(range(own.world_size)) - {identity.rank for identity in founders}
     if missing:
         ranks = format_identities(Identity(rank) for rank in missing)
         return None, f"waiting for ranks {ranks} to start"
-    possible = [value for value in accepted.values() if value <= live]
-    return (min(possible, key=sorted) if possible else live), ""
+    return _newest_incarnations(founders, _NOBODY), ""
 
 
 def _next(

@@ -77,9 +77,14 @@ def test_a_report_of_another_version_is_refused() -> None:
 
 
 def test_the_first_generation_waits_for_every_rank() -> None:
-    verdict = outcome("0", Ballot(), member("2", Ballot()), world_size=3)
+    late = member("2", Ballot(), founder=True)
+    verdict = outcome("0", Ballot(), late, world_size=3, founder=True)
     assert verdict.outcome == "wait"
     assert "ranks 1 to start" in verdict.reason
+
+
+def test_replacements_do_not_found_a_run_that_may_exist_elsewhere() -> None:
+    assert outcome("0.1", Ballot(), member("1.1", Ballot()), world_size=2).outcome == "wait"
 
 
 def test_all_accept_and_then_agree() -> None:
@@ -166,22 +171,29 @@ def test_no_order_of_events_splits_a_run(data: st.DataObject) -> None:
     """Rounds of several Lighthouses at once, with old reports and lost answers, deaths and newcomers."""
     size = data.draw(st.integers(1, 5))
     start = frozenset(Identity(rank) for rank in range(size))
-    workers = {i: Report(i, Ballot(1, start), world_size=size) for i in start}
+    first = data.draw(st.sampled_from([Ballot(), Ballot(1, start)]))
+    workers = {i: Report(i, first, world_size=size, founder=True) for i in start}
     sent: dict[Identity, list[Report]] = {i: [r] for i, r in workers.items()}
-    chosen: dict[int, frozenset[Identity]] = {1: start}
+    chosen: dict[int, frozenset[Identity]] = {first.generation: first.members}
     returned: dict[int, Generation] = {}
     superseded: set[Identity] = set()
+    replaced: set[Identity] = set()
     for _ in range(data.draw(st.integers(1, 25))):
         event = data.draw(st.sampled_from(["round", "round", "round", "die", "join"]))
         some = data.draw(st.sampled_from(sorted(workers)))
         if event == "die":
             workers[some] = replace(workers[some], alive=False)
             sent[some].append(workers[some])
-        elif event == "join" and not workers[some].alive:
+        elif event == "join" and not workers[some].alive and some not in replaced:
+            replaced.add(some)
             new = Identity(
                 some.rank, max(i.incarnation for i in workers if i.rank == some.rank) + 1
             )
-            workers[new] = Report(new, world_size=size)
+            before = workers[some]
+            founder = before.founder and before.ballot == Ballot()
+            if founder:
+                superseded.add(some)  # nobody speaks for a founder that had not voted
+            workers[new] = Report(new, world_size=size, founder=founder)
             sent[new] = [workers[new]]
         elif event == "round":
             present = data.draw(st.frozensets(st.sampled_from(sorted(workers)), min_size=1))

@@ -1,0 +1,164 @@
+"""torchft's Lighthouse: the server in this process, heartbeats to it, and what it knows of workers.
+
+torchft 0.2.0 was measured and read for what is relied on here: `ManagerServer` sends its heartbeats from
+a native thread that needs no interpreter lock (the oldest age seen while a worker held the lock for 2 s
+was 0.10 s at an interval of 0.10 s), and connects again when the Lighthouse is back; a Lighthouse that has
+restarted counts from 0 and knows nobody, so that its own counter is not used as a generation here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.request
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from holdfast.elastic.generation import Identity, parse_identity
+from holdfast.parallel.errors import MembershipError
+
+JOIN_TIMEOUT_MS = 100
+"""How long a round waits for those who have been heard of and do not take part; several rounds may."""
+_TICK_MS = 10
+_CONNECT_S = 1.0
+_SEEN = re.compile(r"^\s*([\w.-]+):(\d+(?:\.\d+)?): seen ([\d.e-]+)s ago", re.MULTILINE)
+
+
+def coordination() -> Any:
+    """torchft's coordination module, told to log warnings only and to use one thread per client."""
+    os.environ.setdefault("RUST_LOG", "warn")
+    os.environ.setdefault("TOKIO_WORKER_THREADS", "1")
+    import torchft.coordination
+
+    return torchft.coordination
+
+
+class Lighthouse:
+    """A Lighthouse in this process. Its threads are native. Local; use after the last fork."""
+
+    def __init__(self, host: str, port: int = 0, *, heartbeat_timeout_ms: int = 600) -> None:
+        """Args:
+            host: the address to listen on, as workers reach it.
+            port: 0 for a free one.
+            heartbeat_timeout_ms: after which silence a worker counts as gone.
+        Raises:
+            MembershipError: the address cannot be listened on.
+        """
+        try:
+            self._server = coordination().LighthouseServer(
+                bind=f"{host}:{port}",
+                min_replicas=1,
+                join_timeout_ms=JOIN_TIMEOUT_MS,
+                quorum_tick_ms=_TICK_MS,
+                heartbeat_timeout_ms=heartbeat_timeout_ms,
+            )
+        except RuntimeError as error:
+            raise MembershipError(
+                f"no Lighthouse can listen on {host}:{port}: {error}; free the port or name another"
+            ) from error
+        self.address = f"http://{host}:{self._server.address().rsplit(':', 1)[1]}"
+        """Where its clients connect."""
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+
+def lighthouse_url(address: str) -> str:
+    """`elastic.lighthouse` as a URL: HOST:PORT may be given without http://."""
+    return address if "://" in address else f"http://{address}"
+
+
+def replica_id(run: str, identity: Identity) -> str:
+    """The name of a worker at a Lighthouse. Runs that share one by mistake keep apart."""
+    return f"{run}:{identity}"
+
+
+def identity_of(replica: str, run: str) -> Identity | None:
+    """The worker of `run` that a name stands for; None if it is of another run."""
+    name, _, identity = replica.partition(":")
+    return parse_identity(identity) if name == run else None
+
+
+class Heartbeats:
+    """Tells a Lighthouse that this process lives, whatever its interpreter does, until closed. Local."""
+
+    def __init__(self, address: str, replica: str, interval_ms: int) -> None:
+        """Raises:
+        MembershipError: the Lighthouse cannot be reached now.
+        """
+        try:
+            self._server = coordination().ManagerServer(
+                replica_id=replica,
+                lighthouse_addr=address,
+                hostname="127.0.0.1",
+                bind="127.0.0.1:0",
+                store_addr="",
+                world_size=1,
+                heartbeat_interval=timedelta(milliseconds=interval_ms),
+                connect_timeout=timedelta(seconds=_CONNECT_S),
+                quorum_retries=0,
+            )
+        except (RuntimeError, TimeoutError) as error:
+            raise unreachable(address, error) from error
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+
+class RoundClient:
+    """Takes part in rounds of a Lighthouse. Connects when first used, and again when that is needed."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client: Any = None
+
+    def round(
+        self, replica: str, report: dict[str, Any], timeout_s: float
+    ) -> Sequence[tuple[str, dict[str, Any]]]:
+        """Take part in the next round: the name and report of all that did. Releases the GIL.
+
+        Raises:
+            MembershipError: the Lighthouse cannot be reached, or there was no round in time.
+        """
+        try:
+            if self._client is None:
+                connect = timedelta(seconds=min(_CONNECT_S, timeout_s))
+                self._client = coordination().LighthouseClient(self._address, connect)
+            quorum = self._client.quorum(replica, timedelta(seconds=timeout_s), data=report)
+        except TimeoutError as error:
+            raise RoundTimeout(f"no round within {timeout_s:.1f} s at {self._address}") from error
+        except RuntimeError as error:
+            raise unreachable(self._address, error) from error
+        return [(member.replica_id, member.data or {}) for member in quorum.participants]
+
+
+class RoundTimeout(MembershipError):
+    """A Lighthouse, if it is there, is waiting for others to take part."""
+
+
+def unreachable(address: str, error: Exception) -> MembershipError:
+    """What is said of a Lighthouse that does not answer."""
+    reason = str(error).splitlines()[0][:160]
+    return MembershipError(
+        f"the Lighthouse at {address} cannot be reached ({reason}); start it again at that address, or "
+        "check the network"
+    )
+
+
+def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Identity, float]:
+    """Seconds since the Lighthouse heard of each worker of a run. It forgets nobody.
+
+    Raises:
+        MembershipError: the Lighthouse cannot be reached.
+    """
+    try:
+        with urllib.request.urlopen(f"{address}/status", timeout=timeout_s) as answer:
+            text = answer.read().decode()
+    except OSError as error:
+        raise unreachable(address, error) from error
+    return {
+        parse_identity(identity): float(age)
+        for name, identity, age in _SEEN.findall(text)
+        if name == run
+    }

@@ -1,0 +1,276 @@
+"""A worker's membership of its run: who takes part, what changed, and how a new generation is agreed on."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch.distributed import Store
+
+from holdfast.elastic.agreement import Report, Verdict, generation_of
+from holdfast.elastic.generation import (
+    Generation,
+    Identity,
+    format_identities,
+)
+from holdfast.elastic.lighthouse import Heartbeats, RoundTimeout, replica_id
+from holdfast.elastic.link import WorkerLink
+from holdfast.elastic.notices import Notice, notice_from_data, notice_to_data
+from holdfast.elastic.seat import Seat
+from holdfast.elastic.store import generation_store
+from holdfast.elastic.voter import PAUSE_S, Voter
+from holdfast.parallel.errors import MembershipError, Minority
+
+_PAUSE_UNREACHABLE_S = 0.1
+
+
+class Membership:
+    """One worker's part in the membership of its run.
+
+    A worker calls `agree` once to begin, and again whenever the set of ranks changes: at once after a
+    loss (`on_urgent`, or an operation that raises `PeerLost`), at the end of a step for arrivals and
+    departures (`wanted`). Between these calls it exchanges nothing with the Lighthouse but heartbeats,
+    so that training goes on while that is away. Not safe to share between threads, apart from `wanted`.
+    """
+
+    def __init__(self, seat: Seat, line: socket.socket | None = None) -> None:
+        """Args:
+            line: to this worker's agent; None without one.
+        Raises:
+            MembershipError: another process votes as this worker.
+        """
+        self.seat = seat
+        self.generation: Generation | None = None
+        """The newest that `agree` has returned."""
+        self._lock = threading.Lock()
+        self._urgent: Callable[[Notice], None] | None = None
+        self._heard: list[Notice] = []
+        self._lost: set[Identity] = set()
+        self._heartbeats: Heartbeats | None = None
+        self._resources = contextlib.ExitStack()
+        try:
+            self._resources.enter_context(seat.ballots.held())
+        except BlockingIOError as error:
+            raise MembershipError(
+                f"another process is rank {seat.identity} of run {seat.settings.run}; end it first"
+            ) from error
+        self._voter = Voter(seat.identity, seat.settings, seat.ballots)
+        self._link: WorkerLink | None = None
+        if line is not None:
+            self._link = WorkerLink(line, seat.pulse, self._hear)
+            self._resources.callback(self._link.close)
+
+    def agree(
+        self,
+        *,
+        step: int,
+        phase: str,
+        urgent: bool = True,
+        leaving: bool = False,
+        unreachable: frozenset[Identity] = frozenset(),
+        data: Mapping[str, Any] | None = None,
+        timeout_s: float = 60.0,
+    ) -> Generation:
+        """Agree with the other workers on the next generation. Collective over all live workers.
+
+        Waits, and must not be followed by training on the old generation's ranks when it raises.
+
+        Args:
+            step: steps that this worker has committed.
+            phase: where in the step it is; told to the others as it is.
+            urgent: the step cannot be finished: the others are told, and leave theirs too. False at the
+                end of a step after which all call this.
+            leaving: it is to be relieved of its state, and will then go.
+            unreachable: members that it cannot exchange messages with. Whom a majority names is left
+                out. For ranks with which a new generation's groups could not be built; not for the peers
+                of an operation that failed, which may have failed for the same reason.
+            data: more to tell the others, as JSON values.
+            timeout_s: after which it gives up.
+        Returns:
+            The new generation, equal on every member.
+        Raises:
+            Superseded: the others went on without this worker; it must end, or begin as a new one.
+            Minority: no majority of the last generation could be reached in time.
+            MembershipError: no agreement in time for another reason, such as no Lighthouse.
+        """
+        began = time.monotonic()
+        deadline = began + timeout_s
+        settings = self.seat.settings
+        held = self.generation.number if self.generation is not None else 0
+        report = Report(
+            self.seat.identity,
+            founder=self.seat.founder,
+            world_size=settings.world_size,
+            min_ranks=settings.min_ranks,
+            unreachable=unreachable,
+            node=self.seat.node,
+            store=self.seat.store,
+            held=held,
+            step=step,
+            phase=phase,
+            leaving=leaving,
+            data=dict(data or {}),
+        )
+        self._tell("agreeing", held=held)
+        if urgent and held:
+            self._tell_all(Notice("disturbed", self.seat.identity, phase, generation=held))
+        last: Verdict | None = None
+        trouble: MembershipError | None = None
+        while (left_s := deadline - time.monotonic()) > 0:
+            impatient = time.monotonic() - began > settings.patience_s
+            with self._lock:
+                lost = frozenset(self._lost)
+            try:
+                self._beat()
+                verdict, reports = self._voter.round(
+                    replace(report, lost=lost, impatient=impatient), min(left_s, settings.call_s)
+                )
+            except RoundTimeout as error:
+                trouble = error
+                continue
+            except MembershipError as error:
+                if type(error) is not MembershipError:
+                    raise
+                trouble = error
+                self._voter.say(str(error))
+                time.sleep(min(_PAUSE_UNREACHABLE_S, left_s))
+                continue
+            last, trouble = verdict, None
+            if verdict.outcome == "agreed":
+                return self._enter(generation_of(verdict.ballot, reports))
+            if verdict.outcome == "wait":
+                time.sleep(PAUSE_S)
+        raise self._gave_up(timeout_s, last, trouble)
+
+    def on_urgent(self, call: Callable[[Notice], None] | None) -> None:
+        """Have `call` called, in another thread, as soon as a member of the generation is lost.
+
+        It is to release what the worker waits for (abort its communicators), and must not block.
+        """
+        with self._lock:
+            self._urgent = call
+            missed = [n for n in self._heard if n.urgent and self._concerns(n)]
+        if call is not None:
+            for notice in missed:
+                call(notice)
+
+    @property
+    def wanted(self) -> tuple[Notice, ...]:
+        """Arrivals and departures that wait for the end of a step, heard of since the last `agree`.
+
+        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for instance in
+        the all-reduce that is the step's vote, and call `agree` after the step where it is true.
+        """
+        with self._lock:
+            return tuple(n for n in self._heard if not n.urgent and self._concerns(n))
+
+    def heard(self) -> tuple[Notice, ...]:
+        """All notices since the last call, for the record. Empties the list of those that are settled."""
+        with self._lock:
+            notices = tuple(self._heard)
+            self._heard = [n for n in self._heard if self._concerns(n)]
+        return notices
+
+    def committed(self, step: int) -> None:
+        """Tell the agent that `step` steps are committed: the run makes progress."""
+        self._tell("committed", step=step)
+
+    def request_fence(self, identity: Identity, reason: str) -> None:
+        """Ask for a member that hangs to be killed by its agent, wherever that is."""
+        self._tell_all(Notice("fence", identity, reason))
+
+    def store(self, timeout_s: float = 60.0) -> Store:
+        """A client of the present generation's store, below its prefix.
+
+        Raises:
+            PeerLost: its host is gone.
+            MembershipError: there is no generation yet.
+        """
+        if self.generation is None:
+            raise MembershipError("no generation has been agreed on; call agree first")
+        return generation_store(self.generation, timeout_s)
+
+    def close(self) -> None:
+        """Stop the heartbeats, and give up the right to vote."""
+        if self._heartbeats is not None:
+            self._heartbeats.close()
+        self._resources.close()
+
+    def _beat(self) -> None:
+        if self._heartbeats is None:
+            settings = self.seat.settings
+            name = replica_id(settings.run, self.seat.identity)
+            self._heartbeats = Heartbeats(settings.lighthouse, name, settings.heartbeat_ms)
+
+    def _enter(self, generation: Generation) -> Generation:
+        with self._lock:
+            self.generation = generation
+            self._heard = [n for n in self._heard if n.kind != "silent" or not self._concerns(n)]
+            self._lost = {n.identity for n in self._heard if n.lost}
+            ended = [n for n in self._heard if n.urgent and self._concerns(n)]
+            call = self._urgent
+        self._tell(
+            "generation",
+            number=generation.number,
+            store=generation.store,
+            prefix=generation.prefix,
+            members=format_identities(generation.identities),
+            nodes=list(dict.fromkeys(member.node for member in generation.members)),
+        )
+        if call is not None:
+            for notice in ended:
+                call(notice)
+        return generation
+
+    def _gave_up(
+        self, timeout_s: float, last: Verdict | None, trouble: MembershipError | None
+    ) -> MembershipError:
+        where = (
+            f"rank {self.seat.identity}: no agreement on who takes part within {timeout_s:.0f} s"
+        )
+        if last is not None and last.minority:
+            return Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
+        reason = (last.reason if last is not None else "") or str(trouble or "no round was held")
+        return MembershipError(f"{where}: {reason}")
+
+    def _tell_all(self, notice: Notice) -> None:
+        self._tell("notice", notice=notice_to_data(replace(notice, node=self.seat.node)))
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        if self._link is not None:
+            self._link.send(kind, **fields)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """In the link's thread."""
+        if message["kind"] != "notice":
+            return
+        notice = notice_from_data(message["notice"])
+        with self._lock:
+            if notice in self._heard:
+                return
+            self._heard.append(notice)
+            if notice.lost:
+                self._lost.add(notice.identity)
+            call = self._urgent if notice.urgent and self._concerns(notice) else None
+        if call is not None:
+            call(notice)
+
+    def _concerns(self, notice: Notice) -> bool:
+        """Whether a notice is news to the present generation."""
+        if self.generation is None:
+            return False
+        if notice.generation and notice.generation != self.generation.number:
+            return False
+        inside = notice.identity in self.generation.identities
+        if notice.kind == "disturbed":
+            return inside and notice.identity != self.seat.identity
+        if notice.kind == "leaving":
+            return inside and not any(
+                m.leaving for m in self.generation.members if m.identity == notice.identity
+            )
+        return inside != (notice.kind == "joining")

@@ -1,0 +1,97 @@
+"""What nodes tell each other about workers, and the board in a generation's store where they do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch.distributed import Store
+
+from holdfast.elastic.generation import Identity, parse_identity
+
+NoticeKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "fence"]
+_URGENT = ("ended", "silent", "disturbed")
+_HOLE_S = 1.0
+"""How long a notice that was numbered may take to arrive; its author may have died in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that one node noticed about a worker and all should know."""
+
+    kind: NoticeKind
+    """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot go on with
+    its step, and has come to agree. joining: it waits to be taken in. leaving: it wants to be let go.
+    fence: it hangs, and its agent is to kill it."""
+    identity: Identity
+    cause: str
+    """For a person."""
+    age_s: float = 0.0
+    """Seconds between the worker's last sign of life and this notice; for `leaving`, until it must go."""
+    node: str = ""
+    """The node that noticed."""
+    generation: int = 0
+    """Of which it is news; 0: of whichever has this worker."""
+
+    @property
+    def urgent(self) -> bool:
+        """Whether the current step cannot be finished: a change that does not wait for a step's end."""
+        return self.kind in _URGENT
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing more is to be expected of the worker."""
+        return self.kind in ("ended", "silent")
+
+
+def notice_to_data(notice: Notice) -> dict[str, Any]:
+    """A notice as JSON values."""
+    return {**asdict(notice), "identity": str(notice.identity)}
+
+
+def notice_from_data(plain: Mapping[str, Any]) -> Notice:
+    """The notice that `notice_to_data` wrote."""
+    return Notice(**{**plain, "identity": parse_identity(plain["identity"])})
+
+
+class NoticeBoard:
+    """Notices of one generation, in the same order for every reader. One per thread."""
+
+    def __init__(self, store: Store) -> None:
+        """Args:
+        store: under the generation's prefix.
+        """
+        self._store = store
+        self._read = 0
+        self._hole_since: float | None = None
+
+    def post(self, notice: Notice) -> None:
+        """Put up a notice for all. Raises RuntimeError when the store is gone."""
+        number = self._store.add("notices", 1)
+        self._store.set(f"notice/{number}", json.dumps(notice_to_data(notice)))
+
+    def read(self) -> list[Notice]:
+        """The notices that have come since. Raises RuntimeError when the store is gone.
+
+        It asks and does not wait: a wait of the store that ends for lack of news logs a warning.
+        """
+        notices: list[Notice] = []
+        posted = self._store.add("notices", 0)
+        while self._read < posted:
+            key = f"notice/{self._read + 1}"
+            if self._store.check([key]):
+                notices.append(notice_from_data(json.loads(self._store.get(key))))
+            elif not self._is_hole():
+                break
+            self._hole_since = None
+            self._read += 1
+        return notices
+
+    def _is_hole(self) -> bool:
+        """Whether the next notice has been missing for so long that its author must have died."""
+        now = time.monotonic()
+        self._hole_since = self._hole_since or now
+        return now - self._hole_since > _HOLE_S

@@ -1,0 +1,54 @@
+"""What an agent hands to a worker that it starts, as one value that can be sent to a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.elastic.ballot_file import BallotFile
+from holdfast.elastic.generation import Identity
+from holdfast.elastic.voter import MembershipSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A worker's place in a run."""
+
+    rank: int
+    incarnation: int
+    local_rank: int
+    """Among the workers of its node."""
+    node: str
+    """The failure domain that it runs in."""
+    store: str
+    """HOST:PORT of the store in its agent."""
+    founder: bool
+    """The run is started with it, or it replaces a founder that had not voted."""
+    folder: str
+    """Where its ballot and its pulse lie; on its node, seen by its agent."""
+    settings: MembershipSettings
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.rank, self.incarnation)
+
+    @property
+    def ballots(self) -> BallotFile:
+        return BallotFile(Path(self.folder), self.identity)
+
+    @property
+    def pulse(self) -> Path:
+        return Path(self.folder) / f"{self.identity}.pulse"
+
+
+def seat_to_data(seat: Seat) -> dict[str, Any]:
+    """A seat as JSON values."""
+    return msgspec.to_builtins(seat)
+
+
+def seat_from_data(plain: dict[str, Any]) -> Seat:
+    """The seat that `seat_to_data` wrote."""
+    return msgspec.convert(plain, Seat)

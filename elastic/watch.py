@@ -1,0 +1,134 @@
+"""Threads of an agent that learn of other nodes: the notice boards, and the heartbeats at the Lighthouse."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch.distributed import PrefixStore
+
+from holdfast.elastic.generation import Identity
+from holdfast.elastic.lighthouse import heartbeat_ages
+from holdfast.elastic.notices import Notice, NoticeBoard
+from holdfast.elastic.store import connect_store
+from holdfast.elastic.voter import MembershipSettings
+from holdfast.parallel.errors import MembershipError, PeerLost
+
+logger = logging.getLogger("holdfast.agent")
+
+_POLL_S = 0.05
+_BOARD_TIMEOUT_S = 5.0
+_JOIN_AFTER = 2.0
+"""Times of `heartbeat_timeout_ms` that an unknown worker is heard of before it counts as a newcomer: those
+who have just been left out are heard of once more."""
+
+
+class BoardFollower:
+    """Posts to one generation's board, and hands over what others post there. Ends with the board."""
+
+    def __init__(self, store: str, prefix: str, receive: Callable[[Notice], None]) -> None:
+        """Args:
+        store: HOST:PORT.
+        receive: called in this follower's thread with each notice, one's own included.
+        """
+        self._store, self._prefix, self._receive = store, prefix, receive
+        self._outgoing: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="holdfast-board", daemon=True)
+        self._thread.start()
+
+    def post(self, notice: Notice) -> None:
+        """Put up a notice soon. Lost if the store is gone."""
+        self._outgoing.put(notice)
+
+    def close(self) -> None:
+        """Post what is left, and end; not waited for, as the store may not answer."""
+        self._outgoing.put(None)
+
+    def _run(self) -> None:
+        try:
+            store = PrefixStore(self._prefix, connect_store(self._store, _BOARD_TIMEOUT_S))
+            board = NoticeBoard(store)
+            while True:
+                try:
+                    notice = self._outgoing.get(timeout=_POLL_S)
+                    if notice is None:
+                        return
+                    board.post(notice)
+                except queue.Empty:
+                    pass
+                for notice in board.read():
+                    self._receive(notice)
+        except (PeerLost, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("no more notices of %s: %s", self._prefix, reason)
+
+
+class HeartbeatWatch:
+    """Tells of members of whom the Lighthouse has not heard in time, and of workers that want to join.
+
+    A few agents watch for all; while the Lighthouse is away nobody is suspected.
+    """
+
+    def __init__(self, settings: MembershipSettings, receive: Callable[[Notice], None]) -> None:
+        """Args:
+        receive: called in this watch's thread with each notice.
+        """
+        self._settings, self._receive = settings, receive
+        self._members: frozenset[Identity] = frozenset()
+        self._generation = 0
+        self._told: set[Identity] = set()
+        self._unknown_since: dict[Identity, float] = {}
+        self._stop = threading.Event()
+        self._reachable = True
+        self._thread = threading.Thread(target=self._run, name="holdfast-watch", daemon=True)
+        self._thread.start()
+
+    def watch(self, generation: int, members: frozenset[Identity]) -> None:
+        """Watch this generation from now on; nobody if it is empty."""
+        self._generation, self._members = generation, members
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        interval_s = self._settings.heartbeat_ms / 1000
+        while not self._stop.wait(interval_s):
+            if not self._members:
+                continue
+            try:
+                ages = heartbeat_ages(self._settings.lighthouse, self._settings.run)
+            except MembershipError as error:
+                if self._reachable:
+                    logger.warning("%s; training goes on, changes of membership wait", error)
+                self._reachable = False
+                continue
+            if not self._reachable:
+                logger.warning("the Lighthouse at %s is back", self._settings.lighthouse)
+            self._reachable = True
+            for notice in self.judge(ages, time.monotonic()):
+                self._receive(notice)
+
+    def judge(self, ages: dict[Identity, float], now_s: float) -> list[Notice]:
+        """What heartbeats of these ages give notice of, each silence and each newcomer once."""
+        generation, members = self._generation, self._members
+        timeout_s = self._settings.heartbeat_timeout_ms / 1000
+        alive = {identity for identity, age_s in ages.items() if age_s < timeout_s}
+        self._told -= alive & members
+        notices = []
+        for identity in sorted((ages.keys() & members) - alive - self._told):
+            cause = f"no heartbeat for {ages[identity]:.2f} s"
+            notices.append(Notice("silent", identity, cause, ages[identity], generation=generation))
+            self._told.add(identity)
+        unknown = alive - members
+        self._unknown_since = {i: self._unknown_since.get(i, now_s) for i in unknown}
+        for identity, since_s in sorted(self._unknown_since.items()):
+            if now_s - since_s > _JOIN_AFTER * timeout_s and identity not in self._told:
+                notices.append(Notice("joining", identity, "wants to take part"))
+                self._told.add(identity)
+        self._told -= {i for i in self._told - members if i not in unknown}
+        return [replace(notice, node="lighthouse") for notice in notices]

@@ -34,6 +34,14 @@ def coordination() -> Any:
     return torchft.coordination
 
 
+class LighthouseAway(MembershipError):
+    """The Lighthouse cannot be reached; changes of membership wait until it can."""
+
+
+class RoundTimeout(MembershipError):
+    """A Lighthouse, if it is there, is waiting for others to take part."""
+
+
 class Lighthouse:
     """A Lighthouse in this process. Its threads are native. Local; use after the last fork."""
 
@@ -85,7 +93,7 @@ class Heartbeats:
 
     def __init__(self, address: str, replica: str, interval_ms: int) -> None:
         """Raises:
-        MembershipError: the Lighthouse cannot be reached now.
+        LighthouseAway: it cannot be reached now.
         """
         try:
             self._server = coordination().ManagerServer(
@@ -100,7 +108,7 @@ class Heartbeats:
                 quorum_retries=0,
             )
         except (RuntimeError, TimeoutError) as error:
-            raise unreachable(address, error) from error
+            raise _away(address, error) from error
 
     def close(self) -> None:
         self._server.shutdown()
@@ -119,7 +127,8 @@ class RoundClient:
         """Take part in the next round: the name and report of all that did. Releases the GIL.
 
         Raises:
-            MembershipError: the Lighthouse cannot be reached, or there was no round in time.
+            LighthouseAway: it cannot be reached.
+            RoundTimeout: there was no round in time.
         """
         try:
             if self._client is None:
@@ -129,18 +138,13 @@ class RoundClient:
         except TimeoutError as error:
             raise RoundTimeout(f"no round within {timeout_s:.1f} s at {self._address}") from error
         except RuntimeError as error:
-            raise unreachable(self._address, error) from error
+            raise _away(self._address, error) from error
         return [(member.replica_id, member.data or {}) for member in quorum.participants]
 
 
-class RoundTimeout(MembershipError):
-    """A Lighthouse, if it is there, is waiting for others to take part."""
-
-
-def unreachable(address: str, error: Exception) -> MembershipError:
-    """What is said of a Lighthouse that does not answer."""
+def _away(address: str, error: Exception) -> LighthouseAway:
     reason = str(error).splitlines()[0][:160]
-    return MembershipError(
+    return LighthouseAway(
         f"the Lighthouse at {address} cannot be reached ({reason}); start it again at that address, or "
         "check the network"
     )
@@ -150,13 +154,13 @@ def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Ident
     """Seconds since the Lighthouse heard of each worker of a run. It forgets nobody.
 
     Raises:
-        MembershipError: the Lighthouse cannot be reached.
+        LighthouseAway: it cannot be reached.
     """
     try:
         with urllib.request.urlopen(f"{address}/status", timeout=timeout_s) as answer:
             text = answer.read().decode()
     except OSError as error:
-        raise unreachable(address, error) from error
+        raise _away(address, error) from error
     return {
         parse_identity(identity): float(age)
         for name, identity, age in _SEEN.findall(text)

@@ -64,10 +64,10 @@ def send_message(line: socket.socket, message: dict[str, Any]) -> bool:
 
 
 def receive_message(line: socket.socket) -> dict[str, Any] | None:
-    """The next message; None once the other end is gone. Waits if there is none yet."""
+    """The next message; None if the other end is gone, or if there is none yet. Does not wait."""
     try:
-        packet = line.recv(_PACKET_BYTES)
-    except ConnectionError:
+        packet = line.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
+    except (ConnectionError, BlockingIOError):
         return None
     return json.loads(packet) if packet else None
 

@@ -18,11 +18,11 @@ from holdfast.elastic.generation import (
     Identity,
     format_identities,
 )
-from holdfast.elastic.lighthouse import Heartbeats, RoundTimeout, replica_id
+from holdfast.elastic.lighthouse import Heartbeats, LighthouseAway, RoundTimeout, replica_id
 from holdfast.elastic.link import WorkerLink
 from holdfast.elastic.notices import Notice, notice_from_data, notice_to_data
 from holdfast.elastic.seat import Seat
-from holdfast.elastic.store import generation_store
+from holdfast.elastic.store import StoreClients
 from holdfast.elastic.voter import PAUSE_S, Voter
 from holdfast.parallel.errors import MembershipError, Minority
 
@@ -51,7 +51,9 @@ class Membership:
         self._urgent: Callable[[Notice], None] | None = None
         self._heard: list[Notice] = []
         self._lost: set[Identity] = set()
+        self._agreeing = False
         self._heartbeats: Heartbeats | None = None
+        self._stores = StoreClients()
         self._resources = contextlib.ExitStack()
         try:
             self._resources.enter_context(seat.ballots.held())
@@ -78,7 +80,8 @@ class Membership:
     ) -> Generation:
         """Agree with the other workers on the next generation. Collective over all live workers.
 
-        Waits, and must not be followed by training on the old generation's ranks when it raises.
+        When it raises, the worker must not go on, unless it had called with `urgent` false: it may then
+        go on in its old generation, in which no step can be committed if some have left it.
 
         Args:
             step: steps that this worker has committed.
@@ -98,8 +101,6 @@ class Membership:
             Minority: no majority of the last generation could be reached in time.
             MembershipError: no agreement in time for another reason, such as no Lighthouse.
         """
-        began = time.monotonic()
-        deadline = began + timeout_s
         settings = self.seat.settings
         held = self.generation.number if self.generation is not None else 0
         report = Report(
@@ -116,41 +117,76 @@ class Membership:
             leaving=leaving,
             data=dict(data or {}),
         )
-        self._tell("agreeing", held=held)
         if urgent and held:
             self._tell_all(Notice("disturbed", self.seat.identity, phase, generation=held))
+        with self._lock:
+            self._agreeing = True
+        try:
+            generation = self._rounds(report, timeout_s)
+            with self._lock:
+                self.generation = generation
+        finally:
+            self._call_for_missed()
+        self._tell(
+            "generation",
+            number=generation.number,
+            store=generation.store,
+            prefix=generation.prefix,
+            members=format_identities(generation.identities),
+            nodes=list(dict.fromkeys(member.node for member in generation.members)),
+        )
+        return generation
+
+    def _rounds(self, report: Report, timeout_s: float) -> Generation:
+        """Take part in rounds until there is agreement."""
+        began = time.monotonic()
         last: Verdict | None = None
         trouble: MembershipError | None = None
-        while (left_s := deadline - time.monotonic()) > 0:
-            impatient = time.monotonic() - began > settings.patience_s
+        while (left_s := began + timeout_s - time.monotonic()) > 0:
+            waited_s = timeout_s - left_s
             with self._lock:
                 lost = frozenset(self._lost)
+            now = replace(report, lost=lost, impatient=waited_s > self.seat.settings.patience_s)
             try:
                 self._beat()
-                verdict, reports = self._voter.round(
-                    replace(report, lost=lost, impatient=impatient), min(left_s, settings.call_s)
-                )
+                verdict, reports = self._voter.round(now, min(left_s, self.seat.settings.call_s))
             except RoundTimeout as error:
                 trouble = error
                 continue
-            except MembershipError as error:
-                if type(error) is not MembershipError:
-                    raise
+            except LighthouseAway as error:
                 trouble = error
                 self._voter.say(str(error))
                 time.sleep(min(_PAUSE_UNREACHABLE_S, left_s))
                 continue
             last, trouble = verdict, None
             if verdict.outcome == "agreed":
-                return self._enter(generation_of(verdict.ballot, reports))
+                return generation_of(verdict.ballot, reports)
             if verdict.outcome == "wait":
                 time.sleep(PAUSE_S)
-        raise self._gave_up(timeout_s, last, trouble)
+        where = (
+            f"rank {self.seat.identity}: no agreement on who takes part within {timeout_s:.0f} s"
+        )
+        if last is not None and last.minority:
+            raise Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
+        reason = (last.reason if last is not None else "") or str(trouble or "no round was held")
+        raise MembershipError(f"{where}: {reason}")
+
+    def _call_for_missed(self) -> None:
+        """After `agree`: call for what was lost meanwhile, and forget what that has settled."""
+        with self._lock:
+            self._agreeing = False
+            if self.generation is not None:
+                self._heard = [
+                    n for n in self._heard if n.kind != "silent" or not self._concerns(n)
+                ]
+            self._lost = {n.identity for n in self._heard if n.lost}
+        self.on_urgent(self._urgent)
 
     def on_urgent(self, call: Callable[[Notice], None] | None) -> None:
         """Have `call` called, in another thread, as soon as a member of the generation is lost.
 
-        It is to release what the worker waits for (abort its communicators), and must not block.
+        It is to release what the worker waits for (abort its communicators), and must not block. It is
+        not called from the beginning of `agree` until that returns, and then for what was lost meanwhile.
         """
         with self._lock:
             self._urgent = call
@@ -184,8 +220,8 @@ class Membership:
         """Ask for a member that hangs to be killed by its agent, wherever that is."""
         self._tell_all(Notice("fence", identity, reason))
 
-    def store(self, timeout_s: float = 60.0) -> Store:
-        """A client of the present generation's store, below its prefix.
+    def store(self) -> Store:
+        """A client of the present generation's store, below its prefix. Its connection is kept.
 
         Raises:
             PeerLost: its host is gone.
@@ -193,7 +229,7 @@ class Membership:
         """
         if self.generation is None:
             raise MembershipError("no generation has been agreed on; call agree first")
-        return generation_store(self.generation, timeout_s)
+        return self._stores.at(self.generation.store, self.generation.prefix)
 
     def close(self) -> None:
         """Stop the heartbeats, and give up the right to vote."""
@@ -206,37 +242,8 @@ class Membership:
             settings = self.seat.settings
             name = replica_id(settings.run, self.seat.identity)
             self._heartbeats = Heartbeats(settings.lighthouse, name, settings.heartbeat_ms)
-
-    def _enter(self, generation: Generation) -> Generation:
-        with self._lock:
-            self.generation = generation
-            self._heard = [n for n in self._heard if n.kind != "silent" or not self._concerns(n)]
-            self._lost = {n.identity for n in self._heard if n.lost}
-            ended = [n for n in self._heard if n.urgent and self._concerns(n)]
-            call = self._urgent
-        self._tell(
-            "generation",
-            number=generation.number,
-            store=generation.store,
-            prefix=generation.prefix,
-            members=format_identities(generation.identities),
-            nodes=list(dict.fromkeys(member.node for member in generation.members)),
-        )
-        if call is not None:
-            for notice in ended:
-                call(notice)
-        return generation
-
-    def _gave_up(
-        self, timeout_s: float, last: Verdict | None, trouble: MembershipError | None
-    ) -> MembershipError:
-        where = (
-            f"rank {self.seat.identity}: no agreement on who takes part within {timeout_s:.0f} s"
-        )
-        if last is not None and last.minority:
-            return Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
-        reason = (last.reason if last is not None else "") or str(trouble or "no round was held")
-        return MembershipError(f"{where}: {reason}")
+            if self.generation is None:
+                self._tell("joining")
 
     def _tell_all(self, notice: Notice) -> None:
         self._tell("notice", notice=notice_to_data(replace(notice, node=self.seat.node)))
@@ -256,7 +263,8 @@ class Membership:
             self._heard.append(notice)
             if notice.lost:
                 self._lost.add(notice.identity)
-            call = self._urgent if notice.urgent and self._concerns(notice) else None
+            news = notice.urgent and self._concerns(notice) and not self._agreeing
+            call = self._urgent if news else None
         if call is not None:
             call(notice)
 

@@ -54,7 +54,9 @@ def notice_to_data(notice: Notice) -> dict[str, Any]:
 
 def notice_from_data(plain: Mapping[str, Any]) -> Notice:
     """The notice that `notice_to_data` wrote."""
-    return Notice(**{**plain, "identity": parse_identity(plain["identity"])})
+    fields = dict(plain)
+    fields["identity"] = parse_identity(fields["identity"])
+    return Notice(**fields)
 
 
 class NoticeBoard:

@@ -6,7 +6,6 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from holdfast.elastic.generation import Generation
 from holdfast.parallel.errors import PeerLost
 
 STORE_TIMEOUT_S = 60.0
@@ -35,10 +34,33 @@ def connect_store(address: str, timeout_s: float = STORE_TIMEOUT_S) -> Store:
         ) from error
 
 
-def generation_store(generation: Generation, timeout_s: float = STORE_TIMEOUT_S) -> Store:
-    """The store that a generation uses, below its own prefix.
+class StoreClients:
+    """Clients of the stores that generations use, one connection to each. For one thread at a time.
 
-    Raises:
-        PeerLost: nobody answers there.
+    A connection is kept from one generation to the next: the server looks up the name of whoever
+    connects, and a slow name service then stops it for all (5 s were seen).
     """
-    return PrefixStore(generation.prefix, connect_store(generation.store, timeout_s))
+
+    def __init__(self, timeout_s: float = STORE_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._clients: dict[str, Store] = {}
+
+    def at(self, address: str, prefix: str) -> Store:
+        """The store at HOST:PORT, below a prefix.
+
+        Raises:
+            PeerLost: nobody answers there.
+        """
+        client = self._clients.get(address)
+        if client is None or not _answers(client):
+            client = self._clients[address] = connect_store(address, self._timeout_s)
+        return PrefixStore(prefix, client)
+
+
+def _answers(client: Store) -> bool:
+    """Whether a connection made earlier still serves."""
+    try:
+        client.add("asked", 0)
+    except RuntimeError:
+        return False
+    return True

@@ -74,7 +74,7 @@ class Voter:
             What follows from the round, which has been written to the ballot file; and all reports.
         Raises:
             Superseded: the run has gone on without this worker.
-            MembershipError: the Lighthouse cannot be reached, or there was no round in time.
+            LighthouseAway, RoundTimeout: see `RoundClient.round`.
         """
         own = replace(report, identity=self.identity, ballot=self.ballot)
         answer = self._client.round(self._replica, report_to_data(own), timeout_s)

@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch.distributed import PrefixStore
 
@@ -128,7 +127,7 @@ class HeartbeatWatch:
         self._unknown_since = {i: self._unknown_since.get(i, now_s) for i in unknown}
         for identity, since_s in sorted(self._unknown_since.items()):
             if now_s - since_s > _JOIN_AFTER * timeout_s and identity not in self._told:
-                notices.append(Notice("joining", identity, "wants to take part"))
+                notices.append(Notice("joining", identity, "a new worker wants to take part"))
                 self._told.add(identity)
         self._told -= {i for i in self._told - members if i not in unknown}
-        return [replace(notice, node="lighthouse") for notice in notices]
+        return notices

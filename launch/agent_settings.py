@@ -1,0 +1,40 @@
+"""What an agent is told: its node, its ranks, and how patient it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from holdfast.elastic.voter import MembershipSettings
+from holdfast.launch.evidence import Evidence
+from holdfast.launch.restarts import RestartPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """What an agent is to do."""
+
+    membership: MembershipSettings
+    """`lighthouse` may be empty: the agent then hosts one."""
+    ranks: tuple[int, ...]
+    """The ranks of this node."""
+    node: str
+    """The failure domain, as other nodes are to see it."""
+    log: Callable[[int], Path]
+    """Where the output of a rank goes."""
+    host: str = "127.0.0.1"
+    """This node's address as other nodes reach it."""
+    hang_timeout_s: float = 10.0
+    respawn: bool = True
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    exit_s: float = 30.0
+    """How long workers may take to leave after SIGTERM, and others to end once one has finished."""
+    founder: bool = True
+    """False for a node that joins a run which others have begun."""
+    incarnation: int = 0
+    """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
+    evidence: Evidence | None = None
+    """More grounds to hold a worker to be hung than its pulse gives."""
+    folder: Path | None = None
+    """For ballots and pulses, on this node; a temporary one by default."""

@@ -1,0 +1,120 @@
+"""Agents and their workers as real processes: what is killed, stopped or hung is noticed and replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from elastic_demo import demonstration, is_running, wait_for
+
+pytestmark = [pytest.mark.mp, pytest.mark.chaos]
+
+
+def test_a_run_without_trouble_is_one_generation(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 3, steps=20) as run:
+        run.start_node("a", (0, 1, 2))
+        assert run.exit_code("a") == 0
+        assert [run.step(rank) for rank in range(3)] == [20] * 3
+        assert [len(run.records(rank, "generation")) for rank in range(3)] == [1] * 3
+
+
+def test_a_killed_worker_is_replaced_and_no_step_is_lost(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 4) as run:
+        run.start_node("a", (0, 1))
+        run.start_node("b", (2, 3))
+        first = run.reach(0, ["0", "1", "2", "3"])
+        run.more_steps(0)
+        os.kill(run.pid(2), signal.SIGKILL)
+        for rank in range(4):
+            run.reach(rank, ["0", "1", "2.1", "3"], after=first["number"])
+        run.more_steps(0)
+        for rank in (0, 1, 3):
+            steps = [record["step"] for record in run.records(rank, "step")]
+            assert steps == sorted(set(steps))
+        run.check_history(range(4))
+
+
+def test_a_stopped_worker_is_killed_and_replaced(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 3) as run:
+        run.start_node("a", (0, 1, 2))
+        first = run.reach(0, ["0", "1", "2"])
+        stopped = run.pid(1)
+        os.kill(stopped, signal.SIGSTOP)
+        run.reach(0, ["0", "1.1", "2"], after=first["number"])
+        assert not is_running(stopped)
+        assert "stopped by a signal" in (tmp_path / "a.log").read_text()
+
+
+def test_a_worker_that_holds_the_interpreter_is_killed_and_replaced(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 3) as run:
+        run.start_node("a", (0, 1, 2))
+        first = run.reach(0, ["0", "1", "2"])
+        run.fault("2", "hold-lock")
+        run.reach(0, ["0", "1", "2.1"], after=first["number"])
+        assert "its interpreter has not run" in (tmp_path / "a.log").read_text()
+        assert "no heartbeat" not in (tmp_path / "a.log").read_text()
+
+
+def test_the_others_go_on_when_a_node_dies(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 6) as run:
+        for node, ranks in (("a", (0, 1)), ("b", (2, 3)), ("c", (4, 5))):
+            run.start_node(node, ranks)
+        first = run.reach(2, [str(rank) for rank in range(6)])
+        workers = [run.pid(0), run.pid(1)]
+        run.nodes["a"].kill()  # hosts the generation's store, too
+        for rank in (2, 3, 4, 5):
+            run.reach(rank, ["2", "3", "4", "5"], after=first["number"])
+        wait_for(lambda: not any(map(is_running, workers)), "the orphans to end")
+        run.start_node("a", (0, 1), founder=False, incarnation=7)
+        run.reach(2, ["0.7", "1.7", "2", "3", "4", "5"])
+        run.check_history(range(6))
+
+
+def test_a_worker_that_fails_on_its_own_is_replaced(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 2) as run:
+        run.start_node("a", (0, 1))
+        run.reach(0, ["0", "1"])
+        run.fault("0", "exit")
+        run.reach(1, ["0.1", "1"])
+        assert "exited with code 7" in (tmp_path / "a.log").read_text()
+
+
+def test_an_agent_gives_up_when_restarts_make_no_progress(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 2) as run:
+        run.start_node("a", (0, 1))
+        run.reach(0, ["0", "1"])
+        run.min_ranks = 2
+        (tmp_path / "0.crash").touch()
+        (tmp_path / "1.crash").touch()
+        for rank in (0, 1):
+            os.kill(run.pid(rank), signal.SIGKILL)
+        assert run.exit_code("a") == 30
+        assert "started 4 times with no step committed" in (tmp_path / "a.log").read_text()
+
+
+def test_a_node_that_is_told_to_go_is_let_go_first(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 4) as run:
+        run.start_node("a", (0, 1))
+        run.start_node("b", (2, 3))
+        run.reach(0, ["0", "1", "2", "3"])
+        assert run.nodes["b"].pid is not None
+        os.kill(run.nodes["b"].pid, signal.SIGTERM)
+        assert run.exit_code("b") == 3
+        run.reach(0, ["0", "1"])
+        announced = [record["leaving"] for record in run.records(0, "generation")]
+        assert [2, 3] in announced, announced
+        assert not run.records(2, "gave up")
+
+
+def test_an_interrupt_ends_workers_and_agent(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 2) as run:
+        run.start_node("a", (0, 1))
+        run.reach(0, ["0", "1"])
+        workers = [run.pid(0), run.pid(1)]
+        assert run.nodes["a"].pid is not None
+        os.kill(run.nodes["a"].pid, signal.SIGINT)
+        assert run.exit_code("a") == 130
+        assert not any(map(is_running, workers))

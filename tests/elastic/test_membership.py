@@ -1,0 +1,207 @@
+"""Membership at a real Lighthouse: heartbeats, its death and return, notices, and who may vote."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from elastic_demo import demonstration, wait_for
+from holdfast.elastic.agreement import Ballot
+from holdfast.elastic.ballot_file import BallotFile
+from holdfast.elastic.generation import Identity, parse_identities
+from holdfast.elastic.lighthouse import Heartbeats, Lighthouse, heartbeat_ages, replica_id
+from holdfast.elastic.link import WorkerLink, pulse_age_s, receive_message, send_message
+from holdfast.elastic.membership import Membership
+from holdfast.elastic.notices import Notice, NoticeBoard
+from holdfast.elastic.seat import Seat
+from holdfast.elastic.voter import MembershipSettings
+from holdfast.elastic.watch import HeartbeatWatch
+from holdfast.parallel.errors import MembershipError, Minority
+
+pytestmark = pytest.mark.mp
+
+
+def _seat(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: Any) -> Seat:
+    settings = MembershipSettings(lighthouse, "test", world_size)
+    return Seat(rank, 0, rank, "a", "127.0.0.1:1", True, str(folder), settings, **fields)
+
+
+def _in_threads(*calls: Any) -> list[Any]:
+    results: list[Any] = [None] * len(calls)
+
+    def run(number: int) -> None:
+        try:
+            results[number] = calls[number]()
+        except MembershipError as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def _hold_the_lock(address: str) -> None:
+    identity = replica_id("test", Identity(0))
+    heartbeats = Heartbeats(address, identity, 100)
+    ctypes.PyDLL(None).usleep(2_000_000)
+    heartbeats.close()
+
+
+def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
+    lighthouse = Lighthouse("127.0.0.1")
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_hold_the_lock, args=(lighthouse.address,)
+    )
+    process.start()
+    wait_for(lambda: heartbeat_ages(lighthouse.address, "test"), "a heartbeat")
+    worst_s = 0.0
+    while process.is_alive():
+        worst_s = max(worst_s, heartbeat_ages(lighthouse.address, "test")[Identity(0)])
+        if not process.is_alive():
+            break
+        process.join(0.02)
+    assert process.exitcode == 0
+    assert worst_s < 1.5  # the lock was held for 2 s
+    lighthouse.close()
+
+
+def test_all_members_get_the_same_value(tmp_path: Path) -> None:
+    lighthouse = Lighthouse("127.0.0.1")
+    members = [Membership(_seat(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
+    found = _in_threads(
+        *(
+            lambda m=m: m.agree(step=m.seat.rank, phase="begin", data={"rank": m.seat.rank})
+            for m in members
+        )
+    )
+    assert found[0] == found[1] == found[2]
+    assert [(m.rank, m.step, m.held, m.data) for m in found[0].members] == [
+        (rank, rank, 0, {"rank": rank}) for rank in range(3)
+    ]
+    again = _in_threads(*(lambda m=m: m.agree(step=9, phase="again") for m in members))
+    assert again[0].number == 2
+    assert [member.held for member in again[1].members] == [1, 1, 1]
+    for member in members:
+        member.close()
+    lighthouse.close()
+
+
+def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:
+    lighthouse = Lighthouse("127.0.0.1")
+    members = [Membership(_seat(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
+    _in_threads(*(lambda m=m: m.agree(step=0, phase="begin") for m in members))
+    for member in members[:2]:
+        member.close()
+    with pytest.raises(Minority, match=r"no majority of generation 1 \(ranks 0-2\)"):
+        members[2].agree(step=0, phase="alone", timeout_s=2.0)
+    members[2].close()
+    lighthouse.close()
+
+
+def test_two_processes_cannot_vote_as_one_worker(tmp_path: Path) -> None:
+    ballots = BallotFile(tmp_path, Identity(3))
+    child = os.fork()
+    if child == 0:
+        with ballots.held():
+            (tmp_path / "held").touch()
+            time.sleep(60)
+        os._exit(0)
+    wait_for(lambda: (tmp_path / "held").exists(), "the other process to hold the ballot")
+    with pytest.raises(BlockingIOError), ballots.held():
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with ballots.held():
+        ballots.write(Ballot(2, parse_identities("0-3"), parse_identities("0-2")))
+    assert ballots.read() == Ballot(2, parse_identities("0-3"), parse_identities("0-2"))
+
+
+def test_notices_arrive_in_one_order_and_a_hole_is_passed() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    writer, reader = NoticeBoard(store), NoticeBoard(store)
+    notices = [Notice("ended", Identity(rank), "killed") for rank in range(3)]
+    writer.post(notices[0])
+    store.add("notices", 1)  # an author that died between its number and its notice
+    writer.post(notices[1])
+    assert reader.read() == notices[:1]
+    assert wait_for(reader.read, "the notice after the hole") == notices[1:2]
+
+
+def test_silence_and_newcomers_are_told_once() -> None:
+    told: list[Notice] = []
+    settings = MembershipSettings("http://127.0.0.1:9", "test", 2)
+    watch = HeartbeatWatch(settings, told.append)
+    watch.watch(4, parse_identities("0-1"))
+    assert watch.judge({Identity(0): 0.1, Identity(1): 0.9}, 0.0) == [
+        Notice("silent", Identity(1), "no heartbeat for 0.90 s", 0.9, generation=4)
+    ]
+    assert watch.judge({Identity(0): 0.1, Identity(1): 1.0, Identity(2): 0.1}, 1.0) == []
+    late = watch.judge({Identity(0): 0.1, Identity(1): 0.1, Identity(2): 0.1}, 3.0)
+    assert [(n.kind, n.identity) for n in late] == [("joining", Identity(2))]
+    assert watch.judge({Identity(0): 0.1, Identity(1): 0.9, Identity(2): 0.1}, 4.0)[0].age_s == 0.9
+    watch.close()
+
+
+def test_a_link_carries_messages_and_a_pulse(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    heard: list[dict[str, Any]] = []
+    link = WorkerLink(theirs, tmp_path / "pulse", heard.append)
+    assert link.send("committed", step=3)
+    assert receive_message(ours) == {"kind": "committed", "step": 3}
+    send_message(ours, {"kind": "notice"})
+    wait_for(lambda: heard == [{"kind": "notice"}], "the message")
+    age_s = pulse_age_s(tmp_path / "pulse")
+    assert age_s is not None
+    link.close()
+    wait_for(lambda: (pulse_age_s(tmp_path / "pulse") or 0) > age_s, "the pulse to grow old")
+
+
+@pytest.mark.chaos
+def test_training_goes_on_without_a_lighthouse_and_changes_wait_for_its_return(
+    tmp_path: Path,
+) -> None:
+    with demonstration(tmp_path, 4) as run:
+        run.start_node("a", (0, 1))
+        run.start_node("b", (2, 3))
+        first = run.reach(0, ["0", "1", "2", "3"])
+        run.lighthouse.kill()
+        run.lighthouse.join()
+        run.more_steps(0, 30)
+        os.kill(run.pid(3), signal.SIGKILL)
+        wait_for(lambda: run.records(0, "disturbed"), "the loss to be noticed")
+        assert run.generation(0) == first
+        stopped_at = run.step(0)
+        run.lighthouse = run.start_lighthouse()
+        for rank in range(4):
+            found = run.reach(rank, ["0", "1", "2", "3.1"], after=first["number"])
+            assert found["number"] > first["number"]
+        assert run.records(0, "step")[stopped_at]["step"] == stopped_at + 1
+        run.check_history(range(4))
+
+
+@pytest.mark.chaos
+def test_an_idle_lighthouse_restart_changes_nothing(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 2) as run:
+        run.start_node("a", (0, 1))
+        first = run.reach(0, ["0", "1"])
+        run.lighthouse.kill()
+        run.lighthouse.join()
+        run.lighthouse = run.start_lighthouse()
+        run.more_steps(0, 50)
+        assert run.generation(0) == first
+        log = json.dumps((tmp_path / "a.log").read_text())
+        assert "no heartbeat" not in log

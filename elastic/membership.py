@@ -22,7 +22,7 @@ from holdfast.elastic.lighthouse import Heartbeats, LighthouseAway, RoundTimeout
 from holdfast.elastic.link import WorkerLink
 from holdfast.elastic.notices import Notice, notice_from_data, notice_to_data
 from holdfast.elastic.seat import Seat
-from holdfast.elastic.store import StoreClients
+from holdfast.elastic.store import STORE_TIMEOUT_S, StoreClients
 from holdfast.elastic.voter import PAUSE_S, Voter
 from holdfast.parallel.errors import MembershipError, Minority
 
@@ -38,9 +38,16 @@ class Membership:
     so that training goes on while that is away. Not safe to share between threads, apart from `wanted`.
     """
 
-    def __init__(self, seat: Seat, line: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        seat: Seat,
+        line: socket.socket | None = None,
+        *,
+        store_timeout_s: float = STORE_TIMEOUT_S,
+    ) -> None:
         """Args:
             line: to this worker's agent; None without one.
+            store_timeout_s: how long an operation of `store` may take.
         Raises:
             MembershipError: another process votes as this worker.
         """
@@ -53,7 +60,7 @@ class Membership:
         self._lost: set[Identity] = set()
         self._agreeing = False
         self._heartbeats: Heartbeats | None = None
-        self._stores = StoreClients()
+        self._stores = StoreClients(store_timeout_s)
         self._resources = contextlib.ExitStack()
         try:
             self._resources.enter_context(seat.ballots.held())
@@ -139,19 +146,26 @@ class Membership:
 
     def _rounds(self, report: Report, timeout_s: float) -> Generation:
         """Take part in rounds until there is agreement."""
-        began = time.monotonic()
+        settings = self.seat.settings
+        deadline = time.monotonic() + timeout_s
+        patient_since = time.monotonic()
         last: Verdict | None = None
         trouble: MembershipError | None = None
-        while (left_s := began + timeout_s - time.monotonic()) > 0:
-            waited_s = timeout_s - left_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if trouble is not None or (last is not None and last.minority):
+                # Cut off: who is missing may be back as soon as this worker is.
+                patient_since = time.monotonic()
+                self._forget_silence()
+            impatient = time.monotonic() - patient_since > settings.patience_s
             with self._lock:
                 lost = frozenset(self._lost)
-            now = replace(report, lost=lost, impatient=waited_s > self.seat.settings.patience_s)
             try:
                 self._beat()
-                verdict, reports = self._voter.round(now, min(left_s, self.seat.settings.call_s))
-            except RoundTimeout as error:
-                trouble = error
+                verdict, reports = self._voter.round(
+                    replace(report, lost=lost, impatient=impatient), min(left_s, settings.call_s)
+                )
+            except RoundTimeout:
+                trouble = None
                 continue
             except LighthouseAway as error:
                 trouble = error
@@ -170,6 +184,11 @@ class Membership:
             raise Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
         reason = (last.reason if last is not None else "") or str(trouble or "no round was held")
         raise MembershipError(f"{where}: {reason}")
+
+    def _forget_silence(self) -> None:
+        """Wait again for those who were merely not heard of."""
+        with self._lock:
+            self._lost = {n.identity for n in self._heard if n.kind == "ended"}
 
     def _call_for_missed(self) -> None:
         """After `agree`: call for what was lost meanwhile, and forget what that has settled."""

@@ -26,6 +26,10 @@ _JOIN_AFTER = 2.0
 who have just been left out are heard of once more."""
 
 
+_SETTLE_S = 2.0
+"""After the Lighthouse was away: how long workers have to be heard of again before silence counts."""
+
+
 class BoardFollower:
     """Posts to one generation's board, and hands over what others post there. Ends with the board."""
 
@@ -96,6 +100,7 @@ class HeartbeatWatch:
 
     def _run(self) -> None:
         interval_s = self._settings.heartbeat_ms / 1000
+        judge_from_s = 0.0
         while not self._stop.wait(interval_s):
             if not self._members:
                 continue
@@ -108,9 +113,12 @@ class HeartbeatWatch:
                 continue
             if not self._reachable:
                 logger.warning("the Lighthouse at %s is back", self._settings.lighthouse)
+                judge_from_s = time.monotonic() + _SETTLE_S
             self._reachable = True
-            for notice in self.judge(ages, time.monotonic()):
-                self._receive(notice)
+            if time.monotonic() > judge_from_s:
+                for notice in self.judge(ages, time.monotonic()):
+                    logger.info("rank %s: %s", notice.identity, notice.cause)
+                    self._receive(notice)
 
     def judge(self, ages: dict[Identity, float], now_s: float) -> list[Notice]:
         """What heartbeats of these ages give notice of, each silence and each newcomer once."""

@@ -334,8 +334,15 @@ class Agent:
         for place in self._places.values():
             if place.line is not None:
                 send_message(place.line, message)
-            if notice.kind in ("fence", "silent") and place.seat.identity == notice.identity:
+            if place.seat.identity != notice.identity:
+                continue
+            if notice.kind == "fence" or (notice.kind == "silent" and self._is_still(place)):
                 self._kill(place, notice.cause)
+
+    def _is_still(self, place: _Place) -> bool:
+        """Whether a worker that others do not hear of does nothing here either; else the network is ill."""
+        age_s = pulse_age_s(place.seat.pulse)
+        return age_s is not None and age_s > self._membership.heartbeat_timeout_ms / 1000
 
     # Signals, and the end.
 

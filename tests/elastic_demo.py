@@ -47,6 +47,8 @@ class Demo:
     """After which they end; 0: never."""
     agree_s: float = 60.0
     """How long they try to agree."""
+    store_s: float = 60.0
+    """How long an operation of the store, or a step, may take."""
 
 
 class _Worker:
@@ -55,7 +57,7 @@ class _Worker:
         self.lost = threading.Event()
         self.step = 0
         self.record = (Path(demo.root) / f"{seat.rank}.jsonl").open("a", buffering=1)
-        self.membership = Membership(seat, line)
+        self.membership = Membership(seat, line, store_timeout_s=demo.store_s)
         self.membership.on_urgent(lambda notice: self.lost.set())
 
     def write(self, what: str, **fields: Any) -> None:
@@ -108,9 +110,12 @@ class _Worker:
             own = f"{self.step}/{self.seat.rank}"
             store.set(own, "change" if wanted else "go on")
             keys = [f"{self.step}/{rank}" for rank in generation.ranks]
+            deadline = time.monotonic() + self.demo.store_s
             while not store.check(keys):
                 if self.lost.wait(0.003):
                     raise PeerLost("a member was lost")
+                if time.monotonic() > deadline:
+                    raise PeerLost("a member is silent")
             votes = store.multi_get(keys)
             self.step += 1
             self.membership.committed(self.step)
@@ -151,9 +156,19 @@ def demo_main(demo: Demo) -> Callable[[Seat, socket.socket], int]:
     return main
 
 
-def run_agent(demo: Demo, settings: dict[str, Any], lighthouse: str) -> None:
+def enter_network(name: str) -> None:
+    """Move this process, and those that it starts, to a network namespace."""
+    if name:
+        descriptor = os.open(f"/var/run/netns/{name}", os.O_RDONLY)
+        if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000):  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(descriptor)
+
+
+def run_agent(demo: Demo, settings: dict[str, Any], lighthouse: str, network: str) -> None:
     """One agent, as a process."""
     die_with(os.getppid())
+    enter_network(network)
     root = Path(demo.root)
     os.dup2(os.open(root / f"{settings['node']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(message)s", force=True)
@@ -161,10 +176,11 @@ def run_agent(demo: Demo, settings: dict[str, Any], lighthouse: str) -> None:
     sys.exit(agent.run(lighthouse))
 
 
-def run_lighthouse(port: int, heartbeat_timeout_ms: int) -> None:
+def run_lighthouse(host: str, port: int, network: str) -> None:
     """A Lighthouse, as a process."""
     die_with(os.getppid())
-    _server = Lighthouse("127.0.0.1", port, heartbeat_timeout_ms=heartbeat_timeout_ms)
+    enter_network(network)
+    _server = Lighthouse(host, port)
     signal.pause()
 
 
@@ -177,8 +193,14 @@ _FORK.set_forkserver_preload(["elastic_demo"])
 class Run:
     """A demonstration as a test drives it: nodes, a Lighthouse, faults, and what the workers wrote."""
 
-    def __init__(self, root: Path, world_size: int, **demo: Any) -> None:
+    def __init__(
+        self, root: Path, world_size: int, hub: tuple[str, str] = ("127.0.0.1", ""), **demo: Any
+    ) -> None:
+        """Args:
+        hub: address and network namespace of the Lighthouse.
+        """
         self.root, self.world_size = root, world_size
+        self._host, self._network = hub
         self.demo = Demo(str(root), **demo)
         self.nodes: dict[str, BaseProcess] = {}
         self.min_ranks = 1
@@ -188,11 +210,15 @@ class Run:
         self.lighthouse = self.start_lighthouse()
 
     def start_lighthouse(self) -> BaseProcess:
-        process = _FORK.Process(target=run_lighthouse, args=(self._port, 600), daemon=True)
+        process = _FORK.Process(
+            target=run_lighthouse, args=(self._host, self._port, self._network), daemon=True
+        )
         process.start()
         return process
 
-    def start_node(self, node: str, ranks: tuple[int, ...], **settings: Any) -> BaseProcess:
+    def start_node(
+        self, node: str, ranks: tuple[int, ...], network: str = "", **settings: Any
+    ) -> BaseProcess:
         membership = MembershipSettings("", "demo", self.world_size, self.min_ranks)
         given = {
             "membership": membership,
@@ -203,8 +229,8 @@ class Run:
             "restarts": RestartPolicy(limit=3, first_s=0.01),
             **settings,
         }
-        address = f"http://127.0.0.1:{self._port}"
-        process = _FORK.Process(target=run_agent, args=(self.demo, given, address))
+        address = f"http://{self._host}:{self._port}"
+        process = _FORK.Process(target=run_agent, args=(self.demo, given, address, network))
         process.start()
         self.nodes[node] = process
         return process

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from holdfast.elastic.link import send_message
 from holdfast.elastic.seat import Seat, seat_from_data, seat_to_data
@@ -112,8 +112,8 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _serve(control: socket.socket, main: WorkerMain, agent: int) -> None:
-    """The spawner's life; never returns."""
+def _serve(control: socket.socket, main: WorkerMain, agent: int) -> NoReturn:
+    """The spawner's life."""
     die_with(agent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -170,8 +170,8 @@ def _fork(
     return pid, seat.rank
 
 
-def _work(seat: Seat, line: socket.socket, log: Path, main: WorkerMain, spawner: int) -> None:
-    """A worker's life; never returns."""
+def _work(seat: Seat, line: socket.socket, log: Path, main: WorkerMain, spawner: int) -> NoReturn:
+    """A worker's life."""
     code = 1
     try:
         die_with(spawner)

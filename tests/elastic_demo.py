@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from holdfast.elastic.seat import Seat
 from holdfast.elastic.voter import MembershipSettings
 from holdfast.launch.agent import Agent
 from holdfast.launch.agent_settings import AgentSettings
+from holdfast.launch.nodes import run_nodes
 from holdfast.launch.restarts import RestartPolicy
 from holdfast.launch.spawner import die_with
 from holdfast.parallel.errors import HoldfastError, PeerLost
@@ -137,6 +139,9 @@ class _Worker:
                 ctypes.PyDLL(None).sleep(60)
             elif what == "exit":
                 os._exit(7)
+            elif what == "start-child":
+                fault.unlink()
+                self.write("child", pid=subprocess.Popen(["sleep", "60"]).pid)
 
 
 def demo_main(demo: Demo) -> Callable[[Seat, socket.socket], int]:
@@ -154,6 +159,16 @@ def demo_main(demo: Demo) -> Callable[[Seat, socket.socket], int]:
             return error.exit_code
 
     return main
+
+
+def run_machine(demo: Demo, nodes: list[dict[str, Any]]) -> None:
+    """All nodes of a run on one machine, as a process that starts their agents."""
+    die_with(os.getppid())
+    root = Path(demo.root)
+    os.dup2(os.open(root / "machine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(message)s", force=True)
+    settings = [AgentSettings(**node, log=lambda rank: root / f"{rank}.log") for node in nodes]
+    sys.exit(run_nodes(settings, demo_main(demo), root / "state"))
 
 
 def enter_network(name: str) -> None:
@@ -219,9 +234,24 @@ class Run:
     def start_node(
         self, node: str, ranks: tuple[int, ...], network: str = "", **settings: Any
     ) -> BaseProcess:
-        membership = MembershipSettings("", "demo", self.world_size, self.min_ranks)
-        given = {
-            "membership": membership,
+        given = self._settings(node, ranks, **settings)
+        address = f"http://{self._host}:{self._port}"
+        process = _FORK.Process(target=run_agent, args=(self.demo, given, address, network))
+        process.start()
+        self.nodes[node] = process
+        return process
+
+    def start_machine(self, nodes: dict[str, tuple[int, ...]]) -> BaseProcess:
+        """All nodes below one process, with a Lighthouse of its own."""
+        given = [self._settings(node, ranks) for node, ranks in nodes.items()]
+        process = _FORK.Process(target=run_machine, args=(self.demo, given))
+        process.start()
+        self.nodes["machine"] = process
+        return process
+
+    def _settings(self, node: str, ranks: tuple[int, ...], **settings: Any) -> dict[str, Any]:
+        return {
+            "membership": MembershipSettings("", "demo", self.world_size, self.min_ranks),
             "ranks": ranks,
             "node": node,
             "hang_timeout_s": 1.0,
@@ -229,11 +259,6 @@ class Run:
             "restarts": RestartPolicy(limit=3, first_s=0.01),
             **settings,
         }
-        address = f"http://{self._host}:{self._port}"
-        process = _FORK.Process(target=run_agent, args=(self.demo, given, address, network))
-        process.start()
-        self.nodes[node] = process
-        return process
 
     def records(self, rank: int, what: str = "") -> list[dict[str, Any]]:
         path = self.root / f"{rank}.jsonl"
@@ -317,6 +342,11 @@ def wait_for(
             return value
         time.sleep(0.02)
     raise AssertionError(f"waited in vain for {what}\n{describe()}")
+
+
+def parent_of(pid: int) -> int:
+    """The process that forked another."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def is_running(pid: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_demo import demonstration, is_running, wait_for
+from elastic_demo import demonstration, is_running, parent_of, wait_for
 
 pytestmark = [pytest.mark.mp, pytest.mark.chaos]
 
@@ -119,3 +119,48 @@ def test_an_interrupt_ends_workers_and_agent(tmp_path: Path) -> None:
         os.kill(run.nodes["a"].pid, signal.SIGINT)
         assert run.exit_code("a") == 130
         assert not any(map(is_running, workers))
+
+
+def test_half_of_a_machine_goes_on_because_the_other_half_is_known_to_be_dead(
+    tmp_path: Path,
+) -> None:
+    with demonstration(tmp_path, 4) as run:
+        machine = run.start_machine({"a": (0, 1), "b": (2, 3)})
+        first = run.reach(2, ["0", "1", "2", "3"])
+        workers = [run.pid(0), run.pid(1)]
+        os.kill(parent_of(parent_of(workers[0])), signal.SIGKILL)
+        for rank in (2, 3):
+            run.reach(rank, ["2", "3"], after=first["number"])
+        assert not any(map(is_running, workers))
+        assert "node a is lost" in (tmp_path / "machine.log").read_text()
+        assert machine.pid is not None
+        os.kill(machine.pid, signal.SIGINT)
+        assert run.exit_code("machine") == 130
+
+
+def test_a_machine_ends_with_0_when_its_nodes_finish(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 4, steps=10) as run:
+        run.start_machine({"a": (0, 1), "b": (2, 3)})
+        assert run.exit_code("machine") == 0
+        assert [run.step(rank) for rank in range(4)] == [10] * 4
+
+
+def test_nothing_is_left_when_the_spawner_is_killed(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 2) as run:
+        run.start_node("a", (0, 1))
+        run.reach(0, ["0", "1"])
+        workers = [run.pid(0), run.pid(1)]
+        os.kill(parent_of(workers[0]), signal.SIGKILL)
+        assert run.exit_code("a") == 3
+        wait_for(lambda: not any(map(is_running, workers)), "the workers to end")
+
+
+def test_what_a_worker_started_ends_with_it(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 2) as run:
+        run.start_node("a", (0, 1))
+        run.reach(0, ["0", "1"])
+        run.fault("1", "start-child")
+        child = wait_for(lambda: run.records(1, "child"), "the child")[0]["pid"]
+        os.kill(run.pid(1), signal.SIGKILL)
+        run.reach(0, ["0", "1.1"])
+        wait_for(lambda: not is_running(child), "the child to end")

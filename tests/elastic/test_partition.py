@@ -9,7 +9,7 @@ import pytest
 from elastic_demo import Run, demonstration, wait_for
 from elastic_network import Network, network
 
-pytestmark = [pytest.mark.mp, pytest.mark.chaos]
+pytestmark = [pytest.mark.mp, pytest.mark.chaos, pytest.mark.slow]
 
 NODES = {"a": (0, 1), "b": (2, 3), "c": (4,)}
 

@@ -1,0 +1,145 @@
+"""Several agents on this machine, each a node of its own: for trials and tests of failing nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from holdfast.elastic.ballot_file import BallotFile
+from holdfast.elastic.generation import parse_identity
+from holdfast.elastic.lighthouse import Lighthouse, coordination
+from holdfast.elastic.voter import MembershipSettings, speak_for
+from holdfast.launch.agent import Agent
+from holdfast.launch.agent_settings import AgentSettings
+from holdfast.launch.spawner import WorkerMain, die_with
+from holdfast.parallel.errors import Stopped
+
+logger = logging.getLogger("holdfast.agent")
+
+
+def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) -> int:
+    """Run one agent per node, and a Lighthouse for all where none is named.
+
+    Call it in the main thread of a process that has no other. When an agent is killed, its workers die
+    with it; the others go on, since this process then speaks for the dead.
+
+    Args:
+        folder: for ballots and pulses; on this machine.
+    Returns:
+        0 when a worker of any node reached the end of the run; 130 after SIGINT; else the exit code of
+        the agent that gave one first, or 3 when all were killed.
+    """
+    nodes = [replace(node, folder=folder / node.node) for node in nodes]
+    if len(nodes) == 1:
+        return Agent(nodes[0], main).run()
+    coordination()  # imported once here, not by every agent
+    reader, writer = os.pipe()
+    agents = {_fork_agent(node, main, reader, writer): node for node in nodes}
+    os.close(reader)
+    with contextlib.ExitStack() as held:
+        membership = nodes[0].membership
+        if not membership.lighthouse:
+            timeout_ms = membership.heartbeat_timeout_ms
+            server = Lighthouse(nodes[0].host, heartbeat_timeout_ms=timeout_ms)
+            held.callback(server.close)
+            membership = replace(membership, lighthouse=server.address)
+        address = membership.lighthouse.encode()
+        os.write(writer, (address + b"\n") * len(nodes))
+        os.close(writer)
+        return _watch(agents, membership, held)
+
+
+def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, writer: int) -> int:
+    """Fork an agent, which learns the Lighthouse's address from a pipe: one line for each agent."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _be_agent(node, main, reader, writer, parent)
+    return pid
+
+
+def _be_agent(
+    node: AgentSettings, main: WorkerMain, reader: int, writer: int, parent: int
+) -> NoReturn:
+    code = 1
+    try:
+        die_with(parent)
+        os.close(writer)
+        agent = Agent(node, main)
+        address = b""
+        while not address.endswith(b"\n"):
+            address += os.read(reader, 1) or b"\n"
+        code = agent.run(address.decode().strip())
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _watch(
+    agents: dict[int, AgentSettings], membership: MembershipSettings, held: contextlib.ExitStack
+) -> int:
+    """Wait for all agents, and speak for the workers of those that are killed."""
+    descriptors = {os.pidfd_open(pid): pid for pid in agents}
+    interrupted = False
+
+    def forward(number: int, _: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted |= number == signal.SIGINT
+        for descriptor in list(descriptors):
+            with contextlib.suppress(ProcessLookupError, OSError):
+                signal.pidfd_send_signal(descriptor, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        held.callback(signal.signal, number, signal.signal(number, forward))
+    stop = threading.Event()
+    held.callback(stop.set)
+    codes: list[int] = []
+    while descriptors:
+        ready, _, _ = select.select(list(descriptors), [], [])
+        for descriptor in ready:
+            pid = descriptors.pop(descriptor)
+            os.close(descriptor)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            codes.append(code)
+            if code < 0:
+                node = agents[pid]
+                name = signal.Signals(-code).name
+                logger.warning("node %s is lost: its agent was killed by %s", node.node, name)
+                _speak_for_node(node, membership, stop)
+    if interrupted:
+        return 128 + signal.SIGINT
+    given = [code for code in codes if code >= 0]
+    return 0 if 0 in given else next(iter(given), Stopped.exit_code)
+
+
+def _speak_for_node(
+    node: AgentSettings, membership: MembershipSettings, stop: threading.Event
+) -> None:
+    """Vote for all workers that a node has had; each once its process has ended and freed its ballot."""
+    folder = node.folder or Path()
+    for path in sorted(folder.glob("*.ballot")):
+        identity = parse_identity(path.stem)
+        threading.Thread(
+            target=speak_for,
+            args=(identity, membership, BallotFile(folder, identity), stop),
+            kwargs={"data": {"cause": f"node {node.node} was lost"}},
+            name=f"holdfast-voice-{identity}",
+            daemon=True,
+        ).start()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import stat
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -51,19 +53,15 @@ def _end_when_silent(port: int) -> None:
     does not cover it (seen with torch 2.13).
     """
     for entry in os.listdir("/proc/self/fd"):
-        try:
-            connection = socket.socket(fileno=os.dup(int(entry)))
-        except OSError:
-            continue  # no socket, or closed meanwhile
-        with connection:
-            try:
-                if connection.getpeername()[1] != port:
-                    continue
-            except (OSError, IndexError):
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+            if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
                 continue
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in _SILENCE:
-                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            with socket.socket(fileno=os.dup(int(entry))) as connection:
+                internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if internet and connection.getpeername()[1] == port:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for option, value in _SILENCE:
+                        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class StoreClients:

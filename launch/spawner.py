@@ -135,11 +135,10 @@ def _serve(control: socket.socket, main: WorkerMain, agent: int) -> NoReturn:
                 report = json.dumps({"kind": "started", "rank": rank, "pid": pid}).encode()
                 socket.send_fds(control, [report], [descriptor])
     except OSError:
-        pass
-    finally:
-        for pid, _ in workers.values():
-            _kill_group(pid)
-        os._exit(0)
+        pass  # the agent is gone
+    for pid, _ in workers.values():
+        _kill_group(pid)
+    os._exit(0)
 
 
 def _reap(control: socket.socket, descriptor: int, pid: int, rank: int) -> None:
@@ -189,7 +188,6 @@ def _work(seat: Seat, line: socket.socket, log: Path, main: WorkerMain, spawner:
         import traceback
 
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

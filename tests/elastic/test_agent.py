@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from elastic_demo import demonstration, is_running, parent_of, wait_for
+from elastic_demo import Run, demonstration, is_running, parent_of, wait_for
 
 pytestmark = [pytest.mark.mp, pytest.mark.chaos]
 
@@ -164,3 +167,50 @@ def test_what_a_worker_started_ends_with_it(tmp_path: Path) -> None:
         os.kill(run.pid(1), signal.SIGKILL)
         run.reach(0, ["0", "1.1"])
         wait_for(lambda: not is_running(child), "the child to end")
+
+
+@pytest.mark.slow
+def test_faults_at_random_instants_leave_one_history_and_nothing_else(tmp_path: Path) -> None:
+    """Kills and stops, single ranks and pairs, also during agreement and joining."""
+    chance = random.Random(4)
+    with demonstration(tmp_path, 6) as run:
+        agents = [run.start_node("a", (0, 1, 2)), run.start_node("b", (3, 4, 5))]
+        first = run.reach(0, [str(rank) for rank in range(6)])
+        used: list[list[tuple[int, int]]] = []
+        for _ in range(3):
+            for _ in range(8):
+                for rank in chance.sample(range(6), chance.choice([1, 1, 2])):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(
+                            run.pid(rank), chance.choice([signal.SIGKILL] * 3 + [signal.SIGSTOP])
+                        )
+                time.sleep(chance.uniform(0.0, 0.5))
+            wait_for(lambda: _is_settled(run), "all ranks to train together", run.describe)
+            used.append([_resources(agent.pid or 0) for agent in agents])
+        for before, after in zip(used[0], used[2], strict=True):
+            # 16 faults in between; a few may still be in hand when it is counted.
+            assert after[0] <= before[0] + 12
+            assert after[1] <= before[1] + 4
+        assert run.generation(0)["number"] > first["number"]
+        run.check_history(range(6))
+        steps = sorted(
+            {record["step"] for rank in range(6) for record in run.records(rank, "step")}
+        )
+        assert steps == list(range(1, steps[-1] + 1))
+
+
+def _is_settled(run: Run) -> bool:
+    newest = [run.generation(rank) for rank in range(6)]
+    together = len(newest[0]["members"]) == 6 and all(
+        n["prefix"] == newest[0]["prefix"] for n in newest
+    )
+    return together and all(
+        any(r["generation"] == newest[0]["number"] for r in run.records(rank, "step")[-5:])
+        and is_running(run.pid(rank))
+        for rank in range(6)
+    )
+
+
+def _resources(pid: int) -> tuple[int, int]:
+    descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return descriptors, len(list(Path(f"/proc/{pid}/task").iterdir()))

@@ -222,7 +222,9 @@ class Membership:
         the all-reduce that is the step's vote, and call `agree` after the step where it is true.
         """
         with self._lock:
-            return tuple(n for n in self._heard if not n.urgent and self._concerns(n))
+            return tuple(
+                n for n in self._heard if n.kind in ("joining", "leaving") and self._concerns(n)
+            )
 
     def heard(self) -> tuple[Notice, ...]:
         """All notices since the last call, for the record. Empties the list of those that are settled."""

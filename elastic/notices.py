@@ -12,7 +12,7 @@ from torch.distributed import Store
 
 from holdfast.elastic.generation import Identity, parse_identity
 
-NoticeKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "fence"]
+NoticeKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "waiting", "fence"]
 _URGENT = ("ended", "silent", "disturbed")
 _HOLE_S = 1.0
 """How long a notice that was numbered may take to arrive; its author may have died in between."""
@@ -25,7 +25,7 @@ class Notice:
     kind: NoticeKind
     """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot go on with
     its step, and has come to agree. joining: it waits to be taken in. leaving: it wants to be let go.
-    fence: it hangs, and its agent is to kill it."""
+    waiting: it has waited for `peers` for too long. fence: it hangs, and its agent is to kill it."""
     identity: Identity
     cause: str
     """For a person."""
@@ -35,6 +35,8 @@ class Notice:
     """The node that noticed."""
     generation: int = 0
     """Of which it is news; 0: of whichever has this worker."""
+    peers: str = ""
+    """The ranks that a waiting worker waits for, as `format_identities` writes them."""
 
     @property
     def urgent(self) -> bool:

@@ -41,7 +41,13 @@ class Seat:
 
     @property
     def pulse(self) -> Path:
+        """Written by the worker's link: when it last ran Python."""
         return Path(self.folder) / f"{self.identity}.pulse"
+
+    @property
+    def page(self) -> Path:
+        """For the worker's page of operations, where its agent looks for waits that last too long."""
+        return Path(self.folder) / f"{self.identity}.page"
 
 
 def seat_to_data(seat: Seat) -> dict[str, Any]:

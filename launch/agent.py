@@ -9,21 +9,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import selectors
 import signal
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from holdfast.elastic.agreement import Ballot
-from holdfast.elastic.generation import parse_identities
+from holdfast.elastic.generation import Identity, format_identities, parse_identities
+from holdfast.elastic.hang import HangJudge
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
 from holdfast.elastic.link import pulse_age_s, receive_message, send_message
 from holdfast.elastic.notices import Notice, notice_from_data, notice_to_data
@@ -33,6 +31,7 @@ from holdfast.elastic.voter import speak_for
 from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
 from holdfast.launch.agent_settings import AgentSettings
 from holdfast.launch.evidence import pulse_evidence
+from holdfast.launch.mailbox import Mailbox
 from holdfast.launch.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.spawner import Ended, Spawner, Started, WorkerMain
 from holdfast.parallel.errors import ConfigError, Stopped
@@ -78,12 +77,9 @@ class Agent:
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
         own = pulse_evidence(silence_s, settings.hang_timeout_s)
         self._evidence = [own] if settings.evidence is None else [own, settings.evidence]
-        self._signals: list[int] = []
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Notice], None], Notice]] = (
-            queue.SimpleQueue()
-        )
+        self._mailbox = Mailbox()
         self._boards: list[BoardFollower] = []
-        self._wake: Callable[[], None] = lambda: None
+        self._judge = HangJudge()
         self._watch: HeartbeatWatch | None = None
         self._speakers: list[threading.Thread] = []
         self._stop = threading.Event()
@@ -107,7 +103,11 @@ class Agent:
         """
         with contextlib.ExitStack() as held:
             held.callback(self._spawner.close)
-            self._handle_signals(held)
+            held.callback(self._mailbox.close)
+            self._mailbox.on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._obey)
+            self._selector.register(
+                self._mailbox, selectors.EVENT_READ, lambda _: self._mailbox.empty()
+            )
             folder = self._settings.folder or Path(
                 held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-"))
             )
@@ -120,7 +120,7 @@ class Agent:
                 where = server.address
             self._membership = replace(self._membership, lighthouse=lighthouse_url(where))
             store, address = host_store(self._settings.host)
-            self._watch = HeartbeatWatch(self._membership, self._from_thread(self._publish))
+            self._watch = HeartbeatWatch(self._membership, self._mailbox.deliver_to(self._publish))
             held.callback(self._watch.close)
             held.callback(self._close_threads)
             self._selector.register(self._spawner, selectors.EVENT_READ, self._on_spawner)
@@ -154,11 +154,6 @@ class Agent:
                 return
             for key, _ in self._selector.select(_TICK_S):
                 key.data(key.fileobj)
-            while self._signals:
-                self._obey(self._signals.pop(0))
-            while not self._inbox.empty():
-                handle, notice = self._inbox.get()
-                handle(notice)
             self._look_for_hangs()
             if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
                 for place in self._places.values():
@@ -262,12 +257,34 @@ class Agent:
             place.start_at_s = None
 
     def _look_for_hangs(self) -> None:
+        culprits = self._judge.culprits(time.monotonic())
         for place in self._places.values():
-            if place.descriptor >= 0:
-                causes = (judge(place.seat, place.pid) for judge in self._evidence)
-                cause = next((found for found in causes if found), None)
-                if cause is not None:
-                    self._kill(place, cause)
+            if place.descriptor < 0:
+                continue
+            causes = (judge(place.seat, place.pid) for judge in self._evidence)
+            cause = next((found for found in causes if found), None)
+            if cause is None and place.is_member:
+                cause = culprits.get(place.seat.rank)
+            if cause is not None:
+                self._kill(place, cause)
+            elif place.is_member and not self._judge.has(place.seat.identity):
+                self._tell_of_wait(place.seat)
+
+    def _tell_of_wait(self, seat: Seat) -> None:
+        wait = self._settings.waits(seat) if self._settings.waits is not None else None
+        if wait is not None:
+            peers = ", ".join(str(rank) for rank in sorted(wait.peers))
+            notice = Notice(
+                "waiting",
+                seat.identity,
+                f"has waited {wait.seconds:.1f} s for rank {peers} ({wait.operation})",
+                wait.seconds,
+                self._settings.node,
+                self._generation,
+                format_identities(Identity(rank) for rank in wait.peers),
+            )
+            logger.warning("rank %s %s", seat.identity, notice.cause)
+            self._publish(notice)
 
     # Messages of workers, and notices of all nodes.
 
@@ -304,23 +321,15 @@ class Agent:
         if message["number"] <= self._generation:
             return
         self._generation = message["number"]
+        self._judge.enter(self._generation)
         members = parse_identities(message["members"])
-        deliver = self._from_thread(self._deliver)
+        deliver = self._mailbox.deliver_to(self._deliver)
         self._boards.append(BoardFollower(message["store"], message["prefix"], deliver))
         while len(self._boards) > _BOARDS:
             self._boards.pop(0).close()
         if self._watch is not None:
             watching = self._settings.node in message["nodes"][:_WATCHERS]
             self._watch.watch(self._generation, members if watching else frozenset())
-
-    def _from_thread(self, handle: Callable[[Notice], None]) -> Callable[[Notice], None]:
-        """What another thread calls to have `handle` called in the main thread."""
-
-        def receive(notice: Notice) -> None:
-            self._inbox.put((handle, notice))
-            self._wake()
-
-        return receive
 
     def _publish(self, notice: Notice) -> None:
         """Tell this node's workers at once, and all other nodes."""
@@ -330,6 +339,8 @@ class Agent:
 
     def _deliver(self, notice: Notice) -> None:
         """Tell this node's workers, and act on what is for this agent."""
+        if notice.kind == "waiting":
+            self._judge.hear(notice, time.monotonic())
         message = {"kind": "notice", "notice": notice_to_data(notice)}
         for place in self._places.values():
             if place.line is not None:
@@ -345,25 +356,6 @@ class Agent:
         return age_s is not None and age_s > self._membership.heartbeat_timeout_ms / 1000
 
     # Signals, and the end.
-
-    def _handle_signals(self, held: contextlib.ExitStack) -> None:
-        reader, writer = socket.socketpair()
-        for end in (reader, writer):
-            end.setblocking(False)
-            held.callback(end.close)
-        self._selector.register(reader, selectors.EVENT_READ, _empty)
-
-        def wake() -> None:
-            with contextlib.suppress(OSError):
-                writer.send(b"\0")
-
-        def note(number: int, _: FrameType | None) -> None:
-            self._signals.append(number)
-            wake()
-
-        self._wake = wake
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            held.callback(signal.signal, number, signal.signal(number, note))
 
     def _obey(self, number: int) -> None:
         if number == signal.SIGTERM:
@@ -405,9 +397,3 @@ class Agent:
 
 def _describe(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
-
-def _empty(reader: socket.socket) -> None:
-    with contextlib.suppress(BlockingIOError):
-        while reader.recv(4096):
-            pass

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from holdfast.elastic.hang import Wait
+from holdfast.elastic.seat import Seat
 from holdfast.elastic.voter import MembershipSettings
 from holdfast.launch.evidence import Evidence
 from holdfast.launch.restarts import RestartPolicy
@@ -36,5 +38,7 @@ class AgentSettings:
     """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
     evidence: Evidence | None = None
     """More grounds to hold a worker to be hung than its pulse gives."""
+    waits: Callable[[Seat], Wait | None] | None = None
+    """Reads from a worker's page (`Seat.page`) whether it has waited for others for too long."""
     folder: Path | None = None
     """For ballots and pulses, on this node; a temporary one by default."""

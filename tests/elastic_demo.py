@@ -24,7 +24,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import Store
+
 from holdfast.elastic.generation import Generation
+from holdfast.elastic.hang import Wait
 from holdfast.elastic.lighthouse import Lighthouse, coordination
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.seat import Seat
@@ -85,6 +88,7 @@ class _Worker:
 
     def agree(self, *, urgent: bool, leaving: bool) -> Generation:
         self.lost.clear()
+        self.seat.page.unlink(missing_ok=True)
         generation = self.membership.agree(
             step=self.step,
             phase="step",
@@ -114,6 +118,7 @@ class _Worker:
             keys = [f"{self.step}/{rank}" for rank in generation.ranks]
             deadline = time.monotonic() + self.demo.store_s
             while not store.check(keys):
+                self.note_wait(store, generation, since=deadline - self.demo.store_s)
                 if self.lost.wait(0.003):
                     raise PeerLost("a member was lost")
                 if time.monotonic() > deadline:
@@ -130,6 +135,14 @@ class _Worker:
             time.sleep(0.005)
         return False
 
+    def note_wait(self, store: Store, generation: Generation, since: float) -> None:
+        """Leave word of a wait that lasts, as communicators do in their pages of operations."""
+        if time.monotonic() - since > 0.5 and not self.seat.page.exists():
+            missing = [r for r in generation.ranks if not store.check([f"{self.step}/{r}"])]
+            partial = self.seat.page.with_suffix(".partial")
+            partial.write_text(json.dumps([generation.number, missing]))
+            partial.replace(self.seat.page)
+
     def misbehave(self) -> None:
         """Do what a test has asked for by a file of this worker's name."""
         fault = Path(self.demo.root) / f"{self.seat.identity}.fault"
@@ -139,9 +152,19 @@ class _Worker:
                 ctypes.PyDLL(None).sleep(60)
             elif what == "exit":
                 os._exit(7)
+            elif what == "hang":
+                time.sleep(60)
             elif what == "start-child":
                 fault.unlink()
                 self.write("child", pid=subprocess.Popen(["sleep", "60"]).pid)
+
+
+def demo_waits(seat: Seat) -> Wait | None:
+    """What an agent reads of `note_wait`."""
+    if not seat.page.exists():
+        return None
+    _, missing = json.loads(seat.page.read_text())
+    return Wait(frozenset(missing), 0.5, "the step's meeting, never reached")
 
 
 def demo_main(demo: Demo) -> Callable[[Seat, socket.socket], int]:
@@ -257,6 +280,7 @@ class Run:
             "hang_timeout_s": 1.0,
             "exit_s": 10.0,
             "restarts": RestartPolicy(limit=3, first_s=0.01),
+            "waits": demo_waits,
             **settings,
         }
 

@@ -62,6 +62,17 @@ def test_a_worker_that_holds_the_interpreter_is_killed_and_replaced(tmp_path: Pa
         assert "no heartbeat" not in (tmp_path / "a.log").read_text()
 
 
+def test_a_worker_that_all_others_wait_for_is_killed_and_replaced(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 4) as run:
+        run.start_node("a", (0, 1))
+        run.start_node("b", (2, 3))
+        first = run.reach(0, ["0", "1", "2", "3"])
+        run.fault("3", "hang")
+        run.reach(0, ["0", "1", "2", "3.1"], after=first["number"])
+        log = (tmp_path / "b.log").read_text()
+        assert "rank 3 is killed: hung: rank 0 has waited 0.5 s for rank 3" in log
+
+
 def test_the_others_go_on_when_a_node_dies(tmp_path: Path) -> None:
     with demonstration(tmp_path, 6) as run:
         for node, ranks in (("a", (0, 1)), ("b", (2, 3)), ("c", (4, 5))):

@@ -167,22 +167,38 @@ class Agent:
             if place.start_at_s is not None and place.start_at_s <= now_s:
                 place.start_at_s = None
                 place.pid, place.fenced, place.is_member = -1, "", False
-                place.line = self._spawner.start(place.seat, self._settings.log(place.seat.rank))
+                try:
+                    log = self._settings.log(place.seat.rank)
+                    place.line = self._spawner.start(place.seat, log)
+                except BrokenPipeError:
+                    self._lose_spawner()
+                    return
                 self._selector.register(place.line, selectors.EVENT_READ, self._on_line)
 
     def _on_spawner(self, _: Any) -> None:
         report = self._spawner.receive()
         if report is None:
-            logger.error("node %s: the spawner is gone, and all workers", self._settings.node)
-            self._code = Stopped.exit_code
-            for place in self._places.values():
-                place.pid, place.start_at_s = 0, None
+            self._lose_spawner()
         elif isinstance(report, Started):
             place = self._places[report.rank]
             place.pid, place.descriptor = report.pid, report.descriptor
             logger.info("rank %s is process %d", place.seat.identity, report.pid)
         else:
             self._on_end(self._places[report.rank], report)
+
+    def _lose_spawner(self) -> None:
+        """The spawner was killed, and the kernel kills the workers with it: this node is lost."""
+        cause = f"node {self._settings.node}: the process that starts its workers is gone"
+        logger.error("%s, and with it all workers", cause)
+        self._code = Stopped.exit_code
+        for place in self._places.values():
+            if place.pid:
+                age_s = pulse_age_s(place.seat.pulse) or 0.0
+                self._publish(
+                    Notice("ended", place.seat.identity, cause, age_s, self._settings.node)
+                )
+                self._speak_for(place.seat, cause)
+            place.pid, place.start_at_s = 0, None
 
     def _on_end(self, place: _Place, end: Ended) -> None:
         os.close(place.descriptor)
@@ -388,7 +404,8 @@ class Agent:
     def _close_threads(self) -> None:
         """Let the others go on without this node's workers, if they are there; end all threads."""
         deadline_s = time.monotonic() + 2 * self._membership.heartbeat_timeout_ms / 1000
-        for thread in self._speakers if self._draining else ():
+        over = self._finished or self._code in (ConfigError.exit_code, 128 + signal.SIGINT)
+        for thread in () if over else self._speakers:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
         for board in self._boards:

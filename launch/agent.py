@@ -11,11 +11,10 @@ import logging
 import os
 import selectors
 import signal
-import socket
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
 from holdfast.launch.agent_settings import AgentSettings
 from holdfast.launch.evidence import pulse_evidence
 from holdfast.launch.mailbox import Mailbox
+from holdfast.launch.place import Place, describe_end
 from holdfast.launch.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.spawner import Ended, Spawner, Started, WorkerMain
 from holdfast.parallel.errors import ConfigError, Stopped
@@ -47,22 +47,6 @@ _GRACE_S = 3.0
 _TICK_S = 0.1
 
 
-@dataclass(slots=True)
-class _Place:
-    """A rank of this node, and the process that has it now."""
-
-    seat: Seat
-    line: socket.socket | None = None
-    descriptor: int = -1
-    """The worker's pidfd; -1 when no process runs."""
-    pid: int = 0
-    start_at_s: float | None = None
-    """When its next worker is to start."""
-    is_member: bool = False
-    fenced: str = ""
-    """Why its worker was killed."""
-
-
 class Agent:
     """One node's agent. Construct before the process has threads; `run` in the main thread."""
 
@@ -72,7 +56,7 @@ class Agent:
         coordination()  # imported once here, not by every worker
         self._spawner = Spawner(main)
         self._membership = settings.membership
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
         own = pulse_evidence(silence_s, settings.hang_timeout_s)
@@ -135,7 +119,7 @@ class Agent:
                     folder=str(folder),
                     settings=self._membership,
                 )
-                self._places[rank] = _Place(seat, start_at_s=0.0)
+                self._places[rank] = Place(seat, start_at_s=0.0)
             self._loop()
             del store
         return self._result()
@@ -157,7 +141,7 @@ class Agent:
             self._look_for_hangs()
             if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
                 for place in self._places.values():
-                    self._kill(place, "did not end in time")
+                    place.kill("did not end in time")
 
     # Workers: start, end, replace.
 
@@ -200,7 +184,7 @@ class Agent:
                 self._speak_for(place.seat, cause)
             place.pid, place.start_at_s = 0, None
 
-    def _on_end(self, place: _Place, end: Ended) -> None:
+    def _on_end(self, place: Place, end: Ended) -> None:
         os.close(place.descriptor)
         place.descriptor, place.pid = -1, 0
         while place.line is not None and (message := receive_message(place.line)) is not None:
@@ -214,9 +198,9 @@ class Agent:
             for other in self._places.values():
                 other.start_at_s = None
                 if not other.is_member:
-                    self._kill(other, "the run has ended before it could join")
+                    other.kill("the run has ended before it could join")
             return
-        cause = place.fenced or _describe(end.code)
+        cause = place.fenced or describe_end(end.code)
         logger.warning("rank %s: %s", place.seat.identity, cause)
         if end.code > 0:
             self._failed_with = end.code
@@ -255,13 +239,6 @@ class Agent:
         self._speakers.append(thread)
         thread.start()
 
-    def _kill(self, place: _Place, why: str) -> None:
-        if place.descriptor >= 0 and not place.fenced:
-            place.fenced = why
-            logger.warning("rank %s is killed: %s", place.seat.identity, why)
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(place.descriptor, signal.SIGKILL)
-
     def _give_up(self, code: int) -> None:
         self._code = code
         self._stop_within(0.0)
@@ -282,7 +259,7 @@ class Agent:
             if cause is None and place.is_member:
                 cause = culprits.get(place.seat.rank)
             if cause is not None:
-                self._kill(place, cause)
+                place.kill(cause)
             elif place.is_member and not self._judge.has(place.seat.identity):
                 self._tell_of_wait(place.seat)
 
@@ -314,7 +291,7 @@ class Agent:
         else:
             self._on_message(place, message)
 
-    def _on_message(self, place: _Place, message: dict[str, Any]) -> None:
+    def _on_message(self, place: Place, message: dict[str, Any]) -> None:
         if message["kind"] == "committed":
             self._restarts.committed(message["step"])
         elif message["kind"] == "notice":
@@ -326,7 +303,7 @@ class Agent:
             cause = "a new worker wants to take part"
             self._publish(Notice("joining", place.seat.identity, cause, 0.0, self._settings.node))
 
-    def _hang_up(self, place: _Place) -> None:
+    def _hang_up(self, place: Place) -> None:
         if place.line is not None:
             self._selector.unregister(place.line)
             place.line.close()
@@ -363,13 +340,10 @@ class Agent:
                 send_message(place.line, message)
             if place.seat.identity != notice.identity:
                 continue
-            if notice.kind == "fence" or (notice.kind == "silent" and self._is_still(place)):
-                self._kill(place, notice.cause)
-
-    def _is_still(self, place: _Place) -> bool:
-        """Whether a worker that others do not hear of does nothing here either; else the network is ill."""
-        age_s = pulse_age_s(place.seat.pulse)
-        return age_s is not None and age_s > self._membership.heartbeat_timeout_ms / 1000
+            # One that others do not hear of and that runs here is cut off, not hung.
+            silence_s = self._membership.heartbeat_timeout_ms / 1000
+            if notice.kind == "fence" or (notice.kind == "silent" and place.is_still(silence_s)):
+                place.kill(notice.cause)
 
     # Signals, and the end.
 
@@ -378,9 +352,7 @@ class Agent:
             self._drain()
             return
         for place in self._places.values():
-            if place.descriptor >= 0:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(place.descriptor, number)
+            place.signal(number)
         if number == signal.SIGINT:
             self._code = 128 + signal.SIGINT
             self._stop_within(_GRACE_S)
@@ -399,7 +371,7 @@ class Agent:
                     Notice("leaving", place.seat.identity, cause, left_s, self._settings.node)
                 )
             else:
-                self._kill(place, "its node is to be shut down")
+                place.kill("its node is to be shut down")
 
     def _close_threads(self) -> None:
         """Let the others go on without this node's workers, if they are there; end all threads."""
@@ -410,7 +382,3 @@ class Agent:
         self._stop.set()
         for board in self._boards:
             board.close()
-
-
-def _describe(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

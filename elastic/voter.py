@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -41,6 +42,12 @@ class MembershipSettings:
     min_ranks: int = 1
     heartbeat_ms: int = 100
     heartbeat_timeout_ms: int = 600
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.run):
+            raise MembershipError(
+                f"{self.run!r} cannot name a run at a Lighthouse; use letters, digits, dots and dashes"
+            )
 
     @property
     def patience_s(self) -> float:

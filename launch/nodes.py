@@ -7,9 +7,10 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -17,14 +18,65 @@ from typing import NoReturn
 
 from holdfast.elastic.ballot_file import BallotFile
 from holdfast.elastic.generation import parse_identity
-from holdfast.elastic.lighthouse import Lighthouse, coordination
+from holdfast.elastic.hang import Wait
+from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
+from holdfast.elastic.seat import Seat
 from holdfast.elastic.voter import MembershipSettings, speak_for
 from holdfast.launch.agent import Agent
 from holdfast.launch.agent_settings import AgentSettings
 from holdfast.launch.spawner import WorkerMain, die_with
-from holdfast.parallel.errors import Stopped
+from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.trainer.sections import ElasticConfig
 
 logger = logging.getLogger("holdfast.agent")
+
+
+def local_nodes(
+    elastic: ElasticConfig,
+    world_size: int,
+    *,
+    token: str,
+    log: Callable[[int], Path],
+    exit_s: float,
+    waits: Callable[[Seat], Wait | None] | None = None,
+) -> list[AgentSettings]:
+    """What the agents of a run on this machine alone are told: `elastic.local_nodes` of them.
+
+    Args:
+        token: names this start of the run at its Lighthouse; another one for each start.
+        log: where the output of a rank goes.
+        exit_s: how long workers may take to leave.
+        waits: see `AgentSettings.waits`.
+    Raises:
+        ConfigError: more nodes than ranks.
+    """
+    nodes = elastic.local_nodes
+    if not 1 <= nodes <= world_size:
+        raise ConfigError(
+            f"elastic.local_nodes = {nodes}: must be 1 to {world_size}, the number of ranks"
+        )
+    host = socket.gethostname()
+    membership = MembershipSettings(
+        elastic.lighthouse,
+        token,
+        world_size,
+        elastic.min_ranks,
+        elastic.heartbeat_ms,
+        elastic.heartbeat_timeout_ms,
+    )
+    return [
+        AgentSettings(
+            membership=membership,
+            ranks=tuple(range(k * world_size // nodes, (k + 1) * world_size // nodes)),
+            node=host if nodes == 1 else f"{host}-{k}",
+            log=log,
+            hang_timeout_s=elastic.hang_timeout_s,
+            respawn=elastic.respawn,
+            exit_s=exit_s,
+            waits=waits,
+        )
+        for k in range(nodes)
+    ]
 
 
 def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) -> int:
@@ -53,6 +105,7 @@ def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) ->
             server = Lighthouse(nodes[0].host, heartbeat_timeout_ms=timeout_ms)
             held.callback(server.close)
             membership = replace(membership, lighthouse=server.address)
+        membership = replace(membership, lighthouse=lighthouse_url(membership.lighthouse))
         address = membership.lighthouse.encode()
         os.write(writer, (address + b"\n") * len(nodes))
         os.close(writer)

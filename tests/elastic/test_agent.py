@@ -152,9 +152,12 @@ def test_half_of_a_machine_goes_on_because_the_other_half_is_known_to_be_dead(
         assert run.exit_code("machine") == 130
 
 
-def test_a_machine_ends_with_0_when_its_nodes_finish(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [{"a": (0, 1, 2, 3)}, {"a": (0, 1), "b": (2, 3)}])
+def test_a_machine_with_its_own_lighthouse_ends_with_0(
+    tmp_path: Path, nodes: dict[str, tuple[int, ...]]
+) -> None:
     with demonstration(tmp_path, 4, steps=10) as run:
-        run.start_machine({"a": (0, 1), "b": (2, 3)})
+        run.start_machine(nodes)
         assert run.exit_code("machine") == 0
         assert [run.step(rank) for rank in range(4)] == [10] * 4
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from holdfast.elastic.events import Event, change_events
 from holdfast.elastic.generation import Generation, Identity, Member
 from holdfast.elastic.hang import blame
 from holdfast.elastic.notices import Notice
+from holdfast.elastic.voter import MembershipSettings
+from holdfast.launch.nodes import local_nodes
 from holdfast.launch.restarts import RestartPolicy, Restarts
+from holdfast.parallel.errors import ConfigError, MembershipError
+from holdfast.trainer.sections import ElasticConfig
 
 
 def test_the_first_restart_is_at_once_and_each_further_one_later() -> None:
@@ -95,3 +101,23 @@ def test_who_is_waited_for_and_waits_for_nobody_hangs(
     waits: dict[int, set[int]], culprits: set[int]
 ) -> None:
     assert blame({rank: frozenset(peers) for rank, peers in waits.items()}) == culprits
+
+
+def test_ranks_are_spread_over_local_nodes_in_order() -> None:
+    elastic = ElasticConfig(local_nodes=3, heartbeat_timeout_ms=900)
+    nodes = local_nodes(elastic, 7, token="t", log=lambda rank: Path("log"), exit_s=1.0)
+    assert [node.ranks for node in nodes] == [(0, 1), (2, 3), (4, 5, 6)]
+    assert len({node.node for node in nodes}) == 3
+    assert nodes[0].membership == MembershipSettings("", "t", 7, heartbeat_timeout_ms=900)
+
+
+def test_more_nodes_than_ranks_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"elastic.local_nodes = 3: must be 1 to 2"):
+        local_nodes(
+            ElasticConfig(local_nodes=3), 2, token="t", log=lambda rank: Path("log"), exit_s=1.0
+        )
+
+
+def test_a_run_whose_name_a_lighthouse_cannot_show_is_refused() -> None:
+    with pytest.raises(MembershipError, match="'a b' cannot name a run"):
+        MembershipSettings("", "a b", 1)

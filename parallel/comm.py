@@ -5,10 +5,15 @@ Nothing else in the project imports `torch.distributed` collectives or MPI direc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
+
+from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.operations import Operation
 
 ReduceOp = Literal["sum", "max"]
 
@@ -17,8 +22,59 @@ class Handle(Protocol):
     """A running operation. Its buffers must not be touched before `wait` returns."""
 
     def wait(self) -> None:
-        """Block until the operation is done. Raises `PeerLost` when a peer or the group is gone."""
+        """Block until the operation is done.
+
+        Raises:
+            PeerLost: a peer or the group is gone, or the generation was aborted, by whatever thread.
+                The buffers' contents are then undefined; buffers that were being received into must
+                be dropped, not used again, until the communicators have been edited.
+        """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChange:
+    """What is new about the ranks of a generation. A replaced rank has both left and joined."""
+
+    generation: int
+    left: frozenset[int] = field(default=frozenset())
+    joined: frozenset[int] = field(default=frozenset())
+
+    @property
+    def changed(self) -> frozenset[int]:
+        return self.left | self.joined
+
+
+class AbortSignal:
+    """Ends one generation on one rank: raised once, by any thread; the first reason stays."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+        self._listeners: list[Callable[[str], None]] = []
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Have `listener(reason)` called by the thread that aborts; at once if that has happened."""
+        with self._lock:
+            self._listeners.append(listener)
+            reason = self.reason
+        if reason is not None:
+            listener(reason)
+
+    def abort(self, reason: str) -> None:
+        with self._lock:
+            if self.reason is not None:
+                return
+            self.reason = reason
+            listeners = tuple(self._listeners)
+        for listener in listeners:
+            listener(reason)
+
+    def check(self) -> None:
+        """Raises `PeerLost` when the generation is aborted."""
+        if self.reason is not None:
+            raise PeerLost(f"generation {self.generation} was aborted: {self.reason}")
 
 
 class Communicator(Protocol):
@@ -70,4 +126,25 @@ class Communicator(Protocol):
 
     def barrier(self) -> None:
         """Return when every member has called it."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """End the generation on this rank: waits and calls of all its communicators raise `PeerLost`.
+
+        Local, callable from any thread, at most some milliseconds; it needs no answer from anybody, so a
+        peer may be dead, stopped or cut off. What comes next is `edit`, on every surviving rank.
+        """
+        ...
+
+    def edit(self, ranks: Sequence[int], change: MembershipChange) -> Communicator:
+        """The communicator over `ranks` in the generation of `change`.
+
+        Every rank of the new generation edits all its communicators, the same ones in the same order;
+        no operation is under way, unless the old generation was aborted. When no member has changed it is
+        this object, otherwise a new one, which takes over what connects members that stay.
+        """
+        ...
+
+    def history(self) -> tuple[Operation, ...]:
+        """The newest operations of this communicator, message by message, in the order of the calls."""
         ...

@@ -1,0 +1,438 @@
+"""Communicators over gloo (TCP): a mesh of connections, one per group and peer, made at first use.
+
+Each connection is a torch process group of two ranks, so that it can end without touching any other.
+That is what makes an abort and a change of membership cheap: an abort breaks only connections on which
+something is under way, and an edit keeps the ones that were idle.
+
+Measured on torch 2.13: gloo's own `abort()` does nothing, but a receive that is given up breaks its
+whole process group, which frees every other waiter at once, also when the peer is stopped or cut off.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holdfast.parallel.comm import AbortSignal, MembershipChange
+from holdfast.parallel.comm_pairwise import RESERVED_TAG, PairwiseCommunicator, lost
+from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.operations import OperationRing
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, Work
+
+_BREAKING_TAG = (1 << 31) - 1
+_GREETING_TAGS = 1 << 20
+_SHORTEST_POLL_S, _LONGEST_POLL_S = 1e-4, 1e-2
+
+logger = logging.getLogger("holdfast.comm")
+
+
+class _Rendezvous(dist.Store):
+    """The store that one process group forms on: nothing blocks it, an abort ends it, and it is left empty.
+
+    gloo's threads would wait inside the client of the store, which serves one call at a time; so
+    waiting is done here. A rank's address has one reader, who deletes it.
+    """
+
+    def __init__(self, store: Store, name: str, signal: AbortSignal) -> None:
+        super().__init__()
+        self._store: Any = store
+        self._name = name
+        self._signal = signal
+        self._seen: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        self._seen[key] = value
+        self._store.set(f"{self._name}/{key}", value)
+
+    def get(self, key: str) -> bytes:
+        return self._seen[key]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+        limit_s = (timeout or self._store.timeout).total_seconds()
+        deadline = time.monotonic() + limit_s
+        for key in keys:
+            if key in self._seen:
+                continue
+            full, pause_s = f"{self._name}/{key}", _SHORTEST_POLL_S
+            while not self._store.check([full]):
+                self._signal.check()
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the peer did not come within {limit_s:g} s")
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+            self._seen[key] = self._store.get(full)
+            self._store.delete_key(full)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+
+class _Message:
+    """One message under way on a link; keeps its buffer alive."""
+
+    __slots__ = (
+        "error",
+        "is_send",
+        "link",
+        "number",
+        "operation",
+        "signal",
+        "tag",
+        "tensor",
+        "work",
+    )
+
+    def __init__(
+        self, link: _Link, tensor: Tensor, tag: int, operation: str, number: int, *, is_send: bool
+    ) -> None:
+        self.link = link
+        self.tensor = tensor
+        self.tag = tag
+        self.operation = operation
+        self.is_send = is_send
+        self.number = number
+        self.signal = link.mesh.signal
+        self.work: Work | None = None
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        ring = self.link.mesh.ring
+        ring.waiting(self.number)
+        try:
+            self.signal.check()
+            if self.work is None:
+                self.link.wait_until_posted(self)
+            assert self.work is not None
+            self.work.wait()
+        except (RuntimeError, PeerLost) as error:
+            ring.finished(self.number, failed=True)
+            raise self._lost(error) from error
+        ring.finished(self.number)
+        self.link.open.discard(self)
+
+    def _lost(self, error: BaseException) -> PeerLost:
+        self.signal.check()
+        if isinstance(error, PeerLost):
+            return error
+        return lost(self.operation, self.link.name, self.link.peer, error)
+
+
+class _Link:
+    """The connection to one peer for one group of ranks.
+
+    It is made by a thread of its own when the first message is posted, in whatever order ranks come to
+    need each other; messages posted before it stands follow then. After an edit both sides greet each
+    other before anything else, so that no message of the new generation meets one of the old; when one
+    side has no longer got the connection, both make a new one.
+    """
+
+    def __init__(self, mesh: GlooMesh, name: str, peer: int) -> None:
+        self.mesh = mesh
+        self.name = name
+        self.peer = peer
+        self.open: set[_Message] = set()
+        """Posted and not yet seen to end. Outlives an abort: gloo may still hold these buffers."""
+        self._peer_index = int(mesh.rank < peer)
+        self._group: Any = None
+        self._is_ready = False
+        self._is_connecting = False
+        self._failure: BaseException | None = None
+        self._queue: list[_Message] = []
+        self._lock = threading.Lock()
+        self._settled = threading.Event()
+
+    def post(self, message: _Message) -> None:
+        """Send or receive `message` now, or when the connection stands."""
+        self.open.add(message)  # before the check: an abort that comes after it breaks this link
+        try:
+            message.signal.check()
+            if not self._is_ready:
+                with self._lock:
+                    if self._failure is not None:
+                        raise lost(message.operation, self.name, self.peer, self._failure)
+                    if not self._is_ready:
+                        self._queue.append(message)
+                        self._connect_in_background()
+                        return
+        except PeerLost:
+            self.open.discard(message)
+            raise
+        try:
+            self._start(message)
+        except RuntimeError as error:
+            message.signal.check()
+            raise lost(message.operation, self.name, self.peer, error) from error
+
+    def _start(self, message: _Message) -> None:
+        post = self._group.send if message.is_send else self._group.recv
+        message.work = post([message.tensor], self._peer_index, message.tag)
+        self.mesh.ring.started(message.number)
+
+    def wait_until_posted(self, message: _Message) -> None:
+        self._settled.wait()
+        message.signal.check()
+        failure = message.error or self._failure
+        if failure is not None:
+            raise lost(message.operation, self.name, self.peer, failure)
+
+    def _connect_in_background(self) -> None:
+        if not self._is_connecting:
+            self._is_connecting = True
+            _in_thread("connect", self._connect, self.mesh.signal)
+
+    def _connect(self, signal: AbortSignal) -> None:
+        failure: BaseException | None = None
+        try:
+            if self._group is None or not self._greet(signal.generation):
+                # Only now may the old one go: its destructor closes what a greeting still used.
+                self._group = self.mesh.connect(self.name, self.peer, signal)
+        except (RuntimeError, PeerLost) as error:
+            failure = error
+        with self._lock:
+            self._failure = self._failure or failure
+            if self._failure is None:
+                for message in self._queue:
+                    try:
+                        self._start(message)
+                    except RuntimeError as error:
+                        message.error = error
+                self._is_ready = True
+            self._queue = []
+            self._is_connecting = False
+            self._settled.set()
+        if signal.reason is not None:
+            self.end(signal.reason)
+
+    def _greet(self, generation: int) -> bool:
+        """Whether the peer still has this connection, and has left the old generation too."""
+        tag = RESERVED_TAG + generation % _GREETING_TAGS
+        try:
+            arrived = self._group.recv([torch.empty(1)], self._peer_index, tag)
+            self._group.send([torch.empty(1)], self._peer_index, tag).wait()
+            arrived.wait()
+        except RuntimeError:
+            return False
+        return True
+
+    def end(self, reason: str) -> None:
+        """Free all waiters; nothing is sent or received any more. Local, at once."""
+        with self._lock:
+            self._failure = self._failure or PeerLost(reason)
+            self._is_ready = False
+            group = self._group
+        self._settled.set()
+        if group is not None:
+            _in_thread("end", _break, group, self._peer_index, tuple(self.open))
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.open or self._is_connecting or self._queue)
+
+    def keep(self) -> bool:
+        """Whether this connection serves the next generation too; it is then greeted at first use."""
+        with self._lock:
+            if not self.is_idle or self._failure is not None or self._group is None:
+                return False
+            self._is_ready = False
+            self._settled.clear()
+            return True
+
+
+def _break(group: Any, peer_index: int, messages: tuple[_Message, ...]) -> None:
+    """Give up a receive that nobody will answer: gloo then closes the connection, freeing all waiters.
+
+    `messages` are held until it is closed, because gloo may write to their buffers until then.
+    """
+    try:
+        never = group.recv([torch.empty(1)], peer_index, _BREAKING_TAG)
+        never.wait(timedelta(milliseconds=1))
+    except RuntimeError as error:
+        logger.debug("ended with %d messages under way: %s", len(messages), error)
+
+
+def _in_thread(what: str, function: Callable[..., None], *arguments: object) -> None:
+    name = f"holdfast-comm-{what}"
+    threading.Thread(target=function, args=arguments, name=name, daemon=True).start()
+
+
+class GlooMesh:
+    """All connections of one rank, and what its communicators over gloo share."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        *,
+        device: object,
+        timeout_s: float,
+        signal: AbortSignal,
+        ring: OperationRing,
+    ) -> None:
+        """Local.
+
+        Args:
+            store: rendezvous store that all ranks reach.
+            device: made by `gloo_device`.
+            timeout_s: how long an operation may take before its waiters get `PeerLost`.
+        """
+        self.rank = rank
+        self.ring = ring
+        self.timeout_s = timeout_s
+        self._shared_store = store
+        self._device = device
+        self._links: dict[tuple[str, int], _Link] = {}
+        self._lock = threading.Lock()
+        self._enter(signal)
+
+    def _enter(self, signal: AbortSignal) -> None:
+        self.signal = signal
+        signal.listen(self._end_busy_links)
+
+    def link(self, name: str, peer: int) -> _Link:
+        with self._lock:
+            link = self._links.get((name, peer))
+            if link is None:
+                link = self._links[(name, peer)] = _Link(self, name, peer)
+            return link
+
+    @functools.cached_property
+    def _store(self) -> Store:
+        """A client of its own: whoever waits on the shared one would hold up every connection."""
+        shared: Any = self._shared_store
+        return shared.clone()
+
+    def connect(self, name: str, peer: int, signal: AbortSignal) -> Any:
+        """A process group of this rank and `peer`. Collective over both.
+
+        Raises:
+            PeerLost: the generation was aborted.
+            RuntimeError: the peer did not come, or the store is gone.
+        """
+        low, high = sorted((self.rank, peer))
+        where = f"{name}/{low}-{high}/{signal.generation}"
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [self._device]
+        options._threads = 0  # they run gloo's collectives; only messages are used
+        options._timeout = timedelta(seconds=self.timeout_s)
+        return gloo(_Rendezvous(self._store, where, signal), int(self.rank > peer), 2, options)
+
+    def _end_busy_links(self, reason: str) -> None:
+        with self._lock:
+            links = tuple(self._links.values())
+        for link in links:
+            if not link.is_idle:
+                link.end(reason)
+
+    def edit(self, change: MembershipChange, store: Store | None = None) -> None:
+        """Enter the generation of `change`, once. Local.
+
+        Connections to ranks that changed, and those with messages under way, are dropped.
+        """
+        if change.generation == self.signal.generation:
+            return
+        if store is not None:
+            self._shared_store = store
+            self.__dict__.pop("_store", None)
+        with self._lock:
+            for (name, peer), link in tuple(self._links.items()):
+                if peer in change.changed or not link.keep():
+                    del self._links[(name, peer)]
+                    link.end(f"rank {peer} is not in reach of generation {change.generation}")
+        self.ring.set_generation(change.generation)
+        self._enter(AbortSignal(change.generation))
+
+
+class GlooCommunicator(PairwiseCommunicator):
+    """A group of ranks over gloo (TCP). Exact-mode safe."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        ranks: Sequence[int],
+        rank: int,
+        *,
+        device: object,
+        timeout_s: float,
+        mesh: GlooMesh | None = None,
+    ) -> None:
+        """Local: members connect when they first need each other, under the `name` that all give.
+
+        Args:
+            store: rendezvous store that all members reach.
+            device: made by `gloo_device`; groups of one process may share it.
+            timeout_s: how long an operation may take before its waiters get `PeerLost`.
+            mesh: the connections of a rank that has several groups; None: this one's own.
+        """
+        if mesh is None:
+            mesh = GlooMesh(
+                store,
+                rank,
+                device=device,
+                timeout_s=timeout_s,
+                signal=AbortSignal(0),
+                ring=OperationRing(rank),
+            )
+        self.mesh = mesh
+        super().__init__(name, ranks, rank, mesh.signal, mesh.ring)
+        self._links: dict[int, _Link] = {}
+
+    @classmethod
+    def over(cls, mesh: GlooMesh, name: str, ranks: Sequence[int]) -> GlooCommunicator:
+        """Another group of the rank whose mesh it is. Local."""
+        store, device = mesh._shared_store, mesh._device
+        return cls(
+            store, name, ranks, mesh.rank, device=device, timeout_s=mesh.timeout_s, mesh=mesh
+        )
+
+    def _message(
+        self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool
+    ) -> _Message:
+        link = self._links.get(peer)
+        if link is None:
+            assert peer in self._ranks, f"rank {peer} is not a member of {self._ranks}"
+            assert peer != self.mesh.rank, "a rank sends nothing to itself"
+            link = self._links[peer] = self.mesh.link(self._name, peer)
+        number = self._ring.post(
+            self._group_code,
+            operation,
+            "send" if is_send else "receive",
+            peer,
+            tensor.numel() * tensor.element_size(),
+            tag,
+        )
+        message = _Message(link, tensor, tag, operation, number, is_send=is_send)
+        try:
+            link.post(message)
+        except PeerLost:
+            self._ring.finished(number, failed=True)
+            raise
+        return message
+
+    def edit(self, ranks: Sequence[int], change: MembershipChange) -> GlooCommunicator:
+        """See `Communicator.edit`. Local: connections are checked or made when they are next used."""
+        self.mesh.edit(change)
+        if tuple(ranks) != self._ranks or change.changed & set(ranks):
+            return GlooCommunicator.over(self.mesh, self._name, ranks)
+        self._links.clear()
+        self._enter(self.mesh.signal)
+        return self
+
+
+def gloo_device(host: str) -> object:
+    """A gloo transport bound to the interface of `host`; loopback when that is where the store is."""
+    if host in {"127.0.0.1", "localhost", "::1"}:
+        return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    return dist.ProcessGroupGloo.create_default_device()

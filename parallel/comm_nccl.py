@@ -82,7 +82,9 @@ class NcclCommunicator(PairwiseCommunicator):
             ring: where operations are recorded; None: this group's own.
         """
         signal = signal or AbortSignal(0)
-        super().__init__(name, ranks, rank, signal, ring or OperationRing(rank))
+        # Several groups of one kind are told apart in the record, which has no members.
+        recorded = f"{name}/{min(ranks)}"
+        super().__init__(recorded, ranks, rank, signal, ring or OperationRing(rank))
         self.name = name
         self.ring = self._ring
         self._rank = rank
@@ -141,7 +143,8 @@ class NcclCommunicator(PairwiseCommunicator):
         if self._group is None:
             return DONE
         size = tensor.numel() * tensor.element_size()
-        number = self._record("all_reduce", "collective", -1, size, 0)
+        self._collectives += 1
+        number = self._record("all_reduce", "collective", -1, size, self._collectives)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
         try:

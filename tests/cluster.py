@@ -7,6 +7,7 @@ raises) on every rank comes back.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Collection
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,19 @@ class Cluster:
         self._jobs = 0
 
     def run(
-        self, function: str, world_size: int, *, timeout_s: float = 90.0, **arguments: Any
+        self,
+        function: str,
+        world_size: int,
+        *,
+        timeout_s: float = 90.0,
+        dying: Collection[int] = (),
+        **arguments: Any,
     ) -> list[Any]:
         """Run `module:function` on `world_size` ranks; results by rank.
 
+        Args:
+            dying: ranks that the job kills or stops, of which no result is awaited (None stands in
+                its place); the next job gets a new pool.
         Raises:
             WorkerFailed: with the traceback of every rank that raised.
         """
@@ -51,6 +62,9 @@ class Cluster:
         results: list[Any] = []
         failures: list[str] = []
         for rank in range(world_size):
+            if rank in dying:
+                results.append(None)
+                continue
             try:
                 if not self._connections[rank].poll(timeout_s if not failures else 5.0):
                     raise TimeoutError(f"rank {rank} gave no result")
@@ -61,8 +75,9 @@ class Cluster:
             results.append(value)
             if not succeeded:
                 failures.append(f"rank {rank}:\n{value}")
-        if failures:
+        if failures or dying:
             self.close()
+        if failures:
             raise WorkerFailed("\n".join(failures))
         return results
 
@@ -117,7 +132,9 @@ def _serve(address: str) -> None:
         wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )
-    os.wait()
+    with contextlib.suppress(ChildProcessError):
+        while True:  # a worker that is killed on purpose takes the store from nobody
+            os.wait()
     del server
 
 

@@ -76,3 +76,15 @@ def test_only_communicators_import_torch_distributed() -> None:
                 if (plain or named - RENDEZVOUS) and module.name not in allowed:
                     wrong.append(str(module.relative_to(ROOT)))
     assert wrong == []
+
+
+def test_only_the_mpi_communicator_imports_mpi() -> None:
+    wrong = [
+        str(module.relative_to(ROOT))
+        for folder in ALLOWED
+        for module in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(module.read_text()))
+        if (isinstance(node, ast.ImportFrom) and node.module == "mpi4py")
+        or (isinstance(node, ast.Import) and any(a.name == "mpi4py" for a in node.names))
+    ]
+    assert [name for name in wrong if Path(name).name != "comm_mpi.py"] == []

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _BREAKING_TAG = (1 << 31) - 1
 _GREETING_TAGS = 1 << 20
+_NOTHING = "-"
+_CONNECT_S = 20.0
+"""Limit of a TCP handshake between two ranks that both are there: longer means that one has given up."""
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 1e-4, 1e-2
 
 logger = logging.getLogger("holdfast.comm")
@@ -41,38 +44,52 @@ class _Rendezvous(dist.Store):
     """The store that one process group forms on: nothing blocks it, an abort ends it, and it is left empty.
 
     gloo's threads would wait inside the client of the store, which serves one call at a time; so
-    waiting is done here. A rank's address has one reader, who deletes it.
+    waiting is done here. Each side publishes its address, and the other claims it by deleting it. Who
+    gives up first withdraws its own, and goes through with the connection when that has been claimed:
+    the peer, which then is connecting, would wait in vain otherwise.
     """
 
-    def __init__(self, store: Store, name: str, signal: AbortSignal) -> None:
+    def __init__(self, store: Store, name: str, signal: AbortSignal, timeout_s: float) -> None:
         super().__init__()
         self._store: Any = store
         self._name = name
         self._signal = signal
-        self._seen: dict[str, bytes] = {}
+        self._timeout_s = timeout_s
+        self._published: dict[str, bytes] = {}
+        self._claimed: dict[str, bytes] = {}
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
-        self._seen[key] = value
+        self._published[key] = value
         self._store.set(f"{self._name}/{key}", value)
 
     def get(self, key: str) -> bytes:
-        return self._seen[key]
+        return self._published.get(key) or self._claimed[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
-        limit_s = (timeout or self._store.timeout).total_seconds()
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + self._timeout_s
         for key in keys:
-            if key in self._seen:
+            if key in self._published or key in self._claimed:
                 continue
-            full, pause_s = f"{self._name}/{key}", _SHORTEST_POLL_S
-            while not self._store.check([full]):
-                self._signal.check()
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"the peer did not come within {limit_s:g} s")
+            pause_s = _SHORTEST_POLL_S
+            while not self._claim(key):
+                late = time.monotonic() > deadline
+                if (late or self._signal.reason is not None) and self._withdraw():
+                    self._signal.check()
+                    raise RuntimeError(f"the peer did not come within {self._timeout_s:g} s")
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_POLL_S)
-            self._seen[key] = self._store.get(full)
-            self._store.delete_key(full)
+
+    def _claim(self, key: str) -> bool:
+        full = f"{self._name}/{key}"
+        # Unlike `get` this does not wait: it gives what was expected when there is no such key.
+        value = self._store.compare_set(full, _NOTHING, _NOTHING)
+        if value == _NOTHING.encode() or not self._store.delete_key(full):
+            return False
+        self._claimed[key] = value
+        return True
+
+    def _withdraw(self) -> bool:
+        return all(self._store.delete_key(f"{self._name}/{key}") for key in self._published)
 
     def has_extended_api(self) -> bool:
         return False
@@ -114,7 +131,7 @@ class _Message:
             if self.work is None:
                 self.link.wait_until_posted(self)
             assert self.work is not None
-            self.work.wait()
+            self.work.wait(self.link.mesh.timeout)
         except (RuntimeError, PeerLost) as error:
             ring.finished(self.number, failed=True)
             raise self._lost(error) from error
@@ -175,7 +192,10 @@ class _Link:
             raise lost(message.operation, self.name, self.peer, error) from error
 
     def _start(self, message: _Message) -> None:
-        post = self._group.send if message.is_send else self._group.recv
+        group = self._group
+        if group is None:
+            raise RuntimeError(str(self._failure))
+        post = group.send if message.is_send else group.recv
         message.work = post([message.tensor], self._peer_index, message.tag)
         self.mesh.ring.started(message.number)
 
@@ -194,12 +214,13 @@ class _Link:
     def _connect(self, signal: AbortSignal) -> None:
         failure: BaseException | None = None
         try:
-            if self._group is None or not self._greet(signal.generation):
-                # Only now may the old one go: its destructor closes what a greeting still used.
-                self._group = self.mesh.connect(self.name, self.peer, signal)
+            group = self._group
+            if group is None or not self._greet(group, signal.generation):
+                group = self.mesh.connect(self.name, self.peer, signal)
         except (RuntimeError, PeerLost) as error:
-            failure = error
+            failure, group = error, None
         with self._lock:
+            self._group = group
             self._failure = self._failure or failure
             if self._failure is None:
                 for message in self._queue:
@@ -211,15 +232,15 @@ class _Link:
             self._queue = []
             self._is_connecting = False
             self._settled.set()
-        if signal.reason is not None:
-            self.end(signal.reason)
+        if self._failure is not None:
+            self.end(str(self._failure))  # what ended while it was being made is closed here
 
-    def _greet(self, generation: int) -> bool:
+    def _greet(self, group: Any, generation: int) -> bool:
         """Whether the peer still has this connection, and has left the old generation too."""
         tag = RESERVED_TAG + generation % _GREETING_TAGS
         try:
-            arrived = self._group.recv([torch.empty(1)], self._peer_index, tag)
-            self._group.send([torch.empty(1)], self._peer_index, tag).wait()
+            arrived = group.recv([torch.empty(1)], self._peer_index, tag)
+            group.send([torch.empty(1)], self._peer_index, tag).wait()
             arrived.wait()
         except RuntimeError:
             return False
@@ -230,10 +251,20 @@ class _Link:
         with self._lock:
             self._failure = self._failure or PeerLost(reason)
             self._is_ready = False
-            group = self._group
+            group, self._group = self._group, None
         self._settled.set()
         if group is not None:
-            _in_thread("end", _break, group, self._peer_index, tuple(self.open))
+            _in_thread("end", self._break, group)
+
+    def _break(self, group: Any) -> None:
+        """Give up a receive that nobody will answer: gloo closes the connection, freeing all waiters."""
+        try:
+            never = group.recv([torch.empty(1)], self._peer_index, _BREAKING_TAG)
+            never.wait(timedelta(milliseconds=1))
+        except RuntimeError as error:
+            logger.debug("ended connection with rank %d in %s: %s", self.peer, self.name, error)
+        # Only now: gloo may write to the buffers of these messages until the connection is closed.
+        self.open.clear()
 
     @property
     def is_idle(self) -> bool:
@@ -247,18 +278,6 @@ class _Link:
             self._is_ready = False
             self._settled.clear()
             return True
-
-
-def _break(group: Any, peer_index: int, messages: tuple[_Message, ...]) -> None:
-    """Give up a receive that nobody will answer: gloo then closes the connection, freeing all waiters.
-
-    `messages` are held until it is closed, because gloo may write to their buffers until then.
-    """
-    try:
-        never = group.recv([torch.empty(1)], peer_index, _BREAKING_TAG)
-        never.wait(timedelta(milliseconds=1))
-    except RuntimeError as error:
-        logger.debug("ended with %d messages under way: %s", len(messages), error)
 
 
 def _in_thread(what: str, function: Callable[..., None], *arguments: object) -> None:
@@ -289,6 +308,7 @@ class GlooMesh:
         self.rank = rank
         self.ring = ring
         self.timeout_s = timeout_s
+        self.timeout = timedelta(seconds=timeout_s)
         self._shared_store = store
         self._device = device
         self._links: dict[tuple[str, int], _Link] = {}
@@ -325,8 +345,10 @@ class GlooMesh:
         options = gloo._Options()
         options._devices = [self._device]
         options._threads = 0  # they run gloo's collectives; only messages are used
-        options._timeout = timedelta(seconds=self.timeout_s)
-        return gloo(_Rendezvous(self._store, where, signal), int(self.rank > peer), 2, options)
+        # Of connecting alone, once the peer is there; each wait brings its own limit.
+        options._timeout = timedelta(seconds=min(self.timeout_s, _CONNECT_S))
+        rendezvous = _Rendezvous(self._store, where, signal, self.timeout_s)
+        return gloo(rendezvous, int(self.rank > peer), 2, options)
 
     def _end_busy_links(self, reason: str) -> None:
         with self._lock:

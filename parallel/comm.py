@@ -96,6 +96,11 @@ class Communicator(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def signal(self) -> AbortSignal:
+        """The generation that this communicator is in, and how it ends."""
+        ...
+
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Handle:
         """Reduce `tensor` in place over all members."""
         ...

@@ -94,6 +94,10 @@ class PairwiseCommunicator:
     def size(self) -> int:
         return len(self._ranks)
 
+    @property
+    def signal(self) -> AbortSignal:
+        return self._signal
+
     @abstractmethod
     def _message(
         self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool

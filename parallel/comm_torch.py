@@ -125,12 +125,7 @@ def edit_groups(
         PeerLost: the new generation was aborted meanwhile (MPI, where editing is collective).
     """
     control = groups.control.edit(world, change)
-    if isinstance(control, GlooCommunicator):
-        signal = control.mesh.signal
-    else:
-        from holdfast.parallel.comm_mpi import signal_of
-
-        signal = signal_of(control)
+    signal = control.signal
 
     def edited(group: Communicator, ranks: Sequence[int]) -> Communicator:
         if isinstance(group, NcclCommunicator):

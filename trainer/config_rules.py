@@ -207,8 +207,13 @@ def _not_in_this_version(config: RunConfig) -> Iterator[str]:
     for key in ("context", "expert"):
         if getattr(parallel, key) > 1:
             yield f"parallel.{key} = {getattr(parallel, key)}: not available in this version; set it to 1"
-    if parallel.backend == "mpi":
-        yield "parallel.backend = 'mpi': not available in this version; use 'gloo' or 'nccl'"
+    if parallel.backend == "mpi" and importlib.util.find_spec("mpi4py") is None:
+        yield "parallel.backend = 'mpi' needs mpi4py; pip install 'holdfast[mpi]'"
+    if parallel.backend == "mpi" and config.train.device == "cuda":
+        yield (
+            "parallel.backend = 'mpi' carries CPU tensors, but train.device = 'cuda'; use 'nccl', or "
+            "set train.device = 'cpu'"
+        )
     if config.elastic.enabled:
         yield "elastic.enabled = true: not available in this version; set it to false"
     if config.offload.activations != "none":

@@ -149,6 +149,11 @@ def launchers() -> dict[str, list[str]]:
         "torchrun module": [*torchrun, "-m", "holdfast.trainer"],
         "torchrun command": [*torchrun, "-m", "holdfast.launch.cli", "train"],
         "mpirun": [*mpirun, "-n", "4", *HOLDFAST, "train"],
+        "mpirun over MPI": [
+            *mpirun,
+            *("--with-ft", "ulfm", "-n", "4", sys.executable, "-m", "holdfast.trainer"),
+            *("--set", "parallel.backend=mpi"),
+        ],
     }
 
 

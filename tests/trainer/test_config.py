@@ -70,7 +70,6 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("log.trace_steps=[0]", "steps are counted from 1"),
         ("data.eval_fraction=1.5", "data.eval_fraction = 1.5"),
         ("parallel.context=2", "not available in this version"),
-        ("parallel.backend=mpi", "not available in this version"),
         ("offload.activations=ssd", "not available in this version"),
         ("elastic.enabled=true", "not available in this version"),
     ],
@@ -80,6 +79,13 @@ def test_a_broken_rule_says_what_to_change(smallest: Path, override: str, said: 
         load_config(smallest, [override])
     matching = [line for line in str(caught.value).splitlines() if said in line]
     assert len(matching) == 1, str(caught.value)
+
+
+def test_mpi_carries_cpu_tensors(smallest: Path) -> None:
+    overrides = ["parallel.backend=mpi", "train.device=cuda"]
+    with pytest.raises(ConfigError, match="'mpi' carries CPU tensors"):
+        load_config(smallest, overrides)
+    assert load_config(smallest, ["parallel.backend=mpi", "train.device=cpu"])
 
 
 def test_byte_text_needs_a_vocabulary_of_bytes(smallest: Path) -> None:

@@ -11,6 +11,7 @@ OUTPUT = HERE / "results"
 RUNS = {
     "native_kernels.py": ["--json", str(OUTPUT / "native_kernels.json")],
     "executor.py": ["--repetitions", "7", "--json", str(OUTPUT / "executor.json")],
+    "communicator_edit.py": ["--json", str(OUTPUT / "communicator_edit.json")],
     "data_parallel.py": ["--json", str(OUTPUT / "data_parallel")],
     "checkpoint.py": ["--json", str(OUTPUT / "checkpoint.json")],
     "checkpoint_scale.py": ["--json", str(OUTPUT / "checkpoint_scale.json")],

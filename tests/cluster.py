@@ -32,7 +32,8 @@ class WorkerFailed(AssertionError):
 class Cluster:
     """Processes waiting for jobs. A job that hangs or dies ends the pool; the next starts anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = WORKERS) -> None:
+        self._workers = workers
         self._process: subprocess.Popen[bytes] | None = None
         self._connections: list[Connection] = []
         self._jobs = 0
@@ -99,18 +100,20 @@ class Cluster:
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             }
-            with Listener(address, "AF_UNIX", backlog=WORKERS) as listener:
+            with Listener(address, "AF_UNIX", backlog=self._workers) as listener:
                 self._process = subprocess.Popen(
-                    [sys.executable, __file__, address], env=environment, start_new_session=True
+                    [sys.executable, __file__, address, str(self._workers)],
+                    env=environment,
+                    start_new_session=True,
                 )
                 connected = {}
-                for _ in range(WORKERS):
+                for _ in range(self._workers):
                     connection = listener.accept()
                     connected[connection.recv()] = connection
-        self._connections = [connected[rank] for rank in range(WORKERS)]
+        self._connections = [connected[rank] for rank in range(self._workers)]
 
 
-def _serve(address: str) -> None:
+def _serve(address: str, workers: int) -> None:
     import torch
     import torch.distributed as dist
 
@@ -118,9 +121,9 @@ def _serve(address: str) -> None:
     torch.set_num_threads(1)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    listening.listen(4 * WORKERS)
+    listening.listen(4 * workers)
     port = listening.getsockname()[1]
-    for rank in range(WORKERS):
+    for rank in range(workers):
         if os.fork() == 0:
             listening.close()
             _work(address, rank, port)
@@ -160,4 +163,4 @@ def _work(address: str, rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], int(sys.argv[2]))

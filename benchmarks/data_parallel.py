@@ -90,11 +90,11 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def ours(reduction: str, rank: int, ranks: int, batch: int, store: Any) -> Callable[[], None]:
-    from holdfast.trainer.training import Training
+    from holdfast.trainer.training import open_training
     from holdfast.trainer.world import local_world
 
     config = msgspec.convert(our_config(reduction, ranks, batch), RunConfig)
-    training = Training(config, local_world(rank, ranks), store)
+    training = open_training(config, local_world(rank, ranks), store)
     step = [0]
 
     def run() -> None:

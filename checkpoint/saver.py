@@ -127,6 +127,26 @@ class Saver:
                 found.append(self._results.get_nowait())
         return found
 
+    def abandon(self, reason: str, patience_s: float = _PATIENCE_S) -> None:
+        """Give up the save under way: its ranks do not go on together. Local.
+
+        When it returns nothing reads the state any more, and it may change.
+
+        Args:
+            patience_s: how long the thread's end is waited for; later it ends by itself.
+        """
+        self.interrupt(reason)
+        if self._thread is not None and self._snapshot is not None:
+            self._snapshot.settle()
+            self._thread.join(patience_s)
+
+    def interrupt(self, reason: str) -> None:
+        """Begin to give up the save under way; fences open. Local, at once, from any thread."""
+        if self.busy and self._snapshot is not None:
+            self._snapshot.cancel(CheckpointError(reason))
+            if self._join is not None:
+                self._join.abort(reason)
+
     def close(self) -> None:
         """Finish the save under way and release files and memory."""
         self.wait()
@@ -140,6 +160,8 @@ class Saver:
             path = self._save(save)
         except Cancelled:
             error = f"rank {self.rank}, {save.votes.phase}: not done within {self._timeout_s:g} s"
+            if isinstance(save.snapshot.error, CheckpointError):
+                error = str(save.snapshot.error)
         except OSError as failure:
             place = f" ({failure.filename})" if failure.filename else ""
             error = f"{failure.strerror or failure}{place}"

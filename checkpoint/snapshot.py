@@ -145,6 +145,11 @@ class Snapshot:
         self._deadline.cancelled = True
         self._opened.set()
 
+    def settle(self) -> None:
+        """Return once no copy is under way; after `cancel` none begins any more."""
+        with self._lock:
+            pass
+
     def _behind(self, number: int) -> bool:
         return not self.copied and self._items[self._next].before <= number
 

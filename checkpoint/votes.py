@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from torch.distributed import PrefixStore, Store
 
-from holdfast.checkpoint.arena import Deadline
+from holdfast.checkpoint.arena import Cancelled, Deadline
 from holdfast.parallel.errors import CheckpointError
 
 _FIRST_POLL_S = 0.0005
@@ -64,11 +64,14 @@ class Votes:
             patience_s: after the deadline; whoever waits for the coordinator lets it say who is late.
         Raises:
             CheckpointError: a rank failed, or did not vote in time; it is named with its phase.
+            Cancelled: this rank's part was given up meanwhile.
         """
         keys = {rank: f"{kind}/{rank}" for rank in ranks}
         pause = _FIRST_POLL_S
         while not self._store.check(list(keys.values())):
             self._raise_failure()
+            if deadline.cancelled:
+                raise Cancelled
             if time.monotonic() > deadline.at + patience_s:
                 raise CheckpointError(self._who_is_missing(keys))
             time.sleep(pause)

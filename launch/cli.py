@@ -84,6 +84,10 @@ def train(
     root = choose_root(config, out, run_config, resume, allow_change=allow_change)
     with lock_run(root):
         run = open_run(root, run_config, resume, allow_change=allow_change)
+        if run_config.elastic.enabled:
+            from holdfast.launch.elastic import run_elastic
+
+            raise typer.Exit(run_elastic(run_config, run))
         from holdfast.launch.local import run_local
 
         raise typer.Exit(run_local(run_config, run, workers))

@@ -59,7 +59,7 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     try:
         ends = start_workers(main, world_size, run, exit_s=config.checkpoint.exit_s)
     finally:
-        _keep_memory(memory, checkpoint_root(run.root, config))
+        keep_memory(memory, checkpoint_root(run.root, config))
     failed = [end for end in ends if end.code != 0]
     if not failed:
         return 0
@@ -86,7 +86,7 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     return failed[0].code
 
 
-def _keep_memory(memory: Path, disk: Path) -> None:
+def keep_memory(memory: Path, disk: Path) -> None:
     """Put the newest copy in shared memory on the disk if that has none as new, and free the memory.
 
     This process has outlived the workers, so what they had committed there survives their crash.

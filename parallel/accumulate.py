@@ -74,7 +74,7 @@ class GradientAccumulator:
         self._device_flags: Tensor | None = None
         if values.device.type != "cpu":
             self._device_flags = torch.zeros((), dtype=torch.int64, device=values.device)
-        largest = max(parameter.numel() for parameter in flat.parameters)
+        largest = max((parameter.numel() for parameter in flat.parameters), default=0)
         self._scratch = torch.empty(
             largest if exact else 0, dtype=values.dtype, device=values.device
         )

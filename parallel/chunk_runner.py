@@ -54,6 +54,13 @@ class ModelChunkRunner:
             return None
         return output.detach()
 
+    def clear(self) -> None:
+        """Forget what an interrupted step has left; also before a new one begins."""
+        for kept in (self._inputs, self._edges, self._deferred, self.losses):
+            kept.clear()
+        self.chunk.queue.deferred = False
+        self.chunk.queue.take()
+
     def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
         queue = self.chunk.queue
         queue.deferred = True

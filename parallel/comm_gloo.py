@@ -254,7 +254,7 @@ class _Link:
             group, self._group = self._group, None
         self._settled.set()
         if group is not None:
-            _in_thread("end", self._break, group)
+            self.mesh.ending.append(_in_thread("end", self._break, group))
 
     def _break(self, group: Any) -> None:
         """Give up a receive that nobody will answer: gloo closes the connection, freeing all waiters."""
@@ -280,9 +280,11 @@ class _Link:
             return True
 
 
-def _in_thread(what: str, function: Callable[..., None], *arguments: object) -> None:
+def _in_thread(what: str, function: Callable[..., None], *arguments: object) -> threading.Thread:
     name = f"holdfast-comm-{what}"
-    threading.Thread(target=function, args=arguments, name=name, daemon=True).start()
+    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 class GlooMesh:
@@ -313,6 +315,8 @@ class GlooMesh:
         self._device = device
         self._links: dict[tuple[str, int], _Link] = {}
         self._lock = threading.Lock()
+        self.ending: list[threading.Thread] = []
+        """Each closes a connection; until it ends gloo may write to buffers that were receiving."""
         self._enter(signal)
 
     def _enter(self, signal: AbortSignal) -> None:
@@ -360,7 +364,8 @@ class GlooMesh:
     def edit(self, change: MembershipChange, store: Store | None = None) -> None:
         """Enter the generation of `change`, once. Local.
 
-        Connections to ranks that changed, and those with messages under way, are dropped.
+        Connections to ranks that changed, and those with messages under way, are dropped. When it returns
+        gloo writes to no buffer of the old generation any more.
         """
         if change.generation == self.signal.generation:
             return
@@ -372,6 +377,9 @@ class GlooMesh:
                 if peer in change.changed or not link.keep():
                     del self._links[(name, peer)]
                     link.end(f"rank {peer} is not in reach of generation {change.generation}")
+        ending, self.ending = self.ending, []
+        for thread in ending:
+            thread.join(_CONNECT_S)
         self.ring.set_generation(change.generation)
         self._enter(AbortSignal(change.generation))
 

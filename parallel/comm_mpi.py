@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mpi4py
 
@@ -188,7 +188,7 @@ class MpiFamily:
         old = self.world
         old.revoke()
         try:
-            survivors = old.comm.Shrink()
+            survivors = cast("MPI.Intracomm", old.comm.Shrink())
         except (MPI.Exception, NotImplementedError) as error:
             raise lost("shrinking", "world", None, error) from error
         places = survivors.Get_group().Translate_ranks(None, old.comm.Get_group())

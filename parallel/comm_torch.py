@@ -114,6 +114,8 @@ def edit_groups(
     world: Sequence[int],
     tensor: Sequence[int],
     pipeline: Sequence[int],
+    *,
+    store: Store | None = None,
 ) -> Groups:
     """The groups of the generation of `change`; those whose members all stay are the same objects.
 
@@ -121,9 +123,13 @@ def edit_groups(
     that join call `build_groups` with the same generation. Over gloo it is local and instant;
     connections are checked, or made anew, when they are next used.
 
+    Args:
+        store: where the new generation's ranks find each other; None: where those of the old one did.
     Raises:
         PeerLost: the new generation was aborted meanwhile (MPI, where editing is collective).
     """
+    if isinstance(groups.control, GlooCommunicator):
+        groups.control.mesh.edit(change, store)
     control = groups.control.edit(world, change)
     signal = control.signal
 

@@ -21,7 +21,7 @@ from holdfast.parallel.plan import Plan
 
 _REDUCE_TAG = 1 << 28
 _GATHER_TAG = 1 << 29
-_LONGEST_RUN_ELEMENTS = 1 << 22
+LONGEST_RUN_ELEMENTS = 1 << 22
 """Runs are cut here, so that a receiver adds one part while the next one arrives."""
 
 
@@ -65,7 +65,7 @@ def build_routes(plan: Plan, rank: int, flat: FlatParameters) -> Routes:
     Blocks of the same use lie in the same order on every rank of a stage, so neighbours join into
     one run; a tied weight's second use lies elsewhere in its stage and travels block by block.
     """
-    tensor_index = plan.mesh.coordinates(rank).tensor
+    tensor_index = plan.cells.tensor_index(rank)
     owners = plan.owners[tensor_index]
     first_use = {(s.layer, s.spec_index): s for s in flat.segments if s.spec.tied_use == 0}
     second_use = {s.spec.name: s for s in flat.segments if s.spec.tied_use == 1}
@@ -126,7 +126,7 @@ def _run_of(block: Block, segment: Segment) -> Run:
 
 
 def _joined(runs: Sequence[tuple[Run, bool]]) -> tuple[Run, ...]:
-    """Neighbours that may join become one run, cut at `_LONGEST_RUN_ELEMENTS`."""
+    """Neighbours that may join become one run, cut at `LONGEST_RUN_ELEMENTS`."""
     joined: list[tuple[Run, bool]] = []
     for run, may_join in runs:
         if joined and may_join and joined[-1][1] and joined[-1][0].stop == run.start:
@@ -137,8 +137,8 @@ def _joined(runs: Sequence[tuple[Run, bool]]) -> tuple[Run, ...]:
 
 
 def _pieces(run: Run) -> Iterator[Run]:
-    for start in range(run.start, run.stop, _LONGEST_RUN_ELEMENTS):
-        yield Run(start, min(run.stop, start + _LONGEST_RUN_ELEMENTS))
+    for start in range(run.start, run.stop, LONGEST_RUN_ELEMENTS):
+        yield Run(start, min(run.stop, start + LONGEST_RUN_ELEMENTS))
 
 
 def _from_next(peers: Mapping[int, tuple[Run, ...]], rank: int) -> list[int]:

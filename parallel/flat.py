@@ -33,12 +33,17 @@ class FlatParameters:
     bits for small shapes whose operands do not. Local; exact-mode safe.
     """
 
-    def __init__(self, rows: Sequence[tuple[int, ParameterSpec, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        rows: Sequence[tuple[int, ParameterSpec, nn.Parameter]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Args:
         rows: (layer index, table row, the local parameter that holds it), in layer then table order.
+        dtype, device: of the buffer of a rank that holds no parameter.
         """
-        if not rows:
-            raise ValueError("a rank without parameters has nothing to flatten; give it a layer")
         self._place: dict[nn.Parameter, tuple[int, int]] = {}
         end = 0
         for _, _, parameter in rows:
@@ -46,8 +51,9 @@ class FlatParameters:
                 self._place[parameter] = (end, end + parameter.numel())
                 padded = -(-parameter.numel() // ALIGNMENT_ELEMENTS) * ALIGNMENT_ELEMENTS
                 end += padded
-        first = rows[0][2]
-        self.values: Tensor = torch.zeros(end, dtype=first.dtype, device=first.device)
+        if rows:
+            dtype, device = rows[0][2].dtype, rows[0][2].device
+        self.values: Tensor = torch.zeros(end, dtype=dtype, device=device)
         for parameter, (start, stop) in self._place.items():
             view = self.values[start:stop].view(parameter.shape)
             view.copy_(parameter.detach())

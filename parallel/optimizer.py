@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from holdfast import _native
 from holdfast.parallel.accumulate import GradientAccumulator
+from holdfast.parallel.adamw import AdamWSettings, BlockUpdate, update_blocks
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.exchange import (
     OwnedBlock,
@@ -29,15 +29,6 @@ from holdfast.parallel.flat import FlatParameters, Segment
 from holdfast.parallel.plan import Plan
 
 
-@dataclass(frozen=True, slots=True)
-class AdamWSettings:
-    """The constants of AdamW (Loshchilov and Hutter 2019)."""
-
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-
-
 class Fence(Protocol):
     """What protects state that somebody still copies."""
 
@@ -48,17 +39,6 @@ class Fence(Protocol):
             The highest number that may change as well.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """What the fused kernel takes of one block."""
-
-    value: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    decays: bool
 
 
 def clipping_factor(gradient_norm: float, clip_norm: float) -> float:
@@ -89,9 +69,14 @@ class ShardedAdamW:
         world: Communicator,
         tensor: Communicator,
         settings: AdamWSettings,
+        *,
+        before: ShardedAdamW | None = None,
     ) -> None:
+        """Args:
+        before: of the plan before; where the same blocks are owned its state is taken over as it is.
+        """
         self._rank = rank
-        self._tensor_index = plan.mesh.coordinates(rank).tensor
+        self._tensor_index = plan.cells.tensor_index(rank)
         self._flat = flat
         self._accumulator = accumulator
         self._world = world
@@ -104,7 +89,7 @@ class ShardedAdamW:
         self.slots = sum(len(blocks) for blocks in plan.blocks)
         """Number of (tensor index, block) pairs: the length of the squares that `reduce` gives."""
         self._summed_over_copies = tuple(s for s in flat.segments if s.spec.sum_over_copies)
-        self._allocate()
+        self._allocate(before)
 
     @property
     def owned(self) -> tuple[OwnedBlock, ...]:
@@ -125,30 +110,38 @@ class ShardedAdamW:
         """How many updates have been applied."""
         return int(self._step)
 
-    def _allocate(self) -> None:
+    def _allocate(self, before: ShardedAdamW | None) -> None:
         values = self._flat.values
         state_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         owned = self._routes.owned
         elements = sum(block.block.elements for block in owned)
         self._step = torch.zeros((), dtype=torch.float32, device=values.device)
-        self._gradients = torch.zeros(elements, dtype=state_dtype, device=values.device)
-        self._exp_avg = torch.zeros_like(self._gradients)
-        self._exp_avg_sq = torch.zeros_like(self._gradients)
         self._master: Tensor | None = None
-        if values.dtype != state_dtype:
-            self._master = torch.empty_like(self._gradients)
+        same = before is not None and before._flat is self._flat and before.owned == owned
+        if same:
+            assert before is not None
+            self._step.copy_(before._step)
+            self._gradients, self._master = before._gradients, before._master
+            self._exp_avg, self._exp_avg_sq = before._exp_avg, before._exp_avg_sq
+        else:
+            self._gradients = torch.zeros(elements, dtype=state_dtype, device=values.device)
+            self._exp_avg = torch.zeros_like(self._gradients)
+            self._exp_avg_sq = torch.zeros_like(self._gradients)
+            if values.dtype != state_dtype:
+                self._master = torch.empty_like(self._gradients)
         self._ranges: list[tuple[int, int]] = []
-        self._updates: list[_Update] = []
+        self._updates: list[BlockUpdate] = []
         start = 0
         for block in owned:
             stop = start + block.block.elements
             self._ranges.append((start, stop))
             source = values[block.start : block.stop]
             if self._master is not None:
-                self._master[start:stop].copy_(source)
+                if not same:
+                    self._master[start:stop].copy_(source)
                 source = self._master[start:stop]
             self._updates.append(
-                _Update(
+                BlockUpdate(
                     source,
                     self._gradients[start:stop],
                     self._exp_avg[start:stop],
@@ -231,11 +224,30 @@ class ShardedAdamW:
         self._flat.view(self._accumulator.sums, segment).copy_(total.view(segment.spec.box.shape))
         return flags
 
+    @property
+    def gradients(self) -> Tensor:
+        """The owned blocks' reduced gradients, flat, in the order of `owned`; see `owned_gradients`."""
+        return self._gradients
+
+    def block_state(self, number: int) -> dict[str, Tensor]:
+        """One owned block's live state by kind (`shadows.STATE_KINDS`), flat."""
+        update = self._updates[number]
+        return {
+            "value": update.value,
+            "exp_avg": update.exp_avg,
+            "exp_avg_sq": update.exp_avg_sq,
+        }
+
     def apply(self, lr: float, factor: float) -> None:
         """Update the owned blocks with their gradients times `factor`, then gather all parameters.
 
         Called only after the vote: every rank that calls it can finish.
         """
+        self.update(lr, factor)
+        self.gather()
+
+    def update(self, lr: float, factor: float) -> None:
+        """Update the owned blocks. Local."""
         if factor != 1.0:
             self._gradients.mul_(factor)
         self._step += 1
@@ -243,33 +255,18 @@ class ShardedAdamW:
         position = 0
         while position < count:
             free = count if self.fence is None else min(count, self.fence(position) + 1)
-            for decays in (True, False):
-                self._update([u for u in self._updates[position:free] if u.decays == decays], lr)
+            update_blocks(self._updates[position:free], self._step, lr, self._settings)
             position = free
+        self.round_masters()
+        if self.fence is not None:
+            self.fence(count)
+
+    def round_masters(self) -> None:
+        """Write the parameters of the owned blocks from their master copies, where there are any. Local."""
         if self._master is not None:
             for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
                 self._flat.values[block.start : block.stop].copy_(self._master[start:stop])
-        if self.fence is not None:
-            self.fence(count)
-        gather_from_owners(self._routes, self._flat.values, self._rank, self._world)
 
-    def _update(self, updates: Sequence[_Update], lr: float) -> None:
-        """AdamW on blocks that all decay, or all do not. Elementwise: how blocks are grouped is all one."""
-        if not updates:
-            return
-        beta1, beta2 = self._settings.betas
-        torch._fused_adamw_(
-            [u.value for u in updates],
-            [u.gradient for u in updates],
-            [u.exp_avg for u in updates],
-            [u.exp_avg_sq for u in updates],
-            [],
-            [self._step] * len(updates),
-            amsgrad=False,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=self._settings.weight_decay if updates[0].decays else 0.0,
-            eps=self._settings.eps,
-            maximize=False,
-        )
+    def gather(self) -> None:
+        """Bring every block's parameters from its owner to all who hold it. Collective over these."""
+        gather_from_owners(self._routes, self._flat.values, self._rank, self._world)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
+from holdfast.parallel.cells import Cells
 from holdfast.parallel.errors import ConfigError, ScheduleError
 from holdfast.parallel.layout import Box, Layout
 from holdfast.parallel.mesh import Mesh
@@ -19,14 +20,20 @@ from holdfast.parallel.ownership import Block, assign_owners, blocks
 from holdfast.parallel.parameters import LayerSpec, ParameterSpec
 from holdfast.parallel.schedule import (
     Action,
+    Op,
     Program,
     compute_programs,
     forward_only,
     placement,
+    simulate,
+    unit_cost,
     with_messages,
 )
 
 _T = TypeVar("_T")
+
+Shares = tuple[tuple[tuple[int, ...], ...], ...]
+"""Stage -> replica -> micro-batches."""
 
 MICRO_BATCH_ORDERS = ("ascending", "descending", "shuffled")
 
@@ -36,7 +43,7 @@ class Plan:
     """Everything that follows from the live ranks, the model and the batch."""
 
     generation: int
-    mesh: Mesh
+    cells: Cells
     layers: tuple[LayerSpec, ...]
     virtual: int
     schedule: str
@@ -47,7 +54,27 @@ class Plan:
     micro_batches: tuple[tuple[int, ...], ...]
     """The global micro-batch numbers of each data replica, in the order in which it takes them."""
     block_elements: int
+    home: Mesh
+    """The mesh that the run is configured with."""
+    home_layers: tuple[tuple[int, int], ...]
+    """`chunk_layers` of that mesh."""
+    micro_batch_order: str = "ascending"
+    shares: Shares | None = None
+    """Which micro-batches each cell computes, where stages differ; None: each replica's own."""
+    given_owners: tuple[tuple[int, ...], ...] | None = None
+    """The owners where they follow from what was before; None: the even split of a first plan."""
+    shadows: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """By tensor-parallel index, the ranks that shadow each block; empty without redundancy."""
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether every micro-batch stays within one replica's pipeline."""
+        return self.shares is None
+
+    def share(self, stage: int, replica: int) -> tuple[int, ...]:
+        """The micro-batches that a cell computes."""
+        return self.micro_batches[replica] if self.shares is None else self.shares[stage][replica]
 
     @property
     def blocks(self) -> tuple[tuple[Block, ...], ...]:
@@ -55,13 +82,16 @@ class Plan:
         return self._cached(
             "blocks",
             lambda: tuple(
-                blocks(self.layers, index, self.block_elements) for index in range(self.mesh.tensor)
+                blocks(self.layers, index, self.block_elements)
+                for index in range(self.cells.tensor)
             ),
         )
 
     @property
     def owners(self) -> tuple[tuple[int, ...], ...]:
         """The owner's rank of each block, by tensor-parallel index."""
+        if self.given_owners is not None:
+            return self.given_owners
         return self._cached(
             "owners",
             lambda: tuple(
@@ -73,6 +103,18 @@ class Plan:
             ),
         )
 
+    def owned_places(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """The blocks that a rank owns as (tensor-parallel index, place), in the order of its buffers."""
+
+        def find() -> dict[int, tuple[tuple[int, int], ...]]:
+            found: dict[int, list[tuple[int, int]]] = {}
+            for index, owners in enumerate(self.owners):
+                for place, owner in enumerate(owners):
+                    found.setdefault(owner, []).append((index, place))
+            return {owner: tuple(places) for owner, places in found.items()}
+
+        return self._cached("owned", find).get(rank, ())
+
     def chunk_of_layer(self, layer: int) -> int:
         return next(c for c, (a, b) in enumerate(self.chunk_layers) if a <= layer < b)
 
@@ -83,7 +125,8 @@ class Plan:
         return self._cached(
             key,
             lambda: tuple(
-                self.mesh.rank(tensor_index, replica, stage) for replica in range(self.mesh.data)
+                self.cells.rank(tensor_index, replica, stage)
+                for replica in range(self.cells.replicas(stage))
             ),
         )
 
@@ -109,9 +152,11 @@ class Plan:
         return self._cached("tied", find)
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
-        """The model chunks that a rank holds, in forward order."""
-        stage = self.mesh.coordinates(rank).pipeline
-        return tuple(chunk for chunk, place in enumerate(self.placement) if place == stage)
+        """The model chunks that a rank holds, in forward order; none for a spare."""
+        place = self.cells.find(rank)
+        if place is None:
+            return ()
+        return tuple(chunk for chunk, stage in enumerate(self.placement) if stage == place.pipeline)
 
     def layers_of(self, chunk: int) -> range:
         return range(*self.chunk_layers[chunk])
@@ -127,25 +172,81 @@ class Plan:
     def _program(
         self, kind: str, rank: int, generate: Callable[[str, int, int, int], tuple[Program, ...]]
     ) -> Program:
-        at = self.mesh.coordinates(rank)
-        numbers = self.micro_batches[at.data]
-        local = self._cached(
-            (kind, len(numbers)),
-            lambda: generate(self.schedule, self.mesh.pipeline, self.virtual, len(numbers)),
-        )
-        named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
+        at = self.cells.find(rank)
+        if at is None:
+            return ()
+        if self.shares is None:
+            numbers = self.micro_batches[at.data]
+            local = self._cached(
+                (kind, len(numbers)),
+                lambda: generate(self.schedule, self.cells.pipeline, self.virtual, len(numbers)),
+            )
+            named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
+        else:
+            named = self._rerouted(kind, at.pipeline, self.shares[at.pipeline][at.data], generate)
+        replicas = self._replicas
         complete = with_messages(
             {rank: named},
-            lambda chunk, _: self.mesh.rank(at.tensor, at.data, self.placement[chunk]),
+            lambda chunk, micro_batch: self.cells.rank(
+                at.tensor,
+                replicas[self.placement[chunk]][micro_batch],
+                self.placement[chunk],
+            ),
             chunks=len(self.placement),
         )
         return complete[rank]
 
+    @property
+    def _replicas(self) -> tuple[dict[int, int], ...]:
+        """By stage, the replica that computes each micro-batch."""
+        return self._cached(
+            "replicas",
+            lambda: tuple(
+                {
+                    number: replica
+                    for replica in range(self.cells.replicas(stage))
+                    for number in self.share(stage, replica)
+                }
+                for stage in range(self.cells.pipeline)
+            ),
+        )
+
+    def _rerouted(
+        self,
+        kind: str,
+        stage: int,
+        numbers: tuple[int, ...],
+        generate: Callable[[str, int, int, int], tuple[Program, ...]],
+    ) -> Program:
+        """The compute actions of a cell whose micro-batches come from several replicas.
+
+        Each micro-batch keeps its place in the pipeline that it began in, and every rank takes its
+        actions in the order in which that regular schedule would run them. Since an action's time
+        there lies after those of all that it needs, no rank can wait in a circle, whoever computes what.
+        """
+        places = self._cached(
+            "places",
+            lambda: {m: place for row in self.micro_batches for place, m in enumerate(row)},
+        )
+        longest = max(map(len, self.micro_batches))
+        times = self._cached(
+            (kind, "times"),
+            lambda: _start_times(
+                generate(self.schedule, self.cells.pipeline, self.virtual, longest)
+            ),
+        )
+        found = [
+            (start, number, order, op, chunk)
+            for number in numbers
+            for start, order, op, chunk in times[stage][places[number]]
+        ]
+        return tuple(Action(op, chunk, number) for _, number, _, op, chunk in sorted(found))
+
     def parameter_layout(self) -> Layout:
         """Which boxes of which logical tensors each rank's parameters are."""
         holdings: dict[int, dict[str, tuple[Box, ...]]] = {}
-        for rank in range(self.mesh.size):
-            index = self.mesh.coordinates(rank).tensor
+        for rank in self.cells.ranks:
+            index = self.cells.tensor_index(rank)
             mine = holdings.setdefault(rank, {})
             for chunk in self.chunks_of(rank):
                 for layer in self.layers_of(chunk):
@@ -155,7 +256,7 @@ class Plan:
 
     def optimizer_layout(self) -> Layout:
         """Which boxes of which logical tensors each rank keeps optimizer state for."""
-        holdings: dict[int, dict[str, tuple[Box, ...]]] = {r: {} for r in range(self.mesh.size)}
+        holdings: dict[int, dict[str, tuple[Box, ...]]] = {r: {} for r in self.cells.ranks}
         for index, found in enumerate(self.blocks):
             for block, owner in zip(found, self.owners[index], strict=True):
                 spec = self.layers[block.layer].parameters[index][block.spec_index]
@@ -167,6 +268,22 @@ class Plan:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+def _start_times(
+    programs: Sequence[Program],
+) -> tuple[dict[int, list[tuple[float, int, Op, int]]], ...]:
+    """By stage and micro-batch, its actions as (start in the schedule's timeline, place, op, chunk)."""
+    timeline = simulate(dict(enumerate(programs)), unit_cost())
+    found: list[dict[int, list[tuple[float, int, Op, int]]]] = []
+    for stage in range(len(programs)):
+        by_number: dict[int, list[tuple[float, int, Op, int]]] = {}
+        for order, span in enumerate(timeline.spans.get(stage, ())):
+            action = span.action
+            entry = (span.start, order, action.op, action.chunk)
+            by_number.setdefault(action.micro_batch, []).append(entry)
+        found.append(by_number)
+    return tuple(found)
 
 
 def block_box(spec: ParameterSpec, block: Block) -> Box:
@@ -214,14 +331,17 @@ def make_plan(
     edges = _chunk_edges(len(layers) - 2, len(where), blocks_per_chunk)
     return Plan(
         generation=generation,
-        mesh=mesh,
+        cells=Cells.of_mesh(mesh),
         layers=tuple(layers),
         virtual=virtual,
         schedule=schedule,
         chunk_layers=tuple(pairwise(edges)),
         placement=where,
-        micro_batches=_shares(micro_batches, mesh.data, micro_batch_order),
+        micro_batches=split_micro_batches(micro_batches, mesh.data, micro_batch_order),
         block_elements=block_elements,
+        home=mesh,
+        home_layers=tuple(pairwise(edges)),
+        micro_batch_order=micro_batch_order,
     )
 
 
@@ -275,7 +395,12 @@ def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[i
     return edges
 
 
-def _shares(count: int, replicas: int, order: str) -> tuple[tuple[int, ...], ...]:
+def split_micro_batches(count: int, replicas: int, order: str) -> tuple[tuple[int, ...], ...]:
+    """Contiguous runs of micro-batch numbers, one per replica, that differ by one at most.
+
+    Args:
+        order: one of `MICRO_BATCH_ORDERS`, within each run.
+    """
     base, extra = divmod(count, replicas)
     shares, start = [], 0
     for replica in range(replicas):

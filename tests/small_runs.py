@@ -44,17 +44,17 @@ def world_size_of(config: RunConfig) -> int:
 
 def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
     """Train all steps on this rank: exact losses and norms, and a digest of the parameters."""
-    from holdfast.trainer.loop import rate_of
-    from holdfast.trainer.training import Training
+    from holdfast.trainer.learning_rate import rate_of
+    from holdfast.trainer.training import open_training
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)
-    training = Training(run_config, local_world(rank, world_size), store)
+    training = open_training(run_config, local_world(rank, world_size), store)
     losses, norms = [], []
     for step in range(run_config.train.steps):
         training.compute(step)
         outcome = training.vote(*training.reduce())
-        training.apply(outcome, rate_of(run_config, step))
+        training.apply(rate_of(run_config, step))
         losses.append(outcome.loss.hex())
         norms.append(outcome.grad_norm.hex())
     return {"losses": losses, "norms": norms, "digest": training.parameter_digest()}

@@ -27,11 +27,12 @@ from holdfast.checkpoint.verify import check_small_parts
 from holdfast.checkpoint.write_plan import WritePlan, make_write_plan
 from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.trainer.progress import Outcome, Requests
 from holdfast.trainer.resume import checkpoint_root, memory_root, set_aside_newer
 from holdfast.trainer.run_directory import RunDirectory
-from holdfast.trainer.saved_tensors import saved_tensors, wanted_boxes
+from holdfast.trainer.saved_tensors import renumbered, saved_tensors, wanted_boxes
 from holdfast.trainer.state import huggingface_files
-from holdfast.trainer.training import Outcome, Requests, Training
+from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")
@@ -79,9 +80,12 @@ class Checkpoints:
         signals: Signals,
     ) -> None:
         """Args:
-        nodes: the node of each rank.
+        nodes: the node of each rank that takes part, in ascending order of these.
         """
         self._training, self._world, self._run, self._nodes = training, world, run, nodes
+        self._ranks = training.plan.cells.ranks
+        self._index = self._ranks.index(world.rank)
+        """Among the ranks that take part, which are what the checkpointer counts."""
         self._config = training.config.checkpoint
         if self._config.memory_every and len(set(nodes)) > 1:
             raise ConfigError(
@@ -111,14 +115,15 @@ class Checkpoints:
         """Who writes what; made once while the layout stands."""
         if self._plan is None:
             precision = self._training.config.train.precision
-            self._plan = make_write_plan(saved_tensors(self._training.plan, precision), self._nodes)
+            tensors = renumbered(saved_tensors(self._training.plan, precision), self._ranks)
+            self._plan = make_write_plan(tensors, self._nodes)
         return self._plan
 
     def requests(self) -> Requests:
         """What this rank asks for at the vote."""
         overdue = (
             self._config.every_seconds > 0
-            and self._world.rank == 0
+            and self._index == 0
             and monotonic() - self._last_save_at >= self._config.every_seconds
         )
         busy = self._saver is not None and self._saver.busy
@@ -169,7 +174,7 @@ class Checkpoints:
                 },
                 config=msgspec.to_builtins(config),
                 versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
-                extra_files=huggingface_files(config) if self._world.rank == 0 else {},
+                extra_files=huggingface_files(config) if self._index == 0 else {},
                 keep=self._config.memory_keep if in_memory else self._config.keep,
                 protected=self._uploading_now,
             )
@@ -182,7 +187,7 @@ class Checkpoints:
     def _open_saver(self) -> Saver:
         if self._saver is not None:
             return self._saver
-        share = self.plan.written_bytes().get(self._world.rank, 0)
+        share = self.plan.written_bytes().get(self._index, 0)
         mib = self._config.arena_mib or min(_LARGEST_ARENA_MIB, -(-share >> 20) + 16)
         group = self._training.groups.tensor
         join = None
@@ -191,13 +196,13 @@ class Checkpoints:
             join = GlooCommunicator(
                 self._store,
                 name,
-                group.ranks,
-                self._world.rank,
+                [self._ranks.index(rank) for rank in group.ranks],
+                self._index,
                 device=gloo_device(self._world.store_host),
                 timeout_s=self._config.timeout_s,
             )
         self._saver = Saver(
-            self._world.rank,
+            self._index,
             self._nodes,
             self._store,
             arena_bytes=mib << 20,
@@ -231,8 +236,8 @@ class Checkpoints:
         if self._uploader is None:
             self._uploader = Uploader(
                 self._config.url,
-                self._world.rank,
-                self._world.world_size,
+                self._index,
+                len(self._ranks),
                 self._store,
                 keep=self._config.remote_keep,
                 finished=self._uploading.discard,
@@ -252,8 +257,33 @@ class Checkpoints:
 
     def forget_memory(self) -> None:
         """Give back what the memory tier has; for a run whose last step is on the disk."""
-        if self._world.rank == 0:
+        if self._index == 0:
             shutil.rmtree(memory_root(self._run.root), ignore_errors=True)
+
+    def go_on_from(self, before: Checkpoints | None) -> None:
+        """Take over from the ranks of before what the newest committed step is. Collective."""
+        known = self.committed_step
+        if before is not None:
+            before.results()
+            known = max(known, before.committed_step)
+            self._last_save_at = before._last_save_at
+        newest = torch.tensor([float(known)], dtype=torch.float64)
+        self._training.groups.control.all_reduce(newest, "max").wait()
+        self.committed_step = self._saved_step = int(newest.item())
+
+    def interrupt(self, reason: str) -> None:
+        """Free whoever waits for the save under way, which cannot end any more. From any thread."""
+        if self._saver is not None:
+            self._saver.interrupt(reason)
+
+    def abandon(self, reason: str) -> None:
+        """Give up what is under way, since its ranks do not go on together. Local.
+
+        Afterwards nothing reads the training's state any more. What is committed stays.
+        """
+        self._training.optimizer.fence = None
+        if self._saver is not None:
+            self._saver.abandon(reason)
 
     def close(self) -> None:
         """Release threads, files and memory. Local."""
@@ -276,7 +306,7 @@ class Checkpoints:
                 note(f"{place} is passed over: {reason}")
                 continue
             self._saved_step = self.committed_step = step
-            if self._world.rank == 0:
+            if self._index == 0:
                 for moved in set_aside_newer(self._root, step):
                     note(f"{moved.name}: a checkpoint of steps that the run now repeats, set aside")
             self._upload_missing(place)
@@ -293,7 +323,7 @@ class Checkpoints:
             return
         path = Path(place)
         missing = torch.zeros(1, dtype=torch.float64)
-        if self._world.rank == 0 and path.parent == self._root.absolute():
+        if self._index == 0 and path.parent == self._root.absolute():
             # A store that does not answer now, in whatever way, is asked again while uploading.
             try:
                 missing += path.name not in RemoteStore(self._config.url).names()
@@ -319,7 +349,7 @@ class Checkpoints:
 
     def _load(self, place: str, name: str) -> int:
         manifest, reader = open_checkpoint(place)
-        training, rank = self._training, self._world.rank
+        training, rank = self._training, self._index
         precision = training.config.train.precision
         try:
             check_coverage(manifest, place)
@@ -330,7 +360,7 @@ class Checkpoints:
                 manifest,
                 reader,
                 self._state.targets(),
-                {peer: wanted_boxes(training.plan, peer, precision) for peer in here},
+                {peer: wanted_boxes(training.plan, self._ranks[peer], precision) for peer in here},
                 rank,
                 store=self._store,
                 name=name,

@@ -214,8 +214,6 @@ def _not_in_this_version(config: RunConfig) -> Iterator[str]:
             "parallel.backend = 'mpi' carries CPU tensors, but train.device = 'cuda'; use 'nccl', or "
             "set train.device = 'cpu'"
         )
-    if config.elastic.enabled:
-        yield "elastic.enabled = true: not available in this version; set it to false"
     if config.offload.activations != "none":
         yield (
             f"offload.activations = {config.offload.activations!r}: not available in this version; set "

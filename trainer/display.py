@@ -28,7 +28,7 @@ class Progress:
     lr: float
     tokens_per_s: float
     left_s: float
-    memory_gib: float
+    memory_gib: float | None
     eval_loss: float | None
     mfu: float | None
 
@@ -40,9 +40,10 @@ class Progress:
             f"grad norm {self.grad_norm:.3f}",
             f"lr {self.lr:.2e}",
             f"{self.tokens_per_s:,.0f} tokens/s",
-            f"{self.memory_gib:.2f} GiB",
             f"left {duration(self.left_s)}",
         ]
+        if self.memory_gib is not None:
+            parts.insert(5, f"{self.memory_gib:.2f} GiB")
         if self.mfu is not None:
             parts.insert(5, f"mfu {self.mfu:.1%}")
         if self.eval_loss is not None:
@@ -61,19 +62,26 @@ def layout_grid(plan: Plan) -> Table:
     """Pipeline stages down, data replicas across; each cell names its ranks and layers."""
     grid = Table(show_header=True, box=None, padding=(0, 1))
     grid.add_column("", style="dim", no_wrap=True)
-    for replica in range(plan.mesh.data):
+    places = plan.cells
+    for replica in range(places.widest):
         grid.add_column(f"replica {replica}", no_wrap=True)
-    for stage in range(plan.mesh.pipeline):
-        first = plan.mesh.rank(0, 0, stage)
+    for stage in range(places.pipeline):
+        first = places.rank(0, 0, stage)
         layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
         cells = []
-        for replica in range(plan.mesh.data):
-            ranks = [plan.mesh.rank(t, replica, stage) for t in range(plan.mesh.tensor)]
+        for replica, ranks in enumerate(places.stages[stage]):
             name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-            cells.append(Text(f"■ {name}", style="green"))
+            share = "" if plan.is_regular else f" ({len(plan.share(stage, replica))})"
+            cells.append(Text(f"■ {name}{share}", style="green"))
+        cells += [Text("□", style="red")] * (places.widest - len(cells))
         grid.add_row(f"stage {stage}: {layers}", *cells)
-    counts = [Text(str(len(numbers)), style="dim") for numbers in plan.micro_batches]
-    grid.add_row("micro-batches of a step", *counts)
+    if plan.is_regular:
+        counts = [Text(str(len(numbers)), style="dim") for numbers in plan.micro_batches]
+        grid.add_row("micro-batches of a step", *counts)
+    else:
+        grid.add_row("(micro-batches of a step)")
+    if places.spares:
+        grid.add_row("spare", *(Text(f"rank {rank}", style="dim") for rank in places.spares[:1]))
     return grid
 
 
@@ -121,6 +129,14 @@ class Display:
         else:
             self._console.print(text, soft_wrap=True, markup=False)
 
+    def change(self, plan: Plan) -> None:
+        """Show another plan from now on."""
+        self._plan = plan
+        if self._live is not None:
+            self._live.update(self._panel(self._progress))
+        else:
+            self._console.print(layout_grid(plan))
+
     def show(self, progress: Progress) -> None:
         self._losses.append(progress.loss)
         self._progress = progress
@@ -161,8 +177,9 @@ class Display:
                 ("tokens/s", f"{progress.tokens_per_s:,.0f}"),
                 ("time left", duration(progress.left_s)),
                 ("grad norm", f"{progress.grad_norm:.3f}"),
-                ("memory", f"{progress.memory_gib:.2f} GiB"),
             )
+            if progress.memory_gib is not None:
+                shown = (*shown, ("memory", f"{progress.memory_gib:.2f} GiB"))
             numbers.add_row(*(Text(name, style="dim") for name, _ in shown))
             numbers.add_row(*(Text(value, style="bold") for _, value in shown))
             bar = ProgressBar(total=progress.steps, completed=progress.step, width=60)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from holdfast.trainer.config import RunConfig
+
 _DECAY_FRACTION = 0.2
 """The last part of a "wsd" run (Hu et al. 2024, warm-up, stable, decay) that decays."""
 
@@ -36,3 +38,16 @@ def learning_rate(
         return lr
     progress = (step - first_decay) / max(1, last - first_decay)
     return lr + (min_lr - lr) * min(1.0, progress)
+
+
+def rate_of(config: RunConfig, step: int) -> float:
+    """The learning rate of a step of this run, counted from 0."""
+    optimizer = config.optimizer
+    return learning_rate(
+        step,
+        steps=config.train.steps,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        warmup_steps=optimizer.warmup_steps,
+        schedule=optimizer.schedule,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 from torch.distributed import Store
@@ -10,27 +11,24 @@ from torch.distributed import Store
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.learning_rate import learning_rate
+from holdfast.trainer.learning_rate import rate_of
+from holdfast.trainer.progress import Outcome
 from holdfast.trainer.reporter import Reporter, introduce, nodes_of, workers_of
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.trace import Phase
-from holdfast.trainer.training import Outcome, Training
+from holdfast.trainer.training import Training, open_training
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")
 
 
-def rate_of(config: RunConfig, step: int) -> float:
-    """The learning rate of a step of this run, counted from 0."""
-    optimizer = config.optimizer
-    return learning_rate(
-        step,
-        steps=config.train.steps,
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        warmup_steps=optimizer.warmup_steps,
-        schedule=optimizer.schedule,
-    )
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a step of one rank works with."""
+
+    training: Training
+    checkpoints: Checkpoints
+    reporter: Reporter
 
 
 def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) -> None:
@@ -42,72 +40,98 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
         Stopped: a signal ended the run early; its state is saved.
     """
     introduce(store, world)
-    training = Training(config, world, store)
+    training = open_training(config, world, store)
     workers = workers_of(store, world)
     signals = Signals()
     checkpoints = Checkpoints(training, world, store, run, nodes_of(workers), signals)
     notes = list(run.resume.notes)
     first = checkpoints.resume(notes.append)
     reporter = Reporter(training, world, run, workers, first)
+    parts = Parts(training, checkpoints, reporter)
     try:
         reporter.resumed(first, checkpoints.loaded, notes)
         signals.listen()
         for step in range(first, config.train.steps):
-            lr = rate_of(config, step)
-            starts = [perf_counter()]
-            times = training.compute(step)
-            starts.append(perf_counter())
-            squares, flags = training.reduce()
-            starts.append(perf_counter())
-            outcome = training.vote(squares, flags, checkpoints.requests())
-            starts.append(perf_counter())
-            if outcome.usable:
-                training.apply(outcome, lr)
-            else:
-                _refuse(config, step, outcome)
-                reporter.skipped(step, outcome)
-            starts.append(perf_counter())
-            evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
-            eval_loss = training.evaluate() if evaluate else None
-            names = ("compute", "reduce", "vote", "apply")
-            phases = [
-                Phase(n, a, b) for n, a, b in zip(names, starts[:-1], starts[1:], strict=True)
-            ]
-            if outcome.usable:
-                reporter.step(step, outcome, lr, phases, times, eval_loss)
-            if checkpoints.after_step(step + 1, outcome):
-                reporter.checkpoint_skipped(step + 1)
-            reporter.checkpoints(checkpoints.results())
+            outcome = run_step(parts, step)
             stop_after = config.train.stop_after
             if outcome.requests.stop or (stop_after and step + 1 >= stop_after):
-                _stop(step + 1, checkpoints, reporter, asked=outcome.requests.stop)
+                stop(parts, step + 1, asked=outcome.requests.stop)
                 return
-        checkpoints.save(config.train.steps)
-        ended = checkpoints.finish()
-        reporter.checkpoints(ended)
-        reporter.finished(training.parameter_digest())
-        if checkpoints.committed_step != config.train.steps:
-            reasons = [result.error for result in ended if result.error]
-            raise CheckpointError(
-                "all steps are done, but the last is not saved: "
-                f"{reasons[-1] if reasons else 'its save has not ended'}"
-            )
-        checkpoints.forget_memory()
+        finish(parts)
     finally:
         signals.close()
         checkpoints.close()
         reporter.close()
 
 
-def _stop(step: int, checkpoints: Checkpoints, reporter: Reporter, *, asked: bool) -> None:
-    """End the run before its last step, with its state saved.
+def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = False) -> Outcome:
+    """One step, counted from 0: compute, reduce, vote, apply, report, save. Collective over all ranks.
+
+    Args:
+        change: whether this rank knows of ranks that wait to be taken in or let go.
+        leave: whether this rank is to be let go.
+    """
+    training, checkpoints, reporter = parts.training, parts.checkpoints, parts.reporter
+    config = training.config
+    lr = rate_of(config, step)
+    starts = [perf_counter()]
+    times = training.compute(step)
+    starts.append(perf_counter())
+    squares, flags = training.reduce()
+    starts.append(perf_counter())
+    outcome = training.vote(
+        squares, flags, replace(checkpoints.requests(), change=change, leave=leave)
+    )
+    starts.append(perf_counter())
+    training.apply(lr)
+    starts.append(perf_counter())
+    if not outcome.usable:
+        refuse(config, step, outcome)
+        reporter.skipped(step, outcome)
+    evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
+    eval_loss = training.evaluate() if evaluate else None
+    names = ("compute", "reduce", "vote", "apply")
+    phases = [Phase(n, a, b) for n, a, b in zip(names, starts[:-1], starts[1:], strict=True)]
+    if outcome.usable:
+        reporter.step(step, outcome, lr, phases, times, eval_loss)
+    if checkpoints.after_step(step + 1, outcome):
+        reporter.checkpoint_skipped(step + 1)
+    reporter.checkpoints(checkpoints.results())
+    return outcome
+
+
+def finish(parts: Parts) -> None:
+    """After the last step: save it, and report the end. Collective over all ranks.
+
+    Raises:
+        CheckpointError: the last step could not be saved.
+    """
+    training, checkpoints, reporter = parts.training, parts.checkpoints, parts.reporter
+    steps = training.config.train.steps
+    checkpoints.save(steps)
+    ended = checkpoints.finish()
+    reporter.checkpoints(ended)
+    digest = training.parameter_digest()
+    if checkpoints.committed_step != steps:
+        reasons = [result.error for result in ended if result.error]
+        raise CheckpointError(
+            "all steps are done, but the last is not saved: "
+            f"{reasons[-1] if reasons else 'its save has not ended'}"
+        )
+    reporter.finished(digest)
+    checkpoints.forget_memory()
+
+
+def stop(parts: Parts, step: int, *, asked: bool) -> None:
+    """End the run before its last step, with its state saved. Collective over all ranks.
 
     Raises:
         Stopped: a signal asked for it.
     """
+    checkpoints = parts.checkpoints
     checkpoints.save(step)
     ended = checkpoints.finish()
-    reporter.checkpoints(ended)
+    parts.reporter.checkpoints(ended)
     if asked:
         failed = [result.error for result in ended if result.error] or ["its save has not ended"]
         committed = checkpoints.committed_step == step
@@ -117,7 +141,7 @@ def _stop(step: int, checkpoints: Checkpoints, reporter: Reporter, *, asked: boo
         )
 
 
-def _refuse(config: RunConfig, step: int, outcome: Outcome) -> None:
+def refuse(config: RunConfig, step: int, outcome: Outcome) -> None:
     """Raise for a step that may not be applied, unless such steps are to be skipped."""
     if outcome.nonfinite_ranks or outcome.grad_norm != outcome.grad_norm:
         reason = "a gradient or the loss is not finite"

@@ -50,6 +50,13 @@ class JsonLines:
         self._file.close()
 
 
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """Add one event by whatever process; a line is written at once, so that lines never mix."""
+    line = json.dumps({"time": time.time(), "event": event, **fields})
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
+
+
 def _cut_torn_line(path: Path) -> None:
     """Drop what follows the last line end: a writer that died left it."""
     content = path.read_bytes()
@@ -72,6 +79,14 @@ def drop_after(path: Path, step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_bytes(b"".join(kept))
     partial.replace(path)
+
+
+def last_step(path: Path) -> int:
+    """The step of the last whole line of metrics.jsonl; 0 without one."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 class RunRecords:

@@ -51,7 +51,7 @@ class PlanReport:
         """A JSON-able form: the same facts as `renderable`."""
         plan = self.plan
         return {
-            "mesh": plan.mesh._asdict(),
+            "mesh": plan.home._asdict(),
             "schedule": plan.schedule,
             "virtual": plan.virtual,
             "parameters": self.parameters,
@@ -81,7 +81,7 @@ class PlanReport:
     def renderable(self, width: int = 100) -> RenderableType:
         """Tables and charts for a terminal of `width` columns."""
         config, plan = self.config, self.plan
-        mesh = plan.mesh
+        mesh = plan.home
         facts = Table.grid(padding=(0, 2))
         for name, value in (
             ("parameters", f"{self.parameters:,}"),
@@ -154,7 +154,7 @@ def plan_report(
         flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time.
     """
     plan = plan_of(config)
-    mesh = plan.mesh
+    mesh = plan.home
     replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
     exact = config.numerics.reduction == "exact"
     memory = []

@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -20,12 +21,15 @@ from holdfast.checkpoint.remote import UploadResult
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.display import Display, Progress, duration
 from holdfast.trainer.flops import step_flops, utilisation
-from holdfast.trainer.metrics import RunRecords, StepMetrics, drop_after
+from holdfast.trainer.metrics import RunRecords, StepMetrics, drop_after, last_step
+from holdfast.trainer.progress import Outcome
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.trace import Phase, write_trace
-from holdfast.trainer.training import Outcome, Training
+from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
 
+_KEPT = 8
+"""Steps whose records every rank keeps, to complete what a lost writer has left."""
 _RECENT = 20
 """Steps that the shown rate and time left are taken over."""
 
@@ -59,9 +63,12 @@ class Reporter:
         run: RunDirectory,
         workers: Sequence[dict[str, Any]],
         first: int = 0,
+        *,
+        shown: bool = True,
     ) -> None:
         """Args:
         first: the steps that are done already; what the records hold of later ones is dropped.
+        shown: False where another process shows the records.
         """
         self._training, self._world, self._run = training, world, run
         self._config = training.config
@@ -70,17 +77,67 @@ class Reporter:
         self._step_times: list[float] = []
         self._last_s = perf_counter()
         self._began_s = self._last_s
+        self._recent: deque[tuple[StepMetrics, dict[str, float]]] = deque(maxlen=_KEPT)
+        self._written = self._reported = first
+        """The last step in the records, and the last that this rank has reported."""
         self._records: RunRecords | None = None
         self._display: Display | None = None
-        if world.rank == 0:
-            tensorboard = run.tensorboard if self._config.log.tensorboard else None
+        if self.writes:
             if run.metrics.exists():
                 drop_after(run.metrics, first)
-            self._records = RunRecords(run.metrics, run.events, tensorboard)
+            self._open()
+            self._written = last_step(run.metrics)
             for worker in workers:
-                self._records.event("worker_started", **worker)
-            self._display = Display(run.root.name, training.plan, every=self._config.log.every)
-            self._display.start()
+                self.event("worker_started", **worker)
+            if shown:
+                self._display = Display(run.root.name, training.plan, every=self._config.log.every)
+                self._display.start()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the records: the lowest does."""
+        return self._world.rank == self._training.plan.cells.ranks[0]
+
+    def _open(self) -> None:
+        tensorboard = self._run.tensorboard if self._config.log.tensorboard else None
+        self._records = RunRecords(self._run.metrics, self._run.events, tensorboard)
+
+    def change(self, training: Training, world: WorldInfo) -> None:
+        """Go on under another plan. A rank that becomes the lowest completes what the one before left."""
+        self._training, self._world = training, world
+        if self.writes and self._records is None:
+            self._open()
+            self._written = last_step(self._run.metrics)
+            for metrics, extra in tuple(self._recent):
+                self._write(metrics, extra)
+        elif not self.writes and self._records is not None:
+            self._records.close()
+            self._records = None
+
+    def hand_over(self, training: Training) -> None:
+        """Close the records if, under the next plan, another rank writes them."""
+        if self._records is not None and self._world.rank != training.plan.cells.ranks[0]:
+            self._records.close()
+            self._records = None
+
+    def roll_back(self, step: int) -> None:
+        """Forget the steps after `step`: the run repeats them."""
+        self._recent.clear()
+        self._written, self._reported = min(self._written, step), step
+        if self.writes and self._records is not None:
+            self._records.close()
+            drop_after(self._run.metrics, step)
+            self._open()
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Record an event, on the rank that writes the records."""
+        if self._records is not None:
+            self._records.event(event, **fields)
+
+    def _write(self, metrics: StepMetrics, extra: dict[str, float]) -> None:
+        if self._records is not None and metrics.step > self._written:
+            self._records.step(metrics, extra)
+            self._written = metrics.step
 
     def step(
         self,
@@ -88,19 +145,25 @@ class Reporter:
         outcome: Outcome,
         lr: float,
         phases: Sequence[Phase],
-        times: ActionTimes,
+        times: ActionTimes | None,
         eval_loss: float | None,
     ) -> None:
-        """Report one committed step, counted from 0."""
+        """Report one committed step, counted from 0; once only.
+
+        Args:
+            times: of the program; None where a recovery finished the step.
+        """
         config = self._config
-        if step + 1 in config.log.trace_steps:
-            at = self._training.plan.mesh.coordinates(self._world.rank)
-            label = f"rank {self._world.rank} (stage {at.pipeline}, replica {at.data}, tensor {at.tensor})"
+        if step < self._reported:
+            return
+        self._reported = step + 1
+        if times is not None and step + 1 in config.log.trace_steps:
+            at = self._training.plan.cells.find(self._world.rank)
+            place = f"stage {at.pipeline}, replica {at.data}, tensor {at.tensor}" if at else "spare"
+            label = f"rank {self._world.rank} ({place})"
             write_trace(self._run.trace, self._world.rank, label, step + 1, phases, times)
         now = perf_counter()
         step_s, self._last_s = now - self._last_s, now
-        if self._records is None or self._display is None:
-            return
         self._losses.append(outcome.loss)
         self._step_times.append(step_s)
         self._eval_loss = eval_loss if eval_loss is not None else self._eval_loss
@@ -115,7 +178,7 @@ class Reporter:
             tokens=(step + 1) * self._training.step_tokens,
             step_s=step_s,
             tokens_per_s=rate,
-            world=self._world.world_size,
+            world=self._training.plan.cells.size,
             generation=self._training.plan.generation,
         )
         memory_gib = self._peak_memory_gib()
@@ -125,10 +188,11 @@ class Reporter:
             extra["mfu(%)"] = 100 * mfu
         if eval_loss is not None:
             extra["validation_metrics/loss"] = eval_loss
-            self._records.event(
-                "evaluated", step=step + 1, loss=eval_loss, loss_hex=eval_loss.hex()
-            )
-        self._records.step(metrics, extra)
+            self.event("evaluated", step=step + 1, loss=eval_loss, loss_hex=eval_loss.hex())
+        self._recent.append((metrics, extra))
+        self._write(metrics, extra)
+        if self._display is None:
+            return
         recent = statistics.median(self._step_times[-_RECENT:])
         self._display.show(
             Progress(
@@ -147,63 +211,59 @@ class Reporter:
 
     def skipped(self, step: int, outcome: Outcome) -> None:
         """Record a step that was not applied."""
-        if self._records is not None:
-            self._records.event(
-                "step_skipped",
-                step=step + 1,
-                nonfinite_ranks=outcome.nonfinite_ranks,
-                out_of_range_ranks=outcome.out_of_range_ranks,
-            )
+        self.event(
+            "step_skipped",
+            step=step + 1,
+            nonfinite_ranks=outcome.nonfinite_ranks,
+            out_of_range_ranks=outcome.out_of_range_ranks,
+        )
 
     def resumed(self, step: int, loaded: LoadStatistics | None, notes: Sequence[str]) -> None:
         """Record and show where the run goes on from."""
-        if self._records is None or self._display is None:
-            return
         for note in notes:
-            self._display.note(note)
-            self._records.event("resume_note", message=note)
+            self._note(note)
+            self.event("resume_note", message=note)
         if loaded is None:
             return
-        self._records.event(
+        self.event(
             "resumed",
             step=step,
             seconds=loaded.seconds,
             read_bytes=loaded.node_bytes,
             samples=step * self._config.train.global_batch,
         )
-        self._display.note(
+        self._note(
             f"resumed after step {step}: {loaded.node_bytes / 2**20:,.0f} MiB read in "
             f"{loaded.seconds:.2f} s"
         )
 
     def checkpoint_skipped(self, step: int) -> None:
         """Record that the save before was still under way (checkpoint.policy)."""
-        if self._records is not None and self._display is not None:
-            self._records.event("checkpoint_skipped", step=step)
-            self._display.note(
-                f"checkpoint of step {step} left out: the one before is being written"
-            )
+        self.event("checkpoint_skipped", step=step)
+        self._note(f"checkpoint of step {step} left out: the one before is being written")
 
     def checkpoints(self, ended: Sequence[SaveResult | UploadResult]) -> None:
         """Record and show saves and uploads that have ended."""
-        if self._records is None or self._display is None:
-            return
         for result in ended:
             fields = checkpoint_fields(result)
             if result.error:
-                self._records.event("checkpoint_failed", error=result.error, **fields)
-                self._display.note(f"checkpoint of step {result.step} failed: {result.error}")
+                self.event("checkpoint_failed", error=result.error, **fields)
+                self._note(f"checkpoint of step {result.step} failed: {result.error}")
             else:
-                self._records.event("checkpoint_committed", **fields)
-                self._display.note(describe_save(result))
+                self.event("checkpoint_committed", **fields)
+                self._note(describe_save(result))
+
+    def _note(self, text: str) -> None:
+        if self._display is not None:
+            self._display.note(text)
 
     def finished(self, digest: str) -> None:
         """Record and show that the run reached its last step."""
-        if self._records is None or self._display is None:
-            return
         total_s = perf_counter() - self._began_s
         steps = self._config.train.steps
-        self._records.event("run_finished", steps=steps, total_s=total_s, parameter_digest=digest)
+        self.event("run_finished", steps=steps, total_s=total_s, parameter_digest=digest)
+        if self._display is None:
+            return
         losses = self._losses or [float("nan")]
         median_s = statistics.median(self._step_times) if self._step_times else float("nan")
         summary = [

@@ -58,6 +58,11 @@ class RunDirectory:
     def log(self, rank: int) -> Path:
         return self.root / "logs" / f"rank-{rank}.log"
 
+    @property
+    def agent_log(self) -> Path:
+        """Of what starts and watches the workers."""
+        return self.root / "logs" / "agent.log"
+
     def error(self, rank: int) -> Path:
         """What ended a rank, for whoever started it: see `write_error`."""
         return self.root / "logs" / f"rank-{rank}.error.json"

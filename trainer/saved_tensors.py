@@ -6,7 +6,8 @@ Pure; needs no torch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from holdfast.checkpoint.write_plan import Part, SavedTensor
 from holdfast.parallel.layout import Box
@@ -47,13 +48,30 @@ def saved_tensors(plan: Plan, precision: str) -> list[SavedTensor]:
     return weights + state
 
 
+def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[SavedTensor]:
+    """The same with every rank's place in `ranks` instead of its number. Pure."""
+    if list(ranks) == list(range(len(ranks))):
+        return list(tensors)
+    places = {rank: place for place, rank in enumerate(ranks)}
+    return [
+        replace(
+            tensor,
+            parts=tuple(
+                Part(part.box, tuple(places[rank] for rank in part.holders))
+                for part in tensor.parts
+            ),
+        )
+        for tensor in tensors
+    ]
+
+
 def _parts(boxes: Mapping[Box, set[int]]) -> tuple[Part, ...]:
     return tuple(Part(box, tuple(sorted(ranks))) for box, ranks in boxes.items())
 
 
 def wanted_boxes(plan: Plan, rank: int, precision: str) -> dict[str, tuple[Box, ...]]:
     """The boxes of every saved tensor that a rank needs to go on. Pure."""
-    index = plan.mesh.coordinates(rank).tensor
+    index = plan.cells.tensor_index(rank)
     found: defaultdict[str, list[Box]] = defaultdict(list)
     for chunk in plan.chunks_of(rank):
         for layer in plan.layers_of(chunk):

@@ -9,89 +9,61 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch.distributed import Store
 
 from holdfast.parallel.accumulate import NONFINITE, OUT_OF_RANGE, GradientAccumulator
+from holdfast.parallel.adamw import AdamWSettings
 from holdfast.parallel.chunk import Chunk, MicroBatchContext
 from holdfast.parallel.chunk_runner import ModelChunkRunner
 from holdfast.parallel.comm_torch import Groups, build_groups
 from holdfast.parallel.flat import FlatParameters
-from holdfast.parallel.mesh import Mesh
-from holdfast.parallel.optimizer import (
-    AdamWSettings,
-    ShardedAdamW,
-    clipping_factor,
-    norm_from_squares,
-)
+from holdfast.parallel.optimizer import ShardedAdamW, clipping_factor, norm_from_squares
 from holdfast.parallel.pipeline import ActionTimes, Executor, MessageShape, receive_order
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedule import Action, Program
+from holdfast.parallel.shadows import ShadowState
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.model.build import build_chunk
 from holdfast.trainer.planning import plan_of
+from holdfast.trainer.progress import NO_REQUESTS, Outcome, Progress, Requests
 from holdfast.trainer.state import TrainingState
 from holdfast.trainer.world import WorldInfo
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-@dataclass(frozen=True, slots=True)
-class Requests:
-    """What some rank asks of all for the end of a step; every rank learns of it by the vote."""
-
-    save: bool = False
-    stop: bool = False
-    busy: bool = False
-    """Whether the save before is still under way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What every rank knows after the vote of a step; equal on all ranks, bit for bit."""
-
-    loss: float
-    """Mean over the step's tokens, before the update."""
-    grad_norm: float
-    """Before clipping; NaN when a gradient is not finite."""
-    nonfinite_ranks: int
-    out_of_range_ranks: int
-    requests: Requests = Requests()
-
-    @property
-    def usable(self) -> bool:
-        """Whether the step may be applied."""
-        return not (self.nonfinite_ranks or self.out_of_range_ranks) and self.grad_norm > 0
-
-
 class Training:
-    """All that one rank holds for training. Built collectively by all ranks of a generation."""
+    """All that one rank holds for training under one plan."""
 
-    def __init__(self, config: RunConfig, world: WorldInfo, store: Store) -> None:
-        self.config = config
-        self.rank = world.rank
-        self.device = choose_device(config, world.local_rank)
-        self.plan: Plan = plan_of(config)
-        mesh: Mesh = self.plan.mesh
-        backend = config.parallel.backend
-        if backend == "auto":
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-        self.groups: Groups = build_groups(
-            store,
-            world.store_host,
-            self.rank,
-            tuple(range(mesh.size)),
-            mesh.tensor_group(self.rank),
-            mesh.pipeline_group(self.rank),
-            backend=backend,
-            generation=self.plan.generation,
-        )
-        self.data: Dataset = self._open_data("train")
-        self._build_model()
-        self._clear_step(0)
+    def __init__(
+        self,
+        config: RunConfig,
+        rank: int,
+        device: torch.device,
+        plan: Plan,
+        groups: Groups,
+        *,
+        before: Training | None = None,
+        initial: bool = True,
+    ) -> None:
+        """Local.
+
+        Args:
+            before: this rank's training under the plan before; what the change leaves as it is, is
+                taken over from it.
+            initial: whether to draw initial weights; not where they are filled from elsewhere.
+        """
+        self.config, self.rank, self.device = config, rank, device
+        self.plan, self.groups = plan, groups
+        self.data: Dataset = before.data if before is not None else self._open_data("train")
+        self._eval_data: Dataset | None = before._eval_data if before is not None else None
+        self.progress = Progress() if before is None else replace(before.progress)
+        self._build_model(before, initial=initial)
+        self._clear_step(self.progress.decided)
 
     def _open_data(self, split: str) -> Dataset:
         config = self.config
@@ -103,44 +75,39 @@ class Training:
             split=split,
         )
 
-    def _build_model(self) -> None:
+    def _build_model(self, before: Training | None, *, initial: bool) -> None:
         config, plan = self.config, self.plan
         train = config.train
         dtype = DTYPES[train.precision]
-        tensor = self.groups.tensor if self.groups.tensor.size > 1 else None
-        sequence_parallel = config.parallel.sequence_parallel and tensor is not None
         last = len(plan.placement) - 1
-        self._runners: dict[int, ModelChunkRunner] = {}
-        rows = []
-        for index in plan.chunks_of(self.rank):
-            chunk = build_chunk(
-                config.model,
-                plan.layers_of(index),
-                tensor=tensor,
-                sequence_parallel=sequence_parallel,
-                dtype=dtype,
-                device=self.device,
-                seq_len=train.seq_len,
-                micro_batch=train.micro_batch,
-                recompute=train.recompute,
-                seed=train.seed,
+        if before is not None and _same_layers(before, self):
+            self.flat, self.accumulator = before.flat, before.accumulator
+            chunks = dict(zip(plan.chunks_of(self.rank), before.chunks, strict=True))
+        else:
+            chunks = self._new_chunks(initial=initial)
+            rows = [row for chunk in chunks.values() for row in chunk.named_specs()]
+            self.flat = FlatParameters(rows, dtype=dtype, device=self.device)
+            self.accumulator = GradientAccumulator(
+                self.flat,
+                exact=config.numerics.reduction == "exact",
+                fraction_bits=config.numerics.fraction_bits,
             )
-            rows.extend(chunk.named_specs())
-            self._runners[index] = ModelChunkRunner(
+        self._runners = {
+            index: ModelChunkRunner(
                 chunk,
                 is_last=index == last,
                 context=self._context,
                 loss_gradient=1.0 / self.step_tokens,
             )
-        self.flat = FlatParameters(rows)
-        self.accumulator = GradientAccumulator(
-            self.flat,
-            exact=config.numerics.reduction == "exact",
-            fraction_bits=config.numerics.fraction_bits,
+            for index, chunk in chunks.items()
+        }
+        for chunk in chunks.values():
+            chunk.queue.sink = self.accumulator
+        settings = AdamWSettings(
+            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
         )
-        for runner in self._runners.values():
-            runner.chunk.queue.sink = self.accumulator
-        optimizer = config.optimizer
         self.optimizer = ShardedAdamW(
             plan,
             self.rank,
@@ -148,12 +115,19 @@ class Training:
             self.accumulator,
             self.groups.world,
             self.groups.tensor,
-            AdamWSettings(
-                betas=(optimizer.betas[0], optimizer.betas[1]),
-                eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay,
-            ),
+            settings,
+            before=before.optimizer if before is not None else None,
         )
+        self.shadows = ShadowState(
+            plan,
+            self.rank,
+            dtype=self.optimizer.gradients.dtype,
+            device=self.device,
+            comm=self.groups.world,
+            settings=settings,
+            before=before.shadows if before is not None else None,
+        )
+        sequence_parallel = config.parallel.sequence_parallel and self.groups.tensor.size > 1
         rows_of_message = train.seq_len // (self.groups.tensor.size if sequence_parallel else 1)
         shape = (rows_of_message, train.micro_batch, config.model.hidden)
         self.executor = Executor(
@@ -165,7 +139,26 @@ class Training:
         )
         self._train_program = self._prepared(plan.program)
         self._eval_program: tuple[Program, dict[Action, int]] | None = None
-        self._eval_data: Dataset | None = None
+
+    def _new_chunks(self, *, initial: bool) -> dict[int, Chunk]:
+        config, train = self.config, self.config.train
+        tensor = self.groups.tensor if self.groups.tensor.size > 1 else None
+        return {
+            index: build_chunk(
+                config.model,
+                self.plan.layers_of(index),
+                tensor=tensor,
+                sequence_parallel=config.parallel.sequence_parallel and tensor is not None,
+                dtype=DTYPES[train.precision],
+                device=self.device,
+                seq_len=train.seq_len,
+                micro_batch=train.micro_batch,
+                recompute=train.recompute,
+                seed=train.seed,
+                initial=initial,
+            )
+            for index in self.plan.chunks_of(self.rank)
+        }
 
     def state(self) -> TrainingState:
         """Where this rank keeps what is saved. Local."""
@@ -204,7 +197,7 @@ class Training:
         self._current_micro_batch = 0
         self._tokens: dict[int, torch.Tensor] = {}
         for runner in self._runners.values():
-            runner.losses.clear()
+            runner.clear()
 
     def _context(self, micro_batch: int) -> MicroBatchContext:
         self._current_micro_batch = micro_batch
@@ -235,10 +228,12 @@ class Training:
         return self.executor.run(*self._train_program)
 
     def reduce(self) -> tuple[torch.Tensor, int]:
-        """B: every block's sum arrives at its owner. See `ShardedAdamW.reduce`."""
-        return self.optimizer.reduce()
+        """B: every block's sum arrives at its owner and its shadows. See `ShardedAdamW.reduce`."""
+        squares, flags = self.optimizer.reduce()
+        self.shadows.exchange(self.optimizer.gradients)
+        return squares, flags
 
-    def vote(self, squares: torch.Tensor, flags: int, requests: Requests = Requests()) -> Outcome:
+    def vote(self, squares: torch.Tensor, flags: int, requests: Requests = NO_REQUESTS) -> Outcome:
         """C: the all-reduce that carries the gradient norm and the loss. Collective over all ranks.
 
         A rank enters only with all the gradients it owns, so whoever leaves knows that all can apply.
@@ -254,6 +249,8 @@ class Training:
                         requests.save,
                         requests.stop,
                         requests.busy,
+                        requests.change,
+                        requests.leave,
                     ],
                     dtype=torch.float64,
                 ),
@@ -264,7 +261,7 @@ class Training:
         slots, losses = self.optimizer.slots, self.step_micro_batches
         nonfinite, out_of_range, *asked = (int(count) for count in counted[slots + losses :])
         finite = bool(torch.isfinite(ballot[:slots]).all())
-        return Outcome(
+        outcome = Outcome(
             loss=mean_loss(counted[slots : slots + losses], self.step_tokens),
             grad_norm=norm_from_squares(counted[:slots])
             if finite and not nonfinite
@@ -272,12 +269,35 @@ class Training:
             nonfinite_ranks=nonfinite,
             out_of_range_ranks=out_of_range,
             requests=Requests(*map(bool, asked)),
+            leaving_ranks=asked[-1],
         )
+        self.progress.decided, self.progress.outcome = self._step + 1, outcome
+        return outcome
 
-    def apply(self, outcome: Outcome, lr: float) -> None:
-        """D: owners update, parameters are gathered. Collective over the replicas of a stage."""
-        clip = self.config.train.clip_grad_norm
-        self.optimizer.apply(lr, clipping_factor(outcome.grad_norm, clip))
+    def apply(self, lr: float) -> None:
+        """D: owners update, parameters are gathered. Collective over the replicas of a stage.
+
+        A step that may not be applied changes nothing.
+        """
+        self.update(lr)
+        self.gather()
+
+    def update(self, lr: float) -> None:
+        """Owners and shadows update their blocks as the last vote has decided. Local."""
+        outcome = self.progress.outcome
+        assert outcome is not None
+        if outcome.usable:
+            self.progress.complete = False
+            factor = clipping_factor(outcome.grad_norm, self.config.train.clip_grad_norm)
+            self.optimizer.update(lr, factor)
+            self.shadows.update(lr, factor)
+        self.progress.updated = self.progress.decided
+
+    def gather(self) -> None:
+        """Bring the updated parameters to all who hold them. Collective over the replicas of a stage."""
+        if not self.progress.complete:
+            self.optimizer.gather()
+            self.progress.complete = True
 
     def _loss_slots(self) -> torch.Tensor:
         """Each micro-batch's loss sum in its slot, where this rank is the one that reports it."""
@@ -318,6 +338,37 @@ class Training:
             halves[self.optimizer.slot(block)] = torch.tensor(words)
         self.groups.control.all_reduce(halves).wait()
         return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
+
+
+def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training:
+    """The training of a run whose ranks stay as they are. Collective over all workers."""
+    plan = plan_of(config)
+    device = choose_device(config, world.local_rank)
+    groups = build_groups(
+        store,
+        world.store_host,
+        world.rank,
+        plan.cells.ranks,
+        plan.cells.cell(world.rank),
+        plan.home.pipeline_group(world.rank),
+        backend=backend_of(config, device),
+        generation=plan.generation,
+    )
+    return Training(config, world.rank, device, plan, groups)
+
+
+def backend_of(config: RunConfig, device: torch.device) -> str:
+    """The communicators' transport."""
+    if config.parallel.backend != "auto":
+        return config.parallel.backend
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _same_layers(before: Training, after: Training) -> bool:
+    """Whether a rank's modules serve under the next plan: the same layers, the same tensor group."""
+    old, new, rank = before.plan, after.plan, after.rank
+    layers = [[plan.chunk_layers[chunk] for chunk in plan.chunks_of(rank)] for plan in (old, new)]
+    return layers[0] == layers[1] and before.groups.tensor is after.groups.tensor
 
 
 def mean_loss(sums: list[float], tokens: int) -> float:

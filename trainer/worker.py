@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from datetime import timedelta
 
 from torch.distributed import Store, TCPStore
 
+from holdfast.elastic.seat import Seat
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.trainer.config import RunConfig, check_config
+from holdfast.trainer.elastic_loop import train_seat
 from holdfast.trainer.loop import train
 from holdfast.trainer.run_directory import RankError, RunDirectory, read_error, write_error
 from holdfast.trainer.world import WorldInfo
@@ -95,6 +98,25 @@ def run_worker(
         if announce and not (isinstance(error, PeerLost) and _somebody_else_knows(run, world)):
             print(describe(reason, run), file=sys.stderr, flush=True)  # noqa: T201
         return reason.exit_code
+    logger.info("finished")
+    return 0
+
+
+def run_seat(config: RunConfig, seat: Seat, line: socket.socket, run: RunDirectory) -> int:
+    """Run one worker of an elastic run and return the process's exit code; its end is written down."""
+    log_to_file(run, seat.rank)
+    logger.info("pid %d, seat %s of node %s", os.getpid(), seat.identity, seat.node)
+    try:
+        train_seat(config, seat, line, run)
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+        return 130
+    except BaseException as error:
+        if isinstance(error, Stopped):
+            logger.info("%s", error)
+        else:
+            logger.exception("this worker ends")
+        return write_error(run, seat.rank, error).exit_code
     logger.info("finished")
     return 0
 

@@ -170,12 +170,12 @@ def save_and_load_elsewhere(
     from holdfast.trainer.checkpointing import Checkpoints, Signals
     from holdfast.trainer.resume import Resume
     from holdfast.trainer.run_directory import RunDirectory
-    from holdfast.trainer.training import Training
+    from holdfast.trainer.training import open_training
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)
     world = local_world(rank, world_size)
-    training = Training(run_config, world, store)
+    training = open_training(run_config, world, store)
     run = RunDirectory(Path(root), Resume((resume,)))
     checkpoints = Checkpoints(training, world, store, run, (0,) * world_size, Signals())
     step = checkpoints.resume(lambda note: None)

@@ -185,7 +185,7 @@ def test_a_rank_lost_while_editing_starts_another_edit(cluster: Cluster) -> None
 def float_sums(
     rank: int, world_size: int, store: Any, *, elements: int, direct: int
 ) -> list[float]:
-    comm_pairwise.DIRECT_MEMBERS, before = direct, comm_pairwise.DIRECT_MEMBERS
+    before, comm_pairwise.DIRECT_MEMBERS = comm_pairwise.DIRECT_MEMBERS, direct
     try:
         device = gloo_device("127.0.0.1")
         comm = GlooCommunicator(

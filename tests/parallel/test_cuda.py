@@ -7,8 +7,8 @@ import torch
 
 from holdfast.parallel.accumulate import fixed_point
 from holdfast.parallel.keyed_random import dropout, stream_key
-from holdfast.trainer.loop import rate_of
-from holdfast.trainer.training import Training
+from holdfast.trainer.learning_rate import rate_of
+from holdfast.trainer.training import open_training
 from holdfast.trainer.world import local_world
 from small_runs import make_config
 
@@ -42,12 +42,12 @@ def test_training_agrees_with_the_cpu(precision: str) -> None:
     for device in ("cpu", "cuda"):
         config = make_config(train={"device": device, "precision": precision, "steps": 5})
         store = torch.distributed.HashStore()
-        training = Training(config, local_world(0, 1), store)
+        training = open_training(config, local_world(0, 1), store)
         losses[device] = []
         for step in range(config.train.steps):
             training.compute(step)
             outcome = training.vote(*training.reduce())
-            training.apply(outcome, rate_of(config, step))
+            training.apply(rate_of(config, step))
             losses[device].append(outcome.loss)
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)

@@ -158,15 +158,16 @@ def test_fifty_steps_equal_a_plain_loop(
 
 
 def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: dict) -> float:
-    from holdfast.trainer.loop import rate_of
-    from holdfast.trainer.training import Training
+    from holdfast.trainer.learning_rate import rate_of
+    from holdfast.trainer.training import open_training
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)
-    training = Training(run_config, local_world(rank, world_size), store)
+    training = open_training(run_config, local_world(rank, world_size), store)
     for step in range(run_config.train.steps):
         training.compute(step)
-        training.apply(training.vote(*training.reduce()), rate_of(run_config, step))
+        training.vote(*training.reduce())
+        training.apply(rate_of(run_config, step))
     return training.evaluate()
 
 

@@ -6,15 +6,15 @@ from torch.distributed import Store
 
 from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.loop import rate_of
-from holdfast.trainer.training import Training
+from holdfast.trainer.learning_rate import rate_of
+from holdfast.trainer.training import open_training
 from holdfast.trainer.world import WorldInfo
 
 
 def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture:
     """Train `config.train.steps` steps on this rank and return what it saw. Collective."""
-    training = Training(config, world, store)
-    coordinates = training.plan.mesh.coordinates(world.rank)
+    training = open_training(config, world, store)
+    coordinates = training.plan.cells.coordinates(world.rank)
     capture = RankCapture(coordinates.tensor, coordinates.data, coordinates.pipeline)
     recorder = ActivationRecorder(capture, lambda: training.current_micro_batch)
     for chunk in training.chunks:
@@ -41,6 +41,6 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         outcome = training.vote(squares, flags)
         capture.losses.append(outcome.loss)
         capture.grad_norms.append(outcome.grad_norm)
-        training.apply(outcome, rate_of(config, step))
+        training.apply(rate_of(config, step))
     capture.parameters = [piece_of(s.spec, flat.view(flat.values, s)) for s in flat.segments]
     return capture

@@ -100,6 +100,7 @@ def build_chunk(
     micro_batch: int,
     recompute: Recompute,
     seed: int,
+    initial: bool = True,
 ) -> ModelChunk:
     """A chunk with its initial weights.
 
@@ -107,7 +108,8 @@ def build_chunk(
         layers: indices into the list of layers: 0 is the embedding, the last is the head.
         tensor: the tensor-parallel group; None for one rank.
         sequence_parallel: whether hidden states are split over `tensor`.
-        seed: of the initial weights and of dropout. Local.
+        seed: of the initial weights and of dropout.
+        initial: False leaves the weights as they are, for one that is filled from elsewhere. Local.
     """
     tp = TensorParallel(tensor, sequence_parallel)
     specs = layer_specs(
@@ -121,7 +123,8 @@ def build_chunk(
     )
     chunk = ModelChunk(model, layers, specs, tp, seq_len, dtype, device, recompute, seed)
     chunk.to(dtype=dtype)
-    initialize(chunk, seed)
+    if initial:
+        initialize(chunk, seed)
     return chunk.to(device)
 
 

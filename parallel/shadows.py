@@ -1,0 +1,159 @@
+"""Shadows: copies of other ranks' optimizer blocks that follow every update, so that a rank can be lost.
+
+Owners send the reduced gradients of a step before its vote; a shadow then applies the same update to its
+copy, and holds value and moments of the block at every step that is committed. Exact-mode safe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.parallel.adamw import AdamWSettings, BlockUpdate, update_blocks
+from holdfast.parallel.comm import Communicator, Handle
+from holdfast.parallel.exchange import LONGEST_RUN_ELEMENTS, Run
+from holdfast.parallel.plan import Plan
+
+_SHADOW_TAG = 3 << 27
+BlockKey = tuple[int, int]
+"""(tensor-parallel index, place among the blocks of that index): names a block of the whole run."""
+STATE_KINDS = ("value", "exp_avg", "exp_avg_sq")
+"""What is held of a block: the value in the optimizer's precision, and its moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowedBlock:
+    """A block that this rank shadows, and where it lies in its flat buffers."""
+
+    key: BlockKey
+    owner: int
+    decays: bool
+    start: int
+    stop: int
+
+
+def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
+    """What a rank shadows, by owner and block, so that what an owner sends lies together. Pure."""
+    mine = sorted(
+        (plan.owners[index][place], index, place)
+        for index, shadows in enumerate(plan.shadows)
+        for place, ranks in enumerate(shadows)
+        if rank in ranks
+    )
+    found: list[ShadowedBlock] = []
+    start = 0
+    for owner, index, place in mine:
+        block = plan.blocks[index][place]
+        spec = plan.layers[block.layer].parameters[index][block.spec_index]
+        stop = start + block.elements
+        found.append(ShadowedBlock((index, place), owner, spec.decay, start, stop))
+        start = stop
+    return tuple(found)
+
+
+def shadow_runs(plan: Plan, owner: int) -> dict[int, tuple[Run, ...]]:
+    """Shadow rank -> stretches of an owner's flat gradients that it follows, in block order. Pure."""
+    runs: dict[int, list[Run]] = {}
+    start = 0
+    for index, place in plan.owned_places(owner):
+        stop = start + plan.blocks[index][place].elements
+        for rank in plan.shadows[index][place] if plan.shadows else ():
+            mine = runs.setdefault(rank, [])
+            if mine and mine[-1].stop == start and stop - mine[-1].start <= LONGEST_RUN_ELEMENTS:
+                mine[-1] = Run(mine[-1].start, stop)
+            else:
+                mine.append(Run(start, stop))
+        start = stop
+    return {rank: tuple(found) for rank, found in sorted(runs.items())}
+
+
+class ShadowState:
+    """The copies of one rank, and what it sends to the shadows of its own blocks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        comm: Communicator,
+        settings: AdamWSettings,
+        before: ShadowState | None = None,
+    ) -> None:
+        """Local. The copies are zero until they are filled.
+
+        Args:
+            before: of the plan before; where the same blocks are shadowed its copies are taken over.
+        """
+        self.blocks = shadowed_blocks(plan, rank)
+        self._comm, self._settings = comm, settings
+        self._leaving = shadow_runs(plan, rank)
+        self._arriving: dict[int, list[Run]] = {}
+        start = 0
+        for owner in dict.fromkeys(block.owner for block in self.blocks):
+            for run in shadow_runs(plan, owner)[rank]:
+                stop = start + run.stop - run.start
+                self._arriving.setdefault(owner, []).append(Run(start, stop))
+                start = stop
+        elements = self.blocks[-1].stop if self.blocks else 0
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        self.state: dict[str, Tensor]
+        """By kind, flat, in the order of `blocks`."""
+        if before is not None and before.blocks == self.blocks:
+            self._gradients, self.state = before._gradients, before.state
+            self._step.copy_(before._step)
+        else:
+            self._gradients = torch.zeros(elements, dtype=dtype, device=device)
+            self.state = {
+                kind: torch.zeros(elements, dtype=dtype, device=device) for kind in STATE_KINDS
+            }
+        self._updates = [
+            BlockUpdate(
+                self.state["value"][b.start : b.stop],
+                self._gradients[b.start : b.stop],
+                self.state["exp_avg"][b.start : b.stop],
+                self.state["exp_avg_sq"][b.start : b.stop],
+                b.decays,
+            )
+            for b in self.blocks
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copies, gradients included."""
+        return 4 * self._gradients.numel() * self._gradients.element_size()
+
+    def restore(self, step: int) -> None:
+        """Go on from `step` updates, once `state` has been filled."""
+        self._step.fill_(step)
+
+    def exchange(self, gradients: Tensor) -> None:
+        """Send the owned gradients (flat) to their shadows, receive those of what is shadowed here.
+
+        Collective over owners and their shadows; after it a rank may vote.
+        """
+        comm = self._comm
+        handles: list[Handle] = [
+            comm.receive(self._gradients[run.start : run.stop], owner, _SHADOW_TAG + number)
+            for owner, runs in self._arriving.items()
+            for number, run in enumerate(runs)
+        ]
+        handles += [
+            comm.send(gradients[run.start : run.stop], shadow, _SHADOW_TAG + number)
+            for shadow, runs in self._leaving.items()
+            for number, run in enumerate(runs)
+        ]
+        for handle in handles:
+            handle.wait()
+
+    def update(self, lr: float, factor: float) -> None:
+        """Apply the step that was voted for. Local."""
+        if not self.blocks:
+            return
+        if factor != 1.0:
+            self._gradients.mul_(factor)
+        self._step += 1
+        update_blocks(self._updates, self._step, lr, self._settings)

@@ -1,0 +1,248 @@
+"""The training loop of one worker that others may be lost beside: steps, and changes between or within them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+
+import msgspec
+from torch.distributed import Store
+
+from holdfast.elastic.events import change_events
+from holdfast.elastic.generation import Generation
+from holdfast.elastic.membership import Membership
+from holdfast.elastic.notices import Notice
+from holdfast.elastic.seat import Seat
+from holdfast.parallel.errors import PeerLost, Stopped
+from holdfast.parallel.plan_data import plan_to_data
+from holdfast.trainer.checkpointing import Checkpoints, Signals
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.elastic_run import Change, ElasticRun
+from holdfast.trainer.learning_rate import rate_of
+from holdfast.trainer.loop import Parts, finish, run_step, stop
+from holdfast.trainer.metrics import append_event
+from holdfast.trainer.reporter import Reporter
+from holdfast.trainer.resume import Resume, find_resume
+from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.training import Training
+from holdfast.trainer.world import WorldInfo
+
+logger = logging.getLogger("holdfast.elastic")
+
+
+class ElasticLoop:
+    """Trains on one seat until the run's last step, whoever comes and goes."""
+
+    def __init__(
+        self, config: RunConfig, seat: Seat, membership: Membership, run: RunDirectory
+    ) -> None:
+        self._config, self._seat, self._membership, self._run = config, seat, membership, run
+        self._signals = Signals()
+        self._checkpoints: Checkpoints | None = None
+        self._reporter: Reporter | None = None
+        self._notes: list[str] = []
+        self._loaded: Checkpoints | None = None
+        """Those of a training that has just been loaded."""
+        self._tidy = False
+        """Whether members are left in the generation that have gone by announcement."""
+        self._elastic = ElasticRun(config, seat, membership, self._load)
+        self._elastic.on_disturbed = self._interrupt
+        self._elastic.before_change = self._abandon_saves
+
+    def run(self) -> None:
+        """Train. Collective over all workers.
+
+        Raises:
+            Stopped: this worker has handed its state over and goes, or a signal ended the run.
+            MembershipError: this worker must not go on.
+            NumericsError, CheckpointError: as `holdfast.trainer.loop.train`.
+        """
+        self._signals.listen()
+        try:
+            self._settle(urgent=False)
+            while not self._take_turn():
+                pass
+        finally:
+            self._signals.close()
+            if self._checkpoints is not None:
+                self._checkpoints.close()
+            if self._reporter is not None:
+                self._reporter.close()
+
+    def _take_turn(self) -> bool:
+        """A step, or the end of the run; whether the run is over for this worker."""
+        parts = self._parts()
+        progress = parts.training.progress
+        steps = self._config.train.steps
+        try:
+            if progress.decided >= steps:
+                finish(parts)
+                parts.training.groups.control.barrier()
+                self._elastic.on_disturbed = lambda _: None
+                return True
+            step = progress.decided
+            wanted = self._membership.wanted
+            mine = any(n.kind == "leaving" and n.identity == self._seat.identity for n in wanted)
+            outcome = run_step(parts, step, change=bool(wanted) or self._tidy, leave=mine)
+            self._membership.committed(step + 1)
+            stop_after = self._config.train.stop_after
+            everybody_leaves = outcome.leaving_ranks == parts.training.plan.cells.size
+            if outcome.requests.stop or everybody_leaves or (stop_after and step + 1 >= stop_after):
+                stop(parts, step + 1, asked=outcome.requests.stop or everybody_leaves)
+                parts.training.groups.control.barrier()
+                return True
+        except PeerLost as error:
+            logger.warning("step %d is interrupted: %s", progress.decided + 1, error)
+            self._elastic.disturb(str(error))
+            self._settle(urgent=True)
+            return False
+        if outcome.requests.change:
+            self._elastic.leaving = mine
+            self._settle(urgent=False)
+        return False
+
+    def _parts(self) -> Parts:
+        assert self._elastic.training is not None
+        assert self._checkpoints is not None
+        assert self._reporter is not None
+        return Parts(self._elastic.training, self._checkpoints, self._reporter)
+
+    # Changes of membership.
+
+    def _settle(self, *, urgent: bool) -> None:
+        """Agree and recover; then go on under the plan that is in force."""
+        change = self._elastic.settle(urgent=urgent)
+        training = self._elastic.training
+        if training is None:
+            raise Stopped("this rank has handed its state over and leaves; the others go on")
+        self._tidy = any(member.leaving for member in change.after.members)
+        agreed = change.agreed
+        loaded, self._loaded = self._loaded, None
+        following = loaded or self._checkpoints_of(training, change.after, self._run)
+        following.go_on_from(self._checkpoints)
+        world = self._world(change.after)
+        if self._reporter is None:
+            self._reporter = Reporter(
+                training, world, self._run, [], training.progress.decided, shown=False
+            )
+        elif change.from_checkpoint is not None:
+            self._reporter.roll_back(change.from_checkpoint)
+        reporter = self._reporter
+        reporter.change(training, world)
+        if loaded is not None:
+            reporter.resumed(training.progress.decided, loaded.loaded, self._notes)
+        if self._checkpoints is not None:
+            reporter.checkpoints(self._checkpoints.results())
+        self._checkpoints = following
+        if self._seat.rank == change.historian:
+            record_change(self._run, change, self._membership.heard(), training, urgent=urgent)
+        outcome = agreed.outcome if change.from_checkpoint is None else None
+        if outcome is not None:
+            # The step that the change interrupted, or that it follows, as all ranks know it.
+            if outcome.usable:
+                lr = rate_of(self._config, agreed.steps - 1)
+                reporter.step(agreed.steps - 1, outcome, lr, (), None, None)
+            if agreed.steps > following.committed_step:
+                following.after_step(agreed.steps, outcome)
+
+    def _interrupt(self, reason: str) -> None:
+        """Free what waits for a save of a generation that has ended. In another thread."""
+        if self._checkpoints is not None:
+            self._checkpoints.interrupt(reason)
+
+    def _abandon_saves(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.abandon("the ranks of the run change; it is begun again")
+
+    def _load(self, training: Training, store: Store, generation: Generation) -> int:
+        """Fill a new training from the newest checkpoint there is now; returns its step."""
+        if self._seat.rank == training.plan.cells.ranks[0]:
+            found = self._run.resume
+            if generation.number > 1:
+                newest = find_resume(self._run.root, self._config, "auto", allow_change=True)
+                found = replace(found, candidates=newest.candidates or found.candidates)
+            store.set("resume", json.dumps(msgspec.to_builtins(found)))
+        told = json.loads(self._elastic.await_word(store, "resume"))
+        run = replace(self._run, resume=msgspec.convert(told, Resume))
+        self._notes = list(run.resume.notes)
+        self._loaded = self._checkpoints_of(training, generation, run)
+        return self._loaded.resume(self._notes.append)
+
+    def _checkpoints_of(
+        self, training: Training, generation: Generation, run: RunDirectory
+    ) -> Checkpoints:
+        names = {member.rank: member.node for member in generation.members}
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
+        nodes = tuple(numbers[names[rank]] for rank in training.plan.cells.ranks)
+        world, store = self._world(generation), self._membership.store()
+        return Checkpoints(training, world, store, run, nodes, self._signals)
+
+    def _world(self, generation: Generation) -> WorldInfo:
+        host, _, port = generation.store.rpartition(":")
+        own = generation.member(self._seat.rank).node
+        return WorldInfo(
+            rank=self._seat.rank,
+            world_size=len(generation.members),
+            local_rank=self._seat.local_rank,
+            local_world_size=sum(member.node == own for member in generation.members),
+            node=0,
+            store_host=host,
+            store_port=int(port),
+            store_is_server=False,
+        )
+
+
+def record_change(
+    run: RunDirectory,
+    change: Change,
+    heard: Sequence[Notice],
+    training: Training,
+    *,
+    urgent: bool,
+) -> None:
+    """Write the events of a change; called by one rank. See DESIGN's events.jsonl."""
+    events = change_events(change.before, change.after, heard)
+    for event in events:
+        append_event(run.events, event.name, **event.fields)
+    lost = [event.fields for event in events if event.name == "rank_lost"]
+    first = change.before is None
+    steps = change.agreed.steps
+    rolled_back = 0 if change.from_checkpoint is None or first else steps - change.from_checkpoint
+    append_event(
+        run.events,
+        "generation" if first or not lost else "recovered",
+        generation=change.after.number,
+        lost=[fields["rank"] for fields in lost],
+        joined=[event.fields["rank"] for event in events if event.name == "rank_joined"],
+        step=training.progress.decided,
+        replayed_steps=rolled_back + int(urgent and not first),
+        notice_s=max((fields["detected_s"] or 0.0 for fields in lost), default=0.0),
+        agree_s=change.agree_s,
+        edit_s=change.edit_s,
+        move_s=change.move_s,
+        total_s=change.total_s,
+        moved_bytes=change.moved_bytes,
+        from_checkpoint=change.from_checkpoint,
+        plan=plan_to_data(training.plan),
+    )
+
+
+def train_seat(config: RunConfig, seat: Seat, line: socket.socket, run: RunDirectory) -> None:
+    """What a worker of an elastic run does with its seat. Raises as `ElasticLoop.run`."""
+    append_event(
+        run.events,
+        "worker_started",
+        rank=seat.rank,
+        pid=os.getpid(),
+        node=seat.node,
+        incarnation=seat.incarnation,
+    )
+    membership = Membership(seat, line)
+    try:
+        ElasticLoop(config, seat, membership, run).run()
+    finally:
+        membership.close()

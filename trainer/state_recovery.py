@@ -1,0 +1,108 @@
+"""One rank's state under the next plan: from live holders, or from a checkpoint.
+
+The training of before is left as it is, so that what fails can begin again. Exact-mode safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from holdfast.parallel.block_moves import held_blocks, move_blocks, plan_parcels
+from holdfast.parallel.comm import Communicator
+from holdfast.parallel.comm_torch import Groups
+from holdfast.parallel.plan import Plan
+from holdfast.trainer.block_states import BlockStates
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.progress import Progress
+from holdfast.trainer.standing import Agreed
+from holdfast.trainer.training import Training
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""Of the optimizer's state, by the precision of training."""
+
+
+def training_from_holders(
+    config: RunConfig,
+    rank: int,
+    device: torch.device,
+    agreed: Agreed,
+    plan: Plan,
+    following: Plan,
+    before: Training | None,
+    groups: Groups,
+    everybody: Communicator,
+    node_of: Mapping[int, str],
+) -> tuple[Training | None, int]:
+    """This rank's training under `following`, complete, from the state that `agreed.holders` have.
+
+    Collective over all ranks of the generation (`everybody`).
+
+    Args:
+        plan: that the holders' state is laid out by.
+        before: this rank's training under it; None without state.
+    Returns:
+        The training, None for a rank that has no part in `following`; and the bytes received.
+    Raises:
+        PeerLost: a rank is gone, or state arrived damaged.
+    """
+    held = held_blocks(plan, agreed.holders)
+    needed = held_blocks(following, following.cells.ranks)
+    training = None
+    if rank in following.cells.ranks:
+        training = Training(config, rank, device, following, groups, before=before, initial=False)
+    source, target = BlockStates(before), BlockStates(training)
+    for key in needed.get(rank, set()) & held.get(rank, set()):
+        target.write(key, source.read(key))
+    moved = move_blocks(
+        plan_parcels(plan, held, needed, node_of),
+        rank,
+        everybody,
+        source.read,
+        target.write,
+        dtype=STATE_DTYPES[config.train.precision],
+    )
+    if training is None:
+        return None, moved
+    training.optimizer.restore(agreed.updates)
+    training.shadows.restore(agreed.updates)
+    if _must_gather(agreed, plan, following):
+        training.optimizer.round_masters()
+        training.optimizer.gather()
+    training.progress = Progress(agreed.steps, agreed.outcome, agreed.steps)
+    return training, moved
+
+
+def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[int, str]) -> int:
+    """Copy every owner's state to its shadows, once it has been loaded. Collective; returns bytes received."""
+    plan = training.plan
+    ranks = plan.cells.ranks
+    held = {rank: set(plan.owned_places(rank)) for rank in ranks}
+    training.shadows.restore(training.optimizer.step)
+    states = BlockStates(training)
+    return move_blocks(
+        plan_parcels(plan, held, held_blocks(plan, ranks), node_of),
+        training.rank,
+        everybody,
+        states.read,
+        states.write,
+        dtype=STATE_DTYPES[training.config.train.precision],
+    )
+
+
+def _must_gather(agreed: Agreed, plan: Plan, following: Plan) -> bool:
+    """Whether some rank lacks parameters that it is to have. Pure; equal on every rank."""
+    if not agreed.complete:
+        return True
+    return any(
+        rank not in agreed.holders
+        or plan.cells.cell(rank) != following.cells.cell(rank)
+        or _layers(plan, rank) != _layers(following, rank)
+        for rank in following.cells.ranks
+        if following.cells.find(rank) is not None
+    )
+
+
+def _layers(plan: Plan, rank: int) -> list[range]:
+    return [plan.layers_of(chunk) for chunk in plan.chunks_of(rank)]

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.seat import Seat
 from holdfast.launch.local import keep_memory
@@ -35,8 +37,10 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
 
     log_agents(run)
     ranks = config.parallel.ranks
+    # Fewer ranks than make up one stage cannot go on: they wait for others.
+    least = max(config.elastic.min_ranks, config.parallel.tensor)
     nodes = local_nodes(
-        config.elastic,
+        msgspec.structs.replace(config.elastic, min_ranks=least),
         ranks,
         token=uuid.uuid4().hex,
         log=run.log,

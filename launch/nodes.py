@@ -95,9 +95,13 @@ def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) ->
     if len(nodes) == 1:
         return Agent(nodes[0], main).run()
     coordination()  # imported once here, not by every agent
-    reader, writer = os.pipe()
-    agents = {_fork_agent(node, main, reader, writer): node for node in nodes}
-    os.close(reader)
+    agents: dict[int, AgentSettings] = {}
+    writers: list[int] = []
+    for node in nodes:
+        reader, writer = os.pipe()
+        agents[_fork_agent(node, main, reader, (*writers, writer))] = node
+        os.close(reader)
+        writers.append(writer)
     with contextlib.ExitStack() as held:
         membership = nodes[0].membership
         if not membership.lighthouse:
@@ -107,34 +111,39 @@ def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) ->
             membership = replace(membership, lighthouse=server.address)
         membership = replace(membership, lighthouse=lighthouse_url(membership.lighthouse))
         address = membership.lighthouse.encode()
-        os.write(writer, (address + b"\n") * len(nodes))
-        os.close(writer)
+        for writer in writers:
+            os.write(writer, address)
+            os.close(writer)
         return _watch(agents, membership, held)
 
 
-def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, writer: int) -> int:
-    """Fork an agent, which learns the Lighthouse's address from a pipe: one line for each agent."""
+def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequence[int]) -> int:
+    """Fork an agent, which learns the Lighthouse's address from a pipe of its own.
+
+    Args:
+        others: descriptors that it must not keep open, so that its pipe ends with this process.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _be_agent(node, main, reader, writer, parent)
+        _be_agent(node, main, reader, others, parent)
     return pid
 
 
 def _be_agent(
-    node: AgentSettings, main: WorkerMain, reader: int, writer: int, parent: int
+    node: AgentSettings, main: WorkerMain, reader: int, others: Sequence[int], parent: int
 ) -> NoReturn:
     code = 1
     try:
         die_with(parent)
-        os.close(writer)
+        for descriptor in others:
+            os.close(descriptor)
         agent = Agent(node, main)
-        address = b""
-        while not address.endswith(b"\n"):
-            address += os.read(reader, 1) or b"\n"
-        code = agent.run(address.decode().strip())
+        with open(reader, encoding="ascii") as told:
+            lighthouse = told.read()
+        code = agent.run(lighthouse)
     except BaseException:
         import traceback
 

@@ -27,7 +27,7 @@ setup-dev: .venv/dev.stamp
 	@touch $@
 
 train: setup
-	$(BIN)/holdfast train examples/tiny.toml
+	$(BIN)/holdfast train examples/tiny.toml --prove
 
 test: setup-dev
 	$(BIN)/python -m pytest

@@ -27,6 +27,8 @@ from holdfast.elastic.voter import PAUSE_S, Voter
 from holdfast.parallel.errors import MembershipError, Minority
 
 _PAUSE_UNREACHABLE_S = 0.1
+_ASK_AGAIN_S = 1.0
+"""How often a worker that has not been taken in says that it wants to be."""
 
 
 class Membership:
@@ -148,7 +150,8 @@ class Membership:
         """Take part in rounds until there is agreement."""
         settings = self.seat.settings
         deadline = time.monotonic() + timeout_s
-        patient_since = time.monotonic()
+        patient_since = asked = time.monotonic()
+        held = self.generation is not None
         last: Verdict | None = None
         trouble: MembershipError | None = None
         while (left_s := deadline - time.monotonic()) > 0:
@@ -156,6 +159,9 @@ class Membership:
                 # Cut off: who is missing may be back as soon as this worker is.
                 patient_since = time.monotonic()
                 self._forget_silence()
+            if not held and time.monotonic() > asked + _ASK_AGAIN_S:
+                self._tell("joining")
+                asked = time.monotonic()
             impatient = time.monotonic() - patient_since > settings.patience_s
             with self._lock:
                 lost = frozenset(self._lost)
@@ -195,8 +201,10 @@ class Membership:
         with self._lock:
             self._agreeing = False
             if self.generation is not None:
+                # Who is still silent is noticed again, and who still wants to join says so again.
+                settled = ("silent", "joining")
                 self._heard = [
-                    n for n in self._heard if n.kind != "silent" or not self._concerns(n)
+                    n for n in self._heard if n.kind not in settled or not self._concerns(n)
                 ]
             self._lost = {n.identity for n in self._heard if n.lost}
         self.on_urgent(self._urgent)
@@ -281,9 +289,12 @@ class Membership:
         with self._lock:
             if notice in self._heard:
                 return
-            self._heard.append(notice)
             if notice.lost:
                 self._lost.add(notice.identity)
+                self._heard = [
+                    n for n in self._heard if n.kind != "joining" or n.identity != notice.identity
+                ]
+            self._heard.append(notice)
             news = notice.urgent and self._concerns(notice) and not self._agreeing
             call = self._urgent if news else None
         if call is not None:

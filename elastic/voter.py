@@ -124,7 +124,13 @@ def speak_for(
     """
     with ballots.held(wait=True):
         voter = Voter(identity, settings, ballots)
-        report = Report(identity, alive=False, world_size=settings.world_size, data=data or {})
+        report = Report(
+            identity,
+            alive=False,
+            world_size=settings.world_size,
+            min_ranks=settings.min_ranks,
+            data=data or {},
+        )
         while not stop.is_set():
             try:
                 verdict, _ = voter.round(report, settings.call_s)

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from holdfast.launch.checkpoint_commands import register
 from holdfast.parallel.errors import HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
-from holdfast.trainer.run_directory import choose_root, lock_run, open_run
+from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
 from holdfast.trainer.world import world_from_environment
 
 app = typer.Typer(
@@ -70,6 +70,12 @@ def train(
         bool,
         typer.Option("--allow-change", help="Go on although model, data or batch have changed."),
     ] = False,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove", help="Then train again undisturbed, and compare every step bit by bit."
+        ),
+    ] = False,
     overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
 ) -> None:
     """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker."""
@@ -85,12 +91,27 @@ def train(
     with lock_run(root):
         run = open_run(root, run_config, resume, allow_change=allow_change)
         if run_config.elastic.enabled:
+            # What ends with its connections logs so in C++ too; every end is told in our own words.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             from holdfast.launch.elastic import run_elastic
 
-            raise typer.Exit(run_elastic(run_config, run))
-        from holdfast.launch.local import run_local
+            code = run_elastic(run_config, run)
+        else:
+            from holdfast.launch.local import run_local
 
-        raise typer.Exit(run_local(run_config, run, workers))
+            code = run_local(run_config, run, workers)
+        if prove and code == 0:
+            code = _prove_undisturbed(run)
+        raise typer.Exit(code)
+
+
+def _prove_undisturbed(run: RunDirectory) -> int:
+    from holdfast.launch.undisturbed import compare_runs, describe, lost_ranks, train_undisturbed
+
+    typer.echo("training again with nothing lost, to compare every bit ...")
+    comparison = compare_runs(run, train_undisturbed(run))
+    typer.echo(describe(comparison, lost_ranks(run)))
+    return 0 if comparison.equal else 1
 
 
 @app.command()

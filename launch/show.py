@@ -123,7 +123,7 @@ class _Shown:
     display: Display = field(init=False)
     losses: list[float] = field(default_factory=list)
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    eval_loss: float | None = None
+    evaluated: dict[int, float] = field(default_factory=dict)
     last: int = 0
 
     def __post_init__(self) -> None:
@@ -147,7 +147,7 @@ class _Shown:
                 tokens_per_s=line["tokens_per_s"] * line["step_s"] / recent,
                 left_s=(self.config.train.steps - line["step"]) * recent,
                 memory_gib=None,
-                eval_loss=self.eval_loss,
+                eval_loss=self.evaluated.get(line["step"]),
                 mfu=None,
             )
         )
@@ -155,10 +155,12 @@ class _Shown:
     def event(self, line: dict[str, Any]) -> None:
         name = line["event"]
         if name == "evaluated":
-            self.eval_loss = line["loss"]
+            self.evaluated[line["step"]] = line["loss"]
         elif name == "rank_lost":
             self.display.note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):
+            if not (line["lost"] or line["joined"]):
+                return
             self.display.change(plan_from_data(self.first, line["plan"]))
             self.display.note(describe_change(line))
         elif name == "checkpoint_committed":

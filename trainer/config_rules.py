@@ -202,6 +202,38 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
         yield f"parallel.blocks_per_chunk = {given}: numbers must not be negative"
 
 
+def _elastic(config: RunConfig) -> Iterator[str]:
+    elastic, ranks = config.elastic, config.parallel.ranks
+    if not 0 <= elastic.redundancy <= 2:
+        yield f"elastic.redundancy = {elastic.redundancy}: must be 0, 1 or 2 shadows per block"
+    if not 1 <= elastic.local_nodes <= max(1, ranks):
+        yield (
+            f"elastic.local_nodes = {elastic.local_nodes}: must be 1 to {ranks}, the number of ranks"
+        )
+    if not 1 <= elastic.min_ranks <= max(1, ranks):
+        yield f"elastic.min_ranks = {elastic.min_ranks}: must be 1 to {ranks}, the number of ranks"
+    if elastic.heartbeat_ms < 10 or elastic.heartbeat_timeout_ms < 3 * elastic.heartbeat_ms:
+        yield (
+            f"elastic.heartbeat_ms = {elastic.heartbeat_ms}, heartbeat_timeout_ms = "
+            f"{elastic.heartbeat_timeout_ms}: use 10 or more, and at least three heartbeats for the time-out"
+        )
+    if elastic.hang_timeout_s <= 0:
+        yield f"elastic.hang_timeout_s = {elastic.hang_timeout_s}: must be above 0"
+    if elastic.enabled and config.parallel.backend == "mpi":
+        yield (
+            "elastic.enabled = true with parallel.backend = 'mpi': not available in this version; use "
+            "'gloo' or 'nccl'"
+        )
+    for fault in elastic.chaos:
+        if not 0 <= fault.rank < max(1, ranks) or not 1 <= fault.step <= config.train.steps:
+            yield (
+                f"elastic.chaos: rank {fault.rank}, step {fault.step}: ranks are 0 to {ranks - 1}, steps 1 "
+                f"to {config.train.steps}"
+            )
+        if not elastic.enabled:
+            yield "elastic.chaos needs elastic.enabled = true"
+
+
 def _not_in_this_version(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     for key in ("context", "expert"):

@@ -7,11 +7,13 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import msgspec
+import torch
 from torch.distributed import Store
 
+from holdfast.elastic.chaos import Chaos, Fault, fault_from_data
 from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.membership import Membership
@@ -52,6 +54,14 @@ class ElasticLoop:
         self._elastic = ElasticRun(config, seat, membership, self._load)
         self._elastic.on_disturbed = self._interrupt
         self._elastic.before_change = self._abandon_saves
+        self._chaos = Chaos(
+            seat.rank,
+            seat.incarnation,
+            [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
+            asked=run.chaos,
+            note=self._note_fault,
+            corrupt=self._corrupt,
+        )
 
     def run(self) -> None:
         """Train. Collective over all workers.
@@ -109,7 +119,20 @@ class ElasticLoop:
         assert self._elastic.training is not None
         assert self._checkpoints is not None
         assert self._reporter is not None
-        return Parts(self._elastic.training, self._checkpoints, self._reporter)
+        return Parts(self._elastic.training, self._checkpoints, self._reporter, self._chaos.at)
+
+    def _note_fault(self, fault: Fault) -> None:
+        fields = asdict(fault)
+        append_event(self._run.events, "fault_injected", **fields)
+        logger.warning("on purpose: %s", fields)
+
+    def _corrupt(self) -> None:
+        """Flip one bit of what this rank owns, else shadows."""
+        training = self._elastic.training
+        assert training is not None
+        own = training.optimizer.state["exp_avg"]
+        values = own if own.numel() else training.shadows.state["exp_avg"]
+        values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)[0] ^= 1 << 20
 
     # Changes of membership.
 
@@ -219,7 +242,7 @@ def record_change(
         lost=[fields["rank"] for fields in lost],
         joined=[event.fields["rank"] for event in events if event.name == "rank_joined"],
         step=training.progress.decided,
-        replayed_steps=rolled_back + int(urgent and not first),
+        replayed_steps=rolled_back + int(urgent and change.agreed.complete),
         notice_s=max((fields["detected_s"] or 0.0 for fields in lost), default=0.0),
         agree_s=change.agree_s,
         edit_s=change.edit_s,

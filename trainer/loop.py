@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
 
 from torch.distributed import Store
 
+from holdfast.elastic.chaos import PHASES, Phase
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
+from holdfast.trainer import trace
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.learning_rate import rate_of
 from holdfast.trainer.progress import Outcome
 from holdfast.trainer.reporter import Reporter, introduce, nodes_of, workers_of
 from holdfast.trainer.run_directory import RunDirectory
-from holdfast.trainer.trace import Phase
 from holdfast.trainer.training import Training, open_training
 from holdfast.trainer.world import WorldInfo
 
@@ -29,6 +31,8 @@ class Parts:
     training: Training
     checkpoints: Checkpoints
     reporter: Reporter
+    at: Callable[[int, Phase], None] = lambda step, phase: None
+    """Called at the beginning of each phase of a step, counted from 1: where faults are injected."""
 
 
 def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) -> None:
@@ -75,14 +79,18 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     config = training.config
     lr = rate_of(config, step)
     starts = [perf_counter()]
+    parts.at(step + 1, "compute")
     times = training.compute(step)
     starts.append(perf_counter())
+    parts.at(step + 1, "reduce")
     squares, flags = training.reduce()
     starts.append(perf_counter())
+    parts.at(step + 1, "vote")
     outcome = training.vote(
         squares, flags, replace(checkpoints.requests(), change=change, leave=leave)
     )
     starts.append(perf_counter())
+    parts.at(step + 1, "apply")
     training.apply(lr)
     starts.append(perf_counter())
     if not outcome.usable:
@@ -90,8 +98,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         reporter.skipped(step, outcome)
     evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
     eval_loss = training.evaluate() if evaluate else None
-    names = ("compute", "reduce", "vote", "apply")
-    phases = [Phase(n, a, b) for n, a, b in zip(names, starts[:-1], starts[1:], strict=True)]
+    phases = [trace.Phase(n, a, b) for n, a, b in zip(PHASES, starts[:-1], starts[1:], strict=True)]
     if outcome.usable:
         reporter.step(step, outcome, lr, phases, times, eval_loss)
     if checkpoints.after_step(step + 1, outcome):

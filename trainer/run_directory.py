@@ -59,6 +59,16 @@ class RunDirectory:
         return self.root / "logs" / f"rank-{rank}.log"
 
     @property
+    def chaos(self) -> Path:
+        """Faults that the workers are asked for while the run goes on."""
+        return self.root / "chaos.jsonl"
+
+    @property
+    def incidents(self) -> Path:
+        """One record of each change that somebody's loss made necessary."""
+        return self.root / "incidents"
+
+    @property
     def agent_log(self) -> Path:
         """Of what starts and watches the workers."""
         return self.root / "logs" / "agent.log"

@@ -132,6 +132,17 @@ class OffloadConfig(Section, frozen=True):
     limit_gib: float = 0.0
 
 
+class ChaosConfig(Section, frozen=True):
+    """A fault that a run does to itself; see `holdfast.elastic.chaos.Fault`."""
+
+    fault: Literal["kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory"]
+    rank: int
+    step: int
+    phase: Literal["compute", "reduce", "vote", "apply"] = "compute"
+    seconds: float = 60.0
+    incarnation: int = 0
+
+
 class ElasticConfig(Section, frozen=True):
     """What happens when ranks are lost or come back."""
 
@@ -145,6 +156,8 @@ class ElasticConfig(Section, frozen=True):
     verify_every: int = 100
     local_nodes: int = 1
     lighthouse: str = ""
+    chaos: list[ChaosConfig] = []
+    """Faults on purpose, to try what a run survives: [[elastic.chaos]] tables."""
 
 
 class LogConfig(Section, frozen=True):

@@ -1,0 +1,141 @@
+"""Faults on purpose: what a run does to itself, at a chosen step and phase, to show or test that it survives.
+
+A fault happens in the worker that it names, is real (a signal, a held lock, a flipped bit), and is written
+down. A process that replaces another does not repeat the faults that the first was told of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from holdfast.parallel.errors import ConfigError
+
+FaultKind = Literal["kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory"]
+FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
+Phase = Literal["compute", "reduce", "vote", "apply"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault in one worker."""
+
+    fault: FaultKind
+    """kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every step from then on
+    takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips."""
+    rank: int
+    step: int
+    """Counted from 1."""
+    phase: Phase = "compute"
+    """The fault comes at its beginning."""
+    seconds: float = 60.0
+    """How long the lock is held, or by how much a slow step is longer."""
+    incarnation: int = 0
+    """Which process of the rank: 0 is the one that the run began with."""
+
+
+def fault_from_data(plain: dict[str, Any]) -> Fault:
+    """A fault from JSON values.
+
+    Raises:
+        ConfigError: a kind, a phase or a field that does not exist.
+    """
+    try:
+        fault = Fault(**plain)
+    except TypeError as error:
+        raise ConfigError(f"a fault is not described well: {error}") from error
+    if fault.fault not in FAULTS:
+        raise ConfigError(
+            f"fault {fault.fault!r} does not exist; choose one of {', '.join(FAULTS)}"
+        )
+    if fault.phase not in PHASES:
+        raise ConfigError(
+            f"phase {fault.phase!r} does not exist; choose one of {', '.join(PHASES)}"
+        )
+    return fault
+
+
+def ask_for(path: Path, fault: Fault) -> None:
+    """Add a fault to those that a run's workers read from `path` at the beginning of each step."""
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{json.dumps(asdict(fault))}\n".encode())
+
+
+class Chaos:
+    """The faults of one worker."""
+
+    def __init__(
+        self,
+        rank: int,
+        incarnation: int,
+        faults: Iterable[Fault],
+        *,
+        asked: Path,
+        note: Callable[[Fault], None],
+        corrupt: Callable[[], None],
+    ) -> None:
+        """Args:
+        faults: of the configuration.
+        asked: where further ones are asked for while the run goes on; see `ask_for`.
+        note: writes a fault down, before it happens.
+        corrupt: flips a bit of this worker's state.
+        """
+        self._identity = (rank, incarnation)
+        self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
+        self._asked, self._note, self._corrupt = asked, note, corrupt
+        self._position = asked.stat().st_size if asked.exists() else 0
+        self._slow_s = 0.0
+
+    def at(self, step: int, phase: Phase) -> None:
+        """Do what is due. Called at the beginning of each phase.
+
+        Args:
+            step: counted from 1.
+        """
+        if phase == "compute":
+            self._read()
+            if self._slow_s:
+                time.sleep(self._slow_s)
+        due = [f for f in self._waiting if (f.step, f.phase) == (step, phase)]
+        for fault in due:
+            self._waiting.remove(fault)
+            self._note(fault)
+            self._do(fault)
+
+    def _read(self) -> None:
+        if not self._asked.exists() or self._asked.stat().st_size <= self._position:
+            return
+        with self._asked.open("rb") as file:
+            file.seek(self._position)
+            lines = file.readlines()
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            self._position += len(line)
+            fault = fault_from_data(json.loads(line))
+            if (fault.rank, fault.incarnation) == self._identity:
+                self._waiting.append(fault)
+
+    def _do(self, fault: Fault) -> None:
+        match fault.fault:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hold-lock":
+                # A call through PyDLL keeps the interpreter's lock.
+                ctypes.PyDLL(None).usleep(int(fault.seconds * 1e6))
+            case "slow":
+                self._slow_s = fault.seconds
+            case "exit":
+                os._exit(1)
+            case "corrupt-memory":
+                self._corrupt()

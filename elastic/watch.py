@@ -121,7 +121,7 @@ class HeartbeatWatch:
                     self._receive(notice)
 
     def judge(self, ages: dict[Identity, float], now_s: float) -> list[Notice]:
-        """What heartbeats of these ages give notice of, each silence and each newcomer once."""
+        """What heartbeats of these ages give notice of: each silence once, newcomers again and again."""
         generation, members = self._generation, self._members
         timeout_s = self._settings.heartbeat_timeout_ms / 1000
         alive = {identity for identity, age_s in ages.items() if age_s < timeout_s}
@@ -134,8 +134,7 @@ class HeartbeatWatch:
         unknown = alive - members
         self._unknown_since = {i: self._unknown_since.get(i, now_s) for i in unknown}
         for identity, since_s in sorted(self._unknown_since.items()):
-            if now_s - since_s > _JOIN_AFTER * timeout_s and identity not in self._told:
+            if now_s - since_s > _JOIN_AFTER * timeout_s:
                 notices.append(Notice("joining", identity, "a new worker wants to take part"))
-                self._told.add(identity)
-        self._told -= {i for i in self._told - members if i not in unknown}
+                self._unknown_since[identity] = now_s
         return notices

@@ -179,6 +179,9 @@ def _watch(
             os.close(descriptor)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             codes.append(code)
+            if code == 0:
+                # The run is over: who waits to take part in it on another node need not.
+                forward(signal.SIGTERM, None)
             if code < 0:
                 node = agents[pid]
                 name = signal.Signals(-code).name

@@ -1,0 +1,172 @@
+"""Elastic runs that tests start with the command itself, disturb from outside, and read afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.trainer.config import dump_toml
+from small_runs import make_config
+
+LONGEST_S = 120.0
+"""How long a run of these tests may take before it counts as hung; none depends on how fast it is."""
+
+
+@dataclass
+class ElasticRun:
+    """One run of the command in a folder of its own."""
+
+    root: Path
+    process: subprocess.Popen[str]
+
+    def events(self, name: str = "") -> list[dict[str, Any]]:
+        """What the run has recorded so far; of one kind, or all."""
+        path = self.root / "events.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        found = [json.loads(line) for line in lines]
+        return [event for event in found if name in ("", event["event"])]
+
+    def steps(self) -> list[dict[str, Any]]:
+        path = self.root / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def living(self) -> dict[int, dict[str, Any]]:
+        """The newest worker of each rank that has a process: its `worker_started` event."""
+        found: dict[int, dict[str, Any]] = {}
+        for event in self.events("worker_started"):
+            if Path(f"/proc/{event['pid']}").exists():
+                found[event["rank"]] = event
+        return found
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + LONGEST_S
+        while not condition():
+            assert self.process.poll() is None, f"the run ended before {what}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"waited in vain until {what}:\n{self.output()}"
+            time.sleep(0.02)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: len(self.steps()) >= step, f"step {step}")
+
+    def wait_for_members(self, count: int) -> None:
+        """Until the newest generation has so many ranks."""
+
+        def reached() -> bool:
+            changes = [e for e in self.events() if "plan" in e]
+            if not changes:
+                return False
+            plan = changes[-1]["plan"]
+            cells = [r for stage in plan["stages"] for cell in stage for r in cell]
+            return len(cells) + len(plan["spares"]) == count
+
+        self.wait_until(reached, f"{count} ranks take part")
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        os.kill(self.living()[rank]["pid"], number)
+
+    def output(self) -> str:
+        return (self.root.parent / f"{self.root.name}.txt").read_text()
+
+    def finish(self) -> int:
+        """Wait for the end; the exit code."""
+        try:
+            return self.process.wait(LONGEST_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"the run hangs:\n{self.output()}") from None
+
+    def bits(self) -> dict[str, Any]:
+        """What must be equal: every step's loss and gradient norm, and the parameters at the end."""
+        return {
+            "steps": [(s["step"], s["loss_hex"], s["grad_norm_hex"]) for s in self.steps()],
+            "digest": [e["parameter_digest"] for e in self.events("run_finished")],
+        }
+
+
+@dataclass
+class Starter:
+    """Starts runs below one folder, and ends what is left of them."""
+
+    folder: Path
+    runs: list[ElasticRun] = field(default_factory=list)
+
+    def __call__(self, *, name: str = "", **sections: dict[str, Any]) -> ElasticRun:
+        elastic = {"enabled": True, "local_nodes": 2, **sections.pop("elastic", {})}
+        config = make_config(
+            elastic=elastic,
+            log={"tensorboard": False, "every": 1000},
+            **{"train": {"steps": 30}, **sections},
+        )
+        name = name or f"run-{len(self.runs)}"
+        path = self.folder / f"{name}.toml"
+        path.write_text(dump_toml(config))
+        return self.start(path, name)
+
+    def start(self, path: Path, name: str, *arguments: str) -> ElasticRun:
+        with (self.folder / f"{name}.txt").open("w") as output:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "holdfast.launch.cli", "train", str(path)),
+                    *("--out", str(self.folder / name), *arguments),
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self.runs.append(ElasticRun(self.folder / name, process))
+        return self.runs[-1]
+
+    def close(self) -> None:
+        for run in self.runs:
+            if run.process.poll() is None:
+                run.process.kill()
+                run.process.wait()
+
+
+def pace(config: dict[str, Any], seconds: float, rank: int = 0) -> dict[str, Any]:
+    """The [elastic] keys that make every step take at least so long, so that others have time to join."""
+    slow = {"fault": "slow", "rank": rank, "step": 1, "seconds": seconds}
+    return {**config, "chaos": [*config.get("chaos", []), slow]}
+
+
+def fault(kind: str, rank: int, step: int, phase: str = "compute", **more: Any) -> dict[str, Any]:
+    return {"fault": kind, "rank": rank, "step": step, "phase": phase, **more}
+
+
+def undisturbed(sections: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration for `small_runs`: fixed ranks."""
+    return msgspec.to_builtins(make_config(**sections))
+
+
+def random_kills(run: ElasticRun, seed: int, *, members: int, gap_s: float) -> Iterator[int]:
+    """Kill one random rank after the other, each time once all `members` take part again, until the end."""
+    rng = random.Random(seed)
+    while run.process.poll() is None:
+        time.sleep(gap_s * rng.random())
+        living = run.living()
+        changes = [e for e in run.events() if "plan" in e]
+        if len(living) < members or not changes:
+            continue
+        plan = changes[-1]["plan"]
+        placed = [r for stage in plan["stages"] for cell in stage for r in cell] + plan["spares"]
+        if len(placed) < members:
+            continue
+        rank = rng.choice(sorted(living))
+        try:
+            os.kill(living[rank]["pid"], signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        yield rank

@@ -1,0 +1,199 @@
+"""Ranks are lost for real, and the run has the bits of the run that lost none: steps, norms, parameters."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import Cluster
+from elastic_runs import Starter, fault, pace, random_kills
+from small_runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp]
+
+STEPS = 36
+PACE_S = 0.1
+LAYOUTS = [
+    {"data": 2, "pipeline": 2},
+    {"data": 3, "pipeline": 1},
+    {"data": 1, "pipeline": 3},
+    {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "blocks_per_chunk": [2, 1, 1, 2]},
+]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    starter = Starter(tmp_path)
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(train={"steps": STEPS})))
+
+
+def bits_of(result: dict[str, Any]) -> dict[str, Any]:
+    steps = zip(result["losses"], result["norms"], strict=True)
+    return {
+        "steps": [(n + 1, loss, norm) for n, (loss, norm) in enumerate(steps)],
+        "digest": [result["digest"]],
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_kills_in_every_phase_change_no_bit(
+    start: Starter, expected: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    last = layout["data"] * layout["pipeline"] - 1
+    faults = [
+        fault("kill", last, 2, "compute"),
+        fault("kill", 1, 12, "reduce"),
+        fault("kill", 0, 22, "vote"),
+        fault("kill", last, 32, "apply", incarnation=1),
+    ]
+    elastic = pace(pace({"chaos": faults}, PACE_S), PACE_S, rank=1)
+    run = start(train={"steps": STEPS}, parallel=layout, elastic=elastic)
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert len(run.events("fault_injected")) >= 5
+    recovered = run.events("recovered")
+    assert len(recovered) >= 3
+    assert all(event["from_checkpoint"] is None for event in recovered)
+    assert all(event["replayed_steps"] <= 1 for event in recovered)
+
+
+def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cluster) -> None:
+    layout = {"tensor": 2, "data": 2, "pipeline": 1}
+    faults = [fault("kill", 3, 3, "reduce"), fault("kill", 0, 15, "compute")]
+    run = start(
+        train={"steps": 24}, parallel=layout, elastic=pace({"chaos": faults}, PACE_S, rank=1)
+    )
+    assert run.finish() == 0, run.output()
+    config = make_config(train={"steps": 24}, parallel={**layout, "data": 1})
+    assert run.bits() == bits_of(run_training(cluster, config))
+    # A rank whose partner is lost computes nothing until that is replaced.
+    assert any(event["plan"]["spares"] for event in run.events("recovered"))
+
+
+def test_bf16_masters_come_from_shadows(start: Starter, cluster: Cluster) -> None:
+    train = {"steps": 16, "precision": "bf16"}
+    faults = [fault("kill", 1, 4, "vote"), fault("kill", 2, 9, "apply")]
+    run = start(
+        train=train,
+        model={"tie_embeddings": True},
+        parallel={"data": 2, "pipeline": 2},
+        elastic=pace({"chaos": faults}, PACE_S),
+    )
+    assert run.finish() == 0, run.output()
+    config = make_config(train=train, model={"tie_embeddings": True})
+    assert run.bits() == bits_of(run_training(cluster, config))
+
+
+def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, Any]) -> None:
+    faults = [
+        fault("stop", 3, 3, "reduce"),
+        fault("hold-lock", 2, 14),
+        fault("exit", 1, 24, "vote"),
+    ]
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 2, "pipeline": 2},
+        elastic=pace({"chaos": faults, "hang_timeout_s": 1.5}, PACE_S),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    causes = {event["rank"]: event["cause"] for event in run.events("rank_lost")}
+    assert causes[3].startswith(("stopped by a signal", "no heartbeat"))
+    assert "its interpreter has not run" in causes[2]
+    assert causes[1] == "exited with code 1"
+
+
+def test_a_node_is_lost_with_all_its_workers(start: Starter, expected: dict[str, Any]) -> None:
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 2, "pipeline": 2},
+        elastic=pace({"local_nodes": 2}, PACE_S),
+    )
+    run.wait_for_step(5)
+    worker = run.living()[3]
+    spawner = _parent(worker["pid"])
+    os.kill(_parent(spawner), signal.SIGKILL)  # the node's agent; its workers die with it
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    lost = {event["rank"] for event in run.events("rank_lost")}
+    assert lost == {2, 3}
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_without_shadows_the_newest_checkpoint_is_the_last_resort(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 2},
+        checkpoint={"every": 4},
+        elastic={"redundancy": 0, "chaos": [fault("kill", 1, 11, "reduce")]},
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    (loaded,) = [e["from_checkpoint"] for e in run.events("recovered")]
+    assert loaded in (4, 8)
+
+
+def test_a_node_that_announces_its_departure_is_let_go(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 2, "pipeline": 2},
+        elastic=pace({"respawn": False}, PACE_S),
+    )
+    run.wait_for_step(5)
+    agent = _parent(_parent(run.living()[3]["pid"]))
+    os.kill(agent, signal.SIGTERM)
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert all(event["replayed_steps"] == 0 for event in run.events() if "plan" in event)
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
+    start: Starter, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    run = start(
+        name="first",
+        train={"steps": STEPS},
+        parallel={"data": 2},
+        elastic=pace({}, PACE_S),
+    )
+    run.wait_for_step(5)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 3, run.output()
+    again = start.start(tmp_path / "first.toml", "first")
+    assert again.finish() == 0, again.output()
+    assert again.bits() == expected
+    (resumed,) = again.events("resumed")
+    assert resumed["step"] >= 5
+
+
+def test_kills_at_random_instants_change_no_bit(start: Starter, expected: dict[str, Any]) -> None:
+    for seed, layout in ((1, {"data": 2, "pipeline": 2}), (2, {"data": 3, "pipeline": 1})):
+        run = start(
+            train={"steps": STEPS},
+            parallel=layout,
+            checkpoint={"every": 5},
+            elastic=pace(pace({}, PACE_S), PACE_S, rank=1),
+        )
+        members = layout["data"] * layout["pipeline"]
+        kills = list(random_kills(run, seed, members=members, gap_s=0.4))
+        assert run.finish() == 0, run.output()
+        assert run.bits() == expected, kills
+        assert kills

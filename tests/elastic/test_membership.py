@@ -141,7 +141,7 @@ def test_notices_arrive_in_one_order_and_a_hole_is_passed() -> None:
     assert wait_for(reader.read, "the notice after the hole") == notices[1:2]
 
 
-def test_silence_and_newcomers_are_told_once() -> None:
+def test_silence_is_told_once_and_newcomers_until_they_are_in() -> None:
     told: list[Notice] = []
     settings = MembershipSettings("http://127.0.0.1:9", "test", 2)
     watch = HeartbeatWatch(settings, told.append)

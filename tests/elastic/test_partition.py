@@ -56,8 +56,16 @@ def test_a_minority_that_has_the_lighthouse_does_not_go_on_either(tmp_path: Path
         )
         assert run.generation(4) == first
         net.heal()
-        for rank in range(5):
-            run.reach(rank, ["0", "1", "2", "3", "4"], after=first["number"])
+
+        def together() -> bool:
+            # One whose heartbeats come back late may have been replaced meanwhile.
+            newest = [run.generation(rank) for rank in range(5)]
+            ranks = {tuple(m.partition(".")[0] for m in found["members"]) for found in newest}
+            return ranks == {("0", "1", "2", "3", "4")} and all(
+                found["number"] > first["number"] for found in newest
+            )
+
+        wait_for(together, "all to go on together", run.describe)
         for rank in range(5):
             steps = [record["step"] for record in run.records(rank, "step")]
             assert steps == sorted(set(steps))

@@ -70,12 +70,12 @@ def test_kills_in_every_phase_change_no_bit(
 
 def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cluster) -> None:
     layout = {"tensor": 2, "data": 2, "pipeline": 1}
-    faults = [fault("kill", 3, 3, "reduce"), fault("kill", 0, 15, "compute")]
+    faults = [fault("kill", 3, 3, "reduce"), fault("kill", 0, 9, "compute")]
     run = start(
-        train={"steps": 24}, parallel=layout, elastic=pace({"chaos": faults}, PACE_S, rank=1)
+        train={"steps": 12}, parallel=layout, elastic=pace({"chaos": faults}, PACE_S, rank=1)
     )
     assert run.finish() == 0, run.output()
-    config = make_config(train={"steps": 24}, parallel={**layout, "data": 1})
+    config = make_config(train={"steps": 12}, parallel={**layout, "data": 1})
     assert run.bits() == bits_of(run_training(cluster, config))
     # A rank whose partner is lost computes nothing until that is replaced.
     assert any(event["plan"]["spares"] for event in run.events("recovered"))

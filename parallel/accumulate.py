@@ -71,6 +71,8 @@ class GradientAccumulator:
         dtype = torch.int64 if exact else accumulation
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
         self.flags = 0
+        self.muted: frozenset[nn.Parameter] = frozenset()
+        """Parameters whose gradients are not added: those of the micro-batch at hand are counted already."""
         self._device_flags: Tensor | None = None
         if values.device.type != "cpu":
             self._device_flags = torch.zeros((), dtype=torch.int64, device=values.device)
@@ -104,6 +106,8 @@ class GradientAccumulator:
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add a whole local parameter's gradient (its shape, any float dtype)."""
+        if parameter in self.muted:
+            return
         if self.exact:
             self._add_exact(parameter, gradient.contiguous())
         elif parameter in self._empty:
@@ -114,6 +118,8 @@ class GradientAccumulator:
 
     def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
         """Add grad_output.T @ value: float[tokens, out] and float[tokens, in] of the parameter's dtype."""
+        if parameter in self.muted:
+            return
         transposed = grad_output.t()
         if self.exact:
             gradient = self._scratch[: parameter.numel()].view(parameter.shape)
@@ -129,6 +135,8 @@ class GradientAccumulator:
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
+        if parameter in self.muted:
+            return
         if not self.exact:
             if parameter in self._empty:
                 self._empty.discard(parameter)

@@ -24,6 +24,7 @@ class ModelChunkRunner:
         is_last: bool,
         context: Callable[[int], MicroBatchContext],
         loss_gradient: float,
+        before_gradients: Callable[[int], None] = lambda micro_batch: None,
     ) -> None:
         """Args:
         context: gives a micro-batch's context for the running step.
@@ -33,6 +34,7 @@ class ModelChunkRunner:
         self._is_last = is_last
         self._context = context
         device = next(chunk.parameters()).device
+        self._before_gradients = before_gradients
         self._loss_gradient = torch.tensor(loss_gradient, dtype=torch.float64, device=device)
         self._inputs: dict[int, Tensor | None] = {}
         self._edges: dict[int, GradientEdge] = {}
@@ -70,9 +72,11 @@ class ModelChunkRunner:
         return gradient
 
     def backward_weight(self, micro_batch: int) -> None:
+        self._before_gradients(micro_batch)
         self.chunk.queue.run(self._deferred.pop(micro_batch))
 
     def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        self._before_gradients(micro_batch)
         value = self._inputs.pop(micro_batch)
         edge = self._edges.pop(micro_batch)
         if grad_output is None:

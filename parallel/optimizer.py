@@ -21,6 +21,7 @@ from holdfast.parallel.comm import Communicator
 from holdfast.parallel.exchange import (
     OwnedBlock,
     Routes,
+    Run,
     build_routes,
     gather_from_owners,
     reduce_to_owners,
@@ -89,6 +90,9 @@ class ShardedAdamW:
         self.slots = sum(len(blocks) for blocks in plan.blocks)
         """Number of (tensor index, block) pairs: the length of the squares that `reduce` gives."""
         self._summed_over_copies = tuple(s for s in flat.segments if s.spec.sum_over_copies)
+        self._kept: list[tuple[Run, Tensor]] = []
+        """This rank's own sums, where reducing adds others' to them; see `keep_own_sums`."""
+        self._is_reduced = False
         self._allocate(before)
 
     @property
@@ -162,6 +166,29 @@ class ShardedAdamW:
         """Go on from `step` updates, once parameters and `state` have been filled. Local."""
         self._step.fill_(step)
 
+    def keep_own_sums(self) -> None:
+        """From now on copy what `reduce` is about to change, so that `restore_own_sums` can undo it.
+
+        Costs memory and a copy of the size of the owned blocks' sums. Without tensor parallelism only.
+        """
+        runs = [Run(block.start, block.stop) for block in self._routes.owned]
+        runs += [first for first, _ in self._routes.folded]
+        joined: list[Run] = []
+        for run in sorted(set(runs), key=lambda r: r.start):
+            if joined and run.start <= joined[-1].stop:
+                joined[-1] = Run(joined[-1].start, max(run.stop, joined[-1].stop))
+            else:
+                joined.append(run)
+        sums = self._accumulator.sums
+        self._kept = [(run, torch.empty_like(sums[run.start : run.stop])) for run in joined]
+
+    def restore_own_sums(self) -> None:
+        """Undo a `reduce` that was interrupted: the sums are this rank's own again. Local."""
+        if self._is_reduced:
+            for run, own in self._kept:
+                self._accumulator.sums[run.start : run.stop].copy_(own)
+        self._is_reduced = False
+
     def reduce(self) -> tuple[Tensor, int]:
         """Bring every owned block's complete gradient here.
 
@@ -171,6 +198,9 @@ class ShardedAdamW:
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
         accumulator = self._accumulator
+        for run, own in self._kept:
+            own.copy_(accumulator.sums[run.start : run.stop])
+        self._is_reduced = True
         flags = accumulator.finish()
         flags |= self._sum_over_tensor_copies()
         flags |= reduce_to_owners(self._routes, accumulator, self._rank, self._world)

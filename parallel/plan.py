@@ -161,21 +161,29 @@ class Plan:
     def layers_of(self, chunk: int) -> range:
         return range(*self.chunk_layers[chunk])
 
-    def program(self, rank: int) -> Program:
-        """What a rank does in a training step, with global micro-batch numbers and peers' ranks."""
-        return self._program("train", rank, compute_programs)
+    def program(self, rank: int, only: frozenset[int] | None = None) -> Program:
+        """What a rank does in a training step, with global micro-batch numbers and peers' ranks.
+
+        Args:
+            only: leave all other micro-batches out.
+        """
+        return self._program("train", rank, compute_programs, only)
 
     def forward_program(self, rank: int) -> Program:
         """What a rank does to evaluate one global batch."""
         return self._program("forward", rank, forward_only)
 
     def _program(
-        self, kind: str, rank: int, generate: Callable[[str, int, int, int], tuple[Program, ...]]
+        self,
+        kind: str,
+        rank: int,
+        generate: Callable[[str, int, int, int], tuple[Program, ...]],
+        only: frozenset[int] | None = None,
     ) -> Program:
         at = self.cells.find(rank)
         if at is None:
             return ()
-        if self.shares is None:
+        if self.shares is None and only is None:
             numbers = self.micro_batches[at.data]
             local = self._cached(
                 (kind, len(numbers)),
@@ -183,7 +191,9 @@ class Plan:
             )
             named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
         else:
-            named = self._rerouted(kind, at.pipeline, self.shares[at.pipeline][at.data], generate)
+            share = self.share(at.pipeline, at.data)
+            wanted = share if only is None else tuple(m for m in share if m in only)
+            named = self._rerouted(kind, at.pipeline, wanted, generate)
         replicas = self._replicas
         complete = with_messages(
             {rank: named},

@@ -79,6 +79,11 @@ def replan(
     return with_shadows(changed, roster, redundancy, previous=plan)
 
 
+def would_move_layers(plan: Plan) -> bool:
+    """Whether moving layers between stages is worth it, though ranks stay as they are."""
+    return plan.virtual == 1 and _moved_layers(plan, plan.cells) != plan.chunk_layers
+
+
 def with_shadows(
     plan: Plan, roster: Roster, redundancy: int, *, previous: Plan | None = None
 ) -> Plan:

@@ -21,6 +21,7 @@ from holdfast.elastic.notices import Notice
 from holdfast.elastic.seat import Seat
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.parallel.plan_data import plan_to_data
+from holdfast.parallel.replan import would_move_layers
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic_run import Change, ElasticRun
@@ -34,6 +35,9 @@ from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.elastic")
+
+_AWAITED_STEPS = 20
+"""For how many steps a replacement is awaited before layers move to make up for its lack."""
 
 
 class ElasticLoop:
@@ -49,8 +53,8 @@ class ElasticLoop:
         self._notes: list[str] = []
         self._loaded: Checkpoints | None = None
         """Those of a training that has just been loaded."""
-        self._tidy = False
-        """Whether members are left in the generation that have gone by announcement."""
+        self._tidy_from: int | None = None
+        """The step from which on a change is wanted though nobody comes or goes: see `_tidy_step`."""
         self._elastic = ElasticRun(config, seat, membership, self._load)
         self._elastic.on_disturbed = self._interrupt
         self._elastic.before_change = self._abandon_saves
@@ -97,7 +101,8 @@ class ElasticLoop:
             step = progress.decided
             wanted = self._membership.wanted
             mine = any(n.kind == "leaving" and n.identity == self._seat.identity for n in wanted)
-            outcome = run_step(parts, step, change=bool(wanted) or self._tidy, leave=mine)
+            tidy = self._tidy_from is not None and step >= self._tidy_from
+            outcome = run_step(parts, step, change=bool(wanted) or tidy, leave=mine)
             self._membership.committed(step + 1)
             stop_after = self._config.train.stop_after
             everybody_leaves = outcome.leaving_ranks == parts.training.plan.cells.size
@@ -142,16 +147,17 @@ class ElasticLoop:
         training = self._elastic.training
         if training is None:
             raise Stopped("this rank has handed its state over and leaves; the others go on")
-        self._tidy = any(member.leaving for member in change.after.members)
+        self._tidy_from = self._tidy_step(change, training)
         agreed = change.agreed
         loaded, self._loaded = self._loaded, None
         following = loaded or self._checkpoints_of(training, change.after, self._run)
         following.go_on_from(self._checkpoints)
         world = self._world(change.after)
+        outcome = agreed.outcome if change.from_checkpoint is None else None
         if self._reporter is None:
-            self._reporter = Reporter(
-                training, world, self._run, [], training.progress.decided, shown=False
-            )
+            # The last step may be missing in the records; then this rank writes it, if it is the lowest.
+            first = training.progress.decided - (outcome is not None)
+            self._reporter = Reporter(training, world, self._run, [], first, shown=False)
         elif change.from_checkpoint is not None:
             self._reporter.roll_back(change.from_checkpoint)
         reporter = self._reporter
@@ -163,7 +169,6 @@ class ElasticLoop:
         self._checkpoints = following
         if self._seat.rank == change.historian:
             record_change(self._run, change, self._membership.heard(), training, urgent=urgent)
-        outcome = agreed.outcome if change.from_checkpoint is None else None
         if outcome is not None:
             # The step that the change interrupted, or that it follows, as all ranks know it.
             if outcome.usable:
@@ -171,6 +176,18 @@ class ElasticLoop:
                 reporter.step(agreed.steps - 1, outcome, lr, (), None, None)
             if agreed.steps > following.committed_step:
                 following.after_step(agreed.steps, outcome)
+
+    def _tidy_step(self, change: Change, training: Training) -> int | None:
+        """When to change again: at once to forget who has left; a little later to balance the stages.
+
+        Where a lost worker is replaced, its replacement is awaited first: moving layers twice is dearer.
+        """
+        step = training.progress.decided
+        if any(member.leaving for member in change.after.members):
+            return step
+        if would_move_layers(training.plan):
+            return step + (_AWAITED_STEPS if self._config.elastic.respawn else 0)
+        return None
 
     def _interrupt(self, reason: str) -> None:
         """Free what waits for a save of a generation that has ended. In another thread."""
@@ -234,6 +251,7 @@ def record_change(
     lost = [event.fields for event in events if event.name == "rank_lost"]
     first = change.before is None
     steps = change.agreed.steps
+    replayed = int(urgent and change.agreed.complete)
     rolled_back = 0 if change.from_checkpoint is None or first else steps - change.from_checkpoint
     append_event(
         run.events,
@@ -242,7 +260,8 @@ def record_change(
         lost=[fields["rank"] for fields in lost],
         joined=[event.fields["rank"] for event in events if event.name == "rank_joined"],
         step=training.progress.decided,
-        replayed_steps=rolled_back + int(urgent and change.agreed.complete),
+        replayed_steps=rolled_back + replayed,
+        recomputed_micro_batches=len(training.to_compute(steps)) if replayed else 0,
         notice_s=max((fields["detected_s"] or 0.0 for fields in lost), default=0.0),
         agree_s=change.agree_s,
         edit_s=change.edit_s,

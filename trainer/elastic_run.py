@@ -43,6 +43,8 @@ _POLL_S = 0.002
 _KEY_S = 60.0
 """How long a word from another rank of a new generation is waited for."""
 
+WITHIN_STEP = "within a step"
+
 LoadFrom = Callable[[Training, Store, Generation], int]
 """Fills a new training from the newest checkpoint, collectively; returns its step, 0 without one."""
 
@@ -144,7 +146,7 @@ class ElasticRun:
             self._reason = None
         generation = self.membership.agree(
             step=self.training.progress.decided if self.training is not None else 0,
-            phase="change" if urgent else "boundary",
+            phase=WITHIN_STEP if urgent else "between steps",
             urgent=urgent,
             leaving=self.leaving,
             data=standing_to_data(self._standing()),
@@ -207,6 +209,7 @@ class ElasticRun:
             updates=training.optimizer.step,
             complete=progress.complete,
             outcome=progress.outcome,
+            counted=training.counted(),
         )
 
     def _adopt(self, agreed: Agreed) -> None:
@@ -249,7 +252,15 @@ class ElasticRun:
         if not agreed.holders and agreed.staying == plan.cells.ranks:
             numbered = replace(plan, generation=generation.number, _cache=plan._cache)
             return with_shadows(numbered, roster, redundancy)
-        return replan(plan, roster, generation=generation.number, redundancy=redundancy)
+        # Within a step layers stay: the sums of those that moved would have to be computed again.
+        within_step = any(member.phase == WITHIN_STEP for member in generation.members)
+        return replan(
+            plan,
+            roster,
+            generation=generation.number,
+            redundancy=redundancy,
+            move_layers=not within_step,
+        )
 
     def _connect(
         self, generation: Generation, plan: Plan, store: Store

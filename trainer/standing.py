@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from holdfast.elastic.generation import Generation
+from holdfast.trainer.partial_step import Counted, counted_from_data, counted_to_data
 from holdfast.trainer.progress import Outcome, Requests
 
 
@@ -28,11 +29,14 @@ class Standing:
     """Whether it has all parameters as they are after these."""
     outcome: Outcome | None = None
     """Of the last vote."""
+    counted: Counted = field(default_factory=dict)
+    """What its sums hold of the step after the last that was decided."""
 
 
 def standing_to_data(standing: Standing) -> dict[str, Any]:
     """A standing as JSON values; floats keep all their bits."""
     plain = {name: getattr(standing, name) for name in Standing.__slots__}
+    plain["counted"] = counted_to_data(standing.counted)
     outcome = standing.outcome
     if outcome is not None:
         plain["outcome"] = asdict(outcome) | {
@@ -45,6 +49,7 @@ def standing_to_data(standing: Standing) -> dict[str, Any]:
 def standing_from_data(plain: Mapping[str, Any]) -> Standing:
     """The standing that `standing_to_data` wrote."""
     fields = dict(plain)
+    fields["counted"] = counted_from_data(fields["counted"])
     outcome = fields.get("outcome")
     if outcome is not None:
         fields["outcome"] = Outcome(
@@ -78,6 +83,8 @@ class Agreed:
     """Whether all holders have all parameters."""
     fresh: frozenset[int] = field(default=frozenset())
     """Members without state."""
+    counted: Mapping[int, Counted] = field(default_factory=dict)
+    """By holder, what its sums hold of the step to come."""
 
 
 def agree_on_state(generation: Generation) -> Agreed:
@@ -105,4 +112,9 @@ def agree_on_state(generation: Generation) -> Agreed:
         outcome=outcome,
         complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
         fresh=everybody - holders.keys(),
+        counted={
+            rank: s.counted
+            for rank, s in sorted(holders.items())
+            if s.counted and s.decided == furthest.decided
+        },
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.distributed import Store
@@ -28,6 +29,7 @@ from holdfast.parallel.shadows import ShadowState
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.model.build import build_chunk
+from holdfast.trainer.partial_step import Counted, Redo, merged
 from holdfast.trainer.planning import plan_of
 from holdfast.trainer.progress import NO_REQUESTS, Outcome, Progress, Requests
 from holdfast.trainer.state import TrainingState
@@ -98,6 +100,7 @@ class Training:
                 is_last=index == last,
                 context=self._context,
                 loss_gradient=1.0 / self.step_tokens,
+                before_gradients=partial(self._mute, index),
             )
             for index, chunk in chunks.items()
         }
@@ -137,6 +140,12 @@ class Training:
             self.groups.pipeline,
             self.step_micro_batches,
         )
+        if config.elastic.enabled and self._can_keep_sums:
+            self.optimizer.keep_own_sums()
+        self._redo: Redo | None = None
+        self._own: dict[int, frozenset[int]] = {}
+        """What earlier attempts at the step have left in this rank's sums."""
+        self._own_losses: dict[int, torch.Tensor] = {}
         self._train_program = self._prepared(plan.program)
         self._eval_program: tuple[Program, dict[Action, int]] | None = None
 
@@ -222,10 +231,81 @@ class Training:
         return 0 in self._runners or len(self.plan.placement) - 1 in self._runners
 
     def compute(self, step: int) -> ActionTimes:
-        """A: run the program of `step`; gradient sums accumulate. Collective over the pipeline group."""
+        """A: run the program of `step`; gradient sums accumulate. Collective over the pipeline group.
+
+        After a recovery (`redo`) only what is not in anybody's sums yet is computed.
+        """
         self._clear_step(step)
-        self.accumulator.clear()
-        return self.executor.run(*self._train_program)
+        self.executor.counted.clear()
+        self.executor.halved.clear()
+        if self._redo is None or self._redo.step != step:
+            self._redo = None
+            self._own, self._own_losses = {}, {}
+            self.accumulator.clear()
+            return self.executor.run(*self._train_program)
+        todo = self.to_compute(step)
+        return self.executor.run(*self._prepared(lambda rank: self.plan.program(rank, todo)))
+
+    def to_compute(self, step: int) -> frozenset[int]:
+        """The micro-batches that are not in anybody's sums yet when `step` begins."""
+        covered = self._redo.covered if self._redo is not None and self._redo.step == step else {}
+        return Redo(step, covered).todo(len(self.plan.layers), self.step_micro_batches)
+
+    @property
+    def _can_keep_sums(self) -> bool:
+        return self.plan.cells.tensor == 1 and self.accumulator.exact
+
+    def counted(self) -> dict[int, frozenset[int]]:
+        """After an interrupted step: the micro-batches that each layer's sums hold on this rank. Local.
+
+        Empty when the step is decided, and where sums cannot be kept.
+        """
+        started = self._is_training and self.progress.decided == self._step
+        if not (self._can_keep_sums and started):
+            return {}
+        self.executor.count_halved()
+        self.optimizer.restore_own_sums()
+        covered = self._redo.covered if self._redo is not None else {}
+        own = merged(
+            self._own,
+            (
+                (layer, numbers - covered.get(layer, frozenset()))
+                for chunk, numbers in self.executor.counted.items()
+                for layer in self.plan.layers_of(chunk)
+            ),
+        )
+        last = self._runners.get(len(self.plan.placement) - 1)
+        if last is not None:
+            head = own.get(len(self.plan.layers) - 1, frozenset())
+            known = {**last.losses, **self._own_losses}
+            self._own_losses = {m: known[m] for m in head}
+        self._own = own
+        self.executor.counted.clear()
+        return own
+
+    def redo(self, step: int, covered: Counted, before: Training | None) -> None:
+        """Compute only what `covered` lacks when `step` is computed next.
+
+        Args:
+            before: this rank's training that was interrupted; None where its sums do not go on.
+        """
+        self._redo = Redo(step, covered)
+        if before is None:
+            self.accumulator.clear()
+        else:
+            self._own, self._own_losses = before._own, before._own_losses
+
+    def _mute(self, chunk: int, micro_batch: int) -> None:
+        """Before a micro-batch's gradients: leave out the layers that have them already."""
+        if self._redo is None:
+            self.accumulator.muted = frozenset()
+            return
+        covered = self._redo.covered
+        self.accumulator.muted = frozenset(
+            parameter
+            for layer, _, parameter in self._runners[chunk].chunk.named_specs()
+            if micro_batch in covered.get(layer, ())
+        )
 
     def reduce(self) -> tuple[torch.Tensor, int]:
         """B: every block's sum arrives at its owner and its shadows. See `ShardedAdamW.reduce`."""
@@ -304,8 +384,14 @@ class Training:
         slots = torch.zeros(self.step_micro_batches, dtype=torch.float64)
         last = self._runners.get(len(self.plan.placement) - 1)
         if last is not None and self.groups.tensor.index == 0:
+            known: Collection[int] = ()
+            if self._redo is not None and self._is_training:
+                known = self._redo.covered.get(len(self.plan.layers) - 1, ())
+                for micro_batch, loss in self._own_losses.items():
+                    slots[micro_batch] = loss
             for micro_batch, loss in last.losses.items():
-                slots[micro_batch] = loss
+                if micro_batch not in known:
+                    slots[micro_batch] = loss
         return slots
 
     def evaluate(self) -> float:

@@ -68,6 +68,25 @@ def test_kills_in_every_phase_change_no_bit(
     assert all(event["replayed_steps"] <= 1 for event in recovered)
 
 
+def test_only_the_lost_rank_s_micro_batches_are_computed_again(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    # Three micro-batches of twelve were on each replica; layers stay, since all stages lose alike.
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 4},
+        elastic={
+            "respawn": False,
+            "chaos": [fault("kill", 2, 6, "reduce"), fault("kill", 1, 9, "vote")],
+        },
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    first, second = (event["recomputed_micro_batches"] for event in run.events("recovered"))
+    assert first == 3
+    assert second == 4
+
+
 def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cluster) -> None:
     layout = {"tensor": 2, "data": 2, "pipeline": 1}
     faults = [fault("kill", 3, 3, "reduce"), fault("kill", 0, 9, "compute")]

@@ -20,7 +20,7 @@ from holdfast.parallel.errors import ConfigError
 
 FaultKind = Literal["kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory"]
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
-Phase = Literal["compute", "reduce", "vote", "apply"]
+Phase = Literal["compute", "backward", "reduce", "vote", "apply"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -35,7 +35,7 @@ class Fault:
     step: int
     """Counted from 1."""
     phase: Phase = "compute"
-    """The fault comes at its beginning."""
+    """The fault comes at its beginning; "backward": when half of the step's backward passes are done."""
     seconds: float = 60.0
     """How long the lock is held, or by how much a slow step is longer."""
     incarnation: int = 0

@@ -182,6 +182,10 @@ class ShardedAdamW:
         sums = self._accumulator.sums
         self._kept = [(run, torch.empty_like(sums[run.start : run.stop])) for run in joined]
 
+    def begin_step(self) -> None:
+        """Sums are being added anew: there is no `reduce` to undo. Local."""
+        self._is_reduced = False
+
     def restore_own_sums(self) -> None:
         """Undo a `reduce` that was interrupted: the sums are this rank's own again. Local."""
         if self._is_reduced:

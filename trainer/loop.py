@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 from torch.distributed import Store
 
-from holdfast.elastic.chaos import PHASES, Phase
+from holdfast.elastic.chaos import Phase
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
 from holdfast.trainer import trace
 from holdfast.trainer.checkpointing import Checkpoints, Signals
@@ -22,6 +23,8 @@ from holdfast.trainer.training import Training, open_training
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")
+
+_TRACED: tuple[Phase, ...] = ("compute", "reduce", "vote", "apply")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     lr = rate_of(config, step)
     starts = [perf_counter()]
     parts.at(step + 1, "compute")
+    training.at_half = partial(parts.at, step + 1, "backward")
     times = training.compute(step)
     starts.append(perf_counter())
     parts.at(step + 1, "reduce")
@@ -98,7 +102,9 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         reporter.skipped(step, outcome)
     evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
     eval_loss = training.evaluate() if evaluate else None
-    phases = [trace.Phase(n, a, b) for n, a, b in zip(PHASES, starts[:-1], starts[1:], strict=True)]
+    phases = [
+        trace.Phase(n, a, b) for n, a, b in zip(_TRACED, starts[:-1], starts[1:], strict=True)
+    ]
     if outcome.usable:
         reporter.step(step, outcome, lr, phases, times, eval_loss)
     if checkpoints.after_step(step + 1, outcome):

@@ -138,7 +138,7 @@ class ChaosConfig(Section, frozen=True):
     fault: Literal["kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory"]
     rank: int
     step: int
-    phase: Literal["compute", "reduce", "vote", "apply"] = "compute"
+    phase: Literal["compute", "backward", "reduce", "vote", "apply"] = "compute"
     seconds: float = 60.0
     incarnation: int = 0
 

@@ -24,7 +24,7 @@ from holdfast.parallel.flat import FlatParameters
 from holdfast.parallel.optimizer import ShardedAdamW, clipping_factor, norm_from_squares
 from holdfast.parallel.pipeline import ActionTimes, Executor, MessageShape, receive_order
 from holdfast.parallel.plan import Plan
-from holdfast.parallel.schedule import Action, Program
+from holdfast.parallel.schedule import Action, Op, Program
 from holdfast.parallel.shadows import ShadowState
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
@@ -147,6 +147,11 @@ class Training:
         """What earlier attempts at the step have left in this rank's sums."""
         self._own_losses: dict[int, torch.Tensor] = {}
         self._train_program = self._prepared(plan.program)
+        self._backwards = 0
+        backwards = (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+        self._half_at = sum(action.op in backwards for action in self._train_program[0]) // 2 * 2
+        self.at_half: Callable[[], None] = lambda: None
+        """Called when half of a step's backward passes have been done: where faults are injected."""
         self._eval_program: tuple[Program, dict[Action, int]] | None = None
 
     def _new_chunks(self, *, initial: bool) -> dict[int, Chunk]:
@@ -236,8 +241,10 @@ class Training:
         After a recovery (`redo`) only what is not in anybody's sums yet is computed.
         """
         self._clear_step(step)
+        self.optimizer.begin_step()
         self.executor.counted.clear()
         self.executor.halved.clear()
+        self._backwards = 0
         if self._redo is None or self._redo.step != step:
             self._redo = None
             self._own, self._own_losses = {}, {}
@@ -297,6 +304,9 @@ class Training:
 
     def _mute(self, chunk: int, micro_batch: int) -> None:
         """Before a micro-batch's gradients: leave out the layers that have them already."""
+        self._backwards += 1
+        if 2 * self._backwards == self._half_at:
+            self.at_half()
         if self._redo is None:
             self.accumulator.muted = frozenset()
             return

@@ -52,7 +52,7 @@ def test_kills_in_every_phase_change_no_bit(
 ) -> None:
     last = layout["data"] * layout["pipeline"] - 1
     faults = [
-        fault("kill", last, 2, "compute"),
+        fault("kill", last, 2, "backward"),
         fault("kill", 1, 12, "reduce"),
         fault("kill", 0, 22, "vote"),
         fault("kill", last, 32, "apply", incarnation=1),
@@ -85,6 +85,26 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
     first, second = (event["recomputed_micro_batches"] for event in run.events("recovered"))
     assert first == 3
     assert second == 4
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_losses_half_way_through_the_backward_passes_change_no_bit(
+    start: Starter, expected: dict[str, Any], schedule: str
+) -> None:
+    # The second loss comes while the step is computed again after the first.
+    faults = [
+        fault("kill", 3, 4, "backward"),
+        fault("kill", 4, 4, "reduce"),
+        fault("kill", 1, 9, "backward"),
+    ]
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 3, "pipeline": 2, "schedule": schedule},
+        elastic={"local_nodes": 3, "respawn": False, "redundancy": 2, "chaos": faults},
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert run.events("recovered")[0]["step"] == 3
 
 
 def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cluster) -> None:

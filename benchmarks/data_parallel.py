@@ -90,7 +90,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def ours(reduction: str, rank: int, ranks: int, batch: int, store: Any) -> Callable[[], None]:
-    from holdfast.trainer.training import open_training
+    from holdfast.trainer.opening import open_training
     from holdfast.trainer.world import local_world
 
     config = msgspec.convert(our_config(reduction, ranks, batch), RunConfig)

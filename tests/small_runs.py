@@ -45,7 +45,7 @@ def world_size_of(config: RunConfig) -> int:
 def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
     """Train all steps on this rank: exact losses and norms, and a digest of the parameters."""
     from holdfast.trainer.learning_rate import rate_of
-    from holdfast.trainer.training import open_training
+    from holdfast.trainer.opening import open_training
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)

@@ -31,11 +31,12 @@ from holdfast.parallel.plan_data import plan_from_data, plan_to_data
 from holdfast.parallel.replan import Roster, replan, with_shadows
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.learning_rate import rate_of
+from holdfast.trainer.opening import backend_of, choose_device
 from holdfast.trainer.planning import plan_of
 from holdfast.trainer.progress import Progress
 from holdfast.trainer.standing import Agreed, Standing, agree_on_state, standing_to_data
 from holdfast.trainer.state_recovery import fill_shadows, training_from_holders
-from holdfast.trainer.training import Training, backend_of, choose_device
+from holdfast.trainer.training import Training
 
 logger = logging.getLogger("holdfast.elastic")
 

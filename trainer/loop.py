@@ -16,10 +16,11 @@ from holdfast.trainer import trace
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.learning_rate import rate_of
+from holdfast.trainer.opening import open_training
 from holdfast.trainer.progress import Outcome
 from holdfast.trainer.reporter import Reporter, introduce, nodes_of, workers_of
 from holdfast.trainer.run_directory import RunDirectory
-from holdfast.trainer.training import Training, open_training
+from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")

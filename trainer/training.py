@@ -7,19 +7,17 @@ can finish, `apply` updates the state. trainer/loop.py is the order in which the
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.distributed import Store
 
 from holdfast.parallel.accumulate import NONFINITE, OUT_OF_RANGE, GradientAccumulator
 from holdfast.parallel.adamw import AdamWSettings
 from holdfast.parallel.chunk import Chunk, MicroBatchContext
 from holdfast.parallel.chunk_runner import ModelChunkRunner
-from holdfast.parallel.comm_torch import Groups, build_groups
+from holdfast.parallel.comm_torch import Groups
 from holdfast.parallel.flat import FlatParameters
 from holdfast.parallel.optimizer import ShardedAdamW, clipping_factor, norm_from_squares
 from holdfast.parallel.pipeline import ActionTimes, Executor, MessageShape, receive_order
@@ -28,14 +26,10 @@ from holdfast.parallel.schedule import Action, Op, Program
 from holdfast.parallel.shadows import ShadowState
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
-from holdfast.trainer.model.build import build_chunk
+from holdfast.trainer.model.build import DTYPES, new_chunks
 from holdfast.trainer.partial_step import Counted, Redo, merged
-from holdfast.trainer.planning import plan_of
 from holdfast.trainer.progress import NO_REQUESTS, Outcome, Progress, Requests
 from holdfast.trainer.state import TrainingState
-from holdfast.trainer.world import WorldInfo
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class Training:
@@ -86,7 +80,9 @@ class Training:
             self.flat, self.accumulator = before.flat, before.accumulator
             chunks = dict(zip(plan.chunks_of(self.rank), before.chunks, strict=True))
         else:
-            chunks = self._new_chunks(initial=initial)
+            chunks = new_chunks(
+                config, plan, self.rank, self.groups.tensor, self.device, initial=initial
+            )
             rows = [row for chunk in chunks.values() for row in chunk.named_specs()]
             self.flat = FlatParameters(rows, dtype=dtype, device=self.device)
             self.accumulator = GradientAccumulator(
@@ -153,26 +149,6 @@ class Training:
         self.at_half: Callable[[], None] = lambda: None
         """Called when half of a step's backward passes have been done: where faults are injected."""
         self._eval_program: tuple[Program, dict[Action, int]] | None = None
-
-    def _new_chunks(self, *, initial: bool) -> dict[int, Chunk]:
-        config, train = self.config, self.config.train
-        tensor = self.groups.tensor if self.groups.tensor.size > 1 else None
-        return {
-            index: build_chunk(
-                config.model,
-                self.plan.layers_of(index),
-                tensor=tensor,
-                sequence_parallel=config.parallel.sequence_parallel and tensor is not None,
-                dtype=DTYPES[train.precision],
-                device=self.device,
-                seq_len=train.seq_len,
-                micro_batch=train.micro_batch,
-                recompute=train.recompute,
-                seed=train.seed,
-                initial=initial,
-            )
-            for index in self.plan.chunks_of(self.rank)
-        }
 
     def state(self) -> TrainingState:
         """Where this rank keeps what is saved. Local."""
@@ -436,30 +412,6 @@ class Training:
         return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
 
 
-def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training:
-    """The training of a run whose ranks stay as they are. Collective over all workers."""
-    plan = plan_of(config)
-    device = choose_device(config, world.local_rank)
-    groups = build_groups(
-        store,
-        world.store_host,
-        world.rank,
-        plan.cells.ranks,
-        plan.cells.cell(world.rank),
-        plan.home.pipeline_group(world.rank),
-        backend=backend_of(config, device),
-        generation=plan.generation,
-    )
-    return Training(config, world.rank, device, plan, groups)
-
-
-def backend_of(config: RunConfig, device: torch.device) -> str:
-    """The communicators' transport."""
-    if config.parallel.backend != "auto":
-        return config.parallel.backend
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
 def _same_layers(before: Training, after: Training) -> bool:
     """Whether a rank's modules serve under the next plan: the same layers, the same tensor group."""
     old, new, rank = before.plan, after.plan, after.rank
@@ -473,20 +425,3 @@ def mean_loss(sums: list[float], tokens: int) -> float:
     for value in sums:
         total += value
     return total / tokens
-
-
-def choose_device(config: RunConfig, local_rank: int) -> torch.device:
-    """The device of this rank; sets threads and, in exact mode, deterministic kernels."""
-    torch.set_num_threads(config.train.threads_per_rank)
-    wanted = config.train.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.numerics.reduction == "exact":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Every buffer here is written before it is read; filling them would cost a pass each.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
-    if wanted == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")

@@ -168,9 +168,9 @@ def save_and_load_elsewhere(
     import hashlib
 
     from holdfast.trainer.checkpointing import Checkpoints, Signals
+    from holdfast.trainer.opening import open_training
     from holdfast.trainer.resume import Resume
     from holdfast.trainer.run_directory import RunDirectory
-    from holdfast.trainer.training import open_training
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)

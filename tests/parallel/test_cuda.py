@@ -8,7 +8,7 @@ import torch
 from holdfast.parallel.accumulate import fixed_point
 from holdfast.parallel.keyed_random import dropout, stream_key
 from holdfast.trainer.learning_rate import rate_of
-from holdfast.trainer.training import open_training
+from holdfast.trainer.opening import open_training
 from holdfast.trainer.world import local_world
 from small_runs import make_config
 

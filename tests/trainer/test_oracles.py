@@ -159,7 +159,7 @@ def test_fifty_steps_equal_a_plain_loop(
 
 def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: dict) -> float:
     from holdfast.trainer.learning_rate import rate_of
-    from holdfast.trainer.training import open_training
+    from holdfast.trainer.opening import open_training
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)

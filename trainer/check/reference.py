@@ -11,8 +11,7 @@ from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piec
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.learning_rate import learning_rate
-from holdfast.trainer.model.build import build_chunk
-from holdfast.trainer.training import DTYPES
+from holdfast.trainer.model.build import DTYPES, build_chunk
 
 
 def run_reference(config: RunConfig) -> RankCapture:

@@ -9,10 +9,14 @@ from holdfast.parallel.chunk import Chunk, MicroBatchContext
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.keyed_random import normal_box_, stream_key
 from holdfast.parallel.parameters import LayerSpec, ParameterSpec
+from holdfast.parallel.plan import Plan
 from holdfast.parallel.tensor import TensorParallel
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.model.config import ModelConfig
 from holdfast.trainer.model.llama import Block, Embedding, Head, Recompute, RotaryEmbedding
 from holdfast.trainer.model.specs import layer_specs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class ModelChunk(Chunk):
@@ -126,6 +130,36 @@ def build_chunk(
     if initial:
         initialize(chunk, seed)
     return chunk.to(device)
+
+
+def new_chunks(
+    config: RunConfig,
+    plan: Plan,
+    rank: int,
+    tensor: Communicator,
+    device: torch.device,
+    *,
+    initial: bool,
+) -> dict[int, Chunk]:
+    """The model chunks of one rank of a run, by chunk index. Arguments as of `build_chunk`. Local."""
+    train = config.train
+    group = tensor if tensor.size > 1 else None
+    return {
+        index: build_chunk(
+            config.model,
+            plan.layers_of(index),
+            tensor=group,
+            sequence_parallel=config.parallel.sequence_parallel and group is not None,
+            dtype=DTYPES[train.precision],
+            device=device,
+            seq_len=train.seq_len,
+            micro_batch=train.micro_batch,
+            recompute=train.recompute,
+            seed=train.seed,
+            initial=initial,
+        )
+        for index in plan.chunks_of(rank)
+    }
 
 
 def initialize(chunk: Chunk, seed: int) -> None:

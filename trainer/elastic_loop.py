@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import msgspec
 import torch
@@ -24,12 +25,13 @@ from holdfast.parallel.plan_data import plan_to_data
 from holdfast.parallel.replan import would_move_layers
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.corruption import find_corruption, repair
 from holdfast.trainer.elastic_run import Change, ElasticRun
 from holdfast.trainer.learning_rate import rate_of
 from holdfast.trainer.loop import Parts, finish, run_step, stop
 from holdfast.trainer.metrics import append_event
 from holdfast.trainer.reporter import Reporter
-from holdfast.trainer.resume import Resume, find_resume
+from holdfast.trainer.resume import Resume, checkpoint_root, find_resume, set_aside_newer
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
@@ -53,6 +55,8 @@ class ElasticLoop:
         self._notes: list[str] = []
         self._loaded: Checkpoints | None = None
         """Those of a training that has just been loaded."""
+        self._verified = 0
+        """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
         """The step from which on a change is wanted though nobody comes or goes: see `_tidy_step`."""
         self._elastic = ElasticRun(config, seat, membership, self._load)
@@ -104,6 +108,10 @@ class ElasticLoop:
             tidy = self._tidy_from is not None and step >= self._tidy_from
             outcome = run_step(parts, step, change=bool(wanted) or tidy, leave=mine)
             self._membership.committed(step + 1)
+            every = self._config.elastic.verify_every
+            if every and (step + 1) % every == 0 and not self._verify(parts.training, step + 1):
+                self._settle(urgent=False)
+                return False
             stop_after = self._config.train.stop_after
             everybody_leaves = outcome.leaving_ranks == parts.training.plan.cells.size
             if outcome.requests.stop or everybody_leaves or (stop_after and step + 1 >= stop_after):
@@ -139,6 +147,30 @@ class ElasticLoop:
         values = own if own.numel() else training.shadows.state["exp_avg"]
         values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)[0] ^= 1 << 20
 
+    def _verify(self, training: Training, step: int) -> bool:
+        """Compare all copies of the state; whether it can be gone on from. Collective over all ranks."""
+        control = training.groups.control
+        found = find_corruption(training, control)
+        spared = all(corruption.spares_training for corruption in found)
+        if found and spared:
+            repair(training, found, control)
+        if self._seat.rank == training.plan.cells.ranks[0]:
+            for corruption in found:
+                append_event(
+                    self._run.events,
+                    "corruption",
+                    step=step,
+                    ranks=corruption.suspects,
+                    block=corruption.tensor,
+                    repaired=spared,
+                )
+        if spared:
+            self._verified = step
+            return True
+        logger.error("state is corrupt at step %d: %s", step, [c.tensor for c in found])
+        self._elastic.trusted = False
+        return False
+
     # Changes of membership.
 
     def _settle(self, *, urgent: bool) -> None:
@@ -151,7 +183,7 @@ class ElasticLoop:
         agreed = change.agreed
         loaded, self._loaded = self._loaded, None
         following = loaded or self._checkpoints_of(training, change.after, self._run)
-        following.go_on_from(self._checkpoints)
+        following.go_on_from(self._checkpoints if change.from_checkpoint is None else None)
         world = self._world(change.after)
         outcome = agreed.outcome if change.from_checkpoint is None else None
         if self._reporter is None:
@@ -205,6 +237,11 @@ class ElasticLoop:
             if generation.number > 1:
                 newest = find_resume(self._run.root, self._config, "auto", allow_change=True)
                 found = replace(found, candidates=newest.candidates or found.candidates)
+            if not self._elastic.trusted:
+                # What was saved after the last comparison may be corrupt itself.
+                set_aside_newer(checkpoint_root(self._run.root, self._config), self._verified)
+                kept = [c for c in found.candidates if Path(c).is_dir()]
+                found = replace(found, candidates=tuple(kept))
             store.set("resume", json.dumps(msgspec.to_builtins(found)))
         told = json.loads(self._elastic.await_word(store, "resume"))
         run = replace(self._run, resume=msgspec.convert(told, Resume))

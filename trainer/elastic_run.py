@@ -87,6 +87,8 @@ class ElasticRun:
         self.device = choose_device(config, seat.local_rank)
         self.leaving = False
         """Whether this worker is to hand its state over at the next change."""
+        self.trusted = True
+        """Whether the state of this run may be used at the next change; else a checkpoint is loaded."""
         self.training: Training | None = None
         self.generation: Generation | None = None
         """Of the plan in force."""
@@ -169,6 +171,7 @@ class ElasticRun:
         if training is not None:
             self._ready = (generation, training)
         everybody.barrier()
+        self.trusted = True
         before, self.generation = self.generation, generation
         self.training, self._ready = training, None
         change = Change(
@@ -211,6 +214,7 @@ class ElasticRun:
             complete=progress.complete,
             outcome=progress.outcome,
             counted=training.counted(),
+            trusted=self.trusted,
         )
 
     def _adopt(self, agreed: Agreed) -> None:

@@ -31,6 +31,8 @@ class Standing:
     """Of the last vote."""
     counted: Counted = field(default_factory=dict)
     """What its sums hold of the step after the last that was decided."""
+    trusted: bool = True
+    """False: state was found to be corrupt, and nobody's is to be used."""
 
 
 def standing_to_data(standing: Standing) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def agree_on_state(generation: Generation) -> Agreed:
     staying = tuple(m.rank for m in generation.members if not m.leaving)
     installed = max(standing.installed for standing in standings.values())
     everybody = frozenset(standings)
-    if not installed:
+    if not installed or not all(standing.trusted for standing in standings.values()):
         return Agreed(0, (), staying, fresh=everybody)
     holders = {r: s for r, s in standings.items() if installed in (s.installed, s.ready)}
     furthest = max(holders.values(), key=lambda s: (s.decided, s.updated))

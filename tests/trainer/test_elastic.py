@@ -236,3 +236,27 @@ def test_kills_at_random_instants_change_no_bit(start: Starter, expected: dict[s
         assert run.finish() == 0, run.output()
         assert run.bits() == expected, kills
         assert kills
+
+
+@pytest.mark.parametrize("redundancy", [1, 2])
+def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
+    start: Starter, expected: dict[str, Any], redundancy: int
+) -> None:
+    elastic = {
+        "local_nodes": 3,
+        "redundancy": redundancy,
+        "verify_every": 5,
+        "chaos": [fault("corrupt-memory", 1, 13)],
+    }
+    run = start(
+        train={"steps": STEPS}, parallel={"data": 3}, checkpoint={"every": 4}, elastic=elastic
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    found = run.events("corruption")
+    assert found
+    assert all(event["step"] == 15 and 1 in event["ranks"] for event in found)
+    # With two shadows the majority knows which copy is wrong; rank 1 owns it, so steps 13 to 15 are void.
+    assert all(event["ranks"] == [1] for event in found) == (redundancy == 2)
+    (loaded,) = [e["from_checkpoint"] for e in run.events("generation") if e["generation"] > 1]
+    assert loaded == 8

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from holdfast.launch.chaos import chaos
 from holdfast.launch.checkpoint_commands import register
 from holdfast.parallel.errors import HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
@@ -29,6 +30,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Work with training data.")
 app.add_typer(data_app, name="data")
 register(app)
+app.command()(chaos)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,12 +1,14 @@
 """Silent corruption: owners and shadows compare checksums of every block, and a copy that differs is named.
 
-CRC-32C, which sees order and single bits, of value and both moments (`block_checksums` on every holder, one
-all_reduce, the same comparison on every rank).
+CRC-32C, which sees order and single bits, of value and both moments: computed by every holder, shared by one
+all_reduce, and compared on every rank alike.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +42,17 @@ class Corruption:
         return self.good is not None and self.owner not in self.suspects
 
 
-def find_corruption(training: Training, everybody: Communicator) -> list[Corruption]:
-    """Blocks whose copies differ. Collective over all ranks; the same answer on each."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What comparing all copies of the state has given; equal on every rank."""
+
+    corrupt: tuple[Corruption, ...]
+    digest: str
+    """SHA-256 of the checksums of all copies of all blocks: names this state and its layout."""
+
+
+def compare_copies(training: Training, everybody: Communicator) -> Comparison:
+    """Compare the checksums of every block on all its holders. Collective over all ranks."""
     plan = training.plan
     copies = 1 + max((len(s) for shadows in plan.shadows for s in shadows), default=0)
     slots = [len(blocks) for blocks in plan.blocks]
@@ -65,7 +76,8 @@ def find_corruption(training: Training, everybody: Communicator) -> list[Corrupt
             if len(set(rows)) > 1:
                 found.append(_judge(plan, (index, place), holders, rows))
         first += len(blocks)
-    return found
+    digest = hashlib.sha256(table.numpy().tobytes()).hexdigest()
+    return Comparison(tuple(found), digest)
 
 
 def _holders(plan: Plan, key: BlockKey) -> tuple[int, ...]:
@@ -95,7 +107,7 @@ def _judge(
     return Corruption(key, f"{spec.name}{block_box(spec, block)}", tuple(wrong), good, holders[0])
 
 
-def repair(training: Training, found: list[Corruption], everybody: Communicator) -> None:
+def repair(training: Training, found: Sequence[Corruption], everybody: Communicator) -> None:
     """Replace wrong copies by good ones. Collective over all ranks.
 
     Only for corruption that spares training: what was computed from a wrong value stays wrong.

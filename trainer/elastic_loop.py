@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,18 +14,16 @@ import torch
 from torch.distributed import Store
 
 from holdfast.elastic.chaos import Chaos, Fault, fault_from_data
-from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.membership import Membership
-from holdfast.elastic.notices import Notice
 from holdfast.elastic.seat import Seat
 from holdfast.parallel.errors import PeerLost, Stopped
-from holdfast.parallel.plan_data import plan_to_data
 from holdfast.parallel.replan import would_move_layers
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.corruption import find_corruption, repair
+from holdfast.trainer.corruption import compare_copies, repair
 from holdfast.trainer.elastic_run import Change, ElasticRun
+from holdfast.trainer.incidents import record_change
 from holdfast.trainer.learning_rate import rate_of
 from holdfast.trainer.loop import Parts, finish, run_step, stop
 from holdfast.trainer.metrics import append_event
@@ -55,6 +52,8 @@ class ElasticLoop:
         self._notes: list[str] = []
         self._loaded: Checkpoints | None = None
         """Those of a training that has just been loaded."""
+        self._digest = ""
+        """Of the state at the last comparison of all copies."""
         self._verified = 0
         """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
@@ -150,7 +149,9 @@ class ElasticLoop:
     def _verify(self, training: Training, step: int) -> bool:
         """Compare all copies of the state; whether it can be gone on from. Collective over all ranks."""
         control = training.groups.control
-        found = find_corruption(training, control)
+        compared = compare_copies(training, control)
+        found = compared.corrupt
+        self._digest = compared.digest
         spared = all(corruption.spares_training for corruption in found)
         if found and spared:
             repair(training, found, control)
@@ -199,8 +200,14 @@ class ElasticLoop:
         if self._checkpoints is not None:
             reporter.checkpoints(self._checkpoints.results())
         self._checkpoints = following
+        heard = self._membership.heard()
+        changed = change.before is not None or bool(agreed.holders)
+        sound = not changed or self._verify(training, training.progress.decided)
         if self._seat.rank == change.historian:
-            record_change(self._run, change, self._membership.heard(), training, urgent=urgent)
+            record_change(self._run, change, heard, training, urgent=urgent, digest=self._digest)
+        if not sound:
+            self._settle(urgent=False)
+            return
         if outcome is not None:
             # The step that the change interrupted, or that it follows, as all ranks know it.
             if outcome.usable:
@@ -271,43 +278,6 @@ class ElasticLoop:
             store_port=int(port),
             store_is_server=False,
         )
-
-
-def record_change(
-    run: RunDirectory,
-    change: Change,
-    heard: Sequence[Notice],
-    training: Training,
-    *,
-    urgent: bool,
-) -> None:
-    """Write the events of a change; called by one rank. See DESIGN's events.jsonl."""
-    events = change_events(change.before, change.after, heard)
-    for event in events:
-        append_event(run.events, event.name, **event.fields)
-    lost = [event.fields for event in events if event.name == "rank_lost"]
-    first = change.before is None
-    steps = change.agreed.steps
-    replayed = int(urgent and change.agreed.complete)
-    rolled_back = 0 if change.from_checkpoint is None or first else steps - change.from_checkpoint
-    append_event(
-        run.events,
-        "generation" if first or not lost else "recovered",
-        generation=change.after.number,
-        lost=[fields["rank"] for fields in lost],
-        joined=[event.fields["rank"] for event in events if event.name == "rank_joined"],
-        step=training.progress.decided,
-        replayed_steps=rolled_back + replayed,
-        recomputed_micro_batches=len(training.to_compute(steps)) if replayed else 0,
-        notice_s=max((fields["detected_s"] or 0.0 for fields in lost), default=0.0),
-        agree_s=change.agree_s,
-        edit_s=change.edit_s,
-        move_s=change.move_s,
-        total_s=change.total_s,
-        moved_bytes=change.moved_bytes,
-        from_checkpoint=change.from_checkpoint,
-        plan=plan_to_data(training.plan),
-    )
 
 
 def train_seat(config: RunConfig, seat: Seat, line: socket.socket, run: RunDirectory) -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -26,6 +26,7 @@ from holdfast.parallel.block_moves import held_blocks, missing_blocks
 from holdfast.parallel.comm import Communicator, MembershipChange
 from holdfast.parallel.comm_torch import GlooCommunicator, Groups, build_groups, edit_groups
 from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.operations import Operation
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.plan_data import plan_from_data, plan_to_data
 from holdfast.parallel.replan import Roster, replan, with_shadows
@@ -41,6 +42,8 @@ from holdfast.trainer.training import Training
 logger = logging.getLogger("holdfast.elastic")
 
 _POLL_S = 0.002
+_NAMED_OPERATIONS = 4
+"""Unfinished operations that a rank tells of when a step is interrupted."""
 _KEY_S = 60.0
 """How long a word from another rank of a new generation is waited for."""
 
@@ -65,6 +68,8 @@ class Change:
     total_s: float
     moved_bytes: int
     """Received by this rank."""
+    plan_before: Plan
+    """That was in force; the first plan of the configuration where none was."""
 
     @property
     def historian(self) -> int:
@@ -152,7 +157,7 @@ class ElasticRun:
             phase=WITHIN_STEP if urgent else "between steps",
             urgent=urgent,
             leaving=self.leaving,
-            data=standing_to_data(self._standing()),
+            data=standing_to_data(self._standing(urgent=urgent)),
         )
         agree_s = perf_counter() - began
         agreed = agree_on_state(generation)
@@ -184,6 +189,7 @@ class ElasticRun:
             move_s=perf_counter() - clock,
             total_s=perf_counter() - began,
             moved_bytes=moved,
+            plan_before=plan,
         )
         logger.info(
             "generation %d: ranks %s, agreed in %.3f s, connected in %.3f s, %d bytes moved in %.3f s",
@@ -196,7 +202,7 @@ class ElasticRun:
         )
         return change
 
-    def _standing(self) -> Standing:
+    def _standing(self, *, urgent: bool) -> Standing:
         training = self.training
         ready = 0
         if self._ready is not None:
@@ -215,6 +221,7 @@ class ElasticRun:
             outcome=progress.outcome,
             counted=training.counted(),
             trusted=self.trusted,
+            operations=last_operations(training.groups.history()) if urgent else (),
         )
 
     def _adopt(self, agreed: Agreed) -> None:
@@ -358,6 +365,16 @@ class ElasticRun:
 
 def _nodes(generation: Generation) -> dict[int, str]:
     return {member.rank: member.node for member in generation.members}
+
+
+def last_operations(history: Sequence[Operation]) -> tuple[str, ...]:
+    """The newest operation that ended well, and those that did not end, one line each. Pure."""
+    done = [o for o in history if o.outcome == "done"][-1:]
+    return tuple(
+        f"{o.operation} ({o.direction}, {'group' if o.peer < 0 else f'rank {o.peer}'}, {o.group}, tag {o.tag}, "
+        f"{o.bytes} bytes): {o.outcome}"
+        for o in (*done, *[o for o in history if o.outcome != "done"][-_NAMED_OPERATIONS:])
+    )
 
 
 def _differing(these: dict[int, Identity], those: dict[int, Identity]) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ class Standing:
     """Of the last vote."""
     counted: Counted = field(default_factory=dict)
     """What its sums hold of the step after the last that was decided."""
+    operations: Sequence[str] = ()
+    """Its last operations, for a person who reads the incident."""
     trusted: bool = True
     """False: state was found to be corrupt, and nobody's is to be used."""
 

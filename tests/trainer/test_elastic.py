@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +150,12 @@ def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, A
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
+    incidents = [json.loads(path.read_text()) for path in sorted(run.root.glob("incidents/*.json"))]
+    assert {loss["rank"] for incident in incidents for loss in incident["losses"]} == {1, 2, 3}
+    for incident in incidents:
+        assert incident["plan_before"] != incident["plan_after"]
+        assert len(incident["state_digest"]) == 64
+        assert any(member["reported"]["operations"] for member in incident["after"])
     causes = {event["rank"]: event["cause"] for event in run.events("rank_lost")}
     assert causes[3].startswith(("stopped by a signal", "no heartbeat"))
     assert "its interpreter has not run" in causes[2]
@@ -260,3 +269,27 @@ def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
     assert all(event["ranks"] == [1] for event in found) == (redundancy == 2)
     (loaded,) = [e["from_checkpoint"] for e in run.events("generation") if e["generation"] > 1]
     assert loaded == 8
+
+
+def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, expected: dict[str, Any]) -> None:
+    def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "holdfast.launch.cli", "chaos", str(run.root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    run = start(train={"steps": STEPS}, parallel={"data": 2}, elastic=pace({}, PACE_S))
+    run.wait_for_step(3)
+    assert chaos("--rank", "1").stdout == "kill: rank 1\n"
+    run.wait_for_members(1)
+    assert (
+        "exit: rank 0 at step 24, vote"
+        in chaos(*("--fault", "exit", "--rank", "0", "--step", "24", "--phase", "vote")).stdout
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    caused = [(e["fault"], e["rank"]) for e in run.events("fault_injected")]
+    assert caused == [("slow", 0), ("kill", 1), ("exit", 0)]
+    ended = chaos()
+    assert ended.returncode == 2
+    assert ended.stderr == f"holdfast: no worker of {run.root} lives on this machine\n"
+    wrong = chaos("--fault", "earthquake")
+    assert wrong.returncode == 2

@@ -1,0 +1,118 @@
+"""What is written down of a change of membership: events, and one complete record of each incident."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from holdfast.elastic.events import change_events
+from holdfast.elastic.generation import Generation
+from holdfast.elastic.notices import Notice, notice_to_data
+from holdfast.parallel.plan_data import plan_to_data
+from holdfast.trainer.elastic_run import Change
+from holdfast.trainer.metrics import append_event
+from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.training import Training
+
+
+def record_change(
+    run: RunDirectory,
+    change: Change,
+    heard: Sequence[Notice],
+    training: Training,
+    *,
+    urgent: bool,
+    digest: str,
+) -> None:
+    """Write the events of a change, and its incident if somebody was lost. Called by one rank.
+
+    Args:
+        urgent: whether it came within a step.
+        digest: of the state after it; see `holdfast.trainer.corruption`.
+    """
+    events = change_events(change.before, change.after, heard)
+    for event in events:
+        append_event(run.events, event.name, **event.fields)
+    lost = [event.fields for event in events if event.name == "rank_lost"]
+    first = change.before is None
+    steps = change.agreed.steps
+    replayed = int(urgent and change.agreed.complete)
+    rolled_back = 0 if change.from_checkpoint is None or first else steps - change.from_checkpoint
+    fields: dict[str, Any] = {
+        "generation": change.after.number,
+        "lost": [found["rank"] for found in lost],
+        "joined": [event.fields["rank"] for event in events if event.name == "rank_joined"],
+        "step": training.progress.decided,
+        "replayed_steps": rolled_back + replayed,
+        "recomputed_micro_batches": len(training.to_compute(steps)) if replayed else 0,
+        "notice_s": max((found["detected_s"] or 0.0 for found in lost), default=0.0),
+        "agree_s": change.agree_s,
+        "edit_s": change.edit_s,
+        "move_s": change.move_s,
+        "total_s": change.total_s,
+        "moved_bytes": change.moved_bytes,
+        "from_checkpoint": change.from_checkpoint,
+    }
+    plan = plan_to_data(training.plan)
+    append_event(run.events, "recovered" if lost else "generation", **fields, plan=plan)
+    if lost:
+        _write_incident(run, change, heard, fields, lost, plan, digest)
+
+
+def _write_incident(
+    run: RunDirectory,
+    change: Change,
+    heard: Sequence[Notice],
+    fields: dict[str, Any],
+    lost: list[dict[str, Any]],
+    plan: dict[str, Any],
+    digest: str,
+) -> None:
+    """One file with all that is known; it appears whole."""
+    agreed = change.agreed
+    record = {
+        "time": time.time(),
+        **fields,
+        "losses": lost,
+        "notices": [notice_to_data(notice) for notice in heard],
+        "before": _members(change.before),
+        "after": _members(change.after),
+        "agreed": {
+            "installed": agreed.installed,
+            "holders": agreed.holders,
+            "steps": agreed.steps,
+            "updates": agreed.updates,
+            "complete": agreed.complete,
+            "outcome": None if agreed.outcome is None else asdict(agreed.outcome),
+        },
+        "plan_before": plan_to_data(change.plan_before),
+        "plan_after": plan,
+        "state_digest": digest,
+    }
+    run.incidents.mkdir(exist_ok=True)
+    path = run.incidents / f"generation-{change.after.number:06d}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _members(generation: Generation | None) -> list[dict[str, Any]]:
+    """Every member with what it reported: how far it was, and its last operations."""
+    if generation is None:
+        return []
+    return [
+        {
+            "rank": member.rank,
+            "incarnation": member.identity.incarnation,
+            "node": member.node,
+            "held": member.held,
+            "step": member.step,
+            "phase": member.phase,
+            "leaving": member.leaving,
+            "reported": dict(member.data),
+        }
+        for member in generation.members
+    ]

@@ -71,7 +71,7 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("data.eval_fraction=1.5", "data.eval_fraction = 1.5"),
         ("parallel.context=2", "not available in this version"),
         ("offload.activations=ssd", "not available in this version"),
-        ("elastic.enabled=true", "not available in this version"),
+        ("elastic.redundancy=3", "must be 0, 1 or 2 shadows"),
     ],
 )
 def test_a_broken_rule_says_what_to_change(smallest: Path, override: str, said: str) -> None:

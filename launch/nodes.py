@@ -25,7 +25,7 @@ from holdfast.elastic.voter import MembershipSettings, speak_for
 from holdfast.launch.agent import Agent
 from holdfast.launch.agent_settings import AgentSettings
 from holdfast.launch.spawner import WorkerMain, die_with
-from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.errors import Stopped
 from holdfast.trainer.sections import ElasticConfig
 
 logger = logging.getLogger("holdfast.agent")
@@ -40,21 +40,16 @@ def local_nodes(
     exit_s: float,
     waits: Callable[[Seat], Wait | None] | None = None,
 ) -> list[AgentSettings]:
-    """What the agents of a run on this machine alone are told: `elastic.local_nodes` of them.
+    """What the agents of a run on this machine alone are told: `elastic.local_nodes` of them, or one
+    for each rank where there are fewer ranks.
 
     Args:
         token: names this start of the run at its Lighthouse; another one for each start.
         log: where the output of a rank goes.
         exit_s: how long workers may take to leave.
         waits: see `AgentSettings.waits`.
-    Raises:
-        ConfigError: more nodes than ranks.
     """
-    nodes = elastic.local_nodes
-    if not 1 <= nodes <= world_size:
-        raise ConfigError(
-            f"elastic.local_nodes = {nodes}: must be 1 to {world_size}, the number of ranks"
-        )
+    nodes = min(elastic.local_nodes, world_size)
     host = socket.gethostname()
     membership = MembershipSettings(
         elastic.lighthouse,

@@ -207,10 +207,8 @@ def _elastic(config: RunConfig) -> Iterator[str]:
     elastic, ranks = config.elastic, config.parallel.ranks
     if not 0 <= elastic.redundancy <= 2:
         yield f"elastic.redundancy = {elastic.redundancy}: must be 0, 1 or 2 shadows per block"
-    if not 1 <= elastic.local_nodes <= max(1, ranks):
-        yield (
-            f"elastic.local_nodes = {elastic.local_nodes}: must be 1 to {ranks}, the number of ranks"
-        )
+    if elastic.local_nodes < 1:
+        yield f"elastic.local_nodes = {elastic.local_nodes}: must be 1 or more"
     if not 1 <= elastic.min_ranks <= max(1, ranks):
         yield f"elastic.min_ranks = {elastic.min_ranks}: must be 1 to {ranks}, the number of ranks"
     if elastic.heartbeat_ms < 10 or elastic.heartbeat_timeout_ms < 3 * elastic.heartbeat_ms:

@@ -13,7 +13,7 @@ from holdfast.elastic.notices import Notice
 from holdfast.elastic.voter import MembershipSettings
 from holdfast.launch.nodes import local_nodes
 from holdfast.launch.restarts import RestartPolicy, Restarts
-from holdfast.parallel.errors import ConfigError, MembershipError
+from holdfast.parallel.errors import MembershipError
 from holdfast.trainer.sections import ElasticConfig
 
 
@@ -111,11 +111,11 @@ def test_ranks_are_spread_over_local_nodes_in_order() -> None:
     assert nodes[0].membership == MembershipSettings("", "t", 7, heartbeat_timeout_ms=900)
 
 
-def test_more_nodes_than_ranks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"elastic.local_nodes = 3: must be 1 to 2"):
-        local_nodes(
-            ElasticConfig(local_nodes=3), 2, token="t", log=lambda rank: Path("log"), exit_s=1.0
-        )
+def test_fewer_ranks_than_local_nodes_take_a_node_each() -> None:
+    nodes = local_nodes(
+        ElasticConfig(local_nodes=3), 2, token="t", log=lambda rank: Path("log"), exit_s=1.0
+    )
+    assert [node.ranks for node in nodes] == [(0,), (1,)]
 
 
 def test_a_run_whose_name_a_lighthouse_cannot_show_is_refused() -> None:

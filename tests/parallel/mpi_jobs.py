@@ -126,6 +126,10 @@ def main() -> None:
     partial = folder / f"{rank}.partial"
     partial.write_text(json.dumps(result))
     partial.replace(folder / f"{rank}.json")
+    if job == "losses":
+        from holdfast.parallel.comm_mpi import end_process
+
+        end_process(0)
 
 
 if __name__ == "__main__":

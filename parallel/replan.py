@@ -91,6 +91,7 @@ def with_shadows(
     if not redundancy:
         return plan
     before = previous.shadows if previous is not None else ()
+    with_state = frozenset(plan.cells.ranks) - roster.fresh
     load: dict[int, int] = {}
     found = tuple(
         assign_shadows(
@@ -101,7 +102,7 @@ def with_shadows(
             redundancy,
             load=load,
             previous=before[index] if before else None,
-            holds_state=lambda rank: rank not in roster.fresh,
+            with_state=with_state,
         )
         for index, blocks in enumerate(plan.blocks)
     )
@@ -258,9 +259,31 @@ def minimax_partition(
 def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...], ...]:
     """Owners move only where they have gone, or no longer hold the layer."""
     staying = set(after.cells.ranks) - roster.fresh
+    touched = _touched_stages(before, after, roster)
+    stages = [after.placement[after.chunk_of_layer(k)] for k in range(len(after.layers))]
     found = []
     for index, blocks in enumerate(after.blocks):
-        previous = [owner if owner in staying else None for owner in before.owners[index]]
-        candidates = [after.holders_of_layer(index, block.layer) for block in blocks]
-        found.append(assign_owners([block.elements for block in blocks], candidates, previous))
+        owners = list(before.owners[index])
+        places = [place for place, b in enumerate(blocks) if stages[b.layer] in touched]
+        chosen = assign_owners(
+            [blocks[place].elements for place in places],
+            [after.holders_of_layer(index, blocks[place].layer) for place in places],
+            [owners[place] if owners[place] in staying else None for place in places],
+        )
+        for place, owner in zip(places, chosen, strict=True):
+            owners[place] = owner
+        found.append(tuple(owners))
     return tuple(found)
+
+
+def _touched_stages(before: Plan, after: Plan, roster: Roster) -> set[int]:
+    """The stages whose cells or layers are not those of before, or where somebody has no state."""
+    pipeline = after.cells.pipeline
+    if (before.placement, before.chunk_layers) != (after.placement, after.chunk_layers):
+        return set(range(pipeline))
+    return {
+        stage
+        for stage in range(pipeline)
+        if before.cells.stages[stage] != after.cells.stages[stage]
+        or any(not roster.fresh.isdisjoint(cell) for cell in after.cells.stages[stage])
+    }

@@ -6,13 +6,16 @@ ByteRobust (2025). Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence, Set
 from itertools import islice
 
 from holdfast.parallel.cells import Cells
 
 _CONSIDERED = 128
 """Ranks looked at for one owner: all of a small run, and enough of a large one to find a good one."""
+_ENOUGH = 16
+"""Ranks without a flaw after which no more are looked at."""
 
 Shadows = tuple[tuple[int, ...], ...]
 """The shadows of each block, by place among the blocks of its tensor-parallel index."""
@@ -27,7 +30,7 @@ def assign_shadows(
     *,
     load: dict[int, int],
     previous: Sequence[tuple[int, ...]] | None = None,
-    holds_state: Callable[[int], bool] = lambda _: True,
+    with_state: Set[int] = frozenset(),
 ) -> Shadows:
     """The shadows of every block of one tensor-parallel index.
 
@@ -39,20 +42,18 @@ def assign_shadows(
         node_of: the failure domain of each rank.
         redundancy: shadows per block.
         load: elements that each rank shadows already; added to.
-        previous: shadows of each block before; only those with `holds_state` still have a copy.
+        previous: shadows of each block before; only those in `with_state` still have a copy.
     """
     found: list[tuple[int, ...]] = []
     ranked: dict[int, list[tuple[int, int]]] = {}
-    present = set(cells.ranks)
     for block, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
-        if owner not in ranked:
-            ranked[owner] = _places(owner, cells, node_of)
-        good = _acceptable(ranked[owner], redundancy)
-        kept = [
-            rank
-            for rank in (previous[block] if previous is not None else ())
-            if rank in present and rank in good and holds_state(rank)
-        ][:redundancy]
+        before = previous[block] if previous is not None else ()
+        kept = [r for r in before if r in with_state and node_of[r] != node_of[owner]][:redundancy]
+        if len(kept) < redundancy:
+            if owner not in ranked:
+                ranked[owner] = _places(owner, cells, node_of)
+            good = _acceptable(ranked[owner], redundancy)
+            kept = [r for r in before if r in with_state and r in good][:redundancy]
         for rank in kept:
             load[rank] = load.get(rank, 0) + size
         while len(kept) < redundancy:
@@ -87,9 +88,10 @@ def _places(owner: int, cells: Cells, node_of: Mapping[int, str]) -> list[tuple[
     """(how bad, rank): other nodes first, then outside the owner's cell, stage and replica."""
     ranks = cells.ranks
     at = cells.find(owner)
-    begin = (ranks.index(owner) if owner in ranks else 0) + max(1, len(ranks) // 2)
+    begin = bisect_left(ranks, owner) + max(1, len(ranks) // 2)
     turned = (ranks[(begin + k) % len(ranks)] for k in range(len(ranks)))
-    found = []
+    found: list[tuple[int, int]] = []
+    flawless = 0
     for rank in islice((r for r in turned if r != owner), _CONSIDERED):
         penalty = _SAME_NODE if node_of[rank] == node_of[owner] else 0
         other = cells.find(rank)
@@ -98,4 +100,7 @@ def _places(owner: int, cells: Cells, node_of: Mapping[int, str]) -> list[tuple[
             penalty += 4 * same_cell + 2 * (other.pipeline == at.pipeline)
             penalty += other.data == at.data
         found.append((penalty, rank))
+        flawless += penalty == 0
+        if flawless == _ENOUGH:
+            break
     return found

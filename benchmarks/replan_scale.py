@@ -20,7 +20,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.parallel.block_moves import held_blocks, plan_parcels
+from holdfast.parallel.parcels import held_blocks, plan_parcels
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.replan import Roster, replan, with_shadows
 from holdfast.trainer.config import RunConfig

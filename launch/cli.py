@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from holdfast.launch.chaos import chaos
 from holdfast.launch.checkpoint_commands import register
-from holdfast.parallel.errors import HoldfastError
+from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
 from holdfast.trainer.world import world_from_environment
@@ -125,19 +125,40 @@ def plan(
         typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time.", min=0),
     ] = 0.0,
     gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.", min=0)] = 0.0,
+    lost: Annotated[
+        str, typer.Option(help="Ranks, as 2,5-7: show the plan that follows their loss too.")
+    ] = "",
+    ranks_per_node: Annotated[
+        int, typer.Option(help="For the place of shadows; by default by local_nodes.", min=0)
+    ] = 0,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Print layout, memory by rank, bubble and program, without starting a worker."""
+    """Print layout, memory by rank, bubble, program and shadows, without starting a worker."""
     from holdfast.trainer.plan_report import plan_report
 
     report = plan_report(
-        load_config(config, overrides), flops_per_s=tflops * 1e12, link_bytes_per_s=gbytes * 1e9
+        load_config(config, overrides),
+        flops_per_s=tflops * 1e12,
+        link_bytes_per_s=gbytes * 1e9,
+        ranks_per_node=ranks_per_node,
+        lost=_ranks(lost),
     )
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
         console = Console()
         console.print(report.renderable(console.width))
+
+
+def _ranks(text: str) -> list[int]:
+    """Ranks from numbers and ranges with commas between them."""
+    found: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ConfigError(f"--lost {text}: give ranks as 2 or 2,5-7")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found
 
 
 @app.command()

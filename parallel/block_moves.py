@@ -1,13 +1,12 @@
-"""Live optimizer state from rank to rank: who sends which block to whom, and the sending.
+"""Live optimizer state from rank to rank, by the parcels of parcels.py.
 
-What moves follows from `transfers`; each message carries its CRC-32C, so that nothing is taken in that is
+Each message carries its CRC-32C, so that nothing is taken in that is
 not what its source holds. Exact-mode safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,113 +14,15 @@ from torch import Tensor
 from holdfast import _native
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.errors import PeerLost
-from holdfast.parallel.layout import Box, Holder, Layout, transfers
-from holdfast.parallel.plan import Plan
-from holdfast.parallel.shadows import STATE_KINDS, BlockKey
+from holdfast.parallel.parcels import BlockKey, Parcel
+from holdfast.parallel.shadows import STATE_KINDS
 
 _MOVE_TAG = 5 << 26
-_MESSAGE_ELEMENTS = 1 << 20
 _WINDOW = 4
 """Messages under way at once, each way."""
 
-Holdings = Mapping[int, Collection[BlockKey]]
-"""Rank -> the blocks whose state it has."""
 BlockState = Mapping[str, Tensor]
 """A block's tensors by kind, flat."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """Blocks that travel from one rank to another in one message."""
-
-    source: int
-    target: int
-    keys: tuple[BlockKey, ...]
-    sizes: tuple[int, ...]
-    """Elements of each block, in one kind of state."""
-
-
-def held_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
-    """What ranks hold under a plan, as owners and as shadows. Pure."""
-    found: dict[int, set[BlockKey]] = {rank: set(plan.owned_places(rank)) for rank in ranks}
-    for index, shadows in enumerate(plan.shadows):
-        for place, holders in enumerate(shadows):
-            for rank in holders:
-                if rank in found:
-                    found[rank].add((index, place))
-    return found
-
-
-def missing_blocks(plan: Plan, held: Holdings) -> list[BlockKey]:
-    """Blocks that nobody holds any more. Pure."""
-    known: set[BlockKey] = set().union(*held.values())
-    return [
-        (index, place)
-        for index, blocks in enumerate(plan.blocks)
-        for place in range(len(blocks))
-        if (index, place) not in known
-    ]
-
-
-def plan_parcels(
-    plan: Plan, held: Holdings, needed: Holdings, node_of: Mapping[int, str]
-) -> list[Parcel]:
-    """The messages that give every rank the blocks it needs. Pure; equal on every rank.
-
-    Args:
-        plan: for the blocks' sizes; these are the same in every generation.
-    Raises:
-        LayoutError: a block that nobody holds.
-    """
-    wanted = {rank: set(keys) - set(held.get(rank, ())) for rank, keys in needed.items()}
-    asked = set().union(*wanted.values())
-
-    def boxes(keys: Iterable[BlockKey]) -> dict[str, tuple[Box, ...]]:
-        return {
-            _name(key): (Box((0,), (plan.blocks[key[0]][key[1]].elements,)),)
-            for key in sorted(keys)
-        }
-
-    def cost(source: Holder, target: Holder) -> float:
-        return 1.0 if node_of[_rank(source)] == node_of[_rank(target)] else 10.0
-
-    moves = transfers(
-        Layout({rank: boxes(asked.intersection(keys)) for rank, keys in sorted(held.items())}),
-        Layout({rank: boxes(keys) for rank, keys in sorted(wanted.items())}),
-        cost=cost,
-    )
-    pairs: dict[tuple[int, int], list[BlockKey]] = {}
-    for move in moves:
-        index, _, place = move.name.partition("/")
-        pair = _rank(move.source), _rank(move.target)
-        pairs.setdefault(pair, []).append((int(index), int(place)))
-    return [
-        parcel
-        for (source, target), keys in pairs.items()
-        for parcel in _cut(plan, source, target, keys)
-    ]
-
-
-def _rank(holder: Holder) -> int:
-    assert isinstance(holder, int)
-    return holder
-
-
-def _name(key: BlockKey) -> str:
-    return f"{key[0]}/{key[1]}"
-
-
-def _cut(plan: Plan, source: int, target: int, keys: Sequence[BlockKey]) -> Iterable[Parcel]:
-    """Messages of a bounded size, and of one block at least."""
-    batch: list[tuple[BlockKey, int]] = []
-    for key in keys:
-        size = plan.blocks[key[0]][key[1]].elements
-        if batch and sum(s for _, s in batch) + size > _MESSAGE_ELEMENTS:
-            yield Parcel(source, target, *zip(*batch, strict=True))
-            batch = []
-        batch.append((key, size))
-    if batch:
-        yield Parcel(source, target, *zip(*batch, strict=True))
 
 
 def move_blocks(

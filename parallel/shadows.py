@@ -14,11 +14,10 @@ from torch import Tensor
 from holdfast.parallel.adamw import AdamWSettings, BlockUpdate, update_blocks
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.exchange import LONGEST_RUN_ELEMENTS, Run
+from holdfast.parallel.parcels import BlockKey
 from holdfast.parallel.plan import Plan
 
 _SHADOW_TAG = 3 << 27
-BlockKey = tuple[int, int]
-"""(tensor-parallel index, place among the blocks of that index): names a block of the whole run."""
 STATE_KINDS = ("value", "exp_avg", "exp_avg_sq")
 """What is held of a block: the value in the optimizer's precision, and its moments."""
 

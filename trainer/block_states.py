@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from holdfast.parallel.block_moves import BlockState
-from holdfast.parallel.shadows import STATE_KINDS, BlockKey, ShadowedBlock
+from holdfast.parallel.parcels import BlockKey
+from holdfast.parallel.shadows import STATE_KINDS, ShadowedBlock
 from holdfast.trainer.training import Training
 
 

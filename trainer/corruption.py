@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from holdfast import _native
-from holdfast.parallel.block_moves import Parcel, move_blocks
+from holdfast.parallel.block_moves import move_blocks
 from holdfast.parallel.comm import Communicator
+from holdfast.parallel.parcels import BlockKey, Parcel
 from holdfast.parallel.plan import Plan, block_box
-from holdfast.parallel.shadows import STATE_KINDS, BlockKey
+from holdfast.parallel.shadows import STATE_KINDS
 from holdfast.trainer.block_states import BlockStates
 from holdfast.trainer.training import Training
 

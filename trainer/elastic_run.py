@@ -22,11 +22,11 @@ from holdfast.elastic.generation import Generation, Identity
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.notices import Notice
 from holdfast.elastic.seat import Seat
-from holdfast.parallel.block_moves import held_blocks, missing_blocks
 from holdfast.parallel.comm import Communicator, MembershipChange
 from holdfast.parallel.comm_torch import GlooCommunicator, Groups, build_groups, edit_groups
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.operations import Operation
+from holdfast.parallel.parcels import held_blocks, missing_blocks
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.plan_data import plan_from_data, plan_to_data
 from holdfast.parallel.replan import Roster, replan, with_shadows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from holdfast.parallel.cost import (
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedule import Timeline, draw
 from holdfast.trainer.display import layout_grid
+from holdfast.trainer.elastic_report import ElasticReport, elastic_report
 from holdfast.trainer.flops import step_flops
 from holdfast.trainer.planning import plan_of
 from holdfast.trainer.saved_tensors import DTYPES, state_kinds
@@ -46,6 +48,8 @@ class PlanReport:
     checkpoint_bytes: int
     checkpoint_imbalance: float
     """What the rank that owns most optimizer state, and so writes most, has over the mean."""
+    elastic: ElasticReport | None
+    """Where `elastic.enabled`, or a loss was asked about."""
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form: the same facts as `renderable`."""
@@ -60,6 +64,7 @@ class PlanReport:
             "step_s": self.step_s,
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoint_imbalance": self.checkpoint_imbalance,
+            "elastic": None if self.elastic is None else self.elastic.as_dict(),
             "micro_batches": [list(numbers) for numbers in plan.micro_batches],
             "chunks": [
                 {
@@ -111,6 +116,7 @@ class PlanReport:
             Text(""),
             self._memory_table(),
             Text(""),
+            *(() if self.elastic is None else (self.elastic.renderable(), Text(""))),
             Text("one step of the pipeline, simulated", style="bold"),
             Text(draw(self.timeline, width=max(30, width - _CHART_MARGIN)), no_wrap=True),
             Text(""),
@@ -146,12 +152,21 @@ class PlanReport:
 
 
 def plan_report(
-    config: RunConfig, *, flops_per_s: float = 0.0, link_bytes_per_s: float = 0.0
+    config: RunConfig,
+    *,
+    flops_per_s: float = 0.0,
+    link_bytes_per_s: float = 0.0,
+    ranks_per_node: int = 0,
+    lost: Collection[int] = (),
 ) -> PlanReport:
     """Plan a configuration and estimate what it costs. Pure; starts nothing.
 
     Args:
         flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time.
+        ranks_per_node: 0 for what `elastic.local_nodes` gives.
+        lost: ranks without which the plan is to be shown too.
+    Raises:
+        ConfigError: lost ranks that are not in the layout, or too few left.
     """
     plan = plan_of(config)
     mesh = plan.home
@@ -198,4 +213,9 @@ def plan_report(
         step_s=step_s,
         checkpoint_bytes=parameters * (weight_bytes + state_bytes),
         checkpoint_imbalance=max(owned) * mesh.size / sum(owned),
+        elastic=(
+            elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)
+            if config.elastic.enabled or lost
+            else None
+        ),
     )

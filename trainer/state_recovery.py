@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 import torch
 
-from holdfast.parallel.block_moves import held_blocks, move_blocks, plan_parcels
+from holdfast.parallel.block_moves import move_blocks
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.comm_torch import Groups
+from holdfast.parallel.parcels import held_blocks, plan_parcels
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.block_states import BlockStates
 from holdfast.trainer.config import RunConfig

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.parallel.block_moves import held_blocks, missing_blocks, plan_parcels
 from holdfast.parallel.cells import Cells
 from holdfast.parallel.errors import ConfigError, LayoutError
 from holdfast.parallel.mesh import Mesh
+from holdfast.parallel.parcels import held_blocks, missing_blocks, plan_parcels
 from holdfast.parallel.plan import Plan, make_plan
 from holdfast.parallel.plan_data import plan_from_data, plan_to_data
 from holdfast.parallel.replan import (

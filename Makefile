@@ -51,7 +51,7 @@ wheel-test: setup-dev
 	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install -r requirements/dev.txt
 	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install --no-deps build/wheel-test/dist/holdfast-*.whl
 	cp -r tests examples pyproject.toml build/wheel-test/
-	cd build/wheel-test && venv/bin/python -m pytest -q -m "not slow" tests/native tests/parallel tests/launch
+	cd build/wheel-test && venv/bin/python -m pytest -q -m "not slow" tests/native tests/launch
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

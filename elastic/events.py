@@ -26,15 +26,15 @@ class Event:
 def change_events(
     before: Generation | None, after: Generation, heard: Iterable[Notice]
 ) -> list[Event]:
-    """The events of a change of generation: `rank_lost` and `rank_joined`, by rank. Pure.
+    """The events of a change of generation: `rank_lost`, `rank_left` and `rank_joined`, by rank. Pure.
 
     Args:
         before: that the writer was in; None for its first, which has no such events.
         heard: the notices that the writer has had (`Membership.heard`), which say why.
     Returns:
         `rank_lost` has the fields rank, incarnation, node, cause, and detected_s: seconds between the
-        rank's last sign of life and the notice of its loss; null if nobody gave notice. `rank_joined`
-        has rank, incarnation, node and generation.
+        rank's last sign of life and the notice of its loss; null if nobody gave notice. `rank_left`, of
+        one that was let go, has rank, incarnation and node; `rank_joined` has generation too.
     """
     if before is None:
         return []
@@ -46,9 +46,10 @@ def change_events(
     for identity in after.lost_since(before):
         notice = notices.get(identity)
         member = next(m for m in before.members if m.identity == identity)
-        cause = (
-            notice.cause if notice is not None else "left" if member.leaving else "did not answer"
-        )
+        if member.leaving:  # its state went to others before
+            events.append((identity, Event("rank_left", _who(identity, member.node))))
+            continue
+        cause = notice.cause if notice is not None else "did not answer"
         fields = {
             **_who(identity, member.node),
             "cause": cause,

@@ -45,6 +45,7 @@ _BOARDS = 2
 _GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
 _TICK_S = 0.1
+_ASK_S = 0.5
 
 
 class Agent:
@@ -71,6 +72,7 @@ class Agent:
         self._kill_at_s: float | None = None
         self._draining = False
         self._finished = False
+        self._ask_at_s = 0.0
         self._code: int | None = None
         self._failed_with = Stopped.exit_code
         self._selector = selectors.DefaultSelector()
@@ -108,7 +110,9 @@ class Agent:
             held.callback(self._watch.close)
             held.callback(self._close_threads)
             self._selector.register(self._spawner, selectors.EVENT_READ, self._on_spawner)
-            for local_rank, rank in enumerate(self._settings.ranks):
+            for local_rank, rank in enumerate(
+                self._settings.ranks, self._settings.first_local_rank
+            ):
                 seat = Seat(
                     rank=rank,
                     incarnation=self._settings.incarnation,
@@ -139,6 +143,7 @@ class Agent:
             for key, _ in self._selector.select(_TICK_S):
                 key.data(key.fileobj)
             self._look_for_hangs()
+            self._look_for_the_end()
             if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
                 for place in self._places.values():
                     place.kill("did not end in time")
@@ -262,6 +267,18 @@ class Agent:
                 place.kill(cause)
             elif place.is_member and not self._judge.has(place.seat.identity):
                 self._tell_of_wait(place.seat)
+
+    def _look_for_the_end(self) -> None:
+        """A node that none of the others has taken in yet leaves when the run has ended."""
+        is_over = self._settings.is_over
+        if is_over is None or self._finished or self._draining:
+            return
+        now_s = time.monotonic()
+        if now_s >= self._ask_at_s and not any(p.is_member for p in self._places.values()):
+            self._ask_at_s = now_s + _ASK_S
+            if is_over():
+                self._finished = True
+                self._stop_within(0.0)
 
     def _tell_of_wait(self, seat: Seat) -> None:
         wait = self._settings.waits(seat) if self._settings.waits is not None else None

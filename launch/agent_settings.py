@@ -25,6 +25,8 @@ class AgentSettings:
     """The failure domain, as other nodes are to see it."""
     log: Callable[[int], Path]
     """Where the output of a rank goes."""
+    first_local_rank: int = 0
+    """Of these among all ranks of this machine: which of its devices they use."""
     host: str = "127.0.0.1"
     """This node's address as other nodes reach it."""
     hang_timeout_s: float = 10.0
@@ -34,6 +36,8 @@ class AgentSettings:
     """How long workers may take to leave after SIGTERM, and others to end once one has finished."""
     founder: bool = True
     """False for a node that joins a run which others have begun."""
+    is_over: Callable[[], bool] | None = None
+    """Tells a node that joins, and has not been taken in yet, that the run has ended."""
     incarnation: int = 0
     """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
     evidence: Evidence | None = None

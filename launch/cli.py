@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from holdfast.launch.checkpoint_commands import register
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
-from holdfast.trainer.world import world_from_environment
+from holdfast.trainer.world import WorldInfo, world_from_environment
 
 app = typer.Typer(
     name="holdfast",
@@ -80,8 +81,13 @@ def train(
     ] = False,
     overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
 ) -> None:
-    """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker."""
+    """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker.
+
+    With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's workers.
+    """
     world = world_from_environment(os.environ)
+    if world is not None and world.job and load_config(config, overrides).elastic.enabled:
+        raise typer.Exit(_elastic_task(config, overrides, out, resume, world, allow_change))
     if world is not None:
         from holdfast.trainer.entry import enter
 
@@ -105,6 +111,47 @@ def train(
         if prove and code == 0:
             code = _prove_undisturbed(run)
         raise typer.Exit(code)
+
+
+def _elastic_task(
+    path: Path,
+    overrides: list[str],
+    out: Path | None,
+    resume: str,
+    world: WorldInfo,
+    allow_change: bool,
+) -> int:
+    """One agent per task of srun or mpirun."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from holdfast.launch.cluster import run_first_task, run_other_task
+
+    config = load_config(path, overrides)
+    if world.rank:
+        return run_other_task(config, world)
+    with contextlib.ExitStack() as held:
+
+        def opened() -> RunDirectory:
+            root = choose_root(path, out, config, resume, allow_change=allow_change)
+            held.enter_context(lock_run(root))
+            return open_run(root, config, resume, allow_change=allow_change)
+
+        return run_first_task(config, world, opened)
+
+
+@app.command()
+def join(
+    run: Annotated[Path, typer.Argument(help="The folder of an elastic run that is under way.")],
+    ranks: Annotated[int, typer.Option(help="Workers to add on this machine.", min=1)] = 1,
+) -> None:
+    """Add this machine's workers to a run; SIGTERM lets them hand over and leave."""
+    from holdfast.launch.live_run import take_ranks
+
+    directory = RunDirectory(run)
+    live, numbers = take_ranks(directory, ranks)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from holdfast.launch.cluster import join_run
+
+    raise typer.Exit(join_run(directory, live, numbers))
 
 
 def _prove_undisturbed(run: RunDirectory) -> int:

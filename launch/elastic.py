@@ -8,16 +8,18 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-
-import msgspec
 
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.seat import Seat
+from holdfast.elastic.voter import MembershipSettings
+from holdfast.launch.agent_settings import AgentSettings
+from holdfast.launch.live_run import LiveRun, live_run, own_address
 from holdfast.launch.local import keep_memory
-from holdfast.launch.nodes import local_nodes, run_nodes
+from holdfast.launch.nodes import run_nodes, spread
 from holdfast.launch.show import start_display
+from holdfast.launch.spawner import WorkerMain
 from holdfast.parallel.operations import RankPage, read_page
 from holdfast.parallel.watchdog import silent_operations
 from holdfast.trainer.config import RunConfig
@@ -30,41 +32,81 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
 
     Called in the main thread of a process that has no other.
     """
-    from holdfast.trainer.worker import describe, root_cause, run_seat
+    log_agents(run.agent_log)
+    ranks = tuple(range(config.parallel.ranks))
+    node = node_settings(config, run, token=uuid.uuid4().hex, ranks=ranks)
+    memory = memory_root(run.root)
+    display = start_display(config, run)
+    try:
+        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder, live_run(run) as announce:
+            code = run_nodes(
+                spread(node, config.elastic.local_nodes),
+                worker_main(config, run),
+                Path(folder),
+                lambda lighthouse: announce(LiveRun.begun(node.membership, lighthouse)),
+            )
+    finally:
+        display.close()
+        keep_memory(memory, checkpoint_root(run.root, config))
+    return explained(code, run, ranks)
+
+
+def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
+    """What the workers of an elastic run do; imports, before they are forked, what they need."""
+    from holdfast.trainer.worker import run_seat
 
     def main(seat: Seat, line: socket.socket) -> int:
         return run_seat(config, seat, line, run)
 
-    log_agents(run)
-    ranks = config.parallel.ranks
-    # Fewer ranks than make up one stage cannot go on: they wait for others.
-    least = max(config.elastic.min_ranks, config.parallel.tensor)
-    nodes = local_nodes(
-        msgspec.structs.replace(config.elastic, min_ranks=least),
-        ranks,
-        token=uuid.uuid4().hex,
+    return main
+
+
+def node_settings(
+    config: RunConfig, run: RunDirectory, *, token: str, ranks: tuple[int, ...]
+) -> AgentSettings:
+    """What the agent of this machine is told.
+
+    Args:
+        token: names this start of the run at its Lighthouse; another one for each start.
+        ranks: of this node.
+    """
+    elastic = config.elastic
+    return AgentSettings(
+        membership=MembershipSettings(
+            elastic.lighthouse,
+            token,
+            config.parallel.ranks,
+            # Fewer ranks than make up one stage cannot go on: they wait for others.
+            max(elastic.min_ranks, config.parallel.tensor),
+            elastic.heartbeat_ms,
+            elastic.heartbeat_timeout_ms,
+        ),
+        ranks=ranks,
+        node=socket.gethostname(),
         log=run.log,
+        host=own_address(elastic.lighthouse) if elastic.lighthouse else "127.0.0.1",
+        hang_timeout_s=elastic.hang_timeout_s,
+        respawn=elastic.respawn,
         exit_s=config.checkpoint.exit_s,
-        waits=waits_of(config.elastic.hang_timeout_s),
+        waits=waits_of(elastic.hang_timeout_s),
     )
-    memory = memory_root(run.root)
-    display = start_display(config, run)
-    try:
-        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
-            code = run_nodes(nodes, main, Path(folder))
-    finally:
-        display.close()
-        keep_memory(memory, checkpoint_root(run.root, config))
+
+
+def explained(code: int, run: RunDirectory, ranks: Iterable[int]) -> int:
+    """The exit code of a node, after a line for the person who started it where it is an error."""
+    from holdfast.trainer.worker import describe, root_cause
+
     if code not in (0, 130):
-        cause = root_cause(run, range(ranks))
+        cause = root_cause(run, ranks)
         line = describe(cause, run) if cause is not None else ""
         print(line or f"holdfast: the run stopped (log: {run.agent_log})", file=sys.stderr)  # noqa: T201
     return code
 
 
-def log_agents(run: RunDirectory) -> None:
-    """Send the agents' log to its own file."""
-    handler = logging.FileHandler(run.agent_log)
+def log_agents(path: Path) -> None:
+    """Send this process's log, and that of what it forks, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("holdfast")
     logger.handlers[:] = [handler]

@@ -7,74 +7,46 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from holdfast.elastic.ballot_file import BallotFile
 from holdfast.elastic.generation import parse_identity
-from holdfast.elastic.hang import Wait
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
-from holdfast.elastic.seat import Seat
 from holdfast.elastic.voter import MembershipSettings, speak_for
 from holdfast.launch.agent import Agent
 from holdfast.launch.agent_settings import AgentSettings
 from holdfast.launch.spawner import WorkerMain, die_with
 from holdfast.parallel.errors import Stopped
-from holdfast.trainer.sections import ElasticConfig
 
 logger = logging.getLogger("holdfast.agent")
 
 
-def local_nodes(
-    elastic: ElasticConfig,
-    world_size: int,
-    *,
-    token: str,
-    log: Callable[[int], Path],
-    exit_s: float,
-    waits: Callable[[Seat], Wait | None] | None = None,
-) -> list[AgentSettings]:
-    """What the agents of a run on this machine alone are told: `elastic.local_nodes` of them, or one
-    for each rank where there are fewer ranks.
-
-    Args:
-        token: names this start of the run at its Lighthouse; another one for each start.
-        log: where the output of a rank goes.
-        exit_s: how long workers may take to leave.
-        waits: see `AgentSettings.waits`.
-    """
-    nodes = min(elastic.local_nodes, world_size)
-    host = socket.gethostname()
-    membership = MembershipSettings(
-        elastic.lighthouse,
-        token,
-        world_size,
-        elastic.min_ranks,
-        elastic.heartbeat_ms,
-        elastic.heartbeat_timeout_ms,
-    )
+def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
+    """A node's ranks shared out in order over several of them; a node for each rank where these are fewer."""
+    ranks = node.ranks
+    nodes = min(nodes, len(ranks))
+    if nodes == 1:
+        return [node]
+    edges = [k * len(ranks) // nodes for k in range(nodes + 1)]
     return [
-        AgentSettings(
-            membership=membership,
-            ranks=tuple(range(k * world_size // nodes, (k + 1) * world_size // nodes)),
-            node=host if nodes == 1 else f"{host}-{k}",
-            log=log,
-            hang_timeout_s=elastic.hang_timeout_s,
-            respawn=elastic.respawn,
-            exit_s=exit_s,
-            waits=waits,
-        )
-        for k in range(nodes)
+        replace(node, ranks=ranks[a:b], node=f"{node.node}-{k}")
+        for k, (a, b) in enumerate(pairwise(edges))
     ]
 
 
-def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) -> int:
+def run_nodes(
+    nodes: Sequence[AgentSettings],
+    main: WorkerMain,
+    folder: Path,
+    announce: Callable[[str], None] = lambda _: None,
+) -> int:
     """Run one agent per node, and a Lighthouse for all where none is named.
 
     Call it in the main thread of a process that has no other. When an agent is killed, its workers die
@@ -82,13 +54,17 @@ def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) ->
 
     Args:
         folder: for ballots and pulses; on this machine.
+        announce: told where the Lighthouse is, once it is there.
     Returns:
         0 when a worker of any node reached the end of the run; 130 after SIGINT; else the exit code of
         the agent that gave one first, or 3 when all were killed.
     """
     nodes = [replace(node, folder=folder / node.node) for node in nodes]
     if len(nodes) == 1:
-        return Agent(nodes[0], main).run()
+        agent = Agent(nodes[0], main)
+        with hosted_lighthouse(nodes[0]) as address:
+            announce(address)
+            return agent.run(address)
     coordination()  # imported once here, not by every agent
     agents: dict[int, AgentSettings] = {}
     writers: list[int] = []
@@ -98,18 +74,30 @@ def run_nodes(nodes: Sequence[AgentSettings], main: WorkerMain, folder: Path) ->
         os.close(reader)
         writers.append(writer)
     with contextlib.ExitStack() as held:
-        membership = nodes[0].membership
-        if not membership.lighthouse:
-            timeout_ms = membership.heartbeat_timeout_ms
-            server = Lighthouse(nodes[0].host, heartbeat_timeout_ms=timeout_ms)
-            held.callback(server.close)
-            membership = replace(membership, lighthouse=server.address)
-        membership = replace(membership, lighthouse=lighthouse_url(membership.lighthouse))
-        address = membership.lighthouse.encode()
+        address = held.enter_context(hosted_lighthouse(nodes[0]))
+        announce(address)
         for writer in writers:
-            os.write(writer, address)
+            os.write(writer, address.encode())
             os.close(writer)
+        membership = replace(nodes[0].membership, lighthouse=address)
         return _watch(agents, membership, held)
+
+
+@contextlib.contextmanager
+def hosted_lighthouse(node: AgentSettings) -> Iterator[str]:
+    """The URL of the Lighthouse of a run: the one that is named, or one in this process meanwhile.
+
+    Use after the last fork.
+    """
+    if node.membership.lighthouse:
+        yield lighthouse_url(node.membership.lighthouse)
+        return
+    timeout_ms = node.membership.heartbeat_timeout_ms
+    server = Lighthouse(node.host, heartbeat_timeout_ms=timeout_ms)
+    try:
+        yield server.address
+    finally:
+        server.close()
 
 
 def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequence[int]) -> int:

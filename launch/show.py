@@ -159,7 +159,7 @@ class _Shown:
         elif name == "rank_lost":
             self.display.note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):
-            if not (line["lost"] or line["joined"]):
+            if not (line["lost"] or line["left"] or line["joined"]):
                 return
             self.display.change(plan_from_data(self.first, line["plan"]))
             self.display.note(describe_change(line))
@@ -192,6 +192,8 @@ def describe_change(line: dict[str, Any]) -> str:
     who = []
     if line["lost"]:
         who.append(f"without rank {', '.join(map(str, line['lost']))}")
+    if line["left"]:
+        who.append(f"rank {', '.join(map(str, line['left']))} has left")
     if line["joined"]:
         who.append(f"rank {', '.join(map(str, line['joined']))} has joined")
     again = (

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import msgspec
 from holdfast.trainer.config import dump_toml
 from small_runs import make_config
 
+HOLDFAST = (sys.executable, "-m", "holdfast.launch.cli")
 LONGEST_S = 120.0
 """How long a run of these tests may take before it counts as hung; none depends on how fast it is."""
 
@@ -76,6 +77,10 @@ class ElasticRun:
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.living()[rank]["pid"], number)
 
+    def agent(self, rank: int) -> int:
+        """The process of the agent of a rank's node: the parent of what started the worker."""
+        return _parent(_parent(self.living()[rank]["pid"]))
+
     def output(self) -> str:
         return (self.root.parent / f"{self.root.name}.txt").read_text()
 
@@ -95,12 +100,17 @@ class ElasticRun:
         }
 
 
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @dataclass
 class Starter:
     """Starts runs below one folder, and ends what is left of them."""
 
     folder: Path
     runs: list[ElasticRun] = field(default_factory=list)
+    _joined: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __call__(self, *, name: str = "", **sections: dict[str, Any]) -> ElasticRun:
         elastic = {"enabled": True, "local_nodes": 2, **sections.pop("elastic", {})}
@@ -114,26 +124,46 @@ class Starter:
         path.write_text(dump_toml(config))
         return self.start(path, name)
 
-    def start(self, path: Path, name: str, *arguments: str) -> ElasticRun:
+    def start(
+        self, path: Path, name: str, *arguments: str, launcher: Sequence[str] = ()
+    ) -> ElasticRun:
+        out = ("--out", str(self.folder / name))
+        command = [*launcher, *HOLDFAST, "train", str(path), *out, *arguments]
+        process = self._popen(name, command)
+        self.runs.append(ElasticRun(self.folder / name, process))
+        return self.runs[-1]
+
+    def join(self, run: ElasticRun, ranks: int = 1) -> subprocess.Popen[str]:
+        """Another node for a run, on this machine."""
+        name = f"{run.root.name}-joined-{len(self._joined)}"
+        command = [*HOLDFAST, "join", str(run.root), "--ranks", str(ranks)]
+        self._joined.append(self._popen(name, command))
+        return self._joined[-1]
+
+    def _popen(self, name: str, command: Sequence[str]) -> subprocess.Popen[str]:
         with (self.folder / f"{name}.txt").open("w") as output:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "holdfast.launch.cli", "train", str(path)),
-                    *("--out", str(self.folder / name), *arguments),
-                ],
+            return subprocess.Popen(
+                command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        self.runs.append(ElasticRun(self.folder / name, process))
-        return self.runs[-1]
 
     def close(self) -> None:
-        for run in self.runs:
-            if run.process.poll() is None:
-                run.process.kill()
-                run.process.wait()
+        for process in (*(run.process for run in self.runs), *self._joined):
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def bits_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What `ElasticRun.bits` gives, of a training with `small_runs`."""
+    steps = zip(result["losses"], result["norms"], strict=True)
+    return {
+        "steps": [(n + 1, loss, norm) for n, (loss, norm) in enumerate(steps)],
+        "digest": [result["digest"]],
+    }
 
 
 def pace(config: dict[str, Any], seconds: float, rank: int = 0) -> dict[str, Any]:

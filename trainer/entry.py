@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _RUN_KEY = "run directory"
+_RESTARTS_ONLY = (
+    "holdfast: note: whoever started this worker restarts all of them after a loss, from the newest "
+    "checkpoint; for elastic.enabled start `holdfast train` by itself, or as tasks of srun or mpirun"
+)
 
 
 def enter(
@@ -39,6 +43,8 @@ def enter(
     try:
         config = load_config(config_path, overrides)
         check_config(config, world.world_size)
+        if config.elastic.enabled and world.rank == 0:
+            print(_RESTARTS_ONLY, file=sys.stderr, flush=True)  # noqa: T201
         # Imported here: a configuration error is told without waiting for torch.
         from torch.distributed import PrefixStore
 

@@ -44,6 +44,7 @@ def record_change(
     fields: dict[str, Any] = {
         "generation": change.after.number,
         "lost": [found["rank"] for found in lost],
+        "left": [event.fields["rank"] for event in events if event.name == "rank_left"],
         "joined": [event.fields["rank"] for event in events if event.name == "rank_joined"],
         "step": training.progress.decided,
         "replayed_steps": rolled_back + replayed,

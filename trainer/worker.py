@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 from torch.distributed import Store, TCPStore
@@ -126,7 +126,7 @@ def describe(reason: RankError, run: RunDirectory) -> str:
     return f"holdfast: rank {reason.rank}: {reason.message} (log: {run.log(reason.rank)})"
 
 
-def root_cause(run: RunDirectory, ranks: range) -> RankError | None:
+def root_cause(run: RunDirectory, ranks: Iterable[int]) -> RankError | None:
     """The reason that explains the others: the first rank that failed by itself, else any."""
     reasons = [found for rank in ranks if (found := read_error(run, rank)) is not None]
     own = [reason for reason in reasons if reason.kind != PeerLost.__name__]

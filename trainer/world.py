@@ -25,6 +25,8 @@ class WorldInfo:
     """Whether this worker hosts the rendezvous store itself, for lack of an agent that does."""
     attempt: int = 0
     """How often a launcher has restarted the workers; keeps their rendezvous apart."""
+    job: str = ""
+    """Names the launcher's job where its tasks may be agents; empty under torchrun, which has its own."""
 
 
 def local_world(rank: int, world_size: int, port: int = 0) -> WorldInfo:
@@ -106,6 +108,7 @@ def _slurm(environment: Mapping[str, str]) -> WorldInfo:
         ),
         store_is_server=rank == 0,
         attempt=_number(environment, "SLURM_RESTART_COUNT", 0),
+        job=f"slurm-{environment.get('SLURM_JOB_ID', '0')}-{environment['SLURM_STEP_ID']}",
     )
 
 
@@ -135,6 +138,7 @@ def _mpi(environment: Mapping[str, str]) -> WorldInfo:
         store_host=host,
         store_port=_number(environment, "MASTER_PORT", _port_of(job)),
         store_is_server=rank == 0,
+        job="mpi-" + re.sub(r"[^\w.-]", "-", job),
     )
 
 

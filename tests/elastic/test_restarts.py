@@ -11,10 +11,10 @@ from holdfast.elastic.generation import Generation, Identity, Member
 from holdfast.elastic.hang import blame
 from holdfast.elastic.notices import Notice
 from holdfast.elastic.voter import MembershipSettings
-from holdfast.launch.nodes import local_nodes
+from holdfast.launch.agent_settings import AgentSettings
+from holdfast.launch.nodes import spread
 from holdfast.launch.restarts import RestartPolicy, Restarts
 from holdfast.parallel.errors import MembershipError
-from holdfast.trainer.sections import ElasticConfig
 
 
 def test_the_first_restart_is_at_once_and_each_further_one_later() -> None:
@@ -65,7 +65,7 @@ def test_losses_and_arrivals_are_told_with_their_causes() -> None:
         _lost(1, "stopped by a signal for 0.7 s", 0.7),
         Event("rank_joined", {"rank": 1, "incarnation": 1, "node": "node-1", "generation": 4}),
         _lost(2, "no heartbeat for 0.61 s", 0.61),
-        _lost(3, "left", None),
+        Event("rank_left", {"rank": 3, "incarnation": 0, "node": "node-3"}),
         _lost(4, "did not answer", None),
     ]
 
@@ -103,19 +103,24 @@ def test_who_is_waited_for_and_waits_for_nobody_hangs(
     assert blame({rank: frozenset(peers) for rank, peers in waits.items()}) == culprits
 
 
+def _machine(ranks: int) -> AgentSettings:
+    settings = MembershipSettings("", "t", ranks, heartbeat_timeout_ms=900)
+    return AgentSettings(settings, tuple(range(ranks)), "host", lambda rank: Path("log"))
+
+
 def test_ranks_are_spread_over_local_nodes_in_order() -> None:
-    elastic = ElasticConfig(local_nodes=3, heartbeat_timeout_ms=900)
-    nodes = local_nodes(elastic, 7, token="t", log=lambda rank: Path("log"), exit_s=1.0)
+    nodes = spread(_machine(7), 3)
     assert [node.ranks for node in nodes] == [(0, 1), (2, 3), (4, 5, 6)]
     assert len({node.node for node in nodes}) == 3
-    assert nodes[0].membership == MembershipSettings("", "t", 7, heartbeat_timeout_ms=900)
+    assert all(
+        node.membership == MembershipSettings("", "t", 7, heartbeat_timeout_ms=900)
+        for node in nodes
+    )
 
 
 def test_fewer_ranks_than_local_nodes_take_a_node_each() -> None:
-    nodes = local_nodes(
-        ElasticConfig(local_nodes=3), 2, token="t", log=lambda rank: Path("log"), exit_s=1.0
-    )
-    assert [node.ranks for node in nodes] == [(0,), (1,)]
+    assert [node.ranks for node in spread(_machine(2), 3)] == [(0,), (1,)]
+    assert [node.ranks for node in spread(_machine(1), 3)] == [(0,)]
 
 
 def test_a_run_whose_name_a_lighthouse_cannot_show_is_refused() -> None:

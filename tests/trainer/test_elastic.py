@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster import Cluster
-from elastic_runs import Starter, fault, pace, random_kills
+from elastic_runs import Starter, bits_of, fault, pace, random_kills
 from small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
@@ -39,14 +39,6 @@ def start(tmp_path: Path) -> Iterator[Starter]:
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster) -> dict[str, Any]:
     return bits_of(run_training(cluster, make_config(train={"steps": STEPS})))
-
-
-def bits_of(result: dict[str, Any]) -> dict[str, Any]:
-    steps = zip(result["losses"], result["norms"], strict=True)
-    return {
-        "steps": [(n + 1, loss, norm) for n, (loss, norm) in enumerate(steps)],
-        "digest": [result["digest"]],
-    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: "-".join(map(str, v.values())))

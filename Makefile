@@ -41,7 +41,7 @@ bench: .venv/bench.stamp
 	$(BIN)/python benchmarks/run_all.py
 
 soak: setup-dev
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 1800
+	HYPOTHESIS_PROFILE=soak HOLDFAST_SOAK_S=1800 $(BIN)/python -m pytest --timeout 1800
 
 # Builds the wheel, installs it in a clean environment and tests it outside the checkout.
 wheel-test: setup-dev

@@ -14,6 +14,7 @@ import msgspec
 
 from holdfast.elastic.lighthouse import lighthouse_url
 from holdfast.elastic.voter import MembershipSettings
+from holdfast.parallel.addresses import own_address_towards
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.run_directory import RunDirectory
 
@@ -72,15 +73,14 @@ def is_under_way(run: RunDirectory, token: str) -> bool:
 
 
 def own_address(lighthouse: str) -> str:
-    """The address of this machine as those see it who reach that Lighthouse; nothing is sent."""
+    """The address of this machine as a Lighthouse sees it.
+
+    Raises:
+        ConfigError: there is no way to it from here.
+    """
     at = urlsplit(lighthouse_url(lighthouse))
     try:
-        kind, _, _, _, address = socket.getaddrinfo(
-            at.hostname, at.port or 80, type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
+        return own_address_towards(at.hostname or "", at.port or 80)
     except OSError as error:
         raise ConfigError(
             f"elastic.lighthouse = {lighthouse!r} cannot be reached from this machine: {error}; give "

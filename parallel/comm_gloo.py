@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from holdfast.parallel.addresses import LOOPBACK_NAMES, is_loopback, own_address_towards
 from holdfast.parallel.comm import AbortSignal, MembershipChange
 from holdfast.parallel.comm_pairwise import RESERVED_TAG, PairwiseCommunicator, lost
 from holdfast.parallel.errors import PeerLost
@@ -462,7 +464,19 @@ class GlooCommunicator(PairwiseCommunicator):
 
 
 def gloo_device(host: str) -> object:
-    """A gloo transport bound to the interface of `host`; loopback when that is where the store is."""
-    if host in {"127.0.0.1", "localhost", "::1"}:
+    """A gloo transport bound to the address by which this machine is seen from `host`, the store's.
+
+    GLOO_SOCKET_IFNAME, where it is set, names another network interface.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    if interface:
+        return dist.ProcessGroupGloo.create_device(interface=interface)
+    if host in LOOPBACK_NAMES:
         return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
-    return dist.ProcessGroupGloo.create_default_device()
+    try:
+        own = own_address_towards(host)
+    except OSError:
+        return dist.ProcessGroupGloo.create_default_device()
+    if is_loopback(own):  # the store is here, by a name that other machines know otherwise
+        return dist.ProcessGroupGloo.create_default_device()
+    return dist.ProcessGroupGloo.create_device(hostname=own)

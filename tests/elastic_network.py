@@ -43,6 +43,14 @@ class Network:
         """The namespace of a node, or of `hub`."""
         return f"{self._prefix}-{node}"
 
+    @property
+    def size(self) -> int:
+        """Nodes, the hub apart."""
+        return len(self._nodes)
+
+    def node(self, number: int) -> str:
+        return self._nodes[number]
+
     def address(self, node: str) -> str:
         return f"10.77.3.{254 if node == 'hub' else 1 + self._nodes.index(node)}"
 

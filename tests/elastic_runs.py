@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from elastic_network import Network
 from holdfast.trainer.config import dump_toml
 from small_runs import make_config
 
@@ -110,7 +111,7 @@ class Starter:
 
     folder: Path
     runs: list[ElasticRun] = field(default_factory=list)
-    _joined: list[subprocess.Popen[str]] = field(default_factory=list)
+    _others: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __call__(self, *, name: str = "", **sections: dict[str, Any]) -> ElasticRun:
         elastic = {"enabled": True, "local_nodes": 2, **sections.pop("elastic", {})}
@@ -133,12 +134,30 @@ class Starter:
         self.runs.append(ElasticRun(self.folder / name, process))
         return self.runs[-1]
 
+    @staticmethod
+    def as_task(net: Network, number: int) -> tuple[str, ...]:
+        """What runs a command as Slurm would run a task, on a node of a network."""
+        variables = {
+            **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(net.size)},
+            **{"SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "SLURM_NODEID": str(number)},
+            **{"MASTER_ADDR": net.address(net.node(0)), "MASTER_PORT": "29400"},
+            "RES_OPTIONS": "timeout:1 attempts:1",
+        }
+        pairs = (f"{name}={value}" for name, value in variables.items())
+        return ("ip", "netns", "exec", net.name(net.node(number)), "env", *pairs)
+
+    def task(self, path: Path, name: str, net: Network, number: int) -> subprocess.Popen[str]:
+        """Another task of a run that `start` begins with task 0."""
+        command = [*self.as_task(net, number), *HOLDFAST, "train", str(path)]
+        self._others.append(self._popen(f"{name}-task-{number}", command))
+        return self._others[-1]
+
     def join(self, run: ElasticRun, ranks: int = 1) -> subprocess.Popen[str]:
         """Another node for a run, on this machine."""
-        name = f"{run.root.name}-joined-{len(self._joined)}"
+        name = f"{run.root.name}-joined-{len(self._others)}"
         command = [*HOLDFAST, "join", str(run.root), "--ranks", str(ranks)]
-        self._joined.append(self._popen(name, command))
-        return self._joined[-1]
+        self._others.append(self._popen(name, command))
+        return self._others[-1]
 
     def _popen(self, name: str, command: Sequence[str]) -> subprocess.Popen[str]:
         with (self.folder / f"{name}.txt").open("w") as output:
@@ -151,7 +170,7 @@ class Starter:
             )
 
     def close(self) -> None:
-        for process in (*(run.process for run in self.runs), *self._joined):
+        for process in (*(run.process for run in self.runs), *self._others):
             if process.poll() is None:
                 process.kill()
                 process.wait()

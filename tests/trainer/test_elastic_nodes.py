@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import Cluster
+from elastic_network import Network, network
 from elastic_runs import HOLDFAST, Starter, bits_of, pace
 from holdfast.launch.cluster import task_ranks
 from holdfast.parallel.errors import ConfigError
@@ -22,10 +24,46 @@ from small_runs import make_config, run_training
 pytestmark = [pytest.mark.mp]
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
+LIGHTHOUSE_PORT = 29510
 STEPS = 50
 PACE_S = 0.1
 GROWING_PACE_S = 0.4
 """A step takes so long at least, for two more nodes to start meanwhile on a busy machine."""
+
+
+class Lighthouse:
+    """torchft's own, as a process on the hub of a network."""
+
+    def __init__(self, net: Network) -> None:
+        self._net = net
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *("ip", "netns", "exec", self._net.name("hub")),
+                *(str(MPIRUN.with_name("torchft_lighthouse")), "--min_replicas", "1"),
+                *("--bind", f"{self._net.address('hub')}:{LIGHTHOUSE_PORT}"),
+                *("--join_timeout_ms", "100", "--quorum_tick_ms", "10"),
+                *("--heartbeat_timeout_ms", "600"),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def lighthouse(net: Network) -> Iterator[Lighthouse]:
+    keeper = Lighthouse(net)
+    keeper.start()
+    try:
+        yield keeper
+    finally:
+        keeper.stop()
 
 
 @pytest.fixture
@@ -99,6 +137,41 @@ def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
     run.finish()
     assert run.bits() == expected, run.output()
     assert {event["rank"] for event in run.events("rank_lost")} == {2}
+
+
+def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    with network("abc") as net, lighthouse(net) as keeper:
+        config = make_config(
+            train={"steps": STEPS},
+            parallel={"data": 3},
+            elastic=pace(
+                {"enabled": True, "lighthouse": f"{net.address('hub')}:{LIGHTHOUSE_PORT}"},
+                GROWING_PACE_S,
+            ),
+            log={"tensorboard": False, "every": 1000},
+        )
+        path = start.folder / "cut.toml"
+        path.write_text(dump_toml(config))
+        others = [start.task(path, "cut", net, number) for number in (1, 2)]
+        run = start.start(path, "cut", launcher=start.as_task(net, 0))
+        run.wait_for_step(3)
+        net.cut("c")
+        run.wait_for_members(2)
+        assert [event["rank"] for event in run.events("rank_lost")] == [2]
+        run.wait_for_step(len(run.steps()) + 2)
+        assert others[1].poll() is None  # it lives, and does not train
+        net.heal()
+        run.wait_for_members(3)
+        keeper.stop()
+        run.wait_for_step(len(run.steps()) + 3)
+        keeper.start()
+        run.kill(1)
+        assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert [event["rank"] for event in run.events("rank_lost")] == [2, 1]
+    assert [process.wait(30) for process in others] == [0, 0]
 
 
 def test_who_cannot_join_is_told_why(start: Starter, tmp_path: Path) -> None:

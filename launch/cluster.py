@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,11 +20,12 @@ from typing import Any
 
 import msgspec
 
+from holdfast.elastic.lighthouse import lighthouse_url
 from holdfast.launch.agent import Agent
 from holdfast.launch.agent_settings import AgentSettings
 from holdfast.launch.elastic import explained, log_agents, node_settings, worker_main
+from holdfast.launch.keeper import kept_lighthouse
 from holdfast.launch.live_run import LiveRun, is_under_way, live_run
-from holdfast.launch.nodes import hosted_lighthouse
 from holdfast.launch.show import start_display
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, load_config
@@ -77,7 +80,7 @@ def run_first_task(
         held.callback(start_display(config, run).close)
         agent = Agent(node, worker_main(config, run))
         announce = held.enter_context(live_run(run))
-        lighthouse = held.enter_context(hosted_lighthouse(node))
+        lighthouse = held.enter_context(_lighthouse(node))
         told = {
             "root": str(run.root.absolute()),
             "resume": msgspec.to_builtins(run.resume),
@@ -85,7 +88,8 @@ def run_first_task(
         }
         _tell(listening, world, told)
         announce(LiveRun.begun(node.membership, lighthouse))
-        return explained(agent.run(lighthouse), run, node.ranks)
+        code = explained(agent.run(lighthouse), run, node.ranks)
+    return _end_of_task(config, code)
 
 
 def run_other_task(config: RunConfig, world: WorldInfo) -> int:
@@ -101,7 +105,28 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     node = replace(_task_settings(config, world), log=run.log, host=host)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
-    return explained(agent.run(told["lighthouse"]), run, node.ranks)
+    return _end_of_task(config, explained(agent.run(told["lighthouse"]), run, node.ranks))
+
+
+def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
+    """The Lighthouse that is named, or one that stays when this task is lost."""
+    membership = node.membership
+    if membership.lighthouse:
+        return contextlib.nullcontext(lighthouse_url(membership.lighthouse))
+    return kept_lighthouse(node.host, membership.run, membership.heartbeat_timeout_ms)
+
+
+def _end_of_task(config: RunConfig, code: int) -> int:
+    """The exit code of a task; one whose MPI process was lost ends as that did.
+
+    mpirun tells the other processes of an end by a signal, and not of one with an exit code (Open MPI 5);
+    those wait in `Shrink` until they are told.
+    """
+    if config.parallel.backend == "mpi" and code not in (0, ConfigError.exit_code, 130):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return code
 
 
 def join_run(run: RunDirectory, live: LiveRun, ranks: tuple[int, ...]) -> int:
@@ -112,7 +137,12 @@ def join_run(run: RunDirectory, live: LiveRun, ranks: tuple[int, ...]) -> int:
     Args:
         run: its folder, which this machine shares with the others.
         live, ranks: what `take_ranks` gave.
+    Raises:
+        ConfigError: the run cannot grow.
     """
+    config = load_config(run.config, [])
+    if config.parallel.backend == "mpi":
+        raise ConfigError(f"{run.root} uses parallel.backend = 'mpi', whose processes are fixed")
     config = load_config(run.config, [f"elastic.lighthouse={live.lighthouse}"])
     node = replace(
         node_settings(config, run, token=live.token, ranks=ranks),
@@ -130,6 +160,11 @@ def _log_of(run: RunDirectory, node: AgentSettings) -> Path:
 def _task_settings(config: RunConfig, world: WorldInfo) -> AgentSettings:
     """What a task's agent is told; `log` and `host` are not known yet."""
     tasks, ranks = world.world_size, config.parallel.ranks
+    if config.parallel.backend == "mpi" and tasks != ranks:
+        raise ConfigError(
+            f"parallel.backend = 'mpi': {tasks} tasks were started for {ranks} ranks; start one per rank with "
+            "mpirun --with-ft ulfm"
+        )
     mine = task_ranks(world.rank, tasks, ranks)
     first_here = task_ranks(world.rank - world.local_rank, tasks, ranks)[0]
     node = node_settings(

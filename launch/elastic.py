@@ -20,6 +20,7 @@ from holdfast.launch.local import keep_memory
 from holdfast.launch.nodes import run_nodes, spread
 from holdfast.launch.show import start_display
 from holdfast.launch.spawner import WorkerMain
+from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.operations import RankPage, read_page
 from holdfast.parallel.watchdog import silent_operations
 from holdfast.trainer.config import RunConfig
@@ -31,7 +32,15 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     """Train on this machine, on `elastic.local_nodes` nodes; returns the exit code for the command.
 
     Called in the main thread of a process that has no other.
+
+    Raises:
+        ConfigError: the run needs MPI.
     """
+    if config.parallel.backend == "mpi":
+        raise ConfigError(
+            "parallel.backend = 'mpi' with elastic.enabled: start the run with mpirun --with-ft ulfm, one "
+            "task per rank"
+        )
     log_agents(run.agent_log)
     ranks = tuple(range(config.parallel.ranks))
     node = node_settings(config, run, token=uuid.uuid4().hex, ranks=ranks)

@@ -159,9 +159,11 @@ class MpiFamily:
         self._channels.append(channel)
         return channel
 
-    def edit(self, ranks: Sequence[int], change: MembershipChange) -> None:
+    def edit(self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal) -> None:
         """Enter the generation of `change`, once. Collective over `ranks`.
 
+        Args:
+            signal: of that generation.
         Raises:
             ConfigError: ranks are to join, which an MPI job does not allow.
             PeerLost: others than those that left are gone too, or ULFM is not switched on.
@@ -175,7 +177,7 @@ class MpiFamily:
             )
         broken = self.signal.reason is not None
         self.ring.set_generation(change.generation)
-        self._enter(AbortSignal(change.generation))
+        self._enter(signal)
         if broken:
             self._shrink(ranks)
         elif tuple(ranks) != self.ranks:
@@ -274,8 +276,14 @@ class MpiCommunicator(PairwiseCommunicator):
 
     def edit(self, ranks: Sequence[int], change: MembershipChange) -> MpiCommunicator:
         """See `Communicator.edit`. Collective over `ranks`; the world comes before its parts."""
+        return self.edit_with(ranks, change, AbortSignal(change.generation))
+
+    def edit_with(
+        self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
+    ) -> MpiCommunicator:
+        """`edit` in a generation that the rank's groups share. All of its ranks were aborted, or none."""
         if self.name == "world":
-            self.family.edit(ranks, change)
+            self.family.edit(ranks, change, signal)
             if self.channel is not self.family.world:
                 return MpiCommunicator(self.family, self.name, ranks)
         elif tuple(ranks) != self.ranks or not self.family.keeps(self.channel):

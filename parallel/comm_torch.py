@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
 
 from holdfast.parallel.comm import AbortSignal, Communicator, MembershipChange
 from holdfast.parallel.comm_gloo import GlooCommunicator, GlooMesh, gloo_device
@@ -14,6 +16,8 @@ from holdfast.parallel.operations import Operation, OperationRing
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+    from holdfast.parallel.comm_mpi import MpiCommunicator
 
 __all__ = [
     "GlooCommunicator",
@@ -64,6 +68,7 @@ def build_groups(
     generation: int,
     timeout_s: float = 600.0,
     page: Path | None = None,
+    votes_over_gloo: bool = False,
 ) -> Groups:
     """Form this rank's groups. Collective over `world`; a rank that joins forms its own.
 
@@ -73,11 +78,17 @@ def build_groups(
         backend: "gloo", "nccl" or "mpi", for everything but votes.
         generation: part of every connection's name, so that those of two generations never meet.
         timeout_s: see `GlooCommunicator`; positive and finite.
+        votes_over_gloo: also where all else goes over MPI, which must be whole to carry anything.
         page: file in which the rank's operations can be read from outside (parallel/operations.py).
     """
     assert timeout_s > 0
     ring = OperationRing(rank, generation=generation, path=page)
     signal = AbortSignal(generation)
+
+    def meshed() -> GlooMesh:
+        device = gloo_device(host)
+        return GlooMesh(store, rank, device=device, timeout_s=timeout_s, signal=signal, ring=ring)
+
     if backend == "mpi":
         # Imported here: to import MPI is to start it.
         from holdfast.parallel.comm_mpi import build_mpi_groups
@@ -85,10 +96,10 @@ def build_groups(
         everybody, in_tensor, in_pipeline = build_mpi_groups(
             rank, world, tensor, pipeline, signal=signal, ring=ring
         )
-        return Groups(everybody, everybody, in_tensor, in_pipeline, signal, ring)
-    mesh = GlooMesh(
-        store, rank, device=gloo_device(host), timeout_s=timeout_s, signal=signal, ring=ring
-    )
+        votes = GlooCommunicator.over(meshed(), "control", world) if votes_over_gloo else everybody
+        return Groups(everybody, votes, in_tensor, in_pipeline, signal, ring)
+    mesh = meshed()
+    control = GlooCommunicator.over(mesh, "world" if backend == "gloo" else "control", world)
 
     def group(kind: str, ranks: Sequence[int]) -> Communicator:
         if backend == "gloo":
@@ -97,7 +108,6 @@ def build_groups(
             store, kind, ranks, rank, timeout_s=timeout_s, signal=signal, ring=ring
         )
 
-    control = GlooCommunicator.over(mesh, "world" if backend == "gloo" else "control", world)
     return Groups(
         world=control if backend == "gloo" else group("world", world),
         control=control,
@@ -128,14 +138,23 @@ def edit_groups(
     Raises:
         PeerLost: the new generation was aborted meanwhile (MPI, where editing is collective).
     """
+    over_gloo = isinstance(groups.control, GlooCommunicator)
     if isinstance(groups.control, GlooCommunicator):
         groups.control.mesh.edit(change, store)
     control = groups.control.edit(world, change)
     signal = control.signal
+    if over_gloo and not isinstance(groups.world, (GlooCommunicator, NcclCommunicator)):
+        # To edit MPI's groups all must know alike whether they are broken.
+        broken = torch.tensor([float(groups.signal.reason is not None)])
+        control.all_reduce(broken, "max").wait()
+        if broken.item():
+            groups.abort("another rank was interrupted")
 
     def edited(group: Communicator, ranks: Sequence[int]) -> Communicator:
-        if isinstance(group, NcclCommunicator):
-            return group.edit_with(ranks, change, signal)
+        if over_gloo and not isinstance(group, GlooCommunicator):
+            return cast("MpiCommunicator | NcclCommunicator", group).edit_with(
+                ranks, change, signal
+            )
         return group.edit(ranks, change)
 
     return Groups(

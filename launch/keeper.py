@@ -1,0 +1,84 @@
+"""A Lighthouse in a process of its own, which outlives the node that has started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+from holdfast.elastic.lighthouse import Lighthouse, LighthouseAway, heartbeat_ages
+from holdfast.parallel.errors import MembershipError
+
+_LOOK_S = 0.5
+_SILENCE_S = 5.0
+"""After which, with nobody heard of, a run is over."""
+
+
+@contextlib.contextmanager
+def kept_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Iterator[str]:
+    """The URL of a new Lighthouse for a run. Call it in a process without threads.
+
+    It stays when this process ends, however that happens, as long as workers of the run are heard of.
+
+    Args:
+        host: the address to listen on, as all nodes reach it.
+    Raises:
+        MembershipError: that address cannot be listened on.
+    """
+    told, tell = os.pipe()
+    gone, here = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork() == 0:
+        os.close(told)
+        os.close(here)
+        _keep(host, run, heartbeat_timeout_ms, tell, gone)
+    os.close(tell)
+    os.close(gone)
+    try:
+        with open(told, encoding="utf-8") as lines:
+            address, _, error = lines.read().partition("\n")
+        if not address:
+            raise MembershipError(error or f"the Lighthouse on {host} has ended at once")
+        yield address
+    finally:
+        os.close(here)
+
+
+def _keep_only(descriptors: set[int]) -> None:
+    """Close all others: who waits for the end of a pipe must not wait for this process."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def _keep(host: str, run: str, timeout_ms: int, tell: int, gone: int) -> NoReturn:
+    try:
+        os.setsid()
+        _keep_only({tell, gone})
+        try:
+            server = Lighthouse(host, heartbeat_timeout_ms=timeout_ms)
+        except MembershipError as error:
+            os.write(tell, f"\n{error}".encode())
+            os._exit(1)
+        os.write(tell, server.address.encode())
+        os.close(tell)
+        select.select([gone], [], [])  # readable once the process that started it has ended
+        heard_at_s = time.monotonic()
+        while time.monotonic() - heard_at_s < _SILENCE_S:
+            with contextlib.suppress(LighthouseAway):
+                ages = heartbeat_ages(server.address, run)
+                if min(ages.values(), default=_SILENCE_S) < 2 * timeout_ms / 1000:
+                    heard_at_s = time.monotonic()
+            time.sleep(_LOOK_S)
+    finally:
+        os._exit(0)
+    raise AssertionError

@@ -112,10 +112,11 @@ def events_of(root: Path, kind: str) -> list[dict[str, Any]]:
     return [event for line in lines if (event := json.loads(line))["event"] == kind]
 
 
-def run_training(cluster: Any, config: RunConfig) -> dict[str, Any]:
+def run_training(cluster: Any, config: RunConfig, *, timeout_s: float = 90.0) -> dict[str, Any]:
     """Run `config` on the pool; all ranks must agree on what they saw."""
     plain = msgspec.to_builtins(config)
-    results = cluster.run("small_runs:train_steps", world_size_of(config), config=plain)
+    ranks = world_size_of(config)
+    results = cluster.run("small_runs:train_steps", ranks, timeout_s=timeout_s, config=plain)
     assert all(result == results[0] for result in results), "ranks disagree"
     return results[0]
 

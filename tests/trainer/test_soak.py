@@ -109,7 +109,8 @@ def test_soak(start: Starter, cluster: Cluster) -> None:
         for what in ("descriptors", "threads", "resident_mib"):
             print(name, what, [round(getattr(one, what)) for one in found])
     print(f"{hits} faults, {len(run.events('recovered'))} recoveries, {steps} steps")
-    assert run.bits() == bits_of(run_training(cluster, make_config(train=train)))
+    expected = run_training(cluster, make_config(train=train), timeout_s=10 * SOAK_S)
+    assert run.bits() == bits_of(expected)
     assert len(run.events("recovered")) >= hits
     for name, found in seen.items():
         early, late = found[len(found) // 4], found[-1]

@@ -152,8 +152,9 @@ class Agent:
 
     def _start_due(self) -> None:
         now_s = time.monotonic()
+        may = self._settings.may_start or (lambda _: True)
         for place in self._places.values():
-            if place.start_at_s is not None and place.start_at_s <= now_s:
+            if place.start_at_s is not None and place.start_at_s <= now_s and may(place.seat):
                 place.start_at_s = None
                 place.pid, place.fenced, place.is_member = -1, "", False
                 try:

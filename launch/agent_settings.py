@@ -38,6 +38,8 @@ class AgentSettings:
     """False for a node that joins a run which others have begun."""
     is_over: Callable[[], bool] | None = None
     """Tells a node that joins, and has not been taken in yet, that the run has ended."""
+    may_start: Callable[[Seat], bool] | None = None
+    """Holds a worker back until it is true."""
     incarnation: int = 0
     """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
     evidence: Evidence | None = None

@@ -139,6 +139,24 @@ def _elastic_task(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="The folder of an elastic run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to repeat it; by default RUN/replay.")
+    ] = None,
+) -> None:
+    """Repeat a run's losses, departures and arrivals at the same steps on this machine; compare the bits."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from holdfast.launch.replay import describe, replay_run
+
+    code, found = replay_run(RunDirectory(run), out or run / "replay")
+    if found is None:
+        raise typer.Exit(code)
+    typer.echo(describe(found))
+    raise typer.Exit(0 if found.equal else 1)
+
+
+@app.command()
 def join(
     run: Annotated[Path, typer.Argument(help="The folder of an elastic run that is under way.")],
     ranks: Annotated[int, typer.Option(help="Workers to add on this machine.", min=1)] = 1,

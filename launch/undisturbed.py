@@ -53,12 +53,13 @@ def train_undisturbed(run: RunDirectory) -> RunDirectory:
 
 def compare_runs(run: RunDirectory, other: RunDirectory) -> Comparison:
     """Losses, gradient norms and final parameters of two finished runs, bit by bit."""
-    mine, others = _bits(run.metrics), _bits(other.metrics)
+    mine, others = bits_of(run.metrics), bits_of(other.metrics)
     differing = [s for s in sorted(mine.keys() | others.keys()) if mine.get(s) != others.get(s)]
     return Comparison(len(mine), next(iter(differing), None), _digest(run) == _digest(other))
 
 
-def _bits(metrics: Path) -> dict[int, tuple[str, str]]:
+def bits_of(metrics: Path) -> dict[int, tuple[str, str]]:
+    """By step, loss and gradient norm as exact hexadecimal numbers."""
     lines = (json.loads(line) for line in metrics.read_text().splitlines())
     return {line["step"]: (line["loss_hex"], line["grad_norm_hex"]) for line in lines}
 

@@ -152,6 +152,13 @@ class Starter:
         self._others.append(self._popen(f"{name}-task-{number}", command))
         return self._others[-1]
 
+    def replay(self, run: ElasticRun) -> ElasticRun:
+        """The changes of a run once more."""
+        name = f"{run.root.name}-again"
+        command = [*HOLDFAST, "replay", str(run.root), "--out", str(self.folder / name)]
+        self.runs.append(ElasticRun(self.folder / name, self._popen(name, command)))
+        return self.runs[-1]
+
     def join(self, run: ElasticRun, ranks: int = 1) -> subprocess.Popen[str]:
         """Another node for a run, on this machine."""
         name = f"{run.root.name}-joined-{len(self._others)}"

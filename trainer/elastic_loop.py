@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.distributed import Store
 
 from holdfast.elastic.chaos import Chaos, Fault, fault_from_data
 from holdfast.elastic.generation import Generation
+from holdfast.elastic.journal import Journal
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.seat import Seat
 from holdfast.parallel.errors import PeerLost, Stopped
@@ -35,6 +37,8 @@ from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.elastic")
 
+_POLL_S = 0.01
+_JOINING_S = 60.0
 _AWAITED_STEPS = 20
 """For how many steps a replacement is awaited before layers move to make up for its lack."""
 
@@ -58,6 +62,8 @@ class ElasticLoop:
         """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
         """The step from which on a change is wanted though nobody comes or goes: see `_tidy_step`."""
+        self._journal = _journal(run)
+        """Of a run whose changes this one repeats."""
         self._elastic = ElasticRun(config, seat, membership, self._load)
         self._elastic.on_disturbed = self._interrupt
         self._elastic.before_change = self._abandon_saves
@@ -102,10 +108,8 @@ class ElasticLoop:
                 self._elastic.on_disturbed = lambda _: None
                 return True
             step = progress.decided
-            wanted = self._membership.wanted
-            mine = any(n.kind == "leaving" and n.identity == self._seat.identity for n in wanted)
-            tidy = self._tidy_from is not None and step >= self._tidy_from
-            outcome = run_step(parts, step, change=bool(wanted) or tidy, leave=mine)
+            change, mine = self._wishes(step)
+            outcome = run_step(parts, step, change=change, leave=mine)
             self._membership.committed(step + 1)
             every = self._config.elastic.verify_every
             if every and (step + 1) % every == 0 and not self._verify(parts.training, step + 1):
@@ -126,6 +130,28 @@ class ElasticLoop:
             self._elastic.leaving = mine
             self._settle(urgent=False)
         return False
+
+    def _wishes(self, step: int) -> tuple[bool, bool]:
+        """Whether the ranks are to change after the next step, and whether this one is to leave then."""
+        if self._journal is not None:
+            self._await_joining(self._journal.awaited(step))
+            leaves = self._journal.leaves_after(self._seat.rank, step + 1)
+            return self._journal.changes_after(step + 1), leaves
+        wanted = self._membership.wanted
+        mine = any(n.kind == "leaving" and n.identity == self._seat.identity for n in wanted)
+        tidy = self._tidy_from is not None and step >= self._tidy_from
+        return bool(wanted) or tidy, mine
+
+    def _await_joining(self, ranks: frozenset[int]) -> None:
+        """Wait until those are ready to join who joined at this point in the run that is repeated."""
+        deadline = time.monotonic() + _JOINING_S
+        here = set(self._parts().training.plan.cells.ranks)
+        missing = set(ranks) - here
+        while missing and time.monotonic() < deadline:
+            self._elastic.check()
+            time.sleep(_POLL_S)
+            joining = {n.identity.rank for n in self._membership.wanted if n.kind == "joining"}
+            missing -= joining
 
     def _parts(self) -> Parts:
         assert self._elastic.training is not None
@@ -278,6 +304,12 @@ class ElasticLoop:
             store_port=int(port),
             store_is_server=False,
         )
+
+
+def _journal(run: RunDirectory) -> Journal | None:
+    if not run.journal.exists():
+        return None
+    return msgspec.json.decode(run.journal.read_bytes(), type=Journal)
 
 
 def train_seat(config: RunConfig, seat: Seat, line: socket.socket, run: RunDirectory) -> None:

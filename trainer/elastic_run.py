@@ -131,6 +131,13 @@ class ElasticRun:
             groups.abort(reason)
         self.on_disturbed(reason)
 
+    def check(self) -> None:
+        """Raises:
+        PeerLost: the generation has ended on this rank.
+        """
+        if self._reason is not None:
+            raise PeerLost(f"the generation has ended: {self._reason}")
+
     def settle(self, *, urgent: bool) -> Change:
         """Agree, and recover, until a generation stands. Collective over all live workers.
 

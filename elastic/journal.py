@@ -1,0 +1,133 @@
+"""The changes of membership that a run went through, from its events, and how to go through them again. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.elastic.chaos import Fault, fault_from_data
+from holdfast.parallel.errors import ConfigError
+
+_CHANGES = ("generation", "recovered")
+
+
+@dataclass(frozen=True, slots=True)
+class JournalChange:
+    """One change, as it came into force."""
+
+    step: int
+    """Committed by then."""
+    within_step: bool
+    """It interrupted a step."""
+    committed: bool
+    """The step that it interrupted was committed by it."""
+    lost: tuple[int, ...]
+    leaving: tuple[int, ...]
+    joined: tuple[int, ...]
+    plan: Mapping[str, Any]
+
+    @property
+    def after(self) -> int:
+        """The steps that were committed when the last undisturbed moment before it was."""
+        return self.step if self.within_step and not self.committed else self.step - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """One start of a run, from its first generation on."""
+
+    first_step: int
+    """Committed when it began: of the checkpoint that was loaded, or 0."""
+    nodes: Mapping[str, tuple[int, ...]]
+    """The ranks that each node has had."""
+    changes: tuple[JournalChange, ...]
+    faults: tuple[Fault, ...]
+    """What makes a new run go through the same losses: kills, and bits that were flipped on purpose."""
+
+    def awaited(self, committed: int) -> frozenset[int]:
+        """Ranks that must be ready to join before the step after `committed` begins."""
+        return frozenset(
+            rank for change in self.changes if change.after == committed for rank in change.joined
+        )
+
+    def changes_after(self, step: int) -> bool:
+        """Whether the ranks change, undisturbed, once `step` is committed."""
+        return any(c.step == step and not c.within_step for c in self.changes)
+
+    def leaves_after(self, rank: int, step: int) -> bool:
+        """Whether a rank hands its state over once `step` is committed."""
+        return any(c.step == step and not c.within_step and rank in c.leaving for c in self.changes)
+
+    def may_start(self, rank: int, incarnation: int, committed: int, *, founder: bool) -> bool:
+        """Whether a worker may start, so that it joins no sooner than the one whose part it has."""
+        joins = [c for c in self.changes if rank in c.joined]
+        number = incarnation - (1 if founder else 0)
+        if number < 0:
+            return True
+        return number < len(joins) and committed >= joins[number].after
+
+
+def journal_of(events: Sequence[Mapping[str, Any]]) -> Journal:
+    """The journal of the newest start of a run, from the lines of its events.jsonl.
+
+    Raises:
+        ConfigError: the run has no changes to tell of.
+    """
+    starts = [n for n, e in enumerate(events) if e["event"] in _CHANGES and e["generation"] == 1]
+    if not starts:
+        raise ConfigError("this run was not an elastic one; there are no changes to repeat")
+    begun, first = starts[-1], events[starts[-1]]
+    changes = tuple(_change(e) for e in events[begun + 1 :] if e["event"] in _CHANGES)
+    placed = {
+        rank for e in (first, *events[begun + 1 :]) if "plan" in e for rank in _ranks(e["plan"])
+    }
+    node_of = {
+        e["rank"]: e["node"]
+        for e in events
+        if e["event"] == "worker_started" and e["rank"] in placed
+    }
+    nodes: dict[str, tuple[int, ...]] = {}
+    for rank in sorted(node_of):
+        nodes[node_of[rank]] = (*nodes.get(node_of[rank], ()), rank)
+    founders = set(_ranks(first["plan"]))
+    flipped = (e for e in events[begun + 1 :] if e.get("fault") == "corrupt-memory")
+    return Journal(
+        first_step=first["from_checkpoint"] or 0,
+        nodes=nodes,
+        changes=changes,
+        faults=(*_kills(changes, founders), *map(_repeated, flipped)),
+    )
+
+
+def _change(event: Mapping[str, Any]) -> JournalChange:
+    return JournalChange(
+        step=event["step"],
+        within_step=event["within_step"],
+        committed=event["committed"],
+        lost=tuple(event["lost"]),
+        leaving=tuple(event["leaving"]),
+        joined=tuple(event["joined"]),
+        plan=event["plan"],
+    )
+
+
+def _ranks(plan: Mapping[str, Any]) -> list[int]:
+    return [r for stage in plan["stages"] for cell in stage for r in cell] + list(plan["spares"])
+
+
+def _kills(changes: Iterable[JournalChange], founders: set[int]) -> Iterable[Fault]:
+    """A SIGKILL for each loss: before the vote of the step that it interrupted, or after it."""
+    process = dict.fromkeys(founders, 0)
+    for change in changes:
+        for rank in change.lost:
+            undecided = change.within_step and not change.committed
+            step, phase = (change.step + 1, "reduce") if undecided else (change.step, "apply")
+            yield Fault("kill", rank, step, phase, incarnation=process.get(rank, 0))
+        for rank in change.joined:
+            process[rank] = process[rank] + 1 if rank in process else 0
+
+
+def _repeated(event: Mapping[str, Any]) -> Fault:
+    names = Fault.__slots__
+    return fault_from_data({name: event[name] for name in names})

@@ -42,6 +42,8 @@ class Journal:
     nodes: Mapping[str, tuple[int, ...]]
     """The ranks that each node has had."""
     changes: tuple[JournalChange, ...]
+    last_step: int | None
+    """After which it went back to a checkpoint, so that the rest is not repeated; None: it never did."""
     faults: tuple[Fault, ...]
     """What makes a new run go through the same losses: kills, and bits that were flipped on purpose."""
 
@@ -78,7 +80,9 @@ def journal_of(events: Sequence[Mapping[str, Any]]) -> Journal:
     if not starts:
         raise ConfigError("this run was not an elastic one; there are no changes to repeat")
     begun, first = starts[-1], events[starts[-1]]
-    changes = tuple(_change(e) for e in events[begun + 1 :] if e["event"] in _CHANGES)
+    found = [e for e in events[begun + 1 :] if e["event"] in _CHANGES]
+    back = next((n for n, e in enumerate(found) if e["from_checkpoint"] is not None), len(found))
+    changes = tuple(map(_change, found[:back]))
     placed = {
         rank for e in (first, *events[begun + 1 :]) if "plan" in e for rank in _ranks(e["plan"])
     }
@@ -96,6 +100,7 @@ def journal_of(events: Sequence[Mapping[str, Any]]) -> Journal:
         first_step=first["from_checkpoint"] or 0,
         nodes=nodes,
         changes=changes,
+        last_step=max((c.after + 1 for c in changes), default=0) if back < len(found) else None,
         faults=(*_kills(changes, founders), *map(_repeated, flipped)),
     )
 

@@ -66,7 +66,7 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
         ConfigError: nothing to repeat, or the checkpoint that the run began from is gone.
     """
     journal = read_journal(source)
-    last = last_step(source.metrics)
+    last = last_step(source.metrics) if journal.last_step is None else journal.last_step
     config = _config(load_config(source.config, []), journal, last, out)
     begin = "none"
     if journal.first_step:
@@ -129,7 +129,8 @@ def _nodes(config: RunConfig, run: RunDirectory, journal: Journal) -> list[Agent
 
 def _compare(source: RunDirectory, run: RunDirectory, journal: Journal) -> Replay:
     first, again = bits_of(source.metrics), bits_of(run.metrics)
-    steps = [step for step in sorted(first) if step > journal.first_step]
+    last = journal.last_step or max(first, default=0)
+    steps = [step for step in sorted(first) if journal.first_step < step <= last]
     plans = [_shape(change.plan) for change in journal.changes]
     repeated = [_shape(change.plan) for change in read_journal(run).changes][: len(plans)]
     repeated += [None] * (len(plans) - len(repeated))

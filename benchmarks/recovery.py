@@ -90,6 +90,11 @@ class Observer:
                 raise TimeoutError(f"no {count} steps within {LONGEST_S:g} s")
             time.sleep(0.01)
 
+    def longest_between(self, begin: float, end: float) -> float:
+        """The longest time without a commit."""
+        times = [begin, *(at for at, _ in self.commits if begin < at < end), end]
+        return max(b - a for a, b in pairwise(times))
+
     def longest_gap(self, fault_at: float) -> float:
         after = [at for at, _ in self.commits if at > fault_at][:3]
         return max(b - a for a, b in pairwise([fault_at, *after]))
@@ -351,10 +356,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measure(job: Contestant, faults: int, number: signal.Signals, seed: int) -> tuple[float, ...]:
-    """Seconds that each fault has cost beyond a step."""
+def measure(
+    job: Contestant, faults: int, number: signal.Signals, seed: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Seconds that each fault has cost beyond a step, and that each replacement's arrival has."""
     rng = random.Random(seed)
-    found = []
+    found: list[float] = []
+    joins: list[float] = []
+    waiting_since: float | None = None
     deadline = time.monotonic() + LONGEST_S
     while len(found) < faults:
         workers = job.workers()
@@ -365,6 +374,9 @@ def measure(job: Contestant, faults: int, number: signal.Signals, seed: int) -> 
             continue
         job.observer.wait_for(SETTLE_STEPS)
         step_s = job.observer.step_s()
+        if waiting_since is not None:
+            gap = job.observer.longest_between(waiting_since, time.perf_counter())
+            joins.append(gap - step_s)
         time.sleep(step_s * rng.random())
         victim = rng.choice(job.workers() or workers)
         fault_at = time.perf_counter()
@@ -375,9 +387,10 @@ def measure(job: Contestant, faults: int, number: signal.Signals, seed: int) -> 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
         time.sleep(0.2)
+        waiting_since = time.perf_counter()
         job.replace()
         deadline = time.monotonic() + LONGEST_S
-    return tuple(found)
+    return tuple(found), tuple(joins)
 
 
 CONTESTANTS = {"holdfast": holdfast, "torchft": torchft, "torchrun restart": torchrun}
@@ -396,17 +409,22 @@ def main() -> None:
         replica(given.replica, given.lighthouse, Path(given.commits))
         return
     for kind, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
-        rows, steps = [], {}
+        rows: list[Measurement] = []
+        arrivals: list[Measurement] = []
+        steps: dict[str, float] = {}
         for name, start in CONTESTANTS.items():
             if given.only not in name or (number == signal.SIGSTOP and name == "torchrun restart"):
                 continue
             with tempfile.TemporaryDirectory() as folder, start(Path(folder)) as job:
-                rows.append(Measurement(name, measure(job, given.faults, number, seed=3)))
+                lost, joined = measure(job, given.faults, number, seed=3)
+                rows.append(Measurement(name, lost))
+                if joined and name != "torchrun restart":
+                    arrivals.append(Measurement(f"{name}: a replacement joins", joined))
                 steps[name] = job.observer.step_s()
         medians = {row.name: row.median_s for row in rows}
         report(
             f"one of {RANKS} workers is {kind}: time lost",
-            rows,
+            [*rows, *arrivals],
             {name: medians["torchft"] for name in medians} if "torchft" in medians else {},
             json_path=given.json and f"{given.json.removesuffix('.json')}-{kind}.json",
             note="ratio: to torchft; a step takes "

@@ -15,6 +15,8 @@ RUNS = {
     "data_parallel.py": ["--json", str(OUTPUT / "data_parallel")],
     "checkpoint.py": ["--json", str(OUTPUT / "checkpoint.json")],
     "checkpoint_scale.py": ["--json", str(OUTPUT / "checkpoint_scale.json")],
+    "elastic_overhead.py": ["--json", str(OUTPUT / "elastic_overhead.json")],
+    "lost_rank.py": ["--json", str(OUTPUT / "lost_rank.json")],
     "recovery.py": ["--json", str(OUTPUT / "recovery.json")],
     "replan_scale.py": ["--json", str(OUTPUT / "replan_scale.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],

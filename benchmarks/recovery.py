@@ -189,8 +189,10 @@ def holdfast(folder: Path) -> Iterator[Contestant]:
     with ended(process):
         observer = Observer(lambda: [run / "metrics.jsonl"], metrics_step)
         observer.wait_for(SETTLE_STEPS)
-        yield Contestant(observer, workers)
-        observer.close()
+        try:
+            yield Contestant(observer, workers)
+        finally:
+            observer.close()
 
 
 @contextlib.contextmanager
@@ -212,8 +214,10 @@ def torchrun(folder: Path) -> Iterator[Contestant]:
     with ended(process):
         observer = Observer(lambda: [run / "metrics.jsonl"], metrics_step)
         observer.wait_for(SETTLE_STEPS)
-        yield Contestant(observer, workers)
-        observer.close()
+        try:
+            yield Contestant(observer, workers)
+        finally:
+            observer.close()
 
 
 @contextlib.contextmanager
@@ -247,10 +251,14 @@ def torchft(folder: Path) -> Iterator[Contestant]:
                 start(number)
 
     def members() -> int:
-        """Of the newest quorum, as the first replica committed with it."""
-        log = folder / "commits-0-1"
-        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
-        return int(lines[-1].split()[1]) if lines else 0
+        """Of the newest step that anybody has committed."""
+        newest = (0, 0)
+        for log in folder.glob("commits-*"):
+            lines = log.read_bytes().split(b"\n")[:-1]
+            if lines:
+                step, count = lines[-1].split()
+                newest = max(newest, (int(step), int(count)))
+        return newest[1]
 
     def workers() -> list[int]:
         if members() != RANKS:
@@ -264,8 +272,10 @@ def torchft(folder: Path) -> Iterator[Contestant]:
             lambda: list(folder.glob("commits-*")), lambda line: int(line.split()[0])
         )
         observer.wait_for(SETTLE_STEPS)
-        yield Contestant(observer, workers, replace)
-        observer.close()
+        try:
+            yield Contestant(observer, workers, replace)
+        finally:
+            observer.close()
     finally:
         for process in replicas.values():
             process.kill()
@@ -401,6 +411,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=8)
     parser.add_argument("--json", default=None)
     parser.add_argument("--only", default="")
+    parser.add_argument("--stop-only", action="store_true", help="leave out the killed workers")
     parser.add_argument("--replica", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--lighthouse", default="", help=argparse.SUPPRESS)
     parser.add_argument("--commits", default="", help=argparse.SUPPRESS)
@@ -409,12 +420,14 @@ def main() -> None:
         replica(given.replica, given.lighthouse, Path(given.commits))
         return
     for kind, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
+        if given.stop_only and number == signal.SIGKILL:
+            continue
         rows: list[Measurement] = []
         arrivals: list[Measurement] = []
         steps: dict[str, float] = {}
         for name, start in CONTESTANTS.items():
-            if given.only not in name or (number == signal.SIGSTOP and name == "torchrun restart"):
-                continue
+            if given.only not in name or (number == signal.SIGSTOP and name != "holdfast"):
+                continue  # torchrun waits for ever; torchft's replicas did not all come back in time
             with tempfile.TemporaryDirectory() as folder, start(Path(folder)) as job:
                 lost, joined = measure(job, given.faults, number, seed=3)
                 rows.append(Measurement(name, lost))

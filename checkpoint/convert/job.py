@@ -184,10 +184,10 @@ def _lead(
     prepared = _prepare(asked)
     partial = _partial(asked)
     journal = Journal(partial, 0)
-    _make_room(asked, prepared, journal)
-    done = journal.read()
-    resumed = sum(prepared.output.units[i].bytes for i in done.checksums)
     try:
+        _make_room(asked, prepared, journal)
+        done = journal.read()
+        resumed = sum(prepared.output.units[i].bytes for i in done.checksums)
         if workers > 1:
             _share_among_processes(asked, prepared, journal, done, workers, progress)
         else:

@@ -330,7 +330,7 @@ def _share_among_processes(
     # A process with threads cannot be forked safely; a fresh one opens and plans for itself.
     forked = threading.active_count() == 1
     context: Any = multiprocessing.get_context("fork" if forked else "spawn")
-    counters = context.Array("Q", workers)
+    counters = context.RawArray("Q", workers)
     inherited = (prepared, done) if forked else None
     processes = [
         context.Process(target=_work, args=(asked, rank, workers, counters, inherited), daemon=True)

@@ -198,7 +198,9 @@ def _lead(
         for name in prepared.output.files:
             _sync(partial / name)
         output = format_named(asked.to).read(partial, ReadOptions())
-        compared = compare_sample(prepared.catalog.root, prepared.output.expected, output)
+        compared = compare_sample(
+            prepared.catalog.root, prepared.output.expected, output, prepared.output.added
+        )
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or partial} cannot be written: {error.strerror or error}; what was written "

@@ -56,7 +56,7 @@ def map_tensors(
         ConfigError: a value that a rule needs is not known.
     """
     mapped = Mapped([])
-    states = [(Pattern(state.source), state.kind) for state in book.states]
+    states = [(Pattern(state.source), Pattern(state.kind)) for state in book.states]
     rules = [(Pattern(rule.source), rule) for rule in book.rules]
     groups: defaultdict[tuple[str, str, int], list[SourceTensor]] = defaultdict(list)
     captured: dict[tuple[str, str, int], dict[str, str]] = {}
@@ -92,11 +92,11 @@ def map_tensors(
     return mapped
 
 
-def _kind_of(key: str, states: Sequence[tuple[Pattern, str]]) -> tuple[str, str]:
+def _kind_of(key: str, states: Sequence[tuple[Pattern, Pattern]]) -> tuple[str, str]:
     for pattern, kind in states:
         found = pattern.match(key)
         if found is not None:
-            return kind, found["key"]
+            return kind.fill(found), found["key"]
     return "weight", key
 
 

@@ -47,6 +47,8 @@ class Output:
     expected: Sequence[tuple[Logical, str]]
     """The tensors that its own format will find in it, each with its type."""
     checksum: Checksum = "crc32c"
+    added: frozenset[str] = frozenset()
+    """Full names of tensors that the source does not have, as a count of steps for each parameter."""
 
     @property
     def bytes(self) -> int:

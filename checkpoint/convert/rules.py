@@ -64,7 +64,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     """With a capture {key}: the name of the weight, to which the rules apply."""
     kind: str
-    """"master", "exp_avg", "exp_avg_sq", "buffer", …; "weight" for weights that have a prefix."""
+    """"master", "exp_avg", "exp_avg_sq", "buffer", …, or with captures of the source."""
 
 
 class Skip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,6 +103,12 @@ def parse_rules(text: str, where: str) -> RuleBook:
         if "key" not in Pattern(state.source).captures:
             raise ConfigError(
                 f"{where}, state {state.source}: it must have the capture {{key}}, the weight's name"
+            )
+        unknown = sorted(Pattern(state.kind).captures - Pattern(state.source).captures)
+        if unknown:
+            raise ConfigError(
+                f"{where}, state {state.source}: the kind {state.kind} uses {unknown[0]}, which it does not "
+                "capture"
             )
     return book
 

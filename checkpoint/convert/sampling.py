@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,18 +22,24 @@ from holdfast.parallel.errors import CheckpointError
 MOST_ELEMENTS = 8192
 
 
-def compare_sample(source: Path, expected: Sequence[tuple[Logical, str]], output: Catalog) -> int:
+def compare_sample(
+    source: Path,
+    expected: Sequence[tuple[Logical, str]],
+    output: Catalog,
+    added: Collection[str] = (),
+) -> int:
     """Compare names, shapes, types and a sample of elements; returns how many elements.
 
     Args:
         source: what the places of the expected tensors are relative to.
         expected: the tensors that were to be written, each with its type in the output.
+        added: names of those that only the output has.
     Raises:
         CheckpointError: a tensor is missing, of another form, or has another value.
     """
     found = {tensor.full_name: tensor for tensor in output.tensors}
     names = [tensor.full_name for tensor, _ in expected]
-    missing = sorted(set(names) ^ set(found))
+    missing = sorted((set(names) | set(added)) ^ set(found))
     if missing:
         raise CheckpointError(f"{output.root}: {missing[0]} is in one of source and output only")
     each = max(2, min(64, MOST_ELEMENTS // max(1, len(names))))

@@ -10,11 +10,12 @@ from holdfast.parallel.errors import ConfigError
 
 _MODULES = {
     "holdfast": "holdfast",
+    "dcp": "dcp",
     "hf": "huggingface",
 }
 """In the order in which a path is tried: the most particular first."""
 SOURCES = tuple(_MODULES)
-TARGETS = ("holdfast", "hf")
+TARGETS = ("holdfast", "hf", "dcp")
 
 
 def format_named(name: str) -> Any:

@@ -125,15 +125,13 @@ def _union(
 ) -> tuple[tuple[int, ...], list[Piece], int]:
     """The tensor that shards make up: (shape, pieces, number of shards)."""
     size = ELEMENT_BYTES[members[0].dtype]
+    if rule.fragments:
+        members = _join_fragments(rule.fragments, members, where)
     by_index: defaultdict[int, list[SourceTensor]] = defaultdict(list)
     for member in members:
         by_index[member.index(rule.over)].append(member)
     indices = sorted(by_index)
-    if indices != list(range(len(indices))):
-        missing = next(i for i in range(len(indices) + 1) if i not in by_index)
-        raise CheckpointError(
-            f"{where}: shard {missing} along {rule.over} is missing; there are {indices}"
-        )
+    _check_indices(indices, rule.over, where)
     shards: list[tuple[SourceTensor, list[Piece]]] = []
     for index in indices:
         first, *copies = by_index[index]
@@ -150,8 +148,6 @@ def _union(
         )
     if rule.form == "shard":
         return _cut(rule.dim, shards, where)
-    if rule.form == "fragments":
-        return _fragments(shards, where)
     pieces = shards[0][1]
     for other, others in shards[1:]:
         _same_shape(first, other, where)
@@ -192,19 +188,40 @@ def _cut(
     return shape, pieces, len(shards)
 
 
-def _fragments(
-    shards: Sequence[tuple[SourceTensor, list[Piece]]], where: str
-) -> tuple[tuple[int, ...], list[Piece], int]:
-    shape = shards[0][0].full_shape
-    if shape is None:
+def _check_indices(indices: Sequence[int], axis: str, where: str) -> None:
+    missing = next((i for i in range(len(indices)) if indices[i] != i), None)
+    if missing is not None:
         raise CheckpointError(
-            f"{where}: the source does not tell the shape of its fragments' tensor"
+            f"{where}: shard {missing} along {axis} is missing; there are {list(indices)}"
         )
-    position, pieces = 0, []
-    for member, _ in shards:
-        pieces += fragment_pieces(member, position, shape)
-        position += member.shape[0]
-    return shape, pieces, len(shards)
+
+
+def _join_fragments(axis: str, members: Sequence[SourceTensor], where: str) -> list[SourceTensor]:
+    """Flat fragments as the tensors that they make up, one for each place along the other axes.
+
+    A tensor without a place along `axis` is whole already.
+    """
+    groups: defaultdict[tuple[tuple[str, int], ...], list[SourceTensor]] = defaultdict(list)
+    for member in members:
+        groups[tuple(c for c in member.shard if c[0] != axis)].append(member)
+    joined = []
+    for shard, fragments in groups.items():
+        if all(fragment.shard == shard for fragment in fragments):
+            joined += fragments
+            continue
+        shape = fragments[0].full_shape
+        if shape is None:
+            raise CheckpointError(
+                f"{where}: the source does not tell the shape of the tensor that its fragments make up"
+            )
+        fragments.sort(key=lambda fragment: fragment.index(axis))
+        position, pieces = 0, []
+        for fragment in fragments:
+            pieces += fragment_pieces(fragment, position, shape)
+            position += fragment.shape[0]
+        first = fragments[0]
+        joined.append(SourceTensor(first.key, first.dtype, shape, tuple(pieces), shard))
+    return joined
 
 
 def make_views(
@@ -288,12 +305,18 @@ def _fused(
             f"{where}: the parts make {groups} x ({shown}) = {groups * sum(sizes)} indices along dimension "
             f"{rule.fused_dim}, and its shape there is {list(inner)}"
         )
-    found, before = [], 0
+    spans: dict[str, list[tuple[int, int, int]]] = {target: [] for target in rule.targets}
+    lengths: Counter[str] = Counter()
+    before = 0
     for part, size in zip(rule.parts, sizes, strict=True):
-        spans = [(g * size, g * sum(sizes) + before, size) for g in range(groups)]
-        found.append((Pattern(part.target).fill(captured), groups * size, spans))
+        for group in range(groups):
+            start = group * sum(sizes) + before
+            spans[part.target].append((lengths[part.target], start, size))
+            lengths[part.target] += size
         before += size
-    return found
+    return [
+        (Pattern(target).fill(captured), lengths[target], spans[target]) for target in rule.targets
+    ]
 
 
 def _lower(view: View, pieces: Sequence[Piece], dtype: str) -> tuple[Piece, ...]:

@@ -23,6 +23,7 @@ INERT = {
     ("pathlib", "PurePosixPath"),
     ("pathlib._local", "PosixPath"),
     ("datetime", "timedelta"),
+    ("torch", "Tensor"),
     ("torch", "device"),
     ("torch", "memory_format"),
     ("torch.serialization", "_get_layout"),
@@ -143,6 +144,13 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+def _tensor_of_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
+    # A tensor with attributes, which are not needed; only what rebuilds tensors may be called.
+    if function not in (_tensor, _untyped_tensor, _parameter):
+        raise CheckpointError("a tensor that is rebuilt by something else than a tensor's function")
+    return function(*arguments)
+
+
 def _as_tuple(values: Any = ()) -> tuple[Any, ...]:
     return tuple(values)
 
@@ -161,6 +169,7 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v3"): _untyped_tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_type,
     ("torch.nn.parameter", "Parameter"): _parameter,
 }
 

@@ -14,13 +14,14 @@ import msgspec
 from holdfast.checkpoint.convert.patterns import Pattern, evaluate
 from holdfast.parallel.errors import ConfigError
 
-Form = Literal["whole", "replicated", "shard", "sum", "mean", "fragments"]
+Form = Literal["whole", "replicated", "shard", "sum", "mean"]
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of the tensors that are fused into a source tensor."""
 
     target: str
+    """The same target in several parts is these parts one after the other."""
     size: int | str
     """Its indices along `fused_dim` in each group."""
 
@@ -43,6 +44,8 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """The axis of shards that `is` speaks of. Along other axes, copies must be equal."""
     dim: int = 0
     """Of "shard": the dimension that is cut."""
+    fragments: str = ""
+    """The axis along which the source has flat fragments, of each shard or of the whole."""
     stack: str = ""
     """The first dimension enumerates tensors: the capture that its index becomes."""
     strip: Strip | None = None
@@ -55,7 +58,8 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return tuple(part.target for part in self.parts) if self.parts else (self.target,)
+        """The patterns of the tensors that it gives, each once."""
+        return tuple(dict.fromkeys(part.target for part in self.parts)) or (self.target,)
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

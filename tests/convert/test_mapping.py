@@ -152,7 +152,7 @@ def test_flat_fragments_make_up_the_tensor(
     source = Source()
     for index, (start, stop) in enumerate(pairwise(places)):
         source.add("w", flat[start:stop], full=tuple(value.shape), dp=index)
-    rule = '[[rule]]\nsource = "{name}"\ntarget = "{name}"\nis = "fragments"\nover = "dp"'
+    rule = '[[rule]]\nsource = "{name}"\ntarget = "{name}"\nfragments = "dp"'
     [tensor] = mapped(source, rule).tensors
     assert torch.equal(source.read(tensor, torch.float32), value)
     boxes = list(flat_boxes(places[0], places[1], value.shape))
@@ -210,6 +210,26 @@ def test_transposed_and_grouped_experts() -> None:
             assert torch.equal(source.read(tensor, torch.float32), expected)
 
 
+def test_shards_of_two_joined_tensors_become_one() -> None:
+    """As DeepSpeed's parameter_with_2_sub_params_cat_dim_0: each shard has its gate rows, then its up rows."""
+    gate, up = numbers(6, 3), numbers(6, 3) + 1
+    source = Source()
+    for index in range(3):
+        pair = torch.cat([gate.chunk(3)[index], up.chunk(3)[index]]).reshape(-1)
+        for part, fragment in enumerate(pair.split(5)):
+            source.add("up", fragment, (4, 3), tp=index, dp=part)
+    rule = """
+    [[rule]]
+    source = "up"
+    is = "shard"
+    fragments = "dp"
+    groups = "shards"
+    parts = [{ target = "gate_up", size = 2 }, { target = "gate_up", size = 2 }]
+    """
+    [tensor] = mapped(source, rule).tensors
+    assert torch.equal(source.read(tensor, torch.float32), torch.cat([gate, up]))
+
+
 def test_copies_along_other_axes_are_all_listed() -> None:
     source, value = Source(), numbers(4, 2)
     for stage in range(2):
@@ -249,8 +269,7 @@ BROKEN = [
     ('target = "w"\nis = "shard"\ndim = 2', {}, "cuts dimension 2"),
     ('parts = [{ target = "a", size = 3 }, { target = "b", size = 2 }]', {}, r"\(3 \+ 2\) = 5"),
     ('parts = [{ target = "a", size = "rows / 3" }]', {}, "4 cannot be divided by 3"),
-    ('target = "w"\nis = "fragments"', {}, "shape of its fragments"),
-    ('parts = [{ target = "a", size = 2 }, { target = "a", size = 2 }]', {}, "become a"),
+    ('target = "w"\nfragments = "dp"', {"dp": 0}, "shape of the tensor that its fragments"),
 ]
 
 

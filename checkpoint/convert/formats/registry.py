@@ -10,12 +10,14 @@ from holdfast.parallel.errors import ConfigError
 
 _MODULES = {
     "holdfast": "holdfast",
+    "deepspeed": "deepspeed",
+    "deepspeed-universal": "deepspeed_universal",
     "dcp": "dcp",
     "hf": "huggingface",
 }
 """In the order in which a path is tried: the most particular first."""
 SOURCES = tuple(_MODULES)
-TARGETS = ("holdfast", "hf", "dcp")
+TARGETS = ("holdfast", "hf", "dcp", "deepspeed-universal")
 
 
 def format_named(name: str) -> Any:

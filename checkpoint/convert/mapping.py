@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from holdfast.checkpoint.convert.patterns import Pattern, evaluate
 from holdfast.checkpoint.convert.pieces import (
@@ -232,15 +233,16 @@ def make_views(
     where: str,
 ) -> list[View]:
     """The tensors of the model that a tensor of `shape` has, as the rule says."""
-    if rule.stack:
-        if not shape:
-            raise CheckpointError(f"{where}: a scalar has no dimension to take apart")
-        views = []
-        for index in range(shape[0]):
-            bound = {**captured, rule.stack: str(index)}
-            views += _views(rule, bound, shape, (index,), values, where)
-        return views
-    return _views(rule, captured, shape, (), values, where)
+    lead = len(rule.stacked)
+    if len(shape) < lead:
+        raise CheckpointError(
+            f"{where}: its shape {list(shape)} has no {lead} dimensions to take apart"
+        )
+    views = []
+    for index in product(*(range(extent) for extent in shape[:lead])):
+        bound = {**captured, **dict(zip(rule.stacked, map(str, index), strict=True))}
+        views += _views(rule, bound, shape, index, values, where)
+    return views
 
 
 def _views(

@@ -46,8 +46,8 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Of "shard": the dimension that is cut."""
     fragments: str = ""
     """The axis along which the source has flat fragments, of each shard or of the whole."""
-    stack: str = ""
-    """The first dimension enumerates tensors: the capture that its index becomes."""
+    stack: str | tuple[str, ...] = ()
+    """The first dimension (or dimensions) enumerates tensors: the capture that its index becomes."""
     strip: Strip | None = None
     parts: tuple[Part, ...] = ()
     groups: int | str = 1
@@ -55,6 +55,11 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     fused_dim: int = 0
     transpose: bool = False
     """Swap the last two dimensions."""
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """`stack` as the captures of the first dimensions."""
+        return (self.stack,) if isinstance(self.stack, str) else self.stack
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -120,7 +125,7 @@ def parse_rules(text: str, where: str) -> RuleBook:
 def _check(rule: Rule, where: str) -> None:
     if bool(rule.target) == bool(rule.parts):
         raise ConfigError(f"{where}: give either target or parts")
-    bound = Pattern(rule.source).captures | ({rule.stack} if rule.stack else set())
+    bound = Pattern(rule.source).captures | set(rule.stacked)
     for target in rule.targets:
         unknown = sorted(Pattern(target).captures - bound)
         if unknown or "*" in target:

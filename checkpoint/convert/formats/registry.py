@@ -10,6 +10,7 @@ from holdfast.parallel.errors import ConfigError
 
 _MODULES = {
     "holdfast": "holdfast",
+    "megatron": "megatron",
     "deepspeed": "deepspeed",
     "deepspeed-universal": "deepspeed_universal",
     "dcp": "dcp",

@@ -112,32 +112,32 @@ class Engine:
     def convert(
         self,
         units: Iterable[tuple[int, Unit]],
-        done: Callable[[int, Unit, int], None],
+        done: Callable[[int, Unit, Sums], None],
     ) -> None:
         """Carry out units.
 
         Args:
             units: with their numbers.
-            done: called with (number, unit, checksum) after a unit has been written, in no order.
+            done: called with (number, unit, checksums) after a unit has been written, in no order.
         Raises:
             CheckpointError: the source cannot be read, is damaged, or disagrees with itself; the target
                 cannot be written.
         """
         free = [_Slot() for _ in range(self._slots)]
         reading: deque[_Slot] = deque()
-        writing: deque[tuple[_Slot, int, int]] = deque()
+        writing: deque[tuple[_Slot, int, Sums]] = deque()
 
         def finish_write() -> None:
-            slot, ticket, crc = writing.popleft()
+            slot, ticket, sums = writing.popleft()
             assert slot.unit is not None
             self._wait(self._writes, [ticket], self.target)
-            done(slot.index, slot.unit, crc)
+            done(slot.index, slot.unit, sums)
             free.append(slot)
 
         def finish_read() -> None:
             slot = reading.popleft()
-            crc = self._assemble(slot)
-            writing.append((slot, self._write(slot), crc))
+            sums = self._assemble(slot)
+            writing.append((slot, self._write(slot), sums))
 
         try:
             for index, unit in units:
@@ -226,8 +226,8 @@ class Engine:
         start = inside.start[0] * row if inside.start else 0
         return slot.memory[start : start + region.bytes]
 
-    def _assemble(self, slot: _Slot) -> int:
-        """Wait for what a unit is made of and put it together; returns the unit's checksum."""
+    def _assemble(self, slot: _Slot) -> Sums:
+        """Wait for what a unit is made of and put it together; returns the unit's checksums."""
         unit, memory = slot.unit, slot.memory
         assert unit is not None
         assert memory is not None
@@ -250,7 +250,7 @@ class Engine:
             else:
                 total = sum(values[1:], values[0])
                 part.copy_(total / len(values) if unit.tensor.combine == "mean" else total)
-        return checksum_of(memory, self._checksum)
+        return sums_of(memory, self._checksum)
 
     def _view(self, unit: Unit, piece: Piece, term: _Term) -> Tensor:
         typed = term.memory.view(TORCH_DTYPES[unit.tensor.dtype])
@@ -327,11 +327,16 @@ class Engine:
                 continue
 
 
-def checksum_of(memory: Tensor, kind: Checksum) -> int:
-    """The checksum of uint8 memory."""
+Sums = tuple[int, int]
+"""CRC-32C of a unit, for reading it back, and what the output's format has of it (0 for the same)."""
+
+
+def sums_of(memory: Tensor, kind: Checksum) -> Sums:
+    """The checksums of uint8 memory."""
+    own = _native.crc32c(memory.data_ptr(), memory.numel())
     if kind == "crc32c":
-        return _native.crc32c(memory.data_ptr(), memory.numel())
-    return zlib.crc32(memoryview(memory.numpy()))  # pyrefly: ignore[bad-argument-type]
+        return own, 0
+    return own, zlib.crc32(memoryview(memory.numpy()))  # pyrefly: ignore[bad-argument-type]
 
 
 def _bits(values: Tensor) -> Tensor:

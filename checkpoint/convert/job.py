@@ -194,7 +194,8 @@ def _lead(
             _do(asked, prepared, journal, done, 0, world, 1, _adder(progress, prepared.total))
             _await_others(prepared, journal, progress)
         checksums = journal.read().checksums
-        prepared.output.finish(partial, [checksums[i] for i in range(len(checksums))])
+        other = prepared.output.checksum != "crc32c"
+        prepared.output.finish(partial, [checksums[i][other] for i in range(len(checksums))])
         for name in prepared.output.files:
             _sync(partial / name)
         output = format_named(asked.to).read(partial, ReadOptions())

@@ -25,8 +25,8 @@ PARTIAL = ".partial"
 class Done:
     """What all workers have done so far."""
 
-    checksums: dict[int, int] = field(default_factory=dict)
-    """By number of the unit."""
+    checksums: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By number of the unit: CRC-32C, and what the output's format has of it."""
     verified: set[int] = field(default_factory=set)
 
 
@@ -71,19 +71,23 @@ class Journal:
                     entry = json.loads(line)
                 except ValueError:
                     continue
-                done.checksums.update((int(unit), crc) for unit, crc in entry.get("written", ()))
+                for unit, own, other in entry.get("written", ()):
+                    done.checksums[unit] = own, other
                 done.verified.update(entry.get("verified", ()))
         return done
 
     def record(
-        self, written: Mapping[int, int] | None = None, verified: list[int] | None = None
+        self,
+        written: Mapping[int, tuple[int, int]] | None = None,
+        verified: list[int] | None = None,
     ) -> None:
         """Append what this worker has done."""
         if self._file is None:
             path = self._folder / f"journal-{self._rank:05d}.jsonl"
             self._file = path.open("a")
             self._file.write("\n")
-        entry = {"written": sorted((written or {}).items()), "verified": verified or []}
+        lines = [(unit, *sums) for unit, sums in sorted((written or {}).items())]
+        entry = {"written": lines, "verified": verified or []}
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -19,7 +19,7 @@ from holdfast.checkpoint.convert.pieces import Logical
 from holdfast.checkpoint.dtypes import TORCH_DTYPES
 from holdfast.parallel.errors import CheckpointError
 
-MOST_ELEMENTS = 8192
+MOST_ELEMENTS = 4096
 
 
 def compare_sample(
@@ -42,7 +42,7 @@ def compare_sample(
     missing = sorted((set(names) | set(added)) ^ set(found))
     if missing:
         raise CheckpointError(f"{output.root}: {missing[0]} is in one of source and output only")
-    each = max(2, min(64, MOST_ELEMENTS // max(1, len(names))))
+    each = max(2, min(16, MOST_ELEMENTS // max(1, len(names))))
     compared = 0
     with _Elements(source) as there, _Elements(output.root) as here:
         for tensor, dtype in expected:

@@ -10,7 +10,7 @@ import torch
 
 from holdfast import _native
 from holdfast.checkpoint.convert.catalog import Catalog
-from holdfast.checkpoint.convert.engine import SLOT_BYTES, Engine, checksum_of
+from holdfast.checkpoint.convert.engine import SLOT_BYTES, Engine, Sums
 from holdfast.checkpoint.convert.journal import Done, Journal
 from holdfast.checkpoint.convert.output import Output, Unit
 from holdfast.checkpoint.convert.regions import region_of
@@ -51,8 +51,8 @@ def do_share(
     _check_source(catalog, output, rank, world)
     open_units = [(i, output.units[i]) for i in mine if i not in done.checksums]
     progress(sum(output.units[i].bytes for i in mine if i in done.checksums))
-    pending: dict[int, int] = {}
-    written: dict[int, int] = {}
+    pending: dict[int, Sums] = {}
+    written: dict[int, Sums] = {}
     waiting_bytes = 0
     with Engine(
         catalog.root,
@@ -62,9 +62,9 @@ def do_share(
         checks=catalog.checks,
     ) as engine:
 
-        def finished(number: int, unit: Unit, checksum: int) -> None:
+        def finished(number: int, unit: Unit, sums: Sums) -> None:
             nonlocal waiting_bytes
-            pending[number] = checksum
+            pending[number] = sums
             waiting_bytes += unit.bytes
             progress(unit.bytes)
             if waiting_bytes >= RECORD_BYTES:
@@ -82,7 +82,7 @@ def do_share(
         flush()
     checksums = {**{i: done.checksums[i] for i in mine if i in done.checksums}, **written}
     unseen = [i for i in mine if i not in done.verified]
-    _read_back(partial, output, [(i, checksums[i]) for i in unseen])
+    _read_back(partial, output, [(i, checksums[i][0]) for i in unseen])
     journal.record(verified=unseen)
 
 
@@ -112,7 +112,7 @@ def _read_back(partial: Path, output: Output, wanted: Sequence[tuple[int, int]])
                 unit = output.units[wanted[before][0]]
                 engine.wait(tickets.pop(before))
                 place = before % depth * step + unit.offset % 4096
-                found = checksum_of(memory[place : place + unit.bytes], output.checksum)
+                found = _native.crc32c(memory.data_ptr() + place, unit.bytes)
                 if found != wanted[before][1]:
                     raise CheckpointError(
                         f"{partial / unit.file}: {unit.tensor.full_name}{unit.box} at byte {unit.offset} "

@@ -22,6 +22,7 @@ from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions
 from holdfast.checkpoint.convert.formats.registry import TARGETS, format_named, recognise
 from holdfast.checkpoint.convert.journal import FOLDER, PARTIAL, Done, Journal, Lock
 from holdfast.checkpoint.convert.output import FLOATS, Output
+from holdfast.checkpoint.convert.rules import load_rules
 from holdfast.checkpoint.convert.sampling import compare_sample
 from holdfast.checkpoint.convert.worker import do_share
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
@@ -140,6 +141,8 @@ class _Prepared:
 def _prepare(asked: Conversion) -> _Prepared:
     """Open the source and plan the output. The same in every process."""
     name = asked.source_format
+    if name == "auto" and asked.rules is not None and load_rules(asked.rules).files:
+        name = "files"
     if name == "auto":
         name = recognise(asked.source)
     elif not asked.source.exists():

@@ -88,6 +88,8 @@ class RuleBook(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     format: str
     description: str = ""
+    files: tuple[str, ...] = ()
+    """For `--from files`: patterns of file names, whose captures are the coordinates of a shard."""
     rules: tuple[Rule, ...] = msgspec.field(name="rule", default=())
     states: tuple[State, ...] = msgspec.field(name="state", default=())
     skips: tuple[Skip, ...] = msgspec.field(name="skip", default=())

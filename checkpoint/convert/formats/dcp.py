@@ -12,15 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.catalog import (
@@ -320,9 +311,19 @@ def _crc(item: _Item, units: Sequence[Unit], checksums: Sequence[int]) -> int:
     return crc
 
 
-def _metadata(
-    items: Sequence[_Item], types: Mapping[tuple[Any, ...], tuple[Logical, str]]
-) -> Metadata:
+def _metadata(items: Sequence[_Item], types: Mapping[tuple[Any, ...], tuple[Logical, str]]) -> Any:
+    """The torch.distributed.checkpoint.metadata.Metadata of a folder."""
+    # Only where it is written: importing it takes longer than most conversions.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     described: dict[str, Any] = {}
     storage: dict[MetadataIndex, Any] = {}
     paths: dict[str, Any] = {}

@@ -15,6 +15,7 @@ _MODULES = {
     "deepspeed-universal": "deepspeed_universal",
     "dcp": "dcp",
     "hf": "huggingface",
+    "files": "files",
 }
 """In the order in which a path is tried: the most particular first."""
 SOURCES = tuple(_MODULES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,8 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     tensors = [
         model.source(f"{'buffer' if name in buffers else 'module'}/{name}", tensor)
         for name, tensor in told.get("module", {}).items()
-        if isinstance(tensor, StoredTensor) and prod(tensor.shape)
+        # ZeRO 3 leaves empty tensors in the place of weights.
+        if isinstance(tensor, StoredTensor) and shapes.get(name, tensor.shape) == tensor.shape
         if name not in (told.get("shared_params") or {})
     ]
     steps: dict[str, float] = {}

@@ -129,7 +129,7 @@ def plan(catalog: Catalog, dtype: str) -> Output:
         if tensor.kind not in ("weight", "master", "buffer", "tensor"):
             catalog.left_out[tensor.full_name] = "Hugging Face folders hold weights only"
     shelves: list[list[tuple[Logical, str]]] = []
-    size = LARGEST_FILE_BYTES
+    size = LARGEST_FILE_BYTES + 1
     for tensor, out in chosen:
         length = _bytes(tensor, out)
         if size + length > LARGEST_FILE_BYTES:

@@ -154,7 +154,7 @@ def load_rules(path: Path) -> RuleBook:
 
 def builtin_rules(name: str) -> RuleBook:
     """The rules that come with holdfast for a format."""
-    text = files("holdfast.checkpoint.convert").joinpath("rules", f"{name}.toml").read_text()
+    text = files("holdfast.checkpoint.convert").joinpath("mappings", f"{name}.toml").read_text()
     return parse_rules(text, f"{name}.toml")
 
 

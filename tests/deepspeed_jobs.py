@@ -112,6 +112,49 @@ def _train(
     return {"losses": losses, "first": first}
 
 
+def run_tensor_parallel(
+    rank: int, world_size: int, store: Store, *, stages: list[int], root: str
+) -> None:
+    """Two steps of a transformers model on 2 tensor-parallel ranks x the rest, saved for each ZeRO stage."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        DS_ACCELERATOR="cpu",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
+    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    import deepspeed
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for stage in stages:
+        torch.manual_seed(1)
+        sizes = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+            "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": True},
+            "tensor_parallel": {"autotp_size": 2},
+        }
+        engine, *_ = deepspeed.initialize(model=LlamaForCausalLM(sizes), config=config)
+        for step in range(2):
+            generator = torch.Generator().manual_seed(10 * step + rank // 2)
+            tokens = torch.randint(64, (2, 8), generator=generator)
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+        engine.save_checkpoint(f"{root}/tensor-{stage}", tag="global_step2")
+
+
 def consolidated(folder: Path, tag: str) -> dict[str, Tensor]:
     """DeepSpeed's own consolidation of a checkpoint: every weight in 32 bits."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -96,24 +96,48 @@ def test_every_weight_equals_deepspeeds_own_consolidation(
         assert sum(name.startswith("exp_avg_sq.") for name in found) == len(own) - 1
 
 
+def make_universal(source: Path, target: Path) -> Path:
+    """What DeepSpeed's own converter makes of a checkpoint."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(
+        [*command, "--inject_missing_state"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
 @pytest.fixture(scope="module")
 def own_universal(
     trained: dict[Any, tuple[Path, list[float]]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Any, Path]:
-    """By case: what DeepSpeed's own converter makes of a checkpoint."""
-    found = {}
-    for case in OWN_TOO:
-        found[case] = tmp_path_factory.mktemp("universal") / "own"
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", str(trained[case][0] / TAG), "--inject_missing_state"]
-        done = subprocess.run(
-            [*command, "--output_folder", str(found[case])],
-            env={**os.environ, "DS_ACCELERATOR": "cpu"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    return found
+    """By case: DeepSpeed's own universal checkpoint."""
+    root = tmp_path_factory.mktemp("universal")
+    return {
+        case: make_universal(trained[case][0] / TAG, root / f"own-{case[0]}-{case[1]}")
+        for case in OWN_TOO
+    }
+
+
+def test_tensor_parallel_ranks_are_put_together_as_deepspeed_does(tmp_path: Path) -> None:
+    stages = [1, 3]
+    pool = Cluster(4)
+    try:
+        pool.run("deepspeed_jobs:run_tensor_parallel", 4, stages=stages, root=str(tmp_path))
+    finally:
+        pool.close()
+    for stage in stages:
+        place = tmp_path / f"tensor-{stage}"
+        own = make_universal(place / "global_step2", place / "own")
+        converted(place, tmp_path / f"a-{stage}", "holdfast", source_format="deepspeed")
+        converted(own, tmp_path / f"b-{stage}", "holdfast")
+        ours, theirs = tensors_of(tmp_path / f"a-{stage}"), tensors_of(tmp_path / f"b-{stage}")
+        assert ours["model.layers.0.self_attn.o_proj.weight"].shape == (32, 32)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_deepspeed_goes_on_from_ours_on_another_number_of_ranks(
@@ -224,7 +248,9 @@ def test_what_is_missing_truncated_or_malicious_is_named(
     partition = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     missing = copy("missing")
     (missing / partition).unlink()
-    with pytest.raises(CheckpointError, match="data-parallel rank 1; it was saved by 2"):
+    with pytest.raises(
+        CheckpointError, match="data-parallel rank 1, tensor-parallel rank 0; it was saved by 2 x 1"
+    ):
         converted(missing, tmp_path / "out", "holdfast")
     short = copy("short")
     (short / partition).write_bytes((short / partition).read_bytes()[:-2000])

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catalog
+from holdfast.checkpoint.convert.formats.deepspeed_tensor_parallel import tensor_parallel_rules
 from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain
 from holdfast.checkpoint.convert.pieces import SourceTensor
+from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_file
 from holdfast.checkpoint.dtypes import TORCH_DTYPES
 from holdfast.checkpoint.format import ELEMENT_BYTES
@@ -50,27 +54,41 @@ def recognise(path: Path) -> bool:
     return folder.is_dir() and any(_OPTIMIZER.fullmatch(f.name) for f in folder.iterdir())
 
 
+_Rank = tuple[int, int]
+"""(tensor-parallel, data-parallel)."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Save:
     """The files of a save, opened."""
 
     root: Path
-    models: Mapping[int, TorchFile]
-    """By data-parallel rank; of rank 0 only below ZeRO 3."""
-    optimizers: Mapping[int, TorchFile]
+    models: Mapping[_Rank, TorchFile]
+    """Of data-parallel rank 0 only below ZeRO 3."""
+    optimizers: Mapping[_Rank, TorchFile]
     stage: int
+    ranks: _Rank
+    """How many there are of each."""
 
     @property
     def told(self) -> Mapping[str, Any]:
         """What rank 0 says of the model."""
-        return self.models[0].content
+        return self.models[0, 0].content
 
     def shapes(self) -> list[list[tuple[str, tuple[int, ...]]]]:
-        """Names and shapes of the trained parameters, by group, in the order of flat partitions."""
+        """Names and shapes of the trained parameters on a tensor-parallel rank, by group.
+
+        In the order of flat partitions.
+        """
         return [
             [(str(name), tuple(shape)) for name, shape in group.items()]
             for group in self.told["param_shapes"]
         ]
+
+    def place(self, rank: _Rank, *, fragment: bool = True) -> tuple[tuple[str, int], ...]:
+        """The coordinates of what a rank holds."""
+        found = [("tp", rank[0])] if self.ranks[0] > 1 else []
+        return (*found, ("dp", rank[1])) if fragment else tuple(found)
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
@@ -78,13 +96,13 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
     Raises:
         CheckpointError: a file is missing, truncated or refused; partitions do not make up a tensor.
-        ConfigError: it was trained with tensor or pipeline parallelism, and no rules say how.
+        ConfigError: it was trained with pipeline parallelism, or does not say how tensors are cut.
     """
     root = find_tag(path)
     save = _open(root)
     tensors = [*_model_tensors(save), *_optimizer_tensors(save)]
-    catalog = make_catalog(NAME, root, tensors, options)
     told = save.told
+    catalog = make_catalog(NAME, root, tensors, options, rules=_rules(save, options))
     config = told.get("ds_config", {})
     for key, name in (("bf16", "BF16"), ("fp16", "F16")):
         if isinstance(config.get(key), Mapping) and config[key].get("enabled"):
@@ -95,9 +113,36 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     catalog.scalars = {
         "optimizer_step": _steps(save),
         "samples": int(told.get("global_samples", 0)),
-        NAME: describe(told, save.optimizers[0].content["optimizer_state_dict"]),
+        NAME: as_one_rank(
+            describe(told, save.optimizers[0, 0].content["optimizer_state_dict"]), catalog
+        ),
     }
     return catalog
+
+
+def as_one_rank(described: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """What a save has beside tensors, as if there had been one tensor-parallel rank."""
+    model = described["model_states"]
+    if int(model.get("mp_world_size") or 1) > 1:
+        shapes = {tensor.name: list(tensor.shape) for tensor in catalog.tensors}
+        model["mp_world_size"] = 1
+        model["param_shapes"] = [
+            [[name, shapes[name]] for name, _ in group] for group in model["param_shapes"]
+        ]
+        for key in ("universal_checkpoint_info", "checkpoint_parallel_dimensions"):
+            model.pop(key, None)
+    return described
+
+
+def _rules(save: _Save, options: ReadOptions) -> RuleBook | None:
+    """The format's rules, with those that the save itself gives where it is of several ranks."""
+    if save.ranks[0] == 1 or options.rules is not None:
+        return None
+    own = builtin_rules(NAME)
+    shapes = {name: shape for group in save.shapes() for name, shape in group}
+    info = save.told.get("universal_checkpoint_info")
+    given = tensor_parallel_rules(info, shapes, save.ranks[0], str(save.root))
+    return msgspec.structs.replace(own, rules=given + own.rules)
 
 
 def describe(told: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,59 +161,65 @@ def describe(told: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str,
 
 
 def _open(root: Path) -> _Save:
-    models: dict[int, TorchFile] = {}
-    optimizers: dict[int, TorchFile] = {}
+    models: dict[_Rank, TorchFile] = {}
+    optimizers: dict[_Rank, TorchFile] = {}
     for pattern, found in ((MODEL, models), (_OPTIMIZER, optimizers)):
         for file in sorted(root.iterdir()):
             match = pattern.fullmatch(file.name)
-            if match is None:
-                continue
-            if int(match["mp"]):
-                raise ConfigError(
-                    f"{root} was trained with tensor or pipeline parallelism ({file.name}), which is not yet "
-                    "converted; make a universal checkpoint of it with DeepSpeed and convert that"
-                )
-            rank = int(match["dp"] or 0)
-            if rank not in found:
-                found[rank] = read_torch_file(root, file.name)
-    if 0 not in models or 0 not in optimizers:
-        missing = "model_states" if 0 not in models else "optim_states"
+            if match is not None:
+                rank = int(match["mp"]), int(match["dp"] or 0)
+                if rank not in found:
+                    found[rank] = read_torch_file(root, file.name)
+    if (0, 0) not in models or (0, 0) not in optimizers:
+        missing = "model_states" if (0, 0) not in models else "optim_states"
         raise CheckpointError(f"{root} lacks the file *rank_0*_{missing}.pt of rank 0")
-    first = optimizers[0].content.get("optimizer_state_dict")
-    if not isinstance(first, Mapping) or "param_shapes" not in models[0].content:
+    told = models[0, 0].content
+    first = optimizers[0, 0].content.get("optimizer_state_dict")
+    if not isinstance(first, Mapping) or "param_shapes" not in told:
         raise CheckpointError(f"{root} is not of ZeRO: its files have no optimizer_state_dict")
     stage = first.get("zero_stage", 0)
     stage = int(stage.args[0] if isinstance(stage, Record) else stage)
-    ranks = int(models[0].content.get("dp_world_size", len(optimizers)))
-    for rank in range(ranks):
-        if rank not in optimizers or (stage == 3 and rank not in models):
+    pipeline = (told.get("checkpoint_parallel_dimensions") or {}).get("pp_degree", 1)
+    if (pipeline and int(pipeline) > 1) or any(root.glob("layer_*-model_states.pt")):
+        raise ConfigError(
+            f"{root} was trained with pipeline parallelism, which is not converted; make a universal "
+            "checkpoint of it with DeepSpeed and convert that"
+        )
+    ranks = int(told.get("mp_world_size") or 1), int(told.get("dp_world_size") or 1)
+    for rank in product(*map(range, ranks)):
+        needed = rank[1] == 0 or stage == 3
+        if rank not in optimizers or (needed and rank not in models):
             kind = "optim" if rank not in optimizers else "model"
             raise CheckpointError(
-                f"{root} lacks the {kind}_states.pt of data-parallel rank {rank}; it was saved by {ranks}"
+                f"{root} lacks the {kind}_states.pt of data-parallel rank {rank[1]}, tensor-parallel rank "
+                f"{rank[0]}; it was saved by {ranks[1]} x {ranks[0]}"
             )
-    return _Save(root, models, {rank: optimizers[rank] for rank in range(ranks)}, stage)
+    return _Save(root, models, optimizers, stage, ranks)
 
 
 def _model_tensors(save: _Save) -> Iterator[SourceTensor]:
     """Weights (below ZeRO 3), buffers and frozen parameters."""
-    file, told = save.models[0], save.told
+    told = save.told
     buffers = set(told.get("buffer_names") or ())
     shared = set(told.get("shared_params") or {})
-    for name, tensor in told.get("module", {}).items():
-        if name in shared or not isinstance(tensor, StoredTensor):
+    for rank, file in save.models.items():
+        if rank[1]:
             continue
-        if name in buffers:
-            yield file.source(f"buffer/{name}", tensor)
-        elif save.stage < 3:
-            yield file.source(f"module/{name}", tensor)
+        for name, tensor in file.content.get("module", {}).items():
+            if name in shared or not isinstance(tensor, StoredTensor):
+                continue
+            if name in buffers:
+                # Every rank has them; what they say is rank 0's.
+                if rank == (0, 0):
+                    yield file.source(f"buffer/{name}", tensor)
+            elif save.stage < 3:
+                yield file.source(name, tensor, shard=save.place(rank, fragment=False))
     if save.stage < 3:
         return
     for name, shape in (told.get("frozen_param_shapes") or {}).items():
         for rank, model in save.models.items():
             fragment = model.content["frozen_param_fragments"][name]
-            yield model.source(
-                f"frozen/{name}", fragment, shard=(("dp", rank),), full_shape=tuple(shape)
-            )
+            yield model.source(name, fragment, shard=save.place(rank), full_shape=tuple(shape))
 
 
 def _optimizer_tensors(save: _Save) -> Iterator[SourceTensor]:
@@ -181,15 +232,21 @@ def _optimizer_tensors(save: _Save) -> Iterator[SourceTensor]:
 
 
 def _part(
-    file: TorchFile, flat: StoredTensor, start: int, count: int, key: str, rank: int, shape: Any
+    file: TorchFile,
+    flat: StoredTensor,
+    start: int,
+    count: int,
+    key: str,
+    place: tuple[tuple[str, int], ...],
+    shape: tuple[int, ...],
 ) -> SourceTensor:
     """`count` elements of a flat partition from `start` on."""
     part = StoredTensor(flat.storage, flat.dtype, (count,), (1,), flat.start + start)
-    return file.source(key, part, shard=(("dp", rank),), full_shape=tuple(shape))
+    return file.source(key, part, shard=place, full_shape=shape)
 
 
 def _stages_1_and_2(
-    save: _Save, rank: int, file: TorchFile, optimizer: Mapping[str, Any]
+    save: _Save, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
 ) -> Iterator[SourceTensor]:
     shapes = {name: shape for group in save.shapes() for name, shape in group}
     mappings = optimizer.get("param_slice_mappings")
@@ -207,13 +264,13 @@ def _stages_1_and_2(
             start, count = int(address.get("start")), int(address.get("numel"))
             for kind, flat in flats.items():
                 key = f"{kind}/{name}"
-                yield _part(file, flat, start, count, key, rank, shapes[name])
+                yield _part(file, flat, start, count, key, save.place(rank), shapes[name])
 
 
 def _stage_3(
-    save: _Save, rank: int, file: TorchFile, optimizer: Mapping[str, Any]
+    save: _Save, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
 ) -> Iterator[SourceTensor]:
-    ranks = len(save.optimizers)
+    ranks = save.ranks[1]
     inner = optimizer["optimizer_state_dict"]["state"]
     kinds = {"fp32": list(optimizer["fp32_flat_groups"])}
     for kind in ("exp_avg", "exp_avg_sq"):
@@ -235,13 +292,14 @@ def _stage_3(
                 raise CheckpointError(
                     f"{save.root / file.file}: no flat group has {kind} of {name}"
                 )
-            yield _part(file, flats[group], position, count, f"{kind}/{name}", rank, shape)
+            key = f"{kind}/{name}"
+            yield _part(file, flats[group], position, count, key, save.place(rank), shape)
             position += count
 
 
 def _steps(save: _Save) -> int:
     """How many updates the optimizer has made."""
-    file = save.optimizers[0]
+    file = save.optimizers[0, 0]
     optimizer = file.content["optimizer_state_dict"]
     inner = optimizer.get("optimizer_state_dict", optimizer.get("base_optimizer_state", {}))
     state = inner.get("state", {}) if isinstance(inner, Mapping) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from holdfast.checkpoint.convert.catalog import (
 )
 from holdfast.checkpoint.convert.formats.deepspeed import (
     MODEL,
+    as_one_rank,
     describe,
     find_tag,
     scalar,
@@ -70,12 +72,14 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     told = model.content
     shapes = {n: tuple(s) for group in told["param_shapes"] for n, s in group.items()}
     buffers = set(told.get("buffer_names") or ())
+    # With tensor parallelism the file has one rank's shards: weights then come from their master copies.
+    cut = int(told.get("mp_world_size") or 1) > 1
     tensors = [
         model.source(f"{'buffer' if name in buffers else 'module'}/{name}", tensor)
         for name, tensor in told.get("module", {}).items()
         # ZeRO 3 leaves empty tensors in the place of weights.
         if isinstance(tensor, StoredTensor) and shapes.get(name, tensor.shape) == tensor.shape
-        if name not in (told.get("shared_params") or {})
+        if name not in (told.get("shared_params") or {}) and (name in buffers or not cut)
     ]
     steps: dict[str, float] = {}
     for folder in sorted(p for p in (root / "zero").iterdir() if p.is_dir()):
@@ -93,7 +97,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     catalog.scalars = {
         "optimizer_step": int(next(iter(steps.values()), catalog.step)),
         "samples": int(told.get("global_samples", 0)),
-        DEEPSPEED: describe(told, optimizer.content),
+        DEEPSPEED: as_one_rank(describe(told, optimizer.content), catalog),
     }
     return catalog
 
@@ -116,7 +120,8 @@ def _parameter(
         elif name not in shapes:
             found.append(file.source(f"zero_buffer/{name}/{state}", tensor))
         else:
-            flat = tensor.shape != shapes[name]
+            flat = len(tensor.shape) == 1 and prod(shapes[name]) == tensor.shape[0]
+            flat = flat and tensor.shape != shapes[name]
             found.append(
                 file.source(
                     f"{state}/{name}",

@@ -53,8 +53,8 @@ def convert(
     ] = "512M",
 ) -> None:
     """Convert a checkpoint to another format; after a kill the same command goes on."""
-    from holdfast.checkpoint.convert.job import Conversion
     from holdfast.checkpoint.convert.job import convert as run
+    from holdfast.checkpoint.convert.request import Conversion
 
     if dtype and dtype not in _DTYPES:
         raise ConfigError(f"--dtype {dtype}: use one of {', '.join(_DTYPES)}")

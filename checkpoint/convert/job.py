@@ -10,45 +10,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from holdfast.checkpoint import directory
-from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions
-from holdfast.checkpoint.convert.formats.registry import TARGETS, format_named, recognise
-from holdfast.checkpoint.convert.journal import FOLDER, PARTIAL, Done, Journal, Lock
-from holdfast.checkpoint.convert.output import FLOATS, Output
-from holdfast.checkpoint.convert.rules import load_rules
+from holdfast.checkpoint.convert.catalog import ReadOptions
+from holdfast.checkpoint.convert.formats.registry import format_named
+from holdfast.checkpoint.convert.journal import FOLDER, Done, Journal, Lock
+from holdfast.checkpoint.convert.request import Conversion, Prepared, check, partial_of, prepare
 from holdfast.checkpoint.convert.sampling import compare_sample
 from holdfast.checkpoint.convert.worker import do_share
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
 
-MEMORY_BYTES = 512 << 20
 _POLL_S = 0.05
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """What a user asks for."""
-
-    source: Path
-    target: Path
-    """A folder that does not exist yet, or is empty."""
-    to: str
-    source_format: str = "auto"
-    dtype: str = ""
-    """Of the weights, as safetensors names it; "" to leave it."""
-    rules: Path | None = None
-    values: Mapping[str, int] = field(default_factory=dict)
-    model_files: Path | None = None
-    memory_bytes: int = MEMORY_BYTES
-    """For what all workers have under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +77,7 @@ def convert(
             was written stays in TARGET.partial, and the same command goes on from there.
     """
     began = time.perf_counter()
-    _check(asked)
+    check(asked)
     if world > 1 and workers > 1:
         raise ConfigError(
             f"--workers {workers} under a launcher with {world} processes: use one of the two"
@@ -113,79 +92,11 @@ def convert(
         lock.release()
 
 
-def _check(asked: Conversion) -> None:
-    if asked.to not in TARGETS:
-        raise ConfigError(f"--to {asked.to}: use one of {', '.join(TARGETS)}")
-    if asked.dtype and asked.dtype not in FLOATS:
-        raise ConfigError(f"the type {asked.dtype} is not known; use one of {', '.join(FLOATS)}")
-    if asked.target.exists() and (not asked.target.is_dir() or any(asked.target.iterdir())):
-        raise ConfigError(
-            f"{asked.target} exists and is not empty; name another folder, or remove it"
-        )
-    source, target = asked.source.resolve(), asked.target.resolve()
-    if target == source or (target.is_relative_to(source) and source.is_file()):
-        raise ConfigError(f"{asked.target} lies in the source")
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    catalog: Catalog
-    output: Output
-    fingerprint: Mapping[str, Any]
-
-    @property
-    def total(self) -> int:
-        return sum(unit.bytes for unit in self.output.units)
-
-
-def _prepare(asked: Conversion) -> _Prepared:
-    """Open the source and plan the output. The same in every process."""
-    name = asked.source_format
-    if name == "auto" and asked.rules is not None and load_rules(asked.rules).files:
-        name = "files"
-    if name == "auto":
-        name = recognise(asked.source)
-    elif not asked.source.exists():
-        raise ConfigError(f"{asked.source} does not exist")
-    options = ReadOptions(asked.rules, asked.values, asked.model_files)
-    catalog: Catalog = format_named(name).read(asked.source, options)
-    output: Output = format_named(asked.to).plan(catalog, asked.dtype)
-    return _Prepared(catalog, output, _fingerprint(asked, catalog, output))
-
-
-def _fingerprint(asked: Conversion, catalog: Catalog, output: Output) -> dict[str, Any]:
-    """What must be equal for a conversion to go on from what another has left."""
-    files = {
-        place.file
-        for tensor, _ in output.expected
-        for piece in tensor.pieces
-        for place in piece.places
-    }
-    stats = {file: (catalog.root / file).stat() for file in sorted(files)}
-    return {
-        "version": version("holdfast"),
-        "source": str(catalog.root.resolve()),
-        "from": catalog.format,
-        "to": asked.to,
-        "dtype": asked.dtype,
-        "values": dict(asked.values),
-        "model_files": str(asked.model_files or ""),
-        "rules": asked.rules.read_text() if asked.rules is not None else "",
-        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
-        "output": output.files,
-        "units": len(output.units),
-    }
-
-
-def _partial(asked: Conversion) -> Path:
-    return asked.target.with_name(asked.target.name + PARTIAL)
-
-
 def _lead(
     asked: Conversion, workers: int, world: int, progress: Progress, began: float
 ) -> Converted:
-    prepared = _prepare(asked)
-    partial = _partial(asked)
+    prepared = prepare(asked)
+    partial = partial_of(asked)
     journal = Journal(partial, 0)
     try:
         _make_room(asked, prepared, journal)
@@ -230,7 +141,7 @@ def _lead(
     )
 
 
-def _make_room(asked: Conversion, prepared: _Prepared, journal: Journal) -> None:
+def _make_room(asked: Conversion, prepared: Prepared, journal: Journal) -> None:
     """Make the output's files in full length, or find them as they were left."""
     partial, output = journal.partial, prepared.output
     if not journal.begun(prepared.fingerprint):
@@ -252,7 +163,7 @@ def _make_room(asked: Conversion, prepared: _Prepared, journal: Journal) -> None
 
 def _do(
     asked: Conversion,
-    prepared: _Prepared,
+    prepared: Prepared,
     journal: Journal,
     done: Done,
     rank: int,
@@ -287,8 +198,8 @@ def _adder(progress: Progress, total: int) -> Callable[[int], None]:
 
 def _follow(asked: Conversion, rank: int, world: int) -> None:
     """A process of several that a launcher started, other than the first."""
-    prepared = _prepare(asked)
-    journal = Journal(_partial(asked), rank)
+    prepared = prepare(asked)
+    journal = Journal(partial_of(asked), rank)
     while not _ready(prepared, journal):
         time.sleep(_POLL_S)
     try:
@@ -300,7 +211,7 @@ def _follow(asked: Conversion, rank: int, world: int) -> None:
         journal.close()
 
 
-def _ready(prepared: _Prepared, journal: Journal) -> bool:
+def _ready(prepared: Prepared, journal: Journal) -> bool:
     """Whether rank 0 has made all files."""
     if not journal.begun(prepared.fingerprint):
         return False
@@ -311,7 +222,7 @@ def _ready(prepared: _Prepared, journal: Journal) -> bool:
     )
 
 
-def _await_others(prepared: _Prepared, journal: Journal, progress: Progress) -> None:
+def _await_others(prepared: Prepared, journal: Journal, progress: Progress) -> None:
     """Wait until the journals of all processes together speak of every unit."""
     count = len(prepared.output.units)
     while True:
@@ -327,7 +238,7 @@ def _await_others(prepared: _Prepared, journal: Journal, progress: Progress) -> 
 
 def _share_among_processes(
     asked: Conversion,
-    prepared: _Prepared,
+    prepared: Prepared,
     journal: Journal,
     done: Done,
     workers: int,
@@ -368,17 +279,17 @@ def _work(
     rank: int,
     world: int,
     counters: Any,
-    inherited: tuple[_Prepared, Done] | None,
+    inherited: tuple[Prepared, Done] | None,
 ) -> None:
     """A worker process."""
     torch.set_num_threads(1)
-    journal = Journal(_partial(asked), rank)
+    journal = Journal(partial_of(asked), rank)
 
     def add(nbytes: int) -> None:
         counters[rank] += nbytes
 
     try:
-        prepared, done = inherited or (_prepare(asked), journal.read())
+        prepared, done = inherited or (prepare(asked), journal.read())
         _do(asked, prepared, journal, done, rank, world, world, add)
     except HoldfastError as error:
         journal.fail(str(error))

@@ -13,7 +13,8 @@ import torch
 
 from cluster import Cluster
 from holdfast.checkpoint import load
-from holdfast.checkpoint.convert.job import Conversion, Converted, convert
+from holdfast.checkpoint.convert.job import Converted, convert
+from holdfast.checkpoint.convert.request import Conversion
 from holdfast.checkpoint.directory import read_manifest
 from holdfast.checkpoint.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError

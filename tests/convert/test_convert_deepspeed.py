@@ -16,7 +16,8 @@ import torch
 from cluster import Cluster
 from deepspeed_jobs import consolidated
 from holdfast.checkpoint import load
-from holdfast.checkpoint.convert.job import Conversion, Converted, convert
+from holdfast.checkpoint.convert.job import Converted, convert
+from holdfast.checkpoint.convert.request import Conversion
 from holdfast.checkpoint.directory import read_manifest
 from holdfast.checkpoint.dtypes import TORCH_DTYPES
 from holdfast.checkpoint.verify import verify_checkpoint

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cluster import Cluster
-from holdfast.checkpoint.convert.job import Conversion, Converted, convert
+from holdfast.checkpoint.convert.job import Converted, convert
+from holdfast.checkpoint.convert.request import Conversion
 from holdfast.checkpoint.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.flat import FlatParameters
@@ -69,6 +70,19 @@ def test_a_model_goes_to_holdfast_and_back_unchanged(tmp_path: Path, kind: str) 
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_older_folders_are_read_without_their_pickles(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = save_model(tmp_path / "hf", "Llama")
+    for file in (tmp_path / "hf").glob("*.safetensors*"):
+        file.unlink()
+    torch.save(model.state_dict(), tmp_path / "hf/pytorch_model.bin")
+    converted(tmp_path / "hf", tmp_path / "new", "hf")
+    found = load_file(tmp_path / "new/model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
 def test_rounding_is_torchs_and_told(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from holdfast.checkpoint.convert.job import Conversion, convert
+from holdfast.checkpoint.convert.job import convert
+from holdfast.checkpoint.convert.request import Conversion
 from holdfast.checkpoint.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
 
@@ -32,7 +33,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from holdfast.checkpoint.convert import worker
-from holdfast.checkpoint.convert.job import Conversion, convert
+from holdfast.checkpoint.convert.job import convert
+from holdfast.checkpoint.convert.request import Conversion
 from holdfast.checkpoint.convert.journal import Journal
 
 worker.RECORD_BYTES = 16 << 20
@@ -156,7 +158,8 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from holdfast.checkpoint.convert.job import Conversion, convert\n"
+        "from holdfast.checkpoint.convert.job import convert\n"
+        "from holdfast.checkpoint.convert.request import Conversion\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30 << 20, 30 << 20))\n"
         "convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), 'holdfast'))\n"
@@ -179,7 +182,8 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from holdfast.checkpoint.convert.formats import holdfast, huggingface\n"
-        "from holdfast.checkpoint.convert.job import Conversion, convert\n"
+        "from holdfast.checkpoint.convert.job import convert\n"
+        "from holdfast.checkpoint.convert.request import Conversion\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), 'holdfast', memory_bytes=64 << 20))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from holdfast.checkpoint import load, save
 from holdfast.checkpoint.convert.engine import Engine
-from holdfast.checkpoint.convert.job import Conversion, Converted, convert
+from holdfast.checkpoint.convert.job import Converted, convert
 from holdfast.checkpoint.convert.output import Unit
 from holdfast.checkpoint.convert.pieces import Logical, Piece, Place
+from holdfast.checkpoint.convert.request import Conversion
 from holdfast.checkpoint.directory import find_checkpoint, read_manifest
 from holdfast.checkpoint.dtypes import TORCH_DTYPES
 from holdfast.parallel.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: safetensors, one file or many, with config.json and the tokenizer's files."""
+"""Hugging Face model folders: safetensors (or pytorch_model.bin), with config.json and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from holdfast.checkpoint.convert.catalog import (
 )
 from holdfast.checkpoint.convert.output import Output, Unit, units_of
 from holdfast.checkpoint.convert.pieces import Logical, SourceTensor, stored
+from holdfast.checkpoint.convert.torch_files import read_torch_file, tensors_in
 from holdfast.checkpoint.format import (
     ALIGNMENT,
     ELEMENT_BYTES,
@@ -29,6 +30,7 @@ from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 NAME = "hf"
+BIN_INDEX = "pytorch_model.bin.index.json"
 SINGLE = "model.safetensors"
 LARGEST_FILE_BYTES = 5_000_000_000
 """Of a file of several; as transformers cuts them."""
@@ -38,7 +40,7 @@ def recognise(path: Path) -> bool:
     """Whether a path is a folder of safetensors, or one such file."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return (path / INDEX).is_file() or any(path.glob("*.safetensors"))
+    return bool(_files(path)) if path.is_dir() else False
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
@@ -49,7 +51,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     """
     root = path.parent if path.is_file() else path
     names = [path.name] if path.is_file() else _files(root)
-    tensors = [tensor for name in names for tensor in read_safetensors(root, name)]
+    tensors = [tensor for name in names for tensor in _tensors(root, name)]
     _check_index(root, tensors, path)
     catalog = make_catalog("huggingface", root, tensors, options)
     catalog.format = NAME
@@ -57,10 +59,21 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 
 def _files(root: Path) -> list[str]:
-    index = root / INDEX
-    if not index.is_file():
-        return sorted(found.name for found in root.glob("*.safetensors"))
-    return list(dict.fromkeys(_weight_map(index).values()))
+    """The files of weights: safetensors, or those of torch.save where there are none."""
+    for index, pattern in ((INDEX, "*.safetensors"), (BIN_INDEX, "pytorch_model*.bin")):
+        if (root / index).is_file():
+            return list(dict.fromkeys(_weight_map(root / index).values()))
+        found = sorted(path.name for path in root.glob(pattern))
+        if found:
+            return found
+    return []
+
+
+def _tensors(root: Path, name: str) -> list[SourceTensor]:
+    if not name.endswith(".bin"):
+        return read_safetensors(root, name)
+    file = read_torch_file(root, name)
+    return [file.source(".".join(path), tensor) for path, tensor in tensors_in(file.content)]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -71,10 +84,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(root: Path, tensors: Sequence[SourceTensor], path: Path) -> None:
-    if path.is_file() or not (root / INDEX).is_file():
+    index = next((root / n for n in (INDEX, BIN_INDEX) if (root / n).is_file()), None)
+    if path.is_file() or index is None:
         return
     where = {t.key: t.pieces[0].places[0].file for t in tensors}
-    for name, file in _weight_map(root / INDEX).items():
+    for name, file in _weight_map(index).items():
         if where.get(name) != file:
             raise CheckpointError(f"{root}: the index says that {name} is in {file}, and it is not")
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from holdfast.checkpoint.convert.output import FLOATS
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.world import world_from_environment
 
@@ -121,7 +122,7 @@ def summary_lines(converted: Converted) -> list[str]:
         )
     lines += [
         f"rounded: {count} tensors from {source} to {target}, to nearest, half to even"
-        if _BITS[target] < _BITS[source]
+        if FLOATS[target] < FLOATS[source]
         else f"widened: {count} tensors from {source} to {target}, exactly"
         for (source, target), count in sorted(converted.rounded.items())
     ]
@@ -136,6 +137,3 @@ def summary_lines(converted: Converted) -> list[str]:
         f"checked: every byte as written, and {converted.compared:,} values against the source"
     )
     return lines
-
-
-_BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8}

@@ -68,11 +68,8 @@ class Catalog:
     precision: str = ""
     """The type of the weights in training, where the source has only their master copies."""
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors)
-
     def of_kind(self, *kinds: str) -> list[Logical]:
+        """The tensors of some kinds, in the source's order."""
         return [tensor for tensor in self.tensors if tensor.kind in kinds]
 
 

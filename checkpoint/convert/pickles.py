@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from holdfast.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from holdfast.checkpoint.dtypes import TORCH_DTYPES
 from holdfast.parallel.errors import CheckpointError
 
 INERT_MODULES = ("argparse", "deepspeed", "megatron", "torch.distributed", "numpy")
@@ -246,11 +246,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, _Named):
         return str(TORCH_DTYPES[value.dtype])
     return None
-
-
-def dtype_name(value: Any) -> str | None:
-    """safetensors' name of a dtype that a pickle holds."""
-    return value.dtype if isinstance(value, _Named) else None
-
-
-assert set(_STORAGES.values()) <= set(DTYPE_NAMES.values())

@@ -19,6 +19,7 @@ RUNS = {
     "lost_rank.py": ["--json", str(OUTPUT / "lost_rank.json")],
     "recovery.py": ["--json", str(OUTPUT / "recovery.json")],
     "replan_scale.py": ["--json", str(OUTPUT / "replan_scale.json")],
+    "convert.py": ["--json", str(OUTPUT / "convert.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }
 

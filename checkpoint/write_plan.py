@@ -284,7 +284,7 @@ def _weight_files(
     homes = _homes(tensors, pieces, nodes)
     shelves: list[list[SavedTensor]] = []
     for node in sorted(set(homes.values())):
-        size = LARGEST_FILE_BYTES
+        size = LARGEST_FILE_BYTES + 1  # so that the first tensor begins a file, even if it is empty
         for tensor in tensors:
             if homes[tensor.name] != node:
                 continue

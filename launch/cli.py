@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from holdfast.launch.chaos import chaos
 from holdfast.launch.checkpoint_commands import register
+from holdfast.launch.convert import convert
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
@@ -32,6 +33,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Work with training data.")
 app.add_typer(data_app, name="data")
 register(app)
 app.command()(chaos)
+app.command()(convert)
 
 
 def _print_version(wanted: bool) -> None:

@@ -166,6 +166,15 @@ class ShardedAdamW:
         """Go on from `step` updates, once parameters and `state` have been filled. Local."""
         self._step.fill_(step)
 
+    def restart(self) -> None:
+        """Begin anew from the parameters as they are now: no moments, no updates. Local."""
+        self._step.zero_()
+        self._exp_avg.zero_()
+        self._exp_avg_sq.zero_()
+        if self._master is not None:
+            for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+                self._master[start:stop].copy_(self._flat.values[block.start : block.stop])
+
     def keep_own_sums(self) -> None:
         """From now on copy what `reduce` is about to change, so that `restore_own_sums` can undo it.
 

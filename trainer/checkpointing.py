@@ -30,7 +30,13 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.progress import Outcome, Requests
 from holdfast.trainer.resume import checkpoint_root, memory_root, set_aside_newer
 from holdfast.trainer.run_directory import RunDirectory
-from holdfast.trainer.saved_tensors import renumbered, saved_tensors, wanted_boxes
+from holdfast.trainer.saved_tensors import (
+    has_state,
+    renumbered,
+    saved_tensors,
+    wanted_boxes,
+    weights_only,
+)
 from holdfast.trainer.state import huggingface_files
 from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
@@ -356,11 +362,18 @@ class Checkpoints:
             here = [r for r, node in enumerate(self._nodes) if node == self._nodes[rank]]
             files = list(manifest.files)[here.index(rank) :: len(here)]
             check_small_parts(manifest, reader, files)
+            wanted = {
+                peer: wanted_boxes(training.plan, self._ranks[peer], precision) for peer in here
+            }
+            targets = self._state.targets()
+            if not has_state(manifest):
+                wanted = {peer: weights_only(boxes, manifest) for peer, boxes in wanted.items()}
+                targets = weights_only(targets, manifest)
             self.loaded = load(
                 manifest,
                 reader,
-                self._state.targets(),
-                {peer: wanted_boxes(training.plan, self._ranks[peer], precision) for peer in here},
+                targets,
+                wanted,
                 rank,
                 store=self._store,
                 name=name,
@@ -371,7 +384,10 @@ class Checkpoints:
         finally:
             reader.close()
         self._check_data(manifest, place)
-        training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
+        if has_state(manifest):
+            training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
+        else:
+            training.optimizer.restart()
         return manifest.step
 
     def _check_data(self, manifest: Manifest, place: str) -> None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+from holdfast.checkpoint.format import Manifest
 from holdfast.checkpoint.write_plan import Part, SavedTensor
 from holdfast.parallel.layout import Box
 from holdfast.parallel.plan import Plan, block_box
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp64": "F64"}
 
@@ -94,3 +98,16 @@ def _join(boxes: list[Box], box: Box) -> None:
         boxes[-1] = Box(last.start, box.stop)
     else:
         boxes.append(box)
+
+
+def has_state(manifest: Manifest) -> bool:
+    """Whether a checkpoint holds the optimizer's state; one converted from weights alone does not."""
+    return any(entry.kind in ("exp_avg", "exp_avg_sq") for entry in manifest.tensors.values())
+
+
+def weights_only(found: Mapping[str, T], manifest: Manifest) -> dict[str, T]:
+    """What a checkpoint without optimizer state can give of what a rank keeps. Pure."""
+    state = ("master", "exp_avg", "exp_avg_sq")
+    return {
+        n: v for n, v in found.items() if n in manifest.tensors or n.split(".", 1)[0] not in state
+    }

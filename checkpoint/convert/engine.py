@@ -1,0 +1,345 @@
+"""The work itself: units are read, put together, checked and written, several under way at a time. Local."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from holdfast import _native
+from holdfast.checkpoint.convert.output import UNIT_BYTES, Checksum, Unit
+from holdfast.checkpoint.convert.pieces import Piece, Place
+from holdfast.checkpoint.convert.regions import Region, region_of
+from holdfast.checkpoint.dtypes import TORCH_DTYPES
+from holdfast.checkpoint.format import ALIGNMENT
+from holdfast.parallel.errors import CheckpointError
+
+FEWEST_SLOTS, MOST_SLOTS = 2, 16
+SLOT_BYTES = 4 * UNIT_BYTES
+"""What a unit takes at most, unless one row of it is larger: itself, and what it is made of."""
+
+Checks = Mapping[tuple[str, int, int], int]
+"""CRC-32C of what the source says lies at (file, byte, length)."""
+
+
+@dataclass(slots=True)
+class _Memory:
+    """Host memory that grows to what is asked of it, and is used again."""
+
+    buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    def take(self, nbytes: int, misalignment: int = 0) -> Tensor:
+        """`nbytes` that begin `misalignment` bytes after a multiple of ALIGNMENT."""
+        if self.buffer.numel() < nbytes + 2 * ALIGNMENT:
+            self.buffer = torch.empty(0, dtype=torch.uint8)
+            self.buffer = torch.empty(nbytes + 2 * ALIGNMENT, dtype=torch.uint8)
+        start = (misalignment - self.buffer.data_ptr()) % ALIGNMENT
+        return self.buffer[start : start + nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """What is read of one place of a piece."""
+
+    place: Place
+    region: Region
+    memory: Tensor
+    """uint8[region.bytes]."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A unit under way."""
+
+    output: _Memory = field(default_factory=_Memory)
+    scratch: _Memory = field(default_factory=_Memory)
+    index: int = 0
+    unit: Unit | None = None
+    memory: Tensor | None = None
+    """uint8: the unit as it will be written."""
+    pieces: list[tuple[Piece, list[_Term]]] = field(default_factory=list)
+    tickets: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Carries out units. Made and used by one thread."""
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path | None,
+        *,
+        checksum: Checksum = "crc32c",
+        memory_bytes: int = 256 << 20,
+        checks: Checks | None = None,
+        direct: bool = True,
+    ) -> None:
+        """Args:
+        source: the folder that the places of units are relative to.
+        target: the folder that units are written to; the files are there, in full length. None to read
+            only.
+        memory_bytes: for what is under way.
+        checks: what is known of the source; wherever just that is read, it is checked.
+        """
+        self.source, self.target = source, target
+        self._checksum: Checksum = checksum
+        self._checks = checks or {}
+        self._slots = max(FEWEST_SLOTS, min(MOST_SLOTS, memory_bytes // SLOT_BYTES))
+        with ExitStack() as opened:
+            # Sources are read through the page cache: what lies unaligned, or is read twice, costs less.
+            self._reads = opened.enter_context(_native.FileEngine(direct=False))
+            self._writes = opened.enter_context(_native.FileEngine(direct=direct))
+            self._closing = opened.pop_all()
+        self._sources: dict[str, int] = {}
+        self._targets: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Wait for what is under way and close all files."""
+        self._closing.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def convert(
+        self,
+        units: Iterable[tuple[int, Unit]],
+        done: Callable[[int, Unit, Sums], None],
+    ) -> None:
+        """Carry out units.
+
+        Args:
+            units: with their numbers.
+            done: called with (number, unit, checksums) after a unit has been written, in no order.
+        Raises:
+            CheckpointError: the source cannot be read, is damaged, or disagrees with itself; the target
+                cannot be written.
+        """
+        free = [_Slot() for _ in range(self._slots)]
+        reading: deque[_Slot] = deque()
+        writing: deque[tuple[_Slot, int, Sums]] = deque()
+
+        def finish_write() -> None:
+            slot, ticket, sums = writing.popleft()
+            assert slot.unit is not None
+            self._wait(self._writes, [ticket], self.target)
+            done(slot.index, slot.unit, sums)
+            free.append(slot)
+
+        def finish_read() -> None:
+            slot = reading.popleft()
+            sums = self._assemble(slot)
+            writing.append((slot, self._write(slot), sums))
+
+        try:
+            for index, unit in units:
+                while not free:
+                    (finish_write if writing else finish_read)()
+                slot = free.pop()
+                slot.index, slot.unit = index, unit
+                self._start(slot, unit)
+                reading.append(slot)
+                if 2 * len(reading) > self._slots:
+                    finish_read()
+            while reading:
+                finish_read()
+            while writing:
+                finish_write()
+        finally:
+            self._drain()
+
+    def values(self, unit: Unit) -> Tensor:
+        """A unit's values in its output type; a new tensor."""
+        slot = _Slot(unit=unit)
+        self._start(slot, unit)
+        self._assemble(slot)
+        assert slot.memory is not None
+        return slot.memory.clone().view(TORCH_DTYPES[unit.dtype]).view(unit.box.shape)
+
+    def sync(self) -> None:
+        """Wait until everything written is on the device."""
+        try:
+            for handle in self._targets.values():
+                self._writes.sync(handle)
+        except OSError as error:
+            raise self._failure(error, self.target) from error
+
+    def _start(self, slot: _Slot, unit: Unit) -> None:
+        """Ask for everything that a unit is made of."""
+        misalignment = unit.offset % ALIGNMENT
+        if misalignment % TORCH_DTYPES[unit.dtype].itemsize:
+            misalignment = 0
+        slot.memory = slot.output.take(unit.bytes, misalignment)
+        size = unit.tensor.element_bytes
+        planned: list[tuple[Piece, list[tuple[Place, Region]]]] = []
+        total = 0
+        for piece in unit.tensor.within(unit.box):
+            found = [
+                (place, region_of(place, piece.box.shape, size, SLOT_BYTES))
+                for place in piece.places
+            ]
+            planned.append((piece, found))
+            total += sum(-(-region.bytes // 64) * 64 for _, region in found)
+        scratch = slot.scratch.take(total)
+        slot.pieces, requests, used = [], [], 0
+        for piece, found in planned:
+            direct = self._direct_place(slot, unit, piece, found)
+            terms = []
+            for place, region in found:
+                memory = scratch[used : used + region.bytes] if direct is None else direct
+                if direct is None:
+                    used += -(-region.bytes // 64) * 64
+                handle = self._source(place.file)
+                address = memory.data_ptr()
+                requests += [
+                    (False, handle, address + into, at, length)
+                    for at, into, length in region.requests
+                ]
+                terms.append(_Term(place, region, memory))
+            slot.pieces.append((piece, terms))
+        slot.tickets = self._reads.submit(requests)
+
+    def _direct_place(
+        self, slot: _Slot, unit: Unit, piece: Piece, found: Sequence[tuple[Place, Region]]
+    ) -> Tensor | None:
+        """Where in the unit a piece can be read to at once: it is whole rows, and stays as it is."""
+        if len(found) != 1 or unit.dtype != unit.tensor.dtype or slot.memory is None:
+            return None
+        inside = piece.box.relative_to(unit.box)
+        if (
+            inside.start[1:] != (0,) * len(inside.start[1:])
+            or inside.shape[1:] != unit.box.shape[1:]
+        ):
+            return None
+        region = found[0][1]
+        if not region.is_row_major(piece.box.shape):
+            return None
+        row = unit.bytes // unit.box.shape[0] if unit.box.shape else 0
+        start = inside.start[0] * row if inside.start else 0
+        return slot.memory[start : start + region.bytes]
+
+    def _assemble(self, slot: _Slot) -> Sums:
+        """Wait for what a unit is made of and put it together; returns the unit's checksums."""
+        unit, memory = slot.unit, slot.memory
+        assert unit is not None
+        assert memory is not None
+        self._wait(self._reads, slot.tickets, self.source)
+        slot.tickets = []
+        whole = memory.view(TORCH_DTYPES[unit.dtype]).view(unit.box.shape)
+        for piece, terms in slot.pieces:
+            part = whole[piece.box.relative_to(unit.box).slices]
+            if not terms:
+                part.zero_()
+                continue
+            for term in terms:
+                self._check(unit, term)
+            if terms[0].memory.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr():
+                continue
+            values = [self._view(unit, piece, term) for term in terms]
+            if unit.tensor.combine == "equal":
+                self._compare(unit, piece, terms, values)
+                part.copy_(values[0])
+            else:
+                total = sum(values[1:], values[0])
+                part.copy_(total / len(values) if unit.tensor.combine == "mean" else total)
+        return sums_of(memory, self._checksum)
+
+    def _view(self, unit: Unit, piece: Piece, term: _Term) -> Tensor:
+        typed = term.memory.view(TORCH_DTYPES[unit.tensor.dtype])
+        return typed.as_strided(piece.box.shape, term.region.strides, typed.storage_offset())
+
+    def _check(self, unit: Unit, term: _Term) -> None:
+        if not self._checks or len(term.region.requests) != 1:
+            return
+        [(offset, _, length)] = term.region.requests
+        wanted = self._checks.get((term.place.file, offset, length))
+        if wanted is not None:
+            found = _native.crc32c(term.memory.data_ptr(), length)
+            if found != wanted:
+                raise CheckpointError(
+                    f"{self.source / term.place.file} is damaged: {unit.tensor.full_name} at byte {offset} "
+                    f"has checksum {found:08x}, not {wanted:08x}"
+                )
+
+    def _compare(
+        self, unit: Unit, piece: Piece, terms: Sequence[_Term], values: Sequence[Tensor]
+    ) -> None:
+        first = _bits(values[0])
+        for term, value in zip(terms[1:], values[1:], strict=True):
+            if not torch.equal(first, _bits(value)):
+                differing = int((first != _bits(value)).sum())
+                raise CheckpointError(
+                    f"{unit.tensor.full_name}{piece.box}: {self.source / terms[0].place.file} and "
+                    f"{self.source / term.place.file} hold copies of it that differ in {differing} of "
+                    f"{value.numel()} elements; a copy is of another step, or damaged"
+                )
+
+    def _write(self, slot: _Slot) -> int:
+        unit, memory = slot.unit, slot.memory
+        assert unit is not None
+        assert memory is not None
+        assert self.target is not None
+        try:
+            if unit.file not in self._targets:
+                self._targets[unit.file] = self._writes.open(
+                    str(self.target / unit.file), write=True
+                )
+            handle = self._targets[unit.file]
+            return self._writes.write(handle, memory.data_ptr(), unit.offset, unit.bytes)
+        except OSError as error:
+            raise self._failure(error, self.target) from error
+
+    def _source(self, file: str) -> int:
+        if file not in self._sources:
+            try:
+                self._sources[file] = self._reads.open(str(self.source / file))
+            except OSError as error:
+                raise self._failure(error, self.source) from error
+        return self._sources[file]
+
+    def _wait(self, engine: _native.FileEngine, tickets: Sequence[int], where: Path | None) -> None:
+        try:
+            for ticket in tickets:
+                engine.wait(ticket)
+        except OSError as error:
+            raise self._failure(error, where) from error
+
+    def _failure(self, error: OSError, where: Path | None) -> CheckpointError:
+        what = "written" if where == self.target else "read"
+        return CheckpointError(
+            f"{error.filename or where} cannot be {what}: {error.strerror or error}"
+        )
+
+    def _drain(self) -> None:
+        """After a failure the rest is still in flight, and the memory must outlive it."""
+        for engine in (self._reads, self._writes):
+            try:
+                engine.wait_all()
+            except OSError:
+                continue
+
+
+Sums = tuple[int, int]
+"""CRC-32C of a unit, for reading it back, and what the output's format has of it (0 for the same)."""
+
+
+def sums_of(memory: Tensor, kind: Checksum) -> Sums:
+    """The checksums of uint8 memory."""
+    own = _native.crc32c(memory.data_ptr(), memory.numel())
+    if kind == "crc32c":
+        return own, 0
+    return own, zlib.crc32(memoryview(memory.numpy()))  # pyrefly: ignore[bad-argument-type]
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The same bits as integers, so that a NaN equals itself."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(sizes[values.element_size()])

@@ -1,0 +1,161 @@
+"""Checkpoints of holdfast itself."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from holdfast.checkpoint import directory
+from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, files_for, settle_precision
+from holdfast.checkpoint.convert.output import Output, Unit
+from holdfast.checkpoint.convert.pieces import (
+    UNPREFIXED_KINDS,
+    Logical,
+    Piece,
+    Place,
+    check_complete,
+    row_major,
+)
+from holdfast.checkpoint.format import INDEX, MANIFEST, Manifest, encode_manifest
+from holdfast.checkpoint.manifest import build_manifest, header_of
+from holdfast.checkpoint.read_plan import check_coverage
+from holdfast.checkpoint.reading import FolderReader
+from holdfast.checkpoint.verify import check_small_parts
+from holdfast.checkpoint.write_plan import LARGEST_FILE_BYTES, Part, SavedTensor, make_write_plan
+from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.layout import Box
+
+NAME = "holdfast"
+
+
+def recognise(path: Path) -> bool:
+    """Whether a path is, or holds, a checkpoint of holdfast."""
+    try:
+        directory.find_checkpoint(path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def read(path: Path, options: ReadOptions) -> Catalog:
+    """The tensors of a checkpoint, with the checksums of its chunks.
+
+    Raises:
+        CheckpointError: there is none, or its manifest, a header or a small file is damaged.
+    """
+    if options.rules is not None:
+        raise ConfigError("--map is for foreign formats; the tensors of holdfast have their names")
+    folder = directory.find_checkpoint(path)
+    manifest = directory.read_manifest(folder)
+    check_coverage(manifest, str(folder))
+    reader = FolderReader(folder)
+    try:
+        check_small_parts(manifest, reader, manifest.files)
+        files = {
+            name: reader.read_file(name)
+            for name, entry in manifest.files.items()
+            if not entry.header_bytes and name != INDEX
+        }
+    finally:
+        reader.close()
+    catalog = Catalog(
+        NAME,
+        folder,
+        _tensors(manifest),
+        step=manifest.step,
+        scalars=dict(manifest.scalars),
+        config=dict(manifest.config),
+        files=files,
+    )
+    for file, entry in manifest.files.items():
+        for chunks in entry.chunks.values():
+            for chunk in chunks:
+                catalog.checks[file, chunk.offset, chunk.length] = chunk.crc32c
+    return catalog
+
+
+def _tensors(manifest: Manifest) -> list[Logical]:
+    pieces: defaultdict[str, list[Piece]] = defaultdict(list)
+    for file, entry in manifest.files.items():
+        for name, chunks in entry.chunks.items():
+            for chunk in chunks:
+                place = Place(file, chunk.offset, row_major(chunk.box.shape))
+                pieces[name].append(Piece(chunk.box, (place,)))
+    tensors = []
+    for name, entry in manifest.tensors.items():
+        base = name if entry.kind in UNPREFIXED_KINDS else name.removeprefix(f"{entry.kind}.")
+        tensor = Logical(base, entry.kind, entry.dtype, entry.shape, tuple(pieces[name]))
+        check_complete(tensor)
+        tensors.append(tensor)
+    return tensors
+
+
+def plan(catalog: Catalog, dtype: str) -> Output:
+    """A checkpoint with everything that the source has."""
+    settled = settle_precision(catalog, dtype, masters=True)
+    total = sum(tensor.bytes for tensor, _ in settled)
+    writers = tuple(range(max(1, -(-total // LARGEST_FILE_BYTES))))
+    saved = [
+        SavedTensor(
+            tensor.full_name,
+            tensor.kind,
+            out,
+            tensor.shape,
+            (Part(Box.whole(tensor.shape), writers),),
+            whole=tensor.kind in ("weight", "buffer"),
+        )
+        for tensor, out in settled
+    ]
+    layout = make_write_plan(saved, [0] * len(writers))
+    by_name = {tensor.full_name: tensor for tensor, _ in settled}
+    chunks = [chunk for file in layout.files for chunk in file.chunks]
+    units = [
+        Unit(by_name[c.name], c.box, layout.tensors[c.name].dtype, c.file, c.offset)
+        for c in chunks
+        if c.length
+    ]
+    made = [number for number, chunk in enumerate(chunks) if chunk.length]
+
+    def finish(folder: Path, checksums: Sequence[int]) -> None:
+        crcs = [0] * len(chunks)
+        for number, crc in zip(made, checksums, strict=True):
+            crcs[number] = crc
+        by_place = {(c.file, c.offset, c.name): crc for c, crc in zip(chunks, crcs, strict=True)}
+        by_rank = {
+            rank: [by_place[c.file, c.offset, c.name] for c in layout.written_by(rank)]
+            for rank in writers
+        }
+        id = uuid.uuid4().hex
+        headers: dict[str, int] = {}
+        for file in layout.files:
+            content, headers[file.name] = header_of(layout, file, by_rank, id=id, step=catalog.step)
+            with (folder / file.name).open("r+b") as opened:
+                opened.write(content)
+        manifest, small = build_manifest(
+            layout,
+            by_rank,
+            headers,
+            id=id,
+            step=catalog.step,
+            created=time.time(),
+            versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
+            scalars={"step": catalog.step, **catalog.scalars},
+            config=catalog.config,
+            extra_files=files_for(catalog, settled),
+        )
+        for name, content in small.items():
+            directory.write_synced(folder / name, content)
+        directory.write_synced(folder / MANIFEST, encode_manifest(manifest))
+
+    return Output(
+        {file.name: file.bytes for file in layout.files},
+        units,
+        finish,
+        settled,
+    )

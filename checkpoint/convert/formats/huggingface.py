@@ -1,0 +1,210 @@
+"""Hugging Face model folders: safetensors (or pytorch_model.bin), with config.json and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.checkpoint import directory
+from holdfast.checkpoint.convert.catalog import (
+    Catalog,
+    ReadOptions,
+    files_for,
+    make_catalog,
+    settle_precision,
+)
+from holdfast.checkpoint.convert.output import Output, Unit, units_of
+from holdfast.checkpoint.convert.pieces import Logical, SourceTensor, stored
+from holdfast.checkpoint.convert.torch_files import read_torch_file, tensors_in
+from holdfast.checkpoint.format import (
+    ALIGNMENT,
+    ELEMENT_BYTES,
+    INDEX,
+    header_bytes,
+)
+from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.layout import Box
+
+NAME = "hf"
+BIN_INDEX = "pytorch_model.bin.index.json"
+SINGLE = "model.safetensors"
+LARGEST_FILE_BYTES = 5_000_000_000
+"""Of a file of several; as transformers cuts them."""
+
+
+def recognise(path: Path) -> bool:
+    """Whether a path is a folder of safetensors, or one such file."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return bool(_files(path)) if path.is_dir() else False
+
+
+def read(path: Path, options: ReadOptions) -> Catalog:
+    """The tensors of a model folder.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or a tensor of the index is in none.
+    """
+    root = path.parent if path.is_file() else path
+    names = [path.name] if path.is_file() else _files(root)
+    tensors = [tensor for name in names for tensor in _tensors(root, name)]
+    _check_index(root, tensors, path)
+    catalog = make_catalog("huggingface", root, tensors, options)
+    catalog.format = NAME
+    return catalog
+
+
+def _files(root: Path) -> list[str]:
+    """The files of weights: safetensors, or those of torch.save where there are none."""
+    for index, pattern in ((INDEX, "*.safetensors"), (BIN_INDEX, "pytorch_model*.bin")):
+        if (root / index).is_file():
+            return list(dict.fromkeys(_weight_map(root / index).values()))
+        found = sorted(path.name for path in root.glob(pattern))
+        if found:
+            return found
+    return []
+
+
+def _tensors(root: Path, name: str) -> list[SourceTensor]:
+    if not name.endswith(".bin"):
+        return read_safetensors(root, name)
+    file = read_torch_file(root, name)
+    return [file.source(".".join(path), tensor) for path, tensor in tensors_in(file.content)]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error
+
+
+def _check_index(root: Path, tensors: Sequence[SourceTensor], path: Path) -> None:
+    index = next((root / n for n in (INDEX, BIN_INDEX) if (root / n).is_file()), None)
+    if path.is_file() or index is None:
+        return
+    where = {t.key: t.pieces[0].places[0].file for t in tensors}
+    for name, file in _weight_map(index).items():
+        if where.get(name) != file:
+            raise CheckpointError(f"{root}: the index says that {name} is in {file}, and it is not")
+
+
+def read_safetensors(root: Path, name: str) -> list[SourceTensor]:
+    """The tensors of one safetensors file, from its header.
+
+    Raises:
+        CheckpointError: missing, truncated, not such a file, or its tensors overlap.
+    """
+    path = root / name
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = header_bytes(first, size, str(path))
+            header = json.loads(file.read(length - 8))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its header is not JSON ({error})") from error
+    tensors, end = [], 0
+    header.pop("__metadata__", None)
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in ELEMENT_BYTES:
+            raise CheckpointError(f"{path}: {key} has dtype {dtype}, which is not supported")
+        if start != end or stop - start != Box.whole(shape).elements * ELEMENT_BYTES[dtype]:
+            raise CheckpointError(
+                f"{path} is damaged: {key} {dtype} {shape} cannot lie at bytes {start} to {stop}"
+            )
+        tensors.append(stored(key, dtype, shape, name, length + start))
+        end = stop
+    if length + end != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes and its header speaks of {length + end}; it is truncated, or not "
+            "completely copied"
+        )
+    return tensors
+
+
+def plan(catalog: Catalog, dtype: str) -> Output:
+    """A model folder with the weights of the source."""
+    chosen = [
+        (tensor, out)
+        for tensor, out in settle_precision(catalog, dtype, masters=False)
+        if tensor.kind in ("weight", "buffer", "tensor")
+    ]
+    if not chosen:
+        raise CheckpointError(f"{catalog.root} holds no weights")
+    for tensor in catalog.tensors:
+        if tensor.kind not in ("weight", "master", "buffer", "tensor"):
+            catalog.left_out[tensor.full_name] = "Hugging Face folders hold weights only"
+    shelves: list[list[tuple[Logical, str]]] = []
+    size = LARGEST_FILE_BYTES + 1
+    for tensor, out in chosen:
+        length = _bytes(tensor, out)
+        if size + length > LARGEST_FILE_BYTES:
+            shelves.append([])
+            size = 0
+        shelves[-1].append((tensor, out))
+        size += length
+    for shelf in shelves:
+        # Wide types first: each tensor then begins at a multiple of its element's size.
+        shelf.sort(key=lambda item: -ELEMENT_BYTES[item[1]])
+    files: dict[str, int] = {}
+    headers: dict[str, bytes] = {}
+    units: list[Unit] = []
+    for number, shelf in enumerate(shelves, 1):
+        name = (
+            SINGLE if len(shelves) == 1 else f"model-{number:05d}-of-{len(shelves):05d}.safetensors"
+        )
+        headers[name] = safetensors_header(shelf)
+        position = len(headers[name])
+        for tensor, out in shelf:
+            units += units_of(tensor, Box.whole(tensor.shape), out, name, position)
+            position += _bytes(tensor, out)
+        files[name] = position
+
+    def finish(folder: Path, checksums: Sequence[int]) -> None:
+        for name, header in headers.items():
+            with (folder / name).open("r+b") as opened:
+                opened.write(header)
+        for name, content in files_for(catalog, chosen).items():
+            directory.write_synced(folder / name, content)
+        if len(shelves) > 1:
+            directory.write_synced(folder / INDEX, _index(shelves, list(files)))
+
+    return Output(files, units, finish, chosen)
+
+
+def _index(shelves: Sequence[Sequence[tuple[Logical, str]]], files: list[str]) -> bytes:
+    mapped = {
+        tensor.name: file for file, shelf in zip(files, shelves, strict=True) for tensor, _ in shelf
+    }
+    total = sum(_bytes(tensor, out) for shelf in shelves for tensor, out in shelf)
+    text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapped.items()))}
+    return (json.dumps(text, indent=2) + "\n").encode()
+
+
+def _bytes(tensor: Logical, dtype: str) -> int:
+    return Box.whole(tensor.shape).elements * ELEMENT_BYTES[dtype]
+
+
+def safetensors_header(tensors: Sequence[tuple[Logical, str]]) -> bytes:
+    """The header of a file with these tensors in this order, padded to a multiple of ALIGNMENT."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor, dtype in tensors:
+        end = position + _bytes(tensor, dtype)
+        header[tensor.name] = {
+            "dtype": dtype,
+            "shape": tensor.shape,
+            "data_offsets": (position, end),
+        }
+        position = end
+    text = msgspec.json.encode(header)
+    capacity = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+    return (capacity - 8).to_bytes(8, "little") + text.ljust(capacity - 8)

@@ -1,0 +1,248 @@
+"""Reading pickles without executing them: an unpickler that makes inert records, and refuses the rest.
+
+Nothing that a pickle names is imported. Containers, numbers and tensors become themselves, objects of the
+frameworks whose checkpoints are read become `Record`s, and any other name is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from holdfast.checkpoint.dtypes import TORCH_DTYPES
+from holdfast.parallel.errors import CheckpointError
+
+INERT_MODULES = ("argparse", "deepspeed", "megatron", "torch.distributed", "numpy")
+"""Modules (with those below them) whose objects are read as records of their attributes."""
+INERT = {
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("datetime", "timedelta"),
+    ("torch", "Tensor"),
+    ("torch", "device"),
+    ("torch", "memory_format"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.optim.lr_scheduler", "LambdaLR"),
+    ("_codecs", "encode"),
+    ("transformer_engine.common.recipe", "DelayedScaling"),
+}
+"""Single names that are read so."""
+_STORAGES = {
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "DoubleStorage": "F64",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64",
+    "UntypedStorage": "U8",
+}
+_DTYPES = {
+    **{str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()},
+    "half": "F16",
+    "float": "F32",
+    "double": "F64",
+    "long": "I64",
+    "int": "I32",
+}
+
+
+class Record:
+    """An object of some other program: what it was made from and its attributes, without its code."""
+
+    type_name: ClassVar[str] = ""
+    """As the pickle names it, with its module."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        self.args = args
+        self.items: list[Any] = []
+        self.__dict__.update(attributes)
+
+    def __new__(cls, *args: Any, **attributes: Any) -> Record:
+        made = super().__new__(cls)
+        made.__dict__.update(args=args, items=[])
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        # A class with slots has (attributes, slots).
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, Mapping):
+                self.__dict__.update(part)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        """For pickled lists of another type."""
+        self.items.append(value)
+
+    def extend(self, values: Any) -> None:
+        """For pickled lists of another type."""
+        self.items.extend(values)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute."""
+        return self.__dict__.get(name, default)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a torch file: where in which of its storages."""
+
+    storage: str
+    """The record's name in the file."""
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    """First element, in elements of the storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A dtype, or a type of storage."""
+
+    dtype: str
+
+
+def _tensor(
+    storage: _Storage, start: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> StoredTensor:
+    return StoredTensor(storage.name, storage.dtype, tuple(shape), tuple(strides), start)
+
+
+def _untyped_tensor(
+    storage: _Storage,
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _grad: bool,
+    _hooks: Any,
+    dtype: _Named,
+    *_: Any,
+) -> StoredTensor:
+    return StoredTensor(storage.name, dtype.dtype, tuple(shape), tuple(strides), start)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _tensor_of_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
+    # A tensor with attributes, which are not needed; only what rebuilds tensors may be called.
+    if function not in (_tensor, _untyped_tensor, _parameter):
+        raise CheckpointError("a tensor that is rebuilt by something else than a tensor's function")
+    return function(*arguments)
+
+
+def _as_tuple(values: Any = ()) -> tuple[Any, ...]:
+    return tuple(values)
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): lambda *_: {},
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "list"): list,
+    ("builtins", "dict"): dict,
+    ("builtins", "tuple"): tuple,
+    ("builtins", "int"): int,
+    ("torch", "Size"): _as_tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _untyped_tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_type,
+    ("torch.nn.parameter", "Parameter"): _parameter,
+}
+
+
+class _Reader(pickle.Unpickler):
+    """See the module."""
+
+    def __init__(self, content: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self._where = where
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins"}.get(module, module)
+        function = _FUNCTIONS.get((module, name))
+        if function is not None:
+            return function
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _Named(_STORAGES[name])
+        if module == "torch" and name in _DTYPES:
+            return _Named(_DTYPES[name])
+        top = any(module == known or module.startswith(f"{known}.") for known in INERT_MODULES)
+        if top or (module, name) in INERT:
+            return type(name, (Record,), {"type_name": f"{module}.{name}"})
+        raise CheckpointError(
+            f"{self._where} is refused: its pickle asks for {module}.{name}, which is not among the types "
+            "that a checkpoint is made of; nothing of it was executed"
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        match pid:
+            case ("storage", _Named(dtype=dtype), str(name), _, _):
+                return _Storage(name, dtype)
+        raise CheckpointError(
+            f"{self._where} refers to {pid!r:.80}, which is not a tensor's storage"
+        )
+
+
+def read_pickle(content: bytes, where: str) -> Any:
+    """What a pickle holds, without executing anything of it.
+
+    Args:
+        where: the file, for errors.
+    Raises:
+        CheckpointError: it names a type that is not allowed, or is damaged.
+    """
+    try:
+        return _Reader(content, where).load()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A damaged pickle fails in any way that Python has.
+        raise CheckpointError(
+            f"{where} is damaged: its pickle cannot be read ({type(error).__name__}: {error})"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """What of a value JSON can say: numbers, text, lists and dicts; records as their attributes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {
+            str(key): made
+            for key, item in value.items()
+            if (made := plain(item)) is not None or item is None
+        }
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Record):
+        if len(value.args) == 1 and not isinstance(value.args[0], Record):
+            return plain(value.args[0])
+        own = {key: item for key, item in value.__dict__.items() if key not in ("args", "items")}
+        return plain(own) if own else None
+    if isinstance(value, _Named):
+        return str(TORCH_DTYPES[value.dtype])
+    return None

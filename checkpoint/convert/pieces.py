@@ -1,0 +1,228 @@
+"""Where the elements of tensors lie in files: boxes, each with an affine map to bytes. Pure; needs no torch.
+
+A place is an offset and a stride per dimension, which says everything that converting between frameworks
+asks of a tensor: cut, fused, interleaved, stacked, transposed and flattened tensors are all boxes with
+places (after the pieces of DeepSpeed's affine maps). Nothing is copied until a box of the output is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.layout import Box, without
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a box lies: element i is at byte `offset` + sum(i[d] * strides[d]) * element size."""
+
+    file: str
+    """Relative to the folder of the source."""
+    offset: int
+    strides: tuple[int, ...]
+    """In elements, one a dimension of the box."""
+
+    def at(self, start: Sequence[int], element_bytes: int) -> Place:
+        """Of the box that begins at index `start` of this one."""
+        skipped = sum(i * stride for i, stride in zip(start, self.strides, strict=True))
+        return Place(self.file, self.offset + skipped * element_bytes, self.strides)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor and the places that have it; no place: zeros."""
+
+    box: Box
+    places: tuple[Place, ...]
+
+    def part(self, box: Box, element_bytes: int) -> Piece:
+        """A smaller box of this piece."""
+        start = box.relative_to(self.box).start
+        return Piece(box, tuple(place.at(start, element_bytes) for place in self.places))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor as a source keeps it, or one shard of it."""
+
+    key: str
+    """As the source names it."""
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    shard: tuple[tuple[str, int], ...] = ()
+    """Its coordinates among the source's shards: (("tp", 1), ("pp", 0))."""
+    full_shape: tuple[int, ...] | None = None
+    """Of the tensor that this is a flat fragment of."""
+
+    def index(self, axis: str) -> int:
+        """The coordinate along an axis; 0 along one that it is not cut along."""
+        return dict(self.shard).get(axis, 0)
+
+    @property
+    def label(self) -> str:
+        """The key with the shard's coordinates, for people."""
+        coordinates = ", ".join(f"{axis} {index}" for axis, index in self.shard)
+        return f"{self.key} ({coordinates})" if coordinates else self.key
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A tensor of the model, and where its elements come from."""
+
+    name: str
+    """Without its kind."""
+    kind: str
+    """"weight", "master", "exp_avg", … as in `TensorEntry`."""
+    dtype: str
+    """Of the source."""
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    combine: str = "equal"
+    """How the places of a piece combine: "equal" (all must hold the same bytes), "sum" or "mean"."""
+
+    @property
+    def full_name(self) -> str:
+        """As a checkpoint lists it."""
+        return self.name if self.kind in UNPREFIXED_KINDS else f"{self.kind}.{self.name}"
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.element_bytes
+
+    def within(self, box: Box) -> Iterator[Piece]:
+        """What makes up a box of the tensor."""
+        for piece in self.pieces:
+            common = piece.box if not piece.box.start else piece.box.intersect(box)
+            if common is not None:
+                yield piece.part(common, self.element_bytes)
+
+
+UNPREFIXED_KINDS = ("weight", "buffer", "tensor")
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a tensor without gaps."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    return tuple(strides)
+
+
+def stored(
+    key: str,
+    dtype: str,
+    shape: Sequence[int],
+    file: str,
+    offset: int,
+    *,
+    strides: Sequence[int] | None = None,
+    shard: tuple[tuple[str, int], ...] = (),
+    full_shape: tuple[int, ...] | None = None,
+) -> SourceTensor:
+    """A source tensor that lies in one piece at byte `offset` of a file."""
+    place = Place(file, offset, tuple(row_major(shape) if strides is None else strides))
+    shape = tuple(shape)
+    return SourceTensor(key, dtype, shape, (Piece(Box.whole(shape), (place,)),), shard, full_shape)
+
+
+def flat_boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
+    """The boxes, in order, that a range of a row-major tensor's elements is made of.
+
+    At most 2 * dimensions - 1 of them; each is contiguous.
+    """
+    if not shape:
+        if start < stop:
+            yield Box((), ())
+        return
+    row = prod(shape[1:])
+    while start < stop:
+        index, inside = divmod(start, row)
+        if inside or stop - start < row:
+            end = min(stop, (index + 1) * row)
+            for box in flat_boxes(inside, inside + end - start, shape[1:]):
+                yield Box((index, *box.start), (index + 1, *box.stop))
+        else:
+            rows = (stop - start) // row
+            end = start + rows * row
+            yield Box((index, *(0,) * (len(shape) - 1)), (index + rows, *shape[1:]))
+        start = end
+
+
+def fragment_pieces(fragment: SourceTensor, start: int, shape: Sequence[int]) -> Iterator[Piece]:
+    """A flat fragment as pieces of the tensor of which it holds the elements from `start` on.
+
+    What lies beyond the tensor's end is padding.
+    """
+    size, strides = ELEMENT_BYTES[fragment.dtype], row_major(shape)
+    total = prod(shape)
+    for piece in fragment.pieces:
+        first = start + piece.box.start[0]
+        last = min(total, start + piece.box.stop[0])
+        for box in flat_boxes(first, last, shape):
+            skipped = sum(i * s for i, s in zip(box.start, strides, strict=True)) - first
+            places = tuple(
+                Place(place.file, place.offset + skipped * size, strides) for place in piece.places
+            )
+            yield Piece(box, places)
+
+
+def overlay(first: Sequence[Piece], second: Sequence[Piece], element_bytes: int) -> list[Piece]:
+    """Two ways to provide the same tensor, as pieces with the places of both."""
+    both = []
+    for one in first:
+        for other in second:
+            common = one.box if not one.box.start else one.box.intersect(other.box)
+            if common is None:
+                continue
+            a, b = one.part(common, element_bytes), other.part(common, element_bytes)
+            both.append(Piece(common, a.places + b.places))
+    return both
+
+
+def moved(pieces: Sequence[Piece], dim: int, distance: int) -> list[Piece]:
+    """Pieces in the coordinates of a tensor that has `distance` more indices before them along `dim`."""
+
+    def shift(index: tuple[int, ...]) -> tuple[int, ...]:
+        return (*index[:dim], index[dim] + distance, *index[dim + 1 :])
+
+    return [
+        replace(piece, box=Box(shift(piece.box.start), shift(piece.box.stop))) for piece in pieces
+    ]
+
+
+def check_complete(tensor: Logical) -> None:
+    """Check that the pieces hold each element exactly once.
+
+    Raises:
+        CheckpointError: a hole, an overlap or a piece outside the tensor, named.
+    """
+    whole = Box.whole(tensor.shape)
+    for piece in tensor.pieces:
+        if len(piece.box.start) != len(tensor.shape) or not whole.contains(piece.box):
+            raise CheckpointError(
+                f"{tensor.full_name}: the source has {piece.box}, outside of its shape {list(tensor.shape)}"
+            )
+    boxes = sorted((piece.box for piece in tensor.pieces), key=lambda box: box.start)
+    held = sum(box.elements for box in boxes)
+    holes = without([whole], boxes)
+    if holes:
+        missing = sum(hole.elements for hole in holes)
+        raise CheckpointError(
+            f"{tensor.full_name}: the source lacks {holes[0]} of its shape {list(tensor.shape)} ({missing} "
+            "elements in all); a shard or a file of it is missing"
+        )
+    if held != whole.elements:
+        raise CheckpointError(
+            f"{tensor.full_name}: parts of the source overlap ({held} elements for a shape of "
+            f"{list(tensor.shape)}); each element must be in one part"
+        )

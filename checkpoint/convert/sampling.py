@@ -1,0 +1,122 @@
+"""A sample of an output's values, read back through the output's own format, against the source's. Local.
+
+Elements are looked up one by one in the pieces of both sides, by none of the code that converted them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from holdfast.checkpoint.convert.catalog import Catalog
+from holdfast.checkpoint.convert.pieces import Logical
+from holdfast.checkpoint.dtypes import TORCH_DTYPES
+from holdfast.parallel.errors import CheckpointError
+
+MOST_ELEMENTS = 4096
+
+
+def compare_sample(
+    source: Path,
+    expected: Sequence[tuple[Logical, str]],
+    output: Catalog,
+    added: Collection[str] = (),
+) -> int:
+    """Compare names, shapes, types and a sample of elements; returns how many elements.
+
+    Args:
+        source: what the places of the expected tensors are relative to.
+        expected: the tensors that were to be written, each with its type in the output.
+        added: names of those that only the output has.
+    Raises:
+        CheckpointError: a tensor is missing, of another form, or has another value.
+    """
+    found = {tensor.full_name: tensor for tensor in output.tensors}
+    names = [tensor.full_name for tensor, _ in expected]
+    missing = sorted((set(names) | set(added)) ^ set(found))
+    if missing:
+        raise CheckpointError(f"{output.root}: {missing[0]} is in one of source and output only")
+    each = max(2, min(16, MOST_ELEMENTS // max(1, len(names))))
+    compared = 0
+    with _Elements(source) as there, _Elements(output.root) as here:
+        for tensor, dtype in expected:
+            written = found[tensor.full_name]
+            if (written.shape, written.dtype) != (tensor.shape, dtype):
+                raise CheckpointError(
+                    f"{output.root}: {tensor.full_name} is {written.dtype} {list(written.shape)} and should "
+                    f"be {dtype} {list(tensor.shape)}"
+                )
+            for index in _indices(tensor, each):
+                wanted = there.value(tensor, index).to(TORCH_DTYPES[dtype])
+                value = here.value(written, index)
+                if not torch.equal(_raw(wanted), _raw(value)):
+                    raise CheckpointError(
+                        f"{output.root}: {tensor.full_name}{list(index)} is {value.item()} and should be "
+                        f"{wanted.item()}"
+                    )
+                compared += 1
+    return compared
+
+
+def _indices(tensor: Logical, count: int) -> set[tuple[int, ...]]:
+    """The first element, the last, and some between, the same ones each time."""
+    if 0 in tensor.shape:
+        return set()
+    draw = random.Random(tensor.full_name)
+    ends = {tuple(0 for _ in tensor.shape), tuple(n - 1 for n in tensor.shape)}
+    return ends | {tuple(draw.randrange(n) for n in tensor.shape) for _ in range(count - 2)}
+
+
+class _Elements:
+    """Single elements of a checkpoint's tensors."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files: dict[str, int] = {}
+        self._opened = ExitStack()
+
+    def __enter__(self) -> _Elements:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def value(self, tensor: Logical, index: tuple[int, ...]) -> Tensor:
+        for piece in tensor.pieces:
+            if all(
+                a <= i < b for a, i, b in zip(piece.box.start, index, piece.box.stop, strict=True)
+            ):
+                inside = tuple(i - a for i, a in zip(index, piece.box.start, strict=True))
+                places = [place.at(inside, tensor.element_bytes) for place in piece.places]
+                values = [self._read(place.file, place.offset, tensor.dtype) for place in places]
+                break
+        else:
+            raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
+        if not values:
+            return torch.zeros((), dtype=TORCH_DTYPES[tensor.dtype])
+        if tensor.combine == "equal":
+            return values[0]
+        total = sum(values[1:], values[0])
+        return total / len(values) if tensor.combine == "mean" else total
+
+    def _read(self, file: str, offset: int, dtype: str) -> Tensor:
+        if file not in self._files:
+            handle = os.open(self._root / file, os.O_RDONLY)
+            self._opened.callback(os.close, handle)
+            self._files[file] = handle
+        size = TORCH_DTYPES[dtype].itemsize
+        content = bytearray(os.pread(self._files[file], size, offset))
+        if len(content) != size:
+            raise CheckpointError(f"{self._root / file} ends before byte {offset + size}")
+        return torch.frombuffer(content, dtype=TORCH_DTYPES[dtype])[0]
+
+
+def _raw(value: Tensor) -> Tensor:
+    """The bits, so that a NaN equals itself."""
+    return value.reshape(1).view(torch.uint8)

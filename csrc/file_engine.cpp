@@ -389,6 +389,11 @@ std::map<std::string, std::uint64_t> FileEngineCore::statistics() {
                            "direct_bytes_written", "requests", "busy_ns"}) {
     found[name] = counts_[name];
   }
+  if (in_flight_) {
+    const auto busy = std::chrono::steady_clock::now() - busy_since_;
+    found["busy_ns"] += static_cast<std::uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(busy).count());
+  }
   return found;
 }
 

@@ -44,6 +44,12 @@ class CheckpointError(HoldfastError):
     """A checkpoint that is damaged, incomplete, of another model, or could not be written or read."""
 
 
+class OffloadError(HoldfastError):
+    """Activations that were sent out cannot be read back; the step was not applied."""
+
+    exit_code = 3
+
+
 class Stopped(HoldfastError):
     """The run was asked to end before its last step; starting it again goes on."""
 

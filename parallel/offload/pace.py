@@ -1,0 +1,28 @@
+"""How far the host is ahead of a GPU: work is queued long before it runs, and memory is taken when it is queued."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+_QUEUED = 4
+"""Saved storages whose computation stays queued at least, so that waiting for memory stalls nothing."""
+
+
+class Pace:
+    """Tells whether the host may wait without the device running out of work. Local."""
+
+    def __init__(self) -> None:
+        self._events: deque[torch.cuda.Event] = deque(maxlen=_QUEUED)
+
+    def note(self, device: torch.device) -> None:
+        """A storage was saved: mark where the device's queue is."""
+        if device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._events.append(event)
+
+    def is_ahead(self) -> bool:
+        """Whether enough is queued that the host may wait; never for the CPU."""
+        return len(self._events) == _QUEUED and not self._events[0].query()

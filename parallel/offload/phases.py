@@ -1,0 +1,43 @@
+"""How long a step's forward and backward passes took, and how much of that the drive was busy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Literal
+
+Phase = Literal["forward", "backward"]
+
+
+class Phases:
+    """Times by phase, from the moments at which tensors are saved and asked for. Local."""
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
+        self.restart(0.0)
+
+    def restart(self, busy_s: float) -> None:
+        """A step begins. `busy_s`: how long the store has been busy since it was opened."""
+        self.seconds: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
+        self.busy_s: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
+        self._phase: Phase = "forward"
+        self._last_s = self._clock()
+        self._busy_before_s = busy_s
+
+    def at(self, phase: Phase, busy_s: Callable[[], float]) -> None:
+        """Something of `phase` happens now; the time since what happened before goes to its phase."""
+        now = self._clock()
+        self.seconds[self._phase] += now - self._last_s
+        self._last_s = now
+        if phase != self._phase:
+            self._count_busy(busy_s())
+            self._phase = phase
+
+    def finish(self, busy_s: float) -> None:
+        """The step ends."""
+        self.seconds[self._phase] += self._clock() - self._last_s
+        self._count_busy(busy_s)
+
+    def _count_busy(self, busy_s: float) -> None:
+        self.busy_s[self._phase] += busy_s - self._busy_before_s
+        self._busy_before_s = busy_s

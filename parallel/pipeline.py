@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from holdfast.parallel.comm import Communicator, Handle
+from holdfast.parallel.offload import Offloader
+from holdfast.parallel.offload.program import SavedOfProgram
 from holdfast.parallel.schedule import Action, Op, Program
 from holdfast.parallel.schedules.actions import RECEIVES, SENDS
 from holdfast.parallel.schedules.messages import matching_receive
@@ -94,17 +96,20 @@ class Executor:
         message: MessageShape,
         comm: Communicator,
         micro_batches: int,
+        offloader: Offloader | None = None,
     ) -> None:
         """Args:
         chunks: this rank's chunks by global chunk index.
         last_chunk: the model's last chunk, whose output is the loss.
         micro_batches: of the whole step, over all replicas.
+        offloader: takes what forward passes save, until their backward passes.
         """
         self._chunks = chunks
         self._last_chunk = last_chunk
         self._message = message
         self._comm = comm
         self._micro_batches = micro_batches
+        self._offloader = offloader
         self.counted: dict[int, set[int]] = {}
         """By chunk, the micro-batches whose weight gradients are all added since `counted` was cleared."""
         self.halved: set[tuple[int, int]] = set()
@@ -145,15 +150,20 @@ class Executor:
         sends: list[Handle] = []
         receives = _Receives(program, order, self)
         chunks, last = self._chunks, self._last_chunk
+        saved = SavedOfProgram.of(program, self._offloader)
         for action in program:
             op, chunk, micro_batch = action.op, action.chunk, action.micro_batch
             key = (chunk, micro_batch)
             start = perf_counter()
             if op is Op.FORWARD:
-                output = chunks[chunk].forward(micro_batch, values.pop(key, None))
+                value = values.pop(key, None)
+                with saved.forward(key, value):
+                    output = chunks[chunk].forward(micro_batch, value)
+                del value
                 if chunk != last:
                     values[(chunk + 1, micro_batch)] = output
             elif op is Op.BACKWARD or op is Op.BACKWARD_INPUT:
+                saved.backward(key)
                 runner = chunks[chunk]
                 run = runner.backward if op is Op.BACKWARD else runner.backward_input
                 gradient = run(micro_batch, gradients.pop(key, None))
@@ -182,6 +192,7 @@ class Executor:
             note[2](perf_counter())
         for handle in sends:
             handle.wait()
+        saved.end()
         return times
 
     def _send(self, action: Action, tensor: Tensor | None) -> Handle:

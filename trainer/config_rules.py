@@ -25,6 +25,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _layout,
         _pipeline,
         _elastic,
+        _offload,
         _not_in_this_version,
     )
     problems = [problem for rule in rules for problem in rule(config)]
@@ -44,6 +45,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         "optimizer": ("block_elements",),
         "parallel": ("tensor", "pipeline", "data", "context", "expert", "virtual"),
         "checkpoint": ("memory_keep", "remote_every"),
+        "offload": ("smallest_kib", "staging_mib"),
         "log": ("every",),
     }
     at_least_zero = {
@@ -58,7 +60,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
             "remote_keep",
             "arena_mib",
         ),
-        "offload": ("limit_gib",),
+        "offload": ("limit_gib", "least_share", "limit_mib_per_s", "drive_tbw"),
         "data": ("seed",),
     }
     for least, table in ((1, at_least_one), (0, at_least_zero)):
@@ -230,6 +232,22 @@ def _elastic(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _offload(config: RunConfig) -> Iterator[str]:
+    offload = config.offload
+    if not offload.least_share <= offload.most_share <= 1:
+        yield (
+            f"offload.least_share = {offload.least_share}, most_share = {offload.most_share}: shares are "
+            "0 to 1, the least not above the most"
+        )
+    if offload.staging_mib > 1024:
+        yield f"offload.staging_mib = {offload.staging_mib}: must be 1 to 1024"
+    if offload.activations == "host" and config.train.device == "cpu":
+        yield (
+            "offload.activations = 'host' with train.device = 'cpu': activations are in host memory "
+            "already; use 'ssd' or 'none'"
+        )
+
+
 def _not_in_this_version(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     for key in ("context", "expert"):
@@ -241,11 +259,6 @@ def _not_in_this_version(config: RunConfig) -> Iterator[str]:
         yield (
             "parallel.backend = 'mpi' carries CPU tensors, but train.device = 'cuda'; use 'nccl', or "
             "set train.device = 'cpu'"
-        )
-    if config.offload.activations != "none":
-        yield (
-            f"offload.activations = {config.offload.activations!r}: not available in this version; set "
-            "it to 'none'"
         )
     if config.data.kind == "megatron" and importlib.util.find_spec("megatron") is None:
         yield ("data.kind = 'megatron' needs megatron-core; pip install 'holdfast[megatron]'")

@@ -128,8 +128,22 @@ class OffloadConfig(Section, frozen=True):
     """Where activations wait for their backward pass."""
 
     activations: Literal["none", "ssd", "host"] = "none"
+    """"ssd": on a drive; "host": in pinned host memory, for models on a GPU."""
     path: str = ""
+    """Folder on the drive; empty: that of temporary files (TMPDIR)."""
     limit_gib: float = 0.0
+    """The most that a rank has away at once; 0: no limit but the drive's room."""
+    least_share: float = 0.0
+    """Of the activations that could be sent, between this and `most_share` are; equal ones fix it."""
+    most_share: float = 1.0
+    smallest_kib: int = 256
+    """Tensors below this stay in memory."""
+    limit_mib_per_s: float = 0.0
+    """The most that a rank writes and reads; 0: what the drive can do."""
+    staging_mib: int = 1024
+    """Pinned host memory of a rank between a GPU and the drive."""
+    drive_tbw: float = 0.0
+    """Terabytes that the drive may be written in its life, by its data sheet: for the years it lasts."""
 
 
 class ChaosConfig(Section, frozen=True):

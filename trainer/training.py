@@ -27,6 +27,7 @@ from holdfast.parallel.shadows import ShadowState
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.model.build import DTYPES, new_chunks
+from holdfast.trainer.offloading import open_offloader
 from holdfast.trainer.partial_step import Counted, Redo, merged
 from holdfast.trainer.progress import NO_REQUESTS, Outcome, Progress, Requests
 from holdfast.trainer.state import TrainingState
@@ -58,6 +59,7 @@ class Training:
         self.data: Dataset = before.data if before is not None else self._open_data("train")
         self._eval_data: Dataset | None = before._eval_data if before is not None else None
         self.progress = Progress() if before is None else replace(before.progress)
+        self.offloader = open_offloader(config, device) if before is None else before.offloader
         self._build_model(before, initial=initial)
         self._clear_step(self.progress.decided)
 
@@ -126,6 +128,8 @@ class Training:
             settings=settings,
             before=before.shadows if before is not None else None,
         )
+        if self.offloader is not None:
+            self.offloader.keep(self.flat.values)
         sequence_parallel = config.parallel.sequence_parallel and self.groups.tensor.size > 1
         rows_of_message = train.seq_len // (self.groups.tensor.size if sequence_parallel else 1)
         shape = (rows_of_message, train.micro_batch, config.model.hidden)
@@ -135,6 +139,7 @@ class Training:
             MessageShape(shape, dtype, self.device),
             self.groups.pipeline,
             self.step_micro_batches,
+            self.offloader,
         )
         if config.elastic.enabled and self._can_keep_sums:
             self.optimizer.keep_own_sums()

@@ -12,7 +12,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from holdfast.parallel.errors import OffloadError
-from holdfast.parallel.offload.amount import Amount, Bounds, Measured, next_amount
+from holdfast.parallel.offload.account import Account
+from holdfast.parallel.offload.amount import Amount, Bounds, next_amount
 from holdfast.parallel.offload.disk_file import DiskFile
 from holdfast.parallel.offload.disk_store import DiskStore
+from holdfast.parallel.offload.eligibility import movable_storage
 from holdfast.parallel.offload.host_store import HostStore
 from holdfast.parallel.offload.pace import Pace
-from holdfast.parallel.offload.phases import Phases
 from holdfast.parallel.offload.prefetch import Prefetch, Scope
 from holdfast.parallel.offload.record import Dead, Kept, Record, Saved
 from holdfast.parallel.offload.report import OffloadReport
@@ -36,7 +36,6 @@ from holdfast.parallel.offload.store import Store, StoreStatistics
 
 logger = logging.getLogger("holdfast.offload")
 
-_KERNEL_ALIGNMENT = 64
 _POLL_S = 5e-5
 
 
@@ -102,11 +101,9 @@ class Offloader:
         self._amount = Amount(share=self._bounds.most_share)
         self._credit = 0.0
         self._pace = Pace()
-        self._phases = Phases()
         self._contexts: list[AbstractContextManager[Any]] = []
-        self._in_step = self._closed = False
-        self._count = _Counts()
-        self._before = StoreStatistics()
+        self._account = Account()
+        self._in_step = self._stopped = self._closed = False
         self.last_step = OffloadReport()
         """What the step before the one that is under way has sent."""
 
@@ -131,18 +128,18 @@ class Offloader:
             self.end_step()
 
     def begin_step(self, backward_order: Iterable[Hashable] = ()) -> None:
-        """A step of a program begins.
+        """A step of a program begins. One that has not ended is given up, as by `clear`.
 
         Args:
             backward_order: the keys of its forward passes, in the order of their backward passes.
         """
+        if self._in_step:
+            self.clear()
         with self._lock:
             self._in_step = True
-            self._count = _Counts()
             self._prefetch.expect(backward_order)
             self._held = {n: held for n, held in self._held.items() if not held.expired()}
-            self._before = self._statistics()
-            self._phases.restart(self._before.busy_s)
+            self._account.begin(self._statistics())
 
     @contextmanager
     def forward(self, key: Hashable, kind: Hashable = None, *, at_once: bool) -> Iterator[None]:
@@ -165,47 +162,20 @@ class Offloader:
     def backward(self, key: Hashable) -> None:
         """The backward pass of `key` begins."""
         with self._lock:
-            self._phases.at("backward", self._busy_s)
+            self._account.phases.at("backward", self._busy_s)
             self._prefetch.backward(key)
             self._prefetch.advance(self._amount.window_bytes)
-            self._tidy()
-
-    def between(self) -> None:
-        """Something else of the step has ended: use the moment. Never waits."""
-        with self._lock:
             self._tidy()
 
     def end_step(self) -> OffloadReport:
         """A step ends: adapt the amount to what was measured. Returns what it has sent."""
         with self._lock:
             self._tidy()
-            now, before, count = self._statistics(), self._before, self._count
-            self._phases.finish(now.busy_s)
-            seconds, busy_s = self._phases.seconds, self._phases.busy_s
-            seen = Measured(
-                eligible_bytes=count.eligible_bytes,
-                forward_bytes=max(self._expected.values(), default=0),
-                written_bytes=now.written_bytes - before.written_bytes,
-                read_bytes=now.read_bytes - before.read_bytes,
-                forward_s=seconds["forward"],
-                forward_busy_s=busy_s["forward"],
-                backward_s=seconds["backward"],
-                backward_busy_s=busy_s["backward"],
-                waited_s=count.waited_s,
-            )
-            busy = now.busy_s - before.busy_s
-            moved = seen.written_bytes + seen.read_bytes
-            self.last_step = OffloadReport(
-                eligible_bytes=count.eligible_bytes,
-                sent_bytes=count.sent_bytes,
-                read_bytes=seen.read_bytes,
-                forwarded_bytes=count.forwarded_bytes,
-                waited_s=count.waited_s,
-                bytes_per_s=moved / busy if busy > 0 else 0.0,
-                share=self._amount.share,
-                room_bytes=now.room_bytes,
-                fault=self._store.fault if self._store is not None else "",
-            )
+            store = self._statistics()
+            largest = max(self._expected.values(), default=0)
+            seen = self._account.measured(store, largest)
+            fault = self._store.fault if self._store is not None else ""
+            self.last_step = self._account.report(seen, self._amount, store, fault)
             self._amount = next_amount(self._amount, seen, self._bounds)
             self._in_step = False
             return self.last_step
@@ -220,6 +190,10 @@ class Offloader:
             self._records.clear()
             self._prefetch.expect(())
             self._settle()
+
+    def stop(self) -> None:
+        """Send nothing from now on."""
+        self._stopped = True
 
     def settle(self) -> None:
         """Wait until all that is on its way out is out, and its memory free."""
@@ -250,7 +224,7 @@ class Offloader:
 
     def _pack(self, tensor: Tensor) -> Saved | Kept:
         with self._lock:
-            self._phases.at("forward", self._busy_s)
+            self._account.phases.at("forward", self._busy_s)
             self._tidy()
             storage = self._storage_to_send(tensor)
             if storage is None:
@@ -265,14 +239,14 @@ class Offloader:
             saved.check()
             return saved.tensor
         with self._lock:
-            self._phases.at("backward", self._busy_s)
+            self._account.phases.at("backward", self._busy_s)
             record = saved.record
             record.check()
             self._prefetch.asked(record)
             if not self._is_here(record):
                 self._bring(record)
             elif not record.asked and record in self._leaving:
-                self._count.forwarded_bytes += record.nbytes
+                self._account.forwarded_bytes += record.nbytes
             record.asked = True
             self._prefetch.advance(self._amount.window_bytes)
             self._tidy()
@@ -280,23 +254,14 @@ class Offloader:
 
     def _storage_to_send(self, tensor: Tensor) -> torch.UntypedStorage | None:
         """The storage of a tensor that may leave; None for one that stays."""
-        ordinary = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if not ordinary or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
-            return None
-        base = tensor if tensor._base is None else tensor._base
-        if base.is_leaf and base.requires_grad:
-            return None
-        storage = tensor.untyped_storage()
-        large = storage.nbytes() >= self._smallest
-        if not large or not self._reaches(tensor.device):
-            return None
-        if storage.data_ptr() % _KERNEL_ALIGNMENT or storage._cdata in self._held:
+        storage = movable_storage(tensor, self._smallest)
+        if storage is None or not self._reaches(tensor.device) or storage._cdata in self._held:
             return None
         return storage
 
     def _reaches(self, device: torch.device) -> bool:
         """Whether tensors of this device can be sent: those of the first that is met."""
-        if self._store is None and device.type in ("cpu", "cuda"):
+        if self._store is None:
             self._device = device
             if self._file is None:
                 self._store = HostStore(device, limit_bytes=self._limit)
@@ -312,8 +277,8 @@ class Offloader:
         self._records[storage._cdata] = record
         self._scope.add(record)
         self._pace.note(self._device)
-        self._count.eligible_bytes += record.nbytes
-        if self._is_wanted(record.nbytes):
+        self._account.eligible_bytes += record.nbytes
+        if not self._stopped and self._is_wanted(record.nbytes):
             self._send(record)
         return record
 
@@ -345,7 +310,7 @@ class Offloader:
         record.copy = copy
         self._leaving.append(record)
         self._leaving_bytes += record.nbytes
-        self._count.sent_bytes += record.nbytes
+        self._account.sent_bytes += record.nbytes
 
     def _fits(self, nbytes: int) -> bool:
         most = self._amount.window_bytes
@@ -405,7 +370,7 @@ class Offloader:
         start = perf_counter()
         record.memory = record.copy.take()
         if not self._pace.is_ahead():
-            self._count.waited_s += perf_counter() - start
+            self._account.waited_s += perf_counter() - start
         self._dead.append(record.remains())
 
     def _hold(self, storage: StorageWeakRef) -> None:
@@ -426,16 +391,6 @@ class Offloader:
         logger.warning("%s", message)
         if self._on_fault is not None:
             self._on_fault(message)
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Of the step under way."""
-
-    eligible_bytes: int = 0
-    sent_bytes: int = 0
-    forwarded_bytes: int = 0
-    waited_s: float = 0.0
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

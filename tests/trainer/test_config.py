@@ -70,13 +70,16 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("log.trace_steps=[0]", "steps are counted from 1"),
         ("data.eval_fraction=1.5", "data.eval_fraction = 1.5"),
         ("parallel.context=2", "not available in this version"),
-        ("offload.activations=ssd", "not available in this version"),
+        ("offload.most_share=1.5", "shares are 0 to 1"),
+        ("offload.least_share=0.9 and offload.most_share=0.5", "the least not above the most"),
+        ("offload.activations=host and train.device=cpu", "in host memory already"),
+        ("offload.staging_mib=4096", "must be 1 to 1024"),
         ("elastic.redundancy=3", "must be 0, 1 or 2 shadows"),
     ],
 )
 def test_a_broken_rule_says_what_to_change(smallest: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(smallest, [override])
+        load_config(smallest, override.split(" and "))
     matching = [line for line in str(caught.value).splitlines() if said in line]
     assert len(matching) == 1, str(caught.value)
 

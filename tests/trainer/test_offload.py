@@ -1,0 +1,125 @@
+"""Training with offloaded activations: the same bits in every schedule and layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from torch.distributed import Store
+
+from cluster import Cluster
+from holdfast.trainer.config import RunConfig
+from small_runs import make_config, run_training, train_steps, world_size_of
+
+pytestmark = pytest.mark.mp
+
+TRAIN = {"steps": 6, "global_batch": 8}
+
+
+def offload(folder: Path, **keys: Any) -> dict[str, Any]:
+    return {"activations": "ssd", "path": str(folder), "smallest_kib": 1, **keys}
+
+
+def train_offloaded(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
+    """As `train_steps`, and what the last step has sent."""
+    from holdfast.trainer.training import Training
+
+    sent = []
+    compute = Training.compute
+
+    def compute_and_note(self: Training, step: int) -> Any:
+        times = compute(self, step)
+        assert self.offloader is not None
+        sent.append(self.offloader.last_step.sent_bytes)
+        return times
+
+    Training.compute = compute_and_note  # type: ignore[method-assign]
+    try:
+        result = train_steps(rank, world_size, store, config=config)
+    finally:
+        Training.compute = compute  # type: ignore[method-assign]
+    return {"result": result, "sent": sent}
+
+
+def run_offloaded(cluster: Cluster, config: RunConfig) -> dict[str, Any]:
+    """Train on the pool; every rank must have sent something in every step."""
+    plain = msgspec.to_builtins(config)
+    ranks = cluster.run("test_offload:train_offloaded", world_size_of(config), config=plain)
+    assert all(min(rank["sent"]) > 0 for rank in ranks), [rank["sent"] for rank in ranks]
+    assert all(rank["result"] == ranks[0]["result"] for rank in ranks)
+    return ranks[0]["result"]
+
+
+@pytest.fixture(scope="module")
+def one_process(cluster: Cluster) -> dict[str, Any]:
+    return run_training(cluster, make_config(train=TRAIN))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"data": 2},
+        {"pipeline": 3, "schedule": "1f1b"},
+        {
+            "pipeline": 2,
+            "data": 2,
+            "schedule": "gpipe",
+            "virtual": 2,
+            "blocks_per_chunk": [2, 1, 1, 2],
+        },
+        {"pipeline": 3, "virtual": 2, "schedule": "interleaved-1f1b"},
+        {"pipeline": 3, "schedule": "zb-h1"},
+        {"pipeline": 3, "virtual": 2, "schedule": "zb-v"},
+        {"pipeline": 2, "data": 2, "micro_batch_order": "shuffled"},
+    ],
+    ids=lambda v: "-".join(map(str, v.values())) or "alone",
+)
+def test_offload_gives_the_same_bits(
+    cluster: Cluster, tmp_path: Path, one_process: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    config = make_config(train=TRAIN, parallel=layout, offload=offload(tmp_path))
+    assert run_offloaded(cluster, config) == one_process
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2, "schedule": "zb-h1"}], ids=str)
+def test_offload_and_recompute_give_the_same_bits(
+    cluster: Cluster,
+    tmp_path: Path,
+    one_process: dict[str, Any],
+    layout: dict[str, Any],
+    recompute: str,
+) -> None:
+    train = TRAIN | {"recompute": recompute}
+    config = make_config(train=train, parallel=layout, offload=offload(tmp_path))
+    assert run_offloaded(cluster, config) == one_process
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_part_that_is_sent_gives_the_same_bits(
+    cluster: Cluster, tmp_path: Path, one_process: dict[str, Any], share: float
+) -> None:
+    part = offload(tmp_path, least_share=share, most_share=share)
+    layout = {"pipeline": 2, "virtual": 3, "schedule": "interleaved-1f1b"}
+    config = make_config(train=TRAIN, parallel=layout, offload=part)
+    assert run_offloaded(cluster, config) == one_process
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_offload_with_tensor_parallelism_gives_the_same_bits(
+    cluster: Cluster, tmp_path: Path, sequence_parallel: bool
+) -> None:
+    model = {"layers": 2, "tie_embeddings": True}
+    layout = {"tensor": 2, "sequence_parallel": sequence_parallel}
+    train = TRAIN | {"steps": 4, "precision": "bf16", "micro_batch": 2}
+    expected = run_training(cluster, make_config(model=model, train=train, parallel=layout))
+    config = make_config(
+        model=model,
+        train=train,
+        parallel=layout | {"pipeline": 2},
+        offload=offload(tmp_path),
+    )
+    assert run_offloaded(cluster, config) == expected

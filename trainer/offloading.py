@@ -1,0 +1,37 @@
+"""The offloader of a run, as its configuration asks for it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+
+import torch
+
+from holdfast.parallel.offload import Bounds, Offloader
+from holdfast.trainer.config import RunConfig
+
+logger = logging.getLogger("holdfast.offload")
+
+
+def open_offloader(config: RunConfig, device: torch.device) -> Offloader | None:
+    """What takes this rank's activations; None where they stay in memory. Local.
+
+    Raises:
+        ConfigError: no file can be made in offload.path.
+    """
+    offload = config.offload
+    if offload.activations == "none":
+        return None
+    path = None
+    if offload.activations == "ssd":
+        path = offload.path or tempfile.gettempdir()
+    elif device.type == "cpu":
+        logger.warning("offload.activations = 'host' saves nothing on a CPU")
+    return Offloader(
+        path,
+        limit_bytes=int(offload.limit_gib * 2**30),
+        smallest_bytes=offload.smallest_kib << 10,
+        bounds=Bounds(offload.least_share, offload.most_share),
+        bytes_per_s=offload.limit_mib_per_s * 2**20,
+        staging_bytes=offload.staging_mib << 20,
+    )

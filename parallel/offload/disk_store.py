@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,8 @@ class DiskCopy:
         try:
             self._file.wait(transfer)
         except OSError as error:
-            self.failed = error
+            # Without its traceback, whose frames would keep tensors alive.
+            self.failed = error.with_traceback(None)
             self._file.refuse(error)
         else:
             self._source = None
@@ -126,11 +129,9 @@ class DiskCopy:
         if self._transfer is not None:
             if not self._file.done(self._transfer):
                 return False
-            try:
+            # Nobody needs these bytes any more; a later write meets the drive's trouble again.
+            with contextlib.suppress(OSError):
                 self._file.wait(self._transfer)
-            except OSError as error:
-                # Nobody needs these bytes any more; a later write meets the drive's trouble again.
-                self.failed = error
             self._transfer = None
         self._source = self._target = None
         if self._offset >= 0:

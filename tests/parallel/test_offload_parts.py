@@ -26,7 +26,7 @@ from holdfast.parallel.offload.amount import (
 from holdfast.parallel.offload.disk_file import DiskFile
 from holdfast.parallel.offload.disk_store import DiskStore
 from holdfast.parallel.offload.host_store import HostStore
-from holdfast.parallel.offload.phases import Phases
+from holdfast.parallel.offload.phases import Phase, Phases
 from holdfast.parallel.offload.prefetch import Prefetch
 from holdfast.parallel.offload.program import backward_order, reversed_at_once
 from holdfast.parallel.offload.record import Record
@@ -310,7 +310,7 @@ def test_phases_count_time_and_transfers() -> None:
     phases = Phases(lambda: now[0])
     phases.restart(0.0)
 
-    def at(phase: str, seconds: float, busy_s: float) -> None:
+    def at(phase: Phase, seconds: float, busy_s: float) -> None:
         now[0], busy[0] = seconds, busy_s
         phases.at(phase, lambda: busy[0])
 

@@ -1,0 +1,290 @@
+"""Offloaded activations beside nothing, save_on_cpu, recomputation and a slow drive: memory and step time.
+
+One process per contestant, which take turns step by step; a Llama of 24 layers. Memory is the highest resident
+set above that before the first step (on a GPU: of torch's allocator). Before anything is timed, all
+contestants' gradients are compared bit by bit.
+
+    python benchmarks/offload.py --folder /nvme [--device cuda] [--hidden 512] [--json out.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
+sys.path.insert(0, os.path.dirname(__file__))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from harness import machine
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.opening import open_training
+from holdfast.trainer.training import Training
+from holdfast.trainer.world import local_world
+from small_runs import make_config
+
+SSD = {"offload": {"activations": "ssd"}}
+CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "nothing": {},
+    "ssd": SSD,
+    "ssd, a quarter of the rate": SSD,
+    "ssd, selective recompute": SSD | {"train": {"recompute": "selective"}},
+    "save_on_cpu": {},
+    "selective recompute": {"train": {"recompute": "selective"}},
+    "full recompute": {"train": {"recompute": "full"}},
+}
+ON_GPU = {"host": {"offload": {"activations": "host"}}}
+MIB = 2**20
+
+
+def configuration(args: argparse.Namespace, name: str) -> RunConfig:
+    sections = (CONTESTANTS | ON_GPU)[name]
+    offload = dict(sections.get("offload", {}))
+    if offload.get("activations") == "ssd":
+        offload["path"] = args.folder
+    if name.endswith("rate"):
+        offload["limit_mib_per_s"] = args.limit
+    return make_config(
+        model={
+            "layers": args.layers,
+            "hidden": args.hidden,
+            "intermediate": args.hidden * 11 // 4,
+            "heads": max(1, args.hidden // 64),
+            "kv_heads": max(1, args.hidden // 64),
+            "vocab": args.vocab,
+            "dropout": 0.0,
+            "max_seq_len": max(2048, args.seq_len),
+        },
+        train={
+            "seq_len": args.seq_len,
+            "global_batch": args.micro_batch * args.micro_batches,
+            "micro_batch": args.micro_batch,
+            "steps": 1000,
+            "device": args.device,
+            "precision": args.precision,
+            "threads_per_rank": args.threads,
+            **sections.get("train", {}),
+        },
+        optimizer={"block_elements": 1048576},
+        offload=offload,
+    )
+
+
+class Memory:
+    """The highest memory since `restart`, above what was in use at `begin`; bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._now()
+
+    def restart(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def _now(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated()
+        return self._of_status("VmRSS")
+
+    def peak(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated() - self._before
+        return self._of_status("VmHWM") - self._before
+
+    def _of_status(self, name: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+        raise KeyError(name)
+
+
+def gradient_digest(training: Training) -> str:
+    sums = training.accumulator.sums.cpu().contiguous()
+    return hashlib.sha256(sums.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def work(args: argparse.Namespace) -> None:
+    """One contestant: a step per line that comes in, its figures as a line out."""
+    config = configuration(args, args.work)
+    training = open_training(config, local_world(0, 1), torch.distributed.HashStore())
+    memory = Memory(training.device)
+    for number, _ in enumerate(sys.stdin):
+        around: AbstractContextManager[Any] = nullcontext()
+        if args.work == "save_on_cpu":
+            around = torch.autograd.graph.save_on_cpu(pin_memory=args.device == "cuda")
+        memory.restart()
+        start = time.perf_counter()
+        with around:
+            training.compute(number)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize()
+        figures: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak": memory.peak()}
+        if number == 0:
+            figures["digest"] = gradient_digest(training)
+        if training.offloader is not None:
+            last = training.offloader.last_step
+            figures |= {
+                "eligible": last.eligible_bytes,
+                "sent": last.sent_bytes,
+                "waited": last.waited_s,
+                "rate": last.bytes_per_s,
+                "share": last.share,
+            }
+        print(json.dumps(figures), flush=True)
+
+
+class Contestant:
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self.name = name
+        self.steps: list[dict[str, Any]] = []
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *arguments, "--work", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def step(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: ended with {self._process.wait()}")
+        self.steps.append(json.loads(line))
+        return self.steps[-1]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(args: argparse.Namespace, names: list[str], arguments: list[str]) -> dict[str, Any]:
+    """All contestants, in turn, one step each per round."""
+    contestants = {name: Contestant(name, arguments) for name in names}
+    digests = {name: contestant.step()["digest"] for name, contestant in contestants.items()}
+    assert len(set(digests.values())) == 1, digests
+    for _ in range(args.warm_up - 1):
+        for contestant in contestants.values():
+            contestant.step()
+    for _ in range(args.repetitions):
+        for contestant in contestants.values():
+            contestant.step()
+    for contestant in contestants.values():
+        contestant.close()
+    return {name: c.steps[args.warm_up :] for name, c in contestants.items()}
+
+
+def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str, Any]]:
+    shown = Table(title=title)
+    columns = ("contestant", "step s", "min..max", "x nothing", "peak MiB", "saved", "sent MiB")
+    for column in (*columns, "waited s", "MiB/s", "share"):
+        shown.add_column(column, justify="left" if column == "contestant" else "right")
+    base = results["nothing"]
+    base_s = statistics.median(step["seconds"] for step in base)
+    base_peak = max(step["peak"] for step in base)
+    rows = []
+    for name, steps in results.items():
+        times = [step["seconds"] for step in steps]
+        # Of the same round: what disturbs the machine hits all contestants of a round alike.
+        ratios = [s["seconds"] / b["seconds"] for s, b in zip(steps, base, strict=True)]
+        row = {
+            "contestant": name,
+            "step_s": statistics.median(times),
+            "times_s": times,
+            "ratio": statistics.median(times) / base_s,
+            "median_of_ratios": statistics.median(ratios),
+            "peak_bytes": max(step["peak"] for step in steps),
+            "last": steps[-1],
+        }
+        row["saved"] = 1 - row["peak_bytes"] / base_peak
+        rows.append(row)
+        last = steps[-1]
+        shown.add_row(
+            name,
+            f"{row['step_s']:.3f}",
+            f"{min(times):.3f}..{max(times):.3f}",
+            f"{row['ratio']:.3f}",
+            f"{row['peak_bytes'] / MIB:,.0f}",
+            f"{row['saved']:.1%}",
+            *(
+                (
+                    f"{last['sent'] / MIB:,.0f}/{last['eligible'] / MIB:,.0f}",
+                    f"{last['waited']:.3f}",
+                    f"{last['rate'] / MIB:,.0f}",
+                    f"{last['share']:.2f}",
+                )
+                if "sent" in last
+                else ("", "", "", "")
+            ),
+        )
+    Console(width=130).print(shown)
+    return rows
+
+
+def quarter_rate(results: dict[str, list[dict[str, Any]]]) -> float:
+    """A quarter of what writing everything within a forward pass, a third of a step, takes; MiB/s."""
+    steps = results["ssd"]
+    needed = steps[-1]["eligible"] / (statistics.median(s["seconds"] for s in steps) / 3)
+    return needed / 4 / MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--folder", default=".", help="on the drive")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--only", default="", help="contestants, by commas")
+    parser.add_argument("--limit", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--work", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--json", default="")
+    args = parser.parse_args()
+    if args.work:
+        work(args)
+        return
+    names = list(CONTESTANTS | (ON_GPU if args.device == "cuda" else {}))
+    if args.only:
+        names = ["nothing", *(name for name in args.only.split(",") if name != "nothing")]
+    arguments = sys.argv[1:]
+    throttled = "ssd, a quarter of the rate"
+    if throttled in names:
+        limit = quarter_rate(compare(args, ["ssd"], arguments))
+        arguments = [*arguments, "--limit", str(limit)]
+    results = compare(args, names, arguments)
+    title = (
+        f"{args.layers} layers, hidden {args.hidden}, {args.micro_batches} x {args.micro_batch} x "
+        f"{args.seq_len} tokens, {args.precision} on {args.device}"
+    )
+    rows = table(results, title)
+    if args.json:
+        record = {"title": title, "machine": machine(), "rows": rows}
+        Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -114,7 +114,13 @@ class FileEngine:
     """
 
     def __init__(
-        self, *, kind: str = "auto", queue_depth: int = 64, threads: int = 4, direct: bool = True
+        self,
+        *,
+        kind: str = "auto",
+        queue_depth: int = 64,
+        threads: int = 4,
+        direct: bool = True,
+        background: bool = False,
     ) -> None:
         """
         Args:
@@ -122,6 +128,8 @@ class FileEngine:
                 names, else io_uring where the kernel allows it, else threads.
             threads: of the engine "threads".
             direct: whether O_DIRECT is used; never where HOLDFAST_FILE_DIRECT is 0.
+            background: whether also the work of beginning direct requests (pinning memory) is done beside
+                the caller; later begun, but in a tenth of its time.
         Raises:
             RuntimeError: a kind that this machine cannot do.
         """

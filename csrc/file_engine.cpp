@@ -21,7 +21,7 @@ FileError error_of(int code, const std::string& path) {
 }  // namespace
 
 FileEngineCore::FileEngineCore(const std::string& kind, unsigned queue_depth, int threads,
-                               bool direct)
+                               bool direct, bool background)
     : depth_(queue_depth), allow_direct_(direct), process_(getpid()) {
   std::string wanted = kind;
   const char* named = std::getenv("HOLDFAST_FILE_ENGINE");
@@ -33,7 +33,7 @@ FileEngineCore::FileEngineCore(const std::string& kind, unsigned queue_depth, in
   }
   std::string reason;
   if (wanted == "auto" || wanted == "io_uring") {
-    backend_ = make_uring_backend(*this, depth_, reason);
+    backend_ = make_uring_backend(*this, depth_, background, reason);
     if (!backend_ && wanted == "io_uring") {
       throw std::runtime_error("the file engine \"io_uring\" cannot be used here: " + reason);
     }

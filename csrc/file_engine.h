@@ -68,14 +68,15 @@ class FileBackend {
 std::unique_ptr<FileBackend> make_thread_backend(FileEngineCore& core, int threads);
 // Null, with the reason, where the kernel does not offer io_uring.
 std::unique_ptr<FileBackend> make_uring_backend(FileEngineCore& core, unsigned depth,
-                                                std::string& reason);
+                                                bool background, std::string& reason);
 
 class FileEngineCore {
  public:
   static constexpr std::size_t kBlock = 4096;
   static constexpr std::size_t kPiece = 1 << 20;
 
-  FileEngineCore(const std::string& kind, unsigned queue_depth, int threads, bool direct);
+  FileEngineCore(const std::string& kind, unsigned queue_depth, int threads, bool direct,
+                 bool background);
   ~FileEngineCore();
 
   const char* kind() const { return backend_->name(); }

@@ -54,9 +54,10 @@ class Mapping {
 
 class UringBackend final : public FileBackend {
  public:
-  UringBackend(FileEngineCore& core, int ring, const io_uring_params& params)
+  UringBackend(FileEngineCore& core, int ring, const io_uring_params& params, bool background)
       : core_(core),
         ring_(ring),
+        background_(background),
         submission_(ring, params.sq_off.array + params.sq_entries * sizeof(unsigned),
                     IORING_OFF_SQ_RING),
         completion_(ring, params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe),
@@ -181,8 +182,9 @@ class UringBackend final : public FileBackend {
     } else {
       entry->fd = piece->direct ? file.direct : file.buffered;
     }
-    // Through the page cache the kernel would copy within the call that submits; a worker of its own does it.
-    if (!piece->direct) entry->flags |= IOSQE_ASYNC;
+    // Through the page cache the kernel would copy within the call that submits; a worker of its own does
+    // it, or also pins the memory of direct requests.
+    if (background_ || !piece->direct) entry->flags |= IOSQE_ASYNC;
     entry->addr = reinterpret_cast<std::uintptr_t>(piece->address);
     entry->len = static_cast<unsigned>(piece->limit ? piece->limit : piece->bytes);
     entry->off = piece->offset;
@@ -230,6 +232,7 @@ class UringBackend final : public FileBackend {
 
   FileEngineCore& core_;
   int ring_;
+  bool background_;
   Mapping submission_, completion_, entries_;
   std::vector<bool> slots_;
   unsigned *sq_head_ = nullptr, *sq_tail_ = nullptr, *sq_array_ = nullptr;
@@ -246,7 +249,7 @@ class UringBackend final : public FileBackend {
 }  // namespace
 
 std::unique_ptr<FileBackend> make_uring_backend(FileEngineCore& core, unsigned depth,
-                                                std::string& reason) {
+                                                bool background, std::string& reason) {
   io_uring_params params{};
   // One entry more than pieces in flight: the last ends the reaper.
   const int ring = ring_setup(depth + 1, &params);
@@ -254,7 +257,7 @@ std::unique_ptr<FileBackend> make_uring_backend(FileEngineCore& core, unsigned d
     reason = std::string("io_uring_setup: ") + std::strerror(errno);
     return nullptr;
   }
-  auto backend = std::make_unique<UringBackend>(core, ring, params);
+  auto backend = std::make_unique<UringBackend>(core, ring, params, background);
   if (!backend->valid()) {
     reason = std::string("the ring cannot be mapped: ") + std::strerror(errno);
     return nullptr;
@@ -268,7 +271,7 @@ std::unique_ptr<FileBackend> make_uring_backend(FileEngineCore& core, unsigned d
 
 namespace holdfast {
 
-std::unique_ptr<FileBackend> make_uring_backend(FileEngineCore&, unsigned, std::string& reason) {
+std::unique_ptr<FileBackend> make_uring_backend(FileEngineCore&, unsigned, bool, std::string& reason) {
   reason = "built without <linux/io_uring.h>";
   return nullptr;
 }

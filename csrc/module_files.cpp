@@ -53,8 +53,9 @@ bool wait_until(Step step, double timeout_s) {
 
 class FileEngine {
  public:
-  FileEngine(const std::string& kind, unsigned queue_depth, int threads, bool direct)
-      : core_(new FileEngineCore(kind, queue_depth, threads, direct)) {}
+  FileEngine(const std::string& kind, unsigned queue_depth, int threads, bool direct,
+             bool background)
+      : core_(new FileEngineCore(kind, queue_depth, threads, direct, background)) {}
 
   FileEngine(const FileEngine&) = delete;
   FileEngine& operator=(const FileEngine&) = delete;
@@ -202,8 +203,9 @@ class FileEngine {
 
 void define_file_engine(nb::module_& module) {
   nb::class_<FileEngine>(module, "FileEngine")
-      .def(nb::init<const std::string&, unsigned, int, bool>(), nb::kw_only(), "kind"_a = "auto",
-           "queue_depth"_a = 64, "threads"_a = 4, "direct"_a = true)
+      .def(nb::init<const std::string&, unsigned, int, bool, bool>(), nb::kw_only(),
+           "kind"_a = "auto", "queue_depth"_a = 64, "threads"_a = 4, "direct"_a = true,
+           "background"_a = false)
       .def_prop_ro("kind", &FileEngine::kind)
       .def_prop_ro("in_flight", &FileEngine::in_flight)
       .def("register_buffer", &FileEngine::register_buffer, "address"_a, "nbytes"_a)

@@ -53,7 +53,7 @@ class DiskFile:
         self._refused = False
         self.fault = ""
         """Why no more room is taken from the drive; what there is, stays in use unless a write failed."""
-        self.engine = _native.FileEngine(queue_depth=_QUEUE_DEPTH)
+        self.engine = _native.FileEngine(queue_depth=_QUEUE_DEPTH, background=True)
         """The requests' engine; tests inject faults into it."""
         try:
             self._descriptor = _unnamed_file(Path(folder))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
 from torch import Tensor
 
 from holdfast.parallel.offload.disk_file import DiskFile, Transfer, unreadable
+from holdfast.parallel.offload.reused_memory import ReusedMemory
 from holdfast.parallel.offload.slots import ALIGNMENT, rounded
 from holdfast.parallel.offload.store import StoreStatistics
 
@@ -17,6 +17,7 @@ class DiskStore:
 
     def __init__(self, file: DiskFile) -> None:
         self.file = file
+        self.memory = ReusedMemory()
         self._leaving: list[DiskCopy] = []
 
     @property
@@ -28,7 +29,7 @@ class DiskStore:
         offset = self.file.take(lead + source.numel())
         if offset is None:
             return None
-        copy = DiskCopy(self.file, offset, lead, source)
+        copy = DiskCopy(self.file, self.memory, offset, lead, source)
         self._leaving.append(copy)
         return copy
 
@@ -51,8 +52,11 @@ class DiskCopy:
     bytes of neighbours, which are written but never looked at.
     """
 
-    def __init__(self, file: DiskFile, offset: int, lead: int, source: Tensor) -> None:
-        self._file, self._offset, self._lead = file, offset, lead
+    def __init__(
+        self, file: DiskFile, memory: ReusedMemory, offset: int, lead: int, source: Tensor
+    ) -> None:
+        self._file, self._memory = file, memory
+        self._offset, self._lead = offset, lead
         self.nbytes = source.numel()
         self.failed: OSError | None = None
         self._source: Tensor | None = source
@@ -98,8 +102,7 @@ class DiskCopy:
             self._file.wait(transfer)
         except OSError:
             target = self._read_again()
-        start = self._start(target)
-        return target[start : start + self.nbytes]
+        return target
 
     def _read_again(self) -> Tensor:
         """A second attempt: what was in the way may have passed."""
@@ -115,15 +118,10 @@ class DiskCopy:
 
     def _begin_to_read(self) -> Tensor:
         """Read into memory that is aligned as the source was, so that kernels round alike."""
-        target = torch.empty(self._region + ALIGNMENT, dtype=torch.uint8)
-        self._target = target
-        address = target.data_ptr() + self._start(target) - self._lead
+        target = self._target = self._memory.take(self._lead, self.nbytes)
+        address = target.data_ptr() - self._lead
         self._transfer = self._file.read(self._offset, address, self._region)
         return target
-
-    def _start(self, target: Tensor) -> int:
-        """Where in a target the storage's own bytes begin."""
-        return -target.data_ptr() % ALIGNMENT + self._lead
 
     def release(self) -> bool:
         if self._transfer is not None:

@@ -322,7 +322,8 @@ class Offloader:
 
     def _tidy(self) -> None:
         """Free what has left, and the room of what nobody needs any more."""
-        if self._store is None:
+        idle = not (self._leaving or self._dead or self._prefetch.ahead_bytes)
+        if self._store is None or idle:
             return
         self._store.advance()
         leaving, self._leaving, self._leaving_bytes = self._leaving, [], 0

@@ -377,7 +377,7 @@ def test_a_full_drive_takes_what_it_can(make: Callable[..., Offloader], tmp_path
 def test_a_slow_drive_gets_less(make: Callable[..., Offloader]) -> None:
     model = Stack(12)
     expected = gradients(model, model(inputs()))
-    offloader = make(bytes_per_s=1e8)
+    offloader = make(bytes_per_s=1e6)
     sent = eligible = 0
     for _ in range(8):
         with offloader:

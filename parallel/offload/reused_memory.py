@@ -46,7 +46,7 @@ class ReusedMemory:
             start = slots.take(region)
             assert start is not None
         held = (ctypes.c_ubyte * nbytes).from_buffer(memory, start + lead)
-        weakref.finalize(held, self._unused.append, (number, start)).atexit = False
+        weakref.finalize(held, self._unused.append, (number, start))
         return torch.frombuffer(held, dtype=torch.uint8)
 
     @property

@@ -19,6 +19,7 @@ from holdfast.parallel.plan import Plan
 from holdfast.parallel.plan_data import plan_from_data
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.display import Display, Progress, duration
+from holdfast.trainer.offload_metrics import OffloadMetrics, described
 from holdfast.trainer.planning import plan_of
 from holdfast.trainer.run_directory import RunDirectory
 
@@ -149,6 +150,7 @@ class _Shown:
                 memory_gib=None,
                 eval_loss=self.evaluated.get(line["step"]),
                 mfu=None,
+                offload=described(OffloadMetrics(**line["offload"])) if "offload" in line else "",
             )
         )
 
@@ -168,6 +170,8 @@ class _Shown:
                 f"checkpoint of step {line['step']} ({line['tier']}): {line['bytes'] / 2**20:,.0f} MiB in "
                 f"{line['total_s']:.2f} s"
             )
+        elif name == "offload_failed":
+            self.display.note(f"rank {line['rank']} keeps activations in memory: {line['reason']}")
         elif name == "checkpoint_failed":
             self.display.note(f"checkpoint of step {line['step']} failed: {line['error']}")
         elif name == "resume_note":

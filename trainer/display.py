@@ -31,6 +31,8 @@ class Progress:
     memory_gib: float | None
     eval_loss: float | None
     mfu: float | None
+    offload: str = ""
+    """What of activations was sent out, in words."""
 
     def line(self) -> str:
         """The step in one line of text."""
@@ -48,6 +50,8 @@ class Progress:
             parts.insert(5, f"mfu {self.mfu:.1%}")
         if self.eval_loss is not None:
             parts.append(f"held-out loss {self.eval_loss:.4f}")
+        if self.offload:
+            parts.append(self.offload)
         return "  ".join(parts)
 
 
@@ -188,6 +192,8 @@ class Display:
             parts += [numbers, Text(""), line, Text(sparkline(self._losses, 60), style="cyan")]
             if progress.eval_loss is not None:
                 parts.append(Text(f"held-out loss {progress.eval_loss:.4f}"))
+            if progress.offload:
+                parts.append(Text(progress.offload))
         parts += [Text(note, style="dim", overflow="fold") for note in self._notes]
         return Panel(Group(*parts), title=self._title, expand=False)
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.trainer.offload_metrics import OffloadMetrics, scalars
+
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
@@ -27,6 +29,8 @@ class StepMetrics:
     tokens_per_s: float
     world: int
     generation: int
+    offload: OffloadMetrics | None = None
+    """Where activations are offloaded; else the line has no such key."""
 
 
 class JsonLines:
@@ -104,7 +108,12 @@ class RunRecords:
         Args:
             extra: further scalars for TensorBoard, by their names there.
         """
-        self._metrics.append(asdict(metrics))
+        line: dict[str, Any] = asdict(metrics)
+        if metrics.offload is None:
+            line.pop("offload")
+        else:
+            extra = extra | scalars(metrics.offload)
+        self._metrics.append(line)
         self._scalars(
             metrics.step,
             {

@@ -21,7 +21,14 @@ from holdfast.checkpoint.remote import UploadResult
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.display import Display, Progress, duration
 from holdfast.trainer.flops import step_flops, utilisation
-from holdfast.trainer.metrics import RunRecords, StepMetrics, drop_after, last_step
+from holdfast.trainer.metrics import (
+    RunRecords,
+    StepMetrics,
+    append_event,
+    drop_after,
+    last_step,
+)
+from holdfast.trainer.offload_metrics import OffloadMetrics, described, offload_metrics
 from holdfast.trainer.progress import Outcome
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.trace import Phase, write_trace
@@ -80,6 +87,7 @@ class Reporter:
         self._recent: deque[tuple[StepMetrics, dict[str, float]]] = deque(maxlen=_KEPT)
         self._written = self._reported = first
         """The last step in the records, and the last that this rank has reported."""
+        self._offload_failed = False
         self._records: RunRecords | None = None
         self._display: Display | None = None
         if self.writes:
@@ -180,6 +188,7 @@ class Reporter:
             tokens_per_s=rate,
             world=self._training.plan.cells.size,
             generation=self._training.plan.generation,
+            offload=self._offloaded(step + 1, step_s),
         )
         memory_gib = self._peak_memory_gib()
         extra = {"memory/max_active(GiB)": memory_gib}
@@ -206,7 +215,28 @@ class Reporter:
                 memory_gib=memory_gib,
                 eval_loss=eval_loss,
                 mfu=mfu,
+                offload=described(metrics.offload) if metrics.offload is not None else "",
             )
+        )
+
+    def _offloaded(self, step: int, step_s: float) -> OffloadMetrics | None:
+        """What was sent out; any rank records it once when its drive fails."""
+        offloader = self._training.offloader
+        if offloader is None:
+            return None
+        report = offloader.last_step
+        if report.fault and not self._offload_failed:
+            self._offload_failed = True
+            rank = self._world.rank
+            append_event(
+                self._run.events, "offload_failed", step=step, rank=rank, reason=report.fault
+            )
+            self._note(f"rank {rank} keeps activations in memory: {report.fault}")
+        return offload_metrics(
+            report,
+            step_s=step_s,
+            ranks_on_drive=self._world.local_world_size,
+            drive_tbw=self._config.offload.drive_tbw,
         )
 
     def skipped(self, step: int, outcome: Outcome) -> None:

@@ -18,6 +18,7 @@ from holdfast.parallel.adamw import AdamWSettings
 from holdfast.parallel.chunk import Chunk, MicroBatchContext
 from holdfast.parallel.chunk_runner import ModelChunkRunner
 from holdfast.parallel.comm_torch import Groups
+from holdfast.parallel.errors import OffloadError
 from holdfast.parallel.flat import FlatParameters
 from holdfast.parallel.optimizer import ShardedAdamW, clipping_factor, norm_from_squares
 from holdfast.parallel.pipeline import ActionTimes, Executor, MessageShape, receive_order
@@ -230,9 +231,22 @@ class Training:
             self._redo = None
             self._own, self._own_losses = {}, {}
             self.accumulator.clear()
-            return self.executor.run(*self._train_program)
+            return self._run_whole(step)
         todo = self.to_compute(step)
         return self.executor.run(*self._prepared(lambda rank: self.plan.program(rank, todo)))
+
+    def _run_whole(self, step: int) -> ActionTimes:
+        """Run the step's program; once more, with all in memory, if activations could not be read back.
+
+        Where other ranks are in the midst of the same program, that is theirs to survive.
+        """
+        try:
+            return self.executor.run(*self._train_program)
+        except OffloadError as error:
+            if self.offloader is None or self.plan.cells.pipeline * self.plan.cells.tensor > 1:
+                raise
+            self.offloader.stop(str(error))
+        return self.compute(step)
 
     def to_compute(self, step: int) -> frozenset[int]:
         """The micro-batches that are not in anybody's sums yet when `step` begins."""

@@ -103,7 +103,8 @@ class Offloader:
         self._pace = Pace()
         self._contexts: list[AbstractContextManager[Any]] = []
         self._account = Account()
-        self._in_step = self._stopped = self._closed = False
+        self._in_step = self._closed = False
+        self._stopped = ""
         self.last_step = OffloadReport()
         """What the step before the one that is under way has sent."""
 
@@ -174,8 +175,7 @@ class Offloader:
             store = self._statistics()
             largest = max(self._expected.values(), default=0)
             seen = self._account.measured(store, largest)
-            fault = self._store.fault if self._store is not None else ""
-            self.last_step = self._account.report(seen, self._amount, store, fault)
+            self.last_step = self._account.report(seen, self._amount, store, self.fault)
             self._amount = next_amount(self._amount, seen, self._bounds)
             self._in_step = False
             return self.last_step
@@ -191,9 +191,15 @@ class Offloader:
             self._prefetch.expect(())
             self._settle()
 
-    def stop(self) -> None:
+    def stop(self, reason: str) -> None:
         """Send nothing from now on."""
-        self._stopped = True
+        self._stopped = reason
+        self._tell()
+
+    @property
+    def fault(self) -> str:
+        """Why less is sent than could be; empty while all is well."""
+        return self._stopped or ("" if self._store is None else self._store.fault)
 
     def settle(self) -> None:
         """Wait until all that is on its way out is out, and its memory free."""
@@ -385,10 +391,10 @@ class Offloader:
 
     def _tell(self) -> None:
         """Say once that less is sent than could be."""
-        if self._store is None or not self._store.fault or self._told:
+        if not self.fault or self._told:
             return
         self._told = True
-        message = f"activations stay in memory: {self._store.fault}"
+        message = f"activations stay in memory: {self.fault}"
         logger.warning("%s", message)
         if self._on_fault is not None:
             self._on_fault(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch.distributed import Store
 
 from cluster import Cluster
 from holdfast.trainer.config import RunConfig
-from small_runs import make_config, run_training, train_steps, world_size_of
+from small_runs import (
+    events_of,
+    make_config,
+    metrics_of,
+    run_training,
+    train_in,
+    train_steps,
+    world_size_of,
+)
 
 pytestmark = pytest.mark.mp
 
@@ -123,3 +132,51 @@ def test_offload_with_tensor_parallelism_gives_the_same_bits(
         offload=offload(tmp_path),
     )
     assert run_offloaded(cluster, config) == expected
+
+
+def test_a_run_says_what_it_sends(cluster: Cluster, tmp_path: Path) -> None:
+    keys = offload(tmp_path, drive_tbw=600.0)
+    config = make_config(train=TRAIN, parallel={"data": 2}, offload=keys)
+    root = tmp_path / "run"
+    plain = msgspec.to_builtins(config)
+    cluster.run("small_runs:train_in", 2, config=plain, root=str(root))
+    for line in metrics_of(root):
+        said = line["offload"]
+        assert 0 < said["sent_bytes"] <= said["eligible_bytes"]
+        assert said["drive_years"] > 0
+    assert events_of(root, "offload_failed") == []
+
+
+def fail_to_read(rank: int, world_size: int, store: Store, *, config: dict, root: str) -> None:
+    """Train with a drive of which nothing can be read from the third step on."""
+    from holdfast.trainer.training import Training
+
+    compute = Training.compute
+
+    def compute_and_fail(self: Training, step: int) -> Any:
+        if step == 2:
+            assert self.offloader is not None
+            assert self.offloader._file is not None
+            self.offloader._file.engine.inject("read", 0, errno.EIO, 1 << 30)
+        return compute(self, step)
+
+    Training.compute = compute_and_fail  # type: ignore[method-assign]
+    try:
+        train_in(rank, world_size, store, config=config, root=root)
+    finally:
+        Training.compute = compute  # type: ignore[method-assign]
+
+
+def test_a_drive_that_cannot_be_read_changes_no_bit(cluster: Cluster, tmp_path: Path) -> None:
+    """The step is computed again with all in memory; the run goes on so, and says it."""
+    roots = {where: tmp_path / where for where in ("ssd", "none")}
+    for where, root in roots.items():
+        keys = offload(tmp_path) | {"activations": where}
+        config = make_config(train=TRAIN, parallel={"data": 2}, offload=keys)
+        job = "test_offload:fail_to_read" if where == "ssd" else "small_runs:train_in"
+        cluster.run(job, 2, config=msgspec.to_builtins(config), root=str(root))
+    losses = {w: [m["loss_hex"] for m in metrics_of(root)] for w, root in roots.items()}
+    assert losses["ssd"] == losses["none"]
+    failed = events_of(roots["ssd"], "offload_failed")
+    assert sorted(event["rank"] for event in failed) == [0, 1]
+    assert all("cannot be read back" in event["reason"] for event in failed)

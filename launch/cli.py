@@ -192,6 +192,9 @@ def plan(
         typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time.", min=0),
     ] = 0.0,
     gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.", min=0)] = 0.0,
+    drive_gbytes: Annotated[
+        float, typer.Option(help="What a rank can write to offload.path, in GB/s.", min=0)
+    ] = 0.0,
     lost: Annotated[
         str, typer.Option(help="Ranks, as 2,5-7: show the plan that follows their loss too.")
     ] = "",
@@ -207,6 +210,7 @@ def plan(
         load_config(config, overrides),
         flops_per_s=tflops * 1e12,
         link_bytes_per_s=gbytes * 1e9,
+        drive_bytes_per_s=drive_gbytes * 1e9,
         ranks_per_node=ranks_per_node,
         lost=_ranks(lost),
     )

@@ -22,6 +22,7 @@ from holdfast.parallel.schedule import Timeline, draw
 from holdfast.trainer.display import layout_grid
 from holdfast.trainer.elastic_report import ElasticReport, elastic_report
 from holdfast.trainer.flops import step_flops
+from holdfast.trainer.offload_plan import OffloadPlan, offload_plan
 from holdfast.trainer.planning import plan_of
 from holdfast.trainer.saved_tensors import DTYPES, state_kinds
 from holdfast.trainer.sections import RunConfig
@@ -50,6 +51,8 @@ class PlanReport:
     """What the rank that owns most optimizer state, and so writes most, has over the mean."""
     elastic: ElasticReport | None
     """Where `elastic.enabled`, or a loss was asked about."""
+    offload: OffloadPlan | None
+    """Where activations are offloaded."""
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able form: the same facts as `renderable`."""
@@ -65,6 +68,7 @@ class PlanReport:
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoint_imbalance": self.checkpoint_imbalance,
             "elastic": None if self.elastic is None else self.elastic.as_dict(),
+            "offload": None if self.offload is None else self.offload.as_dict(),
             "micro_batches": [list(numbers) for numbers in plan.micro_batches],
             "chunks": [
                 {
@@ -116,6 +120,7 @@ class PlanReport:
             Text(""),
             self._memory_table(),
             Text(""),
+            *(() if self.offload is None else (self.offload.renderable(), Text(""))),
             *(() if self.elastic is None else (self.elastic.renderable(), Text(""))),
             Text("one step of the pipeline, simulated", style="bold"),
             Text(draw(self.timeline, width=max(30, width - _CHART_MARGIN)), no_wrap=True),
@@ -156,6 +161,7 @@ def plan_report(
     *,
     flops_per_s: float = 0.0,
     link_bytes_per_s: float = 0.0,
+    drive_bytes_per_s: float = 0.0,
     ranks_per_node: int = 0,
     lost: Collection[int] = (),
 ) -> PlanReport:
@@ -163,6 +169,7 @@ def plan_report(
 
     Args:
         flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time.
+        drive_bytes_per_s: what a rank can write to the drive of offloaded activations.
         ranks_per_node: 0 for what `elastic.local_nodes` gives.
         lost: ranks without which the plan is to be shown too.
     Raises:
@@ -217,5 +224,12 @@ def plan_report(
             elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)
             if config.elastic.enabled or lost
             else None
+        ),
+        offload=offload_plan(
+            config,
+            plan,
+            flops_per_s=flops_per_s,
+            drive_bytes_per_s=drive_bytes_per_s,
+            step_s=step_s,
         ),
     )

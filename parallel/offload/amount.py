@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 1 << 20
-_BUSY = 0.9
+BUSY = 0.9
 """The part of a phase's time that transfers may take."""
 _WAITED = 0.01
 """The part of a step's time that may be waited before the amount falls."""
@@ -69,12 +69,17 @@ def next_amount(before: Amount, seen: Measured, bounds: Bounds) -> Amount:
             _ratio(seen.forward_busy_s, seen.forward_s),
             _ratio(seen.backward_busy_s, seen.backward_s),
         )
-        factor = max(0.5, min(1.5, _BUSY / busy)) if busy else 1.5
+        factor = max(0.5, min(1.5, BUSY / busy)) if busy else 1.5
     if seen.waited_s > _WAITED * (seen.forward_s + seen.backward_s):
         factor = min(factor, 0.8)
     share = max(least, min(bounds.most_share, before.share * factor))
-    window = max(_LEAST_WINDOW, min(_MOST_WINDOW, seen.forward_bytes // 16))
+    window = window_of(seen.forward_bytes)
     return Amount(share, _tail(seen, window), window)
+
+
+def window_of(forward_bytes: int) -> int:
+    """What may be on its way at once, for forward passes that save so many bytes at most."""
+    return max(_LEAST_WINDOW, min(_MOST_WINDOW, forward_bytes // 16))
 
 
 def _tail(seen: Measured, window: int) -> int:

@@ -11,7 +11,9 @@ import pytest
 from torch.distributed import Store
 
 from cluster import Cluster
+from elastic_runs import Starter, bits_of, fault, pace
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.plan_report import plan_report
 from small_runs import (
     events_of,
     make_config,
@@ -180,3 +182,54 @@ def test_a_drive_that_cannot_be_read_changes_no_bit(cluster: Cluster, tmp_path: 
     failed = events_of(roots["ssd"], "offload_failed")
     assert sorted(event["rank"] for event in failed) == [0, 1]
     assert all("cannot be read back" in event["reason"] for event in failed)
+
+
+def plan_of_large(drive_bytes_per_s: float = 0.0) -> dict[str, Any]:
+    config = make_config(
+        model={"layers": 24, "hidden": 1024, "intermediate": 2816, "heads": 16, "kv_heads": 16},
+        train={"seq_len": 1024, "global_batch": 8, "micro_batch": 2},
+        parallel={"pipeline": 2},
+        optimizer={"block_elements": 1 << 20},
+        offload={"activations": "ssd", "drive_tbw": 600.0},
+    )
+    report = plan_report(
+        config, flops_per_s=1e13, link_bytes_per_s=1e10, drive_bytes_per_s=drive_bytes_per_s
+    )
+    found = report.as_dict()
+    assert [stage["stage"] for stage in found["offload"]["stages"]] == [0, 1]
+    stage = found["offload"]["stages"][0]
+    kept = found["memory_by_stage"][0]["activations"]
+    assert stage["activations"] + stage["saved"] == kept
+    return stage | {"before": kept}
+
+
+def test_the_plan_says_what_is_saved_and_whether_the_drive_will_do() -> None:
+    unknown, fast = plan_of_large(), plan_of_large(1e12)
+    slow = plan_of_large(unknown["needed_bytes_per_s"] / 2)
+    assert fast["saved"] > 0.7 * fast["before"]
+    assert fast["share"] == unknown["share"] == 1.0
+    assert (fast["fast_enough"], slow["fast_enough"], unknown["fast_enough"]) == (True, False, None)
+    assert 0 < slow["saved"] < fast["saved"]
+    # What the drive is asked for is what it takes to write all within nine tenths of the forward passes.
+    assert slow["share"] == pytest.approx(0.5)
+    assert slow["drive_years"] > fast["drive_years"] > 0
+
+
+def test_killed_ranks_change_no_bit(tmp_path: Path, cluster: Cluster) -> None:
+    """A step that is given up frees what it had sent out, and is computed again."""
+    steps = {"steps": 14}
+    expected = bits_of(run_training(cluster, make_config(train=steps)))
+    starter = Starter(tmp_path)
+    faults = [fault("kill", 3, 3, "backward"), fault("kill", 0, 8, "vote")]
+    try:
+        run = starter(
+            train=steps,
+            parallel={"data": 2, "pipeline": 2},
+            offload=offload(tmp_path),
+            elastic=pace({"chaos": faults}, 0.1),
+        )
+        assert run.finish() == 0, run.output()
+        assert run.bits() == expected
+        assert run.events("recovered")
+    finally:
+        starter.close()

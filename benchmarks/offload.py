@@ -1,8 +1,12 @@
 """Offloaded activations beside nothing, save_on_cpu, recomputation and a slow drive: memory and step time.
 
-One process per contestant, which take turns step by step; a Llama of 24 layers. Memory is the highest resident
-set above that before the first step (on a GPU: of torch's allocator). Before anything is timed, all
-contestants' gradients are compared bit by bit.
+One process per contestant, which take turns step by step; a Llama of 24 layers. Memory is what a step takes at
+most above what was taken before the first: in use (of the allocator, sampled every millisecond of a step that
+is not timed) and, on a CPU, the resident set; on a GPU what torch's allocator gave out. Before anything is
+timed, all contestants' gradients are compared bit by bit.
+
+glibc keeps much of what is freed here resident; MALLOC_MMAP_THRESHOLD_=131072 in the environment shows the
+resident set without that, for all contestants alike.
 
     python benchmarks/offload.py --folder /nvme [--device cuda] [--hidden 512] [--json out.json]
 """
@@ -10,13 +14,16 @@ contestants' gradients are compared bit by bit.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import machine
+from holdfast.parallel.offload.disk_store import DiskStore
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.opening import open_training
 from holdfast.trainer.training import Training
@@ -47,6 +55,7 @@ CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 ON_GPU = {"host": {"offload": {"activations": "host"}}}
 MIB = 2**20
+_MEMORY_STEPS = 2
 
 
 def configuration(args: argparse.Namespace, name: str) -> RunConfig:
@@ -83,33 +92,78 @@ def configuration(args: argparse.Namespace, name: str) -> RunConfig:
 
 
 class Memory:
-    """The highest memory since `restart`, above what was in use at `begin`; bytes."""
+    """What is in use and resident above what was when it was made; bytes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before = self._now()
+    def __init__(self, device: torch.device, training: Training) -> None:
+        self._device, self._training = device, training
+        self._before = (self._in_use(), _of_status("VmRSS"))
+        self._highest = 0
+        self._ended = threading.Event()
 
-    def restart(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def _now(self) -> int:
+    def _in_use(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated()
-        return self._of_status("VmRSS")
+        offloader = self._training.offloader
+        store = None if offloader is None else offloader._store
+        read = store.memory.room_bytes if isinstance(store, DiskStore) else 0
+        found = _mallinfo()
+        return found.uordblks + found.hblkhd + read
 
-    def peak(self) -> int:
+    def highest(self, step: Callable[[], None]) -> tuple[int, int]:
+        """The highest in use and resident memory of a step."""
+        Path("/proc/self/clear_refs").write_text("5")
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated() - self._before
-        return self._of_status("VmHWM") - self._before
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            in_use = torch.cuda.max_memory_allocated()
+        else:
+            in_use = self._sampled(step)
+        return in_use - self._before[0], _of_status("VmHWM") - self._before[1]
 
-    def _of_status(self, name: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-        raise KeyError(name)
+    def _sampled(self, step: Callable[[], None]) -> int:
+        self._ended.clear()
+        self._highest = 0
+        thread = threading.Thread(target=self._sample)
+        thread.start()
+        step()
+        self._ended.set()
+        thread.join()
+        return self._highest
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.001):
+            self._highest = max(self._highest, self._in_use())
+
+
+class _MallocInformation(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            [
+                "arena",
+                "ordblks",
+                "smblks",
+                "hblks",
+                "hblkhd",
+                "usmblks",
+                "fsmblks",
+                "uordblks",
+                "fordblks",
+                "keepcost",
+            ]
+        )
+    ]
+
+
+_mallinfo = ctypes.CDLL(None).mallinfo2
+_mallinfo.restype = _MallocInformation
+
+
+def _of_status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
 
 
 def gradient_digest(training: Training) -> str:
@@ -121,18 +175,25 @@ def work(args: argparse.Namespace) -> None:
     """One contestant: a step per line that comes in, its figures as a line out."""
     config = configuration(args, args.work)
     training = open_training(config, local_world(0, 1), torch.distributed.HashStore())
-    memory = Memory(training.device)
-    for number, _ in enumerate(sys.stdin):
+    memory = Memory(training.device, training)
+
+    def step() -> None:
         around: AbstractContextManager[Any] = nullcontext()
         if args.work == "save_on_cpu":
             around = torch.autograd.graph.save_on_cpu(pin_memory=args.device == "cuda")
-        memory.restart()
-        start = time.perf_counter()
         with around:
             training.compute(number)
         if training.device.type == "cuda":
             torch.cuda.synchronize()
-        figures: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak": memory.peak()}
+
+    for number, line in enumerate(sys.stdin):
+        figures: dict[str, Any] = {}
+        if line.strip() == "memory":
+            figures["in_use"], figures["resident"] = memory.highest(step)
+        else:
+            start = time.perf_counter()
+            step()
+            figures["seconds"] = time.perf_counter() - start
         if number == 0:
             figures["digest"] = gradient_digest(training)
         if training.offloader is not None:
@@ -158,10 +219,10 @@ class Contestant:
             text=True,
         )
 
-    def step(self) -> dict[str, Any]:
+    def step(self, what: str = "time") -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
@@ -180,67 +241,76 @@ def compare(args: argparse.Namespace, names: list[str], arguments: list[str]) ->
     contestants = {name: Contestant(name, arguments) for name in names}
     digests = {name: contestant.step()["digest"] for name, contestant in contestants.items()}
     assert len(set(digests.values())) == 1, digests
-    for _ in range(args.warm_up - 1):
+    for number in range(args.warm_up - 1 + args.repetitions):
         for contestant in contestants.values():
-            contestant.step()
-    for _ in range(args.repetitions):
-        for contestant in contestants.values():
-            contestant.step()
+            contestant.step("time")
+            if number < args.warm_up - 1:
+                contestant.steps.clear()
     for contestant in contestants.values():
+        for _ in range(_MEMORY_STEPS):
+            contestant.step("memory")
         contestant.close()
-    return {name: c.steps[args.warm_up :] for name, c in contestants.items()}
+    return {name: contestant.steps for name, contestant in contestants.items()}
+
+
+def split(steps: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Timed steps, and those whose memory was measured."""
+    return [s for s in steps if "seconds" in s], [s for s in steps if "in_use" in s]
 
 
 def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str, Any]]:
     shown = Table(title=title)
-    columns = ("contestant", "step s", "min..max", "x nothing", "peak MiB", "saved", "sent MiB")
-    for column in (*columns, "waited s", "MiB/s", "share"):
+    columns = ("contestant", "step s", "min..max", "x nothing", "in use MiB", "saved")
+    for column in (*columns, "resident MiB", "saved", "sent MiB", "waited s", "MiB/s", "share"):
         shown.add_column(column, justify="left" if column == "contestant" else "right")
-    base = results["nothing"]
-    base_s = statistics.median(step["seconds"] for step in base)
-    base_peak = max(step["peak"] for step in base)
+    base, base_memory = split(results["nothing"])
+    highest = {key: max(s[key] for s in base_memory) for key in ("in_use", "resident")}
     rows = []
     for name, steps in results.items():
-        times = [step["seconds"] for step in steps]
+        timed, memory = split(steps)
+        times = [step["seconds"] for step in timed]
         # Of the same round: what disturbs the machine hits all contestants of a round alike.
-        ratios = [s["seconds"] / b["seconds"] for s, b in zip(steps, base, strict=True)]
-        row = {
+        ratios = [s["seconds"] / b["seconds"] for s, b in zip(timed, base, strict=True)]
+        last = timed[-1]
+        row: dict[str, Any] = {
             "contestant": name,
             "step_s": statistics.median(times),
             "times_s": times,
-            "ratio": statistics.median(times) / base_s,
-            "median_of_ratios": statistics.median(ratios),
-            "peak_bytes": max(step["peak"] for step in steps),
-            "last": steps[-1],
+            "ratio": statistics.median(ratios),
+            "last": last,
         }
-        row["saved"] = 1 - row["peak_bytes"] / base_peak
+        for key, without in highest.items():
+            row[key] = max(step[key] for step in memory)
+            row[f"{key}_saved"] = 1 - row[key] / without
         rows.append(row)
-        last = steps[-1]
+        sent = (
+            (
+                f"{last['sent'] / MIB:,.0f}/{last['eligible'] / MIB:,.0f}",
+                f"{last['waited']:.3f}",
+                f"{last['rate'] / MIB:,.0f}",
+                f"{last['share']:.2f}",
+            )
+            if "sent" in last
+            else ("", "", "", "")
+        )
         shown.add_row(
             name,
             f"{row['step_s']:.3f}",
             f"{min(times):.3f}..{max(times):.3f}",
             f"{row['ratio']:.3f}",
-            f"{row['peak_bytes'] / MIB:,.0f}",
-            f"{row['saved']:.1%}",
-            *(
-                (
-                    f"{last['sent'] / MIB:,.0f}/{last['eligible'] / MIB:,.0f}",
-                    f"{last['waited']:.3f}",
-                    f"{last['rate'] / MIB:,.0f}",
-                    f"{last['share']:.2f}",
-                )
-                if "sent" in last
-                else ("", "", "", "")
-            ),
+            f"{row['in_use'] / MIB:,.0f}",
+            f"{row['in_use_saved']:.0%}",
+            f"{row['resident'] / MIB:,.0f}",
+            f"{row['resident_saved']:.0%}",
+            *sent,
         )
-    Console(width=130).print(shown)
+    Console(width=150).print(shown)
     return rows
 
 
 def quarter_rate(results: dict[str, list[dict[str, Any]]]) -> float:
     """A quarter of what writing everything within a forward pass, a third of a step, takes; MiB/s."""
-    steps = results["ssd"]
+    steps, _ = split(results["ssd"])
     needed = steps[-1]["eligible"] / (statistics.median(s["seconds"] for s in steps) / 3)
     return needed / 4 / MIB
 
@@ -273,7 +343,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     throttled = "ssd, a quarter of the rate"
     if throttled in names:
-        limit = quarter_rate(compare(args, ["ssd"], arguments))
+        short = argparse.Namespace(**{**vars(args), "warm_up": 2, "repetitions": 2})
+        limit = quarter_rate(compare(short, ["ssd"], arguments))
         arguments = [*arguments, "--limit", str(limit)]
     results = compare(args, names, arguments)
     title = (

@@ -26,7 +26,7 @@ from holdfast.parallel.offload.amount import Amount, Bounds, next_amount
 from holdfast.parallel.offload.disk_file import DiskFile
 from holdfast.parallel.offload.disk_store import DiskStore
 from holdfast.parallel.offload.eligibility import movable_storage
-from holdfast.parallel.offload.host_store import HostStore
+from holdfast.parallel.offload.host_store import HostStore, is_past
 from holdfast.parallel.offload.pace import Pace
 from holdfast.parallel.offload.prefetch import Prefetch, Scope
 from holdfast.parallel.offload.record import Dead, Kept, Record, Saved
@@ -374,9 +374,9 @@ class Offloader:
             )
         record.copy.fetch()
         self._prefetch.advance(self._amount.window_bytes)
-        start = perf_counter()
+        start, queued = perf_counter(), self._pace.mark(self._device)
         record.memory = record.copy.take()
-        if not self._pace.is_ahead():
+        if is_past(queued):
             self._account.waited_s += perf_counter() - start
         self._dead.append(record.remains())
 

@@ -18,10 +18,17 @@ class Pace:
 
     def note(self, device: torch.device) -> None:
         """A storage was saved: mark where the device's queue is."""
-        if device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
+        event = self.mark(device)
+        if event is not None:
             self._events.append(event)
+
+    def mark(self, device: torch.device) -> torch.cuda.Event | None:
+        """Where the device's queue is now: when that is past, the device has nothing left to do."""
+        if device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return event
 
     def is_ahead(self) -> bool:
         """Whether enough is queued that the host may wait; never for the CPU."""

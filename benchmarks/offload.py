@@ -191,9 +191,10 @@ def work(args: argparse.Namespace) -> None:
         if line.strip() == "memory":
             figures["in_use"], figures["resident"] = memory.highest(step)
         else:
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             step()
             figures["seconds"] = time.perf_counter() - start
+            figures["processor"] = time.process_time() - processor
         if number == 0:
             figures["digest"] = gradient_digest(training)
         if training.offloader is not None:
@@ -260,7 +261,7 @@ def split(steps: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[
 
 def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str, Any]]:
     shown = Table(title=title)
-    columns = ("contestant", "step s", "min..max", "x nothing", "in use MiB", "saved")
+    columns = ("contestant", "step s", "min..max", "x nothing", "cpu s", "in use MiB", "saved")
     for column in (*columns, "resident MiB", "saved", "sent MiB", "waited s", "MiB/s", "share"):
         shown.add_column(column, justify="left" if column == "contestant" else "right")
     base, base_memory = split(results["nothing"])
@@ -277,6 +278,7 @@ def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str
             "step_s": statistics.median(times),
             "times_s": times,
             "ratio": statistics.median(ratios),
+            "processor_s": statistics.median(step["processor"] for step in timed),
             "last": last,
         }
         for key, without in highest.items():
@@ -298,6 +300,7 @@ def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str
             f"{row['step_s']:.3f}",
             f"{min(times):.3f}..{max(times):.3f}",
             f"{row['ratio']:.3f}",
+            f"{row['processor_s']:.2f}",
             f"{row['in_use'] / MIB:,.0f}",
             f"{row['in_use_saved']:.0%}",
             f"{row['resident'] / MIB:,.0f}",

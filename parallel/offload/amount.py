@@ -25,7 +25,12 @@ class Amount:
     tail_bytes: int = 0
     """What stays at the end of a forward pass whose backward pass follows at once."""
     window_bytes: int = 64 * MIB
-    """The most that is on its way out at once, and the most that is brought back ahead of its use."""
+    """The most that is on its way out at once."""
+
+    @property
+    def ahead_bytes(self) -> int:
+        """The most that is brought back ahead of its use: so much of a window as lies between what stayed."""
+        return int(self.window_bytes * self.share)
 
 
 @dataclass(frozen=True, slots=True)

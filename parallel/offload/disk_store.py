@@ -38,6 +38,9 @@ class DiskStore:
             copy.advance()
         self._leaving = [copy for copy in self._leaving if copy.leaving]
 
+    def trim(self) -> None:
+        self.memory.trim()
+
     def statistics(self) -> StoreStatistics:
         return self.file.statistics()
 

@@ -33,7 +33,7 @@ def estimate_offload(
 ) -> OffloadEstimate:
     """What offload does for one rank.
 
-    Kept stay the share that is not sent, what is on its way out or ahead of its use (a window each), and
+    Kept stay the share that is not sent, what is on its way out (a window) or ahead of its use, and
     the layer that is being computed.
 
     Args:
@@ -61,7 +61,7 @@ def estimate_offload(
         default=0,
     )
     window = window_of(max(chunk_bytes.values(), default=0))
-    kept = min(peak, int(peak * (1 - share)) + 2 * window + largest)
+    kept = min(peak, int(peak * (1 - share) + window * (1 + share)) + largest)
     return OffloadEstimate(
         share=share,
         activations=kept,

@@ -148,6 +148,9 @@ class HostStore:
     def advance(self) -> None:
         """Nothing to do: copies go on by themselves."""
 
+    def trim(self) -> None:
+        """Nothing to give back: pinned memory is dear to get, and stays."""
+
     def statistics(self) -> StoreStatistics:
         return StoreStatistics(
             written_bytes=self.written_bytes,

@@ -165,7 +165,7 @@ class Offloader:
         with self._lock:
             self._account.phases.at("backward", self._busy_s)
             self._prefetch.backward(key)
-            self._prefetch.advance(self._amount.window_bytes)
+            self._prefetch.advance(self._amount.ahead_bytes)
             self._tidy()
 
     def end_step(self) -> OffloadReport:
@@ -178,6 +178,8 @@ class Offloader:
             self.last_step = self._account.report(seen, self._amount, store, self.fault)
             self._amount = next_amount(self._amount, seen, self._bounds)
             self._in_step = False
+            if self._store is not None:
+                self._store.trim()
             return self.last_step
 
     def clear(self) -> None:
@@ -254,7 +256,7 @@ class Offloader:
             elif not record.asked and record in self._leaving:
                 self._account.forwarded_bytes += record.nbytes
             record.asked = True
-            self._prefetch.advance(self._amount.window_bytes)
+            self._prefetch.advance(self._amount.ahead_bytes)
             self._tidy()
             return saved.tensor()
 
@@ -373,7 +375,7 @@ class Offloader:
                 "the last backward pass"
             )
         record.copy.fetch()
-        self._prefetch.advance(self._amount.window_bytes)
+        self._prefetch.advance(self._amount.ahead_bytes)
         start, queued = perf_counter(), self._pace.mark(self._device)
         record.memory = record.copy.take()
         if is_past(queued):

@@ -24,31 +24,51 @@ class ReusedMemory:
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[mmap.mmap, Slots]] = []
+        self._parts: dict[int, tuple[mmap.mmap, Slots]] = {}
+        self._made = 0
+        self._touched: set[int] = set()
         self._unused: deque[tuple[int, int]] = deque()
         """Appended to when a tensor's memory is let go, in whatever thread that happens."""
 
     def take(self, lead: int, nbytes: int) -> Tensor:
         """uint8[nbytes] that begins `lead` bytes (below a page) after the begin of a page."""
-        while self._unused:
-            number, start = self._unused.popleft()
-            self._parts[number][1].give(start)
+        self._collect()
         region = rounded(lead + nbytes)
-        for number, (memory, slots) in enumerate(self._parts):  # noqa: B007
-            start = slots.take(region)
-            if start is not None:
-                break
-        else:
+        found = self._find(region)
+        if found is None:
             size = max(_GROWTH, region)
-            memory, slots = mmap.mmap(-1, size), Slots(size)
-            number = len(self._parts)
-            self._parts.append((memory, slots))
-            start = slots.take(region)
-            assert start is not None
+            self._made += 1
+            self._parts[self._made] = mmap.mmap(-1, size), Slots(size)
+            found = self._find(region)
+            assert found is not None
+        number, start = found
+        self._touched.add(number)
+        memory, _ = self._parts[number]
         held = (ctypes.c_ubyte * nbytes).from_buffer(memory, start + lead)
         weakref.finalize(held, self._unused.append, (number, start))
         return torch.frombuffer(held, dtype=torch.uint8)
 
+    def trim(self) -> None:
+        """Give back to the system what nothing was read into since the last time."""
+        self._collect()
+        for number, (_, slots) in list(self._parts.items()):
+            if number not in self._touched and slots.used == 0:
+                del self._parts[number]
+        self._touched.clear()
+
     @property
     def room_bytes(self) -> int:
-        return sum(slots.capacity for _, slots in self._parts)
+        """What is held, used or not."""
+        return sum(slots.capacity for _, slots in self._parts.values())
+
+    def _find(self, region: int) -> tuple[int, int] | None:
+        for number, (_, slots) in self._parts.items():
+            start = slots.take(region)
+            if start is not None:
+                return number, start
+        return None
+
+    def _collect(self) -> None:
+        while self._unused:
+            number, start = self._unused.popleft()
+            self._parts[number][1].give(start)

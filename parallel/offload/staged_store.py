@@ -65,6 +65,9 @@ class StagedStore:
             copy.advance()
         self._moving = [copy for copy in self._moving if copy.moving]
 
+    def trim(self) -> None:
+        """Nothing to give back: pinned memory is dear to get, and stays."""
+
     def statistics(self) -> StoreStatistics:
         found = self.file.statistics()
         busy_s = max(found.busy_s, self.copier.busy_s())

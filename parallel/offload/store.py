@@ -67,6 +67,10 @@ class Store(Protocol):
         """Take the next steps of all that is under way, where they need no waiting."""
         ...
 
+    def trim(self) -> None:
+        """A step has ended: give memory back that it had no use for."""
+        ...
+
     def statistics(self) -> StoreStatistics: ...
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from holdfast.parallel.offload.phases import Phase, Phases
 from holdfast.parallel.offload.prefetch import Prefetch
 from holdfast.parallel.offload.program import backward_order, reversed_at_once
 from holdfast.parallel.offload.record import Record
+from holdfast.parallel.offload.reused_memory import ReusedMemory
 from holdfast.parallel.offload.staged_store import StagedStore
 from holdfast.parallel.offload.store import Store, StoredCopy
 from holdfast.parallel.schedule import Action
@@ -108,6 +109,30 @@ def test_what_comes_back_is_aligned_as_it_was(file: DiskFile) -> None:
         copy = put(store, source)
         until(lambda copy=copy: copy.source_free, store)
         assert copy.take().data_ptr() % 4096 == source.data_ptr() % 4096 == skip
+
+
+def test_memory_is_used_again_when_its_last_tensor_is_gone() -> None:
+    memory = ReusedMemory()
+    first = memory.take(100, 5000)
+    assert first.data_ptr() % 4096 == 100
+    part = first[4000:].view(10, 100)
+    place = first.data_ptr()
+    del first
+    other = memory.take(100, 5000)
+    assert other.data_ptr() != place
+    del part
+    assert memory.take(100, 5000).data_ptr() == place
+    room = memory.room_bytes
+    large = memory.take(0, 2 * room)
+    assert memory.room_bytes > 2 * room
+    memory.trim()
+    del large
+    memory.trim()
+    assert other.sum() >= 0
+    assert memory.room_bytes == room
+    del other
+    memory.trim()
+    assert memory.room_bytes == 0
 
 
 def test_staging_memory_is_bounded_and_reads_go_before_it(file: DiskFile) -> None:

@@ -47,8 +47,8 @@ SSD = {"offload": {"activations": "ssd"}}
 CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
     "nothing": {},
     "ssd": SSD,
-    "ssd, a quarter of the rate": SSD,
-    "ssd, selective recompute": SSD | {"train": {"recompute": "selective"}},
+    "ssd at a quarter of the rate": SSD,
+    "ssd and selective recompute": SSD | {"train": {"recompute": "selective"}},
     "save_on_cpu": {},
     "selective recompute": {"train": {"recompute": "selective"}},
     "full recompute": {"train": {"recompute": "full"}},
@@ -344,7 +344,7 @@ def main() -> None:
     if args.only:
         names = ["nothing", *(name for name in args.only.split(",") if name != "nothing")]
     arguments = sys.argv[1:]
-    throttled = "ssd, a quarter of the rate"
+    throttled = "ssd at a quarter of the rate"
     if throttled in names:
         short = argparse.Namespace(**{**vars(args), "warm_up": 2, "repetitions": 2})
         limit = quarter_rate(compare(short, ["ssd"], arguments))

@@ -20,6 +20,7 @@ RUNS = {
     "recovery.py": ["--json", str(OUTPUT / "recovery.json")],
     "replan_scale.py": ["--json", str(OUTPUT / "replan_scale.json")],
     "convert.py": ["--json", str(OUTPUT / "convert.json")],
+    "offload.py": ["--folder", str(OUTPUT), "--json", str(OUTPUT / "offload.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }
 

@@ -57,7 +57,7 @@ def train_offloaded(rank: int, world_size: int, store: Store, *, config: dict) -
 def run_offloaded(cluster: Cluster, config: RunConfig) -> dict[str, Any]:
     """Train on the pool; every rank must have sent something in every step."""
     plain = msgspec.to_builtins(config)
-    ranks = cluster.run("test_offload:train_offloaded", world_size_of(config), config=plain)
+    ranks = cluster.run("test_offload_training:train_offloaded", world_size_of(config), config=plain)
     assert all(min(rank["sent"]) > 0 for rank in ranks), [rank["sent"] for rank in ranks]
     assert all(rank["result"] == ranks[0]["result"] for rank in ranks)
     return ranks[0]["result"]
@@ -175,7 +175,7 @@ def test_a_drive_that_cannot_be_read_changes_no_bit(cluster: Cluster, tmp_path: 
     for where, root in roots.items():
         keys = offload(tmp_path) | {"activations": where}
         config = make_config(train=TRAIN, parallel={"data": 2}, offload=keys)
-        job = "test_offload:fail_to_read" if where == "ssd" else "small_runs:train_in"
+        job = "test_offload_training:fail_to_read" if where == "ssd" else "small_runs:train_in"
         cluster.run(job, 2, config=msgspec.to_builtins(config), root=str(root))
     losses = {w: [m["loss_hex"] for m in metrics_of(root)] for w, root in roots.items()}
     assert losses["ssd"] == losses["none"]

@@ -82,6 +82,18 @@ def test_what_is_written_is_read_by_others_and_back(kind: str, direct: bool, fol
             assert numbers["direct_bytes_written"] == 0
 
 
+def test_requests_can_be_begun_beside_the_caller(kind: str, tmp_path: Path) -> None:
+    content = os.urandom(4 << 20)
+    memory, back = Memory(len(content)), Memory(len(content))
+    memory.bytes[:] = content
+    with _native.FileEngine(kind=kind, background=True, queue_depth=2) as engine:
+        file = engine.open(str(tmp_path / "file"), write=True, create=True, size=len(content))
+        engine.wait(engine.write(file, memory.address, 0, len(content)))
+        engine.wait(engine.read(file, back.address, 0, len(content)))
+        assert back.bytes[:] == content
+        assert engine.statistics()["busy_ns"] > 0
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(

@@ -57,7 +57,9 @@ def train_offloaded(rank: int, world_size: int, store: Store, *, config: dict) -
 def run_offloaded(cluster: Cluster, config: RunConfig) -> dict[str, Any]:
     """Train on the pool; every rank must have sent something in every step."""
     plain = msgspec.to_builtins(config)
-    ranks = cluster.run("test_offload_training:train_offloaded", world_size_of(config), config=plain)
+    ranks = cluster.run(
+        "test_offload_training:train_offloaded", world_size_of(config), config=plain
+    )
     assert all(min(rank["sent"]) > 0 for rank in ranks), [rank["sent"] for rank in ranks]
     assert all(rank["result"] == ranks[0]["result"] for rank in ranks)
     return ranks[0]["result"]

@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -265,13 +266,24 @@ def prepare(
     typer.echo(f"{output}.bin, {output}.idx: {counts}")
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
     try:
         app()
+        code = 0
     except HoldfastError as error:
         print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        code = end.code
+    if any(thread.daemon for thread in threading.enumerate()):
+        # One that is in native code when the interpreter ends would take the process with it (SIGABRT).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

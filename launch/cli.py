@@ -32,9 +32,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Work with training data.")
 app.add_typer(data_app, name="data")
-register(app)
-app.command()(chaos)
-app.command()(convert)
 
 
 def _print_version(wanted: bool) -> None:
@@ -264,6 +261,11 @@ def prepare(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     typer.echo(f"{output}.bin, {output}.idx: {counts}")
+
+
+app.command()(chaos)
+register(app)
+app.command()(convert)
 
 
 def main() -> NoReturn:

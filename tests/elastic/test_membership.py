@@ -189,7 +189,8 @@ def test_training_goes_on_without_a_lighthouse_and_changes_wait_for_its_return(
         for rank in range(4):
             found = run.reach(rank, ["0", "1", "2", "3.1"], after=first["number"])
             assert found["number"] > first["number"]
-        assert run.records(0, "step")[stopped_at]["step"] == stopped_at + 1
+        # The others may have finished one step more than the one that rank 0 was interrupted after.
+        assert run.records(0, "step")[stopped_at]["step"] in (stopped_at + 1, stopped_at + 2)
         run.check_history(range(4))
 
 

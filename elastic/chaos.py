@@ -1,13 +1,14 @@
 """Faults on purpose: what a run does to itself, at a chosen step and phase, to show or test that it survives.
 
-A fault happens in the worker that it names, is real (a signal, a held lock, a flipped bit), and is written
-down. A process that replaces another does not repeat the faults that the first was told of.
+A fault happens in the worker that it names, or to that worker's node, is real (a signal, a held lock, a
+flipped bit, packets dropped, a disk without room), and is written down. A process that replaces another does not repeat the faults that the first was told of.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import time
@@ -16,9 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from holdfast.elastic.outages import OutageError, fill_disk
 from holdfast.parallel.errors import ConfigError
 
-FaultKind = Literal["kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory"]
+logger = logging.getLogger("holdfast.elastic")
+
+FaultKind = Literal[
+    "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
+]
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
 Phase = Literal["compute", "backward", "reduce", "vote", "apply"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -30,14 +36,15 @@ class Fault:
 
     fault: FaultKind
     """kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every step from then on
-    takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips."""
+    takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips. cut: the
+    worker's node reaches no other node. fill-disk: there is no room where checkpoints are written."""
     rank: int
     step: int
     """Counted from 1."""
     phase: Phase = "compute"
     """The fault comes at its beginning; "backward": when half of the step's backward passes are done."""
     seconds: float = 60.0
-    """How long the lock is held, or by how much a slow step is longer."""
+    """How long the lock is held, the node is cut off or the disk is full, or by how much a slow step is longer."""
     incarnation: int = 0
     """Which process of the rank: 0 is the one that the run began with."""
 
@@ -81,16 +88,21 @@ class Chaos:
         asked: Path,
         note: Callable[[Fault], None],
         corrupt: Callable[[], None],
+        cut: Callable[[float], None],
+        disk: Path,
     ) -> None:
         """Args:
         faults: of the configuration.
         asked: where further ones are asked for while the run goes on; see `ask_for`.
         note: writes a fault down, before it happens.
         corrupt: flips a bit of this worker's state.
+        cut: cuts this worker's node off for so many seconds.
+        disk: the folder that checkpoints are written to.
         """
         self._identity = (rank, incarnation)
         self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
         self._asked, self._note, self._corrupt = asked, note, corrupt
+        self._cut, self._disk = cut, disk
         self._position = asked.stat().st_size if asked.exists() else 0
         self._slow_s = 0.0
 
@@ -139,3 +151,10 @@ class Chaos:
                 os._exit(1)
             case "corrupt-memory":
                 self._corrupt()
+            case "cut":
+                self._cut(fault.seconds)
+            case "fill-disk":
+                try:
+                    fill_disk(self._disk, fault.seconds)
+                except OutageError as error:
+                    logger.error("no fault: %s", error)

@@ -249,6 +249,10 @@ class Membership:
         """Ask for a member that hangs to be killed by its agent, wherever that is."""
         self._tell_all(Notice("fence", identity, reason))
 
+    def cut_off(self, seconds: float) -> None:
+        """Have the agent cut this node off from the others for a time: a fault on purpose."""
+        self._tell("cut", seconds=seconds)
+
     def store(self) -> Store:
         """A client of the present generation's store, below its prefix. Its connection is kept.
 

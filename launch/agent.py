@@ -24,6 +24,7 @@ from holdfast.elastic.hang import HangJudge
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
 from holdfast.elastic.link import pulse_age_s, receive_message, send_message
 from holdfast.elastic.notices import Notice, notice_from_data, notice_to_data
+from holdfast.elastic.outages import OutageError, cut_network
 from holdfast.elastic.seat import Seat
 from holdfast.elastic.store import host_store
 from holdfast.elastic.voter import speak_for
@@ -320,6 +321,11 @@ class Agent:
         elif message["kind"] == "joining" and self._generation:
             cause = "a new worker wants to take part"
             self._publish(Notice("joining", place.seat.identity, cause, 0.0, self._settings.node))
+        elif message["kind"] == "cut":
+            try:
+                cut_network(message["seconds"])
+            except OutageError as error:
+                logger.error("no fault: %s", error)
 
     def _hang_up(self, place: Place) -> None:
         if place.line is not None:

@@ -74,6 +74,8 @@ class ElasticLoop:
             asked=run.chaos,
             note=self._note_fault,
             corrupt=self._corrupt,
+            cut=membership.cut_off,
+            disk=checkpoint_root(run.root, config),
         )
 
     def run(self) -> None:

@@ -149,7 +149,9 @@ class OffloadConfig(Section, frozen=True):
 class ChaosConfig(Section, frozen=True):
     """A fault that a run does to itself; see `holdfast.elastic.chaos.Fault`."""
 
-    fault: Literal["kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory"]
+    fault: Literal[
+        "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
+    ]
     rank: int
     step: int
     phase: Literal["compute", "backward", "reduce", "vote", "apply"] = "compute"

@@ -263,6 +263,34 @@ def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
     assert loaded == 8
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
+    start: Starter, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(mount)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        run = start(
+            train={"steps": STEPS},
+            parallel={"data": 2},
+            checkpoint={"every": 4, "path": str(mount)},
+            elastic=pace({"chaos": [fault("fill-disk", 1, 7, seconds=1.0)]}, PACE_S),
+        )
+        assert run.finish() == 0, run.output()
+        assert run.bits() == expected
+        failed = run.events("checkpoint_failed")
+        assert failed
+        assert all("GiB free" in event["error"] for event in failed), failed
+        committed = [event["step"] for event in run.events("checkpoint_committed")]
+        assert committed[0] == 4
+        assert committed[-1] == STEPS
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
 def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, expected: dict[str, Any]) -> None:
     def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "holdfast.launch.cli", "chaos", str(run.root), *arguments]

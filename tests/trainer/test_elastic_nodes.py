@@ -29,6 +29,7 @@ LIGHTHOUSE_PORT = 29510
 STEPS = 50
 PACE_S = 0.1
 GROWING_PACE_S = 0.4
+CUT_S = 10.0
 """A step takes so long at least, for two more nodes to start meanwhile on a busy machine."""
 
 
@@ -183,7 +184,11 @@ def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
             train={"steps": STEPS},
             parallel={"data": 3},
             elastic=pace(
-                {"enabled": True, "lighthouse": f"{net.address('hub')}:{LIGHTHOUSE_PORT}"},
+                {
+                    "enabled": True,
+                    "lighthouse": f"{net.address('hub')}:{LIGHTHOUSE_PORT}",
+                    "chaos": [fault("cut", 2, 4, seconds=CUT_S)],
+                },
                 GROWING_PACE_S,
             ),
             log={"tensorboard": False, "every": 1000},
@@ -193,12 +198,10 @@ def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
         others = [start.task(path, "cut", net, number) for number in (1, 2)]
         run = start.start(path, "cut", launcher=start.as_task(net, 0))
         run.wait_for_step(3)
-        net.cut("c")
         run.wait_for_members(2)
         assert [event["rank"] for event in run.events("rank_lost")] == [2]
         run.wait_for_step(len(run.steps()) + 2)
         assert others[1].poll() is None  # it lives, and does not train
-        net.heal()
         run.wait_for_members(3)
         keeper.stop()
         run.wait_for_step(len(run.steps()) + 3)

@@ -1,0 +1,147 @@
+"""At least 200 processes are killed at random instants, over many layouts, and no bit changes. See `make soak`."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import Cluster
+from elastic_runs import ElasticRun, Starter, bits_of, pace
+from holdfast.elastic.chaos import Fault, ask_for
+from small_runs import make_config, run_training
+
+STORM = "HOLDFAST_SOAK_S" in os.environ
+KILLS = 200
+STEPS = 160
+PACE_S = 0.25
+RESTED_STEPS = 25
+"""Before the end nobody is killed, so that every run ends with all its ranks."""
+LAYOUTS = [
+    (data, pipeline, tensor)
+    for data in (1, 2, 3, 4)
+    for pipeline in (1, 2, 3)
+    for tensor in (1, 2)
+    if 2 <= data * pipeline * tensor <= 8
+]
+CHOICES = ("one", "one", "one", "two in a row", "two in a row", "a node", "any two")
+
+pytestmark = [
+    pytest.mark.mp,
+    pytest.mark.chaos,
+    pytest.mark.timeout(0),
+    pytest.mark.skipif(not STORM, reason="takes half an hour: make soak"),
+]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    starter = Starter(tmp_path)
+    yield starter
+    starter.close()
+
+
+@dataclass
+class Storm:
+    """What hits one run."""
+
+    run: ElasticRun
+    members: int
+    rng: random.Random
+    kills: Counter[str] = field(default_factory=Counter)
+    _slowed: set[int] = field(default_factory=set)
+
+    def blow(self) -> None:
+        """Kill again and again, each time once all ranks take part, until the run is nearly over."""
+        while self.run.process.poll() is None and len(self.run.steps()) < STEPS - RESTED_STEPS:
+            time.sleep(self.rng.uniform(0.0, 0.6))
+            if self._all_take_part():
+                self._keep_pace()
+                self._hit(self.rng.choice(CHOICES))
+
+    def _all_take_part(self) -> bool:
+        changes = [event for event in self.run.events() if "plan" in event]
+        if len(self.run.living()) < self.members or not changes:
+            return False
+        plan = changes[-1]["plan"]
+        placed = [r for stage in plan["stages"] for cell in stage for r in cell] + plan["spares"]
+        return len(placed) == self.members
+
+    def _keep_pace(self) -> None:
+        """Make the lowest rank's newest process slow too: tiny steps would be over before others join."""
+        worker = self.run.living().get(0)
+        if worker is not None and worker["pid"] not in self._slowed:
+            self._slowed.add(worker["pid"])
+            step, incarnation = len(self.run.steps()) + 3, worker["incarnation"]
+            slow = Fault("slow", 0, step, seconds=PACE_S, incarnation=incarnation)
+            ask_for(self.run.root / "chaos.jsonl", slow)
+
+    def _hit(self, choice: str) -> None:
+        living = self.run.living()
+        first = self.rng.choice(sorted(living))
+        node = [rank for rank in sorted(living) if living[rank]["node"] == living[first]["node"]]
+        if choice == "a node":
+            victims, gap_s = node, 0.0
+        elif choice == "two in a row":  # the second while the first is recovered from, or replaced
+            victims, gap_s = [first, self.rng.choice(node)], self.rng.uniform(0.0, 2.0)
+        elif choice == "any two":
+            victims, gap_s = self.rng.sample(sorted(living), 2), 0.0
+        else:
+            victims, gap_s = [first], 0.0
+        for number, victim in enumerate(victims):
+            if number:
+                time.sleep(gap_s)
+            worker: dict[str, Any] | None = self.run.living().get(victim)
+            if worker is not None and self.run.process.poll() is None:
+                self.kills[choice] += _kill(worker["pid"])
+
+
+def _kill(pid: int) -> int:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return 0
+    return 1
+
+
+def test_two_hundred_kills_change_no_bit(start: Starter, cluster: Cluster) -> None:
+    expected: dict[int, dict[str, Any]] = {}
+    for tensor in (1, 2):
+        config = make_config(train={"steps": STEPS}, parallel={"tensor": tensor})
+        expected[tensor] = bits_of(run_training(cluster, config))
+    kills: Counter[str] = Counter()
+    rounds = 0
+    while sum(kills.values()) < KILLS or rounds < len(LAYOUTS):
+        data, pipeline, tensor = LAYOUTS[rounds % len(LAYOUTS)]
+        run = start(
+            train={"steps": STEPS},
+            parallel={
+                "data": data,
+                "pipeline": pipeline,
+                "tensor": tensor,
+            },
+            checkpoint={"every": 7},
+            elastic=pace({}, PACE_S),
+        )
+        storm = Storm(run, data * pipeline * tensor, random.Random(rounds))
+        storm.blow()
+        assert run.finish() == 0, run.output()
+        assert run.bits() == expected[tensor], (storm.kills, run.root)
+        kills += storm.kills
+        rolled_back = sum("step" in event for event in run.events("resumed"))
+        print(
+            f"data {data} pipeline {pipeline} tensor {tensor}: {sum(storm.kills.values())} killed "
+            f"{dict(storm.kills)}, {len(run.events('recovered'))} recoveries, "
+            f"{rolled_back} from a checkpoint",
+            flush=True,
+        )
+        rounds += 1
+    print(f"{sum(kills.values())} processes killed: {dict(kills)}, {rounds} runs")

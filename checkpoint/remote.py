@@ -20,7 +20,7 @@ from typing import Any
 from torch.distributed import Store
 
 from holdfast.checkpoint import directory
-from holdfast.checkpoint.arena import Deadline
+from holdfast.checkpoint.arena import Cancelled, Deadline
 from holdfast.checkpoint.format import MANIFEST, Manifest, decode_manifest
 from holdfast.checkpoint.reading import RemoteReader
 from holdfast.checkpoint.saver import own_connection
@@ -82,6 +82,7 @@ class RemoteStore:
 
         Raises:
             CheckpointError: not before the deadline; with the last reason.
+            Cancelled: it was given up between two attempts.
         """
         began = perf_counter()
         pause = _FIRST_PAUSE_S
@@ -97,6 +98,8 @@ class RemoteStore:
                     raise OSError(f"has {size} bytes after the upload, not {wanted}")
                 return perf_counter() - began
             except Exception as error:
+                if deadline.cancelled:
+                    raise Cancelled from error
                 if deadline.left_s < pause:
                     raise CheckpointError(
                         f"{self.url}/{name}/{file} could not be uploaded: {type(error).__name__}: {error}"
@@ -144,15 +147,21 @@ class Uploader:
         keep: int = 0,
         timeout_s: float = 3600.0,
         finished: Callable[[Path], None] = lambda path: None,
+        uploaded: set[tuple[str, str]] | None = None,
     ) -> None:
         """Args:
         finished: called on each rank when a local checkpoint is no longer needed for uploading.
+        uploaded: (checkpoint, file) that this rank has uploaded before, and need not again; added to.
         """
         self._remote = RemoteStore(url)
         self._rank, self._world_size = rank, world_size
         self._store: Store = own_connection(store)
         self._keep, self._timeout_s = keep, timeout_s
         self._finished = finished
+        self._uploaded = set() if uploaded is None else uploaded
+        self._deadline = Deadline(timeout_s)
+        """Of the upload under way."""
+        self._is_abandoned = False
         self._waiting: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[UploadResult] = queue.SimpleQueue()
         self._uploads = 0
@@ -179,6 +188,15 @@ class Uploader:
         with self._idle:
             return self._idle.wait_for(lambda: self._pending == 0, timeout_s)
 
+    def abandon(self) -> None:
+        """Give up what is under way and queued: its ranks do not go on together. Local, at once.
+
+        A file that is being sent may still arrive: it is what the next attempt sends there as well.
+        """
+        self._is_abandoned = True
+        self._deadline.cancelled = True
+        self._waiting.put(None)
+
     def close(self) -> None:
         """Finish what is queued and end the thread."""
         self._waiting.put(None)
@@ -186,6 +204,8 @@ class Uploader:
 
     def _work(self) -> None:
         while (checkpoint := self._waiting.get()) is not None:
+            if self._is_abandoned:
+                return
             self._uploads += 1
             began = perf_counter()
             error, size = "", 0
@@ -193,6 +213,8 @@ class Uploader:
             votes = Votes(self._store, f"upload-{self._uploads}", self._rank, ranks)
             try:
                 size = self._upload(checkpoint, votes)
+            except Cancelled:
+                return
             except Exception as failure:
                 error = str(failure)
                 votes.fail(error)
@@ -207,12 +229,15 @@ class Uploader:
                 self._idle.notify_all()
 
     def _upload(self, checkpoint: Path, votes: Votes) -> int:
-        deadline = Deadline(self._timeout_s)
+        self._deadline = deadline = Deadline(self._timeout_s)
+        deadline.cancelled = self._is_abandoned
         manifest = directory.read_manifest(checkpoint)
         votes.enter("upload")
         sizes = {name: entry.bytes for name, entry in manifest.files.items()}
         for file in share_of(sizes, self._rank, self._world_size):
-            self._remote.put(checkpoint / file, checkpoint.name, file, deadline)
+            if (checkpoint.name, file) not in self._uploaded:
+                self._remote.put(checkpoint / file, checkpoint.name, file, deadline)
+                self._uploaded.add((checkpoint.name, file))
         votes.cast("header", {})
         if votes.is_coordinator:
             votes.collect("header", votes.ranks, deadline)

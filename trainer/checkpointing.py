@@ -44,6 +44,8 @@ from holdfast.trainer.world import WorldInfo
 logger = logging.getLogger("holdfast.checkpoint")
 
 _LARGEST_ARENA_MIB = 2048
+_CARRIED_UPLOADS = 8
+"""Checkpoints whose upload is begun again when the ranks change; older ones would be removed anyway soon."""
 _PATIENCE_S = 10.0
 """How much longer than a save's deadline its end is waited for."""
 
@@ -105,6 +107,8 @@ class Checkpoints:
         self._saver: Saver | None = None
         self._uploader: Uploader | None = None
         self._uploading: set[Path] = set()
+        self._uploaded: set[tuple[str, str]] = set()
+        """(checkpoint, file) that this rank has sent to the URL."""
         self._root = checkpoint_root(run.root, training.config)
         self._saved_step = -1
         self.committed_step = -1
@@ -247,6 +251,7 @@ class Checkpoints:
                 self._store,
                 keep=self._config.remote_keep,
                 finished=self._uploading.discard,
+                uploaded=self._uploaded,
             )
         self._uploading.add(path)
         self._uploader.start(path)
@@ -276,6 +281,23 @@ class Checkpoints:
         newest = torch.tensor([float(known)], dtype=torch.float64)
         self._training.groups.control.all_reduce(newest, "max").wait()
         self.committed_step = self._saved_step = int(newest.item())
+        if self._config.url:
+            self._go_on_uploading(before)
+
+    def _go_on_uploading(self, before: Checkpoints | None) -> None:
+        """Upload what the ranks of before had not uploaded yet. Collective."""
+        waiting: list[int] = []
+        if before is not None:
+            self._uploaded |= before._uploaded
+            steps = (directory.step_of(path) for path in set(before._uploading))
+            waiting = sorted(step for step in steps if step is not None)[-_CARRIED_UPLOADS:]
+        mine = torch.full((_CARRIED_UPLOADS,), -1, dtype=torch.int64)
+        mine[: len(waiting)] = torch.tensor(waiting, dtype=torch.int64)
+        control = self._training.groups.control
+        parts = [torch.empty_like(mine) for _ in range(control.size)]
+        control.all_gather(parts, mine).wait()
+        for step in sorted({int(step) for part in parts for step in part} - {-1}):
+            self._start_upload(self._root / directory.name_of(step))
 
     def interrupt(self, reason: str) -> None:
         """Free whoever waits for the save under way, which cannot end any more. From any thread."""
@@ -290,6 +312,8 @@ class Checkpoints:
         self._training.optimizer.fence = None
         if self._saver is not None:
             self._saver.abandon(reason)
+        if self._uploader is not None:
+            self._uploader.abandon()
 
     def close(self) -> None:
         """Release threads, files and memory. Local."""

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from elastic_runs import pace
 from holdfast.checkpoint import directory, save
 from holdfast.checkpoint.directory import committed
 from holdfast.checkpoint.remote import RemoteStore, share_of
@@ -142,6 +143,35 @@ def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
     assert [line["loss_hex"] for line in lines] == [line["loss_hex"] for line in whole[18:]]
     [one], [two] = (events_of(tmp_path / name, "run_finished") for name in ("plain", "second"))
     assert one["parameter_digest"] == two["parameter_digest"]
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_uploads_under_way_when_a_rank_is_lost_are_made_good(
+    server: S3Server, tmp_path: Path
+) -> None:
+    config = make_config(
+        train={"steps": 30},
+        parallel={"data": 2},
+        checkpoint={"every": 10, "path": "s3://bucket/run"},
+        elastic=pace({"enabled": True, "local_nodes": 2}, 0.1),
+    )
+    root = tmp_path / "run"
+    run = _train(config, root, server.environment, tmp_path)
+    wait_for(lambda: (root / "metrics.jsonl").exists())
+    server.kill()
+    local = root / "checkpoints"
+    wait_for(lambda: bool(committed(local)))
+    workers = {event["rank"]: event["pid"] for event in events_of(root, "worker_started")}
+    os.kill(workers[1], signal.SIGKILL)
+    wait_for(lambda: bool(events_of(root, "recovered")))
+    server.start()
+    output, _ = run.communicate(timeout=90)
+    assert run.returncode == 0, output
+    events = events_of(root, "checkpoint_committed")
+    assert {event["step"] for event in events if event["tier"] == "remote"} == {10, 20, 30}
+    for step in (10, 20, 30):
+        assert verify_checkpoint(tmp_path / f"s3/bucket/run/step-{step:08d}") == []
 
 
 @pytest.mark.chaos

@@ -6,10 +6,12 @@ sleep of 1 ms and its backward one of 2 ms, under the real executor over gloo.
 - nothing lost: six ranks;
 - pipeline dropped: the lost rank's whole pipeline stands still, and the other two share its micro-batches (what
   replica-granular recovery does, torchft's);
-- re-routed: its micro-batches go to the other replicas of its stage (ReCycle's way);
-- holdfast: re-routed, and layers moved between the stages.
+- re-routed: its micro-batches go to the other replicas of its stage (ReCycle's way, with its
+  split backward);
+- holdfast: re-routed, layers moved between the stages, and the step list-scheduled with split backwards.
 
-Five ranks can do at most 5/4 of what four do, whatever the way: the work of a step does not change.
+Five ranks can do 5/4 of what four do, whatever the way: the work of a step does not change. More than that is a
+shorter bubble.
 
     python benchmarks/lost_rank.py [--repetitions 7] [--json out.json]
 """
@@ -125,7 +127,7 @@ def main() -> None:
         rows,
         {row.name: dropped.median_s for row in rows},
         json_path=given.json,
-        note="ratio: of step times, to dropping the pipeline; the best possible with five ranks is 0.8",
+        note="ratio: of step times, to dropping the pipeline; five busy ranks would give 0.8 of four",
     )
 
 

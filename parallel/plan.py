@@ -15,18 +15,21 @@ from typing import TypeVar
 from holdfast.parallel.cells import Cells
 from holdfast.parallel.errors import ConfigError, ScheduleError
 from holdfast.parallel.layout import Box, Layout
-from holdfast.parallel.mesh import Mesh
+from holdfast.parallel.mesh import Coordinates, Mesh
 from holdfast.parallel.ownership import Block, assign_owners, blocks
 from holdfast.parallel.parameters import LayerSpec, ParameterSpec
+from holdfast.parallel.rerouting import (
+    SCHEDULED_PAIRS,
+    merged_program,
+    regular_timeline,
+    scheduled_programs,
+)
 from holdfast.parallel.schedule import (
     Action,
-    Op,
     Program,
     compute_programs,
     forward_only,
     placement,
-    simulate,
-    unit_cost,
     with_messages,
 )
 
@@ -191,9 +194,7 @@ class Plan:
             )
             named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
         else:
-            share = self.share(at.pipeline, at.data)
-            wanted = share if only is None else tuple(m for m in share if m in only)
-            named = self._rerouted(kind, at.pipeline, wanted, generate)
+            named = self._rerouted(kind, at, only, generate)
         replicas = self._replicas
         complete = with_messages(
             {rank: named},
@@ -224,33 +225,47 @@ class Plan:
     def _rerouted(
         self,
         kind: str,
-        stage: int,
-        numbers: tuple[int, ...],
+        at: Coordinates,
+        only: frozenset[int] | None,
         generate: Callable[[str, int, int, int], tuple[Program, ...]],
     ) -> Program:
-        """The compute actions of a cell whose micro-batches come from several replicas.
-
-        Each micro-batch keeps its place in the pipeline that it began in, and every rank takes its
-        actions in the order in which that regular schedule would run them. Since an action's time
-        there lies after those of all that it needs, no rank can wait in a circle, whoever computes what.
-        """
+        """The compute actions of a cell where activations cross pipelines; see rerouting.py."""
+        rows = self.micro_batches
+        if only is not None:
+            rows = tuple(tuple(m for m in row if m in only) for row in rows)
+        pairs = len(self.placement) * sum(map(len, rows))
+        if kind == "train" and 0 < pairs <= SCHEDULED_PAIRS:
+            replicas, widest = self._replicas, self.cells.widest
+            programs = self._cached(
+                (kind, "scheduled", only),
+                lambda: scheduled_programs(
+                    self.schedule,
+                    self.placement,
+                    self.cells.pipeline,
+                    self.virtual,
+                    lambda stage, micro_batch: stage * widest + replicas[stage][micro_batch],
+                    rows,
+                    [
+                        sum(self.layers[layer].forward_flops for layer in self.layers_of(chunk))
+                        for chunk in range(len(self.placement))
+                    ],
+                ),
+            )
+            return programs.get(at.pipeline * widest + at.data, ())
         places = self._cached(
             "places",
             lambda: {m: place for row in self.micro_batches for place, m in enumerate(row)},
         )
         longest = max(map(len, self.micro_batches))
-        times = self._cached(
+        timeline = self._cached(
             (kind, "times"),
-            lambda: _start_times(
+            lambda: regular_timeline(
                 generate(self.schedule, self.cells.pipeline, self.virtual, longest)
             ),
         )
-        found = [
-            (start, number, order, op, chunk)
-            for number in numbers
-            for start, order, op, chunk in times[stage][places[number]]
-        ]
-        return tuple(Action(op, chunk, number) for _, number, _, op, chunk in sorted(found))
+        share = self.share(at.pipeline, at.data)
+        wanted = share if only is None else tuple(m for m in share if m in only)
+        return merged_program(wanted, places, timeline, at.pipeline)
 
     def parameter_layout(self) -> Layout:
         """Which boxes of which logical tensors each rank's parameters are."""
@@ -278,22 +293,6 @@ class Plan:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
-
-
-def _start_times(
-    programs: Sequence[Program],
-) -> tuple[dict[int, list[tuple[float, int, Op, int]]], ...]:
-    """By stage and micro-batch, its actions as (start in the schedule's timeline, place, op, chunk)."""
-    timeline = simulate(dict(enumerate(programs)), unit_cost())
-    found: list[dict[int, list[tuple[float, int, Op, int]]]] = []
-    for stage in range(len(programs)):
-        by_number: dict[int, list[tuple[float, int, Op, int]]] = {}
-        for order, span in enumerate(timeline.spans.get(stage, ())):
-            action = span.action
-            entry = (span.start, order, action.op, action.chunk)
-            by_number.setdefault(action.micro_batch, []).append(entry)
-        found.append(by_number)
-    return tuple(found)
 
 
 def block_box(spec: ParameterSpec, block: Block) -> Box:

@@ -55,6 +55,7 @@ def list_schedule(
     message_cost: float | MessageCost = 0.0,
     cap: Mapping[int, int] | int | None = None,
     split_backward: bool = False,
+    all_rules: bool = True,
 ) -> dict[int, Program]:
     """Compute actions for a given assignment of work; `with_messages(result, owner_of)` completes them.
 
@@ -68,6 +69,7 @@ def list_schedule(
             or a rank left out, is no limit.
         split_backward: use I and W instead of B; W fills idle time. Chunk 0, whose input gradient
             goes nowhere, keeps whole backwards.
+        all_rules: try all rules for what is best; else only the one that is best most often.
     Returns:
         Program by rank, for every rank that owns something.
     Raises:
@@ -75,7 +77,7 @@ def list_schedule(
     """
     work = _Work.of(chunks, micro_batches, owner_of, cost, message_cost, cap, split_backward)
     best: _Run | None = None
-    for turn, forward in product(_Turn, _Forward):
+    for turn, forward in list(product(_Turn, _Forward))[: None if all_rules else 1]:
         run = _Run(work, turn, forward)
         if run.finish(inf if best is None else best.makespan):
             best = run

@@ -24,7 +24,8 @@ from holdfast.parallel.replan import (
     with_shadows,
     would_move_layers,
 )
-from holdfast.parallel.schedule import check_programs
+from holdfast.parallel.rerouting import SCHEDULED_PAIRS
+from holdfast.parallel.schedule import Timeline, check_programs, simulate, unit_cost
 from holdfast.parallel.shadows import shadow_runs, shadowed_blocks
 from holdfast.trainer.model.config import ModelConfig
 from holdfast.trainer.model.specs import layer_specs
@@ -91,8 +92,17 @@ def check(plan: Plan, ranks: set[int]) -> None:
     st.sampled_from(SCHEDULES),
     st.sampled_from([(1, 1, 1), (1, 2, 2), (1, 3, 2), (1, 1, 3), (2, 2, 1), (2, 1, 2), (1, 4, 3)]),
     st.randoms(use_true_random=False),
+    st.sampled_from([0, SCHEDULED_PAIRS]),
 )
 def test_any_sequence_of_losses_and_arrivals_gives_sound_plans(
+    schedule: tuple[str, int], mesh: tuple[int, int, int], rng: random.Random, pairs: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("holdfast.parallel.plan.SCHEDULED_PAIRS", pairs)
+        check_changes(schedule, mesh, rng)
+
+
+def check_changes(
     schedule: tuple[str, int], mesh: tuple[int, int, int], rng: random.Random
 ) -> None:
     plan = first_plan(*schedule, *mesh)
@@ -151,6 +161,29 @@ def test_a_stage_keeps_its_micro_batches_and_the_lost_ones_are_dealt_out() -> No
     # Only what the lost rank owned has a new owner.
     for before, now in zip(plan.owners[0], after.owners[0], strict=True):
         assert before == now or before == 4
+
+
+@pytest.mark.parametrize("move_layers", [False, True])
+def test_an_uneven_step_is_shorter_than_the_merged_one_and_keeps_no_more_activations(
+    monkeypatch: pytest.MonkeyPatch, move_layers: bool
+) -> None:
+    full = first_plan(data=3, pipeline=2)
+    alive = set(full.cells.ranks) - {4}
+    roster = Roster(tuple(sorted(alive)), NODES)
+
+    def timeline() -> Timeline:
+        plan = replan(full, roster, generation=1, move_layers=move_layers)
+        assert not plan.is_regular
+        programs = {rank: plan.program(rank) for rank in alive}
+        blocks = [len(plan.layers_of(chunk)) for chunk in range(2)]
+        unit = unit_cost()
+        return simulate(programs, lambda action: unit(action) * blocks[action.chunk])
+
+    scheduled = timeline()
+    monkeypatch.setattr("holdfast.parallel.plan.SCHEDULED_PAIRS", 0)
+    merged = timeline()
+    assert scheduled.makespan < 0.97 * merged.makespan
+    assert max(scheduled.peak_saved.values()) <= 2  # as the first of two stages under 1F1B
 
 
 def test_layers_move_to_the_stage_that_kept_more_cells_and_back() -> None:

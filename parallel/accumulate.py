@@ -73,6 +73,10 @@ class GradientAccumulator:
         self.flags = 0
         self.muted: frozenset[nn.Parameter] = frozenset()
         """Parameters whose gradients are not added: those of the micro-batch at hand are counted already."""
+        self.micro_batch = -1
+        """Whose gradients are being added."""
+        self.counted: dict[nn.Parameter, set[int]] = {}
+        """The micro-batches whose gradients have been added since `clear`."""
         self._device_flags: Tensor | None = None
         if values.device.type != "cpu":
             self._device_flags = torch.zeros((), dtype=torch.int64, device=values.device)
@@ -88,6 +92,7 @@ class GradientAccumulator:
     def clear(self) -> None:
         """Forget all sums and flags: the start of a step."""
         self.flags = 0
+        self.counted.clear()
         if self._device_flags is not None:
             self._device_flags.zero_()
         if self.exact:
@@ -104,10 +109,14 @@ class GradientAccumulator:
             self.flags |= int(self._device_flags)
         return self.flags
 
+    def _count(self, parameter: nn.Parameter) -> None:
+        self.counted.setdefault(parameter, set()).add(self.micro_batch)
+
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add a whole local parameter's gradient (its shape, any float dtype)."""
         if parameter in self.muted:
             return
+        self._count(parameter)
         if self.exact:
             self._add_exact(parameter, gradient.contiguous())
         elif parameter in self._empty:
@@ -120,6 +129,7 @@ class GradientAccumulator:
         """Add grad_output.T @ value: float[tokens, out] and float[tokens, in] of the parameter's dtype."""
         if parameter in self.muted:
             return
+        self._count(parameter)
         transposed = grad_output.t()
         if self.exact:
             gradient = self._scratch[: parameter.numel()].view(parameter.shape)
@@ -137,6 +147,7 @@ class GradientAccumulator:
         """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
         if parameter in self.muted:
             return
+        self._count(parameter)
         if not self.exact:
             if parameter in self._empty:
                 self._empty.discard(parameter)

@@ -178,10 +178,11 @@ class ShardedAdamW:
     def keep_own_sums(self) -> None:
         """From now on copy what `reduce` is about to change, so that `restore_own_sums` can undo it.
 
-        Costs memory and a copy of the size of the owned blocks' sums. Without tensor parallelism only.
+        Costs memory and a copy of the size of the owned blocks' sums, and of tensor-parallel copies' sums.
         """
         runs = [Run(block.start, block.stop) for block in self._routes.owned]
         runs += [first for first, _ in self._routes.folded]
+        runs += [Run(s.offset, s.offset + s.spec.elements) for s in self._summed_over_copies]
         joined: list[Run] = []
         for run in sorted(set(runs), key=lambda r: r.start):
             if joined and run.start <= joined[-1].stop:

@@ -110,16 +110,13 @@ class Executor:
         self._comm = comm
         self._micro_batches = micro_batches
         self._offloader = offloader
-        self.counted: dict[int, set[int]] = {}
-        """By chunk, the micro-batches whose weight gradients are all added since `counted` was cleared."""
         self.halved: set[tuple[int, int]] = set()
         """(chunk, micro-batch) pairs whose backward has had its first part only."""
 
-    def count_halved(self) -> None:
+    def run_weight_parts(self) -> None:
         """After an interrupted step: run the weight parts that are still to come, which need no message."""
         for chunk, micro_batch in sorted(self.halved):
             self._chunks[chunk].backward_weight(micro_batch)
-            self.counted.setdefault(chunk, set()).add(micro_batch)
         self.halved.clear()
 
     def run(self, program: Program, order: Mapping[Action, int] | None = None) -> ActionTimes:
@@ -167,16 +164,13 @@ class Executor:
                 runner = chunks[chunk]
                 run = runner.backward if op is Op.BACKWARD else runner.backward_input
                 gradient = run(micro_batch, gradients.pop(key, None))
-                if op is Op.BACKWARD:
-                    self.counted.setdefault(chunk, set()).add(micro_batch)
-                else:
+                if op is Op.BACKWARD_INPUT:
                     self.halved.add(key)
                 if chunk != 0:
                     gradients[(chunk - 1, micro_batch)] = gradient
             elif op is Op.BACKWARD_WEIGHT:
                 chunks[chunk].backward_weight(micro_batch)
                 self.halved.discard(key)
-                self.counted.setdefault(chunk, set()).add(micro_batch)
             elif op is Op.RECEIVE_FORWARD:
                 values[key] = receives.wait(action)
             elif op is Op.RECEIVE_BACKWARD:

@@ -16,7 +16,7 @@ from holdfast.parallel.parcels import held_blocks, plan_parcels
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.block_states import BlockStates
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.partial_step import covered_layers, keeps_sums
+from holdfast.trainer.partial_step import covered_places, keeps_sums
 from holdfast.trainer.progress import Progress
 from holdfast.trainer.standing import Agreed
 from holdfast.trainer.training import Training
@@ -73,9 +73,9 @@ def training_from_holders(
         training.optimizer.round_masters()
         training.optimizer.gather()
     training.progress = Progress(agreed.steps, agreed.outcome, agreed.steps)
-    covered = covered_layers(plan, following, agreed.counted)
+    covered = covered_places(plan, following, agreed.counted, agreed.fresh)
     if covered:
-        kept = rank in agreed.counted and keeps_sums(plan, following, rank)
+        kept = rank in agreed.counted and keeps_sums(plan, following, rank, agreed.fresh)
         training.redo(agreed.steps, covered, before if kept else None)
     return training, moved
 

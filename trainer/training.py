@@ -7,11 +7,12 @@ can finish, `apply` updates the state. trainer/loop.py is the order in which the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from holdfast.parallel.accumulate import NONFINITE, OUT_OF_RANGE, GradientAccumulator
 from holdfast.parallel.adamw import AdamWSettings
@@ -29,7 +30,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.model.build import DTYPES, new_chunks
 from holdfast.trainer.offloading import open_offloader
-from holdfast.trainer.partial_step import Counted, Redo, merged
+from holdfast.trainer.partial_step import NOTHING, Counted, Covered, Place, Redo
 from holdfast.trainer.progress import NO_REQUESTS, Outcome, Progress, Requests
 from holdfast.trainer.state import TrainingState
 
@@ -142,11 +143,9 @@ class Training:
             self.step_micro_batches,
             self.offloader,
         )
-        if config.elastic.enabled and self._can_keep_sums:
+        if config.elastic.enabled:
             self.optimizer.keep_own_sums()
-        self._redo: Redo | None = None
-        self._own: dict[int, frozenset[int]] = {}
-        """What earlier attempts at the step have left in this rank's sums."""
+        self._redo = NOTHING
         self._own_losses: dict[int, torch.Tensor] = {}
         self._train_program = self._prepared(plan.program)
         self._backwards = 0
@@ -224,12 +223,11 @@ class Training:
         """
         self._clear_step(step)
         self.optimizer.begin_step()
-        self.executor.counted.clear()
         self.executor.halved.clear()
         self._backwards = 0
-        if self._redo is None or self._redo.step != step:
-            self._redo = None
-            self._own, self._own_losses = {}, {}
+        if self._redo.step != step:
+            self._redo = NOTHING
+            self._own_losses = {}
             self.accumulator.clear()
             return self._run_whole(step)
         todo = self.to_compute(step)
@@ -249,43 +247,37 @@ class Training:
         return self.compute(step)
 
     def to_compute(self, step: int) -> frozenset[int]:
-        """The micro-batches that are not in anybody's sums yet when `step` begins."""
-        covered = self._redo.covered if self._redo is not None and self._redo.step == step else {}
-        return Redo(step, covered).todo(len(self.plan.layers), self.step_micro_batches)
+        """The micro-batches that are not in everybody's sums yet when `step` begins."""
+        redo = self._redo if self._redo.step == step else NOTHING
+        return redo.todo(self.plan, self.step_micro_batches)
 
-    @property
-    def _can_keep_sums(self) -> bool:
-        return self.plan.cells.tensor == 1 and self.accumulator.exact
+    def counted(self) -> Counted:
+        """After an interrupted step: the micro-batches that each parameter's sums hold on this rank. Local.
 
-    def counted(self) -> dict[int, frozenset[int]]:
-        """After an interrupted step: the micro-batches that each layer's sums hold on this rank. Local.
-
-        Empty when the step is decided, and where sums cannot be kept.
+        Empty when the step is decided.
         """
         started = self._is_training and self.progress.decided == self._step
-        if not (self._can_keep_sums and started):
+        if not started:
             return {}
-        self.executor.count_halved()
+        self.executor.run_weight_parts()
         self.optimizer.restore_own_sums()
-        covered = self._redo.covered if self._redo is not None else {}
-        own = merged(
-            self._own,
-            (
-                (layer, numbers - covered.get(layer, frozenset()))
-                for chunk, numbers in self.executor.counted.items()
-                for layer in self.plan.layers_of(chunk)
-            ),
-        )
+        counted = {
+            place: frozenset(self.accumulator.counted.get(parameter, ()))
+            for chunk in self.chunks
+            for place, parameter in _places(chunk)
+        }
         last = self._runners.get(len(self.plan.placement) - 1)
         if last is not None:
-            head = own.get(len(self.plan.layers) - 1, frozenset())
             known = {**last.losses, **self._own_losses}
-            self._own_losses = {m: known[m] for m in head}
-        self._own = own
-        self.executor.counted.clear()
-        return own
+            self._own_losses = {m: known[m] for m in counted[self._loss_place]}
+        return counted
 
-    def redo(self, step: int, covered: Counted, before: Training | None) -> None:
+    @property
+    def _loss_place(self) -> Place:
+        """The rank whose sums hold a micro-batch's gradient of this parameter reports its loss."""
+        return len(self.plan.layers) - 1, 0
+
+    def redo(self, step: int, covered: Covered, before: Training | None) -> None:
         """Compute only what `covered` lacks when `step` is computed next.
 
         Args:
@@ -295,22 +287,22 @@ class Training:
         if before is None:
             self.accumulator.clear()
         else:
-            self._own, self._own_losses = before._own, before._own_losses
+            self._own_losses = before._own_losses
 
     def _mute(self, chunk: int, micro_batch: int) -> None:
-        """Before a micro-batch's gradients: leave out the layers that have them already."""
+        """Before a micro-batch's gradients: leave out the parameters that have them already."""
         self._backwards += 1
         if 2 * self._backwards == self._half_at:
             self.at_half()
-        if self._redo is None:
-            self.accumulator.muted = frozenset()
-            return
-        covered = self._redo.covered
-        self.accumulator.muted = frozenset(
-            parameter
-            for layer, _, parameter in self._runners[chunk].chunk.named_specs()
-            if micro_batch in covered.get(layer, ())
-        )
+        self.accumulator.micro_batch = micro_batch
+        self.accumulator.muted = frozenset()
+        if self._redo is not NOTHING:
+            index = self.plan.cells.tensor_index(self.rank)
+            self.accumulator.muted = frozenset(
+                parameter
+                for place, parameter in _places(self._runners[chunk].chunk)
+                if self._redo.has(index, place, micro_batch)
+            )
 
     def reduce(self) -> tuple[torch.Tensor, int]:
         """B: every block's sum arrives at its owner and its shadows. See `ShardedAdamW.reduce`."""
@@ -389,13 +381,12 @@ class Training:
         slots = torch.zeros(self.step_micro_batches, dtype=torch.float64)
         last = self._runners.get(len(self.plan.placement) - 1)
         if last is not None and self.groups.tensor.index == 0:
-            known: Collection[int] = ()
-            if self._redo is not None and self._is_training:
-                known = self._redo.covered.get(len(self.plan.layers) - 1, ())
+            redo = self._redo if self._is_training else NOTHING
+            if redo is not NOTHING:
                 for micro_batch, loss in self._own_losses.items():
                     slots[micro_batch] = loss
             for micro_batch, loss in last.losses.items():
-                if micro_batch not in known:
+                if not redo.has(0, self._loss_place, micro_batch):
                     slots[micro_batch] = loss
         return slots
 
@@ -429,6 +420,15 @@ class Training:
             halves[self.optimizer.slot(block)] = torch.tensor(words)
         self.groups.control.all_reduce(halves).wait()
         return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
+
+
+def _places(chunk: Chunk) -> Iterator[tuple[Place, nn.Parameter]]:
+    """A chunk's parameters with their layers and rows in the layers' tables."""
+    rows: dict[int, int] = {}
+    for layer, _, parameter in chunk.named_specs():
+        row = rows.setdefault(layer, 0)
+        rows[layer] += 1
+        yield (layer, row), parameter
 
 
 def _same_layers(before: Training, after: Training) -> bool:

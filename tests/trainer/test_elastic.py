@@ -63,23 +63,43 @@ def test_kills_in_every_phase_change_no_bit(
     assert all(event["replayed_steps"] <= 1 for event in recovered)
 
 
+@pytest.mark.parametrize(
+    ("layout", "reduction", "kills", "recomputed"),
+    [
+        ({"data": 4}, "exact", [(2, 6, "reduce"), (1, 9, "vote")], [3, 4]),
+        ({"data": 3, "tensor": 2}, "exact", [(2, 6, "vote"), (1, 9, "vote")], [4, 6]),
+        ({"data": 4}, "fast", [(2, 6, "reduce")], [3]),
+    ],
+    ids=["exact", "exact-tensor", "fast"],
+)
 def test_only_the_lost_rank_s_micro_batches_are_computed_again(
-    start: Starter, expected: dict[str, Any]
+    start: Starter,
+    cluster: Cluster,
+    layout: dict[str, int],
+    reduction: str,
+    kills: list[tuple[int, int, str]],
+    recomputed: list[int],
 ) -> None:
-    # Three micro-batches of twelve were on each replica; layers stay, since all stages lose alike.
+    # Twelve micro-batches are shared out evenly; layers stay, since all stages lose alike.
+    sections = {
+        "train": {"steps": 12},
+        "numerics": {"reduction": reduction},
+        "parallel": layout,
+    }
     run = start(
-        train={"steps": STEPS},
-        parallel={"data": 4},
-        elastic={
-            "respawn": False,
-            "chaos": [fault("kill", 2, 6, "reduce"), fault("kill", 1, 9, "vote")],
-        },
+        **sections,
+        elastic={"respawn": False, "chaos": [fault("kill", *kill) for kill in kills]},
     )
+    expected = bits_of(run_training(cluster, make_config(**sections)))
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
-    first, second = (event["recomputed_micro_batches"] for event in run.events("recovered"))
-    assert first == 3
-    assert second == 4
+    if reduction == "exact":
+        assert run.bits() == expected
+    else:
+        found, wanted = (
+            [float.fromhex(loss) for _, loss, _ in b["steps"]] for b in (run.bits(), expected)
+        )
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert [e["recomputed_micro_batches"] for e in run.events("recovered")] == recomputed
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])

@@ -13,6 +13,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from holdfast.parallel.errors import PeerLost
 
 STORE_TIMEOUT_S = 60.0
+_CONNECT_S = 2.0
+"""A store is there before its address is told: who does not answer soon is gone, and others wait meanwhile."""
 _SILENCE = (
     (socket.TCP_USER_TIMEOUT, 3000),  # ms that what was sent may stay unacknowledged
     (socket.TCP_KEEPIDLE, 1),  # s
@@ -34,9 +36,10 @@ def connect_store(address: str, timeout_s: float = STORE_TIMEOUT_S) -> Store:
         PeerLost: nobody answers there.
     """
     host, _, port = address.rpartition(":")
-    timeout = timedelta(seconds=timeout_s)
+    patience = timedelta(seconds=min(_CONNECT_S, timeout_s))
     try:
-        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=patience)
+        store.set_timeout(timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise PeerLost(
             f"the rendezvous store at {address} does not answer: {str(error).splitlines()[0]}; its node "

@@ -21,6 +21,8 @@ from holdfast.trainer.config import dump_toml
 from small_runs import make_config
 
 HOLDFAST = (sys.executable, "-m", "holdfast.launch.cli")
+PATIENT_MS = 2000
+"""Many processes share a few cores in these tests: one that is not scheduled for a while is not lost."""
 LONGEST_S = 120.0
 """How long a run of these tests may take before it counts as hung; none depends on how fast it is."""
 
@@ -114,7 +116,10 @@ class Starter:
     _others: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __call__(self, *, name: str = "", **sections: dict[str, Any]) -> ElasticRun:
-        elastic = {"enabled": True, "local_nodes": 2, **sections.pop("elastic", {})}
+        elastic = {
+            **{"enabled": True, "local_nodes": 2, "heartbeat_timeout_ms": PATIENT_MS},
+            **sections.pop("elastic", {}),
+        }
         config = make_config(
             elastic=elastic,
             log={"tensorboard": False, "every": 1000},

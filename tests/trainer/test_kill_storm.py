@@ -116,7 +116,7 @@ def test_two_hundred_kills_change_no_bit(start: Starter, cluster: Cluster) -> No
     expected: dict[int, dict[str, Any]] = {}
     for tensor in (1, 2):
         config = make_config(train={"steps": STEPS}, parallel={"tensor": tensor})
-        expected[tensor] = bits_of(run_training(cluster, config))
+        expected[tensor] = bits_of(run_training(cluster, config, timeout_s=900.0))
     kills: Counter[str] = Counter()
     rounds = 0
     while sum(kills.values()) < KILLS or rounds < len(LAYOUTS):

@@ -127,7 +127,7 @@ class _Message:
 
     def wait(self) -> None:
         ring = self.link.mesh.ring
-        ring.waiting(self.number)
+        since = ring.waiting(self.number)
         try:
             self.signal.check()
             if self.work is None:
@@ -135,9 +135,9 @@ class _Message:
             assert self.work is not None
             self.work.wait(self.link.mesh.timeout)
         except (RuntimeError, PeerLost) as error:
-            ring.finished(self.number, failed=True)
+            ring.finished(self.number, failed=True, since=since)
             raise self._lost(error) from error
-        ring.finished(self.number)
+        ring.finished(self.number, since=since)
         self.link.open.discard(self)
 
     def _lost(self, error: BaseException) -> PeerLost:

@@ -83,7 +83,7 @@ class _Message:
 
     def wait(self) -> None:
         ring = self.comm.family.ring
-        ring.waiting(self.number)
+        since = ring.waiting(self.number)
         assert self.request is not None
         tests = 0
         try:
@@ -93,10 +93,10 @@ class _Message:
                 tests += 1
                 time.sleep(0 if tests < _SPINS else _PAUSE_S)
         except (MPI.Exception, PeerLost) as error:
-            ring.finished(self.number, failed=True)
+            ring.finished(self.number, failed=True, since=since)
             self.signal.check()
             raise lost(self.operation, self.comm.name, self.peer, error) from error
-        ring.finished(self.number)
+        ring.finished(self.number, since=since)
         self.channel.open.discard(self)
 
     def has_ended(self) -> bool:

@@ -128,6 +128,8 @@ class OperationRing:
         self._slots = slots
         self._numbers = itertools.count(1)
         self._groups: dict[str, int] = {}
+        self.blocked_s = 0.0
+        """Time that this rank has waited for operations, where the wait is the host's."""
         words = self._words
         words[1], words[2], words[3], words[5] = _VERSION, rank, os.getpid(), slots
         self._times[6] = time.time() - time.monotonic()
@@ -182,15 +184,26 @@ class OperationRing:
         if self._words[at] == number:
             self._times[at + _STARTED] = time.monotonic()
 
-    def waiting(self, number: int) -> None:
+    def waiting(self, number: int) -> float:
+        """Record that the rank waits from now on; returns the time, for `finished`."""
+        now = time.monotonic()
         at = _RING_AT + number % self._slots * _SLOT
         if self._words[at] == number:
-            self._times[at + _WAITED] = time.monotonic()
+            self._times[at + _WAITED] = now
+        return now
 
-    def finished(self, number: int, *, failed: bool = False) -> None:
+    def finished(self, number: int, *, failed: bool = False, since: float = _NAN) -> None:
+        """Record an operation's end.
+
+        Args:
+            since: when the rank began to wait, if it did nothing else meanwhile.
+        """
+        now = time.monotonic()
+        if since == since:
+            self.blocked_s += now - since
         at = _RING_AT + number % self._slots * _SLOT
         if self._words[at] == number:
-            self._times[at + _FINISHED] = time.monotonic()
+            self._times[at + _FINISHED] = now
             self._words[at + _OUTCOME] = 2 if failed else 1
 
     def page(self) -> RankPage:

@@ -225,6 +225,11 @@ def _elastic(config: RunConfig) -> Iterator[str]:
             "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job are fixed; "
             "set elastic.respawn = false, or use 'gloo' or 'nccl'"
         )
+    if elastic.straggler_every < 0 or elastic.straggler_factor <= 1:
+        yield (
+            f"elastic.straggler_every = {elastic.straggler_every}, straggler_factor = "
+            f"{elastic.straggler_factor}: the first must be 0 or more, the second above 1"
+        )
     for fault in elastic.chaos:
         if fault.rank < 0 or fault.step < 1:
             yield (

@@ -32,6 +32,7 @@ from holdfast.trainer.metrics import append_event
 from holdfast.trainer.reporter import Reporter
 from holdfast.trainer.resume import Resume, checkpoint_root, find_resume, set_aside_newer
 from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.stragglers import PhaseClock
 from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
 
@@ -53,6 +54,7 @@ class ElasticLoop:
         self._signals = Signals()
         self._checkpoints: Checkpoints | None = None
         self._reporter: Reporter | None = None
+        self._clock = PhaseClock()
         self._notes: list[str] = []
         self._loaded: Checkpoints | None = None
         """Those of a training that has just been loaded."""
@@ -159,7 +161,9 @@ class ElasticLoop:
         assert self._elastic.training is not None
         assert self._checkpoints is not None
         assert self._reporter is not None
-        return Parts(self._elastic.training, self._checkpoints, self._reporter, self._chaos.at)
+        return Parts(
+            self._elastic.training, self._checkpoints, self._reporter, self._chaos.at, self._clock
+        )
 
     def _note_fault(self, fault: Fault) -> None:
         fields = asdict(fault)
@@ -209,6 +213,7 @@ class ElasticLoop:
         if training is None:
             raise Stopped("this rank has handed its state over and leaves; the others go on")
         self._tidy_from = self._tidy_step(change, training)
+        self._clock = PhaseClock()
         agreed = change.agreed
         loaded, self._loaded = self._loaded, None
         following = loaded or self._checkpoints_of(training, change.after, self._run)

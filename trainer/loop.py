@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 
@@ -20,12 +20,11 @@ from holdfast.trainer.opening import open_training
 from holdfast.trainer.progress import Outcome
 from holdfast.trainer.reporter import Reporter, introduce, nodes_of, workers_of
 from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.stragglers import PHASES, PhaseClock
 from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")
-
-_TRACED: tuple[Phase, ...] = ("compute", "reduce", "vote", "apply")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,7 @@ class Parts:
     reporter: Reporter
     at: Callable[[int, Phase], None] = lambda step, phase: None
     """Called at the beginning of each phase of a step, counted from 1: where faults are injected."""
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
 
 def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) -> None:
@@ -83,29 +83,37 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     config = training.config
     lr = rate_of(config, step)
     starts = [perf_counter()]
+    clock = parts.clock
+    clock.start(training)
     parts.at(step + 1, "compute")
     training.at_half = partial(parts.at, step + 1, "backward")
     times = training.compute(step)
+    clock.end(training, 0)
     starts.append(perf_counter())
     parts.at(step + 1, "reduce")
     squares, flags = training.reduce()
+    clock.end(training, 1)
     starts.append(perf_counter())
     parts.at(step + 1, "vote")
     outcome = training.vote(
         squares, flags, replace(checkpoints.requests(), change=change, leave=leave)
     )
+    clock.end(training, 2)
     starts.append(perf_counter())
     parts.at(step + 1, "apply")
     training.apply(lr)
+    clock.end(training, 3)
     starts.append(perf_counter())
     if not outcome.usable:
         refuse(config, step, outcome)
         reporter.skipped(step, outcome)
     evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
     eval_loss = training.evaluate() if evaluate else None
-    phases = [
-        trace.Phase(n, a, b) for n, a, b in zip(_TRACED, starts[:-1], starts[1:], strict=True)
-    ]
+    elastic = config.elastic
+    if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
+        for straggler in clock.exchange(training, elastic.straggler_factor):
+            reporter.straggler(step + 1, straggler)
+    phases = [trace.Phase(n, a, b) for n, a, b in zip(PHASES, starts[:-1], starts[1:], strict=True)]
     if outcome.usable:
         reporter.step(step, outcome, lr, phases, times, eval_loss)
     if checkpoints.after_step(step + 1, outcome):

@@ -31,6 +31,7 @@ from holdfast.trainer.metrics import (
 from holdfast.trainer.offload_metrics import OffloadMetrics, described, offload_metrics
 from holdfast.trainer.progress import Outcome
 from holdfast.trainer.run_directory import RunDirectory
+from holdfast.trainer.stragglers import Straggler
 from holdfast.trainer.trace import Phase, write_trace
 from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
@@ -237,6 +238,21 @@ class Reporter:
             step_s=step_s,
             ranks_on_drive=self._world.local_world_size,
             drive_tbw=self._config.offload.drive_tbw,
+        )
+
+    def straggler(self, step: int, slow: Straggler) -> None:
+        """Report a rank that is slower than others with the same work."""
+        self.event(
+            "straggler",
+            step=step,
+            rank=slow.rank,
+            phase=slow.phase,
+            own_s=slow.own_s,
+            usual_s=slow.usual_s,
+        )
+        self._note(
+            f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where {slow.usual_s:.3f} s "
+            f"is usual; most of it in {slow.phase}"
         )
 
     def skipped(self, step: int, outcome: Outcome) -> None:

@@ -172,6 +172,10 @@ class ElasticConfig(Section, frozen=True):
     verify_every: int = 100
     local_nodes: int = 1
     lighthouse: str = ""
+    straggler_every: int = 10
+    """Steps from one comparison of all ranks' own times to the next; 0: never."""
+    straggler_factor: float = 2.0
+    """A rank whose own time is above so many times the usual, twice running, is reported as slow."""
     chaos: list[ChaosConfig] = []
     """Faults on purpose, to try what a run survives: [[elastic.chaos]] tables."""
 

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.mp]
 
 STEPS = 36
 PACE_S = 0.1
+SLOW_S = 0.6
 LAYOUTS = [
     {"data": 2, "pipeline": 2},
     {"data": 3, "pipeline": 1},
@@ -172,6 +173,20 @@ def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, A
     assert causes[3].startswith(("stopped by a signal", "no heartbeat"))
     assert "its interpreter has not run" in causes[2]
     assert causes[1] == "exited with code 1"
+
+
+def test_a_slow_rank_is_named_once_and_changes_no_bit(start: Starter, cluster: Cluster) -> None:
+    train = {"steps": 14}
+    elastic = {"straggler_every": 3, **pace({}, SLOW_S, rank=1)}
+    run = start(train=train, parallel={"data": 3}, elastic=elastic)
+    expected = bits_of(run_training(cluster, make_config(train=train)))
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    slow = [event for event in run.events("straggler") if event["rank"] == 1]
+    assert len(slow) == 1
+    assert slow[0]["phase"] == "compute"
+    assert slow[0]["own_s"] > SLOW_S
+    assert not run.events("rank_lost")
 
 
 def test_a_node_is_lost_with_all_its_workers(start: Starter, expected: dict[str, Any]) -> None:

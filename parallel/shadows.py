@@ -1,7 +1,8 @@
 """Shadows: copies of other ranks' optimizer blocks that follow every update, so that a rank can be lost.
 
 Owners send the reduced gradients of a step before its vote; a shadow then applies the same update to its
-copy, and holds value and moments of the block at every step that is committed. Exact-mode safe.
+copy, and holds value and moments of the block at every step that is committed. Copies may lie in host memory: they
+are then updated through a small buffer on the device, by the kernel that their owner uses. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -80,11 +81,13 @@ class ShadowState:
         device: torch.device,
         comm: Communicator,
         settings: AdamWSettings,
+        in_host_memory: bool = False,
         before: ShadowState | None = None,
     ) -> None:
         """Local. The copies are zero until they are filled.
 
         Args:
+            in_host_memory: keep the copies there, page-locked beside a GPU; gradients stay on the device.
             before: of the plan before; where the same blocks are shadowed its copies are taken over.
         """
         self.blocks = shadowed_blocks(plan, rank)
@@ -99,26 +102,39 @@ class ShadowState:
                 start = stop
         elements = self.blocks[-1].stop if self.blocks else 0
         self._step = torch.zeros((), dtype=torch.float32, device=device)
-        self.state: dict[str, Tensor]
-        """By kind, flat, in the order of `blocks`."""
+        self._state: dict[str, Tensor]
         if before is not None and before.blocks == self.blocks:
-            self._gradients, self.state = before._gradients, before.state
+            self._gradients, self._state = before._gradients, before.state
             self._step.copy_(before._step)
         else:
             self._gradients = torch.zeros(elements, dtype=dtype, device=device)
-            self.state = {
-                kind: torch.zeros(elements, dtype=dtype, device=device) for kind in STATE_KINDS
+            place = torch.device("cpu") if in_host_memory else device
+            pinned = in_host_memory and device.type == "cuda"
+            self._state = {
+                kind: torch.zeros(elements, dtype=dtype, device=place, pin_memory=pinned)
+                for kind in STATE_KINDS
+            }
+        self._staged: dict[str, Tensor] | None = None
+        """On the device, of the largest block's size; where copies lie in host memory."""
+        if in_host_memory:
+            largest = max((block.stop - block.start for block in self.blocks), default=0)
+            self._staged = {
+                kind: torch.empty(largest, dtype=dtype, device=device) for kind in STATE_KINDS
             }
         self._updates = [
-            BlockUpdate(
-                self.state["value"][b.start : b.stop],
-                self._gradients[b.start : b.stop],
-                self.state["exp_avg"][b.start : b.stop],
-                self.state["exp_avg_sq"][b.start : b.stop],
-                b.decays,
-            )
-            for b in self.blocks
+            self._update_of(block, self._state, block.start)
+            for block in (self.blocks if self._staged is None else ())
         ]
+        self._copied: torch.cuda.Event | None = None
+        """When the last update has reached host memory."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """By kind, flat, in the order of `blocks`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        return self._state
 
     @property
     def bytes(self) -> int:
@@ -155,4 +171,29 @@ class ShadowState:
         if factor != 1.0:
             self._gradients.mul_(factor)
         self._step += 1
-        update_blocks(self._updates, self._step, lr, self._settings)
+        if self._staged is None:
+            update_blocks(self._updates, self._step, lr, self._settings)
+            return
+        state = self.state
+        for block in self.blocks:
+            here, size = slice(block.start, block.stop), block.stop - block.start
+            for kind, staged in self._staged.items():
+                staged[:size].copy_(state[kind][here], non_blocking=True)
+            update = self._update_of(block, self._staged, 0)
+            update_blocks((update,), self._step, lr, self._settings)
+            for kind, staged in self._staged.items():
+                state[kind][here].copy_(staged[:size], non_blocking=True)
+        if self._gradients.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def _update_of(self, block: ShadowedBlock, state: dict[str, Tensor], start: int) -> BlockUpdate:
+        """One block's update, its state lying at `start` of the tensors given."""
+        there = slice(start, start + block.stop - block.start)
+        return BlockUpdate(
+            state["value"][there],
+            self._gradients[block.start : block.stop],
+            state["exp_avg"][there],
+            state["exp_avg_sq"][there],
+            block.decays,
+        )

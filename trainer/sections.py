@@ -164,6 +164,8 @@ class ElasticConfig(Section, frozen=True):
 
     enabled: bool = False
     redundancy: int = 1
+    shadow_memory: Literal["auto", "device", "host"] = "auto"
+    """Where shadows keep their copies; auto: in host memory beside a GPU."""
     min_ranks: int = 1
     heartbeat_ms: int = 100
     heartbeat_timeout_ms: int = 600

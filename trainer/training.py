@@ -128,6 +128,7 @@ class Training:
             device=self.device,
             comm=self.groups.world,
             settings=settings,
+            in_host_memory=shadows_in_host_memory(config, self.device),
             before=before.shadows if before is not None else None,
         )
         if self.offloader is not None:
@@ -420,6 +421,12 @@ class Training:
             halves[self.optimizer.slot(block)] = torch.tensor(words)
         self.groups.control.all_reduce(halves).wait()
         return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
+
+
+def shadows_in_host_memory(config: RunConfig, device: torch.device) -> bool:
+    """Whether copies of other ranks' optimizer state lie in host memory."""
+    wanted = config.elastic.shadow_memory
+    return wanted == "host" or (wanted == "auto" and device.type == "cuda")
 
 
 def _places(chunk: Chunk) -> Iterator[tuple[Place, nn.Parameter]]:

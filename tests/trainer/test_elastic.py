@@ -136,18 +136,21 @@ def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cl
     assert any(event["plan"]["spares"] for event in run.events("recovered"))
 
 
-def test_bf16_masters_come_from_shadows(start: Starter, cluster: Cluster) -> None:
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_bf16_masters_come_from_shadows(start: Starter, cluster: Cluster, memory: str) -> None:
     train = {"steps": 16, "precision": "bf16"}
     faults = [fault("kill", 1, 4, "vote"), fault("kill", 2, 9, "apply")]
     run = start(
         train=train,
         model={"tie_embeddings": True},
         parallel={"data": 2, "pipeline": 2},
-        elastic=pace({"chaos": faults}, PACE_S),
+        elastic=pace({"chaos": faults, "shadow_memory": memory, "verify_every": 2}, PACE_S),
     )
     assert run.finish() == 0, run.output()
     config = make_config(train=train, model={"tie_embeddings": True})
     assert run.bits() == bits_of(run_training(cluster, config))
+    assert not run.events("corruption")
+    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
 
 
 def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, Any]) -> None:

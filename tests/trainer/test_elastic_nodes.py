@@ -213,6 +213,32 @@ def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
     assert [process.wait(30) for process in others] == [0, 0]
 
 
+def test_under_torchrun_all_workers_begin_again_from_the_newest_checkpoint(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    torchrun = (
+        *(str(Path(sys.executable).parent / "torchrun"), "--standalone", "--no-python"),
+        *("--nproc-per-node", "2", "--max-restarts", "1"),
+    )
+    config = make_config(
+        train={"steps": STEPS},
+        parallel={"data": 2},
+        checkpoint={"every": 5},
+        elastic={"enabled": True},
+        log={"tensorboard": False, "every": 1000},
+    )
+    path = start.folder / "restarted.toml"
+    path.write_text(dump_toml(config))
+    run = start.start(path, "restarted", launcher=torchrun)
+    run.wait_for_step(7)
+    run.kill(1)
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    (resumed,) = run.events("resumed")
+    assert resumed["step"] >= 5
+    assert "elastic.enabled" in run.output()
+
+
 def test_who_cannot_join_is_told_why(start: Starter, tmp_path: Path) -> None:
     def told(root: Path) -> tuple[int, str]:
         done = subprocess.run(

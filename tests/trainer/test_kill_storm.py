@@ -21,9 +21,9 @@ from small_runs import make_config, run_training
 
 STORM = "HOLDFAST_SOAK_S" in os.environ
 KILLS = 200
-STEPS = 160
+STEPS = 120
 PACE_S = 0.25
-RESTED_STEPS = 25
+RESTED_STEPS = 20
 """Before the end nobody is killed, so that every run ends with all its ranks."""
 LAYOUTS = [
     (data, pipeline, tensor)
@@ -58,6 +58,7 @@ class Storm:
     rng: random.Random
     kills: Counter[str] = field(default_factory=Counter)
     _slowed: set[int] = field(default_factory=set)
+    _steps: int = 0
 
     def blow(self) -> None:
         """Kill again and again, each time once all ranks take part, until the run is nearly over."""
@@ -68,12 +69,22 @@ class Storm:
                 self._hit(self.rng.choice(CHOICES))
 
     def _all_take_part(self) -> bool:
-        changes = [event for event in self.run.events() if "plan" in event]
-        if len(self.run.living()) < self.members or not changes:
+        """Whether all ranks have places, their newest processes too, and a step was committed since.
+
+        Workers that are killed again and again before they can take part are given up by their agent.
+        """
+        events = self.run.events()
+        kinds = [event["event"] for event in events]
+        changes = [number for number, event in enumerate(events) if "plan" in event]
+        steps = len(self.run.steps())
+        if not changes or "worker_started" in kinds[changes[-1] :] or steps <= self._steps:
             return False
-        plan = changes[-1]["plan"]
+        plan = events[changes[-1]]["plan"]
         placed = [r for stage in plan["stages"] for cell in stage for r in cell] + plan["spares"]
-        return len(placed) == self.members
+        if len(placed) < self.members or len(self.run.living()) < self.members:
+            return False
+        self._steps = steps
+        return True
 
     def _keep_pace(self) -> None:
         """Make the lowest rank's newest process slow too: tiny steps would be over before others join."""

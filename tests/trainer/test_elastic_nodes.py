@@ -20,6 +20,7 @@ from elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
 from holdfast.launch.cluster import task_ranks
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import dump_toml
+from slurm_cluster import slurm
 from small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
@@ -144,6 +145,31 @@ def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
     assert len(agents) == 3
     os.kill(run.agent(2), signal.SIGKILL)
     run.finish()
+    assert run.bits() == expected, run.output()
+    assert {event["rank"] for event in run.events("rank_lost")} == {2}
+
+
+def test_a_node_of_a_slurm_job_is_lost_with_its_agent(
+    start: Starter, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    with slurm(tmp_path / "slurm", 3) as scheduler:
+        config = make_config(
+            train={"steps": STEPS},
+            parallel={"data": 3, "pipeline": 1},
+            elastic=pace({"enabled": True}, PACE_S),
+            log={"tensorboard": False, "every": 1000},
+        )
+        path = start.folder / "job.toml"
+        path.write_text(dump_toml(config))
+        variables = {**scheduler.environment, "MASTER_ADDR": "127.0.0.1"}
+        launcher = [
+            *("env", *(f"{name}={value}" for name, value in variables.items())),
+            *("srun", "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--kill-on-bad-exit=0"),
+        ]
+        run = start.start(path, "job", launcher=launcher)
+        run.wait_for_step(5)
+        os.kill(run.agent(2), signal.SIGKILL)
+        run.finish()
     assert run.bits() == expected, run.output()
     assert {event["rank"] for event in run.events("rank_lost")} == {2}
 

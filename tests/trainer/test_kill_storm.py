@@ -21,9 +21,11 @@ from small_runs import make_config, run_training
 
 STORM = "HOLDFAST_SOAK_S" in os.environ
 KILLS = 200
-STEPS = 120
+MOST_KILLS = 15
+"""In one run: a run that loses all its ranks again and again gets nowhere."""
+STEPS = 60
 PACE_S = 0.25
-RESTED_STEPS = 20
+RESTED_STEPS = 10
 """Before the end nobody is killed, so that every run ends with all its ranks."""
 LAYOUTS = [
     (data, pipeline, tensor)
@@ -61,8 +63,12 @@ class Storm:
     _steps: int = 0
 
     def blow(self) -> None:
-        """Kill again and again, each time once all ranks take part, until the run is nearly over."""
-        while self.run.process.poll() is None and len(self.run.steps()) < STEPS - RESTED_STEPS:
+        """Kill again and again, each time once all ranks take part, until it is enough or nearly over."""
+        while (
+            self.run.process.poll() is None
+            and len(self.run.steps()) < STEPS - RESTED_STEPS
+            and sum(self.kills.values()) < MOST_KILLS
+        ):
             time.sleep(self.rng.uniform(0.0, 0.6))
             if self._all_take_part():
                 self._keep_pace()

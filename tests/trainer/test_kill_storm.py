@@ -23,8 +23,8 @@ STORM = "HOLDFAST_SOAK_S" in os.environ
 KILLS = 200
 MOST_KILLS = 15
 """In one run: a run that loses all its ranks again and again gets nowhere."""
-STEPS = 60
-PACE_S = 0.25
+STEPS = 100
+PACE_S = 0.4
 RESTED_STEPS = 10
 """Before the end nobody is killed, so that every run ends with all its ranks."""
 LAYOUTS = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from holdfast.checkpoint.format import (
@@ -35,6 +35,8 @@ class Part:
 
     box: Box
     holders: tuple[int, ...]
+    apart: tuple[int, ...] = ()
+    """Neighbours that differ in this do not lie side by side in their holders' memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,12 +207,12 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
         if (
             last is not None
             and part.box.start
-            and last.holders == part.holders
+            and (last.holders, last.apart) == (part.holders, part.apart)
             and last.box.stop[0] == part.box.start[0]
             and last.box.start[1:] == part.box.start[1:]
             and last.box.stop[1:] == part.box.stop[1:]
         ):
-            merged[-1] = Part(Box(last.box.start, part.box.stop), part.holders)
+            merged[-1] = replace(last, box=Box(last.box.start, part.box.stop))
         else:
             merged.append(part)
     return merged

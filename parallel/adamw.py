@@ -8,9 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Fence(Protocol):
+    """What protects state that somebody still copies."""
+
+    def __call__(self, number: int) -> int:
+        """Return once block `number` may change (the count of all: whatever else this rank holds).
+
+        Returns:
+            The highest number that may change as well.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

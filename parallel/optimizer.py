@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from holdfast import _native
 from holdfast.parallel.accumulate import GradientAccumulator
-from holdfast.parallel.adamw import AdamWSettings, BlockUpdate, update_blocks
+from holdfast.parallel.adamw import AdamWSettings, BlockUpdate, Fence, update_blocks
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.exchange import (
     OwnedBlock,
@@ -28,18 +27,6 @@ from holdfast.parallel.exchange import (
 )
 from holdfast.parallel.flat import FlatParameters, Segment
 from holdfast.parallel.plan import Plan
-
-
-class Fence(Protocol):
-    """What protects state that somebody still copies."""
-
-    def __call__(self, number: int) -> int:
-        """Return once owned block `number` may change (their count: all else that this rank holds).
-
-        Returns:
-            The highest number that may change as well.
-        """
-        ...
 
 
 def clipping_factor(gradient_norm: float, clip_norm: float) -> float:

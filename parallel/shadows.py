@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.parallel.adamw import AdamWSettings, BlockUpdate, update_blocks
+from holdfast.parallel.adamw import AdamWSettings, BlockUpdate, Fence, update_blocks
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.exchange import LONGEST_RUN_ELEMENTS, Run
 from holdfast.parallel.parcels import BlockKey
@@ -92,6 +92,9 @@ class ShadowState:
         """
         self.blocks = shadowed_blocks(plan, rank)
         self._comm, self._settings = comm, settings
+        self.in_host_memory = in_host_memory
+        self.fence: Fence | None = None
+        """Asked before a block changes, by its place in `blocks`, where somebody copies it meanwhile."""
         self._leaving = shadow_runs(plan, rank)
         self._arriving: dict[int, list[Run]] = {}
         start = 0
@@ -172,10 +175,14 @@ class ShadowState:
             self._gradients.mul_(factor)
         self._step += 1
         if self._staged is None:
+            if self.fence is not None:
+                self.fence(len(self.blocks) - 1)
             update_blocks(self._updates, self._step, lr, self._settings)
             return
         state = self.state
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            if self.fence is not None:
+                self.fence(number)
             here, size = slice(block.start, block.stop), block.stop - block.start
             for kind, staged in self._staged.items():
                 staged[:size].copy_(state[kind][here], non_blocking=True)

@@ -124,9 +124,13 @@ class Checkpoints:
     def plan(self) -> WritePlan:
         """Who writes what; made once while the layout stands."""
         if self._plan is None:
-            precision = self._training.config.train.precision
-            tensors = renumbered(saved_tensors(self._training.plan, precision), self._ranks)
-            self._plan = make_write_plan(tensors, self._nodes)
+            training = self._training
+            tensors = saved_tensors(
+                training.plan,
+                training.config.train.precision,
+                from_shadows=training.saves_from_shadows,
+            )
+            self._plan = make_write_plan(renumbered(tensors, self._ranks), self._nodes)
         return self._plan
 
     def requests(self) -> Requests:
@@ -189,7 +193,7 @@ class Checkpoints:
                 protected=self._uploading_now,
             )
         )
-        training.optimizer.fence = saver.fence
+        training.protect(saver.fence)
 
     def _uploading_now(self) -> set[Path]:
         return set(self._uploading)
@@ -309,7 +313,7 @@ class Checkpoints:
 
         Afterwards nothing reads the training's state any more. What is committed stays.
         """
-        self._training.optimizer.fence = None
+        self._training.protect(None)
         if self._saver is not None:
             self._saver.abandon(reason)
         if self._uploader is not None:
@@ -317,7 +321,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Release threads, files and memory. Local."""
-        self._training.optimizer.fence = None
+        self._training.protect(None)
         if self._saver is not None and not self._saver.busy:
             self._saver.close()
 

@@ -250,7 +250,7 @@ class ElasticRun:
         if progress.decided < agreed.steps:
             progress.decided, progress.outcome = agreed.steps, agreed.outcome
         if progress.updated < progress.decided:
-            training.optimizer.fence = None
+            training.protect(None)
             training.update(rate_of(self.config, progress.decided - 1))
 
     def _plan_in_force(self, generation: Generation, agreed: Agreed, store: Store) -> Plan:

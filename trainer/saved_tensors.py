@@ -25,18 +25,25 @@ def state_kinds(precision: str) -> tuple[str, ...]:
     return ("master", "exp_avg", "exp_avg_sq") if precision == "bf16" else ("exp_avg", "exp_avg_sq")
 
 
-def saved_tensors(plan: Plan, precision: str) -> list[SavedTensor]:
-    """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank."""
+def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> list[SavedTensor]:
+    """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank.
+
+    Args:
+        from_shadows: the optimizer's state is taken from each block's first shadow, where it has one.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     holders: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
+    keepers: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
     owners: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
     for index, blocks in enumerate(plan.blocks):
-        for block, owner in zip(blocks, plan.owners[index], strict=True):
+        for place, (block, owner) in enumerate(zip(blocks, plan.owners[index], strict=True)):
             spec = plan.layers[block.layer].parameters[index][block.spec_index]
             box = block_box(spec, block)
             shapes[spec.name] = spec.shape
             stage = plan.holders_of_layer(index, block.layer)
             holders[spec.name].setdefault(box, set()).update(stage)
+            shadows = plan.shadows[index][place] if from_shadows and plan.shadows else ()
+            keepers[spec.name].setdefault(box, set()).add(shadows[0] if shadows else owner)
             owners[spec.name].setdefault(box, set()).add(owner)
     dtype = DTYPES[precision]
     state_dtype = "F64" if precision == "fp64" else "F32"
@@ -45,8 +52,9 @@ def saved_tensors(plan: Plan, precision: str) -> list[SavedTensor]:
         for name, shape in shapes.items()
     ]
     state = [
-        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, _parts(owners[name]), whole=False)
+        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, parts, whole=False)
         for name, shape in shapes.items()
+        for parts in [_parts(keepers[name], owners[name] if from_shadows else {})]
         for kind in state_kinds(precision)
     ]
     return weights + state
@@ -61,7 +69,7 @@ def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[Sav
         replace(
             tensor,
             parts=tuple(
-                Part(part.box, tuple(places[rank] for rank in part.holders))
+                replace(part, holders=tuple(places[rank] for rank in part.holders))
                 for part in tensor.parts
             ),
         )
@@ -69,8 +77,14 @@ def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[Sav
     ]
 
 
-def _parts(boxes: Mapping[Box, set[int]]) -> tuple[Part, ...]:
-    return tuple(Part(box, tuple(sorted(ranks))) for box, ranks in boxes.items())
+def _parts(
+    boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]] | None = None
+) -> tuple[Part, ...]:
+    apart = apart or {}
+    return tuple(
+        Part(box, tuple(sorted(ranks)), tuple(sorted(apart.get(box, ()))))
+        for box, ranks in boxes.items()
+    )
 
 
 def wanted_boxes(plan: Plan, rank: int, precision: str) -> dict[str, tuple[Box, ...]]:

@@ -16,44 +16,83 @@ from holdfast.checkpoint.write_plan import PlannedChunk
 from holdfast.parallel.flat import FlatParameters, Segment
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import ShardedAdamW
-from holdfast.parallel.plan import Plan
+from holdfast.parallel.plan import Plan, block_box
+from holdfast.parallel.shadows import ShadowState
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.saved_tensors import wanted_boxes
 
 
 @dataclass(frozen=True, slots=True)
-class _OwnedRows:
-    """Rows of a weight whose state this rank keeps."""
+class _KeptRows:
+    """Rows of a weight whose state this rank keeps, as owner or as shadow."""
 
     first: int
     last: int
     number: int
-    """Of the owned block."""
+    """Of the block, among those owned or those shadowed."""
     place: int
     """Of its first element in the flat state."""
+
+
+_Columns = tuple[tuple[int, ...], tuple[int, ...]]
+_SHADOWED = {"master": "value", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What a saved kind of state is called among shadows."""
 
 
 class TrainingState:
     """Where one rank keeps its part of the saved tensors. Local; hands out views of live memory."""
 
     def __init__(
-        self, plan: Plan, rank: int, precision: str, flat: FlatParameters, optimizer: ShardedAdamW
+        self,
+        plan: Plan,
+        rank: int,
+        precision: str,
+        flat: FlatParameters,
+        optimizer: ShardedAdamW,
+        shadows: ShadowState | None = None,
     ) -> None:
+        """Args:
+        shadows: whose copies of others' state are saved, instead of what this rank owns.
+        """
         self._plan, self._rank, self._precision = plan, rank, precision
         self._flat = flat
         self._state = optimizer.state
         self._segments: defaultdict[str, list[Segment]] = defaultdict(list)
         for segment in sorted(flat.segments, key=lambda s: s.spec.tied_use):
             self._segments[segment.spec.name].append(segment)
-        self._rows: defaultdict[str, list[_OwnedRows]] = defaultdict(list)
+        self._rows: defaultdict[str, list[_KeptRows]] = defaultdict(list)
         place = 0
         self.owned = len(optimizer.owned)
         for number, block in enumerate(optimizer.owned):
             spec = block.segment.spec
             first_row = spec.box.start[0] + block.block.row_start
             last_row = spec.box.start[0] + block.block.row_stop
-            self._rows[spec.name].append(_OwnedRows(first_row, last_row, number, place))
+            self._rows[spec.name].append(_KeptRows(first_row, last_row, number, place))
             place += block.block.elements
+        self._shadows = shadows
+        self.shadowed = 0 if shadows is None else len(shadows.blocks)
+        self._shadowed_rows: defaultdict[tuple[str, _Columns], list[_KeptRows]] = defaultdict(list)
+        for number, block in enumerate(() if shadows is None else shadows.blocks):
+            index, at = block.key
+            placed = plan.blocks[index][at]
+            spec = plan.layers[placed.layer].parameters[index][placed.spec_index]
+            box = block_box(spec, placed)
+            self._shadowed_rows[spec.name, _columns(box)].append(
+                _KeptRows(box.start[0], box.stop[0], number, block.start)
+            )
+        for rows in self._shadowed_rows.values():
+            rows.sort(key=lambda found: found.first)
+
+    def _shadow(self, name: str, box: Box) -> tuple[str, _KeptRows] | None:
+        """The kind and the block of the copy that is saved of a box, if it is one that this rank shadows."""
+        kind, _, base = name.partition(".")
+        if kind not in self._state:
+            return None
+        rows = self._shadowed_rows.get((base, _columns(box)), [])
+        place = bisect_right(rows, box.start[0], key=lambda found: found.first) - 1
+        if place < 0 or rows[place].last <= box.start[0]:
+            return None
+        return _SHADOWED[kind], rows[place]
 
     def views(self, name: str, box: Box) -> list[Tensor]:
         """Every place where this rank keeps a box of a tensor; two for a tied weight."""
@@ -73,15 +112,27 @@ class TrainingState:
 
     def source(self, name: str, box: Box) -> Tensor:
         """The live values of a box: contiguous."""
-        return self.views(name, box)[0]
+        found = self._shadow(name, box)
+        if found is None:
+            return self.views(name, box)[0]
+        assert self._shadows is not None
+        kind, rows = found
+        start = rows.place + (box.start[0] - rows.first) * (box.elements // box.shape[0])
+        return self._shadows.state[kind][start : start + box.elements].view(box.shape)
 
     def before(self, chunk: PlannedChunk) -> int:
-        """The first owned block whose update overwrites a chunk; their number if none does."""
+        """The first block whose update overwrites a chunk; the number of all if none does.
+
+        Shadowed blocks, which are updated first, count from 0, owned ones go on from there.
+        """
+        shadow = self._shadow(chunk.name, chunk.box)
+        if shadow is not None:
+            return shadow[1].number
         kind, _, base = chunk.name.partition(".")
         rows = self._rows.get(base if kind in self._state else chunk.name, [])
         first, last = chunk.box.start[0], chunk.box.stop[0]
         overlapping = (found.number for found in rows if found.first < last and found.last > first)
-        return min(overlapping, default=self.owned)
+        return self.shadowed + min(overlapping, default=self.owned)
 
     def targets(self) -> dict[str, list[Target]]:
         """Where everything that this rank loads goes."""
@@ -90,6 +141,10 @@ class TrainingState:
             name: [Target(box, view) for box in boxes for view in self.views(name, box)]
             for name, boxes in wanted.items()
         }
+
+
+def _columns(box: Box) -> _Columns:
+    return box.start[1:], box.stop[1:]
 
 
 def huggingface_files(config: RunConfig) -> dict[str, bytes]:

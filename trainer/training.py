@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from holdfast.parallel.accumulate import NONFINITE, OUT_OF_RANGE, GradientAccumulator
-from holdfast.parallel.adamw import AdamWSettings
+from holdfast.parallel.adamw import AdamWSettings, Fence
 from holdfast.parallel.chunk import Chunk, MicroBatchContext
 from holdfast.parallel.chunk_runner import ModelChunkRunner
 from holdfast.parallel.comm_torch import Groups
@@ -159,7 +159,21 @@ class Training:
     def state(self) -> TrainingState:
         """Where this rank keeps what is saved. Local."""
         precision = self.config.train.precision
-        return TrainingState(self.plan, self.rank, precision, self.flat, self.optimizer)
+        shadows = self.shadows if self.saves_from_shadows else None
+        return TrainingState(self.plan, self.rank, precision, self.flat, self.optimizer, shadows)
+
+    @property
+    def saves_from_shadows(self) -> bool:
+        """Whether the optimizer's state is saved from the copies that shadows have in host memory."""
+        return self.shadows.in_host_memory and bool(self.plan.shadows)
+
+    def protect(self, fence: Fence | None) -> None:
+        """Ask `fence` before state changes, which somebody copies, numbered as `state().before` does."""
+        shadowed = len(self.shadows.blocks) if self.saves_from_shadows else 0
+        self.shadows.fence = fence if shadowed else None
+        self.optimizer.fence = None
+        if fence is not None:
+            self.optimizer.fence = lambda number: fence(shadowed + number) - shadowed
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -367,8 +381,8 @@ class Training:
         if outcome.usable:
             self.progress.complete = False
             factor = clipping_factor(outcome.grad_norm, self.config.train.clip_grad_norm)
-            self.optimizer.update(lr, factor)
             self.shadows.update(lr, factor)
+            self.optimizer.update(lr, factor)
         self.progress.updated = self.progress.decided
 
     def gather(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster import Cluster
-from elastic_runs import Starter, bits_of, fault, pace, random_kills
+from elastic_runs import HOLDFAST, Starter, bits_of, fault, pace, random_kills
 from small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
@@ -136,21 +136,29 @@ def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cl
     assert any(event["plan"]["spares"] for event in run.events("recovered"))
 
 
-@pytest.mark.parametrize("memory", ["device", "host"])
-def test_bf16_masters_come_from_shadows(start: Starter, cluster: Cluster, memory: str) -> None:
+def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster: Cluster) -> None:
     train = {"steps": 16, "precision": "bf16"}
-    faults = [fault("kill", 1, 4, "vote"), fault("kill", 2, 9, "apply")]
-    run = start(
-        train=train,
-        model={"tie_embeddings": True},
-        parallel={"data": 2, "pipeline": 2},
-        elastic=pace({"chaos": faults, "shadow_memory": memory, "verify_every": 2}, PACE_S),
-    )
-    assert run.finish() == 0, run.output()
-    config = make_config(train=train, model={"tie_embeddings": True})
-    assert run.bits() == bits_of(run_training(cluster, config))
-    assert not run.events("corruption")
-    assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+    model = {"tie_embeddings": True}
+    expected = bits_of(run_training(cluster, make_config(train=train, model=model)))
+    saved = []
+    for memory in ("device", "host"):
+        faults = [fault("kill", 1, 4, "vote"), fault("kill", 2, 9, "apply")]
+        run = start(
+            train=train,
+            model=model,
+            parallel={"data": 2, "pipeline": 2},
+            checkpoint={"every": 2, "keep": 0},
+            elastic=pace({"chaos": faults, "shadow_memory": memory, "verify_every": 2}, PACE_S),
+        )
+        assert run.finish() == 0, run.output()
+        assert run.bits() == expected
+        assert not run.events("corruption")
+        assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
+        saved.append(run.root / "checkpoints")
+    for step in (2, 8, 16):
+        folders = [str(root / f"step-{step:08d}") for root in saved]
+        compared = subprocess.run([*HOLDFAST, "diff", *folders], capture_output=True, text=True)
+        assert compared.returncode == 0, compared.stdout
 
 
 def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, Any]) -> None:

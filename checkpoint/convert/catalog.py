@@ -45,6 +45,16 @@ class ReadOptions:
     """A folder with config.json and tokenizer files for a source that has none."""
 
 
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """How an output is written."""
+
+    dtype: str = ""
+    """Of the weights, as safetensors names it; "" for the source's."""
+    values: Mapping[str, int] = field(default_factory=dict)
+    """For the rules of the target's format."""
+
+
 @dataclass(slots=True)
 class Catalog:
     """A checkpoint as a conversion sees it."""

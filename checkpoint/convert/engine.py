@@ -214,16 +214,18 @@ class Engine:
         if len(found) != 1 or unit.dtype != unit.tensor.dtype or slot.memory is None:
             return None
         inside = piece.box.relative_to(unit.box)
+        # Dimensions of extent 1 before the first that is cut do not matter.
+        outer = next((d for d, n in enumerate(unit.box.shape) if n > 1), 0)
         if (
-            inside.start[1:] != (0,) * len(inside.start[1:])
-            or inside.shape[1:] != unit.box.shape[1:]
+            inside.start[outer + 1 :] != (0,) * len(inside.start[outer + 1 :])
+            or inside.shape[outer + 1 :] != unit.box.shape[outer + 1 :]
         ):
             return None
         region = found[0][1]
         if not region.is_row_major(piece.box.shape):
             return None
-        row = unit.bytes // unit.box.shape[0] if unit.box.shape else 0
-        start = inside.start[0] * row if inside.start else 0
+        row = unit.bytes // unit.box.shape[outer] if unit.box.shape else 0
+        start = inside.start[outer] * row if inside.start else 0
         return slot.memory[start : start + region.bytes]
 
     def _assemble(self, slot: _Slot) -> Sums:

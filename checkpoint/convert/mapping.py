@@ -62,6 +62,7 @@ def map_tensors(
     groups: defaultdict[tuple[str, str, int], list[SourceTensor]] = defaultdict(list)
     captured: dict[tuple[str, str, int], dict[str, str]] = {}
     skips = [(Pattern(skip.source), skip.because) for skip in book.skips]
+    present = {_kind_of(tensor.key, states)[1] for tensor in tensors}
     for tensor in tensors:
         reason = next((why for skip, why in skips if skip.match(tensor.key) is not None), None)
         if reason is not None:
@@ -70,6 +71,8 @@ def map_tensors(
         kind, key = _kind_of(tensor.key, states)
         for number, (pattern, rule) in enumerate(rules):
             found = pattern.match(key)
+            if found is not None and rule.if_source:
+                found = found if Pattern(rule.if_source).fill(found) in present else None
             if found is not None:
                 groups[kind, key, number].append(tensor)
                 captured[kind, key, number] = found

@@ -61,11 +61,18 @@ class Output:
 
 
 def row_boxes(box: Box, element_bytes: int, unit_bytes: int = UNIT_BYTES) -> Iterator[Box]:
-    """Cut a box along its first dimension into boxes of at most `unit_bytes`, or one row."""
+    """Cut a box into boxes of at most `unit_bytes`, or one row of its last dimensions, each contiguous in it."""
     if not box.start or not box.elements:
         yield box
         return
-    rows = max(1, unit_bytes // (prod(box.shape[1:]) * element_bytes))
+    row_bytes = prod(box.shape[1:]) * element_bytes
+    if row_bytes > unit_bytes and len(box.start) > 1:
+        inner = Box(box.start[1:], box.stop[1:])
+        for index in range(box.start[0], box.stop[0]):
+            for part in row_boxes(inner, element_bytes, unit_bytes):
+                yield Box((index, *part.start), (index + 1, *part.stop))
+        return
+    rows = max(1, unit_bytes // row_bytes)
     for start in range(box.start[0], box.stop[0], rows):
         stop = min(box.stop[0], start + rows)
         yield Box((start, *box.start[1:]), (stop, *box.stop[1:]))

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions
+from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, WriteOptions
 from holdfast.checkpoint.convert.formats.registry import TARGETS, format_named, recognise
 from holdfast.checkpoint.convert.journal import PARTIAL
 from holdfast.checkpoint.convert.output import FLOATS, Output
@@ -84,7 +84,7 @@ def prepare(asked: Conversion) -> Prepared:
         raise ConfigError(f"{asked.source} does not exist")
     options = ReadOptions(asked.rules, asked.values, asked.model_files)
     catalog: Catalog = format_named(name).read(asked.source, options)
-    output: Output = format_named(asked.to).plan(catalog, asked.dtype)
+    output: Output = format_named(asked.to).plan(catalog, WriteOptions(asked.dtype, asked.values))
     return Prepared(catalog, output, _fingerprint(asked, catalog, output))
 
 

@@ -31,6 +31,8 @@ class Strip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     size: int | str
     dim: int = 0
+    multiple: int | str = 1
+    """When the format is written, zeros are added up to a multiple of this."""
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,6 +57,13 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     fused_dim: int = 0
     transpose: bool = False
     """Swap the last two dimensions."""
+    if_source: str = ""
+    """The rule holds only where the source has a tensor of this name too; captures are those of `source`."""
+    if_target: str = ""
+    """When the format is written, the rule holds only where the model has a tensor of this name too; captures
+    are those of the target."""
+    written: bool = True
+    """Whether the format is written so; else the rule is for reading only."""
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -134,6 +143,16 @@ def _check(rule: Rule, where: str) -> None:
             raise ConfigError(
                 f"{where}: the target {target} uses {unknown[0] if unknown else '*'}, which the source "
                 f"pattern does not capture ({', '.join(sorted(bound)) or 'it captures nothing'})"
+            )
+    for condition, known in (
+        (rule.if_source, Pattern(rule.source).captures),
+        (rule.if_target, bound),
+    ):
+        unknown = sorted(Pattern(condition).captures - known)
+        if unknown or "*" in condition:
+            raise ConfigError(
+                f"{where}: the condition {condition} uses {unknown[0] if unknown else '*'}, which is not "
+                "captured"
             )
     if rule.dim < 0 or rule.fused_dim < 0 or (rule.strip is not None and rule.strip.dim < 0):
         raise ConfigError(f"{where}: dimensions count from 0")

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.catalog import (
     Catalog,
     ReadOptions,
+    WriteOptions,
     make_catalog,
     settle_precision,
 )
+from holdfast.checkpoint.convert.distcp_writing import METADATA, DistcpFolder
 from holdfast.checkpoint.convert.engine import Engine
-from holdfast.checkpoint.convert.output import Output, Unit, row_boxes, units_of
+from holdfast.checkpoint.convert.output import Output, Unit
 from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain, read_pickle
 from holdfast.checkpoint.convert.pieces import Logical, Piece, SourceTensor
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_item
-from holdfast.checkpoint.convert.torch_writing import (
-    STORAGE_ALIGNMENT,
-    TORCH_FILE_DTYPES,
-    TensorToCome,
-    TorchLayout,
-    combine_crc32,
-    lay_out,
-)
-from holdfast.checkpoint.dtypes import TORCH_DTYPES
-from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 NAME = "dcp"
-METADATA = ".metadata"
-ITEM_BYTES = 64 << 20
-"""A reader takes an item whole, so that items are not larger than this (or one row)."""
-LARGEST_FILE_BYTES = 4 << 30
 _ADAMW = {
     "amsgrad": False,
     "foreach": None,
@@ -195,77 +179,25 @@ def _step(catalog: Catalog, path: Path) -> int:
     return int(found[1]) if found else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A chunk of a tensor, or an object, in the file that it will be in."""
-
-    path: tuple[Any, ...]
-    layout: TorchLayout
-    file: str
-    offset: int
-    box: Box | None = None
-    units: range = range(0)
-    content: bytes = b""
-    """Of a tensor that is made here."""
-
-
-def plan(catalog: Catalog, dtype: str) -> Output:
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A folder with {"model": ..., "optim": ...} in the form of torch.distributed.checkpoint.state_dict."""
-    settled = settle_precision(catalog, dtype, masters=True)
+    settled = settle_precision(catalog, options.dtype, masters=True)
+    folder = DistcpFolder()
     for tensor, out in settled:
-        if out not in TORCH_FILE_DTYPES:
-            raise CheckpointError(f"{tensor.full_name} has dtype {out}, which cannot be written so")
-    items: list[_Item] = []
-    units: list[Unit] = []
-    files: dict[str, int] = {}
-    name, position = "__0_0.distcp", 0
-
-    def room(nbytes: int) -> None:
-        nonlocal name, position
-        position = -(-position // STORAGE_ALIGNMENT) * STORAGE_ALIGNMENT
-        if position and position + nbytes > LARGEST_FILE_BYTES:
-            files[name] = position
-            name, position = f"__0_{len(files)}.distcp", 0
-
-    for tensor, out in settled:
-        for box in row_boxes(Box.whole(tensor.shape), ELEMENT_BYTES[out], ITEM_BYTES):
-            come = TensorToCome(0, out, box.shape)
-            layout = lay_out(come, [come])
-            room(layout.bytes)
-            first = len(units)
-            units += units_of(tensor, box, out, name, position + layout.starts[0])
-            items.append(
-                _Item(_path_of(tensor), layout, name, position, box, range(first, len(units)))
-            )
-            position += layout.bytes
+        folder.add(_path_of(tensor), tensor, out)
     steps, objects = _made_here(catalog)
-    for path, value in [*steps.items(), *objects.items()]:
-        count = path in steps
-        come = TensorToCome(0, "F32", ())
-        layout = lay_out(come, [come]) if count else lay_out(value, [])
-        room(layout.bytes)
-        content = torch.tensor(float(value)).numpy().tobytes() if count else b""
-        box = Box((), ()) if count else None
-        items.append(_Item(path, layout, name, position, box, content=content))
-        position += layout.bytes
-    files[name] = position
-    types = {_path_of(tensor): (tensor, out) for tensor, out in settled}
+    for path, count in steps.items():
+        folder.add_number(path, count)
+    for path, value in objects.items():
+        folder.add_object(path, value)
 
-    def finish(folder: Path, checksums: Sequence[int]) -> None:
-        for item in items:
-            with (folder / item.file).open("r+b") as opened:
-                for at, content in item.layout.parts([_crc(item, units, checksums)]):
-                    opened.seek(item.offset + at)
-                    opened.write(content)
-                if item.content:
-                    opened.seek(item.offset + item.layout.starts[0])
-                    opened.write(item.content)
+    def finish(root: Path, checksums: Sequence[int]) -> None:
         for carried, content in catalog.files.items():
-            directory.write_synced(folder / carried, content)
-        directory.write_synced(folder / METADATA, pickle.dumps(_metadata(items, types)))
+            directory.write_synced(root / carried, content)
+        folder.write(root, checksums)
 
     added = frozenset(f"step.{path[2]}" for path in steps)
-    return Output(files, units, finish, settled, "crc32", added)
+    return Output(folder.files, folder.units, finish, settled, "crc32", added)
 
 
 def _path_of(tensor: Logical) -> tuple[Any, ...]:
@@ -301,49 +233,3 @@ def _made_here(catalog: Catalog) -> tuple[dict[tuple[Any, ...], int], dict[tuple
 
 def _split(name: str) -> tuple[Any, ...]:
     return tuple(int(part) if part.isdigit() else part for part in name.split("/"))
-
-
-def _crc(item: _Item, units: Sequence[Unit], checksums: Sequence[int]) -> int:
-    """CRC-32 of an item's tensor."""
-    crc = zlib.crc32(item.content)
-    for number in item.units:
-        crc = combine_crc32(crc, checksums[number], units[number].bytes)
-    return crc
-
-
-def _metadata(items: Sequence[_Item], types: Mapping[tuple[Any, ...], tuple[Logical, str]]) -> Any:
-    """The torch.distributed.checkpoint.metadata.Metadata of a folder."""
-    # Only where it is written: importing it takes longer than most conversions.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    described: dict[str, Any] = {}
-    storage: dict[MetadataIndex, Any] = {}
-    paths: dict[str, Any] = {}
-    for item in items:
-        key = ".".join(map(str, item.path))
-        info = _StorageInfo(item.file, item.offset, item.layout.bytes)
-        if item.box is None:
-            described[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = info
-        else:
-            start, extent = torch.Size(item.box.start), torch.Size(item.box.shape)
-            if key not in described:
-                tensor, out = types.get(item.path, (None, "F32"))
-                described[key] = TensorStorageMetadata(
-                    TensorProperties(dtype=TORCH_DTYPES[out]),
-                    torch.Size(() if tensor is None else tensor.shape),
-                    [],
-                )
-            number = len(described[key].chunks)
-            described[key].chunks.append(ChunkStorageMetadata(start, extent))
-            storage[MetadataIndex(key, start, number)] = info
-        paths[key] = item.path
-    return Metadata(described, paths, storage)

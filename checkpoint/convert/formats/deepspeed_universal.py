@@ -15,6 +15,7 @@ from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.catalog import (
     Catalog,
     ReadOptions,
+    WriteOptions,
     make_catalog,
     settle_precision,
 )
@@ -186,9 +187,9 @@ class _Files:
                     opened.write(constant)
 
 
-def plan(catalog: Catalog, dtype: str) -> Output:
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A universal checkpoint: its folder is a tag of DeepSpeed's, to be loaded with `load_universal`."""
-    settled = settle_precision(catalog, dtype, masters=True)
+    settled = settle_precision(catalog, options.dtype, masters=True)
     weights = [(t, out) for t, out in settled if t.kind in ("weight", "buffer", "tensor")]
     fine = {t.name: t for t, _ in settled if t.kind == "master"}
     trained = {t.name for t in catalog.of_kind("exp_avg")}

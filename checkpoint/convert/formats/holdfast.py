@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 
 from holdfast.checkpoint import directory
-from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, files_for, settle_precision
+from holdfast.checkpoint.convert.catalog import (
+    Catalog,
+    ReadOptions,
+    WriteOptions,
+    files_for,
+    settle_precision,
+)
 from holdfast.checkpoint.convert.output import Output, Unit
 from holdfast.checkpoint.convert.pieces import (
     UNPREFIXED_KINDS,
@@ -96,9 +102,9 @@ def _tensors(manifest: Manifest) -> list[Logical]:
     return tensors
 
 
-def plan(catalog: Catalog, dtype: str) -> Output:
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A checkpoint with everything that the source has."""
-    settled = settle_precision(catalog, dtype, masters=True)
+    settled = settle_precision(catalog, options.dtype, masters=True)
     total = sum(tensor.bytes for tensor, _ in settled)
     writers = tuple(range(max(1, -(-total // LARGEST_FILE_BYTES))))
     saved = [

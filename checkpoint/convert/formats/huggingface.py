@@ -13,6 +13,7 @@ from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.catalog import (
     Catalog,
     ReadOptions,
+    WriteOptions,
     files_for,
     make_catalog,
     settle_precision,
@@ -130,11 +131,11 @@ def read_safetensors(root: Path, name: str) -> list[SourceTensor]:
     return tensors
 
 
-def plan(catalog: Catalog, dtype: str) -> Output:
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A model folder with the weights of the source."""
     chosen = [
         (tensor, out)
-        for tensor, out in settle_precision(catalog, dtype, masters=False)
+        for tensor, out in settle_precision(catalog, options.dtype, masters=False)
         if tensor.kind in ("weight", "buffer", "tensor")
     ]
     if not chosen:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catalog
-from holdfast.checkpoint.convert.formats.dcp import METADATA, read_items
+from holdfast.checkpoint.convert.distcp_writing import METADATA
+from holdfast.checkpoint.convert.formats.dcp import read_items
 from holdfast.checkpoint.convert.pickles import StoredTensor, plain
 from holdfast.checkpoint.convert.pieces import SourceTensor
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_file

@@ -162,6 +162,19 @@ def lay_out(content: Any, tensors: Sequence[TensorToCome]) -> TorchLayout:
     return TorchLayout(tuple(records), starts, total)
 
 
+def torch_file(content: Any) -> bytes:
+    """A whole file of torch.save that holds no tensors.
+
+    Args:
+        content: built of what torch.load's weights-only mode accepts.
+    """
+    layout = lay_out(content, [])
+    whole = bytearray(layout.bytes)
+    for at, part in layout.parts([]):
+        whole[at : at + len(part)] = part
+    return bytes(whole)
+
+
 def _zip64_bytes(size: int) -> int:
     return 20 if size >= _LIMIT else 0
 

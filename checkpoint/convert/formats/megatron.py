@@ -12,13 +12,14 @@ from typing import Any
 from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catalog
 from holdfast.checkpoint.convert.distcp_writing import METADATA
 from holdfast.checkpoint.convert.formats.dcp import read_items
+from holdfast.checkpoint.convert.formats.megatron_models import describe
+from holdfast.checkpoint.convert.formats.megatron_writing import NAME, TRACKER, plan
 from holdfast.checkpoint.convert.pickles import StoredTensor, plain
 from holdfast.checkpoint.convert.pieces import SourceTensor
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_file
 from holdfast.parallel.errors import CheckpointError
 
-NAME = "megatron"
-_TRACKER = "latest_checkpointed_iteration.txt"
+__all__ = ["NAME", "plan", "read", "recognise"]
 _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d{3}))?(?:_(\d{3}))?")
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..*)")
 _COMMON = re.compile(r"common_state(/shard_.*)?")
@@ -30,7 +31,7 @@ def find_iteration(path: Path) -> Path:
     Raises:
         CheckpointError: the tracker names a folder that is not there.
     """
-    tracker = path / _TRACKER
+    tracker = path / TRACKER
     if not tracker.is_file():
         return path
     text = tracker.read_text().strip()
@@ -42,7 +43,7 @@ def find_iteration(path: Path) -> Path:
 
 def recognise(path: Path) -> bool:
     """Whether a path is a folder that Megatron has saved to, or one of its iterations."""
-    if (path / _TRACKER).is_file():
+    if (path / TRACKER).is_file():
         return True
     return _is_torch_dist(path) or bool(_ranks(path))
 
@@ -116,7 +117,10 @@ def _catalog(
     catalog = make_catalog(NAME, root, tensors, options, told={"args": arguments})
     catalog.step = int(common.get("iteration", arguments.get("iteration") or 0))
     if "config.json" not in catalog.files:
-        described = describe_llama(arguments, catalog)
+        weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
+        embedding = weights.get("model.embed_tokens.weight")
+        rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
+        described = describe(arguments, rows, weights) if rows else None
         if described is not None:
             catalog.files["config.json"] = (json.dumps(described, indent=2) + "\n").encode()
     catalog.scalars = {
@@ -125,48 +129,6 @@ def _catalog(
         NAME: {"args": arguments, "iteration": catalog.step},
     }
     return catalog
-
-
-def describe_llama(arguments: Mapping[str, Any], catalog: Catalog) -> dict[str, Any] | None:
-    """config.json of a model of Llama's architecture; None where it is another."""
-    names = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
-    needed = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
-    alike = (
-        arguments.get("swiglu") is True
-        and arguments.get("normalization") == "RMSNorm"
-        and arguments.get("position_embedding_type") == "rope"
-        and not arguments.get("add_bias_linear")
-        and not arguments.get("add_qkv_bias")
-        and not arguments.get("qk_layernorm")
-        and not arguments.get("num_experts")
-    )
-    if not alike or any(not arguments.get(key) for key in needed):
-        return None
-    embedding = names.get("model.embed_tokens.weight")
-    if embedding is None:
-        return None
-    heads = arguments["num_attention_heads"]
-    base = float(arguments.get("rotary_base") or 10000)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": arguments["hidden_size"],
-        "intermediate_size": arguments["ffn_hidden_size"],
-        "num_hidden_layers": arguments["num_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": arguments["query_groups"],
-        "head_dim": arguments.get("kv_channels") or arguments["hidden_size"] // heads,
-        "vocab_size": embedding.shape[0],
-        "max_position_embeddings": arguments.get("max_position_embeddings") or 2048,
-        "rms_norm_eps": arguments.get("norm_epsilon") or 1e-5,
-        "rope_theta": base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": base},
-        "tie_word_embeddings": "lm_head.weight" not in names,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": "float32",
-    }
 
 
 def _read_legacy(root: Path, options: ReadOptions) -> Catalog:

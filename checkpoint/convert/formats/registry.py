@@ -19,7 +19,7 @@ _MODULES = {
 }
 """In the order in which a path is tried: the most particular first."""
 SOURCES = tuple(_MODULES)
-TARGETS = ("holdfast", "hf", "dcp", "deepspeed-universal")
+TARGETS = ("holdfast", "hf", "dcp", "deepspeed-universal", "megatron")
 
 
 def format_named(name: str) -> Any:

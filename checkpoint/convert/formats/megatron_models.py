@@ -1,0 +1,178 @@
+"""config.json of Hugging Face from Megatron's arguments, and the other way. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What Megatron's --use-rope-scaling has beside the factor."""
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""Model types that both sides know alike, and their classes in transformers."""
+
+
+def family_of(arguments: Mapping[str, Any]) -> str:
+    """The model type that arguments describe; "" where it is none of FAMILIES."""
+    told = arguments.get
+    alike = (
+        told("swiglu") is True
+        and told("normalization") == "RMSNorm"
+        and told("position_embedding_type") == "rope"
+        and not told("add_bias_linear")
+        and not told("multi_latent_attention")
+        and not told("moe_shared_expert_intermediate_size")
+        and told("rotary_percent") in (None, 1.0)
+    )
+    if not alike or any(not told(key) for key in _NEEDED):
+        return ""
+    if told("qk_layernorm") and not told("add_qkv_bias"):
+        return "qwen3_moe" if told("num_experts") else "qwen3"
+    if told("qk_layernorm") or (told("add_qkv_bias") and told("num_experts")):
+        return ""
+    if told("add_qkv_bias"):
+        return "qwen2"
+    return "mixtral" if told("num_experts") else "llama"
+
+
+def describe(
+    arguments: Mapping[str, Any], rows: int, names: Collection[str]
+) -> dict[str, Any] | None:
+    """config.json of a model; None where its architecture is not one of FAMILIES.
+
+    Args:
+        rows: of the embedding, without padding.
+        names: of its weights.
+    """
+    family = family_of(arguments)
+    if not family:
+        return None
+    heads = arguments["num_attention_heads"]
+    experts = arguments.get("num_experts")
+    wide = arguments["ffn_hidden_size"]
+    expert_wide = arguments.get("moe_ffn_hidden_size") or wide
+    described: dict[str, Any] = {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "hidden_size": arguments["hidden_size"],
+        "intermediate_size": expert_wide if family == "mixtral" else wide,
+        "num_hidden_layers": arguments["num_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": arguments["query_groups"],
+        "head_dim": arguments.get("kv_channels") or arguments["hidden_size"] // heads,
+        "vocab_size": rows,
+        "max_position_embeddings": arguments.get("max_position_embeddings") or 2048,
+        "rms_norm_eps": arguments.get("norm_epsilon") or 1e-5,
+        "rope_parameters": _rope(arguments),
+        "rope_theta": float(arguments.get("rotary_base") or 10000),
+        "tie_word_embeddings": "lm_head.weight" not in names,
+        "hidden_act": "silu",
+        "dtype": "float32",
+    }
+    if family in ("llama", "qwen3", "qwen3_moe"):
+        described["attention_bias"] = False
+    if family == "llama":
+        described["mlp_bias"] = False
+    if experts:
+        described["num_experts_per_tok"] = arguments.get("moe_router_topk") or 2
+        described["router_aux_loss_coef"] = arguments.get("moe_aux_loss_coeff") or 0.0
+        described["num_local_experts" if family == "mixtral" else "num_experts"] = experts
+    if family == "mixtral":
+        described["sliding_window"] = None
+    if family == "qwen3_moe":
+        described["moe_intermediate_size"] = expert_wide
+        described["norm_topk_prob"] = not arguments.get("moe_router_pre_softmax")
+        described |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return described
+
+
+def _rope(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    base = float(arguments.get("rotary_base") or 10000)
+    if not arguments.get("use_rope_scaling"):
+        return {"rope_type": "default", "rope_theta": base}
+    factor = float(arguments.get("rope_scaling_factor") or 8.0)
+    return {"rope_type": "llama3", "rope_theta": base, "factor": factor, **_LLAMA3}
+
+
+def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's arguments for a model that config.json describes: what of them the file says.
+
+    Raises:
+        KeyError: it lacks a size.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        return {}
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    experts = config.get("num_local_experts") or config.get("num_experts")
+    wide = config["intermediate_size"]
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    found = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": wide,
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "max_position_embeddings": config.get("max_position_embeddings") or 2048,
+        "position_embedding_type": "rope",
+        "rotary_base": int(rope.get("rope_theta") or config.get("rope_theta") or 10000),
+        "rotary_percent": 1.0,
+        "use_rope_scaling": kind == "llama3",
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.get("rms_norm_eps") or 1e-6,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": bool(family == "qwen2" or config.get("attention_bias")),
+        "qk_layernorm": family in ("qwen3", "qwen3_moe"),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "attention_dropout": config.get("attention_dropout") or 0.0,
+        "hidden_dropout": 0.0,
+    }
+    if kind == "llama3":
+        found["rope_scaling_factor"] = float(rope.get("factor") or 8.0)
+    if family in ("mixtral", "qwen3_moe") and experts:
+        found |= {
+            "num_experts": experts,
+            "moe_layer_freq": 1,
+            "moe_ffn_hidden_size": config.get("moe_intermediate_size") or wide,
+            "moe_router_topk": config.get("num_experts_per_tok") or 2,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": config.get("router_aux_loss_coef") or 0.0,
+            "moe_router_pre_softmax": family == "qwen3_moe" and not config.get("norm_topk_prob"),
+        }
+    return found
+
+
+def unlike(config: Mapping[str, Any]) -> str:
+    """What of a model Megatron's arguments cannot say, in words; "" if nothing."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    checks: dict[str, Callable[[], bool]] = {
+        f"rope scaling of type {kind}": lambda: kind not in ("default", "llama3"),
+        f"llama3 rope scaling with other than {_LLAMA3}": lambda: (
+            kind == "llama3"
+            and any(rope.get(key, value) != value for key, value in _LLAMA3.items())
+        ),
+        "biases of the feed-forward layers": lambda: bool(config.get("mlp_bias")),
+        "dense layers between those of experts": lambda: bool(
+            config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+        ),
+        "a sliding window": lambda: bool(
+            config.get("sliding_window") and config.get("use_sliding_window", True)
+        ),
+    }
+    return next((what for what, differs in checks.items() if differs()), "")

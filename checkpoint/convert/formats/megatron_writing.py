@@ -1,0 +1,213 @@
+"""torch_dist folders of Megatron-Core: what its GPT model loads in any layout, and its optimizers by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint import directory
+from holdfast.checkpoint.convert.catalog import (
+    Catalog,
+    WriteOptions,
+    files_for,
+    settle_precision,
+)
+from holdfast.checkpoint.convert.distcp_writing import DistcpFolder
+from holdfast.checkpoint.convert.formats.megatron_models import arguments_of, unlike
+from holdfast.checkpoint.convert.inverse import Typed, map_back
+from holdfast.checkpoint.convert.output import Output
+from holdfast.checkpoint.convert.pieces import Logical
+from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules, find_values
+from holdfast.checkpoint.convert.torch_writing import torch_file
+from holdfast.parallel.errors import CheckpointError
+
+NAME = "megatron"
+TRACKER = "latest_checkpointed_iteration.txt"
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_CONTENT = {
+    "singleton_local_shards": False,
+    "non_homogeneous_layers": False,
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+"""Tells Megatron in which of its forms tensors are kept."""
+_CHECKPOINT_VERSION = 3.0
+_VALUES = {
+    "num_attention_heads": "heads",
+    "num_query_groups": "kv_heads",
+    "kv_channels": "head_dim",
+    "hidden_size": "hidden",
+    "ffn_hidden_size": "intermediate",
+}
+"""Arguments that tell what rules need to know."""
+
+
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
+    """A folder with a tracker file and one iteration: "release" where there is no optimizer's state.
+
+    Raises:
+        CheckpointError: a tensor that Megatron's GPT model does not have, or layers that differ.
+        ConfigError: the source does not tell a size of the model.
+    """
+    book = builtin_rules(NAME)
+    settled = _settled(catalog, options, book)
+    weights = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "weight"}
+    trained = any(tensor.kind == "exp_avg" for tensor, _ in settled)
+    arguments, values = _arguments(catalog, book, options.values, weights)
+    iteration = f"iter_{catalog.step:07d}" if trained else "release"
+    folder = DistcpFolder(iteration)
+    for tensor, out in map_back(book, settled, values, "--to megatron"):
+        folder.add((tensor.name,), tensor, out)
+    common = _common(catalog, arguments, trained)
+    files = files_for(catalog, settled)
+
+    def finish(root: Path, checksums: Sequence[int]) -> None:
+        folder.write(root, checksums)
+        for name, content in files.items():
+            directory.write_synced(root / iteration / name, content)
+        directory.write_synced(root / iteration / "common.pt", torch_file(common))
+        directory.write_synced(root / iteration / "metadata.json", json.dumps(_BACKEND).encode())
+        told = str(catalog.step) if trained else "release"
+        directory.write_synced(root / TRACKER, told.encode())
+
+    return Output(folder.files, folder.units, finish, settled, "crc32")
+
+
+def _settled(catalog: Catalog, options: WriteOptions, book: RuleBook) -> list[Typed]:
+    """Weights and, where the optimizer was saved, their master copies and moments, all in 32 bits."""
+    settled = settle_precision(catalog, options.dtype, masters=True)
+    trained = {tensor.name for tensor in catalog.of_kind("exp_avg")}
+    trained &= {tensor.name for tensor in catalog.of_kind("exp_avg_sq")}
+    fine = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "master"}
+    kept: list[Typed] = []
+    for tensor, out in settled:
+        if tensor.kind == "weight":
+            kept.append((tensor, out))
+            if tensor.name in trained:
+                # Megatron's optimizers have copies of 32-bit weights too.
+                finest = fine.get(tensor.name, tensor)
+                kept.append((replace(finest, kind="master"), "F32"))
+        elif tensor.kind in ("exp_avg", "exp_avg_sq") and tensor.name in trained:
+            kept.append((tensor, "F32"))
+        elif tensor.kind != "master":
+            catalog.left_out[tensor.full_name] = f"{book.format} has no place for it"
+    if not any(tensor.kind == "weight" for tensor, _ in kept):
+        raise CheckpointError(f"{catalog.root} holds no weights")
+    missing = [t.name for t, _ in kept if t.kind == "weight" and t.name not in trained]
+    if trained and missing:
+        raise CheckpointError(
+            f"{catalog.root} has moments of some weights, and none of {missing[0]}; Megatron's optimizers "
+            "keep them of every weight. Convert it to hf first, which leaves them out"
+        )
+    return kept
+
+
+def _arguments(
+    catalog: Catalog,
+    book: RuleBook,
+    given: Mapping[str, int],
+    weights: Mapping[str, Logical],
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """(what Megatron's command line would say of the model, the values of rules)."""
+    config = json.loads(catalog.files.get("config.json", b"{}"))
+    arguments: dict[str, Any] = dict(catalog.scalars.get(NAME, {}).get("args", {}))
+    try:
+        arguments |= arguments_of(config)
+    except KeyError as error:
+        raise CheckpointError(f"{catalog.root}: config.json lacks {error.args[0]}") from error
+    lacking = unlike(config)
+    if lacking:
+        catalog.left_out[lacking] = "Megatron's arguments have no words for it"
+    if arguments.get("num_query_groups"):
+        arguments["query_groups"] = arguments["num_query_groups"]
+    values = find_values(book, {"args": arguments, "config": config}, given)
+    for name, value in _VALUES.items():
+        if value in values:
+            arguments[name] = values[value]
+    embedding = weights.get("model.embed_tokens.weight")
+    if embedding is not None and embedding.shape:
+        values["vocab"] = arguments["vocab_size"] = embedding.shape[0]
+        multiple = values["vocab_multiple"]
+        arguments["padded_vocab_size"] = -(-embedding.shape[0] // multiple) * multiple
+    arguments.setdefault("make_vocab_size_divisible_by", values["vocab_multiple"])
+    arguments.pop("query_groups", None)
+    return arguments, values
+
+
+def _common(catalog: Catalog, arguments: Mapping[str, Any], trained: bool) -> dict[str, Any]:
+    """What Megatron keeps beside tensors."""
+    samples = int(catalog.scalars.get("samples", 0))
+    told = {
+        **arguments,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "iteration": catalog.step,
+        "consumed_train_samples": samples,
+        "no_save_optim": not trained,
+        # There are no states of random generators.
+        "no_save_rng": True,
+    }
+    common: dict[str, Any] = {
+        "args": argparse.Namespace(**told),
+        "checkpoint_version": _CHECKPOINT_VERSION,
+        "iteration": catalog.step if trained else 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": _CONTENT,
+    }
+    if trained:
+        common |= _optimizer(catalog, samples)
+    return common
+
+
+def _optimizer(catalog: Catalog, samples: int) -> dict[str, Any]:
+    """The groups of parameters that Megatron makes (with decay and without), and its schedule."""
+    step = int(catalog.scalars.get("optimizer_step", catalog.step))
+    config, train = catalog.config.get("optimizer", {}), catalog.config.get("train", {})
+    decay, rate = config.get("weight_decay", 0.01), config.get("lr", 1e-3)
+    lowest = config.get("min_lr", 0.0)
+    group = {
+        "lr": rate,
+        "betas": tuple(config.get("betas", (0.9, 0.999))),
+        "eps": config.get("eps", 1e-8),
+        "step": step,
+        "params": [],
+        "lr_mult": 1.0,
+        "is_expert_parallel": False,
+        "is_decoupled_lr": False,
+        "default_config": True,
+        "max_lr": rate,
+        "min_lr": lowest,
+        "bias_correction": True,
+    }
+    groups = [
+        {**group, "wd_mult": multiple, "weight_decay": decay * multiple} for multiple in (1.0, 0.0)
+    ]
+    batch = train.get("global_batch", 1)
+    schedule = {
+        "max_lr": rate,
+        "min_lr": lowest,
+        "lr_warmup_steps": config.get("warmup_steps", 0) * batch,
+        "lr_decay_steps": train.get("steps", step) * batch,
+        "lr_decay_style": config.get("schedule", "constant"),
+        "num_steps": samples or step * batch,
+        "start_wd": decay,
+        "end_wd": decay,
+        "wd_incr_style": "constant",
+        "wd_incr_steps": train.get("steps", step) * batch,
+    }
+    return {
+        "optimizer": {
+            "optimizer": {"param_groups": groups, "state": {"common_step": step}},
+            "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
+        },
+        "opt_param_scheduler": schedule,
+    }

@@ -105,12 +105,7 @@ def make_catalog(
         rules = load_rules(options.rules)
     elif rules is None:
         rules = builtin_rules(format)
-    files = carried_files(root)
-    if options.model_files is not None:
-        found = carried_files(options.model_files)
-        if "config.json" not in found:
-            raise ConfigError(f"--model-files {options.model_files}: it has no config.json")
-        files |= found
+    files = carried_files(root) | given_files(options)
     facts = {**(told or {}), "config": _json(files.get("config.json", b"{}"), root)}
     values = find_values(rules, facts, options.values)
     mapped = map_tensors(rules, tensors, values, str(root))
@@ -127,6 +122,20 @@ def make_catalog(
 def carried_files(folder: Path) -> dict[str, bytes]:
     """The files of a Hugging Face model folder that go with the weights."""
     return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
+
+
+def given_files(options: ReadOptions) -> dict[str, bytes]:
+    """Those of the folder that the user names.
+
+    Raises:
+        ConfigError: it has no config.json.
+    """
+    if options.model_files is None:
+        return {}
+    found = carried_files(options.model_files)
+    if "config.json" not in found:
+        raise ConfigError(f"--model-files {options.model_files}: it has no config.json")
+    return found
 
 
 def _json(content: bytes, where: Path) -> dict[str, Any]:

@@ -110,7 +110,12 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Typed
     where = f"{where}, rule {rule.source}"
     first, out = next(iter(members.values()))
     for tensor, other in members.values():
-        if (tensor.dtype, other, tensor.combine) != (first.dtype, out, first.combine):
+        if tensor.combine != first.combine:
+            raise CheckpointError(
+                f"{where}: the shards of {first.full_name} combine otherwise than those of "
+                f"{tensor.full_name} ({first.combine}, {tensor.combine}); convert to holdfast first"
+            )
+        if (tensor.dtype, other) != (first.dtype, out):
             raise CheckpointError(
                 f"{where}: {first.full_name} is {first.dtype} and {tensor.full_name} is {tensor.dtype}; they "
                 "become one tensor, and must have one type"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
 from cluster import Cluster
 from holdfast.checkpoint import load
@@ -19,11 +19,10 @@ from holdfast.checkpoint.directory import read_manifest
 from holdfast.checkpoint.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from megatron_jobs import ITERATION, SIZES
+from megatron_shards import huggingface_weights
 
 pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
-
-LAYERS_A_STAGE = SIZES["layers"] // 2
 
 
 def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
@@ -33,68 +32,29 @@ def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
 
 
 @pytest.fixture(scope="module")
-def saved_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def saved_models(
+    megatron_pool: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any]]:
     root = tmp_path_factory.mktemp("megatron")
-    pool = Cluster(4)
-    try:
-        return root, pool.run("megatron_jobs:save", 4, tensor=2, pipeline=2, root=str(root))
-    finally:
-        pool.close()
+    return root, megatron_pool.run("megatron_jobs:save", 4, tensor=2, pipeline=2, root=str(root))
 
 
-@pytest.fixture(params=["untied", "tied"])
+KINDS = ("untied", "tied", "experts")
+
+
+@pytest.fixture(params=KINDS)
 def saved(
     request: pytest.FixtureRequest, saved_models: tuple[Path, list[Any]]
 ) -> tuple[Path, list[dict[str, Any]]]:
     root, shards = saved_models
-    number = ["untied", "tied"].index(request.param)
+    number = KINDS.index(request.param)
     return root / request.param, [shard[number] for shard in shards]
 
 
-def huggingface_weights(shards: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Every weight under its Hugging Face name, from the ranks' own, as Megatron's code defines them."""
-    place = {(shard["tp"], shard["pp"]): shard["weights"] for shard in shards}
-    heads, kv_heads = SIZES["heads"], SIZES["kv_heads"]
-    dim = SIZES["hidden"] // heads
-
-    def rows(name: str, stage: int, axis: int = 0) -> Tensor:
-        return torch.cat([place[index, stage][name] for index in range(2)], dim=axis)
-
-    found = {
-        "model.embed_tokens.weight": rows("embedding.word_embeddings.weight", 0)[: SIZES["vocab"]],
-        "model.norm.weight": place[0, 1]["decoder.final_layernorm.weight"],
-    }
-    if "output_layer.weight" in place[0, 1]:
-        tied = torch.equal(
-            rows("output_layer.weight", 1), rows("embedding.word_embeddings.weight", 0)
-        )
-        if not tied:
-            found["lm_head.weight"] = rows("output_layer.weight", 1)[: SIZES["vocab"]]
-    for stage in range(2):
-        for local in range(LAYERS_A_STAGE):
-            theirs = f"decoder.layers.{local}."
-            ours = f"model.layers.{stage * LAYERS_A_STAGE + local}."
-            qkv = rows(f"{theirs}self_attention.linear_qkv.weight", stage)
-            grouped = qkv.view(kv_heads, heads // kv_heads + 2, dim, SIZES["hidden"])
-            query, key, value = grouped.split([heads // kv_heads, 1, 1], dim=1)
-            for name, part in (("q", query), ("k", key), ("v", value)):
-                found[f"{ours}self_attn.{name}_proj.weight"] = part.reshape(-1, SIZES["hidden"])
-            found[f"{ours}self_attn.o_proj.weight"] = rows(
-                f"{theirs}self_attention.linear_proj.weight", stage, 1
-            )
-            pairs = [place[i, stage][f"{theirs}mlp.linear_fc1.weight"].chunk(2) for i in range(2)]
-            found[f"{ours}mlp.gate_proj.weight"] = torch.cat([gate for gate, _ in pairs])
-            found[f"{ours}mlp.up_proj.weight"] = torch.cat([up for _, up in pairs])
-            found[f"{ours}mlp.down_proj.weight"] = rows(f"{theirs}mlp.linear_fc2.weight", stage, 1)
-            for norm, name in (
-                ("input_layernorm", "input_layernorm"),
-                ("pre_mlp_layernorm", "post_attention_layernorm"),
-            ):
-                found[f"{ours}{name}.weight"] = place[0, stage][f"{theirs}{norm}.weight"]
-    return found
+FORMS = [(kind, form) for kind in KINDS for form in ("dist", "legacy")]
 
 
-@pytest.mark.parametrize("form", ["dist", "legacy"])
+@pytest.mark.parametrize(("saved", "form"), [*FORMS, ("experts", "single")], indirect=["saved"])
 def test_every_weight_is_what_megatrons_shards_make_up(
     tmp_path: Path, saved: tuple[Path, list[dict[str, Any]]], form: str
 ) -> None:
@@ -103,7 +63,7 @@ def test_every_weight_is_what_megatrons_shards_make_up(
     assert (done.source_format, done.step) == ("megatron", ITERATION)
     assert verify_checkpoint(tmp_path / "ours") == []
     expected = huggingface_weights(shards)
-    if form == "dist":
+    if form != "legacy":
         expected |= {f"exp_avg.{name}": 2 * value for name, value in expected.items()}
     assert read_manifest(tmp_path / "ours").tensors.keys() == expected.keys()
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
@@ -120,12 +80,17 @@ def test_transformers_opens_what_becomes_of_it(
     root, shards = saved
     converted(root / "legacy", tmp_path / "hf", "hf")
     model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "hf"))
-    expected = huggingface_weights(shards)
     assert model.config.num_key_value_heads == SIZES["kv_heads"]
+    # What transformers keeps fused in memory, it takes apart again.
+    model.save_pretrained(str(tmp_path / "again"))
+    found = load_file(tmp_path / "again/model.safetensors")
+    expected = huggingface_weights(shards)
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(model.state_dict()[name], value), name
+        assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("saved", ["untied"], indirect=True)
 def test_shards_that_are_missing_or_disagree_are_named(
     tmp_path: Path, saved: tuple[Path, list[dict[str, Any]]]
 ) -> None:

@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from holdfast.checkpoint.convert.mapping import Mapped, map_tensors
 from holdfast.checkpoint.convert.patterns import Pattern, evaluate
-from holdfast.checkpoint.convert.pieces import Logical, SourceTensor, flat_boxes, stored
+from holdfast.checkpoint.convert.pieces import Logical, flat_boxes
 from holdfast.checkpoint.convert.rules import find_values, parse_rules
-from holdfast.checkpoint.dtypes import DTYPE_NAMES
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.layout import Box
-
-
-@dataclass
-class Source:
-    """Tensors one after the other in memory, as a file has them."""
-
-    content: bytearray = field(default_factory=lambda: bytearray(64))
-    tensors: list[SourceTensor] = field(default_factory=list)
-
-    def add(
-        self, key: str, value: Tensor, full: tuple[int, ...] | None = None, **shard: int
-    ) -> None:
-        offset = len(self.content)
-        value = value.contiguous()
-        self.content += value.reshape(-1).view(torch.uint8).numpy().tobytes()
-        self.content += bytes(-len(self.content) % 8)
-        self.tensors.append(
-            stored(
-                key,
-                DTYPE_NAMES[value.dtype],
-                tuple(value.shape),
-                "memory",
-                offset,
-                shard=tuple(shard.items()),
-                full_shape=full,
-            )
-        )
-
-    def read(self, tensor: Logical, dtype: torch.dtype) -> Tensor:
-        """Every element from its piece; the first of its places."""
-        values = torch.zeros(tensor.shape, dtype=dtype)
-        flat = torch.frombuffer(self.content, dtype=torch.uint8)
-        for piece in tensor.pieces:
-            terms = [
-                flat[place.offset :][
-                    : flat[place.offset :].numel() // dtype.itemsize * dtype.itemsize
-                ]
-                .clone()
-                .view(dtype)
-                .as_strided(piece.box.shape, place.strides)
-                for place in piece.places
-            ]
-            total = terms[0] if tensor.combine == "equal" else sum(terms[1:], terms[0])
-            values[piece.box.slices] = total / len(terms) if tensor.combine == "mean" else total
-        return values
+from source_in_memory import Source, numbers
 
 
 def mapped(source: Source, text: str, **values: int) -> Mapped:
@@ -72,10 +25,6 @@ def mapped(source: Source, text: str, **values: int) -> Mapped:
 
 def by_name(found: Mapped) -> dict[str, Logical]:
     return {tensor.full_name: tensor for tensor in found.tensors}
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
 FUSED = """

@@ -17,6 +17,7 @@ from holdfast.checkpoint.convert.catalog import (
     ReadOptions,
     WriteOptions,
     files_for,
+    given_files,
     settle_precision,
 )
 from holdfast.checkpoint.convert.output import Output, Unit
@@ -77,7 +78,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
         step=manifest.step,
         scalars=dict(manifest.scalars),
         config=dict(manifest.config),
-        files=files,
+        files=files | given_files(options),
     )
     for file, entry in manifest.files.items():
         for chunks in entry.chunks.values():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
 }
 """Tells Megatron in which of its forms tensors are kept."""
+_LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 _CHECKPOINT_VERSION = 3.0
 _VALUES = {
     "num_attention_heads": "heads",
@@ -65,8 +68,11 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     arguments, values = _arguments(catalog, book, options.values, weights)
     iteration = f"iter_{catalog.step:07d}" if trained else "release"
     folder = DistcpFolder(iteration)
-    for tensor, out in map_back(book, settled, values, "--to megatron"):
+    tensors = map_back(book, settled, values, "--to megatron")
+    for tensor, out in tensors:
         folder.add((tensor.name,), tensor, out)
+    for key in _kernel_states(tensors):
+        folder.add_object((key,), [None])
     common = _common(catalog, arguments, trained)
     files = files_for(catalog, settled)
 
@@ -109,6 +115,25 @@ def _settled(catalog: Catalog, options: WriteOptions, book: RuleBook) -> list[Ty
             "keep them of every weight. Convert it to hf first, which leaves them out"
         )
     return kept
+
+
+def _kernel_states(tensors: Sequence[Typed]) -> Iterator[str]:
+    """Keys of what layers keep of their kernels, one a layer (and expert): Megatron asks for them all.
+
+    They hold nothing where there is no FP8; Transformer Engine has them for its attention too.
+    """
+    for tensor, _ in tensors:
+        found = _LINEAR.match(tensor.name)
+        if found is None:
+            continue
+        modules = [found["module"]]
+        if found["module"].endswith(".linear_qkv"):
+            modules.append("self_attention.core_attention")
+        extents = tensor.shape[:-2]
+        for index in product(*map(range, extents)):
+            place = f"{'.'.join(map(str, index))}_{'.'.join(map(str, extents))}"
+            for module in modules:
+                yield f"decoder.layers.{module}._extra_state/shard_{place}"
 
 
 def _arguments(

@@ -1,0 +1,153 @@
+"""Rules read backwards: what they put together they take apart again, element for element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from holdfast.checkpoint.convert.inverse import map_back
+from holdfast.checkpoint.convert.mapping import map_tensors
+from holdfast.checkpoint.convert.pieces import Logical, SourceTensor
+from holdfast.checkpoint.convert.rules import RuleBook, parse_rules
+from holdfast.parallel.errors import CheckpointError
+from source_in_memory import Source, numbers
+
+RULES = """
+format = "theirs"
+[[state]]
+source = "moment/{key}"
+kind = "exp_avg"
+[[rule]]
+source = "blocks.old"
+stack = "layer"
+target = "layers.{layer}.a"
+written = false
+[[rule]]
+source = "table"
+target = "embed"
+strip = { size = "vocab", multiple = "multiple" }
+[[rule]]
+source = "blocks.qkv"
+stack = "layer"
+groups = "groups"
+transpose = true
+fused_dim = 1
+parts = [
+  { target = "layers.{layer}.q", size = "heads / groups * dim" },
+  { target = "layers.{layer}.kv", size = "dim" },
+  { target = "layers.{layer}.kv", size = "dim" },
+]
+[[rule]]
+source = "blocks.experts"
+stack = ["layer", "expert"]
+target = "layers.{layer}.experts.{expert}.w"
+[[rule]]
+source = "blocks.with"
+stack = "layer"
+target = "layers.{layer}.norm"
+if_target = "layers.{layer}.experts.0.w"
+[[rule]]
+source = "blocks.without"
+stack = "layer"
+target = "layers.{layer}.norm"
+"""
+
+
+def in_memory(weights: dict[str, Tensor]) -> tuple[Source, list[Logical]]:
+    """Tensors of a model, whose names begin with "exp_avg:" where they are moments."""
+    source = Source()
+    for key, value in weights.items():
+        source.add(key, value)
+    found = []
+    for tensor in source.tensors:
+        kind, _, name = tensor.key.rpartition(":")
+        found.append(Logical(name, kind or "weight", tensor.dtype, tensor.shape, tensor.pieces))
+    return source, found
+
+
+def theirs(book: RuleBook, tensors: list[Logical], **values: int) -> dict[str, Logical]:
+    made = map_back(book, [(tensor, tensor.dtype) for tensor in tensors], values, "here")
+    return {tensor.name: tensor for tensor, _ in made}
+
+
+@given(
+    layers=st.integers(1, 3),
+    experts=st.integers(0, 3),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 2),
+    dim=st.integers(1, 3),
+    vocab=st.integers(1, 9),
+    multiple=st.integers(1, 8),
+    trained=st.booleans(),
+)
+def test_a_model_comes_back(
+    layers: int,
+    experts: int,
+    groups: int,
+    per_group: int,
+    dim: int,
+    vocab: int,
+    multiple: int,
+    trained: bool,
+) -> None:
+    heads = groups * per_group
+    shapes: dict[str, tuple[int, ...]] = {"embed": (vocab, 4)}
+    for layer in range(layers):
+        shapes[f"layers.{layer}.q"] = (heads * dim, 5)
+        shapes[f"layers.{layer}.kv"] = (2 * groups * dim, 5)
+        shapes[f"layers.{layer}.norm"] = (5,)
+        for expert in range(experts):
+            shapes[f"layers.{layer}.experts.{expert}.w"] = (3, 2)
+    weights = {
+        f"{kind}{name}": torch.randn(shape)
+        for kind in (("", "exp_avg:") if trained else ("",))
+        for name, shape in shapes.items()
+    }
+    source, tensors = in_memory(weights)
+    values = {"heads": heads, "groups": groups, "dim": dim, "vocab": vocab, "multiple": multiple}
+    book = parse_rules(RULES, "rules.toml")
+    found = theirs(book, tensors, **values)
+    norm = "blocks.with" if experts else "blocks.without"
+    kinds = ("", "moment/") if trained else ("",)
+    names = {"table", "blocks.qkv", norm} | ({"blocks.experts"} if experts else set())
+    assert found.keys() == {kind + name for kind in kinds for name in names}
+    padded = -(-vocab // multiple) * multiple
+    assert found["table"].shape == (padded, 4)
+    # Their first group has its queries, its key and its value, as rows that lie as columns.
+    grouped = source.read_padded(found["blocks.qkv"])[0, :, : (per_group + 2) * dim]
+    q, kv = weights["layers.0.q"], weights["layers.0.kv"]
+    expected = torch.cat(
+        [q[: per_group * dim], kv[:dim], kv[groups * dim :][:dim]],
+    )
+    assert torch.equal(grouped, expected.T)
+    again = map_tensors(
+        book,
+        [SourceTensor(n, t.dtype, t.shape, t.pieces) for n, t in found.items()],
+        values,
+        "there",
+    )
+    assert len(again.tensors) == len(tensors)
+    for tensor in again.tensors:
+        key = tensor.name if tensor.kind == "weight" else f"{tensor.kind}:{tensor.name}"
+        assert torch.equal(source.read(tensor, torch.float32), weights[key])
+
+
+def test_padding_is_zeros_and_the_rest_is_not_touched() -> None:
+    weights = {"embed": numbers(5, 4)}
+    source, tensors = in_memory(weights)
+    found = theirs(parse_rules(RULES, "rules.toml"), tensors, vocab=5, multiple=4)
+    table = source.read_padded(found["table"])
+    assert torch.equal(table[:5], weights["embed"])
+    assert not table[5:].any()
+
+
+def test_parts_combine_alike() -> None:
+    _, tensors = in_memory({"layers.0.norm": numbers(5), "layers.1.norm": numbers(5)})
+    mixed = [tensors[0], replace(tensors[1], combine="sum")]
+    with pytest.raises(CheckpointError, match="combine"):
+        theirs(parse_rules(RULES, "rules.toml"), mixed)

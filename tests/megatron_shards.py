@@ -1,0 +1,82 @@
+"""The weights of 2 x 2 ranks of Megatron-Core put together by torch, under Hugging Face names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_jobs import SIZES
+
+LAYERS_A_STAGE = SIZES["layers"] // 2
+
+
+def huggingface_weights(
+    shards: list[dict[str, Any]], kind: str = "weights", expert: int = 1
+) -> dict[str, Tensor]:
+    """Every weight under its Hugging Face name, from the ranks' own, as Megatron's code defines them."""
+    place = {(shard["tp"], shard["pp"]): shard[kind] for shard in shards}
+    heads, kv_heads = SIZES["heads"], SIZES["kv_heads"]
+    dim = SIZES["hidden"] // heads
+
+    def rows(name: str, stage: int, axis: int = 0) -> Tensor:
+        return torch.cat([place[index, stage][name] for index in range(2)], dim=axis)
+
+    found = {
+        "model.embed_tokens.weight": rows("embedding.word_embeddings.weight", 0)[: SIZES["vocab"]],
+        "model.norm.weight": place[0, 1]["decoder.final_layernorm.weight"],
+    }
+    if "output_layer.weight" in place[0, 1]:
+        tied = torch.equal(
+            rows("output_layer.weight", 1), rows("embedding.word_embeddings.weight", 0)
+        )
+        if not tied:
+            found["lm_head.weight"] = rows("output_layer.weight", 1)[: SIZES["vocab"]]
+    for stage in range(2):
+        for local in range(LAYERS_A_STAGE):
+            theirs = f"decoder.layers.{local}."
+            ours = f"model.layers.{stage * LAYERS_A_STAGE + local}."
+            qkv = rows(f"{theirs}self_attention.linear_qkv.weight", stage)
+            grouped = qkv.view(kv_heads, heads // kv_heads + 2, dim, SIZES["hidden"])
+            query, key, value = grouped.split([heads // kv_heads, 1, 1], dim=1)
+            for name, part in (("q", query), ("k", key), ("v", value)):
+                found[f"{ours}self_attn.{name}_proj.weight"] = part.reshape(-1, SIZES["hidden"])
+            found[f"{ours}self_attn.o_proj.weight"] = rows(
+                f"{theirs}self_attention.linear_proj.weight", stage, 1
+            )
+            if f"{theirs}mlp.router.weight" in place[0, stage]:
+                router = place[0, stage][f"{theirs}mlp.router.weight"]
+                found[f"{ours}block_sparse_moe.gate.weight"] = router
+                found |= expert_weights(place, stage, theirs, ours, expert)
+            else:
+                pairs = [place[i, stage][f"{theirs}mlp.linear_fc1.weight"].chunk(2) for i in (0, 1)]
+                found[f"{ours}mlp.gate_proj.weight"] = torch.cat([gate for gate, _ in pairs])
+                found[f"{ours}mlp.up_proj.weight"] = torch.cat([up for _, up in pairs])
+                down = rows(f"{theirs}mlp.linear_fc2.weight", stage, 1)
+                found[f"{ours}mlp.down_proj.weight"] = down
+            for norm, name in (
+                ("input_layernorm", "input_layernorm"),
+                ("pre_mlp_layernorm", "post_attention_layernorm"),
+            ):
+                found[f"{ours}{name}.weight"] = place[0, stage][f"{theirs}{norm}.weight"]
+    return found
+
+
+def expert_weights(
+    place: dict[tuple[int, int], dict[str, Tensor]], stage: int, theirs: str, ours: str, expert: int
+) -> dict[str, Tensor]:
+    """Experts that are whole on one of two ranks (expert 2), or cut over both."""
+    found = {}
+    for number in range(SIZES["experts"]):
+        local = number % (SIZES["experts"] // expert)
+        ranks = [number * expert // SIZES["experts"]] if expert > 1 else [0, 1]
+        name = f"{theirs}mlp.experts.local_experts.{local}.linear_"
+        pairs = [place[i, stage][f"{name}fc1.weight"].chunk(2) for i in ranks]
+        into = f"{ours}block_sparse_moe.experts.{number}."
+        found[f"{into}w1.weight"] = torch.cat([gate for gate, _ in pairs])
+        found[f"{into}w3.weight"] = torch.cat([up for _, up in pairs])
+        found[f"{into}w2.weight"] = torch.cat(
+            [place[i, stage][f"{name}fc2.weight"] for i in ranks], dim=1
+        )
+    return found

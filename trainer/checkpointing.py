@@ -31,12 +31,12 @@ from holdfast.trainer.progress import Outcome, Requests
 from holdfast.trainer.resume import checkpoint_root, memory_root, set_aside_newer
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.saved_tensors import (
-    has_state,
     renumbered,
     saved_tensors,
     wanted_boxes,
     weights_only,
 )
+from holdfast.trainer.start import has_state
 from holdfast.trainer.state import huggingface_files
 from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
@@ -412,10 +412,10 @@ class Checkpoints:
         finally:
             reader.close()
         self._check_data(manifest, place)
-        if has_state(manifest):
-            training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
-        else:
+        if not has_state(manifest):
             training.optimizer.restart()
+            return 0
+        training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
         return manifest.step
 
     def _check_data(self, manifest: Manifest, place: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from holdfast.checkpoint import directory
 from holdfast.checkpoint.format import Manifest
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.start import check_converted, has_state, is_converted
 
 MUST_MATCH = (
     "model.",
@@ -61,7 +62,8 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
 
     Args:
         wanted: "auto" (the newest of this run's own, in memory or on disk, or at its URL), "none", or
-            a path or URL.
+            a path or URL. Converted weights are where a run begins: once it has checkpoints of its own,
+            the same command goes on from these.
     Raises:
         ConfigError: the configuration differs from the checkpoint's in a key that may not change, or
             the path is no checkpoint.
@@ -78,6 +80,11 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
             manifest = directory.read_manifest(found)
         except CheckpointError as error:
             raise ConfigError(f"--resume {wanted}: {error}") from error
+        if is_converted(manifest) and not has_state(manifest):
+            own = find_resume(root, config, "auto", allow_change=allow_change)
+            if own.candidates:
+                began = f"the run has checkpoints of its own; {found} is what it began with"
+                return replace(own, notes=(began, *own.notes))
         notes = check_same_run(manifest, config, str(found), allow_change=allow_change)
         return Resume((str(found.absolute()),), notes, allow_change)
     candidates: dict[int, tuple[str, Manifest]] = {}
@@ -129,6 +136,8 @@ def check_same_run(
     Raises:
         ConfigError: keys that may not change differ, and `allow_change` is not given.
     """
+    if is_converted(manifest):
+        return check_converted(manifest, config, where, allow_change=allow_change)
     saved, now = manifest.config, msgspec.to_builtins(config)
     differing = differing_keys(saved, now, MUST_MATCH)
     changed = [f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing]

@@ -114,11 +114,6 @@ def _join(boxes: list[Box], box: Box) -> None:
         boxes.append(box)
 
 
-def has_state(manifest: Manifest) -> bool:
-    """Whether a checkpoint holds the optimizer's state; one converted from weights alone does not."""
-    return any(entry.kind in ("exp_avg", "exp_avg_sq") for entry in manifest.tensors.values())
-
-
 def weights_only(found: Mapping[str, T], manifest: Manifest) -> dict[str, T]:
     """What a checkpoint without optimizer state can give of what a rank keeps. Pure."""
     state = ("master", "exp_avg", "exp_avg_sq")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **ke
         "Qwen2": wide,
         "Qwen3": {**wide, "head_dim": 16},
         "Mixtral": {**wide, "num_local_experts": 4},
+        "Qwen3Moe": {
+            **wide,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+        },
         "GPT2": {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     }[kind]
     name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
@@ -53,7 +60,24 @@ def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **ke
     return model
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Qwen2", "Qwen3", "Mixtral"])
+@pytest.mark.parametrize("through", ["dcp", "deepspeed-universal"])
+@pytest.mark.parametrize("kind", ["GPT2", "Mixtral", "Qwen3Moe"])
+def test_names_and_files_pass_through_other_formats(
+    tmp_path: Path, kind: str, through: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = save_model(tmp_path / "hf", kind)
+    converted(tmp_path / "hf", tmp_path / "there", through)
+    converted(tmp_path / "there", tmp_path / "back", "hf")
+    again = AutoModelForCausalLM.from_pretrained(str(tmp_path / "back"))
+    described = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("hf", "back")]
+    assert described[0] == described[1]
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe"])
 def test_a_model_goes_to_holdfast_and_back_unchanged(tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -145,7 +169,6 @@ def test_a_converted_model_trains_and_goes_back(cluster: Cluster, tmp_path: Path
         config=msgspec.to_builtins(config),
         root=str(tmp_path / "run"),
         resume=str(tmp_path / "start"),
-        allow_change=True,
     )
     trained = tmp_path / "run/checkpoints/step-00000002"
     made = converted(tmp_path / "run", tmp_path / "out", "hf")

@@ -42,6 +42,25 @@ ELEMENT_BYTES = {
     "C64": 8,
 }
 """safetensors' names of element types, and their sizes."""
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+"""torch's names of the same types."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):

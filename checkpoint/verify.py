@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from holdfast import _native
 from holdfast.checkpoint import directory
@@ -156,12 +156,12 @@ def checksums_of(
     reads.sort(key=lambda read: read.chunk.offset)
     for load in _batches(reads):
         requests, places, end = requests_of(load)
-        memory = torch.empty(end + 4096, dtype=torch.uint8)
-        memory = memory[-memory.data_ptr() % 4096 :]
-        for _ in reader.read(requests, memory.data_ptr()):
+        memory = np.empty(end + 4096, np.uint8)
+        memory = memory[-memory.ctypes.data % 4096 :]
+        for _ in reader.read(requests, memory.ctypes.data):
             pass
         for read, place in zip(load, places, strict=True):
-            yield read, _native.crc32c(memory.data_ptr() + place, read.chunk.length)
+            yield read, _native.crc32c(memory.ctypes.data + place, read.chunk.length)
 
 
 def _batches(reads: list[ChunkRead]) -> Iterator[list[ChunkRead]]:

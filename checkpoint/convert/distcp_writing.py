@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import pickle
+import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.output import Unit, row_boxes, units_of
+from holdfast.checkpoint.convert.pickle_writing import (
+    Call,
+    Instance,
+    Named,
+    Pairs,
+    size,
+    write_pickle,
+)
 from holdfast.checkpoint.convert.pieces import Logical
 from holdfast.checkpoint.convert.torch_writing import (
     STORAGE_ALIGNMENT,
@@ -22,8 +29,7 @@ from holdfast.checkpoint.convert.torch_writing import (
     combine_crc32,
     lay_out,
 )
-from holdfast.checkpoint.dtypes import TORCH_DTYPES
-from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.checkpoint.format import ELEMENT_BYTES, TORCH_NAMES
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
@@ -96,7 +102,7 @@ class DistcpFolder:
         layout = lay_out(come, [come])
         self._make_room(layout.bytes)
         self._types[path] = "F32", ()
-        content = torch.tensor(float(value)).numpy().tobytes()
+        content = struct.pack("<f", value)
         self._append(path, layout, Box((), ()), range(0), content)
 
     def add_object(self, path: Key, value: Any) -> None:
@@ -141,7 +147,7 @@ class DistcpFolder:
                 if item.content:
                     opened.seek(item.offset + item.layout.starts[0])
                     opened.write(item.content)
-        content = pickle.dumps(_metadata(self._items, self._types))
+        content = write_pickle(_metadata(self._items, self._types))
         directory.write_synced(root / self._path(METADATA), content)
 
     def _crc(self, item: _Item, checksums: Sequence[int]) -> int:
@@ -152,37 +158,53 @@ class DistcpFolder:
         return crc
 
 
-def _metadata(items: Sequence[_Item], types: Mapping[Key, tuple[str, tuple[int, ...]]]) -> Any:
+def _metadata(items: Sequence[_Item], types: Mapping[Key, tuple[str, tuple[int, ...]]]) -> Instance:
     """The torch.distributed.checkpoint.metadata.Metadata of a folder."""
-    # Only where it is written: importing it takes longer than most conversions.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    described: dict[str, Any] = {}
-    storage: dict[MetadataIndex, Any] = {}
-    paths: dict[str, Any] = {}
+    chunks: defaultdict[str, list[Instance]] = defaultdict(list)
+    described: dict[str, Instance] = {}
+    storage: list[tuple[Instance, Instance]] = []
+    paths: dict[str, Key] = {}
     for item in items:
         key = ".".join(map(str, item.path))
-        info = _StorageInfo(item.file, item.offset, item.layout.bytes)
-        if item.box is None:
-            described[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = info
-        else:
-            start, extent = torch.Size(item.box.start), torch.Size(item.box.shape)
-            if key not in described:
-                dtype, shape = types[item.path]
-                described[key] = TensorStorageMetadata(
-                    TensorProperties(dtype=TORCH_DTYPES[dtype]), torch.Size(shape), []
-                )
-            number = len(described[key].chunks)
-            described[key].chunks.append(ChunkStorageMetadata(start, extent))
-            storage[MetadataIndex(key, start, number)] = info
         paths[key] = item.path
-    return Metadata(described, paths, storage)
+        at: Any = None
+        number: int | None = None
+        if item.box is None:
+            described[key] = Instance(_named("BytesStorageMetadata"))
+        else:
+            at, number = size(item.box.start), len(chunks[key])
+            chunk = {"offsets": at, "sizes": size(item.box.shape)}
+            chunks[key].append(Instance(_named("ChunkStorageMetadata"), chunk))
+            dtype, shape = types[item.path]
+            described[key] = Instance(
+                _named("TensorStorageMetadata"),
+                {"properties": _properties(dtype), "size": size(shape), "chunks": chunks[key]},
+            )
+        index = {"fqn": key, "offset": at, "index": number}
+        place = {
+            "relative_path": item.file,
+            "offset": item.offset,
+            "length": item.layout.bytes,
+        }
+        info = Named("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+        storage.append((Instance(_named("MetadataIndex"), index), Instance(info, place)))
+    state = {
+        "state_dict_metadata": described,
+        "planner_data": paths,
+        "storage_data": Pairs(tuple(storage)),
+        "storage_meta": None,
+        "version": None,
+    }
+    return Instance(_named("Metadata"), state)
+
+
+def _named(name: str) -> Named:
+    return Named("torch.distributed.checkpoint.metadata", name)
+
+
+def _properties(dtype: str) -> Instance:
+    """Of a contiguous tensor without gradient, as torch pickles them."""
+    layout = Call(Named("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Call(_named("_MEM_FORMAT_ENCODING"), (0,))
+    state = (Named("torch", TORCH_NAMES[dtype]), layout, False, contiguous, False)
+    return Instance(_named("TensorProperties"), state)

@@ -9,21 +9,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from holdfast import _native
+from holdfast.checkpoint.convert.arrays import Bits, bits, cast, combine, strided
 from holdfast.checkpoint.convert.output import UNIT_BYTES, Checksum, Unit
 from holdfast.checkpoint.convert.pieces import Piece, Place
 from holdfast.checkpoint.convert.regions import Region, region_of
-from holdfast.checkpoint.dtypes import TORCH_DTYPES
-from holdfast.checkpoint.format import ALIGNMENT
+from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 
 FEWEST_SLOTS, MOST_SLOTS = 2, 16
 SLOT_BYTES = 4 * UNIT_BYTES
 """What a unit takes at most, unless one row of it is larger: itself, and what it is made of."""
 
+Memory = NDArray[np.uint8]
 Checks = Mapping[tuple[str, int, int], int]
 """CRC-32C of what the source says lies at (file, byte, length)."""
 
@@ -32,14 +33,14 @@ Checks = Mapping[tuple[str, int, int], int]
 class _Memory:
     """Host memory that grows to what is asked of it, and is used again."""
 
-    buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    buffer: Memory = field(default_factory=lambda: np.empty(0, np.uint8))
 
-    def take(self, nbytes: int, misalignment: int = 0) -> Tensor:
+    def take(self, nbytes: int, misalignment: int = 0) -> Memory:
         """`nbytes` that begin `misalignment` bytes after a multiple of ALIGNMENT."""
-        if self.buffer.numel() < nbytes + 2 * ALIGNMENT:
-            self.buffer = torch.empty(0, dtype=torch.uint8)
-            self.buffer = torch.empty(nbytes + 2 * ALIGNMENT, dtype=torch.uint8)
-        start = (misalignment - self.buffer.data_ptr()) % ALIGNMENT
+        if self.buffer.size < nbytes + 2 * ALIGNMENT:
+            self.buffer = np.empty(0, np.uint8)
+            self.buffer = np.empty(nbytes + 2 * ALIGNMENT, np.uint8)
+        start = (misalignment - self.buffer.ctypes.data) % ALIGNMENT
         return self.buffer[start : start + nbytes]
 
 
@@ -49,8 +50,10 @@ class _Term:
 
     place: Place
     region: Region
-    memory: Tensor
+    memory: Memory
     """uint8[region.bytes]."""
+    direct: bool
+    """It lies in the unit already."""
 
 
 @dataclass(slots=True)
@@ -61,7 +64,7 @@ class _Slot:
     scratch: _Memory = field(default_factory=_Memory)
     index: int = 0
     unit: Unit | None = None
-    memory: Tensor | None = None
+    memory: Memory | None = None
     """uint8: the unit as it will be written."""
     pieces: list[tuple[Piece, list[_Term]]] = field(default_factory=list)
     tickets: list[int] = field(default_factory=list)
@@ -156,13 +159,13 @@ class Engine:
         finally:
             self._drain()
 
-    def values(self, unit: Unit) -> Tensor:
-        """A unit's values in its output type; a new tensor."""
+    def content(self, unit: Unit) -> bytes:
+        """A unit's bytes as they would be written."""
         slot = _Slot(unit=unit)
         self._start(slot, unit)
         self._assemble(slot)
         assert slot.memory is not None
-        return slot.memory.clone().view(TORCH_DTYPES[unit.dtype]).view(unit.box.shape)
+        return slot.memory.tobytes()
 
     def sync(self) -> None:
         """Wait until everything written is on the device."""
@@ -175,7 +178,7 @@ class Engine:
     def _start(self, slot: _Slot, unit: Unit) -> None:
         """Ask for everything that a unit is made of."""
         misalignment = unit.offset % ALIGNMENT
-        if misalignment % TORCH_DTYPES[unit.dtype].itemsize:
+        if misalignment % ELEMENT_BYTES[unit.dtype]:
             misalignment = 0
         slot.memory = slot.output.take(unit.bytes, misalignment)
         size = unit.tensor.element_bytes
@@ -198,18 +201,18 @@ class Engine:
                 if direct is None:
                     used += -(-region.bytes // 64) * 64
                 handle = self._source(place.file)
-                address = memory.data_ptr()
+                address = memory.ctypes.data
                 requests += [
                     (False, handle, address + into, at, length)
                     for at, into, length in region.requests
                 ]
-                terms.append(_Term(place, region, memory))
+                terms.append(_Term(place, region, memory, direct is not None))
             slot.pieces.append((piece, terms))
         slot.tickets = self._reads.submit(requests)
 
     def _direct_place(
         self, slot: _Slot, unit: Unit, piece: Piece, found: Sequence[tuple[Place, Region]]
-    ) -> Tensor | None:
+    ) -> Memory | None:
         """Where in the unit a piece can be read to at once: it is whole rows, and stays as it is."""
         if len(found) != 1 or unit.dtype != unit.tensor.dtype or slot.memory is None:
             return None
@@ -235,28 +238,27 @@ class Engine:
         assert memory is not None
         self._wait(self._reads, slot.tickets, self.source)
         slot.tickets = []
-        whole = memory.view(TORCH_DTYPES[unit.dtype]).view(unit.box.shape)
+        whole = bits(memory, unit.dtype).reshape(unit.box.shape)
         for piece, terms in slot.pieces:
-            part = whole[piece.box.relative_to(unit.box).slices]
+            place = piece.box.relative_to(unit.box).slices
             if not terms:
-                part.zero_()
+                whole[place] = 0
                 continue
             for term in terms:
                 self._check(unit, term)
-            if terms[0].memory.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr():
+            if terms[0].direct:
                 continue
             values = [self._view(unit, piece, term) for term in terms]
             if unit.tensor.combine == "equal":
                 self._compare(unit, piece, terms, values)
-                part.copy_(values[0])
+                whole[place] = cast(values[0], unit.tensor.dtype, unit.dtype)
             else:
-                total = sum(values[1:], values[0])
-                part.copy_(total / len(values) if unit.tensor.combine == "mean" else total)
+                mean = unit.tensor.combine == "mean"
+                whole[place] = combine(values, unit.tensor.dtype, unit.dtype, mean=mean)
         return sums_of(memory, self._checksum)
 
-    def _view(self, unit: Unit, piece: Piece, term: _Term) -> Tensor:
-        typed = term.memory.view(TORCH_DTYPES[unit.tensor.dtype])
-        return typed.as_strided(piece.box.shape, term.region.strides, typed.storage_offset())
+    def _view(self, unit: Unit, piece: Piece, term: _Term) -> Bits:
+        return strided(bits(term.memory, unit.tensor.dtype), piece.box.shape, term.region.strides)
 
     def _check(self, unit: Unit, term: _Term) -> None:
         if not self._checks or len(term.region.requests) != 1:
@@ -264,7 +266,7 @@ class Engine:
         [(offset, _, length)] = term.region.requests
         wanted = self._checks.get((term.place.file, offset, length))
         if wanted is not None:
-            found = _native.crc32c(term.memory.data_ptr(), length)
+            found = _native.crc32c(term.memory.ctypes.data, length)
             if found != wanted:
                 raise CheckpointError(
                     f"{self.source / term.place.file} is damaged: {unit.tensor.full_name} at byte {offset} "
@@ -272,16 +274,15 @@ class Engine:
                 )
 
     def _compare(
-        self, unit: Unit, piece: Piece, terms: Sequence[_Term], values: Sequence[Tensor]
+        self, unit: Unit, piece: Piece, terms: Sequence[_Term], values: Sequence[Bits]
     ) -> None:
-        first = _bits(values[0])
         for term, value in zip(terms[1:], values[1:], strict=True):
-            if not torch.equal(first, _bits(value)):
-                differing = int((first != _bits(value)).sum())
+            if not np.array_equal(values[0], value):
+                differing = int((values[0] != value).sum())
                 raise CheckpointError(
                     f"{unit.tensor.full_name}{piece.box}: {self.source / terms[0].place.file} and "
                     f"{self.source / term.place.file} hold copies of it that differ in {differing} of "
-                    f"{value.numel()} elements; a copy is of another step, or damaged"
+                    f"{value.size} elements; a copy is of another step, or damaged"
                 )
 
     def _write(self, slot: _Slot) -> int:
@@ -295,7 +296,7 @@ class Engine:
                     str(self.target / unit.file), write=True
                 )
             handle = self._targets[unit.file]
-            return self._writes.write(handle, memory.data_ptr(), unit.offset, unit.bytes)
+            return self._writes.write(handle, memory.ctypes.data, unit.offset, unit.bytes)
         except OSError as error:
             raise self._failure(error, self.target) from error
 
@@ -333,15 +334,9 @@ Sums = tuple[int, int]
 """CRC-32C of a unit, for reading it back, and what the output's format has of it (0 for the same)."""
 
 
-def sums_of(memory: Tensor, kind: Checksum) -> Sums:
-    """The checksums of uint8 memory."""
-    own = _native.crc32c(memory.data_ptr(), memory.numel())
+def sums_of(memory: Memory, kind: Checksum) -> Sums:
+    """The checksums of contiguous memory."""
+    own = _native.crc32c(memory.ctypes.data, memory.size)
     if kind == "crc32c":
         return own, 0
-    return own, zlib.crc32(memoryview(memory.numpy()))  # pyrefly: ignore[bad-argument-type]
-
-
-def _bits(values: Tensor) -> Tensor:
-    """The same bits as integers, so that a NaN equals itself."""
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.view(sizes[values.element_size()])
+    return own, zlib.crc32(memory.data)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from holdfast.checkpoint import directory
+from holdfast.checkpoint.convert.arrays import load_torch, use_one_thread
 from holdfast.checkpoint.convert.catalog import ReadOptions
 from holdfast.checkpoint.convert.formats.registry import format_named
 from holdfast.checkpoint.convert.journal import FOLDER, Done, Journal, Lock
@@ -245,6 +244,8 @@ def _share_among_processes(
     progress: Progress,
 ) -> None:
     # A process with threads cannot be forked safely; a fresh one opens and plans for itself.
+    if prepared.output.computes:
+        load_torch()
     forked = threading.active_count() == 1
     context: Any = multiprocessing.get_context("fork" if forked else "spawn")
     counters = context.RawArray("Q", workers)
@@ -282,7 +283,7 @@ def _work(
     inherited: tuple[Prepared, Done] | None,
 ) -> None:
     """A worker process."""
-    torch.set_num_threads(1)
+    use_one_thread()
     journal = Journal(partial_of(asked), rank)
 
     def add(nbytes: int) -> None:

@@ -54,6 +54,11 @@ class Output:
     def bytes(self) -> int:
         return sum(self.files.values())
 
+    @property
+    def computes(self) -> bool:
+        """Whether numbers change on the way: types, or partial sums."""
+        return any(t.combine != "equal" or t.dtype != out for t, out in self.expected)
+
     def rounded(self) -> Counter[tuple[str, str]]:
         """How many tensors change their type: by (source's type, output's)."""
         changed = ((t.dtype, out) for t, out in self.expected if t.dtype != out)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from holdfast.checkpoint.dtypes import TORCH_DTYPES
+from holdfast.checkpoint.format import TORCH_NAMES
 from holdfast.parallel.errors import CheckpointError
 
 INERT_MODULES = ("argparse", "deepspeed", "megatron", "torch.distributed", "numpy")
@@ -47,7 +47,7 @@ _STORAGES = {
     "UntypedStorage": "U8",
 }
 _DTYPES = {
-    **{str(dtype).removeprefix("torch."): name for name, dtype in TORCH_DTYPES.items()},
+    **{torch_name: name for name, torch_name in TORCH_NAMES.items()},
     "half": "F16",
     "float": "F32",
     "double": "F64",
@@ -244,5 +244,5 @@ def plain(value: Any) -> Any:
         own = {key: item for key, item in value.__dict__.items() if key not in ("args", "items")}
         return plain(own) if own else None
     if isinstance(value, _Named):
-        return str(TORCH_DTYPES[value.dtype])
+        return f"torch.{TORCH_NAMES[value.dtype]}"
     return None

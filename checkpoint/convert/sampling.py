@@ -11,12 +11,12 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from holdfast.checkpoint.convert.arrays import Bits, bits, cast, combine, number
 from holdfast.checkpoint.convert.catalog import Catalog
 from holdfast.checkpoint.convert.pieces import Logical
-from holdfast.checkpoint.dtypes import TORCH_DTYPES
+from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 
 MOST_ELEMENTS = 4096
@@ -53,12 +53,12 @@ def compare_sample(
                     f"be {dtype} {list(tensor.shape)}"
                 )
             for index in _indices(tensor, each):
-                wanted = there.value(tensor, index).to(TORCH_DTYPES[dtype])
-                value = here.value(written, index)
-                if not torch.equal(_raw(wanted), _raw(value)):
+                wanted = there.value(tensor, index, dtype)
+                value = here.value(written, index, dtype)
+                if wanted != value:
                     raise CheckpointError(
-                        f"{output.root}: {tensor.full_name}{list(index)} is {value.item()} and should be "
-                        f"{wanted.item()}"
+                        f"{output.root}: {tensor.full_name}{list(index)} is {number(value, dtype)} and "
+                        f"should be {number(wanted, dtype)}"
                     )
                 compared += 1
     return compared
@@ -87,7 +87,8 @@ class _Elements:
     def __exit__(self, *error: object) -> None:
         self._opened.close()
 
-    def value(self, tensor: Logical, index: tuple[int, ...]) -> Tensor:
+    def value(self, tensor: Logical, index: tuple[int, ...], dtype: str) -> bytes:
+        """The bytes of an element, in type `dtype`."""
         for piece in tensor.pieces:
             if all(
                 a <= i < b for a, i, b in zip(piece.box.start, index, piece.box.stop, strict=True)
@@ -99,24 +100,18 @@ class _Elements:
         else:
             raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
         if not values:
-            return torch.zeros((), dtype=TORCH_DTYPES[tensor.dtype])
+            return bytes(ELEMENT_BYTES[dtype])
         if tensor.combine == "equal":
-            return values[0]
-        total = sum(values[1:], values[0])
-        return total / len(values) if tensor.combine == "mean" else total
+            return cast(values[0], tensor.dtype, dtype).tobytes()
+        return combine(values, tensor.dtype, dtype, mean=tensor.combine == "mean").tobytes()
 
-    def _read(self, file: str, offset: int, dtype: str) -> Tensor:
+    def _read(self, file: str, offset: int, dtype: str) -> Bits:
         if file not in self._files:
             handle = os.open(self._root / file, os.O_RDONLY)
             self._opened.callback(os.close, handle)
             self._files[file] = handle
-        size = TORCH_DTYPES[dtype].itemsize
-        content = bytearray(os.pread(self._files[file], size, offset))
+        size = ELEMENT_BYTES[dtype]
+        content = os.pread(self._files[file], size, offset)
         if len(content) != size:
             raise CheckpointError(f"{self._root / file} ends before byte {offset + size}")
-        return torch.frombuffer(content, dtype=TORCH_DTYPES[dtype])[0]
-
-
-def _raw(value: Tensor) -> Tensor:
-    """The bits, so that a NaN equals itself."""
-    return value.reshape(1).view(torch.uint8)
+        return bits(np.frombuffer(content, np.uint8), dtype)

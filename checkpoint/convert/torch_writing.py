@@ -6,35 +6,31 @@ each storage at a multiple of 64 bytes. Local; tensors are written by somebody e
 
 from __future__ import annotations
 
-import io
-import pickle
 import struct
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
 
-import torch
-
+from holdfast.checkpoint.convert.pickle_writing import Call, Named, Persistent, write_pickle
 from holdfast.checkpoint.convert.pieces import row_major
 from holdfast.checkpoint.format import ELEMENT_BYTES
 
 STORAGE_ALIGNMENT = 64
-_STORAGE_TYPES: dict[str, Any] = {
-    "F32": torch.FloatStorage,
-    "F16": torch.HalfStorage,
-    "BF16": torch.BFloat16Storage,
-    "F64": torch.DoubleStorage,
-    "I64": torch.LongStorage,
-    "I32": torch.IntStorage,
-    "I16": torch.ShortStorage,
-    "I8": torch.CharStorage,
-    "U8": torch.ByteStorage,
-    "BOOL": torch.BoolStorage,
-    "C64": torch.ComplexFloatStorage,
+_STORAGE_TYPES = {
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+    "F64": "DoubleStorage",
+    "I64": "LongStorage",
+    "I32": "IntStorage",
+    "I16": "ShortStorage",
+    "I8": "CharStorage",
+    "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
+    "C64": "ComplexFloatStorage",
 }
 TORCH_FILE_DTYPES = tuple(_STORAGE_TYPES)
 """Types whose tensors can be written so."""
@@ -58,33 +54,19 @@ class TensorToCome:
         return prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    tensor: TensorToCome
-
-
-class _Pickler(pickle.Pickler):
-    """Writes `TensorToCome` as torch.save writes tensors."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, TensorToCome):
-            arguments = (
-                _Storage(value),
-                0,
-                value.shape,
-                row_major(value.shape),
-                False,
-                OrderedDict(),
-            )
-            return torch._utils._rebuild_tensor_v2, arguments
-        return NotImplemented
-
-    def persistent_id(self, value: Any) -> Any:
-        if isinstance(value, _Storage):
-            tensor = value.tensor
-            kind = _STORAGE_TYPES[tensor.dtype]
-            return ("storage", kind, str(tensor.number), "cpu", prod(tensor.shape))
-        return None
+def _with_storages(value: Any) -> Any:
+    """Content with tensors as torch.save writes them."""
+    if isinstance(value, TensorToCome):
+        kind = Named("torch", _STORAGE_TYPES[value.dtype])
+        storage = ("storage", kind, str(value.number), "cpu", prod(value.shape))
+        hooks = Call(Named("collections", "OrderedDict"))
+        arguments = (Persistent(storage), 0, value.shape, row_major(value.shape), False, hooks)
+        return Call(Named("torch._utils", "_rebuild_tensor_v2"), arguments)
+    if isinstance(value, Mapping):
+        return {key: _with_storages(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_storages(item) for item in value]
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +118,9 @@ def lay_out(content: Any, tensors: Sequence[TensorToCome]) -> TorchLayout:
             mode accepts.
         tensors: those of the content, in the order of their numbers.
     """
-    pickled = io.BytesIO()
-    _Pickler(pickled, protocol=2).dump(content)
+    pickled = write_pickle(_with_storages(content))
     contents: list[tuple[str, bytes | None, int]] = [
-        ("data.pkl", pickled.getvalue(), 0),
+        ("data.pkl", pickled, 0),
         (".format_version", b"1", 0),
         (".storage_alignment", str(STORAGE_ALIGNMENT).encode(), 0),
         ("byteorder", b"little", 0),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from holdfast import _native
 from holdfast.checkpoint.convert.catalog import Catalog
@@ -91,8 +91,8 @@ def _read_back(partial: Path, output: Output, wanted: Sequence[tuple[int, int]])
     largest = max((output.units[i].bytes for i, _ in wanted), default=0)
     step = -(-largest // 4096) * 4096 + 4096
     depth = max(2, min(8, SLOT_BYTES * 2 // max(1, step)))
-    memory = torch.empty(depth * step + 4096, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % 4096 :]
+    memory = np.empty(depth * step + 4096, np.uint8)
+    start = memory.ctypes.data + -memory.ctypes.data % 4096
     files: dict[str, int] = {}
     with _native.FileEngine() as engine:
         try:
@@ -104,7 +104,7 @@ def _read_back(partial: Path, output: Output, wanted: Sequence[tuple[int, int]])
                         files[unit.file] = engine.open(str(partial / unit.file))
                     place = number % depth * step + unit.offset % 4096
                     tickets[number] = engine.read(
-                        files[unit.file], memory.data_ptr() + place, unit.offset, unit.bytes
+                        files[unit.file], start + place, unit.offset, unit.bytes
                     )
                 before = number - depth + 1
                 if before < 0:
@@ -112,7 +112,7 @@ def _read_back(partial: Path, output: Output, wanted: Sequence[tuple[int, int]])
                 unit = output.units[wanted[before][0]]
                 engine.wait(tickets.pop(before))
                 place = before % depth * step + unit.offset % 4096
-                found = _native.crc32c(memory.data_ptr() + place, unit.bytes)
+                found = _native.crc32c(start + place, unit.bytes)
                 if found != wanted[before][1]:
                     raise CheckpointError(
                         f"{partial / unit.file}: {unit.tensor.full_name}{unit.box} at byte {unit.offset} "
@@ -153,8 +153,8 @@ def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> No
                         opened.fileno(), min(_READ_BYTES, offset + length - position), position
                     )
                 )
-                part = torch.frombuffer(content, dtype=torch.uint8)
-                crc = _native.crc32c(part.data_ptr(), part.numel(), crc)
+                part = np.frombuffer(content, np.uint8)
+                crc = _native.crc32c(part.ctypes.data, part.size, crc)
         if crc != catalog.checks[file, offset, length]:
             raise CheckpointError(
                 f"{catalog.root / file} is damaged: the chunk at byte {offset} has checksum {crc:08x}, not "

@@ -192,3 +192,25 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < (96 << 20)
+
+
+def test_what_changes_no_number_does_without_torch(tmp_path: Path) -> None:
+    """Importing it takes longer than converting a small model."""
+    weights = {"w": torch.randn(3, 4), "b": torch.randn(3)}
+    (tmp_path / "hf").mkdir()
+    save_file(weights, tmp_path / "hf/model.safetensors")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from holdfast.checkpoint.convert.job import convert\n"
+        "from holdfast.checkpoint.convert.request import Conversion\n"
+        f"root, last = Path({str(tmp_path)!r}), 'hf'\n"
+        "for to in ('holdfast', 'dcp', 'deepspeed-universal', 'hf'):\n"
+        "    convert(Conversion(root / last, root / f'as-{to}', to), workers=2)\n"
+        "    last = f'as-{to}'\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False"]
+    found = load_file(tmp_path / "as-hf/model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in weights.items())

@@ -38,6 +38,11 @@ class Model(nn.Module):
             self.register_buffer(f"b{number}", value)
 
 
+def values(engine: Engine, unit: Unit) -> Tensor:
+    content = bytearray(engine.content(unit))
+    return torch.frombuffer(content, dtype=TORCH_DTYPES[unit.dtype]).view(unit.box.shape)
+
+
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     manifest = read_manifest(find_checkpoint(folder))
     found = {
@@ -129,7 +134,7 @@ def test_any_strides_are_read(shape: list[int], gap: int, most: int, data: st.Da
         stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True))
         box = Box(start, stop)
         with Engine(Path(temporary), None) as engine:
-            found = engine.values(Unit(tensor, box, "I32", "", 0))
+            found = values(engine, Unit(tensor, box, "I32", "", 0))
         expected = whole[2:].as_strided(shape, strides)[box.slices]
         assert torch.equal(found, expected)
 
@@ -145,14 +150,14 @@ def test_places_combine_as_the_rule_says(tmp_path: Path, combine: str) -> None:
         unit = Unit(tensor, whole, "F32", "", 0)
         if combine == "equal":
             with pytest.raises(CheckpointError, match="differ in 20 of 20 elements"):
-                engine.values(unit)
+                values(engine, unit)
             return
         total = parts[0] + parts[1] + parts[2]
-        assert torch.equal(engine.values(unit), total / 3 if combine == "mean" else total)
+        assert torch.equal(values(engine, unit), total / 3 if combine == "mean" else total)
 
 
 def test_no_place_is_zeros(tmp_path: Path) -> None:
     tensor = Logical("w", "weight", "F32", (3,), (Piece(Box((0,), (3,)), ()),))
     with Engine(tmp_path, None) as engine:
         unit = Unit(tensor, Box((0,), (3,)), "F32", "", 0)
-        assert torch.equal(engine.values(unit), torch.zeros(3))
+        assert torch.equal(values(engine, unit), torch.zeros(3))

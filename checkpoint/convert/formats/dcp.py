@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import directory
+from holdfast.checkpoint.convert.arrays import number
 from holdfast.checkpoint.convert.catalog import (
     Catalog,
     ReadOptions,
@@ -174,7 +175,7 @@ def _step(catalog: Catalog, path: Path) -> int:
     if counts:
         with Engine(path, None) as engine:
             unit = Unit(counts[0], Box((), ()), counts[0].dtype, "", 0)
-            return int(engine.values(unit).item())
+            return int(number(engine.content(unit), unit.dtype))
     found = re.search(r"(\d+)$", path.resolve().name)
     return int(found[1]) if found else 0
 

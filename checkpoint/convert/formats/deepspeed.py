@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
+from holdfast.checkpoint.convert.arrays import number as number_of
 from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catalog
 from holdfast.checkpoint.convert.formats.deepspeed_tensor_parallel import tensor_parallel_rules
 from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain
 from holdfast.checkpoint.convert.pieces import SourceTensor
 from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_file
-from holdfast.checkpoint.dtypes import TORCH_DTYPES
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
@@ -317,4 +316,4 @@ def scalar(file: TorchFile, root: Path, tensor: StoredTensor) -> float:
     content = bytearray(file.read(root, tensor))
     if len(content) != ELEMENT_BYTES[tensor.dtype]:
         raise CheckpointError(f"{root / file.file} is truncated")
-    return float(torch.frombuffer(content, dtype=TORCH_DTYPES[tensor.dtype])[0])
+    return float(number_of(bytes(content), tensor.dtype))

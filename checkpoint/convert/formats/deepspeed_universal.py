@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.catalog import (
@@ -30,6 +29,7 @@ from holdfast.checkpoint.convert.formats.deepspeed import (
     NAME as DEEPSPEED,
 )
 from holdfast.checkpoint.convert.output import Output, Unit, units_of
+from holdfast.checkpoint.convert.pickle_writing import size
 from holdfast.checkpoint.convert.pickles import StoredTensor
 from holdfast.checkpoint.convert.pieces import Logical, SourceTensor
 from holdfast.checkpoint.convert.torch_files import read_torch_file, tensors_in
@@ -166,7 +166,7 @@ class _Files:
         """A file with a tensor of one number; `wrap` puts it into other content."""
         come = TensorToCome(0, "F32", ())
         layout = lay_out(come if wrap is None else wrap(come), [come])
-        content = torch.tensor(float(value), dtype=torch.float32).numpy().tobytes()
+        content = struct.pack("<f", value)
         self.files.append(_File(name, layout, (range(0),), (content,)))
 
     def write(self, folder: Path, checksums: Sequence[int]) -> None:
@@ -260,7 +260,7 @@ def _add_model_states(
             "ds_version": _VERSION,
         }
     shapes = told.get("param_shapes") or [[(t.name, t.shape) for t in masters]]
-    told["param_shapes"] = [{n: torch.Size(shape) for n, shape in group} for group in shapes]
+    told["param_shapes"] = [{n: size(shape) for n, shape in group} for group in shapes]
     told.setdefault("universal_checkpoint_info", {"universal_checkpoint_version": 0.4})
     told["optimizer"] = None
     for name, chosen in (

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.catalog import (
     Catalog,
@@ -151,7 +149,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             id=id,
             step=catalog.step,
             created=time.time(),
-            versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
+            versions={"holdfast": version("holdfast"), "torch": version("torch")},
             scalars={"step": catalog.step, **catalog.scalars},
             config=catalog.config,
             extra_files=files_for(catalog, settled),

@@ -20,7 +20,7 @@ from holdfast.checkpoint.convert.regions import Region, region_of
 from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 
-FEWEST_SLOTS, MOST_SLOTS = 2, 16
+FEWEST_SLOTS, MOST_SLOTS = 2, 8
 SLOT_BYTES = 4 * UNIT_BYTES
 """What a unit takes at most, unless one row of it is larger: itself, and what it is made of."""
 

@@ -1,9 +1,10 @@
-"""One worker's share of a conversion: write its units, then read them back. Local."""
+"""One worker's share of a conversion: write its units, and read back what is on the disk meanwhile. Local."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ from holdfast import _native
 from holdfast.checkpoint.convert.catalog import Catalog
 from holdfast.checkpoint.convert.engine import SLOT_BYTES, Engine, Sums
 from holdfast.checkpoint.convert.journal import Done, Journal
-from holdfast.checkpoint.convert.output import Output, Unit
+from holdfast.checkpoint.convert.output import UNIT_BYTES, Output, Unit
 from holdfast.checkpoint.convert.regions import region_of
 from holdfast.parallel.errors import CheckpointError
 
 UNITS_IN_A_ROW = 8
 """Neighbouring units go to the same worker, so that files are written in long stretches."""
-RECORD_BYTES = 256 << 20
+RECORD_BYTES = 128 << 20
 """What a kill may cost a worker: that much is written between two lines of its journal."""
 _READ_BYTES = 8 << 20
+_READ_BACK_BYTES = 4 * (UNIT_BYTES + 8192)
+"""Memory for reading back."""
 
 
 def share_of(count: int, rank: int, world: int) -> Iterator[int]:
@@ -52,15 +55,27 @@ def do_share(
     open_units = [(i, output.units[i]) for i in mine if i not in done.checksums]
     progress(sum(output.units[i].bytes for i in mine if i in done.checksums))
     pending: dict[int, Sums] = {}
-    written: dict[int, Sums] = {}
     waiting_bytes = 0
-    with Engine(
-        catalog.root,
-        partial,
-        checksum=output.checksum,
-        memory_bytes=memory_bytes,
-        checks=catalog.checks,
-    ) as engine:
+    unseen = [i for i in mine if i in done.checksums and i not in done.verified]
+    # What is on the disk is read back by another thread while the next units are written.
+    with (
+        ThreadPoolExecutor(1) as reader,
+        Engine(
+            catalog.root,
+            partial,
+            checksum=output.checksum,
+            memory_bytes=max(0, memory_bytes - _READ_BACK_BYTES),
+            checks=catalog.checks,
+        ) as engine,
+    ):
+        reading: list[Future[None]] = []
+
+        def read_back(sums: Mapping[int, Sums]) -> None:
+            for earlier in reading:
+                if earlier.done():
+                    earlier.result()
+            wanted = [(number, own) for number, (own, _) in sorted(sums.items())]
+            reading.append(reader.submit(_read_back, partial, output, wanted))
 
         def finished(number: int, unit: Unit, sums: Sums) -> None:
             nonlocal waiting_bytes
@@ -74,23 +89,23 @@ def do_share(
             nonlocal waiting_bytes
             engine.sync()
             journal.record(written=pending)
-            written.update(pending)
+            read_back(pending)
             pending.clear()
             waiting_bytes = 0
 
+        read_back({i: done.checksums[i] for i in unseen})
         engine.convert(open_units, finished)
         flush()
-    checksums = {**{i: done.checksums[i] for i in mine if i in done.checksums}, **written}
-    unseen = [i for i in mine if i not in done.verified]
-    _read_back(partial, output, [(i, checksums[i][0]) for i in unseen])
-    journal.record(verified=unseen)
+        for part in reading:
+            part.result()
+    journal.record(verified=unseen + [i for i, _ in open_units])
 
 
 def _read_back(partial: Path, output: Output, wanted: Sequence[tuple[int, int]]) -> None:
     """Read units as they are on the disk, a few ahead of the one that is compared."""
     largest = max((output.units[i].bytes for i, _ in wanted), default=0)
     step = -(-largest // 4096) * 4096 + 4096
-    depth = max(2, min(8, SLOT_BYTES * 2 // max(1, step)))
+    depth = max(2, min(4, _READ_BACK_BYTES // max(1, step)))
     memory = np.empty(depth * step + 4096, np.uint8)
     start = memory.ctypes.data + -memory.ctypes.data % 4096
     files: dict[str, int] = {}

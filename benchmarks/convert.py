@@ -19,9 +19,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+
+TO_HUGGING_FACE = """
+import sys, torch
+import torch.distributed.checkpoint as dcp
+source, target = sys.argv[1:]
+found = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+state = {"model": {key.removeprefix("model."): torch.empty(e.size, dtype=e.properties.dtype)
+                   for key, e in found.items()}}
+dcp.load(state, checkpoint_id=source)
+writer = dcp.HuggingFaceStorageWriter(
+    target, fqn_to_index_mapping=dict.fromkeys(state["model"], 1), save_distributed=True,
+    enable_consolidation=True, thread_count_consolidation=5)
+dcp.save(state["model"], storage_writer=writer)
+"""
+FROM_HUGGING_FACE = """
+import sys, torch
+import torch.distributed.checkpoint as dcp
+source, target = sys.argv[1:]
+reader = dcp.HuggingFaceStorageReader(source)
+found = reader.read_metadata().state_dict_metadata
+state = {key: torch.empty(e.size, dtype=e.properties.dtype) for key, e in found.items()}
+dcp.load(state, storage_reader=reader)
+dcp.save({"model": state}, checkpoint_id=target)
+"""
+"""What torchtitan's scripts (checkpoint_conversion) do, without the names that they change."""
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -151,7 +177,6 @@ def main() -> None:
         many = str(options.workers)
         universal = [PYTHON, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         universal += ["--num_extract_workers", many, "--num_merge_workers", many]
-        utility = "import sys; from torch.distributed.checkpoint.format_utils import *; "
         contests: dict[str, dict[str, Callable[[], float]]] = {}
         for stage in ("zero2", "zero3"):
             source = folder / stage / "global_step1"
@@ -161,24 +186,31 @@ def main() -> None:
                 "holdfast": bench.ours(source, "deepspeed-universal"),
                 "copy, O_DIRECT": bench.copy(source),
             }
-        to_torch = [PYTHON, "-c", utility + "dcp_to_torch_save(*sys.argv[1:])"]
-        to_torch += [str(folder / "dcp"), "OUT"]
-        contests["DCP to Hugging Face (torch: to one .pt)"] = {
-            "torch format_utils": lambda: bench.timed(
-                "torch format_utils", folder / "dcp", to_torch
+        for title, source, torch_source, function, code, to in (
+            ("DCP to Hugging Face", "dcp", "dcp", "dcp_to_torch_save", TO_HUGGING_FACE, "hf"),
+            (
+                "Hugging Face to DCP",
+                "hf",
+                "torch.pt",
+                "torch_save_to_dcp",
+                FROM_HUGGING_FACE,
+                "dcp",
             ),
-            "holdfast": bench.ours(folder / "dcp", "hf"),
-            "copy, O_DIRECT": bench.copy(folder / "dcp"),
-        }
-        to_dcp = [PYTHON, "-c", utility + "torch_save_to_dcp(*sys.argv[1:])"]
-        to_dcp += [str(folder / "torch.pt"), "OUT"]
-        contests["Hugging Face to DCP (torch: from one .pt)"] = {
-            "torch format_utils": lambda: bench.timed(
-                "torch format_utils", folder / "torch.pt", to_dcp
-            ),
-            "holdfast": bench.ours(folder / "hf", "dcp"),
-            "copy, O_DIRECT": bench.copy(folder / "hf"),
-        }
+        ):
+            utility = "import sys; from torch.distributed.checkpoint.format_utils import *; "
+            contests[title] = {}
+            for name, place, text in (
+                (
+                    "torch format_utils (one .pt)",
+                    torch_source,
+                    f"{utility}{function}(*sys.argv[1:])",
+                ),
+                ("torchtitan's way", source, code),
+            ):
+                command = [PYTHON, "-c", text, str(folder / place), "OUT"]
+                contests[title][name] = partial(bench.timed, name, folder / place, command)
+            contests[title]["holdfast"] = bench.ours(folder / source, to)
+            contests[title]["copy, O_DIRECT"] = bench.copy(folder / source)
         results: list[dict[str, object]] = []
         for title, contestants in contests.items():
             bench.cpu_s.clear()

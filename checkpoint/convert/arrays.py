@@ -1,6 +1,6 @@
-"""Elements in memory as numpy has them: bits, moved and compared. torch is imported for arithmetic only.
+"""Elements in memory as numpy has them: bits, moved, compared and rounded.
 
-Importing torch takes longer than converting a gibibyte, and most conversions change no number.
+torch, which takes longer to import than a gibibyte to convert, is for the types that numpy does not have.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _NUMBERS: dict[str, Any] = {
     "F64": np.float64,
 }
 """Types that numpy has too."""
+_WIDE = ("F32", "BF16", "F16")
+"""Types whose every number is one of float32."""
 
 
 def bits(memory: NDArray[np.uint8], dtype: str) -> Bits:
@@ -54,11 +56,17 @@ def cast(values: Bits, source: str, target: str) -> Bits:
     """The same numbers in another type, to nearest, half to even. float → float, or the same type."""
     if source == target:
         return values
+    if source in _WIDE and target in _WIDE:
+        return _narrow(_widen(values, source), target)
     return _bits_of(_tensor(values, source).to(_torch_type(target)))
 
 
 def combine(values: Sequence[Bits], source: str, target: str, *, mean: bool) -> Bits:
     """The sum of arrays of one shape, or their mean, in the source's type; then in the target's."""
+    if source == "F32" and target in _WIDE:
+        first, *others = (value.view(np.float32) for value in values)
+        total = sum(others, first)
+        return _narrow(total / np.float32(len(values)) if mean else total, target)
     first, *others = (_tensor(value, source) for value in values)
     total = sum(others, first)
     return _bits_of((total / len(values) if mean else total).to(_torch_type(target)))
@@ -71,17 +79,45 @@ def number(content: bytes, dtype: str) -> float | int | bool:
     return _tensor(bits(np.frombuffer(content, np.uint8), dtype), dtype).item()
 
 
+def needs_torch(source: str, target: str, *, combines: bool) -> bool:
+    """Whether `cast`, or `combine`, needs it for these types."""
+    if combines:
+        return source != "F32" or target not in _WIDE
+    return source != target and not (source in _WIDE and target in _WIDE)
+
+
 def load_torch() -> None:
-    """Import what arithmetic needs; before processes are forked that would each do it."""
+    """Import it, before processes are forked that would each do so."""
     import torch  # noqa: F401
 
 
 def use_one_thread() -> None:
-    """In this process, where it computes."""
+    """In this process, if it has torch."""
     if "torch" in sys.modules:
-        import torch
+        sys.modules["torch"].set_num_threads(1)
 
-        torch.set_num_threads(1)
+
+def _widen(values: Bits, dtype: str) -> NDArray[np.float32]:
+    """float32 of the same numbers."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.view(_NUMBERS[dtype]).astype(np.float32)
+
+
+def _narrow(values: NDArray[np.float32], dtype: str) -> Bits:
+    """Bits of float32 numbers in another type, to nearest, half to even."""
+    if dtype == "BF16":
+        found = np.ascontiguousarray(values).view(np.uint32)
+        rounded = found >> 16
+        rounded &= 1
+        rounded += found
+        rounded += 0x7FFF
+        rounded >>= 16
+        half = rounded.astype(np.uint16)
+        half[np.isnan(values)] = 0x7FC0
+        return half
+    with np.errstate(over="ignore"):
+        return values.astype(_NUMBERS[dtype]).view(_BITS[ELEMENT_BYTES[dtype]])
 
 
 def _torch_type(dtype: str) -> Any:

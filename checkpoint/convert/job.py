@@ -244,7 +244,7 @@ def _share_among_processes(
     progress: Progress,
 ) -> None:
     # A process with threads cannot be forked safely; a fresh one opens and plans for itself.
-    if prepared.output.computes:
+    if prepared.output.needs_torch:
         load_torch()
     forked = threading.active_count() == 1
     context: Any = multiprocessing.get_context("fork" if forked else "spawn")

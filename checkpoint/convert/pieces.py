@@ -101,7 +101,11 @@ class Logical:
 
     def within(self, box: Box) -> Iterator[Piece]:
         """What makes up a box of the tensor."""
+        first, last = (box.start[0], box.stop[0]) if box.start else (0, 0)
         for piece in self.pieces:
+            # A tensor of many layers has many pieces; most are seen at once to be of others.
+            if piece.box.start and (piece.box.start[0] >= last or piece.box.stop[0] <= first):
+                continue
             common = piece.box if not piece.box.start else piece.box.intersect(box)
             if common is not None:
                 yield piece.part(common, self.element_bytes)

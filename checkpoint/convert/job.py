@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import directory
-from holdfast.checkpoint.convert.arrays import load_torch, use_one_thread
+from holdfast.checkpoint.convert.arrays import load_torch, needs_torch, use_one_thread
 from holdfast.checkpoint.convert.catalog import ReadOptions
 from holdfast.checkpoint.convert.formats.registry import format_named
 from holdfast.checkpoint.convert.journal import FOLDER, Done, Journal, Lock
@@ -243,9 +243,12 @@ def _share_among_processes(
     workers: int,
     progress: Progress,
 ) -> None:
-    # A process with threads cannot be forked safely; a fresh one opens and plans for itself.
-    if prepared.output.needs_torch:
+    if any(
+        needs_torch(tensor.dtype, out, combines=tensor.combine != "equal")
+        for tensor, out in prepared.output.expected
+    ):
         load_torch()
+    # A process with threads cannot be forked safely; a fresh one opens and plans for itself.
     forked = threading.active_count() == 1
     context: Any = multiprocessing.get_context("fork" if forked else "spawn")
     counters = context.RawArray("Q", workers)

@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from holdfast.checkpoint.convert.arrays import needs_torch
 from holdfast.checkpoint.convert.pieces import Logical
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.layout import Box
@@ -54,13 +53,6 @@ class Output:
     @property
     def bytes(self) -> int:
         return sum(self.files.values())
-
-    @property
-    def needs_torch(self) -> bool:
-        """Whether numbers change on the way that numpy does not have."""
-        return any(
-            needs_torch(t.dtype, out, combines=t.combine != "equal") for t, out in self.expected
-        )
 
     def rounded(self) -> Counter[tuple[str, str]]:
         """How many tensors change their type: by (source's type, output's)."""

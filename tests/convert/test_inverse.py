@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -75,6 +75,7 @@ def theirs(book: RuleBook, tensors: list[Logical], **values: int) -> dict[str, L
     return {tensor.name: tensor for tensor, _ in made}
 
 
+@settings(max_examples=40)
 @given(
     layers=st.integers(1, 3),
     experts=st.integers(0, 3),

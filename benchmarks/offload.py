@@ -5,8 +5,8 @@ most above what was taken before the first: in use (of the allocator, sampled ev
 is not timed) and, on a CPU, the resident set; on a GPU what torch's allocator gave out. Before anything is
 timed, all contestants' gradients are compared bit by bit.
 
-glibc keeps much of what is freed here resident; MALLOC_MMAP_THRESHOLD_=131072 in the environment shows the
-resident set without that, for all contestants alike.
+Contestants that offload have the heap that `holdfast train` gives them (docs/offload.md), the others that of
+every process.
 
     python benchmarks/offload.py --folder /nvme [--device cuda] [--hidden 512] [--json out.json]
 """
@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness import machine
+from holdfast.parallel.offload import compact_heap_environment
 from holdfast.parallel.offload.disk_store import DiskStore
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.opening import open_training
@@ -53,6 +54,7 @@ CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
     "selective recompute": {"train": {"recompute": "selective"}},
     "full recompute": {"train": {"recompute": "full"}},
 }
+OFFLOADED = {name for name, sections in CONTESTANTS.items() if "offload" in sections}
 ON_GPU = {"host": {"offload": {"activations": "host"}}}
 MIB = 2**20
 _MEMORY_STEPS = 2
@@ -213,8 +215,10 @@ class Contestant:
     def __init__(self, name: str, arguments: list[str]) -> None:
         self.name = name
         self.steps: list[dict[str, Any]] = []
+        heap = compact_heap_environment(os.environ) if name in OFFLOADED else {}
         self._process = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--work", name],
+            env={**os.environ, **heap},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -20,6 +20,7 @@ from holdfast.launch.checkpoint_commands import register
 from holdfast.launch.convert import convert
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.process_heap import prepare_heap
 from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
 from holdfast.trainer.world import WorldInfo, world_from_environment
 
@@ -85,6 +86,7 @@ def train(
 
     With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's workers.
     """
+    prepare_heap(config, overrides)
     world = world_from_environment(os.environ)
     if world is not None and world.job and load_config(config, overrides).elastic.enabled:
         raise typer.Exit(_elastic_task(config, overrides, out, resume, world, allow_change))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
 from holdfast.trainer.entry import enter
+from holdfast.trainer.process_heap import prepare_heap
 from holdfast.trainer.world import WorldInfo, world_from_environment
 
 
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     try:
+        prepare_heap(arguments.config, arguments.set)
         world = world_from_environment(os.environ)
     except HoldfastError as error:
         print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201

@@ -142,6 +142,8 @@ class OffloadConfig(Section, frozen=True):
     """The most that a rank writes and reads; 0: what the drive can do."""
     staging_mib: int = 1024
     """Pinned host memory of a rank between a GPU and the drive."""
+    compact_heap: bool = True
+    """On a CPU: start again with glibc settings that let the resident set fall with the memory in use."""
     drive_tbw: float = 0.0
     """Terabytes that the drive may be written in its life, by its data sheet: for the years it lasts."""
 

@@ -8,12 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from holdfast.parallel.offload.amount import Amount, Bounds, drive_life_years
+from holdfast.parallel.offload.heap import compact_heap_environment, restart_with_compact_heap
 from holdfast.parallel.offload.report import OffloadReport
 
 if TYPE_CHECKING:
     from holdfast.parallel.offload.offloader import Offloader
 
-__all__ = ["Amount", "Bounds", "OffloadReport", "Offloader", "drive_life_years"]
+__all__ = [
+    "Amount",
+    "Bounds",
+    "OffloadReport",
+    "Offloader",
+    "compact_heap_environment",
+    "drive_life_years",
+    "restart_with_compact_heap",
+]
 
 
 def __getattr__(name: str) -> Any:

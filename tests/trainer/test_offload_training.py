@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +238,33 @@ def test_killed_ranks_change_no_bit(tmp_path: Path, cluster: Cluster) -> None:
         assert run.events("recovered")
     finally:
         starter.close()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compact"),
+    [
+        (["offload.activations=ssd"], True),
+        (["offload.activations=ssd", "offload.compact_heap=false"], False),
+        (["offload.activations=ssd", "train.device=cuda"], False),
+        ([], False),
+    ],
+)
+def test_a_command_starts_again_with_a_compact_heap(
+    tmp_path: Path, overrides: list[str], compact: bool
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\nfamily = "llama"\nlayers = 1\nhidden = 32\nheads = 4\nkv_heads = 2\n')
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from holdfast.trainer.process_heap import prepare_heap\n"
+        "print('begun', flush=True); prepare_heap(Path(sys.argv[1]), sys.argv[2:])\n"
+        "print('tcache_count=0' in os.environ.get('GLIBC_TUNABLES', ''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path), *overrides],
+        env={n: v for n, v in os.environ.items() if n != "GLIBC_TUNABLES"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["begun"] * (2 if compact else 1) + [str(compact)]

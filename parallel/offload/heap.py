@@ -1,0 +1,59 @@
+"""glibc's allocator set such that what is freed is used again, so that the resident set falls with the memory in use.
+
+Aligned memory, which torch's tensors are, leaves remainders of less than 128 bytes around each block. glibc
+(seen with 2.36) keeps these in a cache for each thread (tcache, fastbins), where they hinder freed blocks
+from growing together, and a block does not fit where one of its size was. Without these caches it does.
+They can be switched off only when a process starts, by GLIBC_TUNABLES (glibc manual, section 39.2).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+TUNABLES = "GLIBC_TUNABLES"
+_SETTINGS = {
+    "glibc.malloc.tcache_count": "0",
+    "glibc.malloc.mxfast": "0",
+    # Larger blocks come from the system page by page, and the end of the heap goes back to it.
+    "glibc.malloc.mmap_threshold": str(32 << 20),
+    "glibc.malloc.trim_threshold": str(256 << 20),
+}
+_OLD_NAMES = {
+    "glibc.malloc.mmap_threshold": "MALLOC_MMAP_THRESHOLD_",
+    "glibc.malloc.trim_threshold": "MALLOC_TRIM_THRESHOLD_",
+}
+
+
+def compact_heap_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to an environment so that processes started in it have a compact heap. Pure.
+
+    Settings that are there already are left as they are; empty when there is nothing to add.
+    """
+    there = [part for part in environment.get(TUNABLES, "").split(":") if part]
+    names = {part.split("=", 1)[0] for part in there}
+    names |= {name for name, old in _OLD_NAMES.items() if old in environment}
+    missing = [f"{name}={value}" for name, value in _SETTINGS.items() if name not in names]
+    return {TUNABLES: ":".join(there + missing)} if missing else {}
+
+
+def restart_with_compact_heap() -> None:
+    """Replace this process by the same command with a compact heap; returns where that changes nothing.
+
+    Call it first in a program: what the process has done so far is done again. Does nothing where the
+    settings are made already, and with another C library than glibc. Child processes inherit the settings.
+    Local.
+    """
+    added = compact_heap_environment(os.environ)
+    if not added or not _has_glibc():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execve(sys.executable, command, {**os.environ, **added})
+
+
+def _has_glibc() -> bool:
+    names = getattr(os, "confstr_names", {})
+    return "CS_GNU_LIBC_VERSION" in names and bool(os.confstr("CS_GNU_LIBC_VERSION"))

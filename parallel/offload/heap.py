@@ -19,6 +19,8 @@ _SETTINGS = {
     # Larger blocks come from the system page by page, and the end of the heap goes back to it.
     "glibc.malloc.mmap_threshold": str(32 << 20),
     "glibc.malloc.trim_threshold": str(256 << 20),
+    # The heap in pages of 2 MiB (from 2.35 on): requests to a drive pin a page at a time.
+    "glibc.malloc.hugetlb": "1",
 }
 _OLD_NAMES = {
     "glibc.malloc.mmap_threshold": "MALLOC_MMAP_THRESHOLD_",

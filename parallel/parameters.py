@@ -81,3 +81,7 @@ class LayerSpec:
     """Bytes kept for one micro-batch's backward pass on one tensor rank."""
     output_bytes: int
     """Bytes of the layer's output for one micro-batch on one tensor rank (what a stage sends)."""
+    recompute: str = "none"
+    """What of it is computed again in the backward pass, in the model's own words."""
+    recompute_flops: float = 0.0
+    """Operations of that, of one micro-batch over all tensor ranks."""

@@ -26,6 +26,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _pipeline,
         _elastic,
         _offload,
+        _recompute,
         _not_in_this_version,
     )
     problems = [problem for rule in rules for problem in rule(config)]
@@ -50,7 +51,14 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     }
     at_least_zero = {
         "model": ("head_dim", "init_std"),
-        "train": ("seed", "clip_grad_norm", "eval_every", "stop_after"),
+        "train": (
+            "seed",
+            "clip_grad_norm",
+            "eval_every",
+            "stop_after",
+            "activation_gib",
+            "tflops",
+        ),
         "optimizer": ("min_lr", "warmup_steps", "weight_decay"),
         "checkpoint": (
             "every",
@@ -60,7 +68,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
             "remote_keep",
             "arena_mib",
         ),
-        "offload": ("limit_gib", "least_share", "limit_mib_per_s", "drive_tbw"),
+        "offload": ("limit_gib", "least_share", "limit_mib_per_s", "drive_gbytes", "drive_tbw"),
         "data": ("seed",),
     }
     for least, table in ((1, at_least_one), (0, at_least_zero)):
@@ -250,6 +258,22 @@ def _offload(config: RunConfig) -> Iterator[str]:
         yield (
             "offload.activations = 'host' with train.device = 'cpu': activations are in host memory "
             "already; use 'ssd' or 'none'"
+        )
+
+
+def _recompute(config: RunConfig) -> Iterator[str]:
+    train, offload = config.train, config.offload
+    if train.recompute != "auto":
+        return
+    if not train.activation_gib:
+        yield (
+            "train.recompute = 'auto' with train.activation_gib = 0: say how much memory activations may "
+            "take on a rank"
+        )
+    if offload.activations != "none" and not (train.tflops and offload.drive_gbytes):
+        yield (
+            f"train.recompute = 'auto' with offload.activations = {offload.activations!r}: set train.tflops "
+            "(what a rank computes) and offload.drive_gbytes (what it can write), from which it is chosen"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.parallel.parameters import LayerSpec
 from holdfast.parallel.plan import Plan
 
 
@@ -84,9 +85,24 @@ def layout_grid(plan: Plan) -> Table:
         grid.add_row("micro-batches of a step", *counts)
     else:
         grid.add_row("(micro-batches of a step)")
+    recomputed = recompute_summary(plan.layers)
+    if recomputed:
+        grid.caption, grid.caption_justify = f"recomputed: {recomputed}", "left"
     if places.spares:
         grid.add_row("spare", *(Text(f"rank {rank}", style="dim") for rank in places.spares[:1]))
     return grid
+
+
+def recompute_summary(layers: Sequence[LayerSpec]) -> str:
+    """How many blocks are recomputed how, and what that adds to a step; empty where none is."""
+    counts = Counter(layer.recompute for layer in layers if layer.recompute != "none")
+    if not counts:
+        return ""
+    blocks = sum(layer.name.startswith("block.") for layer in layers)
+    again = sum(layer.recompute_flops for layer in layers)
+    added = again / (3 * sum(layer.forward_flops for layer in layers))
+    parts = ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
+    return f"{parts} of {blocks} blocks ({added:.1%} more operations)"
 
 
 def _layers(plan: Plan, chunk: int) -> str:

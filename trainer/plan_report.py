@@ -69,6 +69,7 @@ class PlanReport:
             "checkpoint_imbalance": self.checkpoint_imbalance,
             "elastic": None if self.elastic is None else self.elastic.as_dict(),
             "offload": None if self.offload is None else self.offload.as_dict(),
+            "recompute": [layer.recompute for layer in plan.layers],
             "micro_batches": [list(numbers) for numbers in plan.micro_batches],
             "chunks": [
                 {
@@ -168,14 +169,18 @@ def plan_report(
     """Plan a configuration and estimate what it costs. Pure; starts nothing.
 
     Args:
-        flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time.
-        drive_bytes_per_s: what a rank can write to the drive of offloaded activations.
+        flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time. 0 for the
+            first: train.tflops.
+        drive_bytes_per_s: what a rank can write to the drive of offloaded activations; 0:
+            offload.drive_gbytes.
         ranks_per_node: 0 for what `elastic.local_nodes` gives.
         lost: ranks without which the plan is to be shown too.
     Raises:
         ConfigError: lost ranks that are not in the layout, or too few left.
     """
     plan = plan_of(config)
+    flops_per_s = flops_per_s or config.train.tflops * 1e12
+    drive_bytes_per_s = drive_bytes_per_s or config.offload.drive_gbytes * 1e9
     mesh = plan.home
     replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
     exact = config.numerics.reduction == "exact"

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from holdfast.parallel.mesh import Mesh
+from holdfast.parallel.offload.choice import Rates, choose_layers
 from holdfast.parallel.parameters import LayerSpec
 from holdfast.parallel.plan import Plan, make_plan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.model.specs import layer_specs
 
+WAYS = ("none", "selective", "full")
+"""What may be recomputed of a block, from nothing to all of it."""
+
 
 def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
-    """The model's layers as the plan sees them. Pure."""
+    """The model's layers as the plan sees them. Pure.
+
+    Raises:
+        ConfigError: train.recompute = "auto" finds no choice that fits in train.activation_gib.
+    """
+    train, offload = config.train, config.offload
+    if train.recompute != "auto":
+        return _layers(config, train.recompute)
+    ways = {way: _layers(config, way) for way in WAYS}
+    sends = offload.activations != "none"
+    return choose_layers(
+        _first_plan(config, ways["none"]),
+        ways,
+        most_bytes=train.activation_gib * 2**30,
+        rates=Rates(
+            flops_per_s=train.tflops * 1e12,
+            drive_bytes_per_s=offload.drive_gbytes * 1e9,
+            most_share=offload.most_share if sends else 0.0,
+        ),
+    )
+
+
+def _layers(config: RunConfig, recompute: str) -> tuple[LayerSpec, ...]:
     return layer_specs(
         config.model,
         tensor=config.parallel.tensor,
@@ -18,7 +44,7 @@ def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
         seq_len=config.train.seq_len,
         micro_batch=config.train.micro_batch,
         precision=config.train.precision,
-        recompute=config.train.recompute,
+        recompute=recompute,
     )
 
 
@@ -26,11 +52,16 @@ def plan_of(config: RunConfig, generation: int = 0) -> Plan:
     """The plan of a run: equal on every rank, without communication.
 
     Raises:
-        ConfigError: the layout does not fit the model or the batch.
+        ConfigError: the layout does not fit the model or the batch, or no choice of what to recompute
+            fits in memory.
     """
+    return _first_plan(config, layers_of_config(config), generation)
+
+
+def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: int = 0) -> Plan:
     parallel, train = config.parallel, config.train
     return make_plan(
-        layers_of_config(config),
+        layers,
         Mesh(tensor=parallel.tensor, data=parallel.data, pipeline=parallel.pipeline),
         virtual=parallel.virtual,
         schedule=parallel.schedule,

@@ -32,7 +32,12 @@ class TrainConfig(Section, frozen=True):
     """bf16 has fp32 master weights; fp64 is what `holdfast check` computes in."""
     clip_grad_norm: float = 1.0
     """0: no clipping."""
-    recompute: Literal["none", "full", "selective"] = "none"
+    recompute: Literal["none", "full", "selective", "auto"] = "none"
+    """"selective": the attention core; "full": whole blocks; "auto": of each block what `activation_gib` asks."""
+    activation_gib: float = 0.0
+    """With recompute = "auto": what activations may take on a rank."""
+    tflops: float = 0.0
+    """What a rank computes, in 10^12 operations a second, as measured: for "auto" beside offload."""
     threads_per_rank: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 0
@@ -144,6 +149,8 @@ class OffloadConfig(Section, frozen=True):
     """Pinned host memory of a rank between a GPU and the drive."""
     compact_heap: bool = True
     """On a CPU: start again with glibc settings that let the resident set fall with the memory in use."""
+    drive_gbytes: float = 0.0
+    """What a rank can write to `path`, in 10^9 bytes a second, as measured: for train.recompute = "auto"."""
     drive_tbw: float = 0.0
     """Terabytes that the drive may be written in its life, by its data sheet: for the years it lasts."""
 

@@ -74,6 +74,11 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("offload.least_share=0.9 and offload.most_share=0.5", "the least not above the most"),
         ("offload.activations=host and train.device=cpu", "in host memory already"),
         ("offload.staging_mib=4096", "must be 1 to 1024"),
+        ("train.recompute=auto", "say how much memory activations may take"),
+        (
+            "train.recompute=auto and train.activation_gib=1 and offload.activations=ssd",
+            "set train.tflops",
+        ),
         ("elastic.redundancy=3", "must be 0, 1 or 2 shadows"),
     ],
 )

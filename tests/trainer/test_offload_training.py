@@ -15,8 +15,10 @@ from torch.distributed import Store
 
 from cluster import Cluster
 from elastic_runs import Starter, bits_of, fault, pace
+from holdfast.parallel.cost import peak_activation_bytes
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.plan_report import plan_report
+from holdfast.trainer.planning import plan_of
 from small_runs import (
     events_of,
     make_config,
@@ -111,6 +113,18 @@ def test_offload_and_recompute_give_the_same_bits(
 ) -> None:
     train = TRAIN | {"recompute": recompute}
     config = make_config(train=train, parallel=layout, offload=offload(tmp_path))
+    assert run_offloaded(cluster, config) == one_process
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2, "schedule": "zb-h1"}], ids=str)
+def test_a_choice_for_each_layer_gives_the_same_bits(
+    cluster: Cluster, tmp_path: Path, one_process: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    kept = peak_activation_bytes(plan_of(make_config(train=TRAIN, parallel=layout)), 0)
+    train = TRAIN | {"recompute": "auto", "activation_gib": 0.6 * kept / 2**30, "tflops": 1e-3}
+    config = make_config(train=train, parallel=layout, offload=offload(tmp_path, drive_gbytes=1.0))
+    ways = {layer.recompute for layer in plan_of(config).layers}
+    assert len(ways) > 1
     assert run_offloaded(cluster, config) == one_process
 
 

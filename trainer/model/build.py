@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from holdfast.parallel.plan import Plan
 from holdfast.parallel.tensor import TensorParallel
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.model.config import ModelConfig
-from holdfast.trainer.model.llama import Block, Embedding, Head, Recompute, RotaryEmbedding
+from holdfast.trainer.model.llama import Block, Embedding, Head, RotaryEmbedding
 from holdfast.trainer.model.specs import layer_specs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -31,7 +33,6 @@ class ModelChunk(Chunk):
         seq_len: int,
         dtype: torch.dtype,
         device: torch.device,
-        recompute: Recompute,
         seed: int,
     ) -> None:
         super().__init__()
@@ -45,6 +46,7 @@ class ModelChunk(Chunk):
             elif name == "head":
                 module = Head(model, tp, self.queue)
             else:
+                recompute = specs[layer].recompute
                 module = Block(model, layer - 1, tp, self.queue, rotary, recompute, seed)
             self.layers[name.replace(".", "_")] = module
 
@@ -102,7 +104,7 @@ def build_chunk(
     device: torch.device,
     seq_len: int,
     micro_batch: int,
-    recompute: Recompute,
+    recompute: str | Sequence[str],
     seed: int,
     initial: bool = True,
 ) -> ModelChunk:
@@ -111,6 +113,7 @@ def build_chunk(
     Args:
         layers: indices into the list of layers: 0 is the embedding, the last is the head.
         tensor: the tensor-parallel group; None for one rank.
+        recompute: "none", "full" or "selective", of all blocks or of each block of the model.
         sequence_parallel: whether hidden states are split over `tensor`.
         seed: of the initial weights and of dropout.
         initial: False leaves the weights as they are, for one that is filled from elsewhere. Local.
@@ -125,7 +128,7 @@ def build_chunk(
         precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype],
         recompute=recompute,
     )
-    chunk = ModelChunk(model, layers, specs, tp, seq_len, dtype, device, recompute, seed)
+    chunk = ModelChunk(model, layers, specs, tp, seq_len, dtype, device, seed)
     chunk.to(dtype=dtype)
     if initial:
         initialize(chunk, seed)
@@ -154,7 +157,7 @@ def new_chunks(
             device=device,
             seq_len=train.seq_len,
             micro_batch=train.micro_batch,
-            recompute=train.recompute,
+            recompute=[layer.recompute for layer in plan.layers[1:-1]],
             seed=train.seed,
             initial=initial,
         )

@@ -8,7 +8,7 @@ arithmetic does not depend on the chunk it lies in.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,6 @@ from holdfast.parallel.layout import even_range
 from holdfast.parallel.tensor import TensorParallel
 from holdfast.parallel.vocabulary import cross_entropy_sum, embed
 from holdfast.trainer.model.config import ModelConfig
-
-Recompute = Literal["none", "full", "selective"]
 
 
 class _Dropout(torch.autograd.Function):
@@ -184,7 +182,7 @@ class Block(nn.Module):
         tp: TensorParallel,
         queue: WeightGradientQueue,
         rotary: RotaryEmbedding,
-        recompute: Recompute,
+        recompute: str,
         seed: int,
     ) -> None:
         super().__init__()

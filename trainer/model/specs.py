@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -20,26 +21,29 @@ def layer_specs(
     seq_len: int,
     micro_batch: int,
     precision: str,
-    recompute: str,
+    recompute: str | Sequence[str],
 ) -> tuple[LayerSpec, ...]:
     """Every layer from embedding to head: parameters by tensor-parallel index, and costs. Pure.
 
     Args:
         sequence_parallel: whether hidden states are split over the tensor group.
         precision: "fp32", "bf16" or "fp64".
-        recompute: "none", "full" or "selective".
+        recompute: "none", "full" or "selective", of all blocks or of each.
     """
+    of_blocks = [recompute] * model.layers if isinstance(recompute, str) else recompute
     tables = [_Table(model, tensor, index, sequence_parallel) for index in range(tensor)]
-    costs = _Costs(model, tensor, sequence_parallel, seq_len, micro_batch, precision, recompute)
+    costs = _Costs(model, tensor, sequence_parallel, seq_len, micro_batch, precision)
     blocks = [
         LayerSpec(
             name=f"block.{i}",
             parameters=tuple(table.block(i) for table in tables),
             forward_flops=costs.block_flops,
-            activation_bytes=costs.block_activation_bytes,
+            activation_bytes=costs.block_activation_bytes[how],
             output_bytes=costs.hidden_bytes,
+            recompute=how,
+            recompute_flops=costs.block_recompute_flops[how],
         )
-        for i in range(model.layers)
+        for i, how in enumerate(of_blocks)
     ]
     embedding = LayerSpec(
         name="embedding",
@@ -202,7 +206,6 @@ class _Costs:
         seq_len: int,
         micro_batch: int,
         precision: str,
-        recompute: str,
     ) -> None:
         size = ELEMENT_BYTES[precision]
         tokens, dim = seq_len * micro_batch, model.dim_per_head
@@ -221,7 +224,13 @@ class _Costs:
             "none": kept + core_bytes,
             "selective": kept + tokens * size * projected // tensor,
             "full": hidden_bytes,
-        }[recompute]
+        }
+        core_flops = 2.0 * tokens * seq_len * attention
+        self.block_recompute_flops = {
+            "none": 0.0,
+            "selective": core_flops,
+            "full": self.block_flops,
+        }
         self.embedding_activation_bytes = 9 * tokens
         wide = max(4, size)
         self.head_activation_bytes = 2 * hidden_bytes + tokens * model.vocab * wide // tensor

@@ -54,14 +54,32 @@ CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
     "selective recompute": {"train": {"recompute": "selective"}},
     "full recompute": {"train": {"recompute": "full"}},
 }
+TORCHTUNE = "torchtune OffloadActivations"
+"""Run where torchtune is installed and its context can be made; else it is said why not."""
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {},
+    "large": {"layers": 8, "hidden": 512, "seq_len": 512},
+}
+"""Of models; "large" has twice the operations for a byte."""
 OFFLOADED = {name for name, sections in CONTESTANTS.items() if "offload" in sections}
 ON_GPU = {"host": {"offload": {"activations": "host"}}}
 MIB = 2**20
 _MEMORY_STEPS = 2
 
 
+def torchtune_obstacle() -> str:
+    """Why torchtune's activation offload does not run here; empty where it does."""
+    try:
+        from torchtune.training import OffloadActivations  # pyrefly: ignore[missing-import]
+
+        OffloadActivations()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def configuration(args: argparse.Namespace, name: str) -> RunConfig:
-    sections = (CONTESTANTS | ON_GPU)[name]
+    sections = (CONTESTANTS | ON_GPU).get(name, {})
     offload = dict(sections.get("offload", {}))
     if offload.get("activations") == "ssd":
         offload["path"] = args.folder
@@ -183,6 +201,10 @@ def work(args: argparse.Namespace) -> None:
         around: AbstractContextManager[Any] = nullcontext()
         if args.work == "save_on_cpu":
             around = torch.autograd.graph.save_on_cpu(pin_memory=args.device == "cuda")
+        if args.work == TORCHTUNE:
+            from torchtune.training import OffloadActivations  # pyrefly: ignore[missing-import]
+
+            around = OffloadActivations()
         with around:
             training.compute(number)
         if training.device.type == "cuda":
@@ -325,6 +347,7 @@ def quarter_rate(results: dict[str, list[dict[str, Any]]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--folder", default=".", help="on the drive")
+    parser.add_argument("--shape", default="", help=f"{' or '.join(SHAPES)}; both by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--layers", type=int, default=24)
@@ -345,9 +368,26 @@ def main() -> None:
         work(args)
         return
     names = list(CONTESTANTS | (ON_GPU if args.device == "cuda" else {}))
+    obstacle = torchtune_obstacle()
+    if obstacle:
+        Console().print(f"{TORCHTUNE} does not run here: {obstacle}", markup=False)
+    else:
+        names.append(TORCHTUNE)
     if args.only:
         names = ["nothing", *(name for name in args.only.split(",") if name != "nothing")]
-    arguments = sys.argv[1:]
+    records = [
+        run_shape(parser, names, shape)
+        for shape in (args.shape.split(",") if args.shape else SHAPES)
+    ]
+    if args.json:
+        Path(args.json).write_text(json.dumps(records, indent=2) + "\n")
+
+
+def run_shape(parser: argparse.ArgumentParser, names: list[str], shape: str) -> dict[str, Any]:
+    """All contestants with one shape: its table, and what is recorded of it."""
+    changed = [f"--{key.replace('_', '-')}={value}" for key, value in SHAPES[shape].items()]
+    arguments = [*changed, *sys.argv[1:]]  # what the caller names wins
+    args = parser.parse_args(arguments)
     throttled = "ssd at a quarter of the rate"
     if throttled in names:
         short = argparse.Namespace(**{**vars(args), "warm_up": 2, "repetitions": 2})
@@ -358,10 +398,7 @@ def main() -> None:
         f"{args.layers} layers, hidden {args.hidden}, {args.micro_batches} x {args.micro_batch} x "
         f"{args.seq_len} tokens, {args.precision} on {args.device}"
     )
-    rows = table(results, title)
-    if args.json:
-        record = {"title": title, "machine": machine(), "rows": rows}
-        Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
+    return {"title": title, "machine": machine(), "rows": table(results, title)}
 
 
 if __name__ == "__main__":

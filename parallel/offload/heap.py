@@ -48,7 +48,7 @@ def restart_with_compact_heap() -> None:
     Local.
     """
     added = compact_heap_environment(os.environ)
-    if not added or not _has_glibc():
+    if not added or not sys.executable or not _has_glibc():
         return
     sys.stdout.flush()
     sys.stderr.flush()

@@ -269,6 +269,9 @@ def test_waiting_leaves_the_interpreter_free_and_obeys_signals(kind: str) -> Non
     thread.start()
     before = counted
     ended = engine.done(ticket) or engine.wait(ticket, 1.0)
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # some shells have it ignored
     try:
         if ended:
             pytest.skip("this kernel refuses positioned reads from a pipe")
@@ -278,6 +281,7 @@ def test_waiting_leaves_the_interpreter_free_and_obeys_signals(kind: str) -> Non
         with pytest.raises(KeyboardInterrupt):
             engine.wait(ticket)
     finally:
+        signal.signal(signal.SIGINT, handler)
         stop.set()
         thread.join()
         if not ended:  # else the engine would wait for the read without end

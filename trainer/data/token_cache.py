@@ -25,6 +25,10 @@ import numpy as np
 from holdfast.parallel.errors import DataError
 
 
+_ATTEMPTS = 3
+"""To make an entry: where files cannot be locked, another process may take a fresh one for damaged."""
+
+
 class Entry(msgspec.Struct, frozen=True):
     """What `entry.json` says about the tokens beside it."""
 
@@ -126,7 +130,9 @@ def cached_tokens(
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f"{key}.lock"):
             found = _open(folder / key, name)
-            if found is None:
+            for _ in range(_ATTEMPTS):
+                if found is not None:
+                    break
                 _make(folder, key, np.dtype("<u2" if vocab <= 2**16 else "<u4"), write)
                 found = _open(folder / key, name)
     except OSError as error:
@@ -147,10 +153,12 @@ def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter]
             write(writer)
             entry = writer.finish()
         (partial / "entry.json").write_bytes(msgspec.json.encode(entry))
-        # what stands there did not open: damaged, so it gives way
+        # a rank on another machine may have been first; its entry is as good
+        if _open(folder / key, key) is not None:
+            return
+        # what stands there does not open: damaged, so it gives way
         with suppress(FileNotFoundError):
             (folder / key).rename(partial / "damaged")
-        # a rank on another machine may have been first; its entry is as good
         with suppress(OSError):
             shutil.rmtree(partial / "damaged", ignore_errors=True)
             partial.rename(folder / key)

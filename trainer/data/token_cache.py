@@ -24,7 +24,6 @@ import numpy as np
 
 from holdfast.parallel.errors import DataError
 
-
 _ATTEMPTS = 3
 """To make an entry: where files cannot be locked, another process may take a fresh one for damaged."""
 

@@ -29,8 +29,9 @@ setup-dev: .venv/dev.stamp
 train: setup
 	$(BIN)/holdfast train examples/tiny.toml --prove
 
+# Many tests wait for processes: two at a time use two cores well. A file's tests stay together.
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup-dev
 	$(BIN)/ruff check .

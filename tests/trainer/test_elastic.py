@@ -170,7 +170,7 @@ def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, A
     run = start(
         train={"steps": STEPS},
         parallel={"data": 2, "pipeline": 2},
-        elastic=pace({"chaos": faults, "hang_timeout_s": 1.5}, PACE_S),
+        elastic=pace({"chaos": faults, "hang_timeout_s": 1.5, "heartbeat_timeout_ms": 600}, PACE_S),
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected

@@ -57,7 +57,9 @@ def resident_mib(heap: str) -> int:
 
 
 def test_what_is_freed_is_used_again() -> None:
-    assert resident_mib("compact") < 1.5 * LIVE_MIB
+    compact = resident_mib("compact")
+    assert compact < 2 * LIVE_MIB  # pages, and what torch itself takes
+    assert compact < 0.5 * resident_mib("as it is")
 
 
 def test_settings_of_the_user_are_kept() -> None:

@@ -100,14 +100,18 @@ class _Follower:
 
     def __init__(self, path: Path, position: int) -> None:
         self._path, self._position = path, position
+        self._inode = path.stat().st_ino if path.exists() else 0
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines since the last call; from the beginning when the file has been rewritten."""
+        """Whole lines since the last call; where the file was rewritten, from about as far in it."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self._position:
-                self._position = 0
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode or file.seek(0, os.SEEK_END) < self._position:
+                file.seek(0)
+                self._position = file.read(self._position).rfind(b"\n") + 1
+                self._inode = inode
             file.seek(self._position)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]

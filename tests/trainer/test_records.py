@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.launch.show import _Follower
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.parallel.schedule import Action, Op
 from holdfast.trainer.display import duration, sparkline
@@ -159,3 +160,24 @@ def test_worlds_are_read_from_launchers() -> None:
     assert world is not None
     assert (world.rank, world.local_rank, world.store_is_server) == (1, 1, False)
     assert first_host("node7") == "node7"
+
+
+def test_who_follows_records_bears_that_a_run_goes_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = _Follower(path, 0)
+
+    def write(first: int, last: int, loss: str) -> None:
+        with path.open("a") as file:
+            file.writelines(f'{{"step": {s}, "loss": {loss}}}\n' for s in range(first, last))
+
+    write(1, 6, "1.5")
+    assert [line["step"] for line in follower.lines()] == [1, 2, 3, 4, 5]
+    drop_after(path, 2)
+    write(3, 20, "1.25")
+    steps = [line["step"] for line in follower.lines()]
+    assert steps == list(range(steps[0], 20))
+    assert steps[0] in (5, 6)  # lines of another length
+    drop_after(path, 9)
+    assert list(follower.lines()) == []
+    write(10, 12, "1.0")
+    assert [line["step"] for line in follower.lines()] == [10, 11]

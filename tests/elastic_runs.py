@@ -87,10 +87,10 @@ class ElasticRun:
     def output(self) -> str:
         return (self.root.parent / f"{self.root.name}.txt").read_text()
 
-    def finish(self) -> int:
+    def finish(self, timeout_s: float = LONGEST_S) -> int:
         """Wait for the end; the exit code."""
         try:
-            return self.process.wait(LONGEST_S)
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"the run hangs:\n{self.output()}") from None

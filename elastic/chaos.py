@@ -1,7 +1,8 @@
 """Faults on purpose: what a run does to itself, at a chosen step and phase, to show or test that it survives.
 
 A fault happens in the worker that it names, or to that worker's node, is real (a signal, a held lock, a
-flipped bit, packets dropped, a disk without room), and is written down. A process that replaces another does not repeat the faults that the first was told of.
+flipped bit, packets dropped, a disk without room), and is written down. A process that replaces another does not
+repeat the faults that the first was told of.
 """
 
 from __future__ import annotations

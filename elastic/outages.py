@@ -49,11 +49,9 @@ def cut_network(seconds: float) -> None:
     )
 
 
-def fill_disk(folder: Path, seconds: float) -> int:
+def fill_disk(folder: Path, seconds: float) -> None:
     """Take all room of a folder's file system; given back after `seconds`, or when this process ends.
 
-    Returns:
-        The bytes taken.
     Raises:
         OutageError: nothing can be written there anyway.
     """
@@ -73,4 +71,3 @@ def fill_disk(folder: Path, seconds: float) -> int:
     timer = threading.Timer(seconds, file.close)
     timer.daemon = True
     timer.start()
-    return taken

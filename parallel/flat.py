@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class Segment:
     spec: ParameterSpec
     offset: int
     """First element in the flat buffer."""
+    parameter: nn.Parameter = field(compare=False, repr=False)
+    """The local parameter that it is a part of."""
 
 
 class FlatParameters:
@@ -64,7 +66,7 @@ class FlatParameters:
             index = spec_index.get(layer, 0)
             spec_index[layer] = index + 1
             offset = self._place[parameter][0] + spec.local_row * spec.row_elements
-            segments.append(Segment(layer, index, spec, offset))
+            segments.append(Segment(layer, index, spec, offset, parameter))
         self.segments: tuple[Segment, ...] = tuple(segments)
 
     @property

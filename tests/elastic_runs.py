@@ -64,18 +64,17 @@ class ElasticRun:
     def wait_for_step(self, step: int) -> None:
         self.wait_until(lambda: len(self.steps()) >= step, f"step {step}")
 
+    def members(self) -> int:
+        """How many ranks take part in the newest generation; 0 before there is one."""
+        changes = [e for e in self.events() if "plan" in e]
+        if not changes:
+            return 0
+        plan = changes[-1]["plan"]
+        return sum(len(cell) for stage in plan["stages"] for cell in stage) + len(plan["spares"])
+
     def wait_for_members(self, count: int) -> None:
         """Until the newest generation has so many ranks."""
-
-        def reached() -> bool:
-            changes = [e for e in self.events() if "plan" in e]
-            if not changes:
-                return False
-            plan = changes[-1]["plan"]
-            cells = [r for stage in plan["stages"] for cell in stage for r in cell]
-            return len(cells) + len(plan["spares"]) == count
-
-        self.wait_until(reached, f"{count} ranks take part")
+        self.wait_until(lambda: self.members() == count, f"{count} ranks take part")
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.living()[rank]["pid"], number)
@@ -218,12 +217,7 @@ def random_kills(run: ElasticRun, seed: int, *, members: int, gap_s: float) -> I
     while run.process.poll() is None:
         time.sleep(gap_s * rng.random())
         living = run.living()
-        changes = [e for e in run.events() if "plan" in e]
-        if len(living) < members or not changes:
-            continue
-        plan = changes[-1]["plan"]
-        placed = [r for stage in plan["stages"] for cell in stage for r in cell] + plan["spares"]
-        if len(placed) < members:
+        if len(living) < members or run.members() < members:
             continue
         rank = rng.choice(sorted(living))
         try:

@@ -48,13 +48,19 @@ def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> 
     dtype = DTYPES[precision]
     state_dtype = "F64" if precision == "fp64" else "F32"
     weights = [
-        SavedTensor(name, "weight", dtype, shape, _parts(holders[name]), whole=True)
+        SavedTensor(name, "weight", dtype, shape, _parts(holders[name], {}), whole=True)
         for name, shape in shapes.items()
     ]
     state = [
-        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, parts, whole=False)
+        SavedTensor(
+            f"{kind}.{name}",
+            kind,
+            state_dtype,
+            shape,
+            _parts(keepers[name], owners[name] if from_shadows else {}),
+            whole=False,
+        )
         for name, shape in shapes.items()
-        for parts in [_parts(keepers[name], owners[name] if from_shadows else {})]
         for kind in state_kinds(precision)
     ]
     return weights + state
@@ -77,10 +83,7 @@ def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[Sav
     ]
 
 
-def _parts(
-    boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]] | None = None
-) -> tuple[Part, ...]:
-    apart = apart or {}
+def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tuple[Part, ...]:
     return tuple(
         Part(box, tuple(sorted(ranks)), tuple(sorted(apart.get(box, ()))))
         for box, ranks in boxes.items()

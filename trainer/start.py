@@ -9,9 +9,7 @@ from typing import Any
 from holdfast.checkpoint.format import Manifest
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig
-
-_WEIGHTS = {"fp32": "F32", "bf16": "BF16", "fp64": "F64"}
-"""The type of weights in a checkpoint, by train.precision."""
+from holdfast.trainer.saved_tensors import DTYPES
 
 
 def has_state(manifest: Manifest) -> bool:
@@ -36,7 +34,7 @@ def check_converted(
             `allow_change` is not given.
     """
     precision = config.train.precision
-    wanted = _WEIGHTS[precision]
+    wanted = DTYPES[precision]
     weights = {name: e for name, e in manifest.tensors.items() if e.kind == "weight"}
     for name, entry in weights.items():
         if entry.dtype != wanted:

@@ -7,12 +7,10 @@ can finish, `apply` updates the state. trainer/loop.py is the order in which the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
-from torch import nn
 
 from holdfast.parallel.accumulate import NONFINITE, OUT_OF_RANGE, GradientAccumulator
 from holdfast.parallel.adamw import AdamWSettings, Fence
@@ -100,7 +98,7 @@ class Training:
                 is_last=index == last,
                 context=self._context,
                 loss_gradient=1.0 / self.step_tokens,
-                before_gradients=partial(self._mute, index),
+                before_gradients=self._mute,
             )
             for index, chunk in chunks.items()
         }
@@ -277,9 +275,10 @@ class Training:
         self.executor.run_weight_parts()
         self.optimizer.restore_own_sums()
         counted = {
-            place: frozenset(self.accumulator.counted.get(parameter, ()))
-            for chunk in self.chunks
-            for place, parameter in _places(chunk)
+            (part.layer, part.spec_index): frozenset(
+                self.accumulator.counted.get(part.parameter, ())
+            )
+            for part in self.flat.segments
         }
         last = self._runners.get(len(self.plan.placement) - 1)
         if last is not None:
@@ -304,7 +303,7 @@ class Training:
         else:
             self._own_losses = before._own_losses
 
-    def _mute(self, chunk: int, micro_batch: int) -> None:
+    def _mute(self, micro_batch: int) -> None:
         """Before a micro-batch's gradients: leave out the parameters that have them already."""
         self._backwards += 1
         if 2 * self._backwards == self._half_at:
@@ -314,9 +313,9 @@ class Training:
         if self._redo is not NOTHING:
             index = self.plan.cells.tensor_index(self.rank)
             self.accumulator.muted = frozenset(
-                parameter
-                for place, parameter in _places(self._runners[chunk].chunk)
-                if self._redo.has(index, place, micro_batch)
+                part.parameter
+                for part in self.flat.segments
+                if self._redo.has(index, (part.layer, part.spec_index), micro_batch)
             )
 
     def reduce(self) -> tuple[torch.Tensor, int]:
@@ -441,15 +440,6 @@ def shadows_in_host_memory(config: RunConfig, device: torch.device) -> bool:
     """Whether copies of other ranks' optimizer state lie in host memory."""
     wanted = config.elastic.shadow_memory
     return wanted == "host" or (wanted == "auto" and device.type == "cuda")
-
-
-def _places(chunk: Chunk) -> Iterator[tuple[Place, nn.Parameter]]:
-    """A chunk's parameters with their layers and rows in the layers' tables."""
-    rows: dict[int, int] = {}
-    for layer, _, parameter in chunk.named_specs():
-        row = rows.setdefault(layer, 0)
-        rows[layer] += 1
-        yield (layer, row), parameter
 
 
 def _same_layers(before: Training, after: Training) -> bool:

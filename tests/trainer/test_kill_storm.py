@@ -86,9 +86,7 @@ class Storm:
         steps = len(self.run.steps())
         if not changes or "worker_started" in kinds[changes[-1] :] or steps <= self._steps:
             return False
-        plan = events[changes[-1]]["plan"]
-        placed = [r for stage in plan["stages"] for cell in stage for r in cell] + plan["spares"]
-        if len(placed) < self.members or len(self.run.living()) < self.members:
+        if self.run.members() < self.members or len(self.run.living()) < self.members:
             return False
         self._steps = steps
         return True

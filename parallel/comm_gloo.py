@@ -151,9 +151,9 @@ class _Link:
     """The connection to one peer for one group of ranks.
 
     It is made by a thread of its own when the first message is posted, in whatever order ranks come to
-    need each other; messages posted before it stands follow then. After an edit both sides greet each
+    need each other; messages posted before it stands follow then. At an edit both sides greet each
     other before anything else, so that no message of the new generation meets one of the old; when one
-    side has no longer got the connection, both make a new one.
+    side has no longer got the connection, both make a new one at the next message.
     """
 
     def __init__(self, mesh: GlooMesh, name: str, peer: int) -> None:
@@ -215,38 +215,46 @@ class _Link:
 
     def _connect(self, signal: AbortSignal) -> None:
         failure: BaseException | None = None
+        group = None
         try:
-            group = self._group
-            if group is None or not self._greet(group, signal.generation):
-                group = self.mesh.connect(self.name, self.peer, signal)
+            group = self.mesh.connect(self.name, self.peer, signal)
         except (RuntimeError, PeerLost) as error:
-            failure, group = error, None
+            failure = error
         with self._lock:
             self._group = group
             self._failure = self._failure or failure
             if self._failure is None:
-                for message in self._queue:
-                    try:
-                        self._start(message)
-                    except RuntimeError as error:
-                        message.error = error
-                self._is_ready = True
+                self._go_on()
             self._queue = []
             self._is_connecting = False
             self._settled.set()
         if self._failure is not None:
             self.end(str(self._failure))  # what ended while it was being made is closed here
 
-    def _greet(self, group: Any, generation: int) -> bool:
-        """Whether the peer still has this connection, and has left the old generation too."""
-        tag = RESERVED_TAG + generation % _GREETING_TAGS
-        try:
-            arrived = group.recv([torch.empty(1)], self._peer_index, tag)
-            group.send([torch.empty(1)], self._peer_index, tag).wait()
-            arrived.wait()
-        except RuntimeError:
-            return False
-        return True
+    def _go_on(self) -> None:
+        """The connection stands: what has been waiting for it follows."""
+        for message in self._queue:
+            try:
+                self._start(message)
+            except RuntimeError as error:
+                message.error = error
+        self._queue = []
+        self._is_ready = True
+
+    def await_greeting(self, greeting: _Greeting) -> None:
+        """Go on once the peer has entered the generation too; on a new connection if it dropped this one."""
+        answered = greeting.wait()
+        with self._lock:
+            self._is_connecting = False
+            if self._failure is not None:
+                return
+            if answered:
+                self._go_on()
+                self._settled.set()
+                return
+            self._group = None
+            if self._queue:
+                self._connect_in_background()
 
     def end(self, reason: str) -> None:
         """Free all waiters; nothing is sent or received any more. Local, at once."""
@@ -272,14 +280,52 @@ class _Link:
     def is_idle(self) -> bool:
         return not (self.open or self._is_connecting or self._queue)
 
-    def keep(self) -> bool:
-        """Whether this connection serves the next generation too; it is then greeted at first use."""
+    def greet(self, generation: int) -> _Greeting | None:
+        """Keep an idle connection for `generation`: say so to the peer, and wait for nothing. Local.
+
+        Returns:
+            What `await_greeting` is to be called with; None when this connection cannot serve on.
+        """
         with self._lock:
-            if not self.is_idle or self._failure is not None or self._group is None:
-                return False
+            group = self._group
+            if not self.is_idle or self._failure is not None or group is None:
+                return None
+            try:
+                greeting = _Greeting(group, self._peer_index, generation)
+            except RuntimeError:
+                return None
             self._is_ready = False
+            self._is_connecting = True
             self._settled.clear()
-            return True
+            return greeting
+
+
+class _Greeting:
+    """Both sides tell each other that they have entered a generation and still have the connection."""
+
+    def __init__(self, group: Any, peer_index: int, generation: int) -> None:
+        tag = RESERVED_TAG + generation % _GREETING_TAGS
+        self._group = group  # alive for as long as its works are waited for
+        self._buffers = (torch.empty(1), torch.empty(1))
+        self._works = (
+            group.recv([self._buffers[0]], peer_index, tag),
+            group.send([self._buffers[1]], peer_index, tag),
+        )
+
+    def wait(self) -> bool:
+        """Whether the peer has answered; False when it no longer has the connection."""
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError:
+            return False
+        return True
+
+
+def _await_greetings(greetings: Sequence[tuple[_Link, _Greeting]]) -> None:
+    """In turn: each depends on nothing but its peer's entering of the generation."""
+    for link, greeting in greetings:
+        link.await_greeting(greeting)
 
 
 def _in_thread(what: str, function: Callable[..., None], *arguments: object) -> threading.Thread:
@@ -374,11 +420,18 @@ class GlooMesh:
         if store is not None:
             self._shared_store = store
             self.__dict__.pop("_store", None)
+        greetings: list[tuple[_Link, _Greeting]] = []
         with self._lock:
             for (name, peer), link in tuple(self._links.items()):
-                if peer in change.changed or not link.keep():
+                gone = peer in change.changed
+                greeting = None if gone else link.greet(change.generation)
+                if greeting is not None:
+                    greetings.append((link, greeting))
+                else:
                     del self._links[(name, peer)]
                     link.end(f"rank {peer} is not in reach of generation {change.generation}")
+        if greetings:
+            _in_thread("greet", _await_greetings, greetings)
         ending, self.ending = self.ending, []
         for thread in ending:
             thread.join(_CONNECT_S)

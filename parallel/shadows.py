@@ -82,13 +82,15 @@ class ShadowState:
         comm: Communicator,
         settings: AdamWSettings,
         in_host_memory: bool = False,
+        weight_dtype: torch.dtype | None = None,
         before: ShadowState | None = None,
     ) -> None:
         """Local. The copies are zero until they are filled.
 
         Args:
             in_host_memory: keep the copies there, page-locked beside a GPU; gradients stay on the device.
-            before: of the plan before; where the same blocks are shadowed its copies are taken over.
+            weight_dtype: of the parameters, where they are to be saved from copies in host memory.
+        before: of the plan before; where the same blocks are shadowed its copies are taken over.
         """
         self.blocks = shadowed_blocks(plan, rank)
         self._comm, self._settings = comm, settings
@@ -106,8 +108,12 @@ class ShadowState:
         elements = self.blocks[-1].stop if self.blocks else 0
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._state: dict[str, Tensor]
+        self._rounded: Tensor | None = None
+        """The values as parameters, where these have fewer bits and are saved from here."""
+        rounds = in_host_memory and weight_dtype not in (None, dtype)
         if before is not None and before.blocks == self.blocks:
             self._gradients, self._state = before._gradients, before.state
+            self._rounded = before._rounded
             self._step.copy_(before._step)
         else:
             self._gradients = torch.zeros(elements, dtype=dtype, device=device)
@@ -117,6 +123,10 @@ class ShadowState:
                 kind: torch.zeros(elements, dtype=dtype, device=place, pin_memory=pinned)
                 for kind in STATE_KINDS
             }
+            if rounds:
+                self._rounded = torch.zeros(
+                    elements, dtype=weight_dtype, device=place, pin_memory=pinned
+                )
         self._staged: dict[str, Tensor] | None = None
         """On the device, of the largest block's size; where copies lie in host memory."""
         if in_host_memory:
@@ -140,9 +150,22 @@ class ShadowState:
         return self._state
 
     @property
+    def weights(self) -> Tensor:
+        """The parameters of `blocks` in host memory, flat, with the bits that their owners' have."""
+        values = self.state["value"]
+        return values if self._rounded is None else self._rounded
+
+    def round_weights(self, block: ShadowedBlock) -> None:
+        """Have `weights` follow the block's values, once these have been written."""
+        if self._rounded is not None:
+            here = slice(block.start, block.stop)
+            self._rounded[here].copy_(self.state["value"][here])
+
+    @property
     def bytes(self) -> int:
         """Memory of the copies, gradients included."""
-        return 4 * self._gradients.numel() * self._gradients.element_size()
+        rounded = 0 if self._rounded is None else self._rounded.nbytes
+        return 4 * self._gradients.nbytes + rounded
 
     def restore(self, step: int) -> None:
         """Go on from `step` updates, once `state` has been filled."""
@@ -190,6 +213,9 @@ class ShadowState:
             update_blocks((update,), self._step, lr, self._settings)
             for kind, staged in self._staged.items():
                 state[kind][here].copy_(staged[:size], non_blocking=True)
+            if self._rounded is not None:
+                values = self._staged["value"][:size].to(self._rounded.dtype)
+                self._rounded[here].copy_(values, non_blocking=True)
         if self._gradients.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()

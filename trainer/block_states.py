@@ -45,6 +45,7 @@ class BlockStates:
         if block is not None:
             copies = self._shadows.state
             _fill({kind: copies[kind][block.start : block.stop] for kind in STATE_KINDS}, state)
+            self._shadows.round_weights(block)
 
 
 def _fill(target: BlockState, source: BlockState) -> None:

@@ -142,11 +142,18 @@ def elastic_report(
     return ElasticReport(
         redundancy=redundancy,
         nodes=len(set(node_of.values())),
-        shadow_bytes=max(kept.values()) * width * (_KINDS + 1),
+        shadow_bytes=max(kept.values()) * (width * (_KINDS + 1) + _rounded_width(config)),
         traffic_bytes=max(sent.values()) * width,
         unsafe_blocks=unsafe,
         loss=_loss(plan, set(lost), node_of, redundancy, width) if lost else None,
     )
+
+
+def _rounded_width(config: RunConfig) -> int:
+    """Bytes per element of the parameters that shadows in host memory keep for checkpoints."""
+    train, memory = config.train, config.elastic.shadow_memory
+    in_host_memory = memory == "host" or (memory == "auto" and train.device != "cpu")
+    return 2 if in_host_memory and train.precision == "bf16" else 0
 
 
 def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]:

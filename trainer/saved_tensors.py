@@ -29,7 +29,7 @@ def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> 
     """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank.
 
     Args:
-        from_shadows: the optimizer's state is taken from each block's first shadow, where it has one.
+        from_shadows: weights too are taken from each block's first shadow, where it has one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     holders: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
@@ -47,19 +47,20 @@ def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> 
             owners[spec.name].setdefault(box, set()).add(owner)
     dtype = DTYPES[precision]
     state_dtype = "F64" if precision == "fp64" else "F32"
+    kept = {name: _parts(keepers[name], owners[name] if from_shadows else {}) for name in shapes}
     weights = [
-        SavedTensor(name, "weight", dtype, shape, _parts(holders[name], {}), whole=True)
+        SavedTensor(
+            name,
+            "weight",
+            dtype,
+            shape,
+            kept[name] if from_shadows else _parts(holders[name], {}),
+            whole=True,
+        )
         for name, shape in shapes.items()
     ]
     state = [
-        SavedTensor(
-            f"{kind}.{name}",
-            kind,
-            state_dtype,
-            shape,
-            _parts(keepers[name], owners[name] if from_shadows else {}),
-            whole=False,
-        )
+        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, kept[name], whole=False)
         for name, shape in shapes.items()
         for kind in state_kinds(precision)
     ]

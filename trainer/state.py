@@ -35,8 +35,11 @@ class _KeptRows:
 
 
 _Columns = tuple[tuple[int, ...], tuple[int, ...]]
-_SHADOWED = {"master": "value", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-"""What a saved kind of state is called among shadows."""
+_SHADOWED = {
+    **{"weight": "weight", "master": "value"},
+    **{"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
+}
+"""What a saved kind of tensor is called among shadows."""
 
 
 class TrainingState:
@@ -87,7 +90,7 @@ class TrainingState:
         """The kind and the block of the copy that is saved of a box, if it is one that this rank shadows."""
         kind, _, base = name.partition(".")
         if kind not in self._state:
-            return None
+            kind, base = "weight", name
         rows = self._shadowed_rows.get((base, _columns(box)), [])
         place = bisect_right(rows, box.start[0], key=lambda found: found.first) - 1
         if place < 0 or rows[place].last <= box.start[0]:
@@ -118,7 +121,8 @@ class TrainingState:
         assert self._shadows is not None
         kind, rows = found
         start = rows.place + (box.start[0] - rows.first) * (box.elements // box.shape[0])
-        return self._shadows.state[kind][start : start + box.elements].view(box.shape)
+        copies = self._shadows.weights if kind == "weight" else self._shadows.state[kind]
+        return copies[start : start + box.elements].view(box.shape)
 
     def before(self, chunk: PlannedChunk) -> int:
         """The first block whose update overwrites a chunk; the number of all if none does.

@@ -127,6 +127,7 @@ class Training:
             comm=self.groups.world,
             settings=settings,
             in_host_memory=shadows_in_host_memory(config, self.device),
+            weight_dtype=dtype,
             before=before.shadows if before is not None else None,
         )
         if self.offloader is not None:
@@ -162,7 +163,7 @@ class Training:
 
     @property
     def saves_from_shadows(self) -> bool:
-        """Whether the optimizer's state is saved from the copies that shadows have in host memory."""
+        """Whether checkpoints are taken from the copies that shadows have in host memory."""
         return self.shadows.in_host_memory and bool(self.plan.shadows)
 
     def protect(self, fence: Fence | None) -> None:

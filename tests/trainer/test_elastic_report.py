@@ -10,26 +10,33 @@ import torch
 
 from holdfast.parallel.adamw import AdamWSettings
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.plan import Plan
+from holdfast.parallel.layout import Box
+from holdfast.parallel.plan import Plan, block_box
 from holdfast.parallel.replan import Roster, with_shadows
 from holdfast.parallel.shadows import ShadowState, shadow_runs
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic_report import elastic_report
 from holdfast.trainer.plan_report import plan_report
 from holdfast.trainer.planning import plan_of
+from holdfast.trainer.saved_tensors import saved_tensors
 
 
-def config(redundancy: int, nodes: int = 2) -> RunConfig:
+def config(
+    redundancy: int, nodes: int = 2, *, precision: str = "fp32", shadow_memory: str = "auto"
+) -> RunConfig:
     return msgspec.convert(
         {
             "model": {
                 **{"family": "llama", "layers": 4, "hidden": 48, "intermediate": 96},
                 **{"heads": 4, "vocab": 320},
             },
-            "train": {"seq_len": 16, "global_batch": 8, "micro_batch": 1},
+            "train": {"seq_len": 16, "global_batch": 8, "micro_batch": 1, "precision": precision},
             "parallel": {"pipeline": 2, "data": 2, "virtual": 2, "schedule": "interleaved-1f1b"},
             "optimizer": {"block_elements": 2048},
-            "elastic": {"enabled": True, "redundancy": redundancy, "local_nodes": nodes},
+            "elastic": {
+                **{"enabled": True, "redundancy": redundancy, "local_nodes": nodes},
+                "shadow_memory": shadow_memory,
+            },
         },
         RunConfig,
     )
@@ -43,8 +50,10 @@ def shadowed_plan(redundancy: int) -> Plan:
 
 
 @pytest.mark.parametrize("redundancy", [0, 1, 2])
-def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int) -> None:
-    report = elastic_report(config(redundancy), plan_of(config(redundancy)))
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memory: str) -> None:
+    given = config(redundancy, precision="bf16", shadow_memory=memory)
+    report = elastic_report(given, plan_of(given))
     plan = shadowed_plan(redundancy)
     copies = [
         ShadowState(
@@ -54,6 +63,8 @@ def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int) -> No
             device=torch.device("cpu"),
             comm=cast("Any", None),
             settings=AdamWSettings((0.9, 0.95), 1e-8, 0.1),
+            in_host_memory=memory == "host",
+            weight_dtype=torch.bfloat16,
         ).bytes
         for rank in range(4)
     ]
@@ -98,3 +109,22 @@ def test_ranks_that_are_not_there_and_too_few_left_are_refused() -> None:
         plan_report(config(1), lost=[7])
     with pytest.raises(ConfigError, match="0 ranks are left"):
         plan_report(config(1), lost=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_saved_from_shadows_is_nobody_elses(precision: str) -> None:
+    plan = shadowed_plan(1)
+    saved = saved_tensors(plan, precision, from_shadows=True)
+    first: dict[tuple[str, Box], int] = {}
+    for blocks, shadows in zip(plan.blocks, plan.shadows, strict=True):
+        for block, holders in zip(blocks, shadows, strict=True):
+            spec = plan.layers[block.layer].parameters[0][block.spec_index]
+            first[spec.name, block_box(spec, block)] = holders[0]
+    weights = [tensor for tensor in saved if tensor.kind == "weight"]
+    assert weights
+    assert len(saved) == len(weights) * (4 if precision == "bf16" else 3)
+    for tensor in saved:
+        name = tensor.name if tensor.kind == "weight" else tensor.name.split(".", 1)[1]
+        assert {part.box: part.holders for part in tensor.parts} == {
+            box: (rank,) for (owner, box), rank in first.items() if owner == name
+        }

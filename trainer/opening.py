@@ -46,7 +46,8 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if config.numerics.reduction == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        # As use_deterministic_algorithms(True), without its import of the compiler: a second per worker.
+        torch.set_deterministic_debug_mode("error")
         # Every buffer here is written before it is read; filling them would cost a pass each.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
     if wanted == "cuda":

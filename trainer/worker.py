@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 
+# torch imports it at the first backward pass, for half a second: here it is there before workers are forked.
+import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
 from holdfast.elastic.seat import Seat

@@ -1,14 +1,16 @@
 """Throughput after one of six ranks is lost, on emulated compute: what each way of going on gives.
 
-Data 3 x pipeline 2, 24 layers, 1F1B, the same global batch of 24 micro-batches throughout. A layer's forward is a
-sleep of 1 ms and its backward one of 2 ms, under the real executor over gloo.
+Data 3 x pipeline 2, 24 layers, 1F1B, the same global batch throughout, of 12 or 24 micro-batches; a rank of the
+first or of the second stage is lost. A layer's forward is a sleep of 1 ms and its backward one of 2 ms, under the
+real executor over gloo.
 
 - nothing lost: six ranks;
 - pipeline dropped: the lost rank's whole pipeline stands still, and the other two share its micro-batches (what
   replica-granular recovery does, torchft's);
 - re-routed: its micro-batches go to the other replicas of its stage (ReCycle's way, with its
   split backward);
-- holdfast: re-routed, layers moved between the stages, and the step list-scheduled with split backwards.
+- holdfast: re-routed, layers moved between the stages, and the step list-scheduled with split backwards; ranks keep
+  elastic.activation_headroom = 0.3 more activations than the fullest did before, or as much again (1.0).
 
 Five ranks can do 5/4 of what four do, whatever the way: the work of a step does not change. More than that is a
 shorter bubble.
@@ -40,44 +42,58 @@ from holdfast.parallel.replan import Roster, replan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.planning import plan_of
 
-RANKS, LOST = 6, 4
-LAYERS, MICRO_BATCHES = 24, 24
-LAYER_S = 0.001
-WAYS = ("nothing lost", "pipeline dropped", "re-routed", "holdfast")
+RANKS, LAYERS, LAYER_S = 6, 24, 0.001
+CASES = tuple((lost, micro_batches) for micro_batches in (12, 24) for lost in (0, 4))
+"""The rank that is lost, of the first stage or of the second, and the micro-batches of a step."""
+WAYS = (
+    "nothing lost",
+    "pipeline dropped",
+    "re-routed",
+    "holdfast",
+    "holdfast, headroom 1.0",
+)
 
 
-def plan(way: str) -> Plan:
+def plan(way: str, lost_rank: int, micro_batches: int) -> Plan:
     config = msgspec.convert(
         {
             "model": {
                 **{"family": "llama", "layers": LAYERS, "hidden": 256, "intermediate": 1024},
                 **{"heads": 4, "vocab": 16},
             },
-            "train": {"seq_len": 64, "global_batch": MICRO_BATCHES, "micro_batch": 1},
+            "train": {"seq_len": 64, "global_batch": micro_batches, "micro_batch": 1},
             "parallel": {"pipeline": 2, "data": 3},
+            "elastic": {"activation_headroom": 1.0} if "headroom" in way else {},
         },
         RunConfig,
     )
     full = plan_of(config)
     if way == "nothing lost":
         return full
-    lost = {LOST}
+    lost = {lost_rank}
     if way == "pipeline dropped":
-        replica = full.cells.coordinates(LOST).data
+        replica = full.cells.coordinates(lost_rank).data
         lost = {full.cells.rank(0, replica, stage) for stage in range(2)}
     living = tuple(rank for rank in full.cells.ranks if rank not in lost)
     roster = Roster(living, {rank: f"node{rank}" for rank in full.cells.ranks})
-    return replan(full, roster, generation=1, move_layers=way == "holdfast")
+    return replan(full, roster, generation=1, move_layers="holdfast" in way)
 
 
 def step_times(
-    rank: int, world_size: int, store: dist.Store, *, way: str, repetitions: int
+    rank: int,
+    world_size: int,
+    store: dist.Store,
+    *,
+    way: str,
+    lost: int,
+    micro_batches: int,
+    repetitions: int,
 ) -> list[float]:
     make_sleeps_exact()
     comm = GlooCommunicator(
         store, way, range(world_size), rank, device=gloo_device("127.0.0.1"), timeout_s=60
     )
-    current = plan(way)
+    current = plan(way, lost, micro_batches)
     programs = {r: current.program(r) for r in current.cells.ranks}
     mine = programs.get(rank, ())
 
@@ -88,7 +104,7 @@ def step_times(
 
     chunks = {chunk: SleepingChunk(LAYER_S * blocks(chunk)) for chunk in current.chunks_of(rank)}
     message = MessageShape(SHAPE, torch.float32, torch.device("cpu"))
-    executor = Executor(chunks, len(current.placement) - 1, message, comm, MICRO_BATCHES)
+    executor = Executor(chunks, len(current.placement) - 1, message, comm, micro_batches)
     order = receive_order(mine, programs, rank)
     times = []
     for _ in range(repetitions + 1):
@@ -107,25 +123,30 @@ def main() -> None:
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
     cluster = Cluster()
+    rows, baseline = [], {}
     try:
-        rows = [
-            Measurement(
-                way,
-                tuple(
-                    cluster.run(
-                        "lost_rank:step_times", RANKS, way=way, repetitions=given.repetitions
-                    )[0]
-                ),
-            )
-            for way in WAYS
-        ]
+        for lost, micro_batches in CASES:
+            case = f"{micro_batches} micro-batches, stage {lost // 3 + 1}"
+            times = {
+                way: cluster.run(
+                    "lost_rank:step_times",
+                    RANKS,
+                    way=way,
+                    lost=lost,
+                    micro_batches=micro_batches,
+                    repetitions=given.repetitions,
+                )[0]
+                for way in WAYS
+            }
+            found = [Measurement(f"{case}: {way}", tuple(times[way])) for way in WAYS]
+            baseline |= {row.name: found[1].median_s for row in found}
+            rows += found
     finally:
         cluster.close()
-    dropped = next(row for row in rows if row.name == "pipeline dropped")
     report(
         "a step after one of six ranks is lost (data 3 x pipeline 2, emulated)",
         rows,
-        {row.name: dropped.median_s for row in rows},
+        baseline,
         json_path=given.json,
         note="ratio: of step times, to dropping the pipeline; five busy ranks would give 0.8 of four",
     )

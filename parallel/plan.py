@@ -23,12 +23,14 @@ from holdfast.parallel.rerouting import (
     merged_program,
     regular_timeline,
     scheduled_programs,
+    stage_caps,
 )
 from holdfast.parallel.schedule import (
     Action,
     Program,
     compute_programs,
     forward_only,
+    peak_in_flight,
     placement,
     with_messages,
 )
@@ -62,6 +64,8 @@ class Plan:
     home_layers: tuple[tuple[int, int], ...]
     """`chunk_layers` of that mesh."""
     micro_batch_order: str = "ascending"
+    activation_headroom: float = 0.3
+    """How much more memory than regularly ranks may use for activations where stages differ."""
     shares: Shares | None = None
     """Which micro-batches each cell computes, where stages differ; None: each replica's own."""
     given_owners: tuple[tuple[int, ...], ...] | None = None
@@ -239,16 +243,18 @@ class Plan:
             programs = self._cached(
                 (kind, "scheduled", only),
                 lambda: scheduled_programs(
-                    self.schedule,
                     self.placement,
-                    self.cells.pipeline,
-                    self.virtual,
                     lambda stage, micro_batch: stage * widest + replicas[stage][micro_batch],
                     rows,
                     [
                         sum(self.layers[layer].forward_flops for layer in self.layers_of(chunk))
                         for chunk in range(len(self.placement))
                     ],
+                    {
+                        stage * widest + replica: cap
+                        for stage, cap in enumerate(self._caps())
+                        for replica in range(self.cells.replicas(stage))
+                    },
                 ),
             )
             return programs.get(at.pipeline * widest + at.data, ())
@@ -266,6 +272,23 @@ class Plan:
         share = self.share(at.pipeline, at.data)
         wanted = share if only is None else tuple(m for m in share if m in only)
         return merged_program(wanted, places, timeline, at.pipeline)
+
+    def _caps(self) -> tuple[int, ...]:
+        """By stage, the chunk activations that a cell may keep at once where stages differ."""
+
+        def chunk_bytes(chunks: Sequence[tuple[int, int]]) -> list[float]:
+            return [
+                float(sum(layer.activation_bytes for layer in self.layers[a:b])) for a, b in chunks
+            ]
+
+        home, regular = self.home.pipeline, chunk_bytes(self.home_layers)
+        longest = -(-sum(map(len, self.micro_batches)) // self.home.data)
+        fullest = max(
+            peak_in_flight(program, size=regular.__getitem__)
+            for program in compute_programs(self.schedule, home, self.virtual, longest)
+        )
+        most = (1 + self.activation_headroom) * fullest
+        return stage_caps(self.placement, chunk_bytes(self.chunk_layers), most)
 
     def parameter_layout(self) -> Layout:
         """Which boxes of which logical tensors each rank's parameters are."""
@@ -313,6 +336,7 @@ def make_plan(
     block_elements: int,
     blocks_per_chunk: Sequence[int] | None = None,
     micro_batch_order: str = "ascending",
+    activation_headroom: float = 0.3,
     generation: int = 0,
 ) -> Plan:
     """The plan of a generation. Pure.
@@ -323,6 +347,7 @@ def make_plan(
         micro_batches: of a step, over all replicas; shared out in contiguous runs that differ by one.
         blocks_per_chunk: an uneven split of the blocks; None for an even one.
         micro_batch_order: "ascending", "descending" or "shuffled"; results do not depend on it.
+        activation_headroom: see `Plan`; 0 or more.
     Raises:
         ConfigError: the layout does not fit the layers, the batch or the schedule; the line says what
             to change.
@@ -351,6 +376,7 @@ def make_plan(
         home=mesh,
         home_layers=tuple(pairwise(edges)),
         micro_batch_order=micro_batch_order,
+        activation_headroom=activation_headroom,
     )
 
 

@@ -13,9 +13,7 @@ from holdfast.parallel.schedule import (
     Action,
     Op,
     Program,
-    compute_programs,
     list_schedule,
-    peak_in_flight,
     simulate,
     unit_cost,
 )
@@ -64,28 +62,40 @@ def merged_program(
     return tuple(Action(op, chunk, number) for _, number, _, op, chunk in sorted(found))
 
 
+def stage_caps(
+    placement: Sequence[int], chunk_bytes: Sequence[float], most_bytes: float
+) -> tuple[int, ...]:
+    """By stage, how many activations of its chunks fit in a memory; at least one of each. Pure.
+
+    Args:
+        placement: the stage of each chunk.
+        chunk_bytes: of one micro-batch's activations, by chunk.
+    """
+    found = []
+    for stage in range(max(placement) + 1):
+        sizes = [size for at, size in zip(placement, chunk_bytes, strict=True) if at == stage]
+        found.append(max(len(sizes), int(most_bytes // max(1.0, *sizes))))
+    return tuple(found)
+
+
 def scheduled_programs(
-    schedule: str,
     placement: Sequence[int],
-    pipeline: int,
-    virtual: int,
     cell_of: Callable[[int, int], int],
     rows: Sequence[Sequence[int]],
     work: Sequence[float],
+    caps: Mapping[int, int],
 ) -> dict[int, Program]:
     """The compute actions of all cells, by cell, in as little time as the list scheduler finds.
 
-    No cell keeps more activations than the fullest stage of the regular schedule does.
-
     Args:
+        placement: the stage of each chunk.
         cell_of: (stage, micro-batch) -> the cell that computes it, by any number.
         rows: the micro-batches of each replica that a full mesh would have, in order; those left out are
             not computed.
         work: of one micro-batch's forward pass, by chunk.
+        caps: the chunk activations that each cell may keep at once, by the same numbers.
     """
     longest = max(map(len, rows))
-    regular = compute_programs(schedule, pipeline, virtual, longest)
-    cap = max(int(peak_in_flight(program, until="weight")) for program in regular)
     entering = [row[place] for place in range(longest) for row in rows if place < len(row)]
     times = {
         Op.FORWARD: 1,
@@ -98,7 +108,7 @@ def scheduled_programs(
         entering,
         lambda chunk, micro_batch: cell_of(placement[chunk], micro_batch),
         lambda action: times[action.op] * max(1.0, work[action.chunk]),
-        cap=cap,
+        cap=caps,
         split_backward=True,
         all_rules=len(placement) * len(entering) <= _THOROUGH_PAIRS,
     )

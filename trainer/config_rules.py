@@ -233,6 +233,11 @@ def _elastic(config: RunConfig) -> Iterator[str]:
             "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job are fixed; "
             "set elastic.respawn = false, or use 'gloo' or 'nccl'"
         )
+    if elastic.activation_headroom < 0:
+        yield (
+            f"elastic.activation_headroom = {elastic.activation_headroom}: must be 0 or more, as a share of "
+            "the activation memory of the fullest rank"
+        )
     if elastic.straggler_every < 0 or elastic.straggler_factor <= 1:
         yield (
             f"elastic.straggler_every = {elastic.straggler_every}, straggler_factor = "

@@ -69,5 +69,6 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
         block_elements=config.optimizer.block_elements,
         blocks_per_chunk=parallel.blocks_per_chunk or None,
         micro_batch_order=parallel.micro_batch_order,
+        activation_headroom=config.elastic.activation_headroom,
         generation=generation,
     )

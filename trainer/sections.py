@@ -183,6 +183,8 @@ class ElasticConfig(Section, frozen=True):
     verify_every: int = 100
     local_nodes: int = 1
     lighthouse: str = ""
+    activation_headroom: float = 0.3
+    """After a loss ranks may keep so much more activation memory than the fullest had, to be idle less."""
     straggler_every: int = 10
     """Steps from one comparison of all ranks' own times to the next; 0: never."""
     straggler_factor: float = 2.0

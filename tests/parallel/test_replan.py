@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.parallel.cells import Cells
+from holdfast.parallel.cost import peak_activation_bytes
 from holdfast.parallel.errors import ConfigError, LayoutError
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.parcels import held_blocks, missing_blocks, plan_parcels
@@ -24,8 +26,8 @@ from holdfast.parallel.replan import (
     with_shadows,
     would_move_layers,
 )
-from holdfast.parallel.rerouting import SCHEDULED_PAIRS
-from holdfast.parallel.schedule import Timeline, check_programs, simulate, unit_cost
+from holdfast.parallel.rerouting import SCHEDULED_PAIRS, stage_caps
+from holdfast.parallel.schedule import check_programs, simulate, unit_cost
 from holdfast.parallel.shadows import shadow_runs, shadowed_blocks
 from holdfast.trainer.model.config import ModelConfig
 from holdfast.trainer.model.specs import layer_specs
@@ -163,27 +165,40 @@ def test_a_stage_keeps_its_micro_batches_and_the_lost_ones_are_dealt_out() -> No
         assert before == now or before == 4
 
 
+@pytest.mark.parametrize("lost", [0, 4])
 @pytest.mark.parametrize("move_layers", [False, True])
-def test_an_uneven_step_is_shorter_than_the_merged_one_and_keeps_no_more_activations(
-    monkeypatch: pytest.MonkeyPatch, move_layers: bool
+def test_an_uneven_step_is_shorter_than_the_merged_one_and_keeps_to_its_memory(
+    monkeypatch: pytest.MonkeyPatch, lost: int, move_layers: bool
 ) -> None:
     full = first_plan(data=3, pipeline=2)
-    alive = set(full.cells.ranks) - {4}
+    alive = set(full.cells.ranks) - {lost}
     roster = Roster(tuple(sorted(alive)), NODES)
+    fullest = max(peak_activation_bytes(full, rank) for rank in full.cells.ranks)
 
-    def timeline() -> Timeline:
-        plan = replan(full, roster, generation=1, move_layers=move_layers)
+    def makespan(headroom: float) -> float:
+        plan = replace(full, activation_headroom=headroom, _cache={})
+        plan = replan(plan, roster, generation=1, move_layers=move_layers)
         assert not plan.is_regular
         programs = {rank: plan.program(rank) for rank in alive}
+        if scheduling:
+            most = max(peak_activation_bytes(plan, rank) for rank in alive)
+            assert most <= (1 + headroom) * fullest
         blocks = [len(plan.layers_of(chunk)) for chunk in range(2)]
         unit = unit_cost()
-        return simulate(programs, lambda action: unit(action) * blocks[action.chunk])
+        return simulate(programs, lambda action: unit(action) * blocks[action.chunk]).makespan
 
-    scheduled = timeline()
+    scheduling = True
+    scheduled, roomy = makespan(0.3), makespan(1.0)
+    assert roomy <= scheduled
+    scheduling = False
     monkeypatch.setattr("holdfast.parallel.plan.SCHEDULED_PAIRS", 0)
-    merged = timeline()
-    assert scheduled.makespan < 0.97 * merged.makespan
-    assert max(scheduled.peak_saved.values()) <= 2  # as the first of two stages under 1F1B
+    assert scheduled < 0.97 * makespan(0.3)
+
+
+def test_a_stage_may_keep_what_fits_in_memory_and_one_of_each_chunk_at_least() -> None:
+    assert stage_caps((0, 1), (10.0, 14.0), 30.0) == (3, 2)
+    assert stage_caps((0, 1, 0, 1), (4.0, 2.0, 5.0, 2.0), 20.0) == (4, 10)
+    assert stage_caps((0, 1, 1, 0), (4.0, 2.0, 2.0, 4.0), 1.0) == (2, 2)
 
 
 def test_layers_move_to_the_stage_that_kept_more_cells_and_back() -> None:

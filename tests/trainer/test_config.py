@@ -79,6 +79,7 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
             "train.recompute=auto and train.activation_gib=1 and offload.activations=ssd",
             "set train.tflops",
         ),
+        ("elastic.activation_headroom=-0.1", "must be 0 or more, as a share"),
         ("elastic.redundancy=3", "must be 0, 1 or 2 shadows"),
     ],
 )

@@ -115,19 +115,19 @@ class Starter:
     _others: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __call__(self, *, name: str = "", **sections: dict[str, Any]) -> ElasticRun:
-        elastic = {
-            **{"enabled": True, "local_nodes": 2, "heartbeat_timeout_ms": PATIENT_MS},
-            **sections.pop("elastic", {}),
-        }
-        config = make_config(
-            elastic=elastic,
-            log={"tensorboard": False, "every": 1000},
-            **{"train": {"steps": 30}, **sections},
-        )
+        own = {"local_nodes": 2, "heartbeat_timeout_ms": PATIENT_MS}
+        sections = {"train": {"steps": 30}, **sections}
+        sections["elastic"] = {**own, **sections.get("elastic", {})}
         name = name or f"run-{len(self.runs)}"
+        return self.start(self.write(name, **sections), name)
+
+    def write(self, name: str, **sections: dict[str, Any]) -> Path:
+        """The file of an elastic run's configuration."""
+        quiet = {"tensorboard": False, "every": 1000}
+        elastic = {"enabled": True, **sections.pop("elastic", {})}
         path = self.folder / f"{name}.toml"
-        path.write_text(dump_toml(config))
-        return self.start(path, name)
+        path.write_text(dump_toml(make_config(log=quiet, elastic=elastic, **sections)))
+        return path
 
     def start(
         self, path: Path, name: str, *arguments: str, launcher: Sequence[str] = ()

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,19 @@ from elastic_network import Network, network
 from elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
 from holdfast.launch.cluster import task_ranks
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.config import dump_toml
 from slurm_cluster import slurm
 from small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
+MPIRUN_ULFM = (str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm")
 LIGHTHOUSE_PORT = 29510
 STEPS = 50
 PACE_S = 0.1
 GROWING_PACE_S = 0.4
-CUT_S = 10.0
 """A step takes so long at least, for two more nodes to start meanwhile on a busy machine."""
+CUT_S = 10.0
 
 
 class Lighthouse:
@@ -128,48 +128,34 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
 def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
     start: Starter, expected: dict[str, Any]
 ) -> None:
-    config = make_config(
-        train={"steps": STEPS},
-        parallel={"data": 3, "pipeline": 1},
-        elastic=pace({"enabled": True}, PACE_S),
-        log={"tensorboard": False, "every": 1000},
-    )
-    path = start.folder / "job.toml"
-    path.write_text(dump_toml(config))
-    launcher = [
-        *(str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm", "-n", "3")
-    ]
-    run = start.start(path, "job", launcher=launcher)
-    run.wait_for_step(5)
-    agents = {run.agent(rank) for rank in range(3)}
-    assert len(agents) == 3
-    os.kill(run.agent(2), signal.SIGKILL)
-    run.finish()
-    assert run.bits() == expected, run.output()
-    assert {event["rank"] for event in run.events("rank_lost")} == {2}
+    lose_a_node_of_three(start, (*MPIRUN_ULFM, "-n", "3"), expected)
 
 
 def test_a_node_of_a_slurm_job_is_lost_with_its_agent(
     start: Starter, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     with slurm(tmp_path / "slurm", 3) as scheduler:
-        config = make_config(
-            train={"steps": STEPS},
-            parallel={"data": 3, "pipeline": 1},
-            elastic=pace({"enabled": True}, PACE_S),
-            log={"tensorboard": False, "every": 1000},
-        )
-        path = start.folder / "job.toml"
-        path.write_text(dump_toml(config))
         variables = {**scheduler.environment, "MASTER_ADDR": "127.0.0.1"}
-        launcher = [
+        launcher = (
             *("env", *(f"{name}={value}" for name, value in variables.items())),
             *("srun", "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--kill-on-bad-exit=0"),
-        ]
-        run = start.start(path, "job", launcher=launcher)
-        run.wait_for_step(5)
-        os.kill(run.agent(2), signal.SIGKILL)
-        run.finish()
+        )
+        lose_a_node_of_three(start, launcher, expected)
+
+
+def lose_a_node_of_three(start: Starter, launcher: Sequence[str], expected: dict[str, Any]) -> None:
+    """The launcher starts one task per node, which is lost with its agent."""
+    path = start.write(
+        "job",
+        train={"steps": STEPS},
+        parallel={"data": 3, "pipeline": 1},
+        elastic=pace({}, PACE_S),
+    )
+    run = start.start(path, "job", launcher=launcher)
+    run.wait_for_step(5)
+    assert len({run.agent(rank) for rank in range(3)}) == 3
+    os.kill(run.agent(2), signal.SIGKILL)
+    run.finish()
     assert run.bits() == expected, run.output()
     assert {event["rank"] for event in run.events("rank_lost")} == {2}
 
@@ -179,25 +165,20 @@ def test_ranks_of_an_mpi_job_are_lost_and_messages_go_on_over_mpi(
     start: Starter, cluster: Cluster
 ) -> None:
     train = {"steps": 12}
-    config = make_config(
+    path = start.write(
+        "mpi",
         train=train,
         parallel={"data": 3, "pipeline": 2, "backend": "mpi"},
         elastic={
-            **{"enabled": True, "respawn": False},
+            "respawn": False,
             "chaos": [fault("kill", 4, 3, "reduce"), fault("kill", 0, 7, "vote")],
         },
-        log={"tensorboard": False, "every": 1000},
     )
-    path = start.folder / "mpi.toml"
-    path.write_text(dump_toml(config))
-    launcher = [
-        *(str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm", "-n", "6")
-    ]
-    run = start.start(path, "mpi", launcher=launcher)
+    run = start.start(path, "mpi", launcher=(*MPIRUN_ULFM, "-n", "6"))
     run.finish()
     assert run.bits() == bits_of(run_training(cluster, make_config(train=train))), run.output()
     assert {event["rank"] for event in run.events("rank_lost")} == {0, 4}
-    wrong = start.start(path, "wrong", launcher=[*launcher[:-1], "3"])
+    wrong = start.start(path, "wrong", launcher=(*MPIRUN_ULFM, "-n", "3"))
     assert wrong.finish() != 0
     assert "3 tasks were started for 6 ranks; start one per rank" in wrong.output()
 
@@ -206,21 +187,18 @@ def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
     start: Starter, expected: dict[str, Any]
 ) -> None:
     with network("abc") as net, lighthouse(net) as keeper:
-        config = make_config(
+        path = start.write(
+            "cut",
             train={"steps": STEPS},
             parallel={"data": 3},
             elastic=pace(
                 {
-                    "enabled": True,
                     "lighthouse": f"{net.address('hub')}:{LIGHTHOUSE_PORT}",
                     "chaos": [fault("cut", 2, 4, seconds=CUT_S)],
                 },
                 GROWING_PACE_S,
             ),
-            log={"tensorboard": False, "every": 1000},
         )
-        path = start.folder / "cut.toml"
-        path.write_text(dump_toml(config))
         others = [start.task(path, "cut", net, number) for number in (1, 2)]
         run = start.start(path, "cut", launcher=start.as_task(net, 0))
         run.wait_for_step(3)
@@ -246,15 +224,12 @@ def test_under_torchrun_all_workers_begin_again_from_the_newest_checkpoint(
         *(str(Path(sys.executable).parent / "torchrun"), "--standalone", "--no-python"),
         *("--nproc-per-node", "2", "--max-restarts", "1"),
     )
-    config = make_config(
+    path = start.write(
+        "restarted",
         train={"steps": STEPS},
         parallel={"data": 2},
         checkpoint={"every": 5},
-        elastic={"enabled": True},
-        log={"tensorboard": False, "every": 1000},
     )
-    path = start.folder / "restarted.toml"
-    path.write_text(dump_toml(config))
     run = start.start(path, "restarted", launcher=torchrun)
     run.wait_for_step(7)
     run.kill(1)

@@ -21,6 +21,7 @@ from holdfast.launch.convert import convert
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.process_heap import prepare_heap
+from holdfast.trainer.rates import described, measure_rates, settle_rates, with_rates
 from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
 from holdfast.trainer.world import WorldInfo, world_from_environment
 
@@ -99,6 +100,8 @@ def train(
     check_config(run_config, workers)
     root = choose_root(config, out, run_config, resume, allow_change=allow_change)
     with lock_run(root):
+        fresh = resume == "none"
+        run_config = settle_rates(run_config, root, ranks_here=workers, fresh=fresh, say=typer.echo)
         run = open_run(root, run_config, resume, allow_change=allow_change)
         if run_config.elastic.enabled:
             # What ends with its connections logs so in C++ too; every end is told in our own words.
@@ -135,7 +138,14 @@ def _elastic_task(
         def opened() -> RunDirectory:
             root = choose_root(path, out, config, resume, allow_change=allow_change)
             held.enter_context(lock_run(root))
-            return open_run(root, config, resume, allow_change=allow_change)
+            settled = settle_rates(
+                config,
+                root,
+                ranks_here=world.local_world_size * config.parallel.ranks // world.world_size,
+                fresh=resume == "none",
+                say=typer.echo,
+            )
+            return open_run(root, settled, resume, allow_change=allow_change)
 
         return run_first_task(config, world, opened)
 
@@ -195,6 +205,14 @@ def plan(
     drive_gbytes: Annotated[
         float, typer.Option(help="What a rank can write to offload.path, in GB/s.", min=0)
     ] = 0.0,
+    measure: Annotated[
+        int,
+        typer.Option(
+            help="Measure what a rank computes and writes with so many at once on this machine.",
+            metavar="RANKS",
+            min=0,
+        ),
+    ] = 0,
     lost: Annotated[
         str, typer.Option(help="Ranks, as 2,5-7: show the plan that follows their loss too.")
     ] = "",
@@ -206,8 +224,13 @@ def plan(
     """Print layout, memory by rank, bubble, program and shadows, without starting a worker."""
     from holdfast.trainer.plan_report import plan_report
 
+    run_config = load_config(config, overrides)
+    if measure:
+        rates = measure_rates(run_config, measure)
+        typer.echo(f"measured {described(rates)}", err=as_json)
+        run_config = with_rates(run_config, rates)
     report = plan_report(
-        load_config(config, overrides),
+        run_config,
         flops_per_s=tflops * 1e12,
         link_bytes_per_s=gbytes * 1e9,
         drive_bytes_per_s=drive_gbytes * 1e9,

@@ -29,6 +29,7 @@ from holdfast.launch.live_run import LiveRun, is_under_way, live_run
 from holdfast.launch.show import start_display
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, load_config
+from holdfast.trainer.rates import recorded_rates
 from holdfast.trainer.resume import Resume
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.world import WorldInfo
@@ -71,6 +72,7 @@ def run_first_task(
         try:
             node = _task_settings(config, world)
             run = open_run()
+            config = recorded_rates(config, run.root)
         except HoldfastError as error:
             _tell(listening, world, {"error": str(error)})
             raise
@@ -102,6 +104,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     """
     told, host = _ask(world)
     run = RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))
+    config = recorded_rates(config, run.root)
     node = replace(_task_settings(config, world), log=run.log, host=host)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))

@@ -267,18 +267,11 @@ def _offload(config: RunConfig) -> Iterator[str]:
 
 
 def _recompute(config: RunConfig) -> Iterator[str]:
-    train, offload = config.train, config.offload
-    if train.recompute != "auto":
-        return
-    if not train.activation_gib:
+    train = config.train
+    if train.recompute == "auto" and not train.activation_gib:
         yield (
             "train.recompute = 'auto' with train.activation_gib = 0: say how much memory activations may "
             "take on a rank"
-        )
-    if offload.activations != "none" and not (train.tflops and offload.drive_gbytes):
-        yield (
-            f"train.recompute = 'auto' with offload.activations = {offload.activations!r}: set train.tflops "
-            "(what a rank computes) and offload.drive_gbytes (what it can write), from which it is chosen"
         )
 
 

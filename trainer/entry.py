@@ -13,6 +13,7 @@ import msgspec
 
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.rates import recorded_rates, settle_rates
 from holdfast.trainer.resume import Resume
 from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
 from holdfast.trainer.world import WorldInfo
@@ -53,9 +54,12 @@ def enter(
         store = PrefixStore(f"attempt-{world.attempt}", connect(world))
         with contextlib.ExitStack() as held:
             if world.rank == 0:
-                run = _opened_run(store, held, config_path, out, resume, config, allow_change)
+                run = _opened_run(
+                    store, held, config_path, out, resume, config, allow_change, world
+                )
             else:
                 run = _told_run(store)
+            config = recorded_rates(config, run.root)
             return run_worker(config, world, run, announce=True, store=store)
     except HoldfastError as error:
         if world.rank == 0:
@@ -71,11 +75,19 @@ def _opened_run(
     resume: str,
     config: RunConfig,
     allow_change: bool,
+    world: WorldInfo,
 ) -> RunDirectory:
     """Rank 0: make the run directory, keep it locked, and tell the others, or why there is none."""
     try:
         root = choose_root(config_path, out, config, resume, allow_change=allow_change)
         held.enter_context(lock_run(root))
+        config = settle_rates(
+            config,
+            root,
+            ranks_here=world.local_world_size,
+            fresh=resume == "none" and not world.attempt,
+            say=lambda line: print(line, flush=True),  # noqa: T201
+        )
         run = open_run(root, config, resume, allow_change=allow_change)
     except HoldfastError as error:
         store.set(_RUN_KEY, json.dumps({"error": str(error)}))

@@ -24,6 +24,7 @@ from holdfast.trainer.elastic_report import ElasticReport, elastic_report
 from holdfast.trainer.flops import step_flops
 from holdfast.trainer.offload_plan import OffloadPlan, offload_plan
 from holdfast.trainer.planning import plan_of
+from holdfast.trainer.rates import MeasuredRates, assumed, with_rates
 from holdfast.trainer.saved_tensors import DTYPES, state_kinds
 from holdfast.trainer.sections import RunConfig
 
@@ -70,6 +71,7 @@ class PlanReport:
             "elastic": None if self.elastic is None else self.elastic.as_dict(),
             "offload": None if self.offload is None else self.offload.as_dict(),
             "recompute": [layer.recompute for layer in plan.layers],
+            "recompute_for": assumed(self.config),
             "micro_batches": [list(numbers) for numbers in plan.micro_batches],
             "chunks": [
                 {
@@ -110,6 +112,8 @@ class PlanReport:
             ),
         ):
             facts.add_row(Text(name, style="dim"), value)
+        if rates := assumed(config):
+            facts.add_row(Text("recompute for", style="dim"), rates)
         if self.step_s is not None:
             rate = config.train.global_batch * config.train.seq_len / self.step_s
             estimate = f"{self.step_s:.4g} s, {rate:,.0f} tokens/s (estimated)"
@@ -178,9 +182,11 @@ def plan_report(
     Raises:
         ConfigError: lost ranks that are not in the layout, or too few left.
     """
+    given = MeasuredRates(flops_per_s / 1e12, drive_bytes_per_s / 1e9)
+    config = with_rates(config, given, instead=True)
     plan = plan_of(config)
-    flops_per_s = flops_per_s or config.train.tflops * 1e12
-    drive_bytes_per_s = drive_bytes_per_s or config.offload.drive_gbytes * 1e9
+    flops_per_s = config.train.tflops * 1e12
+    drive_bytes_per_s = config.offload.drive_gbytes * 1e9
     mesh = plan.home
     replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
     exact = config.numerics.reduction == "exact"

@@ -37,7 +37,7 @@ class TrainConfig(Section, frozen=True):
     activation_gib: float = 0.0
     """With recompute = "auto": what activations may take on a rank."""
     tflops: float = 0.0
-    """What a rank computes, in 10^12 operations a second, as measured: for "auto" beside offload."""
+    """What a rank computes, in 10^12 operations a second, for "auto" beside offload; 0: it is measured."""
     threads_per_rank: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 0
@@ -150,7 +150,7 @@ class OffloadConfig(Section, frozen=True):
     compact_heap: bool = True
     """On a CPU: start again with glibc settings that let the resident set fall with the memory in use."""
     drive_gbytes: float = 0.0
-    """What a rank can write to `path`, in 10^9 bytes a second, as measured: for train.recompute = "auto"."""
+    """What a rank can write to `path`, in 10^9 bytes a second, for train.recompute = "auto"; 0: it is measured."""
     drive_tbw: float = 0.0
     """Terabytes that the drive may be written in its life, by its data sheet: for the years it lasts."""
 

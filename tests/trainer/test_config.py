@@ -75,10 +75,6 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("offload.activations=host and train.device=cpu", "in host memory already"),
         ("offload.staging_mib=4096", "must be 1 to 1024"),
         ("train.recompute=auto", "say how much memory activations may take"),
-        (
-            "train.recompute=auto and train.activation_gib=1 and offload.activations=ssd",
-            "set train.tflops",
-        ),
         ("elastic.activation_headroom=-0.1", "must be 0 or more, as a share"),
         ("elastic.redundancy=3", "must be 0, 1 or 2 shadows"),
     ],

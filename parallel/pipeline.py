@@ -144,7 +144,7 @@ class Executor:
         note = (times.actions.append, times.starts_s.append, times.stops_s.append)
         values: dict[tuple[int, int], Tensor | None] = {}
         gradients: dict[tuple[int, int], Tensor | None] = {}
-        sends: list[Handle] = []
+        sends: dict[tuple[Op, int, int], Handle] = {}
         receives = _Receives(program, order, self)
         chunks, last = self._chunks, self._last_chunk
         saved = SavedOfProgram.of(program, self._offloader)
@@ -154,11 +154,11 @@ class Executor:
             start = perf_counter()
             if op is Op.FORWARD:
                 value = values.pop(key, None)
-                with saved.forward(key, value):
+                with saved.forward(key):
                     output = chunks[chunk].forward(micro_batch, value)
-                del value
                 if chunk != last:
                     values[(chunk + 1, micro_batch)] = output
+                del value, output  # what waits for its backward pass may leave memory
             elif op is Op.BACKWARD or op is Op.BACKWARD_INPUT:
                 saved.backward(key)
                 runner = chunks[chunk]
@@ -168,6 +168,7 @@ class Executor:
                     self.halved.add(key)
                 if chunk != 0:
                     gradients[(chunk - 1, micro_batch)] = gradient
+                del gradient
             elif op is Op.BACKWARD_WEIGHT:
                 chunks[chunk].backward_weight(micro_batch)
                 self.halved.discard(key)
@@ -175,16 +176,18 @@ class Executor:
                 values[key] = receives.wait(action)
             elif op is Op.RECEIVE_BACKWARD:
                 gradients[key] = receives.wait(action)
+                # Whoever answers has long received: this frees what was sent, and waits for nothing.
+                sends.pop((Op.SEND_FORWARD, chunk, micro_batch)).wait()
             elif op is Op.SEND_FORWARD:
-                sends.append(self._send(action, values.pop((chunk + 1, micro_batch))))
+                sends[(op, *key)] = self._send(action, values.pop((chunk + 1, micro_batch)))
                 receives.post_ahead()
             else:
-                sends.append(self._send(action, gradients.pop((chunk - 1, micro_batch))))
+                sends[(op, *key)] = self._send(action, gradients.pop((chunk - 1, micro_batch)))
                 receives.post_ahead()
             note[0](action)
             note[1](start)
             note[2](perf_counter())
-        for handle in sends:
+        for handle in sends.values():
             handle.wait()
         saved.end()
         return times

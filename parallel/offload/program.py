@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
-from torch import Tensor
-
 from holdfast.parallel.offload.offloader import Offloader
 from holdfast.parallel.schedule import Op, Program
 from holdfast.parallel.schedules.actions import COMPUTE
@@ -50,12 +48,10 @@ class SavedOfProgram:
         offloader.begin_step(order)
         return cls(offloader, reversed_at_once(program))
 
-    def forward(self, key: Key, value: Tensor | None) -> AbstractContextManager[None]:
-        """Around a forward pass; its input stays in memory, since its runner holds it."""
+    def forward(self, key: Key) -> AbstractContextManager[None]:
+        """Around a forward pass."""
         if self.offloader is None:
             return nullcontext()
-        if value is not None:
-            self.offloader.keep(value)
         return self.offloader.forward(key, kind=key[0], at_once=key in self.at_once)
 
     def backward(self, key: Key) -> None:

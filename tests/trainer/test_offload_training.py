@@ -102,6 +102,68 @@ def test_offload_gives_the_same_bits(
     assert run_offloaded(cluster, config) == one_process
 
 
+def count_inputs(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
+    """As `train_steps`, and which chunk inputs are in memory when the very first backward pass begins."""
+    from torch import Tensor
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from holdfast.parallel.chunk_runner import ModelChunkRunner
+    from holdfast.parallel.offload import Offloader
+
+    inputs: list[StorageWeakRef] = []
+    alive: list[int] = []
+    forward, backward = ModelChunkRunner.forward, Offloader.backward
+
+    def forward_and_note(
+        self: ModelChunkRunner, micro_batch: int, value: Tensor | None
+    ) -> Tensor | None:
+        if value is not None and not alive:
+            inputs.append(StorageWeakRef(value.untyped_storage()))
+        return forward(self, micro_batch, value)
+
+    def count_and_go_back(self: Offloader, key: Any) -> None:
+        if not alive:
+            self.settle()
+            alive.append(sum(not seen.expired() for seen in inputs))
+        backward(self, key)
+
+    ModelChunkRunner.forward = forward_and_note  # type: ignore[method-assign]
+    Offloader.backward = count_and_go_back  # type: ignore[method-assign]
+    try:
+        result = train_steps(rank, world_size, store, config=config)
+    finally:
+        ModelChunkRunner.forward = forward  # type: ignore[method-assign]
+        Offloader.backward = backward  # type: ignore[method-assign]
+    return {"result": result, "inputs": len(inputs), "alive": alive[0]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "inputs"),
+    [
+        ({"pipeline": 3, "schedule": "1f1b"}, [0, 2, 1]),
+        ({"pipeline": 2, "virtual": 3, "schedule": "interleaved-1f1b"}, [4, 5]),
+        (
+            {"pipeline": 2, "virtual": 2, "schedule": "zb-v", "blocks_per_chunk": [2, 1, 1, 2]},
+            [1, 4],
+        ),
+    ],
+    ids=["1f1b", "interleaved-1f1b", "zb-v"],
+)
+def test_inputs_of_chunks_leave_memory_too(
+    cluster: Cluster,
+    tmp_path: Path,
+    one_process: dict[str, Any],
+    layout: dict[str, Any],
+    inputs: list[int],
+) -> None:
+    config = make_config(train=TRAIN, parallel=layout, offload=offload(tmp_path))
+    job = "test_offload_training:count_inputs"
+    ranks = cluster.run(job, layout["pipeline"], config=msgspec.to_builtins(config))
+    assert all(rank["result"] == one_process for rank in ranks)
+    assert [rank["inputs"] for rank in ranks] == inputs
+    assert [rank["alive"] for rank in ranks] == [0] * len(ranks)
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", [{}, {"pipeline": 2, "schedule": "zb-h1"}], ids=str)
 def test_offload_and_recompute_give_the_same_bits(

@@ -177,6 +177,8 @@ def join(
     from holdfast.launch.live_run import take_ranks
 
     directory = RunDirectory(run)
+    if directory.config.exists():
+        prepare_heap(directory.config, [])
     live, numbers = take_ranks(directory, ranks)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from holdfast.launch.cluster import join_run

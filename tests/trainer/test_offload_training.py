@@ -14,9 +14,9 @@ import pytest
 from torch.distributed import Store
 
 from cluster import Cluster
-from elastic_runs import Starter, bits_of, fault, pace
+from elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
 from holdfast.parallel.cost import peak_activation_bytes
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.plan_report import plan_report
 from holdfast.trainer.planning import plan_of
 from small_runs import (
@@ -344,3 +344,24 @@ def test_a_command_starts_again_with_a_compact_heap(
         check=True,
     )
     assert done.stdout.split() == ["begun"] * (2 if compact else 1) + [str(compact)]
+
+
+def test_a_node_that_joins_has_a_compact_heap_too(tmp_path: Path) -> None:
+    """It starts again before it takes part: here in a run that has ended meanwhile."""
+    run, site = tmp_path / "run", tmp_path / "site"
+    run.mkdir()
+    site.mkdir()
+    (run / "config.toml").write_text(dump_toml(make_config(offload={"activations": "ssd"})))
+    (site / "sitecustomize.py").write_text(
+        "import os\nprint('tcache_count=0' in os.environ.get('GLIBC_TUNABLES', ''), flush=True)\n"
+    )
+    environment = {n: v for n, v in os.environ.items() if n != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [*HOLDFAST, "join", str(run)],
+        env={**environment, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["False", "True"]
+    assert "is not an elastic run that is under way" in done.stderr

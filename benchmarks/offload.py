@@ -8,22 +8,23 @@ timed, all contestants' gradients are compared bit by bit.
 Contestants that offload have the heap that `holdfast train` gives them (docs/offload.md), the others that of
 every process.
 
+Both shapes take about five minutes on a quiet machine. A second table says what a step costs the processor, by
+main thread, other threads (of the file engine) and system, with page faults and context switches.
+
     python benchmarks/offload.py --folder /nvme [--device cuda] [--hidden 512] [--json out.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ from rich.table import Table
 
 from harness import machine
 from holdfast.parallel.offload import compact_heap_environment
-from holdfast.parallel.offload.disk_store import DiskStore
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.opening import open_training
 from holdfast.trainer.training import Training
 from holdfast.trainer.world import local_world
+from offload_memory import Memory
 from small_runs import make_config
 
 SSD = {"offload": {"activations": "ssd"}}
@@ -49,22 +50,32 @@ CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {
     "nothing": {},
     "ssd": SSD,
     "ssd at a quarter of the rate": SSD,
-    "ssd and selective recompute": SSD | {"train": {"recompute": "selective"}},
-    "save_on_cpu": {},
-    "selective recompute": {"train": {"recompute": "selective"}},
     "full recompute": {"train": {"recompute": "full"}},
+    "host": {"offload": {"activations": "host"}},
+    "save_on_cpu": {},
 }
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "nothing in the compact heap": {},
+    "ssd and selective recompute": SSD | {"train": {"recompute": "selective"}},
+    "selective recompute": {"train": {"recompute": "selective"}},
+}
+"""Run with --all, or by their names with --only."""
+THROTTLED = "ssd at a quarter of the rate"
 TORCHTUNE = "torchtune OffloadActivations"
 """Run where torchtune is installed and its context can be made; else it is said why not."""
 SHAPES: dict[str, dict[str, int]] = {
     "small": {},
-    "large": {"layers": 8, "hidden": 512, "seq_len": 512},
+    "large": {"layers": 8, "hidden": 512, "seq_len": 512, "warm_up": 1, "repetitions": 3},
 }
 """Of models; "large" has twice the operations for a byte."""
-OFFLOADED = {name for name, sections in CONTESTANTS.items() if "offload" in sections}
-ON_GPU = {"host": {"offload": {"activations": "host"}}}
+COMPACT = {
+    name
+    for name, sections in (CONTESTANTS | OTHERS).items()
+    if sections.get("offload") == SSD["offload"]
+} | {"nothing in the compact heap"}
 MIB = 2**20
-_MEMORY_STEPS = 2
+_ADAPTING = 4
+"""Steps of a throttled contestant, beside its first, before it takes part."""
 
 
 def torchtune_obstacle() -> str:
@@ -79,12 +90,14 @@ def torchtune_obstacle() -> str:
 
 
 def configuration(args: argparse.Namespace, name: str) -> RunConfig:
-    sections = (CONTESTANTS | ON_GPU).get(name, {})
+    sections = (CONTESTANTS | OTHERS).get(name, {})
     offload = dict(sections.get("offload", {}))
     if offload.get("activations") == "ssd":
         offload["path"] = args.folder
-    if name.endswith("rate"):
+    if name == THROTTLED:
         offload["limit_mib_per_s"] = args.limit
+    # "host" is refused where a CPU is asked for, since it saves nothing there: here that is shown.
+    device = "auto" if name == "host" and args.device == "cpu" else args.device
     return make_config(
         model={
             "layers": args.layers,
@@ -101,7 +114,7 @@ def configuration(args: argparse.Namespace, name: str) -> RunConfig:
             "global_batch": args.micro_batch * args.micro_batches,
             "micro_batch": args.micro_batch,
             "steps": 1000,
-            "device": args.device,
+            "device": device,
             "precision": args.precision,
             "threads_per_rank": args.threads,
             **sections.get("train", {}),
@@ -111,79 +124,17 @@ def configuration(args: argparse.Namespace, name: str) -> RunConfig:
     )
 
 
-class Memory:
-    """What is in use and resident above what was when it was made; bytes."""
-
-    def __init__(self, device: torch.device, training: Training) -> None:
-        self._device, self._training = device, training
-        self._before = (self._in_use(), _of_status("VmRSS"))
-        self._highest = 0
-        self._ended = threading.Event()
-
-    def _in_use(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated()
-        offloader = self._training.offloader
-        store = None if offloader is None else offloader._store
-        read = store.memory.room_bytes if isinstance(store, DiskStore) else 0
-        found = _mallinfo()
-        return found.uordblks + found.hblkhd + read
-
-    def highest(self, step: Callable[[], None]) -> tuple[int, int]:
-        """The highest in use and resident memory of a step."""
-        Path("/proc/self/clear_refs").write_text("5")
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            in_use = torch.cuda.max_memory_allocated()
-        else:
-            in_use = self._sampled(step)
-        return in_use - self._before[0], _of_status("VmHWM") - self._before[1]
-
-    def _sampled(self, step: Callable[[], None]) -> int:
-        self._ended.clear()
-        self._highest = 0
-        thread = threading.Thread(target=self._sample)
-        thread.start()
-        step()
-        self._ended.set()
-        thread.join()
-        return self._highest
-
-    def _sample(self) -> None:
-        while not self._ended.wait(0.001):
-            self._highest = max(self._highest, self._in_use())
-
-
-class _MallocInformation(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            [
-                "arena",
-                "ordblks",
-                "smblks",
-                "hblks",
-                "hblkhd",
-                "usmblks",
-                "fsmblks",
-                "uordblks",
-                "fordblks",
-                "keepcost",
-            ]
-        )
-    ]
-
-
-_mallinfo = ctypes.CDLL(None).mallinfo2
-_mallinfo.restype = _MallocInformation
-
-
-def _of_status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
+def processor_use() -> dict[str, float]:
+    """Of this process since it began; seconds and counts."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    main = resource.getrusage(resource.RUSAGE_THREAD)
+    return {
+        "processor": own.ru_utime + own.ru_stime,
+        "main": main.ru_utime + main.ru_stime,
+        "system": own.ru_stime,
+        "faults": own.ru_minflt,
+        "switches": own.ru_nvcsw + own.ru_nivcsw,
+    }
 
 
 def gradient_digest(training: Training) -> str:
@@ -215,10 +166,11 @@ def work(args: argparse.Namespace) -> None:
         if line.strip() == "memory":
             figures["in_use"], figures["resident"] = memory.highest(step)
         else:
-            start, processor = time.perf_counter(), time.process_time()
+            before, start = processor_use(), time.perf_counter()
             step()
             figures["seconds"] = time.perf_counter() - start
-            figures["processor"] = time.process_time() - processor
+            after = processor_use()
+            figures |= {key: after[key] - before[key] for key in after}
         if number == 0:
             figures["digest"] = gradient_digest(training)
         if training.offloader is not None:
@@ -237,7 +189,7 @@ class Contestant:
     def __init__(self, name: str, arguments: list[str]) -> None:
         self.name = name
         self.steps: list[dict[str, Any]] = []
-        heap = compact_heap_environment(os.environ) if name in OFFLOADED else {}
+        heap = compact_heap_environment(os.environ) if name in COMPACT else {}
         self._process = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--work", name],
             env={**os.environ, **heap},
@@ -265,19 +217,34 @@ class Contestant:
 
 def compare(args: argparse.Namespace, names: list[str], arguments: list[str]) -> dict[str, Any]:
     """All contestants, in turn, one step each per round."""
-    contestants = {name: Contestant(name, arguments) for name in names}
-    digests = {name: contestant.step()["digest"] for name, contestant in contestants.items()}
+    first = [name for name in names if name != THROTTLED]
+    contestants = {name: Contestant(name, arguments) for name in first}
+    for contestant in contestants.values():
+        contestant.step()
+    if THROTTLED in names:
+        limit = quarter_rate(contestants["ssd"], contestants["nothing"])
+        throttled = Contestant(THROTTLED, [*arguments, "--limit", str(limit)])
+        for _ in range(1 + _ADAPTING):
+            throttled.step()
+        contestants[THROTTLED] = throttled
+    digests = {name: contestant.steps[0]["digest"] for name, contestant in contestants.items()}
     assert len(set(digests.values())) == 1, digests
     for number in range(args.warm_up - 1 + args.repetitions):
         for contestant in contestants.values():
-            contestant.step("time")
-            if number < args.warm_up - 1:
+            if number == args.warm_up - 1:
                 contestant.steps.clear()
+            contestant.step()
     for contestant in contestants.values():
-        for _ in range(_MEMORY_STEPS):
+        for _ in range(args.memory_steps):
             contestant.step("memory")
         contestant.close()
-    return {name: contestant.steps for name, contestant in contestants.items()}
+    return {name: contestants[name].steps for name in names}
+
+
+def quarter_rate(sending: Contestant, nothing: Contestant) -> float:
+    """A quarter of what writing everything within a forward pass, a third of a step, takes; MiB/s."""
+    needed = sending.steps[-1]["eligible"] / (nothing.step()["seconds"] / 3)
+    return needed / 4 / MIB
 
 
 def split(steps: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -290,6 +257,9 @@ def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str
     columns = ("contestant", "step s", "min..max", "x nothing", "cpu s", "in use MiB", "saved")
     for column in (*columns, "resident MiB", "saved", "sent MiB", "waited s", "MiB/s", "share"):
         shown.add_column(column, justify="left" if column == "contestant" else "right")
+    use = Table(title=f"{title}: processor of a step")
+    for column in ("contestant", "main thread s", "others s", "system s", "faults", "switches"):
+        use.add_column(column, justify="left" if column == "contestant" else "right")
     base, base_memory = split(results["nothing"])
     highest = {key: max(s[key] for s in base_memory) for key in ("in_use", "resident")}
     rows = []
@@ -304,9 +274,10 @@ def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str
             "step_s": statistics.median(times),
             "times_s": times,
             "ratio": statistics.median(ratios),
-            "processor_s": statistics.median(step["processor"] for step in timed),
             "last": last,
         }
+        for key in ("processor", "main", "system", "faults", "switches"):
+            row[key] = statistics.median(step[key] for step in timed)
         for key, without in highest.items():
             row[key] = max(step[key] for step in memory)
             row[f"{key}_saved"] = 1 - row[key] / without
@@ -326,22 +297,25 @@ def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str
             f"{row['step_s']:.3f}",
             f"{min(times):.3f}..{max(times):.3f}",
             f"{row['ratio']:.3f}",
-            f"{row['processor_s']:.2f}",
+            f"{row['processor']:.2f}",
             f"{row['in_use'] / MIB:,.0f}",
             f"{row['in_use_saved']:.0%}",
             f"{row['resident'] / MIB:,.0f}",
             f"{row['resident_saved']:.0%}",
             *sent,
         )
-    Console(width=150).print(shown)
+        use.add_row(
+            name,
+            f"{row['main']:.3f}",
+            f"{row['processor'] - row['main']:.3f}",
+            f"{row['system']:.3f}",
+            f"{row['faults']:,.0f}",
+            f"{row['switches']:,.0f}",
+        )
+    console = Console(width=150)
+    console.print(shown)
+    console.print(use)
     return rows
-
-
-def quarter_rate(results: dict[str, list[dict[str, Any]]]) -> float:
-    """A quarter of what writing everything within a forward pass, a third of a step, takes; MiB/s."""
-    steps, _ = split(results["ssd"])
-    needed = steps[-1]["eligible"] / (statistics.median(s["seconds"] for s in steps) / 3)
-    return needed / 4 / MIB
 
 
 def main() -> None:
@@ -357,8 +331,10 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--memory-steps", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="the less telling contestants too")
     parser.add_argument("--only", default="", help="contestants, by commas")
     parser.add_argument("--limit", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
@@ -367,14 +343,18 @@ def main() -> None:
     if args.work:
         work(args)
         return
-    names = list(CONTESTANTS | (ON_GPU if args.device == "cuda" else {}))
+    names = list(CONTESTANTS | (OTHERS if args.all else {}))
+    if args.device == "cpu" and torch.cuda.is_available():
+        names.remove("host")
     obstacle = torchtune_obstacle()
     if obstacle:
         Console().print(f"{TORCHTUNE} does not run here: {obstacle}", markup=False)
     else:
         names.append(TORCHTUNE)
     if args.only:
-        names = ["nothing", *(name for name in args.only.split(",") if name != "nothing")]
+        wanted = args.only.split(",")
+        needed = ["nothing", "ssd"] if THROTTLED in wanted else ["nothing"]
+        names = [*needed, *(name for name in wanted if name not in needed)]
     records = [
         run_shape(parser, names, shape)
         for shape in (args.shape.split(",") if args.shape else SHAPES)
@@ -388,11 +368,6 @@ def run_shape(parser: argparse.ArgumentParser, names: list[str], shape: str) -> 
     changed = [f"--{key.replace('_', '-')}={value}" for key, value in SHAPES[shape].items()]
     arguments = [*changed, *sys.argv[1:]]  # what the caller names wins
     args = parser.parse_args(arguments)
-    throttled = "ssd at a quarter of the rate"
-    if throttled in names:
-        short = argparse.Namespace(**{**vars(args), "warm_up": 2, "repetitions": 2})
-        limit = quarter_rate(compare(short, ["ssd"], arguments))
-        arguments = [*arguments, "--limit", str(limit)]
     results = compare(args, names, arguments)
     title = (
         f"{args.layers} layers, hidden {args.hidden}, {args.micro_batches} x {args.micro_batch} x "

@@ -37,6 +37,8 @@ from holdfast.parallel.offload.store import Store, StoreStatistics
 logger = logging.getLogger("holdfast.offload")
 
 _POLL_S = 5e-5
+_TIDY_S = 3e-4
+"""How long what could be free may stay: writes of a MiB take longer."""
 
 
 class Offloader:
@@ -104,6 +106,7 @@ class Offloader:
         self._contexts: list[AbstractContextManager[Any]] = []
         self._account = Account()
         self._in_step = self._closed = False
+        self._tidied_s = 0.0
         self._stopped = ""
         self.last_step = OffloadReport()
         """What the step before the one that is under way has sent."""
@@ -231,9 +234,11 @@ class Offloader:
         self._contexts.append(hooks)
 
     def _pack(self, tensor: Tensor) -> Saved | Kept:
+        if tensor.is_leaf and tensor.requires_grad:
+            return Kept(tensor, tensor._version)
         with self._lock:
             self._account.phases.at("forward", self._busy_s)
-            self._tidy()
+            self._tidy_at_times()
             storage = self._storage_to_send(tensor)
             if storage is None:
                 return Kept(tensor.detach(), tensor._version)
@@ -257,7 +262,7 @@ class Offloader:
                 self._account.forwarded_bytes += record.nbytes
             record.asked = True
             self._prefetch.advance(self._amount.ahead_bytes)
-            self._tidy()
+            self._tidy_at_times()
             return saved.tensor()
 
     def _storage_to_send(self, tensor: Tensor) -> torch.UntypedStorage | None:
@@ -304,6 +309,8 @@ class Offloader:
     def _send(self, record: Record) -> None:
         assert self._store is not None
         assert record.memory is not None
+        if not self._fits(record.nbytes):
+            self._tidy()
         while not self._fits(record.nbytes) and self._pace.is_ahead():
             self._poll()
         if not self._fits(record.nbytes):
@@ -327,6 +334,13 @@ class Offloader:
     def _poll(self) -> None:
         sleep(_POLL_S)
         self._tidy()
+
+    def _tidy_at_times(self) -> None:
+        """`_tidy`, unless it has only just been: most tensors are saved in the wake of another."""
+        now = perf_counter()
+        if now >= self._tidied_s + _TIDY_S:
+            self._tidied_s = now
+            self._tidy()
 
     def _tidy(self) -> None:
         """Free what has left, and the room of what nobody needs any more."""

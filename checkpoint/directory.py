@@ -119,8 +119,9 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the device."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -133,20 +134,20 @@ def commit(partial: Path, manifest: bytes) -> Path:
     A crash at any instant leaves either the old state or the new one.
     """
     write_synced(partial / MANIFEST, manifest)
-    sync_folder(partial)
+    sync(partial)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     root = partial.parent
     if not final.exists():
         partial.rename(final)
     elif _exchange(partial, final):
-        sync_folder(root)
+        sync(root)
         shutil.rmtree(partial)
     else:
         replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
         final.rename(replaced)
         partial.rename(final)
         shutil.rmtree(replaced)
-    sync_folder(root)
+    sync(root)
     point_latest(root, final.name)
     return final
 
@@ -165,7 +166,7 @@ def point_latest(root: Path, name: str) -> None:
     fresh = root / f".{LATEST}{PARTIAL}"
     write_synced(fresh, f"{name}\n".encode())
     fresh.replace(root / LATEST)
-    sync_folder(root)
+    sync(root)
 
 
 def retain(root: Path, keep: int, protected: Iterable[Path] = ()) -> list[Path]:

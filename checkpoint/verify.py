@@ -229,7 +229,7 @@ def rebuild_manifest(folder: Path) -> Manifest:
     partial = folder / (MANIFEST + directory.PARTIAL)
     directory.write_synced(partial, encode_manifest(manifest))
     partial.replace(folder / MANIFEST)
-    directory.sync_folder(folder)
+    directory.sync(folder)
     return manifest
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,21 @@ _NUMBERS: dict[str, Any] = {
 """Types that numpy has too."""
 _WIDE = ("F32", "BF16", "F16")
 """Types whose every number is one of float32."""
+
+
+@dataclass(slots=True)
+class GrowingMemory:
+    """Host memory that grows to what is asked of it, and is used again."""
+
+    buffer: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+
+    def take(self, nbytes: int, misalignment: int = 0) -> NDArray[np.uint8]:
+        """`nbytes` that begin `misalignment` bytes after a multiple of ALIGNMENT."""
+        if self.buffer.size < nbytes + 2 * ALIGNMENT:
+            self.buffer = np.empty(0, np.uint8)
+            self.buffer = np.empty(nbytes + 2 * ALIGNMENT, np.uint8)
+        start = (misalignment - self.buffer.ctypes.data) % ALIGNMENT
+        return self.buffer[start : start + nbytes]
 
 
 def bits(memory: NDArray[np.uint8], dtype: str) -> Bits:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from holdfast import _native
-from holdfast.checkpoint.convert.arrays import Bits, bits, cast, combine, strided
+from holdfast.checkpoint.convert.arrays import Bits, GrowingMemory, bits, cast, combine, strided
 from holdfast.checkpoint.convert.output import UNIT_BYTES, Checksum, Unit
 from holdfast.checkpoint.convert.pieces import Piece, Place
 from holdfast.checkpoint.convert.regions import Region, region_of
+from holdfast.checkpoint.convert.source_files import (
+    MOST_OPEN,
+    Memory,
+    SourceFiles,
+    Ticket,
+    is_long,
+    room_of,
+)
 from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 
@@ -24,24 +31,8 @@ FEWEST_SLOTS, MOST_SLOTS = 2, 8
 SLOT_BYTES = 4 * UNIT_BYTES
 """What a unit takes at most, unless one row of it is larger: itself, and what it is made of."""
 
-Memory = NDArray[np.uint8]
 Checks = Mapping[tuple[str, int, int], int]
 """CRC-32C of what the source says lies at (file, byte, length)."""
-
-
-@dataclass(slots=True)
-class _Memory:
-    """Host memory that grows to what is asked of it, and is used again."""
-
-    buffer: Memory = field(default_factory=lambda: np.empty(0, np.uint8))
-
-    def take(self, nbytes: int, misalignment: int = 0) -> Memory:
-        """`nbytes` that begin `misalignment` bytes after a multiple of ALIGNMENT."""
-        if self.buffer.size < nbytes + 2 * ALIGNMENT:
-            self.buffer = np.empty(0, np.uint8)
-            self.buffer = np.empty(nbytes + 2 * ALIGNMENT, np.uint8)
-        start = (misalignment - self.buffer.ctypes.data) % ALIGNMENT
-        return self.buffer[start : start + nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +43,7 @@ class _Term:
     region: Region
     memory: Memory
     """uint8[region.bytes]."""
-    direct: bool
+    in_place: bool
     """It lies in the unit already."""
 
 
@@ -60,14 +51,14 @@ class _Term:
 class _Slot:
     """A unit under way."""
 
-    output: _Memory = field(default_factory=_Memory)
-    scratch: _Memory = field(default_factory=_Memory)
+    output: GrowingMemory = field(default_factory=GrowingMemory)
+    scratch: GrowingMemory = field(default_factory=GrowingMemory)
     index: int = 0
     unit: Unit | None = None
     memory: Memory | None = None
     """uint8: the unit as it will be written."""
     pieces: list[tuple[Piece, list[_Term]]] = field(default_factory=list)
-    tickets: list[int] = field(default_factory=list)
+    tickets: list[Ticket] = field(default_factory=list)
 
 
 class Engine:
@@ -95,11 +86,10 @@ class Engine:
         self._checks = checks or {}
         self._slots = max(FEWEST_SLOTS, min(MOST_SLOTS, memory_bytes // SLOT_BYTES))
         with ExitStack() as opened:
-            # Sources are read through the page cache: what lies unaligned, or is read twice, costs less.
-            self._reads = opened.enter_context(_native.FileEngine(direct=False))
+            self._reads = SourceFiles(source, direct=direct)
+            opened.callback(self._reads.close)
             self._writes = opened.enter_context(_native.FileEngine(direct=direct))
             self._closing = opened.pop_all()
-        self._sources: dict[str, int] = {}
         self._targets: dict[str, int] = {}
 
     def close(self) -> None:
@@ -133,7 +123,7 @@ class Engine:
         def finish_write() -> None:
             slot, ticket, sums = writing.popleft()
             assert slot.unit is not None
-            self._wait(self._writes, [ticket], self.target)
+            self._wait_write(ticket)
             done(slot.index, slot.unit, sums)
             free.append(slot)
 
@@ -167,14 +157,6 @@ class Engine:
         assert slot.memory is not None
         return slot.memory.tobytes()
 
-    def sync(self) -> None:
-        """Wait until everything written is on the device."""
-        try:
-            for handle in self._targets.values():
-                self._writes.sync(handle)
-        except OSError as error:
-            raise self._failure(error, self.target) from error
-
     def _start(self, slot: _Slot, unit: Unit) -> None:
         """Ask for everything that a unit is made of."""
         misalignment = unit.offset % ALIGNMENT
@@ -190,27 +172,27 @@ class Engine:
                 for place in piece.places
             ]
             planned.append((piece, found))
-            total += sum(-(-region.bytes // 64) * 64 for _, region in found)
+            total += sum(room_of(place, region)[0] for place, region in found)
         scratch = slot.scratch.take(total)
-        slot.pieces, requests, used = [], [], 0
+        slot.pieces, used = [], 0
         for piece, found in planned:
-            direct = self._direct_place(slot, unit, piece, found)
+            inside = self._place_in_unit(slot, unit, piece, found)
             terms = []
             for place, region in found:
-                memory = scratch[used : used + region.bytes] if direct is None else direct
-                if direct is None:
-                    used += -(-region.bytes // 64) * 64
-                handle = self._source(place.file)
-                address = memory.ctypes.data
-                requests += [
-                    (False, handle, address + into, at, length)
-                    for at, into, length in region.requests
-                ]
-                terms.append(_Term(place, region, memory, direct is not None))
+                memory = inside
+                # Past the page cache, memory must be as far from a block's beginning as the file is.
+                if memory is None or (
+                    is_long(region) and (memory.ctypes.data - place.offset) % ALIGNMENT
+                ):
+                    room, before = room_of(place, region)
+                    memory = scratch[used + before : used + before + region.bytes]
+                    used += room
+                self._reads.want(place, region, memory, roomy=memory is not inside)
+                terms.append(_Term(place, region, memory, memory is inside))
             slot.pieces.append((piece, terms))
-        slot.tickets = self._reads.submit(requests)
+        slot.tickets = self._reads.begin()
 
-    def _direct_place(
+    def _place_in_unit(
         self, slot: _Slot, unit: Unit, piece: Piece, found: Sequence[tuple[Place, Region]]
     ) -> Memory | None:
         """Where in the unit a piece can be read to at once: it is whole rows, and stays as it is."""
@@ -236,7 +218,7 @@ class Engine:
         unit, memory = slot.unit, slot.memory
         assert unit is not None
         assert memory is not None
-        self._wait(self._reads, slot.tickets, self.source)
+        self._reads.wait(slot.tickets)
         slot.tickets = []
         whole = bits(memory, unit.dtype).reshape(unit.box.shape)
         for piece, terms in slot.pieces:
@@ -246,7 +228,7 @@ class Engine:
                 continue
             for term in terms:
                 self._check(unit, term)
-            if terms[0].direct:
+            if terms[0].in_place:
                 continue
             values = [self._view(unit, piece, term) for term in terms]
             if unit.tensor.combine == "equal":
@@ -292,42 +274,33 @@ class Engine:
         assert self.target is not None
         try:
             if unit.file not in self._targets:
+                if len(self._targets) >= MOST_OPEN:
+                    oldest = self._targets.pop(next(iter(self._targets)))
+                    self._writes.close_file(oldest)
                 self._targets[unit.file] = self._writes.open(
                     str(self.target / unit.file), write=True
                 )
             handle = self._targets[unit.file]
             return self._writes.write(handle, memory.ctypes.data, unit.offset, unit.bytes)
         except OSError as error:
-            raise self._failure(error, self.target) from error
+            raise self._failure(error) from error
 
-    def _source(self, file: str) -> int:
-        if file not in self._sources:
-            try:
-                self._sources[file] = self._reads.open(str(self.source / file))
-            except OSError as error:
-                raise self._failure(error, self.source) from error
-        return self._sources[file]
-
-    def _wait(self, engine: _native.FileEngine, tickets: Sequence[int], where: Path | None) -> None:
+    def _wait_write(self, ticket: int) -> None:
         try:
-            for ticket in tickets:
-                engine.wait(ticket)
+            self._writes.wait(ticket)
         except OSError as error:
-            raise self._failure(error, where) from error
+            raise self._failure(error) from error
 
-    def _failure(self, error: OSError, where: Path | None) -> CheckpointError:
-        what = "written" if where == self.target else "read"
+    def _failure(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{error.filename or where} cannot be {what}: {error.strerror or error}"
+            f"{error.filename or self.target} cannot be written: {error.strerror or error}"
         )
 
     def _drain(self) -> None:
         """After a failure the rest is still in flight, and the memory must outlive it."""
-        for engine in (self._reads, self._writes):
-            try:
-                engine.wait_all()
-            except OSError:
-                continue
+        self._reads.drain()
+        with suppress(OSError):
+            self._writes.wait_all()
 
 
 Sums = tuple[int, int]

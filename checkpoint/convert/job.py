@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from holdfast.checkpoint.convert.worker import do_share
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
 
 _POLL_S = 0.05
+_SYNCING = 16
+"""Files that are waited for at a time."""
 
 Progress = Callable[[int, int], None]
 
@@ -109,8 +112,9 @@ def _lead(
         checksums = journal.read().checksums
         other = prepared.output.checksum != "crc32c"
         prepared.output.finish(partial, [checksums[i][other] for i in range(len(checksums))])
-        for name in prepared.output.files:
-            _sync(partial / name)
+        # Together: a filesystem writes its journal for all that wait.
+        with ThreadPoolExecutor(_SYNCING) as threads:
+            list(threads.map(directory.sync, [partial / name for name in prepared.output.files]))
         output = format_named(asked.to).read(partial, ReadOptions())
         compared = compare_sample(
             prepared.catalog.root, prepared.output.expected, output, prepared.output.added
@@ -302,20 +306,12 @@ def _work(
         journal.close()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _commit(partial: Path, target: Path) -> None:
     """Give the output its name, by one rename."""
     for folder, _, _ in os.walk(partial):
-        directory.sync_folder(Path(folder))
+        directory.sync(Path(folder))
     if target.exists():
         target.rmdir()
     partial.rename(target)
-    directory.sync_folder(target.parent)
+    directory.sync(target.parent)
     shutil.rmtree(target / FOLDER, ignore_errors=True)

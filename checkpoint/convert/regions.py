@@ -23,20 +23,15 @@ class Region:
     """In elements, of the box in memory."""
     bytes: int
     """Of memory."""
+    dense: bool = True
+    """Whether nothing is read but the box."""
 
     def is_row_major(self, shape: Sequence[int]) -> bool:
         """Whether memory then holds just the box, in order."""
-        return (
-            all(
-                extent == 1 or a == b
-                for extent, a, b in zip(shape, self.strides, row_major(shape), strict=True)
-            )
-            and self.bytes == self.read_bytes
+        return self.dense and all(
+            extent == 1 or a == b
+            for extent, a, b in zip(shape, self.strides, row_major(shape), strict=True)
         )
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(length for _, _, length in self.requests)
 
 
 def region_of(place: Place, shape: Sequence[int], element_bytes: int, most_bytes: int) -> Region:
@@ -59,7 +54,8 @@ def region_of(place: Place, shape: Sequence[int], element_bytes: int, most_bytes
     gaps_are_cheap = run * element_bytes < SMALLEST_RUN_BYTES and span * element_bytes <= most_bytes
     if not outer or gaps_are_cheap:
         whole = span * element_bytes
-        return Region(((place.offset, 0, whole),), tuple(place.strides), whole)
+        strides = tuple(place.strides)
+        return Region(((place.offset, 0, whole),), strides, whole, dense=span == elements)
     packed = _packed(shape, order)
     length = run * element_bytes
     requests = tuple(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,16 @@ from holdfast import _native
 from holdfast.checkpoint.convert.catalog import Catalog
 from holdfast.checkpoint.convert.engine import SLOT_BYTES, Engine, Sums
 from holdfast.checkpoint.convert.journal import Done, Journal
-from holdfast.checkpoint.convert.output import UNIT_BYTES, Output, Unit
+from holdfast.checkpoint.convert.output import Output, Unit
 from holdfast.checkpoint.convert.regions import region_of
+from holdfast.checkpoint.convert.settling import MEMORY_BYTES, Settling
 from holdfast.parallel.errors import CheckpointError
 
 UNITS_IN_A_ROW = 8
 """Neighbouring units go to the same worker, so that files are written in long stretches."""
-RECORD_BYTES = 128 << 20
-"""What a kill may cost a worker: that much is written between two lines of its journal."""
+RECORD_BYTES = 32 << 20
+"""Written between two lines of a worker's journal; a kill costs what is between four at most."""
 _READ_BYTES = 8 << 20
-_READ_BACK_BYTES = 4 * (UNIT_BYTES + 8192)
-"""Memory for reading back."""
 
 
 def share_of(count: int, rank: int, world: int) -> Iterator[int]:
@@ -56,26 +54,17 @@ def do_share(
     progress(sum(output.units[i].bytes for i in mine if i in done.checksums))
     pending: dict[int, Sums] = {}
     waiting_bytes = 0
-    unseen = [i for i in mine if i in done.checksums and i not in done.verified]
-    # What is on the disk is read back by another thread while the next units are written.
+    unseen = {i: done.checksums[i] for i in mine if i in done.checksums and i not in done.verified}
     with (
-        ThreadPoolExecutor(1) as reader,
+        Settling(partial, output, journal) as settling,
         Engine(
             catalog.root,
             partial,
             checksum=output.checksum,
-            memory_bytes=max(0, memory_bytes - _READ_BACK_BYTES),
+            memory_bytes=max(0, memory_bytes - MEMORY_BYTES),
             checks=catalog.checks,
         ) as engine,
     ):
-        reading: list[Future[None]] = []
-
-        def read_back(sums: Mapping[int, Sums]) -> None:
-            for earlier in reading:
-                if earlier.done():
-                    earlier.result()
-            wanted = [(number, own) for number, (own, _) in sorted(sums.items())]
-            reading.append(reader.submit(_read_back, partial, output, wanted))
 
         def finished(number: int, unit: Unit, sums: Sums) -> None:
             nonlocal waiting_bytes
@@ -83,60 +72,15 @@ def do_share(
             waiting_bytes += unit.bytes
             progress(unit.bytes)
             if waiting_bytes >= RECORD_BYTES:
-                flush()
+                settling.add(pending)
+                pending.clear()
+                waiting_bytes = 0
 
-        def flush() -> None:
-            nonlocal waiting_bytes
-            engine.sync()
-            journal.record(written=pending)
-            read_back(pending)
-            pending.clear()
-            waiting_bytes = 0
-
-        read_back({i: done.checksums[i] for i in unseen})
+        settling.add(unseen, recorded=True)
         engine.convert(open_units, finished)
-        flush()
-        for part in reading:
-            part.result()
-    journal.record(verified=unseen + [i for i, _ in open_units])
-
-
-def _read_back(partial: Path, output: Output, wanted: Sequence[tuple[int, int]]) -> None:
-    """Read units as they are on the disk, a few ahead of the one that is compared."""
-    largest = max((output.units[i].bytes for i, _ in wanted), default=0)
-    step = -(-largest // 4096) * 4096 + 4096
-    depth = max(2, min(4, _READ_BACK_BYTES // max(1, step)))
-    memory = np.empty(depth * step + 4096, np.uint8)
-    start = memory.ctypes.data + -memory.ctypes.data % 4096
-    files: dict[str, int] = {}
-    with _native.FileEngine() as engine:
-        try:
-            tickets: dict[int, int] = {}
-            for number in range(len(wanted) + depth - 1):
-                if number < len(wanted):
-                    unit = output.units[wanted[number][0]]
-                    if unit.file not in files:
-                        files[unit.file] = engine.open(str(partial / unit.file))
-                    place = number % depth * step + unit.offset % 4096
-                    tickets[number] = engine.read(
-                        files[unit.file], start + place, unit.offset, unit.bytes
-                    )
-                before = number - depth + 1
-                if before < 0:
-                    continue
-                unit = output.units[wanted[before][0]]
-                engine.wait(tickets.pop(before))
-                place = before % depth * step + unit.offset % 4096
-                found = _native.crc32c(start + place, unit.bytes)
-                if found != wanted[before][1]:
-                    raise CheckpointError(
-                        f"{partial / unit.file}: {unit.tensor.full_name}{unit.box} at byte {unit.offset} "
-                        "reads back with other bytes than were written; the disk cannot be trusted"
-                    )
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or partial} cannot be read: {error}") from error
-        finally:
-            engine.wait_all()
+        settling.add(pending)
+        settling.finish()
+    journal.record(verified=[*unseen, *(i for i, _ in open_units)])
 
 
 def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 
 from holdfast import _native
 from holdfast.checkpoint.convert.arrays import Bits, GrowingMemory, bits, cast, combine, strided
+from holdfast.checkpoint.convert.open_files import OpenFiles
 from holdfast.checkpoint.convert.output import UNIT_BYTES, Checksum, Unit
 from holdfast.checkpoint.convert.pieces import Piece, Place
 from holdfast.checkpoint.convert.regions import Region, region_of
 from holdfast.checkpoint.convert.source_files import (
-    MOST_OPEN,
     Memory,
     SourceFiles,
     Ticket,
@@ -90,7 +90,11 @@ class Engine:
             opened.callback(self._reads.close)
             self._writes = opened.enter_context(_native.FileEngine(direct=direct))
             self._closing = opened.pop_all()
-        self._targets: dict[str, int] = {}
+        self._targets = OpenFiles(
+            target or source,
+            lambda path: self._writes.open(path, write=True),
+            self._writes.close_file,
+        )
 
     def close(self) -> None:
         """Wait for what is under way and close all files."""
@@ -273,15 +277,8 @@ class Engine:
         assert memory is not None
         assert self.target is not None
         try:
-            if unit.file not in self._targets:
-                if len(self._targets) >= MOST_OPEN:
-                    oldest = self._targets.pop(next(iter(self._targets)))
-                    self._writes.close_file(oldest)
-                self._targets[unit.file] = self._writes.open(
-                    str(self.target / unit.file), write=True
-                )
-            handle = self._targets[unit.file]
-            return self._writes.write(handle, memory.ctypes.data, unit.offset, unit.bytes)
+            file = self._targets[unit.file]
+            return self._writes.write(file, memory.ctypes.data, unit.offset, unit.bytes)
         except OSError as error:
             raise self._failure(error) from error
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from holdfast.checkpoint.convert.arrays import Bits, bits, cast, combine, number
 from holdfast.checkpoint.convert.catalog import Catalog
-from holdfast.checkpoint.convert.pieces import Logical
+from holdfast.checkpoint.convert.open_files import OpenFiles
+from holdfast.checkpoint.convert.pieces import Logical, Place
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 
@@ -43,7 +43,7 @@ def compare_sample(
     if missing:
         raise CheckpointError(f"{output.root}: {missing[0]} is in one of source and output only")
     each = max(2, min(16, MOST_ELEMENTS // max(1, len(names))))
-    compared = 0
+    sampled: list[tuple[Logical, str, tuple[int, ...], list[Place], list[Place]]] = []
     with _Elements(source) as there, _Elements(output.root) as here:
         for tensor, dtype in expected:
             written = found[tensor.full_name]
@@ -53,15 +53,18 @@ def compare_sample(
                     f"be {dtype} {list(tensor.shape)}"
                 )
             for index in _indices(tensor, each):
-                wanted = there.value(tensor, index, dtype)
-                value = here.value(written, index, dtype)
+                places = there.find(tensor, index), here.find(written, index)
+                sampled.append((tensor, dtype, index, *places))
+        for tensor, dtype, index, sources, outputs in sampled:
+            wanted = there.value(tensor, sources, dtype)
+            for place in outputs:
+                value = here.read(place, dtype).tobytes()
                 if wanted != value:
                     raise CheckpointError(
                         f"{output.root}: {tensor.full_name}{list(index)} is {number(value, dtype)} and "
                         f"should be {number(wanted, dtype)}"
                     )
-                compared += 1
-    return compared
+    return len(sampled)
 
 
 def _indices(tensor: Logical, count: int) -> set[tuple[int, ...]]:
@@ -78,40 +81,44 @@ class _Elements:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._files: dict[str, int] = {}
-        self._opened = ExitStack()
+        self._files = OpenFiles(root, lambda path: os.open(path, os.O_RDONLY), os.close)
 
     def __enter__(self) -> _Elements:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._opened.close()
+        self._files.close()
 
-    def value(self, tensor: Logical, index: tuple[int, ...], dtype: str) -> bytes:
-        """The bytes of an element, in type `dtype`."""
+    def find(self, tensor: Logical, index: tuple[int, ...]) -> list[Place]:
+        """Where an element is; the disk is asked for all of them before the first is read."""
         for piece in tensor.pieces:
             if all(
                 a <= i < b for a, i, b in zip(piece.box.start, index, piece.box.stop, strict=True)
             ):
                 inside = tuple(i - a for i, a in zip(index, piece.box.start, strict=True))
                 places = [place.at(inside, tensor.element_bytes) for place in piece.places]
-                values = [self._read(place.file, place.offset, tensor.dtype) for place in places]
-                break
-        else:
-            raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
+                for place in places:
+                    size = tensor.element_bytes
+                    handle = self._files[place.file]
+                    os.posix_fadvise(handle, place.offset, size, os.POSIX_FADV_WILLNEED)
+                return places
+        raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
+
+    def value(self, tensor: Logical, places: Sequence[Place], dtype: str) -> bytes:
+        """The bytes of an element that lies at `places`, in type `dtype`."""
+        values = [self.read(place, tensor.dtype) for place in places]
         if not values:
             return bytes(ELEMENT_BYTES[dtype])
         if tensor.combine == "equal":
             return cast(values[0], tensor.dtype, dtype).tobytes()
         return combine(values, tensor.dtype, dtype, mean=tensor.combine == "mean").tobytes()
 
-    def _read(self, file: str, offset: int, dtype: str) -> Bits:
-        if file not in self._files:
-            handle = os.open(self._root / file, os.O_RDONLY)
-            self._opened.callback(os.close, handle)
-            self._files[file] = handle
+    def read(self, place: Place, dtype: str) -> Bits:
+        """The element of type `dtype` at a place."""
         size = ELEMENT_BYTES[dtype]
-        content = os.pread(self._files[file], size, offset)
+        content = os.pread(self._files[place.file], size, place.offset)
         if len(content) != size:
-            raise CheckpointError(f"{self._root / file} ends before byte {offset + size}")
+            raise CheckpointError(
+                f"{self._root / place.file} ends before byte {place.offset + size}"
+            )
         return bits(np.frombuffer(content, np.uint8), dtype)

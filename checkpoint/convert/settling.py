@@ -13,6 +13,7 @@ from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.arrays import GrowingMemory
 from holdfast.checkpoint.convert.engine import Sums
 from holdfast.checkpoint.convert.journal import Journal
+from holdfast.checkpoint.convert.open_files import OpenFiles
 from holdfast.checkpoint.convert.output import UNIT_BYTES, Output, Unit
 from holdfast.checkpoint.format import ALIGNMENT
 from holdfast.parallel.errors import CheckpointError
@@ -34,6 +35,7 @@ class Settling:
             self._engine = opened.enter_context(_native.FileEngine())
             self._thread = opened.enter_context(ThreadPoolExecutor(1))
             self._closing = opened.pop_all()
+        self._files = OpenFiles(partial, self._engine.open, self._engine.close_file)
 
     def __enter__(self) -> Settling:
         return self
@@ -67,10 +69,8 @@ class Settling:
                 for file in files:
                     directory.sync(self._partial / file)
                 self._journal.record(written=sums)
-            opened = {file: self._engine.open(str(self._partial / file)) for file in files}
-            self._read_back(units, opened)
-            for file in opened.values():
-                self._engine.close_file(file)
+            self._read_back(units)
+            self._files.close()
         except OSError as error:
             where = error.filename or self._partial
             raise CheckpointError(f"{where} is not safely on the disk: {error.strerror}") from error
@@ -78,7 +78,7 @@ class Settling:
             with suppress(OSError):
                 self._engine.wait_all()
 
-    def _read_back(self, wanted: Sequence[tuple[Unit, int]], opened: Mapping[str, int]) -> None:
+    def _read_back(self, wanted: Sequence[tuple[Unit, int]]) -> None:
         """Read units as they are on the disk, in whole blocks, a few ahead of the one that is compared."""
         largest = max((unit.bytes for unit, _ in wanted), default=0)
         step = -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT
@@ -89,7 +89,7 @@ class Settling:
             if number < len(wanted):
                 unit, _ = wanted[number]
                 place = start + number % depth * step
-                tickets.append(self._begin(unit, opened[unit.file], place))
+                tickets.append(self._begin(unit, place))
             before = number - depth + 1
             if before < 0 or before >= len(wanted):
                 continue
@@ -102,8 +102,8 @@ class Settling:
                     "reads back with other bytes than were written; the disk cannot be trusted"
                 )
 
-    def _begin(self, unit: Unit, file: int, address: int) -> int:
+    def _begin(self, unit: Unit, address: int) -> int:
         first = unit.offset // ALIGNMENT * ALIGNMENT
         end = -(-(unit.offset + unit.bytes) // ALIGNMENT) * ALIGNMENT
         end = min(end, self._output.files[unit.file])
-        return self._engine.read(file, address, first, end - first)
+        return self._engine.read(self._files[unit.file], address, first, end - first)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast import _native
+from holdfast.checkpoint.convert.open_files import MOST_OPEN
 from holdfast.checkpoint.convert.pieces import Place
 from holdfast.checkpoint.convert.regions import Region
 from holdfast.checkpoint.format import ALIGNMENT
@@ -18,8 +19,6 @@ from holdfast.parallel.errors import CheckpointError
 LONG_BYTES = 64 << 10
 """Shorter stretches are read through the page cache, as is what has gaps, which other pieces then need."""
 
-MOST_OPEN = 64
-"""Files that are kept open for reading, and for writing; systems allow a process some hundreds."""
 
 Memory = NDArray[np.uint8]
 Ticket = tuple[_native.FileEngine, int]

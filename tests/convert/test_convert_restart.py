@@ -194,6 +194,26 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     assert int(done.stdout) * 1024 < (96 << 20)
 
 
+def test_many_small_files_need_few_open_ones(tmp_path: Path) -> None:
+    weights = {f"layers.{number}.weight": torch.full((3,), float(number)) for number in range(150)}
+    (tmp_path / "hf").mkdir()
+    save_file(weights, tmp_path / "hf/model.safetensors")
+    code = (
+        "import resource\n"
+        "from pathlib import Path\n"
+        "from holdfast.checkpoint.convert.job import convert\n"
+        "from holdfast.checkpoint.convert.request import Conversion\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "convert(Conversion(root / 'hf', root / 'many', 'deepspeed-universal'))\n"
+        "convert(Conversion(root / 'many', root / 'again', 'hf'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
 def test_most_conversions_do_without_torch(tmp_path: Path) -> None:
     """Importing it takes longer than converting a small model."""
     weights = {"w": torch.randn(3, 4).bfloat16(), "b": torch.randn(3).bfloat16()}

@@ -32,7 +32,10 @@ _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to read.", metavar="SRC")],
     target: Annotated[Path, typer.Argument(help="A folder that is made.", metavar="DST")],
-    to: Annotated[str, typer.Option(help="holdfast, hf, dcp, deepspeed-universal or megatron.")],
+    to: Annotated[
+        str,
+        typer.Option(help="holdfast, hf, dcp, deepspeed-universal, megatron or megatron-legacy."),
+    ],
     source_format: Annotated[
         str, typer.Option("--from", help="The source's format; auto looks at the files.")
     ] = "auto",

@@ -273,6 +273,28 @@ def load(
     return found
 
 
+def load_legacy(
+    rank: int, world_size: int, store: Store, *, tensor: int, pipeline: int, folder: str, tie: bool
+) -> dict[str, Any]:
+    """Load this rank's file of a folder of mp_rank folders into Megatron's model, every name of it.
+
+    Returns:
+        This rank's place, and its weights by their own names.
+    """
+    parallel_state = start(rank, world_size, store, tensor, pipeline)
+    model = build(tie, parallel_state)
+    index = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    file = Path(folder) / f"mp_rank_{index:02d}_{stage:03d}/model_optim_rng.pt"
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(file, weights_only=True)
+    model.load_state_dict(content["model"], strict=True)
+    state = model.state_dict()
+    finish(parallel_state)
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {"tp": index, "pp": stage, "weights": weights, "args": vars(content["args"])}
+
+
 def _make_optimizer(model: Any) -> Any:
     """Megatron's distributed optimizer after a step, which makes its state."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig

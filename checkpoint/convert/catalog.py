@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.checkpoint.convert.mapping import map_tensors
 from holdfast.checkpoint.convert.output import FLOATS
-from holdfast.checkpoint.convert.pieces import Logical, SourceTensor
+from holdfast.checkpoint.convert.pieces import Logical, SourceTensor, Stored
 from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules, find_values, load_rules
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
@@ -72,6 +72,8 @@ class Catalog:
     """Small files that go with the weights, by name."""
     checks: dict[tuple[str, int, int], int] = field(default_factory=dict)
     """CRC-32C of (file, byte, length), where the source has checksums."""
+    records: dict[tuple[str, int, int], Stored] = field(default_factory=dict)
+    """What zip archives say of what lies there."""
     by_rule: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, str] = field(default_factory=dict)
     """Why, by the source's key."""
@@ -116,6 +118,7 @@ def make_catalog(
         files=files,
         by_rule=mapped.by_rule,
         left_out=mapped.left_out,
+        records={place: record for tensor in tensors for place, record in tensor.records.items()},
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
 from holdfast.checkpoint.convert.mapping import View, make_views
 from holdfast.checkpoint.convert.patterns import Pattern, evaluate
-from holdfast.checkpoint.convert.pieces import Logical, Piece, Place, check_complete
+from holdfast.checkpoint.convert.pieces import Logical, Piece, Place, check_complete, moved
 from holdfast.checkpoint.convert.rules import Rule, RuleBook
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box, without
@@ -34,18 +34,38 @@ class _Group:
     """Along the stacked dimensions."""
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A tensor of a format: what its shards make up, one after the other."""
+
+    rule: Rule
+    tensor: Logical
+    """Under the format's name, of kind "tensor"; its pieces are those of the model's tensors."""
+    dtype: str
+    """In the output."""
+    groups: int
+    """Stretches of equal length along the fused dimension that cannot be cut."""
+
+
 def map_back(
-    book: RuleBook, tensors: Sequence[Typed], values: Mapping[str, int], where: str
-) -> list[Typed]:
+    book: RuleBook,
+    tensors: Sequence[Typed],
+    values: Mapping[str, int],
+    where: str,
+    *,
+    form: str = "",
+    shards: int = 1,
+) -> list[Joined]:
     """Put the tensors of a model together as a format keeps them, each whole.
 
     Args:
         tensors: of kinds that `state_names` has names for.
         values: what the rules need to know of the model.
         where: who asks, for errors.
+        form: of the format, whose rules these are ("" for the usual one).
+        shards: into which `cut` will cut what the rules say is cut.
     Returns:
-        Tensors under the format's names, of kind "tensor", whose pieces are those of the model's; what is
-        padding has no place.
+        The tensors of the format; what is padding has no place.
     Raises:
         CheckpointError: a tensor that no rule gives, or one that is missing beside others, or of another
             shape or type than these.
@@ -54,7 +74,8 @@ def map_back(
     present = {tensor.name for tensor, _ in tensors}
     names = state_names(book)
     found: dict[tuple[str, int, str], _Group] = {}
-    rules = [(rule, _target_patterns(rule)) for rule in book.rules if rule.written]
+    rules = [(rule, _target_patterns(rule)) for rule in book.rules if rule.is_written(form)]
+    values = {**values, "shards": shards}
     for tensor, out in tensors:
         for number, (rule, patterns) in enumerate(rules):
             captured = _captured(rule, patterns, tensor.name, present)
@@ -105,7 +126,7 @@ def _captured(
     return None
 
 
-def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Typed:
+def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joined:
     rule, members = group.rule, group.members
     where = f"{where}, rule {rule.source}"
     first, out = next(iter(members.values()))
@@ -122,7 +143,7 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Typed
             )
     lead = _extents(group, where)
     shape = (*lead, *_inner_shape(group, values, where))
-    views = make_views(rule, group.captured, shape, {**values, "shards": 1}, where)
+    views = make_views(rule, group.captured, shape, values, where)
     pieces: list[Piece] = []
     for view in views:
         found = members.get(view.name)
@@ -142,7 +163,35 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Typed
         pieces += [Piece(box, ()) for box in without([Box.whole(shape)], held)]
     made = Logical(group.key, "tensor", first.dtype, shape, tuple(pieces), first.combine)
     check_complete(made)
-    return made, out
+    return Joined(rule, made, out, evaluate(rule.groups, values, where) if rule.parts else 1)
+
+
+def cut(joined: Joined, index: int, shards: int, where: str) -> Logical:
+    """A shard of a tensor, as its rule says: a part of it, or a copy.
+
+    Raises:
+        CheckpointError: it cannot be cut into so many equal parts, or the rule has no shards of this form.
+    """
+    rule, tensor = joined.rule, joined.tensor
+    if shards == 1 or rule.form == "replicated":
+        return tensor
+    where = f"{where}, rule {rule.source}"
+    if rule.form != "shard":
+        raise CheckpointError(f'{where}: a tensor that is "{rule.form}" has no {shards} shards')
+    extent = tensor.shape[rule.dim]
+    fused = bool(rule.parts) and rule.dim == rule.fused_dim + len(rule.stacked)
+    if extent % shards or (fused and joined.groups % shards):
+        groups = f", {joined.groups} groups of heads" if fused else ""
+        raise CheckpointError(
+            f"{where}: {tensor.name} {list(tensor.shape)} cannot be cut into {shards} equal shards along "
+            f"dimension {rule.dim} ({extent} indices{groups})"
+        )
+    length = extent // shards
+    start, stop = [0] * len(tensor.shape), list(tensor.shape)
+    start[rule.dim], stop[rule.dim] = index * length, (index + 1) * length
+    box = Box(tuple(start), tuple(stop))
+    pieces = moved(list(tensor.within(box)), rule.dim, -index * length)
+    return replace(tensor, shape=box.shape, pieces=tuple(pieces))
 
 
 def _extents(group: _Group, where: str) -> tuple[int, ...]:

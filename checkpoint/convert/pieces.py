@@ -7,8 +7,8 @@ places (after the pieces of DeepSpeed's affine maps). Nothing is copied until a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from holdfast.checkpoint.format import ELEMENT_BYTES
@@ -46,6 +46,14 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A record of a zip archive."""
+
+    name: str
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A tensor as a source keeps it, or one shard of it."""
 
@@ -59,6 +67,8 @@ class SourceTensor:
     """Its coordinates among the source's shards: (("tp", 1), ("pp", 0))."""
     full_shape: tuple[int, ...] | None = None
     """Of the tensor that this is a flat fragment of."""
+    records: Mapping[tuple[str, int, int], Stored] = field(default_factory=dict)
+    """What zip archives say of bytes that are just those of a piece: by (file, byte, length)."""
 
     def index(self, axis: str) -> int:
         """The coordinate along an axis; 0 along one that it is not cut along."""

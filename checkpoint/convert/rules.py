@@ -62,8 +62,15 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     if_target: str = ""
     """When the format is written, the rule holds only where the model has a tensor of this name too; captures
     are those of the target."""
-    written: bool = True
-    """Whether the format is written so; else the rule is for reading only."""
+    written: bool | tuple[str, ...] = True
+    """Whether the format is written so, else the rule is for reading only; or the forms of it that are ("" for
+    the usual one)."""
+
+    def is_written(self, form: str) -> bool:
+        """Whether the rule holds when a form of the format is written."""
+        if isinstance(self.written, bool):
+            return self.written and not form
+        return form in self.written
 
     @property
     def stacked(self) -> tuple[str, ...]:

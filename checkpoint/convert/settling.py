@@ -52,7 +52,7 @@ class Settling:
         Raises:
             CheckpointError: units given before could not be made durable, or read back otherwise.
         """
-        while len(self._waiting) > MOST_WAITING or (self._waiting and self._waiting[0].done()):
+        while len(self._waiting) >= MOST_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._settle, dict(sums), recorded))
 

@@ -6,12 +6,13 @@ import io
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from holdfast.checkpoint.convert.pickles import Record, StoredTensor, read_pickle
-from holdfast.checkpoint.convert.pieces import SourceTensor, stored
+from holdfast.checkpoint.convert.pieces import SourceTensor, Stored, stored
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 
@@ -29,6 +30,8 @@ class TorchFile:
     """First byte of each storage, in the file."""
     sizes: Mapping[str, int]
     """Bytes of each storage."""
+    records: Mapping[str, Stored] = field(default_factory=dict)
+    """Of storages whose checksum was written."""
 
     def source(
         self,
@@ -51,16 +54,22 @@ class TorchFile:
                 f"{self.file} is damaged: {key} needs {end} bytes of a storage of "
                 f"{self.sizes.get(tensor.storage, 0)}"
             )
-        return stored(
+        offset = self.places.get(tensor.storage, 0) + tensor.start * size
+        found = stored(
             key,
             tensor.dtype,
             tensor.shape,
             self.file,
-            self.places.get(tensor.storage, 0) + tensor.start * size,
+            offset,
             strides=tensor.strides,
             shard=shard,
             full_shape=full_shape,
         )
+        record = self.records.get(tensor.storage)
+        whole = prod(tensor.shape) * size == self.sizes.get(tensor.storage)
+        if record is None or not whole or tensor.start:
+            return found
+        return replace(found, records={(self.file, offset, prod(tensor.shape) * size): record})
 
     def read(self, root: Path, tensor: StoredTensor) -> bytes:
         """The bytes of a small contiguous tensor."""
@@ -109,12 +118,13 @@ def _read_archive(
 ) -> TorchFile:
     places: dict[str, int] = {}
     sizes: dict[str, int] = {}
+    records: dict[str, Stored] = {}
     pickled: zipfile.ZipInfo | None = None
     for entry in archive.infolist():
         _, _, name = entry.filename.partition("/")
         if name == "data.pkl":
             pickled = entry
-        elif name == "byteorder" and archive.read(entry) != b"little":
+        elif name == "byteorder" and _content(archive, entry) != b"little":
             raise CheckpointError(f"{where} was written by a big-endian machine")
         elif name.startswith("data/"):
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -126,10 +136,19 @@ def _read_archive(
                 raise CheckpointError(f"{where} is damaged: {name} lies outside of the file")
             places[name.removeprefix("data/")] = offset + start
             sizes[name.removeprefix("data/")] = entry.file_size
+            if entry.CRC:
+                records[name.removeprefix("data/")] = Stored(entry.filename, entry.CRC)
     if pickled is None:
         raise CheckpointError(f"{where} is not a file of torch.save: it has no data.pkl")
-    content = read_pickle(archive.read(pickled), where)
-    return TorchFile(content, file, places, sizes)
+    content = read_pickle(_content(archive, pickled), where)
+    return TorchFile(content, file, places, sizes, records)
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    if not entry.CRC:
+        # torch.serialization.set_crc32_options(False): there is no checksum.
+        del entry.CRC
+    return archive.read(entry)
 
 
 def tensors_in(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

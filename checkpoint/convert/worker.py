@@ -20,7 +20,7 @@ from holdfast.parallel.errors import CheckpointError
 UNITS_IN_A_ROW = 8
 """Neighbouring units go to the same worker, so that files are written in long stretches."""
 RECORD_BYTES = 32 << 20
-"""Written between two lines of a worker's journal; a kill costs what is between four at most."""
+"""Written between two lines of a worker's journal; a kill costs two such groups more, and what is under way."""
 _READ_BYTES = 8 << 20
 
 
@@ -63,6 +63,7 @@ def do_share(
             checksum=output.checksum,
             memory_bytes=max(0, memory_bytes - MEMORY_BYTES),
             checks=catalog.checks,
+            records=catalog.records,
         ) as engine,
     ):
 

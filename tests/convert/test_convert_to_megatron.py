@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster import Cluster
@@ -18,17 +18,8 @@ from holdfast.checkpoint.convert.request import Conversion
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from megatron_jobs import SIZES
 from megatron_shards import huggingface_weights
+from tiny_models import EXPERTS, make_model, weights_of
 
-WIDE = {
-    "vocab_size": SIZES["vocab"],
-    "hidden_size": SIZES["hidden"],
-    "num_hidden_layers": SIZES["layers"],
-    "intermediate_size": SIZES["ffn"],
-    "num_attention_heads": SIZES["heads"],
-    "num_key_value_heads": SIZES["kv_heads"],
-    "max_position_embeddings": SIZES["max_len"],
-}
-EXPERTS = {"num_local_experts": SIZES["experts"], "intermediate_size": SIZES["expert_ffn"]}
 PADDED = {"vocab_multiple": 16}
 
 
@@ -36,24 +27,6 @@ def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
     found = convert(Conversion(source, target, to, **keys))
     assert found is not None
     return found
-
-
-def make_model(kind: str, folder: Path, **keys: Any) -> Any:
-    import transformers
-
-    torch.manual_seed(11)
-    config = getattr(transformers, f"{kind}Config")(**{**WIDE, **keys})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    model.save_pretrained(str(folder))
-    return model
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: value
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, value in load_file(file).items()
-    }
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from holdfast.checkpoint.convert.inverse import map_back
+from holdfast.checkpoint.convert.inverse import cut, map_back
 from holdfast.checkpoint.convert.mapping import map_tensors
 from holdfast.checkpoint.convert.pieces import Logical, SourceTensor
 from holdfast.checkpoint.convert.rules import RuleBook, parse_rules
@@ -58,6 +58,47 @@ target = "layers.{layer}.norm"
 """
 
 
+SHARDED = """
+format = "theirs"
+[[rule]]
+written = ["ranks"]
+source = "table"
+target = "embed"
+is = "shard"
+strip = { size = "vocab", multiple = "multiple" }
+[[rule]]
+written = ["ranks"]
+source = "{layer:d}.qkv"
+is = "shard"
+groups = "groups"
+parts = [
+  { target = "layers.{layer}.q", size = "heads / groups * dim" },
+  { target = "layers.{layer}.kv", size = "dim" },
+  { target = "layers.{layer}.kv", size = "dim" },
+]
+[[rule]]
+written = ["ranks"]
+source = "{layer:d}.fc1"
+is = "shard"
+groups = "shards"
+parts = [
+  { target = "layers.{layer}.gate", size = "wide / shards" },
+  { target = "layers.{layer}.up", size = "wide / shards" },
+]
+[[rule]]
+written = ["ranks"]
+source = "{layer:d}.fc2"
+target = "layers.{layer}.down"
+is = "shard"
+dim = 1
+[[rule]]
+written = ["ranks"]
+source = "{layer:d}.norm"
+target = "layers.{layer}.norm"
+is = "replicated"
+"""
+
+
 def in_memory(weights: dict[str, Tensor]) -> tuple[Source, list[Logical]]:
     """Tensors of a model, whose names begin with "exp_avg:" where they are moments."""
     source = Source()
@@ -72,7 +113,7 @@ def in_memory(weights: dict[str, Tensor]) -> tuple[Source, list[Logical]]:
 
 def theirs(book: RuleBook, tensors: list[Logical], **values: int) -> dict[str, Logical]:
     made = map_back(book, [(tensor, tensor.dtype) for tensor in tensors], values, "here")
-    return {tensor.name: tensor for tensor, _ in made}
+    return {one.tensor.name: one.tensor for one in made}
 
 
 @settings(max_examples=40)
@@ -136,6 +177,59 @@ def test_a_model_comes_back(
     for tensor in again.tensors:
         key = tensor.name if tensor.kind == "weight" else f"{tensor.kind}:{tensor.name}"
         assert torch.equal(source.read(tensor, torch.float32), weights[key])
+
+
+@settings(max_examples=40)
+@given(
+    shards=st.integers(1, 4),
+    layers=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    per_group=st.integers(1, 2),
+    dim=st.integers(1, 3),
+    wide=st.integers(1, 3),
+    vocab=st.integers(1, 9),
+    multiple=st.integers(1, 3),
+)
+def test_shards_of_any_number_make_up_the_model(
+    shards: int,
+    layers: int,
+    groups: int,
+    per_group: int,
+    dim: int,
+    wide: int,
+    vocab: int,
+    multiple: int,
+) -> None:
+    groups, wide, multiple = shards * groups, shards * wide, shards * multiple
+    heads = groups * per_group
+    weights = {"embed": torch.randn(vocab, 4)}
+    for layer in range(layers):
+        weights[f"layers.{layer}.q"] = torch.randn(heads * dim, 5)
+        weights[f"layers.{layer}.kv"] = torch.randn(2 * groups * dim, 5)
+        weights[f"layers.{layer}.gate"] = torch.randn(wide, 5)
+        weights[f"layers.{layer}.up"] = torch.randn(wide, 5)
+        weights[f"layers.{layer}.down"] = torch.randn(5, wide)
+        weights[f"layers.{layer}.norm"] = torch.randn(5)
+    source, tensors = in_memory(weights)
+    values = {"heads": heads, "groups": groups, "dim": dim, "wide": wide}
+    values |= {"vocab": vocab, "multiple": multiple}
+    book = parse_rules(SHARDED, "rules.toml")
+    typed = [(tensor, tensor.dtype) for tensor in tensors]
+    made = map_back(book, typed, values, "here", form="ranks", shards=shards)
+    ranks = [[cut(one, rank, shards, "here") for one in made] for rank in range(shards)]
+    # Each rank has its gate rows, then its up rows.
+    first = {tensor.name: tensor for tensor in ranks[0]}["0.fc1"]
+    expected = [weights[f"layers.0.{name}"][: wide // shards] for name in ("gate", "up")]
+    assert torch.equal(source.read(first, torch.float32), torch.cat(expected))
+    theirs = [
+        SourceTensor(t.name, t.dtype, t.shape, t.pieces, (("tp", rank),))
+        for rank, members in enumerate(ranks)
+        for t in members
+    ]
+    again = map_tensors(book, theirs, values, "there").tensors
+    assert {tensor.name for tensor in again} == weights.keys()
+    for tensor in again:
+        assert torch.equal(source.read(tensor, torch.float32), weights[tensor.name])
 
 
 def test_padding_is_zeros_and_the_rest_is_not_touched() -> None:

@@ -128,7 +128,7 @@ def _tensor(
     name: str, key: str, entry: Any, items: Mapping[tuple[int, ...], TorchFile], where: str
 ) -> SourceTensor:
     shape = tuple(entry.get("size"))
-    pieces, dtypes = [], set()
+    pieces, dtypes, records = [], set(), {}
     for chunk in entry.get("chunks"):
         start, extent = tuple(chunk.get("offsets")), tuple(chunk.get("sizes"))
         item = items.get(start)
@@ -141,11 +141,12 @@ def _tensor(
             )
         source = item.source(key, content)
         dtypes.add(source.dtype)
+        records |= source.records
         box = Box(start, tuple(a + n for a, n in zip(start, extent, strict=True)))
         pieces.append(Piece(box, source.pieces[0].places))
     if len(dtypes) != 1:
         raise CheckpointError(f"{where}: {key} has chunks of types {sorted(dtypes)}")
-    return SourceTensor(name, dtypes.pop(), shape, tuple(pieces))
+    return SourceTensor(name, dtypes.pop(), shape, tuple(pieces), records=records)
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:

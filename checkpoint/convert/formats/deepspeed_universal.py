@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,20 +25,14 @@ from holdfast.checkpoint.convert.formats.deepspeed import (
 from holdfast.checkpoint.convert.formats.deepspeed import (
     NAME as DEEPSPEED,
 )
-from holdfast.checkpoint.convert.output import Output, Unit, units_of
+from holdfast.checkpoint.convert.output import Output
 from holdfast.checkpoint.convert.pickle_writing import size
 from holdfast.checkpoint.convert.pickles import StoredTensor
 from holdfast.checkpoint.convert.pieces import Logical, SourceTensor
 from holdfast.checkpoint.convert.torch_files import read_torch_file, tensors_in
-from holdfast.checkpoint.convert.torch_writing import (
-    TORCH_FILE_DTYPES,
-    TensorToCome,
-    TorchLayout,
-    combine_crc32,
-    lay_out,
-)
+from holdfast.checkpoint.convert.torch_folder import TorchFolder
+from holdfast.checkpoint.convert.torch_writing import TORCH_FILE_DTYPES, TensorToCome
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.layout import Box
 
 NAME = "deepspeed-universal"
 _STATES = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -134,59 +125,6 @@ def _parameter(
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A file of torch.save that is to be written."""
-
-    name: str
-    layout: TorchLayout
-    units: tuple[range, ...]
-    """Of each of its tensors."""
-    constants: tuple[bytes, ...] = ()
-    """Of each of its tensors, where they are made here."""
-
-
-class _Files:
-    """Collects the files of an output."""
-
-    def __init__(self) -> None:
-        self.files: list[_File] = []
-        self.units: list[Unit] = []
-
-    def add(self, name: str, content: Any, tensors: Sequence[tuple[TensorToCome, Logical]]) -> None:
-        layout = lay_out(content, [come for come, _ in tensors])
-        spans = []
-        for (come, tensor), start in zip(tensors, layout.starts, strict=True):
-            first = len(self.units)
-            self.units += units_of(tensor, Box.whole(tensor.shape), come.dtype, name, start)
-            spans.append(range(first, len(self.units)))
-        self.files.append(_File(name, layout, tuple(spans)))
-
-    def add_number(self, name: str, value: float, wrap: Any = None) -> None:
-        """A file with a tensor of one number; `wrap` puts it into other content."""
-        come = TensorToCome(0, "F32", ())
-        layout = lay_out(come if wrap is None else wrap(come), [come])
-        content = struct.pack("<f", value)
-        self.files.append(_File(name, layout, (range(0),), (content,)))
-
-    def write(self, folder: Path, checksums: Sequence[int]) -> None:
-        """Everything but what units have written."""
-        for file in self.files:
-            crcs = []
-            for number, span in enumerate(file.units):
-                crc = zlib.crc32(file.constants[number]) if file.constants else 0
-                for unit in span:
-                    crc = combine_crc32(crc, checksums[unit], self.units[unit].bytes)
-                crcs.append(crc)
-            with (folder / file.name).open("r+b") as opened:
-                for at, content in file.layout.parts(crcs):
-                    opened.seek(at)
-                    opened.write(content)
-                for constant, start in zip(file.constants, file.layout.starts, strict=False):
-                    opened.seek(start)
-                    opened.write(constant)
-
-
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A universal checkpoint: its folder is a tag of DeepSpeed's, to be loaded with `load_universal`."""
     settled = settle_precision(catalog, options.dtype, masters=True)
@@ -209,7 +147,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     for tensor, _ in settled:
         if tensor.kind not in ("weight", "buffer", "tensor", "master", "exp_avg", "exp_avg_sq"):
             catalog.left_out[tensor.full_name] = "the universal format has no place for it"
-    files = _Files()
+    files = TorchFolder()
     _add_model_states(files, catalog, weights, masters)
     step = int(catalog.scalars.get("optimizer_step", catalog.step))
     _add_optimizer_state(files, catalog, step)
@@ -228,12 +166,11 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         for name, content in catalog.files.items():
             directory.write_synced(folder / name, content)
 
-    sizes = {file.name: file.layout.bytes for file in files.files}
-    return Output(sizes, files.units, finish, expected, "crc32")
+    return Output(files.sizes, files.units, finish, expected, "crc32")
 
 
 def _add_model_states(
-    files: _Files,
+    files: TorchFolder,
     catalog: Catalog,
     weights: Sequence[tuple[Logical, str]],
     masters: Sequence[Logical],
@@ -278,7 +215,7 @@ def _add_model_states(
         files.add(name, {**told, "module": module}, comes)
 
 
-def _add_optimizer_state(files: _Files, catalog: Catalog, step: int) -> None:
+def _add_optimizer_state(files: TorchFolder, catalog: Catalog, step: int) -> None:
     """What the optimizer has beside tensors of parameters."""
     told = catalog.scalars.get(DEEPSPEED, {})
     groups = told.get("param_groups")

@@ -65,15 +65,15 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     settled = _settled(catalog, options, book)
     weights = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "weight"}
     trained = any(tensor.kind == "exp_avg" for tensor, _ in settled)
-    arguments, values = _arguments(catalog, book, options.values, weights)
+    arguments, values = find_arguments(catalog, book, options.values, weights)
     iteration = f"iter_{catalog.step:07d}" if trained else "release"
     folder = DistcpFolder(iteration)
-    tensors = map_back(book, settled, values, "--to megatron")
-    for tensor, out in tensors:
-        folder.add((tensor.name,), tensor, out)
-    for key in _kernel_states(tensors):
+    joined = map_back(book, settled, values, "--to megatron")
+    for made in joined:
+        folder.add((made.tensor.name,), made.tensor, made.dtype)
+    for key in _kernel_states([made.tensor for made in joined]):
         folder.add_object((key,), [None])
-    common = _common(catalog, arguments, trained)
+    common = beside_tensors(catalog, arguments, trained=trained)
     files = files_for(catalog, settled)
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
@@ -117,12 +117,12 @@ def _settled(catalog: Catalog, options: WriteOptions, book: RuleBook) -> list[Ty
     return kept
 
 
-def _kernel_states(tensors: Sequence[Typed]) -> Iterator[str]:
+def _kernel_states(tensors: Sequence[Logical]) -> Iterator[str]:
     """Keys of what layers keep of their kernels, one a layer (and expert): Megatron asks for them all.
 
     They hold nothing where there is no FP8; Transformer Engine has them for its attention too.
     """
-    for tensor, _ in tensors:
+    for tensor in tensors:
         found = _LINEAR.match(tensor.name)
         if found is None:
             continue
@@ -136,13 +136,20 @@ def _kernel_states(tensors: Sequence[Typed]) -> Iterator[str]:
                 yield f"decoder.layers.{module}._extra_state/shard_{place}"
 
 
-def _arguments(
+def find_arguments(
     catalog: Catalog,
     book: RuleBook,
     given: Mapping[str, int],
     weights: Mapping[str, Logical],
+    shards: int = 1,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """(what Megatron's command line would say of the model, the values of rules)."""
+    """What is told of a model: (as Megatron's command line would say it, as the values of rules).
+
+    Args:
+        given: values that the user gives.
+        weights: by name.
+        shards: for how many ranks the vocabulary is padded.
+    """
     config = json.loads(catalog.files.get("config.json", b"{}"))
     arguments: dict[str, Any] = dict(catalog.scalars.get(NAME, {}).get("args", {}))
     try:
@@ -158,23 +165,26 @@ def _arguments(
     for name, value in _VALUES.items():
         if value in values:
             arguments[name] = values[value]
+    arguments.setdefault("make_vocab_size_divisible_by", values["vocab_multiple"])
     embedding = weights.get("model.embed_tokens.weight")
     if embedding is not None and embedding.shape:
         values["vocab"] = arguments["vocab_size"] = embedding.shape[0]
-        multiple = values["vocab_multiple"]
+        # As Megatron does: each rank has a multiple of it.
+        multiple = values["vocab_multiple"] = values["vocab_multiple"] * shards
         arguments["padded_vocab_size"] = -(-embedding.shape[0] // multiple) * multiple
-    arguments.setdefault("make_vocab_size_divisible_by", values["vocab_multiple"])
     arguments.pop("query_groups", None)
     return arguments, values
 
 
-def _common(catalog: Catalog, arguments: Mapping[str, Any], trained: bool) -> dict[str, Any]:
-    """What Megatron keeps beside tensors."""
+def beside_tensors(
+    catalog: Catalog, arguments: Mapping[str, Any], *, trained: bool
+) -> dict[str, Any]:
+    """What Megatron keeps beside tensors, for one rank unless the arguments say otherwise."""
     samples = int(catalog.scalars.get("samples", 0))
     told = {
-        **arguments,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
+        **arguments,
         "iteration": catalog.step,
         "consumed_train_samples": samples,
         "no_save_optim": not trained,

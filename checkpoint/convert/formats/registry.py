@@ -11,6 +11,7 @@ from holdfast.parallel.errors import ConfigError
 _MODULES = {
     "holdfast": "holdfast",
     "megatron": "megatron",
+    "megatron-legacy": "megatron_legacy",
     "deepspeed": "deepspeed",
     "deepspeed-universal": "deepspeed_universal",
     "dcp": "dcp",
@@ -19,7 +20,7 @@ _MODULES = {
 }
 """In the order in which a path is tried: the most particular first."""
 SOURCES = tuple(_MODULES)
-TARGETS = ("holdfast", "hf", "dcp", "deepspeed-universal", "megatron")
+TARGETS = ("holdfast", "hf", "dcp", "deepspeed-universal", "megatron", "megatron-legacy")
 
 
 def format_named(name: str) -> Any:

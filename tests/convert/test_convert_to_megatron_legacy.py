@@ -1,0 +1,113 @@
+"""Folders of one file a rank, written for Megatron-Core: its model loads them, and they come back unchanged."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster import Cluster
+from holdfast.checkpoint.convert.job import Converted, convert
+from holdfast.checkpoint.convert.request import Conversion
+from holdfast.parallel.errors import CheckpointError, ConfigError
+from megatron_jobs import SIZES
+from megatron_shards import huggingface_weights
+from tiny_models import EXPERTS, make_model, weights_of
+
+KINDS = [
+    ("Llama", {"tie_word_embeddings": True}),
+    ("Llama", {"head_dim": 6}),
+    ("Qwen2", {}),
+    ("Qwen3", {"head_dim": 8}),
+    ("Mixtral", EXPERTS),
+    ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 2}),
+]
+
+
+def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
+    found = convert(Conversion(source, target, to, **keys))
+    assert found is not None
+    return found
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("tie", [False, True])
+def test_megatrons_model_loads_every_ranks_file(
+    megatron_pool: Cluster, tmp_path: Path, tie: bool
+) -> None:
+    pytest.importorskip("megatron.core")
+    make_model("Llama", tmp_path / "hf", tie_word_embeddings=tie)
+    ranks = {"tensor": 2, "pipeline": 2}
+    values = {**ranks, "vocab_multiple": 8, "transformer_engine": 0}
+    converted(tmp_path / "hf", tmp_path / "megatron", "megatron-legacy", values=values)
+    folder = str(tmp_path / "megatron/release")
+    shards = megatron_pool.run("megatron_jobs:load_legacy", 4, folder=folder, tie=tie, **ranks)
+    expected = weights_of(tmp_path / "hf")
+    found = huggingface_weights(shards)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert all(shard["args"]["padded_vocab_size"] == SIZES["padded_vocab"] for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "tensor", "pipeline", "own"),
+    [
+        *((kind, keys, 2, 2, 1) for kind, keys in KINDS),
+        *((*KINDS[0], *layout) for layout in ((1, 1, 1), (2, 1, 0), (1, 4, 0))),
+    ],
+)
+def test_a_model_comes_back(
+    tmp_path: Path, kind: str, keys: dict[str, Any], tensor: int, pipeline: int, own: int
+) -> None:
+    make_model(kind, tmp_path / "hf", **keys)
+    values = {"tensor": tensor, "pipeline": pipeline, "transformer_engine": own}
+    converted(tmp_path / "hf", tmp_path / "megatron", "megatron-legacy", values=values)
+    files = sorted((tmp_path / "megatron/release").glob("mp_rank_*/model_optim_rng.pt"))
+    assert len(files) == tensor * pipeline
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        first = torch.load(files[0], weights_only=True)
+    theirs = "self_attention.linear_qkv.layer_norm_weight" if own else "input_layernorm.weight"
+    assert f"decoder.layers.0.{theirs}" in first["model"]
+    assert ("decoder.layers.0.self_attention.linear_qkv._extra_state" in first["model"]) == bool(
+        own
+    )
+    assert first["args"].tensor_model_parallel_size == tensor
+    (tmp_path / "megatron/release/config.json").unlink()
+    back = converted(tmp_path / "megatron", tmp_path / "back", "hf")
+    assert (back.source_format, (tmp_path / "back/config.json").exists()) == ("megatron", True)
+    found, expected = weights_of(tmp_path / "back"), weights_of(tmp_path / "hf")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
+    make_model("Llama", tmp_path / "hf", num_hidden_layers=3)
+
+    def written(**values: int) -> None:
+        converted(tmp_path / "hf", tmp_path / "out", "megatron-legacy", values=values)
+
+    with pytest.raises(
+        CheckpointError, match=r"linear_qkv\.weight \[32, 16\] cannot be cut into 4 .*2 groups"
+    ):
+        written(tensor=4)
+    with pytest.raises(
+        CheckpointError, match="3 layers, numbered up to 2, cannot be shared equally by 2"
+    ):
+        written(pipeline=2)
+    with pytest.raises(ConfigError, match="tensor=0: give a number of ranks"):
+        written(tensor=0)
+    with pytest.raises(ConfigError, match="transformer_engine is 1"):
+        written(transformer_engine=2)
+    assert not (tmp_path / "out").exists()
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "hf/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"made of model\.layers\.\S*\.mlp\.up_proj"):
+        written()

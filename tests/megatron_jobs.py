@@ -48,7 +48,7 @@ def start(
     return parallel_state
 
 
-def build(tie: bool, parallel_state: Any, experts: int = 0) -> Any:
+def build(tie: bool, parallel_state: Any, experts: int = 0, gpt2: bool = False) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,20 +56,22 @@ def build(tie: bool, parallel_state: Any, experts: int = 0) -> Any:
     config = TransformerConfig(
         num_layers=SIZES["layers"],
         hidden_size=SIZES["hidden"],
-        ffn_hidden_size=SIZES["ffn"],
+        ffn_hidden_size=4 * SIZES["hidden"] if gpt2 else SIZES["ffn"],
         num_attention_heads=SIZES["heads"],
-        num_query_groups=SIZES["kv_heads"],
+        num_query_groups=SIZES["heads"] if gpt2 else SIZES["kv_heads"],
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
+        add_bias_linear=gpt2,
+        gated_linear_unit=not gpt2,
+        activation_func=torch.nn.functional.gelu if gpt2 else torch.nn.functional.silu,
+        normalization="LayerNorm" if gpt2 else "RMSNorm",
         **_expert_settings(experts, parallel_state),
     )
-    spec: Any = get_gpt_layer_local_spec(num_experts=experts or None, normalization="RMSNorm")
+    spec: Any = get_gpt_layer_local_spec(
+        num_experts=experts or None, normalization=config.normalization
+    )
     if experts:
         # As with Transformer Engine: beside experts the norm is a layer of its own.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
@@ -81,7 +83,7 @@ def build(tie: bool, parallel_state: Any, experts: int = 0) -> Any:
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=tie,
-        position_embedding_type="rope",
+        position_embedding_type="learned_absolute" if gpt2 else "rope",
     )
 
 
@@ -238,6 +240,8 @@ def load(
     expert: int = 1,
     experts: int = 0,
     optimizer: bool = False,
+    tie: bool = False,
+    gpt2: bool = False,
 ) -> dict[str, Any]:
     """Load a torch_dist folder into Megatron's model, and its distributed optimizer, as Megatron does.
 
@@ -247,7 +251,7 @@ def load(
     from megatron.core import dist_checkpointing
 
     parallel_state = start(rank, world_size, store, tensor, pipeline, expert)
-    model = build(False, parallel_state, experts)
+    model = build(tie, parallel_state, experts, gpt2)
     common = dist_checkpointing.load_common_state_dict(folder)
     metadata: Any = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     sharded: dict[str, Any] = {"model": model.sharded_state_dict(metadata=dict(metadata))}
@@ -274,7 +278,15 @@ def load(
 
 
 def load_legacy(
-    rank: int, world_size: int, store: Store, *, tensor: int, pipeline: int, folder: str, tie: bool
+    rank: int,
+    world_size: int,
+    store: Store,
+    *,
+    tensor: int,
+    pipeline: int,
+    folder: str,
+    tie: bool,
+    gpt2: bool = False,
 ) -> dict[str, Any]:
     """Load this rank's file of a folder of mp_rank folders into Megatron's model, every name of it.
 
@@ -282,12 +294,12 @@ def load_legacy(
         This rank's place, and its weights by their own names.
     """
     parallel_state = start(rank, world_size, store, tensor, pipeline)
-    model = build(tie, parallel_state)
+    model = build(tie, parallel_state, gpt2=gpt2)
     index = parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     file = Path(folder) / f"mp_rank_{index:02d}_{stage:03d}/model_optim_rng.pt"
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(file, weights_only=True)
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    content = torch.load(file, weights_only=True)
     model.load_state_dict(content["model"], strict=True)
     state = model.state_dict()
     finish(parallel_state)

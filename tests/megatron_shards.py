@@ -63,6 +63,43 @@ def huggingface_weights(
     return found
 
 
+def gpt2_weights(shards: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Every weight of a tied GPT-2 under its Hugging Face name."""
+    place = {(shard["tp"], shard["pp"]): shard["weights"] for shard in shards}
+
+    def rows(name: str, stage: int, axis: int = 0) -> Tensor:
+        return torch.cat([place[index, stage][name] for index in range(2)], dim=axis)
+
+    found = {
+        "transformer.wte.weight": rows("embedding.word_embeddings.weight", 0)[: SIZES["vocab"]],
+        "transformer.wpe.weight": place[1, 0]["embedding.position_embeddings.weight"],
+        "transformer.ln_f.weight": place[1, 1]["decoder.final_layernorm.weight"],
+        "transformer.ln_f.bias": place[1, 1]["decoder.final_layernorm.bias"],
+    }
+    assert torch.equal(rows("output_layer.weight", 1), rows("embedding.word_embeddings.weight", 0))
+    for stage in range(2):
+        for local in range(LAYERS_A_STAGE):
+            theirs = f"decoder.layers.{local}."
+            ours = f"transformer.h.{stage * LAYERS_A_STAGE + local}."
+            for what in ("weight", "bias"):
+                # Query, key and value of each head, to all queries, all keys and all values.
+                qkv = rows(f"{theirs}self_attention.linear_qkv.{what}", stage)
+                heads = qkv.view(SIZES["heads"], 3, -1, *qkv.shape[1:])
+                found[f"{ours}attn.c_attn.{what}"] = heads.transpose(0, 1).reshape(qkv.shape)
+                found[f"{ours}mlp.c_fc.{what}"] = rows(f"{theirs}mlp.linear_fc1.{what}", stage)
+                for norm, name in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
+                    found[f"{ours}{name}.{what}"] = place[0, stage][f"{theirs}{norm}.{what}"]
+            for module, name in (
+                ("self_attention.linear_proj", "attn.c_proj"),
+                ("mlp.linear_fc2", "mlp.c_proj"),
+            ):
+                found[f"{ours}{name}.weight"] = rows(f"{theirs}{module}.weight", stage, 1)
+                found[f"{ours}{name}.bias"] = place[1, stage][f"{theirs}{module}.bias"]
+    # GPT-2's linear layers have their weights the other way round.
+    linear = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    return {name: value.T if name.endswith(linear) else value for name, value in found.items()}
+
+
 def expert_weights(
     place: dict[tuple[int, int], dict[str, Tensor]], stage: int, theirs: str, ours: str, expert: int
 ) -> dict[str, Tensor]:

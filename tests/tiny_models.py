@@ -22,14 +22,27 @@ WIDE = {
 }
 EXPERTS = {"num_local_experts": SIZES["experts"], "intermediate_size": SIZES["expert_ffn"]}
 
+GPT2 = {
+    "vocab_size": SIZES["vocab"],
+    "n_embd": SIZES["hidden"],
+    "n_layer": SIZES["layers"],
+    "n_head": SIZES["heads"],
+    "n_positions": SIZES["max_len"],
+}
+
 
 def make_model(kind: str, folder: Path, **keys: Any) -> Any:
     """A model with random weights of a kind that Megatron knows, saved to a folder."""
     import transformers
 
     torch.manual_seed(11)
-    config = getattr(transformers, f"{kind}Config")(**{**WIDE, **keys})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    sizes = {} if kind == "GPT2" else WIDE
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **keys})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Norms and biases that are not all alike.
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
     model.save_pretrained(str(folder))
     return model
 

@@ -18,7 +18,7 @@ from holdfast.checkpoint.convert.request import Conversion
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from megatron_jobs import SIZES
 from megatron_shards import huggingface_weights
-from tiny_models import EXPERTS, make_model, weights_of
+from tiny_models import EXPERTS, GPT2, make_model, weights_of
 
 PADDED = {"vocab_multiple": 16}
 
@@ -104,6 +104,8 @@ def test_megatron_loads_experts_over_expert_parallel_ranks(
         ("Qwen3", {"head_dim": 8}),
         ("Mixtral", EXPERTS),
         ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 2}),
+        ("GPT2", GPT2),
+        ("GPT2", {**GPT2, "activation_function": "gelu", "tie_word_embeddings": False}),
     ],
 )
 def test_a_model_comes_back_with_its_configuration(

@@ -15,8 +15,8 @@ from holdfast.checkpoint.convert.job import Converted, convert
 from holdfast.checkpoint.convert.request import Conversion
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from megatron_jobs import SIZES
-from megatron_shards import huggingface_weights
-from tiny_models import EXPERTS, make_model, weights_of
+from megatron_shards import gpt2_weights, huggingface_weights
+from tiny_models import EXPERTS, GPT2, make_model, weights_of
 
 KINDS = [
     ("Llama", {"tie_word_embeddings": True}),
@@ -25,6 +25,7 @@ KINDS = [
     ("Qwen3", {"head_dim": 8}),
     ("Mixtral", EXPERTS),
     ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 2}),
+    ("GPT2", GPT2),
 ]
 
 
@@ -111,3 +112,28 @@ def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "hf/model.safetensors")
     with pytest.raises(CheckpointError, match=r"made of model\.layers\.\S*\.mlp\.up_proj"):
         written()
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+def test_megatrons_model_loads_gpt2(megatron_pool: Cluster, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    make_model("GPT2", tmp_path / "hf", **GPT2)
+    ranks = {"tensor": 2, "pipeline": 2}
+    values = {**ranks, "vocab_multiple": 8, "transformer_engine": 0}
+    converted(tmp_path / "hf", tmp_path / "legacy", "megatron-legacy", values=values)
+    converted(tmp_path / "hf", tmp_path / "dist", "megatron", values={"vocab_multiple": 8})
+    expected = weights_of(tmp_path / "hf")
+    for job, folder in (("load_legacy", "legacy"), ("load", "dist")):
+        shards = megatron_pool.run(
+            f"megatron_jobs:{job}",
+            4,
+            folder=str(tmp_path / folder / "release"),
+            tie=True,
+            gpt2=True,
+            **ranks,
+        )
+        found = gpt2_weights(shards)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catalog
 from holdfast.checkpoint.convert.distcp_writing import METADATA
 from holdfast.checkpoint.convert.formats.dcp import read_items
-from holdfast.checkpoint.convert.formats.megatron_models import describe
+from holdfast.checkpoint.convert.formats.megatron_models import EMBEDDINGS, describe
 from holdfast.checkpoint.convert.formats.megatron_writing import NAME, TRACKER, plan
 from holdfast.checkpoint.convert.pickles import StoredTensor, plain
 from holdfast.checkpoint.convert.pieces import SourceTensor
@@ -118,7 +118,7 @@ def _catalog(
     catalog.step = int(common.get("iteration", arguments.get("iteration") or 0))
     if "config.json" not in catalog.files:
         weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
-        embedding = weights.get("model.embed_tokens.weight")
+        embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
         rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
         described = describe(arguments, rows, weights) if rows else None
         if described is not None:

@@ -18,13 +18,19 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
 }
 """Model types that both sides know alike, and their classes in transformers."""
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
+"""Names of the embedding in these."""
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 
 def family_of(arguments: Mapping[str, Any]) -> str:
     """The model type that arguments describe; "" where it is none of FAMILIES."""
     told = arguments.get
+    if all(told(key) for key in _NEEDED) and _is_gpt2(arguments):
+        return "gpt2"
     alike = (
         told("swiglu") is True
         and told("normalization") == "RMSNorm"
@@ -45,6 +51,20 @@ def family_of(arguments: Mapping[str, Any]) -> str:
     return "mixtral" if told("num_experts") else "llama"
 
 
+def _is_gpt2(arguments: Mapping[str, Any]) -> bool:
+    told = arguments.get
+    return (
+        told("position_embedding_type") == "learned_absolute"
+        and told("normalization") == "LayerNorm"
+        and told("add_bias_linear") is True
+        and not told("swiglu")
+        and not told("squared_relu")
+        and not told("num_experts")
+        and not told("qk_layernorm")
+        and told("query_groups") in (None, told("num_attention_heads"))
+    )
+
+
 def describe(
     arguments: Mapping[str, Any], rows: int, names: Collection[str]
 ) -> dict[str, Any] | None:
@@ -57,6 +77,8 @@ def describe(
     family = family_of(arguments)
     if not family:
         return None
+    if family == "gpt2":
+        return _describe_gpt2(arguments, rows, names)
     heads = arguments["num_attention_heads"]
     experts = arguments.get("num_experts")
     wide = arguments["ffn_hidden_size"]
@@ -96,6 +118,28 @@ def describe(
     return described
 
 
+def _describe_gpt2(
+    arguments: Mapping[str, Any], rows: int, names: Collection[str]
+) -> dict[str, Any]:
+    return {
+        "architectures": [FAMILIES["gpt2"]],
+        "model_type": "gpt2",
+        "n_embd": arguments["hidden_size"],
+        "n_inner": arguments["ffn_hidden_size"],
+        "n_layer": arguments["num_layers"],
+        "n_head": arguments["num_attention_heads"],
+        "vocab_size": rows,
+        "n_positions": arguments.get("max_position_embeddings") or 1024,
+        "layer_norm_epsilon": arguments.get("norm_epsilon") or 1e-5,
+        "activation_function": "gelu_new" if arguments.get("openai_gelu") else "gelu",
+        "attn_pdrop": arguments.get("attention_dropout") or 0.0,
+        "resid_pdrop": arguments.get("hidden_dropout") or 0.0,
+        "embd_pdrop": arguments.get("hidden_dropout") or 0.0,
+        "tie_word_embeddings": "lm_head.weight" not in names,
+        "dtype": "float32",
+    }
+
+
 def _rope(arguments: Mapping[str, Any]) -> dict[str, Any]:
     base = float(arguments.get("rotary_base") or 10000)
     if not arguments.get("use_rope_scaling"):
@@ -113,6 +157,8 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     family = config.get("model_type")
     if family not in FAMILIES:
         return {}
+    if family == "gpt2":
+        return _gpt2_arguments(config)
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     experts = config.get("num_local_experts") or config.get("num_experts")
@@ -157,6 +203,30 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _gpt2_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    heads, hidden = config["n_head"], config["n_embd"]
+    return {
+        "num_layers": config["n_layer"],
+        "hidden_size": hidden,
+        "ffn_hidden_size": config.get("n_inner") or 4 * hidden,
+        "num_attention_heads": heads,
+        "group_query_attention": False,
+        "num_query_groups": heads,
+        "kv_channels": hidden // heads,
+        "max_position_embeddings": config.get("n_positions") or 1024,
+        "position_embedding_type": "learned_absolute",
+        "normalization": "LayerNorm",
+        "norm_epsilon": config.get("layer_norm_epsilon") or 1e-5,
+        "swiglu": False,
+        "openai_gelu": config.get("activation_function", "gelu_new") in _TANH_GELU,
+        "add_bias_linear": True,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
+        "attention_dropout": config.get("attn_pdrop", 0.1),
+        "hidden_dropout": config.get("resid_pdrop", 0.1),
+    }
+
+
 def unlike(config: Mapping[str, Any]) -> str:
     """What of a model Megatron's arguments cannot say, in words; "" if nothing."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -170,6 +240,13 @@ def unlike(config: Mapping[str, Any]) -> str:
         "biases of the feed-forward layers": lambda: bool(config.get("mlp_bias")),
         "dense layers between those of experts": lambda: bool(
             config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+        ),
+        f"the activation {config.get('activation_function')}": lambda: (
+            config.get("activation_function", "gelu") not in ("gelu", *_TANH_GELU)
+        ),
+        "attention scaled otherwise than by the size of heads": lambda: bool(
+            config.get("scale_attn_by_inverse_layer_idx")
+            or config.get("scale_attn_weights") is False
         ),
         "a sliding window": lambda: bool(
             config.get("sliding_window") and config.get("use_sliding_window", True)

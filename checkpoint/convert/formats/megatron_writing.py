@@ -19,7 +19,11 @@ from holdfast.checkpoint.convert.catalog import (
     settle_precision,
 )
 from holdfast.checkpoint.convert.distcp_writing import DistcpFolder
-from holdfast.checkpoint.convert.formats.megatron_models import arguments_of, unlike
+from holdfast.checkpoint.convert.formats.megatron_models import (
+    EMBEDDINGS,
+    arguments_of,
+    unlike,
+)
 from holdfast.checkpoint.convert.inverse import Typed, map_back
 from holdfast.checkpoint.convert.output import Output
 from holdfast.checkpoint.convert.pieces import Logical
@@ -166,7 +170,7 @@ def find_arguments(
         if value in values:
             arguments[name] = values[value]
     arguments.setdefault("make_vocab_size_divisible_by", values["vocab_multiple"])
-    embedding = weights.get("model.embed_tokens.weight")
+    embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
     if embedding is not None and embedding.shape:
         values["vocab"] = arguments["vocab_size"] = embedding.shape[0]
         # As Megatron does: each rank has a multiple of it.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +267,8 @@ def _share_among_processes(
             process.start()
             ending.callback(process.join)
             ending.callback(process.terminate)
-        while any(process.is_alive() for process in processes):
-            processes[0].join(_POLL_S)
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            connection.wait(alive, _POLL_S)
             progress(sum(counters), prepared.total)
             if any(process.exitcode not in (None, 0) for process in processes):
                 break

@@ -23,7 +23,7 @@ RESERVED_TAG = COLLECTIVE_TAG + (1 << 20)
 """From here on transports have tags for themselves."""
 SMALL_BYTES = 1 << 18
 """Up to here everybody sends everything to everybody: one round of messages instead of two."""
-DIRECT_MEMBERS: int = 16
+DIRECT_MEMBERS: int = 8
 """Up to so many members; beyond, parts travel by doubling (Bruck et al. 1997): log2(n) rounds, and
 only 2 log2(n) connections per rank."""
 

@@ -16,9 +16,11 @@ TUNABLES = "GLIBC_TUNABLES"
 _SETTINGS = {
     "glibc.malloc.tcache_count": "0",
     "glibc.malloc.mxfast": "0",
-    # Larger blocks come from the system page by page, and the end of the heap goes back to it.
+    # Larger blocks come from the system page by page.
     "glibc.malloc.mmap_threshold": str(32 << 20),
-    "glibc.malloc.trim_threshold": str(256 << 20),
+    # The heap stays as large as a step needs it: what goes back is asked for again in the next one, as
+    # pages of zeros.
+    "glibc.malloc.trim_threshold": str(1 << 40),
     # The heap in pages of 2 MiB (from 2.35 on): requests to a drive pin a page at a time.
     "glibc.malloc.hugetlb": "1",
 }

@@ -209,15 +209,19 @@ def start_up_s(folder: Path) -> float:
 def peak_of_ours(source: Path, out: Path) -> tuple[int, int]:
     """(bytes that a conversion in one process takes beside its imports, its largest tensor)."""
     code = (
-        "import resource, shutil, sys\n"
+        "import shutil, sys\n"
         "from pathlib import Path\n"
         "from holdfast.checkpoint.convert.formats import dcp, deepspeed_universal\n"
         "from holdfast.checkpoint.convert.job import convert\n"
         "from holdfast.checkpoint.convert.request import Conversion\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        # Unlike ru_maxrss this does not begin with what the parent had.
+        "def peak():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return int(next(x for x in lines if x.startswith('VmHWM')).split()[1])\n"
+        "before = peak()\n"
         "convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), 'deepspeed-universal',\n"
         "                   memory_bytes=128 << 20))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(peak() - before)\n"
     )
     shutil.rmtree(out, ignore_errors=True)
     done = subprocess.run(

@@ -155,8 +155,13 @@ def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster
         assert not run.events("corruption")
         assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
         saved.append(run.root / "checkpoints")
-    for step in (2, 8, 16):
-        folders = [str(root / f"step-{step:08d}") for root in saved]
+    # A save that a loss interrupts is given up for the next one's sake, so that some steps are missing.
+    names = [{path.parent.name for path in root.glob("step-*/manifest.json")} for root in saved]
+    both = sorted(name for name in names[0] & names[1] if len(name) == 13)
+    assert both[-1] == "step-00000016"
+    assert len(both) >= 3
+    for name in (*both[:2], both[-1]):
+        folders = [str(root / name) for root in saved]
         compared = subprocess.run([*HOLDFAST, "diff", *folders], capture_output=True, text=True)
         assert compared.returncode == 0, compared.stdout
 

@@ -119,8 +119,7 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
     part where the backward is split.
     """
     chunk_bytes = {
-        chunk: sum(plan.layers[layer].activation_bytes for layer in plan.layers_of(chunk))
-        for chunk in plan.chunks_of(rank)
+        chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in plan.chunks_of(rank)
     }
     return int(peak_in_flight(plan.program(rank), size=chunk_bytes.__getitem__))
 

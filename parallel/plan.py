@@ -168,6 +168,10 @@ class Plan:
     def layers_of(self, chunk: int) -> range:
         return range(*self.chunk_layers[chunk])
 
+    def activation_bytes(self, layers: tuple[int, int]) -> int:
+        """What the layers from the first up to before the second keep of one micro-batch."""
+        return sum(layer.activation_bytes for layer in self.layers[slice(*layers)])
+
     def program(self, rank: int, only: frozenset[int] | None = None) -> Program:
         """What a rank does in a training step, with global micro-batch numbers and peers' ranks.
 
@@ -276,19 +280,16 @@ class Plan:
     def _caps(self) -> tuple[int, ...]:
         """By stage, the chunk activations that a cell may keep at once where stages differ."""
 
-        def chunk_bytes(chunks: Sequence[tuple[int, int]]) -> list[float]:
-            return [
-                float(sum(layer.activation_bytes for layer in self.layers[a:b])) for a, b in chunks
-            ]
-
-        home, regular = self.home.pipeline, chunk_bytes(self.home_layers)
+        regular = list(map(self.activation_bytes, self.home_layers))
         longest = -(-sum(map(len, self.micro_batches)) // self.home.data)
         fullest = max(
             peak_in_flight(program, size=regular.__getitem__)
-            for program in compute_programs(self.schedule, home, self.virtual, longest)
+            for program in compute_programs(
+                self.schedule, self.home.pipeline, self.virtual, longest
+            )
         )
         most = (1 + self.activation_headroom) * fullest
-        return stage_caps(self.placement, chunk_bytes(self.chunk_layers), most)
+        return stage_caps(self.placement, list(map(self.activation_bytes, self.chunk_layers)), most)
 
     def parameter_layout(self) -> Layout:
         """Which boxes of which logical tensors each rank's parameters are."""

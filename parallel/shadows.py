@@ -110,7 +110,6 @@ class ShadowState:
         self._state: dict[str, Tensor]
         self._rounded: Tensor | None = None
         """The values as parameters, where these have fewer bits and are saved from here."""
-        rounds = in_host_memory and weight_dtype not in (None, dtype)
         if before is not None and before.blocks == self.blocks:
             self._gradients, self._state = before._gradients, before.state
             self._rounded = before._rounded
@@ -123,7 +122,7 @@ class ShadowState:
                 kind: torch.zeros(elements, dtype=dtype, device=place, pin_memory=pinned)
                 for kind in STATE_KINDS
             }
-            if rounds:
+            if in_host_memory and weight_dtype not in (None, dtype):
                 self._rounded = torch.zeros(
                     elements, dtype=weight_dtype, device=place, pin_memory=pinned
                 )

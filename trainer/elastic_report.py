@@ -15,6 +15,7 @@ from holdfast.parallel.parcels import BlockKey, held_blocks, plan_parcels
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.replan import Roster, replan, with_shadows
 from holdfast.trainer.display import layout_grid
+from holdfast.trainer.planning import shadows_in_host_memory
 from holdfast.trainer.sections import RunConfig
 
 _KINDS = 3
@@ -151,9 +152,9 @@ def elastic_report(
 
 def _rounded_width(config: RunConfig) -> int:
     """Bytes per element of the parameters that shadows in host memory keep for checkpoints."""
-    train, memory = config.train, config.elastic.shadow_memory
-    in_host_memory = memory == "host" or (memory == "auto" and train.device != "cpu")
-    return 2 if in_host_memory and train.precision == "bf16" else 0
+    train = config.train
+    rounds = train.precision == "bf16" and shadows_in_host_memory(config, train.device)
+    return 2 if rounds else 0
 
 
 def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]:

@@ -58,6 +58,16 @@ def plan_of(config: RunConfig, generation: int = 0) -> Plan:
     return _first_plan(config, layers_of_config(config), generation)
 
 
+def shadows_in_host_memory(config: RunConfig, device: str) -> bool:
+    """Whether copies of other ranks' optimizer state lie in host memory. Pure.
+
+    Args:
+        device: "cpu" or "cuda"; "auto", where it is not known yet, may be the latter.
+    """
+    wanted = config.elastic.shadow_memory
+    return wanted == "host" or (wanted == "auto" and device != "cpu")
+
+
 def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: int = 0) -> Plan:
     parallel, train = config.parallel, config.train
     return make_plan(

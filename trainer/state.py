@@ -35,11 +35,6 @@ class _KeptRows:
 
 
 _Columns = tuple[tuple[int, ...], tuple[int, ...]]
-_SHADOWED = {
-    **{"weight": "weight", "master": "value"},
-    **{"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
-}
-"""What a saved kind of tensor is called among shadows."""
 
 
 class TrainingState:
@@ -87,7 +82,7 @@ class TrainingState:
             rows.sort(key=lambda found: found.first)
 
     def _shadow(self, name: str, box: Box) -> tuple[str, _KeptRows] | None:
-        """The kind and the block of the copy that is saved of a box, if it is one that this rank shadows."""
+        """The saved kind and the block of the copy that is saved of a box, if it is one that this rank shadows."""
         kind, _, base = name.partition(".")
         if kind not in self._state:
             kind, base = "weight", name
@@ -95,7 +90,7 @@ class TrainingState:
         place = bisect_right(rows, box.start[0], key=lambda found: found.first) - 1
         if place < 0 or rows[place].last <= box.start[0]:
             return None
-        return _SHADOWED[kind], rows[place]
+        return kind, rows[place]
 
     def views(self, name: str, box: Box) -> list[Tensor]:
         """Every place where this rank keeps a box of a tensor; two for a tied weight."""
@@ -121,7 +116,10 @@ class TrainingState:
         assert self._shadows is not None
         kind, rows = found
         start = rows.place + (box.start[0] - rows.first) * (box.elements // box.shape[0])
-        copies = self._shadows.weights if kind == "weight" else self._shadows.state[kind]
+        if kind == "weight":
+            copies = self._shadows.weights
+        else:
+            copies = self._shadows.state["value" if kind == "master" else kind]
         return copies[start : start + box.elements].view(box.shape)
 
     def before(self, chunk: PlannedChunk) -> int:

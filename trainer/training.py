@@ -29,6 +29,7 @@ from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.model.build import DTYPES, new_chunks
 from holdfast.trainer.offloading import open_offloader
 from holdfast.trainer.partial_step import NOTHING, Counted, Covered, Place, Redo
+from holdfast.trainer.planning import shadows_in_host_memory
 from holdfast.trainer.progress import NO_REQUESTS, Outcome, Progress, Requests
 from holdfast.trainer.state import TrainingState
 
@@ -126,7 +127,7 @@ class Training:
             device=self.device,
             comm=self.groups.world,
             settings=settings,
-            in_host_memory=shadows_in_host_memory(config, self.device),
+            in_host_memory=shadows_in_host_memory(config, self.device.type),
             weight_dtype=dtype,
             before=before.shadows if before is not None else None,
         )
@@ -435,12 +436,6 @@ class Training:
             halves[self.optimizer.slot(block)] = torch.tensor(words)
         self.groups.control.all_reduce(halves).wait()
         return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
-
-
-def shadows_in_host_memory(config: RunConfig, device: torch.device) -> bool:
-    """Whether copies of other ranks' optimizer state lie in host memory."""
-    wanted = config.elastic.shadow_memory
-    return wanted == "host" or (wanted == "auto" and device.type == "cuda")
 
 
 def _same_layers(before: Training, after: Training) -> bool:

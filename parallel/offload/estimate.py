@@ -41,10 +41,7 @@ def estimate_offload(
         drive_bytes_per_s: what it can write; 0: not known.
     """
     layers = {chunk: plan.layers_of(chunk) for chunk in plan.chunks_of(rank)}
-    chunk_bytes = {
-        chunk: sum(plan.layers[layer].activation_bytes for layer in held)
-        for chunk, held in layers.items()
-    }
+    chunk_bytes = {chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in layers}
     forwards = [action for action in plan.program(rank) if action.op is Op.FORWARD]
     eligible = sum(chunk_bytes[action.chunk] for action in forwards)
     share, needed, fast_enough = most_share, None, None

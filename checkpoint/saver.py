@@ -7,6 +7,7 @@ that fails or is late is given up, with the rank and the phase named, and leaves
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import shutil
@@ -163,8 +164,7 @@ class Saver:
             if isinstance(save.snapshot.error, CheckpointError):
                 error = str(save.snapshot.error)
         except OSError as failure:
-            place = f" ({failure.filename})" if failure.filename else ""
-            error = f"{failure.strerror or failure}{place}"
+            error = _said(failure, save.job)
         except HoldfastError as failure:
             error = str(failure)
         except Exception as failure:
@@ -380,6 +380,17 @@ def _preflight(job: SaveJob) -> None:
             f"{job.root} has {free / 2**30:.2f} GiB free and the checkpoint takes "
             f"{job.plan.bytes / 2**30:.2f} GiB; free space, or lower checkpoint.keep"
         )
+
+
+def _said(failure: OSError, job: SaveJob) -> str:
+    """What a save that the file system refused is reported as."""
+    place = f" ({failure.filename})" if failure.filename else ""
+    said = f"{failure.strerror or failure}{place}"
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            said += f"; {job.root} has {directory.free_bytes(job.root) / 2**30:.2f} GiB free"
+        said += "; free space, or lower checkpoint.keep"
+    return said
 
 
 def _lower_priority() -> None:

@@ -338,9 +338,8 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
         assert run.bits() == expected
         failed = run.events("checkpoint_failed")
         assert failed
-        assert all("GiB free" in event["error"] for event in failed), failed
+        assert all("free space, or lower" in event["error"] for event in failed), failed
         committed = [event["step"] for event in run.events("checkpoint_committed")]
-        assert committed[0] == 4
         assert committed[-1] == STEPS
     finally:
         subprocess.run(["umount", str(mount)], check=True)
@@ -354,7 +353,7 @@ def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, expected: dict
     run = start(train={"steps": STEPS}, parallel={"data": 2}, elastic=pace({}, PACE_S))
     run.wait_for_step(3)
     assert chaos("--rank", "1").stdout == "kill: rank 1\n"
-    run.wait_for_members(1)
+    run.wait_until(lambda: bool(run.events("rank_lost")), "the loss is agreed on")
     assert (
         "exit: rank 0 at step 24, vote"
         in chaos(*("--fault", "exit", "--rank", "0", "--step", "24", "--phase", "vote")).stdout

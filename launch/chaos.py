@@ -25,6 +25,11 @@ _SOON_STEPS = 2
 """How many steps ahead a fault is asked for that is to come at once: a step may be under way."""
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(chaos)
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
     """A worker of a run that lives on this machine."""

@@ -1,48 +1,34 @@
-"""The `holdfast` command. torch is imported only by what computes."""
+"""The `holdfast` command. A command imports what it needs and no more; torch, only what computes."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import sys
 import threading
-from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, NoReturn
+from importlib import import_module
+from typing import Annotated, Final, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from holdfast.launch.chaos import chaos
-from holdfast.launch.checkpoint_commands import register
-from holdfast.launch.convert import convert
-from holdfast.parallel.errors import ConfigError, HoldfastError
-from holdfast.trainer.config import RunConfig, check_config, load_config
-from holdfast.trainer.process_heap import prepare_heap
-from holdfast.trainer.rates import described, measure_rates, settle_rates, with_rates
-from holdfast.trainer.run_directory import RunDirectory, choose_root, lock_run, open_run
-from holdfast.trainer.world import WorldInfo, world_from_environment
+from holdfast.parallel.errors import HoldfastError
 
-app = typer.Typer(
-    name="holdfast",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Pretrain language models over many machines, in any layout, with the same bits.",
-)
-data_app = typer.Typer(no_args_is_help=True, help="Work with training data.")
-app.add_typer(data_app, name="data")
+_MODULES: Final = {
+    **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training_commands"),
+    "chaos": "chaos",
+    **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoint_commands"),
+    "convert": "convert",
+}
+"""Which module of this package adds which command."""
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         typer.echo(version("holdfast"))
         raise typer.Exit
 
 
-@app.callback()
 def options(
     show_version: Annotated[
         bool,
@@ -54,251 +40,25 @@ def options(
     """Options of the command itself."""
 
 
-Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated."),
-]
-
-
-@app.command()
-def train(
-    config: Config,
-    nproc: Annotated[
-        int, typer.Option(help="Workers on this machine; by default what the layout needs.")
-    ] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder; by default runs/NAME-N.")
-    ] = None,
-    resume: Annotated[str, typer.Option(help="auto, none, or the path of a checkpoint.")] = "auto",
-    allow_change: Annotated[
-        bool,
-        typer.Option("--allow-change", help="Go on although model, data or batch have changed."),
-    ] = False,
-    prove: Annotated[
-        bool,
-        typer.Option(
-            "--prove", help="Then train again undisturbed, and compare every step bit by bit."
-        ),
-    ] = False,
-    overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
-) -> None:
-    """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker.
-
-    With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's workers.
-    """
-    prepare_heap(config, overrides)
-    world = world_from_environment(os.environ)
-    if world is not None and world.job and load_config(config, overrides).elastic.enabled:
-        raise typer.Exit(_elastic_task(config, overrides, out, resume, world, allow_change))
-    if world is not None:
-        from holdfast.trainer.entry import enter
-
-        raise typer.Exit(enter(config, overrides, out, resume, world, allow_change=allow_change))
-    run_config = load_config(config, overrides)
-    workers = nproc or run_config.parallel.ranks
-    check_config(run_config, workers)
-    root = choose_root(config, out, run_config, resume, allow_change=allow_change)
-    with lock_run(root):
-        fresh = resume == "none"
-        run_config = settle_rates(run_config, root, ranks_here=workers, fresh=fresh, say=typer.echo)
-        run = open_run(root, run_config, resume, allow_change=allow_change)
-        if run_config.elastic.enabled:
-            # What ends with its connections logs so in C++ too; every end is told in our own words.
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            from holdfast.launch.elastic import run_elastic
-
-            code = run_elastic(run_config, run)
-        else:
-            from holdfast.launch.local import run_local
-
-            code = run_local(run_config, run, workers)
-        if prove and code == 0:
-            code = _prove_undisturbed(run)
-        raise typer.Exit(code)
-
-
-def _elastic_task(
-    path: Path,
-    overrides: list[str],
-    out: Path | None,
-    resume: str,
-    world: WorldInfo,
-    allow_change: bool,
-) -> int:
-    """One agent per task of srun or mpirun."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from holdfast.launch.cluster import run_first_task, run_other_task
-
-    config = load_config(path, overrides)
-    if world.rank:
-        return run_other_task(config, world)
-    with contextlib.ExitStack() as held:
-
-        def opened() -> RunDirectory:
-            root = choose_root(path, out, config, resume, allow_change=allow_change)
-            held.enter_context(lock_run(root))
-            settled = settle_rates(
-                config,
-                root,
-                ranks_here=world.local_world_size * config.parallel.ranks // world.world_size,
-                fresh=resume == "none",
-                say=typer.echo,
-            )
-            return open_run(root, settled, resume, allow_change=allow_change)
-
-        return run_first_task(config, world, opened)
-
-
-@app.command()
-def replay(
-    run: Annotated[Path, typer.Argument(help="The folder of an elastic run.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Where to repeat it; by default RUN/replay.")
-    ] = None,
-) -> None:
-    """Repeat a run's losses, departures and arrivals at the same steps on this machine; compare the bits."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from holdfast.launch.replay import describe, replay_run
-
-    code, found = replay_run(RunDirectory(run), out or run / "replay")
-    if found is None:
-        raise typer.Exit(code)
-    typer.echo(describe(found))
-    raise typer.Exit(0 if found.equal else 1)
-
-
-@app.command()
-def join(
-    run: Annotated[Path, typer.Argument(help="The folder of an elastic run that is under way.")],
-    ranks: Annotated[int, typer.Option(help="Workers to add on this machine.", min=1)] = 1,
-) -> None:
-    """Add this machine's workers to a run; SIGTERM lets them hand over and leave."""
-    from holdfast.launch.live_run import take_ranks
-
-    directory = RunDirectory(run)
-    if directory.config.exists():
-        prepare_heap(directory.config, [])
-    live, numbers = take_ranks(directory, ranks)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from holdfast.launch.cluster import join_run
-
-    raise typer.Exit(join_run(directory, live, numbers))
-
-
-def _prove_undisturbed(run: RunDirectory) -> int:
-    from holdfast.launch.undisturbed import compare_runs, describe, lost_ranks, train_undisturbed
-
-    typer.echo("training again with nothing lost, to compare every bit ...")
-    comparison = compare_runs(run, train_undisturbed(run))
-    typer.echo(describe(comparison, lost_ranks(run)))
-    return 0 if comparison.equal else 1
-
-
-@app.command()
-def plan(
-    config: Config,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    tflops: Annotated[
-        float,
-        typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time.", min=0),
-    ] = 0.0,
-    gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.", min=0)] = 0.0,
-    drive_gbytes: Annotated[
-        float, typer.Option(help="What a rank can write to offload.path, in GB/s.", min=0)
-    ] = 0.0,
-    measure: Annotated[
-        int,
-        typer.Option(
-            help="Measure what a rank computes and writes with so many at once on this machine.",
-            metavar="RANKS",
-            min=0,
-        ),
-    ] = 0,
-    lost: Annotated[
-        str, typer.Option(help="Ranks, as 2,5-7: show the plan that follows their loss too.")
-    ] = "",
-    ranks_per_node: Annotated[
-        int, typer.Option(help="For the place of shadows; by default by local_nodes.", min=0)
-    ] = 0,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Print layout, memory by rank, bubble, program and shadows, without starting a worker."""
-    from holdfast.trainer.plan_report import plan_report
-
-    run_config = load_config(config, overrides)
-    if measure:
-        rates = measure_rates(run_config, measure)
-        typer.echo(f"measured {described(rates)}", err=as_json)
-        run_config = with_rates(run_config, rates)
-    report = plan_report(
-        run_config,
-        flops_per_s=tflops * 1e12,
-        link_bytes_per_s=gbytes * 1e9,
-        drive_bytes_per_s=drive_gbytes * 1e9,
-        ranks_per_node=ranks_per_node,
-        lost=_ranks(lost),
+def application(command: str) -> typer.Typer:
+    """The application with this command; with all of them where it has no such one."""
+    app = typer.Typer(
+        name="holdfast",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Pretrain language models over many machines, in any layout, with the same bits.",
     )
-    if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
-    else:
-        console = Console()
-        console.print(report.renderable(console.width))
-
-
-def _ranks(text: str) -> list[int]:
-    """Ranks from numbers and ranges with commas between them."""
-    found: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise ConfigError(f"--lost {text}: give ranks as 2 or 2,5-7")
-        found.extend(range(int(first), int(last or first) + 1))
-    return found
-
-
-@app.command()
-def check(
-    config: Config,
-    steps: Annotated[int, typer.Option(help="Steps to replay.", min=1)] = 3,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
-    """Replay this layout at tiny size in float64 against one process; name what is wrong."""
-    run_config: RunConfig = load_config(config, overrides)
-    from holdfast.launch.check import check_layout
-
-    raise typer.Exit(check_layout(run_config, steps))
-
-
-@data_app.command()
-def prepare(
-    inputs: Annotated[list[Path], typer.Argument(help="UTF-8 files or folders.")],
-    output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files.")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json.")] = "bytes",
-) -> None:
-    """Write text as Megatron .bin/.idx, which `data.kind = "megatron"` reads."""
-    from holdfast.trainer.data.prepare import prepare as write
-
-    with Progress(transient=True) as progress:
-        task = progress.add_task("tokenizing", total=None)
-        counts = write(
-            [str(path) for path in inputs],
-            str(output),
-            tokenizer,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    typer.echo(f"{output}.bin, {output}.idx: {counts}")
-
-
-app.command()(chaos)
-register(app)
-app.command()(convert)
+    app.callback()(options)
+    for module in [_MODULES[command]] if command in _MODULES else dict.fromkeys(_MODULES.values()):
+        import_module(f"holdfast.launch.{module}").register(app)
+    return app
 
 
 def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
     try:
-        app()
+        application(sys.argv[1] if len(sys.argv) > 1 else "")()
         code = 0
     except HoldfastError as error:
         print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201

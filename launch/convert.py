@@ -29,6 +29,11 @@ _DTYPES = {
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(convert)
+
+
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to read.", metavar="SRC")],
     target: Annotated[Path, typer.Argument(help="A folder that is made.", metavar="DST")],

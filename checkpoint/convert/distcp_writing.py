@@ -21,6 +21,7 @@ from holdfast.checkpoint.convert.pickle_writing import (
     write_pickle,
 )
 from holdfast.checkpoint.convert.pieces import Logical
+from holdfast.checkpoint.convert.recognition import DCP_METADATA
 from holdfast.checkpoint.convert.torch_writing import (
     STORAGE_ALIGNMENT,
     TORCH_FILE_DTYPES,
@@ -33,7 +34,6 @@ from holdfast.checkpoint.format import ELEMENT_BYTES, TORCH_NAMES
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
-METADATA = ".metadata"
 ITEM_BYTES = 64 << 20
 """A reader takes an item whole, so that items are not larger than this (or one row)."""
 LARGEST_FILE_BYTES = 4 << 30
@@ -148,7 +148,7 @@ class DistcpFolder:
                     opened.seek(item.offset + item.layout.starts[0])
                     opened.write(item.content)
         content = write_pickle(_metadata(self._items, self._types))
-        directory.write_synced(root / self._path(METADATA), content)
+        directory.write_synced(root / self._path(DCP_METADATA), content)
 
     def _crc(self, item: _Item, checksums: Sequence[int]) -> int:
         """CRC-32 of an item's tensor."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, WriteOptions
-from holdfast.checkpoint.convert.formats.registry import TARGETS, format_named, recognise
+from holdfast.checkpoint.convert.formats.registry import SOURCES, TARGETS, format_named
 from holdfast.checkpoint.convert.journal import PARTIAL
 from holdfast.checkpoint.convert.output import FLOATS, Output
+from holdfast.checkpoint.convert.recognition import recognise
 from holdfast.checkpoint.convert.rules import load_rules
 from holdfast.parallel.errors import ConfigError
 
@@ -78,10 +79,15 @@ def prepare(asked: Conversion) -> Prepared:
     name = asked.source_format
     if name == "auto" and asked.rules is not None and load_rules(asked.rules).files:
         name = "files"
-    if name == "auto":
-        name = recognise(asked.source)
-    elif not asked.source.exists():
+    if not asked.source.exists():
         raise ConfigError(f"{asked.source} does not exist")
+    if name == "auto":
+        name = recognise(asked.source) or ""
+    if not name:
+        raise ConfigError(
+            f"{asked.source} is no checkpoint of a known format ({', '.join(SOURCES)}); name its "
+            "format with --from"
+        )
     options = ReadOptions(asked.rules, asked.values, asked.model_files)
     catalog: Catalog = format_named(name).read(asked.source, options)
     output: Output = format_named(asked.to).plan(catalog, WriteOptions(asked.dtype, asked.values))

@@ -18,11 +18,12 @@ from holdfast.checkpoint.convert.catalog import (
     make_catalog,
     settle_precision,
 )
-from holdfast.checkpoint.convert.distcp_writing import METADATA, DistcpFolder
+from holdfast.checkpoint.convert.distcp_writing import DistcpFolder
 from holdfast.checkpoint.convert.engine import Engine
 from holdfast.checkpoint.convert.output import Output, Unit
 from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain, read_pickle
 from holdfast.checkpoint.convert.pieces import Logical, Piece, SourceTensor
+from holdfast.checkpoint.convert.recognition import DCP_METADATA
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_item
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
@@ -40,11 +41,6 @@ _ADAMW = {
 """What torch.optim.AdamW keeps beside its hyperparameters, as it is by default."""
 
 
-def recognise(path: Path) -> bool:
-    """Whether a path is a folder that torch.distributed.checkpoint has written."""
-    return (path / METADATA).is_file()
-
-
 @dataclass(slots=True)
 class Items:
     """All items of a folder."""
@@ -60,9 +56,9 @@ def read_items(path: Path) -> Items:
     Raises:
         CheckpointError: a file is missing, truncated or damaged, or asks for a type that is refused.
     """
-    where = str(path / METADATA)
+    where = str(path / DCP_METADATA)
     try:
-        content = (path / METADATA).read_bytes()
+        content = (path / DCP_METADATA).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror}") from error
     metadata = read_pickle(content, where)

@@ -17,6 +17,7 @@ from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catal
 from holdfast.checkpoint.convert.formats.deepspeed_tensor_parallel import tensor_parallel_rules
 from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain
 from holdfast.checkpoint.convert.pieces import SourceTensor
+from holdfast.checkpoint.convert.recognition import ZERO_FILE
 from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_file
 from holdfast.checkpoint.format import ELEMENT_BYTES
@@ -24,9 +25,6 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 
 NAME = "deepspeed"
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
-_OPTIMIZER = re.compile(
-    r"(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt"
-)
 TENSOR_STATES = ("module", "optimizer", "frozen_param_fragments")
 """What of a model's state is tensors; the rest goes along as plain values."""
 
@@ -40,17 +38,6 @@ def find_tag(path: Path, latest: str = "latest") -> Path:
             return path / tag
         raise CheckpointError(f"{named} names {tag!r}, and there is no such folder")
     return path
-
-
-def recognise(path: Path) -> bool:
-    """Whether a path is a folder that DeepSpeed has saved to, or one of its tags."""
-    if not path.is_dir():
-        return False
-    folder = path
-    if (path / "latest").is_file():
-        tag = (path / "latest").read_text().strip()
-        folder = path / tag if "/" not in tag else path
-    return folder.is_dir() and any(_OPTIMIZER.fullmatch(f.name) for f in folder.iterdir())
 
 
 _Rank = tuple[int, int]
@@ -162,7 +149,7 @@ def describe(told: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str,
 def _open(root: Path) -> _Save:
     models: dict[_Rank, TorchFile] = {}
     optimizers: dict[_Rank, TorchFile] = {}
-    for pattern, found in ((MODEL, models), (_OPTIMIZER, optimizers)):
+    for pattern, found in ((MODEL, models), (ZERO_FILE, optimizers)):
         for file in sorted(root.iterdir()):
             match = pattern.fullmatch(file.name)
             if match is not None:

@@ -41,13 +41,6 @@ _VERSION = "0.19.8"
 """Of DeepSpeed, for checkpoints that were not its own: what is written was tested with it."""
 
 
-def recognise(path: Path) -> bool:
-    """Whether a path is a universal checkpoint, or a folder whose latest one is."""
-    if (path / "zero").is_dir():
-        return True
-    return (path / "latest_universal").is_file()
-
-
 def read(path: Path, options: ReadOptions) -> Catalog:
     """Everything that a universal checkpoint has.
 

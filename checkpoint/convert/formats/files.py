@@ -16,11 +16,6 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 NAME = "files"
 
 
-def recognise(path: Path) -> bool:
-    """Never by itself: rules say which files there are."""
-    return False
-
-
 def read(path: Path, options: ReadOptions) -> Catalog:
     """The tensors of all files that fit the rules' patterns, which tell the coordinates of each.
 

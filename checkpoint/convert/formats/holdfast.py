@@ -33,19 +33,10 @@ from holdfast.checkpoint.read_plan import check_coverage
 from holdfast.checkpoint.reading import FolderReader
 from holdfast.checkpoint.verify import check_small_parts
 from holdfast.checkpoint.write_plan import LARGEST_FILE_BYTES, Part, SavedTensor, make_write_plan
-from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import Box
 
 NAME = "holdfast"
-
-
-def recognise(path: Path) -> bool:
-    """Whether a path is, or holds, a checkpoint of holdfast."""
-    try:
-        directory.find_checkpoint(path)
-    except (CheckpointError, OSError):
-        return False
-    return True
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:

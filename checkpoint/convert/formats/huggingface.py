@@ -20,6 +20,7 @@ from holdfast.checkpoint.convert.catalog import (
 )
 from holdfast.checkpoint.convert.output import Output, Unit, units_of
 from holdfast.checkpoint.convert.pieces import Logical, SourceTensor, stored
+from holdfast.checkpoint.convert.recognition import BIN_FILES, BIN_INDEX
 from holdfast.checkpoint.convert.torch_files import read_torch_file, tensors_in
 from holdfast.checkpoint.format import (
     ALIGNMENT,
@@ -31,17 +32,9 @@ from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 NAME = "hf"
-BIN_INDEX = "pytorch_model.bin.index.json"
 SINGLE = "model.safetensors"
 LARGEST_FILE_BYTES = 5_000_000_000
 """Of a file of several; as transformers cuts them."""
-
-
-def recognise(path: Path) -> bool:
-    """Whether a path is a folder of safetensors, or one such file."""
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    return bool(_files(path)) if path.is_dir() else False
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
@@ -61,7 +54,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 def _files(root: Path) -> list[str]:
     """The files of weights: safetensors, or those of torch.save where there are none."""
-    for index, pattern in ((INDEX, "*.safetensors"), (BIN_INDEX, "pytorch_model*.bin")):
+    for index, pattern in ((INDEX, "*.safetensors"), (BIN_INDEX, BIN_FILES)):
         if (root / index).is_file():
             return list(dict.fromkeys(_weight_map(root / index).values()))
         found = sorted(path.name for path in root.glob(pattern))

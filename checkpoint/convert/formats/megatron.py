@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catalog
-from holdfast.checkpoint.convert.distcp_writing import METADATA
 from holdfast.checkpoint.convert.formats.dcp import read_items
 from holdfast.checkpoint.convert.formats.megatron_models import EMBEDDINGS, describe
-from holdfast.checkpoint.convert.formats.megatron_writing import NAME, TRACKER, plan
+from holdfast.checkpoint.convert.formats.megatron_writing import NAME, plan
 from holdfast.checkpoint.convert.pickles import StoredTensor, plain
 from holdfast.checkpoint.convert.pieces import SourceTensor
+from holdfast.checkpoint.convert.recognition import (
+    DCP_METADATA,
+    MEGATRON_FILE,
+    MEGATRON_RANK,
+    MEGATRON_TRACKER,
+    is_torch_dist,
+)
 from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_file
 from holdfast.parallel.errors import CheckpointError
 
-__all__ = ["NAME", "plan", "read", "recognise"]
-_RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d{3}))?(?:_(\d{3}))?")
+__all__ = ["NAME", "plan", "read"]
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..*)")
 _COMMON = re.compile(r"common_state(/shard_.*)?")
 
@@ -31,7 +36,7 @@ def find_iteration(path: Path) -> Path:
     Raises:
         CheckpointError: the tracker names a folder that is not there.
     """
-    tracker = path / TRACKER
+    tracker = path / MEGATRON_TRACKER
     if not tracker.is_file():
         return path
     text = tracker.read_text().strip()
@@ -41,27 +46,12 @@ def find_iteration(path: Path) -> Path:
     return folder
 
 
-def recognise(path: Path) -> bool:
-    """Whether a path is a folder that Megatron has saved to, or one of its iterations."""
-    if (path / TRACKER).is_file():
-        return True
-    return _is_torch_dist(path) or bool(_ranks(path))
-
-
-def _is_torch_dist(path: Path) -> bool:
-    try:
-        described = json.loads((path / "metadata.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(described, dict) and "sharded_backend" in described
-
-
 def _ranks(path: Path) -> dict[tuple[int, int], str]:
     """The folders of ranks, by (tensor-parallel rank, pipeline stage)."""
     found: dict[tuple[int, int], str] = {}
     for folder in sorted(path.iterdir()) if path.is_dir() else ():
-        match = _RANK.fullmatch(folder.name)
-        if match is None or not (folder / "model_optim_rng.pt").is_file():
+        match = MEGATRON_RANK.fullmatch(folder.name)
+        if match is None or not (folder / MEGATRON_FILE).is_file():
             continue
         if match[3]:
             raise CheckpointError(
@@ -80,14 +70,14 @@ def read(path: Path, options: ReadOptions) -> Catalog:
         ConfigError: a size that the rules need is not told by the checkpoint's arguments.
     """
     root = find_iteration(path)
-    if _is_torch_dist(root):
+    if is_torch_dist(root):
         return _read_torch_dist(root, options)
     return _read_legacy(root, options)
 
 
 def _read_torch_dist(root: Path, options: ReadOptions) -> Catalog:
     backend = json.loads((root / "metadata.json").read_text())["sharded_backend"]
-    if backend != "torch_dist" or not (root / METADATA).is_file():
+    if backend != "torch_dist" or not (root / DCP_METADATA).is_file():
         raise CheckpointError(
             f"{root} is of Megatron's backend {backend!r}; torch_dist is supported"
         )

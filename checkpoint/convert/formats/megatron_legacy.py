@@ -19,19 +19,19 @@ from holdfast.checkpoint.convert.formats.megatron_writing import (
     NAME as RULES,
 )
 from holdfast.checkpoint.convert.formats.megatron_writing import (
-    TRACKER,
     beside_tensors,
     find_arguments,
 )
 from holdfast.checkpoint.convert.inverse import Joined, cut, map_back
 from holdfast.checkpoint.convert.output import Output
 from holdfast.checkpoint.convert.pieces import Logical
+from holdfast.checkpoint.convert.recognition import MEGATRON_TRACKER
 from holdfast.checkpoint.convert.rules import builtin_rules
 from holdfast.checkpoint.convert.torch_folder import TorchFolder
 from holdfast.checkpoint.convert.torch_writing import TORCH_FILE_DTYPES, TensorToCome
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
-__all__ = ["NAME", "plan", "read", "recognise"]
+__all__ = ["NAME", "plan", "read"]
 NAME = "megatron-legacy"
 _WHERE = f"--to {NAME}"
 _FOLDER = "release"
@@ -40,11 +40,6 @@ _FORMS = {1: "te", 0: "local"}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _LINEAR = re.compile(r"(.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-
-
-def recognise(path: Path) -> bool:
-    """Never by itself: `megatron` takes these folders too."""
-    return False
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
@@ -97,7 +92,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         folder.write(root, checksums)
         for name, content in files.items():
             directory.write_synced(root / _FOLDER / name, content)
-        directory.write_synced(root / TRACKER, _FOLDER.encode())
+        directory.write_synced(root / MEGATRON_TRACKER, _FOLDER.encode())
 
     return Output(folder.sizes, folder.units, finish, settled, "crc32")
 

@@ -27,12 +27,12 @@ from holdfast.checkpoint.convert.formats.megatron_models import (
 from holdfast.checkpoint.convert.inverse import Typed, map_back
 from holdfast.checkpoint.convert.output import Output
 from holdfast.checkpoint.convert.pieces import Logical
+from holdfast.checkpoint.convert.recognition import MEGATRON_TRACKER
 from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules, find_values
 from holdfast.checkpoint.convert.torch_writing import torch_file
 from holdfast.parallel.errors import CheckpointError
 
 NAME = "megatron"
-TRACKER = "latest_checkpointed_iteration.txt"
 _BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -87,7 +87,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         directory.write_synced(root / iteration / "common.pt", torch_file(common))
         directory.write_synced(root / iteration / "metadata.json", json.dumps(_BACKEND).encode())
         told = str(catalog.step) if trained else "release"
-        directory.write_synced(root / TRACKER, told.encode())
+        directory.write_synced(root / MEGATRON_TRACKER, told.encode())
 
     return Output(folder.files, folder.units, finish, settled, "crc32")
 

@@ -1,9 +1,8 @@
-"""The formats by name, and which of them a path is."""
+"""The formats by name."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from holdfast.parallel.errors import ConfigError
@@ -18,7 +17,6 @@ _MODULES = {
     "hf": "huggingface",
     "files": "files",
 }
-"""In the order in which a path is tried: the most particular first."""
 SOURCES = tuple(_MODULES)
 TARGETS = ("holdfast", "hf", "dcp", "deepspeed-universal", "megatron", "megatron-legacy")
 
@@ -32,19 +30,3 @@ def format_named(name: str) -> Any:
     if name not in _MODULES:
         raise ConfigError(f"the format {name} is not known; use one of {', '.join(SOURCES)}")
     return import_module(f"holdfast.checkpoint.convert.formats.{_MODULES[name]}")
-
-
-def recognise(path: Path) -> str:
-    """The name of the format that a path has.
-
-    Raises:
-        ConfigError: it does not exist, or is of none.
-    """
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist")
-    for name in _MODULES:
-        if format_named(name).recognise(path):
-            return name
-    raise ConfigError(
-        f"{path} is no checkpoint of a known format ({', '.join(SOURCES)}); name its format with --from"
-    )

@@ -195,7 +195,7 @@ def lose_one(
                             groups.abort("rank 0 is lost")
                         groups = edit_groups(
                             groups,
-                            MembershipChange(generation, **change),
+                            MembershipChange(generation, kept=not pending, **change),
                             after.world,
                             after.tensor,
                             after.pipeline,

@@ -39,6 +39,8 @@ class MembershipChange:
     generation: int
     left: frozenset[int] = field(default=frozenset())
     joined: frozenset[int] = field(default=frozenset())
+    kept: bool = False
+    """Whether all ranks that stay have said that their connections stand and carry nothing: nobody asks then."""
 
     @property
     def changed(self) -> frozenset[int]:

@@ -111,11 +111,20 @@ class GlooMesh:
             if not link.is_idle:
                 link.end(reason)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all connections can be used on, as for `MembershipChange.kept`. Local."""
+        with self._lock:
+            return self.signal.reason is None and all(
+                link.is_whole for link in self._links.values()
+            )
+
     def edit(self, change: MembershipChange, store: Store | None = None) -> None:
         """Enter the generation of `change`, once. Local.
 
-        Connections to ranks that changed, and those with messages under way, are dropped. When it returns
-        gloo writes to no buffer of the old generation any more.
+        Connections to ranks that changed, and those with messages under way, are dropped; about the others
+        peers ask each other whether they still have them, unless that is known (`change.kept`). When it
+        returns gloo writes to no buffer of the old generation any more.
         """
         if change.generation == self.signal.generation:
             return
@@ -126,6 +135,8 @@ class GlooMesh:
         with self._lock:
             for (name, peer), link in tuple(self._links.items()):
                 gone = peer in change.changed
+                if change.kept and not gone and link.stands:
+                    continue
                 greeting = None if gone else link.greet(change.generation)
                 if greeting is not None:
                     greetings.append((link, greeting))

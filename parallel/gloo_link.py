@@ -288,6 +288,16 @@ class Link:
     def is_idle(self) -> bool:
         return not (self.open or self._is_connecting or self._queue)
 
+    @property
+    def stands(self) -> bool:
+        """Whether messages can be posted on it, and none is under way."""
+        return self._is_ready and self.is_idle
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is under way on it, and it has not been given up."""
+        return self.is_idle and self._failure is None
+
     def greet(self, generation: int) -> Greeting | None:
         """Keep an idle connection for `generation`: say so to the peer, and wait for nothing. Local.
 

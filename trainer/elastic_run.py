@@ -23,7 +23,13 @@ from holdfast.elastic.membership import Membership
 from holdfast.elastic.notices import Notice
 from holdfast.elastic.seat import Seat
 from holdfast.parallel.comm import Communicator, MembershipChange
-from holdfast.parallel.comm_torch import GlooCommunicator, Groups, build_groups, edit_groups
+from holdfast.parallel.comm_torch import (
+    GlooCommunicator,
+    GlooMesh,
+    Groups,
+    build_groups,
+    edit_groups,
+)
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.operations import Operation
 from holdfast.parallel.parcels import held_blocks, missing_blocks
@@ -174,7 +180,7 @@ class ElasticRun:
         plan = self._plan_in_force(generation, agreed, store)
         following = self._next_plan(generation, agreed, plan)
         clock = perf_counter()
-        groups, everybody = self._connect(generation, following, store)
+        groups, everybody = self._connect(generation, agreed, following, store)
         edit_s = perf_counter() - clock
         clock = perf_counter()
         training, loaded, moved = self._build(
@@ -215,8 +221,9 @@ class ElasticRun:
         if self._ready is not None:
             ready = self._ready[0].number
             training = training or self._ready[1]
+        connected = self._groups is None or _mesh(self._groups).is_whole
         if training is None:
-            return Standing()
+            return Standing(connected=connected)
         progress = training.progress
         return Standing(
             installed=self.generation.number if self.generation is not None else 0,
@@ -227,6 +234,7 @@ class ElasticRun:
             complete=progress.complete,
             outcome=progress.outcome,
             counted=training.counted(),
+            connected=connected,
             trusted=self.trusted,
             operations=last_operations(training.groups.history()) if urgent else (),
         )
@@ -282,7 +290,7 @@ class ElasticRun:
         )
 
     def _connect(
-        self, generation: Generation, plan: Plan, store: Store
+        self, generation: Generation, agreed: Agreed, plan: Plan, store: Store
     ) -> tuple[Groups, Communicator]:
         """This rank's groups of a plan, and one of all ranks of the generation."""
         rank = self.seat.rank
@@ -307,6 +315,7 @@ class ElasticRun:
                 generation.number,
                 left=_differing(self._connected, members),
                 joined=_differing(members, self._connected),
+                kept=agreed.connected,
             )
             groups = edit_groups(
                 self._groups, change, world, plan.cells.cell(rank), world, store=store
@@ -316,9 +325,7 @@ class ElasticRun:
             reason = self._reason
         if reason is not None:
             groups.abort(reason)
-        control = groups.control
-        assert isinstance(control, GlooCommunicator)
-        return groups, GlooCommunicator.over(control.mesh, "generation", generation.ranks)
+        return groups, GlooCommunicator.over(_mesh(groups), "generation", generation.ranks)
 
     def _build(
         self,
@@ -369,6 +376,12 @@ class ElasticRun:
                 raise PeerLost(f"no rank has given its {key} within {_KEY_S:g} s")
             time.sleep(_POLL_S)
         return store.get(key)
+
+
+def _mesh(groups: Groups) -> GlooMesh:
+    """The connections of votes, which always are over gloo here."""
+    assert isinstance(groups.control, GlooCommunicator)
+    return groups.control.mesh
 
 
 def _nodes(generation: Generation) -> dict[int, str]:

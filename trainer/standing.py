@@ -33,6 +33,8 @@ class Standing:
     """What its sums hold of the step after the last that was decided."""
     operations: Sequence[str] = ()
     """Its last operations, for a person who reads the incident."""
+    connected: bool = True
+    """Whether its connections stand, and carry nothing."""
     trusted: bool = True
     """False: state was found to be corrupt, and nobody's is to be used."""
 
@@ -87,6 +89,8 @@ class Agreed:
     """Whether all holders have all parameters."""
     fresh: frozenset[int] = field(default=frozenset())
     """Members without state."""
+    connected: bool = False
+    """Whether the connections of all members stand."""
     counted: Mapping[int, Counted] = field(default_factory=dict)
     """By holder, what its sums hold of the step to come."""
 
@@ -116,6 +120,7 @@ def agree_on_state(generation: Generation) -> Agreed:
         outcome=outcome,
         complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
         fresh=everybody - holders.keys(),
+        connected=all(standing.connected for standing in standings.values()),
         counted={
             rank: s.counted
             for rank, s in sorted(holders.items())

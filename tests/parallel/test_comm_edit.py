@@ -110,18 +110,20 @@ def _held() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
-def leave_and_join(rank: int, world_size: int, store: Any, *, rounds: int) -> tuple[int, ...]:
+def leave_and_join(
+    rank: int, world_size: int, store: Any, *, rounds: int, kept: bool
+) -> tuple[int, ...]:
     """Rank `g % 6` is out in generation g; the one that was out before has come back."""
     groups = _build(rank, WORLD, store) if rank else None
     out = 0
     world = tuple(r for r in WORLD if r != out)
     if groups is not None:
-        groups = _edit(groups, rank, world, MembershipChange(1, left=frozenset({0})))
+        groups = _edit(groups, rank, world, MembershipChange(1, left=frozenset({0}), kept=kept))
         _check_sums(groups, rank)
     for generation in range(2, rounds + 2):
         leaves = generation % RANKS
         change = MembershipChange(
-            generation, left=frozenset({leaves}), joined=frozenset({out}) - {leaves}
+            generation, left=frozenset({leaves}), joined=frozenset({out}) - {leaves}, kept=kept
         )
         world = tuple(r for r in WORLD if r != leaves)
         if rank == leaves:
@@ -139,10 +141,11 @@ def leave_and_join(rank: int, world_size: int, store: Any, *, rounds: int) -> tu
 
 
 @pytest.mark.mp
-def test_ranks_come_and_go_without_leaving_anything_behind(cluster: Cluster) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["peers are asked", "known to stand"])
+def test_ranks_come_and_go_without_leaving_anything_behind(cluster: Cluster, kept: bool) -> None:
     job = "test_comm_edit:leave_and_join"
-    few = cluster.run(job, RANKS, timeout_s=60, rounds=RANKS)
-    many = cluster.run(job, RANKS, timeout_s=60, rounds=5 * RANKS)
+    few = cluster.run(job, RANKS, timeout_s=60, rounds=RANKS, kept=kept)
+    many = cluster.run(job, RANKS, timeout_s=60, rounds=5 * RANKS, kept=kept)
     for (keys, descriptors, threads), (more_keys, more_descriptors, more_threads) in zip(
         few, many, strict=True
     ):

@@ -31,10 +31,8 @@ class Small(nn.Module):
         return (self.head(hidden).float() * self.scale.float()[0]).square().mean()
 
 
-def run_deepspeed(
-    rank: int, world_size: int, store: Store, *, cases: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Train each case (see `_train`); DeepSpeed keeps the first process group for ever, so all use one."""
+def _open(rank: int, world_size: int, store: Store) -> None:
+    """Make this process a rank of DeepSpeed's, over gloo."""
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -44,6 +42,18 @@ def run_deepspeed(
         MASTER_PORT="1",
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    import deepspeed
+
+    # It would compile sums in shared memory at its first use, for a minute, and wait for ever for a
+    # compilation that was killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def run_deepspeed(
+    rank: int, world_size: int, store: Store, *, cases: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Train each case (see `_train`); DeepSpeed keeps the first process group for ever, so all use one."""
+    _open(rank, world_size, store)
     return [_train(rank, world_size, **case) for case in cases]
 
 
@@ -116,15 +126,7 @@ def run_tensor_parallel(
     rank: int, world_size: int, store: Store, *, stages: list[int], root: str
 ) -> None:
     """Two steps of a transformers model on 2 tensor-parallel ranks x the rest, saved for each ZeRO stage."""
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        DS_ACCELERATOR="cpu",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="1",
-    )
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    _open(rank, world_size, store)
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
 

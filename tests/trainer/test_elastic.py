@@ -135,8 +135,7 @@ def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cl
     assert run.finish() == 0, run.output()
     config = make_config(train={"steps": 12}, parallel={**layout, "data": 1})
     assert run.bits() == bits_of(run_training(cluster, config))
-    # A rank whose partner is lost computes nothing until that is replaced.
-    assert any(event["plan"]["spares"] for event in run.events("recovered"))
+    assert [event["rank"] for event in run.events("rank_lost")] == [3, 0]
 
 
 def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster: Cluster) -> None:

@@ -29,7 +29,13 @@ ITERATION = 7
 
 
 def start(
-    rank: int, world_size: int, store: Store, tensor: int, pipeline: int, expert: int = 1
+    rank: int,
+    world_size: int,
+    store: Store,
+    tensor: int,
+    pipeline: int,
+    expert: int = 1,
+    virtual: int = 1,
 ) -> Any:
     """Megatron's groups over gloo; what it would ask of CUDA is answered without."""
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
@@ -42,13 +48,22 @@ def start(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=tensor if expert == 1 else 1,
     )
     return parallel_state
 
 
-def build(tie: bool, parallel_state: Any, experts: int = 0, gpt2: bool = False) -> Any:
+def build(
+    tie: bool,
+    parallel_state: Any,
+    experts: int = 0,
+    gpt2: bool = False,
+    chunk: int | None = None,
+    **settings: Any,
+) -> Any:
+    """The model of this rank, or one of its chunks."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,6 +76,9 @@ def build(tie: bool, parallel_state: Any, experts: int = 0, gpt2: bool = False) 
         num_query_groups=SIZES["heads"] if gpt2 else SIZES["kv_heads"],
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=(
+            parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        ),
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         add_bias_linear=gpt2,
@@ -68,9 +86,12 @@ def build(tie: bool, parallel_state: Any, experts: int = 0, gpt2: bool = False) 
         activation_func=torch.nn.functional.gelu if gpt2 else torch.nn.functional.silu,
         normalization="LayerNorm" if gpt2 else "RMSNorm",
         **_expert_settings(experts, parallel_state),
+        **settings,
     )
     spec: Any = get_gpt_layer_local_spec(
-        num_experts=experts or None, normalization=config.normalization
+        num_experts=experts or None,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
     )
     if experts:
         # As with Transformer Engine: beside experts the norm is a layer of its own.
@@ -80,10 +101,11 @@ def build(tie: bool, parallel_state: Any, experts: int = 0, gpt2: bool = False) 
         spec,
         vocab_size=SIZES["padded_vocab"],
         max_sequence_length=SIZES["max_len"],
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(chunk is None, chunk),
+        post_process=parallel_state.is_pipeline_last_stage(chunk is None, chunk),
         share_embeddings_and_output_weights=tie,
         position_embedding_type="learned_absolute" if gpt2 else "rope",
+        vp_stage=chunk,
     )
 
 
@@ -215,7 +237,7 @@ def _save_torch_dist(
     dist_checkpointing.save({**sharded, **moments, **told}, str(place))
 
 
-class _OnCpu(TorchFunctionMode):
+class OnCpu(TorchFunctionMode):
     """Answers what Megatron's optimizer asks of CUDA with the processor."""
 
     def __torch_function__(
@@ -260,7 +282,7 @@ def load(
         "pp": parallel_state.get_pipeline_model_parallel_rank(),
         "iteration": common["iteration"],
     }
-    with _OnCpu():
+    with OnCpu():
         made = _make_optimizer(model) if optimizer else None
         if made is not None:
             sharded["optimizer"] = made.sharded_state_dict(

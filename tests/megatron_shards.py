@@ -117,3 +117,20 @@ def expert_weights(
             [place[i, stage][f"{name}fc2.weight"] for i in ranks], dim=1
         )
     return found
+
+
+def by_stage(shards: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Of 2 x 2 ranks, by names whose layers count across all stages: as two stages without chunks hold it."""
+    found = {
+        (index, stage): {"tp": index, "pp": stage, "weights": {}, kind: {}}
+        for index in range(2)
+        for stage in range(2)
+    }
+    for shard in shards:
+        for name, value in shard[kind].items():
+            stage, parts = shard["pp"], name.split(".")
+            if name.startswith("decoder.layers."):
+                stage, local = divmod(int(parts[2]), LAYERS_A_STAGE)
+                parts[2] = str(local)
+            found[shard["tp"], stage]["weights"][".".join(parts)] = value
+    return list(found.values())

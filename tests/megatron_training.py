@@ -52,9 +52,7 @@ class _Run:
 
     def __init__(self, rank: int, world_size: int, store: Store, how: Training) -> None:
         self.how = how
-        self.state = start(
-            rank, world_size, store, how.tensor, how.pipeline, virtual=how.virtual
-        )
+        self.state = start(rank, world_size, store, how.tensor, how.pipeline, virtual=how.virtual)
         self.index = self.state.get_tensor_model_parallel_rank()
         self.stage = self.state.get_pipeline_model_parallel_rank()
         self.chunks = [self._chunk(number) for number in range(how.virtual)]
@@ -88,7 +86,7 @@ class _Run:
         )
 
         config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.wrapped = [
+        self.wrapped: list[Any] = [
             DistributedDataParallel(chunk.config, config, chunk) for chunk in self.chunks
         ]
         settings = OptimizerConfig(
@@ -111,7 +109,7 @@ class _Run:
         full = self.full_name(chunk, name)
         if self.how.tie and full == "output_layer.weight":
             full = "embedding.word_embeddings.weight"
-        cut = (_CUT if not self.how.gpt2 else re.compile(f"{_CUT.pattern}|{_CUT_BIAS.pattern}"))
+        cut = _CUT if not self.how.gpt2 else re.compile(f"{_CUT.pattern}|{_CUT_BIAS.pattern}")
         index = self.index if cut.fullmatch(full) else 0
         seed = zlib.crc32(f"{full}/{index}/{what}".encode())
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))

@@ -16,7 +16,7 @@ from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain
 from holdfast.parallel.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_HALVES = ("BF16", "F16")
+HALVES = ("BF16", "F16")
 _BUFFER = re.compile(r".*(\.inv_freq|\.expert_bias|_tokens_per_expert|_extra_state)")
 _EXPERT = re.compile(r".*\.mlp\.experts\..*")
 _QUERY_KEY_NORM = re.compile(r".*\.[qk]_layernorm\..*")
@@ -211,7 +211,7 @@ def _place(
                 yield kind, number, state[kind]
         if group.masters is None:
             continue
-        halves = [number for number in members if parameters[number].dtype in _HALVES]
+        halves = [number for number in members if parameters[number].dtype in HALVES]
         if len(halves) != len(group.masters):
             raise Unplaced(
                 f"{name} has {len(group.masters)} master copies, and the model {len(halves)} of its "

@@ -48,6 +48,8 @@ _CONTENT = {
 """Tells Megatron in which of its forms tensors are kept."""
 _LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 _CHECKPOINT_VERSION = 3.0
+_RATE, _DECAY = 1e-3, 0.01
+"""Of torch's AdamW, where a source does not tell its own."""
 _VALUES = {
     "num_attention_heads": "heads",
     "num_query_groups": "kv_heads",
@@ -66,7 +68,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         ConfigError: the source does not tell a size of the model.
     """
     book = builtin_rules(NAME)
-    settled = _settled(catalog, options, book)
+    settled = settle_states(catalog, options)
     weights = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "weight"}
     trained = any(tensor.kind == "exp_avg" for tensor, _ in settled)
     arguments, values = find_arguments(catalog, book, options.values, weights)
@@ -78,6 +80,8 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     for key in _kernel_states([made.tensor for made in joined]):
         folder.add_object((key,), [None])
     common = beside_tensors(catalog, arguments, trained=trained)
+    if trained:
+        common |= _optimizer(catalog)
     files = files_for(catalog, settled)
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
@@ -92,8 +96,12 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     return Output(folder.files, folder.units, finish, settled, "crc32")
 
 
-def _settled(catalog: Catalog, options: WriteOptions, book: RuleBook) -> list[Typed]:
-    """Weights and, where the optimizer was saved, their master copies and moments, all in 32 bits."""
+def settle_states(catalog: Catalog, options: WriteOptions) -> list[Typed]:
+    """Weights and, where the optimizer was saved, their master copies and moments, both in 32 bits.
+
+    Raises:
+        CheckpointError: there are no weights, or moments of some weights only.
+    """
     settled = settle_precision(catalog, options.dtype, masters=True)
     trained = {tensor.name for tensor in catalog.of_kind("exp_avg")}
     trained &= {tensor.name for tensor in catalog.of_kind("exp_avg_sq")}
@@ -109,7 +117,7 @@ def _settled(catalog: Catalog, options: WriteOptions, book: RuleBook) -> list[Ty
         elif tensor.kind in ("exp_avg", "exp_avg_sq") and tensor.name in trained:
             kept.append((tensor, "F32"))
         elif tensor.kind != "master":
-            catalog.left_out[tensor.full_name] = f"{book.format} has no place for it"
+            catalog.left_out[tensor.full_name] = f"{NAME} has no place for it"
     if not any(tensor.kind == "weight" for tensor, _ in kept):
         raise CheckpointError(f"{catalog.root} holds no weights")
     missing = [t.name for t, _ in kept if t.kind == "weight" and t.name not in trained]
@@ -203,37 +211,21 @@ def beside_tensors(
         "content_metadata": _CONTENT,
     }
     if trained:
-        common |= _optimizer(catalog, samples)
+        common["opt_param_scheduler"] = _schedule(catalog, samples)
     return common
 
 
-def _optimizer(catalog: Catalog, samples: int) -> dict[str, Any]:
-    """The groups of parameters that Megatron makes (with decay and without), and its schedule."""
-    step = int(catalog.scalars.get("optimizer_step", catalog.step))
+def _schedule(catalog: Catalog, samples: int) -> dict[str, Any]:
+    """What Megatron's schedule of learning rate and weight decay keeps: the source's, or that of its run."""
+    kept = catalog.scalars.get(NAME, {}).get("opt_param_scheduler")
+    if kept:
+        return dict(kept)
     config, train = catalog.config.get("optimizer", {}), catalog.config.get("train", {})
-    decay, rate = config.get("weight_decay", 0.01), config.get("lr", 1e-3)
-    lowest = config.get("min_lr", 0.0)
-    group = {
-        "lr": rate,
-        "betas": tuple(config.get("betas", (0.9, 0.999))),
-        "eps": config.get("eps", 1e-8),
-        "step": step,
-        "params": [],
-        "lr_mult": 1.0,
-        "is_expert_parallel": False,
-        "is_decoupled_lr": False,
-        "default_config": True,
-        "max_lr": rate,
-        "min_lr": lowest,
-        "bias_correction": True,
-    }
-    groups = [
-        {**group, "wd_mult": multiple, "weight_decay": decay * multiple} for multiple in (1.0, 0.0)
-    ]
-    batch = train.get("global_batch", 1)
-    schedule = {
-        "max_lr": rate,
-        "min_lr": lowest,
+    decay, batch = config.get("weight_decay", _DECAY), train.get("global_batch", 1)
+    step = optimizer_step(catalog)
+    return {
+        "max_lr": config.get("lr", _RATE),
+        "min_lr": config.get("min_lr", 0.0),
         "lr_warmup_steps": config.get("warmup_steps", 0) * batch,
         "lr_decay_steps": train.get("steps", step) * batch,
         "lr_decay_style": config.get("schedule", "constant"),
@@ -243,10 +235,62 @@ def _optimizer(catalog: Catalog, samples: int) -> dict[str, Any]:
         "wd_incr_style": "constant",
         "wd_incr_steps": train.get("steps", step) * batch,
     }
+
+
+def optimizer_step(catalog: Catalog) -> int:
+    """How many steps the optimizer has done."""
+    return int(catalog.scalars.get("optimizer_step", catalog.step))
+
+
+def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
+    """The groups of parameters that Megatron makes, in its order: those that decay, and the others.
+
+    Their settings are those of the source's groups, where it has them, or of its run.
+    """
+    kept = [dict(group) for group in catalog.scalars.get(NAME, {}).get("param_groups") or ()]
+    if any(group.get("default_config") is False or group.get("is_decoupled_lr") for group in kept):
+        catalog.left_out["param_groups"] = (
+            "those with a learning rate of their own; parameters are written in two groups, with weight "
+            "decay and without"
+        )
+    config = catalog.config.get("optimizer", {})
+    decay, rate = config.get("weight_decay", _DECAY), config.get("lr", _RATE)
+    usual: dict[str, Any] = {
+        "lr": rate,
+        "betas": config.get("betas", (0.9, 0.999)),
+        "eps": config.get("eps", 1e-8),
+        "lr_mult": 1.0,
+        "is_expert_parallel": False,
+        "is_decoupled_lr": False,
+        "default_config": True,
+        "max_lr": rate,
+        "min_lr": config.get("min_lr", 0.0),
+        "bias_correction": True,
+    }
+    groups = []
+    for multiple in (1.0, 0.0):
+        own = next(
+            (
+                group
+                for group in kept
+                if group.get("wd_mult") == multiple and group.get("default_config") is not False
+            ),
+            {},
+        )
+        group = {**usual, "wd_mult": multiple, "weight_decay": decay * multiple, **own}
+        group |= {"betas": tuple(group["betas"]), "step": optimizer_step(catalog), "params": []}
+        groups.append(group)
+    return groups
+
+
+def _optimizer(catalog: Catalog) -> dict[str, Any]:
+    """What the distributed optimizer keeps beside tensors."""
     return {
         "optimizer": {
-            "optimizer": {"param_groups": groups, "state": {"common_step": step}},
+            "optimizer": {
+                "param_groups": parameter_groups(catalog),
+                "state": {"common_step": optimizer_step(catalog)},
+            },
             "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
         },
-        "opt_param_scheduler": schedule,
     }

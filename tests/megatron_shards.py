@@ -58,8 +58,11 @@ def huggingface_weights(
             for norm, name in (
                 ("input_layernorm", "input_layernorm"),
                 ("pre_mlp_layernorm", "post_attention_layernorm"),
+                ("self_attention.q_layernorm", "self_attn.q_norm"),
+                ("self_attention.k_layernorm", "self_attn.k_norm"),
             ):
-                found[f"{ours}{name}.weight"] = place[0, stage][f"{theirs}{norm}.weight"]
+                if f"{theirs}{norm}.weight" in place[0, stage]:
+                    found[f"{ours}{name}.weight"] = place[0, stage][f"{theirs}{norm}.weight"]
     return found
 
 
@@ -121,10 +124,8 @@ def expert_weights(
 
 def by_stage(shards: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     """Of 2 x 2 ranks, by names whose layers count across all stages: as two stages without chunks hold it."""
-    found = {
-        (index, stage): {"tp": index, "pp": stage, "weights": {}, kind: {}}
-        for index in range(2)
-        for stage in range(2)
+    held: dict[tuple[int, int], dict[str, Tensor]] = {
+        (index, stage): {} for index in range(2) for stage in range(2)
     }
     for shard in shards:
         for name, value in shard[kind].items():
@@ -132,5 +133,5 @@ def by_stage(shards: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
             if name.startswith("decoder.layers."):
                 stage, local = divmod(int(parts[2]), LAYERS_A_STAGE)
                 parts[2] = str(local)
-            found[shard["tp"], stage]["weights"][".".join(parts)] = value
-    return list(found.values())
+            held[shard["tp"], stage][".".join(parts)] = value
+    return [{"tp": index, "pp": stage, "weights": own} for (index, stage), own in held.items()]

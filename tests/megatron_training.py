@@ -112,7 +112,11 @@ class _Run:
         cut = _CUT if not self.how.gpt2 else re.compile(f"{_CUT.pattern}|{_CUT_BIAS.pattern}")
         index = self.index if cut.fullmatch(full) else 0
         seed = zlib.crc32(f"{full}/{index}/{what}".encode())
-        return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+        if full in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            # A conversion strips the padding of the vocabulary.
+            drawn[max(0, SIZES["vocab"] - index * len(drawn)) :] = 0
+        return drawn
 
     def full_name(self, chunk: int, name: str) -> str:
         """Across all stages, as interleaved chunks share the layers."""
@@ -171,6 +175,7 @@ def train(
         for number in range(STEPS):
             run.step(number)
         told = arguments(how.tensor, how.pipeline, how.tie, how.experts)
+        told.apply_wd_to_qk_layernorm = how.query_key_norms
         chunks = [model.state_dict_for_save_checkpoint() for model in run.wrapped]
         content: dict[str, Any] = {
             "args": told,

@@ -277,7 +277,8 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
             ),
             {},
         )
-        group = {**usual, "wd_mult": multiple, "weight_decay": decay * multiple, **own}
+        group: dict[str, Any] = {"wd_mult": multiple, "weight_decay": decay * multiple}
+        group |= {**usual, **own}
         group |= {"betas": tuple(group["betas"]), "step": optimizer_step(catalog), "params": []}
         groups.append(group)
     return groups

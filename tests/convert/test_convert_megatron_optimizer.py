@@ -232,5 +232,5 @@ def test_what_cannot_be_placed_is_left_out_and_says_why(
     assert "group 0 (wd_mult 0.0) has 9 parameters, and the model has 5" in reason(swapped)
     assert "group 0 does not say wd_mult" in reason(unsaid)
     assert "different numbers of steps (3 and 4)" in reason(ahead)
-    assert "exp_avg in group 0 (wd_mult 1.0) in the place of" in reason(untouched)
+    assert "there is no exp_avg in group 0 (wd_mult 1.0) in the place of" in reason(untouched)
     assert "keeps its states by buckets, in distrib_optim.pt" in reason(distributed)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster import Cluster
+from holdfast.checkpoint import load, save
 from holdfast.checkpoint.convert.job import Converted, convert
 from holdfast.checkpoint.convert.request import Conversion
 from holdfast.parallel.errors import CheckpointError, ConfigError
@@ -27,6 +28,8 @@ KINDS = [
     ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 2}),
     ("GPT2", GPT2),
 ]
+
+OF_KIND = dict(KINDS)
 
 
 def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
@@ -88,6 +91,58 @@ def test_a_model_comes_back(
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "own", "virtual"),
+    [("Qwen3", "", 1, 1), ("Llama", "BF16", 1, 2), ("Qwen2", "F16", 1, 1), ("GPT2", "BF16", 0, 2)],
+)
+def test_moments_and_master_copies_come_back(
+    tmp_path: Path, kind: str, dtype: str, own: int, virtual: int
+) -> None:
+    model = make_model(kind, tmp_path / "hf", **OF_KIND[kind])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    save(tmp_path / "ours", {"model": model, "optimizer": optimizer}, step=3)
+    values = {"tensor": 2, "pipeline": 2, "virtual": virtual, "transformer_engine": own}
+    there = converted(
+        tmp_path / "ours",
+        tmp_path / "megatron",
+        "megatron-legacy",
+        model_files=tmp_path / "hf",
+        dtype=dtype,
+        values=values,
+    )
+    assert (tmp_path / "megatron/latest_checkpointed_iteration.txt").read_text() == "3"
+    back = converted(tmp_path / "megatron", tmp_path / "back", "holdfast")
+    weights = there.tensors["weight"]
+    masters = {"master": weights} if dtype else {}
+    assert back.tensors == {"weight": weights, "exp_avg": weights, "exp_avg_sq": weights, **masters}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    expected = {
+        f"{what}.{names[id(parameter)]}": state[what]
+        for parameter, state in optimizer.state.items()
+        for what in ("exp_avg", "exp_avg_sq")
+    }
+    for name, parameter in model.named_parameters():
+        expected[f"master.{name}" if dtype else name] = parameter.detach()
+    for name, value in expected.items():
+        found = torch.zeros_like(value)
+        load(tmp_path / "back", {name: found})
+        assert torch.equal(found, value), name
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        file = tmp_path / "megatron/iter_0000003/mp_rank_01_001/model_optim_rng.pt"
+        content = torch.load(file, weights_only=True)
+    assert ("model1" in content) == (virtual == 2)
+    assert "iteration" in content
+    assert "opt_param_scheduler" in content
+    kept = content["optimizer"]["optimizer"] if dtype else content["optimizer"]
+    # Transformer Engine's Adam takes no counts beside its tensors.
+    assert all(("step" in state) == (own == 0) for state in kept["state"].values())
+    assert [(g["wd_mult"], g["step"]) for g in kept["param_groups"]] == [(1.0, 3), (0.0, 3)]
+
+
 def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
     make_model("Llama", tmp_path / "hf", num_hidden_layers=3)
 
@@ -102,8 +157,14 @@ def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
         CheckpointError, match="3 layers, numbered up to 2, cannot be shared equally by 2"
     ):
         written(pipeline=2)
-    with pytest.raises(ConfigError, match="tensor=0: give a number of ranks"):
+    with pytest.raises(ConfigError, match="tensor=0: give a number, 1 or more"):
         written(tensor=0)
+    with pytest.raises(ConfigError, match="virtual=3 needs --value pipeline=2 or more"):
+        written(virtual=3)
+    with pytest.raises(
+        CheckpointError, match=r"by 3 pipeline stages of 2 chunks; .* --value virtual"
+    ):
+        written(pipeline=3, virtual=2)
     with pytest.raises(ConfigError, match="transformer_engine is 1"):
         written(transformer_engine=2)
     assert not (tmp_path / "out").exists()

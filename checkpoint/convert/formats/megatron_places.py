@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain
+from holdfast.checkpoint.convert.pickles import StoredTensor, plain
 from holdfast.parallel.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -131,8 +131,8 @@ def find_states(kept: Any, parameters: Sequence[Parameter]) -> Found:
         found, counted = _groups(part, len(groups))
         groups += found
         steps += counted
-    if not any(group.states for group in groups):
-        raise Unplaced("it has no states of parameters")
+    if not any(any(group.states) for group in groups):
+        raise Unplaced("it has no states of parameters, as before the first step")
     fits: list[tuple[tuple[str, int, StoredTensor], ...]] = []
     why = ""
     for query_key_norms in (False, True):
@@ -227,8 +227,7 @@ def _place(
 
 def _check_state(state: Any, parameter: Parameter, what: str) -> None:
     if not isinstance(state, StoredTensor):
-        kind = state.type_name if isinstance(state, Record) else type(state).__name__
-        raise Unplaced(f"the {what} in the place of {parameter.key} is no tensor ({kind})")
+        raise Unplaced(f"there is no {what} in the place of {parameter.key}")
     if state.shape != parameter.shape:
         raise Unplaced(
             f"the {what} in the place of {parameter.key} {list(parameter.shape)} has shape "

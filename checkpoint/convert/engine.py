@@ -13,9 +13,10 @@ import numpy as np
 
 from holdfast import _native
 from holdfast.checkpoint.convert.arrays import Bits, GrowingMemory, bits, cast, combine, strided
+from holdfast.checkpoint.convert.entry_checks import EntryChecks
 from holdfast.checkpoint.convert.open_files import OpenFiles
 from holdfast.checkpoint.convert.output import UNIT_BYTES, Checksum, Unit
-from holdfast.checkpoint.convert.pieces import Piece, Place, Stored
+from holdfast.checkpoint.convert.pieces import Piece, Place
 from holdfast.checkpoint.convert.regions import Region, region_of
 from holdfast.checkpoint.convert.source_files import (
     Memory,
@@ -33,7 +34,6 @@ SLOT_BYTES = 4 * UNIT_BYTES
 
 Checks = Mapping[tuple[str, int, int], int]
 """CRC-32C of what the source says lies at (file, byte, length)."""
-Records = Mapping[tuple[str, int, int], Stored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Engine:
         checksum: Checksum = "crc32c",
         memory_bytes: int = 256 << 20,
         checks: Checks | None = None,
-        records: Records | None = None,
+        entries: EntryChecks | None = None,
         direct: bool = True,
     ) -> None:
         """Args:
@@ -82,11 +82,12 @@ class Engine:
             only.
         memory_bytes: for what is under way.
         checks: what is known of the source; wherever just that is read, it is checked.
-        records: likewise of zip archives.
+        entries: likewise of zip archives, told of all that is read of them.
         """
         self.source, self.target = source, target
         self._checksum: Checksum = checksum
-        self._checks, self._records = checks or {}, records or {}
+        self._checks = checks or {}
+        self._entries = entries or EntryChecks(source, {})
         self._slots = max(FEWEST_SLOTS, min(MOST_SLOTS, memory_bytes // SLOT_BYTES))
         with ExitStack() as opened:
             self._reads = SourceFiles(source, direct=direct)
@@ -250,21 +251,22 @@ class Engine:
         return strided(bits(term.memory, unit.tensor.dtype), piece.box.shape, term.region.strides)
 
     def _check(self, unit: Unit, term: _Term) -> None:
-        if len(term.region.requests) != 1:
+        file, region = term.place.file, term.region
+        parts = [
+            (file, at, at + length, zlib.crc32(term.memory[into : into + length].data))
+            for at, into, length in region.requests
+            if self._entries.wants(file, at, at + length)
+        ]
+        self._entries.add(parts, unit.tensor.full_name)
+        if len(region.requests) != 1:
             return
-        [(offset, _, length)] = term.region.requests
-        record = self._records.get((term.place.file, offset, length))
-        if record is not None and zlib.crc32(term.memory.data) != record.crc32:
-            raise CheckpointError(
-                f"{self.source / term.place.file} is damaged: its entry {record.name} ({unit.tensor.full_name}) "
-                f"has checksum {zlib.crc32(term.memory.data):08x}, not {record.crc32:08x}"
-            )
-        wanted = self._checks.get((term.place.file, offset, length))
+        [(offset, _, length)] = region.requests
+        wanted = self._checks.get((file, offset, length))
         if wanted is not None:
             found = _native.crc32c(term.memory.ctypes.data, length)
             if found != wanted:
                 raise CheckpointError(
-                    f"{self.source / term.place.file} is damaged: {unit.tensor.full_name} at byte {offset} "
+                    f"{self.source / file} is damaged: {unit.tensor.full_name} at byte {offset} "
                     f"has checksum {found:08x}, not {wanted:08x}"
                 )
 

@@ -19,6 +19,7 @@ from typing import Any
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.convert.arrays import load_torch, needs_torch, use_one_thread
 from holdfast.checkpoint.convert.catalog import ReadOptions
+from holdfast.checkpoint.convert.entry_checks import DamagedEntry, EntryChecks
 from holdfast.checkpoint.convert.formats.registry import format_named
 from holdfast.checkpoint.convert.journal import FOLDER, Done, Journal, Lock
 from holdfast.checkpoint.convert.request import Conversion, Prepared, check, partial_of, prepare
@@ -110,7 +111,9 @@ def _lead(
         else:
             _do(asked, prepared, journal, done, 0, world, 1, _adder(progress, prepared.total))
             _await_others(prepared, journal, progress)
-        checksums = journal.read().checksums
+        ended = journal.read()
+        EntryChecks(prepared.catalog.root, prepared.catalog.records).add(ended.parts)
+        checksums = ended.checksums
         other = prepared.output.checksum != "crc32c"
         prepared.output.finish(partial, [checksums[i][other] for i in range(len(checksums))])
         # Together: a filesystem writes its journal for all that wait.
@@ -120,6 +123,9 @@ def _lead(
         compared = compare_sample(
             prepared.catalog.root, prepared.output.expected, output, prepared.output.added
         )
+    except DamagedEntry:
+        journal.void()
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or partial} cannot be written: {error.strerror or error}; what was written "

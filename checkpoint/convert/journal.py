@@ -10,11 +10,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from holdfast.checkpoint.convert.entry_checks import Part
 from holdfast.parallel.errors import CheckpointError
 
 FOLDER = ".convert"
@@ -28,6 +29,8 @@ class Done:
     checksums: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By number of the unit: CRC-32C, and what the output's format has of it."""
     verified: set[int] = field(default_factory=set)
+    parts: list[Part] = field(default_factory=list)
+    """Of zip entries of which no worker has read all."""
 
 
 class Journal:
@@ -74,12 +77,14 @@ class Journal:
                 for unit, own, other in entry.get("written", ()):
                     done.checksums[unit] = own, other
                 done.verified.update(entry.get("verified", ()))
+                done.parts += [tuple(part) for part in entry.get("parts", ())]
         return done
 
     def record(
         self,
         written: Mapping[int, tuple[int, int]] | None = None,
-        verified: list[int] | None = None,
+        verified: Sequence[int] = (),
+        parts: Sequence[Part] = (),
     ) -> None:
         """Append what this worker has done."""
         if self._file is None:
@@ -87,10 +92,14 @@ class Journal:
             self._file = path.open("a")
             self._file.write("\n")
         lines = [(unit, *sums) for unit, sums in sorted((written or {}).items())]
-        entry = {"written": lines, "verified": verified or []}
+        entry = {"written": lines, "verified": verified, "parts": parts}
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def void(self) -> None:
+        """What has been written is not to be trusted: the next attempt starts over."""
+        (self._folder / "plan.json").unlink(missing_ok=True)
 
     def fail(self, message: str) -> None:
         """Tell rank 0 that this worker cannot go on."""

@@ -11,6 +11,7 @@ import numpy as np
 from holdfast import _native
 from holdfast.checkpoint.convert.catalog import Catalog
 from holdfast.checkpoint.convert.engine import SLOT_BYTES, Engine, Sums
+from holdfast.checkpoint.convert.entry_checks import DamagedEntry, EntryChecks
 from holdfast.checkpoint.convert.journal import Done, Journal
 from holdfast.checkpoint.convert.output import Output, Unit
 from holdfast.checkpoint.convert.regions import region_of
@@ -47,6 +48,7 @@ def do_share(
         progress: called with bytes that have been written, or found written.
     Raises:
         CheckpointError: the source is damaged or disagrees with itself, or the output cannot be written.
+        DamagedEntry: the former, and the next attempt starts over.
     """
     mine = list(share_of(len(output.units), rank, world))
     _check_source(catalog, output, rank, world)
@@ -55,33 +57,39 @@ def do_share(
     pending: dict[int, Sums] = {}
     waiting_bytes = 0
     unseen = {i: done.checksums[i] for i in mine if i in done.checksums and i not in done.verified}
-    with (
-        Settling(partial, output, journal) as settling,
-        Engine(
-            catalog.root,
-            partial,
-            checksum=output.checksum,
-            memory_bytes=max(0, memory_bytes - MEMORY_BYTES),
-            checks=catalog.checks,
-            records=catalog.records,
-        ) as engine,
-    ):
+    entries = EntryChecks(catalog.root, catalog.records)
+    try:
+        with (
+            Settling(partial, output, journal) as settling,
+            Engine(
+                catalog.root,
+                partial,
+                checksum=output.checksum,
+                memory_bytes=max(0, memory_bytes - MEMORY_BYTES),
+                checks=catalog.checks,
+                entries=entries,
+            ) as engine,
+        ):
 
-        def finished(number: int, unit: Unit, sums: Sums) -> None:
-            nonlocal waiting_bytes
-            pending[number] = sums
-            waiting_bytes += unit.bytes
-            progress(unit.bytes)
-            if waiting_bytes >= RECORD_BYTES:
-                settling.add(pending)
-                pending.clear()
-                waiting_bytes = 0
+            def finished(number: int, unit: Unit, sums: Sums) -> None:
+                nonlocal waiting_bytes
+                pending[number] = sums
+                waiting_bytes += unit.bytes
+                progress(unit.bytes)
+                if waiting_bytes >= RECORD_BYTES:
+                    settling.add(pending)
+                    pending.clear()
+                    waiting_bytes = 0
 
-        settling.add(unseen, recorded=True)
-        engine.convert(open_units, finished)
-        settling.add(pending)
-        settling.finish()
-    journal.record(verified=[*unseen, *(i for i, _ in open_units)])
+            settling.add(unseen, recorded=True)
+            engine.convert(open_units, finished)
+            settling.add(pending)
+            settling.finish()
+    except DamagedEntry:
+        # Other units may have been written from it, and are recorded as done.
+        journal.void()
+        raise
+    journal.record(verified=[*unseen, *(i for i, _ in open_units)], parts=entries.rest())
 
 
 def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> None:

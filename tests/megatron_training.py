@@ -220,3 +220,27 @@ def resume(
         found["next"] = run.weights()
     finish(run.state)
     return {**found, "iteration": content["iteration"]}
+
+
+def resume_dist(
+    rank: int, world_size: int, store: Store, *, how: Training, folder: str
+) -> dict[str, Any]:
+    """The same for a torch_dist folder."""
+    from megatron.core import dist_checkpointing
+
+    with OnCpu():
+        run = _Run(rank, world_size, store, how)
+        [model] = run.chunks
+        metadata = {"chained_optim_avoid_prefix": True}
+        sharded: dict[str, Any] = {"model": model.sharded_state_dict(metadata=dict(metadata))}
+        sharded["optimizer"] = run.optimizer.sharded_state_dict(
+            sharded["model"], is_loading=True, metadata=metadata
+        )
+        loaded: Any = dist_checkpointing.load(sharded, folder, strict="raise_unexpected")
+        model.load_state_dict(loaded["model"])
+        run.optimizer.load_state_dict(loaded["optimizer"])
+        found = run.shard(weights=run.weights(), **run.states())
+        run.step(STEPS)
+        found["next"] = run.weights()
+    finish(run.state)
+    return {**found, "iteration": loaded["iteration"]}

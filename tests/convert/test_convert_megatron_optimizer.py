@@ -128,6 +128,34 @@ def test_megatron_goes_on_as_if_nothing_had_been(
         how=replace(how, virtual=virtual),
         folder=str(tmp_path / f"back/iter_{ITERATION:07d}"),
     )
+    assert_went_on(after, before)
+
+
+@pytest.mark.parametrize("kind", ["plain", "halves"])
+def test_megatron_goes_on_in_torch_dist_without_the_distributed_optimizer(
+    megatron_pool: Cluster, trainings: Callable[[str], Trained], tmp_path: Path, kind: str
+) -> None:
+    how, folder, before = trainings(kind)
+    values = {"vocab_multiple": 16, "distributed_optimizer": 0, "transformer_engine": 0}
+    converted(folder, tmp_path / "dist", "megatron", values=values)
+    place = str(tmp_path / f"dist/iter_{ITERATION:07d}")
+    after = megatron_pool.run("megatron_training:resume_dist", 4, how=how, folder=place)
+    assert_went_on(after, before)
+    # And from there into files of ranks, as if there had been nothing between.
+    ranks = {"tensor": 2, "pipeline": 2, "vocab_multiple": 8, "transformer_engine": 0}
+    for source, name in ((folder, "direct"), (tmp_path / "dist", "around")):
+        converted(source, tmp_path / name, "megatron-legacy", values=ranks)
+    direct, around = (
+        torch.load(tmp_path / name / FILE, weights_only=False)["optimizer"]
+        for name in ("direct", "around")
+    )
+    inner = [(kept["optimizer"] if how.half else kept) for kept in (direct, around)]
+    assert inner[0]["param_groups"] == inner[1]["param_groups"]
+    states = [state for kept in inner for state in kept["state"].values()]
+    assert all(state["step"] == STEPS for state in states)
+
+
+def assert_went_on(after: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
     assert all(shard["iteration"] == ITERATION for shard in after)
     for what in ("weights", "exp_avg", "exp_avg_sq", "master", "next"):
         found, expected = by_parameter(after, what), by_parameter(before, what)

@@ -31,7 +31,7 @@ from holdfast.checkpoint.convert.formats.megatron_writing import (
     parameter_groups,
     settle_states,
 )
-from holdfast.checkpoint.convert.inverse import Joined, Typed, cut, map_back, state_names
+from holdfast.checkpoint.convert.inverse import Joined, cut, map_back, state_names
 from holdfast.checkpoint.convert.output import Output
 from holdfast.checkpoint.convert.pieces import Logical
 from holdfast.checkpoint.convert.recognition import MEGATRON_TRACKER
@@ -70,7 +70,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         raise ConfigError(
             f"{_WHERE}: --value transformer_engine is 1 (its layers) or 0 (local ones)"
         )
-    settled = _settled(catalog, options)
+    settled = settle_states(catalog, options, all_copies=False)
     book = builtin_rules(RULES)
     weights = {item.name: item for item, _ in settled if item.kind == "weight"}
     arguments, values = find_arguments(catalog, book, options.values, weights, shards=tensor)
@@ -119,13 +119,6 @@ def _count(values: Mapping[str, int], name: str) -> int:
     if count < 1:
         raise ConfigError(f"{_WHERE}: --value {name}={count}: give a number, 1 or more")
     return count
-
-
-def _settled(catalog: Catalog, options: WriteOptions) -> list[Typed]:
-    """Weights, moments, and master copies of 16-bit weights: of others there are none here."""
-    settled = settle_states(catalog, options)
-    halves = {item.name for item, out in settled if item.kind == "weight" and out in HALVES}
-    return [item for item in settled if item[0].kind != "master" or item[0].name in halves]
 
 
 _Model = Mapping[tuple[str, str], Joined]

@@ -24,13 +24,14 @@ from holdfast.checkpoint.convert.formats.megatron_models import (
     arguments_of,
     unlike,
 )
+from holdfast.checkpoint.convert.formats.megatron_places import HALVES
 from holdfast.checkpoint.convert.inverse import Typed, map_back
 from holdfast.checkpoint.convert.output import Output
 from holdfast.checkpoint.convert.pieces import Logical
 from holdfast.checkpoint.convert.recognition import MEGATRON_TRACKER
 from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules, find_values
 from holdfast.checkpoint.convert.torch_writing import torch_file
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, ConfigError
 
 NAME = "megatron"
 _BACKEND = {
@@ -47,6 +48,8 @@ _CONTENT = {
 }
 """Tells Megatron in which of its forms tensors are kept."""
 _LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
+_DISTRIBUTED_COPY, _PLAIN_COPY = "optimizer.state.param.", "optimizer.state.fp32_param."
+"""What names of master copies begin with, of the distributed optimizer and of the one without."""
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
 """Of torch's AdamW, where a source does not tell its own."""
@@ -63,12 +66,17 @@ _VALUES = {
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A folder with a tracker file and one iteration: "release" where there is no optimizer's state.
 
+    The state is for the distributed optimizer unless the value `distributed_optimizer` is 0.
+
     Raises:
         CheckpointError: a tensor that Megatron's GPT model does not have, or layers that differ.
-        ConfigError: the source does not tell a size of the model.
+        ConfigError: the source does not tell a size of the model, or a value is out of its range.
     """
+    distributed = options.values.get("distributed_optimizer", 1)
+    if distributed not in (0, 1):
+        raise ConfigError("--to megatron: --value distributed_optimizer is 1 (it is used) or 0")
     book = builtin_rules(NAME)
-    settled = settle_states(catalog, options)
+    settled = settle_states(catalog, options, all_copies=bool(distributed))
     weights = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "weight"}
     trained = any(tensor.kind == "exp_avg" for tensor, _ in settled)
     arguments, values = find_arguments(catalog, book, options.values, weights)
@@ -76,12 +84,20 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     folder = DistcpFolder(iteration)
     joined = map_back(book, settled, values, "--to megatron")
     for made in joined:
-        folder.add((made.tensor.name,), made.tensor, made.dtype)
+        name = made.tensor.name
+        if not distributed and name.startswith(_DISTRIBUTED_COPY):
+            name = _PLAIN_COPY + name.removeprefix(_DISTRIBUTED_COPY)
+        folder.add((name,), made.tensor, made.dtype)
     for key in _kernel_states([made.tensor for made in joined]):
         folder.add_object((key,), [None])
     common = beside_tensors(catalog, arguments, trained=trained)
-    if trained:
-        common |= _optimizer(catalog)
+    if trained and distributed:
+        common["optimizer"] = _distributed_optimizer(catalog)
+    elif trained:
+        halves = any(t.kind == "weight" and out in HALVES for t, out in settled)
+        fused = options.values.get("transformer_engine", 1) == 1
+        kept = _torch_optimizer(catalog, counted=not fused)
+        common["optimizer"] = {"optimizer": kept} if halves else kept
     files = files_for(catalog, settled)
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
@@ -96,9 +112,11 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     return Output(folder.files, folder.units, finish, settled, "crc32")
 
 
-def settle_states(catalog: Catalog, options: WriteOptions) -> list[Typed]:
+def settle_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) -> list[Typed]:
     """Weights and, where the optimizer was saved, their master copies and moments, both in 32 bits.
 
+    Args:
+        all_copies: of 32-bit weights too, as the distributed optimizer has them.
     Raises:
         CheckpointError: there are no weights, or moments of some weights only.
     """
@@ -110,8 +128,7 @@ def settle_states(catalog: Catalog, options: WriteOptions) -> list[Typed]:
     for tensor, out in settled:
         if tensor.kind == "weight":
             kept.append((tensor, out))
-            if tensor.name in trained:
-                # Megatron's optimizers have copies of 32-bit weights too.
+            if tensor.name in trained and (all_copies or out in HALVES):
                 finest = fine.get(tensor.name, tensor)
                 kept.append((replace(finest, kind="master"), "F32"))
         elif tensor.kind in ("exp_avg", "exp_avg_sq") and tensor.name in trained:
@@ -279,19 +296,21 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
         )
         group: dict[str, Any] = {"wd_mult": multiple, "weight_decay": decay * multiple}
         group |= {**usual, **own}
-        group |= {"betas": tuple(group["betas"]), "step": optimizer_step(catalog), "params": []}
+        group |= {"betas": tuple(group["betas"]), "step": optimizer_step(catalog)}
         groups.append(group)
     return groups
 
 
-def _optimizer(catalog: Catalog) -> dict[str, Any]:
-    """What the distributed optimizer keeps beside tensors."""
+def _torch_optimizer(catalog: Catalog, *, counted: bool) -> dict[str, Any]:
+    """What torch's optimizer keeps beside tensors; `counted`: steps are given to each parameter too."""
     return {
-        "optimizer": {
-            "optimizer": {
-                "param_groups": parameter_groups(catalog),
-                "state": {"common_step": optimizer_step(catalog)},
-            },
-            "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
-        },
+        "param_groups": parameter_groups(catalog),
+        "state": {"common_step": optimizer_step(catalog)} if counted else {},
+    }
+
+
+def _distributed_optimizer(catalog: Catalog) -> dict[str, Any]:
+    return {
+        "optimizer": _torch_optimizer(catalog, counted=True),
+        "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
     }

@@ -101,6 +101,15 @@ def test_a_learning_rate_for_the_embedding(told: dict[str, Any]) -> None:
         ),
         ({"state": {}, "param_groups": [decay(1.0, params=[0])]}, "no states of parameters"),
         ([], "no states of parameters"),
+        ({"state": {}, "param_groups": [5]}, "group 0 is a int"),
+        (
+            {"state": {}, "param_groups": [decay(1.0)]},
+            r"the params of group 0 are no list \(NoneType",
+        ),
+        (
+            {**kept_of((decay(1.0), DENSE[:1])), "fp32_from_fp16_params": [[], []]},
+            "1 groups and master copies of 2",
+        ),
         ({"param_groups": [decay(1.0)]}, "by buckets, in distrib_optim"),
     ],
 )

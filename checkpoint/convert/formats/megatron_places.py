@@ -74,8 +74,8 @@ class Found:
 
     tensors: tuple[tuple[str, int, StoredTensor], ...]
     """Kind ("exp_avg", "exp_avg_sq", "master"), number of the parameter, and its state."""
-    steps: tuple[int | float | StoredTensor, ...]
-    """How many steps have been done, wherever that is said."""
+    steps: tuple[Any, ...]
+    """How many steps have been done, wherever that is said: numbers, or tensors of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,10 @@ def torch_state(part: Mapping[str, Any]) -> Mapping[str, Any]:
 def groups_of(kept: Any) -> list[dict[str, Any]]:
     """What is said of the groups of parameters, without the parameters."""
     groups = (
-        group for part in optimizers_of(kept) for group in torch_state(part).get("param_groups", ())
+        group
+        for part in optimizers_of(kept)
+        for group in torch_state(part).get("param_groups") or ()
+        if isinstance(group, Mapping)
     )
     return [
         plain({key: value for key, value in group.items() if key != "params"}) for group in groups
@@ -126,7 +129,7 @@ def find_states(kept: Any, parameters: Sequence[Parameter]) -> Found:
         Unplaced: why that cannot be done.
     """
     groups: list[_Group] = []
-    steps: list[int | float | StoredTensor] = []
+    steps: list[Any] = []
     for part in optimizers_of(kept):
         found, counted = _groups(part, len(groups))
         groups += found
@@ -148,9 +151,7 @@ def find_states(kept: Any, parameters: Sequence[Parameter]) -> Found:
     return Found(fits[0], tuple(steps))
 
 
-def _groups(
-    part: Mapping[str, Any], before: int
-) -> tuple[list[_Group], list[int | float | StoredTensor]]:
+def _groups(part: Mapping[str, Any], before: int) -> tuple[list[_Group], list[Any]]:
     inner = torch_state(part)
     states, described = inner.get("state"), inner.get("param_groups")
     if not isinstance(states, Mapping) or not isinstance(described, list | tuple):
@@ -159,27 +160,38 @@ def _groups(
             "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable"
         )
     masters = part.get("fp32_from_fp16_params", part.get("fp32_from_fp16"))
-    if masters is not None and len(masters) != len(described):
-        raise Unplaced(f"it has {len(described)} groups and master copies of {len(masters)}")
+    copied = [None] * len(described) if masters is None else _items(masters, "master copies")
+    if len(copied) != len(described):
+        raise Unplaced(f"it has {len(described)} groups and master copies of {len(copied)}")
     groups = []
-    steps: list[int | float | StoredTensor] = []
+    steps: list[Any] = []
     for number, group in enumerate(described):
         name = f"group {before + number}"
+        if not isinstance(group, Mapping):
+            raise Unplaced(f"{name} is a {type(group).__name__}")
         decay = group.get("wd_mult", group.get("pre_wd_mult"))
-        if decay is None or "params" not in group:
-            raise Unplaced(f"{name} does not say {'params' if decay is not None else 'wd_mult'}")
+        if decay is None:
+            raise Unplaced(f"{name} does not say wd_mult")
         label = (
             decay != 0,
             bool(group.get("is_expert_parallel")),
             bool(group.get("is_decoupled_lr")) or group.get("default_config") is False,
         )
-        members = tuple(states.get(index, {}) for index in group["params"])
-        own = None if masters is None else tuple(masters[number])
+        kept = (states.get(index) for index in _items(group.get("params"), f"params of {name}"))
+        members = tuple(state if isinstance(state, Mapping) else {} for state in kept)
+        own = copied[number]
+        own = None if own is None else _items(own, f"master copies of {name}")
         groups.append(_Group(label, members, own))
         steps += [state["step"] for state in members if "step" in state]
         if group.get("step") is not None and members:
             steps.append(group["step"])
     return groups, steps
+
+
+def _items(value: Any, what: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise Unplaced(f"the {what} are no list ({type(value).__name__})")
+    return tuple(value)
 
 
 def _place(

@@ -199,10 +199,12 @@ def _optimizers(
     return tensors, next(iter(counts), None)
 
 
-def _number(root: Path, file: TorchFile, value: float | StoredTensor) -> int:
+def _number(root: Path, file: TorchFile, value: Any) -> int:
     """A count that may be kept as a tensor."""
-    if not isinstance(value, StoredTensor):
+    if isinstance(value, int | float):
         return int(value)
+    if not isinstance(value, StoredTensor):
+        raise Unplaced(f"{file.file}: a count of steps is a {type(value).__name__}")
     form = _NUMBERS.get(value.dtype)
     if form is None or any(extent != 1 for extent in value.shape):
         raise Unplaced(f"{file.file}: a count of steps is a {value.dtype} {list(value.shape)}")

@@ -1,4 +1,8 @@
-"""Jobs for the pool: Megatron-Core's optimizers on CPU, saved and loaded as Megatron-LM does, a file a rank."""
+"""Jobs for the pool: Megatron-Core's optimizers on CPU, saved and loaded as Megatron-LM does, a file a rank.
+
+The optimizers are Megatron's own, unchanged; its 16-bit one asks for types of CUDA, which tensors are made to say
+they have (`OnCpu`). Gradients are drawn, not computed: its model's forward pass needs CUDA.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ setup-dev: .venv/dev.stamp
 	@touch $@
 
 .venv/dev.stamp: requirements/dev.txt .venv/base.stamp
-	$(PIP) install -r requirements/dev.txt
+	$(PIP) install --no-compile -r requirements/dev.txt
 	@touch $@
 
 .venv/bench.stamp: requirements/bench.txt .venv/dev.stamp
@@ -49,7 +49,7 @@ wheel-test: setup-dev
 	rm -rf build/wheel-test && mkdir -p build/wheel-test
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel-test/dist .
 	$(PYTHON) -m venv build/wheel-test/venv
-	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install -r requirements/base.txt \
+	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install --no-compile -r requirements/base.txt \
 	  $$(grep -E '^(pytest|pytest-timeout|hypothesis|iniconfig|pluggy|pygments|packaging|sortedcontainers|attrs)==' requirements/dev.txt)
 	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install --no-deps build/wheel-test/dist/holdfast-*.whl
 	cp -r tests examples pyproject.toml build/wheel-test/

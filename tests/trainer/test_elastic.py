@@ -86,6 +86,7 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
 ) -> None:
     # Twelve micro-batches are shared out evenly; layers stay, since all stages lose alike.
     sections = {
+        "model": {"layers": 2 if "tensor" in layout else 6},
         "train": {"steps": 12},
         "numerics": {"reduction": reduction},
         "parallel": layout,
@@ -127,13 +128,16 @@ def test_losses_half_way_through_the_backward_passes_change_no_bit(
 
 
 def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cluster) -> None:
-    layout = {"tensor": 2, "data": 2, "pipeline": 1}
+    model, layout = {"layers": 2}, {"tensor": 2, "data": 2, "pipeline": 1}
     faults = [fault("kill", 3, 3, "reduce"), fault("kill", 0, 9, "compute")]
     run = start(
-        train={"steps": 12}, parallel=layout, elastic=pace({"chaos": faults}, PACE_S, rank=1)
+        train={"steps": 12},
+        model=model,
+        parallel=layout,
+        elastic=pace({"chaos": faults}, PACE_S, rank=1),
     )
     assert run.finish() == 0, run.output()
-    config = make_config(train={"steps": 12}, parallel={**layout, "data": 1})
+    config = make_config(train={"steps": 12}, model=model, parallel={**layout, "data": 1})
     assert run.bits() == bits_of(run_training(cluster, config))
     assert [event["rank"] for event in run.events("rank_lost")] == [3, 0]
 

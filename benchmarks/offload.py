@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=1, help="each with new processes")
     parser.add_argument("--memory-steps", type=int, default=1)
     parser.add_argument("--all", action="store_true", help="the less telling contestants too")
     parser.add_argument("--only", default="", help="contestants, by commas")
@@ -358,9 +359,24 @@ def main() -> None:
     records = [
         run_shape(parser, names, shape)
         for shape in (args.shape.split(",") if args.shape else SHAPES)
+        for _ in range(args.rounds)
     ]
+    if args.rounds > 1:
+        console = Console()
+        for title, ratios in ratios_by_title(records).items():
+            text = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+            console.print(f"{title}, of nothing: {statistics.median(ratios):.3f} ({text})")
     if args.json:
         Path(args.json).write_text(json.dumps(records, indent=2) + "\n")
+
+
+def ratios_by_title(records: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """A process is a few per cent faster or slower than the next with the same work: every round's ratio."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for row in record["rows"]:
+            found.setdefault(f"{record['title']}: {row['contestant']}", []).append(row["ratio"])
+    return found
 
 
 def run_shape(parser: argparse.ArgumentParser, names: list[str], shape: str) -> dict[str, Any]:

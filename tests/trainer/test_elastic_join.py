@@ -57,3 +57,26 @@ def test_a_replacement_is_given_its_state_beside_the_steps_and_then_owns_it(
     assert "rank 2 joins as a shadow" in run.output()
     assert "rank 2 takes its place" in run.output()
     assert not run.events("corruption")
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [fault("kill", 2, 1, "fill", incarnation=1), fault("kill", 0, 1, "fill")],
+    ids=["newcomer", "owner"],
+)
+def test_whoever_dies_while_a_newcomer_is_given_its_state_changes_no_bit(
+    start: Starter, expected: dict[str, Any], victim: dict[str, Any]
+) -> None:
+    faults = [fault("kill", 2, 3, "reduce"), victim]
+    elastic = pace(pace({"local_nodes": 3, "chaos": faults}, PACE_S, rank=1), PACE_S)
+    run = start(train={"steps": STEPS}, parallel={"data": 3}, elastic=elastic)
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    caused = [e for e in run.events("fault_injected") if e["phase"] == "fill"]
+    assert [e["rank"] for e in caused] == [victim["rank"]]
+    given = next(n for n, e in enumerate(changes(run)) if e["waiting"])
+    after = changes(run)[given + 1]
+    assert after["lost"] == [victim["rank"]]
+    assert not after["filled"]
+    assert after["from_checkpoint"] is None
+    assert any(e["placed"] for e in changes(run))

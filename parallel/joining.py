@@ -65,17 +65,21 @@ def next_plan(
         if not waiting and not move_layers:
             return now
     now = _with_spares(now, waiting)
-    following = replan(
-        now,
-        Roster(roster.ranks, roster.node_of),
-        generation=generation,
-        redundancy=redundancy,
-        move_layers=move_layers,
-    )
-    coming = _coming(now, following)
     held = state_of(plan, ready, filled=filled)
-    if all(keys <= held.get(rank, set()) for rank, keys in coming.items()):
-        return following
+    coming: dict[int, set[BlockKey]] = {}
+    for may_move in (move_layers, True):  # what is only made ready comes into force between steps
+        following = replan(
+            now,
+            Roster(roster.ranks, roster.node_of),
+            generation=generation,
+            redundancy=redundancy,
+            move_layers=may_move,
+        )
+        coming = _coming(now, following)
+        if may_move == move_layers and all(
+            keys <= held.get(rank, set()) for rank, keys in coming.items()
+        ):
+            return following
     return replace(now, arriving=_by_block(now, coming), _cache=now._cache)
 
 

@@ -77,6 +77,8 @@ class Fill:
         self._error: BaseException | None = None
         self.required: bool | None = None
         """Where a run is repeated, whether it must be over at the next vote; None: as it comes."""
+        self.may_end: Callable[[], bool] = lambda: True
+        """Asked at the vote when all is there: whether the plan for which this is done could be agreed on."""
 
     def start(self, begun: Callable[[], None] = lambda: None) -> None:
         """State stands still from now on until `fence` has returned. Local; does not wait.
@@ -92,7 +94,9 @@ class Fill:
             self._thread.start()
 
     def fence(self) -> bool:
-        """Wait until nothing is under way; whether this rank has sent, or has got, all it was to.
+        """Wait until nothing is under way; whether the next plan may come as far as this rank is concerned.
+
+        It may when this rank has sent, or has got, all it was to.
 
         Raises:
             PeerLost: a peer is gone, or what it sent arrived damaged.
@@ -104,7 +108,9 @@ class Fill:
         self._ring.blocked_s += perf_counter() - since
         if self._error is not None:
             raise self._error
-        return not self._left and self.required is not False
+        if self.required is not None:
+            return self.required and not self._left
+        return not self._left and self.may_end()
 
     def close(self) -> None:
         """Wait for the thread, which ends by itself once the communicators are aborted."""

@@ -45,13 +45,15 @@ def test_a_replacement_is_given_its_state_beside_the_steps_and_then_owns_it(
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
-    first, lost, joined, placed = changes(run)
-    assert [lost["lost"], joined["joined"], placed["placed"]] == [[2], [2], [2]]
+    first, *_, before, joined, placed = changes(run)
+    assert [joined["joined"], joined["waiting"], placed["placed"]] == [[2], [2], [2]]
     assert joined["plan"]["spares"] == [2]
-    assert joined["plan"]["stages"] == lost["plan"]["stages"]
-    assert joined["plan"]["owners"] == lost["plan"]["owners"]
-    assert joined["waiting"] == [2]
-    assert [joined["moved_bytes"], placed["moved_bytes"]] == [0, 0]
+    if not joined["lost"]:  # else the replacement was as fast as the others
+        assert before["lost"] == [2]
+        assert joined["plan"]["stages"] == before["plan"]["stages"]
+        assert joined["plan"]["owners"] == before["plan"]["owners"]
+        assert joined["moved_bytes"] == 0
+    assert placed["moved_bytes"] == 0
     assert placed["plan"]["stages"] == first["plan"]["stages"]
     assert not placed["plan"]["arriving"]
     assert "rank 2 joins as a shadow" in run.output()

@@ -45,7 +45,8 @@ def test_a_replacement_is_given_its_state_beside_the_steps_and_then_owns_it(
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
-    first, *_, before, joined, placed = changes(run)
+    *earlier, joined, placed = changes(run)
+    first, before = earlier[0], earlier[-1]
     assert [joined["joined"], joined["waiting"], placed["placed"]] == [[2], [2], [2]]
     assert joined["plan"]["spares"] == [2]
     if not joined["lost"]:  # else the replacement was as fast as the others

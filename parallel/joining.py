@@ -9,6 +9,7 @@ Pure and equal on every rank. Needs no torch.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 
@@ -65,7 +66,6 @@ def next_plan(
         if not waiting and not move_layers:
             return now
     now = _with_spares(now, waiting)
-    held = state_of(plan, ready, filled=filled)
     coming: dict[int, set[BlockKey]] = {}
     for may_move in (move_layers, True):  # what is only made ready comes into force between steps
         following = replan(
@@ -76,9 +76,7 @@ def next_plan(
             move_layers=may_move,
         )
         coming = _coming(now, following)
-        if may_move == move_layers and all(
-            keys <= held.get(rank, set()) for rank, keys in coming.items()
-        ):
+        if may_move == move_layers and ready.issuperset(coming) and _have(plan, coming, filled):
             return following
     return replace(now, arriving=_by_block(now, coming), _cache=now._cache)
 
@@ -112,9 +110,33 @@ def _with_spares(plan: Plan, ranks: Collection[int]) -> Plan:
 
 def _coming(now: Plan, following: Plan) -> dict[int, set[BlockKey]]:
     """What ranks will need that they do not hold under the plan before."""
-    ranks = following.cells.ranks
-    needed, held = held_blocks(following, ranks), held_blocks(now, ranks)
-    return {rank: needed[rank] - held[rank] for rank in ranks if needed[rank] - held[rank]}
+    found: defaultdict[int, set[BlockKey]] = defaultdict(set)
+    for index, (before, after) in enumerate(zip(_holders(now), _holders(following), strict=True)):
+        for place, (held, needed) in enumerate(zip(before, after, strict=True)):
+            if held != needed:
+                for rank in set(needed) - set(held):
+                    found[rank].add((index, place))
+    return found
+
+
+def _holders(plan: Plan) -> list[list[tuple[int, ...]]]:
+    """By tensor-parallel index, the owner of each block and its shadows."""
+    shadows = plan.shadows or [[()] * len(blocks) for blocks in plan.blocks]
+    return [
+        [(owner, *ranks) for owner, ranks in zip(owners, followers, strict=True)]
+        for owners, followers in zip(plan.owners, shadows, strict=True)
+    ]
+
+
+def _have(plan: Plan, wanted: Mapping[int, Set[BlockKey]], filled: bool) -> bool:
+    """Whether ranks have all these blocks, with what was arriving once it is there."""
+    return all(
+        rank == plan.owners[index][place]
+        or (plan.shadows and rank in plan.shadows[index][place])
+        or (filled and plan.arriving and rank in plan.arriving[index][place])
+        for rank, keys in wanted.items()
+        for index, place in keys
+    )
 
 
 def _by_block(plan: Plan, coming: Mapping[int, Set[BlockKey]]) -> tuple[Shadows, ...]:

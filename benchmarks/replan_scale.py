@@ -1,4 +1,5 @@
-"""Re-planning at 100,000 ranks, without tensors: what is computed and moved when one rank, or one node, dies.
+"""Re-planning at 100,000 ranks, without tensors: what is computed and moved when one rank, or one node, dies,
+and what is computed when its replacement joins.
 
 The planning code is that of a run; one process, times in seconds. The lower bound of what must move: every
 block whose owner no longer computes its stage (a tensor-parallel group that lost a rank is out as a whole)
@@ -14,15 +15,17 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from holdfast.parallel.joining import next_plan
 from holdfast.parallel.parcels import held_blocks, plan_parcels
 from holdfast.parallel.plan import Plan
-from holdfast.parallel.replan import Roster, replan, with_shadows
+from holdfast.parallel.replan import Roster, with_shadows
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.planning import plan_of
 
@@ -77,6 +80,10 @@ def least_elements(plan: Plan, lost: set[int]) -> int:
     )
 
 
+def _spread(median: float, ends: Sequence[float]) -> str:
+    return f"{median:.2f} s ({ends[0]:.2f}..{ends[1]:.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", default=None)
@@ -90,11 +97,22 @@ def main() -> None:
     rows = []
     for name, lost in (("one rank", {12_345}), ("one node", set(range(40_000, 40_000 + NODE)))):
         living = tuple(rank for rank in plan.cells.ranks if rank not in lost)
-        times = []
+        again = replace(roster(plan.cells.ranks), fresh=frozenset(lost))
+        times, joined = [], []
         for _ in range(given.repetitions):
             began = time.perf_counter()
-            after = replan(plan, roster(living), generation=1, redundancy=1, move_layers=False)
+            after = next_plan(
+                plan,
+                roster(living),
+                filled=True,
+                generation=1,
+                redundancy=1,
+                move_layers=False,
+            )
             times.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            next_plan(after, again, filled=True, generation=2, redundancy=1)
+            joined.append(time.perf_counter() - began)
         began = time.perf_counter()
         needed = held_blocks(after, after.cells.ranks)
         survivors = {rank: keys for rank, keys in held.items() if rank not in lost}
@@ -108,19 +126,27 @@ def main() -> None:
                 "lost": name,
                 "replan_s": statistics.median(times),
                 "replan_spread_s": [min(times), max(times)],
+                "join_s": statistics.median(joined),
+                "join_spread_s": [min(joined), max(joined)],
                 "parcels_s": parcels_s,
                 "moved_elements": moved,
                 "lower_bound_elements": bound,
             }
         )
     table = Table(title=f"{RANKS:,} ranks, {blocks:,} blocks; the first plan took {first_s:.1f} s")
-    for head in ("lost", "replan", "who sends what", "state moved / lower bound"):
+    for head in (
+        "lost",
+        "replan",
+        "a replacement joins",
+        "who sends what",
+        "state moved / lower bound",
+    ):
         table.add_column(head)
     for row in rows:
-        low, high = row["replan_spread_s"]
         table.add_row(
             row["lost"],
-            f"{row['replan_s']:.2f} s ({low:.2f}..{high:.2f})",
+            _spread(row["replan_s"], row["replan_spread_s"]),
+            _spread(row["join_s"], row["join_spread_s"]),
             f"{row['parcels_s']:.2f} s",
             f"{row['moved_elements'] / row['lower_bound_elements']:.3f}",
         )

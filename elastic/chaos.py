@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ FaultKind = Literal[
     "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
 ]
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
-Phase = Literal["compute", "backward", "reduce", "vote", "apply"]
+Phase = Literal["compute", "backward", "fill", "reduce", "vote", "apply"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -43,7 +44,8 @@ class Fault:
     step: int
     """Counted from 1."""
     phase: Phase = "compute"
-    """The fault comes at its beginning; "backward": when half of the step's backward passes are done."""
+    """The fault comes at its beginning; "backward": when half of the step's backward passes are done; "fill":
+    when state is on its way to a newcomer, or to this rank, for the first time from that step on."""
     seconds: float = 60.0
     """How long the lock is held, the node is cut off or the disk is full, or by how much a slow step is longer."""
     incarnation: int = 0
@@ -77,6 +79,10 @@ def ask_for(path: Path, fault: Fault) -> None:
         file.write(f"{json.dumps(asdict(fault))}\n".encode())
 
 
+def _is_due(fault: Fault, step: int) -> bool:
+    return fault.step == step or (fault.phase == "fill" and fault.step < step)
+
+
 class Chaos:
     """The faults of one worker."""
 
@@ -104,6 +110,7 @@ class Chaos:
         self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
         self._asked, self._note, self._corrupt = asked, note, corrupt
         self._cut, self._disk = cut, disk
+        self._lock = threading.Lock()
         self._position = asked.stat().st_size if asked.exists() else 0
         self._slow_s = 0.0
 
@@ -117,9 +124,10 @@ class Chaos:
             self._read()
             if self._slow_s:
                 time.sleep(self._slow_s)
-        due = [f for f in self._waiting if (f.step, f.phase) == (step, phase)]
+        with self._lock:  # state is on its way in another thread
+            due = [f for f in self._waiting if f.phase == phase and _is_due(f, step)]
+            self._waiting = [f for f in self._waiting if f not in due]
         for fault in due:
-            self._waiting.remove(fault)
             self._note(fault)
             self._do(fault)
 
@@ -135,7 +143,8 @@ class Chaos:
             self._position += len(line)
             fault = fault_from_data(json.loads(line))
             if (fault.rank, fault.incarnation) == self._identity:
-                self._waiting.append(fault)
+                with self._lock:
+                    self._waiting.append(fault)
 
     def _do(self, fault: Fault) -> None:
         match fault.fault:

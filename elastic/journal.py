@@ -26,6 +26,8 @@ class JournalChange:
     leaving: tuple[int, ...]
     joined: tuple[int, ...]
     plan: Mapping[str, Any]
+    filled: bool = True
+    """Whether all was there by then that was arriving under the plan before."""
 
     @property
     def after(self) -> int:
@@ -56,6 +58,12 @@ class Journal:
     def changes_after(self, step: int) -> bool:
         """Whether the ranks change, undisturbed, once `step` is committed."""
         return any(c.step == step and not c.within_step for c in self.changes)
+
+    def filled_after(self, step: int) -> bool:
+        """Whether the vote of `step` said that all is there that was arriving."""
+        return any(
+            c.filled and c.step == step and (c.committed or not c.within_step) for c in self.changes
+        )
 
     def leaves_after(self, rank: int, step: int) -> bool:
         """Whether a rank hands its state over once `step` is committed."""
@@ -114,6 +122,7 @@ def _change(event: Mapping[str, Any]) -> JournalChange:
         leaving=tuple(event["leaving"]),
         joined=tuple(event["joined"]),
         plan=event["plan"],
+        filled=event["filled"],
     )
 
 

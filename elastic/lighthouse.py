@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from datetime import timedelta
@@ -22,6 +24,7 @@ JOIN_TIMEOUT_MS = 100
 """How long a round waits for those who have been heard of and do not take part; several rounds may."""
 _TICK_MS = 10
 _CONNECT_S = 1.0
+_ANSWER_S = 0.2
 _SEEN = re.compile(r"^\s*([\w.-]+):(\d+(?:\.\d+)?): seen ([\d.e-]+)s ago", re.MULTILINE)
 
 
@@ -148,6 +151,16 @@ def _away(address: str, error: Exception) -> LighthouseAway:
         f"the Lighthouse at {address} cannot be reached ({reason}); start it again at that address, or "
         "check the network"
     )
+
+
+def answers(address: str) -> bool:
+    """Whether a Lighthouse can be connected to now. Waits for 0.2 s at most."""
+    url = urllib.parse.urlsplit(address)
+    try:
+        socket.create_connection((url.hostname or "", url.port or 80), _ANSWER_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Identity, float]:

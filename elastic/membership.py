@@ -18,7 +18,13 @@ from holdfast.elastic.generation import (
     Identity,
     format_identities,
 )
-from holdfast.elastic.lighthouse import Heartbeats, LighthouseAway, RoundTimeout, replica_id
+from holdfast.elastic.lighthouse import (
+    Heartbeats,
+    LighthouseAway,
+    RoundTimeout,
+    answers,
+    replica_id,
+)
 from holdfast.elastic.link import WorkerLink
 from holdfast.elastic.notices import Notice, notice_from_data, notice_to_data
 from holdfast.elastic.seat import Seat
@@ -233,6 +239,10 @@ class Membership:
             return tuple(
                 n for n in self._heard if n.kind in ("joining", "leaving") and self._concerns(n)
             )
+
+    def can_agree(self) -> bool:
+        """Whether the Lighthouse is there: a change that nobody has to wait for is put off until it is."""
+        return answers(self.seat.settings.lighthouse)
 
     def heard(self) -> tuple[Notice, ...]:
         """All notices since the last call, for the record. Empties the list of those that are settled."""

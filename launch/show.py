@@ -165,7 +165,7 @@ class _Shown:
         elif name == "rank_lost":
             self.display.note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):
-            if not (line["lost"] or line["left"] or line["joined"]):
+            if not any(line[kind] for kind in ("lost", "left", "joined", "placed")):
                 return
             self.display.change(plan_from_data(self.first, line["plan"]))
             self.display.note(describe_change(line))
@@ -202,8 +202,14 @@ def describe_change(line: dict[str, Any]) -> str:
         who.append(f"without rank {', '.join(map(str, line['lost']))}")
     if line["left"]:
         who.append(f"rank {', '.join(map(str, line['left']))} has left")
-    if line["joined"]:
-        who.append(f"rank {', '.join(map(str, line['joined']))} has joined")
+    waiting = [rank for rank in line["joined"] if rank in line["waiting"]]
+    at_once = [rank for rank in line["joined"] if rank not in waiting]
+    if at_once:
+        who.append(f"rank {', '.join(map(str, at_once))} has joined")
+    if waiting:
+        who.append(f"rank {', '.join(map(str, waiting))} joins as a shadow")
+    if line["placed"]:
+        who.append(f"rank {', '.join(map(str, line['placed']))} takes its place")
     again = (
         ""
         if line["from_checkpoint"] is None

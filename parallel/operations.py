@@ -25,6 +25,7 @@ import mmap
 import os
 import statistics
 import struct
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +130,8 @@ class OperationRing:
         self._numbers = itertools.count(1)
         self._groups: dict[str, int] = {}
         self.blocked_s = 0.0
-        """Time that this rank has waited for operations, where the wait is the host's."""
+        """Time that the thread that made the ring has waited for operations, where the wait is the host's."""
+        self._thread = threading.get_ident()
         words = self._words
         words[1], words[2], words[3], words[5] = _VERSION, rank, os.getpid(), slots
         self._times[6] = time.time() - time.monotonic()
@@ -199,7 +201,7 @@ class OperationRing:
             since: when the rank began to wait, if it did nothing else meanwhile.
         """
         now = time.monotonic()
-        if since == since:
+        if since == since and threading.get_ident() == self._thread:
             self.blocked_s += now - since
         at = _RING_AT + number % self._slots * _SLOT
         if self._words[at] == number:

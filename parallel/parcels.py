@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.parallel.layout import Box, Holder, Layout, transfers
 from holdfast.parallel.plan import Plan
+from holdfast.parallel.shadowing import Shadows
 
 _MESSAGE_ELEMENTS = 1 << 20
 
@@ -30,12 +31,23 @@ class Parcel:
 def held_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
     """What ranks hold under a plan, as owners and as shadows. Pure."""
     found: dict[int, set[BlockKey]] = {rank: set(plan.owned_places(rank)) for rank in ranks}
-    for index, shadows in enumerate(plan.shadows):
-        for place, holders in enumerate(shadows):
-            for rank in holders:
+    _add_followed(found, plan.shadows)
+    return found
+
+
+def arriving_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
+    """What ranks are being given under a plan. Pure."""
+    found: dict[int, set[BlockKey]] = {rank: set() for rank in ranks}
+    _add_followed(found, plan.arriving)
+    return found
+
+
+def _add_followed(found: dict[int, set[BlockKey]], followers: Sequence[Shadows]) -> None:
+    for index, blocks in enumerate(followers):
+        for place, ranks in enumerate(blocks):
+            for rank in ranks:
                 if rank in found:
                     found[rank].add((index, place))
-    return found
 
 
 def missing_blocks(plan: Plan, held: Holdings) -> list[BlockKey]:

@@ -22,6 +22,7 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         "chunk_layers": plan.chunk_layers,
         "owners": [_runs(owners) for owners in plan.owners],
         "shadows": [_runs(shadows) for shadows in plan.shadows],
+        "arriving": [_runs(ranks) for ranks in plan.arriving],
     }
 
 
@@ -47,9 +48,14 @@ def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
         micro_batches=rows,
         shares=stage_shares(cells, rows),
         given_owners=tuple(tuple(_repeated(runs)) for runs in data["owners"]),
-        shadows=tuple(tuple(tuple(ranks) for ranks in _repeated(runs)) for runs in data["shadows"]),
+        shadows=_followers(data["shadows"]),
+        arriving=_followers(data["arriving"]),
         _cache={},
     )
+
+
+def _followers(data: Sequence[Sequence[Sequence[Any]]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(tuple(tuple(ranks) for ranks in _repeated(runs)) for runs in data)
 
 
 def _runs(values: Sequence[Any]) -> list[list[Any]]:

@@ -43,7 +43,7 @@ def replan(
     redundancy: int = 0,
     move_layers: bool = True,
 ) -> Plan:
-    """The plan of the next generation.
+    """The plan of the next generation, in which everybody has its place at once; see joining.py.
 
     Args:
         redundancy: shadows per block.
@@ -72,6 +72,7 @@ def replan(
         shares=stage_shares(cells, rows),
         given_owners=None,
         shadows=(),
+        arriving=(),
         _cache={"blocks": plan.blocks},
     )
     owners = _owners(plan, changed, roster)

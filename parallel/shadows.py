@@ -25,7 +25,7 @@ STATE_KINDS = ("value", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class ShadowedBlock:
-    """A block that this rank shadows, and where it lies in its flat buffers."""
+    """A block that this rank follows, as a shadow or because it is to have it, and its place in flat buffers."""
 
     key: BlockKey
     owner: int
@@ -35,22 +35,23 @@ class ShadowedBlock:
 
 
 def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
-    """What a rank shadows, by owner and block, so that what an owner sends lies together. Pure."""
+    """What a rank follows, by owner and block, so that what an owner sends lies together. Pure."""
     mine = sorted(
         (plan.owners[index][place], index, place)
-        for index, shadows in enumerate(plan.shadows)
-        for place, ranks in enumerate(shadows)
+        for followers in (plan.shadows, plan.arriving)
+        for index, found in enumerate(followers)
+        for place, ranks in enumerate(found)
         if rank in ranks
     )
-    found: list[ShadowedBlock] = []
+    blocks: list[ShadowedBlock] = []
     start = 0
     for owner, index, place in mine:
         block = plan.blocks[index][place]
         spec = plan.layers[block.layer].parameters[index][block.spec_index]
         stop = start + block.elements
-        found.append(ShadowedBlock((index, place), owner, spec.decay, start, stop))
+        blocks.append(ShadowedBlock((index, place), owner, spec.decay, start, stop))
         start = stop
-    return tuple(found)
+    return tuple(blocks)
 
 
 def shadow_runs(plan: Plan, owner: int) -> dict[int, tuple[Run, ...]]:
@@ -59,7 +60,7 @@ def shadow_runs(plan: Plan, owner: int) -> dict[int, tuple[Run, ...]]:
     start = 0
     for index, place in plan.owned_places(owner):
         stop = start + plan.blocks[index][place].elements
-        for rank in plan.shadows[index][place] if plan.shadows else ():
+        for rank in plan.followers(index, place):
             mine = runs.setdefault(rank, [])
             if mine and mine[-1].stop == start and stop - mine[-1].start <= LONGEST_RUN_ELEMENTS:
                 mine[-1] = Run(mine[-1].start, stop)
@@ -143,8 +144,9 @@ class ShadowState:
     @property
     def state(self) -> dict[str, Tensor]:
         """By kind, flat, in the order of `blocks`."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        copied = self._copied  # also asked for by threads that copy state beside a step
+        if copied is not None:
+            copied.synchronize()
             self._copied = None
         return self._state
 

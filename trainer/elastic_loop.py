@@ -113,6 +113,7 @@ class ElasticLoop:
                 return True
             step = progress.decided
             change, mine = self._wishes(step)
+            self._prepare_fill(parts.training, step)
             outcome = run_step(parts, step, change=change, leave=mine)
             self._membership.committed(step + 1)
             every = self._config.elastic.verify_every
@@ -130,7 +131,8 @@ class ElasticLoop:
             self._elastic.disturb(str(error))
             self._settle(urgent=True)
             return False
-        if outcome.requests.change:
+        arrived = bool(parts.training.plan.arriving) and not outcome.requests.filling
+        if outcome.requests.change or (arrived and self._journal is None):
             self._elastic.leaving = mine
             self._settle(urgent=False)
         return False
@@ -142,9 +144,21 @@ class ElasticLoop:
             leaves = self._journal.leaves_after(self._seat.rank, step + 1)
             return self._journal.changes_after(step + 1), leaves
         wanted = self._membership.wanted
+        if self._parts().training.plan.arriving:
+            # Who arrives now waits for those who are on their way: a change would begin that again.
+            wanted = tuple(notice for notice in wanted if notice.kind != "joining")
         mine = any(n.kind == "leaving" and n.identity == self._seat.identity for n in wanted)
         tidy = self._tidy_from is not None and step >= self._tidy_from
         return bool(wanted) or tidy, mine
+
+    def _prepare_fill(self, training: Training, step: int) -> None:
+        """What arrives beside the steps takes as many of them as in the run that is repeated, if one is."""
+        if training.fill is None:
+            return
+        if self._journal is not None:
+            training.fill.required = self._journal.filled_after(step + 1)
+        elif self._seat.rank == training.plan.cells.ranks[0]:
+            training.fill.may_end = self._membership.can_agree
 
     def _await_joining(self, ranks: frozenset[int]) -> None:
         """Wait until those are ready to join who joined at this point in the run that is repeated."""
@@ -255,6 +269,8 @@ class ElasticLoop:
         Where a lost worker is replaced, its replacement is awaited first: moving layers twice is dearer.
         """
         step = training.progress.decided
+        if training.plan.arriving:
+            return None  # the vote says when all is there
         if any(member.leaving for member in change.after.members):
             return step
         if would_move_layers(training.plan):

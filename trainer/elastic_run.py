@@ -2,8 +2,10 @@
 
 A change of membership is a transaction, like a step. The survivors first finish the step that any of them has
 come out of the vote of; then every rank builds its part of the next plan beside the old one, state moves from
-holders to who needs it, and a last meeting of all ranks puts the plan in force. When that fails, the old state
-is still there, and the next agreement begins from it. Exact-mode safe: no value changes on its way.
+holders to who needs it at once, and a last meeting of all ranks puts the plan in force. When that fails, the old
+state is still there, and the next agreement begins from it. What can wait, such as all that a newcomer is to own,
+moves beside the steps that follow, and a second change takes it into use (parallel/joining.py). Exact-mode safe: no
+value changes on its way.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from holdfast.parallel.comm_torch import (
     edit_groups,
 )
 from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.joining import next_plan, state_of
 from holdfast.parallel.operations import Operation
-from holdfast.parallel.parcels import held_blocks, missing_blocks
+from holdfast.parallel.parcels import missing_blocks
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.plan_data import plan_from_data, plan_to_data
 from holdfast.parallel.replan import Roster, replan, with_shadows
@@ -73,7 +76,7 @@ class Change:
     move_s: float
     total_s: float
     moved_bytes: int
-    """Received by this rank."""
+    """Of the optimizer's state, received by all ranks before the plan came into force."""
     plan_before: Plan
     """That was in force; the first plan of the configuration where none was."""
 
@@ -163,6 +166,8 @@ class ElasticRun:
     def _change(self, urgent: bool) -> Change:
         began = perf_counter()
         self.before_change()
+        if self.training is not None and self.training.fill is not None:
+            self.training.fill.close()
         with self._lock:
             self._reason = None
         generation = self.membership.agree(
@@ -180,11 +185,11 @@ class ElasticRun:
         plan = self._plan_in_force(generation, agreed, store)
         following = self._next_plan(generation, agreed, plan)
         clock = perf_counter()
-        groups, everybody = self._connect(generation, agreed, following, store)
+        groups, everybody, beside = self._connect(generation, agreed, following, store)
         edit_s = perf_counter() - clock
         clock = perf_counter()
         training, loaded, moved = self._build(
-            generation, agreed, plan, following, groups, everybody, store
+            generation, agreed, plan, following, groups, everybody, beside, store
         )
         if training is not None:
             self._ready = (generation, training)
@@ -232,6 +237,7 @@ class ElasticRun:
             updated=progress.updated,
             updates=training.optimizer.step,
             complete=progress.complete,
+            filled=progress.filled,
             outcome=progress.outcome,
             counted=training.counted(),
             connected=connected,
@@ -280,19 +286,25 @@ class ElasticRun:
             numbered = replace(plan, generation=generation.number, _cache=plan._cache)
             return with_shadows(numbered, roster, redundancy)
         # Within a step layers stay: the sums of those that moved would have to be computed again.
-        within_step = any(member.phase == WITHIN_STEP for member in generation.members)
-        return replan(
+        move_layers = all(member.phase != WITHIN_STEP for member in generation.members)
+        number = generation.number
+        if not _has_all(plan, agreed):
+            return replan(
+                plan, roster, generation=number, redundancy=redundancy, move_layers=move_layers
+            )
+        return next_plan(
             plan,
             roster,
-            generation=generation.number,
+            filled=agreed.filled,
+            generation=number,
             redundancy=redundancy,
-            move_layers=not within_step,
+            move_layers=move_layers,
         )
 
     def _connect(
         self, generation: Generation, agreed: Agreed, plan: Plan, store: Store
-    ) -> tuple[Groups, Communicator]:
-        """This rank's groups of a plan, and one of all ranks of the generation."""
+    ) -> tuple[Groups, Communicator, Communicator]:
+        """This rank's groups of a plan, and two of all ranks of the generation: for the change, and beside steps."""
         rank = self.seat.rank
         world = plan.cells.ranks if rank in plan.cells.ranks else generation.ranks
         members = {member.rank: member.identity for member in generation.members}
@@ -325,7 +337,11 @@ class ElasticRun:
             reason = self._reason
         if reason is not None:
             groups.abort(reason)
-        return groups, GlooCommunicator.over(_mesh(groups), "generation", generation.ranks)
+        everybody, beside = (
+            GlooCommunicator.over(_mesh(groups), name, generation.ranks)
+            for name in ("generation", "beside")
+        )
+        return groups, everybody, beside
 
     def _build(
         self,
@@ -335,16 +351,17 @@ class ElasticRun:
         following: Plan,
         groups: Groups,
         everybody: Communicator,
+        beside: Communicator,
         store: Store,
     ) -> tuple[Training | None, int | None, int]:
         """This rank's training under the next plan, with all its state.
 
         Returns:
             The training (None for a rank that leaves), the step that was loaded from a checkpoint if
-            one was needed, and the bytes that this rank received.
+            one was needed, and the bytes that all ranks received.
         """
         nodes, rank = _nodes(generation), self.seat.rank
-        if agreed.holders and not missing_blocks(plan, held_blocks(plan, agreed.holders)):
+        if _has_all(plan, agreed):
             training, moved = training_from_holders(
                 self.config,
                 rank,
@@ -355,6 +372,7 @@ class ElasticRun:
                 self.training,
                 groups,
                 everybody,
+                beside,
                 nodes,
             )
             return training, None, moved
@@ -382,6 +400,12 @@ def _mesh(groups: Groups) -> GlooMesh:
     """The connections of votes, which always are over gloo here."""
     assert isinstance(groups.control, GlooCommunicator)
     return groups.control.mesh
+
+
+def _has_all(plan: Plan, agreed: Agreed) -> bool:
+    """Whether live ranks have the state of every block."""
+    held = state_of(plan, agreed.holders, filled=agreed.filled)
+    return bool(agreed.holders) and not missing_blocks(plan, held)
 
 
 def _nodes(generation: Generation) -> dict[int, str]:

@@ -11,6 +11,8 @@ from typing import Any
 from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.notices import Notice, notice_to_data
+from holdfast.parallel.parcels import arriving_blocks
+from holdfast.parallel.plan import Plan
 from holdfast.parallel.plan_data import plan_to_data
 from holdfast.trainer.elastic_run import Change
 from holdfast.trainer.metrics import append_event
@@ -58,6 +60,9 @@ def record_change(
         "move_s": change.move_s,
         "total_s": change.total_s,
         "moved_bytes": change.moved_bytes,
+        "filled": change.agreed.filled,
+        "waiting": sorted(_given(training.plan)),
+        "placed": sorted(_given(change.plan_before) & _placed(training.plan)),
         "from_checkpoint": change.from_checkpoint,
     }
     plan = plan_to_data(training.plan)
@@ -101,6 +106,16 @@ def _write_incident(
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)
+
+
+def _given(plan: Plan) -> set[int]:
+    """Ranks that compute nothing yet, and are being given state."""
+    coming = arriving_blocks(plan, plan.cells.spares)
+    return {rank for rank, keys in coming.items() if keys}
+
+
+def _placed(plan: Plan) -> set[int]:
+    return set(plan.cells.ranks) - set(plan.cells.spares)
 
 
 def _members(generation: Generation | None) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ class Requests:
     """Whether the save before is still under way."""
     change: bool = False
     """Whether ranks wait to be taken in or let go."""
+    filling: bool = False
+    """Whether this rank has not got, or not sent, all that the next plan needs; see Fill."""
     leave: bool = False
     """Whether this rank is to be let go."""
 
@@ -54,3 +56,5 @@ class Progress:
     """Steps whose update its own blocks have had."""
     complete: bool = True
     """Whether its parameters are those after `updated` steps: all blocks have been gathered."""
+    filled: bool = True
+    """Whether the last vote said that nobody lacks anything that was arriving under the plan in force."""

@@ -27,6 +27,8 @@ class Standing:
     """Updates of the optimizer among them: steps that were skipped have none."""
     complete: bool = True
     """Whether it has all parameters as they are after these."""
+    filled: bool = True
+    """Whether it knows by a vote that nobody lacks anything that was arriving under its plan."""
     outcome: Outcome | None = None
     """Of the last vote."""
     counted: Counted = field(default_factory=dict)
@@ -87,6 +89,8 @@ class Agreed:
     """Of the last of these."""
     complete: bool = True
     """Whether all holders have all parameters."""
+    filled: bool = True
+    """Whether what was arriving under the plan is there: else it is not counted as anybody's state."""
     fresh: frozenset[int] = field(default=frozenset())
     """Members without state."""
     connected: bool = False
@@ -119,6 +123,8 @@ def agree_on_state(generation: Generation) -> Agreed:
         updates=furthest.updates + bool(behind and outcome is not None and outcome.usable),
         outcome=outcome,
         complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
+        # A rank that has only made ready for the plan knows of no vote under it.
+        filled=any(s.filled for s in holders.values() if s.installed == installed),
         fresh=everybody - holders.keys(),
         connected=all(standing.connected for standing in standings.values()),
         counted={

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 
 import torch
 
-from holdfast.parallel.block_moves import move_blocks
+from holdfast.parallel.block_moves import carried_bytes, move_blocks
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.comm_torch import Groups
-from holdfast.parallel.parcels import held_blocks, plan_parcels
+from holdfast.parallel.filling import Fill
+from holdfast.parallel.joining import state_of
+from holdfast.parallel.parcels import arriving_blocks, held_blocks, plan_parcels
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.block_states import BlockStates
 from holdfast.trainer.config import RunConfig
@@ -35,6 +37,7 @@ def training_from_holders(
     before: Training | None,
     groups: Groups,
     everybody: Communicator,
+    beside: Communicator,
     node_of: Mapping[int, str],
 ) -> tuple[Training | None, int]:
     """This rank's training under `following`, complete, from the state that `agreed.holders` have.
@@ -44,35 +47,47 @@ def training_from_holders(
     Args:
         plan: that the holders' state is laid out by.
         before: this rank's training under it; None without state.
+        beside: carries what is arriving under `following` beside its steps.
     Returns:
-        The training, None for a rank that has no part in `following`; and the bytes received.
+        The training, None for a rank that has no part in `following`; and the bytes that all ranks received.
     Raises:
         PeerLost: a rank is gone, or state arrived damaged.
     """
-    held = held_blocks(plan, agreed.holders)
+    held = state_of(plan, agreed.holders, filled=agreed.filled)
     needed = held_blocks(following, following.cells.ranks)
+    coming = arriving_blocks(following, following.cells.ranks)
     training = None
     if rank in following.cells.ranks:
         training = Training(config, rank, device, following, groups, before=before, initial=False)
     source, target = BlockStates(before), BlockStates(training)
-    for key in needed.get(rank, set()) & held.get(rank, set()):
+    wanted = needed.get(rank, set()) | coming.get(rank, set())
+    for key in wanted & held.get(rank, set()):
         target.write(key, source.read(key))
-    moved = move_blocks(
-        plan_parcels(plan, held, needed, node_of),
-        rank,
-        everybody,
-        source.read,
-        target.write,
-        dtype=STATE_DTYPES[config.train.precision],
-    )
+    parcels = plan_parcels(plan, held, needed, node_of)
+    dtype = STATE_DTYPES[config.train.precision]
+    move_blocks(parcels, rank, everybody, source.read, target.write, dtype=dtype)
+    moved = carried_bytes(parcels, dtype)
     if training is None:
         return None, moved
+    if following.arriving:
+        lacking = {r: keys - held.get(r, set()) for r, keys in coming.items()}
+        training.fill = Fill(
+            plan_parcels(following, needed, lacking, node_of),
+            rank,
+            beside,
+            target.read,
+            target.write,
+            dtype=dtype,
+            ring=groups.ring,
+        )
     training.optimizer.restore(agreed.updates)
     training.shadows.restore(agreed.updates)
     if _must_gather(agreed, plan, following):
         training.optimizer.round_masters()
         training.optimizer.gather()
-    training.progress = Progress(agreed.steps, agreed.outcome, agreed.steps)
+    training.progress = Progress(
+        agreed.steps, agreed.outcome, agreed.steps, filled=not following.arriving
+    )
     covered = covered_places(plan, following, agreed.counted, agreed.fresh)
     if covered:
         kept = rank in agreed.counted and keeps_sums(plan, following, rank, agreed.fresh)
@@ -81,20 +96,20 @@ def training_from_holders(
 
 
 def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[int, str]) -> int:
-    """Copy every owner's state to its shadows, once it has been loaded. Collective; returns bytes received."""
+    """Copy every owner's state to its shadows, once it has been loaded. Collective.
+
+    Returns:
+        The bytes that all ranks received.
+    """
     plan = training.plan
     ranks = plan.cells.ranks
     held = {rank: set(plan.owned_places(rank)) for rank in ranks}
     training.shadows.restore(training.optimizer.step)
     states = BlockStates(training)
-    return move_blocks(
-        plan_parcels(plan, held, held_blocks(plan, ranks), node_of),
-        training.rank,
-        everybody,
-        states.read,
-        states.write,
-        dtype=STATE_DTYPES[training.config.train.precision],
-    )
+    parcels = plan_parcels(plan, held, held_blocks(plan, ranks), node_of)
+    dtype = STATE_DTYPES[training.config.train.precision]
+    move_blocks(parcels, training.rank, everybody, states.read, states.write, dtype=dtype)
+    return carried_bytes(parcels, dtype)
 
 
 def _must_gather(agreed: Agreed, plan: Plan, following: Plan) -> bool:

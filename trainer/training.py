@@ -18,6 +18,7 @@ from holdfast.parallel.chunk import Chunk, MicroBatchContext
 from holdfast.parallel.chunk_runner import ModelChunkRunner
 from holdfast.parallel.comm_torch import Groups
 from holdfast.parallel.errors import OffloadError
+from holdfast.parallel.filling import Fill
 from holdfast.parallel.flat import FlatParameters
 from holdfast.parallel.optimizer import ShardedAdamW, clipping_factor, norm_from_squares
 from holdfast.parallel.pipeline import ActionTimes, Executor, MessageShape, receive_order
@@ -154,6 +155,10 @@ class Training:
         self._half_at = sum(action.op in backwards for action in self._train_program[0]) // 2 * 2
         self.at_half: Callable[[], None] = lambda: None
         """Called when half of a step's backward passes have been done: where faults are injected."""
+        self.fill: Fill | None = None
+        """This rank's part in giving ranks what they will have under the next plan."""
+        self.at_fill: Callable[[], None] = lambda: None
+        """Called when some of that is on its way, in another thread: where faults are injected."""
         self._eval_program: tuple[Program, dict[Action, int]] | None = None
 
     def state(self) -> TrainingState:
@@ -236,6 +241,8 @@ class Training:
 
         After a recovery (`redo`) only what is not in anybody's sums yet is computed.
         """
+        if self.fill is not None:
+            self.fill.start(self.at_fill)
         self._clear_step(step)
         self.optimizer.begin_step()
         self.executor.halved.clear()
@@ -329,8 +336,11 @@ class Training:
     def vote(self, squares: torch.Tensor, flags: int, requests: Requests = NO_REQUESTS) -> Outcome:
         """C: the all-reduce that carries the gradient norm and the loss. Collective over all ranks.
 
-        A rank enters only with all the gradients it owns, so whoever leaves knows that all can apply.
+        A rank enters only with all the gradients it owns, so whoever leaves knows that all can apply; and
+        with no state under way.
         """
+        if self.fill is not None:
+            requests = replace(requests, filling=not self.fill.fence())
         ballot = torch.cat(
             [
                 squares,
@@ -343,6 +353,7 @@ class Training:
                         requests.stop,
                         requests.busy,
                         requests.change,
+                        requests.filling,
                         requests.leave,
                     ],
                     dtype=torch.float64,
@@ -365,6 +376,7 @@ class Training:
             leaving_ranks=asked[-1],
         )
         self.progress.decided, self.progress.outcome = self._step + 1, outcome
+        self.progress.filled = not outcome.requests.filling
         return outcome
 
     def apply(self, lr: float) -> None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 from dataclasses import replace
-from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -15,78 +14,20 @@ from hypothesis import strategies as st
 from holdfast.parallel.cells import Cells
 from holdfast.parallel.cost import peak_activation_bytes
 from holdfast.parallel.errors import ConfigError, LayoutError
-from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.parcels import held_blocks, missing_blocks, plan_parcels
-from holdfast.parallel.plan import Plan, make_plan
 from holdfast.parallel.plan_data import plan_from_data, plan_to_data
 from holdfast.parallel.replan import (
     Roster,
     minimax_partition,
     replan,
-    with_shadows,
     would_move_layers,
 )
 from holdfast.parallel.rerouting import SCHEDULED_PAIRS, stage_caps
-from holdfast.parallel.schedule import check_programs, simulate, unit_cost
+from holdfast.parallel.schedule import simulate, unit_cost
 from holdfast.parallel.shadows import shadow_runs, shadowed_blocks
-from holdfast.trainer.model.config import ModelConfig
-from holdfast.trainer.model.specs import layer_specs
+from plans import MICRO_BATCHES, NODES, check, check_moves, first_plan
 
-MICRO_BATCHES = 8
-NODES = {rank: f"node-{rank % 3}" for rank in range(40)}
 SCHEDULES = [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("zb-v", 2)]
-
-
-@cache
-def first_plan(
-    schedule: str = "1f1b", virtual: int = 1, tensor: int = 1, data: int = 2, pipeline: int = 2
-) -> Plan:
-    model = ModelConfig(family="llama", layers=12, hidden=32, heads=4, kv_heads=4, vocab=64)
-    layers = layer_specs(
-        model,
-        tensor=tensor,
-        sequence_parallel=False,
-        seq_len=16,
-        micro_batch=1,
-        precision="fp32",
-        recompute="none",
-    )
-    plan = make_plan(
-        layers,
-        Mesh(tensor, data, pipeline),
-        virtual=virtual,
-        schedule=schedule,
-        micro_batches=MICRO_BATCHES,
-        block_elements=2000,
-    )
-    return with_shadows(plan, Roster(plan.cells.ranks, NODES), 1)
-
-
-def check(plan: Plan, ranks: set[int]) -> None:
-    """What must hold of every plan."""
-    assert set(plan.cells.ranks) == ranks
-    for index in range(plan.cells.tensor):
-        programs = {
-            rank: plan.program(rank)
-            for rank in plan.cells.ranks
-            if plan.cells.find(rank) is not None and plan.cells.tensor_index(rank) == index
-        }
-        check_programs(programs, len(plan.placement), range(MICRO_BATCHES))
-        only = frozenset({1, 4, 6})
-        some = {rank: plan.program(rank, only) for rank in programs}
-        check_programs(some, len(plan.placement), sorted(only))
-        for block, owner, shadows in zip(
-            plan.blocks[index], plan.owners[index], plan.shadows[index], strict=True
-        ):
-            assert owner in plan.holders_of_layer(index, block.layer)
-            assert owner not in shadows
-            assert len(set(shadows)) == len(shadows) == min(1, len(ranks) - 1)
-            if len({NODES[rank] for rank in ranks}) > 1:
-                assert all(NODES[rank] != NODES[owner] for rank in shadows)
-    for stage in range(plan.cells.pipeline):
-        counts = [len(plan.share(stage, r)) for r in range(plan.cells.replicas(stage))]
-        assert sum(counts) == MICRO_BATCHES
-        assert max(counts) - min(counts) <= 1
 
 
 @settings(max_examples=60)
@@ -138,19 +79,6 @@ def check_changes(
         if not missing_blocks(before, held):
             needed = held_blocks(plan, plan.cells.ranks)
             check_moves(plan, held, needed)
-
-
-def check_moves(plan: Plan, held: dict, needed: dict) -> None:
-    """Everybody gets what it lacks, once, from somebody who has it."""
-    parcels = plan_parcels(plan, held, needed, NODES)
-    brought: dict[int, list] = {}
-    for parcel in parcels:
-        assert set(parcel.keys) <= held[parcel.source]
-        brought.setdefault(parcel.target, []).extend(parcel.keys)
-    for rank, keys in needed.items():
-        got = brought.get(rank, [])
-        assert len(got) == len(set(got))
-        assert set(got) == keys - held.get(rank, set())
 
 
 def test_a_stage_keeps_its_micro_batches_and_the_lost_ones_are_dealt_out() -> None:

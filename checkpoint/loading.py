@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -65,6 +65,7 @@ def load(
     name: str = "",
     verify: bool = True,
     timeout_s: float = 600.0,
+    check: Callable[[], None] = lambda: None,
     where: str = "checkpoint",
 ) -> LoadStatistics:
     """Fill this rank's targets. Collective over the ranks of the node, which `wanted` lists.
@@ -75,6 +76,7 @@ def load(
         store: of the node's ranks; needed for more than one.
         name: of this load, never used before on the store.
         verify: check each chunk against its checksum.
+        check: called while other ranks are waited for; what it raises ends the load.
     Raises:
         CheckpointError: damaged, incomplete or of other shapes; the same on every rank of the node.
         PeerLost: a rank of the node died.
@@ -87,7 +89,7 @@ def load(
         _load_alone(plan, reader, targets, rank, verify, where, statistics)
     else:
         assert store is not None, "ranks that load together need a store"
-        memory = NodeMemory(store, name, rank, sorted(wanted), plan.memory_bytes, timeout_s)
+        memory = NodeMemory(store, name, rank, sorted(wanted), plan.memory_bytes, timeout_s, check)
         statistics.shared_bytes = 2 * memory.slot_bytes
         try:
             _load_together(plan, reader, targets, memory, verify, where, statistics)

@@ -9,7 +9,7 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from holdfast.parallel.errors import CheckpointError, PeerLost
 _PAGE = 4096
 _FILLED, _FAILED, _ATTACHED, _FIRST_CONSUMED = 0, 1, 2, 8
 _PAUSE_S = 0.0002
+_LOOK_FOR_S = 0.002
 _LOOK_S = 0.5
 """How often a rank that waits looks whether the others are alive."""
 
@@ -35,16 +36,18 @@ class NodeMemory:
         peers: Sequence[int],
         slot_bytes: int,
         timeout_s: float,
+        check: Callable[[], None],
     ) -> None:
         """Args:
         name: of this load, never used before on this store.
         peers: all ranks of the node, this one included; equal on all.
         slot_bytes: equal on all; rounded up to whole pages.
         timeout_s: how long one wait for another rank may last.
+        check: called while waiting; what it raises ends the wait.
         """
         self.rank, self.peers = rank, tuple(peers)
         self._index = {peer: place for place, peer in enumerate(self.peers)}
-        self._timeout_s = timeout_s
+        self._timeout_s, self._check = timeout_s, check
         self.slot_bytes = -(-max(slot_bytes, 1) // _PAGE) * _PAGE
         counters = -(-8 * (_FIRST_CONSUMED + len(peers)) // _PAGE) * _PAGE
         self._data = counters
@@ -67,7 +70,13 @@ class NodeMemory:
             os.close(own)
 
     def _attach(self, peer: int, own: int, size: int, counters: int) -> None:
-        text = self._store.get(f"memory/{peer}").decode()
+        key, give_up = f"memory/{peer}", time.monotonic() + self._timeout_s
+        while not self._store.check([key]):
+            self._check()
+            if time.monotonic() > give_up:
+                raise PeerLost(f"rank {peer} did not begin to load within {self._timeout_s:g} s")
+            time.sleep(_LOOK_FOR_S)
+        text = self._store.get(key).decode()
         pid, descriptor = map(int, text.split())
         self._pids[peer] = pid
         opened = own if peer == self.rank else _open_of(pid, descriptor, peer)
@@ -131,6 +140,7 @@ class NodeMemory:
                 self._raise_failure()
             if now > look:
                 look = now + _LOOK_S
+                self._check()
                 _check_alive(self._pids[peer], peer)
             if now > give_up:
                 raise PeerLost(f"rank {peer} did not go on with loading for {self._timeout_s:g} s")

@@ -28,7 +28,7 @@ FaultKind = Literal[
     "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
 ]
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
-Phase = Literal["compute", "backward", "fill", "reduce", "vote", "apply"]
+Phase = Literal["compute", "backward", "fill", "reduce", "vote", "apply", "change"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -45,7 +45,8 @@ class Fault:
     """Counted from 1."""
     phase: Phase = "compute"
     """The fault comes at its beginning; "backward": when half of the step's backward passes are done; "fill":
-    when state is on its way to a newcomer, or to this rank, for the first time from that step on."""
+    when state is on its way to a newcomer, or to this rank, for the first time from that step on; "change": when
+    ranks have changed before that step, or within it."""
     seconds: float = 60.0
     """How long the lock is held, the node is cut off or the disk is full, or by how much a slow step is longer."""
     incarnation: int = 0

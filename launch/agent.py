@@ -45,6 +45,8 @@ _BOARDS = 2
 """Generations whose boards are followed: others may still be in the one before."""
 _GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
+_LEFT_OUT_S = 10.0
+"""How long a worker may live that the others went on without: it ends by itself once it knows."""
 _TICK_S = 0.1
 _ASK_S = 0.5
 
@@ -157,7 +159,7 @@ class Agent:
         for place in self._places.values():
             if place.start_at_s is not None and place.start_at_s <= now_s and may(place.seat):
                 place.start_at_s = None
-                place.pid, place.fenced, place.is_member = -1, "", False
+                place.pid, place.fenced, place.is_member, place.left_out_s = -1, "", False, None
                 try:
                     log = self._settings.log(place.seat.rank)
                     place.line = self._spawner.start(place.seat, log)
@@ -265,6 +267,9 @@ class Agent:
             cause = next((found for found in causes if found), None)
             if cause is None and place.is_member:
                 cause = culprits.get(place.seat.rank)
+            left_out_s = time.monotonic() - (place.left_out_s or time.monotonic())
+            if left_out_s > _LEFT_OUT_S and not self._draining:
+                cause = cause or "the others went on without it, and it has not ended"
             if cause is not None:
                 place.kill(cause)
             elif place.is_member and not self._judge.has(place.seat.identity):
@@ -316,7 +321,8 @@ class Agent:
         elif message["kind"] == "notice":
             self._publish(notice_from_data(message["notice"]))
         elif message["kind"] == "generation":
-            place.is_member = True
+            if message["number"] >= self._generation:
+                place.is_member, place.left_out_s = True, None
             self._enter(message)
         elif message["kind"] == "joining" and self._generation:
             cause = "a new worker wants to take part"
@@ -340,6 +346,9 @@ class Agent:
         self._generation = message["number"]
         self._judge.enter(self._generation)
         members = parse_identities(message["members"])
+        for place in self._places.values():
+            if place.is_member and place.seat.identity not in members:
+                place.is_member, place.left_out_s = False, time.monotonic()
         deliver = self._mailbox.deliver_to(self._deliver)
         self._boards.append(BoardFollower(message["store"], message["prefix"], deliver))
         while len(self._boards) > _BOARDS:

@@ -27,7 +27,9 @@ class Place:
     start_at_s: float | None = None
     """When its next worker is to start."""
     is_member: bool = False
-    """Whether its worker has told of a generation."""
+    """Whether its worker has told of a generation, and is in the newest."""
+    left_out_s: float | None = None
+    """Since when the newest generation is without its worker, which was a member."""
     fenced: str = ""
     """Why its worker was killed."""
 

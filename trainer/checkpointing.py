@@ -407,6 +407,7 @@ class Checkpoints:
                 name=name,
                 verify=self._config.verify,
                 timeout_s=self._config.timeout_s,
+                check=training.groups.signal.check,
                 where=place,
             )
         finally:

@@ -249,11 +249,19 @@ class ElasticLoop:
         self._checkpoints = following
         heard = self._membership.heard()
         changed = change.before is not None or bool(agreed.holders)
-        sound = not changed or self._verify(training, training.progress.decided)
+        sound = interrupted = False
+        self._digest = ""
+        self._chaos.at(training.progress.decided + 1, "change")
+        try:
+            sound = not changed or self._verify(training, training.progress.decided)
+        except PeerLost as error:
+            logger.warning("the state after a change was not compared: %s", error)
+            self._elastic.disturb(str(error))
+            interrupted = True
         if self._seat.rank == change.historian:
             record_change(self._run, change, heard, training, urgent=urgent, digest=self._digest)
         if not sound:
-            self._settle(urgent=False)
+            self._settle(urgent=interrupted)
             return
         if outcome is not None:
             # The step that the change interrupted, or that it follows, as all ranks know it.

@@ -163,7 +163,7 @@ class ChaosConfig(Section, frozen=True):
     ]
     rank: int
     step: int
-    phase: Literal["compute", "backward", "fill", "reduce", "vote", "apply"] = "compute"
+    phase: Literal["compute", "backward", "fill", "reduce", "vote", "apply", "change"] = "compute"
     seconds: float = 60.0
     incarnation: int = 0
 

@@ -107,6 +107,21 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
     assert [e["recomputed_micro_batches"] for e in run.events("recovered")] == recomputed
 
 
+def test_a_loss_while_the_state_after_another_is_compared_costs_nobody_else(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    faults = [fault("kill", 2, 3, "reduce"), fault("kill", 3, 3, "change")]
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 4},
+        elastic={"local_nodes": 4, "respawn": False, "chaos": faults},
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert [event["rank"] for event in run.events("rank_lost")] == [2, 3]
+    assert [event["from_checkpoint"] for event in run.events("recovered")] == [None, None]
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_losses_half_way_through_the_backward_passes_change_no_bit(
     start: Starter, expected: dict[str, Any], schedule: str

@@ -23,6 +23,7 @@ from holdfast.parallel.comm import AbortSignal
 from holdfast.parallel.comm_pairwise import RESERVED_TAG, lost
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.operations import OperationRing
+from holdfast.parallel.work_waits import WHOLE_BYTES, WorkWait
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
@@ -117,6 +118,7 @@ class Message:
         "signal",
         "tag",
         "tensor",
+        "wait_beside",
         "work",
     )
 
@@ -131,6 +133,8 @@ class Message:
         self.number = number
         self.signal = link.mesh.signal
         self.work: Work | None = None
+        self.wait_beside: WorkWait | None = None
+        """Of a message that may be cut off in the middle, while it is waited for."""
         self.error: BaseException | None = None
 
     def wait(self) -> None:
@@ -141,7 +145,15 @@ class Message:
             if self.work is None:
                 self.link.wait_until_posted(self)
             assert self.work is not None
-            self.work.wait(self.link.mesh.timeout)
+            if self.tensor.numel() * self.tensor.element_size() <= WHOLE_BYTES:
+                self.work.wait(self.link.mesh.timeout)
+            else:
+                self.wait_beside = WorkWait(self.work, self.link.mesh.timeout)
+                if (
+                    self.link.is_closed
+                ):  # looked at after the line above: who closes it does the opposite
+                    self.wait_beside.free()
+                self.wait_beside.wait()
         except (RuntimeError, PeerLost) as error:
             ring.finished(self.number, failed=True, since=since)
             raise self._lost(error) from error
@@ -170,6 +182,8 @@ class Link:
         self.peer = peer
         self.open: set[Message] = set()
         """Posted and not yet seen to end. Outlives an abort: gloo may still hold these buffers."""
+        self.is_closed = False
+        """Whether gloo writes and reads nothing any more."""
         self._peer_index = int(mesh.rank < peer)
         self._group: Any = None
         self._is_ready = False
@@ -282,6 +296,10 @@ class Link:
         except RuntimeError as error:
             logger.debug("ended connection with rank %d in %s: %s", self.peer, self.name, error)
         # Only now: gloo may write to the buffers of these messages until the connection is closed.
+        self.is_closed = True
+        for message in tuple(self.open):
+            if message.wait_beside is not None:
+                message.wait_beside.free()
         self.open.clear()
 
     @property

@@ -69,6 +69,54 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def _has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def cut_off_in_the_middle(rank: int, world_size: int, store: Any, *, sends: bool) -> str | None:
+    """Rank 1 is killed while it takes a large message from rank 0, or gives it one."""
+    groups = build_groups(
+        store,
+        "127.0.0.1",
+        rank,
+        range(2),
+        (rank,),
+        range(2),
+        backend="gloo",
+        generation=0,
+    )
+    large = torch.zeros(1 << 25) if rank == sends else torch.ones(1 << 25)
+    post = groups.world.send if rank != sends else groups.world.receive
+    store.set(f"pid/{rank}", str(os.getpid()))
+    peer = int(store.get(f"pid/{1 - rank}"))
+    groups.world.barrier()
+    handle = post(large, 1 - rank, 7)
+    if rank == sends:
+        # Who receives sees the first bytes come.
+        _until(lambda: bool(large[0]))
+        os.kill(peer if rank == 0 else os.getpid(), signal.SIGKILL)
+    threads, told = _in_threads([handle.wait])
+    _until(lambda: _has_ended(peer))
+    groups.abort(REASON)
+    for thread in threads:
+        thread.join()
+    return told[0]
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+@pytest.mark.parametrize("sends", [True, False], ids=["sending", "receiving"])
+def test_who_waits_for_a_message_cut_off_in_the_middle_is_freed(
+    cluster: Cluster, sends: bool
+) -> None:
+    job = "test_comm_abort:cut_off_in_the_middle"
+    told = cluster.run(job, 2, timeout_s=60, dying=(1,), sends=sends)[0]
+    assert REASON in told
+
+
 def blocked_survivors(rank: int, world_size: int, store: Any, *, how: int) -> Any:
     groups = _groups(rank, store)
     _use_all(groups)

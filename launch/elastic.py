@@ -141,8 +141,7 @@ def waits_of(hang_timeout_s: float) -> Callable[[Seat], Wait | None]:
             return None
         others = [_page(path) for path in Path(seat.folder).glob("*.page") if path != seat.page]
         found = silent_operations(
-            # Of a rank's pages the newest counts, which comes last.
-            [*sorted((p for p in others if p is not None), key=lambda p: p.generation), own],
+            [*(page for page in others if page is not None), own],
             now_s,
             hang_timeout_s=hang_timeout_s,
         )

@@ -76,7 +76,8 @@ def silent_operations(
     Returns:
         The longest silent operation of each rank that has any, by rank.
     """
-    by_rank = {page.rank: page for page in pages}
+    # Of a rank that was replaced the newest page counts.
+    by_rank = {page.rank: page for page in sorted(pages, key=lambda page: page.generation)}
     waiting = {
         rank: [o for o in page.operations if o.is_waited_for] for rank, page in by_rank.items()
     }

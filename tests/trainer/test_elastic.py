@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,6 @@ LAYOUTS = [
     {"data": 1, "pipeline": 3},
     {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "blocks_per_chunk": [2, 1, 1, 2]},
 ]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starter]:
-    starter = Starter(tmp_path)
-    yield starter
-    starter.close()
 
 
 @pytest.fixture(scope="module")

@@ -69,13 +69,6 @@ def lighthouse(net: Network) -> Iterator[Lighthouse]:
         keeper.stop()
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starter]:
-    starter = Starter(tmp_path)
-    yield starter
-    starter.close()
-
-
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster) -> dict[str, Any]:
     return bits_of(run_training(cluster, make_config(train={"steps": STEPS})))

@@ -7,9 +7,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,13 +41,6 @@ pytestmark = [
     pytest.mark.timeout(0),
     pytest.mark.skipif(not STORM, reason="takes half an hour: make soak"),
 ]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starter]:
-    starter = Starter(tmp_path)
-    yield starter
-    starter.close()
 
 
 @dataclass

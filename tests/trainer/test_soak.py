@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,13 +48,6 @@ def footprint(pid: int) -> Footprint:
         int(status["Threads"]),
         int(status["VmRSS"].split()[0]) / 1024,
     )
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starter]:
-    starter = Starter(tmp_path)
-    yield starter
-    starter.close()
 
 
 def hit(run: ElasticRun, kind: str, rng: random.Random) -> None:

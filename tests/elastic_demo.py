@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ from typing import Any
 
 from torch.distributed import Store
 
+from forked_command import FORK
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.lighthouse import Lighthouse, coordination
@@ -223,9 +223,7 @@ def run_lighthouse(host: str, port: int, network: str) -> None:
 
 
 os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # stores look up who connects to them
-coordination()  # before the fork server forks
-_FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["elastic_demo"])
+coordination()  # before the fork server forks, which imports this module
 
 
 class Run:
@@ -248,7 +246,7 @@ class Run:
         self.lighthouse = self.start_lighthouse()
 
     def start_lighthouse(self) -> BaseProcess:
-        process = _FORK.Process(
+        process = FORK.Process(
             target=run_lighthouse, args=(self._host, self._port, self._network), daemon=True
         )
         process.start()
@@ -259,7 +257,7 @@ class Run:
     ) -> BaseProcess:
         given = self._settings(node, ranks, **settings)
         address = f"http://{self._host}:{self._port}"
-        process = _FORK.Process(target=run_agent, args=(self.demo, given, address, network))
+        process = FORK.Process(target=run_agent, args=(self.demo, given, address, network))
         process.start()
         self.nodes[node] = process
         return process
@@ -267,7 +265,7 @@ class Run:
     def start_machine(self, nodes: dict[str, tuple[int, ...]]) -> BaseProcess:
         """All nodes below one process, with a Lighthouse of its own."""
         given = [self._settings(node, ranks) for node, ranks in nodes.items()]
-        process = _FORK.Process(target=run_machine, args=(self.demo, given))
+        process = FORK.Process(target=run_machine, args=(self.demo, given))
         process.start()
         self.nodes["machine"] = process
         return process

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from elastic_network import Network
+from forked_command import ForkedCommand
 from holdfast.trainer.config import dump_toml
 from small_runs import make_config
 
@@ -26,13 +27,15 @@ PATIENT_MS = 2000
 LONGEST_S = 120.0
 """How long a run of these tests may take before it counts as hung; none depends on how fast it is."""
 
+Process = subprocess.Popen[str] | ForkedCommand
+
 
 @dataclass
 class ElasticRun:
     """One run of the command in a folder of its own."""
 
     root: Path
-    process: subprocess.Popen[str]
+    process: Process
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
         """What the run has recorded so far; of one kind, or all."""
@@ -112,7 +115,7 @@ class Starter:
 
     folder: Path
     runs: list[ElasticRun] = field(default_factory=list)
-    _others: list[subprocess.Popen[str]] = field(default_factory=list)
+    _others: list[Process] = field(default_factory=list)
 
     def __call__(self, *, name: str = "", **sections: dict[str, Any]) -> ElasticRun:
         own = {"local_nodes": 2, "heartbeat_timeout_ms": PATIENT_MS}
@@ -133,8 +136,7 @@ class Starter:
         self, path: Path, name: str, *arguments: str, launcher: Sequence[str] = ()
     ) -> ElasticRun:
         out = ("--out", str(self.folder / name))
-        command = [*launcher, *HOLDFAST, "train", str(path), *out, *arguments]
-        process = self._popen(name, command)
+        process = self._start(name, ("train", str(path), *out, *arguments), launcher)
         self.runs.append(ElasticRun(self.folder / name, process))
         return self.runs[-1]
 
@@ -150,34 +152,37 @@ class Starter:
         pairs = (f"{name}={value}" for name, value in variables.items())
         return ("ip", "netns", "exec", net.name(net.node(number)), "env", *pairs)
 
-    def task(self, path: Path, name: str, net: Network, number: int) -> subprocess.Popen[str]:
+    def task(self, path: Path, name: str, net: Network, number: int) -> Process:
         """Another task of a run that `start` begins with task 0."""
-        command = [*self.as_task(net, number), *HOLDFAST, "train", str(path)]
-        self._others.append(self._popen(f"{name}-task-{number}", command))
+        task = self.as_task(net, number)
+        self._others.append(self._start(f"{name}-task-{number}", ("train", str(path)), task))
         return self._others[-1]
 
     def replay(self, run: ElasticRun) -> ElasticRun:
         """The changes of a run once more."""
         name = f"{run.root.name}-again"
-        command = [*HOLDFAST, "replay", str(run.root), "--out", str(self.folder / name)]
-        self.runs.append(ElasticRun(self.folder / name, self._popen(name, command)))
+        process = self._start(name, ("replay", str(run.root), "--out", str(self.folder / name)))
+        self.runs.append(ElasticRun(self.folder / name, process))
         return self.runs[-1]
 
-    def join(self, run: ElasticRun, ranks: int = 1) -> subprocess.Popen[str]:
+    def join(self, run: ElasticRun, ranks: int = 1) -> Process:
         """Another node for a run, on this machine."""
         name = f"{run.root.name}-joined-{len(self._others)}"
-        command = [*HOLDFAST, "join", str(run.root), "--ranks", str(ranks)]
-        self._others.append(self._popen(name, command))
+        arguments = ("join", str(run.root), "--ranks", str(ranks))
+        self._others.append(self._start(name, arguments))
         return self._others[-1]
 
-    def _popen(self, name: str, command: Sequence[str]) -> subprocess.Popen[str]:
-        with (self.folder / f"{name}.txt").open("w") as output:
+    def _start(self, name: str, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Process:
+        path, environment = self.folder / f"{name}.txt", {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not launcher:
+            return ForkedCommand(arguments, path, environment)
+        with path.open("w") as output:
             return subprocess.Popen(
-                command,
+                [*launcher, *HOLDFAST, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=environment,
             )
 
     def close(self) -> None:

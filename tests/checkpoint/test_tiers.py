@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from elastic_runs import pace
+from forked_command import ForkedCommand
 from holdfast.checkpoint import directory, save
 from holdfast.checkpoint.directory import committed
 from holdfast.checkpoint.remote import RemoteStore, share_of
@@ -29,7 +30,6 @@ from holdfast.trainer.resume import memory_root
 from small_runs import events_of, make_config, metrics_of
 
 KEY, SECRET = "test-key", "test-secret"
-HOLDFAST = [sys.executable, "-m", "holdfast.launch.cli"]
 
 
 class S3Server:
@@ -43,6 +43,9 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        # What a killed server had half received is no object: it hides these files, the folder shows them.
+        for half in self._folder.rglob(".rclone_temp_*"):
+            half.unlink()
         rclone = Path(sys.executable).with_name("rclone")
         command = [
             str(rclone), "serve", "s3", str(self._folder), "--addr", f"127.0.0.1:{self.port}",
@@ -90,18 +93,11 @@ def server(tmp_path: Path) -> Iterator[S3Server]:
     running.kill()
 
 
-def _train(
-    config: Any, root: Path, environment: dict[str, str], folder: Path
-) -> subprocess.Popen[str]:
+def _train(config: Any, root: Path, environment: dict[str, str], folder: Path) -> ForkedCommand:
     path = folder / f"{root.name}.toml"
     path.write_text(dump_toml(config))
-    return subprocess.Popen(
-        [*HOLDFAST, "train", str(path), "--out", str(root)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    output = folder / f"{root.name}.txt"
+    return ForkedCommand(["train", str(path), "--out", str(root)], output, environment)
 
 
 @pytest.mark.mp
@@ -123,8 +119,7 @@ def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
     server.kill()
     time.sleep(1.0)
     server.start()
-    output, _ = first.communicate(timeout=90)
-    assert first.returncode == 0, output
+    assert first.wait(timeout=90) == 0, first.printed()
     assert base.wait(timeout=90) == 0
     events = events_of(tmp_path / "first", "checkpoint_committed")
     remote = [event["step"] for event in events if event["tier"] == "remote"]
@@ -136,8 +131,7 @@ def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
     shutil.rmtree(tmp_path / "first" / "checkpoints")
     second = make_config(train=train, parallel={"pipeline": 3}, checkpoint=checkpoint)
     again = _train(second, tmp_path / "second", server.environment, tmp_path)
-    output, _ = again.communicate(timeout=90)
-    assert again.returncode == 0, output
+    assert again.wait(timeout=90) == 0, again.printed()
     lines, whole = metrics_of(tmp_path / "second"), metrics_of(tmp_path / "plain")
     assert [line["step"] for line in lines] == list(range(19, 25))
     assert [line["loss_hex"] for line in lines] == [line["loss_hex"] for line in whole[18:]]
@@ -166,8 +160,7 @@ def test_uploads_under_way_when_a_rank_is_lost_are_made_good(
     os.kill(workers[1], signal.SIGKILL)
     wait_for(lambda: bool(events_of(root, "recovered")))
     server.start()
-    output, _ = run.communicate(timeout=90)
-    assert run.returncode == 0, output
+    assert run.wait(timeout=90) == 0, run.printed()
     events = events_of(root, "checkpoint_committed")
     assert {event["step"] for event in events if event["tier"] == "remote"} == {10, 20, 30}
     for step in (10, 20, 30):
@@ -262,10 +255,9 @@ def test_memory_outlives_a_killed_worker_and_goes_to_the_disk(tmp_path: Path) ->
     wait_for(lambda: len(metrics_of(root)) > 5)
     victim = events_of(root, "worker_started")[1]["pid"]
     os.kill(victim, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert "rank 1 was killed by SIGKILL" in output
-    assert "kept the copy in memory as" in output
+    assert process.wait(timeout=60) == 3, process.printed()
+    assert "rank 1 was killed by SIGKILL" in process.printed()
+    assert "kept the copy in memory as" in process.printed()
     assert not memory.exists(), "memory is given back"
     [kept] = committed(root / "checkpoints")
     step = directory.step_of(kept) or 0
@@ -275,8 +267,7 @@ def test_memory_outlives_a_killed_worker_and_goes_to_the_disk(tmp_path: Path) ->
     assert done - step <= 4, "no more than what was computed since the last copy is lost"
     after = make_config(parallel={"data": 2}, train={"steps": 100_000, "stop_after": step + 3})
     again = _train(after, root, environment, tmp_path)
-    output, _ = again.communicate(timeout=60)
-    assert again.returncode == 0, output
+    assert again.wait(timeout=60) == 0, again.printed()
     [resumed] = events_of(root, "resumed")
     assert resumed["step"] == step
 

@@ -117,7 +117,8 @@ def _serve(address: str, workers: int) -> None:
     import torch
     import torch.distributed as dist
 
-    importlib.import_module("holdfast.parallel.comm_torch")
+    for name in ("holdfast.trainer.worker", "small_runs"):  # once, and not once per worker
+        importlib.import_module(name)
     torch.set_num_threads(1)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

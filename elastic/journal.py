@@ -9,7 +9,8 @@ from typing import Any
 from holdfast.elastic.chaos import Fault, fault_from_data
 from holdfast.parallel.errors import ConfigError
 
-_CHANGES = ("generation", "recovered")
+CHANGES = ("generation", "recovered")
+"""The events that tell of a change, once each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,11 @@ def journal_of(events: Sequence[Mapping[str, Any]]) -> Journal:
     Raises:
         ConfigError: the run has no changes to tell of.
     """
-    starts = [n for n, e in enumerate(events) if e["event"] in _CHANGES and e["generation"] == 1]
+    starts = [n for n, e in enumerate(events) if e["event"] in CHANGES and e["generation"] == 1]
     if not starts:
         raise ConfigError("this run was not an elastic one; there are no changes to repeat")
     begun, first = starts[-1], events[starts[-1]]
-    found = [e for e in events[begun + 1 :] if e["event"] in _CHANGES]
+    found = [e for e in events[begun + 1 :] if e["event"] in CHANGES]
     back = next((n for n, e in enumerate(found) if e["from_checkpoint"] is not None), len(found))
     changes = tuple(map(_change, found[:back]))
     placed = {

@@ -25,7 +25,7 @@ from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.corruption import compare_copies, repair
 from holdfast.trainer.elastic_run import Change, ElasticRun
-from holdfast.trainer.incidents import record_change
+from holdfast.trainer.incidents import ChangeRecord, record_of, write_changes
 from holdfast.trainer.learning_rate import rate_of
 from holdfast.trainer.loop import Parts, finish, run_step, stop
 from holdfast.trainer.metrics import append_event
@@ -66,6 +66,8 @@ class ElasticLoop:
         """The step from which on a change is wanted though nobody comes or goes: see `_tidy_step`."""
         self._journal = _journal(run)
         """Of a run whose changes this one repeats."""
+        self._changes: list[ChangeRecord] = []
+        """Since the last vote: whoever was to write them did so before it voted, or has died."""
         self._elastic = ElasticRun(config, seat, membership, self._load)
         self._elastic.on_disturbed = self._interrupt
         self._elastic.before_change = self._abandon_saves
@@ -116,6 +118,7 @@ class ElasticLoop:
             self._prepare_fill(parts.training, step)
             outcome = run_step(parts, step, change=change, leave=mine)
             self._membership.committed(step + 1)
+            self._changes.clear()
             every = self._config.elastic.verify_every
             if every and (step + 1) % every == 0 and not self._verify(parts.training, step + 1):
                 self._settle(urgent=False)
@@ -258,8 +261,10 @@ class ElasticLoop:
             logger.warning("the state after a change was not compared: %s", error)
             self._elastic.disturb(str(error))
             interrupted = True
+        record = record_of(change, heard, training, urgent=urgent, digest=self._digest)
+        self._changes.append(record)
         if self._seat.rank == change.historian:
-            record_change(self._run, change, heard, training, urgent=urgent, digest=self._digest)
+            write_changes(self._run, self._changes)
         if not sound:
             self._settle(urgent=interrupted)
             return

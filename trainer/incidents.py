@@ -5,39 +5,86 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
+from holdfast.elastic.journal import CHANGES
 from holdfast.elastic.notices import Notice, notice_to_data
 from holdfast.parallel.parcels import arriving_blocks
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.plan_data import plan_to_data
 from holdfast.trainer.elastic_run import Change
-from holdfast.trainer.metrics import append_event
+from holdfast.trainer.metrics import append_events
 from holdfast.trainer.run_directory import RunDirectory
 from holdfast.trainer.training import Training
 
 
-def record_change(
-    run: RunDirectory,
-    change: Change,
-    heard: Sequence[Notice],
-    training: Training,
-    *,
-    urgent: bool,
-    digest: str,
-) -> None:
-    """Write the events of a change, and its incident if somebody was lost. Called by one rank.
+@dataclass(frozen=True, slots=True)
+class ChangeRecord:
+    """A change of membership as one rank knows it once it is in force."""
 
-    Args:
-        urgent: whether it came within a step.
-        digest: of the state after it; see `holdfast.trainer.corruption`.
+    change: Change
+    heard: tuple[Notice, ...]
+    plan: Plan
+    """In force since then."""
+    step: int
+    """Committed by then."""
+    urgent: bool
+    """Whether it came within a step."""
+    recomputed: int
+    """Micro-batches of the interrupted step that are computed again, over all ranks."""
+    digest: str
+    """Of the state after it; see `holdfast.trainer.corruption`."""
+
+
+def record_of(
+    change: Change, heard: Sequence[Notice], training: Training, *, urgent: bool, digest: str
+) -> ChangeRecord:
+    """What there is to write of a change, before the next step changes it. Local."""
+    replayed = urgent and change.agreed.complete
+    return ChangeRecord(
+        change=change,
+        heard=tuple(heard),
+        plan=training.plan,
+        step=training.progress.decided,
+        urgent=urgent,
+        recomputed=len(training.to_compute(change.agreed.steps)) if replayed else 0,
+        digest=digest,
+    )
+
+
+def write_changes(run: RunDirectory, records: Sequence[ChangeRecord]) -> None:
+    """Write what is not written yet of these changes, the newest last: events, incidents. Called by one rank.
+
+    The newest is this rank's to write; those before it were another's, which may have died before it did.
     """
-    events = change_events(change.before, change.after, heard)
-    for event in events:
-        append_event(run.events, event.name, **event.fields)
+    *earlier, newest = records
+    written = _written(run) if earlier else set()
+    for record in earlier:
+        if record.change.after.number not in written:
+            _write(run, record)
+    _write(run, newest)
+
+
+def _written(run: RunDirectory) -> set[int]:
+    """The generations of this start of the run that its events tell of."""
+    found: set[int] = set()
+    if not run.events.exists():
+        return found
+    for line in reversed(run.events.read_bytes().splitlines()):
+        event = json.loads(line)
+        if event["event"] in CHANGES:
+            found.add(event["generation"])
+            if event["generation"] == 1:
+                break
+    return found
+
+
+def _write(run: RunDirectory, record: ChangeRecord) -> None:
+    change, urgent = record.change, record.urgent
+    events = change_events(change.before, change.after, record.heard)
     lost = [event.fields for event in events if event.name == "rank_lost"]
     first = change.before is None
     steps = change.agreed.steps
@@ -49,11 +96,11 @@ def record_change(
         "left": [event.fields["rank"] for event in events if event.name == "rank_left"],
         "joined": [event.fields["rank"] for event in events if event.name == "rank_joined"],
         "leaving": [member.rank for member in change.after.members if member.leaving],
-        "step": training.progress.decided,
+        "step": record.step,
         "within_step": urgent,
         "committed": urgent and not replayed and change.from_checkpoint is None,
         "replayed_steps": rolled_back + replayed,
-        "recomputed_micro_batches": len(training.to_compute(steps)) if replayed else 0,
+        "recomputed_micro_batches": record.recomputed,
         "notice_s": max((found["detected_s"] or 0.0 for found in lost), default=0.0),
         "agree_s": change.agree_s,
         "edit_s": change.edit_s,
@@ -61,14 +108,18 @@ def record_change(
         "total_s": change.total_s,
         "moved_bytes": change.moved_bytes,
         "filled": change.agreed.filled,
-        "waiting": sorted(_given(training.plan)),
-        "placed": sorted(_given(change.plan_before) & _placed(training.plan)),
+        "waiting": sorted(_given(record.plan)),
+        "placed": sorted(_given(change.plan_before) & _placed(record.plan)),
         "from_checkpoint": change.from_checkpoint,
     }
-    plan = plan_to_data(training.plan)
-    append_event(run.events, "recovered" if lost else "generation", **fields, plan=plan)
+    plan = plan_to_data(record.plan)
     if lost:
-        _write_incident(run, change, heard, fields, lost, plan, digest)
+        _write_incident(run, change, record.heard, fields, lost, plan, record.digest)
+    name = "recovered" if lost else "generation"
+    append_events(
+        run.events,
+        [*((event.name, event.fields) for event in events), (name, {**fields, "plan": plan})],
+    )
 
 
 def _write_incident(

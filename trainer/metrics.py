@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,16 @@ class JsonLines:
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Add one event by whatever process; a line is written at once, so that lines never mix."""
-    line = json.dumps({"time": time.time(), "event": event, **fields})
+    """Add one event by whatever process."""
+    append_events(path, [(event, fields)])
+
+
+def append_events(path: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Add events by whatever process; all are written at once, so that lines never mix, and all or none."""
+    now = time.time()
+    lines = (json.dumps({"time": now, "event": event, **fields}) for event, fields in events)
     with path.open("ab", buffering=0) as file:
-        file.write(f"{line}\n".encode())
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def _cut_torn_line(path: Path) -> None:

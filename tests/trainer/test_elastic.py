@@ -99,10 +99,11 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
     assert [e["recomputed_micro_batches"] for e in run.events("recovered")] == recomputed
 
 
+@pytest.mark.parametrize("second", [3, 0], ids=["another", "who-was-to-record-the-first"])
 def test_a_loss_while_the_state_after_another_is_compared_costs_nobody_else(
-    start: Starter, expected: dict[str, Any]
+    start: Starter, expected: dict[str, Any], second: int
 ) -> None:
-    faults = [fault("kill", 2, 3, "reduce"), fault("kill", 3, 3, "change")]
+    faults = [fault("kill", 2, 3, "reduce"), fault("kill", second, 3, "change")]
     run = start(
         train={"steps": STEPS},
         parallel={"data": 4},
@@ -110,8 +111,9 @@ def test_a_loss_while_the_state_after_another_is_compared_costs_nobody_else(
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
-    assert [event["rank"] for event in run.events("rank_lost")] == [2, 3]
+    assert [event["rank"] for event in run.events("rank_lost")] == [2, second]
     assert [event["from_checkpoint"] for event in run.events("recovered")] == [None, None]
+    assert len(list((run.root / "incidents").iterdir())) == 2
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, sleep
+from typing import NamedTuple
 
 from holdfast import _native
 from holdfast.parallel.errors import ConfigError, OffloadError
@@ -22,8 +22,7 @@ _QUEUE_DEPTH = 1024
 """Requests of 1 MiB in flight before the one that makes another has to wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """A request to the drive."""
 
     ticket: int
@@ -68,10 +67,10 @@ class DiskFile:
         """Room for `nbytes`: its offset, a multiple of 4096; None when there is none."""
         if self._refused:
             return None
-        missing = self._slots.missing(nbytes)
-        if missing and (self.fault or not self._grow(missing)):
-            return None
-        return self._slots.take(nbytes)
+        offset = self._slots.take(nbytes)
+        if offset is None and not self.fault and self._grow(self._slots.missing(nbytes)):
+            offset = self._slots.take(nbytes)
+        return offset
 
     def give(self, offset: int) -> None:
         """Give room back."""

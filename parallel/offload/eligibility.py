@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+_DEVICES = ("cpu", "cuda")
 _KERNEL_ALIGNMENT = 64
 """At which torch's memory begins; what comes back is aligned as it was, so that kernels round alike."""
 
@@ -17,14 +18,14 @@ def movable_storage(tensor: Tensor, smallest_bytes: int) -> torch.UntypedStorage
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return None
-    if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+    if tensor.device.type not in _DEVICES:
         return None
-    base = tensor if tensor._base is None else tensor._base
-    if base.is_leaf and base.requires_grad:
-        return None
-    if tensor.device.type not in ("cpu", "cuda"):
-        return None
-    storage = tensor.untyped_storage()
+    storage = tensor.untyped_storage()  # small ones are the most, and are told apart first
     if storage.nbytes() < smallest_bytes or storage.data_ptr() % _KERNEL_ALIGNMENT:
         return None
-    return storage
+    base = tensor._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        return None
+    if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        return None
+    return None if tensor.is_leaf and tensor.requires_grad else storage

@@ -37,7 +37,7 @@ from holdfast.parallel.offload.store import Store, StoreStatistics
 logger = logging.getLogger("holdfast.offload")
 
 _POLL_S = 5e-5
-_TIDY_S = 3e-4
+_TIDY_S = 1e-3
 """How long what could be free may stay: writes of a MiB take longer."""
 
 
@@ -236,11 +236,13 @@ class Offloader:
     def _pack(self, tensor: Tensor) -> Saved | Kept:
         if tensor.is_leaf and tensor.requires_grad:
             return Kept(tensor, tensor._version)
+        storage = movable_storage(tensor, self._smallest)
+        if storage is None:
+            return Kept(tensor.detach(), tensor._version)
         with self._lock:
             self._account.phases.at("forward", self._busy_s)
             self._tidy_at_times()
-            storage = self._storage_to_send(tensor)
-            if storage is None:
+            if not self._reaches(tensor.device) or storage._cdata in self._held:
                 return Kept(tensor.detach(), tensor._version)
             record = self._records.get(storage._cdata)
             if record is None or not record.describes(tensor._version):
@@ -264,13 +266,6 @@ class Offloader:
             self._prefetch.advance(self._amount.ahead_bytes)
             self._tidy_at_times()
             return saved.tensor()
-
-    def _storage_to_send(self, tensor: Tensor) -> torch.UntypedStorage | None:
-        """The storage of a tensor that may leave; None for one that stays."""
-        storage = movable_storage(tensor, self._smallest)
-        if storage is None or not self._reaches(tensor.device) or storage._cdata in self._held:
-            return None
-        return storage
 
     def _reaches(self, device: torch.device) -> bool:
         """Whether tensors of this device can be sent: those of the first that is met."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +73,7 @@ class Record:
     def let_go(self) -> None:
         """Free the memory: the bytes are stored, or given up."""
         self.memory = None
-        empty = torch.empty(0, dtype=self._changes.dtype, device=self._changes.device)
-        self._changes.data = empty
+        self._changes.data = _nothing(self._changes.dtype, self._changes.device)
 
     def clear(self) -> None:
         """Give up what is saved."""
@@ -110,8 +111,7 @@ class Dead:
     ahead_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(NamedTuple):
     """One tensor on a record's storage: what autograd keeps instead of it."""
 
     record: Record
@@ -136,8 +136,7 @@ class Saved:
         return empty.set_(memory.untyped_storage(), start + self.offset, self.shape, self.stride)
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """A tensor that stays in memory: what autograd keeps of it."""
 
     tensor: Tensor
@@ -146,6 +145,12 @@ class Kept:
     def check(self) -> None:
         """Raises RuntimeError, as torch does, when the tensor was changed after it was saved."""
         check_unchanged(self.tensor, self.version)
+
+
+@lru_cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without memory, shared by all who need one: making it takes longer than giving it."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def check_unchanged(tensor: Tensor, version: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import weakref
 from collections import deque
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ class ReusedMemory:
         number, start = found
         self._touched.add(number)
         memory, _ = self._parts[number]
-        held = (ctypes.c_ubyte * nbytes).from_buffer(memory, start + lead)
-        weakref.finalize(held, self._unused.append, (number, start))
+        held = _held_bytes(nbytes).from_buffer(memory, start + lead)
+        held.let_go = self._unused, (number, start)
         return torch.frombuffer(held, dtype=torch.uint8)
 
     def trim(self) -> None:
@@ -73,6 +74,17 @@ class ReusedMemory:
         while self._unused:
             number, start = self._unused.popleft()
             self._parts[number][1].give(start)
+
+
+@lru_cache(maxsize=256)
+def _held_bytes(nbytes: int) -> Any:
+    """The type of `nbytes` bytes that say in `let_go`'s queue, by what it names, that nobody has them any more."""
+
+    def let_go(self: Any) -> None:
+        queue, name = self.let_go
+        queue.append(name)
+
+    return type("HeldBytes", (ctypes.c_ubyte * nbytes,), {"__del__": let_go})
 
 
 def _huge_pages(size: int) -> mmap.mmap:

@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.loading import LoadStatistics, Target, boxes_of
 from holdfast.checkpoint.loading import load as load_targets
+from holdfast.checkpoint.planned import Part, SavedTensor, WritePlan
 from holdfast.checkpoint.program_state import (
     Entry,
     State,
@@ -49,7 +50,7 @@ from holdfast.checkpoint.reading import FolderReader
 from holdfast.checkpoint.saver import SaveJob, Saver, SaveResult
 from holdfast.checkpoint.snapshot import ALL
 from holdfast.checkpoint.verify import check_small_parts
-from holdfast.checkpoint.write_plan import Part, SavedTensor, WritePlan, make_write_plan
+from holdfast.checkpoint.write_plan import make_write_plan
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 

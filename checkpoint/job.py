@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.checkpoint.write_plan import PlannedChunk, WritePlan
+from holdfast.checkpoint.planned import PlannedChunk, WritePlan
 from holdfast.parallel.layout import Box
 
 Source = Callable[[str, Box], Tensor]

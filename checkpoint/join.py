@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoint.arena import Cancelled
+from holdfast.checkpoint.planned import PlannedChunk
 from holdfast.checkpoint.snapshot import Snapshot
-from holdfast.checkpoint.write_plan import PlannedChunk
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.layout import Box
 

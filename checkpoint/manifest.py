@@ -15,7 +15,7 @@ from holdfast.checkpoint.format import (
     encode_header,
     huggingface_index,
 )
-from holdfast.checkpoint.write_plan import PlannedFile, WritePlan
+from holdfast.checkpoint.planned import PlannedFile, WritePlan
 from holdfast.parallel.errors import CheckpointError
 
 Checksums = Mapping[int, Sequence[int]]

@@ -28,9 +28,9 @@ from holdfast.checkpoint.format import encode_manifest
 from holdfast.checkpoint.job import SaveJob, SaveResult
 from holdfast.checkpoint.join import join_chunks
 from holdfast.checkpoint.manifest import build_manifest, header_of
+from holdfast.checkpoint.planned import PlannedChunk, PlannedFile
 from holdfast.checkpoint.snapshot import Snapshot, SnapshotItem
 from holdfast.checkpoint.votes import Votes
-from holdfast.checkpoint.write_plan import PlannedChunk, PlannedFile
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError
 

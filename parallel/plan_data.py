@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from holdfast.parallel.cells import Cells
-from holdfast.parallel.plan import Plan, split_micro_batches
+from holdfast.parallel.first_plan import split_micro_batches
+from holdfast.parallel.plan import Plan
 from holdfast.parallel.replan import stage_shares
 
 

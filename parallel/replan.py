@@ -16,8 +16,9 @@ from math import inf
 
 from holdfast.parallel.cells import Cell, Cells
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.first_plan import split_micro_batches
 from holdfast.parallel.ownership import assign_owners
-from holdfast.parallel.plan import Plan, Shares, split_micro_batches
+from holdfast.parallel.plan import Plan, Shares
 from holdfast.parallel.schedule import placement
 from holdfast.parallel.shadowing import assign_shadows
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
+from holdfast.parallel.first_plan import make_plan
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.parcels import plan_parcels
-from holdfast.parallel.plan import Plan, make_plan
+from holdfast.parallel.plan import Plan
 from holdfast.parallel.replan import Roster, with_shadows
 from holdfast.parallel.schedule import check_programs
 from holdfast.trainer.model.config import ModelConfig

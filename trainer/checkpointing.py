@@ -19,12 +19,13 @@ from torch.distributed import Store
 from holdfast.checkpoint import directory
 from holdfast.checkpoint.format import Manifest
 from holdfast.checkpoint.loading import LoadStatistics, load
+from holdfast.checkpoint.planned import WritePlan
 from holdfast.checkpoint.read_plan import check_coverage
 from holdfast.checkpoint.reading import ByteReader, FolderReader
 from holdfast.checkpoint.remote import RemoteStore, Uploader, UploadResult
 from holdfast.checkpoint.saver import SaveJob, Saver, SaveResult
 from holdfast.checkpoint.verify import check_small_parts
-from holdfast.checkpoint.write_plan import WritePlan, make_write_plan
+from holdfast.checkpoint.write_plan import make_write_plan
 from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.progress import Outcome, Requests

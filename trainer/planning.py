@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from holdfast.parallel.first_plan import make_plan
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.offload.choice import Rates, choose_layers
 from holdfast.parallel.parameters import LayerSpec
-from holdfast.parallel.plan import Plan, make_plan
+from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.model.specs import layer_specs
 

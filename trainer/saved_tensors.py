@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from holdfast.checkpoint.format import Manifest
-from holdfast.checkpoint.write_plan import Part, SavedTensor
+from holdfast.checkpoint.planned import Part, SavedTensor
 from holdfast.parallel.layout import Box
 from holdfast.parallel.plan import Plan, block_box
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.checkpoint.loading import Target
-from holdfast.checkpoint.write_plan import PlannedChunk
+from holdfast.checkpoint.planned import PlannedChunk
 from holdfast.parallel.flat import FlatParameters, Segment
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import ShardedAdamW

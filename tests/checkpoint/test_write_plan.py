@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from holdfast.checkpoint import write_plan
 from holdfast.checkpoint.format import ELEMENT_BYTES
-from holdfast.checkpoint.write_plan import Part, SavedTensor, WritePlan, make_write_plan
+from holdfast.checkpoint.planned import Part, SavedTensor, WritePlan
+from holdfast.checkpoint.write_plan import make_write_plan
 from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout import Box
 from holdfast.trainer.planning import plan_of

@@ -10,10 +10,11 @@ from holdfast.parallel.cost import (
     replica_timeline,
     step_time_s,
 )
+from holdfast.parallel.first_plan import make_plan
 from holdfast.parallel.layout import Box
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.parameters import Initial, LayerSpec, ParameterSpec
-from holdfast.parallel.plan import Plan, make_plan
+from holdfast.parallel.plan import Plan
 
 ROWS, COLUMNS = 4, 6
 ELEMENTS = ROWS * COLUMNS

@@ -10,11 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.first_plan import make_plan
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.offload.choice import Rates, choose_layers
 from holdfast.parallel.offload.estimate import estimate_offload
 from holdfast.parallel.parameters import LayerSpec
-from holdfast.parallel.plan import Plan, make_plan
+from holdfast.parallel.plan import Plan
 from holdfast.trainer.model.config import ModelConfig
 from holdfast.trainer.model.specs import layer_specs
 from holdfast.trainer.planning import WAYS

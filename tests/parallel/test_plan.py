@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.first_plan import make_plan
 from holdfast.parallel.layout import TensorSpec, covers, transfers
 from holdfast.parallel.mesh import Mesh
 from holdfast.parallel.ownership import assign_owners, blocks
 from holdfast.parallel.parameters import LayerSpec
-from holdfast.parallel.plan import Plan, make_plan
+from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedule import check_programs
 from holdfast.trainer.model.config import ModelConfig
 from holdfast.trainer.model.specs import layer_specs

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.parallel.first_plan import make_plan
 from holdfast.parallel.mesh import Mesh
-from holdfast.parallel.plan import Plan, make_plan
+from holdfast.parallel.plan import Plan
 from holdfast.parallel.replan import Roster, replan
 from holdfast.trainer.model.config import ModelConfig
 from holdfast.trainer.model.specs import layer_specs

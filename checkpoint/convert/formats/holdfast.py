@@ -29,10 +29,11 @@ from holdfast.checkpoint.convert.pieces import (
 )
 from holdfast.checkpoint.format import INDEX, MANIFEST, Manifest, encode_manifest
 from holdfast.checkpoint.manifest import build_manifest, header_of
+from holdfast.checkpoint.planned import Part, SavedTensor
 from holdfast.checkpoint.read_plan import check_coverage
 from holdfast.checkpoint.reading import FolderReader
 from holdfast.checkpoint.verify import check_small_parts
-from holdfast.checkpoint.write_plan import LARGEST_FILE_BYTES, Part, SavedTensor, make_write_plan
+from holdfast.checkpoint.write_plan import LARGEST_FILE_BYTES, make_write_plan
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import Box
 

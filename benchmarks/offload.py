@@ -65,9 +65,10 @@ TORCHTUNE = "torchtune OffloadActivations"
 """Run where torchtune is installed and its context can be made; else it is said why not."""
 SHAPES: dict[str, dict[str, int]] = {
     "small": {},
+    "deep": {"hidden": 512},
     "large": {"layers": 8, "hidden": 512, "seq_len": 512, "warm_up": 1, "repetitions": 3},
 }
-"""Of models; "large" has twice the operations for a byte."""
+"""Of models; "deep" and "large" have twice the operations for a byte."""
 COMPACT = {
     name
     for name, sections in (CONTESTANTS | OTHERS).items()
@@ -321,7 +322,7 @@ def table(results: dict[str, list[dict[str, Any]]], title: str) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--folder", default=".", help="on the drive")
-    parser.add_argument("--shape", default="", help=f"{' or '.join(SHAPES)}; both by default")
+    parser.add_argument("--shape", default="", help=f"{' or '.join(SHAPES)}; all by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--layers", type=int, default=24)

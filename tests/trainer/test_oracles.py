@@ -186,8 +186,8 @@ def test_text_run_learns_more_than_a_bigram_model(cluster: Cluster) -> None:
         },
         data={"kind": "text"},
         train={
-            "steps": 260,
-            "seq_len": 128,
+            "steps": 200,
+            "seq_len": 64,
             "global_batch": 16,
             "micro_batch": 8,
             "eval_batches": 16,
@@ -202,7 +202,7 @@ def test_text_run_learns_more_than_a_bigram_model(cluster: Cluster) -> None:
         timeout_s=280,
     )[0]
     tokens = {
-        split: split_tokens(config.data, vocab=257, seq_len=128, split=split)
+        split: split_tokens(config.data, vocab=257, seq_len=64, split=split)
         for split in ("train", "eval")
     }
     assert held_out < bigram_loss(tokens["train"], tokens["eval"], 257)

@@ -261,8 +261,9 @@ class ElasticLoop:
             logger.warning("the state after a change was not compared: %s", error)
             self._elastic.disturb(str(error))
             interrupted = True
-        record = record_of(change, heard, training, urgent=urgent, digest=self._digest)
-        self._changes.append(record)
+        if self._seat.rank in change.witnesses:
+            record = record_of(change, heard, training, urgent=urgent, digest=self._digest)
+            self._changes.append(record)
         if self._seat.rank == change.historian:
             write_changes(self._run, self._changes)
         if not sound:

@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -81,9 +81,14 @@ class Change:
     """That was in force; the first plan of the configuration where none was."""
 
     @property
+    def witnesses(self) -> Collection[int]:
+        """The ranks that know what was before."""
+        return self.agreed.holders or self.agreed.staying
+
+    @property
     def historian(self) -> int:
-        """The rank that records it: the lowest that knows what was before."""
-        return min(self.agreed.holders or self.agreed.staying)
+        """The witness that records it."""
+        return min(self.witnesses)
 
 
 class ElasticRun:

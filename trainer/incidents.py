@@ -74,7 +74,10 @@ def _written(run: RunDirectory) -> set[int]:
     if not run.events.exists():
         return found
     for line in reversed(run.events.read_bytes().splitlines()):
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:  # torn, by a writer that died or a full disk
+            continue
         if event["event"] in CHANGES:
             found.add(event["generation"])
             if event["generation"] == 1:

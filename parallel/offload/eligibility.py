@@ -23,9 +23,9 @@ def movable_storage(tensor: Tensor, smallest_bytes: int) -> torch.UntypedStorage
     storage = tensor.untyped_storage()  # small ones are the most, and are told apart first
     if storage.nbytes() < smallest_bytes or storage.data_ptr() % _KERNEL_ALIGNMENT:
         return None
-    base = tensor._base
-    if base is not None and base.is_leaf and base.requires_grad:
+    base = tensor if tensor._base is None else tensor._base
+    if base.is_leaf and base.requires_grad:
         return None
     if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
         return None
-    return None if tensor.is_leaf and tensor.requires_grad else storage
+    return storage

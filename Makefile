@@ -53,7 +53,7 @@ wheel-test: setup-dev
 	  $$(grep -E '^(pytest|pytest-timeout|hypothesis|iniconfig|pluggy|pygments|packaging|sortedcontainers|attrs)==' requirements/dev.txt)
 	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install --no-deps build/wheel-test/dist/holdfast-*.whl
 	cp -r tests examples pyproject.toml build/wheel-test/
-	cd build/wheel-test && venv/bin/python -m pytest -q tests/native tests/convert/test_mapping.py \
+	cd build/wheel-test && venv/bin/python -m pytest -q tests/native tests/checkpoint/convert/test_mapping.py \
 	  tests/launch/test_command.py -k "native or mapping or promises or (torchrun and not module) or plan_prints"
 
 clean:

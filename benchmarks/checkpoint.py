@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 sys.path.insert(0, str(HERE))
 
-from cluster import Cluster  # noqa: E402
 from harness import machine  # noqa: E402
+from support.processes.cluster import Cluster  # noqa: E402
 
 RANKS, ROWS, COLUMNS = 4, 4096, 1024
 PEERS = {"torchsnapshot": "torchsnapshot", "torch_checkpointing": "torch_checkpointing"}

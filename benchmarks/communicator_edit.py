@@ -30,11 +30,11 @@ import torch.distributed as dist
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
 sys.path.insert(0, os.path.dirname(__file__))
 
-from cluster import Cluster
 from harness import Measurement, report
-from holdfast.parallel.comm import Handle, MembershipChange
-from holdfast.parallel.comm_torch import Groups, build_groups, edit_groups, gloo_device
-from holdfast.parallel.mesh import Mesh
+from holdfast.parallel.comm.groups import Groups, build_groups, edit_groups, gloo_device
+from holdfast.parallel.comm.protocol import Handle, MembershipChange
+from holdfast.parallel.layout.mesh import Mesh
+from support.processes.cluster import Cluster
 
 LOST = 0
 WAYS = ("torch, rebuilt", "holdfast, rebuilt", "holdfast, edit", "holdfast, abort + edit")

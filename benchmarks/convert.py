@@ -92,8 +92,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 sys.path.insert(0, str(HERE))
 
-from cluster import Cluster  # noqa: E402
 from harness import Measurement, alternate, machine, report  # noqa: E402
+from support.processes.cluster import Cluster  # noqa: E402
 
 RANKS = 2
 PYTHON = sys.executable
@@ -212,8 +212,8 @@ def peak_of_ours(source: Path, out: Path) -> tuple[int, int]:
         "import shutil, sys\n"
         "from pathlib import Path\n"
         "from holdfast.checkpoint.convert.formats import dcp, deepspeed_universal\n"
-        "from holdfast.checkpoint.convert.job import convert\n"
-        "from holdfast.checkpoint.convert.request import Conversion\n"
+        "from holdfast.checkpoint.convert.work.job import convert\n"
+        "from holdfast.checkpoint.convert.work.request import Conversion\n"
         # Unlike ru_maxrss this does not begin with what the parent had.
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"

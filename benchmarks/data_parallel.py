@@ -1,6 +1,6 @@
 """A whole training step, two replicas, beside DDP, FSDP2 and DeepSpeed; one process beside a plain loop.
 
-The same Llama (tests/plain_llama.py for the peers), batch, micro-batches, fused AdamW and clipping
+The same Llama (tests/support/oracles/plain_llama.py for the peers), batch, micro-batches, fused AdamW and clipping
 everywhere, over gloo, one thread per rank. Contestants alternate.
 
     python benchmarks/data_parallel.py [--repetitions 5] [--json out.json]
@@ -26,11 +26,11 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 import msgspec
 
-from cluster import Cluster
 from harness import Measurement, report
-from holdfast.trainer.config import RunConfig
-from plain_llama import PlainLlama, Shape
-from small_runs import make_config
+from holdfast.trainer.config.loading import RunConfig
+from support.oracles.plain_llama import PlainLlama, Shape
+from support.processes.cluster import Cluster
+from support.runs.small_runs import make_config
 
 RANKS = 2
 MODEL = {
@@ -90,7 +90,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def ours(reduction: str, rank: int, ranks: int, batch: int, store: Any) -> Callable[[], None]:
-    from holdfast.trainer.opening import open_training
+    from holdfast.trainer.step.build import open_training
     from holdfast.trainer.world import local_world
 
     config = msgspec.convert(our_config(reduction, ranks, batch), RunConfig)

@@ -74,7 +74,7 @@ def lasting(seconds: float, method: Callable[..., Any]) -> Callable[..., Any]:
 def train_emulated() -> None:
     """`holdfast train` with emulated compute; workers are forked, and so inherit it."""
     from holdfast.launch.cli import main as command
-    from holdfast.parallel.chunk_runner import ModelChunkRunner as Runner
+    from holdfast.parallel.pipeline.runner import ModelChunkRunner as Runner
 
     make_sleeps_exact()
     Runner.forward = lasting(FORWARD_S, Runner.forward)  # type: ignore[method-assign]

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
 sys.path.insert(0, os.path.dirname(__file__))
 
-from cluster import Cluster
 from harness import Measurement, report
-from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
-from holdfast.parallel.pipeline import Executor, MessageShape, receive_order
-from holdfast.parallel.schedule import (
+from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
+from holdfast.parallel.pipeline.executor import Executor, MessageShape, receive_order
+from holdfast.parallel.schedules.registry import (
     Action,
     Op,
     check_programs,
@@ -36,6 +35,7 @@ from holdfast.parallel.schedule import (
     simulate,
     with_messages,
 )
+from support.processes.cluster import Cluster
 
 RANKS = 4
 MICRO_BATCHES = 16

@@ -32,15 +32,15 @@ import torch.distributed as dist
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
 sys.path.insert(0, os.path.dirname(__file__))
 
-from cluster import Cluster
 from executor import SHAPE, SleepingChunk, make_sleeps_exact
 from harness import Measurement, report
-from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
-from holdfast.parallel.pipeline import Executor, MessageShape, receive_order
-from holdfast.parallel.plan import Plan
-from holdfast.parallel.replan import Roster, replan
-from holdfast.trainer.config import RunConfig
-from holdfast.trainer.planning import plan_of
+from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
+from holdfast.parallel.pipeline.executor import Executor, MessageShape, receive_order
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.replan import Roster, replan
+from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.step.planning import plan_of
+from support.processes.cluster import Cluster
 
 RANKS, LAYERS, LAYER_S = 6, 24, 0.001
 CASES = tuple((lost, micro_batches) for micro_batches in (12, 24) for lost in (0, 4))

@@ -38,12 +38,12 @@ from rich.table import Table
 
 from harness import machine
 from holdfast.parallel.offload import compact_heap_environment
-from holdfast.trainer.config import RunConfig
-from holdfast.trainer.opening import open_training
-from holdfast.trainer.training import Training
+from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.step.build import open_training
+from holdfast.trainer.step.training import Training
 from holdfast.trainer.world import local_world
 from offload_memory import Memory
-from small_runs import make_config
+from support.runs.small_runs import make_config
 
 SSD = {"offload": {"activations": "ssd"}}
 CONTESTANTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.parallel.offload.disk_store import DiskStore
-from holdfast.trainer.training import Training
+from holdfast.parallel.offload.stores.disk_store import DiskStore
+from holdfast.trainer.step.training import Training
 
 
 class Memory:

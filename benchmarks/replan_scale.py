@@ -22,12 +22,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.parallel.joining import next_plan
-from holdfast.parallel.parcels import held_blocks, plan_parcels
-from holdfast.parallel.plan import Plan
-from holdfast.parallel.replan import Roster, with_shadows
-from holdfast.trainer.config import RunConfig
-from holdfast.trainer.planning import plan_of
+from holdfast.parallel.plan.admission import next_plan
+from holdfast.parallel.plan.block_transfers import held_blocks, plan_parcels
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.replan import Roster, with_shadows
+from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.step.planning import plan_of
 
 TENSOR, PIPELINE, DATA = 8, 16, 782
 RANKS = TENSOR * PIPELINE * DATA

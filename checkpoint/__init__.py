@@ -3,20 +3,6 @@
 For any torch program: `save`, `load` and `Checkpointer`. The trainer uses the parts below them.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from holdfast.checkpoint.api import Checkpointer, load, save
-
-__all__ = ["Checkpointer", "load", "save"]
-
-
-def __getattr__(name: str) -> Any:
-    # Looked up late: the command line reads manifests without torch.
-    if name in __all__:
-        from holdfast.checkpoint import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

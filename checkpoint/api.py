@@ -32,10 +32,15 @@ from torch.distributed import (
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
-from holdfast.checkpoint import directory
-from holdfast.checkpoint.loading import LoadStatistics, Target, boxes_of
-from holdfast.checkpoint.loading import load as load_targets
-from holdfast.checkpoint.planned import Part, SavedTensor, WritePlan
+from holdfast.checkpoint.format import Part, SavedTensor, WritePlan, directory
+from holdfast.checkpoint.loading import (
+    FolderReader,
+    LoadStatistics,
+    Target,
+    boxes_of,
+    check_coverage,
+    load as load_targets,
+)
 from holdfast.checkpoint.program_state import (
     Entry,
     State,
@@ -45,12 +50,8 @@ from holdfast.checkpoint.program_state import (
     restore_scalars,
     scalars_of,
 )
-from holdfast.checkpoint.read_plan import check_coverage
-from holdfast.checkpoint.reading import FolderReader
-from holdfast.checkpoint.saver import SaveJob, Saver, SaveResult
-from holdfast.checkpoint.snapshot import ALL
-from holdfast.checkpoint.verify import check_small_parts
-from holdfast.checkpoint.write_plan import make_write_plan
+from holdfast.checkpoint.saving import ALL, SaveJob, Saver, SaveResult, make_write_plan
+from holdfast.checkpoint.tools import check_small_parts
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 

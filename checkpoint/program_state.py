@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.checkpoint.dtypes import DTYPE_NAMES
+from holdfast.checkpoint.format import DTYPE_NAMES
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.elastic.generation import Generation, Identity
-from holdfast.elastic.notices import Notice
+from holdfast.elastic.membership_events import Notice
 
 
 @dataclass(frozen=True, slots=True)

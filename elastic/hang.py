@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from holdfast.elastic.generation import Identity, parse_identities
-from holdfast.elastic.notices import Notice
+from holdfast.elastic.membership_events import Notice
 
 SETTLE_S = 1.0
 """How long further waits are collected after the first: all ranks soon wait behind one that hangs."""

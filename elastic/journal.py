@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.elastic.chaos import Fault, fault_from_data
+from holdfast.elastic.faults import Fault, fault_from_data
 from holdfast.parallel.errors import ConfigError
 
 CHANGES = ("generation", "recovered")

@@ -13,6 +13,7 @@ from typing import Any
 from torch.distributed import Store
 
 from holdfast.elastic.agreement import Report, Verdict, generation_of
+from holdfast.elastic.channel import WorkerLink
 from holdfast.elastic.generation import (
     Generation,
     Identity,
@@ -25,11 +26,10 @@ from holdfast.elastic.lighthouse import (
     answers,
     replica_id,
 )
-from holdfast.elastic.link import WorkerLink
-from holdfast.elastic.notices import Notice, notice_from_data, notice_to_data
-from holdfast.elastic.seat import Seat
+from holdfast.elastic.membership_events import Notice, notice_from_data, notice_to_data
+from holdfast.elastic.quorum_client import PAUSE_S, Voter
 from holdfast.elastic.store import STORE_TIMEOUT_S, StoreClients
-from holdfast.elastic.voter import PAUSE_S, Voter
+from holdfast.elastic.worker_spec import Seat
 from holdfast.parallel.errors import MembershipError, Minority
 
 _PAUSE_UNREACHABLE_S = 0.1

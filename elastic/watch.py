@@ -12,9 +12,9 @@ from torch.distributed import PrefixStore
 
 from holdfast.elastic.generation import Identity
 from holdfast.elastic.lighthouse import heartbeat_ages
-from holdfast.elastic.notices import Notice, NoticeBoard
+from holdfast.elastic.membership_events import Notice, NoticeBoard
+from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.store import connect_store
-from holdfast.elastic.voter import MembershipSettings
 from holdfast.parallel.errors import MembershipError, PeerLost
 
 logger = logging.getLogger("holdfast.agent")

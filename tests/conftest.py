@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cluster import Cluster
+from support.processes.cluster import Cluster
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("soak", deadline=None, max_examples=3000)

@@ -63,7 +63,7 @@ def test_marked_commands_run(source: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not PAGES[0].exists(), reason="the pages lie in the checkout")
 @pytest.mark.parametrize("source", blocks("toml"))
 def test_toml_block_is_a_valid_configuration(source: str, tmp_path: Path) -> None:
-    from holdfast.trainer.config import load_config
+    from holdfast.trainer.config.loading import load_config
 
     config = tmp_path / "config.toml"
     config.write_text(source)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
-from holdfast.trainer.entry import enter
-from holdfast.trainer.process_heap import prepare_heap
+from holdfast.trainer.external_launcher import enter
+from holdfast.trainer.run import prepare_heap
 from holdfast.trainer.world import WorldInfo, world_from_environment
 
 

@@ -16,30 +16,36 @@ import msgspec
 import torch
 from torch.distributed import Store
 
-from holdfast.checkpoint import directory
-from holdfast.checkpoint.format import Manifest
-from holdfast.checkpoint.loading import LoadStatistics, load
-from holdfast.checkpoint.planned import WritePlan
-from holdfast.checkpoint.read_plan import check_coverage
-from holdfast.checkpoint.reading import ByteReader, FolderReader
-from holdfast.checkpoint.remote import RemoteStore, Uploader, UploadResult
-from holdfast.checkpoint.saver import SaveJob, Saver, SaveResult
-from holdfast.checkpoint.verify import check_small_parts
-from holdfast.checkpoint.write_plan import make_write_plan
-from holdfast.parallel.comm_torch import GlooCommunicator, gloo_device
+from holdfast.checkpoint.format import Manifest, WritePlan, directory
+from holdfast.checkpoint.loading import (
+    ByteReader,
+    FolderReader,
+    LoadStatistics,
+    check_coverage,
+    load,
+)
+from holdfast.checkpoint.saving import SaveJob, Saver, SaveResult, make_write_plan
+from holdfast.checkpoint.stores import RemoteStore, Uploader, UploadResult
+from holdfast.checkpoint.tools import check_small_parts
+from holdfast.parallel.comm import GlooCommunicator, gloo_device
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.progress import Outcome, Requests
-from holdfast.trainer.resume import checkpoint_root, memory_root, set_aside_newer
-from holdfast.trainer.run_directory import RunDirectory
-from holdfast.trainer.saved_tensors import (
+from holdfast.trainer.run import (
+    RunDirectory,
+    checkpoint_root,
+    has_state,
+    memory_root,
+    set_aside_newer,
+)
+from holdfast.trainer.step import (
+    Outcome,
+    Requests,
+    Training,
+    huggingface_files,
     renumbered,
     saved_tensors,
     wanted_boxes,
     weights_only,
 )
-from holdfast.trainer.start import has_state
-from holdfast.trainer.state import huggingface_files
-from holdfast.trainer.training import Training
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")

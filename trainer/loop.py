@@ -10,18 +10,21 @@ from time import perf_counter
 
 from torch.distributed import Store
 
-from holdfast.elastic.chaos import Phase
+from holdfast.elastic.faults import Phase
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
-from holdfast.trainer import trace
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.learning_rate import rate_of
-from holdfast.trainer.opening import open_training
-from holdfast.trainer.progress import Outcome
-from holdfast.trainer.reporter import Reporter, introduce, nodes_of, workers_of
-from holdfast.trainer.run_directory import RunDirectory
-from holdfast.trainer.stragglers import PHASES, PhaseClock
-from holdfast.trainer.training import Training
+from holdfast.trainer.reports import (
+    PHASES,
+    PhaseClock,
+    Reporter,
+    introduce,
+    nodes_of,
+    trace,
+    workers_of,
+)
+from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.step import Outcome, Training, open_training, rate_of
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")

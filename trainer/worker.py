@@ -14,12 +14,12 @@ from datetime import timedelta
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
-from holdfast.elastic.seat import Seat
+from holdfast.elastic.worker_spec import Seat
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.trainer.config import RunConfig, check_config
-from holdfast.trainer.elastic_loop import train_seat
+from holdfast.trainer.elastic import train_seat
 from holdfast.trainer.loop import train
-from holdfast.trainer.run_directory import RankError, RunDirectory, read_error, write_error
+from holdfast.trainer.run import RankError, RunDirectory, read_error, write_error
 from holdfast.trainer.world import WorldInfo
 
 STORE_TIMEOUT_S = 300.0

@@ -1,1 +1,8 @@
-"""Converting checkpoints between formats: by byte ranges, in bounded memory, checked before it is done."""
+"""Checkpoints of other frameworks, to and from ours and each other.
+
+May import checkpoint and parallel.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.parallel.schedule import (
+from holdfast.parallel.schedules.registry import (
     Op,
     Timeline,
     compute_programs,

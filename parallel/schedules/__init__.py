@@ -1,4 +1,8 @@
 """Pipeline schedules as data: orders, messages, checker, simulator, list scheduler, text form.
 
-`holdfast.parallel.schedule` is the entrance; nothing here imports torch.
+May import parallel.errors.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import Store
 
-from cluster import Cluster
 from holdfast.checkpoint import Checkpointer, load, save
-from holdfast.checkpoint.directory import committed
-from holdfast.checkpoint.verify import verify_checkpoint
+from holdfast.checkpoint.format.directory import committed
+from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
+from support.processes.cluster import Cluster
 
 
 def _model(seed: int = 0) -> nn.Module:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from holdfast.checkpoint import Checkpointer, load
-from holdfast.checkpoint.directory import PARTIAL, committed
-from holdfast.checkpoint.verify import verify_checkpoint
+from holdfast.checkpoint.format.directory import PARTIAL, committed
+from holdfast.checkpoint.tools.verify import verify_checkpoint
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.mark.mp
@@ -26,7 +26,13 @@ HERE = Path(__file__).parent
 def test_kills_at_random_instants_lose_no_committed_checkpoint(tmp_path: Path) -> None:
     rounds = 25 if os.environ.get("HYPOTHESIS_PROFILE") != "soak" else 400
     done = subprocess.run(
-        [sys.executable, str(HERE / "crash_rounds.py"), str(tmp_path / "c"), str(rounds), "7"],
+        [
+            sys.executable,
+            str(SUPPORT / "processes" / "crash_rounds.py"),
+            str(tmp_path / "c"),
+            str(rounds),
+            "7",
+        ],
         capture_output=True,
         text=True,
         timeout=1500,
@@ -164,7 +170,7 @@ def test_each_sync_and_rename_that_fails_leaves_a_good_checkpoint(
 def test_a_disk_without_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.checkpoint import directory
+    from holdfast.checkpoint.format import directory
 
     monkeypatch.setattr(directory, "free_bytes", lambda root: 1000)
     with Checkpointer(tmp_path / "c", _values(1)) as checkpointer:
@@ -180,7 +186,7 @@ def test_a_save_that_is_late_is_given_up_and_named(tmp_path: Path) -> None:
     """A device that does not answer costs the checkpoint, and the training thread goes on."""
     import threading
 
-    from holdfast.checkpoint import saver
+    from holdfast.checkpoint.saving import saver
 
     release = threading.Event()
     state = _values(1)

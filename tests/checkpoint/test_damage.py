@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from holdfast.checkpoint import load, save
-from holdfast.checkpoint.directory import find_checkpoint, newest, read_manifest
-from holdfast.checkpoint.format import MANIFEST
-from holdfast.checkpoint.verify import Problem, rebuild_manifest, verify_checkpoint
+from holdfast.checkpoint.format.directory import find_checkpoint, newest, read_manifest
+from holdfast.checkpoint.format.files import MANIFEST
+from holdfast.checkpoint.tools.verify import Problem, rebuild_manifest, verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
 
 SHAPES = {"model": {"a": (50, 40), "b": (7,)}, "moments": {"c": (300, 9)}}

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors import safe_open
 
-from holdfast.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from holdfast.checkpoint.format import (
+from holdfast.checkpoint.format.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from holdfast.checkpoint.format.files import (
     ELEMENT_BYTES,
     ChunkEntry,
     FileEntry,
@@ -30,7 +29,7 @@ from holdfast.checkpoint.format import (
     key_of,
 )
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.layout import Box
+from holdfast.parallel.layout.boxes import Box
 
 
 def _manifest() -> Manifest:

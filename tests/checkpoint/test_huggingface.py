@@ -9,11 +9,11 @@ import msgspec
 import pytest
 import torch
 
-from cluster import Cluster
 from holdfast.checkpoint import load
-from holdfast.parallel.flat import FlatParameters
-from holdfast.trainer.model.build import build_chunk
-from small_runs import make_config, world_size_of
+from holdfast.parallel.optimizer.parameter_buffer import FlatParameters
+from holdfast.trainer.models.chunk import build_chunk
+from support.processes.cluster import Cluster
+from support.runs.small_runs import make_config, world_size_of
 
 
 @pytest.mark.mp
@@ -32,7 +32,7 @@ def test_transformers_gives_our_logits(
         parallel={"tensor": tensor, "data": 2},
     )
     cluster.run(
-        "small_runs:train_in",
+        "support.runs.small_runs:train_in",
         world_size_of(config),
         config=msgspec.to_builtins(config),
         root=str(tmp_path),

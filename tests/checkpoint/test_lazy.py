@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.distributed import Store
 
-from cluster import Cluster, WorkerFailed
 from holdfast.checkpoint import Checkpointer, load
-from holdfast.checkpoint.arena import SLAB_BYTES
-from small_runs import events_of, make_config, metrics_of, world_size_of
+from holdfast.checkpoint.saving.arena import SLAB_BYTES
+from support.processes.cluster import Cluster, WorkerFailed
+from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
 
 
 def _program() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -64,8 +64,8 @@ def train_with_a_slow_rank(
     times: int,
 ) -> None:
     """The training loop, where one rank takes its time to finish its first files."""
-    import small_runs
-    from holdfast.checkpoint.saver import Saver
+    from holdfast.checkpoint.saving.saver import Saver
+    from support.runs import small_runs
 
     finish = Saver._finish_file
     left = times

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 from torch.distributed import Store
 
-from cluster import Cluster, WorkerFailed
-from holdfast.trainer.config import RunConfig
-from small_runs import events_of, make_config, metrics_of, world_size_of
+from holdfast.trainer.config.loading import RunConfig
+from support.processes.cluster import Cluster, WorkerFailed
+from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
 
 STEPS = 40
 
@@ -27,7 +27,11 @@ def _config(**sections: dict[str, Any]) -> RunConfig:
 def _train(cluster: Cluster, config: RunConfig, root: Path, **arguments: Any) -> None:
     plain = msgspec.to_builtins(config)
     cluster.run(
-        "small_runs:train_in", world_size_of(config), config=plain, root=str(root), **arguments
+        "support.runs.small_runs:train_in",
+        world_size_of(config),
+        config=plain,
+        root=str(root),
+        **arguments,
     )
 
 
@@ -140,8 +144,8 @@ def train_and_list_samples(
     rank: int, world_size: int, store: Store, *, config: dict, root: str
 ) -> list[int]:
     """Train and return the global indices of the samples that this rank has computed."""
-    import small_runs
-    from holdfast.trainer.training import Training
+    from holdfast.trainer.step.training import Training
+    from support.runs import small_runs
 
     seen: set[int] = set()
     context = Training._context
@@ -168,9 +172,9 @@ def save_and_load_elsewhere(
     import hashlib
 
     from holdfast.trainer.checkpointing import Checkpoints, Signals
-    from holdfast.trainer.opening import open_training
-    from holdfast.trainer.resume import Resume
-    from holdfast.trainer.run_directory import RunDirectory
+    from holdfast.trainer.run.resume import Resume
+    from holdfast.trainer.run.run_directory import RunDirectory
+    from holdfast.trainer.step.build import open_training
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)
@@ -219,7 +223,7 @@ def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
         )
 
     def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-        from holdfast.checkpoint.directory import read_manifest
+        from holdfast.checkpoint.format.directory import read_manifest
 
         manifest = read_manifest(folder)
         whole = {n: torch.empty(t.shape) for n, t in manifest.tensors.items()}

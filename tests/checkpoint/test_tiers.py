@@ -17,17 +17,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from elastic_runs import pace
-from forked_command import ForkedCommand
-from holdfast.checkpoint import directory, save
-from holdfast.checkpoint.directory import committed
-from holdfast.checkpoint.remote import RemoteStore, share_of
-from holdfast.checkpoint.tiers import flush
-from holdfast.checkpoint.verify import verify_checkpoint
+from holdfast.checkpoint import save
+from holdfast.checkpoint.format import directory
+from holdfast.checkpoint.format.directory import committed
+from holdfast.checkpoint.stores.remote import RemoteStore, share_of
+from holdfast.checkpoint.stores.tiers import flush
+from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.config import dump_toml
-from holdfast.trainer.resume import memory_root
-from small_runs import events_of, make_config, metrics_of
+from holdfast.trainer.config.loading import dump_toml
+from holdfast.trainer.run.resume import memory_root
+from support.processes.forked_command import ForkedCommand
+from support.runs.elastic_runs import pace
+from support.runs.small_runs import events_of, make_config, metrics_of
 
 KEY, SECRET = "test-key", "test-secret"
 
@@ -172,7 +173,7 @@ def test_an_upload_in_parts_survives_the_server(server: S3Server, tmp_path: Path
     """A file of many parts, the server killed between them: it is there in the end, byte for byte."""
     import threading
 
-    from holdfast.checkpoint.arena import Deadline
+    from holdfast.checkpoint.saving.arena import Deadline
 
     content = os.urandom(1 << 20) * 96
     path = tmp_path / "large"
@@ -213,7 +214,7 @@ def test_a_folder_url_is_a_tier_with_its_own_retention(tmp_path: Path) -> None:
 
     store = RemoteStore(f"file://{tmp_path}/remote")
     assert store.names() == []
-    from holdfast.checkpoint.arena import Deadline
+    from holdfast.checkpoint.saving.arena import Deadline
 
     for step in (1, 2, 3):
         path = save(tmp_path / "local", {"a": torch.full((9,), float(step))}, step=step)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from holdfast.checkpoint import write_plan
-from holdfast.checkpoint.format import ELEMENT_BYTES
-from holdfast.checkpoint.planned import Part, SavedTensor, WritePlan
-from holdfast.checkpoint.write_plan import make_write_plan
+from holdfast.checkpoint.format.files import ELEMENT_BYTES
+from holdfast.checkpoint.format.plan_types import Part, SavedTensor, WritePlan
+from holdfast.checkpoint.saving import write_plan
+from holdfast.checkpoint.saving.write_plan import make_write_plan
 from holdfast.parallel.errors import LayoutError
-from holdfast.parallel.layout import Box
-from holdfast.trainer.planning import plan_of
-from holdfast.trainer.saved_tensors import saved_tensors, wanted_boxes
-from small_runs import make_config
+from holdfast.parallel.layout.boxes import Box
+from holdfast.trainer.step.planning import plan_of
+from holdfast.trainer.step.saved_tensors import saved_tensors, wanted_boxes
+from support.runs.small_runs import make_config
 
 
 def _check(plan: WritePlan, tensors: list[SavedTensor], nodes: list[int]) -> None:

@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from elastic_demo import demonstration, wait_for
+from holdfast.elastic.acceptor_state import BallotFile
 from holdfast.elastic.agreement import Ballot
-from holdfast.elastic.ballot_file import BallotFile
+from holdfast.elastic.channel import WorkerLink, pulse_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import Heartbeats, Lighthouse, heartbeat_ages, replica_id
-from holdfast.elastic.link import WorkerLink, pulse_age_s, receive_message, send_message
 from holdfast.elastic.membership import Membership
-from holdfast.elastic.notices import Notice, NoticeBoard
-from holdfast.elastic.seat import Seat
-from holdfast.elastic.voter import MembershipSettings
+from holdfast.elastic.membership_events import Notice, NoticeBoard
+from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.watch import HeartbeatWatch
+from holdfast.elastic.worker_spec import Seat
 from holdfast.parallel.errors import MembershipError, Minority
+from support.runs.elastic_demo import demonstration, wait_for
 
 pytestmark = pytest.mark.mp
 

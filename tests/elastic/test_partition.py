@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_demo import Run, demonstration, wait_for
-from elastic_network import Network, network
+from support.network.elastic_network import Network, network
+from support.runs.elastic_demo import Run, demonstration, wait_for
 
 pytestmark = [pytest.mark.mp, pytest.mark.chaos, pytest.mark.slow]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from holdfast.parallel.accumulate import fixed_point
 from holdfast.parallel.keyed_random import dropout, stream_key
-from holdfast.trainer.learning_rate import rate_of
-from holdfast.trainer.opening import open_training
+from holdfast.parallel.optimizer.accumulator import fixed_point
+from holdfast.trainer.step.build import open_training
+from holdfast.trainer.step.learning_rate import rate_of
 from holdfast.trainer.world import local_world
-from small_runs import make_config
+from support.runs.small_runs import make_config
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from holdfast import _native
 from holdfast.parallel.keyed_random import dropout, normal_box_, philox_uint32, stream_key

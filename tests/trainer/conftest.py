@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_runs import Starter
+from support.runs.elastic_runs import Starter
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from cluster import Cluster
 from holdfast.trainer.check.capture import RankCapture
 from holdfast.trainer.check.compare import compare
 from holdfast.trainer.check.reference import run_reference
-from holdfast.trainer.config import RunConfig
-from layouts import all_layouts, tiny
-from small_runs import world_size_of
+from holdfast.trainer.config.loading import RunConfig
+from support.processes.cluster import Cluster
+from support.runs.layouts import all_layouts, tiny
+from support.runs.small_runs import world_size_of
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
@@ -34,7 +34,7 @@ def agree(cluster: Cluster, config: RunConfig) -> None:
     reference = reference_of(msgspec.json.encode(alone))
     plain = msgspec.to_builtins(config)
     ranks = cluster.run(
-        "small_runs:check_layout", world_size_of(config), config=plain, timeout_s=110
+        "support.runs.small_runs:check_layout", world_size_of(config), config=plain, timeout_s=110
     )
     findings = compare(ranks, reference)
     assert findings == [], [str(finding) for finding in findings]

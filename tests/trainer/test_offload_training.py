@@ -13,13 +13,13 @@ import msgspec
 import pytest
 from torch.distributed import Store
 
-from cluster import Cluster
-from elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
-from holdfast.parallel.cost import peak_activation_bytes
-from holdfast.trainer.config import RunConfig, dump_toml
-from holdfast.trainer.plan_report import plan_report
-from holdfast.trainer.planning import plan_of
-from small_runs import (
+from holdfast.parallel.plan.cost import peak_activation_bytes
+from holdfast.trainer.config.loading import RunConfig, dump_toml
+from holdfast.trainer.plan_report.report import plan_report
+from holdfast.trainer.step.planning import plan_of
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
+from support.runs.small_runs import (
     events_of,
     make_config,
     metrics_of,
@@ -40,7 +40,7 @@ def offload(folder: Path, **keys: Any) -> dict[str, Any]:
 
 def train_offloaded(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
     """As `train_steps`, and what the last step has sent."""
-    from holdfast.trainer.training import Training
+    from holdfast.trainer.step.training import Training
 
     sent = []
     compute = Training.compute
@@ -107,8 +107,8 @@ def count_inputs(rank: int, world_size: int, store: Store, *, config: dict) -> d
     from torch import Tensor
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from holdfast.parallel.chunk_runner import ModelChunkRunner
     from holdfast.parallel.offload import Offloader
+    from holdfast.parallel.pipeline.runner import ModelChunkRunner
 
     inputs: list[StorageWeakRef] = []
     alive: list[int] = []
@@ -222,7 +222,7 @@ def test_a_run_says_what_it_sends(cluster: Cluster, tmp_path: Path) -> None:
     config = make_config(train=TRAIN, parallel={"data": 2}, offload=keys)
     root = tmp_path / "run"
     plain = msgspec.to_builtins(config)
-    cluster.run("small_runs:train_in", 2, config=plain, root=str(root))
+    cluster.run("support.runs.small_runs:train_in", 2, config=plain, root=str(root))
     for line in metrics_of(root):
         said = line["offload"]
         assert 0 < said["sent_bytes"] <= said["eligible_bytes"]
@@ -232,7 +232,7 @@ def test_a_run_says_what_it_sends(cluster: Cluster, tmp_path: Path) -> None:
 
 def fail_to_read(rank: int, world_size: int, store: Store, *, config: dict, root: str) -> None:
     """Train with a drive of which nothing can be read from the third step on."""
-    from holdfast.trainer.training import Training
+    from holdfast.trainer.step.training import Training
 
     compute = Training.compute
 
@@ -256,7 +256,11 @@ def test_a_drive_that_cannot_be_read_changes_no_bit(cluster: Cluster, tmp_path: 
     for where, root in roots.items():
         keys = offload(tmp_path) | {"activations": where}
         config = make_config(train=TRAIN, parallel={"data": 2}, offload=keys)
-        job = "test_offload_training:fail_to_read" if where == "ssd" else "small_runs:train_in"
+        job = (
+            "test_offload_training:fail_to_read"
+            if where == "ssd"
+            else "support.runs.small_runs:train_in"
+        )
         cluster.run(job, 2, config=msgspec.to_builtins(config), root=str(root))
     losses = {w: [m["loss_hex"] for m in metrics_of(root)] for w, root in roots.items()}
     assert losses["ssd"] == losses["none"]
@@ -332,7 +336,7 @@ def test_a_command_starts_again_with_a_compact_heap(
     path.write_text('[model]\nfamily = "llama"\nlayers = 1\nhidden = 32\nheads = 4\nkv_heads = 2\n')
     program = (
         "import os, sys; from pathlib import Path\n"
-        "from holdfast.trainer.process_heap import prepare_heap\n"
+        "from holdfast.trainer.run.process_heap import prepare_heap\n"
         "print('begun', flush=True); prepare_heap(Path(sys.argv[1]), sys.argv[2:])\n"
         "print('tcache_count=0' in os.environ.get('GLIBC_TUNABLES', ''))"
     )

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster import Cluster
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config.loading import RunConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.opening import split_tokens
-from holdfast.trainer.model.build import ModelChunk, build_chunk
-from plain_llama import PlainLlama, Shape, train_plainly
-from small_runs import make_config, run_training, world_size_of
+from holdfast.trainer.models.chunk import ModelChunk, build_chunk
+from support.oracles.plain_llama import PlainLlama, Shape, train_plainly
+from support.processes.cluster import Cluster
+from support.runs.small_runs import make_config, run_training, world_size_of
 
 
 def whole_model(config: RunConfig) -> ModelChunk:
@@ -90,7 +90,7 @@ def test_forward_and_gradients_equal_transformers(model: dict[str, Any]) -> None
     logits = theirs(tokens[:, :-1]).logits
     torch.testing.assert_close(chunk.logits(tokens[:, :-1]), logits, rtol=0, atol=1e-5)
 
-    from holdfast.parallel.chunk import MicroBatchContext
+    from holdfast.parallel.pipeline.model_chunk import MicroBatchContext
 
     loss = chunk(None, MicroBatchContext(0, 0, True, tokens))
     expected = torch.nn.functional.cross_entropy(
@@ -158,8 +158,8 @@ def test_fifty_steps_equal_a_plain_loop(
 
 
 def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: dict) -> float:
-    from holdfast.trainer.learning_rate import rate_of
-    from holdfast.trainer.opening import open_training
+    from holdfast.trainer.step.build import open_training
+    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)

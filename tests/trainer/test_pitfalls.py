@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from cluster import Cluster
 from holdfast.trainer.check.compare import compare
 from holdfast.trainer.check.reference import run_reference
-from layouts import tiny
-from small_runs import world_size_of
+from support.processes.cluster import Cluster
+from support.runs.layouts import tiny
+from support.runs.small_runs import world_size_of
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
@@ -72,7 +72,9 @@ def test_bug_is_found_and_named(
 ) -> None:
     config = tiny(layout, model, steps=4)
     plain = msgspec.to_builtins(config)
-    ranks = cluster.run("small_runs:check_layout", world_size_of(config), config=plain, bug=bug)
+    ranks = cluster.run(
+        "support.runs.small_runs:check_layout", world_size_of(config), config=plain, bug=bug
+    )
     findings = compare(ranks, run_reference(config))
     kinds = [finding.kind for finding in findings]
     assert kind in kinds, [str(finding) for finding in findings]
@@ -86,7 +88,7 @@ def test_messages_without_tags_are_found(cluster: Cluster) -> None:
     config = tiny(layout, {}, steps=2)
     plain = msgspec.to_builtins(config)
     bug = "messages_in_order_without_tags"
-    ranks = cluster.run("small_runs:check_layout", 2, config=plain, bug=bug)
+    ranks = cluster.run("support.runs.small_runs:check_layout", 2, config=plain, bug=bug)
     assert compare(ranks, run_reference(config)) == [], (
         "receives are posted in the order of the sends, so that even without tags nothing is mixed up"
     )

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster import Cluster
-from small_runs import make_config, run_training
+from support.processes.cluster import Cluster
+from support.runs.small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
-from elastic_runs import HOLDFAST, ElasticRun, Starter, bits_of, pace
-from small_runs import make_config, run_training
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import HOLDFAST, ElasticRun, Starter, bits_of, pace
+from support.runs.small_runs import make_config, run_training
 
 SOAK_S = float(os.environ.get("HOLDFAST_SOAK_S", "0"))
 EVERY_S = float(os.environ.get("HOLDFAST_SOAK_EVERY_S", "20"))

@@ -4,3 +4,7 @@ The layout runs on local CPU ranks in float64; the reference is the unsharded mo
 autograd loop with torch.optim.AdamW. What differs first is named, with the collective that is missing.
 May import what `holdfast.trainer` may.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

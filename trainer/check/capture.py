@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from holdfast.parallel.parameters import ParameterSpec
+from holdfast.parallel.layout import ParameterSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ from torch.distributed import Store
 
 from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.learning_rate import rate_of
-from holdfast.trainer.opening import open_training
+from holdfast.trainer.step import open_training, rate_of
 from holdfast.trainer.world import WorldInfo
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from holdfast.parallel.chunk import MicroBatchContext
-from holdfast.parallel.parameters import ParameterSpec
+from holdfast.parallel.layout import ParameterSpec
+from holdfast.parallel.pipeline import MicroBatchContext
 from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import open_dataset
-from holdfast.trainer.learning_rate import learning_rate
-from holdfast.trainer.model.build import DTYPES, build_chunk
+from holdfast.trainer.models import DTYPES, build_chunk
+from holdfast.trainer.step import learning_rate
 
 
 def run_reference(config: RunConfig) -> RankCapture:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from holdfast.trainer.data.config import DataConfig, check_data_config
-from holdfast.trainer.data.dataset import Samples
+from holdfast.trainer.config import DataConfig, check_data_config
+from holdfast.trainer.data.dataset import Dataset, Samples
 from holdfast.trainer.data.megatron import megatron_stream
 from holdfast.trainer.data.mixture import mixture_samples
+from holdfast.trainer.data.sampling import SampledDataset
 from holdfast.trainer.data.synthetic import markov_samples
 from holdfast.trainer.data.text import text_stream
 from holdfast.trainer.data.windows import StreamPart, TokenStream, split_part, window_samples
@@ -65,3 +66,21 @@ def _parts(data: DataConfig, *, vocab: int, seq_len: int, split: str) -> tuple[S
         split_part(stream, seq_len=seq_len, eval_fraction=data.eval_fraction, split=split)
         for stream in streams
     )
+
+
+def open_dataset(
+    data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str = "train"
+) -> Dataset:
+    """The samples of one split, equal on every rank. Local: no rank talks to another.
+
+    Args:
+        data: the `[data]` section. Its `seed` is not looked at: the caller resolves it.
+        vocab: number of token ids of the model; every token is below it.
+        seq_len: tokens per training sequence; a sample has one more, the last target.
+        seed: keys the order of the samples (and, for synthetic data, their content).
+        split: "train" or "eval"; the two share no token.
+
+    Raises:
+        DataError: data that is missing, unreadable, empty, too short, or beyond the vocabulary.
+    """
+    return SampledDataset(open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split))

@@ -1,1 +1,8 @@
-"""One module for each format: how it is recognised, read and written."""
+"""One module or folder for each format, and their registry.
+
+May import checkpoint.convert's elements, rules, sources and writing.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,22 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint import directory
-from holdfast.checkpoint.convert.arrays import number
-from holdfast.checkpoint.convert.catalog import (
+from holdfast.checkpoint.convert.elements import Logical, Output, Piece, SourceTensor, Unit, number
+from holdfast.checkpoint.convert.sources import (
+    DCP_METADATA,
     Catalog,
+    Engine,
     ReadOptions,
+    Record,
+    StoredTensor,
+    TorchFile,
     WriteOptions,
     make_catalog,
+    plain,
+    read_pickle,
+    read_torch_item,
     settle_precision,
 )
-from holdfast.checkpoint.convert.distcp_writing import DistcpFolder
-from holdfast.checkpoint.convert.engine import Engine
-from holdfast.checkpoint.convert.output import Output, Unit
-from holdfast.checkpoint.convert.pickles import Record, StoredTensor, plain, read_pickle
-from holdfast.checkpoint.convert.pieces import Logical, Piece, SourceTensor
-from holdfast.checkpoint.convert.recognition import DCP_METADATA
-from holdfast.checkpoint.convert.torch_files import TorchFile, read_torch_item
+from holdfast.checkpoint.convert.writing import DistcpFolder
+from holdfast.checkpoint.format import directory
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from holdfast.checkpoint.convert.catalog import Catalog, ReadOptions, make_catalog
+from holdfast.checkpoint.convert.elements import SourceTensor
 from holdfast.checkpoint.convert.formats.huggingface import read_safetensors
-from holdfast.checkpoint.convert.patterns import Pattern
-from holdfast.checkpoint.convert.pieces import SourceTensor
-from holdfast.checkpoint.convert.rules import load_rules
-from holdfast.checkpoint.convert.torch_files import read_torch_file, tensors_in
+from holdfast.checkpoint.convert.rules import Pattern, load_rules
+from holdfast.checkpoint.convert.sources import (
+    Catalog,
+    ReadOptions,
+    make_catalog,
+    read_torch_file,
+    tensors_in,
+)
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
 NAME = "files"

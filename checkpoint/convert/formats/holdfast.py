@@ -9,8 +9,17 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from holdfast.checkpoint import directory
-from holdfast.checkpoint.convert.catalog import (
+from holdfast.checkpoint.convert.elements import (
+    UNPREFIXED_KINDS,
+    Logical,
+    Output,
+    Piece,
+    Place,
+    Unit,
+    check_complete,
+    row_major,
+)
+from holdfast.checkpoint.convert.sources import (
     Catalog,
     ReadOptions,
     WriteOptions,
@@ -18,22 +27,20 @@ from holdfast.checkpoint.convert.catalog import (
     given_files,
     settle_precision,
 )
-from holdfast.checkpoint.convert.output import Output, Unit
-from holdfast.checkpoint.convert.pieces import (
-    UNPREFIXED_KINDS,
-    Logical,
-    Piece,
-    Place,
-    check_complete,
-    row_major,
+from holdfast.checkpoint.format import (
+    INDEX,
+    MANIFEST,
+    Manifest,
+    Part,
+    SavedTensor,
+    build_manifest,
+    directory,
+    encode_manifest,
+    header_of,
 )
-from holdfast.checkpoint.format import INDEX, MANIFEST, Manifest, encode_manifest
-from holdfast.checkpoint.manifest import build_manifest, header_of
-from holdfast.checkpoint.planned import Part, SavedTensor
-from holdfast.checkpoint.read_plan import check_coverage
-from holdfast.checkpoint.reading import FolderReader
-from holdfast.checkpoint.verify import check_small_parts
-from holdfast.checkpoint.write_plan import LARGEST_FILE_BYTES, make_write_plan
+from holdfast.checkpoint.loading import FolderReader, check_coverage
+from holdfast.checkpoint.saving import LARGEST_FILE_BYTES, make_write_plan
+from holdfast.checkpoint.tools import check_small_parts
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import Box
 

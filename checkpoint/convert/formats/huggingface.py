@@ -9,23 +9,31 @@ from typing import Any
 
 import msgspec
 
-from holdfast.checkpoint import directory
-from holdfast.checkpoint.convert.catalog import (
+from holdfast.checkpoint.convert.elements import (
+    Logical,
+    Output,
+    SourceTensor,
+    Unit,
+    stored,
+    units_of,
+)
+from holdfast.checkpoint.convert.sources import (
+    BIN_FILES,
+    BIN_INDEX,
     Catalog,
     ReadOptions,
     WriteOptions,
     files_for,
     make_catalog,
+    read_torch_file,
     settle_precision,
+    tensors_in,
 )
-from holdfast.checkpoint.convert.output import Output, Unit, units_of
-from holdfast.checkpoint.convert.pieces import Logical, SourceTensor, stored
-from holdfast.checkpoint.convert.recognition import BIN_FILES, BIN_INDEX
-from holdfast.checkpoint.convert.torch_files import read_torch_file, tensors_in
 from holdfast.checkpoint.format import (
     ALIGNMENT,
     ELEMENT_BYTES,
     INDEX,
+    directory,
     header_bytes,
 )
 from holdfast.parallel.errors import CheckpointError

@@ -1,0 +1,5 @@
+from .api import (
+    Checkpointer as Checkpointer,
+    load as load,
+    save as save,
+)

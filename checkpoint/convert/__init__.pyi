@@ -1,0 +1,8 @@
+from .elements import (
+    FLOATS as FLOATS,
+)
+from .work import (
+    Conversion as Conversion,
+    Converted as Converted,
+    convert as convert,
+)

@@ -1,0 +1,4 @@
+"""DeepSpeed: ZeRO folders, tensor parallelism, universal checkpoints.
+
+May import as formats.
+"""

@@ -1,0 +1,230 @@
+"""DeepSpeed's universal checkpoints: any of its jobs, with any number of ranks and ZeRO stage, goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.convert.elements import Logical, Output, SourceTensor
+from holdfast.checkpoint.convert.formats.deepspeed.zero import (
+    MODEL,
+    NAME as DEEPSPEED,
+    as_one_rank,
+    describe,
+    find_tag,
+    scalar,
+)
+from holdfast.checkpoint.convert.sources import (
+    Catalog,
+    ReadOptions,
+    StoredTensor,
+    WriteOptions,
+    make_catalog,
+    read_torch_file,
+    settle_precision,
+    tensors_in,
+)
+from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder, size
+from holdfast.checkpoint.format import directory
+from holdfast.parallel.errors import CheckpointError
+
+NAME = "deepspeed-universal"
+_STATES = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""Files of a parameter, and the kind of tensor that each holds."""
+_VERSION = "0.19.8"
+"""Of DeepSpeed, for checkpoints that were not its own: what is written was tested with it."""
+
+
+def read(path: Path, options: ReadOptions) -> Catalog:
+    """Everything that a universal checkpoint has.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or refused.
+    """
+    root = find_tag(path, "latest_universal")
+    models = sorted(p.name for p in root.iterdir() if MODEL.fullmatch(p.name))
+    if not models or not (root / "zero").is_dir():
+        raise CheckpointError(f"{root} lacks {'a model_states.pt' if not models else 'zero/'}")
+    # The one of a job without ZeRO 3 has the weights, where there are several.
+    model = read_torch_file(root, min(models, key=lambda name: (name.startswith("zero_"), name)))
+    optimizer = read_torch_file(root, "zero/optimizer_state.pt")
+    told = model.content
+    shapes = {n: tuple(s) for group in told["param_shapes"] for n, s in group.items()}
+    buffers = set(told.get("buffer_names") or ())
+    # With tensor parallelism the file has one rank's shards: weights then come from their master copies.
+    cut = int(told.get("mp_world_size") or 1) > 1
+    tensors = [
+        model.source(f"{'buffer' if name in buffers else 'module'}/{name}", tensor)
+        for name, tensor in told.get("module", {}).items()
+        # ZeRO 3 leaves empty tensors in the place of weights.
+        if isinstance(tensor, StoredTensor) and shapes.get(name, tensor.shape) == tensor.shape
+        if name not in (told.get("shared_params") or {}) and (name in buffers or not cut)
+    ]
+    steps: dict[str, float] = {}
+    for folder in sorted(p for p in (root / "zero").iterdir() if p.is_dir()):
+        tensors += _parameter(root, folder.name, shapes, steps)
+    catalog = make_catalog(NAME, root, tensors, options)
+    config = told.get("ds_config") or {}
+    for key, name in (("bf16", "BF16"), ("fp16", "F16")):
+        if (config.get(key) or {}).get("enabled"):
+            catalog.precision = name
+    catalog.step = int(told.get("global_steps", 0))
+    inner = optimizer.content.get("optimizer_state_dict", {}).get("state", {})
+    for kept in inner.values():
+        if isinstance(kept.get("step"), StoredTensor):
+            steps.setdefault("", scalar(optimizer, root, kept["step"]))
+    catalog.scalars = {
+        "optimizer_step": int(next(iter(steps.values()), catalog.step)),
+        "samples": int(told.get("global_samples", 0)),
+        DEEPSPEED: as_one_rank(describe(told, optimizer.content), catalog),
+    }
+    return catalog
+
+
+def _parameter(
+    root: Path, name: str, shapes: dict[str, tuple[int, ...]], steps: dict[str, float]
+) -> list[SourceTensor]:
+    found = []
+    for state in (*_STATES, "step"):
+        if not (root / "zero" / name / f"{state}.pt").is_file():
+            if state == "fp32":
+                raise CheckpointError(f"{root}/zero/{name} lacks fp32.pt")
+            continue
+        file = read_torch_file(root, f"zero/{name}/{state}.pt")
+        [(_, tensor)] = list(tensors_in(file.content)) or [(None, None)]
+        if not isinstance(tensor, StoredTensor):
+            raise CheckpointError(f"{root / file.file} holds no tensor")
+        if state == "step":
+            steps[name] = scalar(file, root, tensor)
+        elif name not in shapes:
+            found.append(file.source(f"zero_buffer/{name}/{state}", tensor))
+        else:
+            flat = len(tensor.shape) == 1 and prod(shapes[name]) == tensor.shape[0]
+            flat = flat and tensor.shape != shapes[name]
+            found.append(
+                file.source(
+                    f"{state}/{name}",
+                    tensor,
+                    shard=(("flat", 0),) if flat else (),
+                    full_shape=shapes[name] if flat else None,
+                )
+            )
+    return found
+
+
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
+    """A universal checkpoint: its folder is a tag of DeepSpeed's, to be loaded with `load_universal`."""
+    settled = settle_precision(catalog, options.dtype, masters=True)
+    weights = [(t, out) for t, out in settled if t.kind in ("weight", "buffer", "tensor")]
+    fine = {t.name: t for t, _ in settled if t.kind == "master"}
+    trained = {t.name for t in catalog.of_kind("exp_avg")}
+    masters: list[Logical] = []
+    for tensor, out in weights:
+        if tensor.kind != "weight" or (trained and tensor.name not in trained):
+            continue
+        finest = fine.get(tensor.name, tensor)
+        masters.append(
+            Logical(
+                tensor.name, "master", finest.dtype, tensor.shape, finest.pieces, finest.combine
+            )
+        )
+        if out not in TORCH_FILE_DTYPES:
+            raise CheckpointError(f"{tensor.name} has dtype {out}, which cannot be written so")
+    moments = [t for t, _ in settled if t.kind in ("exp_avg", "exp_avg_sq")]
+    for tensor, _ in settled:
+        if tensor.kind not in ("weight", "buffer", "tensor", "master", "exp_avg", "exp_avg_sq"):
+            catalog.left_out[tensor.full_name] = "the universal format has no place for it"
+    files = TorchFolder()
+    _add_model_states(files, catalog, weights, masters)
+    step = int(catalog.scalars.get("optimizer_step", catalog.step))
+    _add_optimizer_state(files, catalog, step)
+    expected = list(weights)
+    names = {kind: state for state, kind in _STATES.items()}
+    for tensor in [*masters, *moments]:
+        come = TensorToCome(0, "F32", tensor.shape)
+        name = f"zero/{tensor.name}/{names[tensor.kind]}.pt"
+        files.add(name, {"cat_dim": 0, "param": come}, [(come, tensor)])
+        expected.append((tensor, "F32"))
+    for tensor in masters if trained else ():
+        files.add_number(f"zero/{tensor.name}/step.pt", step)
+
+    def finish(folder: Path, checksums: Sequence[int]) -> None:
+        files.write(folder, checksums)
+        for name, content in catalog.files.items():
+            directory.write_synced(folder / name, content)
+
+    return Output(files.sizes, files.units, finish, expected, "crc32")
+
+
+def _add_model_states(
+    files: TorchFolder,
+    catalog: Catalog,
+    weights: Sequence[tuple[Logical, str]],
+    masters: Sequence[Logical],
+) -> None:
+    """The model's state, once as jobs below ZeRO 3 look for it and once as those of ZeRO 3 do."""
+    told: dict[str, Any] = dict(catalog.scalars.get(DEEPSPEED, {}).get("model_states", {}))
+    step = catalog.step
+    if not told:
+        told = {
+            "global_steps": step,
+            "global_samples": int(catalog.scalars.get("samples", 0)),
+            "skipped_steps": 0,
+            "dp_world_size": 1,
+            "mp_world_size": 1,
+            "buffer_names": [t.name for t, _ in weights if t.kind == "buffer"],
+            "shared_params": {},
+            # What DeepSpeed's schedules read, and what torch's do.
+            "lr_scheduler": {
+                "last_batch_iteration": step - 1,
+                "last_epoch": step,
+                "_step_count": step + 1,
+            },
+            "ds_config": {},
+            "ds_version": _VERSION,
+        }
+    shapes = told.get("param_shapes") or [[(t.name, t.shape) for t in masters]]
+    told["param_shapes"] = [{n: size(shape) for n, shape in group} for group in shapes]
+    told.setdefault("universal_checkpoint_info", {"universal_checkpoint_version": 0.4})
+    told["optimizer"] = None
+    for name, chosen in (
+        ("mp_rank_00_model_states.pt", weights),
+        (
+            "zero_pp_rank_0_mp_rank_00_model_states.pt",
+            [w for w in weights if w[0].kind == "buffer"],
+        ),
+    ):
+        comes = [
+            (TensorToCome(number, out, tensor.shape), tensor)
+            for number, (tensor, out) in enumerate(chosen)
+        ]
+        module = {tensor.name: come for come, tensor in comes}
+        files.add(name, {**told, "module": module}, comes)
+
+
+def _add_optimizer_state(files: TorchFolder, catalog: Catalog, step: int) -> None:
+    """What the optimizer has beside tensors of parameters."""
+    told = catalog.scalars.get(DEEPSPEED, {})
+    groups = told.get("param_groups")
+    if not groups:
+        optimizer = catalog.config.get("optimizer", {})
+        kept = {key: optimizer[key] for key in ("lr", "eps", "weight_decay") if key in optimizer}
+        if "betas" in optimizer:
+            kept["betas"] = list(optimizer["betas"])
+        groups = [{**kept, "params": [0]}]
+    content = {
+        "clip_grad": told.get("clip_grad", 0.0),
+        "ds_version": told.get("model_states", {}).get("ds_version", _VERSION),
+        "param_groups": groups,
+    }
+    files.add_number(
+        "zero/optimizer_state.pt",
+        step,
+        lambda come: {
+            **content,
+            # ZeRO 3 looks here.
+            "optimizer_state_dict": {"state": {0: {"step": come}}, "param_groups": groups},
+        },
+    )

@@ -1,0 +1,312 @@
+"""DeepSpeed's own checkpoints, ZeRO 1 to 3: flat partitions of every rank, and the model's state beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.checkpoint.convert.elements import SourceTensor, number as number_of
+from holdfast.checkpoint.convert.formats.deepspeed.tensor_parallel import tensor_parallel_rules
+from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules
+from holdfast.checkpoint.convert.sources import (
+    ZERO_FILE,
+    Catalog,
+    ReadOptions,
+    Record,
+    StoredTensor,
+    TorchFile,
+    make_catalog,
+    plain,
+    read_torch_file,
+)
+from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.parallel.errors import CheckpointError, ConfigError
+
+NAME = "deepspeed"
+MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
+TENSOR_STATES = ("module", "optimizer", "frozen_param_fragments")
+"""What of a model's state is tensors; the rest goes along as plain values."""
+
+
+def find_tag(path: Path, latest: str = "latest") -> Path:
+    """The folder of one save: the path itself, or what `latest` in it names."""
+    named = path / latest
+    if named.is_file():
+        tag = named.read_text().strip()
+        if tag and "/" not in tag and (path / tag).is_dir():
+            return path / tag
+        raise CheckpointError(f"{named} names {tag!r}, and there is no such folder")
+    return path
+
+
+_Rank = tuple[int, int]
+"""(tensor-parallel, data-parallel)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """The files of a save, opened."""
+
+    root: Path
+    models: Mapping[_Rank, TorchFile]
+    """Of data-parallel rank 0 only below ZeRO 3."""
+    optimizers: Mapping[_Rank, TorchFile]
+    stage: int
+    ranks: _Rank
+    """How many there are of each."""
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """What rank 0 says of the model."""
+        return self.models[0, 0].content
+
+    def shapes(self) -> list[list[tuple[str, tuple[int, ...]]]]:
+        """Names and shapes of the trained parameters on a tensor-parallel rank, by group.
+
+        In the order of flat partitions.
+        """
+        return [
+            [(str(name), tuple(shape)) for name, shape in group.items()]
+            for group in self.told["param_shapes"]
+        ]
+
+    def place(self, rank: _Rank, *, fragment: bool = True) -> tuple[tuple[str, int], ...]:
+        """The coordinates of what a rank holds."""
+        found = [("tp", rank[0])] if self.ranks[0] > 1 else []
+        return (*found, ("dp", rank[1])) if fragment else tuple(found)
+
+
+def read(path: Path, options: ReadOptions) -> Catalog:
+    """Weights, master copies and moments of a save.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or refused; partitions do not make up a tensor.
+        ConfigError: it was trained with pipeline parallelism, or does not say how tensors are cut.
+    """
+    root = find_tag(path)
+    save = _open(root)
+    tensors = [*_model_tensors(save), *_optimizer_tensors(save)]
+    told = save.told
+    catalog = make_catalog(NAME, root, tensors, options, rules=_rules(save, options))
+    config = told.get("ds_config", {})
+    for key, name in (("bf16", "BF16"), ("fp16", "F16")):
+        if isinstance(config.get(key), Mapping) and config[key].get("enabled"):
+            catalog.precision = name
+    for alias, name in (told.get("shared_params") or {}).items():
+        catalog.left_out[alias] = f"the same tensor as {name}"
+    catalog.step = int(told.get("global_steps", 0))
+    catalog.scalars = {
+        "optimizer_step": _steps(save),
+        "samples": int(told.get("global_samples", 0)),
+        NAME: as_one_rank(
+            describe(told, save.optimizers[0, 0].content["optimizer_state_dict"]), catalog
+        ),
+    }
+    return catalog
+
+
+def as_one_rank(described: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """What a save has beside tensors, as if there had been one tensor-parallel rank."""
+    model = described["model_states"]
+    if int(model.get("mp_world_size") or 1) > 1:
+        shapes = {tensor.name: list(tensor.shape) for tensor in catalog.tensors}
+        model["mp_world_size"] = 1
+        model["param_shapes"] = [
+            [[name, shapes[name]] for name, _ in group] for group in model["param_shapes"]
+        ]
+        for key in ("universal_checkpoint_info", "checkpoint_parallel_dimensions"):
+            model.pop(key, None)
+    return described
+
+
+def _rules(save: _Save, options: ReadOptions) -> RuleBook | None:
+    """The format's rules, with those that the save itself gives where it is of several ranks."""
+    if save.ranks[0] == 1 or options.rules is not None:
+        return None
+    own = builtin_rules(NAME)
+    shapes = {name: shape for group in save.shapes() for name, shape in group}
+    info = save.told.get("universal_checkpoint_info")
+    given = tensor_parallel_rules(info, shapes, save.ranks[0], str(save.root))
+    return msgspec.structs.replace(own, rules=given + own.rules)
+
+
+def describe(told: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a save has beside tensors, as plain values: DeepSpeed needs it to go on."""
+    inner = optimizer.get("optimizer_state_dict", optimizer.get("base_optimizer_state", {}))
+    groups = optimizer.get("param_groups")
+    if groups is None and isinstance(inner, Mapping):
+        groups = inner.get("param_groups", [])
+    state = {key: value for key, value in told.items() if key not in TENSOR_STATES}
+    shapes = [[(name, tuple(shape)) for name, shape in g.items()] for g in told["param_shapes"]]
+    return {
+        "model_states": plain({**state, "param_shapes": shapes}),
+        "param_groups": plain(groups),
+        "clip_grad": plain(optimizer.get("clip_grad", 0.0)),
+    }
+
+
+def _open(root: Path) -> _Save:
+    models: dict[_Rank, TorchFile] = {}
+    optimizers: dict[_Rank, TorchFile] = {}
+    for pattern, found in ((MODEL, models), (ZERO_FILE, optimizers)):
+        for file in sorted(root.iterdir()):
+            match = pattern.fullmatch(file.name)
+            if match is not None:
+                rank = int(match["mp"]), int(match["dp"] or 0)
+                if rank not in found:
+                    found[rank] = read_torch_file(root, file.name)
+    if (0, 0) not in models or (0, 0) not in optimizers:
+        missing = "model_states" if (0, 0) not in models else "optim_states"
+        raise CheckpointError(f"{root} lacks the file *rank_0*_{missing}.pt of rank 0")
+    told = models[0, 0].content
+    first = optimizers[0, 0].content.get("optimizer_state_dict")
+    if not isinstance(first, Mapping) or "param_shapes" not in told:
+        raise CheckpointError(f"{root} is not of ZeRO: its files have no optimizer_state_dict")
+    stage = first.get("zero_stage", 0)
+    stage = int(stage.args[0] if isinstance(stage, Record) else stage)
+    pipeline = (told.get("checkpoint_parallel_dimensions") or {}).get("pp_degree", 1)
+    if (pipeline and int(pipeline) > 1) or any(root.glob("layer_*-model_states.pt")):
+        raise ConfigError(
+            f"{root} was trained with pipeline parallelism, which is not converted; make a universal "
+            "checkpoint of it with DeepSpeed and convert that"
+        )
+    ranks = int(told.get("mp_world_size") or 1), int(told.get("dp_world_size") or 1)
+    for rank in product(*map(range, ranks)):
+        needed = rank[1] == 0 or stage == 3
+        if rank not in optimizers or (needed and rank not in models):
+            kind = "optim" if rank not in optimizers else "model"
+            raise CheckpointError(
+                f"{root} lacks the {kind}_states.pt of data-parallel rank {rank[1]}, tensor-parallel rank "
+                f"{rank[0]}; it was saved by {ranks[1]} x {ranks[0]}"
+            )
+    return _Save(root, models, optimizers, stage, ranks)
+
+
+def _model_tensors(save: _Save) -> Iterator[SourceTensor]:
+    """Weights (below ZeRO 3), buffers and frozen parameters."""
+    told = save.told
+    buffers = set(told.get("buffer_names") or ())
+    shared = set(told.get("shared_params") or {})
+    for rank, file in save.models.items():
+        if rank[1]:
+            continue
+        for name, tensor in file.content.get("module", {}).items():
+            if name in shared or not isinstance(tensor, StoredTensor):
+                continue
+            if name in buffers:
+                # Every rank has them; what they say is rank 0's.
+                if rank == (0, 0):
+                    yield file.source(f"buffer/{name}", tensor)
+            elif save.stage < 3:
+                yield file.source(name, tensor, shard=save.place(rank, fragment=False))
+    if save.stage < 3:
+        return
+    for name, shape in (told.get("frozen_param_shapes") or {}).items():
+        for rank, model in save.models.items():
+            fragment = model.content["frozen_param_fragments"][name]
+            yield model.source(name, fragment, shard=save.place(rank), full_shape=tuple(shape))
+
+
+def _optimizer_tensors(save: _Save) -> Iterator[SourceTensor]:
+    for rank, file in save.optimizers.items():
+        optimizer = file.content["optimizer_state_dict"]
+        if save.stage == 3:
+            yield from _stage_3(save, rank, file, optimizer)
+        else:
+            yield from _stages_1_and_2(save, rank, file, optimizer)
+
+
+def _part(
+    file: TorchFile,
+    flat: StoredTensor,
+    start: int,
+    count: int,
+    key: str,
+    place: tuple[tuple[str, int], ...],
+    shape: tuple[int, ...],
+) -> SourceTensor:
+    """`count` elements of a flat partition from `start` on."""
+    part = StoredTensor(flat.storage, flat.dtype, (count,), (1,), flat.start + start)
+    return file.source(key, part, shard=place, full_shape=shape)
+
+
+def _stages_1_and_2(
+    save: _Save, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
+) -> Iterator[SourceTensor]:
+    shapes = {name: shape for group in save.shapes() for name, shape in group}
+    mappings = optimizer.get("param_slice_mappings")
+    state = optimizer.get("base_optimizer_state")
+    if mappings is None or not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{save.root / file.file} does not say where parameters lie (param_slice_mappings); it is of "
+            "DeepSpeed before 0.8, or was saved as an elastic checkpoint: save it again"
+        )
+    for number, mapping in enumerate(mappings):
+        flats = {"fp32": optimizer["single_partition_of_fp32_groups"][number]}
+        kept = state["state"].get(number, {})
+        flats |= {kind: kept[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in kept}
+        for name, address in mapping.items():
+            start, count = int(address.get("start")), int(address.get("numel"))
+            for kind, flat in flats.items():
+                key = f"{kind}/{name}"
+                yield _part(file, flat, start, count, key, save.place(rank), shapes[name])
+
+
+def _stage_3(
+    save: _Save, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
+) -> Iterator[SourceTensor]:
+    ranks = save.ranks[1]
+    inner = optimizer["optimizer_state_dict"]["state"]
+    kinds = {"fp32": list(optimizer["fp32_flat_groups"])}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        if inner and all(kind in kept for kept in inner.values()):
+            kinds[kind] = [inner[number][kind] for number in sorted(inner)]
+    for kind, flats in kinds.items():
+        group, position = 0, 0
+        for name, shape in (item for listed in save.shapes() for item in listed):
+            # Every rank has as many elements of a parameter, the last with padding.
+            count = -(-prod(shape) // ranks)
+            while group < len(flats) and position + count > flats[group].shape[0]:
+                if position != flats[group].shape[0]:
+                    raise CheckpointError(
+                        f"{save.root / file.file}: {name} does not fit its flat group {group} of "
+                        f"{flats[group].shape[0]} elements"
+                    )
+                group, position = group + 1, 0
+            if group == len(flats):
+                raise CheckpointError(
+                    f"{save.root / file.file}: no flat group has {kind} of {name}"
+                )
+            key = f"{kind}/{name}"
+            yield _part(file, flats[group], position, count, key, save.place(rank), shape)
+            position += count
+
+
+def _steps(save: _Save) -> int:
+    """How many updates the optimizer has made."""
+    file = save.optimizers[0, 0]
+    optimizer = file.content["optimizer_state_dict"]
+    inner = optimizer.get("optimizer_state_dict", optimizer.get("base_optimizer_state", {}))
+    state = inner.get("state", {}) if isinstance(inner, Mapping) else {}
+    for kept in state.values():
+        step = kept.get("step")
+        if isinstance(step, StoredTensor):
+            return int(scalar(file, save.root, step))
+        if isinstance(step, int | float):
+            return int(step)
+    return int(save.told.get("global_steps", 0)) - int(save.told.get("skipped_steps", 0))
+
+
+def scalar(file: TorchFile, root: Path, tensor: StoredTensor) -> float:
+    """The value of a tensor of one element."""
+    content = bytearray(file.read(root, tensor))
+    if len(content) != ELEMENT_BYTES[tensor.dtype]:
+        raise CheckpointError(f"{root / file.file} is truncated")
+    return float(number_of(bytes(content), tensor.dtype))

@@ -1,0 +1,249 @@
+"""Megatron-Core's older folders, of one file a rank (mp_rank_XX, mp_rank_XX_YYY): written; `megatron` reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.convert.elements import Logical, Output
+from holdfast.checkpoint.convert.formats.megatron.places import (
+    HALVES,
+    MOMENTS,
+    Parameter,
+    order_of,
+)
+from holdfast.checkpoint.convert.formats.megatron.torch_dist import read
+from holdfast.checkpoint.convert.formats.megatron.writing import (
+    NAME as RULES,
+    beside_tensors,
+    find_arguments,
+    optimizer_step,
+    parameter_groups,
+    settle_states,
+)
+from holdfast.checkpoint.convert.rules import (
+    Joined,
+    RuleBook,
+    builtin_rules,
+    cut,
+    map_back,
+    state_names,
+)
+from holdfast.checkpoint.convert.sources import (
+    MEGATRON_TRACKER,
+    Catalog,
+    WriteOptions,
+    files_for,
+)
+from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder
+from holdfast.checkpoint.format import directory
+from holdfast.parallel.errors import CheckpointError, ConfigError
+
+__all__ = ["NAME", "plan", "read"]
+NAME = "megatron-legacy"
+_WHERE = f"--to {NAME}"
+_FORMS = {1: "te", 0: "local"}
+"""Forms of Megatron's rules, by the value `transformer_engine`."""
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_LINEAR = re.compile(r"(.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
+    """A file for each of the ranks that the values `tensor`, `pipeline` and `virtual` say (1 each by default).
+
+    An iteration with the optimizer's state where the source has moments of every weight, else a release.
+
+    Raises:
+        CheckpointError: a tensor that Megatron's GPT model does not have, layers that differ, moments of some
+            weights only, or something that cannot be cut into as many equal parts.
+        ConfigError: the source does not tell a size of the model, or a value is out of its range.
+    """
+    tensor, pipeline, virtual = (
+        _count(options.values, name) for name in ("tensor", "pipeline", "virtual")
+    )
+    if virtual > 1 and pipeline == 1:
+        raise ConfigError(f"{_WHERE}: --value virtual={virtual} needs --value pipeline=2 or more")
+    form = _FORMS.get(options.values.get("transformer_engine", 1))
+    if form is None:
+        raise ConfigError(
+            f"{_WHERE}: --value transformer_engine is 1 (its layers) or 0 (local ones)"
+        )
+    settled = settle_states(catalog, options, all_copies=False)
+    book = builtin_rules(RULES)
+    weights = {item.name: item for item, _ in settled if item.kind == "weight"}
+    arguments, values = find_arguments(catalog, book, options.values, weights, shards=tensor)
+    tied = "lm_head.weight" not in weights
+    told = {
+        **arguments,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "untie_embeddings_and_output_weights": not tied,
+        "transformer_impl": "transformer_engine" if form == "te" else "local",
+        "use_distributed_optimizer": False,
+    }
+    model = _model(map_back(book, settled, values, _WHERE, form=form, shards=tensor), book)
+    trained = any(kind == "exp_avg" for kind, _ in model)
+    common = beside_tensors(catalog, told, trained=trained)
+    keeping = _keeping(catalog, told, form) if trained else None
+    chunks = _chunks(model, pipeline, virtual, tied=tied)
+    root = f"iter_{catalog.step:07d}" if trained else "release"
+    folder = TorchFolder()
+    for index in range(tensor):
+        for stage, members in enumerate(chunks):
+            rank = _Rank(model, index, tensor)
+            content = {**common, **_chunk_states(rank, members, kernels=form == "te")}
+            if keeping is not None:
+                content["optimizer"] = _optimizer(
+                    rank, [one for names in members for one in names], keeping
+                )
+            place = f"mp_rank_{index:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
+            folder.add(f"{root}/{place}/model_optim_rng.pt", content, rank.tensors)
+    files = files_for(catalog, settled)
+
+    def finish(target: Path, checksums: Sequence[int]) -> None:
+        folder.write(target, checksums)
+        for name, content in files.items():
+            directory.write_synced(target / root / name, content)
+        tracked = str(catalog.step) if trained else root
+        directory.write_synced(target / MEGATRON_TRACKER, tracked.encode())
+
+    return Output(folder.sizes, folder.units, finish, settled, "crc32")
+
+
+def _count(values: Mapping[str, int], name: str) -> int:
+    """A number of ranks, or of model chunks."""
+    count = values.get(name, 1)
+    if count < 1:
+        raise ConfigError(f"{_WHERE}: --value {name}={count}: give a number, 1 or more")
+    return count
+
+
+_Model = Mapping[tuple[str, str], Joined]
+"""The tensors of a model and its optimizer, whole, by kind and by the parameter's name across all stages."""
+_Chunk = list[tuple[str, str]]
+"""The parameters of a model chunk in their order: names that they have there, and across all stages."""
+
+
+def _model(joined: Sequence[Joined], book: RuleBook) -> _Model:
+    states = [(kind, name) for kind, name in state_names(book).items() if kind != "weight"]
+    found: dict[tuple[str, str], Joined] = {}
+    for one in joined:
+        matches = ((kind, pattern.match(one.tensor.name)) for kind, pattern in states)
+        kind, captured = next(((k, c) for k, c in matches if c is not None), ("weight", None))
+        found[kind, captured["key"] if captured else one.tensor.name] = one
+    return found
+
+
+def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[list[_Chunk]]:
+    """What each pipeline stage has in each of its chunks, whose layers count from 0."""
+    names = [key for kind, key in model if kind == "weight"]
+    numbers = {int(found[1]) for name in names if (found := _LAYER.fullmatch(name))}
+    layers, shares = max(numbers, default=-1) + 1, pipeline * virtual
+    if layers % shares or layers != len(numbers):
+        by = f"{pipeline} pipeline stages" + (f" of {virtual} chunks" if virtual > 1 else "")
+        raise CheckpointError(
+            f"{_WHERE}: {len(numbers)} layers, numbered up to {layers - 1}, cannot be shared equally by {by}; "
+            f"choose another --value {'virtual' if layers % pipeline == 0 else 'pipeline'}"
+        )
+    # In the order in which a micro-batch passes them: each stage's first chunk, then each one's second.
+    each = layers // shares
+    passed: list[_Chunk] = [[] for _ in range(shares)]
+    for name in names:
+        found = _LAYER.fullmatch(name)
+        if found is not None:
+            number = int(found[1])
+            passed[number // each].append((f"decoder.layers.{number % each}.{found[2]}", name))
+        else:
+            passed[0 if name.startswith("embedding.") else -1].append((name, name))
+        if name == _EMBEDDING and tied and pipeline > 1:
+            # The last stage computes its logits with a copy, which is trained like the first's.
+            passed[-1].append((_OUTPUT, name))
+    for chunk in passed:
+        chunk.sort(key=lambda member: order_of(member[0]))
+    return [passed[stage::pipeline] for stage in range(pipeline)]
+
+
+class _Rank:
+    """Collects the tensors of a rank's file."""
+
+    def __init__(self, model: _Model, index: int, count: int) -> None:
+        self.model = model
+        self.tensors: list[tuple[TensorToCome, Logical]] = []
+        self._index, self._count = index, count
+
+    def add(self, kind: str, key: str) -> TensorToCome:
+        """This rank's shard of a tensor."""
+        joined = self.model[kind, key]
+        if joined.dtype not in TORCH_FILE_DTYPES:
+            raise CheckpointError(f"{key} has dtype {joined.dtype}, which cannot be written so")
+        shard = cut(joined, self._index, self._count, _WHERE)
+        come = TensorToCome(len(self.tensors), joined.dtype, shard.shape)
+        self.tensors.append((come, shard))
+        return come
+
+
+def _chunk_states(rank: _Rank, chunks: Sequence[_Chunk], *, kernels: bool) -> dict[str, Any]:
+    """State dicts of a rank's model chunks, by Megatron's names for them."""
+    found = {}
+    for number, members in enumerate(chunks):
+        state: dict[str, Any] = {name: rank.add("weight", key) for name, key in members}
+        if kernels:
+            state |= dict.fromkeys(_kernel_states(name for name, _ in members))
+        found["model" if len(chunks) == 1 else f"model{number}"] = state
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeping:
+    """How the optimizer's state is kept."""
+
+    groups: list[dict[str, Any]]
+    """With weight decay and without."""
+    query_key_norms: bool
+    """Whether the norms of queries and keys decay."""
+    states: Mapping[str, Any]
+    """What each parameter has beside tensors."""
+
+
+def _keeping(catalog: Catalog, arguments: Mapping[str, Any], form: str) -> _Keeping:
+    # Transformer Engine's Adam counts steps by group, and takes nothing but tensors of each parameter.
+    steps = {} if form == "te" else {"step": optimizer_step(catalog)}
+    norms = bool(arguments.get("apply_wd_to_qk_layernorm"))
+    return _Keeping(parameter_groups(catalog), norms, steps)
+
+
+def _optimizer(rank: _Rank, members: _Chunk, keeping: _Keeping) -> dict[str, Any]:
+    """What Megatron's optimizer of 32-bit weights saves, or that of 16-bit weights where there are any."""
+    states: dict[int, Any] = {}
+    groups, masters = [], []
+    for group in keeping.groups:
+        first, copies = len(states), []
+        for _, key in members:
+            joined = rank.model["weight", key]
+            parameter = Parameter(key, joined.dtype, joined.tensor.shape)
+            if parameter.decays(query_key_norms=keeping.query_key_norms) != bool(group["wd_mult"]):
+                continue
+            moments = {kind: rank.add(kind, key) for kind in MOMENTS}
+            states[len(states)] = {**keeping.states, **moments}
+            if joined.dtype in HALVES:
+                copies.append(rank.add("master", key))
+        groups.append({**group, "params": list(range(first, len(states)))})
+        masters.append(copies)
+    kept = {"state": states, "param_groups": groups}
+    halves = any(one.dtype in HALVES for (kind, _), one in rank.model.items() if kind == "weight")
+    return {"optimizer": kept, "fp32_from_fp16_params": masters} if halves else kept
+
+
+def _kernel_states(names: Iterable[str]) -> Iterator[str]:
+    """Keys of what layers keep of their kernels, which Transformer Engine asks for; empty without FP8."""
+    for name in names:
+        found = _LINEAR.fullmatch(name)
+        if found is not None:
+            yield f"{found[1]}._extra_state"
+            if name.endswith(".linear_qkv.weight"):
+                yield name.replace(".linear_qkv.weight", ".core_attention._extra_state")

@@ -1,0 +1,131 @@
+"""Megatron-Core's checkpoints: torch_dist folders, and the older folders of one file a rank (mp_rank_XX_YYY)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.convert.elements import SourceTensor
+from holdfast.checkpoint.convert.formats.dcp import read_items
+from holdfast.checkpoint.convert.formats.megatron.models import EMBEDDINGS, describe
+from holdfast.checkpoint.convert.formats.megatron.places import (
+    groups_of,
+    optimizers_of,
+    torch_state,
+)
+from holdfast.checkpoint.convert.formats.megatron.ranks import read_ranks
+from holdfast.checkpoint.convert.formats.megatron.writing import NAME, plan
+from holdfast.checkpoint.convert.sources import (
+    DCP_METADATA,
+    MEGATRON_TRACKER,
+    Catalog,
+    ReadOptions,
+    is_torch_dist,
+    make_catalog,
+    plain,
+    read_torch_file,
+)
+from holdfast.parallel.errors import CheckpointError
+
+__all__ = ["NAME", "plan", "read"]
+_COMMON = re.compile(r"common_state(/shard_.*)?")
+
+
+def find_iteration(path: Path) -> Path:
+    """The folder of one save: the path itself, or what the tracker file in it names.
+
+    Raises:
+        CheckpointError: the tracker names a folder that is not there.
+    """
+    tracker = path / MEGATRON_TRACKER
+    if not tracker.is_file():
+        return path
+    text = tracker.read_text().strip()
+    folder = path / ("release" if text == "release" else f"iter_{int(text or -1):07d}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{tracker} names {text!r}, and there is no {folder.name}")
+    return folder
+
+
+def read(path: Path, options: ReadOptions) -> Catalog:
+    """The tensors of a save of either form.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or refused.
+        ConfigError: a size that the rules need is not told by the checkpoint's arguments.
+    """
+    root = find_iteration(path)
+    if is_torch_dist(root):
+        return _read_torch_dist(root, options)
+    saved = read_ranks(root)
+    catalog = _catalog(root, saved.tensors, saved.common, options)
+    catalog.left_out |= saved.left_out
+    return catalog
+
+
+def _read_torch_dist(root: Path, options: ReadOptions) -> Catalog:
+    backend = json.loads((root / "metadata.json").read_text())["sharded_backend"]
+    if backend != "torch_dist" or not (root / DCP_METADATA).is_file():
+        raise CheckpointError(
+            f"{root} is of Megatron's backend {backend!r}; torch_dist is supported"
+        )
+    items = read_items(root)
+    common: dict[str, Any] = {}
+    if (root / "common.pt").is_file():
+        common = plain(read_torch_file(root, "common.pt").content)
+    left_out = {}
+    for name, value in items.objects.items():
+        if _COMMON.fullmatch(name) and isinstance(plain(value), dict):
+            common |= plain(value)
+        elif not name.endswith("_extra_state") and "_extra_state/" not in name:
+            left_out[name] = "an object of Megatron's own"
+    catalog = _catalog(root, items.tensors, common, options)
+    catalog.left_out |= left_out
+    return catalog
+
+
+def _catalog(
+    root: Path, tensors: list[SourceTensor], common: Mapping[str, Any], options: ReadOptions
+) -> Catalog:
+    arguments = dict(common.get("args") or {})
+    if arguments.get("num_attention_heads"):
+        grouped = arguments.get("group_query_attention", True)
+        own = arguments.get("num_query_groups") if grouped else None
+        arguments["query_groups"] = own or arguments["num_attention_heads"]
+    catalog = make_catalog(NAME, root, tensors, options, told={"args": arguments})
+    catalog.step = int(common.get("iteration", arguments.get("iteration") or 0))
+    if "config.json" not in catalog.files:
+        weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
+        embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
+        rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
+        described = describe(arguments, rows, weights) if rows else None
+        if described is not None:
+            catalog.files["config.json"] = (json.dumps(described, indent=2) + "\n").encode()
+    trained = common.get("optimizer") or {}
+    catalog.scalars = {
+        "optimizer_step": _steps(trained, catalog.step),
+        "samples": int(arguments.get("consumed_train_samples") or 0),
+        NAME: {"args": arguments, "iteration": catalog.step},
+    }
+    groups, schedule = groups_of(trained), common.get("opt_param_scheduler")
+    if groups:
+        catalog.scalars[NAME]["param_groups"] = groups
+    if schedule:
+        catalog.scalars[NAME]["opt_param_scheduler"] = schedule
+    return catalog
+
+
+def _steps(optimizer: Any, iteration: int) -> int:
+    """How many steps an optimizer has done, which may be fewer than there were iterations."""
+    for part in optimizers_of(optimizer):
+        inner = torch_state(part)
+        states = inner.get("state")
+        counts = [states.get("common_step")] if isinstance(states, Mapping) else []
+        counts += [group.get("step") for group in inner.get("param_groups", ())]
+        for count in counts:
+            if isinstance(count, int | float) and count:
+                return int(count)
+    return iteration

@@ -1,0 +1,313 @@
+"""torch_dist folders of Megatron-Core: what its GPT model loads in any layout, and its optimizers by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.convert.elements import Logical, Output
+from holdfast.checkpoint.convert.formats.megatron.models import (
+    EMBEDDINGS,
+    arguments_of,
+    unlike,
+)
+from holdfast.checkpoint.convert.formats.megatron.places import HALVES
+from holdfast.checkpoint.convert.rules import RuleBook, Typed, builtin_rules, find_values, map_back
+from holdfast.checkpoint.convert.sources import (
+    MEGATRON_TRACKER,
+    Catalog,
+    WriteOptions,
+    files_for,
+    settle_precision,
+)
+from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file
+from holdfast.checkpoint.format import directory
+from holdfast.parallel.errors import CheckpointError, ConfigError
+
+NAME = "megatron"
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_CONTENT = {
+    "singleton_local_shards": False,
+    "non_homogeneous_layers": False,
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+"""Tells Megatron in which of its forms tensors are kept."""
+_LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
+_DISTRIBUTED_COPY, _PLAIN_COPY = "optimizer.state.param.", "optimizer.state.fp32_param."
+"""What names of master copies begin with, of the distributed optimizer and of the one without."""
+_CHECKPOINT_VERSION = 3.0
+_RATE, _DECAY = 1e-3, 0.01
+"""Of torch's AdamW, where a source does not tell its own."""
+_VALUES = {
+    "num_attention_heads": "heads",
+    "num_query_groups": "kv_heads",
+    "kv_channels": "head_dim",
+    "hidden_size": "hidden",
+    "ffn_hidden_size": "intermediate",
+}
+"""Arguments that tell what rules need to know."""
+
+
+def plan(catalog: Catalog, options: WriteOptions) -> Output:
+    """A folder with a tracker file and one iteration: "release" where there is no optimizer's state.
+
+    The state is for the distributed optimizer unless the value `distributed_optimizer` is 0.
+
+    Raises:
+        CheckpointError: a tensor that Megatron's GPT model does not have, or layers that differ.
+        ConfigError: the source does not tell a size of the model, or a value is out of its range.
+    """
+    distributed = options.values.get("distributed_optimizer", 1)
+    if distributed not in (0, 1):
+        raise ConfigError("--to megatron: --value distributed_optimizer is 1 (it is used) or 0")
+    book = builtin_rules(NAME)
+    settled = settle_states(catalog, options, all_copies=bool(distributed))
+    weights = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "weight"}
+    trained = any(tensor.kind == "exp_avg" for tensor, _ in settled)
+    arguments, values = find_arguments(catalog, book, options.values, weights)
+    iteration = f"iter_{catalog.step:07d}" if trained else "release"
+    folder = DistcpFolder(iteration)
+    joined = map_back(book, settled, values, "--to megatron")
+    for made in joined:
+        name = made.tensor.name
+        if not distributed and name.startswith(_DISTRIBUTED_COPY):
+            name = _PLAIN_COPY + name.removeprefix(_DISTRIBUTED_COPY)
+        folder.add((name,), made.tensor, made.dtype)
+    for key in _kernel_states([made.tensor for made in joined]):
+        folder.add_object((key,), [None])
+    common = beside_tensors(catalog, arguments, trained=trained)
+    if trained and distributed:
+        common["optimizer"] = _distributed_optimizer(catalog)
+    elif trained:
+        halves = any(t.kind == "weight" and out in HALVES for t, out in settled)
+        fused = options.values.get("transformer_engine", 1) == 1
+        kept = _torch_optimizer(catalog, counted=not fused)
+        common["optimizer"] = {"optimizer": kept} if halves else kept
+    files = files_for(catalog, settled)
+
+    def finish(root: Path, checksums: Sequence[int]) -> None:
+        folder.write(root, checksums)
+        for name, content in files.items():
+            directory.write_synced(root / iteration / name, content)
+        directory.write_synced(root / iteration / "common.pt", torch_file(common))
+        directory.write_synced(root / iteration / "metadata.json", json.dumps(_BACKEND).encode())
+        told = str(catalog.step) if trained else "release"
+        directory.write_synced(root / MEGATRON_TRACKER, told.encode())
+
+    return Output(folder.files, folder.units, finish, settled, "crc32")
+
+
+def settle_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) -> list[Typed]:
+    """Weights and, where the optimizer was saved, their master copies and moments, both in 32 bits.
+
+    Args:
+        all_copies: of 32-bit weights too, as the distributed optimizer has them.
+    Raises:
+        CheckpointError: there are no weights, or moments of some weights only.
+    """
+    settled = settle_precision(catalog, options.dtype, masters=True)
+    trained = {tensor.name for tensor in catalog.of_kind("exp_avg")}
+    trained &= {tensor.name for tensor in catalog.of_kind("exp_avg_sq")}
+    fine = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "master"}
+    kept: list[Typed] = []
+    for tensor, out in settled:
+        if tensor.kind == "weight":
+            kept.append((tensor, out))
+            if tensor.name in trained and (all_copies or out in HALVES):
+                finest = fine.get(tensor.name, tensor)
+                kept.append((replace(finest, kind="master"), "F32"))
+        elif tensor.kind in ("exp_avg", "exp_avg_sq") and tensor.name in trained:
+            kept.append((tensor, "F32"))
+        elif tensor.kind != "master":
+            catalog.left_out[tensor.full_name] = f"{NAME} has no place for it"
+    if not any(tensor.kind == "weight" for tensor, _ in kept):
+        raise CheckpointError(f"{catalog.root} holds no weights")
+    missing = [t.name for t, _ in kept if t.kind == "weight" and t.name not in trained]
+    if trained and missing:
+        raise CheckpointError(
+            f"{catalog.root} has moments of some weights, and none of {missing[0]}; Megatron's optimizers "
+            "keep them of every weight. Convert it to hf first, which leaves them out"
+        )
+    return kept
+
+
+def _kernel_states(tensors: Sequence[Logical]) -> Iterator[str]:
+    """Keys of what layers keep of their kernels, one a layer (and expert): Megatron asks for them all.
+
+    They hold nothing where there is no FP8; Transformer Engine has them for its attention too.
+    """
+    for tensor in tensors:
+        found = _LINEAR.match(tensor.name)
+        if found is None:
+            continue
+        modules = [found["module"]]
+        if found["module"].endswith(".linear_qkv"):
+            modules.append("self_attention.core_attention")
+        extents = tensor.shape[:-2]
+        for index in product(*map(range, extents)):
+            place = f"{'.'.join(map(str, index))}_{'.'.join(map(str, extents))}"
+            for module in modules:
+                yield f"decoder.layers.{module}._extra_state/shard_{place}"
+
+
+def find_arguments(
+    catalog: Catalog,
+    book: RuleBook,
+    given: Mapping[str, int],
+    weights: Mapping[str, Logical],
+    shards: int = 1,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What is told of a model: (as Megatron's command line would say it, as the values of rules).
+
+    Args:
+        given: values that the user gives.
+        weights: by name.
+        shards: for how many ranks the vocabulary is padded.
+    """
+    config = json.loads(catalog.files.get("config.json", b"{}"))
+    arguments: dict[str, Any] = dict(catalog.scalars.get(NAME, {}).get("args", {}))
+    try:
+        arguments |= arguments_of(config)
+    except KeyError as error:
+        raise CheckpointError(f"{catalog.root}: config.json lacks {error.args[0]}") from error
+    lacking = unlike(config)
+    if lacking:
+        catalog.left_out[lacking] = "Megatron's arguments have no words for it"
+    if arguments.get("num_query_groups"):
+        arguments["query_groups"] = arguments["num_query_groups"]
+    values = find_values(book, {"args": arguments, "config": config}, given)
+    for name, value in _VALUES.items():
+        if value in values:
+            arguments[name] = values[value]
+    arguments.setdefault("make_vocab_size_divisible_by", values["vocab_multiple"])
+    embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
+    if embedding is not None and embedding.shape:
+        values["vocab"] = arguments["vocab_size"] = embedding.shape[0]
+        # As Megatron does: each rank has a multiple of it.
+        multiple = values["vocab_multiple"] = values["vocab_multiple"] * shards
+        arguments["padded_vocab_size"] = -(-embedding.shape[0] // multiple) * multiple
+    arguments.pop("query_groups", None)
+    return arguments, values
+
+
+def beside_tensors(
+    catalog: Catalog, arguments: Mapping[str, Any], *, trained: bool
+) -> dict[str, Any]:
+    """What Megatron keeps beside tensors, for one rank unless the arguments say otherwise."""
+    samples = int(catalog.scalars.get("samples", 0))
+    told = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        **arguments,
+        "iteration": catalog.step,
+        "consumed_train_samples": samples,
+        "no_save_optim": not trained,
+        # There are no states of random generators.
+        "no_save_rng": True,
+    }
+    common: dict[str, Any] = {
+        "args": argparse.Namespace(**told),
+        "checkpoint_version": _CHECKPOINT_VERSION,
+        "iteration": catalog.step if trained else 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": _CONTENT,
+    }
+    if trained:
+        common["opt_param_scheduler"] = _schedule(catalog, samples)
+    return common
+
+
+def _schedule(catalog: Catalog, samples: int) -> dict[str, Any]:
+    """What Megatron's schedule of learning rate and weight decay keeps: the source's, or that of its run."""
+    kept = catalog.scalars.get(NAME, {}).get("opt_param_scheduler")
+    if kept:
+        return dict(kept)
+    config, train = catalog.config.get("optimizer", {}), catalog.config.get("train", {})
+    decay, batch = config.get("weight_decay", _DECAY), train.get("global_batch", 1)
+    step = optimizer_step(catalog)
+    return {
+        "max_lr": config.get("lr", _RATE),
+        "min_lr": config.get("min_lr", 0.0),
+        "lr_warmup_steps": config.get("warmup_steps", 0) * batch,
+        "lr_decay_steps": train.get("steps", step) * batch,
+        "lr_decay_style": config.get("schedule", "constant"),
+        "num_steps": samples or step * batch,
+        "start_wd": decay,
+        "end_wd": decay,
+        "wd_incr_style": "constant",
+        "wd_incr_steps": train.get("steps", step) * batch,
+    }
+
+
+def optimizer_step(catalog: Catalog) -> int:
+    """How many steps the optimizer has done."""
+    return int(catalog.scalars.get("optimizer_step", catalog.step))
+
+
+def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
+    """The groups of parameters that Megatron makes, in its order: those that decay, and the others.
+
+    Their settings are those of the source's groups, where it has them, or of its run.
+    """
+    kept = [dict(group) for group in catalog.scalars.get(NAME, {}).get("param_groups") or ()]
+    if any(group.get("default_config") is False or group.get("is_decoupled_lr") for group in kept):
+        catalog.left_out["param_groups"] = (
+            "those with a learning rate of their own; parameters are written in two groups, with weight "
+            "decay and without"
+        )
+    config = catalog.config.get("optimizer", {})
+    decay, rate = config.get("weight_decay", _DECAY), config.get("lr", _RATE)
+    usual: dict[str, Any] = {
+        "lr": rate,
+        "betas": config.get("betas", (0.9, 0.999)),
+        "eps": config.get("eps", 1e-8),
+        "lr_mult": 1.0,
+        "is_expert_parallel": False,
+        "is_decoupled_lr": False,
+        "default_config": True,
+        "max_lr": rate,
+        "min_lr": config.get("min_lr", 0.0),
+        "bias_correction": True,
+    }
+    groups = []
+    for multiple in (1.0, 0.0):
+        own = next(
+            (
+                group
+                for group in kept
+                if group.get("wd_mult") == multiple and group.get("default_config") is not False
+            ),
+            {},
+        )
+        group: dict[str, Any] = {"wd_mult": multiple, "weight_decay": decay * multiple}
+        group |= {**usual, **own}
+        group |= {"betas": tuple(group["betas"]), "step": optimizer_step(catalog)}
+        groups.append(group)
+    return groups
+
+
+def _torch_optimizer(catalog: Catalog, *, counted: bool) -> dict[str, Any]:
+    """What torch's optimizer keeps beside tensors; `counted`: steps are given to each parameter too."""
+    return {
+        "param_groups": parameter_groups(catalog),
+        "state": {"common_step": optimizer_step(catalog)} if counted else {},
+    }
+
+
+def _distributed_optimizer(catalog: Catalog) -> dict[str, Any]:
+    return {
+        "optimizer": _torch_optimizer(catalog, counted=True),
+        "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
+    }

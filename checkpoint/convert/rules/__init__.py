@@ -1,0 +1,8 @@
+"""Formats as rules: patterns, mappings and their inverse.
+
+May import checkpoint.convert.elements.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,22 @@
+from .inverse import (
+    Joined as Joined,
+    Typed as Typed,
+    cut as cut,
+    map_back as map_back,
+    state_names as state_names,
+)
+from .mapping import (
+    map_tensors as map_tensors,
+)
+from .patterns import (
+    Pattern as Pattern,
+)
+from .rules import (
+    Part as Part,
+    Rule as Rule,
+    RuleBook as RuleBook,
+    Strip as Strip,
+    builtin_rules as builtin_rules,
+    find_values as find_values,
+    load_rules as load_rules,
+)

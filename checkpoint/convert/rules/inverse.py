@@ -1,0 +1,260 @@
+"""From the tensors of the model to those that a format keeps, by the same rules read backwards. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import prod
+
+from holdfast.checkpoint.convert.elements import Logical, Piece, Place, check_complete, moved
+from holdfast.checkpoint.convert.rules.mapping import View, make_views
+from holdfast.checkpoint.convert.rules.patterns import Pattern, evaluate
+from holdfast.checkpoint.convert.rules.rules import Rule, RuleBook
+from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.layout import Box, without
+
+Typed = tuple[Logical, str]
+"""A tensor and its type in the output."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """The tensors of the model that one tensor of the format is made of."""
+
+    rule: Rule
+    key: str
+    """Of the format, without what its kind adds."""
+    captured: dict[str, str]
+    members: dict[str, Typed] = field(default_factory=dict)
+    """By name in the model."""
+    indices: set[tuple[int, ...]] = field(default_factory=set)
+    """Along the stacked dimensions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A tensor of a format: what its shards make up, one after the other."""
+
+    rule: Rule
+    tensor: Logical
+    """Under the format's name, of kind "tensor"; its pieces are those of the model's tensors."""
+    dtype: str
+    """In the output."""
+    groups: int
+    """Stretches of equal length along the fused dimension that cannot be cut."""
+
+
+def map_back(
+    book: RuleBook,
+    tensors: Sequence[Typed],
+    values: Mapping[str, int],
+    where: str,
+    *,
+    form: str = "",
+    shards: int = 1,
+) -> list[Joined]:
+    """Put the tensors of a model together as a format keeps them, each whole.
+
+    Args:
+        tensors: of kinds that `state_names` has names for.
+        values: what the rules need to know of the model.
+        where: who asks, for errors.
+        form: of the format, whose rules these are ("" for the usual one).
+        shards: into which `cut` will cut what the rules say is cut.
+    Returns:
+        The tensors of the format; what is padding has no place.
+    Raises:
+        CheckpointError: a tensor that no rule gives, or one that is missing beside others, or of another
+            shape or type than these.
+        ConfigError: a value that a rule needs is not known.
+    """
+    present = {tensor.name for tensor, _ in tensors}
+    names = state_names(book)
+    found: dict[tuple[str, int, str], _Group] = {}
+    rules = [(rule, _target_patterns(rule)) for rule in book.rules if rule.is_written(form)]
+    values = {**values, "shards": shards}
+    for tensor, out in tensors:
+        for number, (rule, patterns) in enumerate(rules):
+            captured = _captured(rule, patterns, tensor.name, present)
+            if captured is None:
+                continue
+            index = tuple(int(captured.pop(name)) for name in rule.stacked)
+            key = names[tensor.kind].fill({"key": Pattern(rule.source).fill(captured)})
+            group = found.setdefault((tensor.kind, number, key), _Group(rule, key, captured))
+            group.members[tensor.name] = tensor, out
+            group.indices.add(index)
+            break
+        else:
+            raise CheckpointError(
+                f"{where}: no rule of {book.format} gives {tensor.full_name} {tensor.dtype} "
+                f"{list(tensor.shape)}; {book.format} has no such tensor, or its rules do not know of it"
+            )
+    return [_put_together(group, values, where) for group in found.values()]
+
+
+def state_names(book: RuleBook) -> dict[str, Pattern]:
+    """By kind of tensor: how its name is made of that of the weight."""
+    found = {"weight": Pattern("{key}")}
+    for state in book.states:
+        if Pattern(state.source).captures == {"key"}:
+            found.setdefault(state.kind, Pattern(state.source))
+    return found
+
+
+def _target_patterns(rule: Rule) -> list[Pattern]:
+    """The rule's targets, whose numbers match only numbers."""
+    digits = set(rule.stacked) | set(re.findall(r"\{([a-z0-9_]+):d\}", rule.source))
+
+    def typed(found: re.Match[str]) -> str:
+        return f"{{{found[1]}:d}}" if found[1] in digits else found[0]
+
+    return [Pattern(re.sub(r"\{([a-z0-9_]+)\}", typed, target)) for target in rule.targets]
+
+
+def _captured(
+    rule: Rule, patterns: Sequence[Pattern], name: str, present: set[str]
+) -> dict[str, str] | None:
+    for pattern in patterns:
+        captured = pattern.match(name)
+        if captured is None:
+            continue
+        if not rule.if_target or Pattern(rule.if_target).fill(captured) in present:
+            return captured
+    return None
+
+
+def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joined:
+    rule, members = group.rule, group.members
+    where = f"{where}, rule {rule.source}"
+    first, out = next(iter(members.values()))
+    for tensor, other in members.values():
+        if tensor.combine != first.combine:
+            raise CheckpointError(
+                f"{where}: the shards of {first.full_name} combine otherwise than those of "
+                f"{tensor.full_name} ({first.combine}, {tensor.combine}); convert to holdfast first"
+            )
+        if (tensor.dtype, other) != (first.dtype, out):
+            raise CheckpointError(
+                f"{where}: {first.full_name} is {first.dtype} and {tensor.full_name} is {tensor.dtype}; they "
+                "become one tensor, and must have one type"
+            )
+    lead = _extents(group, where)
+    shape = (*lead, *_inner_shape(group, values, where))
+    views = make_views(rule, group.captured, shape, values, where)
+    pieces: list[Piece] = []
+    for view in views:
+        found = members.get(view.name)
+        if found is None:
+            raise CheckpointError(
+                f"{where}: {group.key} {list(shape)} is made of {view.name} too, which the source lacks"
+            )
+        tensor, _ = found
+        if tensor.shape != view.shape:
+            raise CheckpointError(
+                f"{where}: {tensor.full_name} has shape {list(tensor.shape)}, and should have "
+                f"{list(view.shape)} to be a part of {group.key} {list(shape)}"
+            )
+        pieces += _pieces(view, tensor, len(shape))
+    if rule.strip is not None:
+        held = [piece.box for piece in pieces]
+        pieces += [Piece(box, ()) for box in without([Box.whole(shape)], held)]
+    made = Logical(group.key, "tensor", first.dtype, shape, tuple(pieces), first.combine)
+    check_complete(made)
+    return Joined(rule, made, out, evaluate(rule.groups, values, where) if rule.parts else 1)
+
+
+def cut(joined: Joined, index: int, shards: int, where: str) -> Logical:
+    """A shard of a tensor, as its rule says: a part of it, or a copy.
+
+    Raises:
+        CheckpointError: it cannot be cut into so many equal parts, or the rule has no shards of this form.
+    """
+    rule, tensor = joined.rule, joined.tensor
+    if shards == 1 or rule.form == "replicated":
+        return tensor
+    where = f"{where}, rule {rule.source}"
+    if rule.form != "shard":
+        raise CheckpointError(f'{where}: a tensor that is "{rule.form}" has no {shards} shards')
+    extent = tensor.shape[rule.dim]
+    fused = bool(rule.parts) and rule.dim == rule.fused_dim + len(rule.stacked)
+    if extent % shards or (fused and joined.groups % shards):
+        groups = f", {joined.groups} groups of heads" if fused else ""
+        raise CheckpointError(
+            f"{where}: {tensor.name} {list(tensor.shape)} cannot be cut into {shards} equal shards along "
+            f"dimension {rule.dim} ({extent} indices{groups})"
+        )
+    length = extent // shards
+    start, stop = [0] * len(tensor.shape), list(tensor.shape)
+    start[rule.dim], stop[rule.dim] = index * length, (index + 1) * length
+    box = Box(tuple(start), tuple(stop))
+    pieces = moved(list(tensor.within(box)), rule.dim, -index * length)
+    return replace(tensor, shape=box.shape, pieces=tuple(pieces))
+
+
+def _extents(group: _Group, where: str) -> tuple[int, ...]:
+    """How many there are along each of the stacked dimensions."""
+    lead = tuple(
+        1 + max(index[d] for index in group.indices) for d in range(len(group.rule.stacked))
+    )
+    if len(group.indices) != prod(lead):
+        missing = next(i for i in product(*map(range, lead)) if i not in group.indices)
+        named = ", ".join(
+            f"{name} {number}" for name, number in zip(group.rule.stacked, missing, strict=True)
+        )
+        raise CheckpointError(
+            f"{where}: {group.key} stacks tensors that are alike, and {named} has none; a model of "
+            "different layers cannot be written so"
+        )
+    return lead
+
+
+def _inner_shape(group: _Group, values: Mapping[str, int], where: str) -> list[int]:
+    """The shape without the stacked dimensions, as its first members have it."""
+    rule = group.rule
+    by_target: defaultdict[str, list[Logical]] = defaultdict(list)
+    for target, pattern in zip(rule.targets, _target_patterns(rule), strict=True):
+        for tensor, _ in group.members.values():
+            if pattern.match(tensor.name) is not None:
+                by_target[target].append(tensor)
+    shapes = []
+    for target in rule.targets:
+        if not by_target[target]:
+            raise CheckpointError(
+                f"{where}: {group.key} is made of {target} too, which the source lacks"
+            )
+        shape = list(by_target[target][0].shape)
+        if rule.transpose and len(shape) > 1:
+            shape[-1], shape[-2] = shape[-2], shape[-1]
+        shapes.append(shape)
+    inner = shapes[0]
+    if rule.parts and rule.fused_dim < len(inner):
+        inner[rule.fused_dim] = sum(shape[rule.fused_dim] for shape in shapes)
+    if rule.strip is not None and rule.strip.dim < len(inner):
+        multiple = evaluate(rule.strip.multiple, values, where)
+        inner[rule.strip.dim] = -(-inner[rule.strip.dim] // multiple) * multiple
+    return inner
+
+
+def _pieces(view: View, tensor: Logical, rank: int) -> list[Piece]:
+    """A tensor's pieces in the coordinates of the tensor that it is a view of."""
+    found = []
+    for box, origin in view.boxes:
+        for part in tensor.within(box):
+            start, extent = list(origin), [1] * rank
+            for dim, at, begin, length in zip(
+                view.dims, part.box.start, box.start, part.box.shape, strict=True
+            ):
+                start[dim] += at - begin
+                extent[dim] = length
+            stop = tuple(a + n for a, n in zip(start, extent, strict=True))
+            places = []
+            for place in part.places:
+                strides = [0] * rank
+                for dim, stride in zip(view.dims, place.strides, strict=True):
+                    strides[dim] = stride
+                places.append(Place(place.file, place.offset, tuple(strides)))
+            found.append(Piece(Box(tuple(start), stop), tuple(places)))
+    return found

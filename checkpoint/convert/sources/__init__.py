@@ -1,0 +1,8 @@
+"""What is read: recognition, files, pickles, catalogs, and the engine that fetches pieces.
+
+May import checkpoint.convert.elements and rules.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,45 @@
+from .catalog import (
+    Catalog as Catalog,
+    ReadOptions as ReadOptions,
+    WriteOptions as WriteOptions,
+    files_for as files_for,
+    given_files as given_files,
+    make_catalog as make_catalog,
+    settle_precision as settle_precision,
+)
+from .engine import (
+    SLOT_BYTES as SLOT_BYTES,
+    Engine as Engine,
+    Sums as Sums,
+)
+from .entry_checks import (
+    DamagedEntry as DamagedEntry,
+    EntryChecks as EntryChecks,
+    Part as Part,
+)
+from .open_files import (
+    OpenFiles as OpenFiles,
+)
+from .pickles import (
+    Record as Record,
+    StoredTensor as StoredTensor,
+    plain as plain,
+    read_pickle as read_pickle,
+)
+from .recognition import (
+    BIN_FILES as BIN_FILES,
+    BIN_INDEX as BIN_INDEX,
+    DCP_METADATA as DCP_METADATA,
+    MEGATRON_FILE as MEGATRON_FILE,
+    MEGATRON_RANK as MEGATRON_RANK,
+    MEGATRON_TRACKER as MEGATRON_TRACKER,
+    ZERO_FILE as ZERO_FILE,
+    is_torch_dist as is_torch_dist,
+    recognise as recognise,
+)
+from .torch_files import (
+    TorchFile as TorchFile,
+    read_torch_file as read_torch_file,
+    read_torch_item as read_torch_item,
+    tensors_in as tensors_in,
+)

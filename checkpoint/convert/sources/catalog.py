@@ -1,0 +1,218 @@
+"""What a source holds, whatever its format: tensors with their places, and what else is known of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.convert.elements import FLOATS, Logical, SourceTensor, Stored
+from holdfast.checkpoint.convert.rules import (
+    RuleBook,
+    builtin_rules,
+    find_values,
+    load_rules,
+    map_tensors,
+)
+from holdfast.parallel.errors import CheckpointError, ConfigError
+
+CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Files of a Hugging Face model folder that go with the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How a source is read."""
+
+    rules: Path | None = None
+    """Used instead of the format's own."""
+    values: Mapping[str, int] = field(default_factory=dict)
+    model_files: Path | None = None
+    """A folder with config.json and tokenizer files for a source that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """How an output is written."""
+
+    dtype: str = ""
+    """Of the weights, as safetensors names it; "" for the source's."""
+    values: Mapping[str, int] = field(default_factory=dict)
+    """For the rules of the target's format."""
+
+
+@dataclass(slots=True)
+class Catalog:
+    """A checkpoint as a conversion sees it."""
+
+    format: str
+    root: Path
+    """Places are relative to it."""
+    tensors: list[Logical]
+    step: int = 0
+    scalars: dict[str, Any] = field(default_factory=dict)
+    """As JSON can say it: optimizer_step and what the format has beside tensors."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of a run of holdfast."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Small files that go with the weights, by name."""
+    checks: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    """CRC-32C of (file, byte, length), where the source has checksums."""
+    records: dict[tuple[str, int, int], Stored] = field(default_factory=dict)
+    """What zip archives say of what lies there."""
+    by_rule: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why, by the source's key."""
+    precision: str = ""
+    """The type of the weights in training, where the source has only their master copies."""
+
+    def of_kind(self, *kinds: str) -> list[Logical]:
+        """The tensors of some kinds, in the source's order."""
+        return [tensor for tensor in self.tensors if tensor.kind in kinds]
+
+
+def make_catalog(
+    format: str,
+    root: Path,
+    tensors: Sequence[SourceTensor],
+    options: ReadOptions,
+    *,
+    told: Mapping[str, Any] | None = None,
+    rules: RuleBook | None = None,
+) -> Catalog:
+    """Map what a source keeps to the tensors of the model.
+
+    Args:
+        told: what the source tells of itself, for the values of rules.
+        rules: the format's own, unless the options name others; by default those that come with it.
+    Raises:
+        CheckpointError: a tensor that no rule fits, or that is not complete.
+        ConfigError: wrong rules or values.
+    """
+    if options.rules is not None:
+        rules = load_rules(options.rules)
+    elif rules is None:
+        rules = builtin_rules(format)
+    files = carried_files(root) | given_files(options)
+    facts = {**(told or {}), "config": _json(files.get("config.json", b"{}"), root)}
+    values = find_values(rules, facts, options.values)
+    mapped = map_tensors(rules, tensors, values, str(root))
+    return Catalog(
+        format,
+        root,
+        mapped.tensors,
+        files=files,
+        by_rule=mapped.by_rule,
+        left_out=mapped.left_out,
+        records={place: record for tensor in tensors for place, record in tensor.records.items()},
+    )
+
+
+def carried_files(folder: Path) -> dict[str, bytes]:
+    """The files of a Hugging Face model folder that go with the weights."""
+    return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
+
+
+def given_files(options: ReadOptions) -> dict[str, bytes]:
+    """Those of the folder that the user names.
+
+    Raises:
+        ConfigError: it has no config.json.
+    """
+    if options.model_files is None:
+        return {}
+    found = carried_files(options.model_files)
+    if "config.json" not in found:
+        raise ConfigError(f"--model-files {options.model_files}: it has no config.json")
+    return found
+
+
+def _json(content: bytes, where: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{where}/config.json is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def settle_precision(catalog: Catalog, dtype: str, *, masters: bool) -> list[tuple[Logical, str]]:
+    """The tensors that are written, each with its type in the output.
+
+    Weights come from their master copies where these are nearer to what is asked for, and become the
+    master copies where they are finer than the weights are to be.
+
+    Args:
+        dtype: of the weights, as safetensors names it; "" for the source's.
+        masters: whether the target keeps master copies beside 16-bit weights.
+    """
+    weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
+    fine = {tensor.name: tensor for tensor in catalog.of_kind("master")}
+    trained = bool(catalog.of_kind("exp_avg", "exp_avg_sq")) or bool(fine)
+    settled: list[tuple[Logical, str]] = []
+    kept: list[tuple[Logical, str]] = []
+    for name in _in_order(weights, fine):
+        weight, master = weights.get(name), fine.get(name)
+        first = weight or master
+        assert first is not None
+        out = _type_of(first, dtype or ("" if weight else catalog.precision))
+        exact = master is not None and (weight is None or FLOATS[out] > FLOATS[weight.dtype])
+        chosen = master if exact and master is not None else first
+        settled.append((replace(chosen, kind="weight"), out))
+        finest = master or weight
+        keeps = masters and trained and finest is not None and finest.dtype in FLOATS
+        if keeps and finest is not None and FLOATS[out] < FLOATS[finest.dtype]:
+            kept.append((replace(finest, kind="master"), finest.dtype))
+    others = [
+        (tensor, tensor.dtype)
+        for tensor in catalog.tensors
+        if tensor.kind not in ("weight", "master")
+    ]
+    return settled + kept + others
+
+
+def _in_order(*named: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name for names in named for name in names))
+
+
+def _type_of(tensor: Logical, dtype: str) -> str:
+    return dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
+
+
+def files_for(catalog: Catalog, settled: Sequence[tuple[Logical, str]]) -> dict[str, bytes]:
+    """The small files that go with the output: config.json names the type that the weights have now."""
+    files = dict(catalog.files)
+    described = _json(files.get("config.json", b"{}"), catalog.root)
+    types = Counter(out for tensor, out in settled if tensor.kind == "weight" and out in FLOATS)
+    for key in ("dtype", "torch_dtype"):
+        if key in described and types:
+            described[key] = _CONFIG_TYPES[types.most_common(1)[0][0]]
+            files["config.json"] = (json.dumps(described, indent=2) + "\n").encode()
+    return files
+
+
+_CONFIG_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}

@@ -1,0 +1,107 @@
+"""Checksums of zip entries, whose bytes are read in parts: these are put together as the parts come. Pure."""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from holdfast.checkpoint.convert.elements import Stored, combine_crc32
+from holdfast.parallel.errors import CheckpointError
+
+Entries = Mapping[tuple[str, int, int], Stored]
+"""What zip archives say of what lies at (file, byte, length)."""
+Part = tuple[str, int, int, int]
+"""File, first byte, byte after the last, and the CRC-32 of what lies there."""
+
+
+class DamagedEntry(CheckpointError):
+    """An entry that has another checksum than its archive says, of which parts may have been written already."""
+
+
+class EntryChecks:
+    """Joins parts that follow each other; an entry whose parts are all there is compared.
+
+    Nothing is read for it: entries of which something is not read stay unchecked.
+    """
+
+    def __init__(self, root: Path, entries: Entries) -> None:
+        self._root = root
+        self._files: defaultdict[str, _File] = defaultdict(_File)
+        for (file, start, length), entry in sorted(entries.items(), key=lambda item: item[0]):
+            self._files[file].starts.append(start)
+            self._files[file].entries.append((start + length, entry))
+
+    def wants(self, file: str, start: int, stop: int) -> bool:
+        """Whether a stretch of a file is part of an entry with a checksum."""
+        return file in self._files and self._files[file].entry_of(start, stop) is not None
+
+    def add(self, parts: Iterable[Part], what: str = "") -> None:
+        """What has been read; a part that overlaps another does not count.
+
+        Args:
+            what: it is for, for errors.
+        Raises:
+            DamagedEntry: an entry is complete now, and has another checksum.
+        """
+        for name, start, stop, crc in parts:
+            if not self.wants(name, start, stop):
+                continue
+            found = self._files[name].join(start, stop, crc)
+            if found is not None and found[0] != found[1].crc32:
+                raise DamagedEntry(
+                    f"{self._root / name} is damaged: its entry {found[1].name}{what and f' ({what})'} has "
+                    f"checksum {found[0]:08x}, not {found[1].crc32:08x}"
+                )
+
+    def rest(self) -> list[Part]:
+        """The stretches of entries that are not complete."""
+        return [
+            (name, start, *file.stretches[start])
+            for name, file in self._files.items()
+            for start in file.begun
+        ]
+
+
+@dataclass(slots=True)
+class _File:
+    starts: list[int] = field(default_factory=list)
+    """Of its entries, in order."""
+    entries: list[tuple[int, Stored]] = field(default_factory=list)
+    """The byte after the last of each."""
+    begun: list[int] = field(default_factory=list)
+    """Where stretches begin that have been read of entries which are not complete, in order."""
+    stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By where it begins: the byte after its last, and its checksum."""
+
+    def entry_of(self, start: int, stop: int) -> int | None:
+        """The number of the entry that has a stretch."""
+        number = bisect.bisect_right(self.starts, start) - 1
+        return number if number >= 0 and stop <= self.entries[number][0] else None
+
+    def join(self, start: int, stop: int, crc: int) -> tuple[int, Stored] | None:
+        """Add a stretch of an entry; the entry, with its checksum, if that makes it complete."""
+        number = self.entry_of(start, stop)
+        assert number is not None
+        first, (end, entry) = self.starts[number], self.entries[number]
+        at = bisect.bisect_left(self.begun, start)
+        before = self.begun[at - 1] if at else -1
+        after = self.begun[at] if at < len(self.begun) else end
+        if after < stop or (at and self.stretches[before][0] > start):
+            return None
+        if before >= first and self.stretches[before][0] == start:
+            crc = combine_crc32(self.stretches.pop(before)[1], crc, stop - start)
+            start, at = before, at - 1
+            del self.begun[at]
+        if after == stop and stop < end:
+            last, own = self.stretches.pop(after)
+            crc = combine_crc32(crc, own, last - stop)
+            stop = last
+            del self.begun[at]
+        if (start, stop) == (first, end):
+            return crc, entry
+        self.begun.insert(at, start)
+        self.stretches[start] = stop, crc
+        return None

@@ -1,0 +1,94 @@
+"""Which format a path has, by the names of its files. Imports no format: a conversion needs one or two of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from holdfast.checkpoint.format import INDEX, directory
+from holdfast.parallel.errors import CheckpointError
+
+DCP_METADATA: Final = ".metadata"
+MEGATRON_TRACKER: Final = "latest_checkpointed_iteration.txt"
+MEGATRON_RANK: Final = re.compile(r"mp_rank_(\d\d)(?:_(\d{3}))?(?:_(\d{3}))?")
+MEGATRON_FILE: Final = "model_optim_rng.pt"
+ZERO_FILE: Final = re.compile(
+    r"(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt"
+)
+BIN_INDEX: Final = "pytorch_model.bin.index.json"
+BIN_FILES: Final = "pytorch_model*.bin"
+
+
+def recognise(path: Path) -> str | None:
+    """The name of the format that a path has; None for one of none."""
+    return next((name for name, has in _HAS.items() if has(path)), None)
+
+
+def _is_holdfast(path: Path) -> bool:
+    try:
+        directory.find_checkpoint(path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def _is_megatron(path: Path) -> bool:
+    """A folder that Megatron has saved to, or one of its iterations, of either form."""
+    if (path / MEGATRON_TRACKER).is_file() or is_torch_dist(path):
+        return True
+    return path.is_dir() and any(
+        MEGATRON_RANK.fullmatch(folder.name) and (folder / MEGATRON_FILE).is_file()
+        for folder in path.iterdir()
+    )
+
+
+def is_torch_dist(path: Path) -> bool:
+    """Whether a folder is an iteration in one of the forms of Megatron-Core's dist_checkpointing."""
+    try:
+        described = json.loads((path / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and "sharded_backend" in described
+
+
+def _is_deepspeed(path: Path) -> bool:
+    """A folder that DeepSpeed has saved to, or one of its tags."""
+    if not path.is_dir():
+        return False
+    folder = path
+    if (path / "latest").is_file():
+        tag = (path / "latest").read_text().strip()
+        folder = path / tag if "/" not in tag else path
+    return folder.is_dir() and any(ZERO_FILE.fullmatch(f.name) for f in folder.iterdir())
+
+
+def _is_universal(path: Path) -> bool:
+    """A universal checkpoint of DeepSpeed, or a folder whose latest one is."""
+    return (path / "zero").is_dir() or (path / "latest_universal").is_file()
+
+
+def _is_dcp(path: Path) -> bool:
+    return (path / DCP_METADATA).is_file()
+
+
+def _is_hugging_face(path: Path) -> bool:
+    """A folder of safetensors or pytorch_model.bin, or one file of safetensors."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return any((path / index).is_file() for index in (INDEX, BIN_INDEX)) or any(
+        any(path.glob(pattern)) for pattern in ("*.safetensors", BIN_FILES)
+    )
+
+
+_HAS: Final[dict[str, Callable[[Path], bool]]] = {
+    "holdfast": _is_holdfast,
+    "megatron": _is_megatron,
+    "deepspeed": _is_deepspeed,
+    "deepspeed-universal": _is_universal,
+    "dcp": _is_dcp,
+    "hf": _is_hugging_face,
+}
+"""In the order in which a path is tried: the most particular first."""

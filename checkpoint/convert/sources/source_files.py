@@ -1,0 +1,137 @@
+"""A source's files, read by byte range: long stretches past the page cache, short ones through it. Local."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from holdfast import _native
+from holdfast.checkpoint.convert.elements import Place, Region
+from holdfast.checkpoint.convert.sources.open_files import MOST_OPEN
+from holdfast.checkpoint.format import ALIGNMENT
+from holdfast.parallel.errors import CheckpointError
+
+LONG_BYTES = 64 << 10
+"""Shorter stretches are read through the page cache, as is what has gaps, which other pieces then need."""
+
+
+Memory = NDArray[np.uint8]
+Ticket = tuple[_native.FileEngine, int]
+_Request = tuple[bool, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    bytes: int
+    cached: int
+    direct: int
+
+
+class SourceFiles:
+    """The files of a folder. Made and used by one thread.
+
+    What is wanted is collected, and begun together.
+    """
+
+    def __init__(self, root: Path, *, direct: bool = True) -> None:
+        """Args:
+        direct: whether anything may go past the page cache.
+        """
+        self.root = root
+        with ExitStack() as opened:
+            self._cached = opened.enter_context(_native.FileEngine(direct=False))
+            self._direct = opened.enter_context(_native.FileEngine(direct=direct))
+            self._closing = opened.pop_all()
+        self._files: dict[str, _File] = {}
+        self._requests: tuple[list[_Request], list[_Request]] = ([], [])
+
+    def close(self) -> None:
+        """Wait for what is under way and close all files."""
+        self._closing.close()
+
+    def want(self, place: Place, region: Region, memory: Memory, *, roomy: bool) -> None:
+        """Ask for a region.
+
+        Args:
+            memory: uint8[region.bytes]; written until its ticket has been waited for.
+            roomy: whether a block before it and one after it may be written too.
+        Raises:
+            CheckpointError: the file cannot be opened.
+        """
+        file = self._open(place.file)
+        cached, direct = self._requests
+        address = memory.ctypes.data
+        if not is_long(region) or (address - place.offset) % ALIGNMENT:
+            cached += [
+                (False, file.cached, address + into, at, length)
+                for at, into, length in region.requests
+            ]
+            return
+        start, end = place.offset, place.offset + region.bytes
+        if roomy:
+            before = start % ALIGNMENT
+            start, address = start - before, address - before
+            end = max(end, min(file.bytes, -(-end // ALIGNMENT) * ALIGNMENT))
+        direct.append((False, file.direct, address, start, end - start))
+
+    def begin(self) -> list[Ticket]:
+        """Begin to read what is wanted."""
+        cached, direct = self._requests
+        self._requests = ([], [])
+        tickets = [(self._direct, ticket) for ticket in self._direct.submit(direct)]
+        tickets += [(self._cached, ticket) for ticket in self._cached.submit(cached)]
+        while len(self._files) > MOST_OPEN:
+            oldest = self._files.pop(next(iter(self._files)))
+            self._cached.close_file(oldest.cached)
+            self._direct.close_file(oldest.direct)
+        return tickets
+
+    def wait(self, tickets: list[Ticket]) -> None:
+        """Wait until all has been read.
+
+        Raises:
+            CheckpointError: something could not be.
+        """
+        try:
+            for engine, ticket in tickets:
+                engine.wait(ticket)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def drain(self) -> None:
+        """After a failure: wait for the rest, which the memory must outlive."""
+        for engine in (self._cached, self._direct):
+            try:
+                engine.wait_all()
+            except OSError:
+                continue
+
+    def _open(self, name: str) -> _File:
+        if name not in self._files:
+            path = self.root / name
+            try:
+                cached, direct = self._cached.open(str(path)), self._direct.open(str(path))
+                self._files[name] = _File(path.stat().st_size, cached, direct)
+            except OSError as error:
+                raise self._failure(error) from error
+        return self._files[name]
+
+    def _failure(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{error.filename or self.root} cannot be read: {error.strerror or error}"
+        )
+
+
+def is_long(region: Region) -> bool:
+    """Whether a region is one stretch without gaps that is worth to be read past the page cache."""
+    return len(region.requests) == 1 and region.dense and region.bytes >= LONG_BYTES
+
+
+def room_of(place: Place, region: Region) -> tuple[int, int]:
+    """Memory, from a multiple of ALIGNMENT on, that makes it roomy: (bytes, first byte of the region)."""
+    before = place.offset % ALIGNMENT if is_long(region) else 0
+    return -(-(before + region.bytes) // ALIGNMENT) * ALIGNMENT, before

@@ -1,0 +1,8 @@
+"""A conversion: the request, its workers, the journal, and the sample that is compared.
+
+May import the rest of checkpoint.convert.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

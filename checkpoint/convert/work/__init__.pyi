@@ -1,0 +1,7 @@
+from .job import (
+    Converted as Converted,
+    convert as convert,
+)
+from .request import (
+    Conversion as Conversion,
+)

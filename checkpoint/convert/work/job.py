@@ -1,0 +1,329 @@
+"""A conversion from beginning to end: open, plan, share out, check, and only then give the output its name."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.convert.elements import load_torch, needs_torch, use_one_thread
+from holdfast.checkpoint.convert.formats import format_named
+from holdfast.checkpoint.convert.sources import DamagedEntry, EntryChecks, ReadOptions
+from holdfast.checkpoint.convert.work.journal import FOLDER, Done, Journal, Lock
+from holdfast.checkpoint.convert.work.request import (
+    Conversion,
+    Prepared,
+    check,
+    partial_of,
+    prepare,
+)
+from holdfast.checkpoint.convert.work.sampling import compare_sample
+from holdfast.checkpoint.convert.work.worker import do_share
+from holdfast.checkpoint.format import directory
+from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
+
+_POLL_S = 0.05
+_SYNCING = 16
+"""Files that are waited for at a time."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What became of a conversion."""
+
+    target: Path
+    source_format: str
+    step: int
+    tensors: Mapping[str, int]
+    """Tensors written, by kind."""
+    bytes: int
+    by_rule: Counter[str]
+    """Tensors of the source, by the rule that they fitted."""
+    left_out: Mapping[str, str]
+    """Why, by the source's name."""
+    rounded: Mapping[tuple[str, str], int]
+    """Tensors that changed their type, by (from, to)."""
+    compared: int
+    """Elements of the output that were compared with the source's."""
+    resumed_bytes: int
+    """Written before, by a conversion that did not end."""
+    seconds: float
+
+
+def convert(
+    asked: Conversion,
+    *,
+    workers: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> Converted | None:
+    """Convert a checkpoint.
+
+    Collective over `world` processes that see the same files and are started alike, by MPI say; they talk
+    through the journals beside the output. Each of them may have `workers` processes of its own if it is
+    alone.
+
+    Args:
+        progress: called with (bytes written, bytes in all), by rank 0.
+    Returns:
+        On rank 0 what was done, once the output is checked and has its name; None elsewhere.
+    Raises:
+        ConfigError: something asked for is wrong.
+        CheckpointError: the source is damaged or incomplete, or the output could not be written. What
+            was written stays in TARGET.partial, and the same command goes on from there.
+    """
+    began = time.perf_counter()
+    check(asked)
+    if world > 1 and workers > 1:
+        raise ConfigError(
+            f"--workers {workers} under a launcher with {world} processes: use one of the two"
+        )
+    if rank:
+        _follow(asked, rank, world)
+        return None
+    lock = Lock(asked.target)
+    try:
+        return _lead(asked, workers, world, progress, began)
+    finally:
+        lock.release()
+
+
+def _lead(
+    asked: Conversion, workers: int, world: int, progress: Progress, began: float
+) -> Converted:
+    prepared = prepare(asked)
+    partial = partial_of(asked)
+    journal = Journal(partial, 0)
+    try:
+        _make_room(asked, prepared, journal)
+        done = journal.read()
+        resumed = sum(prepared.output.units[i].bytes for i in done.checksums)
+        if workers > 1:
+            _share_among_processes(asked, prepared, journal, done, workers, progress)
+        else:
+            _do(asked, prepared, journal, done, 0, world, 1, _adder(progress, prepared.total))
+            _await_others(prepared, journal, progress)
+        ended = journal.read()
+        EntryChecks(prepared.catalog.root, prepared.catalog.records).add(ended.parts)
+        checksums = ended.checksums
+        other = prepared.output.checksum != "crc32c"
+        prepared.output.finish(partial, [checksums[i][other] for i in range(len(checksums))])
+        # Together: a filesystem writes its journal for all that wait.
+        with ThreadPoolExecutor(_SYNCING) as threads:
+            list(threads.map(directory.sync, [partial / name for name in prepared.output.files]))
+        output = format_named(asked.to).read(partial, ReadOptions())
+        compared = compare_sample(
+            prepared.catalog.root, prepared.output.expected, output, prepared.output.added
+        )
+    except DamagedEntry:
+        journal.void()
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or partial} cannot be written: {error.strerror or error}; what was written "
+            f"stays in {partial}, and the same command goes on from there"
+        ) from error
+    finally:
+        journal.close()
+    journal.remove()
+    _commit(partial, asked.target)
+    catalog = prepared.catalog
+    return Converted(
+        target=asked.target,
+        source_format=catalog.format,
+        step=catalog.step,
+        tensors=Counter(tensor.kind for tensor, _ in prepared.output.expected),
+        bytes=prepared.total,
+        by_rule=catalog.by_rule,
+        left_out=catalog.left_out,
+        rounded=prepared.output.rounded(),
+        compared=compared,
+        resumed_bytes=resumed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _make_room(asked: Conversion, prepared: Prepared, journal: Journal) -> None:
+    """Make the output's files in full length, or find them as they were left."""
+    partial, output = journal.partial, prepared.output
+    if not journal.begun(prepared.fingerprint):
+        free = directory.free_bytes(partial)
+        if partial.exists():
+            free += sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
+        if free < output.bytes:
+            raise CheckpointError(
+                f"{asked.target.parent} has {free / 2**30:.2f} GiB free and the output takes "
+                f"{output.bytes / 2**30:.2f} GiB; free space, or name a folder on another disk"
+            )
+    journal.begin(prepared.fingerprint)
+    for name, size in output.files.items():
+        path = partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(size)
+
+
+def _do(
+    asked: Conversion,
+    prepared: Prepared,
+    journal: Journal,
+    done: Done,
+    rank: int,
+    world: int,
+    sharing: int,
+    progress: Callable[[int], None],
+) -> None:
+    memory = asked.memory_bytes // sharing
+    do_share(
+        prepared.catalog,
+        prepared.output,
+        journal.partial,
+        journal,
+        done,
+        rank,
+        world,
+        memory,
+        progress,
+    )
+
+
+def _adder(progress: Progress, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return add
+
+
+def _follow(asked: Conversion, rank: int, world: int) -> None:
+    """A process of several that a launcher started, other than the first."""
+    prepared = prepare(asked)
+    journal = Journal(partial_of(asked), rank)
+    while not _ready(prepared, journal):
+        time.sleep(_POLL_S)
+    try:
+        _do(asked, prepared, journal, journal.read(), rank, world, 1, lambda nbytes: None)
+    except HoldfastError as error:
+        journal.fail(str(error))
+        raise
+    finally:
+        journal.close()
+
+
+def _ready(prepared: Prepared, journal: Journal) -> bool:
+    """Whether rank 0 has made all files."""
+    if not journal.begun(prepared.fingerprint):
+        return False
+    sizes = prepared.output.files
+    return all(
+        (journal.partial / name).exists() and (journal.partial / name).stat().st_size == size
+        for name, size in sizes.items()
+    )
+
+
+def _await_others(prepared: Prepared, journal: Journal, progress: Progress) -> None:
+    """Wait until the journals of all processes together speak of every unit."""
+    count = len(prepared.output.units)
+    while True:
+        done = journal.read()
+        if len(done.verified) == count:
+            return
+        failure = journal.failure()
+        if failure:
+            raise CheckpointError(failure)
+        progress(sum(prepared.output.units[i].bytes for i in done.checksums), prepared.total)
+        time.sleep(_POLL_S)
+
+
+def _share_among_processes(
+    asked: Conversion,
+    prepared: Prepared,
+    journal: Journal,
+    done: Done,
+    workers: int,
+    progress: Progress,
+) -> None:
+    if any(
+        needs_torch(tensor.dtype, out, combines=tensor.combine != "equal")
+        for tensor, out in prepared.output.expected
+    ):
+        load_torch()
+    # A process with threads cannot be forked safely; a fresh one opens and plans for itself.
+    forked = threading.active_count() == 1
+    context: Any = multiprocessing.get_context("fork" if forked else "spawn")
+    counters = context.RawArray("Q", workers)
+    inherited = (prepared, done) if forked else None
+    processes = [
+        context.Process(target=_work, args=(asked, rank, workers, counters, inherited), daemon=True)
+        for rank in range(workers)
+    ]
+    with ExitStack() as ending:
+        for process in processes:
+            process.start()
+            ending.callback(process.join)
+            ending.callback(process.terminate)
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            connection.wait(alive, _POLL_S)
+            progress(sum(counters), prepared.total)
+            if any(process.exitcode not in (None, 0) for process in processes):
+                break
+        failure = journal.failure()
+        if failure:
+            raise CheckpointError(failure)
+        for rank, process in enumerate(processes):
+            if process.exitcode not in (None, 0):
+                raise CheckpointError(
+                    f"worker {rank} ended with exit code {process.exitcode}; what was written stays in "
+                    f"{journal.partial}, and the same command goes on from there"
+                )
+
+
+def _work(
+    asked: Conversion,
+    rank: int,
+    world: int,
+    counters: Any,
+    inherited: tuple[Prepared, Done] | None,
+) -> None:
+    """A worker process."""
+    use_one_thread()
+    journal = Journal(partial_of(asked), rank)
+
+    def add(nbytes: int) -> None:
+        counters[rank] += nbytes
+
+    try:
+        prepared, done = inherited or (prepare(asked), journal.read())
+        _do(asked, prepared, journal, done, rank, world, world, add)
+    except HoldfastError as error:
+        journal.fail(str(error))
+        os._exit(1)
+    finally:
+        journal.close()
+
+
+def _commit(partial: Path, target: Path) -> None:
+    """Give the output its name, by one rename."""
+    for folder, _, _ in os.walk(partial):
+        directory.sync(Path(folder))
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
+    directory.sync(target.parent)
+    shutil.rmtree(target / FOLDER, ignore_errors=True)

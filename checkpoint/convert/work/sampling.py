@@ -1,0 +1,122 @@
+"""A sample of an output's values, read back through the output's own format, against the source's. Local.
+
+Elements are looked up one by one in the pieces of both sides, by none of the code that converted them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from holdfast.checkpoint.convert.elements import Bits, Logical, Place, bits, cast, combine, number
+from holdfast.checkpoint.convert.sources import Catalog, OpenFiles
+from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.parallel.errors import CheckpointError
+
+MOST_ELEMENTS = 4096
+
+
+def compare_sample(
+    source: Path,
+    expected: Sequence[tuple[Logical, str]],
+    output: Catalog,
+    added: Collection[str] = (),
+) -> int:
+    """Compare names, shapes, types and a sample of elements; returns how many elements.
+
+    Args:
+        source: what the places of the expected tensors are relative to.
+        expected: the tensors that were to be written, each with its type in the output.
+        added: names of those that only the output has.
+    Raises:
+        CheckpointError: a tensor is missing, of another form, or has another value.
+    """
+    found = {tensor.full_name: tensor for tensor in output.tensors}
+    names = [tensor.full_name for tensor, _ in expected]
+    missing = sorted((set(names) | set(added)) ^ set(found))
+    if missing:
+        raise CheckpointError(f"{output.root}: {missing[0]} is in one of source and output only")
+    each = max(2, min(16, MOST_ELEMENTS // max(1, len(names))))
+    sampled: list[tuple[Logical, str, tuple[int, ...], list[Place], list[Place]]] = []
+    with _Elements(source) as there, _Elements(output.root) as here:
+        for tensor, dtype in expected:
+            written = found[tensor.full_name]
+            if (written.shape, written.dtype) != (tensor.shape, dtype):
+                raise CheckpointError(
+                    f"{output.root}: {tensor.full_name} is {written.dtype} {list(written.shape)} and should "
+                    f"be {dtype} {list(tensor.shape)}"
+                )
+            for index in _indices(tensor, each):
+                places = there.find(tensor, index), here.find(written, index)
+                sampled.append((tensor, dtype, index, *places))
+        for tensor, dtype, index, sources, outputs in sampled:
+            wanted = there.value(tensor, sources, dtype)
+            for place in outputs:
+                value = here.read(place, dtype).tobytes()
+                if wanted != value:
+                    raise CheckpointError(
+                        f"{output.root}: {tensor.full_name}{list(index)} is {number(value, dtype)} and "
+                        f"should be {number(wanted, dtype)}"
+                    )
+    return len(sampled)
+
+
+def _indices(tensor: Logical, count: int) -> set[tuple[int, ...]]:
+    """The first element, the last, and some between, the same ones each time."""
+    if 0 in tensor.shape:
+        return set()
+    draw = random.Random(tensor.full_name)
+    ends = {tuple(0 for _ in tensor.shape), tuple(n - 1 for n in tensor.shape)}
+    return ends | {tuple(draw.randrange(n) for n in tensor.shape) for _ in range(count - 2)}
+
+
+class _Elements:
+    """Single elements of a checkpoint's tensors."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files = OpenFiles(root, lambda path: os.open(path, os.O_RDONLY), os.close)
+
+    def __enter__(self) -> _Elements:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def find(self, tensor: Logical, index: tuple[int, ...]) -> list[Place]:
+        """Where an element is; the disk is asked for all of them before the first is read."""
+        for piece in tensor.pieces:
+            if all(
+                a <= i < b for a, i, b in zip(piece.box.start, index, piece.box.stop, strict=True)
+            ):
+                inside = tuple(i - a for i, a in zip(index, piece.box.start, strict=True))
+                places = [place.at(inside, tensor.element_bytes) for place in piece.places]
+                for place in places:
+                    size = tensor.element_bytes
+                    handle = self._files[place.file]
+                    os.posix_fadvise(handle, place.offset, size, os.POSIX_FADV_WILLNEED)
+                return places
+        raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
+
+    def value(self, tensor: Logical, places: Sequence[Place], dtype: str) -> bytes:
+        """The bytes of an element that lies at `places`, in type `dtype`."""
+        values = [self.read(place, tensor.dtype) for place in places]
+        if not values:
+            return bytes(ELEMENT_BYTES[dtype])
+        if tensor.combine == "equal":
+            return cast(values[0], tensor.dtype, dtype).tobytes()
+        return combine(values, tensor.dtype, dtype, mean=tensor.combine == "mean").tobytes()
+
+    def read(self, place: Place, dtype: str) -> Bits:
+        """The element of type `dtype` at a place."""
+        size = ELEMENT_BYTES[dtype]
+        content = os.pread(self._files[place.file], size, place.offset)
+        if len(content) != size:
+            raise CheckpointError(
+                f"{self._root / place.file} ends before byte {place.offset + size}"
+            )
+        return bits(np.frombuffer(content, np.uint8), dtype)

@@ -1,0 +1,134 @@
+"""One worker's share of a conversion: write its units, and read back what is on the disk meanwhile. Local."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from holdfast import _native
+from holdfast.checkpoint.convert.elements import Output, Unit, region_of
+from holdfast.checkpoint.convert.sources import (
+    SLOT_BYTES,
+    Catalog,
+    DamagedEntry,
+    Engine,
+    EntryChecks,
+    Sums,
+)
+from holdfast.checkpoint.convert.work.journal import Done, Journal
+from holdfast.checkpoint.convert.work.settling import MEMORY_BYTES, Settling
+from holdfast.parallel.errors import CheckpointError
+
+UNITS_IN_A_ROW = 8
+"""Neighbouring units go to the same worker, so that files are written in long stretches."""
+RECORD_BYTES = 32 << 20
+"""Written between two lines of a worker's journal; a kill costs two such groups more, and what is under way."""
+_READ_BYTES = 8 << 20
+
+
+def share_of(count: int, rank: int, world: int) -> Iterator[int]:
+    """The numbers of the units that a worker does."""
+    return (i for i in range(count) if i // UNITS_IN_A_ROW % world == rank)
+
+
+def do_share(
+    catalog: Catalog,
+    output: Output,
+    partial: Path,
+    journal: Journal,
+    done: Done,
+    rank: int,
+    world: int,
+    memory_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Do what is left of one worker's share.
+
+    Args:
+        done: what was recorded before it began.
+        progress: called with bytes that have been written, or found written.
+    Raises:
+        CheckpointError: the source is damaged or disagrees with itself, or the output cannot be written.
+        DamagedEntry: the former, and the next attempt starts over.
+    """
+    mine = list(share_of(len(output.units), rank, world))
+    _check_source(catalog, output, rank, world)
+    open_units = [(i, output.units[i]) for i in mine if i not in done.checksums]
+    progress(sum(output.units[i].bytes for i in mine if i in done.checksums))
+    pending: dict[int, Sums] = {}
+    waiting_bytes = 0
+    unseen = {i: done.checksums[i] for i in mine if i in done.checksums and i not in done.verified}
+    entries = EntryChecks(catalog.root, catalog.records)
+    try:
+        with (
+            Settling(partial, output, journal) as settling,
+            Engine(
+                catalog.root,
+                partial,
+                checksum=output.checksum,
+                memory_bytes=max(0, memory_bytes - MEMORY_BYTES),
+                checks=catalog.checks,
+                entries=entries,
+            ) as engine,
+        ):
+
+            def finished(number: int, unit: Unit, sums: Sums) -> None:
+                nonlocal waiting_bytes
+                pending[number] = sums
+                waiting_bytes += unit.bytes
+                progress(unit.bytes)
+                if waiting_bytes >= RECORD_BYTES:
+                    settling.add(pending)
+                    pending.clear()
+                    waiting_bytes = 0
+
+            settling.add(unseen, recorded=True)
+            engine.convert(open_units, finished)
+            settling.add(pending)
+            settling.finish()
+    except DamagedEntry:
+        # Other units may have been written from it, and are recorded as done.
+        journal.void()
+        raise
+    journal.record(verified=[*unseen, *(i for i, _ in open_units)], parts=entries.rest())
+
+
+def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> None:
+    """Check what of the source has checksums and is not read just as these were made."""
+    if not catalog.checks:
+        return
+    seen: set[tuple[str, int, int]] = set()
+    needed: set[tuple[str, int, int]] = set()
+    starts = {(file, offset): (file, offset, length) for file, offset, length in catalog.checks}
+    for tensor, _ in output.expected:
+        for piece in tensor.pieces:
+            for place in piece.places:
+                if (place.file, place.offset) in starts:
+                    needed.add(starts[place.file, place.offset])
+    for unit in output.units:
+        size = unit.tensor.element_bytes
+        for piece in unit.tensor.within(unit.box):
+            for place in piece.places:
+                region = region_of(place, piece.box.shape, size, SLOT_BYTES)
+                if len(region.requests) == 1:
+                    [(offset, _, length)] = region.requests
+                    seen.add((place.file, offset, length))
+    for file, offset, length in sorted(needed - seen)[rank::world]:
+        crc = 0
+        with (catalog.root / file).open("rb") as opened:
+            for position in range(offset, offset + length, _READ_BYTES):
+                content = bytearray(
+                    os.pread(
+                        opened.fileno(), min(_READ_BYTES, offset + length - position), position
+                    )
+                )
+                part = np.frombuffer(content, np.uint8)
+                crc = _native.crc32c(part.ctypes.data, part.size, crc)
+        if crc != catalog.checks[file, offset, length]:
+            raise CheckpointError(
+                f"{catalog.root / file} is damaged: the chunk at byte {offset} has checksum {crc:08x}, not "
+                f"{catalog.checks[file, offset, length]:08x}"
+            )

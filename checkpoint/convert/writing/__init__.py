@@ -1,0 +1,8 @@
+"""What is written: torch.save archives, pickles, torch.distributed.checkpoint folders.
+
+May import checkpoint.convert.elements and sources.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

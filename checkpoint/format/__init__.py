@@ -1,0 +1,8 @@
+"""The files of a checkpoint: safetensors with boxes, the manifest, folders and their names.
+
+May import parallel.errors and layout.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

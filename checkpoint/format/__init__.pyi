@@ -1,0 +1,42 @@
+from . import directory as directory
+from .directory import (
+    find_checkpoint as find_checkpoint,
+    name_of as name_of,
+    read_manifest as read_manifest,
+)
+from .dtypes import (
+    DTYPE_NAMES as DTYPE_NAMES,
+    TORCH_DTYPES as TORCH_DTYPES,
+)
+from .files import (
+    ALIGNMENT as ALIGNMENT,
+    ELEMENT_BYTES as ELEMENT_BYTES,
+    FORMAT_VERSION as FORMAT_VERSION,
+    INDEX as INDEX,
+    MANIFEST as MANIFEST,
+    TORCH_NAMES as TORCH_NAMES,
+    ChunkEntry as ChunkEntry,
+    FileEntry as FileEntry,
+    FileHeader as FileHeader,
+    FileTensor as FileTensor,
+    Manifest as Manifest,
+    TensorEntry as TensorEntry,
+    crc32c_of as crc32c_of,
+    decode_header as decode_header,
+    decode_manifest as decode_manifest,
+    encode_manifest as encode_manifest,
+    header_bytes as header_bytes,
+    header_capacity as header_capacity,
+    key_of as key_of,
+)
+from .manifest import (
+    build_manifest as build_manifest,
+    header_of as header_of,
+)
+from .plan_types import (
+    Part as Part,
+    PlannedChunk as PlannedChunk,
+    PlannedFile as PlannedFile,
+    SavedTensor as SavedTensor,
+    WritePlan as WritePlan,
+)

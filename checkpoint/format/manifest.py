@@ -1,0 +1,118 @@
+"""From a plan and what the ranks report to headers and the manifest. Pure; needs no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from holdfast.checkpoint.format.files import (
+    INDEX,
+    ChunkEntry,
+    FileEntry,
+    Manifest,
+    crc32c_of,
+    encode_header,
+    huggingface_index,
+)
+from holdfast.checkpoint.format.plan_types import PlannedFile, WritePlan
+from holdfast.parallel.errors import CheckpointError
+
+Checksums = Mapping[int, Sequence[int]]
+"""By rank: CRC-32C of each chunk that it writes, in the order of `WritePlan.written_by`."""
+
+
+def _by_place(plan: WritePlan, checksums: Checksums) -> dict[tuple[str, int], int]:
+    found: dict[tuple[str, int], int] = {}
+    for rank, values in checksums.items():
+        written = plan.written_by(rank)
+        if len(written) != len(values):
+            raise CheckpointError(
+                f"rank {rank} reports {len(values)} chunks and should have written {len(written)}"
+            )
+        for chunk, crc in zip(written, values, strict=True):
+            found[chunk.file, chunk.offset] = crc
+    return found
+
+
+def _entries(
+    file: PlannedFile, crcs: Mapping[tuple[str, int], int]
+) -> dict[str, tuple[ChunkEntry, ...]]:
+    found: defaultdict[str, list[ChunkEntry]] = defaultdict(list)
+    for chunk in file.chunks:
+        entry = ChunkEntry(
+            chunk.offset,
+            chunk.length,
+            chunk.box.start,
+            chunk.box.stop,
+            crcs[chunk.file, chunk.offset],
+        )
+        found[chunk.name].append(entry)
+    return {name: tuple(listed) for name, listed in found.items()}
+
+
+def header_of(
+    plan: WritePlan, file: PlannedFile, checksums: Checksums, *, id: str, step: int
+) -> tuple[bytes, int]:
+    """The header of a file, and its CRC-32C.
+
+    Args:
+        checksums: of all the file's writers.
+    """
+    chunks = _entries(file, _by_place(plan, checksums))
+    header = encode_header(
+        file.tensors, plan.tensors, chunks, id=id, step=step, capacity=file.header_bytes
+    )
+    return header, crc32c_of(header)
+
+
+def build_manifest(
+    plan: WritePlan,
+    checksums: Checksums,
+    headers: Mapping[str, int],
+    *,
+    id: str,
+    step: int,
+    created: float,
+    versions: Mapping[str, str],
+    scalars: Mapping[str, Any],
+    config: Mapping[str, Any],
+    extra_files: Mapping[str, bytes],
+) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest of a save, and the small files that go with it.
+
+    Args:
+        headers: CRC-32C of each tensor file's header.
+        extra_files: contents of files that the caller adds.
+    Raises:
+        CheckpointError: a rank wrote more or fewer chunks than planned, or a header is missing.
+    """
+    crcs = _by_place(plan, checksums)
+    files: dict[str, FileEntry] = {}
+    for file in plan.files:
+        if file.name not in headers:
+            raise CheckpointError(f"nobody has written the header of {file.name}")
+        files[file.name] = FileEntry(
+            bytes=file.bytes,
+            header_bytes=file.header_bytes,
+            crc32c=headers[file.name],
+            chunks=_entries(file, crcs),
+        )
+    small = dict(extra_files)
+    whole = [file for file in plan.files if file.name.startswith("model-")]
+    weights = [tensor.name for file in whole for tensor in file.tensors]
+    if weights:
+        small[INDEX] = huggingface_index(files, weights)
+    for name, content in small.items():
+        files[name] = FileEntry(bytes=len(content), crc32c=crc32c_of(content))
+    manifest = Manifest(
+        id=id,
+        step=step,
+        created=created,
+        versions=dict(versions),
+        scalars=dict(scalars),
+        config=dict(config),
+        tensors=dict(plan.tensors),
+        files=files,
+    )
+    return manifest, small

@@ -1,0 +1,146 @@
+"""Reading the chunks of a load: from a local folder through the file engine, or by ranges of a remote one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from holdfast import _native
+from holdfast.checkpoint.loading.read_plan import Request
+from holdfast.parallel.errors import CheckpointError
+
+_T = TypeVar("_T")
+_REMOTE_READS = 8
+
+
+class ByteReader(Protocol):
+    """Where a checkpoint's bytes come from. Local."""
+
+    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+        """Bring all requests to their places after `address`; yields their numbers as they arrive, in order.
+
+        The memory must stay as it is until the iterator has ended, well or not.
+
+        Raises:
+            CheckpointError: a file is missing, too short or cannot be read.
+        """
+        ...
+
+    def read_file(self, name: str, length: int | None = None) -> bytes:
+        """A whole small file, or the first `length` bytes of one."""
+        ...
+
+    def size(self, name: str) -> int:
+        """A file's length in bytes."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class FolderReader:
+    """A checkpoint in a local folder.
+
+    Read through the page cache: as fast as past it where nothing is cached (measured), and whoever loads the
+    same files next, an evaluation beside the training say, finds them in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._engine = _native.FileEngine(direct=False)
+        self._handles: dict[str, int] = {}
+
+    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+        try:
+            for request in requests:
+                if request.file not in self._handles:
+                    path = str(self.folder / request.file)
+                    self._handles[request.file] = self._engine.open(path)
+            tickets = self._engine.submit(
+                [
+                    (False, self._handles[r.file], r.address(address), r.offset, r.length)
+                    for r in requests
+                ]
+            )
+            try:
+                for number, ticket in enumerate(tickets):
+                    self._engine.wait(ticket)
+                    yield number
+            finally:
+                # After a failure the rest is still in flight; its outcome no longer matters.
+                with contextlib.suppress(OSError):
+                    self._engine.wait_all()
+        except OSError as error:
+            place = error.filename or self.folder
+            raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
+
+    def read_file(self, name: str, length: int | None = None) -> bytes:
+        try:
+            with (self.folder / name).open("rb") as file:
+                return file.read(-1 if length is None else length)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / name} cannot be read: {error.strerror}"
+            ) from error
+
+    def size(self, name: str) -> int:
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / name} cannot be read: {error.strerror}"
+            ) from error
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class RemoteReader:
+    """A checkpoint at an fsspec URL, read by byte ranges."""
+
+    def __init__(self, url: str, filesystem: Any, path: str) -> None:
+        self.url = url
+        self._filesystem, self._path = filesystem, path
+        self._pool = ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="checkpoint-read")
+
+    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+        def fetch(request: Request) -> None:
+            content = self._fetch(request.file, request.offset, request.offset + request.length)
+            if len(content) != request.length:
+                raise CheckpointError(
+                    f"{self.url}/{request.file} ends at byte {request.offset + len(content)}, and bytes up "
+                    f"to {request.offset + request.length} are needed"
+                )
+            ctypes.memmove(request.address(address), content, request.length)
+
+        fetched = [self._pool.submit(fetch, request) for request in requests]
+        try:
+            for number, done in enumerate(fetched):
+                done.result()
+                yield number
+        finally:
+            wait(fetched)
+
+    def read_file(self, name: str, length: int | None = None) -> bytes:
+        return self._fetch(name, None if length is None else 0, length)
+
+    def size(self, name: str) -> int:
+        return self._asked(name, lambda path: self._filesystem.size(path))
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _fetch(self, name: str, start: int | None, end: int | None) -> bytes:
+        return self._asked(name, lambda path: self._filesystem.cat_file(path, start=start, end=end))
+
+    def _asked(self, name: str, ask: Callable[[str], _T]) -> _T:
+        # Whatever a driver raises (each has its own kinds) means the same here.
+        try:
+            return ask(f"{self._path}/{name}")
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}"
+            ) from error

@@ -1,0 +1,8 @@
+"""Saving: the write plan, lazy snapshots, and the commit.
+
+May import checkpoint.format, parallel.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

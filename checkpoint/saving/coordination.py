@@ -1,0 +1,107 @@
+"""What the ranks of a save tell each other, over the control plane's store and with a deadline.
+
+No collective: a rank that is stuck leaves its vote out, is named with the phase that it is in, and the save
+is given up; training never waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from torch.distributed import PrefixStore, Store
+
+from holdfast.checkpoint.saving.arena import Cancelled, Deadline
+from holdfast.parallel.errors import CheckpointError
+
+_FIRST_POLL_S = 0.0005
+_LONGEST_POLL_S = 0.005
+_POLL_PER_RANK_S = 2e-5
+"""Many ranks look less often: together they ask the store 50,000 times a second at most."""
+
+
+class Votes:
+    """The board of one save: every rank has its own view of the same keys. Local calls."""
+
+    def __init__(self, store: Store, name: str, rank: int, ranks: Sequence[int]) -> None:
+        """Args:
+        store: a connection of this thread's own.
+        name: of this save, never used before.
+        """
+        self._store = PrefixStore(f"checkpoint/{name}", store)
+        self.rank, self.ranks = rank, tuple(ranks)
+        self.phase = ""
+
+    @property
+    def coordinator(self) -> int:
+        return min(self.ranks)
+
+    @property
+    def is_coordinator(self) -> bool:
+        return self.rank == self.coordinator
+
+    def enter(self, phase: str) -> None:
+        """Say what this rank does now, for the message if it does not come out of it."""
+        self.phase = phase
+        self._store.set(f"phase/{self.rank}", phase)
+
+    def cast(self, kind: str, content: dict[str, Any]) -> None:
+        """Tell the others this rank's `kind`."""
+        self._store.set(f"{kind}/{self.rank}", msgspec.json.encode(content).decode())
+
+    def fail(self, reason: str) -> None:
+        """Tell the others that this rank cannot go on; the first reason counts."""
+        self._store.compare_set("failed", "", f"rank {self.rank}, {self.phase}: {reason}")
+
+    def collect(
+        self, kind: str, ranks: Sequence[int], deadline: Deadline, *, patience_s: float = 0.0
+    ) -> dict[int, dict[str, Any]]:
+        """The `kind` of each of `ranks`.
+
+        Args:
+            patience_s: after the deadline; whoever waits for the coordinator lets it say who is late.
+        Raises:
+            CheckpointError: a rank failed, or did not vote in time; it is named with its phase.
+            Cancelled: this rank's part was given up meanwhile.
+        """
+        keys = {rank: f"{kind}/{rank}" for rank in ranks}
+        pause = _FIRST_POLL_S
+        while not self._store.check(list(keys.values())):
+            self._raise_failure()
+            if deadline.cancelled:
+                raise Cancelled
+            if time.monotonic() > deadline.at + patience_s:
+                raise CheckpointError(self._who_is_missing(keys))
+            time.sleep(pause)
+            pause = min(2 * pause, max(_LONGEST_POLL_S, _POLL_PER_RANK_S * len(self.ranks)))
+        found = self._store.multi_get(list(keys.values()))
+        return {rank: msgspec.json.decode(text) for rank, text in zip(keys, found, strict=True)}
+
+    def clear(self) -> None:
+        """Remove this rank's keys; called once nobody waits for them."""
+        for kind in ("phase", "begin", "written", "header", "end"):
+            self._store.delete_key(f"{kind}/{self.rank}")
+        if self.is_coordinator:
+            self._store.delete_key("failed")
+
+    def failure(self) -> str:
+        """Why this save has failed on some rank; empty when none has said so."""
+        return self._store.get("failed").decode() if self._store.check(["failed"]) else ""
+
+    def _raise_failure(self) -> None:
+        reason = self.failure()
+        if reason:
+            raise CheckpointError(reason)
+
+    def _who_is_missing(self, keys: dict[int, str]) -> str:
+        missing = [rank for rank, key in keys.items() if not self._store.check([key])]
+        phases = [f"rank {rank} ({self._phase_of(rank)})" for rank in missing[:4]]
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        return f"no word in time from {', '.join(phases)}{more}"
+
+    def _phase_of(self, rank: int) -> str:
+        if not self._store.check([f"phase/{rank}"]):
+            return "has not begun"
+        return self._store.get(f"phase/{rank}").decode()

@@ -1,0 +1,355 @@
+"""Who writes what where: a pure function of the tensors, who holds them, and which node each rank is on.
+
+Equal on every rank, computed without communication, and cached by its user while the layout stands.
+Weights are written whole, under the names that Hugging Face loaders read, each file by one node; other
+state in boxes, each by a rank that holds it. No byte is written twice. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from holdfast.checkpoint.format import (
+    ELEMENT_BYTES,
+    ChunkEntry,
+    FileTensor,
+    Part,
+    PlannedChunk,
+    PlannedFile,
+    SavedTensor,
+    TensorEntry,
+    WritePlan,
+    header_capacity,
+    key_of,
+)
+from holdfast.parallel.errors import LayoutError
+from holdfast.parallel.layout import Box, without
+from holdfast.parallel.plan import assign_owners
+
+SMALLEST_CHUNK_BYTES = 8 << 20
+MOST_CHUNKS = 1 << 18
+LARGEST_FILE_BYTES = 4 << 30
+
+
+def chunk_bytes_for(total: int) -> int:
+    """How large a chunk may be: 8 MiB, doubled until at most 2^18 of them make the checkpoint."""
+    size = SMALLEST_CHUNK_BYTES
+    while total > size * MOST_CHUNKS:
+        size *= 2
+    return size
+
+
+def make_write_plan(tensors: Sequence[SavedTensor], nodes: Sequence[int]) -> WritePlan:
+    """Plan a checkpoint. Pure.
+
+    Args:
+        tensors: in the order in which files list them.
+        nodes: the node of each rank.
+    Raises:
+        LayoutError: parts that leave a hole, overlap or lie outside their tensor; a name given twice.
+    """
+    names = {tensor.name for tensor in tensors}
+    if len(names) != len(tensors):
+        raise LayoutError("a tensor is listed twice; list its parts under one name")
+    for tensor in tensors:
+        _check_parts(tensor)
+    total = sum(tensor.entry.bytes for tensor in tensors)
+    size = chunk_bytes_for(total)
+    entries = {tensor.name: tensor.entry for tensor in tensors}
+    whole = [tensor for tensor in tensors if tensor.whole]
+    boxed = [tensor for tensor in tensors if not tensor.whole]
+    files = [*_weight_files(whole, entries, nodes, size), *_box_files(boxed, entries, size)]
+    return WritePlan(entries, tuple(files), size)
+
+
+def _check_parts(tensor: SavedTensor) -> None:
+    whole = Box.whole(tensor.shape)
+    for part in tensor.parts:
+        if len(part.box.start) != len(tensor.shape) or not whole.contains(part.box):
+            raise LayoutError(f"{tensor.name}: box {part.box} lies outside {list(tensor.shape)}")
+        if not part.holders:
+            raise LayoutError(f"{tensor.name}: nobody holds box {part.box}")
+    held = sum(part.box.elements for part in tensor.parts)
+    holes = without([whole], sorted((p.box for p in tensor.parts), key=lambda box: box.start))
+    if holes:
+        raise LayoutError(f"{tensor.name}: nobody holds {holes[0]} of {list(tensor.shape)}")
+    if held != whole.elements:
+        raise LayoutError(f"{tensor.name}: its parts overlap; each element must be in one part")
+
+
+def _is_rows(box: Box, shape: Sequence[int]) -> bool:
+    """Whether a box is whole rows, hence contiguous in the tensor."""
+    return all(a == 0 for a in box.start[1:]) and box.stop[1:] == tuple(shape[1:])
+
+
+def _row_pieces(box: Box, row_bytes: int, chunk_bytes: int) -> Iterator[Box]:
+    """Cut a box along dimension 0 into boxes of at most `chunk_bytes`, or one row."""
+    if not box.start or not box.elements:
+        yield box
+        return
+    rows = max(1, chunk_bytes // max(1, row_bytes))
+    for start in range(box.start[0], box.stop[0], rows):
+        stop = min(box.stop[0], start + rows)
+        yield Box((start, *box.start[1:]), (stop, *box.stop[1:]))
+
+
+def _merged(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring rows with the same holders become one part."""
+    merged: list[Part] = []
+    for part in sorted(parts, key=lambda p: (p.box.start[1:], p.box.start[:1])):
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and part.box.start
+            and (last.holders, last.apart) == (part.holders, part.apart)
+            and last.box.stop[0] == part.box.start[0]
+            and last.box.start[1:] == part.box.start[1:]
+            and last.box.stop[1:] == part.box.stop[1:]
+        ):
+            merged[-1] = replace(last, box=Box(last.box.start, part.box.stop))
+        else:
+            merged.append(part)
+    return merged
+
+
+_Groups = tuple[tuple[int, ...], ...]
+"""Ways to provide a chunk: each is the ranks that hold its parts, one a part."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A chunk before its file and writer are known."""
+
+    tensor: SavedTensor
+    box: Box
+    parts: tuple[Box, ...]
+    """What each rank of a group has of it; the box itself, or columns of it."""
+    groups: _Groups
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.nbytes(self.box)
+
+    def sources(self, group: tuple[int, ...]) -> tuple[Part, ...]:
+        """Where a writer gets the bytes, when it must ask other ranks."""
+        if len(group) == 1:
+            return ()
+        return tuple(Part(box, (rank,)) for box, rank in zip(self.parts, group, strict=True))
+
+
+def _pieces(tensor: SavedTensor, chunk_bytes: int) -> list[_Piece]:
+    merged = _merged(tensor.parts)
+    if not all(_is_rows(part.box, tensor.shape) for part in merged):
+        return _joined_pieces(tensor, merged, chunk_bytes)
+    return _own_pieces(tensor, merged, chunk_bytes)
+
+
+def _own_pieces(tensor: SavedTensor, merged: Sequence[Part], chunk_bytes: int) -> list[_Piece]:
+    """Pieces that one rank has."""
+    pieces = []
+    for part in merged:
+        row_bytes = prod(part.box.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
+        groups = tuple((rank,) for rank in part.holders)
+        for box in _row_pieces(part.box, row_bytes, chunk_bytes):
+            pieces.append(_Piece(tensor, box, (box,), groups))  # noqa: PERF401
+    return pieces
+
+
+def _joined_pieces(tensor: SavedTensor, merged: Sequence[Part], chunk_bytes: int) -> list[_Piece]:
+    """Pieces of whole rows, joined from one rank for each part: the tensor is split along columns."""
+    row_bytes = prod(tensor.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
+    pieces = []
+    for box in _row_pieces(Box.whole(tensor.shape), row_bytes, chunk_bytes):
+        inside = [
+            (common, part.holders)
+            for part in merged
+            if (common := part.box.intersect(box)) is not None
+        ]
+        groups = tuple(zip(*(holders for _, holders in inside), strict=False))
+        pieces.append(_Piece(tensor, box, tuple(common for common, _ in inside), groups))
+    return pieces
+
+
+def _weight_files(
+    tensors: Sequence[SavedTensor],
+    entries: Mapping[str, TensorEntry],
+    nodes: Sequence[int],
+    chunk_bytes: int,
+) -> list[PlannedFile]:
+    pieces = {tensor.name: _pieces(tensor, chunk_bytes) for tensor in tensors}
+    homes = _homes(tensors, pieces, nodes)
+    shelves: list[list[SavedTensor]] = []
+    for node in sorted(set(homes.values())):
+        size = LARGEST_FILE_BYTES + 1  # so that the first tensor begins a file, even if it is empty
+        for tensor in tensors:
+            if homes[tensor.name] != node:
+                continue
+            if size + tensor.entry.bytes > LARGEST_FILE_BYTES:
+                shelves.append([])
+                size = 0
+            shelves[-1].append(tensor)
+            size += tensor.entry.bytes
+    flat = [piece for shelf in shelves for tensor in shelf for piece in pieces[tensor.name]]
+    near = _Nearby(nodes)
+    usable = [near.groups(piece.groups, homes[piece.tensor.name]) for piece in flat]
+    # Leads stand for their groups, so that pieces with the same candidates are shared out evenly.
+    chosen = assign_owners([p.bytes for p in flat], [found.leads for found in usable])
+    placed: defaultdict[str, list[_Placed]] = defaultdict(list)
+    for number, (piece, found, lead) in enumerate(zip(flat, usable, chosen, strict=True)):
+        group = found.by_lead[lead]
+        # Where a box is joined, the members of the group take turns in writing.
+        writer = group[number % len(group)]
+        placed[piece.tensor.name].append(_Placed(piece, writer, piece.sources(group)))
+    return [
+        _file(
+            f"model-{number + 1:05d}-of-{len(shelves):05d}.safetensors",
+            [item for tensor in shelf for item in placed[tensor.name]],
+            entries,
+            merge=True,
+        )
+        for number, shelf in enumerate(shelves)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """The groups that may provide a chunk, by their first rank."""
+
+    leads: tuple[int, ...]
+    by_lead: Mapping[int, tuple[int, ...]]
+
+
+class _Nearby:
+    """Which groups of ranks lie on one node; looked up once for each set of groups."""
+
+    def __init__(self, nodes: Sequence[int]) -> None:
+        self._nodes = nodes
+        self._homes: dict[_Groups, frozenset[int]] = {}
+        self._groups: dict[tuple[_Groups, int], _Candidates] = {}
+
+    def homes(self, groups: _Groups) -> frozenset[int]:
+        """The nodes that have all of a chunk."""
+        if groups not in self._homes:
+            found = ({self._nodes[rank] for rank in group} for group in groups)
+            self._homes[groups] = frozenset(n for here in found if len(here) == 1 for n in here)
+        return self._homes[groups]
+
+    def groups(self, groups: _Groups, home: int) -> _Candidates:
+        """The groups on a node; all where it has none."""
+        key = groups, home
+        if key not in self._groups:
+            there = [g for g in groups if all(self._nodes[rank] == home for rank in g)]
+            by_lead = {group[0]: group for group in there or groups}
+            self._groups[key] = _Candidates(tuple(sorted(by_lead)), by_lead)
+        return self._groups[key]
+
+
+def _homes(
+    tensors: Sequence[SavedTensor], pieces: Mapping[str, Sequence[_Piece]], nodes: Sequence[int]
+) -> dict[str, int]:
+    """The node that writes each tensor: the least loaded of those that have all of it."""
+    near = _Nearby(nodes)
+    loads: defaultdict[int, int] = defaultdict(int)
+    homes: dict[str, int] = {}
+    for tensor in sorted(tensors, key=lambda t: (-t.entry.bytes, t.name)):
+        ways = {piece.groups for piece in pieces[tensor.name]}
+        able = frozenset.intersection(*(near.homes(groups) for groups in ways))
+        # Where no node has all of a tensor, several write the file.
+        candidates = able or {nodes[group[0]] for groups in ways for group in groups}
+        home = min(candidates, key=lambda node: (loads[node], node))
+        loads[home] += tensor.entry.bytes
+        homes[tensor.name] = home
+    return homes
+
+
+def _box_files(
+    tensors: Sequence[SavedTensor], entries: Mapping[str, TensorEntry], chunk_bytes: int
+) -> list[PlannedFile]:
+    pieces = [
+        piece
+        for tensor in tensors
+        for piece in _own_pieces(tensor, _merged(tensor.parts), chunk_bytes)
+    ]
+    writers = assign_owners(
+        [piece.bytes for piece in pieces],
+        [tuple(sorted(group[0] for group in piece.groups)) for piece in pieces],
+    )
+    by_writer: defaultdict[int, list[_Placed]] = defaultdict(list)
+    for piece, writer in zip(pieces, writers, strict=True):
+        by_writer[writer].append(_Placed(piece, writer, ()))
+    return [
+        _file(
+            f"optimizer-{number + 1:05d}-of-{len(by_writer):05d}.safetensors",
+            _by_rows(by_writer[writer]),
+            entries,
+            merge=False,
+        )
+        for number, writer in enumerate(sorted(by_writer))
+    ]
+
+
+def _by_rows(placed: Sequence[_Placed]) -> list[_Placed]:
+    """All state of the same rows together, in the order of the first: one fence frees them all."""
+    rank: dict[tuple[str, Box], int] = {}
+    for item in placed:
+        rank.setdefault((_base(item.piece.tensor), item.piece.box), len(rank))
+    return sorted(placed, key=lambda item: rank[_base(item.piece.tensor), item.piece.box])
+
+
+def _base(tensor: SavedTensor) -> str:
+    return tensor.name.removeprefix(f"{tensor.kind}.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    piece: _Piece
+    writer: int
+    sources: tuple[Part, ...]
+
+
+def _file(
+    name: str, placed: Sequence[_Placed], entries: Mapping[str, TensorEntry], *, merge: bool
+) -> PlannedFile:
+    """Lay pieces out one after the other; with `merge`, the pieces of a tensor are one tensor."""
+    tensors: list[FileTensor] = []
+    spans: list[tuple[_Placed, int]] = []
+    position = 0
+    for item in placed:
+        tensor, box, length = item.piece.tensor, item.piece.box, item.piece.bytes
+        spans.append((item, position))
+        if merge and tensors and tensors[-1].name == tensor.name:
+            tensors[-1] = FileTensor(
+                tensor.name,
+                tensor.name,
+                Box.whole(tensor.shape),
+                tensors[-1].begin,
+                position + length,
+            )
+        else:
+            listed = Box.whole(tensor.shape) if merge else box
+            key = key_of(tensor.name, listed, tensor.shape)
+            tensors.append(FileTensor(key, tensor.name, listed, position, position + length))
+        position += length
+    trial: defaultdict[str, list[ChunkEntry]] = defaultdict(list)
+    for item, offset in spans:
+        box = item.piece.box
+        trial[item.piece.tensor.name].append(
+            ChunkEntry(offset, item.piece.bytes, box.start, box.stop, 0)
+        )
+    header = header_capacity(tensors, entries, trial)
+    chunks = tuple(
+        PlannedChunk(
+            item.piece.tensor.name,
+            item.piece.box,
+            name,
+            header + offset,
+            item.piece.bytes,
+            item.writer,
+            item.sources,
+        )
+        for item, offset in spans
+    )
+    return PlannedFile(name, tuple(tensors), chunks, header, header + position)

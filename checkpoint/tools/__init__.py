@@ -1,0 +1,8 @@
+"""Inspecting, verifying and comparing checkpoints.
+
+May import checkpoint.format and loading.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,170 @@
+"""How two checkpoints differ, tensor by tensor, whatever layout each was saved in. Local."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.checkpoint.format import TORCH_DTYPES, Manifest, directory
+from holdfast.checkpoint.loading import FolderReader, Target, load
+from holdfast.parallel.layout import Box
+
+_PART_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """How a tensor that both have differs."""
+
+    name: str
+    elements: int
+    differing: int
+    """Elements whose bits differ."""
+    largest: float
+    """Largest absolute difference; infinite or NaN where one side is."""
+    relative: float
+    """Norm of the difference over the norm of the first's values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What differs between two checkpoints; equal when there is nothing."""
+
+    steps: tuple[int, int]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    other_form: tuple[str, ...]
+    """Tensors whose shape or dtype differ, with both."""
+    values: tuple[TensorDifference, ...]
+    scalars: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    compared: int = 0
+    """Tensors that both have in the same form."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether every tensor has the same bits in both."""
+        return not (self.only_first or self.only_second or self.other_form or self.values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; numbers that JSON cannot say become text."""
+        plain = asdict(self)
+        for value in plain["values"]:
+            for key in ("largest", "relative"):
+                if not math.isfinite(value[key]):
+                    value[key] = str(value[key])
+        return {"equal": self.equal, **plain}
+
+
+def diff_checkpoints(
+    first: Path, second: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Difference:
+    """Compare two checkpoint folders bit for bit; holds 64 MiB of each at a time.
+
+    Raises:
+        CheckpointError: one of them is damaged or incomplete.
+    """
+    manifests = directory.read_manifest(first), directory.read_manifest(second)
+    ours, theirs = manifests[0].tensors, manifests[1].tensors
+    common = [name for name in ours if name in theirs]
+    alike = [
+        n for n in common if ours[n].dtype == theirs[n].dtype and ours[n].shape == theirs[n].shape
+    ]
+    other_form = tuple(
+        f"{n}: {ours[n].dtype} {list(ours[n].shape)} and {theirs[n].dtype} {list(theirs[n].shape)}"
+        for n in common
+        if n not in set(alike)
+    )
+    readers = FolderReader(first), FolderReader(second)
+    found: list[TensorDifference] = []
+    done, total = 0, sum(ours[name].bytes for name in alike)
+    try:
+        for name in alike:
+            counted = _Counted()
+            for box in _parts(manifests[0], name):
+                values = [
+                    _values(manifest, reader, name, box, str(where))
+                    for manifest, reader, where in zip(
+                        manifests, readers, (first, second), strict=True
+                    )
+                ]
+                counted.add(*values)
+                done += values[0].numel() * values[0].element_size()
+                progress(done, total)
+            if counted.differing:
+                found.append(counted.difference(name))
+    finally:
+        for reader in readers:
+            reader.close()
+    scalars = {
+        key: (manifests[0].scalars.get(key), manifests[1].scalars.get(key))
+        for key in sorted(manifests[0].scalars.keys() | manifests[1].scalars.keys())
+        if manifests[0].scalars.get(key) != manifests[1].scalars.get(key)
+    }
+    return Difference(
+        steps=(manifests[0].step, manifests[1].step),
+        only_first=tuple(n for n in ours if n not in theirs),
+        only_second=tuple(n for n in theirs if n not in ours),
+        other_form=other_form,
+        values=tuple(found),
+        scalars=scalars,
+        compared=len(alike),
+    )
+
+
+def _parts(manifest: Manifest, name: str) -> Iterator[Box]:
+    """A tensor in whole rows of at most `_PART_BYTES`."""
+    entry = manifest.tensors[name]
+    whole = Box.whole(entry.shape)
+    if not entry.shape or entry.bytes <= _PART_BYTES:
+        yield whole
+        return
+    rows = max(1, _PART_BYTES * entry.shape[0] // entry.bytes)
+    for start in range(0, entry.shape[0], rows):
+        stop = min(entry.shape[0], start + rows)
+        yield Box((start, *whole.start[1:]), (stop, *whole.stop[1:]))
+
+
+def _values(manifest: Manifest, reader: FolderReader, name: str, box: Box, where: str) -> Tensor:
+    values = torch.empty(box.shape, dtype=TORCH_DTYPES[manifest.tensors[name].dtype])
+    load(manifest, reader, {name: [Target(box, values)]}, {0: {name: [box]}}, 0, where=where)
+    return values
+
+
+@dataclass(slots=True)
+class _Counted:
+    """What has been seen of one tensor."""
+
+    elements: int = 0
+    differing: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+    difference_squares: float = 0.0
+
+    def add(self, first: Tensor, second: Tensor) -> None:
+        """Compare two parts bit for bit: -0.0 differs from 0.0, and a NaN equals itself."""
+        self.elements += first.numel()
+        if not first.numel():
+            return
+        raw = [
+            t.contiguous().view(-1).view(torch.uint8).view(first.numel(), -1)
+            for t in (first, second)
+        ]
+        differing = int((raw[0] != raw[1]).any(1).sum())
+        self.differing += differing
+        wide = first.double() if not first.is_complex() else first.abs().double()
+        self.squares += float(wide.square().sum())
+        if differing:
+            gap = (first - second).abs().double() if first.is_complex() else wide - second.double()
+            largest = float(gap.abs().max())
+            self.largest = largest if not largest <= self.largest else self.largest
+            self.difference_squares += float(gap.square().sum())
+
+    def difference(self, name: str) -> TensorDifference:
+        relative = math.sqrt(self.difference_squares / self.squares) if self.squares else math.inf
+        return TensorDifference(name, self.elements, self.differing, self.largest, relative)

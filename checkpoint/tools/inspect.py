@@ -1,0 +1,99 @@
+"""What is in a checkpoint, from its manifest alone: no tensor is read. Needs no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.format import ELEMENT_BYTES, Manifest, directory
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """A logical tensor and how it lies in files."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    chunks: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A checkpoint at a glance."""
+
+    path: str
+    step: int
+    created: float
+    bytes: int
+    parameters: int
+    """Elements of all weights."""
+    kinds: dict[str, dict[str, Any]]
+    """By kind: tensors, bytes, dtypes."""
+    layout: dict[str, Any]
+    """The [parallel] section of the run that saved it."""
+    scalars: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, int]
+    """Bytes by file."""
+    tensors: tuple[TensorSummary, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_checkpoint(path: Path) -> Summary:
+    """Summarise a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
+    return summarise(directory.read_manifest(path), str(path))
+
+
+def summarise(manifest: Manifest, where: str) -> Summary:
+    """See `inspect_checkpoint`. Pure."""
+    chunks: defaultdict[str, int] = defaultdict(int)
+    files: defaultdict[str, list[str]] = defaultdict(list)
+    for file, entry in manifest.files.items():
+        for name, listed in entry.chunks.items():
+            chunks[name] += len(listed)
+            files[name].append(file)
+    kinds: dict[str, dict[str, Any]] = {}
+    tensors = []
+    for name, tensor in manifest.tensors.items():
+        found = kinds.setdefault(tensor.kind, {"tensors": 0, "bytes": 0, "dtypes": []})
+        found["tensors"] += 1
+        found["bytes"] += tensor.bytes
+        if tensor.dtype not in found["dtypes"]:
+            found["dtypes"].append(tensor.dtype)
+        tensors.append(
+            TensorSummary(
+                name,
+                tensor.kind,
+                tensor.dtype,
+                tensor.shape,
+                tensor.bytes,
+                chunks[name],
+                tuple(files[name]),
+            )
+        )
+    elements = [t.bytes // ELEMENT_BYTES[t.dtype] for t in tensors if t.kind == "weight"]
+    return Summary(
+        path=where,
+        step=manifest.step,
+        created=manifest.created,
+        bytes=manifest.bytes,
+        parameters=sum(elements),
+        kinds=kinds,
+        layout=dict(manifest.config.get("parallel", {})),
+        scalars=dict(manifest.scalars),
+        versions=dict(manifest.versions),
+        files={name: entry.bytes for name, entry in manifest.files.items()},
+        tensors=tuple(tensors),
+    )

@@ -1,0 +1,252 @@
+"""Whether a checkpoint is what it says: every byte against its checksum, and the files against the manifest."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from holdfast import _native
+from holdfast.checkpoint.format import (
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    FileEntry,
+    FileHeader,
+    Manifest,
+    TensorEntry,
+    crc32c_of,
+    decode_header,
+    directory,
+    encode_manifest,
+    header_bytes,
+)
+from holdfast.checkpoint.loading import (
+    ByteReader,
+    ChunkRead,
+    FolderReader,
+    check_coverage,
+    requests_of,
+)
+from holdfast.parallel.errors import CheckpointError
+
+_READ_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong with a checkpoint."""
+
+    file: str
+    message: str
+    tensor: str = ""
+    box: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message}"
+
+
+def check_small_parts(manifest: Manifest, reader: ByteReader, files: Iterable[str]) -> None:
+    """Check the headers of tensor files, and other files as a whole, against the manifest.
+
+    Raises:
+        CheckpointError: one is missing, of another checkpoint, or damaged.
+    """
+    for name in files:
+        problem = _small_part_problem(manifest, reader, name)
+        if problem is not None:
+            raise CheckpointError(str(problem))
+
+
+def _small_part_problem(manifest: Manifest, reader: ByteReader, name: str) -> Problem | None:
+    entry = manifest.files[name]
+    try:
+        size = reader.size(name)
+        content = reader.read_file(name, entry.header_bytes or None)
+    except CheckpointError as error:
+        return Problem(name, f"is missing or cannot be read: {error}")
+    if size != entry.bytes:
+        return Problem(name, f"has {size} bytes where the manifest says {entry.bytes}")
+    wanted = entry.header_bytes or entry.bytes
+    if len(content) != wanted:
+        return Problem(name, f"has {len(content)} bytes where the manifest says {wanted}")
+    if crc32c_of(content) != entry.crc32c:
+        what = "its header" if entry.header_bytes else "it"
+        return Problem(
+            name, f"{what} is damaged or of another checkpoint{_foreign(content, manifest)}"
+        )
+    return None
+
+
+def _foreign(header: bytes, manifest: Manifest) -> str:
+    """What a header says of itself, where that helps."""
+    try:
+        found = decode_header(header, "")
+    except CheckpointError:
+        return ""
+    if found.id == manifest.id:
+        return ""
+    return f": it belongs to step {found.step}, save {found.id[:8]}"
+
+
+def verify_checkpoint(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Problem]:
+    """Everything that is wrong with a checkpoint folder: all its bytes are read. Local.
+
+    Args:
+        progress: called with (bytes read, bytes in all).
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
+    manifest = directory.read_manifest(folder)
+    problems: list[Problem] = []
+    try:
+        check_coverage(manifest, MANIFEST)
+    except CheckpointError as error:
+        problems.append(Problem(MANIFEST, str(error)))
+    present = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    strangers = sorted(present.keys() - manifest.files.keys() - {MANIFEST})
+    problems += [Problem(name, "is not part of this checkpoint") for name in strangers]
+    reader = FolderReader(folder)
+    done, total = 0, manifest.bytes
+    try:
+        for name, entry in manifest.files.items():
+            found = list(_file_problems(manifest, reader, name, entry, present.get(name)))
+            problems += found
+            done += entry.bytes
+            progress(done, total)
+    finally:
+        reader.close()
+    return problems
+
+
+def _file_problems(
+    manifest: Manifest, reader: FolderReader, name: str, entry: FileEntry, size: int | None
+) -> Iterator[Problem]:
+    if size is None:
+        yield Problem(name, "is missing")
+        return
+    small = _small_part_problem(manifest, reader, name)
+    if small is not None:
+        yield small
+    for read, crc in checksums_of(manifest, reader, name, limit=size):
+        if crc != read.chunk.crc32c:
+            yield Problem(
+                name,
+                f"{read.name}{read.chunk.box} at byte {read.chunk.offset} is damaged: checksum "
+                f"{crc:08x}, not {read.chunk.crc32c:08x}",
+                read.name,
+                str(read.chunk.box),
+            )
+
+
+def checksums_of(
+    manifest: Manifest, reader: FolderReader, file: str, *, limit: int
+) -> Iterator[tuple[ChunkRead, int]]:
+    """Read the chunks of a file that end within its first `limit` bytes; each with its CRC-32C."""
+    entry = manifest.files[file]
+    reads = [
+        ChunkRead(name, manifest.tensors[name].dtype, file, chunk, ())
+        for name, chunks in entry.chunks.items()
+        if name in manifest.tensors
+        for chunk in chunks
+        if chunk.offset + chunk.length <= limit
+    ]
+    reads.sort(key=lambda read: read.chunk.offset)
+    for load in _batches(reads):
+        requests, places, end = requests_of(load)
+        memory = np.empty(end + 4096, np.uint8)
+        memory = memory[-memory.ctypes.data % 4096 :]
+        for _ in reader.read(requests, memory.ctypes.data):
+            pass
+        for read, place in zip(load, places, strict=True):
+            yield read, _native.crc32c(memory.ctypes.data + place, read.chunk.length)
+
+
+def _batches(reads: list[ChunkRead]) -> Iterator[list[ChunkRead]]:
+    batch: list[ChunkRead] = []
+    size = 0
+    for read in reads:
+        if batch and size + read.chunk.length > _READ_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(read)
+        size += read.chunk.length
+    if batch:
+        yield batch
+
+
+def rebuild_manifest(folder: Path) -> Manifest:
+    """Make a manifest from what the tensor files say of themselves, and write it. Local.
+
+    The configuration and scalars but the step are lost with the old manifest: weights and optimizer state
+    are all there. Checksums come from the headers, so that damage since they were written is still found.
+
+    Raises:
+        CheckpointError: the files do not make up a checkpoint: a tensor is incomplete, or they are of
+            different saves.
+    """
+    headers: dict[str, tuple[FileHeader, FileEntry]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = header_bytes(first, size, str(path))
+            content = first + file.read(length - 8)
+        header = decode_header(content, str(path))
+        if header.format_version != FORMAT_VERSION:
+            raise CheckpointError(f"{path} has format version {header.format_version}")
+        entry = FileEntry(
+            bytes=size, header_bytes=length, crc32c=crc32c_of(content), chunks=header.chunks
+        )
+        headers[path.name] = header, entry
+    if not headers:
+        raise CheckpointError(f"{folder} holds no tensor file of a checkpoint")
+    saves = {(header.id, header.step) for header, _ in headers.values()}
+    if len(saves) > 1:
+        listed = ", ".join(f"step {step} ({id[:8]})" for id, step in sorted(saves))
+        raise CheckpointError(f"the tensor files of {folder} are of different saves: {listed}")
+    [(id, step)] = saves
+    tensors: dict[str, TensorEntry] = {}
+    for header, _ in headers.values():
+        tensors |= header.tensors
+    files = {name: entry for name, (_, entry) in headers.items()}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".model", ".txt") and path.name != MANIFEST:
+            content = path.read_bytes()
+            files[path.name] = FileEntry(bytes=len(content), crc32c=crc32c_of(content))
+    manifest = Manifest(
+        id=id or uuid.uuid4().hex,
+        step=step,
+        created=time.time(),
+        scalars={"step": step, "rebuilt": True},
+        tensors=tensors,
+        files=files,
+    )
+    check_coverage(manifest, str(folder))
+    _check_index(folder, files)
+    partial = folder / (MANIFEST + directory.PARTIAL)
+    directory.write_synced(partial, encode_manifest(manifest))
+    partial.replace(folder / MANIFEST)
+    directory.sync(folder)
+    return manifest
+
+
+def _check_index(folder: Path, files: dict[str, FileEntry]) -> None:
+    """Refuse when the index of weights names a file that is not there."""
+    path = folder / INDEX
+    if not path.exists():
+        return
+    try:
+        named = set(json.loads(path.read_text())["weight_map"].values())
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    missing = sorted(named - files.keys())
+    if missing:
+        raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names")

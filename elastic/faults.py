@@ -1,0 +1,171 @@
+"""Faults on purpose: what a run does to itself, at a chosen step and phase, to show or test that it survives.
+
+A fault happens in the worker that it names, or to that worker's node, is real (a signal, a held lock, a
+flipped bit, packets dropped, a disk without room), and is written down. A process that replaces another does not
+repeat the faults that the first was told of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from holdfast.elastic.node_faults import OutageError, fill_disk
+from holdfast.parallel.errors import ConfigError
+
+logger = logging.getLogger("holdfast.elastic")
+
+FaultKind = Literal[
+    "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
+]
+FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
+Phase = Literal["compute", "backward", "fill", "reduce", "vote", "apply", "change"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault in one worker."""
+
+    fault: FaultKind
+    """kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every step from then on
+    takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips. cut: the
+    worker's node reaches no other node. fill-disk: there is no room where checkpoints are written."""
+    rank: int
+    step: int
+    """Counted from 1."""
+    phase: Phase = "compute"
+    """The fault comes at its beginning; "backward": when half of the step's backward passes are done; "fill":
+    when state is on its way to a newcomer, or to this rank, for the first time from that step on; "change": when
+    ranks have changed before that step, or within it."""
+    seconds: float = 60.0
+    """How long the lock is held, the node is cut off or the disk is full, or by how much a slow step is longer."""
+    incarnation: int = 0
+    """Which process of the rank: 0 is the one that the run began with."""
+
+
+def fault_from_data(plain: dict[str, Any]) -> Fault:
+    """A fault from JSON values.
+
+    Raises:
+        ConfigError: a kind, a phase or a field that does not exist.
+    """
+    try:
+        fault = Fault(**plain)
+    except TypeError as error:
+        raise ConfigError(f"a fault is not described well: {error}") from error
+    if fault.fault not in FAULTS:
+        raise ConfigError(
+            f"fault {fault.fault!r} does not exist; choose one of {', '.join(FAULTS)}"
+        )
+    if fault.phase not in PHASES:
+        raise ConfigError(
+            f"phase {fault.phase!r} does not exist; choose one of {', '.join(PHASES)}"
+        )
+    return fault
+
+
+def ask_for(path: Path, fault: Fault) -> None:
+    """Add a fault to those that a run's workers read from `path` at the beginning of each step."""
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{json.dumps(asdict(fault))}\n".encode())
+
+
+def _is_due(fault: Fault, step: int) -> bool:
+    return fault.step == step or (fault.phase == "fill" and fault.step < step)
+
+
+class Chaos:
+    """The faults of one worker."""
+
+    def __init__(
+        self,
+        rank: int,
+        incarnation: int,
+        faults: Iterable[Fault],
+        *,
+        asked: Path,
+        note: Callable[[Fault], None],
+        corrupt: Callable[[], None],
+        cut: Callable[[float], None],
+        disk: Path,
+    ) -> None:
+        """Args:
+        faults: of the configuration.
+        asked: where further ones are asked for while the run goes on; see `ask_for`.
+        note: writes a fault down, before it happens.
+        corrupt: flips a bit of this worker's state.
+        cut: cuts this worker's node off for so many seconds.
+        disk: the folder that checkpoints are written to.
+        """
+        self._identity = (rank, incarnation)
+        self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
+        self._asked, self._note, self._corrupt = asked, note, corrupt
+        self._cut, self._disk = cut, disk
+        self._lock = threading.Lock()
+        self._position = asked.stat().st_size if asked.exists() else 0
+        self._slow_s = 0.0
+
+    def at(self, step: int, phase: Phase) -> None:
+        """Do what is due. Called at the beginning of each phase.
+
+        Args:
+            step: counted from 1.
+        """
+        if phase == "compute":
+            self._read()
+            if self._slow_s:
+                time.sleep(self._slow_s)
+        with self._lock:  # state is on its way in another thread
+            due = [f for f in self._waiting if f.phase == phase and _is_due(f, step)]
+            self._waiting = [f for f in self._waiting if f not in due]
+        for fault in due:
+            self._note(fault)
+            self._do(fault)
+
+    def _read(self) -> None:
+        if not self._asked.exists() or self._asked.stat().st_size <= self._position:
+            return
+        with self._asked.open("rb") as file:
+            file.seek(self._position)
+            lines = file.readlines()
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            self._position += len(line)
+            fault = fault_from_data(json.loads(line))
+            if (fault.rank, fault.incarnation) == self._identity:
+                with self._lock:
+                    self._waiting.append(fault)
+
+    def _do(self, fault: Fault) -> None:
+        match fault.fault:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hold-lock":
+                # A call through PyDLL keeps the interpreter's lock.
+                ctypes.PyDLL(None).usleep(int(fault.seconds * 1e6))
+            case "slow":
+                self._slow_s = fault.seconds
+            case "exit":
+                os._exit(1)
+            case "corrupt-memory":
+                self._corrupt()
+            case "cut":
+                self._cut(fault.seconds)
+            case "fill-disk":
+                try:
+                    fill_disk(self._disk, fault.seconds)
+                except OutageError as error:
+                    logger.error("no fault: %s", error)

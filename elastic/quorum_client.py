@@ -1,0 +1,145 @@
+"""One worker's voice in rounds of the Lighthouse: its own, and that of its agent after its end."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from holdfast.elastic.acceptor_state import BallotFile
+from holdfast.elastic.agreement import (
+    Report,
+    Verdict,
+    advance,
+    report_from_data,
+    report_to_data,
+)
+from holdfast.elastic.generation import Identity
+from holdfast.elastic.lighthouse import RoundClient, identity_of, replica_id
+from holdfast.parallel.errors import MembershipError, Superseded
+
+logger = logging.getLogger("holdfast.membership")
+
+PAUSE_S = 0.02
+"""Between rounds that decide nothing; less than a round waits for those who are missing."""
+_PAUSE_UNREACHABLE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipSettings:
+    """What all workers of a run have in common."""
+
+    lighthouse: str
+    """http://HOST:PORT."""
+    run: str
+    """Keeps runs apart that share a Lighthouse: letters, digits, dots, dashes."""
+    world_size: int
+    """Ranks that the run is started with."""
+    min_ranks: int = 1
+    heartbeat_ms: int = 100
+    heartbeat_timeout_ms: int = 600
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.run):
+            raise MembershipError(
+                f"{self.run!r} cannot name a run at a Lighthouse; use letters, digits, dots and dashes"
+            )
+
+    @property
+    def patience_s(self) -> float:
+        """How long members who are missing are waited for when nobody has noticed why."""
+        return 2 * self.heartbeat_timeout_ms / 1000 + 1.0
+
+    @property
+    def call_s(self) -> float:
+        """How long one call waits for a round; a report is then sent anew."""
+        return min(0.5, self.heartbeat_timeout_ms / 1000)
+
+
+class Voter:
+    """Votes as one worker. Whoever constructs it must hold the worker's ballot file."""
+
+    def __init__(
+        self, identity: Identity, settings: MembershipSettings, ballots: BallotFile
+    ) -> None:
+        self.identity = identity
+        self.ballot = ballots.read()
+        self._settings = settings
+        self._ballots = ballots
+        self._client = RoundClient(settings.lighthouse)
+        self._replica = replica_id(settings.run, identity)
+        self._said = ""
+
+    def round(self, report: Report, timeout_s: float) -> tuple[Verdict, Mapping[Identity, Report]]:
+        """Take part in one round with `report` and the present ballot.
+
+        Returns:
+            What follows from the round, which has been written to the ballot file; and all reports.
+        Raises:
+            Superseded: the run has gone on without this worker.
+            LighthouseAway, RoundTimeout: see `RoundClient.round`.
+        """
+        own = replace(report, identity=self.identity, ballot=self.ballot)
+        answer = self._client.round(self._replica, report_to_data(own), timeout_s)
+        reports = {
+            identity: report_from_data(data)
+            for replica, data in answer
+            if (identity := identity_of(replica, self._settings.run)) is not None
+        }
+        verdict = advance(own, reports)
+        if verdict.ballot != self.ballot:
+            self._ballots.write(verdict.ballot)
+            self.ballot = verdict.ballot
+        if verdict.outcome == "wait":
+            self.say(verdict.reason)
+        return verdict, reports
+
+    def say(self, reason: str) -> None:
+        """Log why there is no agreement yet, once per reason."""
+        if reason != self._said:
+            logger.info("rank %s: %s", self.identity, reason)
+            self._said = reason
+
+
+def speak_for(
+    identity: Identity,
+    settings: MembershipSettings,
+    ballots: BallotFile,
+    stop: threading.Event,
+    *,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Vote for a worker whose process has ended, until a generation without it is chosen.
+
+    Blocks; run it in a thread. It keeps what the worker has accepted, and so the rule holds; and it makes
+    rounds complete, so that nobody waits for the dead worker's heartbeats to grow old.
+
+    Args:
+        stop: ends it at the next round.
+        data: told to the members with its report, such as why the process ended.
+    """
+    with ballots.held(wait=True):
+        voter = Voter(identity, settings, ballots)
+        report = Report(
+            identity,
+            alive=False,
+            world_size=settings.world_size,
+            min_ranks=settings.min_ranks,
+            data=data or {},
+        )
+        while not stop.is_set():
+            try:
+                verdict, _ = voter.round(report, settings.call_s)
+            except Superseded:
+                return
+            except MembershipError:
+                stop.wait(_PAUSE_UNREACHABLE_S)
+                continue
+            if verdict.ballot.generation and identity not in verdict.ballot.members:
+                return
+            if verdict.outcome == "wait":
+                time.sleep(PAUSE_S)

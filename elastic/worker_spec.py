@@ -1,0 +1,60 @@
+"""What an agent hands to a worker that it starts, as one value that can be sent to a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.elastic.acceptor_state import BallotFile
+from holdfast.elastic.generation import Identity
+from holdfast.elastic.quorum_client import MembershipSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A worker's place in a run."""
+
+    rank: int
+    incarnation: int
+    local_rank: int
+    """Among the workers of its node."""
+    node: str
+    """The failure domain that it runs in."""
+    store: str
+    """HOST:PORT of the store in its agent."""
+    founder: bool
+    """The run is started with it, or it replaces a founder that had not voted."""
+    folder: str
+    """Where its ballot and its pulse lie; on its node, seen by its agent."""
+    settings: MembershipSettings
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.rank, self.incarnation)
+
+    @property
+    def ballots(self) -> BallotFile:
+        return BallotFile(Path(self.folder), self.identity)
+
+    @property
+    def pulse(self) -> Path:
+        """Written by the worker's link: when it last ran Python."""
+        return Path(self.folder) / f"{self.identity}.pulse"
+
+    @property
+    def page(self) -> Path:
+        """For the worker's page of operations, where its agent looks for waits that last too long."""
+        return Path(self.folder) / f"{self.identity}.page"
+
+
+def seat_to_data(seat: Seat) -> dict[str, Any]:
+    """A seat as JSON values."""
+    return msgspec.to_builtins(seat)
+
+
+def seat_from_data(plain: dict[str, Any]) -> Seat:
+    """The seat that `seat_to_data` wrote."""
+    return msgspec.convert(plain, Seat)

@@ -1,0 +1,8 @@
+"""The agent of a node: it starts, watches and replaces workers, and speaks for them.
+
+May import launch.launchers' join file, trainer, elastic.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

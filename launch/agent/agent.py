@@ -1,0 +1,417 @@
+"""The agent: one per node. Starts its node's workers, watches, fences, replaces and ends them.
+
+It also hosts what workers must not: a rendezvous store, and a Lighthouse where none is named. It has no part
+in training, so that a worker that dies or hangs takes nothing with it that others need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.elastic.agreement import Ballot
+from holdfast.elastic.channel import pulse_age_s, receive_message, send_message
+from holdfast.elastic.generation import Identity, format_identities, parse_identities
+from holdfast.elastic.hang import HangJudge
+from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
+from holdfast.elastic.membership_events import Notice, notice_from_data, notice_to_data
+from holdfast.elastic.node_faults import OutageError, cut_network
+from holdfast.elastic.quorum_client import speak_for
+from holdfast.elastic.store import host_store
+from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
+from holdfast.elastic.worker_spec import Seat
+from holdfast.launch.agent.fork_server import Ended, Spawner, Started, WorkerMain
+from holdfast.launch.agent.liveness import pulse_evidence
+from holdfast.launch.agent.main_thread_queue import Mailbox
+from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
+from holdfast.launch.agent.settings import AgentSettings
+from holdfast.launch.agent.worker_slot import Place, describe_end
+from holdfast.parallel.errors import ConfigError, Stopped
+
+logger = logging.getLogger("holdfast.agent")
+
+_WATCHERS = 3
+"""Agents that watch heartbeats for all: those of the first nodes of a generation."""
+_BOARDS = 2
+"""Generations whose boards are followed: others may still be in the one before."""
+_GRACE_S = 3.0
+"""How long workers have to end after SIGINT."""
+_LEFT_OUT_S = 10.0
+"""How long a worker may live that the others went on without: it ends by itself once it knows."""
+_TICK_S = 0.1
+_ASK_S = 0.5
+
+
+class Agent:
+    """One node's agent. Construct before the process has threads; `run` in the main thread."""
+
+    def __init__(self, settings: AgentSettings, main: WorkerMain) -> None:
+        """Fork the spawner. Workers will call `main` with what is imported by now."""
+        self._settings = settings
+        coordination()  # imported once here, not by every worker
+        self._spawner = Spawner(main)
+        self._membership = settings.membership
+        self._places: dict[int, Place] = {}
+        self._restarts = Restarts(settings.restarts)
+        silence_s = settings.membership.heartbeat_timeout_ms / 1000
+        own = pulse_evidence(silence_s, settings.hang_timeout_s)
+        self._evidence = [own] if settings.evidence is None else [own, settings.evidence]
+        self._mailbox = Mailbox()
+        self._boards: list[BoardFollower] = []
+        self._judge = HangJudge()
+        self._watch: HeartbeatWatch | None = None
+        self._speakers: list[threading.Thread] = []
+        self._stop = threading.Event()
+        self._generation = 0
+        self._kill_at_s: float | None = None
+        self._draining = False
+        self._finished = False
+        self._ask_at_s = 0.0
+        self._code: int | None = None
+        self._failed_with = Stopped.exit_code
+        self._selector = selectors.DefaultSelector()
+
+    def run(self, lighthouse: str = "") -> int:
+        """Run the node until its workers have finished or cannot go on.
+
+        Args:
+            lighthouse: where it is, if that was not known when the agent was constructed.
+        Returns:
+            0 when a worker reached the end of the run; 2 when one refused its configuration; 3 after
+            SIGTERM, or when workers were killed and are not replaced; `NO_PROGRESS_EXIT` when replacing
+            them has become pointless; 130 after SIGINT; else the exit code of the last that failed.
+        """
+        with contextlib.ExitStack() as held:
+            held.callback(self._spawner.close)
+            held.callback(self._mailbox.close)
+            self._mailbox.on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._obey)
+            self._selector.register(
+                self._mailbox, selectors.EVENT_READ, lambda _: self._mailbox.empty()
+            )
+            folder = self._settings.folder or Path(
+                held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-"))
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            where = lighthouse or self._membership.lighthouse
+            if not where:
+                timeout_ms = self._membership.heartbeat_timeout_ms
+                server = Lighthouse(self._settings.host, heartbeat_timeout_ms=timeout_ms)
+                held.callback(server.close)
+                where = server.address
+            self._membership = replace(self._membership, lighthouse=lighthouse_url(where))
+            store, address = host_store(self._settings.host)
+            self._watch = HeartbeatWatch(self._membership, self._mailbox.deliver_to(self._publish))
+            held.callback(self._watch.close)
+            held.callback(self._close_threads)
+            self._selector.register(self._spawner, selectors.EVENT_READ, self._on_spawner)
+            for local_rank, rank in enumerate(
+                self._settings.ranks, self._settings.first_local_rank
+            ):
+                seat = Seat(
+                    rank=rank,
+                    incarnation=self._settings.incarnation,
+                    local_rank=local_rank,
+                    node=self._settings.node,
+                    store=address,
+                    founder=self._settings.founder,
+                    folder=str(folder),
+                    settings=self._membership,
+                )
+                self._places[rank] = Place(seat, start_at_s=0.0)
+            self._loop()
+            del store
+        return self._result()
+
+    def _result(self) -> int:
+        if self._code is not None:
+            return self._code
+        if self._finished:
+            return 0
+        return Stopped.exit_code if self._draining else self._failed_with
+
+    def _loop(self) -> None:
+        while True:
+            self._start_due()
+            if not any(p.pid or p.start_at_s is not None for p in self._places.values()):
+                return
+            for key, _ in self._selector.select(_TICK_S):
+                key.data(key.fileobj)
+            self._look_for_hangs()
+            self._look_for_the_end()
+            if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
+                for place in self._places.values():
+                    place.kill("did not end in time")
+
+    # Workers: start, end, replace.
+
+    def _start_due(self) -> None:
+        now_s = time.monotonic()
+        may = self._settings.may_start or (lambda _: True)
+        for place in self._places.values():
+            if place.start_at_s is not None and place.start_at_s <= now_s and may(place.seat):
+                place.start_at_s = None
+                place.pid, place.fenced, place.is_member, place.left_out_s = -1, "", False, None
+                try:
+                    log = self._settings.log(place.seat.rank)
+                    place.line = self._spawner.start(place.seat, log)
+                except BrokenPipeError:
+                    self._lose_spawner()
+                    return
+                self._selector.register(place.line, selectors.EVENT_READ, self._on_line)
+
+    def _on_spawner(self, _: Any) -> None:
+        report = self._spawner.receive()
+        if report is None:
+            self._lose_spawner()
+        elif isinstance(report, Started):
+            place = self._places[report.rank]
+            place.pid, place.descriptor = report.pid, report.descriptor
+            logger.info("rank %s is process %d", place.seat.identity, report.pid)
+        else:
+            self._on_end(self._places[report.rank], report)
+
+    def _lose_spawner(self) -> None:
+        """The spawner was killed, and the kernel kills the workers with it: this node is lost."""
+        cause = f"node {self._settings.node}: the process that starts its workers is gone"
+        logger.error("%s, and with it all workers", cause)
+        self._code = Stopped.exit_code
+        for place in self._places.values():
+            if place.pid:
+                age_s = pulse_age_s(place.seat.pulse) or 0.0
+                self._publish(
+                    Notice("ended", place.seat.identity, cause, age_s, self._settings.node)
+                )
+                self._speak_for(place.seat, cause)
+            place.pid, place.start_at_s = 0, None
+
+    def _on_end(self, place: Place, end: Ended) -> None:
+        os.close(place.descriptor)
+        place.descriptor, place.pid = -1, 0
+        while place.line is not None and (message := receive_message(place.line)) is not None:
+            self._on_message(place, message)
+        self._hang_up(place)
+        stopping = self._kill_at_s is not None
+        if end.code == 0 and not self._draining:
+            logger.info("rank %s has finished", place.seat.identity)
+            self._finished = True
+            self._stop_within(self._settings.exit_s)
+            for other in self._places.values():
+                other.start_at_s = None
+                if not other.is_member:
+                    other.kill("the run has ended before it could join")
+            return
+        cause = place.fenced or describe_end(end.code)
+        logger.warning("rank %s: %s", place.seat.identity, cause)
+        if end.code > 0:
+            self._failed_with = end.code
+        age_s = pulse_age_s(place.seat.pulse) or 0.0
+        self._publish(Notice("ended", place.seat.identity, cause, age_s, self._settings.node))
+        founder = place.seat.founder and place.seat.ballots.read() == Ballot()
+        if not founder:
+            self._speak_for(place.seat, cause)
+        if end.code == ConfigError.exit_code:
+            self._give_up(ConfigError.exit_code)
+        elif self._settings.respawn and not stopping:
+            delay_s = self._restarts.delay_s(place.seat.rank)
+            if delay_s is None:
+                logger.error(
+                    "node %s: rank %d was started %d times with no step committed in between; giving up",
+                    self._settings.node,
+                    place.seat.rank,
+                    self._settings.restarts.limit + 1,
+                )
+                self._give_up(NO_PROGRESS_EXIT)
+                return
+            incarnation = place.seat.incarnation + 1
+            place.seat = replace(place.seat, incarnation=incarnation, founder=founder)
+            place.start_at_s = time.monotonic() + delay_s
+
+    def _speak_for(self, seat: Seat, cause: str) -> None:
+        """Have the ended worker's vote counted until the others go on without it."""
+        thread = threading.Thread(
+            target=speak_for,
+            args=(seat.identity, self._membership, seat.ballots, self._stop),
+            kwargs={"data": {"cause": cause}},
+            name=f"holdfast-voice-{seat.identity}",
+            daemon=True,
+        )
+        self._speakers = [speaker for speaker in self._speakers if speaker.is_alive()]
+        self._speakers.append(thread)
+        thread.start()
+
+    def _give_up(self, code: int) -> None:
+        self._code = code
+        self._stop_within(0.0)
+
+    def _stop_within(self, seconds: float) -> None:
+        kill_at_s = time.monotonic() + seconds
+        self._kill_at_s = min(kill_at_s, self._kill_at_s or kill_at_s)
+        for place in self._places.values():
+            place.start_at_s = None
+
+    def _look_for_hangs(self) -> None:
+        culprits = self._judge.culprits(time.monotonic())
+        for place in self._places.values():
+            if place.descriptor < 0:
+                continue
+            causes = (judge(place.seat, place.pid) for judge in self._evidence)
+            cause = next((found for found in causes if found), None)
+            if cause is None and place.is_member:
+                cause = culprits.get(place.seat.rank)
+            left_out_s = time.monotonic() - (place.left_out_s or time.monotonic())
+            if left_out_s > _LEFT_OUT_S and not self._draining:
+                cause = cause or "the others went on without it, and it has not ended"
+            if cause is not None:
+                place.kill(cause)
+            elif place.is_member and not self._judge.has(place.seat.identity):
+                self._tell_of_wait(place.seat)
+
+    def _look_for_the_end(self) -> None:
+        """A node that none of the others has taken in yet leaves when the run has ended."""
+        is_over = self._settings.is_over
+        if is_over is None or self._finished or self._draining:
+            return
+        now_s = time.monotonic()
+        if now_s >= self._ask_at_s and not any(p.is_member for p in self._places.values()):
+            self._ask_at_s = now_s + _ASK_S
+            if is_over():
+                self._finished = True
+                self._stop_within(0.0)
+
+    def _tell_of_wait(self, seat: Seat) -> None:
+        wait = self._settings.waits(seat) if self._settings.waits is not None else None
+        if wait is not None:
+            peers = ", ".join(str(rank) for rank in sorted(wait.peers))
+            notice = Notice(
+                "waiting",
+                seat.identity,
+                f"has waited {wait.seconds:.1f} s for rank {peers} ({wait.operation})",
+                wait.seconds,
+                self._settings.node,
+                self._generation,
+                format_identities(Identity(rank) for rank in wait.peers),
+            )
+            logger.warning("rank %s %s", seat.identity, notice.cause)
+            self._publish(notice)
+
+    # Messages of workers, and notices of all nodes.
+
+    def _on_line(self, line: Any) -> None:
+        place = next((p for p in self._places.values() if p.line is line), None)
+        if place is None:
+            return  # it has ended meanwhile
+        message = receive_message(line)
+        if message is None:
+            self._hang_up(place)
+        else:
+            self._on_message(place, message)
+
+    def _on_message(self, place: Place, message: dict[str, Any]) -> None:
+        if message["kind"] == "committed":
+            self._restarts.committed(message["step"])
+        elif message["kind"] == "notice":
+            self._publish(notice_from_data(message["notice"]))
+        elif message["kind"] == "generation":
+            if message["number"] >= self._generation:
+                place.is_member, place.left_out_s = True, None
+            self._enter(message)
+        elif message["kind"] == "joining" and self._generation:
+            cause = "a new worker wants to take part"
+            self._publish(Notice("joining", place.seat.identity, cause, 0.0, self._settings.node))
+        elif message["kind"] == "cut":
+            try:
+                cut_network(message["seconds"])
+            except OutageError as error:
+                logger.error("no fault: %s", error)
+
+    def _hang_up(self, place: Place) -> None:
+        if place.line is not None:
+            self._selector.unregister(place.line)
+            place.line.close()
+            place.line = None
+
+    def _enter(self, message: dict[str, Any]) -> None:
+        """A worker has told of a generation: meet the other agents there."""
+        if message["number"] <= self._generation:
+            return
+        self._generation = message["number"]
+        self._judge.enter(self._generation)
+        members = parse_identities(message["members"])
+        for place in self._places.values():
+            if place.is_member and place.seat.identity not in members:
+                place.is_member, place.left_out_s = False, time.monotonic()
+        deliver = self._mailbox.deliver_to(self._deliver)
+        self._boards.append(BoardFollower(message["store"], message["prefix"], deliver))
+        while len(self._boards) > _BOARDS:
+            self._boards.pop(0).close()
+        if self._watch is not None:
+            watching = self._settings.node in message["nodes"][:_WATCHERS]
+            self._watch.watch(self._generation, members if watching else frozenset())
+
+    def _publish(self, notice: Notice) -> None:
+        """Tell this node's workers at once, and all other nodes."""
+        self._deliver(notice)
+        for board in self._boards:
+            board.post(notice)
+
+    def _deliver(self, notice: Notice) -> None:
+        """Tell this node's workers, and act on what is for this agent."""
+        if notice.kind == "waiting":
+            self._judge.hear(notice, time.monotonic())
+        message = {"kind": "notice", "notice": notice_to_data(notice)}
+        for place in self._places.values():
+            if place.line is not None:
+                send_message(place.line, message)
+            if place.seat.identity != notice.identity:
+                continue
+            # One that others do not hear of and that runs here is cut off, not hung.
+            silence_s = self._membership.heartbeat_timeout_ms / 1000
+            if notice.kind == "fence" or (notice.kind == "silent" and place.is_still(silence_s)):
+                place.kill(notice.cause)
+
+    # Signals, and the end.
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGTERM:
+            self._drain()
+            return
+        for place in self._places.values():
+            place.signal(number)
+        if number == signal.SIGINT:
+            self._code = 128 + signal.SIGINT
+            self._stop_within(_GRACE_S)
+
+    def _drain(self) -> None:
+        """Announce that this node leaves; its workers are let go by the others, or killed at the deadline."""
+        if self._draining:
+            return
+        self._draining = True
+        self._stop_within(self._settings.exit_s)
+        for place in self._places.values():
+            if place.is_member:
+                cause = f"node {self._settings.node} is to be shut down"
+                left_s = self._settings.exit_s
+                self._publish(
+                    Notice("leaving", place.seat.identity, cause, left_s, self._settings.node)
+                )
+            else:
+                place.kill("its node is to be shut down")
+
+    def _close_threads(self) -> None:
+        """Let the others go on without this node's workers, if they are there; end all threads."""
+        deadline_s = time.monotonic() + 2 * self._membership.heartbeat_timeout_ms / 1000
+        over = self._finished or self._code in (ConfigError.exit_code, 128 + signal.SIGINT)
+        for thread in () if over else self._speakers:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        self._stop.set()
+        for board in self._boards:
+            board.close()

@@ -1,0 +1,57 @@
+"""A rank of this node, and the process that has it now."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+from dataclasses import dataclass
+
+from holdfast.elastic.channel import pulse_age_s
+from holdfast.elastic.worker_spec import Seat
+
+logger = logging.getLogger("holdfast.agent")
+
+
+@dataclass(slots=True)
+class Place:
+    """Changed by the agent's main thread alone."""
+
+    seat: Seat
+    line: socket.socket | None = None
+    descriptor: int = -1
+    """The worker's pidfd; -1 when no process runs."""
+    pid: int = 0
+    """0: no process; -1: one has been asked for."""
+    start_at_s: float | None = None
+    """When its next worker is to start."""
+    is_member: bool = False
+    """Whether its worker has told of a generation, and is in the newest."""
+    left_out_s: float | None = None
+    """Since when the newest generation is without its worker, which was a member."""
+    fenced: str = ""
+    """Why its worker was killed."""
+
+    def signal(self, number: int) -> None:
+        """Send a signal to exactly this worker, if it runs."""
+        if self.descriptor >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.descriptor, number)
+
+    def kill(self, why: str) -> None:
+        """Fence the worker: it does nothing more, whatever state it is in."""
+        if self.descriptor >= 0 and not self.fenced:
+            self.fenced = why
+            logger.warning("rank %s is killed: %s", self.seat.identity, why)
+            self.signal(signal.SIGKILL)
+
+    def is_still(self, seconds: float) -> bool:
+        """Whether the worker's interpreter has not run for longer than this."""
+        age_s = pulse_age_s(self.seat.pulse)
+        return age_s is not None and age_s > seconds
+
+
+def describe_end(code: int) -> str:
+    """How a process ended, for a person: from its exit code, or the negative number of a signal."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -1,0 +1,4 @@
+"""The subcommands of `holdfast`, one module a group.
+
+May import everything below launch.
+"""

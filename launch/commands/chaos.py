@@ -1,0 +1,137 @@
+"""`holdfast chaos RUN`: faults in a run that is going on, at once, at a step, or again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from holdfast.elastic.faults import FAULTS, PHASES, Fault, ask_for, fault_from_data
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.reports import append_event, last_step
+from holdfast.trainer.run import RunDirectory
+
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+_SOON_STEPS = 2
+"""How many steps ahead a fault is asked for that is to come at once: a step may be under way."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(chaos)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker of a run that lives on this machine."""
+
+    rank: int
+    incarnation: int
+    pid: int
+
+
+def living_workers(run: RunDirectory) -> list[Worker]:
+    """The newest worker of each rank, if its process is on this machine and lives. Local."""
+    newest: dict[int, Worker] = {}
+    for line in run.events.read_text().splitlines() if run.events.exists() else ():
+        event = json.loads(line)
+        if event["event"] == "worker_started":
+            worker = Worker(event["rank"], event.get("incarnation", 0), event["pid"])
+            newest[worker.rank] = worker
+    return [worker for _, worker in sorted(newest.items()) if _is_of_holdfast(worker.pid)]
+
+
+def _is_of_holdfast(pid: int) -> bool:
+    """Whether this process lives and is ours: the number may have been given to another since."""
+    with contextlib.suppress(OSError):
+        return b"holdfast" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def inject(
+    run: RunDirectory, worker: Worker, kind: str, step: int, phase: str, seconds: float
+) -> Fault:
+    """Cause one fault in one worker, or ask the worker for it; returns what was caused.
+
+    Args:
+        step: 0 for at once.
+    """
+    at = step or last_step(run.metrics) + _SOON_STEPS
+    fault = fault_from_data(
+        {
+            "fault": kind,
+            "rank": worker.rank,
+            "step": at,
+            "phase": phase,
+            "seconds": seconds,
+            "incarnation": worker.incarnation,
+        }
+    )
+    number = _SIGNALS.get(kind)
+    if step or number is None:
+        ask_for(run.chaos, fault)
+        return fault
+    append_event(run.events, "fault_injected", fault=kind, rank=worker.rank, pid=worker.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker.pid, number)
+    return fault
+
+
+def faults(
+    run: RunDirectory,
+    kind: str,
+    rank: int | None,
+    step: int,
+    phase: str,
+    seconds: float,
+    every_s: float,
+    count: int,
+    seed: int,
+) -> Iterator[Fault]:
+    """One fault, or one about every `every_s` seconds, until `count` were caused or the run has ended."""
+    rng = random.Random(seed or None)
+    caused = 0
+    while count == 0 or caused < count:
+        living = living_workers(run)
+        if not living:
+            if caused:
+                return
+            raise ConfigError(f"no worker of {run.root} lives on this machine")
+        found = [worker for worker in living if rank in (None, worker.rank)]
+        if found:
+            yield inject(run, rng.choice(found), kind, step, phase, seconds)
+            caused += 1
+        elif not every_s:
+            raise ConfigError(f"rank {rank} of {run.root} has no worker on this machine now")
+        if count == 0 or caused < count:
+            time.sleep(every_s * rng.uniform(0.5, 1.5))
+
+
+def chaos(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")],
+    fault: Annotated[str, typer.Option(help=", ".join(FAULTS))] = "kill",
+    rank: Annotated[int, typer.Option(help="Which rank; by default a random one.")] = -1,
+    step: Annotated[int, typer.Option(help="At which step; by default at once.", min=0)] = 0,
+    phase: Annotated[str, typer.Option(help=", ".join(PHASES))] = "compute",
+    seconds: Annotated[float, typer.Option(help="How long, or how much slower.", min=0)] = 60.0,
+    every: Annotated[float, typer.Option(help="Again about every so many seconds.", min=0)] = 0.0,
+    count: Annotated[int, typer.Option(help="How many faults; 0: until the run ends.", min=0)] = 1,
+    seed: Annotated[int, typer.Option(help="Of what is chosen at random.")] = 0,
+) -> None:
+    """Cause faults in a run that is going on, to see that it survives them."""
+    run = RunDirectory(folder)
+    if count != 1 and not every:
+        raise ConfigError(f"--count {count} needs --every SECONDS")
+    chosen = None if rank < 0 else rank
+    for caused in faults(run, fault, chosen, step, phase, seconds, every, count, seed):
+        when = f" at step {caused.step}, {caused.phase}" if step or fault not in _SIGNALS else ""
+        typer.echo(f"{caused.fault}: rank {caused.rank}{when}")

@@ -1,0 +1,224 @@
+"""`holdfast inspect`, `verify`, `diff` and `prove`: what a person asks of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from holdfast.checkpoint.format import find_checkpoint, read_manifest
+from holdfast.checkpoint.tools import Summary, inspect_checkpoint
+from holdfast.parallel.errors import CheckpointError
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint, a folder of them, or a run.", metavar="PATH")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(inspect)
+    app.command()(verify)
+    app.command()(diff)
+    app.command()(prove)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def inspect(
+    path: Checkpoint,
+    as_json: AsJson = False,
+    tensors: Annotated[bool, typer.Option(help="List every tensor.")] = True,
+) -> None:
+    """Show what is in a checkpoint: tensors, sizes, where they lie, how the run went on."""
+    summary = inspect_checkpoint(find_checkpoint(path))
+    if as_json:
+        typer.echo(json.dumps(summary.as_dict(), indent=2))
+        return
+    console = Console()
+    console.print(_overview(summary))
+    if tensors:
+        console.print(_tensor_table(summary))
+
+
+def _overview(summary: Summary) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(summary.created))
+    axes = ("tensor", "pipeline", "data", "virtual")
+    rows = [
+        ("checkpoint", summary.path),
+        ("step", str(summary.step)),
+        ("saved", created),
+        ("size", f"{_size(summary.bytes)} in {len(summary.files)} files"),
+        ("parameters", f"{summary.parameters:,}"),
+        ("saved by", " x ".join(f"{a} {summary.layout[a]}" for a in axes if a in summary.layout)),
+        ("scalars", ", ".join(f"{key} {value}" for key, value in summary.scalars.items())),
+        ("versions", ", ".join(f"{key} {value}" for key, value in summary.versions.items())),
+    ]
+    for kind, found in summary.kinds.items():
+        dtypes = ", ".join(found["dtypes"])
+        rows.append((kind, f"{found['tensors']} tensors, {_size(found['bytes'])}, {dtypes}"))
+    for name, value in rows:
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _tensor_table(summary: Summary) -> Table:
+    table = Table(box=None, padding=(0, 1))
+    for column in ("tensor", "dtype", "shape"):
+        table.add_column(column, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("chunks", justify="right")
+    table.add_column("files", justify="right")
+    for tensor in summary.tensors:
+        shape = " x ".join(map(str, tensor.shape)) or "scalar"
+        table.add_row(
+            tensor.name,
+            tensor.dtype,
+            shape,
+            _size(tensor.bytes),
+            str(tensor.chunks),
+            str(len(tensor.files)),
+        )
+    return table
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.1f} TiB"
+
+
+def verify(
+    path: Checkpoint,
+    rebuild: Annotated[
+        bool, typer.Option(help="Make a lost or damaged manifest anew from the files' headers.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a checkpoint against its checksum, and the files against the manifest."""
+    from holdfast.checkpoint.tools import rebuild_manifest, verify_checkpoint
+
+    if rebuild:
+        made = rebuild_manifest(path)
+        typer.echo(
+            f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} files; the run's "
+            "configuration is not in it",
+            err=as_json,
+        )
+    else:
+        path = find_checkpoint(path)
+    began = time.perf_counter()
+    with _progress("reading") as progress:
+        problems = verify_checkpoint(path, progress)
+    seconds = time.perf_counter() - began
+    size = read_manifest(path).bytes
+    if as_json:
+        found = [
+            {"file": p.file, "message": p.message, "tensor": p.tensor, "box": p.box}
+            for p in problems
+        ]
+        typer.echo(json.dumps({"path": str(path), "ok": not problems, "problems": found}, indent=2))
+    elif problems:
+        for problem in problems:
+            typer.echo(f"{path}/{problem}")
+    else:
+        typer.echo(f"{path}: all {_size(size)} are as they were written ({seconds:.1f} s)")
+    raise typer.Exit(1 if problems else 0)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A")],
+    second: Annotated[Path, typer.Argument(metavar="B")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints bit for bit, whatever layouts they were saved in."""
+    from holdfast.checkpoint.tools import diff_checkpoints
+
+    places = find_checkpoint(first), find_checkpoint(second)
+    with _progress("comparing") as progress:
+        found = diff_checkpoints(*places, progress)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        raise typer.Exit(0 if found.equal else 1)
+    for label, names in (("only in A", found.only_first), ("only in B", found.only_second)):
+        for name in names:
+            typer.echo(f"{label}: {name}")
+    for line in found.other_form:
+        typer.echo(f"of another form: {line}")
+    if found.values:
+        table = Table(box=None, padding=(0, 1))
+        table.add_column("tensor", overflow="fold")
+        for column in ("differing", "of", "largest", "relative"):
+            table.add_column(column, justify="right")
+        for value in found.values:
+            table.add_row(
+                value.name,
+                f"{value.differing:,}",
+                f"{value.elements:,}",
+                f"{value.largest:.3g}",
+                f"{value.relative:.3g}",
+            )
+        Console().print(table)
+    steps = (
+        ""
+        if found.steps[0] == found.steps[1]
+        else f" (steps {found.steps[0]} and {found.steps[1]})"
+    )
+    typer.echo(
+        f"identical: {found.compared} tensors, bit for bit{steps}"
+        if found.equal
+        else f"different: {len(found.values)} of {found.compared} tensors{steps}"
+    )
+    raise typer.Exit(0 if found.equal else 1)
+
+
+def prove(
+    first: Annotated[Path, typer.Argument(metavar="A")],
+    second: Annotated[Path, typer.Argument(metavar="B")],
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Train in another layout, say."),
+    ] = [],  # noqa: B006
+) -> None:
+    """Train from checkpoint A to B's step again, and show that the result is B, bit for bit."""
+    from holdfast.launch.proofs import prove_checkpoints
+
+    try:
+        found = prove_checkpoints(find_checkpoint(first), find_checkpoint(second), overrides)
+    except CheckpointError as error:
+        typer.echo(f"holdfast: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    start, end = found.steps
+    if found.difference.equal:
+        typer.echo(
+            f"proved: training {end - start} steps from {first} gives {second}, all "
+            f"{found.difference.compared} tensors bit for bit"
+        )
+        raise typer.Exit(0)
+    worst = found.difference.values[0].name if found.difference.values else "tensors are missing"
+    typer.echo(
+        f"not proved: {len(found.difference.values)} of {found.difference.compared} tensors differ after "
+        f"{end - start} steps, first {worst}"
+    )
+    raise typer.Exit(1)

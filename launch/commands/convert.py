@@ -1,0 +1,146 @@
+"""`holdfast convert`: from any format of checkpoints to any other."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from holdfast.checkpoint.convert import FLOATS
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.world import world_from_environment
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.convert import Converted
+
+_DTYPES = {
+    "fp32": "F32",
+    "bf16": "BF16",
+    "fp16": "F16",
+    "fp64": "F64",
+    "fp8_e4m3": "F8_E4M3",
+    "fp8_e5m2": "F8_E5M2",
+}
+_UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(convert)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to read.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="A folder that is made.", metavar="DST")],
+    to: Annotated[
+        str,
+        typer.Option(help="holdfast, hf, dcp, deepspeed-universal, megatron or megatron-legacy."),
+    ],
+    source_format: Annotated[
+        str, typer.Option("--from", help="The source's format; auto looks at the files.")
+    ] = "auto",
+    rules: Annotated[
+        Path | None, typer.Option("--map", help="Rules for the source's tensors, a TOML file.")
+    ] = None,
+    value: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=NUMBER", help="A value that rules use; may be repeated."),
+    ] = [],  # noqa: B006
+    model_files: Annotated[
+        Path | None,
+        typer.Option(help="A folder with config.json and tokenizer files for a source without."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, …")] = "",
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    memory_limit: Annotated[
+        str, typer.Option(help="For tensors under way, all processes together, as 512M or 2G.")
+    ] = "512M",
+) -> None:
+    """Convert a checkpoint to another format; after a kill the same command goes on."""
+    from holdfast.checkpoint.convert import Conversion, convert as run
+
+    if dtype and dtype not in _DTYPES:
+        raise ConfigError(f"--dtype {dtype}: use one of {', '.join(_DTYPES)}")
+    asked = Conversion(
+        source=source,
+        target=Path(os.path.abspath(target)),
+        to=to,
+        source_format=source_format,
+        dtype=_DTYPES[dtype] if dtype else "",
+        rules=rules,
+        values=dict(map(_value, value)),
+        model_files=model_files,
+        memory_bytes=parse_bytes(memory_limit),
+    )
+    world = world_from_environment(os.environ)
+    rank, size = (0, 1) if world is None else (world.rank, world.world_size)
+    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    # Without a thread of its own, so that workers can be forked.
+    bar = Progress(*columns, transient=True, auto_refresh=False, console=Console(stderr=True))
+    with bar:
+        task = bar.add_task("converting", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            bar.refresh()
+
+        converted = run(asked, workers=workers, rank=rank, world=size, progress=show)
+    if converted is not None:
+        for line in summary_lines(converted):
+            typer.echo(line)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: 512M, 2G, 1073741824.
+
+    Raises:
+        ConfigError: not such a number.
+    """
+    found = re.fullmatch(r"(\d+) ?([KMGT]?)(?:iB|B)?", text.strip())
+    if found is None:
+        raise ConfigError(f"--memory-limit {text}: give a number of bytes, as 512M or 2G")
+    unit = _UNITS[found[2]]
+    return int(found[1]) << (unit if found[2] else 0)
+
+
+def _value(text: str) -> tuple[str, int]:
+    name, equals, number = text.partition("=")
+    if not equals or not number.strip().isdigit():
+        raise ConfigError(f"--value {text}: give NAME=NUMBER, as heads=32")
+    return name.strip(), int(number)
+
+
+def summary_lines(converted: Converted) -> list[str]:
+    """What a person should know of a conversion that has ended, a line each."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in converted.tensors.items())
+    rate = converted.bytes / max(converted.seconds, 1e-9)
+    lines = [
+        f"{converted.target}: step {converted.step} from {converted.source_format}: {kinds}; "
+        f"{converted.bytes / 2**20:,.1f} MiB in {converted.seconds:.1f} s ({rate / 2**20:,.0f} MiB/s)"
+    ]
+    if converted.resumed_bytes:
+        lines.append(
+            f"went on after {converted.resumed_bytes / 2**20:,.1f} MiB that were written before"
+        )
+    lines += [
+        f"rounded: {count} tensors from {source} to {target}, to nearest, half to even"
+        if FLOATS[target] < FLOATS[source]
+        else f"widened: {count} tensors from {source} to {target}, exactly"
+        for (source, target), count in sorted(converted.rounded.items())
+    ]
+    lines += [f"rule {rule}: {count} tensors" for rule, count in converted.by_rule.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, why in converted.left_out.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"left out: {names[0]}{more}: {why}")
+    lines.append(
+        f"checked: every byte as written, and {converted.compared:,} values against the source"
+    )
+    return lines

@@ -1,0 +1,271 @@
+"""The commands of a training run: `train`, `replay`, `join`, `plan`, `check` and `data prepare`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.run import (
+    RunDirectory,
+    choose_root,
+    described,
+    lock_run,
+    measure_rates,
+    open_run,
+    prepare_heap,
+    settle_rates,
+    with_rates,
+)
+from holdfast.trainer.world import WorldInfo, world_from_environment
+
+Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (train, replay, join, plan, check):
+        app.command()(command)
+    data = typer.Typer(no_args_is_help=True, help="Work with training data.")
+    data.command()(prepare)
+    app.add_typer(data, name="data")
+
+
+def train(
+    config: Config,
+    nproc: Annotated[
+        int, typer.Option(help="Workers on this machine; by default what the layout needs.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; by default runs/NAME-N.")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="auto, none, or the path of a checkpoint.")] = "auto",
+    allow_change: Annotated[
+        bool,
+        typer.Option("--allow-change", help="Go on although model, data or batch have changed."),
+    ] = False,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove", help="Then train again undisturbed, and compare every step bit by bit."
+        ),
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
+) -> None:
+    """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker.
+
+    With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's workers.
+    """
+    prepare_heap(config, overrides)
+    world = world_from_environment(os.environ)
+    if world is not None and world.job and load_config(config, overrides).elastic.enabled:
+        raise typer.Exit(_elastic_task(config, overrides, out, resume, world, allow_change))
+    if world is not None:
+        from holdfast.trainer.external_launcher import enter
+
+        raise typer.Exit(enter(config, overrides, out, resume, world, allow_change=allow_change))
+    run_config = load_config(config, overrides)
+    workers = nproc or run_config.parallel.ranks
+    check_config(run_config, workers)
+    root = choose_root(config, out, run_config, resume, allow_change=allow_change)
+    with lock_run(root):
+        fresh = resume == "none"
+        run_config = settle_rates(run_config, root, ranks_here=workers, fresh=fresh, say=typer.echo)
+        run = open_run(root, run_config, resume, allow_change=allow_change)
+        if run_config.elastic.enabled:
+            # What ends with its connections logs so in C++ too; every end is told in our own words.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            from holdfast.launch.launchers import run_elastic
+
+            code = run_elastic(run_config, run)
+        else:
+            from holdfast.launch.launchers import run_local
+
+            code = run_local(run_config, run, workers)
+        if prove and code == 0:
+            code = _prove_undisturbed(run)
+        raise typer.Exit(code)
+
+
+def _elastic_task(
+    path: Path,
+    overrides: list[str],
+    out: Path | None,
+    resume: str,
+    world: WorldInfo,
+    allow_change: bool,
+) -> int:
+    """One agent per task of srun or mpirun."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from holdfast.launch.launchers import run_first_task, run_other_task
+
+    config = load_config(path, overrides)
+    if world.rank:
+        return run_other_task(config, world)
+    with contextlib.ExitStack() as held:
+
+        def opened() -> RunDirectory:
+            root = choose_root(path, out, config, resume, allow_change=allow_change)
+            held.enter_context(lock_run(root))
+            settled = settle_rates(
+                config,
+                root,
+                ranks_here=world.local_world_size * config.parallel.ranks // world.world_size,
+                fresh=resume == "none",
+                say=typer.echo,
+            )
+            return open_run(root, settled, resume, allow_change=allow_change)
+
+        return run_first_task(config, world, opened)
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="The folder of an elastic run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to repeat it; by default RUN/replay.")
+    ] = None,
+) -> None:
+    """Repeat a run's losses, departures and arrivals at the same steps on this machine; compare the bits."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from holdfast.launch.proofs import describe_replay, replay_run
+
+    code, found = replay_run(RunDirectory(run), out or run / "replay")
+    if found is None:
+        raise typer.Exit(code)
+    typer.echo(describe_replay(found))
+    raise typer.Exit(0 if found.equal else 1)
+
+
+def join(
+    run: Annotated[Path, typer.Argument(help="The folder of an elastic run that is under way.")],
+    ranks: Annotated[int, typer.Option(help="Workers to add on this machine.", min=1)] = 1,
+) -> None:
+    """Add this machine's workers to a run; SIGTERM lets them hand over and leave."""
+    from holdfast.launch.launchers import take_ranks
+
+    directory = RunDirectory(run)
+    if directory.config.exists():
+        prepare_heap(directory.config, [])
+    live, numbers = take_ranks(directory, ranks)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from holdfast.launch.launchers import join_run
+
+    raise typer.Exit(join_run(directory, live, numbers))
+
+
+def _prove_undisturbed(run: RunDirectory) -> int:
+    from holdfast.launch.proofs import (
+        compare_runs,
+        describe_comparison,
+        lost_ranks,
+        train_undisturbed,
+    )
+
+    typer.echo("training again with nothing lost, to compare every bit ...")
+    comparison = compare_runs(run, train_undisturbed(run))
+    typer.echo(describe_comparison(comparison, lost_ranks(run)))
+    return 0 if comparison.equal else 1
+
+
+def plan(
+    config: Config,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    tflops: Annotated[
+        float,
+        typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time.", min=0),
+    ] = 0.0,
+    gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.", min=0)] = 0.0,
+    drive_gbytes: Annotated[
+        float, typer.Option(help="What a rank can write to offload.path, in GB/s.", min=0)
+    ] = 0.0,
+    measure: Annotated[
+        int,
+        typer.Option(
+            help="Measure what a rank computes and writes with so many at once on this machine.",
+            metavar="RANKS",
+            min=0,
+        ),
+    ] = 0,
+    lost: Annotated[
+        str, typer.Option(help="Ranks, as 2,5-7: show the plan that follows their loss too.")
+    ] = "",
+    ranks_per_node: Annotated[
+        int, typer.Option(help="For the place of shadows; by default by local_nodes.", min=0)
+    ] = 0,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Print layout, memory by rank, bubble, program and shadows, without starting a worker."""
+    from holdfast.trainer.plan_report import plan_report
+
+    run_config = load_config(config, overrides)
+    if measure:
+        rates = measure_rates(run_config, measure)
+        typer.echo(f"measured {described(rates)}", err=as_json)
+        run_config = with_rates(run_config, rates)
+    report = plan_report(
+        run_config,
+        flops_per_s=tflops * 1e12,
+        link_bytes_per_s=gbytes * 1e9,
+        drive_bytes_per_s=drive_gbytes * 1e9,
+        ranks_per_node=ranks_per_node,
+        lost=_ranks(lost),
+    )
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        console = Console()
+        console.print(report.renderable(console.width))
+
+
+def _ranks(text: str) -> list[int]:
+    """Ranks from numbers and ranges with commas between them."""
+    found: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ConfigError(f"--lost {text}: give ranks as 2 or 2,5-7")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found
+
+
+def check(
+    config: Config,
+    steps: Annotated[int, typer.Option(help="Steps to replay.", min=1)] = 3,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Replay this layout at tiny size in float64 against one process; name what is wrong."""
+    run_config: RunConfig = load_config(config, overrides)
+    from holdfast.launch.proofs import check_layout
+
+    raise typer.Exit(check_layout(run_config, steps))
+
+
+def prepare(
+    inputs: Annotated[list[Path], typer.Argument(help="UTF-8 files or folders.")],
+    output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json.")] = "bytes",
+) -> None:
+    """Write text as Megatron .bin/.idx, which `data.kind = "megatron"` reads."""
+    from holdfast.trainer.data import prepare as write
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("tokenizing", total=None)
+        counts = write(
+            [str(path) for path in inputs],
+            str(output),
+            tokenizer,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    typer.echo(f"{output}.bin, {output}.idx: {counts}")

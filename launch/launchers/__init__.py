@@ -1,0 +1,8 @@
+"""How the workers of a run are started: alone, on this machine, as nodes of a cluster.
+
+May import launch.agent, trainer, elastic.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,254 @@
+"""Elastic runs over several machines: each task of srun or mpirun is an agent, and others join later.
+
+The first task opens the run's folder, which all nodes share, and hosts the Lighthouse where
+`elastic.lighthouse` names none. The other tasks learn of both from it, over one short connection each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.elastic.lighthouse import lighthouse_url
+from holdfast.launch.agent import Agent, AgentSettings, kept_lighthouse
+from holdfast.launch.launchers.display_process import start_display
+from holdfast.launch.launchers.elastic import explained, log_agents, node_settings, worker_main
+from holdfast.launch.launchers.join_file import LiveRun, is_under_way, live_run
+from holdfast.parallel.errors import ConfigError, HoldfastError
+from holdfast.trainer.config import RunConfig, load_config
+from holdfast.trainer.run import Resume, RunDirectory, recorded_rates
+from holdfast.trainer.world import WorldInfo
+
+_MEET_S = 120.0
+"""How long the tasks of a job wait for each other."""
+_RETRY_S = 0.2
+
+
+def task_ranks(task: int, tasks: int, ranks: int) -> tuple[int, ...]:
+    """The ranks of a task: contiguous, and as even as they can be. Pure.
+
+    Raises:
+        ConfigError: more tasks than ranks.
+    """
+    if tasks > ranks:
+        raise ConfigError(
+            f"{tasks} tasks were started for a layout of {ranks} ranks; start one task per node, and no more "
+            "than one per rank"
+        )
+    return tuple(range(task * ranks // tasks, (task + 1) * ranks // tasks))
+
+
+def run_first_task(
+    config: RunConfig, world: WorldInfo, open_run: Callable[[], RunDirectory]
+) -> int:
+    """Be the agent of a job's first task until the run ends; returns the exit code.
+
+    Call it in a process without threads.
+
+    Args:
+        world: of tasks, as the launcher tells it.
+        open_run: makes the run's folder.
+    Raises:
+        HoldfastError: what `open_run` raises; tasks that do not fit, or that do not come. The other
+            tasks are told.
+    """
+    with contextlib.ExitStack() as held:
+        listening = held.enter_context(_listen(world))
+        try:
+            node = _task_settings(config, world)
+            run = open_run()
+            config = recorded_rates(config, run.root)
+        except HoldfastError as error:
+            _tell(listening, world, {"error": str(error)})
+            raise
+        log_agents(run.agent_log)
+        host = node.host if config.elastic.lighthouse else listening.getsockname()[0]
+        node = replace(node, log=run.log, host=host)
+        held.callback(start_display(config, run).close)
+        agent = Agent(node, worker_main(config, run))
+        announce = held.enter_context(live_run(run))
+        lighthouse = held.enter_context(_lighthouse(node))
+        told = {
+            "root": str(run.root.absolute()),
+            "resume": msgspec.to_builtins(run.resume),
+            "lighthouse": lighthouse,
+        }
+        _tell(listening, world, told)
+        announce(LiveRun.begun(node.membership, lighthouse))
+        code = explained(agent.run(lighthouse), run, node.ranks)
+    return _end_of_task(config, code)
+
+
+def run_other_task(config: RunConfig, world: WorldInfo) -> int:
+    """Be the agent of another task of the job until the run ends; returns the exit code.
+
+    Call it in a process without threads.
+
+    Raises:
+        ConfigError: the first task cannot be reached, or has told of an error.
+    """
+    told, host = _ask(world)
+    run = RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))
+    config = recorded_rates(config, run.root)
+    node = replace(_task_settings(config, world), log=run.log, host=host)
+    log_agents(_log_of(run, node))
+    agent = Agent(node, worker_main(config, run))
+    return _end_of_task(config, explained(agent.run(told["lighthouse"]), run, node.ranks))
+
+
+def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
+    """The Lighthouse that is named, or one that stays when this task is lost."""
+    membership = node.membership
+    if membership.lighthouse:
+        return contextlib.nullcontext(lighthouse_url(membership.lighthouse))
+    return kept_lighthouse(node.host, membership.run, membership.heartbeat_timeout_ms)
+
+
+def _end_of_task(config: RunConfig, code: int) -> int:
+    """The exit code of a task; one whose MPI process was lost ends as that did.
+
+    mpirun tells the other processes of an end by a signal, and not of one with an exit code (Open MPI 5);
+    those wait in `Shrink` until they are told.
+    """
+    if config.parallel.backend == "mpi" and code not in (0, ConfigError.exit_code, 130):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return code
+
+
+def join_run(run: RunDirectory, live: LiveRun, ranks: tuple[int, ...]) -> int:
+    """Take part in a run that is under way, with new ranks on this machine; returns the exit code.
+
+    Call it in a process without threads.
+
+    Args:
+        run: its folder, which this machine shares with the others.
+        live, ranks: what `take_ranks` gave.
+    Raises:
+        ConfigError: the run cannot grow.
+    """
+    config = load_config(run.config, [])
+    if config.parallel.backend == "mpi":
+        raise ConfigError(f"{run.root} uses parallel.backend = 'mpi', whose processes are fixed")
+    config = load_config(run.config, [f"elastic.lighthouse={live.lighthouse}"])
+    node = replace(
+        node_settings(config, run, token=live.token, ranks=ranks),
+        founder=False,
+        is_over=lambda: not is_under_way(run, live.token),
+    )
+    log_agents(_log_of(run, node))
+    return explained(Agent(node, worker_main(config, run)).run(), run, ranks)
+
+
+def _log_of(run: RunDirectory, node: AgentSettings) -> Path:
+    return run.agent_log.with_name(f"agent-{node.ranks[0]}.log")
+
+
+def _task_settings(config: RunConfig, world: WorldInfo) -> AgentSettings:
+    """What a task's agent is told; `log` and `host` are not known yet."""
+    tasks, ranks = world.world_size, config.parallel.ranks
+    if config.parallel.backend == "mpi" and tasks != ranks:
+        raise ConfigError(
+            f"parallel.backend = 'mpi': {tasks} tasks were started for {ranks} ranks; start one per rank with "
+            "mpirun --with-ft ulfm"
+        )
+    mine = task_ranks(world.rank, tasks, ranks)
+    first_here = task_ranks(world.rank - world.local_rank, tasks, ranks)[0]
+    node = node_settings(
+        config, RunDirectory(Path()), token=f"{world.job}-{world.attempt}", ranks=mine
+    )
+    return replace(node, first_local_rank=mine[0] - first_here)
+
+
+@contextlib.contextmanager
+def _listen(world: WorldInfo) -> Iterator[socket.socket]:
+    try:
+        with socket.create_server((world.store_host, world.store_port)) as listening:
+            yield listening
+    except OSError as error:
+        raise ConfigError(
+            f"the first task cannot listen on {world.store_host}:{world.store_port}: {error}; set "
+            "MASTER_ADDR to the first node's address and MASTER_PORT to a free port"
+        ) from error
+
+
+def _tell(listening: socket.socket, world: WorldInfo, told: dict[str, Any]) -> None:
+    """Answer each other task once; all of them must have come first.
+
+    Raises:
+        ConfigError: one has not come in time.
+    """
+    deadline = time.monotonic() + _MEET_S
+    come: dict[int, socket.socket] = {}
+    try:
+        while len(come) < world.world_size - 1:
+            listening.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, world.world_size)) - set(come))
+                raise ConfigError(
+                    f"tasks {missing} have not come within {_MEET_S:g} s; see their logs, and whether they "
+                    f"reach {world.store_host}:{world.store_port}"
+                ) from None
+            hello = _received(connection)
+            task = hello.get("task")
+            if hello.get("job") != world.job or not isinstance(task, int):
+                connection.close()
+                continue
+            come[task] = connection
+        for connection in come.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps(told).encode() + b"\n")
+    finally:
+        for connection in come.values():
+            connection.close()
+
+
+def _ask(world: WorldInfo) -> tuple[dict[str, Any], str]:
+    """What the first task tells, and this machine's address on the way to it."""
+    deadline = time.monotonic() + _MEET_S
+    reason = ""
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(
+                (world.store_host, world.store_port), timeout=_MEET_S
+            ) as line:
+                hello = {"task": world.rank, "job": world.job, "pid": os.getpid()}
+                line.sendall(json.dumps(hello).encode() + b"\n")
+                told = _received(line)
+                if "error" in told:
+                    raise ConfigError(told["error"])
+                if told:
+                    return told, str(line.getsockname()[0])
+                reason = "it hung up"
+        except OSError as error:
+            reason = str(error)
+        time.sleep(_RETRY_S)
+    raise ConfigError(
+        f"the first task at {world.store_host}:{world.store_port} did not answer within {_MEET_S:g} s: "
+        f"{reason}; set MASTER_ADDR and MASTER_PORT alike on all nodes"
+    )
+
+
+def _received(connection: socket.socket) -> dict[str, Any]:
+    """One line of JSON; empty when there is none."""
+    connection.settimeout(_MEET_S)
+    try:
+        with connection.makefile("rb") as lines:
+            found = json.loads(lines.readline())
+            return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,221 @@
+"""Shows a run from its records, in a process of its own: whichever worker is lost, the display stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from holdfast.launch.agent import die_with
+from holdfast.parallel.plan import Plan, plan_from_data
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.reports import Display, OffloadMetrics, Progress, described, duration
+from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.step import plan_of
+
+_POLL_S = 0.05
+_RECENT = 20
+_END_S = 5.0
+
+
+@dataclass(slots=True)
+class DisplayProcess:
+    """The process that shows a run."""
+
+    pid: int
+    pipe: int
+
+    def close(self) -> None:
+        """Let it show what is left, and wait for its end."""
+        os.close(self.pipe)
+        os.waitpid(self.pid, 0)
+
+
+def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:
+    """Fork the process that shows a run's records from now on. The caller must not have threads."""
+    begin = [path.stat().st_size if path.exists() else 0 for path in (run.events, run.metrics)]
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            die_with(parent)
+            os.close(writer)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+            _show(config, run, reader, begin)
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(reader)
+    return DisplayProcess(pid, writer)
+
+
+def _show(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) -> None:
+    os.set_blocking(ended, False)
+    shown = _Shown(config, run, plan_of(config))
+    events, metrics = _Follower(run.events, begin[0]), _Follower(run.metrics, begin[1])
+    over_since: float | None = None
+    while True:
+        lines = sorted(
+            [(line.get("time", 0.0), "event", line) for line in events.lines()], key=lambda e: e[0]
+        )
+        for _, _, line in lines:
+            if line["event"] != "run_finished":
+                shown.event(line)
+        for line in metrics.lines():
+            shown.step(line)
+        for _, _, line in lines:
+            if line["event"] == "run_finished":
+                shown.event(line)
+        try:
+            if os.read(ended, 1) == b"":
+                over_since = over_since or time.monotonic()
+        except BlockingIOError:
+            pass
+        if over_since is not None and not lines:
+            shown.display.stop()
+            return
+        time.sleep(_POLL_S if over_since is None else 0.01)
+
+
+class _Follower:
+    """The lines that are added to a file of JSON lines."""
+
+    def __init__(self, path: Path, position: int) -> None:
+        self._path, self._position = path, position
+        self._inode = path.stat().st_ino if path.exists() else 0
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Whole lines since the last call; where the file was rewritten, from about as far in it."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode or file.seek(0, os.SEEK_END) < self._position:
+                file.seek(0)
+                self._position = file.read(self._position).rfind(b"\n") + 1
+                self._inode = inode
+            file.seek(self._position)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._position += len(whole)
+        for line in whole.splitlines():
+            yield json.loads(line)
+
+
+@dataclass(slots=True)
+class _Shown:
+    config: RunConfig
+    run: RunDirectory
+    first: Plan
+    display: Display = field(init=False)
+    losses: list[float] = field(default_factory=list)
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    evaluated: dict[int, float] = field(default_factory=dict)
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        self.display = Display(self.run.root.name, self.first, every=self.config.log.every)
+        self.display.start()
+
+    def step(self, line: dict[str, Any]) -> None:
+        if line["step"] <= self.last:
+            return
+        self.last = line["step"]
+        self.losses.append(line["loss"])
+        self.times.append(line["step_s"])
+        recent = median(self.times)
+        self.display.show(
+            Progress(
+                step=line["step"],
+                steps=self.config.train.steps,
+                loss=line["loss"],
+                grad_norm=line["grad_norm"] or float("nan"),
+                lr=line["lr"],
+                tokens_per_s=line["tokens_per_s"] * line["step_s"] / recent,
+                left_s=(self.config.train.steps - line["step"]) * recent,
+                memory_gib=None,
+                eval_loss=self.evaluated.get(line["step"]),
+                mfu=None,
+                offload=described(OffloadMetrics(**line["offload"])) if "offload" in line else "",
+            )
+        )
+
+    def event(self, line: dict[str, Any]) -> None:
+        name = line["event"]
+        if name == "evaluated":
+            self.evaluated[line["step"]] = line["loss"]
+        elif name == "rank_lost":
+            self.display.note(f"rank {line['rank']} is lost: {line['cause']}")
+        elif name in ("recovered", "generation"):
+            if not any(line[kind] for kind in ("lost", "left", "joined", "placed")):
+                return
+            self.display.change(plan_from_data(self.first, line["plan"]))
+            self.display.note(describe_change(line))
+        elif name == "checkpoint_committed":
+            self.display.note(
+                f"checkpoint of step {line['step']} ({line['tier']}): {line['bytes'] / 2**20:,.0f} MiB in "
+                f"{line['total_s']:.2f} s"
+            )
+        elif name == "offload_failed":
+            self.display.note(f"rank {line['rank']} keeps activations in memory: {line['reason']}")
+        elif name == "checkpoint_failed":
+            self.display.note(f"checkpoint of step {line['step']} failed: {line['error']}")
+        elif name == "resume_note":
+            self.display.note(line["message"])
+        elif name == "run_finished":
+            self.finish(line)
+
+    def finish(self, line: dict[str, Any]) -> None:
+        losses = self.losses or [float("nan")]
+        self.display.finish(
+            [
+                ("steps", f"{line['steps']} in {duration(line['total_s'])}"),
+                ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"),
+                ("parameters", f"sha256 {line['parameter_digest'][:16]}"),
+                ("run", str(self.run.root)),
+            ]
+        )
+
+
+def describe_change(line: dict[str, Any]) -> str:
+    """One line about a change of membership, from its event."""
+    who = []
+    if line["lost"]:
+        who.append(f"without rank {', '.join(map(str, line['lost']))}")
+    if line["left"]:
+        who.append(f"rank {', '.join(map(str, line['left']))} has left")
+    waiting = [rank for rank in line["joined"] if rank in line["waiting"]]
+    at_once = [rank for rank in line["joined"] if rank not in waiting]
+    if at_once:
+        who.append(f"rank {', '.join(map(str, at_once))} has joined")
+    if waiting:
+        who.append(f"rank {', '.join(map(str, waiting))} joins as a shadow")
+    if line["placed"]:
+        who.append(f"rank {', '.join(map(str, line['placed']))} takes its place")
+    again = (
+        ""
+        if line["from_checkpoint"] is None
+        else f", from the checkpoint of step {line['from_checkpoint']}"
+    )
+    return (
+        f"generation {line['generation']}: {', '.join(who) or 'goes on'}{again}; noticed in "
+        f"{1000 * line['notice_s']:.0f} ms, agreed in {1000 * line['agree_s']:.0f}, connected in "
+        f"{1000 * line['edit_s']:.0f}, {line['moved_bytes'] / 2**20:.1f} MiB moved in "
+        f"{1000 * line['move_s']:.0f}"
+    )

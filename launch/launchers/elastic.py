@@ -1,0 +1,156 @@
+"""Starts an elastic run on this machine: agents, their workers, and what agents read of workers' waits."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from holdfast.elastic.hang import Wait
+from holdfast.elastic.quorum_client import MembershipSettings
+from holdfast.elastic.worker_spec import Seat
+from holdfast.launch.agent import AgentSettings, WorkerMain
+from holdfast.launch.launchers.display_process import start_display
+from holdfast.launch.launchers.join_file import LiveRun, live_run, own_address
+from holdfast.launch.launchers.local import keep_memory
+from holdfast.launch.launchers.nodes import run_nodes, spread
+from holdfast.parallel.comm import RankPage, read_page, silent_operations
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
+
+
+def run_elastic(config: RunConfig, run: RunDirectory) -> int:
+    """Train on this machine, on `elastic.local_nodes` nodes; returns the exit code for the command.
+
+    Called in the main thread of a process that has no other.
+
+    Raises:
+        ConfigError: the run needs MPI.
+    """
+    if config.parallel.backend == "mpi":
+        raise ConfigError(
+            "parallel.backend = 'mpi' with elastic.enabled: start the run with mpirun --with-ft ulfm, one "
+            "task per rank"
+        )
+    log_agents(run.agent_log)
+    ranks = tuple(range(config.parallel.ranks))
+    node = node_settings(config, run, token=uuid.uuid4().hex, ranks=ranks)
+    memory = memory_root(run.root)
+    display = start_display(config, run)
+    try:
+        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder, live_run(run) as announce:
+            code = run_nodes(
+                spread(node, config.elastic.local_nodes),
+                worker_main(config, run),
+                Path(folder),
+                lambda lighthouse: announce(LiveRun.begun(node.membership, lighthouse)),
+            )
+    finally:
+        display.close()
+        keep_memory(memory, checkpoint_root(run.root, config))
+    return explained(code, run, ranks)
+
+
+def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
+    """What the workers of an elastic run do; imports, before they are forked, what they need."""
+    from holdfast.trainer.worker import run_seat
+
+    def main(seat: Seat, line: socket.socket) -> int:
+        return run_seat(config, seat, line, run)
+
+    return main
+
+
+def node_settings(
+    config: RunConfig, run: RunDirectory, *, token: str, ranks: tuple[int, ...]
+) -> AgentSettings:
+    """What the agent of this machine is told.
+
+    Args:
+        token: names this start of the run at its Lighthouse; another one for each start.
+        ranks: of this node.
+    """
+    elastic = config.elastic
+    return AgentSettings(
+        membership=MembershipSettings(
+            elastic.lighthouse,
+            token,
+            config.parallel.ranks,
+            # Fewer ranks than make up one stage cannot go on: they wait for others.
+            max(elastic.min_ranks, config.parallel.tensor),
+            elastic.heartbeat_ms,
+            elastic.heartbeat_timeout_ms,
+        ),
+        ranks=ranks,
+        node=socket.gethostname(),
+        log=run.log,
+        host=own_address(elastic.lighthouse) if elastic.lighthouse else "127.0.0.1",
+        hang_timeout_s=elastic.hang_timeout_s,
+        respawn=elastic.respawn,
+        exit_s=config.checkpoint.exit_s,
+        waits=waits_of(elastic.hang_timeout_s),
+    )
+
+
+def explained(code: int, run: RunDirectory, ranks: Iterable[int]) -> int:
+    """The exit code of a node, after a line for the person who started it where it is an error."""
+    from holdfast.trainer.worker import describe, root_cause
+
+    if code not in (0, 130):
+        cause = root_cause(run, ranks)
+        line = describe(cause, run) if cause is not None else ""
+        print(line or f"holdfast: the run stopped (log: {run.agent_log})", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def log_agents(path: Path) -> None:
+    """Send this process's log, and that of what it forks, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("holdfast")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def waits_of(hang_timeout_s: float) -> Callable[[Seat], Wait | None]:
+    """What reads from the pages of a node's workers whether one has waited for others for too long."""
+
+    def waits(seat: Seat) -> Wait | None:
+        own = _page(seat.page)
+        if own is None:
+            return None
+        now_s = time.monotonic()
+        limit_s = max(hang_timeout_s, 5 * own.median_step_s)
+        late = [
+            o
+            for o in own.operations
+            if o.is_waited_for and now_s - o.waited_s > limit_s and o.peer >= 0
+        ]
+        if not late:
+            return None
+        others = [_page(path) for path in Path(seat.folder).glob("*.page") if path != seat.page]
+        found = silent_operations(
+            [*(page for page in others if page is not None), own],
+            now_s,
+            hang_timeout_s=hang_timeout_s,
+        )
+        described = next((s.describe() for s in found if s.rank == seat.rank), "")
+        longest = max(now_s - o.waited_s for o in late)
+        return Wait(frozenset(o.peer for o in late), longest, described)
+
+    return waits
+
+
+def _page(path: Path) -> RankPage | None:
+    try:
+        return read_page(path)
+    except (OSError, ValueError):
+        return None

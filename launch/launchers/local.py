@@ -1,0 +1,229 @@
+"""Starts a run's workers on this machine: imports once, forks all, and watches them.
+
+The parent stays single-threaded until the workers are forked, so that a fork copies a process that
+holds no locks; torch is imported once instead of once per worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from holdfast.checkpoint.stores import flush
+from holdfast.parallel.errors import CheckpointError
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
+from holdfast.trainer.world import WorldInfo
+
+GRACE_S = 3.0
+"""How long workers have to end after SIGINT."""
+_SETTLE_S = 0.5
+"""How long the reasons of workers that fail together are collected."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnd:
+    """How a worker process ended: an exit code, or the negative number of a signal."""
+
+    rank: int
+    code: int
+
+
+Main = Callable[[WorldInfo], int]
+
+
+def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
+    """Train on `world_size` local workers; returns the exit code for the command.
+
+    Prints one line when a worker fails: the reason of the first that failed by itself.
+    """
+    from holdfast.trainer.worker import describe, root_cause, run_worker
+
+    def main(world: WorldInfo) -> int:
+        return run_worker(config, world, run, announce=False)
+
+    memory = memory_root(run.root)
+    try:
+        ends = start_workers(main, world_size, run, exit_s=config.checkpoint.exit_s)
+    finally:
+        keep_memory(memory, checkpoint_root(run.root, config))
+    failed = [end for end in ends if end.code != 0]
+    if not failed:
+        return 0
+    if all(end.code == -signal.SIGINT for end in ends):
+        return 128 + signal.SIGINT
+    cause = root_cause(run, range(world_size))
+    killed = next((end for end in failed if end.code < 0), None)
+    if cause is not None and (killed is None or cause.exit_code != 3):
+        print(describe(cause, run), file=sys.stderr)  # noqa: T201
+        return cause.exit_code
+    if killed is not None:
+        name = signal.Signals(-killed.code).name
+        print(  # noqa: T201
+            f"holdfast: rank {killed.rank} was killed by {name}; the run stopped "
+            f"(log: {run.log(killed.rank)})",
+            file=sys.stderr,
+        )
+        return 3
+    print(  # noqa: T201
+        f"holdfast: rank {failed[0].rank} exited with code {failed[0].code} "
+        f"(log: {run.log(failed[0].rank)})",
+        file=sys.stderr,
+    )
+    return failed[0].code
+
+
+def keep_memory(memory: Path, disk: Path) -> None:
+    """Put the newest copy in shared memory on the disk if that has none as new, and free the memory.
+
+    This process has outlived the workers, so what they had committed there survives their crash.
+    """
+    if not memory.exists():
+        return
+    try:
+        copied = flush(memory, disk)
+    except (OSError, CheckpointError) as error:
+        print(  # noqa: T201
+            f"holdfast: the copy in {memory} could not be put on the disk and stays there: {error}",
+            file=sys.stderr,
+        )
+        return
+    if copied is not None:
+        print(f"holdfast: kept the copy in memory as {copied}", file=sys.stderr)  # noqa: T201
+    shutil.rmtree(memory, ignore_errors=True)
+
+
+def start_workers(
+    main: Main, world_size: int, run: RunDirectory, *, exit_s: float = GRACE_S
+) -> list[WorkerEnd]:
+    """Fork `world_size` workers that call `main`, and wait for them all.
+
+    When one fails, the others get SIGKILL a moment later. SIGINT, SIGTERM and SIGUSR1 to this process
+    go to the workers. A worker dies with this process, however that ends.
+
+    Args:
+        exit_s: how long workers that were told to end by SIGTERM may take.
+    Returns:
+        Ends in the order in which they happened. Workers that were killed because another failed
+        have code 0; after SIGINT to this process all have its negative number.
+    """
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(max(16, 4 * world_size))
+    port = listening.getsockname()[1]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.freeze()
+    parent = os.getpid()
+    pids: dict[int, int] = {}
+    for rank in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            listening.close()
+            _become_worker(main, rank, world_size, port, parent, run)
+        pids[pid] = rank
+    store = _host_store(listening, port)
+    try:
+        return _watch(pids, exit_s)
+    finally:
+        del store
+
+
+def _host_store(listening: socket.socket, port: int) -> object:
+    from torch.distributed import TCPStore
+
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+
+
+def _become_worker(
+    main: Main, rank: int, world_size: int, port: int, parent: int, run: RunDirectory
+) -> None:
+    """The rest of a worker's life; never returns."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+        if rank != 0:
+            run.log(rank).parent.mkdir(parents=True, exist_ok=True)
+            output = os.open(run.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        world = WorldInfo(rank, world_size, rank, world_size, 0, "127.0.0.1", port, False)
+        code = main(world)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _watch(pids: dict[int, int], exit_s: float) -> list[WorkerEnd]:
+    """Wait for all workers; after the first failure the others are killed."""
+    forwarded: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        if number != signal.SIGUSR1:
+            forwarded.append(number)
+        _signal_all(pids, number)
+
+    passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {n: signal.signal(n, forward) for n in passed_on}
+    descriptors = {os.pidfd_open(pid): pid for pid in pids}
+    ends: list[WorkerEnd] = []
+    stopping_since: float | None = None
+    try:
+        while descriptors:
+            ready, _, _ = select.select(list(descriptors), [], [], 0.1)
+            for descriptor in ready:
+                pid = descriptors.pop(descriptor)
+                os.close(descriptor)
+                _, status = os.waitpid(pid, 0)
+                code = os.waitstatus_to_exitcode(status)
+                if stopping_since is not None and code == -signal.SIGKILL:
+                    code = 0
+                ends.append(WorkerEnd(pids.pop(pid), code))
+            now = time.monotonic()
+            failed = any(end.code != 0 for end in ends)
+            if (forwarded or failed) and stopping_since is None:
+                stopping_since = now
+            patience = _SETTLE_S
+            if forwarded:
+                patience = exit_s if forwarded[-1] == signal.SIGTERM else _SETTLE_S + GRACE_S
+            if stopping_since is not None and now - stopping_since > patience:
+                _signal_all(pids, signal.SIGKILL)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if forwarded and forwarded[0] == signal.SIGINT:
+        ends = [WorkerEnd(end.rank, -signal.SIGINT) for end in ends]
+    return ends
+
+
+def _signal_all(pids: dict[int, int], number: int) -> None:
+    for pid in list(pids):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,190 @@
+"""Several agents on this machine, each a node of its own: for trials and tests of failing nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from holdfast.elastic.acceptor_state import BallotFile
+from holdfast.elastic.generation import parse_identity
+from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
+from holdfast.elastic.quorum_client import MembershipSettings, speak_for
+from holdfast.launch.agent import Agent, AgentSettings, WorkerMain, die_with
+from holdfast.parallel.errors import Stopped
+
+logger = logging.getLogger("holdfast.agent")
+
+
+def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
+    """A node's ranks shared out in order over several of them; a node for each rank where these are fewer."""
+    ranks = node.ranks
+    nodes = min(nodes, len(ranks))
+    if nodes == 1:
+        return [node]
+    edges = [k * len(ranks) // nodes for k in range(nodes + 1)]
+    return [
+        replace(node, ranks=ranks[a:b], node=f"{node.node}-{k}")
+        for k, (a, b) in enumerate(pairwise(edges))
+    ]
+
+
+def run_nodes(
+    nodes: Sequence[AgentSettings],
+    main: WorkerMain,
+    folder: Path,
+    announce: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Run one agent per node, and a Lighthouse for all where none is named.
+
+    Call it in the main thread of a process that has no other. When an agent is killed, its workers die
+    with it; the others go on, since this process then speaks for the dead.
+
+    Args:
+        folder: for ballots and pulses; on this machine.
+        announce: told where the Lighthouse is, once it is there.
+    Returns:
+        0 when a worker of any node reached the end of the run; 130 after SIGINT; else the exit code of
+        the agent that gave one first, or 3 when all were killed.
+    """
+    nodes = [replace(node, folder=folder / node.node) for node in nodes]
+    if len(nodes) == 1:
+        agent = Agent(nodes[0], main)
+        with hosted_lighthouse(nodes[0]) as address:
+            announce(address)
+            return agent.run(address)
+    coordination()  # imported once here, not by every agent
+    agents: dict[int, AgentSettings] = {}
+    writers: list[int] = []
+    for node in nodes:
+        reader, writer = os.pipe()
+        agents[_fork_agent(node, main, reader, (*writers, writer))] = node
+        os.close(reader)
+        writers.append(writer)
+    with contextlib.ExitStack() as held:
+        address = held.enter_context(hosted_lighthouse(nodes[0]))
+        announce(address)
+        for writer in writers:
+            os.write(writer, address.encode())
+            os.close(writer)
+        membership = replace(nodes[0].membership, lighthouse=address)
+        return _watch(agents, membership, held)
+
+
+@contextlib.contextmanager
+def hosted_lighthouse(node: AgentSettings) -> Iterator[str]:
+    """The URL of the Lighthouse of a run: the one that is named, or one in this process meanwhile.
+
+    Use after the last fork.
+    """
+    if node.membership.lighthouse:
+        yield lighthouse_url(node.membership.lighthouse)
+        return
+    timeout_ms = node.membership.heartbeat_timeout_ms
+    server = Lighthouse(node.host, heartbeat_timeout_ms=timeout_ms)
+    try:
+        yield server.address
+    finally:
+        server.close()
+
+
+def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequence[int]) -> int:
+    """Fork an agent, which learns the Lighthouse's address from a pipe of its own.
+
+    Args:
+        others: descriptors that it must not keep open, so that its pipe ends with this process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _be_agent(node, main, reader, others, parent)
+    return pid
+
+
+def _be_agent(
+    node: AgentSettings, main: WorkerMain, reader: int, others: Sequence[int], parent: int
+) -> NoReturn:
+    code = 1
+    try:
+        die_with(parent)
+        for descriptor in others:
+            os.close(descriptor)
+        agent = Agent(node, main)
+        with open(reader, encoding="ascii") as told:
+            lighthouse = told.read()
+        code = agent.run(lighthouse)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _watch(
+    agents: dict[int, AgentSettings], membership: MembershipSettings, held: contextlib.ExitStack
+) -> int:
+    """Wait for all agents, and speak for the workers of those that are killed."""
+    descriptors = {os.pidfd_open(pid): pid for pid in agents}
+    interrupted = False
+
+    def forward(number: int, _: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted |= number == signal.SIGINT
+        for descriptor in list(descriptors):
+            with contextlib.suppress(ProcessLookupError, OSError):
+                signal.pidfd_send_signal(descriptor, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        held.callback(signal.signal, number, signal.signal(number, forward))
+    stop = threading.Event()
+    held.callback(stop.set)
+    codes: list[int] = []
+    while descriptors:
+        ready, _, _ = select.select(list(descriptors), [], [])
+        for descriptor in ready:
+            pid = descriptors.pop(descriptor)
+            os.close(descriptor)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            codes.append(code)
+            if code == 0:
+                # The run is over: who waits to take part in it on another node need not.
+                forward(signal.SIGTERM, None)
+            if code < 0:
+                node = agents[pid]
+                name = signal.Signals(-code).name
+                logger.warning("node %s is lost: its agent was killed by %s", node.node, name)
+                _speak_for_node(node, membership, stop)
+    if interrupted:
+        return 128 + signal.SIGINT
+    given = [code for code in codes if code >= 0]
+    return 0 if 0 in given else next(iter(given), Stopped.exit_code)
+
+
+def _speak_for_node(
+    node: AgentSettings, membership: MembershipSettings, stop: threading.Event
+) -> None:
+    """Vote for all workers that a node has had; each once its process has ended and freed its ballot."""
+    folder = node.folder or Path()
+    for path in sorted(folder.glob("*.ballot")):
+        identity = parse_identity(path.stem)
+        threading.Thread(
+            target=speak_for,
+            args=(identity, membership, BallotFile(folder, identity), stop),
+            kwargs={"data": {"cause": f"node {node.node} was lost"}},
+            name=f"holdfast-voice-{identity}",
+            daemon=True,
+        ).start()

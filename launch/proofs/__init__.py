@@ -1,0 +1,8 @@
+"""Proofs that training was right: check, prove, replay, comparison of runs.
+
+May import launch.launchers, trainer, checkpoint.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

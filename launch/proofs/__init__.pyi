@@ -1,0 +1,16 @@
+from .check import (
+    check_layout as check_layout,
+)
+from .compare_runs import (
+    compare_runs as compare_runs,
+    describe_comparison as describe_comparison,
+    lost_ranks as lost_ranks,
+    train_undisturbed as train_undisturbed,
+)
+from .prove import (
+    prove_checkpoints as prove_checkpoints,
+)
+from .replay import (
+    describe_replay as describe_replay,
+    replay_run as replay_run,
+)

@@ -1,0 +1,87 @@
+"""`holdfast check`: starts the layout at tiny size on local CPU ranks and reports what differs."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch.distributed import Store
+
+from holdfast.launch.launchers import start_workers
+from holdfast.trainer.check import (
+    Finding,
+    compare,
+    load_capture,
+    run_layout,
+    run_reference,
+    save_capture,
+    tiny_config,
+)
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.run import RunDirectory, open_run
+from holdfast.trainer.worker import describe, root_cause, run_worker
+from holdfast.trainer.world import WorldInfo
+
+_SHOWN = 8
+_KINDS = (
+    "activation",
+    "loss",
+    "activation gradient",
+    "gradient",
+    "gradient norm",
+    "parameter",
+)
+
+
+def check_layout(config: RunConfig, steps: int) -> int:
+    """Run the check and print its result; 0 when the layout agrees with one process, 1 otherwise."""
+    tiny = tiny_config(config, steps)
+    ranks = tiny.parallel.ranks
+    with tempfile.TemporaryDirectory(prefix="holdfast-check-") as folder:
+        root = Path(folder)
+        run = open_run(root / "run", tiny)
+
+        def target(config: RunConfig, world: WorldInfo, store: Store, _: RunDirectory) -> None:
+            save_capture(run_layout(config, world, store), root / f"rank-{world.rank}.safetensors")
+
+        def main(world: WorldInfo) -> int:
+            return run_worker(tiny, world, run, announce=False, target=target)
+
+        failed = [end for end in start_workers(main, ranks, run) if end.code]
+        if failed:
+            cause = root_cause(run, range(ranks))
+            text = describe(cause, run) if cause else f"holdfast: rank {failed[0].rank} died"
+            print(text.split(" (log:")[0], file=sys.stderr)  # noqa: T201
+            return 1
+        captures = [load_capture(root / f"rank-{rank}.safetensors") for rank in range(ranks)]
+        findings = compare(captures, run_reference(tiny))
+    _print(tiny, findings)
+    return 1 if findings else 0
+
+
+def _print(config: RunConfig, findings: Sequence[Finding]) -> None:
+    console = Console(highlight=False)
+    p, model = config.parallel, config.model
+    console.print(
+        f"layout: tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}, {p.virtual} chunks per rank, "
+        f"{p.schedule}; {p.ranks} ranks against one process, float64, {config.train.steps} steps, "
+        f"{model.layers} blocks of width {model.hidden}",
+        soft_wrap=True,
+    )
+    counts = Counter(finding.kind for finding in findings)
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for kind in _KINDS:
+        verdict = f"{counts[kind]} differ" if counts[kind] else "equal"
+        table.add_row(kind, verdict, style="red" if counts[kind] else "green")
+    console.print(table)
+    if findings:
+        console.print(f"first: {findings[0]}", style="bold red", soft_wrap=True)
+        for finding in findings[1:_SHOWN]:
+            console.print(f"       {finding}", soft_wrap=True)
+        if len(findings) > _SHOWN:
+            console.print(f"       and {len(findings) - _SHOWN} more")

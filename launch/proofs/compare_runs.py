@@ -1,0 +1,90 @@
+"""Checks that a run which lost ranks has the same bits as one that lost none: by training again without faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.parallel.errors import CheckpointError
+from holdfast.trainer.run import RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two runs step by step."""
+
+    steps: int
+    first_difference: int | None
+    """The first step whose loss or gradient norm differs in any bit."""
+    equal_parameters: bool
+
+    @property
+    def equal(self) -> bool:
+        return self.first_difference is None and self.equal_parameters
+
+
+def train_undisturbed(run: RunDirectory) -> RunDirectory:
+    """Train the same configuration in a folder of the run's, with fixed ranks and no faults.
+
+    Raises:
+        CheckpointError: that run did not finish.
+    """
+    folder = run.root / "undisturbed"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "holdfast.launch.cli", "train", str(run.config)),
+            *("--out", str(folder), "--resume", "none"),
+            *("--set", "elastic.enabled=false", "--set", "elastic.chaos=[]"),
+            *("--set", f"checkpoint.path={folder / 'checkpoints'}"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
+        raise CheckpointError(f"the undisturbed run in {folder} did not finish: {last[0]}")
+    return RunDirectory(folder)
+
+
+def compare_runs(run: RunDirectory, other: RunDirectory) -> Comparison:
+    """Losses, gradient norms and final parameters of two finished runs, bit by bit."""
+    mine, others = bits_of(run.metrics), bits_of(other.metrics)
+    differing = [s for s in sorted(mine.keys() | others.keys()) if mine.get(s) != others.get(s)]
+    return Comparison(len(mine), next(iter(differing), None), _digest(run) == _digest(other))
+
+
+def bits_of(metrics: Path) -> dict[int, tuple[str, str]]:
+    """By step, loss and gradient norm as exact hexadecimal numbers."""
+    lines = (json.loads(line) for line in metrics.read_text().splitlines())
+    return {line["step"]: (line["loss_hex"], line["grad_norm_hex"]) for line in lines}
+
+
+def _digest(run: RunDirectory) -> str:
+    for line in reversed(run.events.read_text().splitlines()):
+        event = json.loads(line)
+        if event["event"] == "run_finished":
+            return event["parameter_digest"]
+    raise CheckpointError(f"{run.root} has not finished; there is nothing to compare")
+
+
+def describe_comparison(comparison: Comparison, lost: int) -> str:
+    """The result in one line."""
+    if comparison.equal:
+        return (
+            f"{comparison.steps} steps, {lost} ranks lost on the way: every loss and gradient norm, and all "
+            "parameters at the end, are bit for bit those of an undisturbed run"
+        )
+    if comparison.first_difference is None:
+        return "losses are equal, but the parameters at the end differ from an undisturbed run's"
+    return f"step {comparison.first_difference} differs from an undisturbed run's"
+
+
+def lost_ranks(run: RunDirectory) -> int:
+    """How many times a rank was lost."""
+    lines = run.events.read_text().splitlines()
+    return sum(json.loads(line)["event"] == "rank_lost" for line in lines)

@@ -1,0 +1,63 @@
+"""Repeats the steps between two checkpoints of a run and compares what comes out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from holdfast.checkpoint.format import name_of, read_manifest
+from holdfast.checkpoint.tools import Difference, diff_checkpoints
+from holdfast.launch.launchers import run_local
+from holdfast.parallel.errors import CheckpointError
+from holdfast.trainer.config import RunConfig, check_config, dump_toml, load_config
+from holdfast.trainer.run import open_run
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What repeating gave."""
+
+    steps: tuple[int, int]
+    difference: Difference
+
+
+def prove_checkpoints(first: Path, second: Path, overrides: Sequence[str] = ()) -> Proof:
+    """Train from `first` to the step of `second` in a scratch folder, and compare. Starts workers.
+
+    Args:
+        overrides: `section.key=value` of the configuration, e.g. another layout.
+    Raises:
+        CheckpointError: the checkpoints are not of one run in this order, or training failed.
+    """
+    before, after = read_manifest(first), read_manifest(second)
+    if not before.config:
+        raise CheckpointError(f"{first} holds no configuration to train with (a rebuilt manifest?)")
+    if before.step >= after.step:
+        raise CheckpointError(
+            f"{first} is of step {before.step} and {second} of step {after.step}; A must be the earlier"
+        )
+    with tempfile.TemporaryDirectory(prefix="holdfast-prove-") as scratch:
+        source = Path(scratch) / "config.toml"
+        source.write_text(dump_toml(msgspec.convert(after.config, RunConfig)))
+        config = load_config(
+            source,
+            [
+                *overrides,
+                f"train.stop_after={after.step}",
+                "checkpoint.every=0",
+                "checkpoint.path=",
+                "checkpoint.memory_every=0",
+            ],
+        )
+        check_config(config, config.parallel.ranks)
+        root = Path(scratch) / "run"
+        run = open_run(root, config, str(first))
+        code = run_local(config, run, config.parallel.ranks)
+        if code != 0:
+            raise CheckpointError(f"repeating the steps ended with exit code {code}")
+        again = root / "checkpoints" / name_of(after.step)
+        return Proof((before.step, after.step), diff_checkpoints(again, second))

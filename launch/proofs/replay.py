@@ -1,0 +1,161 @@
+"""`holdfast replay RUN`: the same changes of membership once more, on one machine, and the same bits."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.elastic.journal import Journal, journal_of
+from holdfast.elastic.worker_spec import Seat
+from holdfast.launch.agent import AgentSettings
+from holdfast.launch.launchers import (
+    explained,
+    log_agents,
+    node_settings,
+    run_nodes,
+    start_display,
+    worker_main,
+)
+from holdfast.launch.proofs.compare_runs import bits_of
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
+from holdfast.trainer.reports import last_step
+from holdfast.trainer.run import RunDirectory, checkpoint_root, lock_run, open_run
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """How a repeated run compares with the first."""
+
+    steps: int
+    first_difference: int | None
+    """The first step whose loss or gradient norm differs in any bit."""
+    changes: int
+    different_plan: int | None
+    """The first change after which another plan was in force."""
+
+    @property
+    def equal(self) -> bool:
+        return self.first_difference is None and self.different_plan is None
+
+
+def read_journal(run: RunDirectory) -> Journal:
+    """The journal of a run's newest start.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not run.events.exists():
+        raise ConfigError(f"{run.root} has no events.jsonl; name the folder of a run")
+    lines = run.events.read_text().splitlines()
+    return journal_of([json.loads(line) for line in lines])
+
+
+def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
+    """Train in `out` with the losses, departures and arrivals of `source`, at the same steps.
+
+    Call it in the main thread of a process that has no other.
+
+    Returns:
+        The exit code of the run, and the comparison if it came to its end.
+    Raises:
+        ConfigError: nothing to repeat, or the checkpoint that the run began from is gone.
+    """
+    journal = read_journal(source)
+    last = last_step(source.metrics) if journal.last_step is None else journal.last_step
+    config = _config(load_config(source.config, []), journal, last, out)
+    begin = "none"
+    if journal.first_step:
+        found = checkpoint_root(source.root, load_config(source.config, []))
+        begin = str(found / f"step-{journal.first_step:08d}")
+        if not Path(begin).is_dir():
+            raise ConfigError(
+                f"the run began from {begin}, which is gone; there is nothing to begin from"
+            )
+    with lock_run(out):
+        run = open_run(out, config, begin, allow_change=True)
+        run.journal.write_bytes(msgspec.json.encode(asdict(journal)))
+        log_agents(run.agent_log)
+        nodes = _nodes(config, run, journal)
+        display = start_display(config, run)
+        try:
+            with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+                code = run_nodes(nodes, worker_main(config, run), Path(folder))
+        finally:
+            display.close()
+    code = explained(code, run, (rank for ranks in journal.nodes.values() for rank in ranks))
+    # A run that stops before its last step says so with exit code 3.
+    if last_step(run.metrics) < last:
+        return code or 1, None
+    return 0, _compare(source, run, journal)
+
+
+def _config(config: RunConfig, journal: Journal, last: int, out: Path) -> RunConfig:
+    faults = [msgspec.convert(asdict(fault), ChaosConfig) for fault in journal.faults]
+    stop_after = last if last < config.train.steps else 0
+    changes = msgspec.structs.replace
+    return changes(
+        config,
+        train=changes(config.train, stop_after=stop_after),
+        checkpoint=changes(config.checkpoint, path=str(out / "checkpoints")),
+        elastic=changes(config.elastic, chaos=faults, respawn=True, lighthouse=""),
+    )
+
+
+def _nodes(config: RunConfig, run: RunDirectory, journal: Journal) -> list[AgentSettings]:
+    """An agent for each node that the run has had; another for those of its ranks that joined later."""
+    token = uuid.uuid4().hex
+    founders = config.parallel.ranks
+
+    def may_start(seat: Seat) -> bool:
+        committed = max(last_step(run.metrics), journal.first_step)
+        return journal.may_start(
+            seat.rank, seat.incarnation, committed, founder=seat.rank < founders
+        )
+
+    found = []
+    for name, ranks in journal.nodes.items():
+        for founder in (True, False):
+            mine = tuple(rank for rank in ranks if (rank < founders) == founder)
+            if mine:
+                node = node_settings(config, run, token=token, ranks=mine)
+                found.append(replace(node, node=name, founder=founder, may_start=may_start))
+    return found
+
+
+def _compare(source: RunDirectory, run: RunDirectory, journal: Journal) -> Replay:
+    first, again = bits_of(source.metrics), bits_of(run.metrics)
+    last = journal.last_step or max(first, default=0)
+    steps = [step for step in sorted(first) if journal.first_step < step <= last]
+    plans = [_shape(change.plan) for change in journal.changes]
+    repeated = [_shape(change.plan) for change in read_journal(run).changes][: len(plans)]
+    repeated += [None] * (len(plans) - len(repeated))
+    return Replay(
+        steps=len(steps),
+        first_difference=next((s for s in steps if first[s] != again.get(s)), None),
+        changes=len(plans),
+        different_plan=next(
+            (n for n, plan in enumerate(plans, 1) if plan != repeated[n - 1]), None
+        ),
+    )
+
+
+def _shape(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan without the number of its generation, which counts failed attempts too."""
+    return {key: value for key, value in plan.items() if key != "generation"}
+
+
+def describe_replay(replay: Replay) -> str:
+    """The result in one line."""
+    if replay.different_plan is not None:
+        return f"change {replay.different_plan} of {replay.changes} led to another plan than in the run"
+    if replay.first_difference is not None:
+        return f"step {replay.first_difference} differs from the run's"
+    return f"{replay.changes} changes repeated, each with the same plan; {replay.steps} steps have the same bits"

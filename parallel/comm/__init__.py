@@ -1,0 +1,8 @@
+"""Communicators over gloo, NCCL and MPI behind one protocol, their flight recorder and watchdog.
+
+May import parallel.errors.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,290 @@
+"""What a rank last said to whom: a ring of timed operations, in memory or in a file others can read.
+
+Every message of every communicator leaves one record. With a path the ring lies in a shared mapping of
+that file, so that an agent sees what a stopped or hung process did last without its help: the writer
+takes no lock and makes no system call. `read_page` is the reader, parallel/comm/watchdog.py the judge.
+
+Layout of a page: native-endian 64-bit words, all offsets in words.
+
+    header    0 magic    1 layout version    2 rank    3 pid    4 generation    5 slots
+              6 unix time less monotonic time, seconds (float64)    7 number of the newest step
+    steps     8..23      monotonic times (float64) at which the last 16 steps began, at step % 16
+    groups    24..279    32 names of 64 bytes, UTF-8, zero-padded
+    ring      280..      slots of 12 words: number (0: empty or being written), group, operation,
+                         direction, peer, bytes, tag, outcome (0 open, 1 done, 2 failed), and the
+                         monotonic times (float64; NaN: not yet) posted, started, waited, finished
+
+The operation with number n (1, 2, ...) lies in slot n % slots.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+import statistics
+import struct
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Direction = Literal["send", "receive", "collective"]
+Outcome = Literal["open", "done", "failed"]
+
+OPERATIONS = (
+    "send",
+    "receive",
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+    "barrier",
+)
+_DIRECTIONS: tuple[Direction, ...] = ("send", "receive", "collective")
+_OUTCOMES: tuple[Outcome, ...] = ("open", "done", "failed")
+_OPERATION_CODES = {name: code for code, name in enumerate(OPERATIONS)}
+_DIRECTION_CODES = {name: code for code, name in enumerate(_DIRECTIONS)}
+_MAGIC = int.from_bytes(b"HFOPRING", "little")
+_VERSION = 1
+_STEPS_AT, _STEPS = 8, 16
+_NAMES_AT, _NAMES, _NAME_BYTES = 24, 32, 64
+_RING_AT = _NAMES_AT + _NAMES * _NAME_BYTES // 8
+_SLOT = 12
+_OUTCOME, _STARTED, _WAITED, _FINISHED = 7, 9, 10, 11
+_RECORD = struct.Struct("@qqqqqqqdddd")
+_NAN = math.nan
+SLOTS = 512
+"""More than the messages that a rank has in flight, so that open ones are not overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One message of a communicator. Times are seconds of the machine's monotonic clock; NaN: not yet."""
+
+    number: int
+    """Counts all operations of the rank from 1."""
+    group: str
+    operation: str
+    """The call it belongs to: one of `OPERATIONS`; a collective is recorded message by message."""
+    direction: Direction
+    peer: int
+    """Global rank; -1 for a collective that the transport carries out as a whole."""
+    bytes: int
+    tag: int
+    outcome: Outcome
+    posted_s: float
+    """When it was called."""
+    started_s: float
+    """When the transport took it, connected with the peer."""
+    waited_s: float
+    """When the rank began to wait for it."""
+    finished_s: float
+    """When the rank saw its end."""
+
+    @property
+    def is_waited_for(self) -> bool:
+        return self.outcome == "open" and not math.isnan(self.waited_s)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPage:
+    """A copy of what a rank's page held at one moment."""
+
+    rank: int
+    pid: int
+    generation: int
+    step: int
+    unix_offset_s: float
+    """Unix time = monotonic time + this, on the rank's machine."""
+    operations: tuple[Operation, ...]
+    """In the order in which they were called."""
+    step_starts_s: tuple[float, ...] = field(default=())
+    """When the newest steps began, oldest first; at most 16."""
+
+    @property
+    def median_step_s(self) -> float:
+        """Median duration of the newest steps; 0 while fewer than two have begun."""
+        starts = self.step_starts_s
+        spans = [after - before for before, after in itertools.pairwise(starts)]
+        return statistics.median(spans) if spans else 0.0
+
+
+class OperationRing:
+    """The writer's side of a rank's page. Threads may post at the same time."""
+
+    def __init__(
+        self, rank: int, *, generation: int = 0, path: Path | None = None, slots: int = SLOTS
+    ) -> None:
+        """Args:
+        path: of the shared file, replaced if it exists (best in memory, below /dev/shm); None: private.
+        """
+        size = 8 * (_RING_AT + _SLOT * slots)
+        memory = mmap.mmap(-1, size) if path is None else _new_file(path, size)
+        self._memory = memory
+        self._words = memoryview(memory).cast("q")
+        self._times = memoryview(memory).cast("d")
+        self._slots = slots
+        self._numbers = itertools.count(1)
+        self._groups: dict[str, int] = {}
+        self.blocked_s = 0.0
+        """Time that the thread that made the ring has waited for operations, where the wait is the host's."""
+        self._thread = threading.get_ident()
+        words = self._words
+        words[1], words[2], words[3], words[5] = _VERSION, rank, os.getpid(), slots
+        self._times[6] = time.time() - time.monotonic()
+        self.set_generation(generation)
+        words[0] = _MAGIC
+
+    def set_generation(self, generation: int) -> None:
+        self._words[4] = generation
+
+    def note_step(self, step: int) -> None:
+        """Write that `step` begins; watchers take the usual length of a step from these marks."""
+        self._times[_STEPS_AT + step % _STEPS] = time.monotonic()
+        self._words[7] = step
+
+    def group(self, name: str) -> int:
+        """The code of a group's name; when the table is full the newest names share the last place."""
+        code = self._groups.get(name)
+        if code is None:
+            code = self._groups[name] = min(len(self._groups), _NAMES - 1)
+            text = name.encode()[: _NAME_BYTES - 1].ljust(_NAME_BYTES, b"\0")
+            at = _NAMES_AT * 8 + code * _NAME_BYTES
+            self._memory[at : at + _NAME_BYTES] = text
+        return code
+
+    def post(
+        self, group: int, operation: str, direction: Direction, peer: int, size: int, tag: int
+    ) -> int:
+        """Record a call; returns its number."""
+        number = next(self._numbers)
+        at = _RING_AT + number % self._slots * _SLOT
+        self._words[at] = 0
+        _RECORD.pack_into(
+            self._memory,
+            8 * at + 8,
+            group,
+            _OPERATION_CODES[operation],
+            _DIRECTION_CODES[direction],
+            peer,
+            size,
+            tag,
+            0,
+            time.monotonic(),
+            _NAN,
+            _NAN,
+            _NAN,
+        )
+        self._words[at] = number
+        return number
+
+    def started(self, number: int) -> None:
+        at = _RING_AT + number % self._slots * _SLOT
+        if self._words[at] == number:
+            self._times[at + _STARTED] = time.monotonic()
+
+    def waiting(self, number: int) -> float:
+        """Record that the rank waits from now on; returns the time, for `finished`."""
+        now = time.monotonic()
+        at = _RING_AT + number % self._slots * _SLOT
+        if self._words[at] == number:
+            self._times[at + _WAITED] = now
+        return now
+
+    def finished(self, number: int, *, failed: bool = False, since: float = _NAN) -> None:
+        """Record an operation's end.
+
+        Args:
+            since: when the rank began to wait, if it did nothing else meanwhile.
+        """
+        now = time.monotonic()
+        if since == since and threading.get_ident() == self._thread:
+            self.blocked_s += now - since
+        at = _RING_AT + number % self._slots * _SLOT
+        if self._words[at] == number:
+            self._times[at + _FINISHED] = now
+            self._words[at + _OUTCOME] = 2 if failed else 1
+
+    def page(self) -> RankPage:
+        """What the ring holds now. Local."""
+        return parse_page(bytes(self._memory))
+
+    def history(self, group: str | None = None) -> tuple[Operation, ...]:
+        """The newest operations, of one group or of all, in the order of the calls."""
+        operations = self.page().operations
+        return operations if group is None else tuple(o for o in operations if o.group == group)
+
+
+def _new_file(path: Path, size: int) -> mmap.mmap:
+    """A mapping of a file that appears under its name only when it has its full size."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("wb+") as file:
+        file.truncate(size)
+        memory = mmap.mmap(file.fileno(), size)
+    partial.replace(path)
+    return memory
+
+
+def read_page(path: Path) -> RankPage:
+    """Read another process's page. Local; the writer takes no notice.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not a page of this version.
+    """
+    before = path.read_bytes()
+    return parse_page(before, path.read_bytes())
+
+
+def parse_page(data: bytes, later: bytes | None = None) -> RankPage:
+    """A page from its bytes. Pure.
+
+    Args:
+        later: a copy taken afterwards; records whose number has changed by then were perhaps caught in
+            the middle of being replaced, and are left out.
+    Raises:
+        ValueError: not a page of this version.
+    """
+    if len(data) < 8 * _RING_AT or len(data) % 8:
+        raise ValueError(f"{len(data)} bytes are not a page of operations; the file is cut off")
+    words, times = memoryview(data).cast("q"), memoryview(data).cast("d")
+    slots = words[5]
+    if words[0] != _MAGIC or words[1] != _VERSION or len(words) != _RING_AT + slots * _SLOT:
+        raise ValueError(f"not a page of operations, version {_VERSION}; another program wrote it")
+    names = [
+        data[8 * _NAMES_AT + code * _NAME_BYTES :][:_NAME_BYTES].rstrip(b"\0").decode()
+        for code in range(_NAMES)
+    ]
+    steady = words if later is None else memoryview(later).cast("q")
+    operations = []
+    for slot in range(slots):
+        at = _RING_AT + slot * _SLOT
+        number, group, operation, direction, peer, size, tag, outcome = words[at : at + 8]
+        if number == 0 or steady[at] != number:
+            continue
+        operations.append(
+            Operation(
+                number,
+                names[group],
+                OPERATIONS[operation],
+                _DIRECTIONS[direction],
+                peer,
+                size,
+                tag,
+                _OUTCOMES[outcome],
+                *times[at + 8 : at + 12],
+            )
+        )
+    starts = sorted(t for t in times[_STEPS_AT : _STEPS_AT + _STEPS] if t > 0)
+    return RankPage(
+        rank=words[2],
+        pid=words[3],
+        generation=words[4],
+        step=words[7],
+        unix_offset_s=times[6],
+        operations=tuple(sorted(operations, key=lambda o: o.number)),
+        step_starts_s=tuple(starts),
+    )

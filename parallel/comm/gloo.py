@@ -1,0 +1,248 @@
+"""Communicators over gloo (TCP): a mesh of connections, one per group and peer, made at first use.
+
+What each connection does for itself makes an abort and a change of membership cheap: an abort breaks only
+those on which something is under way, and an edit keeps the ones that were idle.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from holdfast.parallel.comm.addresses import LOOPBACK_NAMES, is_loopback, own_address_towards
+from holdfast.parallel.comm.flight_recorder import OperationRing
+from holdfast.parallel.comm.gloo_connection import (
+    Greeting,
+    Link,
+    Message,
+    Rendezvous,
+    await_greetings,
+    in_thread,
+)
+from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator
+from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange
+from holdfast.parallel.errors import PeerLost
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_CONNECT_S = 20.0
+"""Limit of a TCP handshake between two ranks that both are there: longer means that one has given up."""
+
+
+class GlooMesh:
+    """All connections of one rank, and what its communicators over gloo share."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        *,
+        device: object,
+        timeout_s: float,
+        signal: AbortSignal,
+        ring: OperationRing,
+    ) -> None:
+        """Local.
+
+        Args:
+            store: rendezvous store that all ranks reach.
+            device: made by `gloo_device`.
+            timeout_s: how long an operation may take before its waiters get `PeerLost`.
+        """
+        self.rank = rank
+        self.ring = ring
+        self.timeout_s = timeout_s
+        self.timeout = timedelta(seconds=timeout_s)
+        self._shared_store = store
+        self._device = device
+        self._links: dict[tuple[str, int], Link] = {}
+        self._lock = threading.Lock()
+        self.ending: list[threading.Thread] = []
+        """Each closes a connection; until it ends gloo may write to buffers that were receiving."""
+        self._enter(signal)
+
+    def _enter(self, signal: AbortSignal) -> None:
+        self.signal = signal
+        signal.listen(self._end_busy_links)
+
+    def link(self, name: str, peer: int) -> Link:
+        with self._lock:
+            link = self._links.get((name, peer))
+            if link is None:
+                link = self._links[(name, peer)] = Link(self, name, peer)
+            return link
+
+    @functools.cached_property
+    def _store(self) -> Store:
+        """A client of its own: whoever waits on the shared one would hold up every connection."""
+        shared: Any = self._shared_store
+        return shared.clone()
+
+    def connect(self, name: str, peer: int, signal: AbortSignal) -> Any:
+        """A process group of this rank and `peer`. Collective over both.
+
+        Raises:
+            PeerLost: the generation was aborted.
+            RuntimeError: the peer did not come, or the store is gone.
+        """
+        low, high = sorted((self.rank, peer))
+        where = f"{name}/{low}-{high}/{signal.generation}"
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [self._device]
+        options._threads = 0  # they run gloo's collectives; only messages are used
+        # Of connecting alone, once the peer is there; each wait brings its own limit.
+        options._timeout = timedelta(seconds=min(self.timeout_s, _CONNECT_S))
+        rendezvous = Rendezvous(self._store, where, signal, self.timeout_s)
+        return gloo(rendezvous, int(self.rank > peer), 2, options)
+
+    def _end_busy_links(self, reason: str) -> None:
+        with self._lock:
+            links = tuple(self._links.values())
+        for link in links:
+            if not link.is_idle:
+                link.end(reason)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all connections can be used on, as for `MembershipChange.kept`. Local."""
+        with self._lock:
+            return self.signal.reason is None and all(
+                link.is_whole for link in self._links.values()
+            )
+
+    def edit(self, change: MembershipChange, store: Store | None = None) -> None:
+        """Enter the generation of `change`, once. Local.
+
+        Connections to ranks that changed, and those with messages under way, are dropped; about the others
+        peers ask each other whether they still have them, unless that is known (`change.kept`). When it
+        returns gloo writes to no buffer of the old generation any more.
+        """
+        if change.generation == self.signal.generation:
+            return
+        if store is not None:
+            self._shared_store = store
+            self.__dict__.pop("_store", None)
+        greetings: list[tuple[Link, Greeting]] = []
+        with self._lock:
+            for (name, peer), link in tuple(self._links.items()):
+                gone = peer in change.changed
+                if change.kept and not gone and link.stands:
+                    continue
+                greeting = None if gone else link.greet(change.generation)
+                if greeting is not None:
+                    greetings.append((link, greeting))
+                else:
+                    del self._links[(name, peer)]
+                    link.end(f"rank {peer} is not in reach of generation {change.generation}")
+        if greetings:
+            in_thread("greet", await_greetings, greetings)
+        ending, self.ending = self.ending, []
+        for thread in ending:
+            thread.join(_CONNECT_S)
+        self.ring.set_generation(change.generation)
+        self._enter(AbortSignal(change.generation))
+
+
+class GlooCommunicator(PairwiseCommunicator):
+    """A group of ranks over gloo (TCP). Exact-mode safe."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        ranks: Sequence[int],
+        rank: int,
+        *,
+        device: object,
+        timeout_s: float,
+        mesh: GlooMesh | None = None,
+    ) -> None:
+        """Local: members connect when they first need each other, under the `name` that all give.
+
+        Args:
+            store: rendezvous store that all members reach.
+            device: made by `gloo_device`; groups of one process may share it.
+            timeout_s: how long an operation may take before its waiters get `PeerLost`.
+            mesh: the connections of a rank that has several groups; None: this one's own.
+        """
+        if mesh is None:
+            mesh = GlooMesh(
+                store,
+                rank,
+                device=device,
+                timeout_s=timeout_s,
+                signal=AbortSignal(0),
+                ring=OperationRing(rank),
+            )
+        self.mesh = mesh
+        super().__init__(name, ranks, rank, mesh.signal, mesh.ring)
+        self._links: dict[int, Link] = {}
+
+    @classmethod
+    def over(cls, mesh: GlooMesh, name: str, ranks: Sequence[int]) -> GlooCommunicator:
+        """Another group of the rank whose mesh it is. Local."""
+        store, device = mesh._shared_store, mesh._device
+        return cls(
+            store, name, ranks, mesh.rank, device=device, timeout_s=mesh.timeout_s, mesh=mesh
+        )
+
+    def _message(
+        self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool
+    ) -> Message:
+        link = self._links.get(peer)
+        if link is None:
+            assert peer in self._ranks, f"rank {peer} is not a member of {self._ranks}"
+            assert peer != self.mesh.rank, "a rank sends nothing to itself"
+            link = self._links[peer] = self.mesh.link(self._name, peer)
+        number = self._ring.post(
+            self._group_code,
+            operation,
+            "send" if is_send else "receive",
+            peer,
+            tensor.numel() * tensor.element_size(),
+            tag,
+        )
+        message = Message(link, tensor, tag, operation, number, is_send=is_send)
+        try:
+            link.post(message)
+        except PeerLost:
+            self._ring.finished(number, failed=True)
+            raise
+        return message
+
+    def edit(self, ranks: Sequence[int], change: MembershipChange) -> GlooCommunicator:
+        """See `Communicator.edit`. Local: connections are checked or made when they are next used."""
+        self.mesh.edit(change)
+        if tuple(ranks) != self._ranks or change.changed & set(ranks):
+            return GlooCommunicator.over(self.mesh, self._name, ranks)
+        self._links.clear()
+        self._enter(self.mesh.signal)
+        return self
+
+
+def gloo_device(host: str) -> object:
+    """A gloo transport bound to the address by which this machine is seen from `host`, the store's.
+
+    GLOO_SOCKET_IFNAME, where it is set, names another network interface.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    if interface:
+        return dist.ProcessGroupGloo.create_device(interface=interface)
+    if host in LOOPBACK_NAMES:
+        return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    try:
+        own = own_address_towards(host)
+    except OSError:
+        return dist.ProcessGroupGloo.create_default_device()
+    if is_loopback(own):  # the store is here, by a name that other machines know otherwise
+        return dist.ProcessGroupGloo.create_default_device()
+    return dist.ProcessGroupGloo.create_device(hostname=own)

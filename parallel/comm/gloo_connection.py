@@ -1,0 +1,371 @@
+"""One connection over gloo to one peer: how it is made, kept over a change of membership, and ended.
+
+Each is a torch process group of two ranks, so that it can end without touching any other.
+
+Measured on torch 2.13: gloo's own `abort()` does nothing, but a receive that is given up breaks its
+whole process group, which frees every other waiter at once, also when the peer is stopped or cut off.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holdfast.parallel.comm.flight_recorder import OperationRing
+from holdfast.parallel.comm.gloo_waits import WHOLE_BYTES, WorkWait
+from holdfast.parallel.comm.p2p_collectives import RESERVED_TAG, lost
+from holdfast.parallel.comm.protocol import AbortSignal
+from holdfast.parallel.errors import PeerLost
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, Work
+
+_BREAKING_TAG = (1 << 31) - 1
+_GREETING_TAGS = 1 << 20
+_NOTHING = "-"
+_SHORTEST_POLL_S, _LONGEST_POLL_S = 1e-4, 1e-2
+
+logger = logging.getLogger("holdfast.comm")
+
+
+class Rendezvous(dist.Store):
+    """The store that one process group forms on: nothing blocks it, an abort ends it, and it is left empty.
+
+    gloo's threads would wait inside the client of the store, which serves one call at a time; so
+    waiting is done here. Each side publishes its address, and the other claims it by deleting it. Who
+    gives up first withdraws its own, and goes through with the connection when that has been claimed:
+    the peer, which then is connecting, would wait in vain otherwise.
+    """
+
+    def __init__(self, store: Store, name: str, signal: AbortSignal, timeout_s: float) -> None:
+        super().__init__()
+        self._store: Any = store
+        self._name = name
+        self._signal = signal
+        self._timeout_s = timeout_s
+        self._published: dict[str, bytes] = {}
+        self._claimed: dict[str, bytes] = {}
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        self._published[key] = value
+        self._store.set(f"{self._name}/{key}", value)
+
+    def get(self, key: str) -> bytes:
+        return self._published.get(key) or self._claimed[key]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+        deadline = time.monotonic() + self._timeout_s
+        for key in keys:
+            if key in self._published or key in self._claimed:
+                continue
+            pause_s = _SHORTEST_POLL_S
+            while not self._claim(key):
+                late = time.monotonic() > deadline
+                if (late or self._signal.reason is not None) and self._withdraw():
+                    self._signal.check()
+                    raise RuntimeError(f"the peer did not come within {self._timeout_s:g} s")
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+
+    def _claim(self, key: str) -> bool:
+        full = f"{self._name}/{key}"
+        # Unlike `get` this does not wait: it gives what was expected when there is no such key.
+        value = self._store.compare_set(full, _NOTHING, _NOTHING)
+        if value == _NOTHING.encode() or not self._store.delete_key(full):
+            return False
+        self._claimed[key] = value
+        return True
+
+    def _withdraw(self) -> bool:
+        return all(self._store.delete_key(f"{self._name}/{key}") for key in self._published)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+
+class LinkHost(Protocol):
+    """What a link needs of the rank whose it is."""
+
+    rank: int
+    ring: OperationRing
+    signal: AbortSignal
+    timeout: timedelta
+    ending: list[threading.Thread]
+    """Each closes a connection; until it ends gloo may write to buffers that were receiving."""
+
+    def connect(self, name: str, peer: int, signal: AbortSignal) -> Any:
+        """A process group of this rank and `peer`. Collective over both."""
+        ...
+
+
+class Message:
+    """One message under way on a link; keeps its buffer alive."""
+
+    __slots__ = (
+        "error",
+        "is_send",
+        "link",
+        "number",
+        "operation",
+        "signal",
+        "tag",
+        "tensor",
+        "wait_beside",
+        "work",
+    )
+
+    def __init__(
+        self, link: Link, tensor: Tensor, tag: int, operation: str, number: int, *, is_send: bool
+    ) -> None:
+        self.link = link
+        self.tensor = tensor
+        self.tag = tag
+        self.operation = operation
+        self.is_send = is_send
+        self.number = number
+        self.signal = link.mesh.signal
+        self.work: Work | None = None
+        self.wait_beside: WorkWait | None = None
+        """Of a message that may be cut off in the middle, while it is waited for."""
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        ring = self.link.mesh.ring
+        since = ring.waiting(self.number)
+        try:
+            self.signal.check()
+            if self.work is None:
+                self.link.wait_until_posted(self)
+            assert self.work is not None
+            if self.tensor.numel() * self.tensor.element_size() <= WHOLE_BYTES:
+                self.work.wait(self.link.mesh.timeout)
+            else:
+                self.wait_beside = WorkWait(self.work, self.link.mesh.timeout)
+                if (
+                    self.link.is_closed
+                ):  # looked at after the line above: who closes it does the opposite
+                    self.wait_beside.free()
+                self.wait_beside.wait()
+        except (RuntimeError, PeerLost) as error:
+            ring.finished(self.number, failed=True, since=since)
+            raise self._lost(error) from error
+        ring.finished(self.number, since=since)
+        self.link.open.discard(self)
+
+    def _lost(self, error: BaseException) -> PeerLost:
+        self.signal.check()
+        if isinstance(error, PeerLost):
+            return error
+        return lost(self.operation, self.link.name, self.link.peer, error)
+
+
+class Link:
+    """The connection to one peer for one group of ranks.
+
+    It is made by a thread of its own when the first message is posted, in whatever order ranks come to
+    need each other; messages posted before it stands follow then. At an edit both sides greet each
+    other before anything else, so that no message of the new generation meets one of the old; when one
+    side has no longer got the connection, both make a new one at the next message.
+    """
+
+    def __init__(self, mesh: LinkHost, name: str, peer: int) -> None:
+        self.mesh = mesh
+        self.name = name
+        self.peer = peer
+        self.open: set[Message] = set()
+        """Posted and not yet seen to end. Outlives an abort: gloo may still hold these buffers."""
+        self.is_closed = False
+        """Whether gloo writes and reads nothing any more."""
+        self._peer_index = int(mesh.rank < peer)
+        self._group: Any = None
+        self._is_ready = False
+        self._is_connecting = False
+        self._failure: BaseException | None = None
+        self._queue: list[Message] = []
+        self._lock = threading.Lock()
+        self._settled = threading.Event()
+
+    def post(self, message: Message) -> None:
+        """Send or receive `message` now, or when the connection stands."""
+        self.open.add(message)  # before the check: an abort that comes after it breaks this link
+        try:
+            message.signal.check()
+            if not self._is_ready:
+                with self._lock:
+                    if self._failure is not None:
+                        raise lost(message.operation, self.name, self.peer, self._failure)
+                    if not self._is_ready:
+                        self._queue.append(message)
+                        self._connect_in_background()
+                        return
+        except PeerLost:
+            self.open.discard(message)
+            raise
+        try:
+            self._start(message)
+        except RuntimeError as error:
+            message.signal.check()
+            raise lost(message.operation, self.name, self.peer, error) from error
+
+    def _start(self, message: Message) -> None:
+        group = self._group
+        if group is None:
+            raise RuntimeError(str(self._failure))
+        post = group.send if message.is_send else group.recv
+        message.work = post([message.tensor], self._peer_index, message.tag)
+        self.mesh.ring.started(message.number)
+
+    def wait_until_posted(self, message: Message) -> None:
+        self._settled.wait()
+        message.signal.check()
+        failure = message.error or self._failure
+        if failure is not None:
+            raise lost(message.operation, self.name, self.peer, failure)
+
+    def _connect_in_background(self) -> None:
+        if not self._is_connecting:
+            self._is_connecting = True
+            in_thread("connect", self._connect, self.mesh.signal)
+
+    def _connect(self, signal: AbortSignal) -> None:
+        failure: BaseException | None = None
+        group = None
+        try:
+            group = self.mesh.connect(self.name, self.peer, signal)
+        except (RuntimeError, PeerLost) as error:
+            failure = error
+        with self._lock:
+            self._group = group
+            self._failure = self._failure or failure
+            if self._failure is None:
+                self._go_on()
+            self._queue = []
+            self._is_connecting = False
+            self._settled.set()
+        if self._failure is not None:
+            self.end(str(self._failure))  # what ended while it was being made is closed here
+
+    def _go_on(self) -> None:
+        """The connection stands: what has been waiting for it follows."""
+        for message in self._queue:
+            try:
+                self._start(message)
+            except RuntimeError as error:
+                message.error = error
+        self._queue = []
+        self._is_ready = True
+
+    def await_greeting(self, greeting: Greeting) -> None:
+        """Go on once the peer has entered the generation too; on a new connection if it dropped this one."""
+        answered = greeting.wait()
+        with self._lock:
+            self._is_connecting = False
+            if self._failure is not None:
+                return
+            if answered:
+                self._go_on()
+                self._settled.set()
+                return
+            self._group = None
+            if self._queue:
+                self._connect_in_background()
+
+    def end(self, reason: str) -> None:
+        """Free all waiters; nothing is sent or received any more. Local, at once."""
+        with self._lock:
+            self._failure = self._failure or PeerLost(reason)
+            self._is_ready = False
+            group, self._group = self._group, None
+        self._settled.set()
+        if group is not None:
+            self.mesh.ending.append(in_thread("end", self._break, group))
+
+    def _break(self, group: Any) -> None:
+        """Give up a receive that nobody will answer: gloo closes the connection, freeing all waiters."""
+        try:
+            never = group.recv([torch.empty(1)], self._peer_index, _BREAKING_TAG)
+            never.wait(timedelta(milliseconds=1))
+        except RuntimeError as error:
+            logger.debug("ended connection with rank %d in %s: %s", self.peer, self.name, error)
+        # Only now: gloo may write to the buffers of these messages until the connection is closed.
+        self.is_closed = True
+        for message in tuple(self.open):
+            if message.wait_beside is not None:
+                message.wait_beside.free()
+        self.open.clear()
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.open or self._is_connecting or self._queue)
+
+    @property
+    def stands(self) -> bool:
+        """Whether messages can be posted on it, and none is under way."""
+        return self._is_ready and self.is_idle
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is under way on it, and it has not been given up."""
+        return self.is_idle and self._failure is None
+
+    def greet(self, generation: int) -> Greeting | None:
+        """Keep an idle connection for `generation`: say so to the peer, and wait for nothing. Local.
+
+        Returns:
+            What `await_greeting` is to be called with; None when this connection cannot serve on.
+        """
+        with self._lock:
+            group = self._group
+            if not self.is_idle or self._failure is not None or group is None:
+                return None
+            try:
+                greeting = Greeting(group, self._peer_index, generation)
+            except RuntimeError:
+                return None
+            self._is_ready = False
+            self._is_connecting = True
+            self._settled.clear()
+            return greeting
+
+
+class Greeting:
+    """Both sides tell each other that they have entered a generation and still have the connection."""
+
+    def __init__(self, group: Any, peer_index: int, generation: int) -> None:
+        tag = RESERVED_TAG + generation % _GREETING_TAGS
+        self._group = group  # alive for as long as its works are waited for
+        self._buffers = (torch.empty(1), torch.empty(1))
+        self._works = (
+            group.recv([self._buffers[0]], peer_index, tag),
+            group.send([self._buffers[1]], peer_index, tag),
+        )
+
+    def wait(self) -> bool:
+        """Whether the peer has answered; False when it no longer has the connection."""
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError:
+            return False
+        return True
+
+
+def await_greetings(greetings: Sequence[tuple[Link, Greeting]]) -> None:
+    """In turn: each depends on nothing but its peer's entering of the generation."""
+    for link, greeting in greetings:
+        link.await_greeting(greeting)
+
+
+def in_thread(what: str, function: Callable[..., None], *arguments: object) -> threading.Thread:
+    name = f"holdfast-comm-{what}"
+    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+    thread.start()
+    return thread

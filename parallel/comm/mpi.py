@@ -1,0 +1,324 @@
+"""Communicators over MPI (mpi4py), with Open MPI's fault tolerance (ULFM) for aborts and edits.
+
+Messages and sums are those of comm_pairwise.py, so training gives the same bits as over gloo. Waits test
+their request and the generation in turn, so an abort frees them even where the library would go on
+waiting; it also revokes what has messages under way, which frees the peers. MPI moves large messages
+only while some call is made; a send is completed by the waits that come after it.
+
+Start workers with `mpirun --with-ft ulfm`. Without it everything works but `edit`. A process that has
+lived through a loss ends with `end_process`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
+
+import mpi4py
+
+mpi4py.rc.thread_level = "multiple"  # checkpoints and aborts call from threads of their own
+
+from mpi4py import MPI  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from holdfast.parallel.comm.flight_recorder import OperationRing  # noqa: E402
+from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator, lost  # noqa: E402
+from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange  # noqa: E402
+from holdfast.parallel.errors import ConfigError, PeerLost  # noqa: E402
+
+_KINDS = ("world", "tensor", "pipeline")
+_SPINS = 100
+_PAUSE_S = 5e-5
+_DRAIN_S = 5.0
+
+logger = logging.getLogger("holdfast.comm")
+
+
+class _Channel:
+    """One MPI communicator and what is under way on it."""
+
+    def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int]) -> None:
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.comm = comm
+        self.place = {rank: place for place, rank in enumerate(ranks)}
+        self.open: set[_Message] = set()
+        """Posted and not yet seen to end. Outlives an abort: MPI may still hold these buffers."""
+        self.is_broken = False
+
+    def revoke(self) -> None:
+        """Have every operation on it fail, here and on all members. Local, at once."""
+        self.is_broken = True
+        try:
+            self.comm.Revoke()
+        except (MPI.Exception, NotImplementedError) as error:
+            logger.warning("a communicator cannot be revoked (mpirun --with-ft ulfm): %s", error)
+
+    def drain(self) -> None:
+        """Let go of buffers that MPI has let go of, now that the communicator is revoked."""
+        deadline = time.monotonic() + _DRAIN_S
+        while self.open and time.monotonic() < deadline:
+            self.open = {message for message in self.open if not message.has_ended()}
+
+
+class _Message:
+    """One message under way; keeps its buffer alive."""
+
+    __slots__ = ("channel", "comm", "number", "operation", "peer", "request", "signal", "tensor")
+
+    def __init__(
+        self, comm: MpiCommunicator, tensor: Tensor, peer: int, operation: str, number: int
+    ) -> None:
+        self.comm = comm
+        self.channel = comm.channel
+        self.signal = comm.family.signal
+        self.tensor = tensor
+        self.peer = peer
+        self.operation = operation
+        self.number = number
+        self.request: MPI.Request | None = None
+
+    def wait(self) -> None:
+        ring = self.comm.family.ring
+        since = ring.waiting(self.number)
+        assert self.request is not None
+        tests = 0
+        try:
+            self.signal.check()
+            while not self.request.Test():
+                self.signal.check()
+                tests += 1
+                time.sleep(0 if tests < _SPINS else _PAUSE_S)
+        except (MPI.Exception, PeerLost) as error:
+            ring.finished(self.number, failed=True, since=since)
+            self.signal.check()
+            raise lost(self.operation, self.comm.name, self.peer, error) from error
+        ring.finished(self.number, since=since)
+        self.channel.open.discard(self)
+
+    def has_ended(self) -> bool:
+        try:
+            return self.request is None or self.request.Test()
+        except MPI.Exception:
+            return True
+
+
+class MpiFamily:
+    """What the communicators of one rank share; takes the place that `GlooMesh` has over gloo."""
+
+    def __init__(
+        self, world: Sequence[int], rank: int, signal: AbortSignal, ring: OperationRing
+    ) -> None:
+        """Collective over all processes of the MPI job.
+
+        Raises:
+            ConfigError: these processes were not started by MPI as `world`.
+        """
+        everybody = MPI.COMM_WORLD
+        if tuple(world) != tuple(range(everybody.Get_size())) or rank != everybody.Get_rank():
+            raise ConfigError(
+                f"parallel.backend = 'mpi', but rank {rank} of {len(world)} is rank "
+                f"{everybody.Get_rank()} of {everybody.Get_size()} to MPI; start the workers with "
+                "mpirun --with-ft ulfm, as many as the layout has ranks"
+            )
+        self.rank = rank
+        self.ring = ring
+        self.ranks = tuple(world)
+        self.world = _Channel(everybody.Dup(), self.ranks)
+        self._channels: list[_Channel] = [self.world]
+        self._abandoned: list[_Channel] = []
+        """Revoked, but MPI still holds buffers there: kept, so that the memory is not used again."""
+        self._enter(signal)
+
+    def _enter(self, signal: AbortSignal) -> None:
+        self.signal = signal
+        signal.listen(self._revoke_busy)
+
+    def _revoke_busy(self, reason: str) -> None:
+        for channel in tuple(self._channels):
+            if channel.open:
+                channel.revoke()
+
+    def form(self, ranks: Sequence[int], kind: str) -> _Channel:
+        """A communicator over some of the living. Collective over `ranks`.
+
+        Raises:
+            PeerLost: one of them is gone.
+        """
+        if tuple(ranks) == self.ranks and kind == "world":
+            return self.world
+        places = [self.world.place[rank] for rank in ranks]
+        group = self.world.comm.Get_group().Incl(places)
+        try:
+            channel = _Channel(self.world.comm.Create_group(group, _KINDS.index(kind)), ranks)
+        except MPI.Exception as error:
+            raise lost("forming a group", kind, None, error) from error
+        self._channels.append(channel)
+        return channel
+
+    def edit(self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal) -> None:
+        """Enter the generation of `change`, once. Collective over `ranks`.
+
+        Args:
+            signal: of that generation.
+        Raises:
+            ConfigError: ranks are to join, which an MPI job does not allow.
+            PeerLost: others than those that left are gone too, or ULFM is not switched on.
+        """
+        if change.generation == self.signal.generation:
+            return
+        if change.joined:
+            raise ConfigError(
+                f"ranks {sorted(change.joined)} cannot join: the processes of an MPI job are fixed; "
+                "use parallel.backend = 'gloo' for runs that grow"
+            )
+        broken = self.signal.reason is not None
+        self.ring.set_generation(change.generation)
+        self._enter(signal)
+        if broken:
+            self._shrink(ranks)
+        elif tuple(ranks) != self.ranks:
+            old = self.world
+            places = [old.place[rank] for rank in ranks]
+            group = old.comm.Get_group().Incl(places)
+            self.world = _Channel(old.comm.Create_group(group, len(_KINDS)), ranks)
+            self.ranks = tuple(ranks)
+            self._replace(old, self.world)
+
+    def _shrink(self, ranks: Sequence[int]) -> None:
+        """The living go on; blocks until those that left are dead, which fencing sees to."""
+        old = self.world
+        old.revoke()
+        try:
+            survivors = cast("MPI.Intracomm", old.comm.Shrink())
+        except (MPI.Exception, NotImplementedError) as error:
+            raise lost("shrinking", "world", None, error) from error
+        places = survivors.Get_group().Translate_ranks(None, old.comm.Get_group())
+        alive = tuple(self.ranks[place] for place in places)
+        self.world, self.ranks = _Channel(survivors, alive), alive
+        self._replace(old, self.world)
+        if alive != tuple(ranks):
+            missing = sorted(set(ranks) - set(alive)) or sorted(set(alive) - set(ranks))
+            raise PeerLost(
+                f"{len(alive)} ranks live, but generation {self.signal.generation} is said to have "
+                f"{len(ranks)}; they differ by {missing}; agree on a new generation"
+            )
+
+    def _replace(self, old: _Channel, new: _Channel | None) -> None:
+        if old.is_broken:
+            old.drain()
+        if old.open:
+            self._abandoned.append(old)
+        self._channels = [c for c in self._channels if c is not old]
+        if new is not None:
+            self._channels.append(new)
+
+    def keeps(self, channel: _Channel) -> bool:
+        """Whether every member still has it in order. Collective over its members, all alive."""
+        try:
+            agreed = channel.comm.Agree(int(not (channel.is_broken or channel.open)))
+        except MPI.Exception:
+            agreed = 0
+        return bool(agreed)
+
+    def drop(self, channel: _Channel) -> None:
+        """Leave a communicator behind. It is not freed: that would wait for all its members."""
+        if channel is not self.world:
+            if not channel.is_broken:
+                channel.revoke()
+            self._replace(channel, None)
+
+
+class MpiCommunicator(PairwiseCommunicator):
+    """A group of ranks over MPI, for CPU tensors. Exact-mode safe."""
+
+    def __init__(self, family: MpiFamily, name: str, ranks: Sequence[int]) -> None:
+        """Collective over `ranks`.
+
+        Args:
+            name: its kind: "world", "tensor" or "pipeline".
+        """
+        super().__init__(name, ranks, family.rank, family.signal, family.ring)
+        self.family = family
+        self.name = name
+        self.channel = family.form(ranks, name)
+
+    def _message(
+        self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool
+    ) -> _Message:
+        if tensor.device.type != "cpu":
+            raise ConfigError(
+                f"parallel.backend = 'mpi' carries CPU tensors, and this one is on {tensor.device}; "
+                "set train.device = 'cpu' or use 'nccl'"
+            )
+        assert tensor.is_contiguous(), "messages are contiguous"
+        family, channel = self.family, self.channel
+        size = tensor.numel() * tensor.element_size()
+        direction = "send" if is_send else "receive"
+        number = family.ring.post(self._group_code, operation, direction, peer, size, tag)
+        message = _Message(self, tensor, peer, operation, number)
+        channel.open.add(message)  # before the check: an abort that comes after it revokes
+        buffer = (MPI.memory.fromaddress(tensor.data_ptr(), size), MPI.BYTE)
+        post: Any = channel.comm.Isend if is_send else channel.comm.Irecv
+        try:
+            family.signal.check()
+            message.request = post(buffer, channel.place[peer], tag)
+        except (MPI.Exception, PeerLost) as error:
+            channel.open.discard(message)
+            family.ring.finished(number, failed=True)
+            family.signal.check()
+            raise lost(operation, self.name, peer, error) from error
+        family.ring.started(number)
+        return message
+
+    def edit(self, ranks: Sequence[int], change: MembershipChange) -> MpiCommunicator:
+        """See `Communicator.edit`. Collective over `ranks`; the world comes before its parts."""
+        return self.edit_with(ranks, change, AbortSignal(change.generation))
+
+    def edit_with(
+        self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
+    ) -> MpiCommunicator:
+        """`edit` in a generation that the rank's groups share. All of its ranks were aborted, or none."""
+        if self.name == "world":
+            self.family.edit(ranks, change, signal)
+            if self.channel is not self.family.world:
+                return MpiCommunicator(self.family, self.name, ranks)
+        elif tuple(ranks) != self.ranks or not self.family.keeps(self.channel):
+            self.family.drop(self.channel)
+            return MpiCommunicator(self.family, self.name, ranks)
+        self._enter(self.family.signal)
+        return self
+
+
+def end_process(code: int) -> NoReturn:
+    """Leave an MPI job that has lost ranks. Local; flushes the standard streams, runs no exit handler.
+
+    Open MPI 5's `MPI_Finalize`, which an interpreter's end calls, now and then waits for the dead for
+    ever. mpirun of a fault-tolerant job takes this exit, and its code, as an ordinary one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def build_mpi_groups(
+    rank: int,
+    world: Sequence[int],
+    tensor: Sequence[int],
+    pipeline: Sequence[int],
+    *,
+    signal: AbortSignal,
+    ring: OperationRing,
+) -> tuple[MpiCommunicator, MpiCommunicator, MpiCommunicator]:
+    """(world, tensor, pipeline) of this rank. Collective over all processes of the MPI job.
+
+    Raises:
+        ConfigError: these processes were not started by MPI as `world`.
+    """
+    family = MpiFamily(world, rank, signal, ring)
+    everybody = MpiCommunicator(family, "world", world)
+    in_tensor = MpiCommunicator(family, "tensor", tensor)
+    return everybody, in_tensor, MpiCommunicator(family, "pipeline", pipeline)

@@ -1,0 +1,228 @@
+"""Communicators over NCCL, for CUDA tensors.
+
+Groups are built directly on a store, without torch's process-wide default group, so that one process
+can hold several generations of groups and drop one without touching another.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holdfast.parallel.comm.flight_recorder import Direction, Operation, OperationRing
+from holdfast.parallel.comm.p2p_collectives import DONE, PairwiseCommunicator, lost
+from holdfast.parallel.comm.protocol import AbortSignal, Handle, MembershipChange, ReduceOp
+from holdfast.parallel.errors import PeerLost
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, Work
+
+
+@dataclass(slots=True)
+class _NcclHandle:
+    """A torch Work on a stream; keeps its buffer alive and names the operation and the peer."""
+
+    comm: NcclCommunicator
+    work: Work
+    buffer: Tensor
+    operation: str
+    number: int
+    peer: int | None
+    signal: AbortSignal
+
+    def wait(self) -> None:
+        self.comm.ring.waiting(self.number)
+        try:
+            self.signal.check()
+            self.work.wait()
+            self.signal.check()
+        except (RuntimeError, PeerLost) as error:
+            self.comm.ring.finished(self.number, failed=True)
+            self.signal.check()
+            raise lost(self.operation, self.comm.name, self.peer, error) from error
+
+
+class NcclCommunicator(PairwiseCommunicator):
+    """A group of ranks over NCCL. Exact-mode safe for integer sums; NCCL_ALGO fixes float orders.
+
+    NCCL has no tags and runs the operations of one communicator in order, so each (sender, receiver)
+    pair gets a communicator of its own, made at first use; the callers post receives in the order of
+    the sends. Handles order the current stream after the operation; they do not block the host, so a
+    host that waits elsewhere (for the stream, for a value) goes on when an abort has ended the kernels,
+    with undefined contents, and gets `PeerLost` from the next call or wait.
+
+    Once one rank has aborted a NCCL communicator all must abort it, and none may destroy it (its
+    destruction waits for the others): `abort` therefore ends every communicator of the rank, and what
+    was aborted is never used again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        ranks: Sequence[int],
+        rank: int,
+        *,
+        timeout_s: float,
+        signal: AbortSignal | None = None,
+        ring: OperationRing | None = None,
+    ) -> None:
+        """Collective over `ranks`: every member constructs the group under the same `name`.
+
+        Args:
+            signal: of the generation, shared by the groups of the rank; None: this group's own.
+            ring: where operations are recorded; None: this group's own.
+        """
+        signal = signal or AbortSignal(0)
+        # Several groups of one kind are told apart in the record, which has no members.
+        recorded = f"{name}/{min(ranks)}"
+        super().__init__(recorded, ranks, rank, signal, ring or OperationRing(rank))
+        self.name = name
+        self.ring = self._ring
+        self._rank = rank
+        self._store = store
+        self._timeout_s = timeout_s
+        self._channels: dict[tuple[int, int], Any] = {}
+        self._pending: deque[tuple[Work, int]] = deque()
+        self._group: Any = None
+        if self.size > 1:
+            self._group = self._new_group(f"{name}/{self.ranks[0]}", self.index, self.size)
+        signal.listen(self._abort_all)
+
+    def _new_group(self, where: str, index: int, size: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self._timeout_s)
+        # Calls that do not block can be aborted while the communicator is still being set up.
+        options.config.blocking = 0
+        prefix = f"{where}/{self._signal.generation}"
+        return dist.ProcessGroupNCCL(dist.PrefixStore(prefix, self._store), index, size, options)
+
+    def _channel(self, source: int, target: int) -> Any:
+        key = (source, target)
+        channel = self._channels.get(key)
+        if channel is None:
+            where = f"{self.name}/{source}-{target}"
+            channel = self._channels[key] = self._new_group(where, int(self._rank == target), 2)
+            self._signal.check()  # an abort that came in between did not see this one
+        return channel
+
+    def _abort_all(self, reason: str) -> None:
+        groups = [*self._channels.values()]
+        if self._group is not None:
+            groups.append(self._group)
+        for group in groups:
+            # Each waits for its own kernels to end, and the caller for none of them.
+            threading.Thread(target=group.abort, name="holdfast-comm-abort", daemon=True).start()
+
+    def _record(self, operation: str, direction: Direction, peer: int, size: int, tag: int) -> int:
+        self._signal.check()
+        self._note_completed()
+        return self._ring.post(self._group_code, operation, direction, peer, size, tag)
+
+    def _note_completed(self) -> None:
+        """Record the end of operations whose kernels have ended. Local; asks the device, waits for none."""
+        while self._pending and self._pending[0][0].is_completed():
+            self._ring.finished(self._pending.popleft()[1])
+
+    def _handle(
+        self, work: Work, buffer: Tensor, operation: str, number: int, peer: int | None
+    ) -> _NcclHandle:
+        self._ring.started(number)
+        self._pending.append((work, number))
+        return _NcclHandle(self, work, buffer, operation, number, peer, self._signal)
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Handle:
+        if self._group is None:
+            return DONE
+        size = tensor.numel() * tensor.element_size()
+        self._collectives += 1
+        number = self._record("all_reduce", "collective", -1, size, self._collectives)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        try:
+            work = self._group.allreduce([tensor], options)
+        except RuntimeError as error:
+            raise self._failed("all_reduce", number, None, error) from error
+        return self._handle(work, tensor, "all_reduce", number, None)
+
+    def _message(
+        self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool
+    ) -> Handle:
+        size = tensor.numel() * tensor.element_size()
+        direction: Direction = "send" if is_send else "receive"
+        number = self._record(operation, direction, peer, size, tag)
+        try:
+            if is_send:
+                work = self._channel(self._rank, peer).send([tensor], 1, tag)
+            else:
+                work = self._channel(peer, self._rank).recv([tensor], 0, tag)
+        except RuntimeError as error:
+            raise self._failed(operation, number, peer, error) from error
+        return self._handle(work, tensor, operation, number, peer)
+
+    def _failed(
+        self, operation: str, number: int, peer: int | None, error: RuntimeError
+    ) -> PeerLost:
+        self._ring.finished(number, failed=True)
+        self._signal.check()
+        return lost(operation, self.name, peer, error)
+
+    def barrier(self) -> None:
+        self.all_reduce(torch.zeros(1, device="cuda")).wait()
+        torch.cuda.synchronize()
+        self._signal.check()
+
+    def history(self) -> tuple[Operation, ...]:
+        self._note_completed()
+        return super().history()
+
+    def edit(self, ranks: Sequence[int], change: MembershipChange) -> NcclCommunicator:
+        """See `Communicator.edit`. Alone, this group enters a generation of its own."""
+        return self.edit_with(ranks, change, AbortSignal(change.generation))
+
+    def edit_with(
+        self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
+    ) -> NcclCommunicator:
+        """`edit` in a generation that the rank's groups share.
+
+        After an abort nothing is left to keep. Otherwise pairs that stay keep their communicators.
+        """
+        aborted = self._signal.reason is not None
+        if not aborted and tuple(ranks) == self.ranks and not change.changed & set(ranks):
+            self._enter(signal)
+            signal.listen(self._abort_all)
+            return self
+        renewed = NcclCommunicator(
+            self._store,
+            self.name,
+            ranks,
+            self._rank,
+            timeout_s=self._timeout_s,
+            signal=signal,
+            ring=self._ring,
+        )
+        if not aborted:
+            renewed._channels = {
+                pair: channel
+                for pair, channel in self._channels.items()
+                if not change.changed & set(pair)
+            }
+            self._abort_unused(renewed)
+        return renewed
+
+    def _abort_unused(self, renewed: NcclCommunicator) -> None:
+        """End what the renewed communicator has not taken over; the members that stay do so too."""
+        self._channels = {
+            pair: channel
+            for pair, channel in self._channels.items()
+            if pair not in renewed._channels
+        }
+        self._abort_all("its members changed")

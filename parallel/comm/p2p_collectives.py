@@ -1,0 +1,241 @@
+"""Collectives made of point-to-point messages, the same for every transport, and so the same bits.
+
+Parts are added in member order on every member, so that all hold equal sums, whatever arrived first and
+whichever transport brought it. Sizes may be uneven; members share no state.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.parallel.comm.flight_recorder import Operation, OperationRing
+from holdfast.parallel.comm.protocol import AbortSignal, Handle, ReduceOp
+from holdfast.parallel.errors import PeerLost
+
+COLLECTIVE_TAG = 1 << 30
+"""Collectives' messages have the tags from here to `RESERVED_TAG`."""
+RESERVED_TAG = COLLECTIVE_TAG + (1 << 20)
+"""From here on transports have tags for themselves."""
+SMALL_BYTES = 1 << 18
+"""Up to here everybody sends everything to everybody: one round of messages instead of two."""
+DIRECT_MEMBERS: int = 8
+"""Up to so many members; beyond, parts travel by doubling (Bruck et al. 1997): log2(n) rounds, and
+only 2 log2(n) connections per rank."""
+
+
+@dataclass(slots=True)
+class Handles:
+    """Several operations as one."""
+
+    handles: Sequence[Handle]
+
+    def wait(self) -> None:
+        for handle in self.handles:
+            handle.wait()
+
+
+@dataclass(slots=True)
+class _ReduceInOrder:
+    """Receives every member's part, then combines the parts in member order: equal on each member."""
+
+    received: Handle
+    parts: Sequence[Tensor]
+    output: Tensor
+    op: ReduceOp = "sum"
+
+    def wait(self) -> None:
+        self.received.wait()
+        self.output.copy_(self.parts[0])
+        for part in self.parts[1:]:
+            if self.op == "sum":
+                self.output.add_(part)
+            else:
+                torch.maximum(self.output, part, out=self.output)
+
+
+DONE = Handles(())
+
+
+def lost(operation: str, group: str, peer: int | None, error: BaseException) -> PeerLost:
+    """The error of an operation that failed, in one line."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    with_peer = "" if peer is None else f" with rank {peer}"
+    return PeerLost(f"{operation}{with_peer} in group {group} failed, a rank is gone: {reason}")
+
+
+class PairwiseCommunicator:
+    """The part of a communicator that is the same for all transports; subclasses carry messages."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], rank: int, signal: AbortSignal, ring: OperationRing
+    ) -> None:
+        self._name = name
+        self._ranks = tuple(ranks)
+        self._index = self._ranks.index(rank)
+        self._signal = signal
+        self._ring = ring
+        self._group_code = ring.group(name)
+        self._collectives = 0
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self._ranks
+
+    @property
+    def index(self) -> int:
+        return self._index
+
+    @property
+    def size(self) -> int:
+        return len(self._ranks)
+
+    @property
+    def signal(self) -> AbortSignal:
+        return self._signal
+
+    @abstractmethod
+    def _message(
+        self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool
+    ) -> Handle:
+        """Post one message of `operation` to or from the member with global rank `peer`."""
+
+    def send(self, tensor: Tensor, peer: int, tag: int) -> Handle:
+        return self._message(tensor, peer, tag, "send", is_send=True)
+
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> Handle:
+        return self._message(tensor, peer, tag, "receive", is_send=False)
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Handle:
+        return self._all_reduce(tensor, op, "all_reduce")
+
+    def _all_reduce(self, tensor: Tensor, op: ReduceOp, operation: str) -> Handle:
+        if self.size == 1:
+            return DONE
+        if tensor.numel() * tensor.element_size() > SMALL_BYTES:
+            return _ReduceThenGather(self, tensor, op)
+        own = tensor.clone(memory_format=torch.contiguous_format)
+        if self.size > DIRECT_MEMBERS:
+            return _AllReduceByDoubling(self, own, tensor, op, operation)
+        parts = [own if m == self._index else torch.empty_like(own) for m in range(self.size)]
+        received = self._exchange(parts, [own] * self.size, operation)
+        return _ReduceInOrder(received, parts, tensor, op)
+
+    def reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor]) -> Handle:
+        return self._reduce_scatter(output, inputs, "sum", "reduce_scatter")
+
+    def _reduce_scatter(
+        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp, operation: str
+    ) -> Handle:
+        own = inputs[self._index]
+        if self.size == 1:
+            output.copy_(own)
+            return DONE
+        parts = [own if m == self._index else torch.empty_like(output) for m in range(self.size)]
+        return _ReduceInOrder(self._exchange(parts, inputs, operation), parts, output, op)
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> Handle:
+        return self._exchange(outputs, [tensor] * self.size, "all_gather")
+
+    def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Handle:
+        return self._exchange(outputs, inputs, "all_to_all")
+
+    def _exchange(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], operation: str
+    ) -> Handle:
+        tag = self._next_tag()
+        if outputs[self._index] is not inputs[self._index]:
+            outputs[self._index].copy_(inputs[self._index])
+        handles: list[Handle] = []
+        for distance in range(1, self.size):
+            source = self._ranks[(self._index - distance) % self.size]
+            target = self._ranks[(self._index + distance) % self.size]
+            arriving = outputs[(self._index - distance) % self.size]
+            leaving = inputs[(self._index + distance) % self.size]
+            handles.append(self._message(arriving, source, tag, operation, is_send=False))
+            handles.append(self._message(leaving, target, tag, operation, is_send=True))
+        return Handles(handles)
+
+    def _next_tag(self) -> int:
+        tag = COLLECTIVE_TAG + self._collectives % (RESERVED_TAG - COLLECTIVE_TAG)
+        self._collectives += 1
+        return tag
+
+    def barrier(self) -> None:
+        self._all_reduce(torch.zeros(1), "sum", "barrier").wait()
+
+    def abort(self, reason: str) -> None:
+        self._signal.abort(reason)
+
+    def history(self) -> tuple[Operation, ...]:
+        return self._ring.history(self._name)
+
+    def _enter(self, signal: AbortSignal) -> None:
+        """Go on unchanged in another generation, from the same count of collectives as all members."""
+        self._signal = signal
+        self._collectives = 0
+
+
+class _ReduceThenGather:
+    """A large all_reduce: every member reduces one part, in member order, and then hands it round."""
+
+    def __init__(self, comm: PairwiseCommunicator, tensor: Tensor, op: ReduceOp) -> None:
+        self._comm = comm
+        self._target = tensor
+        self._whole = tensor.reshape(-1)
+        self._parts = self._whole.tensor_split(comm.size)
+        self._own = torch.empty_like(self._parts[comm.index])
+        self._reduced = comm._reduce_scatter(self._own, self._parts, op, "all_reduce")
+
+    def wait(self) -> None:
+        self._reduced.wait()
+        comm = self._comm
+        comm._exchange(self._parts, [self._own] * comm.size, "all_reduce").wait()
+        if self._whole.data_ptr() != self._target.data_ptr():
+            self._target.copy_(self._whole.view_as(self._target))
+
+
+class _AllReduceByDoubling:
+    """A small all_reduce among many: after round k each member holds the parts of 2**k members."""
+
+    def __init__(
+        self, comm: PairwiseCommunicator, own: Tensor, output: Tensor, op: ReduceOp, operation: str
+    ) -> None:
+        self._comm = comm
+        self._parts = own.new_empty((comm.size, *own.shape))
+        """Row j is the part of the j-th member after this one."""
+        self._parts[0] = own
+        self._output = output
+        self._op: ReduceOp = op
+        self._operation = operation
+        self._tag = comm._next_tag()
+        self._round = self._post(1)
+
+    def _post(self, distance: int) -> Handle:
+        comm = self._comm
+        source = comm.ranks[(comm.index + distance) % comm.size]
+        target = comm.ranks[(comm.index - distance) % comm.size]
+        rows = min(distance, comm.size - distance)
+        arriving, leaving = self._parts[distance : distance + rows], self._parts[:rows]
+        post = comm._message
+        return Handles(
+            (
+                post(arriving, source, self._tag, self._operation, is_send=False),
+                post(leaving, target, self._tag, self._operation, is_send=True),
+            )
+        )
+
+    def wait(self) -> None:
+        comm, distance = self._comm, 1
+        while True:
+            self._round.wait()
+            distance *= 2
+            if distance >= comm.size:
+                break
+            self._round = self._post(distance)
+        ordered = [self._parts[(member - comm.index) % comm.size] for member in range(comm.size)]
+        _ReduceInOrder(DONE, ordered, self._output, self._op).wait()

@@ -1,0 +1,157 @@
+"""The communicator protocol: everything that ranks say to each other goes through it.
+
+Nothing else in the project imports `torch.distributed` collectives or MPI directly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from holdfast.parallel.comm.flight_recorder import Operation
+from holdfast.parallel.errors import PeerLost
+
+ReduceOp = Literal["sum", "max"]
+
+
+class Handle(Protocol):
+    """A running operation. Its buffers must not be touched before `wait` returns."""
+
+    def wait(self) -> None:
+        """Block until the operation is done.
+
+        Raises:
+            PeerLost: a peer or the group is gone, or the generation was aborted, by whatever thread.
+                The buffers' contents are then undefined; buffers that were being received into must
+                be dropped, not used again, until the communicators have been edited.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChange:
+    """What is new about the ranks of a generation. A replaced rank has both left and joined."""
+
+    generation: int
+    left: frozenset[int] = field(default=frozenset())
+    joined: frozenset[int] = field(default=frozenset())
+    kept: bool = False
+    """Whether all ranks that stay have said that their connections stand and carry nothing: nobody asks then."""
+
+    @property
+    def changed(self) -> frozenset[int]:
+        return self.left | self.joined
+
+
+class AbortSignal:
+    """Ends one generation on one rank: raised once, by any thread; the first reason stays."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+        self._listeners: list[Callable[[str], None]] = []
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Have `listener(reason)` called by the thread that aborts; at once if that has happened."""
+        with self._lock:
+            self._listeners.append(listener)
+            reason = self.reason
+        if reason is not None:
+            listener(reason)
+
+    def abort(self, reason: str) -> None:
+        with self._lock:
+            if self.reason is not None:
+                return
+            self.reason = reason
+            listeners = tuple(self._listeners)
+        for listener in listeners:
+            listener(reason)
+
+    def check(self) -> None:
+        """Raises `PeerLost` when the generation is aborted."""
+        if self.reason is not None:
+            raise PeerLost(f"generation {self.generation} was aborted: {self.reason}")
+
+
+class Communicator(Protocol):
+    """A group of ranks. Collective calls are made by every member in the same order.
+
+    Exact-mode safe: sums are taken in member order, whatever arrives first.
+    """
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks of the members, in member order."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """This process's place in `ranks`."""
+        ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def signal(self) -> AbortSignal:
+        """The generation that this communicator is in, and how it ends."""
+        ...
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Handle:
+        """Reduce `tensor` in place over all members."""
+        ...
+
+    def reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor]) -> Handle:
+        """`output` becomes the sum over members m of m's `inputs[self.index]`; sizes may differ by member."""
+        ...
+
+    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> Handle:
+        """`outputs[m]` becomes member m's `tensor`; sizes may differ by member."""
+        ...
+
+    def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Handle:
+        """`outputs[m]` becomes member m's `inputs[self.index]`."""
+        ...
+
+    def send(self, tensor: Tensor, peer: int, tag: int) -> Handle:
+        """Send to the member with global rank `peer`; matched by (peer, tag).
+
+        `tag` is in [0, 2**30). Between one sender and one receiver, receives are posted in the order of
+        the sends, so that transports without tags (NCCL) match them too.
+        """
+        ...
+
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> Handle:
+        """Receive into `tensor` from the member with global rank `peer`."""
+        ...
+
+    def barrier(self) -> None:
+        """Return when every member has called it."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """End the generation on this rank: waits and calls of all its communicators raise `PeerLost`.
+
+        Local, callable from any thread, at most some milliseconds; it needs no answer from anybody, so a
+        peer may be dead, stopped or cut off. What comes next is `edit`, on every surviving rank.
+        """
+        ...
+
+    def edit(self, ranks: Sequence[int], change: MembershipChange) -> Communicator:
+        """The communicator over `ranks` in the generation of `change`.
+
+        Every rank of the new generation edits all its communicators, the same ones in the same order;
+        no operation is under way, unless the old generation was aborted. When no member has changed it is
+        this object, otherwise a new one, which takes over what connects members that stay.
+        """
+        ...
+
+    def history(self) -> tuple[Operation, ...]:
+        """The newest operations of this communicator, message by message, in the order of the calls."""
+        ...

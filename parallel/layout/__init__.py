@@ -1,0 +1,8 @@
+"""What lies where: boxes, parameters, the mesh and stage replicas, as pure values.
+
+May import parallel.errors.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

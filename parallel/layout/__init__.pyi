@@ -1,0 +1,23 @@
+from .boxes import (
+    Box as Box,
+    Holder as Holder,
+    Layout as Layout,
+    TensorSpec as TensorSpec,
+    covers as covers,
+    even_range as even_range,
+    transfers as transfers,
+    without as without,
+)
+from .mesh import (
+    Coordinates as Coordinates,
+    Mesh as Mesh,
+)
+from .parameters import (
+    Initial as Initial,
+    LayerSpec as LayerSpec,
+    ParameterSpec as ParameterSpec,
+)
+from .stage_replicas import (
+    Cell as Cell,
+    Cells as Cells,
+)

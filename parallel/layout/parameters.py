@@ -1,0 +1,87 @@
+"""The one table of parameters: gradient synchronisation, clipping, sharding and saving read its rows.
+
+A local parameter (one tensor of a rank's module) is made of one or more *segments*: whole-row ranges
+that each hold a box of one logical tensor, named as Hugging Face names it. Nothing about a parameter
+is decided anywhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from holdfast.parallel.layout.boxes import Box
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """How a parameter starts: independent normal draws, or a constant."""
+
+    kind: Literal["normal", "constant"]
+    value: float
+    """Standard deviation for "normal", the constant for "constant"."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One segment of a local parameter: which part of which logical tensor it is, and its rules."""
+
+    name: str
+    """Logical name, e.g. `model.layers.3.self_attn.q_proj.weight`."""
+    shape: tuple[int, ...]
+    """Shape of the whole logical tensor."""
+    box: Box
+    """The part of the logical tensor that this segment holds."""
+    local: str
+    """Name of the local parameter inside its layer's module, e.g. `attention.qkv.weight`."""
+    local_row: int
+    """First row of the segment in the local parameter's dimension 0."""
+    initial: Initial
+    decay: bool
+    """Whether weight decay applies."""
+    tensor_copies: tuple[int, ...]
+    """Tensor-parallel indices that hold the same box, ascending; one entry when it is sharded."""
+    sum_over_copies: bool = False
+    """Whether each copy sees only a part of the gradient, so that the copies' sums are added."""
+    tied_use: int = 0
+    """0 for a tensor's first use; 1 for the second use of a tied weight (same name, another layer)."""
+
+    @property
+    def rows(self) -> int:
+        return self.box.shape[0]
+
+    @property
+    def row_elements(self) -> int:
+        return prod(self.box.shape[1:])
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.row_elements
+
+    def counts_in_norm(self, tensor_index: int) -> bool:
+        """Whether this copy is the one that enters the global gradient norm."""
+        return self.tied_use == 0 and tensor_index == self.tensor_copies[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer of the model as the plan sees it: its parameters and what it costs.
+
+    Layers are the unit that pipeline stages are cut in: the embedding, each block, the head.
+    """
+
+    name: str
+    """E.g. `embedding`, `block.3`, `head`."""
+    parameters: tuple[tuple[ParameterSpec, ...], ...]
+    """Indexed by tensor-parallel index; equal structure at every index."""
+    forward_flops: float
+    """Floating-point operations of one micro-batch's forward pass, over all tensor ranks."""
+    activation_bytes: int
+    """Bytes kept for one micro-batch's backward pass on one tensor rank."""
+    output_bytes: int
+    """Bytes of the layer's output for one micro-batch on one tensor rank (what a stage sends)."""
+    recompute: str = "none"
+    """What of it is computed again in the backward pass, in the model's own words."""
+    recompute_flops: float = 0.0
+    """Operations of that, of one micro-batch over all tensor ranks."""

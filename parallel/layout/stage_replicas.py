@@ -1,0 +1,104 @@
+"""Which rank stands where, regular or not. A cell is a tensor-parallel group that holds one stage once.
+
+A run begins with the cells of its mesh. When ranks are lost stages are left with different numbers of
+cells, and ranks that make no whole cell stand aside as spares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.layout.mesh import Coordinates, Mesh
+
+Cell = tuple[int, ...]
+"""Ranks by tensor index."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The places of all ranks; `rank` and `coordinates` turn one into the other."""
+
+    stages: tuple[tuple[Cell, ...], ...]
+    """Stage -> replica -> cell."""
+    spares: tuple[int, ...] = field(default=())
+    """Ranks without a place: they hold copies of others' state, and compute nothing."""
+
+    @staticmethod
+    def of_mesh(mesh: Mesh) -> Cells:
+        return Cells(
+            tuple(
+                tuple(
+                    tuple(mesh.rank(t, replica, stage) for t in range(mesh.tensor))
+                    for replica in range(mesh.data)
+                )
+                for stage in range(mesh.pipeline)
+            )
+        )
+
+    @cached_property
+    def tensor(self) -> int:
+        """Ranks of a cell."""
+        return len(self.stages[0][0])
+
+    @property
+    def pipeline(self) -> int:
+        """Number of stages."""
+        return len(self.stages)
+
+    def replicas(self, stage: int) -> int:
+        """Cells that hold a stage."""
+        return len(self.stages[stage])
+
+    @cached_property
+    def widest(self) -> int:
+        """Replicas of the stage that has most."""
+        return max(map(len, self.stages))
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks, spares included, in ascending order."""
+        placed = (rank for stage in self.stages for cell in stage for rank in cell)
+        return tuple(sorted((*placed, *self.spares)))
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def rank(self, tensor_index: int, replica: int, stage: int) -> int:
+        return self.stages[stage][replica][tensor_index]
+
+    @cached_property
+    def _places(self) -> dict[int, Coordinates]:
+        return {
+            rank: Coordinates(tensor, replica, stage)
+            for stage, cells in enumerate(self.stages)
+            for replica, cell in enumerate(cells)
+            for tensor, rank in enumerate(cell)
+        }
+
+    def find(self, rank: int) -> Coordinates | None:
+        """A rank's place; None for a spare and for a rank that is not here."""
+        return self._places.get(rank)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """A rank's place.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        place = self._places.get(rank)
+        if place is None:
+            raise ConfigError(f"rank {rank} has no place in a layout of {self.size} ranks")
+        return place
+
+    def tensor_index(self, rank: int) -> int:
+        """The tensor index of a rank; 0 for a spare."""
+        place = self._places.get(rank)
+        return place.tensor if place is not None else 0
+
+    def cell(self, rank: int) -> Cell:
+        """The tensor-parallel group of a rank; a spare is alone."""
+        place = self._places.get(rank)
+        return (rank,) if place is None else self.stages[place.pipeline][place.data]

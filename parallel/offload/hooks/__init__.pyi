@@ -1,0 +1,6 @@
+from .offloader import (
+    Offloader as Offloader,
+)
+from .program import (
+    SavedOfProgram as SavedOfProgram,
+)

@@ -1,0 +1,112 @@
+"""Which layers' activations are kept or sent out, and which are computed again in the backward pass. Pure.
+
+Sending costs nothing as long as the drive hides it under compute, so that is used first; what then does not
+fit in memory is computed again where an operation saves most bytes (Korthikanti et al. 2022, section 5,
+chooses the attention core for every layer alike; here each layer has its own choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.layout import LayerSpec
+from holdfast.parallel.offload.policy.estimate import estimate_offload
+from holdfast.parallel.plan import Plan
+
+Ways = Mapping[str, tuple[LayerSpec, ...]]
+"""By the name of a way to recompute, all layers of the model as they are then; equal in all else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a rank can do; 0: nothing, or not known."""
+
+    flops_per_s: float = 0.0
+    drive_bytes_per_s: float = 0.0
+    most_share: float = 0.0
+    """Of its activations that may be sent to the drive."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Change:
+    """One layer goes over to a way that keeps less."""
+
+    flops_per_byte: float
+    layer: int
+    number: int
+    """Of the changes of this layer; later ones save less for their operations."""
+    way: str
+
+
+def choose_layers(
+    plan: Plan, ways: Ways, *, most_bytes: float, rates: Rates
+) -> tuple[LayerSpec, ...]:
+    """The plan's layers, with as little recomputation as fits. Pure: equal on all ranks.
+
+    Of each pipeline stage's rank with most micro-batches, changes are made in the order of operations for a
+    byte saved until the estimate of its activations (`estimate_offload`) fits. A faster drive or more memory
+    never means more recomputation.
+
+    Args:
+        plan: of the run's first layout; layers go on as chosen when others move.
+        ways: what each layer may be; plan.layers are among them.
+        most_bytes: that activations may take on a rank.
+    Raises:
+        ConfigError: even the least does not fit.
+    """
+    layers = list(plan.layers)
+    replica = max(range(plan.cells.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
+    for stage in range(plan.cells.pipeline):
+        rank = plan.cells.rank(0, replica, stage)
+        held = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
+        changes = sorted(
+            change
+            for layer in held
+            for change in _changes(layer, {name: way[layer] for name, way in ways.items()})
+        )
+        while (kept := _kept_bytes(plan, rank, layers, rates)) > most_bytes:
+            if not changes:
+                raise ConfigError(
+                    f"train.activation_gib = {most_bytes / 2**30:.4g}: pipeline stage {stage} keeps "
+                    f"{kept / 2**30:.4g} GiB even when it recomputes all it can; allow that much, offload "
+                    "to a faster drive, or take more stages or a smaller micro_batch"
+                )
+            change = changes.pop(0)
+            layers[change.layer] = ways[change.way][change.layer]
+    return tuple(layers)
+
+
+def _kept_bytes(plan: Plan, rank: int, layers: Sequence[LayerSpec], rates: Rates) -> int:
+    # What a plan keeps of what it has worked out (programs, blocks) does not depend on the ways.
+    return estimate_offload(
+        replace(plan, layers=tuple(layers)),
+        rank,
+        most_share=rates.most_share,
+        flops_per_s=rates.flops_per_s,
+        drive_bytes_per_s=rates.drive_bytes_per_s,
+    ).activations
+
+
+def _changes(layer: int, ways: Mapping[str, LayerSpec]) -> list[_Change]:
+    """The ways of one layer that are worth it, each from the one before: the lower convex hull."""
+    left = sorted(ways.items(), key=lambda way: (way[1].recompute_flops, way[1].activation_bytes))
+    _, current = left[0]
+    found: list[_Change] = []
+    while True:
+        nexts = [
+            (
+                (way.recompute_flops - current.recompute_flops)
+                / (current.activation_bytes - way.activation_bytes),
+                way.activation_bytes,
+                name,
+            )
+            for name, way in left
+            if way.activation_bytes < current.activation_bytes
+        ]
+        if not nexts:
+            return found
+        flops_per_byte, _, name = min(nexts)
+        current = ways[name]
+        found.append(_Change(flops_per_byte, layer, len(found), name))

@@ -1,0 +1,68 @@
+"""What offloading will save and ask of a drive, before anything runs. Pure; estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from holdfast.parallel.offload.policy.amount import BUSY, window_of
+from holdfast.parallel.plan import Plan, action_cost, peak_activation_bytes
+from holdfast.parallel.schedules import Op
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadEstimate:
+    """For one rank."""
+
+    share: float
+    """Of its activations that is sent: all that is allowed, or what the drive can take meanwhile."""
+    activations: int
+    """Bytes kept in memory at the fullest moment of a step."""
+    saved: int
+    """What that is less than without offload."""
+    written_bytes: int
+    """In a step."""
+    needed_bytes_per_s: float | None
+    """Write rate at which all that is allowed goes out within the forward passes; None without rates."""
+    fast_enough: bool | None
+    """Whether the drive has that rate; None when either is not known."""
+
+
+def estimate_offload(
+    plan: Plan, rank: int, *, most_share: float, flops_per_s: float, drive_bytes_per_s: float
+) -> OffloadEstimate:
+    """What offload does for one rank.
+
+    Kept stay the share that is not sent, what is on its way out (a window) or ahead of its use, and
+    the layer that is being computed.
+
+    Args:
+        flops_per_s: what the rank computes; 0: not known.
+        drive_bytes_per_s: what it can write; 0: not known.
+    """
+    layers = {chunk: plan.layers_of(chunk) for chunk in plan.chunks_of(rank)}
+    chunk_bytes = {chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in layers}
+    forwards = [action for action in plan.program(rank) if action.op is Op.FORWARD]
+    eligible = sum(chunk_bytes[action.chunk] for action in forwards)
+    share, needed, fast_enough = most_share, None, None
+    if flops_per_s > 0 and forwards:
+        cost = action_cost(plan, flops_per_s)
+        forward_s = sum(map(cost, forwards)) * BUSY
+        needed = most_share * eligible / forward_s
+        if drive_bytes_per_s > 0:
+            fast_enough = drive_bytes_per_s >= needed
+            share = min(most_share, drive_bytes_per_s * forward_s / max(1, eligible))
+    peak = peak_activation_bytes(plan, rank)
+    largest = max(
+        (plan.layers[layer].activation_bytes for held in layers.values() for layer in held),
+        default=0,
+    )
+    window = window_of(max(chunk_bytes.values(), default=0))
+    kept = min(peak, int(peak * (1 - share) + window * (1 + share)) + largest)
+    return OffloadEstimate(
+        share=share,
+        activations=kept,
+        saved=peak - kept,
+        written_bytes=int(eligible * share),
+        needed_bytes_per_s=needed,
+        fast_enough=fast_enough,
+    )

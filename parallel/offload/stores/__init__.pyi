@@ -1,0 +1,19 @@
+from .disk_file import (
+    DiskFile as DiskFile,
+    Transfer as Transfer,
+)
+from .disk_store import (
+    DiskStore as DiskStore,
+)
+from .host_store import (
+    HostStore as HostStore,
+    is_past as is_past,
+)
+from .staged_store import (
+    StagedStore as StagedStore,
+)
+from .store import (
+    Store as Store,
+    StoredCopy as StoredCopy,
+    StoreStatistics as StoreStatistics,
+)

@@ -1,0 +1,172 @@
+"""A file without a name in which room is taken and given back: gone when its process is, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import NamedTuple
+
+from holdfast import _native
+from holdfast.parallel.errors import ConfigError, OffloadError
+from holdfast.parallel.offload.stores.slots import ALIGNMENT, Slots
+from holdfast.parallel.offload.stores.store import StoreStatistics
+
+_GROWTH = 64 << 20
+"""By how much the file grows at least, in bytes."""
+_KEPT_FREE = 0.05
+"""Of the filesystem: other writers of the same drive, checkpoints first, must not find it full."""
+_QUEUE_DEPTH = 1024
+"""Requests of 1 MiB in flight before the one that makes another has to wait."""
+
+
+class Transfer(NamedTuple):
+    """A request to the drive."""
+
+    ticket: int
+    due_s: float
+    """When it may count as done, on `perf_counter`'s clock: later than it is where a rate is kept."""
+
+
+class DiskFile:
+    """Room on a drive and asynchronous transfers to and from it. Local.
+
+    The file has no name (`O_TMPFILE`, or removed as soon as it is open): no other run can meet it, deleting
+    its folder does not harm it, and its room is free again even after SIGKILL.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, limit_bytes: int = 0, bytes_per_s: float = 0.0
+    ) -> None:
+        """Args:
+            limit_bytes: the most room on the drive; 0: whatever it has, but for a twentieth.
+            bytes_per_s: the most that is transferred; 0: whatever the drive can do.
+        Raises:
+            ConfigError: no file can be made in the folder.
+        """
+        self._limit, self._rate = limit_bytes, bytes_per_s
+        self._slots = Slots()
+        self._due_s = self._rated_s = 0.0
+        self._refused = False
+        self.fault = ""
+        """Why no more room is taken from the drive; what there is, stays in use unless a write failed."""
+        self.engine = _native.FileEngine(queue_depth=_QUEUE_DEPTH, background=True)
+        """The requests' engine; tests inject faults into it."""
+        try:
+            self._descriptor = _unnamed_file(Path(folder))
+        except OSError as error:
+            raise ConfigError(
+                f"activations cannot be offloaded to {str(folder)!r}: {error.strerror}; name a folder "
+                "on the drive that may be written to"
+            ) from error
+        self._file = self.engine.open(f"/proc/self/fd/{self._descriptor}", write=True)
+
+    def take(self, nbytes: int) -> int | None:
+        """Room for `nbytes`: its offset, a multiple of 4096; None when there is none."""
+        if self._refused:
+            return None
+        offset = self._slots.take(nbytes)
+        if offset is None and not self.fault and self._grow(self._slots.missing(nbytes)):
+            offset = self._slots.take(nbytes)
+        return offset
+
+    def give(self, offset: int) -> None:
+        """Give room back."""
+        self._slots.give(offset)
+
+    def refuse(self, error: OSError) -> None:
+        """Give no more room, after a write has failed."""
+        self._refused = True
+        self.fault = f"the drive failed ({error.strerror or error})"
+
+    def write(self, offset: int, address: int, nbytes: int) -> Transfer:
+        """Begin to write memory, which must stay as it is until the transfer is done."""
+        return self._transfer(self.engine.write(self._file, address, offset, nbytes), nbytes)
+
+    def read(self, offset: int, address: int, nbytes: int) -> Transfer:
+        """Begin to read into memory."""
+        return self._transfer(self.engine.read(self._file, address, offset, nbytes), nbytes)
+
+    def done(self, transfer: Transfer) -> bool:
+        """Whether it has ended, well or not; `wait` then returns at once."""
+        return self.engine.done(transfer.ticket) and perf_counter() >= transfer.due_s
+
+    def wait(self, transfer: Transfer) -> None:
+        """Wait for a transfer, once.
+
+        Raises:
+            OSError: it failed.
+        """
+        self.engine.wait(transfer.ticket)
+        if transfer.due_s:
+            sleep(max(0.0, transfer.due_s - perf_counter()))
+
+    def statistics(self) -> StoreStatistics:
+        counts = self.engine.statistics()
+        return StoreStatistics(
+            written_bytes=counts["bytes_written"],
+            read_bytes=counts["bytes_read"],
+            busy_s=max(counts["busy_ns"] / 1e9, self._rated_s),
+            room_bytes=self._slots.capacity,
+            used_bytes=self._slots.used,
+        )
+
+    def close(self) -> None:
+        """Wait for all transfers and give the room on the drive back."""
+        if self._descriptor >= 0:
+            self.engine.close()
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _transfer(self, ticket: int, nbytes: int) -> Transfer:
+        if not self._rate:
+            return Transfer(ticket, 0.0)
+        self._rated_s += nbytes / self._rate
+        self._due_s = max(self._due_s, perf_counter()) + nbytes / self._rate
+        return Transfer(ticket, self._due_s)
+
+    def _grow(self, missing: int) -> bool:
+        """Take room from the drive before it is written to: what is promised here does not run out."""
+        capacity = self._slots.capacity
+        if self._limit and capacity + missing > self._limit:
+            return False
+        most = max(missing, _GROWTH)
+        if self._limit:
+            most = min(most, (self._limit - capacity) // ALIGNMENT * ALIGNMENT)
+        reason = ""
+        for nbytes in (most, missing):
+            status = os.fstatvfs(self._descriptor)
+            left = status.f_bavail * status.f_frsize - nbytes
+            if left < _KEPT_FREE * status.f_blocks * status.f_frsize:
+                reason = "the drive is full, but for the twentieth that is left free"
+                continue
+            try:
+                os.posix_fallocate(self._descriptor, capacity, nbytes)
+            except OSError as error:
+                reason = f"the drive gives no more room ({error.strerror})"
+                continue
+            self._slots.grow(nbytes)
+            return True
+        self.fault = reason
+        return False
+
+
+def unreadable(nbytes: int, error: OSError) -> OffloadError:
+    """What to raise when activations are lost."""
+    return OffloadError(
+        f"{nbytes} bytes of activations cannot be read back from the drive "
+        f"({error.strerror or error}); use another one, or set offload.activations = 'none'"
+    )
+
+
+def _unnamed_file(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    descriptor, name = tempfile.mkstemp(prefix=".holdfast-activations-", dir=folder)
+    os.unlink(name)
+    return descriptor

@@ -1,0 +1,8 @@
+"""Gradient sums, their reduction, the sharded optimizer, its shadows and the transfer of its state.
+
+May import parallel.comm, layout and plan.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

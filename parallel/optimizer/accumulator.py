@@ -1,0 +1,202 @@
+"""Where every micro-batch's gradients are added: integers in exact mode, floats in fast mode.
+
+Exact mode adds round(g * 2**fraction_bits) to an int64 accumulator; integer addition is associative, so
+the sum does not depend on which rank computed which micro-batch, nor on the order. Fast mode adds
+in the gradient's accumulation dtype, in the order of computation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from holdfast import _native
+from holdfast.parallel.optimizer.parameter_buffer import FlatParameters
+
+NONFINITE = 1
+OUT_OF_RANGE = 2
+
+_ACCUMULATE = {
+    torch.float32: _native.accumulate_f32,
+    torch.bfloat16: _native.accumulate_bf16,
+    torch.float64: _native.accumulate_f64,
+}
+_ACCUMULATE_ROWS = {
+    torch.float32: _native.accumulate_rows_f32,
+    torch.bfloat16: _native.accumulate_rows_bf16,
+    torch.float64: _native.accumulate_rows_f64,
+}
+
+
+def fixed_point(gradient: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
+    """The int64 fixed-point form of `gradient` by torch operations, for devices without the kernel.
+
+    Args:
+        gradient: float of any dtype and shape.
+    Returns:
+        int64 of the same shape (zero where it cannot be represented), and flags: int64 scalar,
+        NONFINITE | OUT_OF_RANGE. Bit-equal to the native kernel.
+    """
+    scaled = torch.round(gradient.double() * 2.0**fraction_bits)
+    finite = torch.isfinite(scaled)
+    fits = scaled.abs() < 2.0**63
+    usable = finite & fits
+    flags = (~torch.isfinite(gradient)).any().long() * NONFINITE
+    flags = flags + (torch.isfinite(gradient) & ~fits).any().long() * OUT_OF_RANGE
+    return torch.where(usable, scaled, 0.0).to(torch.int64), flags
+
+
+def add_integers(sums: Tensor, other: Tensor) -> int:
+    """sums += other for int64 buffers of one shape; returns OUT_OF_RANGE if any sum overflowed."""
+    if sums.device.type == "cpu":
+        return _native.add_i64(sums.data_ptr(), other.data_ptr(), sums.numel())
+    before = sums.clone()
+    sums.add_(other)
+    overflow = ((before ^ sums) & (other ^ sums)) < 0
+    return OUT_OF_RANGE if bool(overflow.any()) else 0
+
+
+class GradientAccumulator:
+    """The `GradientSink` of one rank: a flat buffer of sums laid out like the rank's parameters.
+
+    Local. `exact` states which arithmetic is used; see the module's docstring.
+    """
+
+    def __init__(self, flat: FlatParameters, *, exact: bool, fraction_bits: int) -> None:
+        self.exact = exact
+        self.fraction_bits = fraction_bits
+        self._flat = flat
+        values = flat.values
+        accumulation = torch.float64 if values.dtype == torch.float64 else torch.float32
+        dtype = torch.int64 if exact else accumulation
+        self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
+        self.flags = 0
+        self.muted: frozenset[nn.Parameter] = frozenset()
+        """Parameters whose gradients are not added: those of the micro-batch at hand are counted already."""
+        self.micro_batch = -1
+        """Whose gradients are being added."""
+        self.counted: dict[nn.Parameter, set[int]] = {}
+        """The micro-batches whose gradients have been added since `clear`."""
+        self._device_flags: Tensor | None = None
+        if values.device.type != "cpu":
+            self._device_flags = torch.zeros((), dtype=torch.int64, device=values.device)
+        largest = max((parameter.numel() for parameter in flat.parameters), default=0)
+        self._scratch = torch.empty(
+            largest if exact else 0, dtype=values.dtype, device=values.device
+        )
+        self._empty: set[nn.Parameter] = set(flat.parameters)
+        self._views = {p: self.sums[slice(*flat.place(p))].view(p.shape) for p in flat.parameters}
+        for parameter in flat.parameters:
+            parameter.register_post_accumulate_grad_hook(self._take_ordinary_gradient)
+
+    def clear(self) -> None:
+        """Forget all sums and flags: the start of a step."""
+        self.flags = 0
+        self.counted.clear()
+        if self._device_flags is not None:
+            self._device_flags.zero_()
+        if self.exact:
+            self.sums.zero_()
+        else:
+            self._empty = set(self._flat.parameters)
+
+    def finish(self) -> int:
+        """Make `sums` complete and return the flags: the end of a step's last backward."""
+        for parameter in self._empty if not self.exact else ():
+            self._views[parameter].zero_()
+        self._empty = set()
+        if self._device_flags is not None:
+            self.flags |= int(self._device_flags)
+        return self.flags
+
+    def _count(self, parameter: nn.Parameter) -> None:
+        self.counted.setdefault(parameter, set()).add(self.micro_batch)
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add a whole local parameter's gradient (its shape, any float dtype)."""
+        if parameter in self.muted:
+            return
+        self._count(parameter)
+        if self.exact:
+            self._add_exact(parameter, gradient.contiguous())
+        elif parameter in self._empty:
+            self._empty.discard(parameter)
+            self._views[parameter].copy_(gradient)
+        else:
+            self._views[parameter].add_(gradient)
+
+    def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
+        """Add grad_output.T @ value: float[tokens, out] and float[tokens, in] of the parameter's dtype."""
+        if parameter in self.muted:
+            return
+        self._count(parameter)
+        transposed = grad_output.t()
+        if self.exact:
+            gradient = self._scratch[: parameter.numel()].view(parameter.shape)
+            torch.mm(transposed, value, out=gradient)
+            self._add_exact(parameter, gradient)
+        elif self.sums.dtype != grad_output.dtype:
+            self.add(parameter, transposed @ value)
+        elif parameter in self._empty:
+            self._empty.discard(parameter)
+            torch.mm(transposed, value, out=self._views[parameter])
+        else:
+            self._views[parameter].addmm_(transposed, value)
+
+    def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
+        """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
+        if parameter in self.muted:
+            return
+        self._count(parameter)
+        if not self.exact:
+            if parameter in self._empty:
+                self._empty.discard(parameter)
+                self._views[parameter].zero_()
+            self._views[parameter].index_add_(0, rows, gradient.to(self.sums.dtype))
+        elif self.sums.device.type == "cpu":
+            rows, gradient = rows.contiguous(), gradient.contiguous()
+            self.flags |= _ACCUMULATE_ROWS[gradient.dtype](
+                self._views[parameter].data_ptr(),
+                gradient.data_ptr(),
+                rows.data_ptr(),
+                rows.numel(),
+                gradient[0].numel() if rows.numel() else 0,
+                self.fraction_bits,
+            )
+        else:
+            integers, flags = fixed_point(gradient, self.fraction_bits)
+            view = self._views[parameter]
+            selected = view.index_select(0, rows)
+            total = selected + integers
+            view.index_copy_(0, rows, total)
+            self._note(flags, selected, integers, total)
+
+    def add_to(self, total: Tensor, other: Tensor) -> int:
+        """total += other for two parts of sums of one shape; returns OUT_OF_RANGE on overflow."""
+        if self.exact:
+            return add_integers(total, other)
+        total.add_(other)
+        return 0
+
+    def _add_exact(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        view = self._views[parameter]
+        if view.device.type == "cpu":
+            self.flags |= _ACCUMULATE[gradient.dtype](
+                view.data_ptr(), gradient.data_ptr(), gradient.numel(), self.fraction_bits
+            )
+            return
+        integers, flags = fixed_point(gradient, self.fraction_bits)
+        before = view.clone()
+        view.add_(integers)
+        self._note(flags, before, integers, view)
+
+    def _note(self, flags: Tensor, before: Tensor, added: Tensor, total: Tensor) -> None:
+        assert self._device_flags is not None
+        overflow = (((before ^ total) & (added ^ total)) < 0).any().long() * OUT_OF_RANGE
+        self._device_flags |= flags | overflow
+
+    def _take_ordinary_gradient(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        if parameter.grad is not None:
+            self.add(parameter, parameter.grad)
+            parameter.grad = None

@@ -1,0 +1,181 @@
+"""State that goes to ranks beside the steps: at its pace, and at every vote none of it is under way.
+
+Between two updates state stands still, so that it can be read while gradients are computed. From the beginning of
+a step until its vote a thread sends what belongs to that state; what is left follows after the next update. A rank
+enters the vote only when it has sent, or taken in, all that was begun: whoever has a block then has it as all
+others have it, and follows its updates as a shadow does. Blocks that have not come yet are updated in vain, and
+written over when they come. Exact-mode safe.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import torch
+
+from holdfast.parallel.comm import Communicator, Handle, OperationRing
+from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
+from holdfast.parallel.optimizer.state_transfer import BlockState, pack, unpack
+from holdfast.parallel.plan import BlockKey, Parcel
+
+_FILL_TAG = 7 << 26
+_WINDOW = 2
+"""Parcels that a rank has on their way at once."""
+_PAUSE = -1
+"""In place of a checksum: no more of this stream before the vote."""
+
+
+def in_turn(parcels: Sequence[Parcel]) -> list[Parcel]:
+    """The same parcels, those of all pairs of ranks by turns, so that nobody waits for long. Pure."""
+    before: Counter[tuple[int, int]] = Counter()
+    places = []
+    for parcel in parcels:
+        pair = parcel.source, parcel.target
+        places.append(before[pair])
+        before[pair] += 1
+    order = sorted(range(len(parcels)), key=lambda n: (places[n], n))
+    return [parcels[n] for n in order]
+
+
+class Fill:
+    """One rank's part in giving ranks state beside the steps.
+
+    `start` and `fence` are called by its training thread, in turns, `fence` by all ranks in the same step.
+    """
+
+    def __init__(
+        self,
+        parcels: Sequence[Parcel],
+        rank: int,
+        comm: Communicator,
+        read: Callable[[BlockKey], BlockState],
+        write: Callable[[BlockKey, BlockState], None],
+        *,
+        dtype: torch.dtype,
+        ring: OperationRing,
+    ) -> None:
+        """Local.
+
+        Args:
+            parcels: of all ranks, equal on all; every rank goes through its own in the order of `in_turn`, so
+                that none waits in a circle.
+            comm: carries CPU tensors; used by nothing else.
+            read: a held block's state.
+            write: takes in a block's state, in CPU memory that is not used again.
+        """
+        self._rank, self._comm, self._ring = rank, comm, ring
+        self._read, self._write, self._dtype = read, write, dtype
+        self._left = [
+            (n, p) for n, p in enumerate(in_turn(parcels)) if rank in (p.source, p.target)
+        ]
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.required: bool | None = None
+        """Where a run is repeated, whether it must be over at the next vote; None: as it comes."""
+        self.may_end: Callable[[], bool] = lambda: True
+        """Asked at the vote when all is there: whether the plan for which this is done could be agreed on."""
+
+    def start(self, begun: Callable[[], None] = lambda: None) -> None:
+        """State stands still from now on until `fence` has returned. Local; does not wait.
+
+        Args:
+            begun: called in another thread when something is on its way.
+        """
+        if self._thread is None and self._left:
+            self._stopping.clear()
+            self._thread = threading.Thread(
+                target=self._run, args=(begun,), name="holdfast-fill", daemon=True
+            )
+            self._thread.start()
+
+    def fence(self) -> bool:
+        """Wait until nothing is under way; whether the next plan may come as far as this rank is concerned.
+
+        It may when this rank has sent, or has got, all it was to.
+
+        Raises:
+            PeerLost: a peer is gone, or what it sent arrived damaged.
+        """
+        if not self.required:
+            self._stopping.set()
+        since = perf_counter()
+        self.close()
+        self._ring.blocked_s += perf_counter() - since
+        if self._error is not None:
+            raise self._error
+        if self.required is not None:
+            return self.required and not self._left
+        return not self._left and self.may_end()
+
+    def close(self) -> None:
+        """Wait for the thread, which ends by itself once the communicators are aborted."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, begun: Callable[[], None]) -> None:
+        try:
+            self._go_on(begun)
+        except BaseException as error:
+            self._error = error
+
+    def _go_on(self, begun: Callable[[], None]) -> None:
+        """Send and receive until all is done, or paused: at least one parcel of every pair of ranks."""
+        done: set[int] = set()
+        advanced: set[int] = set()
+        paused: set[int] = set()
+        sent: deque[list[Handle]] = deque()
+        for number, parcel in self._left:
+            sends = parcel.source == self._rank
+            peer = parcel.target if sends else parcel.source
+            if peer in paused:
+                continue
+            if sends and peer in advanced and self._stopping.is_set():
+                pause = torch.tensor([_PAUSE], dtype=torch.int64)
+                sent.append([self._comm.send(pause, peer, _FILL_TAG + 2 * number)])
+                paused.add(peer)
+                continue
+            if sends:
+                sent.append(self._send(number, parcel))
+                if len(sent) > _WINDOW:
+                    _wait(sent.popleft())
+            elif not self._receive(number, parcel):
+                paused.add(peer)
+                continue
+            if not done:
+                begun()
+            advanced.add(peer)
+            done.add(number)
+        for handles in sent:
+            _wait(handles)
+        self._left = [(n, p) for n, p in self._left if n not in done]
+
+    def _send(self, number: int, parcel: Parcel) -> list[Handle]:
+        content, checksum = pack([self._read(key) for key in parcel.keys])
+        tag = _FILL_TAG + 2 * number
+        return [
+            self._comm.send(checksum, parcel.target, tag),
+            self._comm.send(content, parcel.target, tag + 1),
+        ]
+
+    def _receive(self, number: int, parcel: Parcel) -> bool:
+        """Whether the parcel came: else its source goes on with it after the vote."""
+        tag = _FILL_TAG + 2 * number
+        checksum = torch.empty(1, dtype=torch.int64)
+        self._comm.receive(checksum, parcel.source, tag).wait()
+        if int(checksum) == _PAUSE:
+            return False
+        content = torch.empty(len(STATE_KINDS) * sum(parcel.sizes), dtype=self._dtype)
+        self._comm.receive(content, parcel.source, tag + 1).wait()
+        for key, state in unpack(parcel, content, int(checksum)):
+            self._write(key, state)
+        return True
+
+
+def _wait(handles: Sequence[Handle]) -> None:
+    for handle in handles:
+        handle.wait()

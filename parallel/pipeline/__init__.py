@@ -1,0 +1,8 @@
+"""The executor of programs, and the model chunks that it runs.
+
+May import parallel.comm, layout, offload and schedules.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,14 @@
+from .executor import (
+    ActionTimes as ActionTimes,
+    Executor as Executor,
+    MessageShape as MessageShape,
+    receive_order as receive_order,
+)
+from .model_chunk import (
+    Chunk as Chunk,
+    MicroBatchContext as MicroBatchContext,
+    WeightGradientQueue as WeightGradientQueue,
+)
+from .runner import (
+    ModelChunkRunner as ModelChunkRunner,
+)

@@ -1,0 +1,252 @@
+"""The executor: runs one rank's program of a step over its model chunks.
+
+It knows neither the schedule nor the model: actions come as data, chunks behind a protocol. Every
+message carries its (direction, chunk, micro-batch) tag, receives are posted ahead of their use and in
+the order in which the peer sends, and sends are never waited for before the end of the step.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.parallel.comm import Communicator, Handle
+from holdfast.parallel.offload import Offloader, SavedOfProgram
+from holdfast.parallel.schedules import RECEIVES, SENDS, Action, Op, Program, matching_receive
+
+_POSTED_AHEAD = 4
+"""Receives in flight beyond the one being waited for: enough to hide the rendezvous of a message,
+few enough to keep their buffers small."""
+
+
+class ChunkRunner(Protocol):
+    """What the executor asks of one model chunk; `micro_batch` is the step's global number."""
+
+    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
+        """Compute the chunk from its input (None for the first); None from the last, which keeps its loss."""
+        ...
+
+    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        """Input and weight gradients; gives the input's gradient (None from the first chunk)."""
+        ...
+
+    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        """The input's gradient only; weight gradients are left for `backward_weight`."""
+        ...
+
+    def backward_weight(self, micro_batch: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MessageShape:
+    """What every message between two chunks looks like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(slots=True)
+class ActionTimes:
+    """When each action of a step ran; seconds on `time.perf_counter`'s clock."""
+
+    actions: list[Action] = field(default_factory=list)
+    starts_s: list[float] = field(default_factory=list)
+    stops_s: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Posted:
+    handle: Handle
+    buffer: Tensor
+
+
+def message_tag(op: Op, chunk: int, micro_batch: int, micro_batches: int) -> int:
+    """The tag of the message that a receive action waits for; unique within a step."""
+    direction = 0 if op is Op.RECEIVE_FORWARD else 1
+    return (chunk * micro_batches + micro_batch) * 2 + direction
+
+
+def receive_order(program: Program, peers: Mapping[int, Program], rank: int) -> dict[Action, int]:
+    """For each receive of `program`, its place in the order in which that peer sends to this rank."""
+    order: dict[Action, int] = {}
+    for peer, peer_program in peers.items():
+        sends = (a for a in peer_program if a.peer == rank and a.op in SENDS)
+        for place, send in enumerate(sends):
+            order[matching_receive(send, peer)] = place
+    return {a: order[a] for a in program if a.op in RECEIVES}
+
+
+class Executor:
+    """Runs programs over chunks. Local, apart from the messages that the program names."""
+
+    def __init__(
+        self,
+        chunks: Mapping[int, ChunkRunner],
+        last_chunk: int,
+        message: MessageShape,
+        comm: Communicator,
+        micro_batches: int,
+        offloader: Offloader | None = None,
+    ) -> None:
+        """Args:
+        chunks: this rank's chunks by global chunk index.
+        last_chunk: the model's last chunk, whose output is the loss.
+        micro_batches: of the whole step, over all replicas.
+        offloader: takes what forward passes save, until their backward passes.
+        """
+        self._chunks = chunks
+        self._last_chunk = last_chunk
+        self._message = message
+        self._comm = comm
+        self._micro_batches = micro_batches
+        self._offloader = offloader
+        self.halved: set[tuple[int, int]] = set()
+        """(chunk, micro-batch) pairs whose backward has had its first part only."""
+
+    def run_weight_parts(self) -> None:
+        """After an interrupted step: run the weight parts that are still to come, which need no message."""
+        for chunk, micro_batch in sorted(self.halved):
+            self._chunks[chunk].backward_weight(micro_batch)
+        self.halved.clear()
+
+    def run(self, program: Program, order: Mapping[Action, int] | None = None) -> ActionTimes:
+        """Run one step's program, without pauses for the cyclic garbage collector.
+
+        Args:
+            program: this rank's actions.
+            order: from `receive_order`; receives of one peer are posted in this order. Without it
+                they are posted in program order, which tagged transports allow.
+        Returns:
+            The times of the compute and message actions, for traces and metrics.
+        Raises:
+            PeerLost: a message failed.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self._run(program, order)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _run(self, program: Program, order: Mapping[Action, int] | None) -> ActionTimes:
+        times = ActionTimes()
+        note = (times.actions.append, times.starts_s.append, times.stops_s.append)
+        values: dict[tuple[int, int], Tensor | None] = {}
+        gradients: dict[tuple[int, int], Tensor | None] = {}
+        sends: dict[tuple[Op, int, int], Handle] = {}
+        receives = _Receives(program, order, self)
+        chunks, last = self._chunks, self._last_chunk
+        saved = SavedOfProgram.of(program, self._offloader)
+        for action in program:
+            op, chunk, micro_batch = action.op, action.chunk, action.micro_batch
+            key = (chunk, micro_batch)
+            start = perf_counter()
+            if op is Op.FORWARD:
+                value = values.pop(key, None)
+                with saved.forward(key):
+                    output = chunks[chunk].forward(micro_batch, value)
+                if chunk != last:
+                    values[(chunk + 1, micro_batch)] = output
+                del value, output  # what waits for its backward pass may leave memory
+            elif op is Op.BACKWARD or op is Op.BACKWARD_INPUT:
+                saved.backward(key)
+                runner = chunks[chunk]
+                run = runner.backward if op is Op.BACKWARD else runner.backward_input
+                gradient = run(micro_batch, gradients.pop(key, None))
+                if op is Op.BACKWARD_INPUT:
+                    self.halved.add(key)
+                if chunk != 0:
+                    gradients[(chunk - 1, micro_batch)] = gradient
+                del gradient
+            elif op is Op.BACKWARD_WEIGHT:
+                chunks[chunk].backward_weight(micro_batch)
+                self.halved.discard(key)
+            elif op is Op.RECEIVE_FORWARD:
+                values[key] = receives.wait(action)
+            elif op is Op.RECEIVE_BACKWARD:
+                gradients[key] = receives.wait(action)
+                # Whoever answers has long received: this frees what was sent, and waits for nothing.
+                sends.pop((Op.SEND_FORWARD, chunk, micro_batch)).wait()
+            elif op is Op.SEND_FORWARD:
+                sends[(op, *key)] = self._send(action, values.pop((chunk + 1, micro_batch)))
+                receives.post_ahead()
+            else:
+                sends[(op, *key)] = self._send(action, gradients.pop((chunk - 1, micro_batch)))
+                receives.post_ahead()
+            note[0](action)
+            note[1](start)
+            note[2](perf_counter())
+        for handle in sends.values():
+            handle.wait()
+        saved.end()
+        return times
+
+    def _send(self, action: Action, tensor: Tensor | None) -> Handle:
+        assert tensor is not None
+        assert action.peer is not None
+        received = matching_receive(action, action.peer)
+        tag = message_tag(received.op, received.chunk, received.micro_batch, self._micro_batches)
+        return self._comm.send(tensor.detach().contiguous(), action.peer, tag)
+
+    def post(self, action: Action) -> _Posted:
+        """Start receiving what `action` will wait for."""
+        assert action.peer is not None
+        message = self._message
+        buffer = torch.empty(message.shape, dtype=message.dtype, device=message.device)
+        tag = message_tag(action.op, action.chunk, action.micro_batch, self._micro_batches)
+        return _Posted(self._comm.receive(buffer, action.peer, tag), buffer)
+
+
+class _Receives:
+    """Posts a program's receives ahead of their use, each peer's in the order of its sends."""
+
+    def __init__(
+        self, program: Program, order: Mapping[Action, int] | None, executor: Executor
+    ) -> None:
+        self._executor = executor
+        self._upcoming: Sequence[Action] = [a for a in program if a.op in RECEIVES]
+        self._posted: dict[Action, _Posted] = {}
+        self._next = 0
+        self._waited = 0
+        self._by_peer: dict[int, list[Action]] = {}
+        self._done_by_peer: dict[int, int] = {}
+        for action in self._upcoming:
+            assert action.peer is not None
+            self._by_peer.setdefault(action.peer, []).append(action)
+        for peer, actions in self._by_peer.items():
+            self._done_by_peer[peer] = 0
+            if order is not None:
+                actions.sort(key=order.__getitem__)
+        self.post_ahead()
+
+    def wait(self, action: Action) -> Tensor:
+        """The message that `action` waits for."""
+        self._waited += 1
+        if action not in self._posted:
+            self.post_ahead()
+        posted = self._posted.pop(action)
+        posted.handle.wait()
+        return posted.buffer
+
+    def post_ahead(self) -> None:
+        """Post what will be waited for soon; called after sends, where nothing waits for this rank."""
+        while self._next < min(self._waited + _POSTED_AHEAD, len(self._upcoming)):
+            self._post_up_to(self._upcoming[self._next])
+            self._next += 1
+
+    def _post_up_to(self, action: Action) -> None:
+        """Post `action` and all that its peer sends before it."""
+        assert action.peer is not None
+        queue = self._by_peer[action.peer]
+        while action not in self._posted and self._done_by_peer[action.peer] < len(queue):
+            following = queue[self._done_by_peer[action.peer]]
+            self._posted[following] = self._executor.post(following)
+            self._done_by_peer[action.peer] += 1

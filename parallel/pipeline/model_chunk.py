@@ -1,0 +1,98 @@
+"""What the executor, the gradient accumulator and a model family know of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from holdfast.parallel.layout import ParameterSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchContext:
+    """What a chunk knows of the micro-batch it computes."""
+
+    step: int
+    micro_batch: int
+    """The step's global number, whatever rank computes it."""
+    training: bool
+    tokens: Tensor | None
+    """int64[micro_batch, seq_len + 1]; only where the first or the last chunk is."""
+
+
+class GradientSink(Protocol):
+    """Where micro-batch gradients are added up."""
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add a gradient of the whole local parameter."""
+        ...
+
+    def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
+        """Add grad_output[tokens, out].T @ value[tokens, in]."""
+        ...
+
+    def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
+        """Add gradient[k, ...] to the distinct rows int64[k]."""
+        ...
+
+
+class WeightGradientRecord(NamedTuple):
+    """A linear layer's weight gradient that is still to be computed."""
+
+    parameter: nn.Parameter
+    grad_output: Tensor
+    """float[tokens, out]"""
+    value: Tensor
+    """float[tokens, in]"""
+
+
+class WeightGradientQueue:
+    """Takes every linear layer's weight gradient of one chunk: computed at once, or kept for later.
+
+    Keeping them is what splits a backward pass into its input and weight parts (zero-bubble
+    schedules, Qi et al. 2023). Without a sink, layers return weight gradients to autograd.
+    """
+
+    def __init__(self) -> None:
+        self.sink: GradientSink | None = None
+        self.deferred = False
+        self._kept: list[WeightGradientRecord] = []
+
+    def put(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
+        """Hand over one weight gradient: float[tokens, out] and float[tokens, in]."""
+        record = WeightGradientRecord(parameter, grad_output, value.detach())
+        if self.deferred:
+            self._kept.append(record)
+        else:
+            self.run((record,))
+
+    def take(self) -> list[WeightGradientRecord]:
+        """The kept records, which are forgotten here."""
+        kept, self._kept = self._kept, []
+        return kept
+
+    def run(self, records: Sequence[WeightGradientRecord]) -> None:
+        """Compute and add the gradients of `records`, in their order."""
+        assert self.sink is not None
+        for record in records:
+            self.sink.add_matmul(*record)
+
+
+class Chunk(nn.Module):
+    """A contiguous part of a model that runs on one rank.
+
+    `forward(hidden, context)`: hidden is None for the first chunk, which embeds the context's tokens;
+    the last chunk gives the sum of its token losses, a float64 scalar; the others give
+    float[seq (/ tensor), micro_batch, hidden].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = WeightGradientQueue()
+
+    def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
+        """(layer index, table row, the local parameter that holds it), in layer then table order."""
+        raise NotImplementedError

@@ -1,0 +1,116 @@
+"""Runs one model chunk under autograd for the executor: the only place where backward is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from holdfast.parallel.pipeline.model_chunk import Chunk, MicroBatchContext, WeightGradientRecord
+
+
+@dataclass(slots=True)
+class _InputGradient:
+    """Where a backward pass leaves the gradient of a chunk's input."""
+
+    value: Tensor | None = None
+
+
+class _ChunkInput(torch.autograd.Function):
+    """Begins a chunk's graph with its input, which nothing but what uses it keeps in memory.
+
+    A leaf that requires a gradient would be held by its graph, and by whoever reads `grad`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, value: list[Tensor], gradient: _InputGradient) -> Tensor:
+        """root: an empty tensor that requires a gradient, by which the output does; value: taken out."""
+        ctx.gradient = gradient
+        return value.pop()
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None]:
+        ctx.gradient.value = grad_output.contiguous()
+        return None, None, None
+
+
+class ModelChunkRunner:
+    """Keeps what lies between a micro-batch's forward and backward passes. Local; exact-mode safe.
+
+    Only the graph edge of an output is kept, so that the output itself is freed when it was sent, and of an
+    input only the place of its gradient, so that it may wait elsewhere for the backward pass.
+    """
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        *,
+        is_last: bool,
+        context: Callable[[int], MicroBatchContext],
+        loss_gradient: float,
+        before_gradients: Callable[[int], None] = lambda micro_batch: None,
+    ) -> None:
+        """Args:
+        context: gives a micro-batch's context for the running step.
+        loss_gradient: derivative of the step's loss by a token's loss: 1 / tokens of the step.
+        """
+        self.chunk = chunk
+        self._is_last = is_last
+        self._context = context
+        device = next(chunk.parameters()).device
+        self._before_gradients = before_gradients
+        self._loss_gradient = torch.tensor(loss_gradient, dtype=torch.float64, device=device)
+        self._root = torch.empty(0, device=device, requires_grad=True)
+        self._gradients: dict[int, _InputGradient] = {}
+        self._edges: dict[int, GradientEdge] = {}
+        self._deferred: dict[int, list[WeightGradientRecord]] = {}
+        self.losses: dict[int, Tensor] = {}
+        """Last chunk: each micro-batch's sum of token losses, a float64 scalar."""
+
+    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
+        context = self._context(micro_batch)
+        gradient = _InputGradient()
+        if value is not None and context.training:
+            value = _ChunkInput.apply(self._root, [value.detach()], gradient)
+        with torch.set_grad_enabled(context.training):
+            output = self.chunk(value, context)
+        if context.training:
+            self._gradients[micro_batch] = gradient
+            self._edges[micro_batch] = get_gradient_edge(output)
+        if self._is_last:
+            self.losses[micro_batch] = output.detach()
+            return None
+        return output.detach()
+
+    def clear(self) -> None:
+        """Forget what an interrupted step has left; also before a new one begins."""
+        for kept in (self._gradients, self._edges, self._deferred, self.losses):
+            kept.clear()
+        self.chunk.queue.deferred = False
+        self.chunk.queue.take()
+
+    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        queue = self.chunk.queue
+        queue.deferred = True
+        gradient = self.backward(micro_batch, grad_output)
+        queue.deferred = False
+        self._deferred[micro_batch] = queue.take()
+        return gradient
+
+    def backward_weight(self, micro_batch: int) -> None:
+        self._before_gradients(micro_batch)
+        self.chunk.queue.run(self._deferred.pop(micro_batch))
+
+    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        self._before_gradients(micro_batch)
+        gradient = self._gradients.pop(micro_batch)
+        edge = self._edges.pop(micro_batch)
+        if grad_output is None:
+            grad_output = self._loss_gradient
+        torch.autograd.backward(edge, grad_output)
+        return gradient.value

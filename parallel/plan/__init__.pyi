@@ -1,0 +1,41 @@
+from .admission import (
+    next_plan as next_plan,
+    state_of as state_of,
+)
+from .block_transfers import (
+    BlockKey as BlockKey,
+    Parcel as Parcel,
+    arriving_blocks as arriving_blocks,
+    held_blocks as held_blocks,
+    missing_blocks as missing_blocks,
+    plan_parcels as plan_parcels,
+)
+from .cost import (
+    RankMemory as RankMemory,
+    action_cost as action_cost,
+    peak_activation_bytes as peak_activation_bytes,
+    rank_memory as rank_memory,
+    replica_timeline as replica_timeline,
+    step_time_s as step_time_s,
+)
+from .initial import (
+    make_plan as make_plan,
+)
+from .ownership import (
+    Block as Block,
+    assign_owners as assign_owners,
+)
+from .plan import (
+    Plan as Plan,
+    block_box as block_box,
+)
+from .replan import (
+    Roster as Roster,
+    replan as replan,
+    with_shadows as with_shadows,
+    would_move_layers as would_move_layers,
+)
+from .serialization import (
+    plan_from_data as plan_from_data,
+    plan_to_data as plan_to_data,
+)

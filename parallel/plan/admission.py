@@ -1,0 +1,147 @@
+"""Who is to have state that it lacks is given it beside the steps, and takes its place when it has all of it.
+
+A change of plan has two parts then. In the first nobody's work changes: those who will need blocks that they do
+not hold, newcomers above all, are named in `Plan.arriving`, follow the updates of these blocks, and are sent
+their state while training goes on. The second puts the plan in force for which this was done, and no optimizer
+state moves any more (the asynchronous migration of ElasWave, 2025, with shadows in place of replayed updates).
+Pure and equal on every rank. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Set
+from dataclasses import replace
+
+from holdfast.parallel.layout import Cells
+from holdfast.parallel.plan.block_transfers import BlockKey, arriving_blocks, held_blocks
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.replan import Roster, replan
+from holdfast.parallel.plan.shadow_placement import Shadows
+
+
+def next_plan(
+    plan: Plan,
+    roster: Roster,
+    *,
+    filled: bool,
+    generation: int,
+    redundancy: int = 0,
+    move_layers: bool = True,
+) -> Plan:
+    """The plan of the next generation: that of all ranks, or the one in which some are made ready for it.
+
+    All get their places at once where newcomers cannot wait: no other rank is left of a stage.
+
+    Args:
+        roster: who is to have a place; who is `fresh` has no state yet.
+        filled: whether all that was arriving under `plan` is there.
+        redundancy, move_layers: as for `replan`.
+    Raises:
+        ConfigError: too few ranks for a single cell.
+    """
+    lasting = replace(plan, arriving=(), _cache=plan._cache)
+    present = frozenset(roster.ranks)
+    waiting = present & (roster.fresh if filled else roster.fresh | _empty(plan))
+    ready = present - waiting
+    if not _stands(lasting, ready):
+        return replan(
+            lasting,
+            replace(roster, fresh=waiting),
+            generation=generation,
+            redundancy=redundancy,
+            move_layers=move_layers,
+        )
+    everybody_stays = present - roster.fresh == frozenset(plan.cells.ranks)
+    if everybody_stays and not (plan.arriving and filled and waiting):
+        now = replace(lasting, generation=generation, given_owners=plan.owners, _cache=plan._cache)
+    else:
+        now = replan(
+            lasting,
+            Roster(tuple(sorted(ready)), roster.node_of),
+            generation=generation,
+            redundancy=redundancy,
+            move_layers=False,
+        )
+        if not waiting and not move_layers:
+            return now
+    now = _with_spares(now, waiting)
+    coming: dict[int, set[BlockKey]] = {}
+    for may_move in (move_layers, True):  # what is only made ready comes into force between steps
+        following = replan(
+            now,
+            Roster(roster.ranks, roster.node_of),
+            generation=generation,
+            redundancy=redundancy,
+            move_layers=may_move,
+        )
+        coming = _coming(now, following)
+        if may_move == move_layers and ready.issuperset(coming) and _have(plan, coming, filled):
+            return following
+    return replace(now, arriving=_by_block(now, coming), _cache=now._cache)
+
+
+def state_of(plan: Plan, ranks: Collection[int], *, filled: bool) -> dict[int, set[BlockKey]]:
+    """The blocks whose state ranks have; with what was arriving once it is there. Pure."""
+    held = held_blocks(plan, ranks)
+    if filled:
+        for rank, keys in arriving_blocks(plan, ranks).items():
+            held[rank] |= keys
+    return held
+
+
+def _empty(plan: Plan) -> frozenset[int]:
+    """Ranks that have nothing but what is arriving."""
+    coming = arriving_blocks(plan, plan.cells.ranks)
+    held = held_blocks(plan, plan.cells.ranks)
+    return frozenset(rank for rank, keys in coming.items() if keys and not held[rank])
+
+
+def _stands(plan: Plan, ready: frozenset[int]) -> bool:
+    """Whether each stage keeps a cell."""
+    return all(any(ready.issuperset(cell) for cell in stage) for stage in plan.cells.stages)
+
+
+def _with_spares(plan: Plan, ranks: Collection[int]) -> Plan:
+    cells = plan.cells
+    spares = tuple(sorted({*cells.spares, *ranks}))
+    return replace(plan, cells=Cells(cells.stages, spares), _cache=plan._cache)
+
+
+def _coming(now: Plan, following: Plan) -> dict[int, set[BlockKey]]:
+    """What ranks will need that they do not hold under the plan before."""
+    found: defaultdict[int, set[BlockKey]] = defaultdict(set)
+    for index, (before, after) in enumerate(zip(_holders(now), _holders(following), strict=True)):
+        for place, (held, needed) in enumerate(zip(before, after, strict=True)):
+            if held != needed:
+                for rank in set(needed) - set(held):
+                    found[rank].add((index, place))
+    return found
+
+
+def _holders(plan: Plan) -> list[list[tuple[int, ...]]]:
+    """By tensor-parallel index, the owner of each block and its shadows."""
+    shadows = plan.shadows or [[()] * len(blocks) for blocks in plan.blocks]
+    return [
+        [(owner, *ranks) for owner, ranks in zip(owners, followers, strict=True)]
+        for owners, followers in zip(plan.owners, shadows, strict=True)
+    ]
+
+
+def _have(plan: Plan, wanted: Mapping[int, Set[BlockKey]], filled: bool) -> bool:
+    """Whether ranks have all these blocks, with what was arriving once it is there."""
+    return all(
+        rank == plan.owners[index][place]
+        or (plan.shadows and rank in plan.shadows[index][place])
+        or (filled and plan.arriving and rank in plan.arriving[index][place])
+        for rank, keys in wanted.items()
+        for index, place in keys
+    )
+
+
+def _by_block(plan: Plan, coming: Mapping[int, Set[BlockKey]]) -> tuple[Shadows, ...]:
+    found: list[list[list[int]]] = [[[] for _ in blocks] for blocks in plan.blocks]
+    for rank in sorted(coming):
+        for index, place in coming[rank]:
+            found[index][place].append(rank)
+    return tuple(tuple(map(tuple, blocks)) for blocks in found)

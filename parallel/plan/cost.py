@@ -1,0 +1,157 @@
+"""What a plan costs: memory by rank, bubble, and step time. Estimates, stated before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from holdfast.parallel.layout import LayerSpec
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.schedules import Action, Op, Timeline, peak_in_flight, simulate
+
+PARAMETER_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+_BACKWARD_SHARE = {
+    Op.FORWARD: 1.0,
+    Op.BACKWARD: 2.0,
+    Op.BACKWARD_INPUT: 1.0,
+    Op.BACKWARD_WEIGHT: 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes that one rank keeps."""
+
+    parameters: int
+    gradients: int
+    """The accumulator: int64 in exact mode."""
+    optimizer: int
+    """Moments, reduced gradients and, in bf16, master weights of the blocks this rank owns."""
+    activations: int
+    """At the fullest moment of a step."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], float]:
+    """The time of a compute action: its chunk's operations; a backward takes twice a forward."""
+    chunk_flops = [
+        sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk)) / plan.cells.tensor
+        for chunk in range(len(plan.placement))
+    ]
+    return lambda action: (
+        chunk_flops[action.chunk] * _BACKWARD_SHARE.get(action.op, 0.0) / flops_per_s
+    )
+
+
+def replica_timeline(
+    plan: Plan,
+    replica: int = 0,
+    flops_per_s: float = 1.0,
+    link_bytes_per_s: float | None = None,
+) -> Timeline:
+    """The simulated step of one replica's pipeline, by rank; messages are free without a link rate."""
+    ranks = [plan.cells.rank(0, replica, stage) for stage in range(plan.cells.pipeline)]
+    programs = {rank: plan.program(rank) for rank in ranks}
+    if link_bytes_per_s is None:
+        return simulate(programs, action_cost(plan, flops_per_s))
+    rate = link_bytes_per_s
+    return simulate(
+        programs,
+        action_cost(plan, flops_per_s),
+        lambda send: _message_bytes(plan, send) / rate,
+    )
+
+
+def _message_bytes(plan: Plan, send: Action) -> int:
+    """What a send carries: its chunk's output, or the gradient of its input."""
+    producer = send.chunk if send.op is Op.SEND_FORWARD else send.chunk - 1
+    return plan.layers[plan.layers_of(producer)[-1]].output_bytes
+
+
+def exchange_bytes(plan: Plan, rank: int, *, precision: str, exact: bool) -> float:
+    """What a rank sends to its replicas in a step: gradient sums to owners, parameters from owners.
+
+    With balanced owners each is (D - 1) / D of what the rank holds, for D replicas.
+    """
+    place = plan.cells.find(rank)
+    if place is None:
+        return 0.0
+    replicas = plan.cells.replicas(place.pipeline)
+    memory = rank_memory(plan, rank, precision=precision, exact=exact)
+    return (memory.gradients + memory.parameters) * (replicas - 1) / replicas
+
+
+def step_time_s(
+    plan: Plan,
+    *,
+    precision: str,
+    exact: bool,
+    flops_per_s: float,
+    link_bytes_per_s: float,
+) -> float:
+    """An estimate of a step's seconds: the slowest replica's pipeline, then its widest exchange.
+
+    Computation and exchange are not overlapped, and the tensor-parallel collectives, the optimizer's
+    update and recomputation are left out.
+
+    Args:
+        flops_per_s: what a rank reaches, not the peak of its data sheet.
+        link_bytes_per_s: of one rank, each way.
+    """
+    slowest = max(range(plan.cells.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
+    computed = replica_timeline(plan, slowest, flops_per_s, link_bytes_per_s).makespan
+    ranks = (
+        plan.cells.rank(tensor, slowest, stage)
+        for tensor in range(plan.cells.tensor)
+        for stage in range(plan.cells.pipeline)
+    )
+    widest = max(exchange_bytes(plan, r, precision=precision, exact=exact) for r in ranks)
+    return computed + widest / link_bytes_per_s
+
+
+def peak_activation_bytes(plan: Plan, rank: int) -> int:
+    """The most bytes of activations that a rank's program keeps at once.
+
+    A chunk's activations of a micro-batch are kept from its forward to its backward, or to its weight
+    part where the backward is split.
+    """
+    chunk_bytes = {
+        chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in plan.chunks_of(rank)
+    }
+    return int(peak_in_flight(plan.program(rank), size=chunk_bytes.__getitem__))
+
+
+def rank_memory(plan: Plan, rank: int, *, precision: str, exact: bool) -> RankMemory:
+    """The memory of one rank. Pure.
+
+    Args:
+        precision: "fp32", "bf16" or "fp64".
+        exact: whether gradients are summed as int64.
+    """
+    index = plan.cells.tensor_index(rank)
+    held = sum(
+        layer_elements(plan.layers[layer], index)
+        for chunk in plan.chunks_of(rank)
+        for layer in plan.layers_of(chunk)
+    )
+    owned = sum(
+        block.elements
+        for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True)
+        if owner == rank
+    )
+    state = 8 if precision == "fp64" else 4
+    copies = 3 + (precision == "bf16")
+    return RankMemory(
+        parameters=held * PARAMETER_BYTES[precision],
+        gradients=held * (8 if exact else state),
+        optimizer=owned * state * copies,
+        activations=peak_activation_bytes(plan, rank),
+    )
+
+
+def layer_elements(layer: LayerSpec, tensor_index: int) -> int:
+    """Parameters of a layer on one tensor-parallel rank."""
+    return sum(spec.elements for spec in layer.parameters[tensor_index])

@@ -1,0 +1,141 @@
+"""The plan that a configuration gives, before anybody is lost: every replica alike, as even as the numbers allow.
+
+Pure. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+from holdfast.parallel.errors import ConfigError, ScheduleError
+from holdfast.parallel.layout import Cells, LayerSpec, Mesh
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.schedules import placement
+
+MICRO_BATCH_ORDERS = ("ascending", "descending", "shuffled")
+
+
+def make_plan(
+    layers: Sequence[LayerSpec],
+    mesh: Mesh,
+    *,
+    virtual: int,
+    schedule: str,
+    micro_batches: int,
+    block_elements: int,
+    blocks_per_chunk: Sequence[int] | None = None,
+    micro_batch_order: str = "ascending",
+    activation_headroom: float = 0.3,
+    generation: int = 0,
+) -> Plan:
+    """The plan of a generation. Pure.
+
+    Args:
+        layers: the embedding, every block, the head.
+        virtual: model chunks per pipeline rank.
+        micro_batches: of a step, over all replicas; shared out in contiguous runs that differ by one.
+        blocks_per_chunk: an uneven split of the blocks; None for an even one.
+        micro_batch_order: "ascending", "descending" or "shuffled"; results do not depend on it.
+        activation_headroom: see `Plan`; 0 or more.
+    Raises:
+        ConfigError: the layout does not fit the layers, the batch or the schedule; the line says what
+            to change.
+    """
+    _check_sizes(layers, mesh, block_elements, micro_batch_order)
+    try:
+        where = placement(schedule, mesh.pipeline, virtual)
+    except ScheduleError as error:
+        raise ConfigError(str(error)) from error
+    if micro_batches < mesh.data:
+        raise ConfigError(
+            f"a step has {micro_batches} micro-batches, fewer than parallel.data = {mesh.data} replicas; "
+            "lower parallel.data or raise train.global_batch"
+        )
+    edges = _chunk_edges(len(layers) - 2, len(where), blocks_per_chunk)
+    return Plan(
+        generation=generation,
+        cells=Cells.of_mesh(mesh),
+        layers=tuple(layers),
+        virtual=virtual,
+        schedule=schedule,
+        chunk_layers=tuple(pairwise(edges)),
+        placement=where,
+        micro_batches=split_micro_batches(micro_batches, mesh.data, micro_batch_order),
+        block_elements=block_elements,
+        home=mesh,
+        home_layers=tuple(pairwise(edges)),
+        micro_batch_order=micro_batch_order,
+        activation_headroom=activation_headroom,
+    )
+
+
+def _check_sizes(
+    layers: Sequence[LayerSpec], mesh: Mesh, block_elements: int, micro_batch_order: str
+) -> None:
+    for axis, size in mesh._asdict().items():
+        if size < 1:
+            raise ConfigError(f"parallel.{axis} = {size} is too small; use 1 or more")
+    for layer in layers:
+        if len(layer.parameters) != mesh.tensor:
+            raise ConfigError(
+                f"layer {layer.name} is split over {len(layer.parameters)} tensor ranks, but "
+                f"parallel.tensor = {mesh.tensor}; describe the layers for that size"
+            )
+    if block_elements < 1:
+        raise ConfigError(
+            f"optimizer.block_elements = {block_elements} is too small; use 1 or more"
+        )
+    if micro_batch_order not in MICRO_BATCH_ORDERS:
+        raise ConfigError(
+            f"parallel.micro_batch_order = {micro_batch_order!r} does not exist; choose one of "
+            f"{', '.join(MICRO_BATCH_ORDERS)}"
+        )
+
+
+def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[int]:
+    """Where chunks begin and end in the list of layers; the first has the embedding, the last the head."""
+    if given is None:
+        if count % chunks:
+            raise ConfigError(
+                f"model.layers = {count} is not divisible by parallel.pipeline x parallel.virtual = "
+                f"{chunks}; change one of them, or give an uneven split in parallel.blocks_per_chunk"
+            )
+        given = [count // chunks] * chunks
+    if len(given) != chunks or sum(given) != count:
+        raise ConfigError(
+            f"parallel.blocks_per_chunk = {list(given)}: must be {chunks} numbers that add up to "
+            f"model.layers = {count}"
+        )
+    if min(given) < 0 or min(given[1:-1], default=1) < 1:
+        raise ConfigError(
+            f"parallel.blocks_per_chunk = {list(given)}: a chunk would have no layer; each number must be "
+            "1 or more, 0 only for the first and the last, which have the embedding and the head"
+        )
+    edges = [1]
+    for blocks_of_chunk in given:
+        edges.append(edges[-1] + blocks_of_chunk)
+    edges[0] = 0
+    edges[-1] += 1
+    return edges
+
+
+def split_micro_batches(count: int, replicas: int, order: str) -> tuple[tuple[int, ...], ...]:
+    """Contiguous runs of micro-batch numbers, one per replica, that differ by one at most.
+
+    Args:
+        order: one of `MICRO_BATCH_ORDERS`, within each run.
+    """
+    base, extra = divmod(count, replicas)
+    shares, start = [], 0
+    for replica in range(replicas):
+        stop = start + base + (replica < extra)
+        numbers = list(range(start, stop))
+        if order == "descending":
+            numbers.reverse()
+        elif order == "shuffled":
+            random.Random(replica).shuffle(numbers)
+        shares.append(tuple(numbers))
+        start = stop
+    return tuple(shares)

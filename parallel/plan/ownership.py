@@ -1,0 +1,142 @@
+"""Blocks of optimizer state, and who owns them. Pure; needs no torch."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from holdfast.parallel.layout import LayerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Whole rows of one segment of a parameter: the unit of optimizer ownership."""
+
+    index: int
+    """Place among the blocks of its tensor-parallel index."""
+    layer: int
+    spec_index: int
+    """Place of its segment in the layer's parameter table."""
+    row_start: int
+    """First row, counted in the segment."""
+    row_stop: int
+    elements: int
+
+
+def blocks(
+    layers: Sequence[LayerSpec], tensor_index: int, block_elements: int
+) -> tuple[Block, ...]:
+    """All blocks of one tensor-parallel index, in layer, table and row order.
+
+    A block is as many whole rows as fit into `block_elements`, and one at least. It depends on the model
+    and the tensor-parallel size alone. The second use of a tied weight has none: it shares the first's.
+    """
+    found: list[Block] = []
+    for layer, layer_spec in enumerate(layers):
+        for spec_index, spec in enumerate(layer_spec.parameters[tensor_index]):
+            if spec.tied_use:
+                continue
+            rows = max(1, block_elements // spec.row_elements)
+            for start in range(0, spec.rows, rows):
+                stop = min(spec.rows, start + rows)
+                elements = (stop - start) * spec.row_elements
+                found.append(Block(len(found), layer, spec_index, start, stop, elements))
+    return tuple(found)
+
+
+def assign_owners(
+    sizes: Sequence[int],
+    candidates: Sequence[tuple[int, ...]],
+    previous: Sequence[int | None] | None = None,
+) -> tuple[int, ...]:
+    """The owner of every block: balanced, and moving as little as balance allows.
+
+    Blocks with equal candidates are shared out among these. Without `previous` each candidate gets one
+    contiguous run. With it, blocks stay where they are; orphans (whose owner is None or no candidate)
+    go to the least loaded, largest first; then blocks leave the fullest candidates only while one of
+    them holds more than the mean and the largest block together.
+
+    Returns:
+        One rank per block. The largest load of a group of candidates is at most the mean load plus the
+        group's largest block.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for block, group in enumerate(candidates):
+        if not group:
+            raise ValueError(f"block {block} has no candidate to own it")
+        groups.setdefault(group, []).append(block)
+    owners: list[int] = [0] * len(sizes)
+    for group, members in groups.items():
+        if previous is None:
+            chosen = _contiguous([sizes[b] for b in members], group)
+        else:
+            chosen = _minimal_moves(
+                [sizes[b] for b in members], group, [previous[b] for b in members]
+            )
+        for block, owner in zip(members, chosen, strict=True):
+            owners[block] = owner
+    return tuple(owners)
+
+
+def _contiguous(sizes: Sequence[int], group: tuple[int, ...]) -> list[int]:
+    """Each block goes to the candidate on whose equal share of the whole its middle lies."""
+    total = sum(sizes)
+    chosen, before = [], 0
+    for size in sizes:
+        middle = 2 * before + size
+        place = middle * len(group) // (2 * total) if total else 0
+        chosen.append(group[min(place, len(group) - 1)])
+        before += size
+    return chosen
+
+
+def _minimal_moves(
+    sizes: Sequence[int], group: tuple[int, ...], previous: Sequence[int | None]
+) -> list[int]:
+    remaining = set(group)
+    chosen: list[int | None] = [owner if owner in remaining else None for owner in previous]
+    load = dict.fromkeys(group, 0)
+    for size, owner in zip(sizes, chosen, strict=True):
+        if owner is not None:
+            load[owner] += size
+    heap = [(amount, owner) for owner, amount in load.items()]
+    heapq.heapify(heap)
+    orphans = [block for block, owner in enumerate(chosen) if owner is None]
+    for block in sorted(orphans, key=lambda b: (-sizes[b], b)):
+        amount, owner = heapq.heappop(heap)
+        chosen[block] = owner
+        load[owner] = amount + sizes[block]
+        heapq.heappush(heap, (load[owner], owner))
+    result = [owner for owner in chosen if owner is not None]
+    _level(sizes, result, load)
+    return result
+
+
+def _level(sizes: Sequence[int], chosen: list[int], load: dict[int, int]) -> None:
+    """Move blocks from the fullest to the emptiest while the fullest exceeds mean + largest block."""
+    limit = sum(sizes) / len(load) + max(sizes, default=0)
+    held: dict[int, list[int]] = {owner: [] for owner in load}
+    for block, owner in enumerate(chosen):
+        held[owner].append(block)
+    full = [(-amount, owner) for owner, amount in load.items()]
+    empty = [(amount, owner) for owner, amount in load.items()]
+    heapq.heapify(full)
+    heapq.heapify(empty)
+    while full:
+        amount, giver = heapq.heappop(full)
+        if -amount != load[giver]:
+            continue
+        if load[giver] <= limit:
+            return
+        while empty[0][0] != load[empty[0][1]]:
+            heapq.heappop(empty)
+        taker = empty[0][1]
+        block = held[giver].pop()
+        chosen[block] = taker
+        held[taker].append(block)
+        load[giver] -= sizes[block]
+        load[taker] += sizes[block]
+        heapq.heappush(full, (-load[giver], giver))
+        for owner in (giver, taker):
+            heapq.heappush(empty, (load[owner], owner))

@@ -1,0 +1,291 @@
+"""From one plan to the next when ranks have gone or come: move little, and keep every stage computed.
+
+Pure and equal on every rank. Cells that are whole stay where they are; what is left forms new cells, which
+go where they are missed most. A lost cell's micro-batches go to the cells of its stage, so that activations
+cross pipelines (ReCycle, Gandhi et al. 2024); where that leaves stages out of balance, layers move between
+them (the minimax partition of ElasWave, 2025). No block moves but those of ranks that are gone, or whose
+layers have moved. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from math import inf
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.layout import Cell, Cells
+from holdfast.parallel.plan.initial import split_micro_batches
+from holdfast.parallel.plan.ownership import assign_owners
+from holdfast.parallel.plan.plan import Plan, Shares
+from holdfast.parallel.plan.shadow_placement import assign_shadows
+from holdfast.parallel.schedules import placement
+
+_WORTH = 0.05
+"""Layers move when the slowest stage becomes faster by more than this share of its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """The ranks that may have places in the next plan."""
+
+    ranks: tuple[int, ...]
+    node_of: Mapping[int, str]
+    fresh: frozenset[int] = field(default=frozenset())
+    """Those that hold no state yet."""
+
+
+def replan(
+    plan: Plan,
+    roster: Roster,
+    *,
+    generation: int,
+    redundancy: int = 0,
+    move_layers: bool = True,
+) -> Plan:
+    """The plan of the next generation, in which everybody has its place at once; see joining.py.
+
+    Args:
+        redundancy: shadows per block.
+        move_layers: whether layers may move between stages that are all still held.
+    Raises:
+        ConfigError: too few ranks for a single cell.
+    """
+    cells = _cells(plan, roster)
+    if cells.pipeline == plan.cells.pipeline:
+        placed, chunk_layers = plan.placement, plan.chunk_layers
+        if move_layers and plan.virtual == 1:
+            chunk_layers = _moved_layers(plan, cells)
+    else:
+        placed = placement(plan.schedule, cells.pipeline, plan.virtual)
+        chunk_layers = _even_chunks(plan, placed, cells)
+    rows = split_micro_batches(
+        sum(map(len, plan.micro_batches)), cells.widest, plan.micro_batch_order
+    )
+    changed = replace(
+        plan,
+        generation=generation,
+        cells=cells,
+        placement=placed,
+        chunk_layers=chunk_layers,
+        micro_batches=rows,
+        shares=stage_shares(cells, rows),
+        given_owners=None,
+        shadows=(),
+        arriving=(),
+        _cache={"blocks": plan.blocks},
+    )
+    owners = _owners(plan, changed, roster)
+    changed = replace(changed, given_owners=owners, _cache=changed._cache)
+    return with_shadows(changed, roster, redundancy, previous=plan)
+
+
+def would_move_layers(plan: Plan) -> bool:
+    """Whether moving layers between stages is worth it, though ranks stay as they are."""
+    return plan.virtual == 1 and _moved_layers(plan, plan.cells) != plan.chunk_layers
+
+
+def with_shadows(
+    plan: Plan, roster: Roster, redundancy: int, *, previous: Plan | None = None
+) -> Plan:
+    """The plan with shadows for all its blocks; those of a plan before stay where they can."""
+    if not redundancy:
+        return plan
+    before = previous.shadows if previous is not None else ()
+    with_state = frozenset(plan.cells.ranks) - roster.fresh
+    load: dict[int, int] = {}
+    found = tuple(
+        assign_shadows(
+            [block.elements for block in blocks],
+            plan.owners[index],
+            plan.cells,
+            roster.node_of,
+            redundancy,
+            load=load,
+            previous=before[index] if before else None,
+            with_state=with_state,
+        )
+        for index, blocks in enumerate(plan.blocks)
+    )
+    return replace(plan, shadows=found, _cache=plan._cache)
+
+
+def _cells(plan: Plan, roster: Roster) -> Cells:
+    """Who stands where: whole cells stay, new ones go to the stages with the fewest."""
+    old, size = plan.cells, plan.cells.tensor
+    present = set(roster.ranks)
+    kept = [[cell for cell in stage if present.issuperset(cell)] for stage in old.stages]
+    pool = present - {rank for stage in kept for cell in stage for rank in cell}
+    formed, spares = _formed(pool, size, plan, roster)
+    count = sum(map(len, kept)) + len(formed)
+    if not count:
+        raise ConfigError(
+            f"{len(present)} ranks are left, fewer than parallel.tensor = {size} of them that make up one "
+            "stage; bring ranks back"
+        )
+    pipeline = min(plan.home.pipeline, count)
+    if pipeline != old.pipeline:
+        ordered = [cell for stage in kept for cell in stage] + formed
+        edges = [k * count // pipeline for k in range(pipeline + 1)]
+        kept = [ordered[a:b] for a, b in pairwise(edges)]
+    else:
+        for cell in formed:
+            _place(cell, kept, plan)
+        _level(kept)
+    limit = sum(map(len, plan.micro_batches))
+    idle = [rank for stage in kept for cell in stage[limit:] for rank in cell]
+    stages = tuple(tuple(stage[:limit]) for stage in kept)
+    return Cells(stages, tuple(sorted((*spares, *idle))))
+
+
+def _formed(pool: set[int], size: int, plan: Plan, roster: Roster) -> tuple[list[Cell], list[int]]:
+    """New cells from ranks without one, and who is left over."""
+    cells: list[Cell] = []
+    left = set(pool)
+    for first in sorted(rank for rank in pool if rank % size == 0):
+        home = tuple(range(first, first + size))
+        if left.issuperset(home):
+            cells.append(home)
+            left.difference_update(home)
+    rest = sorted(left, key=lambda rank: (roster.node_of[rank], rank))
+    whole = len(rest) - len(rest) % size
+    for start in range(0, whole, size):
+        group = rest[start : start + size]
+        cells.append(tuple(sorted(group, key=lambda r: (plan.cells.tensor_index(r), r))))
+    return cells, rest[whole:]
+
+
+def _place(cell: Cell, stages: list[list[Cell]], plan: Plan) -> None:
+    """Give a cell to the stage with the fewest, its home among equals; at its home place if it can."""
+    home = plan.home.coordinates(cell[0]).pipeline if cell[0] < plan.home.size else -1
+    stage = min(range(len(stages)), key=lambda s: (len(stages[s]), s != home, s))
+    stages[stage].append(cell)
+    stages[stage].sort()
+
+
+def _level(stages: list[list[Cell]]) -> None:
+    """Move cells from stages with many to stages with few, until they differ by one at most."""
+    while True:
+        most = max(range(len(stages)), key=lambda s: (len(stages[s]), s))
+        fewest = min(range(len(stages)), key=lambda s: (len(stages[s]), s))
+        if len(stages[most]) - len(stages[fewest]) < 2:
+            return
+        stages[fewest].append(stages[most].pop())
+
+
+def stage_shares(cells: Cells, rows: Sequence[tuple[int, ...]]) -> Shares | None:
+    """Which micro-batches each cell computes; None when every stage has as many cells as there are rows."""
+    if all(cells.replicas(stage) == len(rows) for stage in range(cells.pipeline)):
+        return None
+    return tuple(_stage_shares(cells.replicas(s), rows) for s in range(cells.pipeline))
+
+
+def _stage_shares(replicas: int, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Each cell keeps its own row; those of rows without a cell are dealt out, so that counts are even."""
+    shares = [list(row) for row in rows[:replicas]]
+    rest = sorted((place, number) for row in rows[replicas:] for place, number in enumerate(row))
+    for _, number in rest:
+        min(shares, key=len).append(number)
+    return tuple(map(tuple, shares))
+
+
+def _stage_weights(plan: Plan) -> list[float]:
+    return [float(layer.forward_flops) for layer in plan.layers]
+
+
+def _moved_layers(plan: Plan, cells: Cells) -> tuple[tuple[int, int], ...]:
+    """The layers of each stage: as they are, or in balance if that is worth moving them."""
+    weights = _stage_weights(plan)
+    capacity = [cells.replicas(stage) for stage in plan.placement]
+    if min(capacity) == max(capacity) and _is_home(plan, cells):
+        return plan.home_layers
+    best = minimax_partition(weights, capacity)
+    current = _slowest(weights, plan.chunk_layers, capacity)
+    if _slowest(weights, best, capacity) < (1 - _WORTH) * current:
+        return best
+    return plan.chunk_layers
+
+
+def _is_home(plan: Plan, cells: Cells) -> bool:
+    return cells.pipeline == plan.home.pipeline
+
+
+def _even_chunks(plan: Plan, placed: Sequence[int], cells: Cells) -> tuple[tuple[int, int], ...]:
+    """The layers of each chunk when the number of stages changes."""
+    if cells.pipeline == plan.home.pipeline:
+        return plan.home_layers
+    if len(placed) == 1:
+        return ((0, len(plan.layers)),)
+    capacity = [cells.replicas(stage) for stage in placed]
+    return minimax_partition(_stage_weights(plan), capacity)
+
+
+def _slowest(
+    weights: Sequence[float], parts: Sequence[tuple[int, int]], capacity: Sequence[int]
+) -> float:
+    return max(sum(weights[a:b]) / cells for (a, b), cells in zip(parts, capacity, strict=True))
+
+
+def minimax_partition(
+    weights: Sequence[float], capacity: Sequence[float]
+) -> tuple[tuple[int, int], ...]:
+    """Contiguous parts, one per capacity, each with an item, whose largest weight / capacity is least.
+
+    Dynamic programming over prefix sums: items squared times parts.
+    """
+    count, parts = len(weights), len(capacity)
+    if parts > count:
+        raise ConfigError(f"{count} layers cannot be split over {parts} chunks; use fewer stages")
+    sums = list(accumulate(weights, initial=0.0))
+    best = [0.0] + [inf] * count
+    cuts: list[list[int]] = []
+    for part in range(parts):
+        row, cut = [inf] * (count + 1), [0] * (count + 1)
+        for stop in range(part + 1, count - (parts - part - 1) + 1):
+            for start in range(stop - 1, part - 1, -1):
+                own = (sums[stop] - sums[start]) / capacity[part]
+                if own >= row[stop]:
+                    break
+                slowest = max(best[start], own)
+                if slowest < row[stop]:
+                    row[stop], cut[stop] = slowest, start
+        best = row
+        cuts.append(cut)
+    edges = [count]
+    for cut in reversed(cuts):
+        edges.append(cut[edges[-1]])
+    return tuple(pairwise(reversed(edges)))
+
+
+def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...], ...]:
+    """Owners move only where they have gone, or no longer hold the layer."""
+    staying = set(after.cells.ranks) - roster.fresh
+    touched = _touched_stages(before, after, roster)
+    stages = [after.placement[after.chunk_of_layer(k)] for k in range(len(after.layers))]
+    found = []
+    for index, blocks in enumerate(after.blocks):
+        owners = list(before.owners[index])
+        places = [place for place, b in enumerate(blocks) if stages[b.layer] in touched]
+        chosen = assign_owners(
+            [blocks[place].elements for place in places],
+            [after.holders_of_layer(index, blocks[place].layer) for place in places],
+            [owners[place] if owners[place] in staying else None for place in places],
+        )
+        for place, owner in zip(places, chosen, strict=True):
+            owners[place] = owner
+        found.append(tuple(owners))
+    return tuple(found)
+
+
+def _touched_stages(before: Plan, after: Plan, roster: Roster) -> set[int]:
+    """The stages whose cells or layers are not those of before, or where somebody has no state."""
+    pipeline = after.cells.pipeline
+    if (before.placement, before.chunk_layers) != (after.placement, after.chunk_layers):
+        return set(range(pipeline))
+    return {
+        stage
+        for stage in range(pipeline)
+        if before.cells.stages[stage] != after.cells.stages[stage]
+        or any(not roster.fresh.isdisjoint(cell) for cell in after.cells.stages[stage])
+    }

@@ -1,0 +1,67 @@
+"""Plans as JSON values: how a rank that joins, or a program beside the run, learns the plan in force. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from holdfast.parallel.layout import Cells
+from holdfast.parallel.plan.initial import split_micro_batches
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.replan import stage_shares
+
+
+def plan_to_data(plan: Plan) -> dict[str, Any]:
+    """What distinguishes a plan from the first plan of its configuration."""
+    return {
+        "generation": plan.generation,
+        "stages": plan.cells.stages,
+        "spares": plan.cells.spares,
+        "placement": plan.placement,
+        "chunk_layers": plan.chunk_layers,
+        "owners": [_runs(owners) for owners in plan.owners],
+        "shadows": [_runs(shadows) for shadows in plan.shadows],
+        "arriving": [_runs(ranks) for ranks in plan.arriving],
+    }
+
+
+def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
+    """The plan that `plan_to_data` described.
+
+    Args:
+        first: of the same configuration.
+    """
+    cells = Cells(
+        tuple(tuple(tuple(cell) for cell in stage) for stage in data["stages"]),
+        tuple(data["spares"]),
+    )
+    rows = split_micro_batches(
+        sum(map(len, first.micro_batches)), cells.widest, first.micro_batch_order
+    )
+    return replace(
+        first,
+        generation=data["generation"],
+        cells=cells,
+        placement=tuple(data["placement"]),
+        chunk_layers=tuple((a, b) for a, b in data["chunk_layers"]),
+        micro_batches=rows,
+        shares=stage_shares(cells, rows),
+        given_owners=tuple(tuple(_repeated(runs)) for runs in data["owners"]),
+        shadows=_followers(data["shadows"]),
+        arriving=_followers(data["arriving"]),
+        _cache={},
+    )
+
+
+def _followers(data: Sequence[Sequence[Sequence[Any]]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(tuple(tuple(ranks) for ranks in _repeated(runs)) for runs in data)
+
+
+def _runs(values: Sequence[Any]) -> list[list[Any]]:
+    return [[value, len(list(same))] for value, same in groupby(values)]
+
+
+def _repeated(runs: Sequence[Sequence[Any]]) -> list[Any]:
+    return [value for value, count in runs for _ in range(count)]

@@ -1,0 +1,106 @@
+"""Which ranks keep copies of which blocks: outside the owner's node and, where they can, its groups. Pure.
+
+A copy outside all groups of its owner survives what takes a whole group (a node, a switch, a cell), as in
+ByteRobust (2025). Needs no torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence, Set
+from itertools import islice
+
+from holdfast.parallel.layout import Cells
+
+_CONSIDERED = 128
+"""Ranks looked at for one owner: all of a small run, and enough of a large one to find a good one."""
+_ENOUGH = 16
+"""Ranks without a flaw after which no more are looked at."""
+
+Shadows = tuple[tuple[int, ...], ...]
+"""The shadows of each block, by place among the blocks of its tensor-parallel index."""
+
+
+def assign_shadows(
+    sizes: Sequence[int],
+    owners: Sequence[int],
+    cells: Cells,
+    node_of: Mapping[int, str],
+    redundancy: int,
+    *,
+    load: dict[int, int],
+    previous: Sequence[tuple[int, ...]] | None = None,
+    with_state: Set[int] = frozenset(),
+) -> Shadows:
+    """The shadows of every block of one tensor-parallel index.
+
+    Shadows of before stay where they still serve; for the rest the least loaded of the best places is
+    taken. On a single node shadows lie with another rank of it; a rank that is alone has none.
+
+    Args:
+        owners: the owner of each block.
+        node_of: the failure domain of each rank.
+        redundancy: shadows per block.
+        load: elements that each rank shadows already; added to.
+        previous: shadows of each block before; only those in `with_state` still have a copy.
+    """
+    found: list[tuple[int, ...]] = []
+    ranked: dict[int, list[tuple[int, int]]] = {}
+    for block, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
+        before = previous[block] if previous is not None else ()
+        kept = [r for r in before if r in with_state and node_of[r] != node_of[owner]][:redundancy]
+        if len(kept) < redundancy:
+            if owner not in ranked:
+                ranked[owner] = _places(owner, cells, node_of)
+            good = _acceptable(ranked[owner], redundancy)
+            kept = [r for r in before if r in with_state and r in good][:redundancy]
+        for rank in kept:
+            load[rank] = load.get(rank, 0) + size
+        while len(kept) < redundancy:
+            nodes = {node_of[rank] for rank in kept}
+            choice = min(
+                (
+                    (penalty, node_of[rank] in nodes, load.get(rank, 0), order, rank)
+                    for order, (penalty, rank) in enumerate(ranked[owner])
+                    if rank not in kept
+                ),
+                default=None,
+            )
+            if choice is None:
+                break
+            rank = choice[-1]
+            kept.append(rank)
+            load[rank] = load.get(rank, 0) + size
+        found.append(tuple(kept))
+    return tuple(found)
+
+
+def _acceptable(places: Sequence[tuple[int, int]], redundancy: int) -> set[int]:
+    """The ranks on other nodes; all where too few are."""
+    elsewhere = {rank for penalty, rank in places if penalty < _SAME_NODE}
+    return elsewhere if len(elsewhere) >= redundancy else {rank for _, rank in places}
+
+
+_SAME_NODE = 8
+
+
+def _places(owner: int, cells: Cells, node_of: Mapping[int, str]) -> list[tuple[int, int]]:
+    """(how bad, rank): other nodes first, then outside the owner's cell, stage and replica."""
+    ranks = cells.ranks
+    at = cells.find(owner)
+    begin = bisect_left(ranks, owner) + max(1, len(ranks) // 2)
+    turned = (ranks[(begin + k) % len(ranks)] for k in range(len(ranks)))
+    found: list[tuple[int, int]] = []
+    flawless = 0
+    for rank in islice((r for r in turned if r != owner), _CONSIDERED):
+        penalty = _SAME_NODE if node_of[rank] == node_of[owner] else 0
+        other = cells.find(rank)
+        if at is not None and other is not None:
+            same_cell = (other.data, other.pipeline) == (at.data, at.pipeline)
+            penalty += 4 * same_cell + 2 * (other.pipeline == at.pipeline)
+            penalty += other.data == at.data
+        found.append((penalty, rank))
+        flawless += penalty == 0
+        if flawless == _ENOUGH:
+            break
+    return found

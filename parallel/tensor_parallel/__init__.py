@@ -1,0 +1,8 @@
+"""Operators, linear layers and vocabulary of tensor-parallel groups.
+
+May import parallel.comm and layout.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

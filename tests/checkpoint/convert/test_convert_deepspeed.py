@@ -1,0 +1,279 @@
+"""What DeepSpeed trains with ZeRO 1, 2 and 3 is converted bit for bit, and DeepSpeed goes on from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from holdfast.checkpoint import load
+from holdfast.checkpoint.convert.work.job import Converted, convert
+from holdfast.checkpoint.convert.work.request import Conversion
+from holdfast.checkpoint.format.directory import read_manifest
+from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
+from holdfast.checkpoint.tools.verify import verify_checkpoint
+from holdfast.parallel.errors import CheckpointError
+from support.foreign.deepspeed_jobs import consolidated
+from support.processes.cluster import Cluster
+from support.runs.small_runs import make_config, world_size_of
+
+pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.mp, pytest.mark.slow]
+
+TAG = "global_step3"
+CASES = [(1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
+
+OWN_TOO = [(1, "bf16"), (3, "bf16")]
+"""Where what DeepSpeed's own converter makes is tried beside ours."""
+
+
+def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
+    found = convert(Conversion(source, target, to, **keys))
+    assert found is not None
+    return found
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    manifest = read_manifest(folder)
+    found = {
+        name: torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        for name, entry in manifest.tensors.items()
+    }
+    load(folder, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[Any, tuple[Path, list[float]]]:
+    """By (stage, precision): where 2 ranks saved after 3 of 6 steps, and all losses."""
+    root = tmp_path_factory.mktemp("deepspeed")
+    cases = [
+        {
+            "stage": stage,
+            "precision": precision,
+            "steps": 6,
+            "save_at": 3,
+            "folder": str(root / f"{precision}-{stage}"),
+        }
+        for stage, precision in CASES
+    ]
+    pool = Cluster(2)
+    try:
+        results = pool.run(
+            "support.foreign.deepspeed_jobs:run_deepspeed", 2, cases=cases, timeout_s=110
+        )[0]
+    finally:
+        pool.close()
+    return {
+        case: (Path(given["folder"]), result["losses"])
+        for case, given, result in zip(CASES, cases, results, strict=True)
+    }
+
+
+def test_every_weight_equals_deepspeeds_own_consolidation(
+    tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
+) -> None:
+    for (stage, precision), (folder, _) in trained.items():
+        out = tmp_path / f"{precision}-{stage}"
+        done = converted(folder, out, "holdfast")
+        assert (done.source_format, done.step) == ("deepspeed", 3)
+        assert verify_checkpoint(out) == []
+        assert read_manifest(out).scalars["optimizer_step"] == 3
+        found = tensors_of(out)
+        own = consolidated(folder, TAG)
+        prefix = "master." if precision == "bf16" else ""
+        for name, value in own.items():
+            ours = found[name if name == "scale" else prefix + name]
+            assert torch.equal(ours, value.reshape(ours.shape)), (stage, precision, name)
+            if precision == "bf16" and name != "scale":
+                assert torch.equal(found[name], value.to(torch.bfloat16))
+        assert sum(name.startswith("exp_avg_sq.") for name in found) == len(own) - 1
+
+
+def make_universal(source: Path, target: Path) -> Path:
+    """What DeepSpeed's own converter makes of a checkpoint."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(
+        [*command, "--inject_missing_state"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def own_universal(
+    trained: dict[Any, tuple[Path, list[float]]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Path]:
+    """By case: DeepSpeed's own universal checkpoint."""
+    root = tmp_path_factory.mktemp("universal")
+    return {
+        case: make_universal(trained[case][0] / TAG, root / f"own-{case[0]}-{case[1]}")
+        for case in OWN_TOO
+    }
+
+
+def test_tensor_parallel_ranks_are_put_together_as_deepspeed_does(tmp_path: Path) -> None:
+    stages = [1, 3]
+    pool = Cluster(4)
+    try:
+        pool.run(
+            "support.foreign.deepspeed_jobs:run_tensor_parallel",
+            4,
+            stages=stages,
+            root=str(tmp_path),
+        )
+    finally:
+        pool.close()
+    for stage in stages:
+        place = tmp_path / f"tensor-{stage}"
+        own = make_universal(place / "global_step2", place / "own")
+        converted(place, tmp_path / f"a-{stage}", "holdfast", source_format="deepspeed")
+        converted(own, tmp_path / f"b-{stage}", "holdfast")
+        ours, theirs = tensors_of(tmp_path / f"a-{stage}"), tensors_of(tmp_path / f"b-{stage}")
+        assert ours["model.layers.0.self_attn.o_proj.weight"].shape == (32, 32)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_deepspeed_goes_on_from_ours_on_another_number_of_ranks(
+    tmp_path: Path,
+    trained: dict[Any, tuple[Path, list[float]]],
+    own_universal: dict[Any, Path],
+) -> None:
+    cases: list[dict[str, Any]] = []
+    for (stage, precision), (folder, _) in trained.items():
+        place = tmp_path / f"{precision}-{stage}"
+        common = {"stage": stage, "precision": precision, "steps": 6}
+        converted(folder, place / "ours", "holdfast")
+        converted(place / "ours", place / "through", "deepspeed-universal")
+        cases.append({**common, "load": (str(place), "through")})
+        if (stage, precision) in OWN_TOO:
+            # Right after ours: DeepSpeed changes torch's functions for whatever comes later.
+            own = own_universal[stage, precision]
+            cases.append({**common, "load": (str(own.parent), own.name)})
+    pool = Cluster(3)
+    try:
+        results = pool.run(
+            "support.foreign.deepspeed_jobs:run_deepspeed", 3, cases=cases, timeout_s=110
+        )[0]
+    finally:
+        pool.close()
+    before: list[float] = []
+    for case, result in zip(cases, results, strict=True):
+        assert result["first"] == 3
+        if case["load"][1] == "own":
+            assert result["losses"] == before
+        # Three ranks add gradients in another order than two.
+        _, losses = trained[case["stage"], case["precision"]]
+        torch.testing.assert_close(
+            torch.tensor(result["losses"]),
+            torch.tensor(losses[3:]),
+            rtol=1e-5 if case["precision"] == "fp32" else 3e-2,
+            atol=0,
+        )
+        before = result["losses"]
+
+
+def test_the_same_number_of_ranks_gives_the_same_bits(
+    tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
+) -> None:
+    cases: list[dict[str, Any]] = []
+    for (stage, precision), (folder, _) in trained.items():
+        converted(folder / TAG, tmp_path / f"{precision}-{stage}", "deepspeed-universal")
+        load_from = (str(tmp_path), f"{precision}-{stage}")
+        cases.append({"stage": stage, "precision": precision, "steps": 6, "load": load_from})
+    pool = Cluster(2)
+    try:
+        results = pool.run(
+            "support.foreign.deepspeed_jobs:run_deepspeed", 2, cases=cases, timeout_s=110
+        )[0]
+    finally:
+        pool.close()
+    for result, (_, losses) in zip(results, trained.values(), strict=True):
+        assert result["losses"] == losses[3:]
+
+
+def test_universal_checkpoints_of_deepspeed_are_read(
+    tmp_path: Path,
+    trained: dict[Any, tuple[Path, list[float]]],
+    own_universal: dict[Any, Path],
+) -> None:
+    for (stage, precision), own in own_universal.items():
+        folder, _ = trained[stage, precision]
+        done = converted(own, tmp_path / f"a-{stage}", "holdfast")
+        assert done.source_format == "deepspeed-universal"
+        converted(folder, tmp_path / f"b-{stage}", "holdfast")
+        a, b = tensors_of(tmp_path / f"a-{stage}"), tensors_of(tmp_path / f"b-{stage}")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_of_ours_goes_to_universal_and_back(cluster: Cluster, tmp_path: Path) -> None:
+    config = make_config(
+        train={"steps": 2, "precision": "bf16"}, checkpoint={"every": 2}, parallel={"data": 2}
+    )
+    cluster.run(
+        "support.runs.small_runs:train_in",
+        world_size_of(config),
+        config=msgspec.to_builtins(config),
+        root=str(tmp_path / "run"),
+    )
+    converted(tmp_path / "run", tmp_path / "universal", "deepspeed-universal")
+    converted(tmp_path / "universal", tmp_path / "back", "holdfast")
+    first = tensors_of(tmp_path / "run/checkpoints/step-00000002")
+    again = tensors_of(tmp_path / "back")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    manifest = read_manifest(tmp_path / "back")
+    assert (manifest.step, manifest.scalars["optimizer_step"]) == (2, 2)
+
+
+class Malicious:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_what_is_missing_truncated_or_malicious_is_named(
+    tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
+) -> None:
+    folder, _ = trained[1, "bf16"]
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(folder / TAG, tmp_path / name))
+
+    partition = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    missing = copy("missing")
+    (missing / partition).unlink()
+    with pytest.raises(
+        CheckpointError, match="data-parallel rank 1, tensor-parallel rank 0; it was saved by 2 x 1"
+    ):
+        converted(missing, tmp_path / "out", "holdfast")
+    short = copy("short")
+    (short / partition).write_bytes((short / partition).read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match=f"{partition} is truncated or damaged"):
+        converted(short, tmp_path / "out", "holdfast")
+    evil = copy("evil")
+    marker = tmp_path / "executed"
+    torch.save({"module": Malicious(f"touch {marker}")}, evil / "mp_rank_00_model_states.pt")
+    with pytest.raises(
+        CheckpointError, match=r"refused: its pickle asks for (posix|nt|os)\.system"
+    ):
+        converted(evil, tmp_path / "out", "holdfast")
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()

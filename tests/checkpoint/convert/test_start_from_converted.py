@@ -1,0 +1,157 @@
+"""Training begins from converted weights: in 16 bits, elastic, with the same command after an end, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from holdfast.checkpoint import load
+from holdfast.checkpoint.convert.work.job import convert
+from holdfast.checkpoint.convert.work.request import Conversion
+from holdfast.checkpoint.format.directory import read_manifest
+from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config.loading import RunConfig, dump_toml
+from holdfast.trainer.run.resume import find_resume
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import Starter, fault
+from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
+
+MODEL = {"layers": 2, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(
+        vocab_size=67,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    transformers.LlamaForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
+def converted(source: Path, target: Path, dtype: str = "") -> Path:
+    assert convert(Conversion(source, target, "holdfast", dtype=dtype)) is not None
+    return target
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = {
+        name: torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        for name, entry in read_manifest(folder).tensors.items()
+    }
+    load(folder, found)
+    return found
+
+
+def train(cluster: Cluster, config: RunConfig, root: Path, start: Path) -> None:
+    cluster.run(
+        "support.runs.small_runs:train_in",
+        world_size_of(config),
+        config=msgspec.to_builtins(config),
+        root=str(root),
+        resume=str(start),
+    )
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_begins_with_the_converted_weights_and_the_same_command_goes_on(
+    cluster: Cluster, tmp_path: Path, hugging_face: Path, precision: str
+) -> None:
+    dtype = {"fp32": "F32", "bf16": "BF16"}[precision]
+    start = converted(hugging_face, tmp_path / "start", dtype)
+    sections: dict[str, Any] = {
+        "model": MODEL,
+        # Moments are made, and weights stay.
+        "optimizer": {"lr": 0.0, "min_lr": 0.0},
+        "checkpoint": {"every": 1},
+        "parallel": {"data": 2},
+    }
+    train(
+        cluster,
+        make_config(train={"steps": 1, "precision": precision}, **sections),
+        tmp_path / "run",
+        start,
+    )
+    weights = tensors_of(start)
+    found = tensors_of(tmp_path / "run/checkpoints/step-00000001")
+    for name, value in weights.items():
+        assert torch.equal(found[name], value), name
+        assert found[f"exp_avg.{name}"].any()
+        if precision == "bf16":
+            assert torch.equal(found[f"master.{name}"], value.float())
+    [note] = events_of(tmp_path / "run", "resume_note")
+    assert note["message"].startswith(f"starts from the weights of {start}, converted: 21 tensors")
+    longer = make_config(train={"steps": 2, "precision": precision}, **sections)
+    train(cluster, longer, tmp_path / "run", start)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+    notes = [event["message"] for event in events_of(tmp_path / "run", "resume_note")]
+    assert any("has checkpoints of its own" in note for note in notes)
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+def test_an_elastic_run_that_loses_all_before_its_first_checkpoint_begins_with_them_again(
+    cluster: Cluster, tmp_path: Path, hugging_face: Path
+) -> None:
+    start = converted(hugging_face, tmp_path / "start", "BF16")
+    sections: dict[str, Any] = {
+        "model": MODEL,
+        "train": {"steps": 4, "precision": "bf16"},
+        "parallel": {"data": 2},
+        "log": {"tensorboard": False},
+    }
+    train(cluster, make_config(**sections), tmp_path / "calm", start)
+    faults = [fault("kill", rank, 2, "backward") for rank in (0, 1)]
+    elastic = {"enabled": True, "local_nodes": 2, "chaos": faults}
+    (tmp_path / "run.toml").write_text(dump_toml(make_config(elastic=elastic, **sections)))
+    starter = Starter(tmp_path)
+    try:
+        run = starter.start(tmp_path / "run.toml", "run", "--resume", str(start))
+        assert run.finish() == 0, run.output()
+        assert len(run.events("fault_injected")) == 2
+        expected = metrics_of(tmp_path / "calm")
+        assert [s["loss_hex"] for s in run.steps()] == [s["loss_hex"] for s in expected]
+    finally:
+        starter.close()
+
+
+def test_what_does_not_fit_is_said_before_a_worker_starts(
+    tmp_path: Path, hugging_face: Path
+) -> None:
+    start = converted(hugging_face, tmp_path / "start")
+
+    def wanted(allow_change: bool = False, **sections: dict[str, Any]) -> tuple[str, ...]:
+        config = make_config(**{"model": MODEL, **sections})
+        return find_resume(tmp_path / "run", config, str(start), allow_change=allow_change).notes
+
+    [note] = wanted()
+    assert note.endswith("21 tensors F32, step 0, no moments")
+    with pytest.raises(ConfigError, match=r"is F32, and train\.precision = 'bf16' needs BF16"):
+        wanted(train={"precision": "bf16"})
+    with pytest.raises(ConfigError, match=r"model\.layers = 6 \(its config\.json has 2\)"):
+        wanted(model={})
+    described = json.loads((start / "config.json").read_text())
+    shutil.copytree(start, tmp_path / "other")
+    described["rope_parameters"] = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+    (start / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"rope_theta = 10000\.0 .*500000.*rope scaling"):
+        wanted()
+    assert len(wanted(allow_change=True)) == 3

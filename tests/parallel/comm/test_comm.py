@@ -1,0 +1,106 @@
+"""Communicators over real processes: what arrives is what numpy computes from what was sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
+from holdfast.parallel.errors import PeerLost
+from support.processes.cluster import Cluster, WorkerFailed
+
+
+def _group(rank: int, world_size: int, store: Any, timeout_s: float = 30.0) -> GlooCommunicator:
+    device = gloo_device("127.0.0.1")
+    return GlooCommunicator(
+        store, "world", range(world_size), rank, device=device, timeout_s=timeout_s
+    )
+
+
+def _values(rank: int, elements: int) -> torch.Tensor:
+    return torch.arange(elements, dtype=torch.float32) * (rank + 1)
+
+
+def collectives(rank: int, world_size: int, store: Any) -> dict[str, Any]:
+    comm = _group(rank, world_size, store)
+    summed = _values(rank, 5)
+    comm.all_reduce(summed).wait()
+    largest = _values(rank, 5)
+    comm.all_reduce(largest, "max").wait()
+    gathered = [torch.empty(m + 1) for m in range(world_size)]
+    comm.all_gather(gathered, _values(rank, rank + 1)).wait()
+    scattered = torch.empty(rank + 2)
+    comm.reduce_scatter(scattered, [_values(rank, m + 2) for m in range(world_size)]).wait()
+    exchanged = [torch.empty(1) for _ in range(world_size)]
+    comm.all_to_all(exchanged, [torch.tensor([10.0 * rank + m]) for m in range(world_size)]).wait()
+    comm.barrier()
+    return {
+        "summed": summed.tolist(),
+        "largest": largest.tolist(),
+        "gathered": [part.tolist() for part in gathered],
+        "scattered": scattered.tolist(),
+        "exchanged": [part.item() for part in exchanged],
+    }
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_collectives_give_what_they_promise(cluster: Cluster, world_size: int) -> None:
+    total = sum(range(1, world_size + 1))
+    for rank, result in enumerate(cluster.run("test_comm:collectives", world_size)):
+        assert result["summed"] == [i * total for i in range(5)]
+        assert result["largest"] == [float(i * world_size) for i in range(5)]
+        assert result["gathered"] == [
+            [i * (m + 1.0) for i in range(m + 1)] for m in range(world_size)
+        ]
+        assert result["scattered"] == [float(i * total) for i in range(rank + 2)]
+        assert result["exchanged"] == [10.0 * m + rank for m in range(world_size)]
+
+
+def tagged_messages(rank: int, world_size: int, store: Any) -> list[float]:
+    comm = _group(rank, world_size, store)
+    peer = 1 - rank
+    sends = [comm.send(torch.tensor([float(tag)]), peer, tag) for tag in (3, 1, 2)]
+    received = [torch.empty(1) for _ in range(3)]
+    handles = [comm.receive(received[tag - 1], peer, tag) for tag in (1, 2, 3)]
+    for handle in (*handles, *sends):
+        handle.wait()
+    return [value.item() for value in received]
+
+
+@pytest.mark.mp
+def test_messages_are_matched_by_tag_not_by_order(cluster: Cluster) -> None:
+    assert cluster.run("test_comm:tagged_messages", 2) == [[1.0, 2.0, 3.0]] * 2
+
+
+def wait_for_silent_peer(rank: int, world_size: int, store: Any) -> str:
+    comm = _group(rank, world_size, store, timeout_s=1.0)
+    if rank == 1:
+        store.wait(["given up"])
+        return ""
+    try:
+        comm.receive(torch.empty(1), 1, 5).wait()
+    except PeerLost as error:
+        return str(error)
+    finally:
+        store.set("given up", "1")
+    return "arrived"
+
+
+@pytest.mark.mp
+def test_a_silent_peer_is_named(cluster: Cluster) -> None:
+    message = cluster.run("test_comm:wait_for_silent_peer", 2)[0]
+    assert "receive with rank 1 in group world" in message
+
+
+def failing(rank: int, world_size: int, store: Any) -> None:
+    if rank == 1:
+        raise ValueError("on purpose")
+
+
+@pytest.mark.mp
+def test_a_failing_rank_fails_the_test(cluster: Cluster) -> None:
+    with pytest.raises(WorkerFailed, match="on purpose"):
+        cluster.run("test_comm:failing", 2)

@@ -1,0 +1,184 @@
+"""Gradient accumulation: integers that no order changes, one path for every device, loud on overflow."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import Tensor, nn
+
+from holdfast.parallel.layout.boxes import Box
+from holdfast.parallel.layout.parameters import Initial, ParameterSpec
+from holdfast.parallel.optimizer.accumulator import (
+    NONFINITE,
+    OUT_OF_RANGE,
+    GradientAccumulator,
+    add_integers,
+    fixed_point,
+)
+from holdfast.parallel.optimizer.parameter_buffer import ALIGNMENT_ELEMENTS, FlatParameters
+
+BITS = 44
+
+
+def flat_of(*parameters: nn.Parameter) -> FlatParameters:
+    rows = []
+    for number, parameter in enumerate(parameters):
+        shape = tuple(parameter.shape)
+        spec = ParameterSpec(
+            name=f"p{number}",
+            shape=shape,
+            box=Box.whole(shape),
+            local=f"p{number}",
+            local_row=0,
+            initial=Initial("constant", 0.0),
+            decay=False,
+            tensor_copies=(0,),
+        )
+        rows.append((number, spec, parameter))
+    return FlatParameters(rows)
+
+
+def accumulator_of(
+    parameter: nn.Parameter, *, exact: bool = True
+) -> tuple[GradientAccumulator, FlatParameters]:
+    flat = flat_of(parameter)
+    return GradientAccumulator(flat, exact=exact, fraction_bits=BITS), flat
+
+
+def random_values(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.exp(4 * torch.randn(shape, generator=generator))
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sums_are_the_integers_that_python_computes(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.zeros(5, 7, dtype=dtype))
+    accumulator, flat = accumulator_of(parameter)
+    gradients = [random_values((5, 7), seed, dtype) for seed in range(6)]
+    for gradient in gradients:
+        accumulator.add(parameter, gradient)
+    expected = [0] * 35
+    for gradient in gradients:
+        for place, value in enumerate(gradient.flatten().tolist()):
+            expected[place] += round(math.ldexp(value, BITS))
+    assert accumulator.sums[slice(*flat.place(parameter))].tolist() == expected
+    assert accumulator.finish() == 0
+
+
+def test_order_does_not_matter() -> None:
+    gradients = [random_values((9, 4), seed, torch.float32) for seed in range(8)]
+    results = []
+    for order in (range(8), reversed(range(8)), random.Random(3).sample(range(8), 8)):
+        parameter = nn.Parameter(torch.zeros(9, 4))
+        accumulator, _ = accumulator_of(parameter)
+        for number in order:
+            accumulator.add(parameter, gradients[number])
+        results.append(accumulator.sums)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -3e-39, 2.0**-45, 3 * 2.0**-45, 127.9, -128.1, 524287.9, -524288.0]
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
+)
+def test_torch_operations_equal_the_kernel(values: list[float]) -> None:
+    gradient = torch.tensor(values + SPECIAL, dtype=torch.float32)
+    parameter = nn.Parameter(torch.zeros(gradient.numel()))
+    accumulator, flat = accumulator_of(parameter)
+    accumulator.add(parameter, gradient)
+    integers, flags = fixed_point(gradient, BITS)
+    assert torch.equal(accumulator.sums[slice(*flat.place(parameter))], integers)
+    assert accumulator.finish() == int(flags)
+
+
+@pytest.mark.parametrize(
+    ("value", "flag"),
+    [
+        (float("nan"), NONFINITE),
+        (float("inf"), NONFINITE),
+        (-float("inf"), NONFINITE),
+        (1e6, OUT_OF_RANGE),
+    ],
+)
+def test_what_cannot_be_represented_raises_a_flag(value: float, flag: int) -> None:
+    parameter = nn.Parameter(torch.zeros(200))
+    accumulator, _ = accumulator_of(parameter)
+    gradient = torch.zeros(200)
+    gradient[137] = value
+    accumulator.add(parameter, gradient)
+    assert accumulator.finish() == flag
+    assert int(fixed_point(gradient, BITS)[1]) == flag
+    accumulator.clear()
+    accumulator.add(parameter, torch.ones(200))
+    assert accumulator.finish() == 0
+
+
+def test_a_sum_that_overflows_raises_a_flag() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    accumulator, _ = accumulator_of(parameter)
+    for _ in range(2):
+        accumulator.add(parameter, torch.tensor([0.0, 300000.0, 0.0]))
+    assert accumulator.finish() == OUT_OF_RANGE
+    sums = torch.tensor([2**62, 5], dtype=torch.int64)
+    assert add_integers(sums, torch.tensor([2**62, -7], dtype=torch.int64)) == OUT_OF_RANGE
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_and_rows_add_what_autograd_computes(exact: bool, dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.zeros(6, 5, dtype=dtype))
+    accumulator, flat = accumulator_of(parameter, exact=exact)
+    expected = torch.zeros(6, 5, dtype=torch.float64)
+    for seed in range(3):
+        grad_output = torch.randn(11, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        value = torch.randn(11, 5, generator=torch.Generator().manual_seed(seed + 9)).to(dtype)
+        accumulator.add_matmul(parameter, grad_output, value)
+        expected += grad_output.double().T @ value.double()
+    rows = torch.tensor([4, 1])
+    part = torch.randn(2, 5, generator=torch.Generator().manual_seed(50)).to(dtype)
+    accumulator.add_rows(parameter, rows, part)
+    expected[rows] += part.double()
+    accumulator.finish()
+    sums = accumulator.sums[slice(*flat.place(parameter))].view(6, 5).double()
+    actual = sums * 2.0**-BITS if exact else sums
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_new_step_forgets_the_last(exact: bool) -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    accumulator, flat = accumulator_of(parameter, exact=exact)
+    accumulator.add(parameter, torch.full((4,), float("inf") if exact else 7.0))
+    accumulator.clear()
+    assert accumulator.finish() == 0
+    assert not accumulator.sums[slice(*flat.place(parameter))].any()
+
+
+def test_every_parameter_starts_at_a_cache_line() -> None:
+    parameters = [nn.Parameter(torch.randn(n)) for n in (3, 64, 65, 1)]
+    before = [parameter.detach().clone() for parameter in parameters]
+    flat = flat_of(*parameters)
+    for parameter, value in zip(parameters, before, strict=True):
+        assert parameter.data_ptr() % 64 == 0
+        assert flat.place(parameter)[0] % ALIGNMENT_ELEMENTS == 0
+        assert torch.equal(parameter, value)
+    flat.values.add_(1.0)
+    assert torch.equal(parameters[2], before[2] + 1.0)
+
+
+def test_ordinary_gradients_are_taken_and_freed() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    accumulator, flat = accumulator_of(parameter)
+    (parameter * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert parameter.grad is None
+    sums = accumulator.sums[slice(*flat.place(parameter))]
+    assert (sums.double() * 2.0**-BITS).tolist() == [1.0, 2.0, 3.0]

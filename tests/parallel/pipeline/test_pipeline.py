@@ -1,0 +1,142 @@
+"""The executor over real processes: what comes out is what the chain of chunks gives, for any schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
+from holdfast.parallel.pipeline.executor import Executor, MessageShape, message_tag, receive_order
+from holdfast.parallel.schedules.registry import (
+    Op,
+    Program,
+    compute_programs,
+    placement,
+    with_messages,
+)
+from support.processes.cluster import Cluster
+
+SCHEDULES = [
+    ("gpipe", 1),
+    ("gpipe", 2),
+    ("1f1b", 1),
+    ("interleaved-1f1b", 2),
+    ("interleaved-1f1b", 3),
+    ("zb-h1", 1),
+    ("zb-v", 2),
+]
+
+
+class AffineChunk:
+    """x -> 2 x + (chunk + 1) with its micro-batch in it; records every call."""
+
+    def __init__(self, chunk: int, chunks: int) -> None:
+        self.chunk, self.chunks = chunk, chunks
+        self.outputs: dict[int, float] = {}
+        self.gradients: dict[int, float] = {}
+        self.weights: list[int] = []
+
+    def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
+        base = torch.full((2, 2), float(micro_batch)) if self.chunk == 0 else value
+        assert base is not None
+        output = 2 * base + (self.chunk + 1)
+        self.outputs[micro_batch] = output[0, 0].item()
+        return None if self.chunk == self.chunks - 1 else output
+
+    def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        assert micro_batch in self.outputs
+        last = self.chunk == self.chunks - 1
+        gradient = torch.full((2, 2), 1.0 + micro_batch) if last else grad_output
+        assert gradient is not None
+        gradient = 2 * gradient
+        self.gradients[micro_batch] = gradient[0, 0].item()
+        return None if self.chunk == 0 else gradient
+
+    def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
+        gradient = self.backward_input(micro_batch, grad_output)
+        self.backward_weight(micro_batch)
+        return gradient
+
+    def backward_weight(self, micro_batch: int) -> None:
+        assert micro_batch in self.gradients
+        self.weights.append(micro_batch)
+
+
+def complete_programs(schedule: str, ranks: int, virtual: int, count: int) -> dict[int, Program]:
+    where = placement(schedule, ranks, virtual)
+    programs = dict(enumerate(compute_programs(schedule, ranks, virtual, count)))
+    return dict(with_messages(programs, lambda chunk, micro_batch: where[chunk]))
+
+
+def run_chain(
+    rank: int, world_size: int, store: Any, *, schedule: str, virtual: int, count: int, steps: int
+) -> dict[int, Any]:
+    comm = GlooCommunicator(
+        store, "w", range(world_size), rank, device=gloo_device("127.0.0.1"), timeout_s=30
+    )
+    programs = complete_programs(schedule, world_size, virtual, count)
+    where = placement(schedule, world_size, virtual)
+    total = world_size * virtual
+    chunks = {c: AffineChunk(c, total) for c, owner in enumerate(where) if owner == rank}
+    message = MessageShape((2, 2), torch.float32, torch.device("cpu"))
+    executor = Executor(chunks, total - 1, message, comm, count)
+    order = receive_order(programs[rank], programs, rank)
+    for _ in range(steps):
+        for chunk in chunks.values():
+            chunk.weights.clear()
+        times = executor.run(programs[rank], order)
+        assert len(times.actions) == len(programs[rank])
+    return {c: (k.outputs, k.gradients, sorted(k.weights)) for c, k in chunks.items()}
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+@pytest.mark.parametrize("count", [3, 8])
+def test_every_micro_batch_passes_every_chunk(
+    cluster: Cluster, schedule: str, virtual: int, ranks: int, count: int
+) -> None:
+    results = cluster.run(
+        "test_pipeline:run_chain", ranks, schedule=schedule, virtual=virtual, count=count, steps=2
+    )
+    seen = {chunk: values for result in results for chunk, values in result.items()}
+    total = ranks * virtual
+    assert sorted(seen) == list(range(total))
+    for micro_batch in range(count):
+        value = float(micro_batch)
+        for chunk in range(total):
+            value = 2 * value + (chunk + 1)
+            assert seen[chunk][0][micro_batch] == value
+            expected = (1.0 + micro_batch) * 2.0 ** (total - chunk)
+            assert seen[chunk][1][micro_batch] == expected
+    assert all(values[2] == list(range(count)) for values in seen.values())
+
+
+def test_tags_are_unique_within_a_step() -> None:
+    tags = {
+        message_tag(op, chunk, micro_batch, 7)
+        for op in (Op.RECEIVE_FORWARD, Op.RECEIVE_BACKWARD)
+        for chunk in range(5)
+        for micro_batch in range(7)
+    }
+    assert len(tags) == 2 * 5 * 7
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+def test_receive_order_follows_the_senders_program(schedule: str, virtual: int) -> None:
+    programs = complete_programs(schedule, 4, virtual, 8)
+    for rank, program in programs.items():
+        order = receive_order(program, programs, rank)
+        receives = [a for a in program if a.op in (Op.RECEIVE_FORWARD, Op.RECEIVE_BACKWARD)]
+        assert sorted(order, key=str) == sorted(receives, key=str)
+        for peer in {a.peer for a in receives if a.peer is not None}:
+            sends = [a for a in programs[peer] if a.peer == rank and "SEND" in a.op]
+            expected = [
+                (s.chunk + 1 if s.op is Op.SEND_FORWARD else s.chunk - 1, s.micro_batch)
+                for s in sends
+            ]
+            mine = sorted((a for a in receives if a.peer == peer), key=order.__getitem__)
+            assert [(a.chunk, a.micro_batch) for a in mine] == expected

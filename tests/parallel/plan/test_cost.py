@@ -1,0 +1,107 @@
+"""What a plan is said to cost, against sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from holdfast.parallel.layout.boxes import Box
+from holdfast.parallel.layout.mesh import Mesh
+from holdfast.parallel.layout.parameters import Initial, LayerSpec, ParameterSpec
+from holdfast.parallel.plan.cost import (
+    exchange_bytes,
+    rank_memory,
+    replica_timeline,
+    step_time_s,
+)
+from holdfast.parallel.plan.initial import make_plan
+from holdfast.parallel.plan.plan import Plan
+
+ROWS, COLUMNS = 4, 6
+ELEMENTS = ROWS * COLUMNS
+
+
+def layer(name: str, flops: float) -> LayerSpec:
+    weight = ParameterSpec(
+        name=f"{name}.weight",
+        shape=(ROWS, COLUMNS),
+        box=Box.whole((ROWS, COLUMNS)),
+        local="weight",
+        local_row=0,
+        initial=Initial("normal", 0.02),
+        decay=True,
+        tensor_copies=(0,),
+    )
+    return LayerSpec(name, ((weight,),), flops, activation_bytes=100, output_bytes=40)
+
+
+def plan_of(data: int, pipeline: int, micro_batches: int, **changes: object) -> Plan:
+    """Four blocks of 10 operations between an embedding and a head that cost nothing."""
+    layers = [layer("embedding", 0.0), *(layer(f"block.{i}", 10.0) for i in range(4))]
+    arguments = {
+        "virtual": 1,
+        "schedule": "1f1b",
+        "micro_batches": micro_batches,
+        "block_elements": COLUMNS,
+        **changes,
+    }
+    return make_plan([*layers, layer("head", 0.0)], Mesh(1, data, pipeline), **arguments)  # pyrefly: ignore
+
+
+@pytest.mark.parametrize(
+    ("precision", "exact", "parameter", "gradient", "state"),
+    [
+        ("fp32", True, 4, 8, 12),
+        ("fp32", False, 4, 4, 12),
+        ("bf16", True, 2, 8, 16),
+        ("bf16", False, 2, 4, 16),
+        ("fp64", True, 8, 8, 24),
+        ("fp64", False, 8, 8, 24),
+    ],
+)
+def test_memory_is_bytes_per_element_of_what_a_rank_holds_and_owns(
+    precision: str, exact: bool, parameter: int, gradient: int, state: int
+) -> None:
+    plan = plan_of(data=2, pipeline=2, micro_batches=8)
+    ranks = [rank_memory(plan, r, precision=precision, exact=exact) for r in range(4)]
+    for memory in ranks:
+        assert memory.parameters == 3 * ELEMENTS * parameter
+        assert memory.gradients == 3 * ELEMENTS * gradient
+    assert sum(memory.optimizer for memory in ranks) == 6 * ELEMENTS * state
+
+
+@pytest.mark.parametrize(("schedule", "first", "last"), [("1f1b", 4, 1), ("gpipe", 8, 8)])
+def test_activations_are_those_in_flight_at_once(schedule: str, first: int, last: int) -> None:
+    plan = plan_of(data=1, pipeline=4, micro_batches=8, schedule=schedule)
+    peaks = [rank_memory(plan, r, precision="fp32", exact=True).activations for r in range(4)]
+    # The outer stages have two layers of 100 bytes each, with the embedding and with the head.
+    assert (peaks[0], peaks[3]) == (first * 200, last * 200)
+
+
+@pytest.mark.parametrize("micro_batches", [4, 8, 16])
+def test_the_bubble_of_equal_stages_is_the_published_one(micro_batches: int) -> None:
+    plan = plan_of(data=1, pipeline=4, micro_batches=micro_batches)
+    assert replica_timeline(plan).bubble == pytest.approx(3 / micro_batches)
+
+
+def test_a_step_without_peers_takes_its_operations() -> None:
+    plan = plan_of(data=1, pipeline=1, micro_batches=5)
+    estimate = step_time_s(
+        plan, precision="fp32", exact=True, flops_per_s=2.0, link_bytes_per_s=1.0
+    )
+    assert estimate == pytest.approx(5 * 3 * 40.0 / 2.0)
+
+
+def test_a_step_waits_for_messages_of_its_pipeline() -> None:
+    plan = plan_of(data=1, pipeline=2, micro_batches=1)
+    free, paid = (replica_timeline(plan, link_bytes_per_s=rate).makespan for rate in (None, 8.0))
+    assert paid - free == pytest.approx(2 * 40 / 8.0)
+
+
+def test_a_step_ends_with_the_exchange_of_the_replica_with_most_micro_batches() -> None:
+    plan = plan_of(data=2, pipeline=1, micro_batches=5)
+    estimate = step_time_s(
+        plan, precision="fp32", exact=True, flops_per_s=1.0, link_bytes_per_s=10.0
+    )
+    held = 6 * ELEMENTS * (8 + 4)
+    assert exchange_bytes(plan, 0, precision="fp32", exact=True) == pytest.approx(held / 2)
+    assert estimate == pytest.approx(3 * 3 * 40.0 + held / 2 / 10.0)

@@ -1,0 +1,262 @@
+"""Published bugs of layouts, each as a context manager that puts it into the running project.
+
+The numbers are those of the collections they were published in; tests/trainer/test_pitfalls.py shows
+that `holdfast check` finds each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from holdfast.parallel.layout.parameters import ParameterSpec
+from holdfast.parallel.optimizer import sharded as optimizer
+from holdfast.parallel.optimizer.accumulator import GradientAccumulator
+from holdfast.parallel.pipeline import executor as pipeline
+from holdfast.parallel.pipeline.model_chunk import WeightGradientQueue
+from holdfast.parallel.tensor_parallel import operators as tensor, vocab as vocabulary
+from holdfast.trainer.models import chunk as build
+from holdfast.trainer.models.llama import modules as llama
+from holdfast.trainer.step import training
+from holdfast.trainer.step.training import Training
+
+
+def _patched_specs(change: Any) -> Any:
+    """Every parameter row passed through `change`, in the plan and in the model alike."""
+    original = build.layer_specs
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return tuple(
+            replace(
+                layer,
+                parameters=tuple(tuple(change(s) for s in specs) for specs in layer.parameters),
+            )
+            for layer in original(*args, **kwargs)
+        )
+
+    return changed
+
+
+@contextmanager
+def _specs(change: Any) -> Iterator[None]:
+    from holdfast.trainer.step import planning
+
+    changed = _patched_specs(change)
+    with (
+        mock.patch.object(build, "layer_specs", changed),
+        mock.patch.object(planning, "layer_specs", changed),
+    ):
+        yield
+
+
+@contextmanager
+def norm_weights_not_summed_over_tensor() -> Iterator[None]:
+    """A replicated weight not flagged for sequence parallelism."""
+    with _specs(lambda s: replace(s, sum_over_copies=False) if len(s.shape) == 1 else s):
+        yield
+
+
+@contextmanager
+def shared_kv_heads_not_summed() -> Iterator[None]:
+    """Key and value heads replicated over tensor ranks drift apart."""
+    with _specs(
+        lambda s: (
+            replace(s, sum_over_copies=False) if "k_proj" in s.name or "v_proj" in s.name else s
+        )
+    ):
+        yield
+
+
+@contextmanager
+def replicated_weights_counted_by_every_rank() -> Iterator[None]:
+    """Replicated weights enter the gradient norm once per tensor rank."""
+    with mock.patch.object(ParameterSpec, "counts_in_norm", return_value=True):
+        yield
+
+
+@contextmanager
+def tied_weight_counted_twice() -> Iterator[None]:
+    """The second use of a tied weight is folded in twice."""
+    original = optimizer.reduce_to_owners
+
+    def doubled(routes: Any, accumulator: Any, rank: int, comm: Any) -> int:
+        for first, second in routes.folded:
+            sums = accumulator.sums
+            sums[first.start : first.stop] += sums[second.start : second.stop]
+        return original(routes, accumulator, rank, comm)
+
+    with mock.patch.object(optimizer, "reduce_to_owners", doubled):
+        yield
+
+
+@contextmanager
+def copy_to_group_without_all_reduce() -> Iterator[None]:
+    """The identity before a column-parallel layer forgets its backward all-reduce."""
+    with mock.patch.object(tensor, "copy_to_group", lambda value, group: value):
+        yield
+
+
+@contextmanager
+def row_parallel_without_sum() -> Iterator[None]:
+    """A row-parallel layer keeps its partial output."""
+    with mock.patch.object(tensor, "sum_over_group", lambda value, group: value):
+        yield
+
+
+@contextmanager
+def row_parallel_scatter_without_sum() -> Iterator[None]:
+    """The reduce-scatter takes this rank's part without adding the others'."""
+
+    def own_part(value: torch.Tensor, group: Any) -> torch.Tensor:
+        return value.chunk(group.size)[group.index].contiguous()
+
+    with mock.patch.object(tensor, "scatter_sum", own_part):
+        yield
+
+
+@contextmanager
+def gradient_summed_once_too_often() -> Iterator[None]:
+    """The sum over the group is also taken in backward."""
+
+    def summed_twice(value: torch.Tensor, group: Any) -> torch.Tensor:
+        return tensor.copy_to_group(original(value, group), group)
+
+    original = tensor.sum_over_group
+    with mock.patch.object(tensor, "sum_over_group", summed_twice):
+        yield
+
+
+@contextmanager
+def cross_entropy_over_local_vocabulary() -> Iterator[None]:
+    """The loss normalises over this rank's part of the vocabulary only."""
+    original = llama.cross_entropy_sum
+
+    def local(logits: Any, targets: Any, first_row: int, group: Any) -> torch.Tensor:
+        return original(logits, targets, first_row, None)
+
+    with mock.patch.object(llama, "cross_entropy_sum", local):
+        yield
+
+
+@contextmanager
+def vocabulary_split_rounded_down() -> Iterator[None]:
+    """A vocabulary that does not divide: embedding rows looked up at the rounded-down start."""
+
+    def rounded(tokens: Any, weight: Any, queue: Any, first_row: int) -> torch.Tensor:
+        return vocabulary.embed(tokens, weight, queue, max(0, first_row - 1))
+
+    with mock.patch.object(llama, "embed", rounded):
+        yield
+
+
+@contextmanager
+def dropout_equal_on_sequence_shards() -> Iterator[None]:
+    """Every sequence shard draws the first shard's mask."""
+    with mock.patch.object(tensor.TensorParallel, "element_offset", return_value=0):
+        yield
+
+
+@contextmanager
+def loss_averaged_over_replicas() -> Iterator[None]:
+    """The gradient is scaled by the replica's own micro-batches: a mean of means."""
+    with mock.patch.object(Training, "step_tokens", property(lambda self: _own_tokens(self))):
+        yield
+
+
+def _own_tokens(run: Training) -> int:
+    replica = run.plan.cells.coordinates(run.rank).data
+    train = run.config.train
+    return len(run.plan.micro_batches[replica]) * train.micro_batch * train.seq_len
+
+
+@contextmanager
+def gradient_scaled_by_pipeline() -> Iterator[None]:
+    """The last stage's loss gradient is multiplied by the number of micro-batches."""
+    original = training.ModelChunkRunner
+
+    def scaled(*args: Any, loss_gradient: float, **kwargs: Any) -> Any:
+        return original(*args, loss_gradient=loss_gradient * 3, **kwargs)
+
+    with mock.patch.object(training, "ModelChunkRunner", scaled):
+        yield
+
+
+@contextmanager
+def clipping_by_own_norm() -> Iterator[None]:
+    """Every rank clips by the norm of the blocks it owns."""
+    original = Training.vote
+
+    def own(self: Training, squares: torch.Tensor, flags: int) -> Any:
+        outcome = original(self, squares, flags)
+        norm = optimizer.norm_from_squares(squares.tolist())
+        return replace(outcome, grad_norm=norm)
+
+    with mock.patch.object(Training, "vote", own):
+        yield
+
+
+@contextmanager
+def weight_gradients_computed_twice() -> Iterator[None]:
+    """A split backward runs the weight gradients in both of its parts."""
+    original = WeightGradientQueue.put
+
+    def twice(self: WeightGradientQueue, parameter: Any, grad_output: Any, value: Any) -> None:
+        original(self, parameter, grad_output, value)
+        if self.deferred and self.sink is not None:
+            self.sink.add_matmul(parameter, grad_output, value.detach())
+
+    with mock.patch.object(WeightGradientQueue, "put", twice):
+        yield
+
+
+@contextmanager
+def replica_reads_another_ones_samples() -> Iterator[None]:
+    """All replicas read the first replica's samples."""
+    original = Training._context
+
+    def first(self: Training, micro_batch: int) -> Any:
+        context = original(self, micro_batch)
+        replica = self.plan.cells.coordinates(self.rank).data
+        if context.tokens is None or replica == 0:
+            return context
+        train = self.config.train
+        tokens = self.data.batch(
+            self._step, 0, global_batch=train.global_batch, micro_batch_size=train.micro_batch
+        )
+        return replace(context, tokens=tokens)
+
+    with mock.patch.object(Training, "_context", first):
+        yield
+
+
+@contextmanager
+def replicas_not_summed() -> Iterator[None]:
+    """The owner keeps its own sum."""
+    with mock.patch.object(optimizer, "reduce_to_owners", return_value=0):
+        yield
+
+
+@contextmanager
+def parameters_not_gathered() -> Iterator[None]:
+    """Updated blocks stay with their owners."""
+    with mock.patch.object(optimizer, "gather_from_owners", return_value=None):
+        yield
+
+
+@contextmanager
+def messages_in_order_without_tags() -> Iterator[None]:
+    """Messages matched by order alone: what interleaved schedules of two ranks cannot bear."""
+    with mock.patch.object(pipeline, "message_tag", return_value=0):
+        yield
+
+
+@contextmanager
+def gradients_kept_from_the_last_step() -> Iterator[None]:
+    """Sums are not cleared between steps."""
+    with mock.patch.object(GradientAccumulator, "clear", return_value=None):
+        yield

@@ -1,0 +1,167 @@
+"""A pool of real worker processes that tests share: ranks that talk over gloo, forked once a session.
+
+A job names a module-level function `function(rank, world_size, store, **arguments)` of a test module; it
+runs on the first `world_size` workers, each with a store of its own prefix, and what it returns (or
+raises) on every rank comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Collection
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+WORKERS = 12
+
+
+class WorkerFailed(AssertionError):
+    """A job raised on one or more ranks; the message holds every traceback."""
+
+
+class Cluster:
+    """Processes waiting for jobs. A job that hangs or dies ends the pool; the next starts anew."""
+
+    def __init__(self, workers: int = WORKERS) -> None:
+        self._workers = workers
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connections: list[Connection] = []
+        self._jobs = 0
+
+    def run(
+        self,
+        function: str,
+        world_size: int,
+        *,
+        timeout_s: float = 90.0,
+        dying: Collection[int] = (),
+        **arguments: Any,
+    ) -> list[Any]:
+        """Run `module:function` on `world_size` ranks; results by rank.
+
+        Args:
+            dying: ranks that the job kills or stops, of which no result is awaited (None stands in
+                its place); the next job gets a new pool.
+        Raises:
+            WorkerFailed: with the traceback of every rank that raised.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        self._jobs += 1
+        for rank in range(world_size):
+            self._connections[rank].send((function, rank, world_size, self._jobs, arguments))
+        results: list[Any] = []
+        failures: list[str] = []
+        for rank in range(world_size):
+            if rank in dying:
+                results.append(None)
+                continue
+            try:
+                if not self._connections[rank].poll(timeout_s if not failures else 5.0):
+                    raise TimeoutError(f"rank {rank} gave no result")
+                succeeded, value = pickle.loads(self._connections[rank].recv_bytes())
+            except (EOFError, TimeoutError, OSError) as error:
+                failures.append(f"rank {rank}: {error!r}")
+                continue
+            results.append(value)
+            if not succeeded:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures or dying:
+            self.close()
+        if failures:
+            raise WorkerFailed("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        """End all workers."""
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            address = str(Path(folder) / "pool")
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            }
+            with Listener(address, "AF_UNIX", backlog=self._workers) as listener:
+                self._process = subprocess.Popen(
+                    [sys.executable, __file__, address, str(self._workers)],
+                    env=environment,
+                    start_new_session=True,
+                )
+                connected = {}
+                for _ in range(self._workers):
+                    connection = listener.accept()
+                    connected[connection.recv()] = connection
+        self._connections = [connected[rank] for rank in range(self._workers)]
+
+
+def _serve(address: str, workers: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    for name in ("holdfast.trainer.worker", "support.runs.small_runs"):  # once, and not once per worker
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(4 * workers)
+    port = listening.getsockname()[1]
+    for rank in range(workers):
+        if os.fork() == 0:
+            listening.close()
+            _work(address, rank, port)
+            os._exit(0)
+    server = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+    with contextlib.suppress(ChildProcessError):
+        while True:  # a worker that is killed on purpose takes the store from nobody
+            os.wait()
+    del server
+
+
+def _work(address: str, rank: int, port: int) -> None:
+    import torch.distributed as dist
+
+    connection = Client(address, "AF_UNIX")
+    connection.send(rank)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    while True:
+        try:
+            function, job_rank, world_size, job, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            module, name = function.split(":")
+            call = getattr(importlib.import_module(module), name)
+            prefixed = dist.PrefixStore(f"job{job}", store)
+            result = call(job_rank, world_size, prefixed, **arguments)
+            connection.send_bytes(pickle.dumps((True, result)))
+        except BaseException:
+            connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))

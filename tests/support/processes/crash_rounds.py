@@ -1,0 +1,102 @@
+"""Saves in a loop in two processes that are killed at random instants, and looks at what is left.
+
+Run as `python crash_rounds.py FOLDER ROUNDS SEED`; prints one JSON line. What is saved says which step it is,
+so that a checkpoint of mixed steps is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor  # before forking: it takes longer than a round
+
+from holdfast.checkpoint import Checkpointer, load
+from holdfast.checkpoint.format.directory import PARTIAL, committed, step_of
+from holdfast.checkpoint.tools.verify import verify_checkpoint
+
+SHAPE = (1500, 400)
+
+
+def _state(step: int) -> dict[str, Any]:
+    return {name: torch.full(SHAPE, float(step + number)) for number, name in enumerate("abc")}
+
+
+def _save_for_ever(folder: Path, rank: int, port: int, listening: int) -> None:
+    store = dist.TCPStore(
+        "127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, master_listen_fd=listening
+    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    state = _state(0)
+    checkpointer = Checkpointer(folder, state, keep=2)
+    step = checkpointer.load() or 0
+    while True:
+        step += 1
+        for value in state.values():
+            value += 1
+        checkpointer.save(step)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def _round(folder: Path, delay_s: float) -> None:
+    """Kill both processes `delay_s` after they have begun to write."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    port = listening.getsockname()[1]
+    leader = os.fork()
+    if leader == 0:
+        os.setpgid(0, 0)
+        rank = 0 if os.fork() else 1
+        if rank == 1:
+            listening.close()
+        _save_for_ever(folder, rank, port, listening.detach() if rank == 0 else -1)
+    listening.close()
+    before, give_up = _names(folder), time.monotonic() + 60
+    while _names(folder) == before and time.monotonic() < give_up:
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    os.killpg(leader, signal.SIGKILL)
+    os.waitpid(leader, 0)
+
+
+def main() -> None:
+    folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+    chance = random.Random(int(sys.argv[3]))
+    reached, torn, newest = 0, 0, 0
+    for _ in range(rounds):
+        _round(folder, chance.uniform(0.0, 0.25))
+        if not folder.exists():
+            continue
+        torn += any(path.name.endswith(PARTIAL) for path in folder.iterdir())
+        found = committed(folder)
+        if not found:
+            assert reached == 0, "a committed checkpoint is gone"
+            continue
+        step = step_of(found[-1]) or 0
+        assert step >= newest, f"step {newest} was committed, and now {step} is the newest"
+        for path in found:
+            assert verify_checkpoint(path) == [], path
+            state = _state(0)
+            load(path, state)
+            wanted = _state(step_of(path) or 0)
+            assert all(torch.equal(state[name], wanted[name]) for name in wanted), path
+        reached += step > newest
+        newest = step
+    print(json.dumps({"reached": reached, "torn": torn, "newest": newest}))
+
+
+if __name__ == "__main__":
+    main()

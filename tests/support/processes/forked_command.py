@@ -1,0 +1,84 @@
+"""The `holdfast` command in processes forked from one that has imported it.
+
+A run in a test is otherwise one third importing torch. What happens after the imports is what the command
+does; that it starts by itself is what tests/launch and the documentation's tests see.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+FORK = multiprocessing.get_context("forkserver")
+"""What all tests fork from, with the imports of the command and of tests/elastic_demo.py."""
+FORK.set_forkserver_preload(
+    ["support.runs.elastic_demo", "holdfast.launch.commands.training", "holdfast.trainer.worker"]
+)
+
+
+class ForkedCommand:
+    """One command under way, with what `subprocess.Popen` has of it."""
+
+    def __init__(
+        self, arguments: Sequence[str], output: Path, environment: Mapping[str, str]
+    ) -> None:
+        """Start `holdfast ARGUMENTS`; what it prints goes to the file `output`."""
+        self._output = output
+        self._process: BaseProcess = FORK.Process(
+            target=_run, args=(list(arguments), str(output), dict(environment))
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        pid = self._process.pid
+        assert pid is not None
+        return pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or the negative number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def printed(self) -> str:
+        """What it has printed so far."""
+        return self._output.read_text()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired("holdfast", timeout)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run(arguments: list[str], output: str, environment: dict[str, str]) -> None:
+    from holdfast.launch.cli import main
+
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["holdfast", *arguments]
+    # A command that wants another heap starts itself again, by what it was started with.
+    sys.orig_argv = [sys.executable, "-m", "holdfast.launch.cli", *arguments]
+    main()

@@ -1,0 +1,82 @@
+"""Plans that tests start from, and what must hold of every plan and of every move of state between two."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from holdfast.parallel.plan.initial import make_plan
+from holdfast.parallel.layout.mesh import Mesh
+from holdfast.parallel.plan.block_transfers import plan_parcels
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.replan import Roster, with_shadows
+from holdfast.parallel.schedules.registry import check_programs
+from holdfast.trainer.config.model_section import ModelConfig
+from holdfast.trainer.models.llama.table import layer_specs
+
+MICRO_BATCHES = 8
+NODES = {rank: f"node-{rank % 3}" for rank in range(40)}
+
+
+@cache
+def first_plan(
+    schedule: str = "1f1b", virtual: int = 1, tensor: int = 1, data: int = 2, pipeline: int = 2
+) -> Plan:
+    model = ModelConfig(family="llama", layers=12, hidden=32, heads=4, kv_heads=4, vocab=64)
+    layers = layer_specs(
+        model,
+        tensor=tensor,
+        sequence_parallel=False,
+        seq_len=16,
+        micro_batch=1,
+        precision="fp32",
+        recompute="none",
+    )
+    plan = make_plan(
+        layers,
+        Mesh(tensor, data, pipeline),
+        virtual=virtual,
+        schedule=schedule,
+        micro_batches=MICRO_BATCHES,
+        block_elements=2000,
+    )
+    return with_shadows(plan, Roster(plan.cells.ranks, NODES), 1)
+
+
+def check(plan: Plan, ranks: set[int]) -> None:
+    """What must hold of every plan."""
+    assert set(plan.cells.ranks) == ranks
+    for index in range(plan.cells.tensor):
+        programs = {
+            rank: plan.program(rank)
+            for rank in plan.cells.ranks
+            if plan.cells.find(rank) is not None and plan.cells.tensor_index(rank) == index
+        }
+        check_programs(programs, len(plan.placement), range(MICRO_BATCHES))
+        only = frozenset({1, 4, 6})
+        some = {rank: plan.program(rank, only) for rank in programs}
+        check_programs(some, len(plan.placement), sorted(only))
+        for block, owner, shadows in zip(
+            plan.blocks[index], plan.owners[index], plan.shadows[index], strict=True
+        ):
+            assert owner in plan.holders_of_layer(index, block.layer)
+            assert owner not in shadows
+            assert len(set(shadows)) == len(shadows) == min(1, len(ranks) - 1)
+            if len({NODES[rank] for rank in ranks}) > 1:
+                assert all(NODES[rank] != NODES[owner] for rank in shadows)
+    for stage in range(plan.cells.pipeline):
+        counts = [len(plan.share(stage, r)) for r in range(plan.cells.replicas(stage))]
+        assert sum(counts) == MICRO_BATCHES
+        assert max(counts) - min(counts) <= 1
+
+
+def check_moves(plan: Plan, held: dict, needed: dict) -> None:
+    """Everybody gets what it lacks, once, from somebody who has it."""
+    parcels = plan_parcels(plan, held, needed, NODES)
+    brought: dict[int, list] = {}
+    for parcel in parcels:
+        assert set(parcel.keys) <= held[parcel.source]
+        brought.setdefault(parcel.target, []).extend(parcel.keys)
+    for rank, keys in needed.items():
+        got = brought.get(rank, [])
+        assert len(got) == len(set(got))
+        assert set(got) == keys - held.get(rank, set())

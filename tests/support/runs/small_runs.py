@@ -1,0 +1,135 @@
+"""Small runs that tests start on the pool: a configuration as nested dicts, and what a run gave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch.distributed import Store
+
+from holdfast.trainer.config.loading import RunConfig
+
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {
+        "family": "llama",
+        "layers": 6,
+        "hidden": 32,
+        "intermediate": 48,
+        "heads": 4,
+        "kv_heads": 2,
+        "vocab": 67,
+        "dropout": 0.1,
+    },
+    "data": {"kind": "synthetic"},
+    "train": {"steps": 20, "seq_len": 16, "global_batch": 12, "micro_batch": 1, "device": "cpu"},
+    "optimizer": {"lr": 1e-2, "warmup_steps": 2, "block_elements": 512},
+}
+
+
+def make_config(**sections: dict[str, Any]) -> RunConfig:
+    """`SMALL` with keys of some sections replaced."""
+    merged = {name: dict(keys) for name, keys in SMALL.items()}
+    for name, keys in sections.items():
+        merged.setdefault(name, {}).update(keys)
+    return msgspec.convert(merged, RunConfig)
+
+
+def world_size_of(config: RunConfig) -> int:
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+
+
+def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
+    """Train all steps on this rank: exact losses and norms, and a digest of the parameters."""
+    from holdfast.trainer.step.learning_rate import rate_of
+    from holdfast.trainer.step.build import open_training
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    training = open_training(run_config, local_world(rank, world_size), store)
+    losses, norms = [], []
+    for step in range(run_config.train.steps):
+        training.compute(step)
+        outcome = training.vote(*training.reduce())
+        training.apply(rate_of(run_config, step))
+        losses.append(outcome.loss.hex())
+        norms.append(outcome.grad_norm.hex())
+    return {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
+
+
+def train_in(
+    rank: int,
+    world_size: int,
+    store: Store,
+    *,
+    config: dict,
+    root: str,
+    resume: str = "auto",
+    allow_change: bool = False,
+    kill: tuple[int, int] | None = None,
+) -> None:
+    """The whole training loop in a run's folder, resumed where it can be.
+
+    Args:
+        kill: (rank, step): that rank sends SIGKILL to itself when it has computed that step.
+    """
+    from holdfast.trainer.loop import train
+    from holdfast.trainer.run.resume import find_resume
+    from holdfast.trainer.run.run_directory import RunDirectory
+    from holdfast.trainer.step.training import Training
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    path = Path(root)
+    path.mkdir(parents=True, exist_ok=True)
+    found = find_resume(path, run_config, resume, allow_change=allow_change)
+    compute = Training.compute
+
+    def compute_and_die(self: Training, step: int) -> Any:
+        times = compute(self, step)
+        if kill == (rank, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return times
+
+    Training.compute = compute_and_die  # type: ignore[method-assign]
+    try:
+        train(run_config, local_world(rank, world_size), store, RunDirectory(path, found))
+    finally:
+        Training.compute = compute  # type: ignore[method-assign]
+
+
+def metrics_of(root: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+def events_of(root: Path, kind: str) -> list[dict[str, Any]]:
+    """A run's events of one kind."""
+    lines = (root / "events.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == kind]
+
+
+def run_training(cluster: Any, config: RunConfig, *, timeout_s: float = 90.0) -> dict[str, Any]:
+    """Run `config` on the pool; all ranks must agree on what they saw."""
+    plain = msgspec.to_builtins(config)
+    ranks = world_size_of(config)
+    results = cluster.run("support.runs.small_runs:train_steps", ranks, timeout_s=timeout_s, config=plain)
+    assert all(result == results[0] for result in results), "ranks disagree"
+    return results[0]
+
+
+def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug: str = "") -> Any:
+    """What one rank of a checked layout saw, with a bug put in first if one is named."""
+    from holdfast.trainer.check.layout_run import run_layout
+    from holdfast.trainer.world import local_world
+
+    run_config = msgspec.convert(config, RunConfig)
+    if not bug:
+        return run_layout(run_config, local_world(rank, world_size), store)
+    from support.oracles import bugs
+
+    with getattr(bugs, bug)():
+        return run_layout(run_config, local_world(rank, world_size), store)

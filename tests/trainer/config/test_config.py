@@ -1,0 +1,122 @@
+"""Configurations: every broken rule is one line that says what to change, and none is found too late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config.loading import check_config, dump_toml, load_config
+
+SMALLEST = '[model]\nfamily = "llama"\nlayers = 6\nhidden = 96\n'
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def test_defaults_are_those_of_the_contract(smallest: Path) -> None:
+    config = load_config(smallest)
+    assert (config.model.heads, config.model.kv_heads, config.model.vocab) == (6, 3, 320)
+    assert (config.train.global_batch, config.train.micro_batch, config.train.seed) == (16, 2, 1234)
+    assert (config.numerics.reduction, config.numerics.fraction_bits) == ("exact", 44)
+    assert config.optimizer.block_elements == 2**20
+    assert config.parallel.schedule == "1f1b"
+
+
+def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> None:
+    overrides = ["optimizer.lr=1e-4", "log.trace_steps=[1, 2]", 'data.path=["a \\"b\\"", "c\\\\d"]']
+    config = load_config(smallest, overrides)
+    written = tmp_path / "resolved.toml"
+    written.write_text(dump_toml(config))
+    assert load_config(written) == config
+    assert config.optimizer.lr == 1e-4
+    assert config.data.path == ['a "b"', "c\\d"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("parallel.tensr=2", "parallel.tensr is not a key; did you mean parallel.tensor?"),
+        ("paralel.tensor=2", "[paralel] is not a section; did you mean parallel?"),
+        ("train.steps=many", "train.steps = 'many': expected `int`"),
+        ("model.hidden=1.5", "model.hidden = 1.5: expected `int`"),
+        ("parallel.schedule=zb", "allowed are 'gpipe', '1f1b'"),
+        ("train.steps", "--set section.key=value"),
+        ("train.steps=0", "train.steps = 0: must be 1 or more"),
+        ("model.heads=5", "model.hidden = 96 is not divisible by model.heads = 5"),
+        ("model.kv_heads=4", "model.heads = 6 is not divisible by model.kv_heads = 4"),
+        ("model.hidden=18", "rotary embedding needs an even one"),
+        ("parallel.tensor=4", "model.heads = 6 is not divisible by parallel.tensor = 4"),
+        ("parallel.tensor=2", "model.kv_heads = 3 and parallel.tensor = 2"),
+        ("parallel.pipeline=4", "model.layers = 6 is not divisible"),
+        ("parallel.virtual=2", "'1f1b' has one chunk per rank"),
+        ("parallel.blocks_per_chunk=[4, 2]", "must be 1 numbers"),
+        (
+            "train.micro_batch=3",
+            "train.global_batch = 16 is not divisible by train.micro_batch = 3",
+        ),
+        ("parallel.data=9", "fewer than parallel.data = 9"),
+        ("train.seq_len=4096", "exceeds model.max_seq_len"),
+        ("optimizer.lr=0", "optimizer.lr = 0.0: must be greater than 0"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1] = 1.0"),
+        ("optimizer.min_lr=1", "exceeds optimizer.lr"),
+        ("model.dropout=1.0", "model.dropout = 1.0"),
+        ("numerics.fraction_bits=63", "must be 8 to 60"),
+        ("log.trace_steps=[0]", "steps are counted from 1"),
+        ("data.eval_fraction=1.5", "data.eval_fraction = 1.5"),
+        ("parallel.context=2", "not available in this version"),
+        ("offload.most_share=1.5", "shares are 0 to 1"),
+        ("offload.least_share=0.9 and offload.most_share=0.5", "the least not above the most"),
+        ("offload.activations=host and train.device=cpu", "in host memory already"),
+        ("offload.staging_mib=4096", "must be 1 to 1024"),
+        ("train.recompute=auto", "say how much memory activations may take"),
+        ("elastic.activation_headroom=-0.1", "must be 0 or more, as a share"),
+        ("elastic.redundancy=3", "must be 0, 1 or 2 shadows"),
+    ],
+)
+def test_a_broken_rule_says_what_to_change(smallest: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(smallest, override.split(" and "))
+    matching = [line for line in str(caught.value).splitlines() if said in line]
+    assert len(matching) == 1, str(caught.value)
+
+
+def test_mpi_carries_cpu_tensors(smallest: Path) -> None:
+    overrides = ["parallel.backend=mpi", "train.device=cuda"]
+    with pytest.raises(ConfigError, match="'mpi' carries CPU tensors"):
+        load_config(smallest, overrides)
+    assert load_config(smallest, ["parallel.backend=mpi", "train.device=cpu"])
+
+
+def test_byte_text_needs_a_vocabulary_of_bytes(smallest: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab = 200 is too small"):
+        load_config(smallest, ["data.kind=text", "model.vocab=200"])
+
+
+def test_sequences_must_split_over_tensor_ranks(smallest: Path) -> None:
+    overrides = ["parallel.tensor=3", "train.seq_len=128"]
+    with pytest.raises(ConfigError, match=r"parallel\.sequence_parallel = false"):
+        load_config(smallest, overrides)
+    assert load_config(smallest, [*overrides, "parallel.sequence_parallel=false"])
+
+
+def test_the_number_of_workers_must_be_that_of_the_layout(smallest: Path) -> None:
+    config = load_config(smallest, ["parallel.data=2"])
+    check_config(config, 2)
+    with pytest.raises(ConfigError, match=r"3 workers were started, but .* needs 2"):
+        check_config(config, 3)
+
+
+def test_required_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[model]\nfamily = "llama"\nlayers = 2\n')
+    with pytest.raises(ConfigError, match=r"model\.hidden is missing"):
+        load_config(path)
+    path.write_text("[train]\nsteps = 2\n")
+    with pytest.raises(ConfigError, match=r"\[model\] is missing"):
+        load_config(path)

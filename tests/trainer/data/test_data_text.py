@@ -1,0 +1,305 @@
+"""Text corpora: what is read, how it is cached and shared, and every way it can be wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from holdfast.parallel.errors import DataError
+from holdfast.trainer.config import DataConfig
+from holdfast.trainer.data import Dataset, open_dataset
+from holdfast.trainer.data.bigram import bigram_loss
+from holdfast.trainer.data.documents import library_documents
+from holdfast.trainer.data.opening import split_tokens
+from holdfast.trainer.data.text import text_stream
+from holdfast.trainer.data.token_cache import cached_tokens
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def open_text(*paths: Path, vocab: int = 300, seq_len: int = 8, **config) -> Dataset:
+    data = DataConfig(kind="text", path=[str(path) for path in paths], **config)
+    return open_dataset(data, vocab=vocab, seq_len=seq_len, seed=0)
+
+
+def tokens_of(*paths: Path, tokenizer: str = "bytes") -> list[int]:
+    stream = text_stream([str(path) for path in paths], tokenizer=tokenizer, vocab=300)
+    return stream.read(0, stream.count).tolist()
+
+
+def word_tokenizer(path: Path, words: dict[str, int], **limits) -> str:
+    model = tokenizers.Tokenizer(models.WordLevel(words, unk_token="?"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    if limits:
+        model.enable_truncation(**limits)
+    model.save(str(path))
+    return str(path)
+
+
+def message(*arguments, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        open_text(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folder_is_read_in_sorted_order_with_a_separator_after_each(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    for name, content in {"b.txt": "é", "a/z.txt": "zz", "a.txt": "a", ".git/x": "no"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    (folder / "empty.txt").touch()
+    expected = [*b"a", 256, *b"zz", 256, *"é".encode(), 256]
+    assert tokens_of(folder) == expected
+    assert tokens_of(folder / "b.txt", folder / "a.txt") == [*"é".encode(), 256, *b"a", 256]
+
+
+def test_samples_are_windows_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "digits.txt"
+    path.write_text("".join(chr(ord("0") + i % 75) for i in range(200)))
+    data = open_text(path, seq_len=10, eval_fraction=0.0)
+    assert data.size == 20
+    stream = [*path.read_bytes(), 256]
+    starts = [0, 10, 20]
+    rows = [data.sample(i).tolist() for i in range(20)]
+    for start in starts:
+        assert stream[start : start + 11] in rows
+    assert all(row[-1] != 256 or row == stream[190:201] for row in rows)
+
+
+def test_train_and_eval_are_the_two_ends_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(os.urandom(3000).hex().encode())
+    data = DataConfig(kind="text", path=[str(path)], eval_fraction=0.1)
+    parts = [split_tokens(data, vocab=257, seq_len=16, split=s) for s in ("train", "eval")]
+    assert len(parts[1]) == 600
+    assert np.concatenate(parts).tolist() == [*path.read_bytes(), 256]
+
+
+def test_default_corpus_is_the_standard_library_without_its_tests() -> None:
+    files = library_documents()
+    names = [file.path.as_posix() for file in files]
+    assert any(name.endswith("/argparse.py") for name in names)
+    assert not any("/site-packages/" in name or "/test/" in name for name in names)
+    assert {file.path.suffix for file in files} <= {".py", ".txt", ".rst"}
+    assert 2**22 < sum(file.size_bytes for file in files) <= 2**25
+    data = open_text(seq_len=128)
+    assert data.size > 2**15
+    assert data.sample(5).shape == (129,)
+
+
+def test_second_opening_reads_the_cache_and_changed_files_are_read_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("first version")
+    assert tokens_of(path)[:5] == [*b"first"]
+    (entry,) = [each for each in (cache / "tokens").iterdir() if each.is_dir()]
+    assert sorted(each.name for each in entry.iterdir()) == ["entry.json", "tokens.npy"]
+    assert np.load(entry / "tokens.npy").tolist() == [*b"first version", 256]
+    with monkeypatch.context() as patched:
+        patched.setattr("holdfast.trainer.data.text.encode_documents", None)
+        assert tokens_of(path)[:5] == [*b"first"]
+    path.write_text("other version")
+    os.utime(path, ns=(0, 0))
+    assert tokens_of(path)[:5] == [*b"other"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage", "shorten"])
+def test_damaged_cache_entry_is_made_again(tmp_path: Path, cache: Path, damage: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some text")
+    expected = tokens_of(path)
+    (stored,) = (cache / "tokens").glob("*/tokens.npy")
+    if damage == "truncate":
+        stored.write_bytes(stored.read_bytes()[:-2])
+    elif damage == "remove":
+        stored.unlink()
+    elif damage == "shorten":
+        np.save(stored, np.load(stored)[:-1])
+    else:
+        stored.with_name("entry.json").write_text("{")
+    assert tokens_of(path) == expected
+    assert not list((cache / "tokens").glob("*partial*"))
+
+
+def test_failure_while_tokenising_leaves_nothing(cache: Path) -> None:
+    def fail(writer) -> None:
+        writer.append(np.arange(10))
+        raise DataError("broken")
+
+    with pytest.raises(DataError, match="broken"):
+        cached_tokens("key", name="x", vocab=300, write=fail)
+    assert [each.name for each in (cache / "tokens").iterdir()] == ["key.lock"]
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("locked", [True, False])
+def test_processes_that_open_the_same_text_at_once_get_the_same(
+    tmp_path: Path, cache: Path, locked: bool
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(40):
+        (corpus / f"{number}.txt").write_text(f"document {number} " * 3000)
+    code = (
+        "import sys, fcntl\n"
+        "def refuse(*_): raise OSError('no locks here')\n"
+        f"if not {locked}: fcntl.flock = refuse\n"
+        "from holdfast.trainer.config import DataConfig\n"
+        "from holdfast.trainer.data import open_dataset\n"
+        "import holdfast.trainer.data.opening\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        f"data = DataConfig(kind='text', path=[{str(corpus)!r}])\n"
+        "data = open_dataset(data, vocab=257, seq_len=64, seed=1)\n"
+        "print(data.fingerprint, data.sample(11).tolist())\n"
+    )
+    racing = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    for each in racing:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    for each in racing:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+    printed = [each.communicate()[0] for each in racing]
+    assert [each.returncode for each in racing] == [0, 0, 0]
+    assert printed[0]
+    assert len(set(printed)) == 1
+    assert not list((cache / "tokens").glob("*partial*"))
+    assert len(list((cache / "tokens").glob("*/tokens.npy"))) == 1
+
+
+def test_tokenizer_file_gives_the_ids_of_the_library(tmp_path: Path) -> None:
+    words = {"?": 0, "big": 1, "sky": 2, "</s>": 3}
+    name = word_tokenizer(tmp_path / "tokenizer.json", words, max_length=2)
+    text = tmp_path / "text.txt"
+    text.write_text("sky big big blue")
+    # the truncation stored in the file must not shorten the corpus
+    assert tokens_of(text, tokenizer=name) == [2, 1, 1, 0, 3]
+
+
+def test_large_vocabularies_are_kept_in_32_bits(tmp_path: Path) -> None:
+    name = word_tokenizer(tmp_path / "tokenizer.json", {"?": 0, "far": 70000})
+    text = tmp_path / "text.txt"
+    text.write_text("far far")
+    stream = text_stream([str(text)], tokenizer=name, vocab=70001)
+    assert stream.read(0, 2).tolist() == [70000, 70000]
+
+
+def test_weighted_texts_are_separate_corpora(tmp_path: Path) -> None:
+    for name, letter in {"a.txt": "a", "b.txt": "b"}.items():
+        (tmp_path / name).write_text(letter * 500)
+    data = open_text(tmp_path / "a.txt", tmp_path / "b.txt", weights=[3.0, 1.0])
+    rows = np.stack([data.sample(i) for i in range(40)])
+    assert (rows[:, 0] == ord("a")).sum() == 30
+    assert (rows[:, 0] == ord("b")).sum() == 10
+
+
+def test_bigram_model_of_real_text_beats_single_letters() -> None:
+    data = DataConfig(kind="text")
+    train, held_out = (
+        split_tokens(data, vocab=257, seq_len=64, split=s) for s in ("train", "eval")
+    )
+    loss = bigram_loss(train, held_out, 257)
+    assert 1.5 < loss < 3.0
+
+
+def test_bad_utf8_in_a_named_file_names_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes("é".encode() * 10 + b"\xff tail")
+    assert 'bad.txt": not UTF-8 at byte 20 (0xff)' in message(path)
+
+
+def test_other_files_in_a_folder_are_left_out_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good")
+    (folder / "b.png").write_bytes(b"\x89PNG\xff")
+    (folder / "c.bin").write_bytes(b"zero\0byte")
+    with caplog.at_level(logging.WARNING):
+        assert tokens_of(folder) == [*b"good", 256]
+    (record,) = caplog.records
+    assert "2 files are not UTF-8 text" in record.message
+    assert "b.png" in record.message
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_empty_text_is_one_clear_line(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "corpus"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    assert "holds no tokens" in message(path)
+
+
+def test_sequence_longer_than_the_corpus_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("x" * 99)
+    said = message(path, seq_len=64)
+    assert "100 tokens are too few for train.seq_len = 64, which needs at least 130" in said
+    assert "set train.seq_len to at most 49" in said
+    assert open_text(path, seq_len=49).size == 1
+    assert "at most 99" in message(path, seq_len=100, eval_fraction=0.0)
+    assert open_text(path, seq_len=99, eval_fraction=0.0).size == 1
+    assert "lower data.eval_fraction" in message(path, seq_len=20, eval_fraction=0.9)
+
+
+def test_token_beyond_the_vocabulary_is_one_clear_line(tmp_path: Path) -> None:
+    name = word_tokenizer(tmp_path / "tokenizer.json", {"?": 0, "a": 1, "b": 5})
+    path = tmp_path / "text.txt"
+    path.write_text("a a b a b " * 10)
+    said = message(path, vocab=5, tokenizer=name)
+    assert "token 2 has id 5, allowed are 0 to 4 (model.vocab = 5)" in said
+    assert "set model.vocab to at least 6" in said
+    assert open_text(path, vocab=6, tokenizer=name).size > 0
+
+
+def test_bytes_need_257_ids(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("x" * 100)
+    assert "model.vocab = 256" in message(path, vocab=256)
+    assert "at least 257" in message(path, vocab=256)
+    assert open_text(path, vocab=257).size > 0
+
+
+def test_missing_and_unusable_paths_are_one_clear_line(tmp_path: Path) -> None:
+    assert "No such file or directory" in message(tmp_path / "absent")
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in message(tmp_path / "pipe")
+
+
+def test_bad_tokenizers_are_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("x" * 100)
+    assert 'data.tokenizer = "gpt9": cannot be read' in message(path, tokenizer="gpt9")
+    assert "is no tokenizer" in message(path, tokenizer=str(path))
+
+
+def test_cache_that_cannot_be_written_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("x" * 100)
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "text.txt"))
+    assert "set HOLDFAST_CACHE" in message(tmp_path / "text.txt")

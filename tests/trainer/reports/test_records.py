@@ -1,0 +1,183 @@
+"""What a run writes: whole lines only, JSON that parses anywhere, traces that Perfetto's format allows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from holdfast.launch.launchers.display_process import _Follower
+from holdfast.parallel.pipeline.executor import ActionTimes
+from holdfast.parallel.schedules.registry import Action, Op
+from holdfast.trainer.config.model_section import ModelConfig
+from holdfast.trainer.models.llama.table import layer_specs
+from holdfast.trainer.reports.console import duration, sparkline
+from holdfast.trainer.reports.flops import step_flops, utilisation
+from holdfast.trainer.reports.metrics import JsonLines, drop_after
+from holdfast.trainer.reports.trace import Phase, bubble_of, merge_traces, write_trace
+from holdfast.trainer.step.learning_rate import learning_rate
+from holdfast.trainer.world import first_host, world_from_environment
+
+
+def test_a_torn_last_line_is_cut_before_more_follow(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    file = JsonLines(path)
+    file.append({"step": 3, "loss": float("nan")})
+    file.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
+
+
+def test_resuming_drops_the_lines_after_the_step(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    drop_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def times() -> ActionTimes:
+    actions = [
+        Action(Op.FORWARD, 0, 4),
+        Action(Op.SEND_FORWARD, 0, 4, 2),
+        Action(Op.RECEIVE_BACKWARD, 0, 4, 2),
+        Action(Op.BACKWARD, 0, 4),
+    ]
+    return ActionTimes(actions, [1.0, 2.0, 2.1, 4.0], [2.0, 2.1, 4.0, 5.0])
+
+
+def test_traces_hold_every_action_and_the_bubble(tmp_path: Path) -> None:
+    phases = [Phase("compute", 1.0, 5.0), Phase("reduce", 5.0, 5.5)]
+    assert bubble_of(times(), phases[0]) == pytest.approx(0.5)
+    paths = [write_trace(tmp_path, rank, f"rank {rank}", 7, phases, times()) for rank in (0, 1)]
+    merged = tmp_path / "all.json.gz"
+    merge_traces(paths, merged)
+    with gzip.open(merged, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    slices = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
+    assert {event["name"] for event in slices} == {
+        "F4",
+        "SEND_F4",
+        "RECV_B4",
+        "B4",
+        "compute",
+        "reduce",
+    }
+    compute = next(event for event in slices if event["name"] == "compute")
+    assert compute["args"]["bubble"] == pytest.approx(0.5)
+    assert compute["dur"] == pytest.approx(4e6)
+
+
+def rate(step: int, schedule: str, steps: int = 100) -> float:
+    return learning_rate(
+        step,
+        steps=steps,
+        lr=1.0,
+        min_lr=0.1,
+        warmup_steps=10,
+        schedule=schedule,  # pyrefly: ignore
+    )
+
+
+def test_learning_rates_have_their_shapes() -> None:
+    for schedule in ("cosine", "constant", "wsd"):
+        assert [rate(step, schedule) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert rate(99, "cosine") == pytest.approx(0.1)
+    assert rate(54, "cosine") == pytest.approx(0.55, abs=0.01)
+    assert rate(99, "constant") == 1.0
+    assert [rate(step, "wsd") for step in (79, 99)] == pytest.approx([1.0, 0.1])
+    falling = [rate(step, "wsd") for step in range(80, 100)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_operations_are_six_per_parameter_and_token() -> None:
+    model = ModelConfig(
+        family="llama", layers=2, hidden=64, intermediate=128, heads=4, kv_heads=4, vocab=100
+    )
+    layers = layer_specs(
+        model,
+        tensor=1,
+        sequence_parallel=False,
+        seq_len=16,
+        micro_batch=2,
+        precision="fp32",
+        recompute="none",
+    )
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 128) + 64 * 100
+    tokens = 3 * 2 * 16
+    attention = 6 * 2 * 64 * 16
+    assert step_flops(layers, 3) == tokens * (6 * matrices + attention)
+    assert utilisation(989e12, 1.0, 2, "NVIDIA H200 141GB") == pytest.approx(0.5)
+    assert utilisation(1.0, 1.0, 1, "some CPU") is None
+
+
+def test_shown_numbers() -> None:
+    assert [duration(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]
+    assert sparkline([3.0, 2.0, 1.0], 10) == "█▅▁"
+    assert len(sparkline([float(i) for i in range(1000)], 60)) <= 60
+
+
+def test_worlds_are_read_from_launchers() -> None:
+    assert world_from_environment({}) is None
+    torchrun = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "5",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "SLURM_PROCID": "9",
+    }
+    world = world_from_environment(torchrun)
+    assert world is not None
+    assert (world.rank, world.world_size, world.store_host, world.store_port) == (3, 8, "a", 5)
+    assert not world.store_is_server
+    slurm = {
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_NODELIST": "gpu[003-006],cpu1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    }
+    world = world_from_environment(slurm)
+    assert world is not None
+    assert (world.world_size, world.local_world_size) == (4, 2)
+    assert (world.store_host, world.store_port, world.store_is_server) == ("gpu003", 23456, True)
+    mpi = {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "PMIX_NAMESPACE": "prterun-1",
+    }
+    world = world_from_environment(mpi)
+    assert world is not None
+    assert (world.rank, world.local_rank, world.store_is_server) == (1, 1, False)
+    assert first_host("node7") == "node7"
+
+
+def test_who_follows_records_bears_that_a_run_goes_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = _Follower(path, 0)
+
+    def write(first: int, last: int, loss: str) -> None:
+        with path.open("a") as file:
+            file.writelines(f'{{"step": {s}, "loss": {loss}}}\n' for s in range(first, last))
+
+    write(1, 6, "1.5")
+    assert [line["step"] for line in follower.lines()] == [1, 2, 3, 4, 5]
+    drop_after(path, 2)
+    write(3, 20, "1.25")
+    steps = [line["step"] for line in follower.lines()]
+    assert steps == list(range(steps[0], 20))
+    assert steps[0] in (5, 6)  # lines of another length
+    drop_after(path, 9)
+    assert list(follower.lines()) == []
+    write(10, 12, "1.0")
+    assert [line["step"] for line in follower.lines()] == [10, 11]

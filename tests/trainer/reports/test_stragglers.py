@@ -1,0 +1,81 @@
+"""Who is slow: told by pure rules, from what every rank says of itself."""
+
+from __future__ import annotations
+
+from hypothesis import given, strategies as st
+
+from holdfast.parallel.layout.mesh import Mesh
+from holdfast.parallel.plan.initial import make_plan
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.replan import Roster, replan
+from holdfast.trainer.config.model_section import ModelConfig
+from holdfast.trainer.models.llama.table import layer_specs
+from holdfast.trainer.reports.stragglers import PHASES, find_stragglers, work_of
+
+
+def plan_of(data: int, pipeline: int) -> Plan:
+    model = ModelConfig(family="llama", layers=8, hidden=32, heads=4, kv_heads=4, vocab=64)
+    layers = layer_specs(
+        model,
+        tensor=1,
+        sequence_parallel=False,
+        seq_len=16,
+        micro_batch=1,
+        precision="fp32",
+        recompute="none",
+    )
+    return make_plan(
+        layers,
+        Mesh(1, data, pipeline),
+        virtual=1,
+        schedule="1f1b",
+        micro_batches=12,
+        block_elements=2000,
+    )
+
+
+def usual(plan: Plan, rank: int, per_work: float = 1.0) -> list[float]:
+    """Times of a rank that works at the common speed, most of them spent computing."""
+    most = work_of(plan, rank) / max(work_of(plan, other) for other in plan.cells.ranks)
+    return [per_work * most * share for share in (0.8, 0.1, 0.0, 0.1)]
+
+
+@given(
+    st.sampled_from([(2, 1), (4, 1), (3, 2), (2, 4)]),
+    st.data(),
+    st.floats(2.2, 50.0),
+    st.floats(0.05, 10.0),
+)
+def test_the_slow_rank_is_found_and_nobody_else(
+    mesh: tuple[int, int], data: st.DataObject, slowness: float, step_s: float
+) -> None:
+    plan = plan_of(*mesh)
+    slow = data.draw(st.sampled_from(plan.cells.ranks))
+    phase = data.draw(st.sampled_from(range(len(PHASES))))
+    noise = {rank: data.draw(st.floats(0.85, 1.15)) for rank in plan.cells.ranks}
+    times = {
+        rank: [noise[rank] * t for t in usual(plan, rank, step_s)] for rank in plan.cells.ranks
+    }
+    assert find_stragglers(plan, times, 2.0) == []
+    times[slow][phase] += 1.4 * (slowness - 1) * sum(usual(plan, slow, step_s))
+    (found,) = find_stragglers(plan, times, 2.0)
+    assert (found.rank, found.phase) == (slow, PHASES[phase])
+    assert found.ratio > 2.0
+
+
+def test_more_work_after_a_loss_is_not_slowness() -> None:
+    full = plan_of(4, 2)
+    ranks = tuple(rank for rank in full.cells.ranks if rank != 1)
+    roster = Roster(ranks, {rank: "node" for rank in full.cells.ranks})
+    plan = replan(full, roster, generation=1, move_layers=False)
+    work = {work_of(plan, rank) for rank in ranks}
+    assert max(work) > 1.25 * min(work)
+    assert find_stragglers(plan, {rank: usual(plan, rank) for rank in ranks}, 1.2) == []
+
+
+def test_a_rank_alone_and_very_short_steps_are_never_slow() -> None:
+    alone = plan_of(1, 1)
+    assert find_stragglers(alone, {0: [9.0, 0, 0, 0]}, 2.0) == []
+    two = plan_of(2, 1)
+    short = {0: [0.0001, 0, 0, 0], 1: [0.001, 0, 0, 0]}
+    assert find_stragglers(two, short, 2.0) == []

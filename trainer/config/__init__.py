@@ -1,0 +1,8 @@
+"""The configuration of a run: its sections, how a file is loaded, and the rules between keys; no torch.
+
+May import parallel.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

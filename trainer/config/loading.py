@@ -1,0 +1,146 @@
+"""A run's configuration: read from TOML, overridden, checked, and written back as resolved."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config.rules import problems_of
+from holdfast.trainer.config.sections import RunConfig
+
+__all__ = ["RunConfig", "check_config", "convert_config", "dump_toml", "load_config"]
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check a configuration. Local; needs no torch.
+
+    Args:
+        overrides: "section.key=value", the value as TOML, or as plain text where it is not TOML.
+    Raises:
+        ConfigError: one line per problem: the key, its value, what is allowed.
+    """
+    source = Path(path)
+    try:
+        table = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror}; name a TOML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8 text at byte {error.start}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    config = convert_config(table)
+    check_config(config)
+    return config
+
+
+def convert_config(table: Mapping[str, Any]) -> RunConfig:
+    """The typed form of a nested table of sections.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a wrong type, a missing key.
+    """
+    sections = {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
+    for name, keys in table.items():
+        if name not in sections:
+            raise ConfigError(f"[{name}] is not a section{_nearest(name, sections)}")
+        if not isinstance(keys, Mapping):
+            raise ConfigError(f"{name} = {keys!r} is a key outside a section; write it as [{name}]")
+        known = [field.name for field in msgspec.structs.fields(sections[name])]
+        for key in keys:
+            if key not in known:
+                raise ConfigError(f"{name}.{key} is not a key{_nearest(key, known, name)}")
+    try:
+        return msgspec.convert(table, RunConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explained(table, str(error))) from error
+
+
+def check_config(config: RunConfig, world_size: int | None = None) -> None:
+    """Every rule that needs no file and no other process, on every rank alike.
+
+    Args:
+        world_size: the number of workers, where it is known.
+    Raises:
+        ConfigError: all problems, one line each.
+    """
+    problems = problems_of(config, world_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def dump_toml(config: RunConfig) -> str:
+    """The resolved configuration as TOML; `load_config` reads it back to an equal value."""
+    lines: list[str] = []
+    for section, keys in msgspec.to_builtins(config).items():
+        lines.append(f"[{section}]")
+        lines.extend(f"{key} = {_toml(value)}" for key, value in keys.items())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        raise ConfigError(f"--set {override}: write it as --set section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table.setdefault(section, {})
+    if not isinstance(table[section], dict):
+        raise ConfigError(f"--set {override}: {section} is not a section")
+    table[section] = {**table[section], key: value}
+
+
+def _nearest(name: str, known: Any, section: str = "") -> str:
+    prefix = f"{section}." if section else ""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; known are {', '.join(known)}"
+
+
+def _explained(table: Mapping[str, Any], message: str) -> str:
+    """msgspec's message with the key in the file's spelling and the value that was given."""
+    found = re.search(r" - at `\$\.?([^`]*)`", message)
+    reason = message[: found.start()] if found else message
+    path = found.group(1) if found else ""
+    missing = re.search(r"missing required field `(\w+)`", reason)
+    if missing:
+        name = f"{path}.{missing.group(1)}" if path else f"[{missing.group(1)}]"
+        return f"{name} is missing; it is required"
+    value: Any = table
+    for part in path.split("[")[0].split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    allowed = ""
+    if reason.startswith("Invalid enum value"):
+        section, _, key = path.partition(".")
+        fields = {f.name: f.type for f in msgspec.structs.fields(RunConfig)}
+        kinds = {f.name: f.type for f in msgspec.structs.fields(fields[section])}
+        choices = getattr(kinds.get(key), "__args__", ())
+        allowed = f"; allowed are {', '.join(repr(choice) for choice in choices)}"
+        reason = "not one of the choices"
+    return f"{path} = {value!r}: {reason[0].lower()}{reason[1:]}{allowed}"

@@ -1,0 +1,291 @@
+"""The rules that keys must keep, one line per broken rule: the key, its value, what to change."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from holdfast.parallel.errors import ConfigError, ScheduleError
+from holdfast.parallel.schedules import placement
+from holdfast.trainer.config.data_section import check_data_config
+
+if TYPE_CHECKING:
+    from holdfast.trainer.config.sections import RunConfig
+
+
+def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
+    """All broken rules, in the order of the sections; empty when the configuration is sound. Pure."""
+    rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+        _ranges,
+        _model,
+        _data,
+        _batch,
+        _layout,
+        _pipeline,
+        _elastic,
+        _offload,
+        _recompute,
+        _not_in_this_version,
+    )
+    problems = [problem for rule in rules for problem in rule(config)]
+    if world_size is not None and world_size != config.parallel.ranks:
+        p = config.parallel
+        problems.append(
+            f"{world_size} workers were started, but tensor {p.tensor} x pipeline {p.pipeline} x data "
+            f"{p.data} needs {p.ranks}; change parallel.data, or start {p.ranks}"
+        )
+    return problems
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    at_least_one = {
+        "model": ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab", "max_seq_len"),
+        "train": ("steps", "seq_len", "global_batch", "micro_batch", "threads_per_rank"),
+        "optimizer": ("block_elements",),
+        "parallel": ("tensor", "pipeline", "data", "context", "expert", "virtual"),
+        "checkpoint": ("memory_keep", "remote_every"),
+        "offload": ("smallest_kib", "staging_mib"),
+        "log": ("every",),
+    }
+    at_least_zero = {
+        "model": ("head_dim", "init_std"),
+        "train": (
+            "seed",
+            "clip_grad_norm",
+            "eval_every",
+            "stop_after",
+            "activation_gib",
+            "tflops",
+        ),
+        "optimizer": ("min_lr", "warmup_steps", "weight_decay"),
+        "checkpoint": (
+            "every",
+            "every_seconds",
+            "keep",
+            "memory_every",
+            "remote_keep",
+            "arena_mib",
+        ),
+        "offload": ("limit_gib", "least_share", "limit_mib_per_s", "drive_gbytes", "drive_tbw"),
+        "data": ("seed",),
+    }
+    for least, table in ((1, at_least_one), (0, at_least_zero)):
+        for section, keys in table.items():
+            for key in keys:
+                value = getattr(getattr(config, section), key)
+                if not value >= least:
+                    yield f"{section}.{key} = {value}: must be {least} or more"
+    above_zero = (
+        ("optimizer", "lr"),
+        ("optimizer", "eps"),
+        ("model", "norm_eps"),
+        ("checkpoint", "timeout_s"),
+        ("checkpoint", "exit_s"),
+    )
+    for section, key in above_zero:
+        value = getattr(getattr(config, section), key)
+        if not (value > 0 and math.isfinite(value)):
+            yield f"{section}.{key} = {value}: must be greater than 0"
+    for number, beta in enumerate(config.optimizer.betas):
+        if not 0 <= beta < 1:
+            yield f"optimizer.betas[{number}] = {beta}: must be at least 0 and less than 1"
+    if not 0 <= config.model.dropout < 1:
+        yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
+    if not 8 <= config.numerics.fraction_bits <= 60:
+        yield (
+            f"numerics.fraction_bits = {config.numerics.fraction_bits}: must be 8 to 60; the range of a "
+            "gradient sum is 2**(63 - fraction_bits)"
+        )
+    if config.train.eval_every and config.train.eval_batches < 1:
+        yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"
+    for step in config.log.trace_steps:
+        if step < 1:
+            yield f"log.trace_steps has {step}: steps are counted from 1"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if min(model.heads, model.kv_heads, model.hidden) < 1:
+        return
+    if not model.head_dim and model.hidden % model.heads:
+        yield (
+            f"model.hidden = {model.hidden} is not divisible by model.heads = {model.heads}; change one "
+            "of them, or set model.head_dim"
+        )
+    elif model.dim_per_head % 2:
+        yield (
+            f"the head dimension is {model.dim_per_head}, and rotary embedding needs an even one; "
+            "change model.hidden, model.heads or model.head_dim"
+        )
+    if model.heads % model.kv_heads:
+        yield (
+            f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; each "
+            "key and value head serves the same number of query heads"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    try:
+        check_data_config(config.data)
+    except ConfigError as error:
+        yield str(error)
+    if config.data.kind == "text" and config.data.tokenizer == "bytes" and config.model.vocab < 257:
+        yield (
+            f"model.vocab = {config.model.vocab} is too small for data.tokenizer = 'bytes', which has "
+            "256 bytes and a separator; set it to 257 or more"
+        )
+    if config.train.eval_every and config.data.eval_fraction == 0:
+        yield "train.eval_every needs held-out data; set data.eval_fraction above 0"
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    train, data = config.train, config.parallel.data
+    if train.micro_batch >= 1 and train.global_batch % train.micro_batch:
+        yield (
+            f"train.global_batch = {train.global_batch} is not divisible by train.micro_batch = "
+            f"{train.micro_batch}; change one of them"
+        )
+    elif train.micro_batch >= 1 and train.global_batch // train.micro_batch < data:
+        yield (
+            f"a step has {train.global_batch // train.micro_batch} micro-batches, fewer than "
+            f"parallel.data = {data} replicas; lower parallel.data or raise train.global_batch"
+        )
+    if train.seq_len > config.model.max_seq_len:
+        yield (
+            f"train.seq_len = {train.seq_len} exceeds model.max_seq_len = {config.model.max_seq_len}; "
+            "lower the one or raise the other"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield (
+            f"optimizer.min_lr = {config.optimizer.min_lr} exceeds optimizer.lr = {config.optimizer.lr}; "
+            "lower it"
+        )
+
+
+def _layout(config: RunConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    tensor = parallel.tensor
+    if tensor < 1 or model.kv_heads < 1:
+        return
+    if model.heads % tensor:
+        yield (
+            f"model.heads = {model.heads} is not divisible by parallel.tensor = {tensor}; every tensor "
+            "rank takes the same number of heads"
+        )
+    elif model.kv_heads % tensor and tensor % model.kv_heads:
+        yield (
+            f"model.kv_heads = {model.kv_heads} and parallel.tensor = {tensor}: one must divide the "
+            "other, so that key and value heads are split or shared evenly"
+        )
+    if tensor > min(model.vocab, model.intermediate):
+        yield f"parallel.tensor = {tensor} exceeds model.vocab or model.intermediate; lower it"
+    if tensor > 1 and parallel.sequence_parallel and config.train.seq_len % tensor:
+        yield (
+            f"train.seq_len = {config.train.seq_len} is not divisible by parallel.tensor = {tensor}, "
+            "which splits sequences; change it, or set parallel.sequence_parallel = false"
+        )
+
+
+def _pipeline(config: RunConfig) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.layers
+    if min(parallel.pipeline, parallel.virtual) < 1:
+        return
+    try:
+        placement(parallel.schedule, parallel.pipeline, parallel.virtual)
+    except ScheduleError as error:
+        yield str(error)
+    chunks = parallel.pipeline * parallel.virtual
+    given = parallel.blocks_per_chunk
+    if not given:
+        if layers % chunks:
+            yield (
+                f"model.layers = {layers} is not divisible by parallel.pipeline x parallel.virtual = "
+                f"{chunks}; change one of them, or give an uneven split in parallel.blocks_per_chunk"
+            )
+    elif len(given) != chunks or sum(given) != layers or min(given[1:-1], default=1) < 1:
+        yield (
+            f"parallel.blocks_per_chunk = {given}: must be {chunks} numbers (pipeline x virtual) that add "
+            f"up to model.layers = {layers}, each 1 or more (0 for the first or last)"
+        )
+    elif min(given) < 0:
+        yield f"parallel.blocks_per_chunk = {given}: numbers must not be negative"
+
+
+def _elastic(config: RunConfig) -> Iterator[str]:
+    elastic, ranks = config.elastic, config.parallel.ranks
+    if not 0 <= elastic.redundancy <= 2:
+        yield f"elastic.redundancy = {elastic.redundancy}: must be 0, 1 or 2 shadows per block"
+    if elastic.local_nodes < 1:
+        yield f"elastic.local_nodes = {elastic.local_nodes}: must be 1 or more"
+    if not 1 <= elastic.min_ranks <= max(1, ranks):
+        yield f"elastic.min_ranks = {elastic.min_ranks}: must be 1 to {ranks}, the number of ranks"
+    if elastic.heartbeat_ms < 10 or elastic.heartbeat_timeout_ms < 3 * elastic.heartbeat_ms:
+        yield (
+            f"elastic.heartbeat_ms = {elastic.heartbeat_ms}, heartbeat_timeout_ms = "
+            f"{elastic.heartbeat_timeout_ms}: use 10 or more, and at least three heartbeats for the time-out"
+        )
+    if elastic.hang_timeout_s <= 0:
+        yield f"elastic.hang_timeout_s = {elastic.hang_timeout_s}: must be above 0"
+    if elastic.enabled and config.parallel.backend == "mpi" and elastic.respawn:
+        yield (
+            "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job are fixed; "
+            "set elastic.respawn = false, or use 'gloo' or 'nccl'"
+        )
+    if elastic.activation_headroom < 0:
+        yield (
+            f"elastic.activation_headroom = {elastic.activation_headroom}: must be 0 or more, as a share of "
+            "the activation memory of the fullest rank"
+        )
+    if elastic.straggler_every < 0 or elastic.straggler_factor <= 1:
+        yield (
+            f"elastic.straggler_every = {elastic.straggler_every}, straggler_factor = "
+            f"{elastic.straggler_factor}: the first must be 0 or more, the second above 1"
+        )
+    for fault in elastic.chaos:
+        if fault.rank < 0 or fault.step < 1:
+            yield (
+                f"elastic.chaos: rank {fault.rank}, step {fault.step}: ranks count from 0, steps from 1"
+            )
+
+
+def _offload(config: RunConfig) -> Iterator[str]:
+    offload = config.offload
+    if not offload.least_share <= offload.most_share <= 1:
+        yield (
+            f"offload.least_share = {offload.least_share}, most_share = {offload.most_share}: shares are "
+            "0 to 1, the least not above the most"
+        )
+    if offload.staging_mib > 1024:
+        yield f"offload.staging_mib = {offload.staging_mib}: must be 1 to 1024"
+    if offload.activations == "host" and config.train.device == "cpu":
+        yield (
+            "offload.activations = 'host' with train.device = 'cpu': activations are in host memory "
+            "already; use 'ssd' or 'none'"
+        )
+
+
+def _recompute(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.recompute == "auto" and not train.activation_gib:
+        yield (
+            "train.recompute = 'auto' with train.activation_gib = 0: say how much memory activations may "
+            "take on a rank"
+        )
+
+
+def _not_in_this_version(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    for key in ("context", "expert"):
+        if getattr(parallel, key) > 1:
+            yield f"parallel.{key} = {getattr(parallel, key)}: not available in this version; set it to 1"
+    if parallel.backend == "mpi" and importlib.util.find_spec("mpi4py") is None:
+        yield "parallel.backend = 'mpi' needs mpi4py; pip install 'holdfast[mpi]'"
+    if parallel.backend == "mpi" and config.train.device == "cuda":
+        yield (
+            "parallel.backend = 'mpi' carries CPU tensors, but train.device = 'cuda'; use 'nccl', or "
+            "set train.device = 'cpu'"
+        )
+    if config.data.kind == "megatron" and importlib.util.find_spec("megatron") is None:
+        yield ("data.kind = 'megatron' needs megatron-core; pip install 'holdfast[megatron]'")

@@ -1,0 +1,218 @@
+"""A configuration as typed values: the sections that belong to no other folder, and the whole.
+
+`RunConfig` holds them all. The names are a contract (docs/configuration.md): keys are added, never renamed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from holdfast.trainer.config.data_section import DataConfig
+from holdfast.trainer.config.model_section import ModelConfig
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One table of the TOML file; unknown keys are errors."""
+
+
+class TrainConfig(Section, frozen=True):
+    """How much is trained, and how a micro-batch is computed."""
+
+    steps: int = 100
+    stop_after: int = 0
+    """Save and end after this step, though the schedule is that of `steps`; 0: do not."""
+    seq_len: int = 128
+    global_batch: int = 16
+    """Sequences per step, over all replicas; never changes with the number of ranks."""
+    micro_batch: int = 2
+    seed: int = 1234
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 has fp32 master weights; fp64 is what `holdfast check` computes in."""
+    clip_grad_norm: float = 1.0
+    """0: no clipping."""
+    recompute: Literal["none", "full", "selective", "auto"] = "none"
+    """"selective": the attention core; "full": whole blocks; "auto": of each block what `activation_gib` asks."""
+    activation_gib: float = 0.0
+    """With recompute = "auto": what activations may take on a rank."""
+    tflops: float = 0.0
+    """What a rank computes, in 10^12 operations a second, for "auto" beside offload; 0: it is measured."""
+    threads_per_rank: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every: int = 0
+    """Steps between evaluations on held-out data; 0: none."""
+    eval_batches: int = 8
+    """Global batches per evaluation."""
+
+
+class OptimizerConfig(Section, frozen=True):
+    """AdamW and its learning rate."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_steps: int = 10
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Of matrices; norm weights do not decay."""
+    block_elements: int = 1048576
+
+
+class NumericsConfig(Section, frozen=True):
+    """How gradients are summed."""
+
+    reduction: Literal["exact", "fast"] = "exact"
+    fraction_bits: int = 44
+    nonfinite: Literal["error", "skip"] = "error"
+
+
+class ParallelConfig(Section, frozen=True):
+    """The layout: tensor x pipeline x data ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    virtual: int = 1
+    """Model chunks per pipeline rank."""
+    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v"] = "1f1b"
+    sequence_parallel: bool = True
+    """With tensor > 1: hidden states are split along the sequence between layers."""
+    backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
+    blocks_per_chunk: list[int] = []
+    """Blocks of each model chunk, in forward order; empty: an even split."""
+    micro_batch_order: Literal["ascending", "descending", "shuffled"] = "ascending"
+    """In which order a replica computes its micro-batches; results do not depend on it."""
+
+    @property
+    def ranks(self) -> int:
+        """Workers that this layout takes."""
+        return self.tensor * self.pipeline * self.data
+
+
+class CheckpointConfig(Section, frozen=True):
+    """When state is saved, and where. The last step is always saved."""
+
+    every: int = 0
+    """Steps between checkpoints on the local disk; 0: only at the end."""
+    every_seconds: float = 0.0
+    """Also after so many seconds without one; 0: by steps alone."""
+    keep: int = 3
+    """Checkpoints that stay; 0: all."""
+    path: str = ""
+    """Folder of the checkpoints, RUN/checkpoints by default; a URL (s3://…) is where they go besides."""
+    policy: Literal["wait", "skip"] = "wait"
+    """What happens when one is due while the one before is still being written."""
+    verify: bool = True
+    """Whether checksums are checked on loading."""
+    memory_every: int = 0
+    """Steps between copies in shared memory, which survive a worker's crash; 0: none."""
+    memory_keep: int = 1
+    remote_every: int = 1
+    """With a URL: every how many local checkpoints one goes there."""
+    remote_keep: int = 0
+    """Checkpoints that stay at the URL; 0: all."""
+    arena_mib: int = 0
+    """Host memory of a rank between state and disk; 0: room for its share of a checkpoint, 2048 at most."""
+    timeout_s: float = 600.0
+    """After which a save is given up."""
+    exit_s: float = 60.0
+    """How long a run that gets SIGTERM may take to finish its step and save it."""
+
+    @property
+    def url(self) -> str:
+        """The remote tier; empty when there is none."""
+        return self.path if "://" in self.path else ""
+
+
+class OffloadConfig(Section, frozen=True):
+    """Where activations wait for their backward pass."""
+
+    activations: Literal["none", "ssd", "host"] = "none"
+    """"ssd": on a drive; "host": in pinned host memory, for models on a GPU."""
+    path: str = ""
+    """Folder on the drive; empty: that of temporary files (TMPDIR)."""
+    limit_gib: float = 0.0
+    """The most that a rank has away at once; 0: no limit but the drive's room."""
+    least_share: float = 0.0
+    """Of the activations that could be sent, between this and `most_share` are; equal ones fix it."""
+    most_share: float = 1.0
+    smallest_kib: int = 256
+    """Tensors below this stay in memory."""
+    limit_mib_per_s: float = 0.0
+    """The most that a rank writes and reads; 0: what the drive can do."""
+    staging_mib: int = 1024
+    """Pinned host memory of a rank between a GPU and the drive."""
+    compact_heap: bool = True
+    """On a CPU: start again with glibc settings that let the resident set fall with the memory in use."""
+    drive_gbytes: float = 0.0
+    """What a rank can write to `path`, in 10^9 bytes a second, for train.recompute = "auto"; 0: it is measured."""
+    drive_tbw: float = 0.0
+    """Terabytes that the drive may be written in its life, by its data sheet: for the years it lasts."""
+
+
+class ChaosConfig(Section, frozen=True):
+    """A fault that a run does to itself; see `holdfast.elastic.faults.Fault`."""
+
+    fault: Literal[
+        "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
+    ]
+    rank: int
+    step: int
+    phase: Literal["compute", "backward", "fill", "reduce", "vote", "apply", "change"] = "compute"
+    seconds: float = 60.0
+    incarnation: int = 0
+
+
+class ElasticConfig(Section, frozen=True):
+    """What happens when ranks are lost or come back."""
+
+    enabled: bool = False
+    redundancy: int = 1
+    shadow_memory: Literal["auto", "device", "host"] = "auto"
+    """Where shadows keep their copies; auto: in host memory beside a GPU."""
+    min_ranks: int = 1
+    heartbeat_ms: int = 100
+    heartbeat_timeout_ms: int = 600
+    hang_timeout_s: float = 10.0
+    respawn: bool = True
+    verify_every: int = 100
+    local_nodes: int = 1
+    lighthouse: str = ""
+    activation_headroom: float = 0.3
+    """After a loss ranks may keep so much more activation memory than the fullest had, to be idle less."""
+    straggler_every: int = 10
+    """Steps from one comparison of all ranks' own times to the next; 0: never."""
+    straggler_factor: float = 2.0
+    """A rank whose own time is above so many times the usual, twice running, is reported as slow."""
+    chaos: list[ChaosConfig] = []
+    """Faults on purpose, to try what a run survives: [[elastic.chaos]] tables."""
+
+
+class LogConfig(Section, frozen=True):
+    """What is reported."""
+
+    every: int = 1
+    """Steps between progress lines; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    trace_steps: list[int] = []
+    """Steps, counted from 1, whose actions are written for Perfetto."""
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a run depends on; a pure value."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    numerics: NumericsConfig = NumericsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    offload: OffloadConfig = OffloadConfig()
+    elastic: ElasticConfig = ElasticConfig()
+    log: LogConfig = LogConfig()

@@ -1,0 +1,8 @@
+"""Training that goes on when ranks are lost or join: the loop, recovery, incidents.
+
+May import elastic, checkpoint, parallel, and the rest of trainer.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .loop import (
+    train_seat as train_seat,
+)

@@ -1,0 +1,122 @@
+"""Silent corruption: owners and shadows compare checksums of every block, and a copy that differs is named.
+
+CRC-32C, which sees order and single bits, of value and both moments: computed by every holder, shared by one
+all_reduce, and compared on every rank alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast import _native
+from holdfast.parallel.comm import Communicator
+from holdfast.parallel.optimizer import STATE_KINDS, move_blocks
+from holdfast.parallel.plan import BlockKey, Parcel, Plan, block_box
+from holdfast.trainer.elastic.block_states import BlockStates
+from holdfast.trainer.step import Training
+
+
+@dataclass(frozen=True, slots=True)
+class Corruption:
+    """Copies of one block that should be equal and are not."""
+
+    key: BlockKey
+    tensor: str
+    """The block's logical tensor and box."""
+    suspects: tuple[int, ...]
+    """Ranks whose copy is wrong; all holders where no majority says which."""
+    good: int | None
+    """A rank whose copy the majority has."""
+    owner: int
+
+    @property
+    def spares_training(self) -> bool:
+        """Whether only shadows are wrong, so that no step has been computed from a wrong value."""
+        return self.good is not None and self.owner not in self.suspects
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What comparing all copies of the state has given; equal on every rank."""
+
+    corrupt: tuple[Corruption, ...]
+    digest: str
+    """SHA-256 of the checksums of all copies of all blocks: names this state and its layout."""
+
+
+def compare_copies(training: Training, everybody: Communicator) -> Comparison:
+    """Compare the checksums of every block on all its holders. Collective over all ranks."""
+    plan = training.plan
+    copies = 1 + max((len(s) for shadows in plan.shadows for s in shadows), default=0)
+    slots = [len(blocks) for blocks in plan.blocks]
+    table = torch.zeros(sum(slots), copies, len(STATE_KINDS), dtype=torch.int64)
+    states = BlockStates(training)
+    first = 0
+    for index, blocks in enumerate(plan.blocks):
+        for place in range(len(blocks)):
+            holders = _holders(plan, (index, place))
+            if training.rank in holders:
+                sums = _checksums(states, (index, place))
+                table[first + place, holders.index(training.rank)] = sums
+        first += len(blocks)
+    everybody.all_reduce(table).wait()
+    found: list[Corruption] = []
+    first = 0
+    for index, blocks in enumerate(plan.blocks):
+        for place in range(len(blocks)):
+            holders = _holders(plan, (index, place))
+            rows = [tuple(row) for row in table[first + place, : len(holders)].tolist()]
+            if len(set(rows)) > 1:
+                found.append(_judge(plan, (index, place), holders, rows))
+        first += len(blocks)
+    digest = hashlib.sha256(table.numpy().tobytes()).hexdigest()
+    return Comparison(tuple(found), digest)
+
+
+def _holders(plan: Plan, key: BlockKey) -> tuple[int, ...]:
+    index, place = key
+    shadows = plan.shadows[index][place] if plan.shadows else ()
+    return (plan.owners[index][place], *shadows)
+
+
+def _checksums(states: BlockStates, key: BlockKey) -> Tensor:
+    sums = []
+    for kind in STATE_KINDS:
+        values = states.read(key)[kind].cpu()
+        sums.append(_native.crc32c(values.data_ptr(), values.numel() * values.element_size()))
+    return torch.tensor(sums, dtype=torch.int64)
+
+
+def _judge(
+    plan: Plan, key: BlockKey, holders: tuple[int, ...], rows: list[tuple[int, ...]]
+) -> Corruption:
+    index, place = key
+    block = plan.blocks[index][place]
+    spec = plan.layers[block.layer].parameters[index][block.spec_index]
+    row, votes = Counter(rows).most_common(1)[0]
+    decided = 2 * votes > len(rows)
+    wrong = [rank for rank, own in zip(holders, rows, strict=True) if own != row or not decided]
+    good = holders[rows.index(row)] if decided else None
+    return Corruption(key, f"{spec.name}{block_box(spec, block)}", tuple(wrong), good, holders[0])
+
+
+def repair(training: Training, found: Sequence[Corruption], everybody: Communicator) -> None:
+    """Replace wrong copies by good ones. Collective over all ranks.
+
+    Only for corruption that spares training: what was computed from a wrong value stays wrong.
+    """
+    plan, states = training.plan, BlockStates(training)
+    parcels = [
+        Parcel(c.good, rank, (c.key,), (plan.blocks[c.key[0]][c.key[1]].elements,))
+        for c in found
+        if c.good is not None
+        for rank in c.suspects
+    ]
+    dtype = training.optimizer.gradients.dtype
+    move_blocks(parcels, training.rank, everybody, states.read, states.write, dtype=dtype)

@@ -1,0 +1,189 @@
+"""What is written down of a change of membership: events, and one complete record of each incident."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from holdfast.elastic.events import change_events
+from holdfast.elastic.generation import Generation
+from holdfast.elastic.journal import CHANGES
+from holdfast.elastic.membership_events import Notice, notice_to_data
+from holdfast.parallel.plan import Plan, arriving_blocks, plan_to_data
+from holdfast.trainer.elastic.recovery import Change
+from holdfast.trainer.reports import append_events
+from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.step import Training
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRecord:
+    """A change of membership as one rank knows it once it is in force."""
+
+    change: Change
+    heard: tuple[Notice, ...]
+    plan: Plan
+    """In force since then."""
+    step: int
+    """Committed by then."""
+    urgent: bool
+    """Whether it came within a step."""
+    recomputed: int
+    """Micro-batches of the interrupted step that are computed again, over all ranks."""
+    digest: str
+    """Of the state after it; see `holdfast.trainer.elastic.corruption`."""
+
+
+def record_of(
+    change: Change, heard: Sequence[Notice], training: Training, *, urgent: bool, digest: str
+) -> ChangeRecord:
+    """What there is to write of a change, before the next step changes it. Local."""
+    replayed = urgent and change.agreed.complete
+    return ChangeRecord(
+        change=change,
+        heard=tuple(heard),
+        plan=training.plan,
+        step=training.progress.decided,
+        urgent=urgent,
+        recomputed=len(training.to_compute(change.agreed.steps)) if replayed else 0,
+        digest=digest,
+    )
+
+
+def write_changes(run: RunDirectory, records: Sequence[ChangeRecord]) -> None:
+    """Write what is not written yet of these changes, the newest last: events, incidents. Called by one rank.
+
+    The newest is this rank's to write; those before it were another's, which may have died before it did.
+    """
+    *earlier, newest = records
+    written = _written(run) if earlier else set()
+    for record in earlier:
+        if record.change.after.number not in written:
+            _write(run, record)
+    _write(run, newest)
+
+
+def _written(run: RunDirectory) -> set[int]:
+    """The generations of this start of the run that its events tell of."""
+    found: set[int] = set()
+    if not run.events.exists():
+        return found
+    for line in reversed(run.events.read_bytes().splitlines()):
+        try:
+            event = json.loads(line)
+        except ValueError:  # torn, by a writer that died or a full disk
+            continue
+        if event["event"] in CHANGES:
+            found.add(event["generation"])
+            if event["generation"] == 1:
+                break
+    return found
+
+
+def _write(run: RunDirectory, record: ChangeRecord) -> None:
+    change, urgent = record.change, record.urgent
+    events = change_events(change.before, change.after, record.heard)
+    lost = [event.fields for event in events if event.name == "rank_lost"]
+    first = change.before is None
+    steps = change.agreed.steps
+    replayed = int(urgent and change.agreed.complete)
+    rolled_back = 0 if change.from_checkpoint is None or first else steps - change.from_checkpoint
+    fields: dict[str, Any] = {
+        "generation": change.after.number,
+        "lost": [found["rank"] for found in lost],
+        "left": [event.fields["rank"] for event in events if event.name == "rank_left"],
+        "joined": [event.fields["rank"] for event in events if event.name == "rank_joined"],
+        "leaving": [member.rank for member in change.after.members if member.leaving],
+        "step": record.step,
+        "within_step": urgent,
+        "committed": urgent and not replayed and change.from_checkpoint is None,
+        "replayed_steps": rolled_back + replayed,
+        "recomputed_micro_batches": record.recomputed,
+        "notice_s": max((found["detected_s"] or 0.0 for found in lost), default=0.0),
+        "agree_s": change.agree_s,
+        "edit_s": change.edit_s,
+        "move_s": change.move_s,
+        "total_s": change.total_s,
+        "moved_bytes": change.moved_bytes,
+        "filled": change.agreed.filled,
+        "waiting": sorted(_given(record.plan)),
+        "placed": sorted(_given(change.plan_before) & _placed(record.plan)),
+        "from_checkpoint": change.from_checkpoint,
+    }
+    plan = plan_to_data(record.plan)
+    if lost:
+        _write_incident(run, change, record.heard, fields, lost, plan, record.digest)
+    name = "recovered" if lost else "generation"
+    append_events(
+        run.events,
+        [*((event.name, event.fields) for event in events), (name, {**fields, "plan": plan})],
+    )
+
+
+def _write_incident(
+    run: RunDirectory,
+    change: Change,
+    heard: Sequence[Notice],
+    fields: dict[str, Any],
+    lost: list[dict[str, Any]],
+    plan: dict[str, Any],
+    digest: str,
+) -> None:
+    """One file with all that is known; it appears whole."""
+    agreed = change.agreed
+    record = {
+        "time": time.time(),
+        **fields,
+        "losses": lost,
+        "notices": [notice_to_data(notice) for notice in heard],
+        "before": _members(change.before),
+        "after": _members(change.after),
+        "agreed": {
+            "installed": agreed.installed,
+            "holders": agreed.holders,
+            "steps": agreed.steps,
+            "updates": agreed.updates,
+            "complete": agreed.complete,
+            "outcome": None if agreed.outcome is None else asdict(agreed.outcome),
+        },
+        "plan_before": plan_to_data(change.plan_before),
+        "plan_after": plan,
+        "state_digest": digest,
+    }
+    run.incidents.mkdir(exist_ok=True)
+    path = run.incidents / f"generation-{change.after.number:06d}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _given(plan: Plan) -> set[int]:
+    """Ranks that compute nothing yet, and are being given state."""
+    coming = arriving_blocks(plan, plan.cells.spares)
+    return {rank for rank, keys in coming.items() if keys}
+
+
+def _placed(plan: Plan) -> set[int]:
+    return set(plan.cells.ranks) - set(plan.cells.spares)
+
+
+def _members(generation: Generation | None) -> list[dict[str, Any]]:
+    """Every member with what it reported: how far it was, and its last operations."""
+    if generation is None:
+        return []
+    return [
+        {
+            "rank": member.rank,
+            "incarnation": member.identity.incarnation,
+            "node": member.node,
+            "held": member.held,
+            "step": member.step,
+            "phase": member.phase,
+            "leaving": member.leaving,
+            "reported": dict(member.data),
+        }
+        for member in generation.members
+    ]

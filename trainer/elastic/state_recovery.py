@@ -1,0 +1,123 @@
+"""One rank's state under the next plan: from live holders, or from a checkpoint.
+
+The training of before is left as it is, so that what fails can begin again. Exact-mode safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from holdfast.parallel.comm import Communicator, Groups
+from holdfast.parallel.optimizer import Fill, carried_bytes, move_blocks
+from holdfast.parallel.plan import Plan, arriving_blocks, held_blocks, plan_parcels, state_of
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.elastic.block_states import BlockStates
+from holdfast.trainer.elastic.worker_status import Agreed
+from holdfast.trainer.step import Progress, Training, covered_places, keeps_sums
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""Of the optimizer's state, by the precision of training."""
+
+
+def training_from_holders(
+    config: RunConfig,
+    rank: int,
+    device: torch.device,
+    agreed: Agreed,
+    plan: Plan,
+    following: Plan,
+    before: Training | None,
+    groups: Groups,
+    everybody: Communicator,
+    beside: Communicator,
+    node_of: Mapping[int, str],
+) -> tuple[Training | None, int]:
+    """This rank's training under `following`, complete, from the state that `agreed.holders` have.
+
+    Collective over all ranks of the generation (`everybody`).
+
+    Args:
+        plan: that the holders' state is laid out by.
+        before: this rank's training under it; None without state.
+        beside: carries what is arriving under `following` beside its steps.
+    Returns:
+        The training, None for a rank that has no part in `following`; and the bytes that all ranks received.
+    Raises:
+        PeerLost: a rank is gone, or state arrived damaged.
+    """
+    held = state_of(plan, agreed.holders, filled=agreed.filled)
+    needed = held_blocks(following, following.cells.ranks)
+    coming = arriving_blocks(following, following.cells.ranks)
+    training = None
+    if rank in following.cells.ranks:
+        training = Training(config, rank, device, following, groups, before=before, initial=False)
+    source, target = BlockStates(before), BlockStates(training)
+    wanted = needed.get(rank, set()) | coming.get(rank, set())
+    for key in wanted & held.get(rank, set()):
+        target.write(key, source.read(key))
+    parcels = plan_parcels(plan, held, needed, node_of)
+    dtype = STATE_DTYPES[config.train.precision]
+    move_blocks(parcels, rank, everybody, source.read, target.write, dtype=dtype)
+    moved = carried_bytes(parcels, dtype)
+    if training is None:
+        return None, moved
+    if following.arriving:
+        lacking = {r: keys - held.get(r, set()) for r, keys in coming.items()}
+        training.fill = Fill(
+            plan_parcels(following, needed, lacking, node_of),
+            rank,
+            beside,
+            target.read,
+            target.write,
+            dtype=dtype,
+            ring=groups.ring,
+        )
+    training.optimizer.restore(agreed.updates)
+    training.shadows.restore(agreed.updates)
+    if _must_gather(agreed, plan, following):
+        training.optimizer.round_masters()
+        training.optimizer.gather()
+    training.progress = Progress(
+        agreed.steps, agreed.outcome, agreed.steps, filled=not following.arriving
+    )
+    covered = covered_places(plan, following, agreed.counted, agreed.fresh)
+    if covered:
+        kept = rank in agreed.counted and keeps_sums(plan, following, rank, agreed.fresh)
+        training.redo(agreed.steps, covered, before if kept else None)
+    return training, moved
+
+
+def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[int, str]) -> int:
+    """Copy every owner's state to its shadows, once it has been loaded. Collective.
+
+    Returns:
+        The bytes that all ranks received.
+    """
+    plan = training.plan
+    ranks = plan.cells.ranks
+    held = {rank: set(plan.owned_places(rank)) for rank in ranks}
+    training.shadows.restore(training.optimizer.step)
+    states = BlockStates(training)
+    parcels = plan_parcels(plan, held, held_blocks(plan, ranks), node_of)
+    dtype = STATE_DTYPES[training.config.train.precision]
+    move_blocks(parcels, training.rank, everybody, states.read, states.write, dtype=dtype)
+    return carried_bytes(parcels, dtype)
+
+
+def _must_gather(agreed: Agreed, plan: Plan, following: Plan) -> bool:
+    """Whether some rank lacks parameters that it is to have. Pure; equal on every rank."""
+    if not agreed.complete:
+        return True
+    return any(
+        rank not in agreed.holders
+        or plan.cells.cell(rank) != following.cells.cell(rank)
+        or _layers(plan, rank) != _layers(following, rank)
+        for rank in following.cells.ranks
+        if following.cells.find(rank) is not None
+    )
+
+
+def _layers(plan: Plan, rank: int) -> list[range]:
+    return [plan.layers_of(chunk) for chunk in plan.chunks_of(rank)]

@@ -1,0 +1,134 @@
+"""What the workers of an elastic run report of themselves when they agree, and what follows from it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from holdfast.elastic.generation import Generation
+from holdfast.trainer.step import Counted, Outcome, Requests, counted_from_data, counted_to_data
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far one worker is."""
+
+    installed: int = 0
+    """The generation whose plan is in force here; 0: it has no state."""
+    ready: int = 0
+    """The generation whose plan could be put in force here: its state is complete."""
+    decided: int = 0
+    """Steps whose vote it has come out of."""
+    updated: int = 0
+    """Steps whose update its own blocks have had."""
+    updates: int = 0
+    """Updates of the optimizer among them: steps that were skipped have none."""
+    complete: bool = True
+    """Whether it has all parameters as they are after these."""
+    filled: bool = True
+    """Whether it knows by a vote that nobody lacks anything that was arriving under its plan."""
+    outcome: Outcome | None = None
+    """Of the last vote."""
+    counted: Counted = field(default_factory=dict)
+    """What its sums hold of the step after the last that was decided."""
+    operations: Sequence[str] = ()
+    """Its last operations, for a person who reads the incident."""
+    connected: bool = True
+    """Whether its connections stand, and carry nothing."""
+    trusted: bool = True
+    """False: state was found to be corrupt, and nobody's is to be used."""
+
+
+def standing_to_data(standing: Standing) -> dict[str, Any]:
+    """A standing as JSON values; floats keep all their bits."""
+    plain = {name: getattr(standing, name) for name in Standing.__slots__}
+    plain["counted"] = counted_to_data(standing.counted)
+    outcome = standing.outcome
+    if outcome is not None:
+        plain["outcome"] = asdict(outcome) | {
+            "loss": outcome.loss.hex(),
+            "grad_norm": outcome.grad_norm.hex(),
+        }
+    return plain
+
+
+def standing_from_data(plain: Mapping[str, Any]) -> Standing:
+    """The standing that `standing_to_data` wrote."""
+    fields = dict(plain)
+    fields["counted"] = counted_from_data(fields["counted"])
+    outcome = fields.get("outcome")
+    if outcome is not None:
+        fields["outcome"] = Outcome(
+            loss=float.fromhex(outcome["loss"]),
+            grad_norm=float.fromhex(outcome["grad_norm"]),
+            nonfinite_ranks=outcome["nonfinite_ranks"],
+            out_of_range_ranks=outcome["out_of_range_ranks"],
+            requests=Requests(**outcome["requests"]),
+            leaving_ranks=outcome["leaving_ranks"],
+        )
+    return Standing(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all members conclude from each other's standings."""
+
+    installed: int
+    """The newest plan that is in force anywhere; 0: nobody has state."""
+    holders: tuple[int, ...]
+    """Ranks that have, or can at once have, the state of that plan."""
+    staying: tuple[int, ...]
+    """Ranks that are to have places."""
+    steps: int = 0
+    """That every holder must have had: some member has come out of the vote of the last."""
+    updates: int = 0
+    """Of the optimizer, after these steps."""
+    outcome: Outcome | None = None
+    """Of the last of these."""
+    complete: bool = True
+    """Whether all holders have all parameters."""
+    filled: bool = True
+    """Whether what was arriving under the plan is there: else it is not counted as anybody's state."""
+    fresh: frozenset[int] = field(default=frozenset())
+    """Members without state."""
+    connected: bool = False
+    """Whether the connections of all members stand."""
+    counted: Mapping[int, Counted] = field(default_factory=dict)
+    """By holder, what its sums hold of the step to come."""
+
+
+def agree_on_state(generation: Generation) -> Agreed:
+    """Which plan, which step: equal on every member.
+
+    A plan that any member has put in force was complete on all of its ranks; a step whose vote any member
+    has come out of can be finished by all (DESIGN: a step is a transaction).
+    """
+    standings = {m.rank: standing_from_data(m.data) for m in generation.members}
+    staying = tuple(m.rank for m in generation.members if not m.leaving)
+    installed = max(standing.installed for standing in standings.values())
+    everybody = frozenset(standings)
+    if not installed or not all(standing.trusted for standing in standings.values()):
+        return Agreed(0, (), staying, fresh=everybody)
+    holders = {r: s for r, s in standings.items() if installed in (s.installed, s.ready)}
+    furthest = max(holders.values(), key=lambda s: (s.decided, s.updated))
+    outcome = furthest.outcome
+    behind = furthest.updated < furthest.decided
+    return Agreed(
+        installed=installed,
+        holders=tuple(sorted(holders)),
+        staying=staying,
+        steps=furthest.decided,
+        updates=furthest.updates + bool(behind and outcome is not None and outcome.usable),
+        outcome=outcome,
+        complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
+        # A rank that has only made ready for the plan knows of no vote under it.
+        filled=any(s.filled for s in holders.values() if s.installed == installed),
+        fresh=everybody - holders.keys(),
+        connected=all(standing.connected for standing in standings.values()),
+        counted={
+            rank: s.counted
+            for rank, s in sorted(holders.items())
+            if s.counted and s.decided == furthest.decided
+        },
+    )

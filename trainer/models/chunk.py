@@ -1,0 +1,183 @@
+"""Builds one rank's model chunk from its layers, with weights that no layout changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.parallel.comm import Communicator
+from holdfast.parallel.keyed_random import normal_box_, stream_key
+from holdfast.parallel.layout import LayerSpec, ParameterSpec
+from holdfast.parallel.pipeline import Chunk, MicroBatchContext
+from holdfast.parallel.plan import Plan
+from holdfast.parallel.tensor_parallel import TensorParallel
+from holdfast.trainer.config import ModelConfig, RunConfig
+from holdfast.trainer.models.llama import Block, Embedding, Head, RotaryEmbedding, layer_specs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class ModelChunk(Chunk):
+    """A contiguous range of layers: the embedding, blocks, the head, as far as the range has them."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layers: range,
+        specs: tuple[LayerSpec, ...],
+        tp: TensorParallel,
+        seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self._specs, self._layers, self._tensor_index = specs, layers, tp.index
+        rotary = RotaryEmbedding(model, seq_len, dtype, device)
+        self.layers = nn.ModuleDict()
+        for layer in layers:
+            name = specs[layer].name
+            if name == "embedding":
+                module: nn.Module = Embedding(model, tp, self.queue, seed)
+            elif name == "head":
+                module = Head(model, tp, self.queue)
+            else:
+                recompute = specs[layer].recompute
+                module = Block(model, layer - 1, tp, self.queue, rotary, recompute, seed)
+            self.layers[name.replace(".", "_")] = module
+
+    def forward(self, hidden: Tensor | None, context: MicroBatchContext) -> Tensor:
+        value = hidden
+        for module in self.layers.values():
+            if isinstance(module, Embedding):
+                value = module(context)
+            else:
+                assert value is not None
+                value = module(value, context)
+        assert value is not None
+        return value
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Scores of the next token at every position, from a chunk that is a whole model.
+
+        Args:
+            tokens: int64[batch, seq].
+        Returns:
+            float[batch, seq, vocab]. Local.
+        """
+        padded = torch.cat([tokens, tokens[:, :1]], dim=1)
+        context = MicroBatchContext(0, 0, False, padded)
+        value: Tensor | None = None
+        for module in self.layers.values():
+            if isinstance(module, Embedding):
+                value = module(context)
+            elif isinstance(module, Head):
+                assert value is not None
+                return module.logits(value).transpose(0, 1)
+            else:
+                value = module(value, context)
+        raise ValueError("this chunk has no head; build it from all layers of the model")
+
+    def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
+        rows = []
+        for layer in self._layers:
+            spec_of_layer = self._specs[layer]
+            module = self.layers[spec_of_layer.name.replace(".", "_")]
+            rows.extend(
+                (layer, spec, module.get_parameter(spec.local))
+                for spec in spec_of_layer.parameters[self._tensor_index]
+            )
+        return rows
+
+
+def build_chunk(
+    model: ModelConfig,
+    layers: range,
+    *,
+    tensor: Communicator | None,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    seq_len: int,
+    micro_batch: int,
+    recompute: str | Sequence[str],
+    seed: int,
+    initial: bool = True,
+) -> ModelChunk:
+    """A chunk with its initial weights.
+
+    Args:
+        layers: indices into the list of layers: 0 is the embedding, the last is the head.
+        tensor: the tensor-parallel group; None for one rank.
+        recompute: "none", "full" or "selective", of all blocks or of each block of the model.
+        sequence_parallel: whether hidden states are split over `tensor`.
+        seed: of the initial weights and of dropout.
+        initial: False leaves the weights as they are, for one that is filled from elsewhere. Local.
+    """
+    tp = TensorParallel(tensor, sequence_parallel)
+    specs = layer_specs(
+        model,
+        tensor=tp.size,
+        sequence_parallel=sequence_parallel,
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype],
+        recompute=recompute,
+    )
+    chunk = ModelChunk(model, layers, specs, tp, seq_len, dtype, device, seed)
+    chunk.to(dtype=dtype)
+    if initial:
+        initialize(chunk, seed)
+    return chunk.to(device)
+
+
+def new_chunks(
+    config: RunConfig,
+    plan: Plan,
+    rank: int,
+    tensor: Communicator,
+    device: torch.device,
+    *,
+    initial: bool,
+) -> dict[int, Chunk]:
+    """The model chunks of one rank of a run, by chunk index. Arguments as of `build_chunk`. Local."""
+    train = config.train
+    group = tensor if tensor.size > 1 else None
+    return {
+        index: build_chunk(
+            config.model,
+            plan.layers_of(index),
+            tensor=group,
+            sequence_parallel=config.parallel.sequence_parallel and group is not None,
+            dtype=DTYPES[train.precision],
+            device=device,
+            seq_len=train.seq_len,
+            micro_batch=train.micro_batch,
+            recompute=[layer.recompute for layer in plan.layers[1:-1]],
+            seed=train.seed,
+            initial=initial,
+        )
+        for index in plan.chunks_of(rank)
+    }
+
+
+def initialize(chunk: Chunk, seed: int) -> None:
+    """Fill all parameters: element i of a logical tensor depends on (seed, its name, i) alone. Local."""
+    for _, spec, parameter in chunk.named_specs():
+        segment = parameter.data[spec.local_row : spec.local_row + spec.rows]
+        segment.copy_(initial_values(spec, seed, parameter.dtype))
+
+
+def initial_values(spec: ParameterSpec, seed: int, dtype: torch.dtype) -> Tensor:
+    """The initial values of one segment: its box of the logical tensor, drawn in float32."""
+    shape = spec.box.shape
+    if spec.initial.kind == "constant":
+        return torch.full(shape, spec.initial.value, dtype=dtype)
+    values = torch.empty(shape, dtype=torch.float32)
+    key = stream_key(seed, "initial", spec.name)
+    row, column = spec.box.start
+    std = spec.initial.value
+    normal_box_(values, key, row=row, column=column, total_columns=spec.shape[1], std=std)
+    return values.to(dtype)

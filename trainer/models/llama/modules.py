@@ -1,0 +1,226 @@
+"""The Llama family's modules, for one tensor-parallel rank.
+
+Touvron et al. 2023: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021, in the half-rotation
+form of Hugging Face), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020). Hidden states are
+float[seq, micro_batch, hidden], or [seq / T, ...] with sequence parallelism. Exact-mode safe: a layer's
+arithmetic does not depend on the chunk it lies in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from holdfast.parallel.keyed_random import dropout, stream_key
+from holdfast.parallel.layout import even_range
+from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
+from holdfast.parallel.tensor_parallel import TensorParallel, cross_entropy_sum, embed
+from holdfast.trainer.config import ModelConfig
+
+
+class _Dropout(torch.autograd.Function):
+    """Keyed dropout; the mask is drawn again in backward instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, key: Any, offset: int, probability: float) -> Tensor:
+        ctx.draw = (key, offset, probability)
+        return dropout(value, key, offset=offset, probability=probability)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        key, offset, probability = ctx.draw
+        return dropout(grad_output, key, offset=offset, probability=probability), None, None, None
+
+
+class KeyedDropout(nn.Module):
+    """Dropout of a hidden state, keyed by (seed, step, micro-batch, layer, site)."""
+
+    def __init__(
+        self, probability: float, seed: int, layer: str, site: str, tp: TensorParallel
+    ) -> None:
+        super().__init__()
+        self.probability, self._seed, self._layer, self._site = probability, seed, layer, site
+        self._tp = tp
+
+    def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        if self.probability == 0.0 or not context.training:
+            return value
+        key = stream_key(
+            self._seed, "dropout", context.step, context.micro_batch, self._layer, self._site
+        )
+        return _Dropout.apply(  # pyrefly: ignore[bad-return]
+            value, key, self._tp.element_offset(value), self.probability
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 or wider."""
+
+    def __init__(self, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden))
+        self.eps = eps
+
+    def forward(self, value: Tensor) -> Tensor:
+        if value.dtype == torch.bfloat16:
+            wide = F.rms_norm(value.float(), value.shape[-1:], None, self.eps)
+            return wide.to(value.dtype) * self.weight
+        return F.rms_norm(value, value.shape[-1:], self.weight, self.eps)
+
+
+class RotaryEmbedding:
+    """cos and sin tables, float[seq, head_dim / 2] in float32 (float64 for a float64 model)."""
+
+    def __init__(
+        self, model: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        dim = model.dim_per_head
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        frequencies = 1.0 / model.rope_theta**exponents
+        positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, frequencies)
+        self._cos, self._sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotate(self, value: Tensor) -> Tensor:
+        """value: float[batch, heads, seq, head_dim], positions 0 to seq - 1."""
+        first, second = value.chunk(2, -1)
+        cos, sin = self._cos[: value.shape[-2]], self._sin[: value.shape[-2]]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over this rank's heads."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tp: TensorParallel,
+        queue: WeightGradientQueue,
+        rotary: RotaryEmbedding,
+        recompute_core: bool,
+    ) -> None:
+        super().__init__()
+        self._tp, self._queue, self._rotary = tp, queue, rotary
+        self._dim = model.dim_per_head
+        self._heads = model.heads // tp.size
+        self._kv_heads = max(1, model.kv_heads // tp.size)
+        self._recompute_core = recompute_core
+        projected = (self._heads + 2 * self._kv_heads) * self._dim
+        self.qkv = nn.Parameter(torch.empty(projected, model.hidden))
+        self.output = nn.Parameter(torch.empty(model.hidden, self._heads * self._dim))
+
+    def forward(self, value: Tensor) -> Tensor:
+        projected = self._tp.column_linear(value, self.qkv, self._queue)
+        if self._recompute_core and torch.is_grad_enabled():
+            mixed = checkpoint(self._core, projected, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed = self._core(projected)
+        return self._tp.row_linear(mixed, self.output, self._queue)
+
+    def _core(self, projected: Tensor) -> Tensor:
+        """float[seq, batch, (heads + 2 kv_heads) dim] -> float[seq, batch, heads dim]."""
+        seq, batch, _ = projected.shape
+        heads = projected.view(seq, batch, -1, self._dim).permute(1, 2, 0, 3)
+        q, k, v = heads.split([self._heads, self._kv_heads, self._kv_heads], dim=1)
+        mixed = F.scaled_dot_product_attention(
+            self._rotary.rotate(q),
+            self._rotary.rotate(k),
+            v,
+            is_causal=True,
+            enable_gqa=self._heads != self._kv_heads,
+        )
+        return mixed.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+
+
+class MLP(nn.Module):
+    """SwiGLU over this rank's share of the intermediate features."""
+
+    def __init__(self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue) -> None:
+        super().__init__()
+        self._tp, self._queue = tp, queue
+        start, stop = even_range(model.intermediate, tp.size, tp.index)
+        self.gate_up = nn.Parameter(torch.empty(2 * (stop - start), model.hidden))
+        self.down = nn.Parameter(torch.empty(model.hidden, stop - start))
+
+    def forward(self, value: Tensor) -> Tensor:
+        gate, up = self._tp.column_linear(value, self.gate_up, self._queue).chunk(2, -1)
+        return self._tp.row_linear(F.silu(gate) * up, self.down, self._queue)
+
+
+class Embedding(nn.Module):
+    """Token embedding; its output starts the chain of hidden states."""
+
+    def __init__(
+        self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue, seed: int
+    ) -> None:
+        super().__init__()
+        self._tp, self._queue = tp, queue
+        self._first, stop = even_range(model.vocab, tp.size, tp.index)
+        self.weight = nn.Parameter(torch.empty(stop - self._first, model.hidden))
+        self.dropout = KeyedDropout(model.dropout, seed, "embedding", "output", tp)
+
+    def forward(self, context: MicroBatchContext) -> Tensor:
+        assert context.tokens is not None
+        tokens = context.tokens[:, :-1].t()
+        value = self._tp.sum_partials(embed(tokens, self.weight, self._queue, self._first))
+        return self.dropout(value, context)
+
+
+class Block(nn.Module):
+    """One transformer block: attention and MLP, each normed before and added after."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        tp: TensorParallel,
+        queue: WeightGradientQueue,
+        rotary: RotaryEmbedding,
+        recompute: str,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self._recompute = recompute == "full"
+        self.attention_norm = RMSNorm(model.hidden, model.norm_eps)
+        self.attention = Attention(model, tp, queue, rotary, recompute == "selective")
+        self.attention_dropout = KeyedDropout(model.dropout, seed, str(layer), "attention", tp)
+        self.mlp_norm = RMSNorm(model.hidden, model.norm_eps)
+        self.mlp = MLP(model, tp, queue)
+        self.mlp_dropout = KeyedDropout(model.dropout, seed, str(layer), "mlp", tp)
+
+    def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        if self._recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._compute, value, context, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._compute(value, context)
+
+    def _compute(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        mixed = self.attention(self.attention_norm(value))
+        value = value + self.attention_dropout(mixed, context)
+        return value + self.mlp_dropout(self.mlp(self.mlp_norm(value)), context)
+
+
+class Head(nn.Module):
+    """Final norm, projection to the vocabulary, and the sum of token losses."""
+
+    def __init__(self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue) -> None:
+        super().__init__()
+        self._tp, self._queue = tp, queue
+        self._first, stop = even_range(model.vocab, tp.size, tp.index)
+        self.norm = RMSNorm(model.hidden, model.norm_eps)
+        self.projection = nn.Parameter(torch.empty(stop - self._first, model.hidden))
+
+    def logits(self, value: Tensor) -> Tensor:
+        """float[seq, batch, vocab / T], this rank's part of the vocabulary. Collective."""
+        return self._tp.column_linear(self.norm(value), self.projection, self._queue)
+
+    def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:
+        assert context.tokens is not None
+        targets = context.tokens[:, 1:].t()
+        return cross_entropy_sum(self.logits(value), targets, self._first, self._tp.group)

@@ -1,0 +1,235 @@
+"""The Llama family's parameter table and costs; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from holdfast.parallel.layout import Box, Initial, LayerSpec, ParameterSpec, even_range
+from holdfast.trainer.config import ModelConfig
+
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+
+
+def layer_specs(
+    model: ModelConfig,
+    *,
+    tensor: int,
+    sequence_parallel: bool,
+    seq_len: int,
+    micro_batch: int,
+    precision: str,
+    recompute: str | Sequence[str],
+) -> tuple[LayerSpec, ...]:
+    """Every layer from embedding to head: parameters by tensor-parallel index, and costs. Pure.
+
+    Args:
+        sequence_parallel: whether hidden states are split over the tensor group.
+        precision: "fp32", "bf16" or "fp64".
+        recompute: "none", "full" or "selective", of all blocks or of each.
+    """
+    of_blocks = [recompute] * model.layers if isinstance(recompute, str) else recompute
+    tables = [_Table(model, tensor, index, sequence_parallel) for index in range(tensor)]
+    costs = _Costs(model, tensor, sequence_parallel, seq_len, micro_batch, precision)
+    blocks = [
+        LayerSpec(
+            name=f"block.{i}",
+            parameters=tuple(table.block(i) for table in tables),
+            forward_flops=costs.block_flops,
+            activation_bytes=costs.block_activation_bytes[how],
+            output_bytes=costs.hidden_bytes,
+            recompute=how,
+            recompute_flops=costs.block_recompute_flops[how],
+        )
+        for i, how in enumerate(of_blocks)
+    ]
+    embedding = LayerSpec(
+        name="embedding",
+        parameters=tuple(table.embedding() for table in tables),
+        forward_flops=0.0,
+        activation_bytes=costs.embedding_activation_bytes,
+        output_bytes=costs.hidden_bytes,
+    )
+    head = LayerSpec(
+        name="head",
+        parameters=tuple(table.head() for table in tables),
+        forward_flops=costs.head_flops,
+        activation_bytes=costs.head_activation_bytes,
+        output_bytes=8,
+    )
+    return (embedding, *blocks, head)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The rows of one tensor-parallel rank."""
+
+    model: ModelConfig
+    tensor: int
+    index: int
+    sequence_parallel: bool
+
+    def embedding(self) -> tuple[ParameterSpec, ...]:
+        return (self._vocabulary("model.embed_tokens.weight", "weight", 0),)
+
+    def head(self) -> tuple[ParameterSpec, ...]:
+        norm = self._norm("model.norm.weight", "norm.weight")
+        if self.model.tie_embeddings:
+            return norm, self._vocabulary("model.embed_tokens.weight", "projection", 1)
+        return norm, self._vocabulary("lm_head.weight", "projection", 0)
+
+    def block(self, layer: int) -> tuple[ParameterSpec, ...]:
+        model = self.model
+        prefix, dim = f"model.layers.{layer}", model.dim_per_head
+        queries = (model.heads * dim, model.hidden)
+        keys = (model.kv_heads * dim, model.hidden)
+        share = model.heads // self.tensor * dim
+        q = self._rows(f"{prefix}.self_attn.q_proj.weight", queries, "attention.qkv", 0)
+        kv_rows = self._kv_rows()
+        k = self._kv(f"{prefix}.self_attn.k_proj.weight", keys, share)
+        v = self._kv(f"{prefix}.self_attn.v_proj.weight", keys, share + kv_rows[1] - kv_rows[0])
+        wide = (model.intermediate, model.hidden)
+        gate = self._rows(f"{prefix}.mlp.gate_proj.weight", wide, "mlp.gate_up", 0)
+        up = self._rows(f"{prefix}.mlp.up_proj.weight", wide, "mlp.gate_up", gate.rows)
+        return (
+            self._norm(f"{prefix}.input_layernorm.weight", "attention_norm.weight"),
+            q,
+            k,
+            v,
+            self._columns(f"{prefix}.self_attn.o_proj.weight", queries[::-1], "attention.output"),
+            self._norm(f"{prefix}.post_attention_layernorm.weight", "mlp_norm.weight"),
+            gate,
+            up,
+            self._columns(f"{prefix}.mlp.down_proj.weight", wide[::-1], "mlp.down"),
+        )
+
+    def _normal(self) -> Initial:
+        return Initial("normal", self.model.init_std)
+
+    def _norm(self, name: str, local: str) -> ParameterSpec:
+        shape = (self.model.hidden,)
+        return ParameterSpec(
+            name=name,
+            shape=shape,
+            box=Box((0,), shape),
+            local=local,
+            local_row=0,
+            initial=Initial("constant", 1.0),
+            decay=False,
+            tensor_copies=tuple(range(self.tensor)),
+            sum_over_copies=self.sequence_parallel,
+        )
+
+    def _split(self, size: int) -> tuple[int, int]:
+        return even_range(size, self.tensor, self.index)
+
+    def _vocabulary(self, name: str, local: str, tied_use: int) -> ParameterSpec:
+        shape = (self.model.vocab, self.model.hidden)
+        start, stop = self._split(self.model.vocab)
+        return self._sharded(name, shape, Box((start, 0), (stop, shape[1])), local, 0, tied_use)
+
+    def _rows(self, name: str, shape: tuple[int, int], local: str, local_row: int) -> ParameterSpec:
+        start, stop = self._split(shape[0])
+        return self._sharded(name, shape, Box((start, 0), (stop, shape[1])), local, local_row)
+
+    def _columns(self, name: str, shape: tuple[int, ...], local: str) -> ParameterSpec:
+        rows, columns = shape
+        start, stop = self._split(columns)
+        output = Initial("normal", self.model.init_std / sqrt(2 * self.model.layers))
+        box = Box((0, start), (rows, stop))
+        return self._sharded(name, (rows, columns), box, local, 0, initial=output)
+
+    def _kv_rows(self) -> tuple[int, int]:
+        """Rows of the key (or value) projection: a share of the heads, or one head that several hold."""
+        model, dim = self.model, self.model.dim_per_head
+        if model.kv_heads % self.tensor == 0:
+            return self._split(model.kv_heads * dim)
+        head = self.index * model.kv_heads // self.tensor
+        return head * dim, (head + 1) * dim
+
+    def _kv(self, name: str, shape: tuple[int, int], local_row: int) -> ParameterSpec:
+        start, stop = self._kv_rows()
+        copies = (self.index,)
+        if self.model.kv_heads % self.tensor:
+            ranks_per_head = self.tensor // self.model.kv_heads
+            first = self.index // ranks_per_head * ranks_per_head
+            copies = tuple(range(first, first + ranks_per_head))
+        return ParameterSpec(
+            name=name,
+            shape=shape,
+            box=Box((start, 0), (stop, shape[1])),
+            local="attention.qkv",
+            local_row=local_row,
+            initial=self._normal(),
+            decay=True,
+            tensor_copies=copies,
+            sum_over_copies=len(copies) > 1,
+        )
+
+    def _sharded(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        box: Box,
+        local: str,
+        local_row: int,
+        tied_use: int = 0,
+        initial: Initial | None = None,
+    ) -> ParameterSpec:
+        return ParameterSpec(
+            name=name,
+            shape=shape,
+            box=box,
+            local=local,
+            local_row=local_row,
+            initial=initial or self._normal(),
+            decay=True,
+            tensor_copies=(self.index,),
+            tied_use=tied_use,
+        )
+
+
+class _Costs:
+    """What one micro-batch costs: floating-point operations, and bytes kept for its backward pass.
+
+    Matrix products count 2 operations per multiply-add, causal attention half of its square. Bytes
+    follow what the modules save (Korthikanti et al. 2022, section 4, counts a standard layer).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tensor: int,
+        sequence_parallel: bool,
+        seq_len: int,
+        micro_batch: int,
+        precision: str,
+    ) -> None:
+        size = ELEMENT_BYTES[precision]
+        tokens, dim = seq_len * micro_batch, model.dim_per_head
+        attention = model.heads * dim
+        projected = attention + 2 * model.kv_heads * dim
+        weights = model.hidden * (projected + attention + 3 * model.intermediate)
+        self.block_flops = 2.0 * tokens * weights + 2.0 * tokens * seq_len * attention
+        self.head_flops = 2.0 * tokens * model.hidden * model.vocab
+        split = tensor if sequence_parallel else 1
+        hidden_bytes = tokens * model.hidden * size // split
+        core_bytes = tokens * size * (projected + 2 * attention) // tensor
+        mlp_bytes = tokens * size * 4 * model.intermediate // tensor
+        kept = 4 * hidden_bytes + mlp_bytes + tokens * size * attention // tensor
+        self.hidden_bytes = hidden_bytes
+        self.block_activation_bytes = {
+            "none": kept + core_bytes,
+            "selective": kept + tokens * size * projected // tensor,
+            "full": hidden_bytes,
+        }
+        core_flops = 2.0 * tokens * seq_len * attention
+        self.block_recompute_flops = {
+            "none": 0.0,
+            "selective": core_flops,
+            "full": self.block_flops,
+        }
+        self.embedding_activation_bytes = 9 * tokens
+        wide = max(4, size)
+        self.head_activation_bytes = 2 * hidden_bytes + tokens * model.vocab * wide // tensor

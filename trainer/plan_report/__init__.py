@@ -1,0 +1,8 @@
+"""What `holdfast plan` prints: layout, memory, losses of ranks, offload.
+
+May import trainer.config, run and step, parallel.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .report import (
+    plan_report as plan_report,
+)

@@ -1,0 +1,208 @@
+"""What `holdfast plan` says of shadows, and of the plan that would follow a loss. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.plan import (
+    BlockKey,
+    Plan,
+    Roster,
+    held_blocks,
+    plan_parcels,
+    replan,
+    with_shadows,
+)
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.reports import layout_grid
+from holdfast.trainer.step import shadows_in_host_memory
+
+_KINDS = 3
+"""What a copy of a block has: the value and two moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossReport:
+    """What follows when ranks are lost."""
+
+    lost: tuple[int, ...]
+    plan: Plan
+    """Of those that are left."""
+    without_copy: int
+    """Blocks of which no copy is left; with any, the newest checkpoint is loaded."""
+    moved_bytes: int
+    """Optimizer state that is sent, over all ranks."""
+    slowdown: float
+    """The busiest rank's computation over what it was; 1 is as fast as before."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return {
+            "ranks": list(self.lost),
+            "blocks_without_copy": self.without_copy,
+            "moved_bytes": self.moved_bytes,
+            "slowdown": self.slowdown,
+            "cells": self.plan.cells.stages,
+            "spares": list(self.plan.cells.spares),
+            "micro_batches": [
+                [list(self.plan.share(stage, r)) for r in range(self.plan.cells.replicas(stage))]
+                for stage in range(self.plan.cells.pipeline)
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ElasticReport:
+    """Shadows of a configuration: what they cost, by the rank that bears most."""
+
+    redundancy: int
+    nodes: int
+    shadow_bytes: int
+    """Memory of one rank's copies, with the gradients that it receives for them."""
+    traffic_bytes: int
+    """What one rank sends to shadows in a step."""
+    unsafe_blocks: int
+    """Blocks all of whose copies lie on one node."""
+    loss: LossReport | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-able form: the same facts as `renderable`."""
+        return {
+            "redundancy": self.redundancy,
+            "nodes": self.nodes,
+            "shadow_bytes": self.shadow_bytes,
+            "shadow_traffic_bytes": self.traffic_bytes,
+            "blocks_on_one_node": self.unsafe_blocks,
+            "lost": None if self.loss is None else self.loss.as_dict(),
+        }
+
+    def renderable(self) -> RenderableType:
+        """For a terminal."""
+        facts = Table.grid(padding=(0, 2))
+        if self.redundancy:
+            value = (
+                f"{self.redundancy} per block over {self.nodes} nodes; the fullest rank keeps "
+                f"{self.shadow_bytes / 2**20:,.1f} MiB and sends {self.traffic_bytes / 2**20:,.1f} MiB a step"
+            )
+        else:
+            value = "none (elastic.redundancy = 0): state that is lost comes from a checkpoint"
+        facts.add_row(Text("shadows", style="dim"), value)
+        if self.unsafe_blocks:
+            facts.add_row(
+                "",
+                Text(
+                    f"{self.unsafe_blocks} blocks have all their copies on one node: losing it needs a "
+                    "checkpoint",
+                    style="yellow",
+                ),
+            )
+        if self.loss is None:
+            return facts
+        loss = self.loss
+        state = (
+            f"{loss.moved_bytes / 2**20:,.1f} MiB of state moves; no step is lost"
+            if not loss.without_copy
+            else f"{loss.without_copy} blocks have no copy left: the newest checkpoint is loaded"
+        )
+        facts.add_row(
+            Text(f"without {', '.join(map(str, loss.lost))}", style="dim"),
+            f"{state}; the busiest rank computes {loss.slowdown:.2f} times as much",
+        )
+        return Group(facts, Text(""), layout_grid(loss.plan))
+
+
+def elastic_report(
+    config: RunConfig, plan: Plan, *, ranks_per_node: int = 0, lost: Collection[int] = ()
+) -> ElasticReport:
+    """What shadows cost, and what would follow a loss. Pure.
+
+    Args:
+        ranks_per_node: 0 for what `elastic.local_nodes` gives.
+        lost: ranks that are gone.
+    Raises:
+        ConfigError: ranks that are not in the layout, or too few left.
+    """
+    ranks = plan.cells.ranks
+    wrong = sorted(set(lost) - set(ranks))
+    if wrong:
+        raise ConfigError(f"--lost {wrong[0]}: the layout has ranks 0 to {ranks[-1]}")
+    node_of = _nodes(config, len(ranks), ranks_per_node)
+    redundancy = config.elastic.redundancy
+    plan = with_shadows(plan, Roster(ranks, node_of), redundancy)
+    kept, sent, unsafe = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0), 0
+    for index, shadows in enumerate(plan.shadows):
+        for block, owner, holders in zip(
+            plan.blocks[index], plan.owners[index], shadows, strict=True
+        ):
+            sent[owner] += block.elements * len(holders)
+            for holder in holders:
+                kept[holder] += block.elements
+            unsafe += len({node_of[rank] for rank in (owner, *holders)}) == 1
+    width = 8 if config.train.precision == "fp64" else 4
+    return ElasticReport(
+        redundancy=redundancy,
+        nodes=len(set(node_of.values())),
+        shadow_bytes=max(kept.values()) * (width * (_KINDS + 1) + _rounded_width(config)),
+        traffic_bytes=max(sent.values()) * width,
+        unsafe_blocks=unsafe,
+        loss=_loss(plan, set(lost), node_of, redundancy, width) if lost else None,
+    )
+
+
+def _rounded_width(config: RunConfig) -> int:
+    """Bytes per element of the parameters that shadows in host memory keep for checkpoints."""
+    train = config.train
+    rounds = train.precision == "bf16" and shadows_in_host_memory(config, train.device)
+    return 2 if rounds else 0
+
+
+def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]:
+    if ranks_per_node:
+        return {rank: f"node{rank // ranks_per_node}" for rank in range(ranks)}
+    nodes = min(config.elastic.local_nodes, ranks)
+    return {
+        rank: f"node{node}"
+        for node in range(nodes)
+        for rank in range(node * ranks // nodes, (node + 1) * ranks // nodes)
+    }
+
+
+def _loss(
+    plan: Plan, lost: set[int], node_of: Mapping[int, str], redundancy: int, width: int
+) -> LossReport:
+    living = tuple(rank for rank in plan.cells.ranks if rank not in lost)
+    after = replan(plan, Roster(living, node_of), generation=1, redundancy=redundancy)
+    held = held_blocks(plan, living)
+    needed = held_blocks(after, after.cells.ranks)
+    known: set[BlockKey] = set().union(*held.values())
+    wanted: set[BlockKey] = set().union(*needed.values())
+    reachable = {rank: known.intersection(keys) for rank, keys in needed.items()}
+    moved = sum(
+        size for parcel in plan_parcels(plan, held, reachable, node_of) for size in parcel.sizes
+    )
+    return LossReport(
+        lost=tuple(sorted(lost)),
+        plan=after,
+        without_copy=len(wanted - known),
+        moved_bytes=moved * width * _KINDS,
+        slowdown=_busiest(after) / _busiest(plan),
+    )
+
+
+def _busiest(plan: Plan) -> float:
+    """Operations of the forward passes of the rank that has most."""
+    work = [0.0] * plan.cells.pipeline
+    for chunk, stage in enumerate(plan.placement):
+        work[stage] += sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
+    return max(
+        work[stage] * len(plan.share(stage, replica))
+        for stage in range(plan.cells.pipeline)
+        for replica in range(plan.cells.replicas(stage))
+    )

@@ -1,0 +1,244 @@
+"""What `holdfast plan` says of a configuration, for people and for programs. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.parallel.plan import (
+    Plan,
+    RankMemory,
+    rank_memory,
+    replica_timeline,
+    step_time_s,
+)
+from holdfast.parallel.schedules import Timeline, draw
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
+from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
+from holdfast.trainer.reports import layout_grid, step_flops
+from holdfast.trainer.run import MeasuredRates, assumed, with_rates
+from holdfast.trainer.step import DTYPES, plan_of, state_kinds
+
+_SHOWN_ACTIONS = 24
+_CHART_MARGIN = 28
+"""Columns that a chart's labels take."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The plan of a configuration and its estimates."""
+
+    config: RunConfig
+    plan: Plan
+    timeline: Timeline
+    """Of the replica with the most micro-batches."""
+    memory: tuple[RankMemory, ...]
+    """The fullest rank of each pipeline stage."""
+    parameters: int
+    step_flops: float
+    step_s: float | None
+    """The estimate of a step's time, where rates were given."""
+    checkpoint_bytes: int
+    checkpoint_imbalance: float
+    """What the rank that owns most optimizer state, and so writes most, has over the mean."""
+    elastic: ElasticReport | None
+    """Where `elastic.enabled`, or a loss was asked about."""
+    offload: OffloadPlan | None
+    """Where activations are offloaded."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-able form: the same facts as `renderable`."""
+        plan = self.plan
+        return {
+            "mesh": plan.home._asdict(),
+            "schedule": plan.schedule,
+            "virtual": plan.virtual,
+            "parameters": self.parameters,
+            "step_flops": self.step_flops,
+            "bubble": self.timeline.bubble,
+            "step_s": self.step_s,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoint_imbalance": self.checkpoint_imbalance,
+            "elastic": None if self.elastic is None else self.elastic.as_dict(),
+            "offload": None if self.offload is None else self.offload.as_dict(),
+            "recompute": [layer.recompute for layer in plan.layers],
+            "recompute_for": assumed(self.config),
+            "micro_batches": [list(numbers) for numbers in plan.micro_batches],
+            "chunks": [
+                {
+                    "chunk": chunk,
+                    "pipeline": plan.placement[chunk],
+                    "layers": [plan.layers[layer].name for layer in plan.layers_of(chunk)],
+                }
+                for chunk in range(len(plan.placement))
+            ],
+            "memory_by_stage": [
+                asdict(memory) | {"total": memory.total, "stage": stage}
+                for stage, memory in enumerate(self.memory)
+            ],
+            "programs": {
+                str(rank): " ".join(map(str, plan.program(rank))) for rank in self.timeline.spans
+            },
+        }
+
+    def renderable(self, width: int = 100) -> RenderableType:
+        """Tables and charts for a terminal of `width` columns."""
+        config, plan = self.config, self.plan
+        mesh = plan.home
+        facts = Table.grid(padding=(0, 2))
+        for name, value in (
+            ("parameters", f"{self.parameters:,}"),
+            (
+                "ranks",
+                f"tensor {mesh.tensor} x pipeline {mesh.pipeline} x data {mesh.data} = {mesh.size}",
+            ),
+            ("step", f"{config.train.global_batch} sequences of {config.train.seq_len} tokens"),
+            ("operations", f"{self.step_flops:.3g} floating-point operations a step"),
+            ("schedule", f"{plan.schedule}, {plan.virtual} chunks per rank"),
+            ("bubble", f"{self.timeline.bubble:.1%} of the busiest rank's work (simulated)"),
+            (
+                "checkpoint",
+                f"{self.checkpoint_bytes / 2**30:,.2f} GiB; the rank that writes most writes "
+                f"{self.checkpoint_imbalance:.2f} times the mean",
+            ),
+        ):
+            facts.add_row(Text(name, style="dim"), value)
+        if rates := assumed(config):
+            facts.add_row(Text("recompute for", style="dim"), rates)
+        if self.step_s is not None:
+            rate = config.train.global_batch * config.train.seq_len / self.step_s
+            estimate = f"{self.step_s:.4g} s, {rate:,.0f} tokens/s (estimated)"
+            facts.add_row(Text("step time", style="dim"), estimate)
+        return Group(
+            facts,
+            Text(""),
+            layout_grid(plan),
+            Text(""),
+            self._memory_table(),
+            Text(""),
+            *(() if self.offload is None else (self.offload.renderable(), Text(""))),
+            *(() if self.elastic is None else (self.elastic.renderable(), Text(""))),
+            Text("one step of the pipeline, simulated", style="bold"),
+            Text(draw(self.timeline, width=max(30, width - _CHART_MARGIN)), no_wrap=True),
+            Text(""),
+            Text("program of each pipeline rank, first actions", style="bold"),
+            *self._programs(),
+        )
+
+    def _memory_table(self) -> Table:
+        table = Table(title="memory of the fullest rank of each stage, MiB", title_justify="left")
+        for column in ("stage", "parameters", "gradients", "optimizer", "activations", "total"):
+            table.add_column(column, justify="right")
+        for stage, memory in enumerate(self.memory):
+            numbers = (
+                memory.parameters,
+                memory.gradients,
+                memory.optimizer,
+                memory.activations,
+                memory.total,
+            )
+            table.add_row(str(stage), *(f"{number / 2**20:,.1f}" for number in numbers))
+        return table
+
+    def _programs(self) -> list[Text]:
+        lines = []
+        for rank in self.timeline.spans:
+            program = self.plan.program(rank)
+            shown = " ".join(map(str, program[:_SHOWN_ACTIONS]))
+            rest = (
+                f" … {len(program) - _SHOWN_ACTIONS} more" if len(program) > _SHOWN_ACTIONS else ""
+            )
+            lines.append(Text(f"rank {rank}: {shown}{rest}", no_wrap=False))
+        return lines
+
+
+def plan_report(
+    config: RunConfig,
+    *,
+    flops_per_s: float = 0.0,
+    link_bytes_per_s: float = 0.0,
+    drive_bytes_per_s: float = 0.0,
+    ranks_per_node: int = 0,
+    lost: Collection[int] = (),
+) -> PlanReport:
+    """Plan a configuration and estimate what it costs. Pure; starts nothing.
+
+    Args:
+        flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time. 0 for the
+            first: train.tflops.
+        drive_bytes_per_s: what a rank can write to the drive of offloaded activations; 0:
+            offload.drive_gbytes.
+        ranks_per_node: 0 for what `elastic.local_nodes` gives.
+        lost: ranks without which the plan is to be shown too.
+    Raises:
+        ConfigError: lost ranks that are not in the layout, or too few left.
+    """
+    given = MeasuredRates(flops_per_s / 1e12, drive_bytes_per_s / 1e9)
+    config = with_rates(config, given, instead=True)
+    plan = plan_of(config)
+    flops_per_s = config.train.tflops * 1e12
+    drive_bytes_per_s = config.offload.drive_gbytes * 1e9
+    mesh = plan.home
+    replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
+    exact = config.numerics.reduction == "exact"
+    memory = []
+    for stage in range(mesh.pipeline):
+        of_stage = [
+            rank_memory(plan, mesh.rank(t, d, stage), precision=config.train.precision, exact=exact)
+            for t in range(mesh.tensor)
+            for d in {0, replica, mesh.data - 1}
+        ]
+        memory.append(max(of_stage, key=lambda m: m.total))
+    step_s = None
+    if flops_per_s > 0 and link_bytes_per_s > 0:
+        step_s = step_time_s(
+            plan,
+            precision=config.train.precision,
+            exact=exact,
+            flops_per_s=flops_per_s,
+            link_bytes_per_s=link_bytes_per_s,
+        )
+    parameters = sum(
+        spec.elements
+        for layer in plan.layers
+        for index, specs in enumerate(layer.parameters)
+        for spec in specs
+        if spec.counts_in_norm(index)
+    )
+    micro_batches = config.train.global_batch // config.train.micro_batch
+    owned = [0] * mesh.size
+    for blocks, owners in zip(plan.blocks, plan.owners, strict=True):
+        for block, owner in zip(blocks, owners, strict=True):
+            owned[owner] += block.elements
+    weight_bytes = ELEMENT_BYTES[DTYPES[config.train.precision]]
+    state_bytes = len(state_kinds(config.train.precision)) * max(4, weight_bytes)
+    return PlanReport(
+        config=config,
+        plan=plan,
+        timeline=replica_timeline(plan, replica),
+        memory=tuple(memory),
+        parameters=parameters,
+        step_flops=step_flops(plan.layers, micro_batches),
+        step_s=step_s,
+        checkpoint_bytes=parameters * (weight_bytes + state_bytes),
+        checkpoint_imbalance=max(owned) * mesh.size / sum(owned),
+        elastic=(
+            elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)
+            if config.elastic.enabled or lost
+            else None
+        ),
+        offload=offload_plan(
+            config,
+            plan,
+            flops_per_s=flops_per_s,
+            drive_bytes_per_s=drive_bytes_per_s,
+            step_s=step_s,
+        ),
+    )

@@ -1,0 +1,29 @@
+from . import trace as trace
+from .console import (
+    Display as Display,
+    Progress as Progress,
+    duration as duration,
+    layout_grid as layout_grid,
+)
+from .flops import (
+    step_flops as step_flops,
+)
+from .metrics import (
+    append_event as append_event,
+    append_events as append_events,
+    last_step as last_step,
+)
+from .offload_metrics import (
+    OffloadMetrics as OffloadMetrics,
+    described as described,
+)
+from .reporter import (
+    Reporter as Reporter,
+    introduce as introduce,
+    nodes_of as nodes_of,
+    workers_of as workers_of,
+)
+from .stragglers import (
+    PHASES as PHASES,
+    PhaseClock as PhaseClock,
+)

@@ -1,0 +1,158 @@
+"""metrics.jsonl, events.jsonl and TensorBoard: what other programs read of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.trainer.reports.offload_metrics import OffloadMetrics, scalars
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One committed step; a line of metrics.jsonl."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    loss_hex: str
+    grad_norm: float
+    grad_norm_hex: str
+    lr: float
+    tokens: int
+    """Trained on since the run began, this step included."""
+    step_s: float
+    tokens_per_s: float
+    world: int
+    generation: int
+    offload: OffloadMetrics | None = None
+    """Where activations are offloaded; else the line has no such key."""
+
+
+class JsonLines:
+    """A file of one JSON object per line, whole lines only. Written by one process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if path.exists():
+            _cut_torn_line(path)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one line; numbers that JSON cannot say become null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """Add one event by whatever process."""
+    append_events(path, [(event, fields)])
+
+
+def append_events(path: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Add events by whatever process; all are written at once, so that lines never mix, and all or none."""
+    now = time.time()
+    lines = (json.dumps({"time": now, "event": event, **fields}) for event, fields in events)
+    with path.open("ab", buffering=0) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what follows the last line end: a writer that died left it."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`, and no torn line: what a resumed run starts from."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            number = json.loads(line)["step"]
+        except ValueError:
+            break
+        if number <= step and line.endswith(b"\n"):
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+
+
+def last_step(path: Path) -> int:
+    """The step of the last whole line of metrics.jsonl; 0 without one."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+class RunRecords:
+    """The files of one run: metrics, events and, if wanted, TensorBoard."""
+
+    def __init__(self, metrics: Path, events: Path, tensorboard: Path | None) -> None:
+        self._metrics = JsonLines(metrics)
+        self._events = JsonLines(events)
+        self._tensorboard_folder = tensorboard
+        self._writer: Any = None
+
+    def step(self, metrics: StepMetrics, extra: dict[str, float]) -> None:
+        """Record a committed step.
+
+        Args:
+            extra: further scalars for TensorBoard, by their names there.
+        """
+        line: dict[str, Any] = asdict(metrics)
+        if metrics.offload is None:
+            line.pop("offload")
+        else:
+            extra = extra | scalars(metrics.offload)
+        self._metrics.append(line)
+        self._scalars(
+            metrics.step,
+            {
+                "loss_metrics/global_avg_loss": metrics.loss,
+                "grad_norm": metrics.grad_norm,
+                "lr": metrics.lr,
+                "throughput(tps)": metrics.tokens_per_s,
+                "time_metrics/end_to_end(s)": metrics.step_s,
+                **extra,
+            },
+        )
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Record an event with its fields and the time."""
+        self._events.append({"time": time.time(), "event": event, **fields})
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._tensorboard_folder is None:
+            return
+        # Imported here: it takes longer than the first steps of a small run.
+        from tensorboard.compat.proto.event_pb2 import Event  # pyrefly: ignore
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if self._writer is None:
+            self._writer = EventFileWriter(str(self._tensorboard_folder))
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        summary = Summary(value=scalars)
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

@@ -1,0 +1,125 @@
+"""Which ranks are slow: every rank's own time by phase, compared with that of ranks that do the same work.
+
+A rank's own time is what a phase took less what it waited for others, so that one slow rank, for which all
+others wait, is told from them. Slow ranks are reported, and nothing else is done about them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from holdfast.elastic.faults import Phase
+from holdfast.parallel.plan import Plan
+from holdfast.trainer.step import Training
+
+PHASES: tuple[Phase, ...] = ("compute", "reduce", "vote", "apply")
+_PEERS = 3
+"""Ranks of the same work that are enough to say what is usual; else all ranks are asked."""
+_LEAST_S = 0.002
+"""A step that is longer by less than this is not slow, however short the others' are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Straggler:
+    """A rank that takes longer than others for its work. Seconds of a step, in the mean."""
+
+    rank: int
+    own_s: float
+    usual_s: float
+    """What its work takes on the median rank."""
+    phase: Phase
+    """Where most of the difference is."""
+
+    @property
+    def ratio(self) -> float:
+        return self.own_s / self.usual_s if self.usual_s > 0 else float("inf")
+
+
+def work_of(plan: Plan, rank: int) -> float:
+    """The floating-point operations of a rank's forward passes in a step; 0 for a spare. Pure."""
+    at = plan.cells.find(rank)
+    if at is None:
+        return 0.0
+    flops = sum(
+        plan.layers[layer].forward_flops
+        for chunk in plan.chunks_of(rank)
+        for layer in plan.layers_of(chunk)
+    )
+    return flops * len(plan.share(at.pipeline, at.data))
+
+
+def find_stragglers(
+    plan: Plan, times: Mapping[int, Sequence[float]], factor: float
+) -> list[Straggler]:
+    """The ranks whose own time is above `factor` times what is usual for their work, slowest first. Pure.
+
+    Args:
+        times: by rank, seconds of each of `PHASES` in a step.
+    """
+    work = {rank: work_of(plan, rank) for rank in times}
+    busy = [rank for rank in times if work[rank] > 0]
+    found = []
+    for rank in busy:
+        peers = [other for other in busy if other != rank and work[other] == work[rank]]
+        if len(peers) < _PEERS:
+            peers = [other for other in busy if other != rank]
+        if not peers:
+            continue
+        usual = [
+            statistics.median(times[other][phase] * work[rank] / work[other] for other in peers)
+            for phase in range(len(PHASES))
+        ]
+        own_s, usual_s = sum(times[rank]), sum(usual)
+        if own_s > factor * usual_s and own_s - usual_s > _LEAST_S:
+            excess = [mine - theirs for mine, theirs in zip(times[rank], usual, strict=True)]
+            phase = PHASES[excess.index(max(excess))]
+            found.append(Straggler(rank, own_s, usual_s, phase))
+    return sorted(found, key=lambda straggler: (-straggler.ratio, straggler.rank))
+
+
+class PhaseClock:
+    """One rank's own time by phase, and who is slow. Local but for `exchange`."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * len(PHASES)
+        self._steps = 0
+        self._mark = (0.0, 0.0)
+        self._suspected: frozenset[int] = frozenset()
+        self._told: frozenset[int] = frozenset()
+
+    def start(self, training: Training) -> None:
+        """A step begins."""
+        self._mark = (perf_counter(), training.groups.ring.blocked_s)
+        self._steps += 1
+
+    def end(self, training: Training, phase: int) -> None:
+        """A phase, by its place in `PHASES`, has ended; the next begins."""
+        now, blocked_s = perf_counter(), training.groups.ring.blocked_s
+        self._sums[phase] += max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
+        self._mark = (now, blocked_s)
+
+    def exchange(self, training: Training, factor: float) -> list[Straggler]:
+        """Compare all ranks since the last exchange. Collective over all ranks.
+
+        Returns:
+            Who has been slow twice running, and was not told of before; the same on every rank that has
+            taken part in both exchanges.
+        """
+        ranks = training.plan.cells.ranks
+        matrix = torch.zeros(len(ranks), len(PHASES), dtype=torch.float64)
+        steps = max(1, self._steps)
+        matrix[ranks.index(training.rank)] = torch.tensor([s / steps for s in self._sums])
+        self._sums, self._steps = [0.0] * len(PHASES), 0
+        training.groups.control.all_reduce(matrix).wait()
+        times = dict(zip(ranks, matrix.tolist(), strict=True))
+        slow = find_stragglers(training.plan, times, factor)
+        again = frozenset(s.rank for s in slow) & self._suspected
+        news = [s for s in slow if s.rank in again - self._told]
+        self._suspected = frozenset(s.rank for s in slow)
+        self._told = again | (self._told & self._suspected)
+        return news

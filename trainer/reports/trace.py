@@ -1,0 +1,116 @@
+"""Chrome traces of chosen steps, one gzipped file per rank; ui.perfetto.dev opens and merges them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.parallel.pipeline import ActionTimes
+from holdfast.parallel.schedules import Op
+
+_COMPUTE = {Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
+_LANES = {"step": 0, "compute": 1, "messages": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a step on one rank; seconds on `time.perf_counter`'s clock."""
+
+    name: str
+    start_s: float
+    stop_s: float
+
+
+def bubble_of(times: ActionTimes, phase: Phase) -> float:
+    """The share of a rank's compute phase in which it computed nothing."""
+    busy = sum(
+        stop - start
+        for action, start, stop in zip(times.actions, times.starts_s, times.stops_s, strict=True)
+        if action.op in _COMPUTE
+    )
+    length = phase.stop_s - phase.start_s
+    return 1.0 - busy / length if length > 0 else 0.0
+
+
+def trace_events(
+    rank: int, label: str, step: int, phases: Sequence[Phase], times: ActionTimes, clock_s: float
+) -> list[dict[str, Any]]:
+    """Complete events ("ph": "X") in microseconds: phases, compute and messages on a lane each.
+
+    Args:
+        label: what the rank is called, e.g. "rank 3 (stage 1, replica 0)".
+        clock_s: unix time minus `time.perf_counter`, which puts machines on one time axis.
+    """
+    events: list[dict[str, Any]] = [
+        _named("process_name", rank, 0, label),
+        *(_named("thread_name", rank, lane, name) for name, lane in _LANES.items()),
+    ]
+    for phase in phases:
+        arguments: dict[str, Any] = {"step": step}
+        if phase.name == "compute":
+            arguments["bubble"] = round(bubble_of(times, phase), 6)
+        events.append(
+            _slice(
+                phase.name, rank, _LANES["step"], phase.start_s, phase.stop_s, clock_s, arguments
+            )
+        )
+    for action, start, stop in zip(times.actions, times.starts_s, times.stops_s, strict=True):
+        lane = "compute" if action.op in _COMPUTE else "messages"
+        arguments = {"chunk": action.chunk, "micro_batch": action.micro_batch}
+        if action.peer is not None:
+            arguments["peer"] = action.peer
+        name = f"{action.op.value}{action.micro_batch}"
+        events.append(_slice(name, rank, _LANES[lane], start, stop, clock_s, arguments))
+    return events
+
+
+def write_trace(
+    folder: Path, rank: int, label: str, step: int, phases: Sequence[Phase], times: ActionTimes
+) -> Path:
+    """Write one rank's trace of one step; returns the file. Local."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.rank-{rank}.json.gz"
+    clock_s = time.time() - time.perf_counter()
+    events = trace_events(rank, label, step, phases, times, clock_s)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
+    return path
+
+
+def merge_traces(paths: Sequence[Path], merged: Path) -> None:
+    """Join the traces of several ranks into one file."""
+    events: list[dict[str, Any]] = []
+    for path in paths:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            events.extend(json.load(file)["traceEvents"])
+    with gzip.open(merged, "wt", encoding="utf-8") as file:
+        json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
+
+
+def _named(kind: str, rank: int, lane: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": rank, "tid": lane, "args": {"name": name}}
+
+
+def _slice(
+    name: str,
+    rank: int,
+    lane: int,
+    start_s: float,
+    stop_s: float,
+    clock_s: float,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "name": name,
+        "pid": rank,
+        "tid": lane,
+        "ts": (start_s + clock_s) * 1e6,
+        "dur": (stop_s - start_s) * 1e6,
+        "args": arguments,
+    }

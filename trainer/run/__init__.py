@@ -1,0 +1,8 @@
+"""A run's folder, where it goes on from, and what is settled before it starts.
+
+May import trainer.config, data and step, checkpoint, parallel.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

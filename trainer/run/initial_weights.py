@@ -1,0 +1,96 @@
+"""Starting from a checkpoint that no run has saved: one that was converted. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.format import Manifest
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.step import DTYPES
+
+
+def has_state(manifest: Manifest) -> bool:
+    """Whether a checkpoint holds the optimizer's state; one converted from weights alone does not."""
+    return any(entry.kind in ("exp_avg", "exp_avg_sq") for entry in manifest.tensors.values())
+
+
+def is_converted(manifest: Manifest) -> bool:
+    """Whether a checkpoint knows of no run: it was converted, or saved by another program."""
+    return not manifest.config
+
+
+def check_converted(
+    manifest: Manifest, config: RunConfig, where: str, *, allow_change: bool
+) -> tuple[str, ...]:
+    """Compare a configuration with the model of a converted checkpoint; returns what it starts from.
+
+    Args:
+        where: the checkpoint's folder or URL; config.json is read where it is a folder.
+    Raises:
+        ConfigError: its weights are not of train.precision; or config.json tells of another model, and
+            `allow_change` is not given.
+    """
+    precision = config.train.precision
+    wanted = DTYPES[precision]
+    weights = {name: e for name, e in manifest.tensors.items() if e.kind == "weight"}
+    for name, entry in weights.items():
+        if entry.dtype != wanted:
+            raise ConfigError(
+                f"{where}: {name} is {entry.dtype}, and train.precision = {precision!r} needs {wanted}; "
+                f"convert it with --dtype {precision}, or change train.precision"
+            )
+    changed = [
+        f"model.{key} = {mine!r} (its config.json has {theirs!r})"
+        for key, theirs, mine in _differences(_described(where), config)
+    ]
+    if changed and not allow_change:
+        raise ConfigError(
+            f"{where} is of another model: {'; '.join(changed)}; change [model], or go on all the same with "
+            "--allow-change"
+        )
+    notes = [f"differs from the model that was converted: {line}" for line in changed]
+    if has_state(manifest):
+        first = (
+            f"goes on from {where}, converted: step {manifest.step} with its optimizer's state; which data "
+            "it has seen is not known"
+        )
+    else:
+        first = (
+            f"starts from the weights of {where}, converted: {len(weights)} tensors {wanted}, step 0, no "
+            "moments"
+        )
+    return (first, *notes)
+
+
+def _described(where: str) -> dict[str, Any]:
+    """config.json of a folder; nothing where there is none that can be read."""
+    try:
+        found = json.loads((Path(where) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _differences(described: dict[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Keys of [model] that are told otherwise: (key, there, here)."""
+    model = config.model
+    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    told = {
+        "family": (described.get("model_type"), model.family),
+        "layers": (described.get("num_hidden_layers"), model.layers),
+        "hidden": (described.get("hidden_size"), model.hidden),
+        "intermediate": (described.get("intermediate_size"), model.intermediate),
+        "heads": (described.get("num_attention_heads"), model.heads),
+        "kv_heads": (described.get("num_key_value_heads"), model.kv_heads),
+        "head_dim": (described.get("head_dim"), model.dim_per_head),
+        "vocab": (described.get("vocab_size"), model.vocab),
+        "norm_eps": (described.get("rms_norm_eps"), model.norm_eps),
+        "rope_theta": (rope.get("rope_theta") or described.get("rope_theta"), model.rope_theta),
+        "tie_embeddings": (described.get("tie_word_embeddings"), model.tie_embeddings),
+        "rope scaling": (kind, "default"),
+    }
+    return [(k, theirs, mine) for k, (theirs, mine) in told.items() if theirs not in (None, mine)]

@@ -1,0 +1,209 @@
+"""Where a run goes on from: the checkpoints that could serve, and whether the configuration still fits.
+
+Needs no torch. Called by one process, before the workers start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.checkpoint.format import Manifest, directory
+from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.run.initial_weights import check_converted, has_state, is_converted
+
+MUST_MATCH = (
+    "model.",
+    "data.",
+    "train.seq_len",
+    "train.global_batch",
+    "train.micro_batch",
+    "train.seed",
+    "train.precision",
+)
+"""Keys that may not change, or the run would not be the same run."""
+WORTH_SAYING = ("train.steps", "train.clip_grad_norm", "optimizer.", "numerics.")
+"""Keys that may change and have an effect on what is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """From which checkpoints a run may go on: the best first; none to start at step 0."""
+
+    candidates: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a person should know about it, a line each."""
+    allow_change: bool = False
+    """Whether a checkpoint of another model, other data or another batch will do."""
+
+
+def checkpoint_root(root: Path, config: RunConfig) -> Path:
+    """Where the run in folder `root` keeps its checkpoints on the local disk."""
+    path = config.checkpoint.path
+    return Path(path) if path and not config.checkpoint.url else root / "checkpoints"
+
+
+def memory_root(root: Path) -> Path:
+    """Where the run in folder `root` keeps its copies in shared memory."""
+    key = f"{root.absolute()}".encode()
+    return Path("/dev/shm") / f"holdfast-{os.getuid()}-{zlib.crc32(key):08x}"
+
+
+def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: bool) -> Resume:
+    """Decide where a run goes on from.
+
+    Args:
+        wanted: "auto" (the newest of this run's own, in memory or on disk, or at its URL), "none", or
+            a path or URL. Converted weights are where a run begins: once it has checkpoints of its own,
+            the same command goes on from these.
+    Raises:
+        ConfigError: the configuration differs from the checkpoint's in a key that may not change, or
+            the path is no checkpoint.
+    """
+    if wanted == "none":
+        return Resume()
+    if "://" in wanted:
+        place, manifest = _remote_checkpoint(wanted)
+        notes = check_same_run(manifest, config, place, allow_change=allow_change)
+        return Resume((place,), notes, allow_change)
+    if wanted != "auto":
+        try:
+            found = directory.find_checkpoint(Path(wanted))
+            manifest = directory.read_manifest(found)
+        except CheckpointError as error:
+            raise ConfigError(f"--resume {wanted}: {error}") from error
+        if is_converted(manifest) and not has_state(manifest):
+            own = find_resume(root, config, "auto", allow_change=allow_change)
+            if own.candidates:
+                began = f"the run has checkpoints of its own; {found} is what it began with"
+                return replace(own, notes=(began, *own.notes))
+        notes = check_same_run(manifest, config, str(found), allow_change=allow_change)
+        return Resume((str(found.absolute()),), notes, allow_change)
+    candidates: dict[int, tuple[str, Manifest]] = {}
+    for folder in (checkpoint_root(root, config), memory_root(root)):
+        for path in directory.committed(folder):
+            try:
+                manifest = directory.read_manifest(path)
+            except CheckpointError:
+                continue
+            candidates.setdefault(manifest.step, (str(path.absolute()), manifest))
+    if not candidates and config.checkpoint.url:
+        candidates = _remote_candidates(config)
+    ordered = [candidates[step] for step in sorted(candidates, reverse=True)]
+    if not ordered:
+        return Resume()
+    notes = check_same_run(ordered[0][1], config, ordered[0][0], allow_change=allow_change)
+    return Resume(tuple(path for path, _ in ordered), notes, allow_change)
+
+
+def _remote_candidates(config: RunConfig) -> dict[int, tuple[str, Manifest]]:
+    from holdfast.checkpoint.stores import RemoteStore
+
+    remote = RemoteStore(config.checkpoint.url)
+    return {
+        manifest.step: (f"{remote.url}/{name}", manifest) for name, manifest in remote.manifests()
+    }
+
+
+def _remote_checkpoint(url: str) -> tuple[str, Manifest]:
+    """The checkpoint that a URL names: itself, or the newest of a folder of checkpoints."""
+    from holdfast.checkpoint.stores import RemoteStore
+
+    folder, _, name = url.rstrip("/").rpartition("/")
+    try:
+        if directory.step_of(Path(name)) is not None:
+            return url.rstrip("/"), RemoteStore(folder).manifest(name)
+        for found, manifest in RemoteStore(url).manifests():
+            return f"{url.rstrip('/')}/{found}", manifest
+    except CheckpointError as error:
+        raise ConfigError(f"--resume {url}: {error}") from error
+    raise ConfigError(f"--resume {url}: there is no checkpoint")
+
+
+def check_same_run(
+    manifest: Manifest, config: RunConfig, where: str, *, allow_change: bool
+) -> tuple[str, ...]:
+    """Compare a configuration with that of a checkpoint; returns notes on harmless changes.
+
+    Raises:
+        ConfigError: keys that may not change differ, and `allow_change` is not given.
+    """
+    if is_converted(manifest):
+        return check_converted(manifest, config, where, allow_change=allow_change)
+    saved, now = manifest.config, msgspec.to_builtins(config)
+    differing = differing_keys(saved, now, MUST_MATCH)
+    changed = [f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing]
+    if changed and not allow_change:
+        raise ConfigError(
+            f"{where} is of another run: {'; '.join(changed)}; change it back, start over with --resume "
+            "none, or go on all the same with --allow-change"
+        )
+    notes = [f"changed since the checkpoint: {line}" for line in changed]
+    for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
+        notes.append(f"changed since the checkpoint: {key} = {mine!r} (was {its!r})")
+    return tuple(notes)
+
+
+def differing_keys(
+    saved: dict[str, Any], now: dict[str, Any], prefixes: tuple[str, ...]
+) -> list[tuple[str, Any, Any]]:
+    """Keys of two configurations (nested dicts) that differ: (key, saved value, value now)."""
+    # As a manifest holds them: JSON has no tuples.
+    plain = msgspec.json.decode(msgspec.json.encode((saved, now)))
+    flat_saved, flat_now = _flat(plain[0]), _flat(plain[1])
+    return [
+        (key, flat_saved.get(key), flat_now.get(key))
+        for key in sorted(flat_saved.keys() | flat_now.keys())
+        if key.startswith(prefixes) and flat_saved.get(key) != flat_now.get(key)
+    ]
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def set_aside_newer(root: Path, step: int) -> list[Path]:
+    """Rename checkpoints after `step`: the run goes on from there on another course."""
+    moved = []
+    for path in directory.committed(root):
+        found = directory.step_of(path)
+        if found is not None and found > step:
+            moved.append(_free_name(path.with_name(f"superseded-{path.name}")))
+            path.rename(moved[-1])
+    return moved
+
+
+def set_aside_all(root: Path) -> None:
+    """Rename a folder of checkpoints that the run does not go on from."""
+    if directory.committed(root):
+        root.rename(_free_name(root.with_name(f"superseded-{root.name}")))
+
+
+def _free_name(path: Path) -> Path:
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def is_finished(root: Path) -> bool:
+    """Whether the run in a folder reached its last step."""
+    try:
+        lines = (root / "events.jsonl").read_text().splitlines()
+        return any(json.loads(line).get("event") == "run_finished" for line in lines[-3:])
+    except (OSError, ValueError):
+        return False

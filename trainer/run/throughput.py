@@ -1,0 +1,198 @@
+"""What a rank computes and what its drive takes, from which train.recompute = "auto" is chosen: measured, and kept.
+
+One process measures before the workers start, so that every rank has the same figures and makes the same
+plan; the run's folder keeps them for whoever goes on with the run or joins it. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import RunConfig
+
+_PROBE_S = 180.0
+"""How long a measurement may take, once its processes have started."""
+
+
+class MeasuredRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of one rank while the others of its machine do the same."""
+
+    tflops: float
+    """10^12 operations a second in the forward pass of one block."""
+    drive_gbytes: float
+    """10^9 bytes a second to the place of offloaded activations and, where that is slower, back."""
+
+
+def needs_rates(config: RunConfig) -> bool:
+    """Whether the plan depends on rates that the configuration leaves open. Pure."""
+    train, offload = config.train, config.offload
+    if train.recompute != "auto" or offload.activations == "none":
+        return False
+    return not (train.tflops and offload.drive_gbytes)
+
+
+def with_rates(config: RunConfig, rates: MeasuredRates, *, instead: bool = False) -> RunConfig:
+    """The configuration with these rates where it names none, or `instead` of what it names. Pure.
+
+    A rate of 0 is one that is not known, here as there.
+    """
+    pairs = [(config.train.tflops, rates.tflops), (config.offload.drive_gbytes, rates.drive_gbytes)]
+    tflops, drive_gbytes = (new or old if instead else old or new for old, new in pairs)
+    return msgspec.structs.replace(
+        config,
+        train=msgspec.structs.replace(config.train, tflops=tflops),
+        offload=msgspec.structs.replace(config.offload, drive_gbytes=drive_gbytes),
+    )
+
+
+def recorded_rates(config: RunConfig, root: Path) -> RunConfig:
+    """The configuration with the rates that a run's folder keeps, where it needs any. Local.
+
+    Raises:
+        ConfigError: this machine does not find them there.
+    """
+    if not needs_rates(config):
+        return config
+    rates = _recorded(root)
+    if rates is None:
+        raise ConfigError(
+            f"{_path(root)}, which the first process has written, cannot be read here; put --out in a folder "
+            "that all machines share, or set train.tflops and offload.drive_gbytes"
+        )
+    return with_rates(config, rates)
+
+
+def settle_rates(
+    config: RunConfig,
+    root: Path,
+    *,
+    ranks_here: int,
+    fresh: bool,
+    say: Callable[[str], None],
+) -> RunConfig:
+    """The configuration with all rates that its plan needs: recorded ones, or measured and recorded.
+
+    Called by the one process that opens a run, for its folder, which it has locked.
+
+    Args:
+        ranks_here: that share this machine: as many processes measure at once.
+        fresh: measure although the folder has rates, since the run starts over.
+        say: is told, in a line, what was measured.
+    Raises:
+        ConfigError: they cannot be measured.
+    """
+    if not needs_rates(config):
+        return config
+    rates = None if fresh else _recorded(root)
+    if rates is None:
+        rates = measure_rates(config, ranks_here)
+        text = json.dumps(msgspec.to_builtins(rates)) + "\n"
+        partial = _path(root).with_suffix(".partial")
+        try:
+            partial.write_text(text)
+            partial.replace(_path(root))
+        except OSError as error:
+            raise ConfigError(f"{partial} cannot be written: {error.strerror}") from error
+        say(f"measured {described(rates)}; kept in {_path(root)}")
+    return with_rates(config, rates)
+
+
+def measure_rates(config: RunConfig, ranks_here: int) -> MeasuredRates:
+    """What the slowest of `ranks_here` processes measures while all of them measure at once. Local.
+
+    Raises:
+        ConfigError: one of them fails, or none ends in time.
+    """
+    text = msgspec.json.encode(config).decode()
+    probes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "holdfast.trainer.run.throughput_probe", str(local_rank)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for local_rank in range(ranks_here)
+    ]
+    try:
+        for probe in probes:
+            _write(probe, text)
+        for probe in probes:  # they measure together, not while others still start
+            assert probe.stdout is not None
+            _expect(probe, probe.stdout.readline())
+        for probe in probes:
+            _write(probe, "go")
+        found = []
+        for probe in probes:
+            output, errors = probe.communicate(timeout=_PROBE_S)
+            _expect(probe, output, errors)
+            found.append(msgspec.json.decode(output, type=MeasuredRates))
+    except subprocess.TimeoutExpired as error:
+        raise _unmeasured(f"no answer within {_PROBE_S:g} s") from error
+    finally:
+        for probe in probes:
+            probe.kill()
+            probe.communicate()
+    return MeasuredRates(
+        min(rates.tflops for rates in found), min(rates.drive_gbytes for rates in found)
+    )
+
+
+def assumed(config: RunConfig) -> str:
+    """With which rates a plan was chosen that depends on them; empty for others. Pure."""
+    train, offload = config.train, config.offload
+    if train.recompute != "auto" or offload.activations == "none":
+        return ""
+    if needs_rates(config):
+        return "not known: a drive that takes everything in time is assumed (a run measures; --measure)"
+    return f"{train.tflops:.3g} TFLOP/s and {offload.drive_gbytes:.3g} GB/s to the drive, each rank"
+
+
+def described(rates: MeasuredRates) -> str:
+    """For a person."""
+    return (
+        f"{rates.tflops:.3g} TFLOP/s and {rates.drive_gbytes:.3g} GB/s to the drive, each rank "
+        "(train.tflops, offload.drive_gbytes)"
+    )
+
+
+def _write(probe: subprocess.Popen[str], line: str) -> None:
+    assert probe.stdin is not None
+    try:
+        probe.stdin.write(line + "\n")
+        probe.stdin.flush()
+    except BrokenPipeError:
+        _expect(probe, "")
+
+
+def _expect(probe: subprocess.Popen[str], answer: str, errors: str = "") -> None:
+    """Raises ConfigError where a probe has ended without an answer."""
+    if not answer:
+        reason = errors or (probe.stderr.read() if probe.stderr is not None else "")
+        raise _unmeasured(reason.strip().rpartition("\n")[2] or "a process ended without an answer")
+
+
+def _unmeasured(reason: str) -> ConfigError:
+    return ConfigError(
+        f"the rates for train.recompute = 'auto' cannot be measured: {reason}; set train.tflops and "
+        "offload.drive_gbytes"
+    )
+
+
+def _path(root: Path) -> Path:
+    return root / "rates.json"
+
+
+def _recorded(root: Path) -> MeasuredRates | None:
+    """None where there are none, or none that can be read: they are measured again."""
+    try:
+        return msgspec.json.decode(_path(root).read_bytes(), type=MeasuredRates)
+    except (OSError, msgspec.DecodeError):
+        return None

@@ -1,0 +1,39 @@
+from .build import (
+    backend_of as backend_of,
+    choose_device as choose_device,
+    open_training as open_training,
+)
+from .learning_rate import (
+    learning_rate as learning_rate,
+    rate_of as rate_of,
+)
+from .partial_sums import (
+    Counted as Counted,
+    counted_from_data as counted_from_data,
+    counted_to_data as counted_to_data,
+    covered_places as covered_places,
+    keeps_sums as keeps_sums,
+)
+from .planning import (
+    plan_of as plan_of,
+    shadows_in_host_memory as shadows_in_host_memory,
+)
+from .progress import (
+    Outcome as Outcome,
+    Progress as Progress,
+    Requests as Requests,
+)
+from .saved_tensors import (
+    DTYPES as DTYPES,
+    renumbered as renumbered,
+    saved_tensors as saved_tensors,
+    state_kinds as state_kinds,
+    wanted_boxes as wanted_boxes,
+    weights_only as weights_only,
+)
+from .state_views import (
+    huggingface_files as huggingface_files,
+)
+from .training import (
+    Training as Training,
+)

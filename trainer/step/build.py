@@ -1,0 +1,56 @@
+"""Opens the training of a run: its device, its transport, its groups."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch.distributed import Store
+
+from holdfast.parallel.comm import build_groups
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.step.planning import plan_of
+from holdfast.trainer.step.training import Training
+from holdfast.trainer.world import WorldInfo
+
+
+def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training:
+    """The training of a run whose ranks stay as they are. Collective over all workers."""
+    plan = plan_of(config)
+    device = choose_device(config, world.local_rank)
+    groups = build_groups(
+        store,
+        world.store_host,
+        world.rank,
+        plan.cells.ranks,
+        plan.cells.cell(world.rank),
+        plan.home.pipeline_group(world.rank),
+        backend=backend_of(config, device),
+        generation=plan.generation,
+    )
+    return Training(config, world.rank, device, plan, groups)
+
+
+def backend_of(config: RunConfig, device: torch.device) -> str:
+    """The communicators' transport."""
+    if config.parallel.backend != "auto":
+        return config.parallel.backend
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def choose_device(config: RunConfig, local_rank: int) -> torch.device:
+    """The device of this rank; sets threads and, in exact mode, deterministic kernels."""
+    torch.set_num_threads(config.train.threads_per_rank)
+    wanted = config.train.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.numerics.reduction == "exact":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # As use_deterministic_algorithms(True), without its import of the compiler: a second per worker.
+        torch.set_deterministic_debug_mode("error")
+        # Every buffer here is written before it is read; filling them would cost a pass each.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
+    if wanted == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

@@ -1,0 +1,83 @@
+"""From a configuration to the plan of its run; needs no torch."""
+
+from __future__ import annotations
+
+from holdfast.parallel.layout import LayerSpec, Mesh
+from holdfast.parallel.offload import Rates, choose_layers
+from holdfast.parallel.plan import Plan, make_plan
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.models import layer_specs
+
+WAYS = ("none", "selective", "full")
+"""What may be recomputed of a block, from nothing to all of it."""
+
+
+def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
+    """The model's layers as the plan sees them. Pure.
+
+    Raises:
+        ConfigError: train.recompute = "auto" finds no choice that fits in train.activation_gib.
+    """
+    train, offload = config.train, config.offload
+    if train.recompute != "auto":
+        return _layers(config, train.recompute)
+    ways = {way: _layers(config, way) for way in WAYS}
+    sends = offload.activations != "none"
+    return choose_layers(
+        _first_plan(config, ways["none"]),
+        ways,
+        most_bytes=train.activation_gib * 2**30,
+        rates=Rates(
+            flops_per_s=train.tflops * 1e12,
+            drive_bytes_per_s=offload.drive_gbytes * 1e9,
+            most_share=offload.most_share if sends else 0.0,
+        ),
+    )
+
+
+def _layers(config: RunConfig, recompute: str) -> tuple[LayerSpec, ...]:
+    return layer_specs(
+        config.model,
+        tensor=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence_parallel and config.parallel.tensor > 1,
+        seq_len=config.train.seq_len,
+        micro_batch=config.train.micro_batch,
+        precision=config.train.precision,
+        recompute=recompute,
+    )
+
+
+def plan_of(config: RunConfig, generation: int = 0) -> Plan:
+    """The plan of a run: equal on every rank, without communication.
+
+    Raises:
+        ConfigError: the layout does not fit the model or the batch, or no choice of what to recompute
+            fits in memory.
+    """
+    return _first_plan(config, layers_of_config(config), generation)
+
+
+def shadows_in_host_memory(config: RunConfig, device: str) -> bool:
+    """Whether copies of other ranks' optimizer state lie in host memory. Pure.
+
+    Args:
+        device: "cpu" or "cuda"; "auto", where it is not known yet, may be the latter.
+    """
+    wanted = config.elastic.shadow_memory
+    return wanted == "host" or (wanted == "auto" and device != "cpu")
+
+
+def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: int = 0) -> Plan:
+    parallel, train = config.parallel, config.train
+    return make_plan(
+        layers,
+        Mesh(tensor=parallel.tensor, data=parallel.data, pipeline=parallel.pipeline),
+        virtual=parallel.virtual,
+        schedule=parallel.schedule,
+        micro_batches=train.global_batch // train.micro_batch,
+        block_elements=config.optimizer.block_elements,
+        blocks_per_chunk=parallel.blocks_per_chunk or None,
+        micro_batch_order=parallel.micro_batch_order,
+        activation_headroom=config.elastic.activation_headroom,
+        generation=generation,
+    )

@@ -1,0 +1,125 @@
+"""What of a run is saved: every tensor by logical name, and which rank has which boxes of it.
+
+Pure; needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from holdfast.checkpoint.format import Manifest, Part, SavedTensor
+from holdfast.parallel.layout import Box
+from holdfast.parallel.plan import Plan, block_box
+
+T = TypeVar("T")
+
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp64": "F64"}
+
+
+def state_kinds(precision: str) -> tuple[str, ...]:
+    """The optimizer's tensors: a master copy only where the parameters have fewer bits."""
+    return ("master", "exp_avg", "exp_avg_sq") if precision == "bf16" else ("exp_avg", "exp_avg_sq")
+
+
+def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> list[SavedTensor]:
+    """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank.
+
+    Args:
+        from_shadows: weights too are taken from each block's first shadow, where it has one.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    holders: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
+    keepers: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
+    owners: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
+    for index, blocks in enumerate(plan.blocks):
+        for place, (block, owner) in enumerate(zip(blocks, plan.owners[index], strict=True)):
+            spec = plan.layers[block.layer].parameters[index][block.spec_index]
+            box = block_box(spec, block)
+            shapes[spec.name] = spec.shape
+            stage = plan.holders_of_layer(index, block.layer)
+            holders[spec.name].setdefault(box, set()).update(stage)
+            shadows = plan.shadows[index][place] if from_shadows and plan.shadows else ()
+            keepers[spec.name].setdefault(box, set()).add(shadows[0] if shadows else owner)
+            owners[spec.name].setdefault(box, set()).add(owner)
+    dtype = DTYPES[precision]
+    state_dtype = "F64" if precision == "fp64" else "F32"
+    kept = {name: _parts(keepers[name], owners[name] if from_shadows else {}) for name in shapes}
+    weights = [
+        SavedTensor(
+            name,
+            "weight",
+            dtype,
+            shape,
+            kept[name] if from_shadows else _parts(holders[name], {}),
+            whole=True,
+        )
+        for name, shape in shapes.items()
+    ]
+    state = [
+        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, kept[name], whole=False)
+        for name, shape in shapes.items()
+        for kind in state_kinds(precision)
+    ]
+    return weights + state
+
+
+def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[SavedTensor]:
+    """The same with every rank's place in `ranks` instead of its number. Pure."""
+    if list(ranks) == list(range(len(ranks))):
+        return list(tensors)
+    places = {rank: place for place, rank in enumerate(ranks)}
+    return [
+        replace(
+            tensor,
+            parts=tuple(
+                replace(part, holders=tuple(places[rank] for rank in part.holders))
+                for part in tensor.parts
+            ),
+        )
+        for tensor in tensors
+    ]
+
+
+def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tuple[Part, ...]:
+    return tuple(
+        Part(box, tuple(sorted(ranks)), tuple(sorted(apart.get(box, ()))))
+        for box, ranks in boxes.items()
+    )
+
+
+def wanted_boxes(plan: Plan, rank: int, precision: str) -> dict[str, tuple[Box, ...]]:
+    """The boxes of every saved tensor that a rank needs to go on. Pure."""
+    index = plan.cells.tensor_index(rank)
+    found: defaultdict[str, list[Box]] = defaultdict(list)
+    for chunk in plan.chunks_of(rank):
+        for layer in plan.layers_of(chunk):
+            for spec in plan.layers[layer].parameters[index]:
+                if spec.box not in found[spec.name]:
+                    found[spec.name].append(spec.box)
+    kinds = state_kinds(precision)
+    for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True):
+        if owner == rank:
+            spec = plan.layers[block.layer].parameters[index][block.spec_index]
+            for kind in kinds:
+                _join(found[f"{kind}.{spec.name}"], block_box(spec, block))
+    return {name: tuple(boxes) for name, boxes in found.items()}
+
+
+def _join(boxes: list[Box], box: Box) -> None:
+    """Append rows, to the last box where they follow it."""
+    last = boxes[-1] if boxes else None
+    if last is not None and last.stop[0] == box.start[0] and last.start[1:] == box.start[1:]:
+        boxes[-1] = Box(last.start, box.stop)
+    else:
+        boxes.append(box)
+
+
+def weights_only(found: Mapping[str, T], manifest: Manifest) -> dict[str, T]:
+    """What a checkpoint without optimizer state can give of what a rank keeps. Pure."""
+    state = ("master", "exp_avg", "exp_avg_sq")
+    return {
+        n: v for n, v in found.items() if n in manifest.tensors or n.split(".", 1)[0] not in state
+    }

@@ -1,0 +1,190 @@
+"""Where one rank keeps what is saved of a run, and the small files that go with it."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from holdfast.checkpoint.format import PlannedChunk
+from holdfast.checkpoint.loading import Target
+from holdfast.parallel.layout import Box
+from holdfast.parallel.optimizer import FlatParameters, Segment, ShadowState, ShardedAdamW
+from holdfast.parallel.plan import Plan, block_box
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.step.saved_tensors import wanted_boxes
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptRows:
+    """Rows of a weight whose state this rank keeps, as owner or as shadow."""
+
+    first: int
+    last: int
+    number: int
+    """Of the block, among those owned or those shadowed."""
+    place: int
+    """Of its first element in the flat state."""
+
+
+_Columns = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class TrainingState:
+    """Where one rank keeps its part of the saved tensors. Local; hands out views of live memory."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        precision: str,
+        flat: FlatParameters,
+        optimizer: ShardedAdamW,
+        shadows: ShadowState | None = None,
+    ) -> None:
+        """Args:
+        shadows: whose copies of others' state are saved, instead of what this rank owns.
+        """
+        self._plan, self._rank, self._precision = plan, rank, precision
+        self._flat = flat
+        self._state = optimizer.state
+        self._segments: defaultdict[str, list[Segment]] = defaultdict(list)
+        for segment in sorted(flat.segments, key=lambda s: s.spec.tied_use):
+            self._segments[segment.spec.name].append(segment)
+        self._rows: defaultdict[str, list[_KeptRows]] = defaultdict(list)
+        place = 0
+        self.owned = len(optimizer.owned)
+        for number, block in enumerate(optimizer.owned):
+            spec = block.segment.spec
+            first_row = spec.box.start[0] + block.block.row_start
+            last_row = spec.box.start[0] + block.block.row_stop
+            self._rows[spec.name].append(_KeptRows(first_row, last_row, number, place))
+            place += block.block.elements
+        self._shadows = shadows
+        self.shadowed = 0 if shadows is None else len(shadows.blocks)
+        self._shadowed_rows: defaultdict[tuple[str, _Columns], list[_KeptRows]] = defaultdict(list)
+        for number, block in enumerate(() if shadows is None else shadows.blocks):
+            index, at = block.key
+            placed = plan.blocks[index][at]
+            spec = plan.layers[placed.layer].parameters[index][placed.spec_index]
+            box = block_box(spec, placed)
+            self._shadowed_rows[spec.name, _columns(box)].append(
+                _KeptRows(box.start[0], box.stop[0], number, block.start)
+            )
+        for rows in self._shadowed_rows.values():
+            rows.sort(key=lambda found: found.first)
+
+    def _shadow(self, name: str, box: Box) -> tuple[str, _KeptRows] | None:
+        """The saved kind and the block of the copy that is saved of a box, if it is one that this rank shadows."""
+        kind, _, base = name.partition(".")
+        if kind not in self._state:
+            kind, base = "weight", name
+        rows = self._shadowed_rows.get((base, _columns(box)), [])
+        place = bisect_right(rows, box.start[0], key=lambda found: found.first) - 1
+        if place < 0 or rows[place].last <= box.start[0]:
+            return None
+        return kind, rows[place]
+
+    def views(self, name: str, box: Box) -> list[Tensor]:
+        """Every place where this rank keeps a box of a tensor; two for a tied weight."""
+        kind, _, base = name.partition(".")
+        if kind not in self._state:
+            return [
+                self._flat.view(self._flat.values, segment)[
+                    box.relative_to(segment.spec.box).slices
+                ]
+                for segment in self._segments[name]
+            ]
+        rows = self._rows[base]
+        at = rows[bisect_right(rows, box.start[0], key=lambda found: found.first) - 1]
+        row_elements = box.elements // box.shape[0]
+        start = at.place + (box.start[0] - at.first) * row_elements
+        return [self._state[kind][start : start + box.elements].view(box.shape)]
+
+    def source(self, name: str, box: Box) -> Tensor:
+        """The live values of a box: contiguous."""
+        found = self._shadow(name, box)
+        if found is None:
+            return self.views(name, box)[0]
+        assert self._shadows is not None
+        kind, rows = found
+        start = rows.place + (box.start[0] - rows.first) * (box.elements // box.shape[0])
+        if kind == "weight":
+            copies = self._shadows.weights
+        else:
+            copies = self._shadows.state["value" if kind == "master" else kind]
+        return copies[start : start + box.elements].view(box.shape)
+
+    def before(self, chunk: PlannedChunk) -> int:
+        """The first block whose update overwrites a chunk; the number of all if none does.
+
+        Shadowed blocks, which are updated first, count from 0, owned ones go on from there.
+        """
+        shadow = self._shadow(chunk.name, chunk.box)
+        if shadow is not None:
+            return shadow[1].number
+        kind, _, base = chunk.name.partition(".")
+        rows = self._rows.get(base if kind in self._state else chunk.name, [])
+        first, last = chunk.box.start[0], chunk.box.stop[0]
+        overlapping = (found.number for found in rows if found.first < last and found.last > first)
+        return self.shadowed + min(overlapping, default=self.owned)
+
+    def targets(self) -> dict[str, list[Target]]:
+        """Where everything that this rank loads goes."""
+        wanted = wanted_boxes(self._plan, self._rank, self._precision)
+        return {
+            name: [Target(box, view) for box in boxes for view in self.views(name, box)]
+            for name, boxes in wanted.items()
+        }
+
+
+def _columns(box: Box) -> _Columns:
+    return box.start[1:], box.stop[1:]
+
+
+def huggingface_files(config: RunConfig) -> dict[str, bytes]:
+    """config.json and what else makes a checkpoint folder a Hugging Face model folder."""
+    model = config.model
+    described: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.dim_per_head,
+        "vocab_size": model.vocab,
+        "max_position_embeddings": max(model.max_seq_len, config.train.seq_len),
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[config.train.precision],
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": True,
+    }
+    files = {
+        "config.json": _json(described),
+        "generation_config.json": _json({"_from_model_config": True}),
+    }
+    if config.data.kind == "text" and config.data.tokenizer != "bytes":
+        files["tokenizer.json"] = Path(config.data.tokenizer).read_bytes()
+        files["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
+    return files
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

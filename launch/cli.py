@@ -13,12 +13,12 @@ import typer
 from holdfast.parallel.errors import HoldfastError
 
 _MODULES: Final = {
-    **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training_commands"),
+    **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training"),
     "chaos": "chaos",
-    **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoint_commands"),
+    **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
     "convert": "convert",
 }
-"""Which module of this package adds which command."""
+"""Which module of launch.commands adds which command."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,7 +51,7 @@ def application(command: str) -> typer.Typer:
     )
     app.callback()(options)
     for module in [_MODULES[command]] if command in _MODULES else dict.fromkeys(_MODULES.values()):
-        import_module(f"holdfast.launch.{module}").register(app)
+        import_module(f"holdfast.launch.commands.{module}").register(app)
     return app
 
 

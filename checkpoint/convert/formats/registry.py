@@ -9,10 +9,10 @@ from holdfast.parallel.errors import ConfigError
 
 _MODULES = {
     "holdfast": "holdfast",
-    "megatron": "megatron",
-    "megatron-legacy": "megatron_legacy",
-    "deepspeed": "deepspeed",
-    "deepspeed-universal": "deepspeed_universal",
+    "megatron": "megatron.torch_dist",
+    "megatron-legacy": "megatron.legacy",
+    "deepspeed": "deepspeed.zero",
+    "deepspeed-universal": "deepspeed.universal",
     "dcp": "dcp",
     "hf": "huggingface",
     "files": "files",

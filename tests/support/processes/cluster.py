@@ -117,7 +117,10 @@ def _serve(address: str, workers: int) -> None:
     import torch
     import torch.distributed as dist
 
-    for name in ("holdfast.trainer.worker", "support.runs.small_runs"):  # once, and not once per worker
+    for name in (
+        "holdfast.trainer.worker",
+        "support.runs.small_runs",
+    ):  # once, and not once per worker
         importlib.import_module(name)
     torch.set_num_threads(1)
     listening = socket.socket()

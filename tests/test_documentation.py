@@ -1,7 +1,14 @@
-"""Everything shown in the documentation runs: Python blocks as they stand, commands that are marked."""
+"""Everything shown in the documentation runs, and everything named in it exists.
+
+Python blocks run as they stand, and so do commands that are marked. Paths, modules, test ids, commands and
+make targets that a page names are looked up in the checkout.
+"""
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib
 import os
 import re
 import subprocess
@@ -12,13 +19,31 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+IN_CHECKOUT = pytest.mark.skipif(
+    not (ROOT / "README.md").exists(), reason="the pages lie in the checkout"
+)
+FOLDERS = [
+    "parallel",
+    "trainer",
+    "elastic",
+    "checkpoint",
+    "launch",
+    "csrc",
+    "tests",
+    "docs",
+    "benchmarks",
+    "examples",
+    "requirements",
+]
+CODE = re.compile(r"`([^`\n]+)`")
+SHELL = re.compile(r"^```sh[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(python|toml|sh run)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(kind: str) -> list[Any]:
     found = []
-    for page in PAGES if PAGES[0].exists() else []:
+    for page in PAGES:
         for number, match in enumerate(BLOCK.finditer(page.read_text())):
             if match.group(1) == kind:
                 found.append(pytest.param(match.group(2), id=f"{page.name}-{number}"))
@@ -30,7 +55,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.skipif(not PAGES[0].exists(), reason="the pages lie in the checkout")
+@IN_CHECKOUT
 @pytest.mark.parametrize("source", blocks("python"))
 def test_python_block_runs(source: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
@@ -45,7 +70,7 @@ def test_python_block_runs(source: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not PAGES[0].exists(), reason="the pages lie in the checkout")
+@IN_CHECKOUT
 @pytest.mark.parametrize("source", blocks("sh run"))
 def test_marked_commands_run(source: str, tmp_path: Path) -> None:
     for folder in ("examples",):
@@ -60,7 +85,7 @@ def test_marked_commands_run(source: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not PAGES[0].exists(), reason="the pages lie in the checkout")
+@IN_CHECKOUT
 @pytest.mark.parametrize("source", blocks("toml"))
 def test_toml_block_is_a_valid_configuration(source: str, tmp_path: Path) -> None:
     from holdfast.trainer.config.loading import load_config
@@ -70,7 +95,7 @@ def test_toml_block_is_a_valid_configuration(source: str, tmp_path: Path) -> Non
     load_config(config, [])
 
 
-@pytest.mark.skipif(not PAGES[0].exists(), reason="the pages lie in the checkout")
+@IN_CHECKOUT
 def test_pages_link_only_to_what_exists() -> None:
     missing = [
         f"{page.name}: {target}"
@@ -79,3 +104,91 @@ def test_pages_link_only_to_what_exists() -> None:
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert missing == []
+
+
+@IN_CHECKOUT
+def test_every_page_is_in_the_readme() -> None:
+    linked = re.findall(r"\]\(docs/([^)#\s]+)", (ROOT / "README.md").read_text())
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - set(linked) == set()
+
+
+def named(page: Path) -> list[str]:
+    """What a page sets in code, without its code blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return CODE.findall(text)
+
+
+def commands(page: Path) -> list[str]:
+    """The commands that a page shows: lines of shell blocks, and what it sets in code."""
+    lines = [line for block in SHELL.findall(page.read_text()) for line in block.splitlines()]
+    return [*lines, *named(page)]
+
+
+@IN_CHECKOUT
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_paths_and_tests_exist(page: Path) -> None:
+    paths = [name for name in named(page) if name.split("/")[0] in FOLDERS and "/" in name]
+    missing = [name for name in paths if not exists(name)]
+    assert missing == []
+
+
+def exists(name: str) -> bool:
+    """Whether a path of the checkout is there; with `::test_name`, that test too."""
+    path, _, test = name.partition("::")
+    if not (ROOT / path).exists():
+        return False
+    return not test or test in tests_of(ROOT / path)
+
+
+@functools.cache
+def tests_of(module: Path) -> frozenset[str]:
+    """The test functions of a module."""
+    body = ast.parse(module.read_text()).body
+    return frozenset(node.name for node in body if isinstance(node, ast.FunctionDef))
+
+
+def test_what_is_not_there_is_noticed() -> None:
+    here = "tests/test_documentation.py"
+    assert exists(here)
+    assert exists(f"{here}::test_what_is_not_there_is_noticed")
+    assert not exists(f"{here}::test_of_nothing")
+    assert not exists("tests/nothing.py")
+
+
+@IN_CHECKOUT
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_modules_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in {name for name in re.findall(r"\bholdfast(?:\.[A-Za-z_]\w*)+", text)}:
+        resolve(name)
+
+
+def resolve(name: str) -> Any:
+    """What a dotted name stands for: a module, or something in it."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return getattr(resolve(module), attribute)
+
+
+@IN_CHECKOUT
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_make_targets_and_commands_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = " ; ".join(commands(page))
+    assert set(re.findall(r"(?:^|; )make ([\w-]+)", shown)) - targets == set()
+    assert set(re.findall(r"(?:^|; )holdfast ([a-z]\w*)", shown)) - holdfast_commands() == set()
+
+
+@functools.cache
+def holdfast_commands() -> frozenset[str]:
+    """The commands of `holdfast`."""
+    import typer
+
+    from holdfast.launch.cli import application
+
+    command = typer.main.get_command(application(""))
+    return frozenset(command.commands)  # type: ignore[attr-defined]

@@ -137,11 +137,11 @@ def exists(name: str) -> bool:
     path, _, test = name.partition("::")
     if not (ROOT / path).exists():
         return False
-    return not test or test in tests_of(ROOT / path)
+    return not test or test in functions_of(ROOT / path)
 
 
 @functools.cache
-def tests_of(module: Path) -> frozenset[str]:
+def functions_of(module: Path) -> frozenset[str]:
     """The test functions of a module."""
     body = ast.parse(module.read_text()).body
     return frozenset(node.name for node in body if isinstance(node, ast.FunctionDef))

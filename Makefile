@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.txt csrc/*.pyi)
 
-.PHONY: setup setup-dev train test lint bench soak wheel-test clean
+.PHONY: setup setup-dev train test lint docs bench soak wheel-test clean
 
 setup: .venv/base.stamp
 setup-dev: .venv/dev.stamp
@@ -37,6 +37,10 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+
+# The API reference, from docstrings; every warning is an error.
+docs: setup-dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/api.cache docs/api build/api
 
 bench: .venv/bench.stamp
 	$(BIN)/python benchmarks/run_all.py

@@ -59,7 +59,7 @@ _LARGEST_ARENA_BYTES = 2 << 30
 
 
 class Checkpointer:
-    """Saves and loads a program's state. Made, and called, by all ranks of the default process group.
+    """Saves and loads a program's state. All ranks of the default process group make and call it.
 
     Parameters and optimizer state are copied while the next step computes; before the optimizer changes
     them, a hook on its `step` copies what is left. Buffers are copied at once. Without an optimizer in the
@@ -75,14 +75,16 @@ class Checkpointer:
         arena_bytes: int = 0,
         timeout_s: float = 600.0,
     ) -> None:
-        """Args:
-        folder: where checkpoints go; on several machines one that all of them see.
-        state: what is saved, by key: modules ("model" keeps its own names), optimizers, schedulers,
-            tensors, and numbers or text (their values are taken at each save).
-        keep: checkpoints that stay; 0: all.
-        arena_bytes: host memory between the state and the disk; 0: enough for this rank's share, 2 GiB
-            at most.
-        timeout_s: after which a save is given up.
+        """Collective over all ranks of the default process group.
+
+        Args:
+            folder: where checkpoints go; on several machines one that all of them see.
+            state: what is saved, by key: modules ("model" keeps its own names), optimizers,
+                schedulers, tensors, and numbers or text (their values are taken at each save).
+            keep: checkpoints that stay; 0: all.
+            arena_bytes: host memory between the state and the disk; 0: enough for this rank's
+                share, 2 GiB at most.
+            timeout_s: after which a save is given up.
         """
         self.folder = Path(folder)
         self.state = state

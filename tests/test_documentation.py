@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ FOLDERS = [
     "requirements",
 ]
 CODE = re.compile(r"`([^`\n]+)`")
+REFERENCE = re.compile(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", re.MULTILINE)
 SHELL = re.compile(r"^```sh[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(python|toml|sh run)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -47,6 +49,9 @@ def blocks(kind: str) -> list[Any]:
         for number, match in enumerate(BLOCK.finditer(page.read_text())):
             if match.group(1) == kind:
                 found.append(pytest.param(match.group(2), id=f"{page.name}-{number}"))
+    for page in (ROOT / "docs" / "api").glob("*.rst") if kind == "python" else ():
+        for number, match in enumerate(REFERENCE.finditer(page.read_text())):
+            found.append(pytest.param(dedent(match.group(1)), id=f"{page.name}-{number}"))
     return found
 
 

@@ -47,7 +47,7 @@ _TIDY_S = 1e-3
 class Offloader:
     """Saved tensors wait elsewhere between the forward and the backward pass. Local.
 
-    Used as a context around forward passes (and, if one likes, their backward passes):
+    Used as a context around forward passes (and, if one likes, their backward passes)::
 
         offloader = Offloader("/nvme")
         for batch in batches:

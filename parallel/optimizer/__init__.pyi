@@ -11,7 +11,7 @@ from .background_transfer import (
     Fill as Fill,
 )
 from .parameter_buffer import (
-    FlatParameters as FlatParameters,
+    ParameterBuffer as ParameterBuffer,
     Segment as Segment,
 )
 from .shadow_state import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import _native
-from holdfast.parallel.optimizer.parameter_buffer import FlatParameters
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 
 NONFINITE = 1
 OUT_OF_RANGE = 2
@@ -62,11 +62,11 @@ class GradientAccumulator:
     Local. `exact` states which arithmetic is used; see the module's docstring.
     """
 
-    def __init__(self, flat: FlatParameters, *, exact: bool, fraction_bits: int) -> None:
+    def __init__(self, buffer: ParameterBuffer, *, exact: bool, fraction_bits: int) -> None:
         self.exact = exact
         self.fraction_bits = fraction_bits
-        self._flat = flat
-        values = flat.values
+        self._buffer = buffer
+        values = buffer.values
         accumulation = torch.float64 if values.dtype == torch.float64 else torch.float32
         dtype = torch.int64 if exact else accumulation
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
@@ -80,13 +80,15 @@ class GradientAccumulator:
         self._device_flags: Tensor | None = None
         if values.device.type != "cpu":
             self._device_flags = torch.zeros((), dtype=torch.int64, device=values.device)
-        largest = max((parameter.numel() for parameter in flat.parameters), default=0)
+        largest = max((parameter.numel() for parameter in buffer.parameters), default=0)
         self._scratch = torch.empty(
             largest if exact else 0, dtype=values.dtype, device=values.device
         )
-        self._empty: set[nn.Parameter] = set(flat.parameters)
-        self._views = {p: self.sums[slice(*flat.place(p))].view(p.shape) for p in flat.parameters}
-        for parameter in flat.parameters:
+        self._empty: set[nn.Parameter] = set(buffer.parameters)
+        self._views = {
+            p: self.sums[slice(*buffer.place(p))].view(p.shape) for p in buffer.parameters
+        }
+        for parameter in buffer.parameters:
             parameter.register_post_accumulate_grad_hook(self._take_ordinary_gradient)
 
     def clear(self) -> None:
@@ -98,7 +100,7 @@ class GradientAccumulator:
         if self.exact:
             self.sums.zero_()
         else:
-            self._empty = set(self._flat.parameters)
+            self._empty = set(self._buffer.parameters)
 
     def finish(self) -> int:
         """Make `sums` complete and return the flags: the end of a step's last backward."""

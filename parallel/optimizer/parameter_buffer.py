@@ -28,7 +28,7 @@ class Segment:
     """The local parameter that it is a part of."""
 
 
-class FlatParameters:
+class ParameterBuffer:
     """Moves a rank's parameters into one flat buffer; the modules keep working on views of it.
 
     Every local parameter starts at a 64-byte boundary: torch's CPU matrix products differ in the last
@@ -82,7 +82,7 @@ class FlatParameters:
         """The half-open range of the flat buffer that holds `parameter`."""
         return self._place[parameter]
 
-    def view(self, flat: Tensor, segment: Segment) -> Tensor:
+    def view(self, values: Tensor, segment: Segment) -> Tensor:
         """The segment's part of a buffer laid out like `values`, in the segment's shape."""
         stop = segment.offset + segment.spec.elements
-        return flat[segment.offset : stop].view(segment.spec.box.shape)
+        return values[segment.offset : stop].view(segment.spec.box.shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
-from holdfast.parallel.optimizer.parameter_buffer import FlatParameters, Segment
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
 from holdfast.parallel.plan import Block, Plan
 
 _REDUCE_TAG = 1 << 28
@@ -58,7 +58,7 @@ class Routes:
     """(first use, second use) of tied weights that lie on this rank both."""
 
 
-def build_routes(plan: Plan, rank: int, flat: FlatParameters) -> Routes:
+def build_routes(plan: Plan, rank: int, buffer: ParameterBuffer) -> Routes:
     """Where this rank's blocks go to and come from. Pure given the plan; equal on both ends.
 
     Blocks of the same use lie in the same order on every rank of a stage, so neighbours join into
@@ -66,8 +66,8 @@ def build_routes(plan: Plan, rank: int, flat: FlatParameters) -> Routes:
     """
     tensor_index = plan.cells.tensor_index(rank)
     owners = plan.owners[tensor_index]
-    first_use = {(s.layer, s.spec_index): s for s in flat.segments if s.spec.tied_use == 0}
-    second_use = {s.spec.name: s for s in flat.segments if s.spec.tied_use == 1}
+    first_use = {(s.layer, s.spec_index): s for s in buffer.segments if s.spec.tied_use == 0}
+    second_use = {s.spec.name: s for s in buffer.segments if s.spec.tied_use == 1}
     owned: list[OwnedBlock] = []
     contributed: dict[int, list[tuple[Run, bool]]] = {}
     collected: dict[int, list[tuple[Run, bool]]] = {}

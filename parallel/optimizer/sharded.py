@@ -17,7 +17,7 @@ from holdfast import _native
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.adamw import AdamWSettings, BlockUpdate, Fence, update_blocks
-from holdfast.parallel.optimizer.parameter_buffer import FlatParameters, Segment
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
 from holdfast.parallel.optimizer.reduction import (
     OwnedBlock,
     Routes,
@@ -52,7 +52,7 @@ class ShardedAdamW:
         self,
         plan: Plan,
         rank: int,
-        flat: FlatParameters,
+        buffer: ParameterBuffer,
         accumulator: GradientAccumulator,
         world: Communicator,
         tensor: Communicator,
@@ -65,18 +65,18 @@ class ShardedAdamW:
         """
         self._rank = rank
         self._tensor_index = plan.cells.tensor_index(rank)
-        self._flat = flat
+        self._buffer = buffer
         self._accumulator = accumulator
         self._world = world
         self._tensor = tensor
         self._settings = settings
         self.fence: Fence | None = None
         """Asked before state changes, where somebody copies it meanwhile."""
-        self._routes: Routes = build_routes(plan, rank, flat)
+        self._routes: Routes = build_routes(plan, rank, buffer)
         self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._tensor_index])
         self.slots = sum(len(blocks) for blocks in plan.blocks)
         """Number of (tensor index, block) pairs: the length of the squares that `reduce` gives."""
-        self._summed_over_copies = tuple(s for s in flat.segments if s.spec.sum_over_copies)
+        self._summed_over_copies = tuple(s for s in buffer.segments if s.spec.sum_over_copies)
         self._kept: list[tuple[Run, Tensor]] = []
         """This rank's own sums, where reducing adds others' to them; see `keep_own_sums`."""
         self._is_reduced = False
@@ -102,13 +102,13 @@ class ShardedAdamW:
         return int(self._step)
 
     def _allocate(self, before: ShardedAdamW | None) -> None:
-        values = self._flat.values
+        values = self._buffer.values
         state_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         owned = self._routes.owned
         elements = sum(block.block.elements for block in owned)
         self._step = torch.zeros((), dtype=torch.float32, device=values.device)
         self._master: Tensor | None = None
-        same = before is not None and before._flat is self._flat and before.owned == owned
+        same = before is not None and before._buffer is self._buffer and before.owned == owned
         if same:
             assert before is not None
             self._step.copy_(before._step)
@@ -160,7 +160,7 @@ class ShardedAdamW:
         self._exp_avg_sq.zero_()
         if self._master is not None:
             for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
-                self._master[start:stop].copy_(self._flat.values[block.start : block.stop])
+                self._master[start:stop].copy_(self._buffer.values[block.start : block.stop])
 
     def keep_own_sums(self) -> None:
         """From now on copy what `reduce` is about to change, so that `restore_own_sums` can undo it.
@@ -236,7 +236,7 @@ class ShardedAdamW:
         if not segments or self._tensor.size == 1:
             return 0
         sums = self._accumulator.sums
-        mine = torch.cat([self._flat.view(sums, s).reshape(-1) for s in segments])
+        mine = torch.cat([self._buffer.view(sums, s).reshape(-1) for s in segments])
         parts = [torch.empty_like(mine) for _ in range(self._tensor.size)]
         self._tensor.all_gather(parts, mine).wait()
         flags, start = 0, 0
@@ -252,7 +252,7 @@ class ShardedAdamW:
         flags = 0
         for part in copies[1:]:
             flags |= self._accumulator.add_to(total, part)
-        self._flat.view(self._accumulator.sums, segment).copy_(total.view(segment.spec.box.shape))
+        self._buffer.view(self._accumulator.sums, segment).copy_(total.view(segment.spec.box.shape))
         return flags
 
     @property
@@ -296,8 +296,8 @@ class ShardedAdamW:
         """Write the parameters of the owned blocks from their master copies, where there are any. Local."""
         if self._master is not None:
             for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
-                self._flat.values[block.start : block.stop].copy_(self._master[start:stop])
+                self._buffer.values[block.start : block.stop].copy_(self._master[start:stop])
 
     def gather(self) -> None:
         """Bring every block's parameters from its owner to all who hold it. Collective over these."""
-        gather_from_owners(self._routes, self._flat.values, self._rank, self._world)
+        gather_from_owners(self._routes, self._buffer.values, self._rank, self._world)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from holdfast.checkpoint import load
-from holdfast.parallel.optimizer.parameter_buffer import FlatParameters
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.trainer.models.chunk import build_chunk
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, world_size_of
@@ -55,13 +55,13 @@ def test_transformers_gives_our_logits(
         folder = tmp_path / f"checkpoints/step-{step:08d}"
         theirs: Any = AutoModelForCausalLM.from_pretrained(str(folder))
         assert theirs.config.tie_word_embeddings is tie
-        flat = FlatParameters(ours.named_specs())
+        buffer = ParameterBuffer(ours.named_specs())
         weights: dict[str, Any] = {}
-        for segment in flat.segments:
-            weights.setdefault(segment.spec.name, flat.view(flat.values, segment))
+        for segment in buffer.segments:
+            weights.setdefault(segment.spec.name, buffer.view(buffer.values, segment))
         load(folder, weights)
-        for segment in flat.segments:
-            flat.view(flat.values, segment).copy_(weights[segment.spec.name])
+        for segment in buffer.segments:
+            buffer.view(buffer.values, segment).copy_(weights[segment.spec.name])
         logits = theirs(tokens).logits
         torch.testing.assert_close(ours.logits(tokens), logits, rtol=0, atol=1e-5)
         seen.append(logits)

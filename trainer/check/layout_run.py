@@ -18,7 +18,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
     recorder = ActivationRecorder(capture, lambda: training.current_micro_batch)
     for chunk in training.chunks:
         watch_chunk(recorder, chunk, config.model.hidden)
-    flat, accumulator = training.flat, training.accumulator
+    buffer, accumulator = training.parameter_buffer, training.accumulator
     for step in range(config.train.steps):
         training.compute(step)
         if step == 0:
@@ -26,8 +26,8 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
             accumulator.finish()
             scale = 2.0**-accumulator.fraction_bits if accumulator.exact else 1.0
             capture.partial_gradients = [
-                piece_of(s.spec, flat.view(accumulator.sums, s).double() * scale)
-                for s in flat.segments
+                piece_of(s.spec, buffer.view(accumulator.sums, s).double() * scale)
+                for s in buffer.segments
             ]
         squares, flags = training.reduce()
         if step == 0:
@@ -41,5 +41,5 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         capture.losses.append(outcome.loss)
         capture.grad_norms.append(outcome.grad_norm)
         training.apply(rate_of(config, step))
-    capture.parameters = [piece_of(s.spec, flat.view(flat.values, s)) for s in flat.segments]
+    capture.parameters = [piece_of(s.spec, buffer.view(buffer.values, s)) for s in buffer.segments]
     return capture

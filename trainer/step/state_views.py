@@ -14,7 +14,7 @@ from torch import Tensor
 from holdfast.checkpoint.format import PlannedChunk
 from holdfast.checkpoint.loading import Target
 from holdfast.parallel.layout import Box
-from holdfast.parallel.optimizer import FlatParameters, Segment, ShadowState, ShardedAdamW
+from holdfast.parallel.optimizer import ParameterBuffer, Segment, ShadowState, ShardedAdamW
 from holdfast.parallel.plan import Plan, block_box
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.saved_tensors import wanted_boxes
@@ -43,7 +43,7 @@ class TrainingState:
         plan: Plan,
         rank: int,
         precision: str,
-        flat: FlatParameters,
+        buffer: ParameterBuffer,
         optimizer: ShardedAdamW,
         shadows: ShadowState | None = None,
     ) -> None:
@@ -51,10 +51,10 @@ class TrainingState:
         shadows: whose copies of others' state are saved, instead of what this rank owns.
         """
         self._plan, self._rank, self._precision = plan, rank, precision
-        self._flat = flat
+        self._buffer = buffer
         self._state = optimizer.state
         self._segments: defaultdict[str, list[Segment]] = defaultdict(list)
-        for segment in sorted(flat.segments, key=lambda s: s.spec.tied_use):
+        for segment in sorted(buffer.segments, key=lambda s: s.spec.tied_use):
             self._segments[segment.spec.name].append(segment)
         self._rows: defaultdict[str, list[_KeptRows]] = defaultdict(list)
         place = 0
@@ -95,7 +95,7 @@ class TrainingState:
         kind, _, base = name.partition(".")
         if kind not in self._state:
             return [
-                self._flat.view(self._flat.values, segment)[
+                self._buffer.view(self._buffer.values, segment)[
                     box.relative_to(segment.spec.box).slices
                 ]
                 for segment in self._segments[name]

@@ -20,8 +20,8 @@ from holdfast.parallel.optimizer import (
     AdamWSettings,
     Fence,
     Fill,
-    FlatParameters,
     GradientAccumulator,
+    ParameterBuffer,
     ShadowState,
     ShardedAdamW,
     clipping_factor,
@@ -94,16 +94,16 @@ class Training:
         dtype = DTYPES[train.precision]
         last = len(plan.placement) - 1
         if before is not None and _same_layers(before, self):
-            self.flat, self.accumulator = before.flat, before.accumulator
+            self.parameter_buffer, self.accumulator = before.parameter_buffer, before.accumulator
             chunks = dict(zip(plan.chunks_of(self.rank), before.chunks, strict=True))
         else:
             chunks = new_chunks(
                 config, plan, self.rank, self.groups.tensor, self.device, initial=initial
             )
             rows = [row for chunk in chunks.values() for row in chunk.named_specs()]
-            self.flat = FlatParameters(rows, dtype=dtype, device=self.device)
+            self.parameter_buffer = ParameterBuffer(rows, dtype=dtype, device=self.device)
             self.accumulator = GradientAccumulator(
-                self.flat,
+                self.parameter_buffer,
                 exact=config.numerics.reduction == "exact",
                 fraction_bits=config.numerics.fraction_bits,
             )
@@ -127,7 +127,7 @@ class Training:
         self.optimizer = ShardedAdamW(
             plan,
             self.rank,
-            self.flat,
+            self.parameter_buffer,
             self.accumulator,
             self.groups.world,
             self.groups.tensor,
@@ -146,7 +146,7 @@ class Training:
             before=before.shadows if before is not None else None,
         )
         if self.offloader is not None:
-            self.offloader.keep(self.flat.values)
+            self.offloader.keep(self.parameter_buffer.values)
         sequence_parallel = config.parallel.sequence_parallel and self.groups.tensor.size > 1
         rows_of_message = train.seq_len // (self.groups.tensor.size if sequence_parallel else 1)
         shape = (rows_of_message, train.micro_batch, config.model.hidden)
@@ -178,7 +178,9 @@ class Training:
         """Where this rank keeps what is saved. Local."""
         precision = self.config.train.precision
         shadows = self.shadows if self.saves_from_shadows else None
-        return TrainingState(self.plan, self.rank, precision, self.flat, self.optimizer, shadows)
+        return TrainingState(
+            self.plan, self.rank, precision, self.parameter_buffer, self.optimizer, shadows
+        )
 
     @property
     def saves_from_shadows(self) -> bool:
@@ -300,7 +302,7 @@ class Training:
             (part.layer, part.spec_index): frozenset(
                 self.accumulator.counted.get(part.parameter, ())
             )
-            for part in self.flat.segments
+            for part in self.parameter_buffer.segments
         }
         last = self._runners.get(len(self.plan.placement) - 1)
         if last is not None:
@@ -336,7 +338,7 @@ class Training:
             index = self.plan.cells.tensor_index(self.rank)
             self.accumulator.muted = frozenset(
                 part.parameter
-                for part in self.flat.segments
+                for part in self.parameter_buffer.segments
                 if self._redo.has(index, (part.layer, part.spec_index), micro_batch)
             )
 
@@ -453,7 +455,7 @@ class Training:
         """
         halves = torch.zeros(self.optimizer.slots, 4, dtype=torch.int64)
         for block in self.optimizer.owned:
-            values = self.flat.values[block.start : block.stop].contiguous().cpu()
+            values = self.parameter_buffer.values[block.start : block.stop].contiguous().cpu()
             digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
             words = [
                 int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8, 16, 24)

@@ -15,7 +15,7 @@ from holdfast.checkpoint.convert.work.job import Converted, convert
 from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.parallel.optimizer.parameter_buffer import FlatParameters
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.trainer.config.loading import RunConfig
 from holdfast.trainer.models.chunk import build_chunk
 from support.processes.cluster import Cluster
@@ -139,11 +139,11 @@ def logits_of(config: RunConfig, folder: Path, tokens: torch.Tensor) -> torch.Te
         recompute="none",
         seed=1,
     )
-    flat = FlatParameters(ours.named_specs())
-    weights = {s.spec.name: flat.view(flat.values, s) for s in flat.segments}
+    buffer = ParameterBuffer(ours.named_specs())
+    weights = {s.spec.name: buffer.view(buffer.values, s) for s in buffer.segments}
     load(folder, weights)
-    for segment in flat.segments:
-        flat.view(flat.values, segment).copy_(weights[segment.spec.name])
+    for segment in buffer.segments:
+        buffer.view(buffer.values, segment).copy_(weights[segment.spec.name])
     return ours.logits(tokens)
 
 

@@ -19,12 +19,12 @@ from holdfast.parallel.optimizer.accumulator import (
     add_integers,
     fixed_point,
 )
-from holdfast.parallel.optimizer.parameter_buffer import ALIGNMENT_ELEMENTS, FlatParameters
+from holdfast.parallel.optimizer.parameter_buffer import ALIGNMENT_ELEMENTS, ParameterBuffer
 
 BITS = 44
 
 
-def flat_of(*parameters: nn.Parameter) -> FlatParameters:
+def buffer_of(*parameters: nn.Parameter) -> ParameterBuffer:
     rows = []
     for number, parameter in enumerate(parameters):
         shape = tuple(parameter.shape)
@@ -39,14 +39,14 @@ def flat_of(*parameters: nn.Parameter) -> FlatParameters:
             tensor_copies=(0,),
         )
         rows.append((number, spec, parameter))
-    return FlatParameters(rows)
+    return ParameterBuffer(rows)
 
 
 def accumulator_of(
     parameter: nn.Parameter, *, exact: bool = True
-) -> tuple[GradientAccumulator, FlatParameters]:
-    flat = flat_of(parameter)
-    return GradientAccumulator(flat, exact=exact, fraction_bits=BITS), flat
+) -> tuple[GradientAccumulator, ParameterBuffer]:
+    buffer = buffer_of(parameter)
+    return GradientAccumulator(buffer, exact=exact, fraction_bits=BITS), buffer
 
 
 def random_values(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
@@ -58,7 +58,7 @@ def random_values(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_sums_are_the_integers_that_python_computes(dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.zeros(5, 7, dtype=dtype))
-    accumulator, flat = accumulator_of(parameter)
+    accumulator, buffer = accumulator_of(parameter)
     gradients = [random_values((5, 7), seed, dtype) for seed in range(6)]
     for gradient in gradients:
         accumulator.add(parameter, gradient)
@@ -66,7 +66,7 @@ def test_sums_are_the_integers_that_python_computes(dtype: torch.dtype) -> None:
     for gradient in gradients:
         for place, value in enumerate(gradient.flatten().tolist()):
             expected[place] += round(math.ldexp(value, BITS))
-    assert accumulator.sums[slice(*flat.place(parameter))].tolist() == expected
+    assert accumulator.sums[slice(*buffer.place(parameter))].tolist() == expected
     assert accumulator.finish() == 0
 
 
@@ -92,10 +92,10 @@ SPECIAL = [0.0, -0.0, 1e-45, -3e-39, 2.0**-45, 3 * 2.0**-45, 127.9, -128.1, 5242
 def test_torch_operations_equal_the_kernel(values: list[float]) -> None:
     gradient = torch.tensor(values + SPECIAL, dtype=torch.float32)
     parameter = nn.Parameter(torch.zeros(gradient.numel()))
-    accumulator, flat = accumulator_of(parameter)
+    accumulator, buffer = accumulator_of(parameter)
     accumulator.add(parameter, gradient)
     integers, flags = fixed_point(gradient, BITS)
-    assert torch.equal(accumulator.sums[slice(*flat.place(parameter))], integers)
+    assert torch.equal(accumulator.sums[slice(*buffer.place(parameter))], integers)
     assert accumulator.finish() == int(flags)
 
 
@@ -135,7 +135,7 @@ def test_a_sum_that_overflows_raises_a_flag() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_and_rows_add_what_autograd_computes(exact: bool, dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.zeros(6, 5, dtype=dtype))
-    accumulator, flat = accumulator_of(parameter, exact=exact)
+    accumulator, buffer = accumulator_of(parameter, exact=exact)
     expected = torch.zeros(6, 5, dtype=torch.float64)
     for seed in range(3):
         grad_output = torch.randn(11, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -147,7 +147,7 @@ def test_products_and_rows_add_what_autograd_computes(exact: bool, dtype: torch.
     accumulator.add_rows(parameter, rows, part)
     expected[rows] += part.double()
     accumulator.finish()
-    sums = accumulator.sums[slice(*flat.place(parameter))].view(6, 5).double()
+    sums = accumulator.sums[slice(*buffer.place(parameter))].view(6, 5).double()
     actual = sums * 2.0**-BITS if exact else sums
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -156,29 +156,29 @@ def test_products_and_rows_add_what_autograd_computes(exact: bool, dtype: torch.
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_new_step_forgets_the_last(exact: bool) -> None:
     parameter = nn.Parameter(torch.zeros(4))
-    accumulator, flat = accumulator_of(parameter, exact=exact)
+    accumulator, buffer = accumulator_of(parameter, exact=exact)
     accumulator.add(parameter, torch.full((4,), float("inf") if exact else 7.0))
     accumulator.clear()
     assert accumulator.finish() == 0
-    assert not accumulator.sums[slice(*flat.place(parameter))].any()
+    assert not accumulator.sums[slice(*buffer.place(parameter))].any()
 
 
 def test_every_parameter_starts_at_a_cache_line() -> None:
     parameters = [nn.Parameter(torch.randn(n)) for n in (3, 64, 65, 1)]
     before = [parameter.detach().clone() for parameter in parameters]
-    flat = flat_of(*parameters)
+    buffer = buffer_of(*parameters)
     for parameter, value in zip(parameters, before, strict=True):
         assert parameter.data_ptr() % 64 == 0
-        assert flat.place(parameter)[0] % ALIGNMENT_ELEMENTS == 0
+        assert buffer.place(parameter)[0] % ALIGNMENT_ELEMENTS == 0
         assert torch.equal(parameter, value)
-    flat.values.add_(1.0)
+    buffer.values.add_(1.0)
     assert torch.equal(parameters[2], before[2] + 1.0)
 
 
 def test_ordinary_gradients_are_taken_and_freed() -> None:
     parameter = nn.Parameter(torch.ones(3))
-    accumulator, flat = accumulator_of(parameter)
+    accumulator, buffer = accumulator_of(parameter)
     (parameter * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert parameter.grad is None
-    sums = accumulator.sums[slice(*flat.place(parameter))]
+    sums = accumulator.sums[slice(*buffer.place(parameter))]
     assert (sums.double() * 2.0**-BITS).tolist() == [1.0, 2.0, 3.0]

@@ -181,6 +181,38 @@ def resolve(name: str) -> Any:
 
 @IN_CHECKOUT
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_configuration_keys_exist(page: Path) -> None:
+    keys = configuration_keys()
+    sections = {key.partition(".")[0] for key in keys}
+    found = {name.partition(" ")[0] for name in named(page)}
+    named_keys = {n for n in found if re.fullmatch(rf"({'|'.join(sections)})\.[a-z_]+", n)}
+    assert named_keys - keys == set()
+
+
+@IN_CHECKOUT
+def test_every_configuration_key_is_described() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    described = set()
+    for section in re.findall(r"^## \[(\w+)\]\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL):
+        described |= {f"{section[0]}.{name}" for name in CODE.findall(section[1])}
+    assert configuration_keys() - described == set()
+
+
+def configuration_keys() -> frozenset[str]:
+    """Every key of the configuration, as `section.key`."""
+    import msgspec
+
+    from holdfast.trainer.config import RunConfig
+
+    return frozenset(
+        f"{section.name}.{key.name}"
+        for section in msgspec.structs.fields(RunConfig)
+        for key in msgspec.structs.fields(section.type)
+    )
+
+
+@IN_CHECKOUT
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_make_targets_and_commands_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     shown = " ; ".join(commands(page))

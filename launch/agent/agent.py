@@ -34,7 +34,7 @@ from holdfast.launch.agent.liveness import pulse_evidence
 from holdfast.launch.agent.main_thread_queue import Mailbox
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
-from holdfast.launch.agent.worker_slot import Place, describe_end
+from holdfast.launch.agent.worker_slot import WorkerSlot, describe_end
 from holdfast.parallel.errors import ConfigError, Stopped
 
 logger = logging.getLogger("holdfast.agent")
@@ -60,7 +60,7 @@ class Agent:
         coordination()  # imported once here, not by every worker
         self._spawner = Spawner(main)
         self._membership = settings.membership
-        self._places: dict[int, Place] = {}
+        self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
         own = pulse_evidence(silence_s, settings.hang_timeout_s)
@@ -126,7 +126,7 @@ class Agent:
                     folder=str(folder),
                     settings=self._membership,
                 )
-                self._places[rank] = Place(seat, start_at_s=0.0)
+                self._slots[rank] = WorkerSlot(seat, start_at_s=0.0)
             self._loop()
             del store
         return self._result()
@@ -141,99 +141,99 @@ class Agent:
     def _loop(self) -> None:
         while True:
             self._start_due()
-            if not any(p.pid or p.start_at_s is not None for p in self._places.values()):
+            if not any(slot.pid or slot.start_at_s is not None for slot in self._slots.values()):
                 return
             for key, _ in self._selector.select(_TICK_S):
                 key.data(key.fileobj)
             self._look_for_hangs()
             self._look_for_the_end()
             if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
-                for place in self._places.values():
-                    place.kill("did not end in time")
+                for slot in self._slots.values():
+                    slot.kill("did not end in time")
 
     # Workers: start, end, replace.
 
     def _start_due(self) -> None:
         now_s = time.monotonic()
         may = self._settings.may_start or (lambda _: True)
-        for place in self._places.values():
-            if place.start_at_s is not None and place.start_at_s <= now_s and may(place.seat):
-                place.start_at_s = None
-                place.pid, place.fenced, place.is_member, place.left_out_s = -1, "", False, None
+        for slot in self._slots.values():
+            if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.seat):
+                slot.start_at_s = None
+                slot.pid, slot.fenced, slot.is_member, slot.left_out_s = -1, "", False, None
                 try:
-                    log = self._settings.log(place.seat.rank)
-                    place.line = self._spawner.start(place.seat, log)
+                    log = self._settings.log(slot.seat.rank)
+                    slot.line = self._spawner.start(slot.seat, log)
                 except BrokenPipeError:
                     self._lose_spawner()
                     return
-                self._selector.register(place.line, selectors.EVENT_READ, self._on_line)
+                self._selector.register(slot.line, selectors.EVENT_READ, self._on_line)
 
     def _on_spawner(self, _: Any) -> None:
         report = self._spawner.receive()
         if report is None:
             self._lose_spawner()
         elif isinstance(report, Started):
-            place = self._places[report.rank]
-            place.pid, place.descriptor = report.pid, report.descriptor
-            logger.info("rank %s is process %d", place.seat.identity, report.pid)
+            slot = self._slots[report.rank]
+            slot.pid, slot.descriptor = report.pid, report.descriptor
+            logger.info("rank %s is process %d", slot.seat.identity, report.pid)
         else:
-            self._on_end(self._places[report.rank], report)
+            self._on_end(self._slots[report.rank], report)
 
     def _lose_spawner(self) -> None:
         """The spawner was killed, and the kernel kills the workers with it: this node is lost."""
         cause = f"node {self._settings.node}: the process that starts its workers is gone"
         logger.error("%s, and with it all workers", cause)
         self._code = Stopped.exit_code
-        for place in self._places.values():
-            if place.pid:
-                age_s = pulse_age_s(place.seat.pulse) or 0.0
+        for slot in self._slots.values():
+            if slot.pid:
+                age_s = pulse_age_s(slot.seat.pulse) or 0.0
                 self._publish(
-                    Notice("ended", place.seat.identity, cause, age_s, self._settings.node)
+                    Notice("ended", slot.seat.identity, cause, age_s, self._settings.node)
                 )
-                self._speak_for(place.seat, cause)
-            place.pid, place.start_at_s = 0, None
+                self._speak_for(slot.seat, cause)
+            slot.pid, slot.start_at_s = 0, None
 
-    def _on_end(self, place: Place, end: Ended) -> None:
-        os.close(place.descriptor)
-        place.descriptor, place.pid = -1, 0
-        while place.line is not None and (message := receive_message(place.line)) is not None:
-            self._on_message(place, message)
-        self._hang_up(place)
+    def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
+        os.close(slot.descriptor)
+        slot.descriptor, slot.pid = -1, 0
+        while slot.line is not None and (message := receive_message(slot.line)) is not None:
+            self._on_message(slot, message)
+        self._hang_up(slot)
         stopping = self._kill_at_s is not None
         if end.code == 0 and not self._draining:
-            logger.info("rank %s has finished", place.seat.identity)
+            logger.info("rank %s has finished", slot.seat.identity)
             self._finished = True
             self._stop_within(self._settings.exit_s)
-            for other in self._places.values():
+            for other in self._slots.values():
                 other.start_at_s = None
                 if not other.is_member:
                     other.kill("the run has ended before it could join")
             return
-        cause = place.fenced or describe_end(end.code)
-        logger.warning("rank %s: %s", place.seat.identity, cause)
+        cause = slot.fenced or describe_end(end.code)
+        logger.warning("rank %s: %s", slot.seat.identity, cause)
         if end.code > 0:
             self._failed_with = end.code
-        age_s = pulse_age_s(place.seat.pulse) or 0.0
-        self._publish(Notice("ended", place.seat.identity, cause, age_s, self._settings.node))
-        founder = place.seat.founder and place.seat.ballots.read() == Ballot()
+        age_s = pulse_age_s(slot.seat.pulse) or 0.0
+        self._publish(Notice("ended", slot.seat.identity, cause, age_s, self._settings.node))
+        founder = slot.seat.founder and slot.seat.ballots.read() == Ballot()
         if not founder:
-            self._speak_for(place.seat, cause)
+            self._speak_for(slot.seat, cause)
         if end.code == ConfigError.exit_code:
             self._give_up(ConfigError.exit_code)
         elif self._settings.respawn and not stopping:
-            delay_s = self._restarts.delay_s(place.seat.rank)
+            delay_s = self._restarts.delay_s(slot.seat.rank)
             if delay_s is None:
                 logger.error(
                     "node %s: rank %d was started %d times with no step committed in between; giving up",
                     self._settings.node,
-                    place.seat.rank,
+                    slot.seat.rank,
                     self._settings.restarts.limit + 1,
                 )
                 self._give_up(NO_PROGRESS_EXIT)
                 return
-            incarnation = place.seat.incarnation + 1
-            place.seat = replace(place.seat, incarnation=incarnation, founder=founder)
-            place.start_at_s = time.monotonic() + delay_s
+            incarnation = slot.seat.incarnation + 1
+            slot.seat = replace(slot.seat, incarnation=incarnation, founder=founder)
+            slot.start_at_s = time.monotonic() + delay_s
 
     def _speak_for(self, seat: Seat, cause: str) -> None:
         """Have the ended worker's vote counted until the others go on without it."""
@@ -255,25 +255,25 @@ class Agent:
     def _stop_within(self, seconds: float) -> None:
         kill_at_s = time.monotonic() + seconds
         self._kill_at_s = min(kill_at_s, self._kill_at_s or kill_at_s)
-        for place in self._places.values():
-            place.start_at_s = None
+        for slot in self._slots.values():
+            slot.start_at_s = None
 
     def _look_for_hangs(self) -> None:
         culprits = self._judge.culprits(time.monotonic())
-        for place in self._places.values():
-            if place.descriptor < 0:
+        for slot in self._slots.values():
+            if slot.descriptor < 0:
                 continue
-            causes = (judge(place.seat, place.pid) for judge in self._evidence)
+            causes = (judge(slot.seat, slot.pid) for judge in self._evidence)
             cause = next((found for found in causes if found), None)
-            if cause is None and place.is_member:
-                cause = culprits.get(place.seat.rank)
-            left_out_s = time.monotonic() - (place.left_out_s or time.monotonic())
+            if cause is None and slot.is_member:
+                cause = culprits.get(slot.seat.rank)
+            left_out_s = time.monotonic() - (slot.left_out_s or time.monotonic())
             if left_out_s > _LEFT_OUT_S and not self._draining:
                 cause = cause or "the others went on without it, and it has not ended"
             if cause is not None:
-                place.kill(cause)
-            elif place.is_member and not self._judge.has(place.seat.identity):
-                self._tell_of_wait(place.seat)
+                slot.kill(cause)
+            elif slot.is_member and not self._judge.has(slot.seat.identity):
+                self._tell_of_wait(slot.seat)
 
     def _look_for_the_end(self) -> None:
         """A node that none of the others has taken in yet leaves when the run has ended."""
@@ -281,7 +281,7 @@ class Agent:
         if is_over is None or self._finished or self._draining:
             return
         now_s = time.monotonic()
-        if now_s >= self._ask_at_s and not any(p.is_member for p in self._places.values()):
+        if now_s >= self._ask_at_s and not any(slot.is_member for slot in self._slots.values()):
             self._ask_at_s = now_s + _ASK_S
             if is_over():
                 self._finished = True
@@ -306,38 +306,38 @@ class Agent:
     # Messages of workers, and notices of all nodes.
 
     def _on_line(self, line: Any) -> None:
-        place = next((p for p in self._places.values() if p.line is line), None)
-        if place is None:
+        slot = next((slot for slot in self._slots.values() if slot.line is line), None)
+        if slot is None:
             return  # it has ended meanwhile
         message = receive_message(line)
         if message is None:
-            self._hang_up(place)
+            self._hang_up(slot)
         else:
-            self._on_message(place, message)
+            self._on_message(slot, message)
 
-    def _on_message(self, place: Place, message: dict[str, Any]) -> None:
+    def _on_message(self, slot: WorkerSlot, message: dict[str, Any]) -> None:
         if message["kind"] == "committed":
             self._restarts.committed(message["step"])
         elif message["kind"] == "notice":
             self._publish(notice_from_data(message["notice"]))
         elif message["kind"] == "generation":
             if message["number"] >= self._generation:
-                place.is_member, place.left_out_s = True, None
+                slot.is_member, slot.left_out_s = True, None
             self._enter(message)
         elif message["kind"] == "joining" and self._generation:
             cause = "a new worker wants to take part"
-            self._publish(Notice("joining", place.seat.identity, cause, 0.0, self._settings.node))
+            self._publish(Notice("joining", slot.seat.identity, cause, 0.0, self._settings.node))
         elif message["kind"] == "cut":
             try:
                 cut_network(message["seconds"])
             except OutageError as error:
                 logger.error("no fault: %s", error)
 
-    def _hang_up(self, place: Place) -> None:
-        if place.line is not None:
-            self._selector.unregister(place.line)
-            place.line.close()
-            place.line = None
+    def _hang_up(self, slot: WorkerSlot) -> None:
+        if slot.line is not None:
+            self._selector.unregister(slot.line)
+            slot.line.close()
+            slot.line = None
 
     def _enter(self, message: dict[str, Any]) -> None:
         """A worker has told of a generation: meet the other agents there."""
@@ -346,9 +346,9 @@ class Agent:
         self._generation = message["number"]
         self._judge.enter(self._generation)
         members = parse_identities(message["members"])
-        for place in self._places.values():
-            if place.is_member and place.seat.identity not in members:
-                place.is_member, place.left_out_s = False, time.monotonic()
+        for slot in self._slots.values():
+            if slot.is_member and slot.seat.identity not in members:
+                slot.is_member, slot.left_out_s = False, time.monotonic()
         deliver = self._mailbox.deliver_to(self._deliver)
         self._boards.append(BoardFollower(message["store"], message["prefix"], deliver))
         while len(self._boards) > _BOARDS:
@@ -368,15 +368,15 @@ class Agent:
         if notice.kind == "waiting":
             self._judge.hear(notice, time.monotonic())
         message = {"kind": "notice", "notice": notice_to_data(notice)}
-        for place in self._places.values():
-            if place.line is not None:
-                send_message(place.line, message)
-            if place.seat.identity != notice.identity:
+        for slot in self._slots.values():
+            if slot.line is not None:
+                send_message(slot.line, message)
+            if slot.seat.identity != notice.identity:
                 continue
             # One that others do not hear of and that runs here is cut off, not hung.
             silence_s = self._membership.heartbeat_timeout_ms / 1000
-            if notice.kind == "fence" or (notice.kind == "silent" and place.is_still(silence_s)):
-                place.kill(notice.cause)
+            if notice.kind == "fence" or (notice.kind == "silent" and slot.is_still(silence_s)):
+                slot.kill(notice.cause)
 
     # Signals, and the end.
 
@@ -384,8 +384,8 @@ class Agent:
         if number == signal.SIGTERM:
             self._drain()
             return
-        for place in self._places.values():
-            place.signal(number)
+        for slot in self._slots.values():
+            slot.signal(number)
         if number == signal.SIGINT:
             self._code = 128 + signal.SIGINT
             self._stop_within(_GRACE_S)
@@ -396,15 +396,15 @@ class Agent:
             return
         self._draining = True
         self._stop_within(self._settings.exit_s)
-        for place in self._places.values():
-            if place.is_member:
+        for slot in self._slots.values():
+            if slot.is_member:
                 cause = f"node {self._settings.node} is to be shut down"
                 left_s = self._settings.exit_s
                 self._publish(
-                    Notice("leaving", place.seat.identity, cause, left_s, self._settings.node)
+                    Notice("leaving", slot.seat.identity, cause, left_s, self._settings.node)
                 )
             else:
-                place.kill("its node is to be shut down")
+                slot.kill("its node is to be shut down")
 
     def _close_threads(self) -> None:
         """Let the others go on without this node's workers, if they are there; end all threads."""

@@ -15,8 +15,8 @@ logger = logging.getLogger("holdfast.agent")
 
 
 @dataclass(slots=True)
-class Place:
-    """Changed by the agent's main thread alone."""
+class WorkerSlot:
+    """A rank that this node starts again when it is lost. Changed by the agent's main thread alone."""
 
     seat: Seat
     line: socket.socket | None = None

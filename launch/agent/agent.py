@@ -29,7 +29,7 @@ from holdfast.elastic.quorum_client import speak_for
 from holdfast.elastic.store import host_store
 from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import Seat
-from holdfast.launch.agent.fork_server import Ended, Spawner, Started, WorkerMain
+from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.liveness import pulse_evidence
 from holdfast.launch.agent.main_thread_queue import Mailbox
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
@@ -55,10 +55,10 @@ class Agent:
     """One node's agent. Construct before the process has threads; `run` in the main thread."""
 
     def __init__(self, settings: AgentSettings, main: WorkerMain) -> None:
-        """Fork the spawner. Workers will call `main` with what is imported by now."""
+        """Fork the fork server. Workers will call `main` with what is imported by now."""
         self._settings = settings
         coordination()  # imported once here, not by every worker
-        self._spawner = Spawner(main)
+        self._fork_server = ForkServer(main)
         self._membership = settings.membership
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
@@ -91,7 +91,7 @@ class Agent:
             them has become pointless; 130 after SIGINT; else the exit code of the last that failed.
         """
         with contextlib.ExitStack() as held:
-            held.callback(self._spawner.close)
+            held.callback(self._fork_server.close)
             held.callback(self._mailbox.close)
             self._mailbox.on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._obey)
             self._selector.register(
@@ -112,7 +112,7 @@ class Agent:
             self._watch = HeartbeatWatch(self._membership, self._mailbox.deliver_to(self._publish))
             held.callback(self._watch.close)
             held.callback(self._close_threads)
-            self._selector.register(self._spawner, selectors.EVENT_READ, self._on_spawner)
+            self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
             for local_rank, rank in enumerate(
                 self._settings.ranks, self._settings.first_local_rank
             ):
@@ -162,16 +162,16 @@ class Agent:
                 slot.pid, slot.fenced, slot.is_member, slot.left_out_s = -1, "", False, None
                 try:
                     log = self._settings.log(slot.seat.rank)
-                    slot.line = self._spawner.start(slot.seat, log)
+                    slot.line = self._fork_server.start(slot.seat, log)
                 except BrokenPipeError:
-                    self._lose_spawner()
+                    self._lose_fork_server()
                     return
                 self._selector.register(slot.line, selectors.EVENT_READ, self._on_line)
 
-    def _on_spawner(self, _: Any) -> None:
-        report = self._spawner.receive()
+    def _on_fork_server(self, _: Any) -> None:
+        report = self._fork_server.receive()
         if report is None:
-            self._lose_spawner()
+            self._lose_fork_server()
         elif isinstance(report, Started):
             slot = self._slots[report.rank]
             slot.pid, slot.descriptor = report.pid, report.descriptor
@@ -179,8 +179,8 @@ class Agent:
         else:
             self._on_end(self._slots[report.rank], report)
 
-    def _lose_spawner(self) -> None:
-        """The spawner was killed, and the kernel kills the workers with it: this node is lost."""
+    def _lose_fork_server(self) -> None:
+        """The fork server was killed, and the kernel kills the workers with it: this node is lost."""
         cause = f"node {self._settings.node}: the process that starts its workers is gone"
         logger.error("%s, and with it all workers", cause)
         self._code = Stopped.exit_code

@@ -1,8 +1,8 @@
-"""Starts workers by fork, at any time: a process that stays single-threaded after importing everything.
+"""The fork server: a process that stays single-threaded and forks workers at any time.
 
 The agent has threads (a store, a Lighthouse, watches), and a fork of a process with threads may copy a lock
 that nobody will ever release. So the agent forks this process before it starts any, and asks it for workers.
-Agent, spawner and workers are a chain in which each dies with the one before it (PR_SET_PDEATHSIG).
+Agent, fork server and workers are a chain in which each dies with the one before it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Ended:
     """Its exit code, or the negative number of the signal that killed it."""
 
 
-class Spawner:
-    """The agent's side of the spawner process."""
+class ForkServer:
+    """The agent's side of the fork server process."""
 
     def __init__(self, main: WorkerMain) -> None:
-        """Fork the spawner; the caller must not have started threads. Workers will call `main`."""
+        """Fork the fork server; the caller must not have started threads. Workers will call `main`."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -77,7 +77,7 @@ class Spawner:
         Args:
             log: where its output is appended.
         Raises:
-            BrokenPipeError: the spawner is gone.
+            BrokenPipeError: the fork server is gone.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -86,7 +86,7 @@ class Spawner:
         return ours
 
     def receive(self) -> Started | Ended | None:
-        """The next report; None if the spawner, and so every worker, is gone. Waits for one."""
+        """The next report; None if the fork server, and so every worker, is gone. Waits for one."""
         try:
             packet, descriptors, _, _ = socket.recv_fds(self._control, _PACKET_BYTES, 1)
         except ConnectionError:
@@ -99,7 +99,7 @@ class Spawner:
         return Ended(report["rank"], report["pid"], report["code"])
 
     def close(self) -> None:
-        """Kill what is left of the workers, and the spawner."""
+        """Kill what is left of the workers, and the fork server."""
         self._control.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
@@ -113,7 +113,7 @@ def die_with(parent: int) -> None:
 
 
 def _serve(control: socket.socket, main: WorkerMain, agent: int) -> NoReturn:
-    """The spawner's life."""
+    """The fork server's life."""
     die_with(agent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -158,22 +158,22 @@ def _fork(
     control: socket.socket, request: dict[str, Any], line: int, main: WorkerMain
 ) -> tuple[int, int]:
     seat = seat_from_data(request["seat"])
-    spawner = os.getpid()
+    server = os.getpid()
     pid = os.fork()
     if pid == 0:
         control.close()
-        _work(seat, socket.socket(fileno=line), Path(request["log"]), main, spawner)
+        _work(seat, socket.socket(fileno=line), Path(request["log"]), main, server)
     os.close(line)
     with contextlib.suppress(OSError):
         os.setpgid(pid, pid)
     return pid, seat.rank
 
 
-def _work(seat: Seat, line: socket.socket, log: Path, main: WorkerMain, spawner: int) -> NoReturn:
+def _work(seat: Seat, line: socket.socket, log: Path, main: WorkerMain, server: int) -> NoReturn:
     """A worker's life."""
     code = 1
     try:
-        die_with(spawner)
+        die_with(server)
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):

@@ -162,7 +162,7 @@ def test_a_machine_with_its_own_lighthouse_ends_with_0(
         assert [run.step(rank) for rank in range(4)] == [10] * 4
 
 
-def test_nothing_is_left_when_the_spawner_is_killed(tmp_path: Path) -> None:
+def test_nothing_is_left_when_the_fork_server_is_killed(tmp_path: Path) -> None:
     with demonstration(tmp_path, 2) as run:
         run.start_node("a", (0, 1))
         run.reach(0, ["0", "1"])

@@ -228,8 +228,8 @@ def test_a_node_is_lost_with_all_its_workers(start: Starter, expected: dict[str,
     )
     run.wait_for_step(5)
     worker = run.living()[3]
-    spawner = _parent(worker["pid"])
-    os.kill(_parent(spawner), signal.SIGKILL)  # the node's agent; its workers die with it
+    fork_server = _parent(worker["pid"])
+    os.kill(_parent(fork_server), signal.SIGKILL)  # the node's agent; its workers die with it
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     lost = {event["rank"] for event in run.events("rank_lost")}

@@ -31,7 +31,7 @@ from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import Seat
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.liveness import pulse_evidence
-from holdfast.launch.agent.main_thread_queue import Mailbox
+from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.agent.worker_slot import WorkerSlot, describe_end
@@ -65,7 +65,7 @@ class Agent:
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
         own = pulse_evidence(silence_s, settings.hang_timeout_s)
         self._evidence = [own] if settings.evidence is None else [own, settings.evidence]
-        self._mailbox = Mailbox()
+        self._main_thread = MainThreadQueue()
         self._boards: list[BoardFollower] = []
         self._judge = HangJudge()
         self._watch: HeartbeatWatch | None = None
@@ -92,10 +92,12 @@ class Agent:
         """
         with contextlib.ExitStack() as held:
             held.callback(self._fork_server.close)
-            held.callback(self._mailbox.close)
-            self._mailbox.on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._obey)
+            held.callback(self._main_thread.close)
+            self._main_thread.on_signals(
+                (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._obey
+            )
             self._selector.register(
-                self._mailbox, selectors.EVENT_READ, lambda _: self._mailbox.empty()
+                self._main_thread, selectors.EVENT_READ, lambda _: self._main_thread.run_calls()
             )
             folder = self._settings.folder or Path(
                 held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-"))
@@ -109,7 +111,9 @@ class Agent:
                 where = server.address
             self._membership = replace(self._membership, lighthouse=lighthouse_url(where))
             store, address = host_store(self._settings.host)
-            self._watch = HeartbeatWatch(self._membership, self._mailbox.deliver_to(self._publish))
+            self._watch = HeartbeatWatch(
+                self._membership, self._main_thread.forwarding(self._publish)
+            )
             held.callback(self._watch.close)
             held.callback(self._close_threads)
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
@@ -349,7 +353,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.is_member and slot.seat.identity not in members:
                 slot.is_member, slot.left_out_s = False, time.monotonic()
-        deliver = self._mailbox.deliver_to(self._deliver)
+        deliver = self._main_thread.forwarding(self._deliver)
         self._boards.append(BoardFollower(message["store"], message["prefix"], deliver))
         while len(self._boards) > _BOARDS:
             self._boards.pop(0).close()

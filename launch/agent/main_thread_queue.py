@@ -1,4 +1,4 @@
-"""How signals and other threads reach a main thread that waits in a selector."""
+"""The calls that signals and other threads queue for a main thread that waits in a selector."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-class Mailbox:
-    """Calls to be made in the main thread, in the order in which signals and threads left them."""
+class MainThreadQueue:
+    """Calls that run in the main thread, in the order in which signals and threads queued them."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -24,11 +24,11 @@ class Mailbox:
         self._previous: dict[int, object] = {}
 
     def fileno(self) -> int:
-        """Readable when there is a call to be made."""
+        """The descriptor of a socket that is readable while calls are queued."""
         return self._reader.fileno()
 
     def on_signals(self, numbers: tuple[signal.Signals, ...], call: Callable[[int], None]) -> None:
-        """Have `call` called in the main thread's loop, not in the handler, for these signals."""
+        """Queue `call(number)` for each of these signals, in place of their handlers."""
 
         def note(number: int, _: FrameType | None) -> None:
             self._calls.put(lambda: call(number))
@@ -37,8 +37,8 @@ class Mailbox:
         for number in numbers:
             self._previous[number] = signal.signal(number, note)
 
-    def deliver_to(self, call: Callable[[_T], None]) -> Callable[[_T], None]:
-        """What another thread calls to have `call` called in the main thread."""
+    def forwarding(self, call: Callable[[_T], None]) -> Callable[[_T], None]:
+        """A function for another thread: it queues `call` with its argument for the main thread."""
 
         def receive(value: _T) -> None:
             self._calls.put(lambda: call(value))
@@ -46,8 +46,8 @@ class Mailbox:
 
         return receive
 
-    def empty(self) -> None:
-        """Make all calls that have been left."""
+    def run_calls(self) -> None:
+        """Make all queued calls. Main thread only."""
         with contextlib.suppress(BlockingIOError):
             while self._reader.recv(4096):
                 pass

@@ -30,7 +30,7 @@ from holdfast.elastic.store import host_store
 from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import Seat
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
-from holdfast.launch.agent.liveness import pulse_evidence
+from holdfast.launch.agent.liveness import pulse_check
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
@@ -63,8 +63,8 @@ class Agent:
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
-        own = pulse_evidence(silence_s, settings.hang_timeout_s)
-        self._evidence = [own] if settings.evidence is None else [own, settings.evidence]
+        own = pulse_check(silence_s, settings.hang_timeout_s)
+        self._liveness_checks = [own] if settings.liveness is None else [own, settings.liveness]
         self._main_thread = MainThreadQueue()
         self._boards: list[BoardFollower] = []
         self._judge = HangJudge()
@@ -267,7 +267,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.descriptor < 0:
                 continue
-            causes = (judge(slot.seat, slot.pid) for judge in self._evidence)
+            causes = (judge(slot.seat, slot.pid) for judge in self._liveness_checks)
             cause = next((found for found in causes if found), None)
             if cause is None and slot.is_member:
                 cause = culprits.get(slot.seat.rank)

@@ -1,4 +1,4 @@
-"""Grounds on which an agent holds one of its own workers to be hung, found without the worker's help."""
+"""How an agent decides, from outside a worker, that the worker hangs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from holdfast.elastic.channel import pulse_age_s
 from holdfast.elastic.worker_spec import Seat
 
-Evidence = Callable[[Seat, int], str | None]
-"""Why the worker in a seat, with this process id, is held to be hung; None if it is not."""
+LivenessCheck = Callable[[Seat, int], str | None]
+"""Why the worker of this specification and process id counts as hung; None if it does not."""
 
 
-def pulse_evidence(stopped_s: float, hang_timeout_s: float) -> Evidence:
-    """Judges by the pulse, which the worker's Python writes ten times a second.
+def pulse_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
+    """A check of the pulse, which the worker's Python writes ten times a second.
 
     Args:
-        stopped_s: how long a process may be stopped by a signal.
-        hang_timeout_s: how long an interpreter may be kept from running, as by a held lock.
+        stopped_s: how long a signal may stop a process.
+        hang_timeout_s: how long something, such as a held lock, may keep an interpreter from running.
     """
 
     def judge(seat: Seat, pid: int) -> str | None:

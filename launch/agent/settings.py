@@ -9,7 +9,7 @@ from pathlib import Path
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.worker_spec import Seat
-from holdfast.launch.agent.liveness import Evidence
+from holdfast.launch.agent.liveness import LivenessCheck
 from holdfast.launch.agent.restarts import RestartPolicy
 
 
@@ -42,8 +42,8 @@ class AgentSettings:
     """Holds a worker back until it is true."""
     incarnation: int = 0
     """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
-    evidence: Evidence | None = None
-    """More grounds to hold a worker to be hung than its pulse gives."""
+    liveness: LivenessCheck | None = None
+    """A further check beside that of the pulse."""
     waits: Callable[[Seat], Wait | None] | None = None
     """Reads from a worker's page (`Seat.page`) whether it has waited for others for too long."""
     folder: Path | None = None

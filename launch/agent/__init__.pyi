@@ -6,7 +6,7 @@ from .fork_server import (
     die_with as die_with,
 )
 from .lighthouse_process import (
-    kept_lighthouse as kept_lighthouse,
+    detached_lighthouse as detached_lighthouse,
 )
 from .settings import (
     AgentSettings as AgentSettings,

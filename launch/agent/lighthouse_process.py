@@ -15,14 +15,14 @@ from holdfast.parallel.errors import MembershipError
 
 _LOOK_S = 0.5
 _SILENCE_S = 5.0
-"""After which, with nobody heard of, a run is over."""
+"""How long after the last heartbeat of any worker a run counts as over."""
 
 
 @contextlib.contextmanager
-def kept_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Iterator[str]:
+def detached_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Iterator[str]:
     """The URL of a new Lighthouse for a run. Call it in a process without threads.
 
-    It stays when this process ends, however that happens, as long as workers of the run are heard of.
+    It outlives this process, however that ends, for as long as workers of the run send heartbeats.
 
     Args:
         host: the address to listen on, as all nodes reach it.
@@ -36,7 +36,7 @@ def kept_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Iterator[
     if os.fork() == 0:
         os.close(told)
         os.close(here)
-        _keep(host, run, heartbeat_timeout_ms, tell, gone)
+        _serve(host, run, heartbeat_timeout_ms, tell, gone)
     os.close(tell)
     os.close(gone)
     try:
@@ -49,8 +49,8 @@ def kept_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Iterator[
         os.close(here)
 
 
-def _keep_only(descriptors: set[int]) -> None:
-    """Close all others: who waits for the end of a pipe must not wait for this process."""
+def _close_all_but(descriptors: set[int]) -> None:
+    """Close all other descriptors, so that no pipe stays open because of this process."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
@@ -60,10 +60,10 @@ def _keep_only(descriptors: set[int]) -> None:
                 os.close(int(name))
 
 
-def _keep(host: str, run: str, timeout_ms: int, tell: int, gone: int) -> NoReturn:
+def _serve(host: str, run: str, timeout_ms: int, tell: int, gone: int) -> NoReturn:
     try:
         os.setsid()
-        _keep_only({tell, gone})
+        _close_all_but({tell, gone})
         try:
             server = Lighthouse(host, heartbeat_timeout_ms=timeout_ms)
         except MembershipError as error:

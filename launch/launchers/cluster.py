@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from holdfast.elastic.lighthouse import lighthouse_url
-from holdfast.launch.agent import Agent, AgentSettings, kept_lighthouse
+from holdfast.launch.agent import Agent, AgentSettings, detached_lighthouse
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.elastic import explained, log_agents, node_settings, worker_main
 from holdfast.launch.launchers.join_file import LiveRun, is_under_way, live_run
@@ -112,7 +112,7 @@ def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
     membership = node.membership
     if membership.lighthouse:
         return contextlib.nullcontext(lighthouse_url(membership.lighthouse))
-    return kept_lighthouse(node.host, membership.run, membership.heartbeat_timeout_ms)
+    return detached_lighthouse(node.host, membership.run, membership.heartbeat_timeout_ms)
 
 
 def _end_of_task(config: RunConfig, code: int) -> int:

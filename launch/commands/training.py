@@ -158,11 +158,11 @@ def join(
     directory = RunDirectory(run)
     if directory.config.exists():
         prepare_heap(directory.config, [])
-    live, numbers = take_ranks(directory, ranks)
+    info, numbers = take_ranks(directory, ranks)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from holdfast.launch.launchers import join_run
 
-    raise typer.Exit(join_run(directory, live, numbers))
+    raise typer.Exit(join_run(directory, info, numbers))
 
 
 def _prove_undisturbed(run: RunDirectory) -> int:

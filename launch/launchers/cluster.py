@@ -24,7 +24,7 @@ from holdfast.elastic.lighthouse import lighthouse_url
 from holdfast.launch.agent import Agent, AgentSettings, detached_lighthouse
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.elastic import explained, log_agents, node_settings, worker_main
-from holdfast.launch.launchers.join_file import LiveRun, is_under_way, live_run
+from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, load_config
 from holdfast.trainer.run import Resume, RunDirectory, recorded_rates
@@ -77,7 +77,7 @@ def run_first_task(
         node = replace(node, log=run.log, host=host)
         held.callback(start_display(config, run).close)
         agent = Agent(node, worker_main(config, run))
-        announce = held.enter_context(live_run(run))
+        announce = held.enter_context(published_join_file(run))
         lighthouse = held.enter_context(_lighthouse(node))
         told = {
             "root": str(run.root.absolute()),
@@ -85,7 +85,7 @@ def run_first_task(
             "lighthouse": lighthouse,
         }
         _tell(listening, world, told)
-        announce(LiveRun.begun(node.membership, lighthouse))
+        announce(JoinInfo.begun(node.membership, lighthouse))
         code = explained(agent.run(lighthouse), run, node.ranks)
     return _end_of_task(config, code)
 
@@ -128,25 +128,25 @@ def _end_of_task(config: RunConfig, code: int) -> int:
     return code
 
 
-def join_run(run: RunDirectory, live: LiveRun, ranks: tuple[int, ...]) -> int:
+def join_run(run: RunDirectory, info: JoinInfo, ranks: tuple[int, ...]) -> int:
     """Take part in a run that is under way, with new ranks on this machine; returns the exit code.
 
     Call it in a process without threads.
 
     Args:
         run: its folder, which this machine shares with the others.
-        live, ranks: what `take_ranks` gave.
+        info, ranks: what `take_ranks` gave.
     Raises:
         ConfigError: the run cannot grow.
     """
     config = load_config(run.config, [])
     if config.parallel.backend == "mpi":
         raise ConfigError(f"{run.root} uses parallel.backend = 'mpi', whose processes are fixed")
-    config = load_config(run.config, [f"elastic.lighthouse={live.lighthouse}"])
+    config = load_config(run.config, [f"elastic.lighthouse={info.lighthouse}"])
     node = replace(
-        node_settings(config, run, token=live.token, ranks=ranks),
+        node_settings(config, run, token=info.token, ranks=ranks),
         founder=False,
-        is_over=lambda: not is_under_way(run, live.token),
+        is_over=lambda: not is_under_way(run, info.token),
     )
     log_agents(_log_of(run, node))
     return explained(Agent(node, worker_main(config, run)).run(), run, ranks)

@@ -16,7 +16,7 @@ from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.worker_spec import Seat
 from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
-from holdfast.launch.launchers.join_file import LiveRun, live_run, own_address
+from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
 from holdfast.parallel.comm import RankPage, read_page, silent_operations
@@ -44,12 +44,15 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     memory = memory_root(run.root)
     display = start_display(config, run)
     try:
-        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder, live_run(run) as announce:
+        with (
+            tempfile.TemporaryDirectory(prefix="holdfast-") as folder,
+            published_join_file(run) as announce,
+        ):
             code = run_nodes(
                 spread(node, config.elastic.local_nodes),
                 worker_main(config, run),
                 Path(folder),
-                lambda lighthouse: announce(LiveRun.begun(node.membership, lighthouse)),
+                lambda lighthouse: announce(JoinInfo.begun(node.membership, lighthouse)),
             )
     finally:
         display.close()

@@ -1,4 +1,4 @@
-"""RUN/elastic.json: where a run that is under way can be joined, and which ranks it has given out."""
+"""RUN/elastic.json, the join file: where a run under way can be joined, and which ranks it gave out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from holdfast.trainer.run import RunDirectory
 _CONNECT_S = 3.0
 
 
-class LiveRun(msgspec.Struct, frozen=True):
-    """What a node that joins a run must know."""
+class JoinInfo(msgspec.Struct, frozen=True):
+    """The content of a join file: what a node needs to know to join the run."""
 
     lighthouse: str
     """Its URL."""
@@ -31,37 +31,37 @@ class LiveRun(msgspec.Struct, frozen=True):
     world_size: int
     """Ranks that it was started with."""
     next_rank: int
-    """The lowest that nobody has had."""
+    """The lowest rank that was never given out."""
 
     @staticmethod
-    def begun(membership: MembershipSettings, lighthouse: str) -> LiveRun:
+    def begun(membership: MembershipSettings, lighthouse: str) -> JoinInfo:
         """A run that starts now."""
         ranks = membership.world_size
-        return LiveRun(lighthouse, membership.run, ranks, ranks)
+        return JoinInfo(lighthouse, membership.run, ranks, ranks)
 
 
 @contextlib.contextmanager
-def live_run(run: RunDirectory) -> Iterator[Callable[[LiveRun], None]]:
-    """While a run is under way: what makes it known to those who may join. Its file ends with it."""
+def published_join_file(run: RunDirectory) -> Iterator[Callable[[JoinInfo], None]]:
+    """Yields the function that writes the join file; the file is removed at the end of the block."""
     _path(run).unlink(missing_ok=True)
     try:
-        yield lambda live: _write(_path(run), live)
+        yield lambda info: _write(_path(run), info)
     finally:
         _path(run).unlink(missing_ok=True)
 
 
-def take_ranks(run: RunDirectory, count: int) -> tuple[LiveRun, tuple[int, ...]]:
-    """Ranks for a node that joins; nobody else gets the same ones.
+def take_ranks(run: RunDirectory, count: int) -> tuple[JoinInfo, tuple[int, ...]]:
+    """Reserve `count` ranks for a node that joins; no other call returns the same ones.
 
     Raises:
         ConfigError: the run is not under way, or cannot be reached from here.
     """
     with _locked(run):
-        live = _read(run)
-        _check_reachable(run, live)
-        ranks = tuple(range(live.next_rank, live.next_rank + count))
-        _write(_path(run), msgspec.structs.replace(live, next_rank=live.next_rank + count))
-    return live, ranks
+        info = _read(run)
+        _check_reachable(run, info)
+        ranks = tuple(range(info.next_rank, info.next_rank + count))
+        _write(_path(run), msgspec.structs.replace(info, next_rank=info.next_rank + count))
+    return info, ranks
 
 
 def is_under_way(run: RunDirectory, token: str) -> bool:
@@ -92,9 +92,9 @@ def _path(run: RunDirectory) -> Path:
     return run.root / "elastic.json"
 
 
-def _read(run: RunDirectory) -> LiveRun:
+def _read(run: RunDirectory) -> JoinInfo:
     try:
-        return msgspec.json.decode(_path(run).read_bytes(), type=LiveRun)
+        return msgspec.json.decode(_path(run).read_bytes(), type=JoinInfo)
     except FileNotFoundError:
         raise ConfigError(
             f"{run.root} is not an elastic run that is under way; start it with elastic.enabled = true, "
@@ -104,9 +104,9 @@ def _read(run: RunDirectory) -> LiveRun:
         raise ConfigError(f"{_path(run)} cannot be read: {error}") from error
 
 
-def _write(path: Path, live: LiveRun) -> None:
+def _write(path: Path, info: JoinInfo) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(msgspec.json.encode(live))
+    partial.write_bytes(msgspec.json.encode(info))
     partial.replace(path)
 
 
@@ -122,12 +122,12 @@ def _locked(run: RunDirectory) -> Iterator[None]:
         raise ConfigError(f"{run.root} cannot be written: {error}") from error
 
 
-def _check_reachable(run: RunDirectory, live: LiveRun) -> None:
-    at = urlsplit(live.lighthouse)
+def _check_reachable(run: RunDirectory, info: JoinInfo) -> None:
+    at = urlsplit(info.lighthouse)
     try:
         socket.create_connection((at.hostname or "", at.port or 80), _CONNECT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"the Lighthouse of {run.root} at {live.lighthouse} cannot be reached: {error}; join from its "
+            f"the Lighthouse of {run.root} at {info.lighthouse} cannot be reached: {error}; join from its "
             "machine, or start the run with elastic.lighthouse = an address that all nodes reach"
         ) from error

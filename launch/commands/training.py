@@ -59,7 +59,7 @@ def train(
     prove: Annotated[
         bool,
         typer.Option(
-            "--prove", help="Then train again undisturbed, and compare every step bit by bit."
+            "--prove", help="Then train again without faults, and compare every step bit by bit."
         ),
     ] = False,
     overrides: Overrides = [],  # noqa: B006  (typer takes the default as it stands)
@@ -95,7 +95,7 @@ def train(
 
             code = run_local(run_config, run, workers)
         if prove and code == 0:
-            code = _prove_undisturbed(run)
+            code = _compare_with_fault_free_run(run)
         raise typer.Exit(code)
 
 
@@ -165,16 +165,16 @@ def join(
     raise typer.Exit(join_run(directory, info, numbers))
 
 
-def _prove_undisturbed(run: RunDirectory) -> int:
+def _compare_with_fault_free_run(run: RunDirectory) -> int:
     from holdfast.launch.proofs import (
         compare_runs,
         describe_comparison,
         lost_ranks,
-        train_undisturbed,
+        train_without_faults,
     )
 
     typer.echo("training again with nothing lost, to compare every bit ...")
-    comparison = compare_runs(run, train_undisturbed(run))
+    comparison = compare_runs(run, train_without_faults(run))
     typer.echo(describe_comparison(comparison, lost_ranks(run)))
     return 0 if comparison.equal else 1
 

@@ -5,10 +5,7 @@ from .compare_runs import (
     compare_runs as compare_runs,
     describe_comparison as describe_comparison,
     lost_ranks as lost_ranks,
-    train_undisturbed as train_undisturbed,
-)
-from .prove import (
-    prove_checkpoints as prove_checkpoints,
+    train_without_faults as train_without_faults,
 )
 from .replay import (
     describe_replay as describe_replay,

@@ -1,4 +1,4 @@
-"""Checks that a run which lost ranks has the same bits as one that lost none: by training again without faults."""
+"""Compares a run that lost ranks with a fault-free run of the same configuration, bit by bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Comparison:
         return self.first_difference is None and self.equal_parameters
 
 
-def train_undisturbed(run: RunDirectory) -> RunDirectory:
+def train_without_faults(run: RunDirectory) -> RunDirectory:
     """Train the same configuration in a folder of the run's, with fixed ranks and no faults.
 
     Raises:
@@ -47,7 +47,7 @@ def train_undisturbed(run: RunDirectory) -> RunDirectory:
     )
     if done.returncode:
         last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
-        raise CheckpointError(f"the undisturbed run in {folder} did not finish: {last[0]}")
+        raise CheckpointError(f"the fault-free run in {folder} did not finish: {last[0]}")
     return RunDirectory(folder)
 
 
@@ -77,11 +77,11 @@ def describe_comparison(comparison: Comparison, lost: int) -> str:
     if comparison.equal:
         return (
             f"{comparison.steps} steps, {lost} ranks lost on the way: every loss and gradient norm, and all "
-            "parameters at the end, are bit for bit those of an undisturbed run"
+            "parameters at the end, are bit for bit those of a fault-free run"
         )
     if comparison.first_difference is None:
-        return "losses are equal, but the parameters at the end differ from an undisturbed run's"
-    return f"step {comparison.first_difference} differs from an undisturbed run's"
+        return "losses are equal, but the parameters at the end differ from a fault-free run's"
+    return f"step {comparison.first_difference} differs from a fault-free run's"
 
 
 def lost_ranks(run: RunDirectory) -> int:

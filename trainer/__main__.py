@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
-from holdfast.trainer.external_launcher import enter
+from holdfast.trainer.external_launcher import run_external_worker
 from holdfast.trainer.run import prepare_heap
 from holdfast.trainer.world import WorldInfo, world_from_environment
 
@@ -28,7 +28,9 @@ def main() -> int:
         return error.exit_code
     if world is None:
         world = WorldInfo(0, 1, 0, 1, 0, "127.0.0.1", 0, True)
-    return enter(arguments.config, arguments.set, arguments.out, arguments.resume, world)
+    return run_external_worker(
+        arguments.config, arguments.set, arguments.out, arguments.resume, world
+    )
 
 
 if __name__ == "__main__":

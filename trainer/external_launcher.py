@@ -34,7 +34,7 @@ _RESTARTS_ONLY = (
 )
 
 
-def enter(
+def run_external_worker(
     config_path: Path,
     overrides: Sequence[str],
     out: Path | None,

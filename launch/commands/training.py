@@ -73,9 +73,11 @@ def train(
     if world is not None and world.job and load_config(config, overrides).elastic.enabled:
         raise typer.Exit(_elastic_task(config, overrides, out, resume, world, allow_change))
     if world is not None:
-        from holdfast.trainer.external_launcher import enter
+        from holdfast.trainer.external_launcher import run_external_worker
 
-        raise typer.Exit(enter(config, overrides, out, resume, world, allow_change=allow_change))
+        raise typer.Exit(
+            run_external_worker(config, overrides, out, resume, world, allow_change=allow_change)
+        )
     run_config = load_config(config, overrides)
     workers = nproc or run_config.parallel.ranks
     check_config(run_config, workers)

@@ -1,4 +1,4 @@
-"""Shows a run from its records, in a process of its own: whichever worker is lost, the display stays."""
+"""The display process: shows a run from its records, and outlives every worker."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:
             os.close(writer)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
-            _show(config, run, reader, begin)
+            _follow(config, run, reader, begin)
             code = 0
         except BaseException:
             import traceback
@@ -65,9 +65,9 @@ def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:
     return DisplayProcess(pid, writer)
 
 
-def _show(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) -> None:
+def _follow(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) -> None:
     os.set_blocking(ended, False)
-    shown = _Shown(config, run, plan_of(config))
+    view = _RunView(config, run, plan_of(config))
     events, metrics = _Follower(run.events, begin[0]), _Follower(run.metrics, begin[1])
     over_since: float | None = None
     while True:
@@ -76,19 +76,19 @@ def _show(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) ->
         )
         for _, _, line in lines:
             if line["event"] != "run_finished":
-                shown.event(line)
+                view.event(line)
         for line in metrics.lines():
-            shown.step(line)
+            view.step(line)
         for _, _, line in lines:
             if line["event"] == "run_finished":
-                shown.event(line)
+                view.event(line)
         try:
             if os.read(ended, 1) == b"":
                 over_since = over_since or time.monotonic()
         except BlockingIOError:
             pass
         if over_since is not None and not lines:
-            shown.display.stop()
+            view.display.stop()
             return
         time.sleep(_POLL_S if over_since is None else 0.01)
 
@@ -119,7 +119,7 @@ class _Follower:
 
 
 @dataclass(slots=True)
-class _Shown:
+class _RunView:
     config: RunConfig
     run: RunDirectory
     first: Plan

@@ -7,6 +7,9 @@ from .compare_runs import (
     lost_ranks as lost_ranks,
     train_without_faults as train_without_faults,
 )
+from .prove import (
+    prove_checkpoints as prove_checkpoints,
+)
 from .replay import (
     describe_replay as describe_replay,
     replay_run as replay_run,

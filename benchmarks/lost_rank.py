@@ -72,10 +72,10 @@ def plan(way: str, lost_rank: int, micro_batches: int) -> Plan:
         return full
     lost = {lost_rank}
     if way == "pipeline dropped":
-        replica = full.cells.coordinates(lost_rank).data
-        lost = {full.cells.rank(0, replica, stage) for stage in range(2)}
-    living = tuple(rank for rank in full.cells.ranks if rank not in lost)
-    roster = Roster(living, {rank: f"node{rank}" for rank in full.cells.ranks})
+        replica = full.stage_replicas.coordinates(lost_rank).data
+        lost = {full.stage_replicas.rank(0, replica, stage) for stage in range(2)}
+    living = tuple(rank for rank in full.stage_replicas.ranks if rank not in lost)
+    roster = Roster(living, {rank: f"node{rank}" for rank in full.stage_replicas.ranks})
     return replan(full, roster, generation=1, move_layers="holdfast" in way)
 
 
@@ -94,7 +94,7 @@ def step_times(
         store, way, range(world_size), rank, device=gloo_device("127.0.0.1"), timeout_s=60
     )
     current = plan(way, lost, micro_batches)
-    programs = {r: current.program(r) for r in current.cells.ranks}
+    programs = {r: current.program(r) for r in current.stage_replicas.ranks}
     mine = programs.get(rank, ())
 
     def blocks(chunk: int) -> int:

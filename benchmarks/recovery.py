@@ -181,7 +181,7 @@ def holdfast(folder: Path) -> Iterator[Contestant]:
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         plans = [event["plan"] for event in events if "plan" in event]
         placed = (
-            {r for stage in plans[-1]["stages"] for cell in stage for r in cell} if plans else {}
+            {r for stage in plans[-1]["stages"] for ranks in stage for r in ranks} if plans else {}
         )
         newest = {e["rank"]: e["pid"] for e in events if e["event"] == "worker_started"}
         return [newest[rank] for rank in range(1, RANKS)] if len(placed) == RANKS else []

@@ -61,7 +61,7 @@ def first_plan() -> Plan:
         RunConfig,
     )
     plan = plan_of(config)
-    return with_shadows(plan, roster(plan.cells.ranks), 1)
+    return with_shadows(plan, roster(plan.stage_replicas.ranks), 1)
 
 
 def roster(ranks: Sequence[int]) -> Roster:
@@ -70,9 +70,9 @@ def roster(ranks: Sequence[int]) -> Roster:
 
 def least_elements(plan: Plan, lost: set[int]) -> int:
     """Of one kind of state, what must get a new place when ranks are lost."""
-    without_cell = {rank for gone in lost for rank in plan.cells.cell(gone)}
+    unplaced = {rank for gone in lost for rank in plan.stage_replicas.stage_replica(gone)}
     return sum(
-        block.elements * ((owner in without_cell) + len(lost.intersection(shadows)))
+        block.elements * ((owner in unplaced) + len(lost.intersection(shadows)))
         for index, blocks in enumerate(plan.blocks)
         for block, owner, shadows in zip(
             blocks, plan.owners[index], plan.shadows[index], strict=True
@@ -93,11 +93,11 @@ def main() -> None:
     plan = first_plan()
     first_s = time.perf_counter() - began
     blocks = sum(map(len, plan.blocks))
-    held = held_blocks(plan, plan.cells.ranks)
+    held = held_blocks(plan, plan.stage_replicas.ranks)
     rows = []
     for name, lost in (("one rank", {12_345}), ("one node", set(range(40_000, 40_000 + NODE)))):
-        living = tuple(rank for rank in plan.cells.ranks if rank not in lost)
-        again = replace(roster(plan.cells.ranks), fresh=frozenset(lost))
+        living = tuple(rank for rank in plan.stage_replicas.ranks if rank not in lost)
+        again = replace(roster(plan.stage_replicas.ranks), fresh=frozenset(lost))
         times, joined = [], []
         for _ in range(given.repetitions):
             began = time.perf_counter()
@@ -114,9 +114,9 @@ def main() -> None:
             next_plan(after, again, filled=True, generation=2, redundancy=1)
             joined.append(time.perf_counter() - began)
         began = time.perf_counter()
-        needed = held_blocks(after, after.cells.ranks)
+        needed = held_blocks(after, after.stage_replicas.ranks)
         survivors = {rank: keys for rank, keys in held.items() if rank not in lost}
-        nodes = {rank: f"node{rank // NODE}" for rank in plan.cells.ranks}
+        nodes = {rank: f"node{rank // NODE}" for rank in plan.stage_replicas.ranks}
         parcels = plan_parcels(plan, survivors, needed, nodes)
         parcels_s = time.perf_counter() - began
         moved = sum(size for parcel in parcels for size in parcel.sizes)

@@ -128,7 +128,9 @@ def _change(event: Mapping[str, Any]) -> JournalChange:
 
 
 def _ranks(plan: Mapping[str, Any]) -> list[int]:
-    return [r for stage in plan["stages"] for cell in stage for r in cell] + list(plan["spares"])
+    return [r for stage in plan["stages"] for replica in stage for r in replica] + list(
+        plan["spares"]
+    )
 
 
 def _kills(changes: Iterable[JournalChange], founders: set[int]) -> Iterable[Fault]:

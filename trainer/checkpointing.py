@@ -98,7 +98,7 @@ class Checkpoints:
         nodes: the node of each rank that takes part, in ascending order of these.
         """
         self._training, self._world, self._run, self._nodes = training, world, run, nodes
-        self._ranks = training.plan.cells.ranks
+        self._ranks = training.plan.stage_replicas.ranks
         self._index = self._ranks.index(world.rank)
         """Among the ranks that take part, which are what the checkpointer counts."""
         self._config = training.config.checkpoint

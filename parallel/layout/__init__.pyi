@@ -18,6 +18,6 @@ from .parameters import (
     ParameterSpec as ParameterSpec,
 )
 from .stage_replicas import (
-    Cell as Cell,
-    Cells as Cells,
+    StageReplica as StageReplica,
+    StageReplicas as StageReplicas,
 )

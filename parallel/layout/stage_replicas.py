@@ -1,7 +1,7 @@
-"""Which rank stands where, regular or not. A cell is a tensor-parallel group that holds one stage once.
+"""Which rank stands where, regular or not. A stage replica is a tensor-parallel group that holds one stage once.
 
-A run begins with the cells of its mesh. When ranks are lost stages are left with different numbers of
-cells, and ranks that make no whole cell stand aside as spares.
+A run begins with the stage replicas of its mesh. When ranks are lost stages are left with different numbers of
+stage replicas, and ranks that make no whole stage replica stand aside as spares.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from functools import cached_property
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout.mesh import Coordinates, Mesh
 
-Cell = tuple[int, ...]
+StageReplica = tuple[int, ...]
 """Ranks by tensor index."""
 
 
 @dataclass(frozen=True)
-class Cells:
+class StageReplicas:
     """The places of all ranks; `rank` and `coordinates` turn one into the other."""
 
-    stages: tuple[tuple[Cell, ...], ...]
-    """Stage -> replica -> cell."""
+    stages: tuple[tuple[StageReplica, ...], ...]
+    """Stage -> replica -> its ranks."""
     spares: tuple[int, ...] = field(default=())
     """Ranks without a place: they hold copies of others' state, and compute nothing."""
 
     @staticmethod
-    def of_mesh(mesh: Mesh) -> Cells:
-        return Cells(
+    def of_mesh(mesh: Mesh) -> StageReplicas:
+        return StageReplicas(
             tuple(
                 tuple(
                     tuple(mesh.rank(t, replica, stage) for t in range(mesh.tensor))
@@ -39,7 +39,7 @@ class Cells:
 
     @cached_property
     def tensor(self) -> int:
-        """Ranks of a cell."""
+        """Ranks of a stage replica."""
         return len(self.stages[0][0])
 
     @property
@@ -48,7 +48,7 @@ class Cells:
         return len(self.stages)
 
     def replicas(self, stage: int) -> int:
-        """Cells that hold a stage."""
+        """Stage replicas that hold a stage."""
         return len(self.stages[stage])
 
     @cached_property
@@ -59,7 +59,7 @@ class Cells:
     @cached_property
     def ranks(self) -> tuple[int, ...]:
         """All ranks, spares included, in ascending order."""
-        placed = (rank for stage in self.stages for cell in stage for rank in cell)
+        placed = (rank for stage in self.stages for held in stage for rank in held)
         return tuple(sorted((*placed, *self.spares)))
 
     @property
@@ -73,9 +73,9 @@ class Cells:
     def _places(self) -> dict[int, Coordinates]:
         return {
             rank: Coordinates(tensor, replica, stage)
-            for stage, cells in enumerate(self.stages)
-            for replica, cell in enumerate(cells)
-            for tensor, rank in enumerate(cell)
+            for stage, replicas in enumerate(self.stages)
+            for replica, ranks in enumerate(replicas)
+            for tensor, rank in enumerate(ranks)
         }
 
     def find(self, rank: int) -> Coordinates | None:
@@ -98,7 +98,7 @@ class Cells:
         place = self._places.get(rank)
         return place.tensor if place is not None else 0
 
-    def cell(self, rank: int) -> Cell:
+    def stage_replica(self, rank: int) -> StageReplica:
         """The tensor-parallel group of a rank; a spare is alone."""
         place = self._places.get(rank)
         return (rank,) if place is None else self.stages[place.pipeline][place.data]

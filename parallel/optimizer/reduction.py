@@ -64,7 +64,7 @@ def build_routes(plan: Plan, rank: int, buffer: ParameterBuffer) -> Routes:
     Blocks of the same use lie in the same order on every rank of a stage, so neighbours join into
     one run; a tied weight's second use lies elsewhere in its stage and travels block by block.
     """
-    tensor_index = plan.cells.tensor_index(rank)
+    tensor_index = plan.stage_replicas.tensor_index(rank)
     owners = plan.owners[tensor_index]
     first_use = {(s.layer, s.spec_index): s for s in buffer.segments if s.spec.tied_use == 0}
     second_use = {s.spec.name: s for s in buffer.segments if s.spec.tied_use == 1}

@@ -64,7 +64,7 @@ class ShardedAdamW:
         before: of the plan before; where the same blocks are owned its state is taken over as it is.
         """
         self._rank = rank
-        self._tensor_index = plan.cells.tensor_index(rank)
+        self._tensor_index = plan.stage_replicas.tensor_index(rank)
         self._buffer = buffer
         self._accumulator = accumulator
         self._world = world

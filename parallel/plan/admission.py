@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 
-from holdfast.parallel.layout import Cells
+from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.block_transfers import BlockKey, arriving_blocks, held_blocks
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
@@ -38,7 +38,7 @@ def next_plan(
         filled: whether all that was arriving under `plan` is there.
         redundancy, move_layers: as for `replan`.
     Raises:
-        ConfigError: too few ranks for a single cell.
+        ConfigError: too few ranks for a single stage replica.
     """
     lasting = replace(plan, arriving=(), _cache=plan._cache)
     present = frozenset(roster.ranks)
@@ -52,7 +52,7 @@ def next_plan(
             redundancy=redundancy,
             move_layers=move_layers,
         )
-    everybody_stays = present - roster.fresh == frozenset(plan.cells.ranks)
+    everybody_stays = present - roster.fresh == frozenset(plan.stage_replicas.ranks)
     if everybody_stays and not (plan.arriving and filled and waiting):
         now = replace(lasting, generation=generation, given_owners=plan.owners, _cache=plan._cache)
     else:
@@ -92,20 +92,24 @@ def state_of(plan: Plan, ranks: Collection[int], *, filled: bool) -> dict[int, s
 
 def _empty(plan: Plan) -> frozenset[int]:
     """Ranks that have nothing but what is arriving."""
-    coming = arriving_blocks(plan, plan.cells.ranks)
-    held = held_blocks(plan, plan.cells.ranks)
+    coming = arriving_blocks(plan, plan.stage_replicas.ranks)
+    held = held_blocks(plan, plan.stage_replicas.ranks)
     return frozenset(rank for rank, keys in coming.items() if keys and not held[rank])
 
 
 def _stands(plan: Plan, ready: frozenset[int]) -> bool:
-    """Whether each stage keeps a cell."""
-    return all(any(ready.issuperset(cell) for cell in stage) for stage in plan.cells.stages)
+    """Whether each stage keeps a stage replica."""
+    return all(
+        any(ready.issuperset(replica) for replica in stage) for stage in plan.stage_replicas.stages
+    )
 
 
 def _with_spares(plan: Plan, ranks: Collection[int]) -> Plan:
-    cells = plan.cells
-    spares = tuple(sorted({*cells.spares, *ranks}))
-    return replace(plan, cells=Cells(cells.stages, spares), _cache=plan._cache)
+    stage_replicas = plan.stage_replicas
+    spares = tuple(sorted({*stage_replicas.spares, *ranks}))
+    return replace(
+        plan, stage_replicas=StageReplicas(stage_replicas.stages, spares), _cache=plan._cache
+    )
 
 
 def _coming(now: Plan, following: Plan) -> dict[int, set[BlockKey]]:

@@ -38,7 +38,8 @@ class RankMemory:
 def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], float]:
     """The time of a compute action: its chunk's operations; a backward takes twice a forward."""
     chunk_flops = [
-        sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk)) / plan.cells.tensor
+        sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
+        / plan.stage_replicas.tensor
         for chunk in range(len(plan.placement))
     ]
     return lambda action: (
@@ -53,7 +54,9 @@ def replica_timeline(
     link_bytes_per_s: float | None = None,
 ) -> Timeline:
     """The simulated step of one replica's pipeline, by rank; messages are free without a link rate."""
-    ranks = [plan.cells.rank(0, replica, stage) for stage in range(plan.cells.pipeline)]
+    ranks = [
+        plan.stage_replicas.rank(0, replica, stage) for stage in range(plan.stage_replicas.pipeline)
+    ]
     programs = {rank: plan.program(rank) for rank in ranks}
     if link_bytes_per_s is None:
         return simulate(programs, action_cost(plan, flops_per_s))
@@ -76,10 +79,10 @@ def exchange_bytes(plan: Plan, rank: int, *, precision: str, exact: bool) -> flo
 
     With balanced owners each is (D - 1) / D of what the rank holds, for D replicas.
     """
-    place = plan.cells.find(rank)
+    place = plan.stage_replicas.find(rank)
     if place is None:
         return 0.0
-    replicas = plan.cells.replicas(place.pipeline)
+    replicas = plan.stage_replicas.replicas(place.pipeline)
     memory = rank_memory(plan, rank, precision=precision, exact=exact)
     return (memory.gradients + memory.parameters) * (replicas - 1) / replicas
 
@@ -101,12 +104,12 @@ def step_time_s(
         flops_per_s: what a rank reaches, not the peak of its data sheet.
         link_bytes_per_s: of one rank, each way.
     """
-    slowest = max(range(plan.cells.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
+    slowest = max(range(plan.stage_replicas.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
     computed = replica_timeline(plan, slowest, flops_per_s, link_bytes_per_s).makespan
     ranks = (
-        plan.cells.rank(tensor, slowest, stage)
-        for tensor in range(plan.cells.tensor)
-        for stage in range(plan.cells.pipeline)
+        plan.stage_replicas.rank(tensor, slowest, stage)
+        for tensor in range(plan.stage_replicas.tensor)
+        for stage in range(plan.stage_replicas.pipeline)
     )
     widest = max(exchange_bytes(plan, r, precision=precision, exact=exact) for r in ranks)
     return computed + widest / link_bytes_per_s
@@ -131,7 +134,7 @@ def rank_memory(plan: Plan, rank: int, *, precision: str, exact: bool) -> RankMe
         precision: "fp32", "bf16" or "fp64".
         exact: whether gradients are summed as int64.
     """
-    index = plan.cells.tensor_index(rank)
+    index = plan.stage_replicas.tensor_index(rank)
     held = sum(
         layer_elements(plan.layers[layer], index)
         for chunk in plan.chunks_of(rank)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from holdfast.parallel.errors import ConfigError, ScheduleError
-from holdfast.parallel.layout import Cells, LayerSpec, Mesh
+from holdfast.parallel.layout import LayerSpec, Mesh, StageReplicas
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.schedules import placement
 
@@ -56,7 +56,7 @@ def make_plan(
     edges = _chunk_edges(len(layers) - 2, len(where), blocks_per_chunk)
     return Plan(
         generation=generation,
-        cells=Cells.of_mesh(mesh),
+        stage_replicas=StageReplicas.of_mesh(mesh),
         layers=tuple(layers),
         virtual=virtual,
         schedule=schedule,

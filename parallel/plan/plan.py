@@ -10,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from holdfast.parallel.layout import Box, Cells, Coordinates, LayerSpec, Layout, Mesh, ParameterSpec
+from holdfast.parallel.layout import (
+    Box,
+    Coordinates,
+    LayerSpec,
+    Layout,
+    Mesh,
+    ParameterSpec,
+    StageReplicas,
+)
 from holdfast.parallel.plan.ownership import Block, assign_owners, blocks
 from holdfast.parallel.plan.rerouting import (
     SCHEDULED_PAIRS,
@@ -39,7 +47,7 @@ class Plan:
     """Everything that follows from the live ranks, the model and the batch."""
 
     generation: int
-    cells: Cells
+    stage_replicas: StageReplicas
     layers: tuple[LayerSpec, ...]
     virtual: int
     schedule: str
@@ -58,7 +66,7 @@ class Plan:
     activation_headroom: float = 0.3
     """How much more memory than regularly ranks may use for activations where stages differ."""
     shares: Shares | None = None
-    """Which micro-batches each cell computes, where stages differ; None: each replica's own."""
+    """Which micro-batches each stage replica computes, where stages differ; None: each replica's own."""
     given_owners: tuple[tuple[int, ...], ...] | None = None
     """The owners where they follow from what was before; None: the even split of a first plan."""
     shadows: tuple[tuple[tuple[int, ...], ...], ...] = ()
@@ -74,7 +82,7 @@ class Plan:
         return self.shares is None
 
     def share(self, stage: int, replica: int) -> tuple[int, ...]:
-        """The micro-batches that a cell computes."""
+        """The micro-batches that a stage replica computes."""
         return self.micro_batches[replica] if self.shares is None else self.shares[stage][replica]
 
     @property
@@ -84,7 +92,7 @@ class Plan:
             "blocks",
             lambda: tuple(
                 blocks(self.layers, index, self.block_elements)
-                for index in range(self.cells.tensor)
+                for index in range(self.stage_replicas.tensor)
             ),
         )
 
@@ -131,8 +139,8 @@ class Plan:
         return self._cached(
             key,
             lambda: tuple(
-                self.cells.rank(tensor_index, replica, stage)
-                for replica in range(self.cells.replicas(stage))
+                self.stage_replicas.rank(tensor_index, replica, stage)
+                for replica in range(self.stage_replicas.replicas(stage))
             ),
         )
 
@@ -159,7 +167,7 @@ class Plan:
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """The model chunks that a rank holds, in forward order; none for a spare."""
-        place = self.cells.find(rank)
+        place = self.stage_replicas.find(rank)
         if place is None:
             return ()
         return tuple(chunk for chunk, stage in enumerate(self.placement) if stage == place.pipeline)
@@ -190,14 +198,16 @@ class Plan:
         generate: Callable[[str, int, int, int], tuple[Program, ...]],
         only: frozenset[int] | None = None,
     ) -> Program:
-        at = self.cells.find(rank)
+        at = self.stage_replicas.find(rank)
         if at is None:
             return ()
         if self.shares is None and only is None:
             numbers = self.micro_batches[at.data]
             local = self._cached(
                 (kind, len(numbers)),
-                lambda: generate(self.schedule, self.cells.pipeline, self.virtual, len(numbers)),
+                lambda: generate(
+                    self.schedule, self.stage_replicas.pipeline, self.virtual, len(numbers)
+                ),
             )
             named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
         else:
@@ -205,7 +215,7 @@ class Plan:
         replicas = self._replicas
         complete = with_messages(
             {rank: named},
-            lambda chunk, micro_batch: self.cells.rank(
+            lambda chunk, micro_batch: self.stage_replicas.rank(
                 at.tensor,
                 replicas[self.placement[chunk]][micro_batch],
                 self.placement[chunk],
@@ -222,10 +232,10 @@ class Plan:
             lambda: tuple(
                 {
                     number: replica
-                    for replica in range(self.cells.replicas(stage))
+                    for replica in range(self.stage_replicas.replicas(stage))
                     for number in self.share(stage, replica)
                 }
-                for stage in range(self.cells.pipeline)
+                for stage in range(self.stage_replicas.pipeline)
             ),
         )
 
@@ -236,13 +246,13 @@ class Plan:
         only: frozenset[int] | None,
         generate: Callable[[str, int, int, int], tuple[Program, ...]],
     ) -> Program:
-        """The compute actions of a cell where activations cross pipelines; see rerouting.py."""
+        """The compute actions of a stage replica where activations cross pipelines; see rerouting.py."""
         rows = self.micro_batches
         if only is not None:
             rows = tuple(tuple(m for m in row if m in only) for row in rows)
         pairs = len(self.placement) * sum(map(len, rows))
         if kind == "train" and 0 < pairs <= SCHEDULED_PAIRS:
-            replicas, widest = self._replicas, self.cells.widest
+            replicas, widest = self._replicas, self.stage_replicas.widest
             programs = self._cached(
                 (kind, "scheduled", only),
                 lambda: scheduled_programs(
@@ -256,7 +266,7 @@ class Plan:
                     {
                         stage * widest + replica: cap
                         for stage, cap in enumerate(self._caps())
-                        for replica in range(self.cells.replicas(stage))
+                        for replica in range(self.stage_replicas.replicas(stage))
                     },
                 ),
             )
@@ -269,7 +279,7 @@ class Plan:
         timeline = self._cached(
             (kind, "times"),
             lambda: regular_timeline(
-                generate(self.schedule, self.cells.pipeline, self.virtual, longest)
+                generate(self.schedule, self.stage_replicas.pipeline, self.virtual, longest)
             ),
         )
         share = self.share(at.pipeline, at.data)
@@ -277,7 +287,7 @@ class Plan:
         return merged_program(wanted, places, timeline, at.pipeline)
 
     def _caps(self) -> tuple[int, ...]:
-        """By stage, the chunk activations that a cell may keep at once where stages differ."""
+        """By stage, the chunk activations that a stage replica may keep at once where stages differ."""
 
         regular = list(map(self.activation_bytes, self.home_layers))
         longest = -(-sum(map(len, self.micro_batches)) // self.home.data)
@@ -293,8 +303,8 @@ class Plan:
     def parameter_layout(self) -> Layout:
         """Which boxes of which logical tensors each rank's parameters are."""
         holdings: dict[int, dict[str, tuple[Box, ...]]] = {}
-        for rank in self.cells.ranks:
-            index = self.cells.tensor_index(rank)
+        for rank in self.stage_replicas.ranks:
+            index = self.stage_replicas.tensor_index(rank)
             mine = holdings.setdefault(rank, {})
             for chunk in self.chunks_of(rank):
                 for layer in self.layers_of(chunk):
@@ -304,7 +314,7 @@ class Plan:
 
     def optimizer_layout(self) -> Layout:
         """Which boxes of which logical tensors each rank keeps optimizer state for."""
-        holdings: dict[int, dict[str, tuple[Box, ...]]] = {r: {} for r in self.cells.ranks}
+        holdings: dict[int, dict[str, tuple[Box, ...]]] = {r: {} for r in self.stage_replicas.ranks}
         for index, found in enumerate(self.blocks):
             for block, owner in zip(found, self.owners[index], strict=True):
                 spec = self.layers[block.layer].parameters[index][block.spec_index]

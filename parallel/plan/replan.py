@@ -1,7 +1,7 @@
 """From one plan to the next when ranks have gone or come: move little, and keep every stage computed.
 
-Pure and equal on every rank. Cells that are whole stay where they are; what is left forms new cells, which
-go where they are missed most. A lost cell's micro-batches go to the cells of its stage, so that activations
+Pure and equal on every rank. Stage replicas that are whole stay where they are; what is left forms new stage replicas, which
+go where they are missed most. A lost stage replica's micro-batches go to the stage replicas of its stage, so that activations
 cross pipelines (ReCycle, Gandhi et al. 2024); where that leaves stages out of balance, layers move between
 them (the minimax partition of ElasWave, 2025). No block moves but those of ranks that are gone, or whose
 layers have moved. Needs no torch.
@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from math import inf
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.layout import Cell, Cells
+from holdfast.parallel.layout import StageReplica, StageReplicas
 from holdfast.parallel.plan.initial import split_micro_batches
 from holdfast.parallel.plan.ownership import assign_owners
 from holdfast.parallel.plan.plan import Plan, Shares
@@ -50,27 +50,27 @@ def replan(
         redundancy: shadows per block.
         move_layers: whether layers may move between stages that are all still held.
     Raises:
-        ConfigError: too few ranks for a single cell.
+        ConfigError: too few ranks for a single stage replica.
     """
-    cells = _cells(plan, roster)
-    if cells.pipeline == plan.cells.pipeline:
+    stage_replicas = _stage_replicas(plan, roster)
+    if stage_replicas.pipeline == plan.stage_replicas.pipeline:
         placed, chunk_layers = plan.placement, plan.chunk_layers
         if move_layers and plan.virtual == 1:
-            chunk_layers = _moved_layers(plan, cells)
+            chunk_layers = _moved_layers(plan, stage_replicas)
     else:
-        placed = placement(plan.schedule, cells.pipeline, plan.virtual)
-        chunk_layers = _even_chunks(plan, placed, cells)
+        placed = placement(plan.schedule, stage_replicas.pipeline, plan.virtual)
+        chunk_layers = _even_chunks(plan, placed, stage_replicas)
     rows = split_micro_batches(
-        sum(map(len, plan.micro_batches)), cells.widest, plan.micro_batch_order
+        sum(map(len, plan.micro_batches)), stage_replicas.widest, plan.micro_batch_order
     )
     changed = replace(
         plan,
         generation=generation,
-        cells=cells,
+        stage_replicas=stage_replicas,
         placement=placed,
         chunk_layers=chunk_layers,
         micro_batches=rows,
-        shares=stage_shares(cells, rows),
+        shares=stage_shares(stage_replicas, rows),
         given_owners=None,
         shadows=(),
         arriving=(),
@@ -83,7 +83,7 @@ def replan(
 
 def would_move_layers(plan: Plan) -> bool:
     """Whether moving layers between stages is worth it, though ranks stay as they are."""
-    return plan.virtual == 1 and _moved_layers(plan, plan.cells) != plan.chunk_layers
+    return plan.virtual == 1 and _moved_layers(plan, plan.stage_replicas) != plan.chunk_layers
 
 
 def with_shadows(
@@ -93,13 +93,13 @@ def with_shadows(
     if not redundancy:
         return plan
     before = previous.shadows if previous is not None else ()
-    with_state = frozenset(plan.cells.ranks) - roster.fresh
+    with_state = frozenset(plan.stage_replicas.ranks) - roster.fresh
     load: dict[int, int] = {}
     found = tuple(
         assign_shadows(
             [block.elements for block in blocks],
             plan.owners[index],
-            plan.cells,
+            plan.stage_replicas,
             roster.node_of,
             redundancy,
             load=load,
@@ -111,12 +111,12 @@ def with_shadows(
     return replace(plan, shadows=found, _cache=plan._cache)
 
 
-def _cells(plan: Plan, roster: Roster) -> Cells:
-    """Who stands where: whole cells stay, new ones go to the stages with the fewest."""
-    old, size = plan.cells, plan.cells.tensor
+def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
+    """Who stands where: whole stage replicas stay, new ones go to the stages with the fewest."""
+    old, size = plan.stage_replicas, plan.stage_replicas.tensor
     present = set(roster.ranks)
-    kept = [[cell for cell in stage if present.issuperset(cell)] for stage in old.stages]
-    pool = present - {rank for stage in kept for cell in stage for rank in cell}
+    kept = [[replica for replica in stage if present.issuperset(replica)] for stage in old.stages]
+    pool = present - {rank for stage in kept for replica in stage for rank in replica}
     formed, spares = _formed(pool, size, plan, roster)
     count = sum(map(len, kept)) + len(formed)
     if not count:
@@ -126,46 +126,50 @@ def _cells(plan: Plan, roster: Roster) -> Cells:
         )
     pipeline = min(plan.home.pipeline, count)
     if pipeline != old.pipeline:
-        ordered = [cell for stage in kept for cell in stage] + formed
+        ordered = [replica for stage in kept for replica in stage] + formed
         edges = [k * count // pipeline for k in range(pipeline + 1)]
         kept = [ordered[a:b] for a, b in pairwise(edges)]
     else:
-        for cell in formed:
-            _place(cell, kept, plan)
+        for replica in formed:
+            _place(replica, kept, plan)
         _level(kept)
     limit = sum(map(len, plan.micro_batches))
-    idle = [rank for stage in kept for cell in stage[limit:] for rank in cell]
+    idle = [rank for stage in kept for replica in stage[limit:] for rank in replica]
     stages = tuple(tuple(stage[:limit]) for stage in kept)
-    return Cells(stages, tuple(sorted((*spares, *idle))))
+    return StageReplicas(stages, tuple(sorted((*spares, *idle))))
 
 
-def _formed(pool: set[int], size: int, plan: Plan, roster: Roster) -> tuple[list[Cell], list[int]]:
-    """New cells from ranks without one, and who is left over."""
-    cells: list[Cell] = []
+def _formed(
+    pool: set[int], size: int, plan: Plan, roster: Roster
+) -> tuple[list[StageReplica], list[int]]:
+    """New stage replicas from ranks without one, and who is left over."""
+    stage_replicas: list[StageReplica] = []
     left = set(pool)
     for first in sorted(rank for rank in pool if rank % size == 0):
         home = tuple(range(first, first + size))
         if left.issuperset(home):
-            cells.append(home)
+            stage_replicas.append(home)
             left.difference_update(home)
     rest = sorted(left, key=lambda rank: (roster.node_of[rank], rank))
     whole = len(rest) - len(rest) % size
     for start in range(0, whole, size):
         group = rest[start : start + size]
-        cells.append(tuple(sorted(group, key=lambda r: (plan.cells.tensor_index(r), r))))
-    return cells, rest[whole:]
+        stage_replicas.append(
+            tuple(sorted(group, key=lambda r: (plan.stage_replicas.tensor_index(r), r)))
+        )
+    return stage_replicas, rest[whole:]
 
 
-def _place(cell: Cell, stages: list[list[Cell]], plan: Plan) -> None:
-    """Give a cell to the stage with the fewest, its home among equals; at its home place if it can."""
-    home = plan.home.coordinates(cell[0]).pipeline if cell[0] < plan.home.size else -1
+def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) -> None:
+    """Give a stage replica to the stage with the fewest, its home among equals; at its home place if it can."""
+    home = plan.home.coordinates(replica[0]).pipeline if replica[0] < plan.home.size else -1
     stage = min(range(len(stages)), key=lambda s: (len(stages[s]), s != home, s))
-    stages[stage].append(cell)
+    stages[stage].append(replica)
     stages[stage].sort()
 
 
-def _level(stages: list[list[Cell]]) -> None:
-    """Move cells from stages with many to stages with few, until they differ by one at most."""
+def _level(stages: list[list[StageReplica]]) -> None:
+    """Move stage replicas from stages with many to stages with few, until they differ by one at most."""
     while True:
         most = max(range(len(stages)), key=lambda s: (len(stages[s]), s))
         fewest = min(range(len(stages)), key=lambda s: (len(stages[s]), s))
@@ -174,15 +178,17 @@ def _level(stages: list[list[Cell]]) -> None:
         stages[fewest].append(stages[most].pop())
 
 
-def stage_shares(cells: Cells, rows: Sequence[tuple[int, ...]]) -> Shares | None:
-    """Which micro-batches each cell computes; None when every stage has as many cells as there are rows."""
-    if all(cells.replicas(stage) == len(rows) for stage in range(cells.pipeline)):
+def stage_shares(stage_replicas: StageReplicas, rows: Sequence[tuple[int, ...]]) -> Shares | None:
+    """Which micro-batches each stage replica computes; None when every stage has as many stage replicas as there are rows."""
+    if all(stage_replicas.replicas(stage) == len(rows) for stage in range(stage_replicas.pipeline)):
         return None
-    return tuple(_stage_shares(cells.replicas(s), rows) for s in range(cells.pipeline))
+    return tuple(
+        _stage_shares(stage_replicas.replicas(s), rows) for s in range(stage_replicas.pipeline)
+    )
 
 
 def _stage_shares(replicas: int, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Each cell keeps its own row; those of rows without a cell are dealt out, so that counts are even."""
+    """Each stage replica keeps its own row; those of rows without a stage replica are dealt out, so that counts are even."""
     shares = [list(row) for row in rows[:replicas]]
     rest = sorted((place, number) for row in rows[replicas:] for place, number in enumerate(row))
     for _, number in rest:
@@ -194,11 +200,11 @@ def _stage_weights(plan: Plan) -> list[float]:
     return [float(layer.forward_flops) for layer in plan.layers]
 
 
-def _moved_layers(plan: Plan, cells: Cells) -> tuple[tuple[int, int], ...]:
+def _moved_layers(plan: Plan, stage_replicas: StageReplicas) -> tuple[tuple[int, int], ...]:
     """The layers of each stage: as they are, or in balance if that is worth moving them."""
     weights = _stage_weights(plan)
-    capacity = [cells.replicas(stage) for stage in plan.placement]
-    if min(capacity) == max(capacity) and _is_home(plan, cells):
+    capacity = [stage_replicas.replicas(stage) for stage in plan.placement]
+    if min(capacity) == max(capacity) and _is_home(plan, stage_replicas):
         return plan.home_layers
     best = minimax_partition(weights, capacity)
     current = _slowest(weights, plan.chunk_layers, capacity)
@@ -207,24 +213,28 @@ def _moved_layers(plan: Plan, cells: Cells) -> tuple[tuple[int, int], ...]:
     return plan.chunk_layers
 
 
-def _is_home(plan: Plan, cells: Cells) -> bool:
-    return cells.pipeline == plan.home.pipeline
+def _is_home(plan: Plan, stage_replicas: StageReplicas) -> bool:
+    return stage_replicas.pipeline == plan.home.pipeline
 
 
-def _even_chunks(plan: Plan, placed: Sequence[int], cells: Cells) -> tuple[tuple[int, int], ...]:
+def _even_chunks(
+    plan: Plan, placed: Sequence[int], stage_replicas: StageReplicas
+) -> tuple[tuple[int, int], ...]:
     """The layers of each chunk when the number of stages changes."""
-    if cells.pipeline == plan.home.pipeline:
+    if stage_replicas.pipeline == plan.home.pipeline:
         return plan.home_layers
     if len(placed) == 1:
         return ((0, len(plan.layers)),)
-    capacity = [cells.replicas(stage) for stage in placed]
+    capacity = [stage_replicas.replicas(stage) for stage in placed]
     return minimax_partition(_stage_weights(plan), capacity)
 
 
 def _slowest(
     weights: Sequence[float], parts: Sequence[tuple[int, int]], capacity: Sequence[int]
 ) -> float:
-    return max(sum(weights[a:b]) / cells for (a, b), cells in zip(parts, capacity, strict=True))
+    return max(
+        sum(weights[a:b]) / replicas for (a, b), replicas in zip(parts, capacity, strict=True)
+    )
 
 
 def minimax_partition(
@@ -260,7 +270,7 @@ def minimax_partition(
 
 def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...], ...]:
     """Owners move only where they have gone, or no longer hold the layer."""
-    staying = set(after.cells.ranks) - roster.fresh
+    staying = set(after.stage_replicas.ranks) - roster.fresh
     touched = _touched_stages(before, after, roster)
     stages = [after.placement[after.chunk_of_layer(k)] for k in range(len(after.layers))]
     found = []
@@ -279,13 +289,15 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
 
 
 def _touched_stages(before: Plan, after: Plan, roster: Roster) -> set[int]:
-    """The stages whose cells or layers are not those of before, or where somebody has no state."""
-    pipeline = after.cells.pipeline
+    """The stages whose stage replicas or layers are not those of before, or where somebody has no state."""
+    pipeline = after.stage_replicas.pipeline
     if (before.placement, before.chunk_layers) != (after.placement, after.chunk_layers):
         return set(range(pipeline))
     return {
         stage
         for stage in range(pipeline)
-        if before.cells.stages[stage] != after.cells.stages[stage]
-        or any(not roster.fresh.isdisjoint(cell) for cell in after.cells.stages[stage])
+        if before.stage_replicas.stages[stage] != after.stage_replicas.stages[stage]
+        or any(
+            not roster.fresh.isdisjoint(replica) for replica in after.stage_replicas.stages[stage]
+        )
     }

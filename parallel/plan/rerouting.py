@@ -1,7 +1,7 @@
 """The order of work where stages have different numbers of replicas: activations cross pipelines.
 
 Small plans are list-scheduled as a whole with split backwards, so that weight gradients fill what would be
-idle time (the decoupled backward of ReCycle, Gandhi et al. 2024); for large ones every cell merges what it
+idle time (the decoupled backward of ReCycle, Gandhi et al. 2024); for large ones every stage replica merges what it
 computes in the order of the regular schedule, which needs no knowledge of the others. Pure; needs no torch.
 """
 
@@ -44,14 +44,14 @@ def regular_timeline(programs: Sequence[Program]) -> Timeline:
 def merged_program(
     numbers: Sequence[int], places: Mapping[int, int], timeline: Timeline, stage: int
 ) -> Program:
-    """The compute actions of a cell whose micro-batches come from several replicas.
+    """The compute actions of a stage replica whose micro-batches come from several replicas.
 
     Each micro-batch keeps its place in the pipeline that it began in, and every rank takes its actions in
     the order in which that regular schedule would run them. Since an action's time there lies after those
     of all that it needs, no rank can wait in a circle, whoever computes what.
 
     Args:
-        numbers: the cell's micro-batches.
+        numbers: the stage replica's micro-batches.
         places: of each micro-batch in its row.
     """
     found = [
@@ -80,20 +80,20 @@ def stage_caps(
 
 def scheduled_programs(
     placement: Sequence[int],
-    cell_of: Callable[[int, int], int],
+    replica_of: Callable[[int, int], int],
     rows: Sequence[Sequence[int]],
     work: Sequence[float],
     caps: Mapping[int, int],
 ) -> dict[int, Program]:
-    """The compute actions of all cells, by cell, in as little time as the list scheduler finds.
+    """The compute actions of all stage replicas, by number, in as little time as the list scheduler finds.
 
     Args:
         placement: the stage of each chunk.
-        cell_of: (stage, micro-batch) -> the cell that computes it, by any number.
+        replica_of: (stage, micro-batch) -> the stage replica that computes it, by any number.
         rows: the micro-batches of each replica that a full mesh would have, in order; those left out are
             not computed.
         work: of one micro-batch's forward pass, by chunk.
-        caps: the chunk activations that each cell may keep at once, by the same numbers.
+        caps: the chunk activations that each stage replica may keep at once, by the same numbers.
     """
     longest = max(map(len, rows))
     entering = [row[place] for place in range(longest) for row in rows if place < len(row)]
@@ -106,7 +106,7 @@ def scheduled_programs(
     return list_schedule(
         len(placement),
         entering,
-        lambda chunk, micro_batch: cell_of(placement[chunk], micro_batch),
+        lambda chunk, micro_batch: replica_of(placement[chunk], micro_batch),
         lambda action: times[action.op] * max(1.0, work[action.chunk]),
         cap=caps,
         split_backward=True,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from holdfast.parallel.layout import Cells
+from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.initial import split_micro_batches
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import stage_shares
@@ -17,8 +17,8 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
     """What distinguishes a plan from the first plan of its configuration."""
     return {
         "generation": plan.generation,
-        "stages": plan.cells.stages,
-        "spares": plan.cells.spares,
+        "stages": plan.stage_replicas.stages,
+        "spares": plan.stage_replicas.spares,
         "placement": plan.placement,
         "chunk_layers": plan.chunk_layers,
         "owners": [_runs(owners) for owners in plan.owners],
@@ -33,21 +33,21 @@ def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
     Args:
         first: of the same configuration.
     """
-    cells = Cells(
-        tuple(tuple(tuple(cell) for cell in stage) for stage in data["stages"]),
+    stage_replicas = StageReplicas(
+        tuple(tuple(tuple(replica) for replica in stage) for stage in data["stages"]),
         tuple(data["spares"]),
     )
     rows = split_micro_batches(
-        sum(map(len, first.micro_batches)), cells.widest, first.micro_batch_order
+        sum(map(len, first.micro_batches)), stage_replicas.widest, first.micro_batch_order
     )
     return replace(
         first,
         generation=data["generation"],
-        cells=cells,
+        stage_replicas=stage_replicas,
         placement=tuple(data["placement"]),
         chunk_layers=tuple((a, b) for a, b in data["chunk_layers"]),
         micro_batches=rows,
-        shares=stage_shares(cells, rows),
+        shares=stage_shares(stage_replicas, rows),
         given_owners=tuple(tuple(_repeated(runs)) for runs in data["owners"]),
         shadows=_followers(data["shadows"]),
         arriving=_followers(data["arriving"]),

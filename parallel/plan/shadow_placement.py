@@ -1,6 +1,6 @@
 """Which ranks keep copies of which blocks: outside the owner's node and, where they can, its groups. Pure.
 
-A copy outside all groups of its owner survives what takes a whole group (a node, a switch, a cell), as in
+A copy outside all groups of its owner survives what takes a whole group (a node, a switch, a stage replica), as in
 ByteRobust (2025). Needs no torch.
 """
 
@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
 from itertools import islice
 
-from holdfast.parallel.layout import Cells
+from holdfast.parallel.layout import StageReplicas
 
 _CONSIDERED = 128
 """Ranks looked at for one owner: all of a small run, and enough of a large one to find a good one."""
@@ -24,7 +24,7 @@ Shadows = tuple[tuple[int, ...], ...]
 def assign_shadows(
     sizes: Sequence[int],
     owners: Sequence[int],
-    cells: Cells,
+    stage_replicas: StageReplicas,
     node_of: Mapping[int, str],
     redundancy: int,
     *,
@@ -51,7 +51,7 @@ def assign_shadows(
         kept = [r for r in before if r in with_state and node_of[r] != node_of[owner]][:redundancy]
         if len(kept) < redundancy:
             if owner not in ranked:
-                ranked[owner] = _places(owner, cells, node_of)
+                ranked[owner] = _places(owner, stage_replicas, node_of)
             good = _acceptable(ranked[owner], redundancy)
             kept = [r for r in before if r in with_state and r in good][:redundancy]
         for rank in kept:
@@ -84,20 +84,22 @@ def _acceptable(places: Sequence[tuple[int, int]], redundancy: int) -> set[int]:
 _SAME_NODE = 8
 
 
-def _places(owner: int, cells: Cells, node_of: Mapping[int, str]) -> list[tuple[int, int]]:
-    """(how bad, rank): other nodes first, then outside the owner's cell, stage and replica."""
-    ranks = cells.ranks
-    at = cells.find(owner)
+def _places(
+    owner: int, stage_replicas: StageReplicas, node_of: Mapping[int, str]
+) -> list[tuple[int, int]]:
+    """(how bad, rank): other nodes first, then outside the owner's stage replica, stage and replica."""
+    ranks = stage_replicas.ranks
+    at = stage_replicas.find(owner)
     begin = bisect_left(ranks, owner) + max(1, len(ranks) // 2)
     turned = (ranks[(begin + k) % len(ranks)] for k in range(len(ranks)))
     found: list[tuple[int, int]] = []
     flawless = 0
     for rank in islice((r for r in turned if r != owner), _CONSIDERED):
         penalty = _SAME_NODE if node_of[rank] == node_of[owner] else 0
-        other = cells.find(rank)
+        other = stage_replicas.find(rank)
         if at is not None and other is not None:
-            same_cell = (other.data, other.pipeline) == (at.data, at.pipeline)
-            penalty += 4 * same_cell + 2 * (other.pipeline == at.pipeline)
+            same_stage_replica = (other.data, other.pipeline) == (at.data, at.pipeline)
+            penalty += 4 * same_stage_replica + 2 * (other.pipeline == at.pipeline)
             penalty += other.data == at.data
         found.append((penalty, rank))
         flawless += penalty == 0

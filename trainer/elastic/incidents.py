@@ -162,12 +162,12 @@ def _write_incident(
 
 def _given(plan: Plan) -> set[int]:
     """Ranks that compute nothing yet, and are being given state."""
-    coming = arriving_blocks(plan, plan.cells.spares)
+    coming = arriving_blocks(plan, plan.stage_replicas.spares)
     return {rank for rank, keys in coming.items() if keys}
 
 
 def _placed(plan: Plan) -> set[int]:
-    return set(plan.cells.ranks) - set(plan.cells.spares)
+    return set(plan.stage_replicas.ranks) - set(plan.stage_replicas.spares)
 
 
 def _members(generation: Generation | None) -> list[dict[str, Any]]:

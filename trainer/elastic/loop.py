@@ -120,7 +120,7 @@ class ElasticLoop:
                 self._settle(urgent=False)
                 return False
             stop_after = self._config.train.stop_after
-            everybody_leaves = outcome.leaving_ranks == parts.training.plan.cells.size
+            everybody_leaves = outcome.leaving_ranks == parts.training.plan.stage_replicas.size
             if outcome.requests.stop or everybody_leaves or (stop_after and step + 1 >= stop_after):
                 stop(parts, step + 1, asked=outcome.requests.stop or everybody_leaves)
                 parts.training.groups.control.barrier()
@@ -156,13 +156,13 @@ class ElasticLoop:
             return
         if self._journal is not None:
             training.fill.required = self._journal.filled_after(step + 1)
-        elif self._seat.rank == training.plan.cells.ranks[0]:
+        elif self._seat.rank == training.plan.stage_replicas.ranks[0]:
             training.fill.may_end = self._membership.can_agree
 
     def _await_joining(self, ranks: frozenset[int]) -> None:
         """Wait until those are ready to join who joined at this point in the run that is repeated."""
         deadline = time.monotonic() + _JOINING_S
-        here = set(self._parts().training.plan.cells.ranks)
+        here = set(self._parts().training.plan.stage_replicas.ranks)
         missing = set(ranks) - here
         while missing and time.monotonic() < deadline:
             self._elastic.check()
@@ -200,7 +200,7 @@ class ElasticLoop:
         spared = all(corruption.spares_training for corruption in found)
         if found and spared:
             repair(training, found, control)
-        if self._seat.rank == training.plan.cells.ranks[0]:
+        if self._seat.rank == training.plan.stage_replicas.ranks[0]:
             for corruption in found:
                 append_event(
                     self._run.events,
@@ -298,7 +298,7 @@ class ElasticLoop:
 
     def _load(self, training: Training, store: Store, generation: Generation) -> int:
         """Fill a new training from the newest checkpoint there is now; returns its step."""
-        if self._seat.rank == training.plan.cells.ranks[0]:
+        if self._seat.rank == training.plan.stage_replicas.ranks[0]:
             found = self._run.resume
             if generation.number > 1:
                 newest = find_resume(self._run.root, self._config, "auto", allow_change=True)
@@ -320,7 +320,7 @@ class ElasticLoop:
     ) -> Checkpoints:
         names = {member.rank: member.node for member in generation.members}
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
-        nodes = tuple(numbers[names[rank]] for rank in training.plan.cells.ranks)
+        nodes = tuple(numbers[names[rank]] for rank in training.plan.stage_replicas.ranks)
         world, store = self._world(generation), self._membership.store()
         return Checkpoints(training, world, store, run, nodes, self._signals)
 

@@ -295,7 +295,7 @@ class ElasticRun:
         """The plan of a generation; equal on every rank."""
         roster = Roster(agreed.staying, _nodes(generation), agreed.fresh)
         redundancy = self.config.elastic.redundancy
-        if not agreed.holders and agreed.staying == plan.cells.ranks:
+        if not agreed.holders and agreed.staying == plan.stage_replicas.ranks:
             numbered = replace(plan, generation=generation.number, _cache=plan._cache)
             return with_shadows(numbered, roster, redundancy)
         # Within a step layers stay: the sums of those that moved would have to be computed again.
@@ -319,7 +319,7 @@ class ElasticRun:
     ) -> tuple[Groups, Communicator, Communicator]:
         """This rank's groups of a plan, and two of all ranks of the generation: for the change, and beside steps."""
         rank = self.seat.rank
-        world = plan.cells.ranks if rank in plan.cells.ranks else generation.ranks
+        world = plan.stage_replicas.ranks if rank in plan.stage_replicas.ranks else generation.ranks
         members = {member.rank: member.identity for member in generation.members}
         if self._groups is None:
             host = generation.store.rpartition(":")[0]
@@ -328,7 +328,7 @@ class ElasticRun:
                 host,
                 rank,
                 world,
-                plan.cells.cell(rank),
+                plan.stage_replicas.stage_replica(rank),
                 world,
                 backend=backend_of(self.config, self.device),
                 generation=generation.number,
@@ -343,7 +343,12 @@ class ElasticRun:
                 kept=agreed.connected,
             )
             groups = edit_groups(
-                self._groups, change, world, plan.cells.cell(rank), world, store=store
+                self._groups,
+                change,
+                world,
+                plan.stage_replicas.stage_replica(rank),
+                world,
+                store=store,
             )
         with self._lock:
             self._groups, self._connected = groups, members
@@ -389,7 +394,7 @@ class ElasticRun:
                 nodes,
             )
             return training, None, moved
-        if rank not in following.cells.ranks:
+        if rank not in following.stage_replicas.ranks:
             return None, None, 0
         training = Training(self.config, rank, self.device, following, groups)
         step = self._load(training, store, generation)

@@ -48,10 +48,10 @@ def training_from_holders(
         PeerLost: a rank is gone, or state arrived damaged.
     """
     held = state_of(plan, agreed.holders, filled=agreed.filled)
-    needed = held_blocks(following, following.cells.ranks)
-    coming = arriving_blocks(following, following.cells.ranks)
+    needed = held_blocks(following, following.stage_replicas.ranks)
+    coming = arriving_blocks(following, following.stage_replicas.ranks)
     training = None
-    if rank in following.cells.ranks:
+    if rank in following.stage_replicas.ranks:
         training = Training(config, rank, device, following, groups, before=before, initial=False)
     source, target = BlockStates(before), BlockStates(training)
     wanted = needed.get(rank, set()) | coming.get(rank, set())
@@ -96,7 +96,7 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
         The bytes that all ranks received.
     """
     plan = training.plan
-    ranks = plan.cells.ranks
+    ranks = plan.stage_replicas.ranks
     held = {rank: set(plan.owned_places(rank)) for rank in ranks}
     training.shadows.restore(training.optimizer.step)
     states = BlockStates(training)
@@ -112,10 +112,10 @@ def _must_gather(agreed: Agreed, plan: Plan, following: Plan) -> bool:
         return True
     return any(
         rank not in agreed.holders
-        or plan.cells.cell(rank) != following.cells.cell(rank)
+        or plan.stage_replicas.stage_replica(rank) != following.stage_replicas.stage_replica(rank)
         or _layers(plan, rank) != _layers(following, rank)
-        for rank in following.cells.ranks
-        if following.cells.find(rank) is not None
+        for rank in following.stage_replicas.ranks
+        if following.stage_replicas.find(rank) is not None
     )
 
 

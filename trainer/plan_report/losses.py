@@ -49,11 +49,14 @@ class LossReport:
             "blocks_without_copy": self.without_copy,
             "moved_bytes": self.moved_bytes,
             "slowdown": self.slowdown,
-            "cells": self.plan.cells.stages,
-            "spares": list(self.plan.cells.spares),
+            "cells": self.plan.stage_replicas.stages,
+            "spares": list(self.plan.stage_replicas.spares),
             "micro_batches": [
-                [list(self.plan.share(stage, r)) for r in range(self.plan.cells.replicas(stage))]
-                for stage in range(self.plan.cells.pipeline)
+                [
+                    list(self.plan.share(stage, r))
+                    for r in range(self.plan.stage_replicas.replicas(stage))
+                ]
+                for stage in range(self.plan.stage_replicas.pipeline)
             ],
         }
 
@@ -129,7 +132,7 @@ def elastic_report(
     Raises:
         ConfigError: ranks that are not in the layout, or too few left.
     """
-    ranks = plan.cells.ranks
+    ranks = plan.stage_replicas.ranks
     wrong = sorted(set(lost) - set(ranks))
     if wrong:
         raise ConfigError(f"--lost {wrong[0]}: the layout has ranks 0 to {ranks[-1]}")
@@ -177,10 +180,10 @@ def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]
 def _loss(
     plan: Plan, lost: set[int], node_of: Mapping[int, str], redundancy: int, width: int
 ) -> LossReport:
-    living = tuple(rank for rank in plan.cells.ranks if rank not in lost)
+    living = tuple(rank for rank in plan.stage_replicas.ranks if rank not in lost)
     after = replan(plan, Roster(living, node_of), generation=1, redundancy=redundancy)
     held = held_blocks(plan, living)
-    needed = held_blocks(after, after.cells.ranks)
+    needed = held_blocks(after, after.stage_replicas.ranks)
     known: set[BlockKey] = set().union(*held.values())
     wanted: set[BlockKey] = set().union(*needed.values())
     reachable = {rank: known.intersection(keys) for rank, keys in needed.items()}
@@ -198,11 +201,11 @@ def _loss(
 
 def _busiest(plan: Plan) -> float:
     """Operations of the forward passes of the rank that has most."""
-    work = [0.0] * plan.cells.pipeline
+    work = [0.0] * plan.stage_replicas.pipeline
     for chunk, stage in enumerate(plan.placement):
         work[stage] += sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
     return max(
         work[stage] * len(plan.share(stage, replica))
-        for stage in range(plan.cells.pipeline)
-        for replica in range(plan.cells.replicas(stage))
+        for stage in range(plan.stage_replicas.pipeline)
+        for replica in range(plan.stage_replicas.replicas(stage))
     )

@@ -76,16 +76,16 @@ def offload_plan(
     offload = config.offload
     if offload.activations == "none":
         return None
-    replica = max(range(plan.cells.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
+    replica = max(range(plan.stage_replicas.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
     stages = tuple(
         estimate_offload(
             plan,
-            plan.cells.rank(0, replica, stage),
+            plan.stage_replicas.rank(0, replica, stage),
             most_share=offload.most_share,
             flops_per_s=flops_per_s,
             drive_bytes_per_s=drive_bytes_per_s,
         )
-        for stage in range(plan.cells.pipeline)
+        for stage in range(plan.stage_replicas.pipeline)
     )
     years = tuple(
         None

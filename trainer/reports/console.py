@@ -67,7 +67,7 @@ def layout_grid(plan: Plan) -> Table:
     """Pipeline stages down, data replicas across; each cell names its ranks and layers."""
     grid = Table(show_header=True, box=None, padding=(0, 1))
     grid.add_column("", style="dim", no_wrap=True)
-    places = plan.cells
+    places = plan.stage_replicas
     for replica in range(places.widest):
         grid.add_column(f"replica {replica}", no_wrap=True)
     for stage in range(places.pipeline):

@@ -104,7 +104,7 @@ class Reporter:
     @property
     def writes(self) -> bool:
         """Whether this rank writes the records: the lowest does."""
-        return self._world.rank == self._training.plan.cells.ranks[0]
+        return self._world.rank == self._training.plan.stage_replicas.ranks[0]
 
     def _open(self) -> None:
         tensorboard = self._run.tensorboard if self._config.log.tensorboard else None
@@ -124,7 +124,7 @@ class Reporter:
 
     def hand_over(self, training: Training) -> None:
         """Close the records if, under the next plan, another rank writes them."""
-        if self._records is not None and self._world.rank != training.plan.cells.ranks[0]:
+        if self._records is not None and self._world.rank != training.plan.stage_replicas.ranks[0]:
             self._records.close()
             self._records = None
 
@@ -166,7 +166,7 @@ class Reporter:
             return
         self._reported = step + 1
         if times is not None and step + 1 in config.log.trace_steps:
-            at = self._training.plan.cells.find(self._world.rank)
+            at = self._training.plan.stage_replicas.find(self._world.rank)
             place = f"stage {at.pipeline}, replica {at.data}, tensor {at.tensor}" if at else "spare"
             label = f"rank {self._world.rank} ({place})"
             write_trace(self._run.trace, self._world.rank, label, step + 1, phases, times)
@@ -186,7 +186,7 @@ class Reporter:
             tokens=(step + 1) * self._training.step_tokens,
             step_s=step_s,
             tokens_per_s=rate,
-            world=self._training.plan.cells.size,
+            world=self._training.plan.stage_replicas.size,
             generation=self._training.plan.generation,
             offload=self._offloaded(step + 1, step_s),
         )

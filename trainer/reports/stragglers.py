@@ -42,7 +42,7 @@ class Straggler:
 
 def work_of(plan: Plan, rank: int) -> float:
     """The floating-point operations of a rank's forward passes in a step; 0 for a spare. Pure."""
-    at = plan.cells.find(rank)
+    at = plan.stage_replicas.find(rank)
     if at is None:
         return 0.0
     flops = sum(
@@ -110,7 +110,7 @@ class PhaseClock:
             Who has been slow twice running, and was not told of before; the same on every rank that has
             taken part in both exchanges.
         """
-        ranks = training.plan.cells.ranks
+        ranks = training.plan.stage_replicas.ranks
         matrix = torch.zeros(len(ranks), len(PHASES), dtype=torch.float64)
         steps = max(1, self._steps)
         matrix[ranks.index(training.rank)] = torch.tensor([s / steps for s in self._sums])

@@ -33,7 +33,7 @@ class Redo:
     def todo(self, plan: Plan, micro_batches: int) -> frozenset[int]:
         """The micro-batches that some parameter lacks."""
         done = frozenset(range(micro_batches))
-        for index in range(plan.cells.tensor):
+        for index in range(plan.stage_replicas.tensor):
             counted = self.covered.get(index, {})
             for layer, spec in enumerate(plan.layers):
                 for row in range(len(spec.parameters[index])):
@@ -55,12 +55,12 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
     Args:
         fresh: ranks that are new processes, whatever their number.
     """
-    was, now = plan.cells.find(rank), following.cells.find(rank)
+    was, now = plan.stage_replicas.find(rank), following.stage_replicas.find(rank)
     if was is None or now is None:
         return False
-    group = following.cells.stages[now.pipeline][now.data]
+    group = following.stage_replicas.stages[now.pipeline][now.data]
     return (
-        group == plan.cells.stages[was.pipeline][was.data]
+        group == plan.stage_replicas.stages[was.pipeline][was.data]
         and fresh.isdisjoint(group)
         and [plan.layers_of(c) for c in plan.chunks_of(rank)]
         == [following.layers_of(c) for c in following.chunks_of(rank)]
@@ -79,7 +79,7 @@ def covered_places(
     found: dict[int, dict[Place, frozenset[int]]] = {}
     for rank, places in counted.items():
         if keeps_sums(plan, following, rank, fresh):
-            mine = found.setdefault(plan.cells.tensor_index(rank), {})
+            mine = found.setdefault(plan.stage_replicas.tensor_index(rank), {})
             for place, numbers in places.items():
                 mine[place] = mine.get(place, frozenset()) | numbers
     return found

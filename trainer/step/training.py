@@ -278,7 +278,10 @@ class Training:
         try:
             return self.executor.run(*self._train_program)
         except OffloadError as error:
-            if self.offloader is None or self.plan.cells.pipeline * self.plan.cells.tensor > 1:
+            if (
+                self.offloader is None
+                or self.plan.stage_replicas.pipeline * self.plan.stage_replicas.tensor > 1
+            ):
                 raise
             self.offloader.stop(str(error))
         return self.compute(step)
@@ -335,7 +338,7 @@ class Training:
         self.accumulator.micro_batch = micro_batch
         self.accumulator.muted = frozenset()
         if self._redo is not NOTHING:
-            index = self.plan.cells.tensor_index(self.rank)
+            index = self.plan.stage_replicas.tensor_index(self.rank)
             self.accumulator.muted = frozenset(
                 part.parameter
                 for part in self.parameter_buffer.segments

@@ -57,9 +57,9 @@ def choose_layers(
         ConfigError: even the least does not fit.
     """
     layers = list(plan.layers)
-    replica = max(range(plan.cells.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
-    for stage in range(plan.cells.pipeline):
-        rank = plan.cells.rank(0, replica, stage)
+    replica = max(range(plan.stage_replicas.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
+    for stage in range(plan.stage_replicas.pipeline):
+        rank = plan.stage_replicas.rank(0, replica, stage)
         held = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
         changes = sorted(
             change

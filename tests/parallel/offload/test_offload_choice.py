@@ -61,7 +61,7 @@ def first_plan(ways: dict[str, tuple], pipeline: int = 1, micro_batches: int = 4
 def kept(plan: Plan, layers: tuple[LayerSpec, ...], rates: Rates, stage: int = 0) -> int:
     return estimate_offload(
         replace(plan, layers=layers),
-        plan.cells.rank(0, 0, stage),
+        plan.stage_replicas.rank(0, 0, stage),
         most_share=rates.most_share,
         flops_per_s=rates.flops_per_s,
         drive_bytes_per_s=rates.drive_bytes_per_s,

@@ -23,7 +23,7 @@ def roster(ranks: set[int], fresh: frozenset[int] = frozenset()) -> Roster:
 
 
 def shares(plan: Plan, rank: int) -> tuple[int, ...]:
-    at = plan.cells.find(rank)
+    at = plan.stage_replicas.find(rank)
     return () if at is None else plan.share(at.pipeline, at.data)
 
 
@@ -32,16 +32,16 @@ def test_a_newcomer_changes_nobody_s_work_until_it_has_all_it_will_own() -> None
     plan = replan(whole, roster({0, 1, 2, 3, 5}), generation=1, redundancy=1, move_layers=False)
     joined = roster(set(range(6)), frozenset({4}))
     between = next_plan(plan, joined, filled=True, generation=2, redundancy=1)
-    assert between.cells.spares == (4,)
-    assert between.cells.stages == plan.cells.stages
+    assert between.stage_replicas.spares == (4,)
+    assert between.stage_replicas.stages == plan.stage_replicas.stages
     assert (between.owners, between.shadows) == (plan.owners, plan.shadows)
     assert all(shares(between, rank) == shares(plan, rank) for rank in range(6))
-    held = state_of(plan, plan.cells.ranks, filled=True)
-    assert not held_blocks(between, between.cells.ranks)[4]
+    held = state_of(plan, plan.stage_replicas.ranks, filled=True)
+    assert not held_blocks(between, between.stage_replicas.ranks)[4]
     assert all(keys <= held.get(r, set()) for r, keys in held_blocks(between, range(6)).items())
     after = next_plan(between, roster(set(range(6))), filled=True, generation=3, redundancy=1)
     assert not after.arriving
-    assert after.cells == whole.cells
+    assert after.stage_replicas == whole.stage_replicas
     needed = held_blocks(after, range(6))
     assert needed[4] == arriving_blocks(between, [4])[4]
     held = state_of(between, range(6), filled=True)
@@ -60,12 +60,12 @@ def test_a_newcomer_that_has_not_got_all_is_given_it_again() -> None:
     )
     again = next_plan(between, roster(ranks), filled=False, generation=3, redundancy=1)
     assert again.arriving == between.arriving
-    assert again.cells == between.cells
+    assert again.stage_replicas == between.stage_replicas
     # A rank is lost meanwhile: nothing that was only on its way counts.
     lost = next_plan(
         between, roster({0, 2, 3}), filled=False, generation=3, redundancy=1, move_layers=False
     )
-    assert 2 in lost.cells.spares
+    assert 2 in lost.stage_replicas.spares
     assert lost.arriving
 
 
@@ -74,21 +74,21 @@ def test_a_stage_that_nobody_else_holds_is_taken_at_once() -> None:
     after = next_plan(
         plan, roster({0, 1, 2}, frozenset({2})), filled=True, generation=1, redundancy=1
     )
-    assert after.cells == plan.cells
+    assert after.stage_replicas == plan.stage_replicas
     assert not after.arriving
 
 
-def test_a_tensor_cell_of_two_newcomers_is_made_ready_as_one() -> None:
+def test_a_stage_replica_of_two_newcomers_is_made_ready_as_one() -> None:
     plan = first_plan(tensor=2, data=2, pipeline=1)
     left = replan(plan, roster({0, 1}), generation=1, redundancy=1)
     joined = roster(set(range(4)), frozenset({2, 3}))
     between = next_plan(left, joined, filled=True, generation=2, redundancy=1)
     coming = arriving_blocks(between, range(4))
-    assert between.cells.spares == (2, 3)
+    assert between.stage_replicas.spares == (2, 3)
     assert {index for index, _ in coming[2]} >= {0}
     assert {index for index, _ in coming[3]} >= {1}
     after = next_plan(between, roster(set(range(4))), filled=True, generation=3, redundancy=1)
-    assert after.cells == plan.cells
+    assert after.stage_replicas == plan.stage_replicas
 
 
 @pytest.mark.parametrize("redundancy", [0, 1, 2])
@@ -114,7 +114,7 @@ def test_a_run_of_one_rank_grows_and_shrinks(redundancy: int) -> None:
         members = members - {rank}
         plan = next_plan(plan, roster(members), filled=True, generation=3, redundancy=redundancy)
         assert not plan.arriving
-        assert set(plan.cells.ranks) == members
+        assert set(plan.stage_replicas.ranks) == members
 
 
 def test_who_is_given_a_block_follows_its_updates() -> None:
@@ -122,12 +122,12 @@ def test_who_is_given_a_block_follows_its_updates() -> None:
     between = next_plan(
         plan, roster(set(range(6)), frozenset({4})), filled=True, generation=2, redundancy=1
     )
-    for rank in between.cells.ranks:
+    for rank in between.stage_replicas.ranks:
         followed = shadowed_blocks(between, rank)
         sizes = {b.key: b.stop - b.start for b in followed}
         lasting = held_blocks(between, [rank])[rank] - set(between.owned_places(rank))
         assert sizes.keys() == lasting | arriving_blocks(between, [rank])[rank]
-        for owner in between.cells.ranks:
+        for owner in between.stage_replicas.ranks:
             sent = sum(r.stop - r.start for r in shadow_runs(between, owner).get(rank, ()))
             assert sent == sum(b.stop - b.start for b in followed if b.owner == owner)
 
@@ -141,15 +141,17 @@ def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
     mesh: tuple[int, int, int], rng: random.Random
 ) -> None:
     plan = first_plan("1f1b", 1, *mesh)
-    alive, filled = set(plan.cells.ranks), True
+    alive, filled = set(plan.stage_replicas.ranks), True
     for generation in range(1, 10):
         fresh: frozenset[int] = frozenset()
         staying = set(alive)
         chance = rng.random()
-        if chance < 0.3 and len(alive) > plan.cells.tensor:
+        if chance < 0.3 and len(alive) > plan.stage_replicas.tensor:
             staying.discard(rng.choice(sorted(alive)))
         elif chance < 0.6:
-            absent = [r for r in range(plan.home.size + 2 * plan.cells.tensor) if r not in alive]
+            absent = [
+                r for r in range(plan.home.size + 2 * plan.stage_replicas.tensor) if r not in alive
+            ]
             fresh = frozenset(absent[: rng.choice([1, 2])])
             staying |= fresh
         before, moves = plan, rng.random() < 0.5
@@ -171,7 +173,7 @@ def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
         alive = staying
         if not plan.arriving:
             check(plan, alive)
-        assert set(plan.cells.ranks) == alive
+        assert set(plan.stage_replicas.ranks) == alive
         first = first_plan("1f1b", 1, *mesh)
         assert plan_from_data(first, json.loads(json.dumps(plan_to_data(plan)))) == plan
         held, needed = held_blocks(plan, alive), held_blocks(plan, alive)

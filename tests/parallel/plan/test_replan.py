@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.errors import ConfigError, LayoutError
-from holdfast.parallel.layout.stage_replicas import Cells
+from holdfast.parallel.layout.stage_replicas import StageReplicas
 from holdfast.parallel.optimizer.shadow_state import shadow_runs, shadowed_blocks
 from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_parcels
 from holdfast.parallel.plan.cost import peak_activation_bytes
@@ -48,13 +48,15 @@ def check_changes(
     schedule: tuple[str, int], mesh: tuple[int, int, int], rng: random.Random
 ) -> None:
     plan = first_plan(*schedule, *mesh)
-    alive = set(plan.cells.ranks)
+    alive = set(plan.stage_replicas.ranks)
     for generation in range(1, 6):
         fresh: frozenset[int] = frozenset()
-        if rng.random() < 0.6 and len(alive) > plan.cells.tensor:
+        if rng.random() < 0.6 and len(alive) > plan.stage_replicas.tensor:
             alive.discard(rng.choice(sorted(alive)))
         else:
-            absent = [r for r in range(plan.home.size + 2 * plan.cells.tensor) if r not in alive]
+            absent = [
+                r for r in range(plan.home.size + 2 * plan.stage_replicas.tensor) if r not in alive
+            ]
             if not absent:
                 continue
             fresh = frozenset([rng.choice(absent)])
@@ -73,10 +75,10 @@ def check_changes(
             first_plan(*schedule, *mesh), json.loads(json.dumps(plan_to_data(plan)))
         )
         assert again == plan
-        holders = set(before.cells.ranks) & alive - fresh
+        holders = set(before.stage_replicas.ranks) & alive - fresh
         held = held_blocks(before, holders)
         if not missing_blocks(before, held):
-            needed = held_blocks(plan, plan.cells.ranks)
+            needed = held_blocks(plan, plan.stage_replicas.ranks)
             check_moves(plan, held, needed)
 
 
@@ -98,9 +100,9 @@ def test_an_uneven_step_is_shorter_than_the_merged_one_and_keeps_to_its_memory(
     monkeypatch: pytest.MonkeyPatch, lost: int, move_layers: bool
 ) -> None:
     full = first_plan(data=3, pipeline=2)
-    alive = set(full.cells.ranks) - {lost}
+    alive = set(full.stage_replicas.ranks) - {lost}
     roster = Roster(tuple(sorted(alive)), NODES)
-    fullest = max(peak_activation_bytes(full, rank) for rank in full.cells.ranks)
+    fullest = max(peak_activation_bytes(full, rank) for rank in full.stage_replicas.ranks)
 
     def makespan(headroom: float) -> float:
         plan = replace(full, activation_headroom=headroom, _cache={})
@@ -128,7 +130,7 @@ def test_a_stage_may_keep_what_fits_in_memory_and_one_of_each_chunk_at_least() -
     assert stage_caps((0, 1, 1, 0), (4.0, 2.0, 2.0, 4.0), 1.0) == (2, 2)
 
 
-def test_layers_move_to_the_stage_that_kept_more_cells_and_back() -> None:
+def test_layers_move_to_the_stage_that_kept_more_replicas_and_back() -> None:
     plan = first_plan(data=3)
     lost = replan(plan, Roster((0, 1, 2, 3, 5), NODES), generation=1, move_layers=False)
     assert would_move_layers(lost)
@@ -139,25 +141,25 @@ def test_layers_move_to_the_stage_that_kept_more_cells_and_back() -> None:
     whole = replan(balanced, Roster(tuple(range(6)), NODES, frozenset({4})), generation=3)
     assert whole.chunk_layers == plan.chunk_layers
     assert whole.is_regular
-    assert whole.cells == plan.cells
+    assert whole.stage_replicas == plan.stage_replicas
 
 
-def test_the_last_cell_of_a_stage_is_replaced_by_one_of_another_stage() -> None:
+def test_the_last_replica_of_a_stage_is_replaced_by_one_of_another_stage() -> None:
     plan = first_plan(data=2)
     after = replan(plan, Roster((0, 1), NODES), generation=1, redundancy=1)
-    assert [after.cells.replicas(stage) for stage in range(2)] == [1, 1]
+    assert [after.stage_replicas.replicas(stage) for stage in range(2)] == [1, 1]
     alone = replan(after, Roster((1,), NODES), generation=2, redundancy=1)
-    assert alone.cells.pipeline == 1
+    assert alone.stage_replicas.pipeline == 1
     assert alone.chunk_layers == ((0, len(plan.layers)),)
 
 
 def test_a_broken_tensor_group_stands_aside_until_it_is_whole() -> None:
     plan = first_plan(tensor=2, data=2, pipeline=1)
     after = replan(plan, Roster((0, 1, 2), NODES), generation=1, redundancy=1)
-    assert after.cells.spares == (2,)
+    assert after.stage_replicas.spares == (2,)
     assert after.program(2) == ()
     whole = replan(after, Roster((0, 1, 2, 3), NODES, frozenset({3})), generation=2, redundancy=1)
-    assert whole.cells == plan.cells
+    assert whole.stage_replicas == plan.stage_replicas
     with pytest.raises(ConfigError, match=r"1 ranks are left, fewer than parallel\.tensor = 2"):
         replan(plan, Roster((2,), NODES), generation=1)
 
@@ -174,8 +176,8 @@ def test_partitions_are_the_best_of_all(weights: list[int], capacity: list[int])
 
     def slowest(edges: tuple[int, ...]) -> float:
         return max(
-            sum(weights[a:b]) / cells
-            for a, b, cells in zip(edges[:-1], edges[1:], capacity, strict=True)
+            sum(weights[a:b]) / replicas
+            for a, b, replicas in zip(edges[:-1], edges[1:], capacity, strict=True)
         )
 
     found = minimax_partition(weights, capacity)
@@ -186,7 +188,7 @@ def test_partitions_are_the_best_of_all(weights: list[int], capacity: list[int])
 
 def test_owners_and_shadows_agree_on_what_travels() -> None:
     plan = first_plan(data=3)
-    for owner in plan.cells.ranks:
+    for owner in plan.stage_replicas.ranks:
         owned = [plan.blocks[i][place] for i, place in plan.owned_places(owner)]
         for shadow, runs in shadow_runs(plan, owner).items():
             followed = [b for b in shadowed_blocks(plan, shadow) if b.owner == owner]
@@ -207,11 +209,11 @@ def test_what_nobody_holds_is_named() -> None:
 
 def test_shadows_lie_outside_the_groups_of_their_owner() -> None:
     plan = first_plan(data=4, pipeline=3)
-    cells: Cells = plan.cells
+    stage_replicas: StageReplicas = plan.stage_replicas
     good = total = 0
     for owners, shadows in zip(plan.owners, plan.shadows, strict=True):
         for owner, (shadow,) in zip(owners, shadows, strict=True):
-            at, other = cells.coordinates(owner), cells.coordinates(shadow)
+            at, other = stage_replicas.coordinates(owner), stage_replicas.coordinates(shadow)
             good += at.pipeline != other.pipeline and at.data != other.data
             total += 1
     assert good == total

@@ -169,7 +169,7 @@ def loss_averaged_over_replicas() -> Iterator[None]:
 
 
 def _own_tokens(run: Training) -> int:
-    replica = run.plan.cells.coordinates(run.rank).data
+    replica = run.plan.stage_replicas.coordinates(run.rank).data
     train = run.config.train
     return len(run.plan.micro_batches[replica]) * train.micro_batch * train.seq_len
 
@@ -221,7 +221,7 @@ def replica_reads_another_ones_samples() -> Iterator[None]:
 
     def first(self: Training, micro_batch: int) -> Any:
         context = original(self, micro_batch)
-        replica = self.plan.cells.coordinates(self.rank).data
+        replica = self.plan.stage_replicas.coordinates(self.rank).data
         if context.tokens is None or replica == 0:
             return context
         train = self.config.train

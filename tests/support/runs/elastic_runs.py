@@ -73,7 +73,7 @@ class ElasticRun:
         if not changes:
             return 0
         plan = changes[-1]["plan"]
-        return sum(len(cell) for stage in plan["stages"] for cell in stage) + len(plan["spares"])
+        return sum(len(ranks) for stage in plan["stages"] for ranks in stage) + len(plan["spares"])
 
     def wait_for_members(self, count: int) -> None:
         """Until the newest generation has so many ranks."""

@@ -39,17 +39,17 @@ def first_plan(
         micro_batches=MICRO_BATCHES,
         block_elements=2000,
     )
-    return with_shadows(plan, Roster(plan.cells.ranks, NODES), 1)
+    return with_shadows(plan, Roster(plan.stage_replicas.ranks, NODES), 1)
 
 
 def check(plan: Plan, ranks: set[int]) -> None:
     """What must hold of every plan."""
-    assert set(plan.cells.ranks) == ranks
-    for index in range(plan.cells.tensor):
+    assert set(plan.stage_replicas.ranks) == ranks
+    for index in range(plan.stage_replicas.tensor):
         programs = {
             rank: plan.program(rank)
-            for rank in plan.cells.ranks
-            if plan.cells.find(rank) is not None and plan.cells.tensor_index(rank) == index
+            for rank in plan.stage_replicas.ranks
+            if plan.stage_replicas.find(rank) is not None and plan.stage_replicas.tensor_index(rank) == index
         }
         check_programs(programs, len(plan.placement), range(MICRO_BATCHES))
         only = frozenset({1, 4, 6})
@@ -63,8 +63,8 @@ def check(plan: Plan, ranks: set[int]) -> None:
             assert len(set(shadows)) == len(shadows) == min(1, len(ranks) - 1)
             if len({NODES[rank] for rank in ranks}) > 1:
                 assert all(NODES[rank] != NODES[owner] for rank in shadows)
-    for stage in range(plan.cells.pipeline):
-        counts = [len(plan.share(stage, r)) for r in range(plan.cells.replicas(stage))]
+    for stage in range(plan.stage_replicas.pipeline):
+        counts = [len(plan.share(stage, r)) for r in range(plan.stage_replicas.replicas(stage))]
         assert sum(counts) == MICRO_BATCHES
         assert max(counts) - min(counts) <= 1
 

@@ -127,7 +127,9 @@ def needless_rollbacks(run: ElasticRun) -> list[int]:
         plan = plan_from_data(first, incident["plan_before"])
         after = {(member["rank"], member["incarnation"]) for member in incident["after"]}
         living = [m["rank"] for m in incident["before"] if (m["rank"], m["incarnation"]) in after]
-        if not missing_blocks(plan, held_blocks(plan, set(living) & set(plan.cells.ranks))):
+        if not missing_blocks(
+            plan, held_blocks(plan, set(living) & set(plan.stage_replicas.ranks))
+        ):
             found.append(incident["generation"])
     return found
 

@@ -36,7 +36,7 @@ def plan_of(data: int, pipeline: int) -> Plan:
 
 def usual(plan: Plan, rank: int, per_work: float = 1.0) -> list[float]:
     """Times of a rank that works at the common speed, most of them spent computing."""
-    most = work_of(plan, rank) / max(work_of(plan, other) for other in plan.cells.ranks)
+    most = work_of(plan, rank) / max(work_of(plan, other) for other in plan.stage_replicas.ranks)
     return [per_work * most * share for share in (0.8, 0.1, 0.0, 0.1)]
 
 
@@ -50,11 +50,12 @@ def test_the_slow_rank_is_found_and_nobody_else(
     mesh: tuple[int, int], data: st.DataObject, slowness: float, step_s: float
 ) -> None:
     plan = plan_of(*mesh)
-    slow = data.draw(st.sampled_from(plan.cells.ranks))
+    slow = data.draw(st.sampled_from(plan.stage_replicas.ranks))
     phase = data.draw(st.sampled_from(range(len(PHASES))))
-    noise = {rank: data.draw(st.floats(0.85, 1.15)) for rank in plan.cells.ranks}
+    noise = {rank: data.draw(st.floats(0.85, 1.15)) for rank in plan.stage_replicas.ranks}
     times = {
-        rank: [noise[rank] * t for t in usual(plan, rank, step_s)] for rank in plan.cells.ranks
+        rank: [noise[rank] * t for t in usual(plan, rank, step_s)]
+        for rank in plan.stage_replicas.ranks
     }
     assert find_stragglers(plan, times, 2.0) == []
     times[slow][phase] += 1.4 * (slowness - 1) * sum(usual(plan, slow, step_s))
@@ -65,8 +66,8 @@ def test_the_slow_rank_is_found_and_nobody_else(
 
 def test_more_work_after_a_loss_is_not_slowness() -> None:
     full = plan_of(4, 2)
-    ranks = tuple(rank for rank in full.cells.ranks if rank != 1)
-    roster = Roster(ranks, {rank: "node" for rank in full.cells.ranks})
+    ranks = tuple(rank for rank in full.stage_replicas.ranks if rank != 1)
+    roster = Roster(ranks, {rank: "node" for rank in full.stage_replicas.ranks})
     plan = replan(full, roster, generation=1, move_layers=False)
     work = {work_of(plan, rank) for rank in ranks}
     assert max(work) > 1.25 * min(work)

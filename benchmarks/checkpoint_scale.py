@@ -103,7 +103,7 @@ def main() -> None:
     facts = {
         "parameters": parameters,
         "ranks": before.parallel.ranks,
-        "chunks": sum(len(file.chunks) for file in write_plan.files),
+        "chunks": sum(len(file.pieces) for file in write_plan.files),
         "files": len(write_plan.files),
         "checkpoint_bytes": manifest.bytes,
         "manifest_bytes": len(content),

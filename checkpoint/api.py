@@ -32,18 +32,18 @@ from torch.distributed import (
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
-from holdfast.checkpoint.format import Part, SavedTensor, WritePlan, directory
+from holdfast.checkpoint.format import HeldBox, SavedTensor, WritePlan, directory
 from holdfast.checkpoint.loading import (
     FolderReader,
     LoadStatistics,
-    Target,
+    LoadTarget,
     boxes_of,
     check_coverage,
     load as load_targets,
 )
 from holdfast.checkpoint.program_state import (
     Entry,
-    State,
+    ProgramState,
     entries_of,
     make_optimizer_state,
     parameter_names,
@@ -69,7 +69,7 @@ class Checkpointer:
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        state: State,
+        state: ProgramState,
         *,
         keep: int = 3,
         arena_bytes: int = 0,
@@ -242,9 +242,9 @@ class Checkpointer:
         for value in self.state.values():
             if isinstance(value, Optimizer):
                 make_optimizer_state(value, names, shapes)
-        targets: defaultdict[str, list[Target]] = defaultdict(list)
+        targets: defaultdict[str, list[LoadTarget]] = defaultdict(list)
         for entry in entries_of(self.state):
-            targets[entry.name].append(Target(entry.box, entry.local))
+            targets[entry.name].append(LoadTarget(entry.box, entry.local))
         here = [r for r, node in enumerate(self._nodes) if node == self._nodes[self._rank]]
         asked = {n: [(b.start, b.stop) for b in boxes] for n, boxes in boxes_of(targets).items()}
         told = self._exchange(f"wanted-{self._loads}", asked)
@@ -276,7 +276,7 @@ class Checkpointer:
         return restore_scalars(self.state, manifest.scalars.get("state", {}))
 
 
-def save(folder: str | os.PathLike[str], state: State, *, step: int = 0) -> Path:
+def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) -> Path:
     """Save a program's state and wait for it; returns the checkpoint's folder. Collective.
 
     Raises:
@@ -287,7 +287,7 @@ def save(folder: str | os.PathLike[str], state: State, *, step: int = 0) -> Path
     return Path(folder) / directory.name_of(step)
 
 
-def load(path: str | os.PathLike[str], state: State) -> Mapping[str, Any]:
+def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]:
     """Fill a program's state from a checkpoint, a folder of them, or a run. Collective.
 
     Returns:
@@ -339,7 +339,7 @@ def _saved(described: list[list[Any]]) -> list[SavedTensor]:
                 holders[name].setdefault(box, []).append(rank)
     tensors = []
     for name, (kind, dtype, shape) in form.items():
-        parts = tuple(Part(box, tuple(ranks)) for box, ranks in holders[name].items())
+        parts = tuple(HeldBox(box, tuple(ranks)) for box, ranks in holders[name].items())
         rows = all(part.box.start[1:] == (0,) * len(shape[1:]) for part in parts) and all(
             part.box.stop[1:] == shape[1:] for part in parts
         )

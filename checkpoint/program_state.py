@@ -19,7 +19,7 @@ from holdfast.checkpoint.format import DTYPE_NAMES
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
-State = Mapping[str, Any]
+ProgramState = Mapping[str, Any]
 """By key: a module, an optimizer, a tensor, an object with state_dict, or what JSON can say."""
 
 
@@ -42,7 +42,7 @@ class Entry:
         return DTYPE_NAMES[self.local.dtype]
 
 
-def entries_of(state: State) -> list[Entry]:
+def entries_of(state: ProgramState) -> list[Entry]:
     """Every tensor of a program's state. Local.
 
     Raises:
@@ -83,7 +83,7 @@ def prefix_of(key: str) -> str:
     return "" if key == "model" else f"{key}."
 
 
-def parameter_names(state: State) -> dict[nn.Parameter, str]:
+def parameter_names(state: ProgramState) -> dict[nn.Parameter, str]:
     """The name of every parameter of the modules in a state."""
     return {
         parameter: prefix_of(key) + name
@@ -163,7 +163,7 @@ def _box_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Box:
     return Box(tuple(offset), tuple(a + b for a, b in zip(offset, local, strict=True)))
 
 
-def scalars_of(state: State) -> dict[str, Any]:
+def scalars_of(state: ProgramState) -> dict[str, Any]:
     """What of a state is no tensor: hyperparameters, schedules, counters. As JSON can say it."""
     found: dict[str, Any] = {}
     names = parameter_names(state)
@@ -198,7 +198,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def restore_scalars(state: State, scalars: Mapping[str, Any]) -> dict[str, Any]:
+def restore_scalars(state: ProgramState, scalars: Mapping[str, Any]) -> dict[str, Any]:
     """Put saved hyperparameters and schedules back; returns the plain values by their keys."""
     plain: dict[str, Any] = {}
     names = parameter_names(state)

@@ -310,21 +310,21 @@ class Checkpoints:
         for step in sorted({int(step) for part in parts for step in part} - {-1}):
             self._start_upload(self._root / directory.name_of(step))
 
-    def interrupt(self, reason: str) -> None:
-        """Free whoever waits for the save under way, which cannot end any more. From any thread."""
+    def abort(self, reason: str) -> None:
+        """Give up the save under way: fences open at once. From any thread; never blocks."""
         if self._saver is not None:
-            self._saver.interrupt(reason)
+            self._saver.abort(reason)
 
-    def abandon(self, reason: str) -> None:
-        """Give up what is under way, since its ranks do not go on together. Local.
+    def cancel(self, reason: str) -> None:
+        """Give up what is under way, and return once nothing reads the training's state. Local.
 
-        Afterwards nothing reads the training's state any more. What is committed stays.
+        What is committed stays.
         """
         self._training.protect(None)
         if self._saver is not None:
-            self._saver.abandon(reason)
+            self._saver.cancel(reason)
         if self._uploader is not None:
-            self._uploader.abandon()
+            self._uploader.abort()
 
     def close(self) -> None:
         """Release threads, files and memory. Local."""

@@ -15,11 +15,11 @@ from .files import (
     INDEX as INDEX,
     MANIFEST as MANIFEST,
     TORCH_NAMES as TORCH_NAMES,
-    ChunkEntry as ChunkEntry,
     FileEntry as FileEntry,
     FileHeader as FileHeader,
     FileTensor as FileTensor,
     Manifest as Manifest,
+    PieceEntry as PieceEntry,
     TensorEntry as TensorEntry,
     crc32c_of as crc32c_of,
     decode_header as decode_header,
@@ -34,9 +34,9 @@ from .manifest import (
     header_of as header_of,
 )
 from .plan_types import (
-    Part as Part,
-    PlannedChunk as PlannedChunk,
+    HeldBox as HeldBox,
     PlannedFile as PlannedFile,
+    PlannedPiece as PlannedPiece,
     SavedTensor as SavedTensor,
     WritePlan as WritePlan,
 )

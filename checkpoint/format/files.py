@@ -76,7 +76,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
         return prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
-class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
+class PieceEntry(msgspec.Struct, frozen=True, array_like=True):
     """A box of a tensor, contiguous in its file: [offset, length, start, stop, crc32c]."""
 
     offset: int
@@ -99,7 +99,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Of a tensor file: what lies before the data. 0 for a file that is checked as a whole."""
     crc32c: int
     """Of the first `header_bytes` bytes of a tensor file; of the whole of any other."""
-    chunks: dict[str, tuple[ChunkEntry, ...]] = {}
+    pieces: dict[str, tuple[PieceEntry, ...]] = msgspec.field(name="chunks", default_factory=dict)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +127,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return [TensorSpec(name, t.shape, t.dtype) for name, t in self.tensors.items()]
 
     def layout(self, names: Iterable[str] | None = None) -> Layout:
-        """Which chunk holds which box; holders are (file, place in the file's list for the tensor).
+        """Which piece holds which box; holders are (file, place in the file's list for the tensor).
 
         Args:
             names: only these tensors; None for all.
@@ -135,10 +135,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         wanted = None if names is None else set(names)
         holdings: dict[tuple[str, str, int], dict[str, tuple[Box, ...]]] = {}
         for file, entry in self.files.items():
-            for name, chunks in entry.chunks.items():
+            for name, pieces in entry.pieces.items():
                 if wanted is None or name in wanted:
-                    for place, chunk in enumerate(chunks):
-                        holdings[file, name, place] = {name: (chunk.box,)}
+                    for place, piece in enumerate(pieces):
+                        holdings[file, name, place] = {name: (piece.box,)}
         return Layout(holdings)
 
 
@@ -219,12 +219,12 @@ def key_of(name: str, box: Box, shape: Sequence[int]) -> str:
 def header_capacity(
     tensors: Sequence[FileTensor],
     entries: Mapping[str, TensorEntry],
-    chunks: Mapping[str, Sequence[ChunkEntry]],
+    pieces: Mapping[str, Sequence[PieceEntry]],
 ) -> int:
     """Bytes that are set aside before the data: room for any checksums, a multiple of ALIGNMENT."""
     most = {
-        name: [ChunkEntry(1 << 40, c.length, c.start, c.stop, 0xFFFFFFFF) for c in listed]
-        for name, listed in chunks.items()
+        name: [PieceEntry(1 << 40, p.length, p.start, p.stop, 0xFFFFFFFF) for p in listed]
+        for name, listed in pieces.items()
     }
     text = _header_text(tensors, entries, most, id="f" * 32, step=1 << 40)
     return -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
@@ -233,14 +233,14 @@ def header_capacity(
 def encode_header(
     tensors: Sequence[FileTensor],
     entries: Mapping[str, TensorEntry],
-    chunks: Mapping[str, Sequence[ChunkEntry]],
+    pieces: Mapping[str, Sequence[PieceEntry]],
     *,
     id: str,
     step: int,
     capacity: int,
 ) -> bytes:
     """The first `capacity` bytes of a tensor file: a safetensors header padded with spaces."""
-    text = _header_text(tensors, entries, chunks, id=id, step=step)
+    text = _header_text(tensors, entries, pieces, id=id, step=step)
     if 8 + len(text) > capacity:
         raise ValueError(f"a header of {8 + len(text)} bytes does not fit into {capacity}")
     return (capacity - 8).to_bytes(8, "little") + text.ljust(capacity - 8)
@@ -249,7 +249,7 @@ def encode_header(
 def _header_text(
     tensors: Sequence[FileTensor],
     entries: Mapping[str, TensorEntry],
-    chunks: Mapping[str, Sequence[ChunkEntry]],
+    pieces: Mapping[str, Sequence[PieceEntry]],
     *,
     id: str,
     step: int,
@@ -259,7 +259,7 @@ def _header_text(
         "id": id,
         "step": step,
         "tensors": {tensor.name: entries[tensor.name] for tensor in tensors},
-        "chunks": chunks,
+        "chunks": pieces,
     }
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt", "holdfast": msgspec.json.encode(ours).decode()}
@@ -280,7 +280,7 @@ class FileHeader(msgspec.Struct, frozen=True):
     id: str
     step: int
     tensors: dict[str, TensorEntry]
-    chunks: dict[str, tuple[ChunkEntry, ...]]
+    pieces: dict[str, tuple[PieceEntry, ...]] = msgspec.field(name="chunks")
 
 
 def decode_header(content: bytes, where: str) -> FileHeader:
@@ -316,9 +316,9 @@ def huggingface_index(manifest_files: Mapping[str, FileEntry], names: Iterable[s
     mapped: dict[str, str] = {}
     total = 0
     for file, entry in manifest_files.items():
-        for name, chunks in entry.chunks.items():
+        for name, pieces in entry.pieces.items():
             if name in weights:
                 mapped[name] = file
-                total += sum(chunk.length for chunk in chunks)
+                total += sum(piece.length for piece in pieces)
     text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(mapped.items()))}
     return (json.dumps(text, indent=2) + "\n").encode()

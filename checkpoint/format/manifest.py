@@ -8,9 +8,9 @@ from typing import Any
 
 from holdfast.checkpoint.format.files import (
     INDEX,
-    ChunkEntry,
     FileEntry,
     Manifest,
+    PieceEntry,
     crc32c_of,
     encode_header,
     huggingface_index,
@@ -19,7 +19,7 @@ from holdfast.checkpoint.format.plan_types import PlannedFile, WritePlan
 from holdfast.parallel.errors import CheckpointError
 
 Checksums = Mapping[int, Sequence[int]]
-"""By rank: CRC-32C of each chunk that it writes, in the order of `WritePlan.written_by`."""
+"""By rank: CRC-32C of each piece that it writes, in the order of `WritePlan.written_by`."""
 
 
 def _by_place(plan: WritePlan, checksums: Checksums) -> dict[tuple[str, int], int]:
@@ -28,26 +28,26 @@ def _by_place(plan: WritePlan, checksums: Checksums) -> dict[tuple[str, int], in
         written = plan.written_by(rank)
         if len(written) != len(values):
             raise CheckpointError(
-                f"rank {rank} reports {len(values)} chunks and should have written {len(written)}"
+                f"rank {rank} reports {len(values)} pieces and should have written {len(written)}"
             )
-        for chunk, crc in zip(written, values, strict=True):
-            found[chunk.file, chunk.offset] = crc
+        for piece, crc in zip(written, values, strict=True):
+            found[piece.file, piece.offset] = crc
     return found
 
 
 def _entries(
     file: PlannedFile, crcs: Mapping[tuple[str, int], int]
-) -> dict[str, tuple[ChunkEntry, ...]]:
-    found: defaultdict[str, list[ChunkEntry]] = defaultdict(list)
-    for chunk in file.chunks:
-        entry = ChunkEntry(
-            chunk.offset,
-            chunk.length,
-            chunk.box.start,
-            chunk.box.stop,
-            crcs[chunk.file, chunk.offset],
+) -> dict[str, tuple[PieceEntry, ...]]:
+    found: defaultdict[str, list[PieceEntry]] = defaultdict(list)
+    for piece in file.pieces:
+        entry = PieceEntry(
+            piece.offset,
+            piece.length,
+            piece.box.start,
+            piece.box.stop,
+            crcs[piece.file, piece.offset],
         )
-        found[chunk.name].append(entry)
+        found[piece.name].append(entry)
     return {name: tuple(listed) for name, listed in found.items()}
 
 
@@ -59,9 +59,9 @@ def header_of(
     Args:
         checksums: of all the file's writers.
     """
-    chunks = _entries(file, _by_place(plan, checksums))
+    pieces = _entries(file, _by_place(plan, checksums))
     header = encode_header(
-        file.tensors, plan.tensors, chunks, id=id, step=step, capacity=file.header_bytes
+        file.tensors, plan.tensors, pieces, id=id, step=step, capacity=file.header_bytes
     )
     return header, crc32c_of(header)
 
@@ -85,7 +85,7 @@ def build_manifest(
         headers: CRC-32C of each tensor file's header.
         extra_files: contents of files that the caller adds.
     Raises:
-        CheckpointError: a rank wrote more or fewer chunks than planned, or a header is missing.
+        CheckpointError: a rank wrote more or fewer pieces than planned, or a header is missing.
     """
     crcs = _by_place(plan, checksums)
     files: dict[str, FileEntry] = {}
@@ -96,7 +96,7 @@ def build_manifest(
             bytes=file.bytes,
             header_bytes=file.header_bytes,
             crc32c=headers[file.name],
-            chunks=_entries(file, crcs),
+            pieces=_entries(file, crcs),
         )
     small = dict(extra_files)
     whole = [file for file in plan.files if file.name.startswith("model-")]

@@ -1,4 +1,4 @@
-"""What is to be saved, and the files, chunks and writers that were planned for it: the data of a write plan.
+"""What is to be saved, and the files, pieces and writers that were planned for it: the data of a write plan.
 
 Needs no torch.
 """
@@ -14,7 +14,7 @@ from holdfast.parallel.layout import Box
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HeldBox:
     """A box of a tensor and the ranks that can provide it, all with equal bytes."""
 
     box: Box
@@ -32,7 +32,7 @@ class SavedTensor:
     dtype: str
     """As safetensors names it: "F32", "BF16", …"""
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[HeldBox, ...]
     """Disjoint, and the whole tensor together."""
     whole: bool
     """Whether it is written as one tensor in the files that Hugging Face loaders open."""
@@ -46,7 +46,7 @@ class SavedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedChunk:
+class PlannedPiece:
     """Bytes that one rank writes, contiguous in one file."""
 
     name: str
@@ -55,7 +55,7 @@ class PlannedChunk:
     offset: int
     length: int
     writer: int
-    sources: tuple[Part, ...] = ()
+    sources: tuple[HeldBox, ...] = ()
     """Where the bytes come from when no single rank has them: parts of the box, one rank each."""
 
 
@@ -65,18 +65,18 @@ class PlannedFile:
 
     name: str
     tensors: tuple[FileTensor, ...]
-    chunks: tuple[PlannedChunk, ...]
+    pieces: tuple[PlannedPiece, ...]
     header_bytes: int
     bytes: int
 
     @property
     def writers(self) -> tuple[int, ...]:
-        return tuple(sorted({chunk.writer for chunk in self.chunks}))
+        return tuple(sorted({piece.writer for piece in self.pieces}))
 
     @property
     def lead(self) -> int:
         """The rank that writes the header and syncs the file, after the others have written."""
-        return min(chunk.writer for chunk in self.chunks)
+        return min(piece.writer for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +85,23 @@ class WritePlan:
 
     tensors: Mapping[str, TensorEntry]
     files: tuple[PlannedFile, ...]
-    chunk_bytes: int
-    _by_rank: dict[int, list[PlannedChunk]] = field(default_factory=dict, compare=False, repr=False)
+    piece_bytes: int
+    _by_rank: dict[int, list[PlannedPiece]] = field(default_factory=dict, compare=False, repr=False)
 
-    def chunks_of(self, rank: int) -> Sequence[PlannedChunk]:
+    def pieces_of(self, rank: int) -> Sequence[PlannedPiece]:
         """What a rank writes, or sends to a writer, in one order on all ranks."""
         if not self._by_rank:
-            found: defaultdict[int, list[PlannedChunk]] = defaultdict(list)
+            found: defaultdict[int, list[PlannedPiece]] = defaultdict(list)
             for file in self.files:
-                for chunk in file.chunks:
-                    for member in {chunk.writer, *(r for p in chunk.sources for r in p.holders)}:
-                        found[member].append(chunk)
+                for piece in file.pieces:
+                    for member in {piece.writer, *(r for p in piece.sources for r in p.holders)}:
+                        found[member].append(piece)
             self._by_rank.update(found)
         return self._by_rank.get(rank, ())
 
-    def written_by(self, rank: int) -> list[PlannedChunk]:
+    def written_by(self, rank: int) -> list[PlannedPiece]:
         """What a rank writes, in the order of the plan."""
-        return [chunk for chunk in self.chunks_of(rank) if chunk.writer == rank]
+        return [piece for piece in self.pieces_of(rank) if piece.writer == rank]
 
     @property
     def bytes(self) -> int:
@@ -116,6 +116,6 @@ class WritePlan:
         """Tensor bytes by writing rank."""
         written: defaultdict[int, int] = defaultdict(int)
         for file in self.files:
-            for chunk in file.chunks:
-                written[chunk.writer] += chunk.length
+            for piece in file.pieces:
+                written[piece.writer] += piece.length
         return dict(written)

@@ -1,11 +1,11 @@
 from .loader import (
     LoadStatistics as LoadStatistics,
-    Target as Target,
+    LoadTarget as LoadTarget,
     boxes_of as boxes_of,
     load as load,
 )
 from .read_plan import (
-    ChunkRead as ChunkRead,
+    PieceRead as PieceRead,
     check_coverage as check_coverage,
     requests_of as requests_of,
 )

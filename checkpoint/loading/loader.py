@@ -14,7 +14,7 @@ from holdfast import _native
 from holdfast.checkpoint.format import DTYPE_NAMES, TORCH_DTYPES, Manifest
 from holdfast.checkpoint.loading.node_memory import NodeMemory
 from holdfast.checkpoint.loading.read_plan import (
-    ChunkRead,
+    PieceRead,
     ReadPlan,
     Request,
     make_read_plan,
@@ -29,7 +29,7 @@ LOAD_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class LoadTarget:
     """Where a box of a tensor goes."""
 
     box: Box
@@ -37,7 +37,7 @@ class Target:
     """In the box's shape, any strides, any device."""
 
 
-Targets = Mapping[str, Sequence[Target]]
+Targets = Mapping[str, Sequence[LoadTarget]]
 """By tensor; a box that is wanted twice is read once."""
 
 
@@ -74,7 +74,7 @@ def load(
         wanted: the boxes of every rank of the node; this rank's are those of `targets`.
         store: of the node's ranks; needed for more than one.
         name: of this load, never used before on the store.
-        verify: check each chunk against its checksum.
+        verify: check each piece against its checksum.
         check: called while other ranks are waited for; what it raises ends the load.
     Raises:
         CheckpointError: damaged, incomplete or of other shapes; the same on every rank of the node.
@@ -93,7 +93,7 @@ def load(
         try:
             _load_together(plan, reader, targets, memory, verify, where, statistics)
         except CheckpointError as error:
-            memory.fail(str(error))
+            memory.report_failure(str(error))
             raise
         finally:
             memory.close()
@@ -137,9 +137,9 @@ def _load_alone(
     slot = torch.empty(plan.memory_bytes + 4096, dtype=torch.uint8)
     slot = slot[-slot.data_ptr() % 4096 :]
     statistics.shared_bytes = slot.numel()
-    for load_of_chunks in plan.loads[rank]:
-        _read(load_of_chunks, reader, slot, targets, rank, verify, where, statistics)
-        _deliver(load_of_chunks, slot, targets, rank, own=True)
+    for load_of_pieces in plan.loads[rank]:
+        _read(load_of_pieces, reader, slot, targets, rank, verify, where, statistics)
+        _deliver(load_of_pieces, slot, targets, rank, own=True)
 
 
 def _load_together(
@@ -162,10 +162,10 @@ def _load_together(
             memory.publish(number)
         if number == 0:
             continue
-        for reading, chunks in _interesting(plan, rank, number - 1):
+        for reading, pieces in _interesting(plan, rank, number - 1):
             memory.wait_filled(reading, number - 1)
             slot = memory.slot(reading, number - 1)
-            _deliver(chunks, slot, targets, rank, own=reading == rank)
+            _deliver(pieces, slot, targets, rank, own=reading == rank)
             memory.took(reading, number - 1)
     # The slots are unmapped by their owners only after everybody has taken the last loads.
     for number in range(max(0, len(mine) - 2), len(mine)):
@@ -174,7 +174,7 @@ def _load_together(
 
 def _interesting(
     plan: ReadPlan, rank: int, number: int
-) -> Iterator[tuple[int, tuple[ChunkRead, ...]]]:
+) -> Iterator[tuple[int, tuple[PieceRead, ...]]]:
     """The loads of a round that this rank takes something from: its own first."""
     for reading in sorted(plan.loads, key=lambda peer: (peer != rank, peer)):
         loads = plan.loads[reading]
@@ -182,22 +182,22 @@ def _interesting(
             yield reading, loads[number]
 
 
-def _own_memory(chunks: Sequence[ChunkRead], targets: Targets, rank: int) -> dict[int, int]:
-    """By number: chunks that only this rank wants, whole, and the address where they go in its state."""
+def _own_memory(pieces: Sequence[PieceRead], targets: Targets, rank: int) -> dict[int, int]:
+    """By number: pieces that only this rank wants, whole, and the address where they go in its state."""
     found: dict[int, int] = {}
-    for number, read in enumerate(chunks):
-        if len(read.deliveries) != 1 or read.deliveries[0].box != read.chunk.box:
+    for number, read in enumerate(pieces):
+        if len(read.deliveries) != 1 or read.deliveries[0].box != read.piece.box:
             continue
-        places = [t for t in targets[read.name] if t.box.intersect(read.chunk.box) is not None]
-        if len(places) == 1 and places[0].box.contains(read.chunk.box):
-            part = places[0].memory[read.chunk.box.relative_to(places[0].box).slices]
+        places = [t for t in targets[read.name] if t.box.intersect(read.piece.box) is not None]
+        if len(places) == 1 and places[0].box.contains(read.piece.box):
+            part = places[0].memory[read.piece.box.relative_to(places[0].box).slices]
             if part.device.type == "cpu" and part.is_contiguous() and part.numel():
                 found[number] = part.data_ptr()
     return found
 
 
 def _read(
-    chunks: Sequence[ChunkRead],
+    pieces: Sequence[PieceRead],
     reader: ByteReader,
     slot: Tensor,
     targets: Targets,
@@ -207,64 +207,64 @@ def _read(
     statistics: LoadStatistics,
 ) -> None:
     """Bring a load into a slot, or where only this rank wants it, and check it."""
-    own = _own_memory(chunks, targets, rank)
-    requests, places, _ = requests_of(chunks, own)
+    own = _own_memory(pieces, targets, rank)
+    requests, places, _ = requests_of(pieces, own)
     statistics.read_bytes += sum(request.length for request in requests)
     number = 0
-    # A chunk is checked as soon as it is there, while it is in a cache and the next ones arrive.
+    # A piece is checked as soon as it is there, while it is in a cache and the next ones arrive.
     for arrived in reader.read(requests, slot.data_ptr()):
         request = requests[arrived]
         end = request.offset + request.length
-        while number < len(chunks) and _lies_in(chunks[number], request, end):
+        while number < len(pieces) and _lies_in(pieces[number], request, end):
             if verify:
                 address = own.get(number, slot.data_ptr() + places[number])
-                _check(chunks[number], _native.crc32c(address, chunks[number].chunk.length), where)
+                _check(pieces[number], _native.crc32c(address, pieces[number].piece.length), where)
             number += 1
 
 
-def _lies_in(read: ChunkRead, request: Request, end: int) -> bool:
+def _lies_in(read: PieceRead, request: Request, end: int) -> bool:
     return (
         read.file == request.file
-        and request.offset <= read.chunk.offset
-        and read.chunk.offset + read.chunk.length <= end
+        and request.offset <= read.piece.offset
+        and read.piece.offset + read.piece.length <= end
     )
 
 
-def _check(read: ChunkRead, found: int, where: str) -> None:
-    if found != read.chunk.crc32c:
+def _check(read: PieceRead, found: int, where: str) -> None:
+    if found != read.piece.crc32c:
         raise CheckpointError(
-            f"{where}/{read.file} is damaged: {read.name}{read.chunk.box} at byte "
-            f"{read.chunk.offset} has checksum {found:08x}, not {read.chunk.crc32c:08x}"
+            f"{where}/{read.file} is damaged: {read.name}{read.piece.box} at byte "
+            f"{read.piece.offset} has checksum {found:08x}, not {read.piece.crc32c:08x}"
         )
 
 
 def _deliver(
-    chunks: Sequence[ChunkRead], slot: Tensor, targets: Targets, rank: int, own: bool
+    pieces: Sequence[PieceRead], slot: Tensor, targets: Targets, rank: int, own: bool
 ) -> None:
     """Take this rank's boxes out of a slot.
 
     Args:
         own: whether this rank has read the load itself.
     """
-    elsewhere = _own_memory(chunks, targets, rank) if own else {}
-    places = requests_of(chunks)[1]
-    for number, (read, place) in enumerate(zip(chunks, places, strict=True)):
+    elsewhere = _own_memory(pieces, targets, rank) if own else {}
+    places = requests_of(pieces)[1]
+    for number, (read, place) in enumerate(zip(pieces, places, strict=True)):
         mine = [delivery.box for delivery in read.deliveries if delivery.rank == rank]
         if not mine or number in elsewhere:
             continue
-        values = chunk_values(slot[place : place + read.chunk.length], read)
+        values = piece_values(slot[place : place + read.piece.length], read)
         for box in mine:
             for target in targets[read.name]:
                 common = target.box.intersect(box)
                 if common is None:
                     continue
-                part = values[common.relative_to(read.chunk.box).slices]
+                part = values[common.relative_to(read.piece.box).slices]
                 target.memory[common.relative_to(target.box).slices].copy_(part)
 
 
-def chunk_values(content: Tensor, read: ChunkRead) -> Tensor:
-    """A chunk's bytes (uint8) as values in the shape of its box."""
+def piece_values(content: Tensor, read: PieceRead) -> Tensor:
+    """A piece's bytes (uint8) as values in the shape of its box."""
     dtype = TORCH_DTYPES[read.dtype]
     if content.data_ptr() % dtype.itemsize or content.storage_offset() % dtype.itemsize:
         content = content.clone()
-    return content.view(dtype).view(read.chunk.box.shape)
+    return content.view(dtype).view(read.piece.box.shape)

@@ -110,7 +110,7 @@ class NodeMemory:
         """Receiver: load `number` of a reader is no longer needed here."""
         self._counters[self.rank][_FIRST_CONSUMED + self._index[reader]] = number + 1
 
-    def fail(self, reason: str) -> None:
+    def report_failure(self, reason: str) -> None:
         """Tell the node that this rank cannot go on."""
         self._store.set(f"failed/{self.rank}", reason)
         self._counters[self.rank][_FAILED] = 1

@@ -1,7 +1,7 @@
-"""Which rank of a node reads which chunks, and who gets which boxes of them. Pure; needs no torch.
+"""Which rank of a node reads which pieces, and who gets which boxes of them. Pure; needs no torch.
 
-Every chunk that some rank of the node needs is read once, whole, so that it can be checked; the boxes in it
-are then handed to the ranks that want them. What must move comes from `transfers`: chunks are the holders
+Every piece that some rank of the node needs is read once, whole, so that it can be checked; the boxes in it
+are then handed to the ranks that want them. What must move comes from `transfers`: pieces are the holders
 of the source layout, ranks of the target's.
 """
 
@@ -11,27 +11,27 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES, ChunkEntry, Manifest
+from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES, Manifest, PieceEntry
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box, Layout, covers, transfers
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A box that one rank takes out of a chunk."""
+    """A box that one rank takes out of a piece."""
 
     rank: int
     box: Box
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkRead:
-    """A chunk that is read, by whom, and for whom."""
+class PieceRead:
+    """A piece that is read, by whom, and for whom."""
 
     name: str
     dtype: str
     file: str
-    chunk: ChunkEntry
+    piece: PieceEntry
     deliveries: tuple[Delivery, ...]
 
 
@@ -39,14 +39,14 @@ class ChunkRead:
 class ReadPlan:
     """What the ranks of one node read: loads of at most `load_bytes`, in order, by reading rank."""
 
-    loads: Mapping[int, tuple[tuple[ChunkRead, ...], ...]]
+    loads: Mapping[int, tuple[tuple[PieceRead, ...], ...]]
     load_bytes: int
 
     @property
     def bytes(self) -> int:
         """What the node reads from storage."""
         return sum(
-            read.chunk.length for loads in self.loads.values() for load in loads for read in load
+            read.piece.length for loads in self.loads.values() for load in loads for read in load
         )
 
     @property
@@ -66,30 +66,30 @@ class ReadPlan:
 
 
 def check_coverage(manifest: Manifest, where: str) -> None:
-    """Check that the chunks of a manifest make up every tensor, each element once.
+    """Check that the pieces of a manifest make up every tensor, each element once.
 
     Raises:
-        CheckpointError: a hole, an overlap, or a chunk outside its tensor, named.
+        CheckpointError: a hole, an overlap, or a piece outside its tensor, named.
     """
     held: defaultdict[str, int] = defaultdict(int)
     for file, entry in manifest.files.items():
-        for name, chunks in entry.chunks.items():
+        for name, pieces in entry.pieces.items():
             tensor = manifest.tensors.get(name)
             if tensor is None or tensor.dtype not in ELEMENT_BYTES:
                 raise CheckpointError(
                     f"{where}: {file} holds {name}, which the manifest does not list"
                 )
-            for chunk in chunks:
-                elements = chunk.box.elements
+            for piece in pieces:
+                elements = piece.box.elements
                 held[name] += elements
                 if (
-                    chunk.length != elements * ELEMENT_BYTES[tensor.dtype]
-                    or chunk.offset < entry.header_bytes
-                    or chunk.offset + chunk.length > entry.bytes
+                    piece.length != elements * ELEMENT_BYTES[tensor.dtype]
+                    or piece.offset < entry.header_bytes
+                    or piece.offset + piece.length > entry.bytes
                 ):
                     raise CheckpointError(
-                        f"{where}: the chunk of {name} at byte {chunk.offset} of {file} does not fit its "
-                        f"box {chunk.box} or its file"
+                        f"{where}: the piece of {name} at byte {piece.offset} of {file} does not fit its "
+                        f"box {piece.box} or its file"
                     )
     try:
         covers(manifest.specs(), manifest.layout())
@@ -97,7 +97,7 @@ def check_coverage(manifest: Manifest, where: str) -> None:
         raise CheckpointError(f"{where}: {error}") from error
     for name, tensor in manifest.tensors.items():
         if held[name] != Box.whole(tensor.shape).elements:
-            raise CheckpointError(f"{where}: chunks of {name} overlap; each element must be in one")
+            raise CheckpointError(f"{where}: pieces of {name} overlap; each element must be in one")
 
 
 def make_read_plan(
@@ -111,7 +111,7 @@ def make_read_plan(
 
     Args:
         wanted: by rank of the node: the boxes that it needs, by tensor.
-        load_bytes: what is read and handed on at a time; one chunk at least.
+        load_bytes: what is read and handed on at a time; one piece at least.
     Raises:
         CheckpointError: a tensor or a box that the checkpoint does not have.
     """
@@ -133,37 +133,37 @@ def make_read_plan(
     taken: defaultdict[tuple[str, str, int], list[Delivery]] = defaultdict(list)
     for move in moves:
         taken[move.source].append(Delivery(move.target, move.box))  # pyrefly: ignore
-    reads: defaultdict[int, list[ChunkRead]] = defaultdict(list)
+    reads: defaultdict[int, list[PieceRead]] = defaultdict(list)
     load: dict[int, int] = dict.fromkeys(sorted(wanted), 0)
     for file, entry in manifest.files.items():
-        for name in entry.chunks:
+        for name in entry.pieces:
             if name not in names:
                 continue
-            for place, chunk in enumerate(entry.chunks[name]):
+            for place, piece in enumerate(entry.pieces[name]):
                 deliveries = taken.get((file, name, place))
                 if not deliveries:
                     continue
                 # Whoever needs it reads it, the least loaded first: most bytes then stay where they are.
                 reader = min({d.rank for d in deliveries}, key=lambda rank: (load[rank], rank))
-                load[reader] += chunk.length
+                load[reader] += piece.length
                 dtype = manifest.tensors[name].dtype
-                reads[reader].append(ChunkRead(name, dtype, file, chunk, tuple(deliveries)))
-    largest = max((r.chunk.length for listed in reads.values() for r in listed), default=0)
+                reads[reader].append(PieceRead(name, dtype, file, piece, tuple(deliveries)))
+    largest = max((r.piece.length for listed in reads.values() for r in listed), default=0)
     limit = max(load_bytes, largest)
     loads = {rank: _loads(reads[rank], limit) for rank in sorted(wanted)}
     return ReadPlan(loads, limit)
 
 
-def _loads(reads: Sequence[ChunkRead], limit: int) -> tuple[tuple[ChunkRead, ...], ...]:
-    ordered = sorted(reads, key=lambda read: (read.file, read.chunk.offset))
-    loads: list[list[ChunkRead]] = []
+def _loads(reads: Sequence[PieceRead], limit: int) -> tuple[tuple[PieceRead, ...], ...]:
+    ordered = sorted(reads, key=lambda read: (read.file, read.piece.offset))
+    loads: list[list[PieceRead]] = []
     size = limit
     for read in ordered:
-        if size + read.chunk.length > limit:
+        if size + read.piece.length > limit:
             loads.append([])
             size = 0
         loads[-1].append(read)
-        size += read.chunk.length
+        size += read.piece.length
     return tuple(map(tuple, loads))
 
 
@@ -185,37 +185,37 @@ class Request:
 
 
 def requests_of(
-    reads: Sequence[ChunkRead], targets: Mapping[int, int] | None = None
+    reads: Sequence[PieceRead], targets: Mapping[int, int] | None = None
 ) -> tuple[list[Request], list[int], int]:
-    """How a load is read: (requests, the place of each chunk, bytes of memory).
+    """How a load is read: (requests, the place of each piece, bytes of memory).
 
-    Chunks that follow each other in a file are one request.
+    Pieces that follow each other in a file are one request.
 
     Args:
-        targets: by number, chunks that go to an address of their own; they leave their place empty, so
+        targets: by number, pieces that go to an address of their own; they leave their place empty, so
             that places are the same for whoever does not know of it.
     """
     own = targets or {}
     requests: list[Request] = []
     places: list[int] = []
     end = 0
-    before: ChunkRead | None = None
+    before: PieceRead | None = None
     for number, read in enumerate(reads):
-        chunk = read.chunk
+        piece = read.piece
         follows = (
             before is not None
             and before.file == read.file
-            and before.chunk.offset + before.chunk.length == chunk.offset
+            and before.piece.offset + before.piece.length == piece.offset
         )
         before = read
-        place = end if follows else -(-end // ALIGNMENT) * ALIGNMENT + chunk.offset % ALIGNMENT
+        place = end if follows else -(-end // ALIGNMENT) * ALIGNMENT + piece.offset % ALIGNMENT
         places.append(place)
-        end = place + chunk.length
+        end = place + piece.length
         if number in own:
-            requests.append(Request(read.file, chunk.offset, chunk.length, place, own[number]))
+            requests.append(Request(read.file, piece.offset, piece.length, place, own[number]))
         elif follows and not requests[-1].target:
             last = requests[-1]
-            requests[-1] = Request(last.file, last.offset, last.length + chunk.length, last.place)
+            requests[-1] = Request(last.file, last.offset, last.length + piece.length, last.place)
         else:
-            requests.append(Request(read.file, chunk.offset, chunk.length, place))
+            requests.append(Request(read.file, piece.offset, piece.length, place))
     return requests, places, end

@@ -1,4 +1,4 @@
-"""Reading the chunks of a load: from a local folder through the file engine, or by ranges of a remote one."""
+"""Reading the pieces of a load: from a local folder through the file engine, or by ranges of a remote one."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ from .arena import (
     Deadline as Deadline,
 )
 from .coordination import (
-    Votes as Votes,
+    Coordination as Coordination,
 )
 from .job import (
     SaveResult as SaveResult,

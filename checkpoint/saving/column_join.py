@@ -7,49 +7,49 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from holdfast.checkpoint.format import PlannedChunk
+from holdfast.checkpoint.format import PlannedPiece
 from holdfast.checkpoint.saving.arena import Cancelled
 from holdfast.checkpoint.saving.snapshot import Snapshot
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.layout import Box
 
 
-def join_chunks(
-    chunks: Sequence[PlannedChunk],
+def join_pieces(
+    pieces: Sequence[PlannedPiece],
     rank: int,
     source: Callable[[str, Box], Tensor],
     comm: Communicator,
     snapshot: Snapshot,
 ) -> dict[tuple[str, int], int]:
-    """Send this rank's parts to their writers, and write the chunks that this rank joins.
+    """Send this rank's parts to their writers, and write the pieces that this rank joins.
 
     Collective over `comm`; a member that cannot write goes on sending, so that it holds up nobody.
 
     Args:
-        chunks: what this rank writes or sends, in the order of the plan.
+        pieces: what this rank writes or sends, in the order of the plan.
     Returns:
-        CRC-32C of each joined chunk written here, by (file, offset).
+        CRC-32C of each joined piece written here, by (file, offset).
     Raises:
-        OSError, Cancelled: a chunk could not be written; after everything was sent.
+        OSError, Cancelled: a piece could not be written; after everything was sent.
     """
-    joined = [chunk for chunk in chunks if chunk.sources]
+    joined = [piece for piece in pieces if piece.sources]
     checksums: dict[tuple[str, int], int] = {}
     failure: Exception | None = None
     for first in range(0, len(joined), comm.size):
         exchanges = [
-            _exchange(chunk, rank, source, comm, tag)
-            for tag, chunk in enumerate(joined[first : first + comm.size])
+            _exchange(piece, rank, source, comm, tag)
+            for tag, piece in enumerate(joined[first : first + comm.size])
         ]
-        for chunk, (handles, whole, parts) in zip(joined[first:], exchanges, strict=False):
+        for piece, (handles, whole, parts) in zip(joined[first:], exchanges, strict=False):
             for handle in handles:
                 handle.wait()
             if whole is None or failure is not None:
                 continue
             for box, part in parts:
-                whole[box.relative_to(chunk.box).slices].copy_(part)
+                whole[box.relative_to(piece.box).slices].copy_(part)
             try:
-                crc = snapshot.write_now(whole, chunk.file, chunk.offset)
-                checksums[chunk.file, chunk.offset] = crc
+                crc = snapshot.write_now(whole, piece.file, piece.offset)
+                checksums[piece.file, piece.offset] = crc
             except (OSError, Cancelled) as error:
                 failure = error
     if failure is not None:
@@ -61,25 +61,25 @@ _Exchange = tuple[list[Handle], Tensor | None, list[tuple[Box, Tensor]]]
 
 
 def _exchange(
-    chunk: PlannedChunk,
+    piece: PlannedPiece,
     rank: int,
     source: Callable[[str, Box], Tensor],
     comm: Communicator,
     tag: int,
 ) -> _Exchange:
-    """Post one chunk's messages: (handles, the chunk's memory on its writer, its parts there)."""
-    mine = next(part.box for part in chunk.sources if part.holders == (rank,))
-    own = source(chunk.name, mine).cpu()
-    if chunk.writer != rank:
-        return [comm.send(_raw(own), chunk.writer, tag)], None, []
+    """Post one piece's messages: (handles, the piece's memory on its writer, its parts there)."""
+    mine = next(part.box for part in piece.sources if part.holders == (rank,))
+    own = source(piece.name, mine).cpu()
+    if piece.writer != rank:
+        return [comm.send(_raw(own), piece.writer, tag)], None, []
     handles: list[Handle] = []
     parts = [(mine, own)]
-    for part in chunk.sources:
+    for part in piece.sources:
         if part.holders != (rank,):
             arriving = torch.empty(part.box.shape, dtype=own.dtype)
             parts.append((part.box, arriving))
             handles.append(comm.receive(_raw(arriving), part.holders[0], tag))
-    return handles, torch.empty(chunk.box.shape, dtype=own.dtype), parts
+    return handles, torch.empty(piece.box.shape, dtype=own.dtype), parts
 
 
 def _raw(tensor: Tensor) -> Tensor:

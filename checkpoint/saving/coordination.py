@@ -1,7 +1,7 @@
-"""What the ranks of a save tell each other, over the control plane's store and with a deadline.
+"""Reports between the ranks of a save, over the control plane's store and with a deadline.
 
-No collective: a rank that is stuck leaves its vote out, is named with the phase that it is in, and the save
-is given up; training never waits for it.
+Nothing here is collective. A rank that is stuck does not report: it is named with its phase, and the save
+is given up. Training never waits for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _POLL_PER_RANK_S = 2e-5
 """Many ranks look less often: together they ask the store 50,000 times a second at most."""
 
 
-class Votes:
-    """The board of one save: every rank has its own view of the same keys. Local calls."""
+class Coordination:
+    """What the ranks of one save have reported, by keys of the store. Every call is local."""
 
     def __init__(self, store: Store, name: str, rank: int, ranks: Sequence[int]) -> None:
         """Args:
@@ -47,11 +47,11 @@ class Votes:
         self.phase = phase
         self._store.set(f"phase/{self.rank}", phase)
 
-    def cast(self, kind: str, content: dict[str, Any]) -> None:
-        """Tell the others this rank's `kind`."""
+    def report(self, kind: str, content: dict[str, Any]) -> None:
+        """Publish this rank's report of a `kind`."""
         self._store.set(f"{kind}/{self.rank}", msgspec.json.encode(content).decode())
 
-    def fail(self, reason: str) -> None:
+    def report_failure(self, reason: str) -> None:
         """Tell the others that this rank cannot go on; the first reason counts."""
         self._store.compare_set("failed", "", f"rank {self.rank}, {self.phase}: {reason}")
 
@@ -63,7 +63,7 @@ class Votes:
         Args:
             patience_s: after the deadline; whoever waits for the coordinator lets it say who is late.
         Raises:
-            CheckpointError: a rank failed, or did not vote in time; it is named with its phase.
+            CheckpointError: a rank failed, or did not report in time; it is named with its phase.
             Cancelled: this rank's part was given up meanwhile.
         """
         keys = {rank: f"{kind}/{rank}" for rank in ranks}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.checkpoint.format import PlannedChunk, WritePlan
+from holdfast.checkpoint.format import PlannedPiece, WritePlan
 from holdfast.parallel.layout import Box
 
 Source = Callable[[str, Box], Tensor]
@@ -26,8 +26,8 @@ class SaveJob:
     tier: str
     plan: WritePlan
     source: Source
-    before: Callable[[PlannedChunk], int] = field(default=lambda chunk: 0)
-    """The fence of each chunk; see `Snapshot`."""
+    before: Callable[[PlannedPiece], int] = field(default=lambda piece: 0)
+    """The fence of each piece; see `Snapshot`."""
     scalars: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

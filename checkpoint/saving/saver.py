@@ -1,6 +1,6 @@
 """One rank's part in saving: from the snapshot to the commit, in a background thread.
 
-Phases: begin (the coordinator makes the folder), copy, write, sync, commit. Ranks vote over the store; a save
+Phases: begin (the coordinator makes the folder), copy, write, sync, commit. Ranks report over the store; a save
 that fails or is late is given up, with the rank and the phase named, and leaves the last checkpoint as it was.
 """
 
@@ -23,16 +23,16 @@ from torch.distributed import Store
 
 from holdfast import _native
 from holdfast.checkpoint.format import (
-    PlannedChunk,
     PlannedFile,
+    PlannedPiece,
     build_manifest,
     directory,
     encode_manifest,
     header_of,
 )
 from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline
-from holdfast.checkpoint.saving.column_join import join_chunks
-from holdfast.checkpoint.saving.coordination import Votes
+from holdfast.checkpoint.saving.column_join import join_pieces
+from holdfast.checkpoint.saving.coordination import Coordination
 from holdfast.checkpoint.saving.job import SaveJob, SaveResult
 from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
 from holdfast.parallel.comm import Communicator
@@ -73,7 +73,7 @@ class Saver:
         self._snapshot: Snapshot | None = None
         self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._saves = 0
-        self._finished_votes: Votes | None = None
+        self._finished: Coordination | None = None
 
     @property
     def busy(self) -> bool:
@@ -93,21 +93,21 @@ class Saver:
         """
         self._saves += 1
         ranks = range(len(self._nodes))
-        votes = Votes(self._store, f"{self._saves}", self.rank, ranks)
+        coordination = Coordination(self._store, f"{self._saves}", self.rank, ranks)
         if self.busy:
-            votes.phase = "begin"
-            votes.fail(_STUCK)
+            coordination.phase = "begin"
+            coordination.report_failure(_STUCK)
             tier, size = job.tier, job.plan.bytes
             self._results.put(SaveResult(job.step, tier, None, _STUCK, size, 0.0, {}))
             return
         deadline = Deadline(self._timeout_s)
-        written = [c for c in job.plan.chunks_of(self.rank) if not c.sources]
+        written = [c for c in job.plan.pieces_of(self.rank) if not c.sources]
         local = sorted(written, key=job.before)
         items = [
             SnapshotItem(job.source(c.name, c.box), c.file, c.offset, job.before(c)) for c in local
         ]
         snapshot = Snapshot(items, self.arena, deadline)
-        save = _Save(job, votes, deadline, snapshot, local)
+        save = _Save(job, coordination, deadline, snapshot, local)
         self._snapshot = snapshot
         self._thread = threading.Thread(
             target=self._run, args=(save,), name="checkpoint", daemon=True
@@ -132,23 +132,21 @@ class Saver:
                 found.append(self._results.get_nowait())
         return found
 
-    def abandon(self, reason: str, patience_s: float = _PATIENCE_S) -> None:
-        """Give up the save under way: its ranks do not go on together. Local.
-
-        When it returns nothing reads the state any more, and it may change.
+    def cancel(self, reason: str, patience_s: float = _PATIENCE_S) -> None:
+        """Give up the save under way, and return once nothing reads the state any more. Local.
 
         Args:
             patience_s: how long the thread's end is waited for; later it ends by itself.
         """
-        self.interrupt(reason)
+        self.abort(reason)
         if self._thread is not None and self._snapshot is not None:
-            self._snapshot.settle()
+            self._snapshot.cancel(reason)
             self._thread.join(patience_s)
 
-    def interrupt(self, reason: str) -> None:
-        """Begin to give up the save under way; fences open. Local, at once, from any thread."""
+    def abort(self, reason: str) -> None:
+        """Give up the save under way: fences open at once. From any thread; never blocks."""
         if self.busy and self._snapshot is not None:
-            self._snapshot.cancel(CheckpointError(reason))
+            self._snapshot.abort(reason)
             if self._join is not None:
                 self._join.abort(reason)
 
@@ -164,7 +162,7 @@ class Saver:
         try:
             path = self._save(save)
         except Cancelled:
-            error = f"rank {self.rank}, {save.votes.phase}: not done within {self._timeout_s:g} s"
+            error = f"rank {self.rank}, {save.coordination.phase}: not done within {self._timeout_s:g} s"
             if isinstance(save.snapshot.error, CheckpointError):
                 error = str(save.snapshot.error)
         except OSError as failure:
@@ -174,8 +172,8 @@ class Saver:
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
         if error:
-            save.snapshot.cancel(Cancelled())
-            error = self._give_up(save, error)
+            save.snapshot.abort()
+            error = self._release(save, error)
         if not save.times:
             save.times[self.rank] = save.own_times()
         self._results.put(
@@ -192,72 +190,74 @@ class Saver:
             )
         )
 
-    def _give_up(self, save: _Save, error: str) -> str:
-        """Tell the others, let go of files and buffers; returns what is known of the cause."""
+    def _release(self, save: _Save, error: str) -> str:
+        """Tell the others, release files and buffers; returns what is known of the cause."""
         with contextlib.suppress(RuntimeError):
-            save.votes.fail(error)
-            error = save.votes.failure() or error
+            save.coordination.report_failure(error)
+            error = save.coordination.failure() or error
         for handle in save.handles.values():
             with contextlib.suppress(OSError):
                 self.engine.close_file(handle)
         with contextlib.suppress(CheckpointError):
             self.arena.recover(0.0)
-        if save.votes.is_coordinator and save.partial is not None:
+        if save.coordination.is_coordinator and save.partial is not None:
             shutil.rmtree(save.partial, ignore_errors=True)
         return error
 
     def _save(self, save: _Save) -> Path:
-        job, votes = save.job, save.votes
-        votes.enter("begin")
+        job, coordination = save.job, save.coordination
+        coordination.enter("begin")
         save.snapshot.open(lambda: self._begin(save))
         began = perf_counter()
-        votes.enter("copy")
+        coordination.enter("copy")
         save.snapshot.run()
         save.copy_s = perf_counter() - began
-        votes.enter("write")
+        coordination.enter("write")
         began = perf_counter()
         self.arena.drain(save.deadline)
         save.write_s = perf_counter() - began
         self._sync_for_others(save)
-        votes.cast("written", {"crc32c": save.checksums(), "stall_s": save.snapshot.stall_s})
-        votes.enter("sync")
+        coordination.report(
+            "written", {"crc32c": save.checksums(), "stall_s": save.snapshot.stall_s}
+        )
+        coordination.enter("sync")
         began = perf_counter()
         headers = {
             file.name: self._finish_file(save, file)
             for file in job.plan.files
-            if file.chunks and file.lead == self.rank
+            if file.pieces and file.lead == self.rank
         }
         for handle in save.handles.values():
             self.engine.close_file(handle)
         save.handles.clear()
         save.sync_s = perf_counter() - began
-        votes.cast("header", {"files": headers, "times": save.own_times()})
-        votes.enter("commit")
-        if votes.is_coordinator:
+        coordination.report("header", {"files": headers, "times": save.own_times()})
+        coordination.enter("commit")
+        if coordination.is_coordinator:
             path = self._commit(save)
-            votes.cast("end", {"path": str(path)})
-        told = votes.collect("end", [votes.coordinator], save.deadline, patience_s=_PATIENCE_S)[
-            votes.coordinator
-        ]
+            coordination.report("end", {"path": str(path)})
+        told = coordination.collect(
+            "end", [coordination.coordinator], save.deadline, patience_s=_PATIENCE_S
+        )[coordination.coordinator]
         # Whoever takes part in this save has read all of the one before.
-        if self._finished_votes is not None:
-            self._finished_votes.clear()
-        self._finished_votes = votes
+        if self._finished is not None:
+            self._finished.clear()
+        self._finished = coordination
         return Path(told["path"])
 
     def _begin(self, save: _Save) -> None:
         """The folder, the files and whatever needs other ranks' parts."""
-        job, votes = save.job, save.votes
+        job, coordination = save.job, save.coordination
         self.arena.recover(save.deadline.left_s)
-        if votes.is_coordinator:
+        if coordination.is_coordinator:
             _preflight(job)
             save.partial = directory.begin(job.root, job.step)
-            votes.cast("begin", {"id": uuid.uuid4().hex})
-        save.id = votes.collect("begin", [votes.coordinator], save.deadline)[votes.coordinator][
-            "id"
-        ]
+            coordination.report("begin", {"id": uuid.uuid4().hex})
+        save.id = coordination.collect("begin", [coordination.coordinator], save.deadline)[
+            coordination.coordinator
+        ]["id"]
         folder = job.root / (directory.name_of(job.step) + directory.PARTIAL)
-        sizes = {f.name: f.bytes for f in job.plan.files if f.chunks and f.lead == self.rank}
+        sizes = {f.name: f.bytes for f in job.plan.files if f.pieces and f.lead == self.rank}
         for name in dict.fromkeys(c.file for c in job.plan.written_by(self.rank)):
             save.handles[name] = self.engine.open(
                 str(folder / name), write=True, create=True, size=sizes.get(name, -1)
@@ -265,14 +265,14 @@ class Saver:
         save.folder = folder
         save.snapshot.use(save.handles)
         if self._join is not None:
-            votes.enter("join")
-            save.joined = join_chunks(
-                job.plan.chunks_of(self.rank), self.rank, job.source, self._join, save.snapshot
+            coordination.enter("join")
+            save.joined = join_pieces(
+                job.plan.pieces_of(self.rank), self.rank, job.source, self._join, save.snapshot
             )
 
     def _sync_for_others(self, save: _Save) -> None:
         """Sync files whose lead is on another node, and so cannot sync what this node has cached."""
-        leads = {f.name: f.lead for f in save.job.plan.files if f.chunks}
+        leads = {f.name: f.lead for f in save.job.plan.files if f.pieces}
         for name, handle in save.handles.items():
             if self._nodes[leads[name]] != self._nodes[self.rank]:
                 self.engine.sync(handle)
@@ -280,8 +280,8 @@ class Saver:
     def _finish_file(self, save: _Save, file: PlannedFile) -> int:
         """Write the header of a file that this rank leads, and sync it; returns the header's CRC-32C."""
         others = [rank for rank in file.writers if rank != self.rank]
-        votes = save.votes.collect("written", others, save.deadline)
-        found = {rank: vote["crc32c"] for rank, vote in votes.items()}
+        reports = save.coordination.collect("written", others, save.deadline)
+        found = {rank: report["crc32c"] for rank, report in reports.items()}
         found[self.rank] = save.checksums()
         header, crc = header_of(save.job.plan, file, found, id=save.id, step=save.job.step)
         path = save.folder / file.name
@@ -298,17 +298,17 @@ class Saver:
 
     def _commit(self, save: _Save) -> Path:
         """Coordinator: when every rank has written and synced, make the folder a checkpoint."""
-        job, ranks = save.job, save.votes.ranks
-        written = save.votes.collect("written", ranks, save.deadline)
-        headers = save.votes.collect("header", ranks, save.deadline)
+        job, ranks = save.job, save.coordination.ranks
+        written = save.coordination.collect("written", ranks, save.deadline)
+        headers = save.coordination.collect("header", ranks, save.deadline)
         began = perf_counter()
         for rank in ranks:
             save.times[rank] = headers[rank]["times"]
-        crcs = {name: crc for vote in headers.values() for name, crc in vote["files"].items()}
+        crcs = {name: crc for report in headers.values() for name, crc in report["files"].items()}
         assert save.partial is not None
         manifest, small_files = build_manifest(
             job.plan,
-            {rank: vote["crc32c"] for rank, vote in written.items()},
+            {rank: report["crc32c"] for rank, report in written.items()},
             crcs,
             id=save.id,
             step=job.step,
@@ -333,10 +333,10 @@ class _Save:
     """One save while it is under way."""
 
     job: SaveJob
-    votes: Votes
+    coordination: Coordination
     deadline: Deadline
     snapshot: Snapshot
-    local: Sequence[PlannedChunk]
+    local: Sequence[PlannedPiece]
     """What the snapshot copies, in its order."""
     created: float = field(default_factory=time.time)
     id: str = ""
@@ -352,12 +352,12 @@ class _Save:
     commit_s: float = 0.0
 
     def checksums(self) -> list[int]:
-        """CRC-32C of this rank's chunks in the order of the plan."""
+        """CRC-32C of this rank's pieces in the order of the plan."""
         found = dict(self.joined)
-        for chunk, crc in zip(self.local, self.snapshot.checksums, strict=True):
-            found[chunk.file, chunk.offset] = crc
-        rank = self.votes.rank
-        return [found[chunk.file, chunk.offset] for chunk in self.job.plan.written_by(rank)]
+        for piece, crc in zip(self.local, self.snapshot.checksums, strict=True):
+            found[piece.file, piece.offset] = crc
+        rank = self.coordination.rank
+        return [found[piece.file, piece.offset] for piece in self.job.plan.written_by(rank)]
 
     def own_times(self) -> dict[str, float]:
         return {

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from holdfast import _native
 from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline, FileStream
+from holdfast.parallel.errors import CheckpointError
 
 ALL = 1 << 62
 """A fence number behind which everything is copied."""
-_PIECE_BYTES = 1 << 20
+_COPY_BYTES = 1 << 20
 """What is copied under the lock at a time: a fence waits for no more than this."""
 
 
@@ -120,7 +121,7 @@ class Snapshot:
             with self._lock:
                 if self.error is not None:
                     raise self.error
-                self._copy_piece()
+                self._copy_next()
         for stream in self._streams.values():
             stream.flush()
 
@@ -139,14 +140,15 @@ class Snapshot:
             return ALL
         return self._items[place].before - 1
 
-    def cancel(self, error: Exception) -> None:
-        """Give the save up: fences open at once."""
-        self.error = self.error or error
+    def abort(self, reason: str = "") -> None:
+        """Give the save up: fences open at once. From any thread; never blocks."""
+        self.error = self.error or (CheckpointError(reason) if reason else Cancelled())
         self._deadline.cancelled = True
         self._opened.set()
 
-    def settle(self) -> None:
-        """Return once no copy is under way; after `cancel` none begins any more."""
+    def cancel(self, reason: str = "") -> None:
+        """Give the save up, and return once nothing reads the state any more."""
+        self.abort(reason)
         with self._lock:
             pass
 
@@ -161,18 +163,18 @@ class Snapshot:
         while self._behind(number):
             if not self._lock.acquire(timeout=0.1):
                 if self._deadline.left_s == 0:
-                    self.cancel(Cancelled())
+                    self.abort()
                 continue
             try:
                 if self._behind(number):
-                    self._copy_piece()
+                    self._copy_next()
             except (OSError, Cancelled):
                 return
             finally:
                 self._lock.release()
 
-    def _copy_piece(self) -> None:
-        """Copy the next piece; the caller holds the lock."""
+    def _copy_next(self) -> None:
+        """Copy the next bytes; the caller holds the lock."""
         if self._finished:
             return
         item = self._items[self._next]
@@ -180,7 +182,7 @@ class Snapshot:
         try:
             stream = self._streams[item.file]
             memory, address = stream.room(item.offset + self._done, self._deadline)
-            size = min(nbytes - self._done, memory.numel(), _PIECE_BYTES)
+            size = min(nbytes - self._done, memory.numel(), _COPY_BYTES)
             if size:
                 self._transfer(item.source, memory, address, size)
                 stream.filled(size)

@@ -14,11 +14,11 @@ from math import prod
 
 from holdfast.checkpoint.format import (
     ELEMENT_BYTES,
-    ChunkEntry,
     FileTensor,
-    Part,
-    PlannedChunk,
+    HeldBox,
+    PieceEntry,
     PlannedFile,
+    PlannedPiece,
     SavedTensor,
     TensorEntry,
     WritePlan,
@@ -29,15 +29,15 @@ from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout import Box, without
 from holdfast.parallel.plan import assign_owners
 
-SMALLEST_CHUNK_BYTES = 8 << 20
-MOST_CHUNKS = 1 << 18
+SMALLEST_PIECE_BYTES = 8 << 20
+MOST_PIECES = 1 << 18
 LARGEST_FILE_BYTES = 4 << 30
 
 
-def chunk_bytes_for(total: int) -> int:
-    """How large a chunk may be: 8 MiB, doubled until at most 2^18 of them make the checkpoint."""
-    size = SMALLEST_CHUNK_BYTES
-    while total > size * MOST_CHUNKS:
+def piece_bytes_for(total: int) -> int:
+    """How large a piece may be: 8 MiB, doubled until at most 2^18 of them make the checkpoint."""
+    size = SMALLEST_PIECE_BYTES
+    while total > size * MOST_PIECES:
         size *= 2
     return size
 
@@ -57,7 +57,7 @@ def make_write_plan(tensors: Sequence[SavedTensor], nodes: Sequence[int]) -> Wri
     for tensor in tensors:
         _check_parts(tensor)
     total = sum(tensor.entry.bytes for tensor in tensors)
-    size = chunk_bytes_for(total)
+    size = piece_bytes_for(total)
     entries = {tensor.name: tensor.entry for tensor in tensors}
     whole = [tensor for tensor in tensors if tensor.whole]
     boxed = [tensor for tensor in tensors if not tensor.whole]
@@ -85,20 +85,20 @@ def _is_rows(box: Box, shape: Sequence[int]) -> bool:
     return all(a == 0 for a in box.start[1:]) and box.stop[1:] == tuple(shape[1:])
 
 
-def _row_pieces(box: Box, row_bytes: int, chunk_bytes: int) -> Iterator[Box]:
-    """Cut a box along dimension 0 into boxes of at most `chunk_bytes`, or one row."""
+def _row_boxes(box: Box, row_bytes: int, piece_bytes: int) -> Iterator[Box]:
+    """Cut a box along dimension 0 into boxes of at most `piece_bytes`, or one row."""
     if not box.start or not box.elements:
         yield box
         return
-    rows = max(1, chunk_bytes // max(1, row_bytes))
+    rows = max(1, piece_bytes // max(1, row_bytes))
     for start in range(box.start[0], box.stop[0], rows):
         stop = min(box.stop[0], start + rows)
         yield Box((start, *box.start[1:]), (stop, *box.stop[1:]))
 
 
-def _merged(parts: Sequence[Part]) -> list[Part]:
+def _merged(parts: Sequence[HeldBox]) -> list[HeldBox]:
     """Neighbouring rows with the same holders become one part."""
-    merged: list[Part] = []
+    merged: list[HeldBox] = []
     for part in sorted(parts, key=lambda p: (p.box.start[1:], p.box.start[:1])):
         last = merged[-1] if merged else None
         if (
@@ -116,12 +116,12 @@ def _merged(parts: Sequence[Part]) -> list[Part]:
 
 
 _Groups = tuple[tuple[int, ...], ...]
-"""Ways to provide a chunk: each is the ranks that hold its parts, one a part."""
+"""Ways to provide a piece: each is the ranks that hold its parts, one a part."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A chunk before its file and writer are known."""
+class _Draft:
+    """A piece before its file and writer are known."""
 
     tensor: SavedTensor
     box: Box
@@ -133,54 +133,56 @@ class _Piece:
     def bytes(self) -> int:
         return self.tensor.nbytes(self.box)
 
-    def sources(self, group: tuple[int, ...]) -> tuple[Part, ...]:
+    def sources(self, group: tuple[int, ...]) -> tuple[HeldBox, ...]:
         """Where a writer gets the bytes, when it must ask other ranks."""
         if len(group) == 1:
             return ()
-        return tuple(Part(box, (rank,)) for box, rank in zip(self.parts, group, strict=True))
+        return tuple(HeldBox(box, (rank,)) for box, rank in zip(self.parts, group, strict=True))
 
 
-def _pieces(tensor: SavedTensor, chunk_bytes: int) -> list[_Piece]:
+def _drafts(tensor: SavedTensor, piece_bytes: int) -> list[_Draft]:
     merged = _merged(tensor.parts)
     if not all(_is_rows(part.box, tensor.shape) for part in merged):
-        return _joined_pieces(tensor, merged, chunk_bytes)
-    return _own_pieces(tensor, merged, chunk_bytes)
+        return _joined_drafts(tensor, merged, piece_bytes)
+    return _own_drafts(tensor, merged, piece_bytes)
 
 
-def _own_pieces(tensor: SavedTensor, merged: Sequence[Part], chunk_bytes: int) -> list[_Piece]:
-    """Pieces that one rank has."""
-    pieces = []
+def _own_drafts(tensor: SavedTensor, merged: Sequence[HeldBox], piece_bytes: int) -> list[_Draft]:
+    """Drafts that one rank has."""
+    drafts = []
     for part in merged:
         row_bytes = prod(part.box.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
         groups = tuple((rank,) for rank in part.holders)
-        for box in _row_pieces(part.box, row_bytes, chunk_bytes):
-            pieces.append(_Piece(tensor, box, (box,), groups))  # noqa: PERF401
-    return pieces
+        for box in _row_boxes(part.box, row_bytes, piece_bytes):
+            drafts.append(_Draft(tensor, box, (box,), groups))  # noqa: PERF401
+    return drafts
 
 
-def _joined_pieces(tensor: SavedTensor, merged: Sequence[Part], chunk_bytes: int) -> list[_Piece]:
-    """Pieces of whole rows, joined from one rank for each part: the tensor is split along columns."""
+def _joined_drafts(
+    tensor: SavedTensor, merged: Sequence[HeldBox], piece_bytes: int
+) -> list[_Draft]:
+    """Drafts of whole rows, joined from one rank for each part: the tensor is split along columns."""
     row_bytes = prod(tensor.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
-    pieces = []
-    for box in _row_pieces(Box.whole(tensor.shape), row_bytes, chunk_bytes):
+    drafts = []
+    for box in _row_boxes(Box.whole(tensor.shape), row_bytes, piece_bytes):
         inside = [
             (common, part.holders)
             for part in merged
             if (common := part.box.intersect(box)) is not None
         ]
         groups = tuple(zip(*(holders for _, holders in inside), strict=False))
-        pieces.append(_Piece(tensor, box, tuple(common for common, _ in inside), groups))
-    return pieces
+        drafts.append(_Draft(tensor, box, tuple(common for common, _ in inside), groups))
+    return drafts
 
 
 def _weight_files(
     tensors: Sequence[SavedTensor],
     entries: Mapping[str, TensorEntry],
     nodes: Sequence[int],
-    chunk_bytes: int,
+    piece_bytes: int,
 ) -> list[PlannedFile]:
-    pieces = {tensor.name: _pieces(tensor, chunk_bytes) for tensor in tensors}
-    homes = _homes(tensors, pieces, nodes)
+    drafts = {tensor.name: _drafts(tensor, piece_bytes) for tensor in tensors}
+    homes = _homes(tensors, drafts, nodes)
     shelves: list[list[SavedTensor]] = []
     for node in sorted(set(homes.values())):
         size = LARGEST_FILE_BYTES + 1  # so that the first tensor begins a file, even if it is empty
@@ -192,17 +194,17 @@ def _weight_files(
                 size = 0
             shelves[-1].append(tensor)
             size += tensor.entry.bytes
-    flat = [piece for shelf in shelves for tensor in shelf for piece in pieces[tensor.name]]
+    flat = [draft for shelf in shelves for tensor in shelf for draft in drafts[tensor.name]]
     near = _Nearby(nodes)
-    usable = [near.groups(piece.groups, homes[piece.tensor.name]) for piece in flat]
-    # Leads stand for their groups, so that pieces with the same candidates are shared out evenly.
+    usable = [near.groups(draft.groups, homes[draft.tensor.name]) for draft in flat]
+    # Leads stand for their groups, so that drafts with the same candidates are shared out evenly.
     chosen = assign_owners([p.bytes for p in flat], [found.leads for found in usable])
     placed: defaultdict[str, list[_Placed]] = defaultdict(list)
-    for number, (piece, found, lead) in enumerate(zip(flat, usable, chosen, strict=True)):
+    for number, (draft, found, lead) in enumerate(zip(flat, usable, chosen, strict=True)):
         group = found.by_lead[lead]
         # Where a box is joined, the members of the group take turns in writing.
         writer = group[number % len(group)]
-        placed[piece.tensor.name].append(_Placed(piece, writer, piece.sources(group)))
+        placed[draft.tensor.name].append(_Placed(draft, writer, draft.sources(group)))
     return [
         _file(
             f"model-{number + 1:05d}-of-{len(shelves):05d}.safetensors",
@@ -216,7 +218,7 @@ def _weight_files(
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """The groups that may provide a chunk, by their first rank."""
+    """The groups that may provide a piece, by their first rank."""
 
     leads: tuple[int, ...]
     by_lead: Mapping[int, tuple[int, ...]]
@@ -231,7 +233,7 @@ class _Nearby:
         self._groups: dict[tuple[_Groups, int], _Candidates] = {}
 
     def homes(self, groups: _Groups) -> frozenset[int]:
-        """The nodes that have all of a chunk."""
+        """The nodes that have all of a piece."""
         if groups not in self._homes:
             found = ({self._nodes[rank] for rank in group} for group in groups)
             self._homes[groups] = frozenset(n for here in found if len(here) == 1 for n in here)
@@ -248,14 +250,14 @@ class _Nearby:
 
 
 def _homes(
-    tensors: Sequence[SavedTensor], pieces: Mapping[str, Sequence[_Piece]], nodes: Sequence[int]
+    tensors: Sequence[SavedTensor], drafts: Mapping[str, Sequence[_Draft]], nodes: Sequence[int]
 ) -> dict[str, int]:
     """The node that writes each tensor: the least loaded of those that have all of it."""
     near = _Nearby(nodes)
     loads: defaultdict[int, int] = defaultdict(int)
     homes: dict[str, int] = {}
     for tensor in sorted(tensors, key=lambda t: (-t.entry.bytes, t.name)):
-        ways = {piece.groups for piece in pieces[tensor.name]}
+        ways = {draft.groups for draft in drafts[tensor.name]}
         able = frozenset.intersection(*(near.homes(groups) for groups in ways))
         # Where no node has all of a tensor, several write the file.
         candidates = able or {nodes[group[0]] for groups in ways for group in groups}
@@ -266,20 +268,20 @@ def _homes(
 
 
 def _box_files(
-    tensors: Sequence[SavedTensor], entries: Mapping[str, TensorEntry], chunk_bytes: int
+    tensors: Sequence[SavedTensor], entries: Mapping[str, TensorEntry], piece_bytes: int
 ) -> list[PlannedFile]:
-    pieces = [
-        piece
+    drafts = [
+        draft
         for tensor in tensors
-        for piece in _own_pieces(tensor, _merged(tensor.parts), chunk_bytes)
+        for draft in _own_drafts(tensor, _merged(tensor.parts), piece_bytes)
     ]
     writers = assign_owners(
-        [piece.bytes for piece in pieces],
-        [tuple(sorted(group[0] for group in piece.groups)) for piece in pieces],
+        [draft.bytes for draft in drafts],
+        [tuple(sorted(group[0] for group in draft.groups)) for draft in drafts],
     )
     by_writer: defaultdict[int, list[_Placed]] = defaultdict(list)
-    for piece, writer in zip(pieces, writers, strict=True):
-        by_writer[writer].append(_Placed(piece, writer, ()))
+    for draft, writer in zip(drafts, writers, strict=True):
+        by_writer[writer].append(_Placed(draft, writer, ()))
     return [
         _file(
             f"optimizer-{number + 1:05d}-of-{len(by_writer):05d}.safetensors",
@@ -295,8 +297,8 @@ def _by_rows(placed: Sequence[_Placed]) -> list[_Placed]:
     """All state of the same rows together, in the order of the first: one fence frees them all."""
     rank: dict[tuple[str, Box], int] = {}
     for item in placed:
-        rank.setdefault((_base(item.piece.tensor), item.piece.box), len(rank))
-    return sorted(placed, key=lambda item: rank[_base(item.piece.tensor), item.piece.box])
+        rank.setdefault((_base(item.draft.tensor), item.draft.box), len(rank))
+    return sorted(placed, key=lambda item: rank[_base(item.draft.tensor), item.draft.box])
 
 
 def _base(tensor: SavedTensor) -> str:
@@ -305,20 +307,20 @@ def _base(tensor: SavedTensor) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    piece: _Piece
+    draft: _Draft
     writer: int
-    sources: tuple[Part, ...]
+    sources: tuple[HeldBox, ...]
 
 
 def _file(
     name: str, placed: Sequence[_Placed], entries: Mapping[str, TensorEntry], *, merge: bool
 ) -> PlannedFile:
-    """Lay pieces out one after the other; with `merge`, the pieces of a tensor are one tensor."""
+    """Lay drafts out one after the other; with `merge`, the drafts of a tensor are one tensor."""
     tensors: list[FileTensor] = []
     spans: list[tuple[_Placed, int]] = []
     position = 0
     for item in placed:
-        tensor, box, length = item.piece.tensor, item.piece.box, item.piece.bytes
+        tensor, box, length = item.draft.tensor, item.draft.box, item.draft.bytes
         spans.append((item, position))
         if merge and tensors and tensors[-1].name == tensor.name:
             tensors[-1] = FileTensor(
@@ -333,23 +335,23 @@ def _file(
             key = key_of(tensor.name, listed, tensor.shape)
             tensors.append(FileTensor(key, tensor.name, listed, position, position + length))
         position += length
-    trial: defaultdict[str, list[ChunkEntry]] = defaultdict(list)
+    trial: defaultdict[str, list[PieceEntry]] = defaultdict(list)
     for item, offset in spans:
-        box = item.piece.box
-        trial[item.piece.tensor.name].append(
-            ChunkEntry(offset, item.piece.bytes, box.start, box.stop, 0)
+        box = item.draft.box
+        trial[item.draft.tensor.name].append(
+            PieceEntry(offset, item.draft.bytes, box.start, box.stop, 0)
         )
     header = header_capacity(tensors, entries, trial)
-    chunks = tuple(
-        PlannedChunk(
-            item.piece.tensor.name,
-            item.piece.box,
+    pieces = tuple(
+        PlannedPiece(
+            item.draft.tensor.name,
+            item.draft.box,
             name,
             header + offset,
-            item.piece.bytes,
+            item.draft.bytes,
             item.writer,
             item.sources,
         )
         for item, offset in spans
     )
-    return PlannedFile(name, tuple(tensors), chunks, header, header + position)
+    return PlannedFile(name, tuple(tensors), pieces, header, header + position)

@@ -21,7 +21,7 @@ from torch.distributed import Store
 
 from holdfast.checkpoint.format import MANIFEST, Manifest, decode_manifest, directory
 from holdfast.checkpoint.loading import RemoteReader
-from holdfast.checkpoint.saving import Cancelled, Deadline, Votes, own_connection
+from holdfast.checkpoint.saving import Cancelled, Coordination, Deadline, own_connection
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
 _PART_BYTES = 16 << 20
@@ -158,7 +158,7 @@ class Uploader:
         self._uploaded = set() if uploaded is None else uploaded
         self._deadline = Deadline(timeout_s)
         """Of the upload under way."""
-        self._is_abandoned = False
+        self._is_aborted = False
         self._waiting: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[UploadResult] = queue.SimpleQueue()
         self._uploads = 0
@@ -185,12 +185,12 @@ class Uploader:
         with self._idle:
             return self._idle.wait_for(lambda: self._pending == 0, timeout_s)
 
-    def abandon(self) -> None:
-        """Give up what is under way and queued: its ranks do not go on together. Local, at once.
+    def abort(self) -> None:
+        """Give up what is under way and queued. From any thread; never blocks.
 
         A file that is being sent may still arrive: it is what the next attempt sends there as well.
         """
-        self._is_abandoned = True
+        self._is_aborted = True
         self._deadline.cancelled = True
         self._waiting.put(None)
 
@@ -201,20 +201,20 @@ class Uploader:
 
     def _work(self) -> None:
         while (checkpoint := self._waiting.get()) is not None:
-            if self._is_abandoned:
+            if self._is_aborted:
                 return
             self._uploads += 1
             began = perf_counter()
             error, size = "", 0
             ranks = range(self._world_size)
-            votes = Votes(self._store, f"upload-{self._uploads}", self._rank, ranks)
+            coordination = Coordination(self._store, f"upload-{self._uploads}", self._rank, ranks)
             try:
-                size = self._upload(checkpoint, votes)
+                size = self._upload(checkpoint, coordination)
             except Cancelled:
                 return
             except Exception as failure:
                 error = str(failure)
-                votes.fail(error)
+                coordination.report_failure(error)
             step = directory.step_of(checkpoint) or 0
             url = f"{self._remote.url}/{checkpoint.name}"
             self._results.put(
@@ -225,24 +225,24 @@ class Uploader:
                 self._pending -= 1
                 self._idle.notify_all()
 
-    def _upload(self, checkpoint: Path, votes: Votes) -> int:
+    def _upload(self, checkpoint: Path, coordination: Coordination) -> int:
         self._deadline = deadline = Deadline(self._timeout_s)
-        deadline.cancelled = self._is_abandoned
+        deadline.cancelled = self._is_aborted
         manifest = directory.read_manifest(checkpoint)
-        votes.enter("upload")
+        coordination.enter("upload")
         sizes = {name: entry.bytes for name, entry in manifest.files.items()}
         for file in share_of(sizes, self._rank, self._world_size):
             if (checkpoint.name, file) not in self._uploaded:
                 self._remote.put(checkpoint / file, checkpoint.name, file, deadline)
                 self._uploaded.add((checkpoint.name, file))
-        votes.cast("header", {})
-        if votes.is_coordinator:
-            votes.collect("header", votes.ranks, deadline)
+        coordination.report("header", {})
+        if coordination.is_coordinator:
+            coordination.collect("header", coordination.ranks, deadline)
             self._remote.put(checkpoint / MANIFEST, checkpoint.name, MANIFEST, deadline)
             self._remote.put_bytes(f"{checkpoint.name}\n".encode(), directory.LATEST)
             self._remote.retain(self._keep)
-            votes.cast("end", {})
-        votes.collect("end", [votes.coordinator], deadline)
+            coordination.report("end", {})
+        coordination.collect("end", [coordination.coordinator], deadline)
         return sum(sizes.values())
 
 

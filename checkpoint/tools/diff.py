@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoint.format import TORCH_DTYPES, Manifest, directory
-from holdfast.checkpoint.loading import FolderReader, Target, load
+from holdfast.checkpoint.loading import FolderReader, LoadTarget, load
 from holdfast.parallel.layout import Box
 
 _PART_BYTES = 64 << 20
@@ -132,7 +132,7 @@ def _parts(manifest: Manifest, name: str) -> Iterator[Box]:
 
 def _values(manifest: Manifest, reader: FolderReader, name: str, box: Box, where: str) -> Tensor:
     values = torch.empty(box.shape, dtype=TORCH_DTYPES[manifest.tensors[name].dtype])
-    load(manifest, reader, {name: [Target(box, values)]}, {0: {name: [box]}}, 0, where=where)
+    load(manifest, reader, {name: [LoadTarget(box, values)]}, {0: {name: [box]}}, 0, where=where)
     return values
 
 

@@ -20,6 +20,7 @@ class TensorSummary:
     shape: tuple[int, ...]
     bytes: int
     chunks: int
+    """How many pieces the files hold of it."""
     files: tuple[str, ...]
 
 
@@ -58,11 +59,11 @@ def inspect_checkpoint(path: Path) -> Summary:
 
 def summarise(manifest: Manifest, where: str) -> Summary:
     """See `inspect_checkpoint`. Pure."""
-    chunks: defaultdict[str, int] = defaultdict(int)
+    pieces: defaultdict[str, int] = defaultdict(int)
     files: defaultdict[str, list[str]] = defaultdict(list)
     for file, entry in manifest.files.items():
-        for name, listed in entry.chunks.items():
-            chunks[name] += len(listed)
+        for name, listed in entry.pieces.items():
+            pieces[name] += len(listed)
             files[name].append(file)
     kinds: dict[str, dict[str, Any]] = {}
     tensors = []
@@ -79,7 +80,7 @@ def summarise(manifest: Manifest, where: str) -> Summary:
                 tensor.dtype,
                 tensor.shape,
                 tensor.bytes,
-                chunks[name],
+                pieces[name],
                 tuple(files[name]),
             )
         )

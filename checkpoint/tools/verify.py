@@ -28,8 +28,8 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.loading import (
     ByteReader,
-    ChunkRead,
     FolderReader,
+    PieceRead,
     check_coverage,
     requests_of,
 )
@@ -136,29 +136,29 @@ def _file_problems(
     if small is not None:
         yield small
     for read, crc in checksums_of(manifest, reader, name, limit=size):
-        if crc != read.chunk.crc32c:
+        if crc != read.piece.crc32c:
             yield Problem(
                 name,
-                f"{read.name}{read.chunk.box} at byte {read.chunk.offset} is damaged: checksum "
-                f"{crc:08x}, not {read.chunk.crc32c:08x}",
+                f"{read.name}{read.piece.box} at byte {read.piece.offset} is damaged: checksum "
+                f"{crc:08x}, not {read.piece.crc32c:08x}",
                 read.name,
-                str(read.chunk.box),
+                str(read.piece.box),
             )
 
 
 def checksums_of(
     manifest: Manifest, reader: FolderReader, file: str, *, limit: int
-) -> Iterator[tuple[ChunkRead, int]]:
-    """Read the chunks of a file that end within its first `limit` bytes; each with its CRC-32C."""
+) -> Iterator[tuple[PieceRead, int]]:
+    """Read the pieces of a file that end within its first `limit` bytes; each with its CRC-32C."""
     entry = manifest.files[file]
     reads = [
-        ChunkRead(name, manifest.tensors[name].dtype, file, chunk, ())
-        for name, chunks in entry.chunks.items()
+        PieceRead(name, manifest.tensors[name].dtype, file, piece, ())
+        for name, pieces in entry.pieces.items()
         if name in manifest.tensors
-        for chunk in chunks
-        if chunk.offset + chunk.length <= limit
+        for piece in pieces
+        if piece.offset + piece.length <= limit
     ]
-    reads.sort(key=lambda read: read.chunk.offset)
+    reads.sort(key=lambda read: read.piece.offset)
     for load in _batches(reads):
         requests, places, end = requests_of(load)
         memory = np.empty(end + 4096, np.uint8)
@@ -166,18 +166,18 @@ def checksums_of(
         for _ in reader.read(requests, memory.ctypes.data):
             pass
         for read, place in zip(load, places, strict=True):
-            yield read, _native.crc32c(memory.ctypes.data + place, read.chunk.length)
+            yield read, _native.crc32c(memory.ctypes.data + place, read.piece.length)
 
 
-def _batches(reads: list[ChunkRead]) -> Iterator[list[ChunkRead]]:
-    batch: list[ChunkRead] = []
+def _batches(reads: list[PieceRead]) -> Iterator[list[PieceRead]]:
+    batch: list[PieceRead] = []
     size = 0
     for read in reads:
-        if batch and size + read.chunk.length > _READ_BYTES:
+        if batch and size + read.piece.length > _READ_BYTES:
             yield batch
             batch, size = [], 0
         batch.append(read)
-        size += read.chunk.length
+        size += read.piece.length
     if batch:
         yield batch
 
@@ -203,7 +203,7 @@ def rebuild_manifest(folder: Path) -> Manifest:
         if header.format_version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {header.format_version}")
         entry = FileEntry(
-            bytes=size, header_bytes=length, crc32c=crc32c_of(content), chunks=header.chunks
+            bytes=size, header_bytes=length, crc32c=crc32c_of(content), pieces=header.pieces
         )
         headers[path.name] = header, entry
     if not headers:

@@ -87,8 +87,8 @@ def test_any_flipped_bit_is_found_and_named(saved: Path, data: st.DataObject) ->
             assert isinstance(found, list)
             name, box = found[0].tensor, found[0].box
             assert any(
-                chunk.offset <= place < chunk.offset + chunk.length and str(chunk.box) == box
-                for chunk in entry.chunks[name]
+                piece.offset <= place < piece.offset + piece.length and str(piece.box) == box
+                for piece in entry.pieces[name]
             )
             assert f"{name}{box}" in str(caught.value)
     finally:

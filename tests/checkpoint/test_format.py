@@ -14,10 +14,10 @@ from safetensors import safe_open
 from holdfast.checkpoint.format.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from holdfast.checkpoint.format.files import (
     ELEMENT_BYTES,
-    ChunkEntry,
     FileEntry,
     FileTensor,
     Manifest,
+    PieceEntry,
     TensorEntry,
     crc32c_of,
     decode_header,
@@ -33,7 +33,7 @@ from holdfast.parallel.layout.boxes import Box
 
 
 def _manifest() -> Manifest:
-    chunk = ChunkEntry(4096, 24, (0, 0), (2, 3), 0xFFFFFFFF)
+    piece = PieceEntry(4096, 24, (0, 0), (2, 3), 0xFFFFFFFF)
     return Manifest(
         id="0" * 32,
         step=7,
@@ -41,7 +41,7 @@ def _manifest() -> Manifest:
         tensors={"lm_head.weight": TensorEntry("weight", "F32", (2, 3))},
         files={
             "model.safetensors": FileEntry(
-                bytes=4120, header_bytes=4096, crc32c=3, chunks={"lm_head.weight": (chunk,)}
+                bytes=4120, header_bytes=4096, crc32c=3, pieces={"lm_head.weight": (piece,)}
             )
         },
         scalars={"step": 7, 'odd","crc32c":"': "text"},
@@ -95,10 +95,10 @@ def test_a_header_opens_in_safetensors(dtype: str, tmp_path: Path) -> None:
     entries = {"a.weight": TensorEntry("weight", dtype, shape)}
     whole = FileTensor("b", "a.weight", Box.whole(shape), size, size + values.nbytes)
     part = FileTensor(key_of("a.weight", box, shape), "a.weight", box, 0, size)
-    chunks = {"a.weight": [ChunkEntry(0, size, box.start, box.stop, 1)]}
-    capacity = header_capacity([part, whole], entries, chunks)
+    pieces = {"a.weight": [PieceEntry(0, size, box.start, box.stop, 1)]}
+    capacity = header_capacity([part, whole], entries, pieces)
     assert capacity % 4096 == 0
-    header = encode_header([part, whole], entries, chunks, id="f" * 32, step=3, capacity=capacity)
+    header = encode_header([part, whole], entries, pieces, id="f" * 32, step=3, capacity=capacity)
     raw = values.contiguous().view(torch.uint8).numpy().tobytes()
     rows = values[1:3].contiguous().view(torch.uint8).numpy().tobytes()
     path = tmp_path / "file.safetensors"
@@ -110,10 +110,10 @@ def test_a_header_opens_in_safetensors(dtype: str, tmp_path: Path) -> None:
     assert torch.equal(loaded["b"].view(torch.uint8), values.contiguous().view(torch.uint8))
     assert loaded["a.weight[1:3,0:6]"].shape == (2, 6)
     found = decode_header(header, "here")
-    assert (found.id, found.step, found.chunks["a.weight"]) == (
+    assert (found.id, found.step, found.pieces["a.weight"]) == (
         "f" * 32,
         3,
-        tuple(chunks["a.weight"]),
+        tuple(pieces["a.weight"]),
     )
     assert header_bytes(header[:8], len(header), "here") == capacity
 

@@ -231,13 +231,13 @@ def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
             if not entry.header_bytes:
                 continue
             raw = (folder / file).read_bytes()
-            for name, chunks in entry.chunks.items():
-                for chunk in chunks:
+            for name, pieces in entry.pieces.items():
+                for piece in pieces:
                     part = torch.frombuffer(
-                        bytearray(raw[chunk.offset : chunk.offset + chunk.length]),
+                        bytearray(raw[piece.offset : piece.offset + piece.length]),
                         dtype=torch.float32,
                     )
-                    whole[name][chunk.box.slices] = part.view(chunk.box.shape)
+                    whole[name][piece.box.slices] = part.view(piece.box.shape)
         return whole
 
     first = tensors_of(source)

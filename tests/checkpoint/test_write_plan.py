@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from holdfast.checkpoint.format.files import ELEMENT_BYTES
-from holdfast.checkpoint.format.plan_types import Part, SavedTensor, WritePlan
+from holdfast.checkpoint.format.plan_types import HeldBox, SavedTensor, WritePlan
 from holdfast.checkpoint.saving import write_plan
 from holdfast.checkpoint.saving.write_plan import make_write_plan
 from holdfast.parallel.errors import LayoutError
@@ -25,23 +25,23 @@ def _check(plan: WritePlan, tensors: list[SavedTensor], nodes: list[int]) -> Non
     held: defaultdict[str, int] = defaultdict(int)
     for file in plan.files:
         end = file.header_bytes
-        for chunk in file.chunks:
-            assert chunk.offset == end, "holes are not allowed in safetensors"
-            end += chunk.length
-            tensor = by_name[chunk.name]
-            assert chunk.length == chunk.box.elements * ELEMENT_BYTES[tensor.dtype]
-            held[chunk.name] += chunk.box.elements
-            sources = chunk.sources or (Part(chunk.box, (chunk.writer,)),)
-            assert sum(part.box.elements for part in sources) == chunk.box.elements
+        for piece in file.pieces:
+            assert piece.offset == end, "holes are not allowed in safetensors"
+            end += piece.length
+            tensor = by_name[piece.name]
+            assert piece.length == piece.box.elements * ELEMENT_BYTES[tensor.dtype]
+            held[piece.name] += piece.box.elements
+            sources = piece.sources or (HeldBox(piece.box, (piece.writer,)),)
+            assert sum(part.box.elements for part in sources) == piece.box.elements
             assert len({part.holders for part in sources}) == len(sources), "one part a rank"
             for part in sources:
                 [rank] = part.holders
                 assert any(
                     rank in whole.holders and whole.box.intersect(part.box) is not None
-                    for whole in holders[chunk.name]
+                    for whole in holders[piece.name]
                 )
         assert end == file.bytes
-        assert len({nodes[chunk.writer] for chunk in file.chunks}) <= 1
+        assert len({nodes[piece.writer] for piece in file.pieces}) <= 1
     assert held == {t.name: Box.whole(t.shape).elements for t in tensors}
 
 
@@ -98,17 +98,17 @@ def test_a_file_of_weights_belongs_to_one_node_where_one_has_it_all() -> None:
     assert {nodes[file.lead] for file in weights} == {0, 1, 2, 3}
 
 
-def test_chunks_grow_so_that_a_manifest_stays_small() -> None:
-    assert write_plan.chunk_bytes_for(1) == 8 << 20
-    assert write_plan.chunk_bytes_for((8 << 20) << 18) == 8 << 20
-    assert write_plan.chunk_bytes_for(((8 << 20) << 18) + 1) == 16 << 20
-    assert write_plan.chunk_bytes_for(16 * 10**12) == 64 << 20
+def test_pieces_grow_so_that_a_manifest_stays_small() -> None:
+    assert write_plan.piece_bytes_for(1) == 8 << 20
+    assert write_plan.piece_bytes_for((8 << 20) << 18) == 8 << 20
+    assert write_plan.piece_bytes_for(((8 << 20) << 18) + 1) == 16 << 20
+    assert write_plan.piece_bytes_for(16 * 10**12) == 64 << 20
 
 
 def test_large_weights_start_new_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_plan, "LARGEST_FILE_BYTES", 1000)
     tensors = [
-        SavedTensor(f"w{i}", "weight", "F32", (10, 10), (Part(Box.whole((10, 10)), (0,)),), True)
+        SavedTensor(f"w{i}", "weight", "F32", (10, 10), (HeldBox(Box.whole((10, 10)), (0,)),), True)
         for i in range(5)
     ]
     made = make_write_plan(tensors, [0])
@@ -127,7 +127,7 @@ def test_large_weights_start_new_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_that_are_not_the_tensor_are_refused(
     parts: list[tuple[tuple[int, ...], tuple[int, ...]]], message: str
 ) -> None:
-    boxes = tuple(Part(Box(start, stop), (0,)) for start, stop in parts)
+    boxes = tuple(HeldBox(Box(start, stop), (0,)) for start, stop in parts)
     with pytest.raises(LayoutError, match=message):
         make_write_plan([SavedTensor("w", "weight", "F32", (2, 4), boxes, True)], [0])
 

@@ -290,11 +290,11 @@ class ElasticLoop:
     def _interrupt(self, reason: str) -> None:
         """Free what waits for a save of a generation that has ended. In another thread."""
         if self._checkpoints is not None:
-            self._checkpoints.interrupt(reason)
+            self._checkpoints.abort(reason)
 
     def _abandon_saves(self) -> None:
         if self._checkpoints is not None:
-            self._checkpoints.abandon("the ranks of the run change; it is begun again")
+            self._checkpoints.cancel("the ranks of the run change; it is begun again")
 
     def _load(self, training: Training, store: Store, generation: Generation) -> int:
         """Fill a new training from the newest checkpoint there is now; returns its step."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from holdfast.checkpoint.format import Manifest, Part, SavedTensor
+from holdfast.checkpoint.format import HeldBox, Manifest, SavedTensor
 from holdfast.parallel.layout import Box
 from holdfast.parallel.plan import Plan, block_box
 
@@ -83,9 +83,9 @@ def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[Sav
     ]
 
 
-def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tuple[Part, ...]:
+def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tuple[HeldBox, ...]:
     return tuple(
-        Part(box, tuple(sorted(ranks)), tuple(sorted(apart.get(box, ()))))
+        HeldBox(box, tuple(sorted(ranks)), tuple(sorted(apart.get(box, ()))))
         for box, ranks in boxes.items()
     )
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.checkpoint.format import PlannedChunk
-from holdfast.checkpoint.loading import Target
+from holdfast.checkpoint.format import PlannedPiece
+from holdfast.checkpoint.loading import LoadTarget
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import ParameterBuffer, Segment, ShadowState, ShardedAdamW
 from holdfast.parallel.plan import Plan, block_box
@@ -120,7 +120,7 @@ class TrainingState:
             copies = self._shadows.state["value" if kind == "master" else kind]
         return copies[start : start + box.elements].view(box.shape)
 
-    def before(self, chunk: PlannedChunk) -> int:
+    def before(self, chunk: PlannedPiece) -> int:
         """The first block whose update overwrites a chunk; the number of all if none does.
 
         Shadowed blocks, which are updated first, count from 0, owned ones go on from there.
@@ -134,11 +134,11 @@ class TrainingState:
         overlapping = (found.number for found in rows if found.first < last and found.last > first)
         return self.shadowed + min(overlapping, default=self.owned)
 
-    def targets(self) -> dict[str, list[Target]]:
+    def targets(self) -> dict[str, list[LoadTarget]]:
         """Where everything that this rank loads goes."""
         wanted = wanted_boxes(self._plan, self._rank, self._precision)
         return {
-            name: [Target(box, view) for box in boxes for view in self.views(name, box)]
+            name: [LoadTarget(box, view) for box in boxes for view in self.views(name, box)]
             for name, boxes in wanted.items()
         }
 

@@ -30,8 +30,8 @@ from holdfast.checkpoint.convert.sources import (
 from holdfast.checkpoint.format import (
     INDEX,
     MANIFEST,
+    HeldBox,
     Manifest,
-    Part,
     SavedTensor,
     build_manifest,
     directory,
@@ -48,7 +48,7 @@ NAME = "holdfast"
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """The tensors of a checkpoint, with the checksums of its chunks.
+    """The tensors of a checkpoint, with the checksums of its pieces.
 
     Raises:
         CheckpointError: there is none, or its manifest, a header or a small file is damaged.
@@ -78,19 +78,19 @@ def read(path: Path, options: ReadOptions) -> Catalog:
         files=files | given_files(options),
     )
     for file, entry in manifest.files.items():
-        for chunks in entry.chunks.values():
-            for chunk in chunks:
-                catalog.checks[file, chunk.offset, chunk.length] = chunk.crc32c
+        for stored in entry.pieces.values():
+            for piece in stored:
+                catalog.checks[file, piece.offset, piece.length] = piece.crc32c
     return catalog
 
 
 def _tensors(manifest: Manifest) -> list[Logical]:
     pieces: defaultdict[str, list[Piece]] = defaultdict(list)
     for file, entry in manifest.files.items():
-        for name, chunks in entry.chunks.items():
-            for chunk in chunks:
-                place = Place(file, chunk.offset, row_major(chunk.box.shape))
-                pieces[name].append(Piece(chunk.box, (place,)))
+        for name, stored in entry.pieces.items():
+            for piece in stored:
+                place = Place(file, piece.offset, row_major(piece.box.shape))
+                pieces[name].append(Piece(piece.box, (place,)))
     tensors = []
     for name, entry in manifest.tensors.items():
         base = name if entry.kind in UNPREFIXED_KINDS else name.removeprefix(f"{entry.kind}.")
@@ -111,26 +111,26 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             tensor.kind,
             out,
             tensor.shape,
-            (Part(Box.whole(tensor.shape), writers),),
+            (HeldBox(Box.whole(tensor.shape), writers),),
             whole=tensor.kind in ("weight", "buffer"),
         )
         for tensor, out in settled
     ]
     layout = make_write_plan(saved, [0] * len(writers))
     by_name = {tensor.full_name: tensor for tensor, _ in settled}
-    chunks = [chunk for file in layout.files for chunk in file.chunks]
+    planned = [piece for file in layout.files for piece in file.pieces]
     units = [
         Unit(by_name[c.name], c.box, layout.tensors[c.name].dtype, c.file, c.offset)
-        for c in chunks
+        for c in planned
         if c.length
     ]
-    made = [number for number, chunk in enumerate(chunks) if chunk.length]
+    made = [number for number, piece in enumerate(planned) if piece.length]
 
     def finish(folder: Path, checksums: Sequence[int]) -> None:
-        crcs = [0] * len(chunks)
+        crcs = [0] * len(planned)
         for number, crc in zip(made, checksums, strict=True):
             crcs[number] = crc
-        by_place = {(c.file, c.offset, c.name): crc for c, crc in zip(chunks, crcs, strict=True)}
+        by_place = {(c.file, c.offset, c.name): crc for c, crc in zip(planned, crcs, strict=True)}
         by_rank = {
             rank: [by_place[c.file, c.offset, c.name] for c in layout.written_by(rank)]
             for rank in writers

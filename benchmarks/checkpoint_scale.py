@@ -25,7 +25,7 @@ from holdfast.checkpoint.format.files import decode_manifest, encode_manifest
 from holdfast.checkpoint.format.manifest import build_manifest
 from holdfast.checkpoint.loading.read_plan import check_coverage, make_read_plan
 from holdfast.checkpoint.saving.write_plan import make_write_plan
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.saved_tensors import saved_tensors, wanted_boxes
 

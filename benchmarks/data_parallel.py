@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 import msgspec
 
 from harness import Measurement, report
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from support.oracles.plain_llama import PlainLlama, Shape
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config

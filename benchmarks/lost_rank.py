@@ -38,7 +38,7 @@ from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
 from holdfast.parallel.pipeline.executor import Executor, MessageShape, receive_order
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
 from support.processes.cluster import Cluster
 

@@ -38,7 +38,7 @@ from rich.table import Table
 
 from harness import machine
 from holdfast.parallel.offload import compact_heap_environment
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.build import open_training
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.world import local_world

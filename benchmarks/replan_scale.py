@@ -26,7 +26,7 @@ from holdfast.parallel.plan.admission import next_plan
 from holdfast.parallel.plan.block_transfers import held_blocks, plan_parcels
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, with_shadows
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
 
 TENSOR, PIPELINE, DATA = 8, 16, 782

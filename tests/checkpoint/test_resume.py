@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from torch.distributed import Store
 
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from support.processes.cluster import Cluster, WorkerFailed
 from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
 

@@ -11,7 +11,7 @@ import pytest
 from holdfast.trainer.check.capture import RankCapture
 from holdfast.trainer.check.compare import compare
 from holdfast.trainer.check.reference import run_reference
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from support.processes.cluster import Cluster
 from support.runs.layouts import all_layouts, tiny
 from support.runs.small_runs import world_size_of

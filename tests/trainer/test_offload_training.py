@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import Store
 
 from holdfast.parallel.plan.cost import peak_activation_bytes
-from holdfast.trainer.config.loading import RunConfig, dump_toml
+from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.plan_report.report import plan_report
 from holdfast.trainer.step.planning import plan_of
 from support.processes.cluster import Cluster

@@ -15,8 +15,6 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import RunConfig
 
-__all__ = ["RunConfig", "check_config", "convert_config", "dump_toml", "load_config"]
-
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override and check a configuration. Local; needs no torch.

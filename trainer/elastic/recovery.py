@@ -54,7 +54,14 @@ from holdfast.trainer.elastic.worker_status import (
     agree_on_state,
     standing_to_data,
 )
-from holdfast.trainer.step import Progress, Training, backend_of, choose_device, plan_of, rate_of
+from holdfast.trainer.step import (
+    StepProgress,
+    Training,
+    backend_of,
+    choose_device,
+    plan_of,
+    rate_of,
+)
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -398,7 +405,7 @@ class ElasticRun:
             return None, None, 0
         training = Training(self.config, rank, self.device, following, groups)
         step = self._load(training, store, generation)
-        training.progress = Progress(decided=step, updated=step)
+        training.progress = StepProgress(decided=step, updated=step)
         moved = fill_shadows(training, groups.control, nodes)
         return training, step, moved
 

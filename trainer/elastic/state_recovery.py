@@ -15,7 +15,7 @@ from holdfast.parallel.plan import Plan, arriving_blocks, held_blocks, plan_parc
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.elastic.worker_status import Agreed
-from holdfast.trainer.step import Progress, Training, covered_places, keeps_sums
+from holdfast.trainer.step import StepProgress, Training, covered_places, keeps_sums
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of the optimizer's state, by the precision of training."""
@@ -79,7 +79,7 @@ def training_from_holders(
     if _must_gather(agreed, plan, following):
         training.optimizer.round_masters()
         training.optimizer.gather()
-    training.progress = Progress(
+    training.progress = StepProgress(
         agreed.steps, agreed.outcome, agreed.steps, filled=not following.arriving
     )
     covered = covered_places(plan, following, agreed.counted, agreed.fresh)

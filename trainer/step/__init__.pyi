@@ -20,7 +20,7 @@ from .planning import (
 )
 from .progress import (
     Outcome as Outcome,
-    Progress as Progress,
+    StepProgress as StepProgress,
     Requests as Requests,
 )
 from .saved_tensors import (

@@ -45,7 +45,7 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class Progress:
+class StepProgress:
     """How far a rank is: what survivors tell each other when a step was interrupted."""
 
     decided: int = 0

@@ -44,7 +44,7 @@ from holdfast.trainer.models import DTYPES, new_chunks
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import NOTHING, Counted, Covered, Place, Redo
 from holdfast.trainer.step.planning import shadows_in_host_memory
-from holdfast.trainer.step.progress import NO_REQUESTS, Outcome, Progress, Requests
+from holdfast.trainer.step.progress import NO_REQUESTS, Outcome, Requests, StepProgress
 from holdfast.trainer.step.state_views import TrainingState
 
 
@@ -73,7 +73,7 @@ class Training:
         self.plan, self.groups = plan, groups
         self.data: Dataset = before.data if before is not None else self._open_data("train")
         self._eval_data: Dataset | None = before._eval_data if before is not None else None
-        self.progress = Progress() if before is None else replace(before.progress)
+        self.progress = StepProgress() if before is None else replace(before.progress)
         self.offloader = open_offloader(config, device) if before is None else before.offloader
         self._build_model(before, initial=initial)
         self._clear_step(self.progress.decided)

@@ -16,7 +16,7 @@ from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models.chunk import build_chunk
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, world_size_of

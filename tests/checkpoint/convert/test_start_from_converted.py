@@ -17,7 +17,7 @@ from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.format.directory import read_manifest
 from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.config.loading import RunConfig, dump_toml
+from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.resume import find_resume
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, fault

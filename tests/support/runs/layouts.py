@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from holdfast.trainer.check.tiny import FRACTION_BITS
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from support.runs.small_runs import make_config
 
 MOST_RANKS = 8

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from torch.distributed import Store
 
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {
@@ -44,8 +44,8 @@ def world_size_of(config: RunConfig) -> int:
 
 def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
     """Train all steps on this rank: exact losses and norms, and a digest of the parameters."""
-    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.step.build import open_training
+    from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)
@@ -116,7 +116,9 @@ def run_training(cluster: Any, config: RunConfig, *, timeout_s: float = 90.0) ->
     """Run `config` on the pool; all ranks must agree on what they saw."""
     plain = msgspec.to_builtins(config)
     ranks = world_size_of(config)
-    results = cluster.run("support.runs.small_runs:train_steps", ranks, timeout_s=timeout_s, config=plain)
+    results = cluster.run(
+        "support.runs.small_runs:train_steps", ranks, timeout_s=timeout_s, config=plain
+    )
     assert all(result == results[0] for result in results), "ranks disagree"
     return results[0]
 

@@ -14,7 +14,7 @@ from holdfast.parallel.optimizer.adamw import AdamWSettings
 from holdfast.parallel.optimizer.shadow_state import ShadowState, shadow_runs
 from holdfast.parallel.plan.plan import Plan, block_box
 from holdfast.parallel.plan.replan import Roster, with_shadows
-from holdfast.trainer.config.loading import RunConfig
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.plan_report.losses import elastic_report
 from holdfast.trainer.plan_report.report import plan_report
 from holdfast.trainer.step.planning import plan_of

@@ -12,7 +12,7 @@ import torch
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.plan.cost import peak_activation_bytes
-from holdfast.trainer.config.loading import RunConfig, dump_toml, load_config
+from holdfast.trainer.config import RunConfig, dump_toml, load_config
 from holdfast.trainer.plan_report.report import plan_report
 from holdfast.trainer.run.throughput import (
     MeasuredRates,

@@ -19,8 +19,8 @@ from holdfast.trainer.run import (
     choose_root,
     lock_run,
     open_run,
-    recorded_rates,
-    settle_rates,
+    recorded_throughput,
+    resolve_throughput,
 )
 from holdfast.trainer.world import WorldInfo
 
@@ -65,7 +65,7 @@ def run_external_worker(
                 )
             else:
                 run = _told_run(store)
-            config = recorded_rates(config, run.root)
+            config = recorded_throughput(config, run.root)
             return run_worker(config, world, run, announce=True, store=store)
     except HoldfastError as error:
         if world.rank == 0:
@@ -87,7 +87,7 @@ def _opened_run(
     try:
         root = choose_root(config_path, out, config, resume, allow_change=allow_change)
         held.enter_context(lock_run(root))
-        config = settle_rates(
+        config = resolve_throughput(
             config,
             root,
             ranks_here=world.local_world_size,

@@ -19,11 +19,11 @@ from holdfast.trainer.run import (
     choose_root,
     described,
     lock_run,
-    measure_rates,
+    measure_throughput,
     open_run,
     prepare_heap,
-    settle_rates,
-    with_rates,
+    resolve_throughput,
+    with_throughput,
 )
 from holdfast.trainer.world import WorldInfo, world_from_environment
 
@@ -84,7 +84,9 @@ def train(
     root = choose_root(config, out, run_config, resume, allow_change=allow_change)
     with lock_run(root):
         fresh = resume == "none"
-        run_config = settle_rates(run_config, root, ranks_here=workers, fresh=fresh, say=typer.echo)
+        run_config = resolve_throughput(
+            run_config, root, ranks_here=workers, fresh=fresh, say=typer.echo
+        )
         run = open_run(root, run_config, resume, allow_change=allow_change)
         if run_config.elastic.enabled:
             # What ends with its connections logs so in C++ too; every end is told in our own words.
@@ -121,7 +123,7 @@ def _elastic_task(
         def opened() -> RunDirectory:
             root = choose_root(path, out, config, resume, allow_change=allow_change)
             held.enter_context(lock_run(root))
-            settled = settle_rates(
+            settled = resolve_throughput(
                 config,
                 root,
                 ranks_here=world.local_world_size * config.parallel.ranks // world.world_size,
@@ -213,9 +215,9 @@ def plan(
 
     run_config = load_config(config, overrides)
     if measure:
-        rates = measure_rates(run_config, measure)
+        rates = measure_throughput(run_config, measure)
         typer.echo(f"measured {described(rates)}", err=as_json)
-        run_config = with_rates(run_config, rates)
+        run_config = with_throughput(run_config, rates)
     report = plan_report(
         run_config,
         flops_per_s=tflops * 1e12,

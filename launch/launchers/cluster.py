@@ -27,7 +27,7 @@ from holdfast.launch.launchers.elastic import explained, log_agents, node_settin
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.trainer.config import RunConfig, load_config
-from holdfast.trainer.run import Resume, RunDirectory, recorded_rates
+from holdfast.trainer.run import Resume, RunDirectory, recorded_throughput
 from holdfast.trainer.world import WorldInfo
 
 _MEET_S = 120.0
@@ -68,7 +68,7 @@ def run_first_task(
         try:
             node = _task_settings(config, world)
             run = open_run()
-            config = recorded_rates(config, run.root)
+            config = recorded_throughput(config, run.root)
         except HoldfastError as error:
             _tell(listening, world, {"error": str(error)})
             raise
@@ -100,7 +100,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     """
     told, host = _ask(world)
     run = RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))
-    config = recorded_rates(config, run.root)
+    config = recorded_throughput(config, run.root)
     node = replace(_task_settings(config, world), log=run.log, host=host)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))

@@ -23,7 +23,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.reports import layout_grid, step_flops
-from holdfast.trainer.run import MeasuredRates, assumed, with_rates
+from holdfast.trainer.run import Throughput, assumed, with_throughput
 from holdfast.trainer.step import DTYPES, plan_of, state_kinds
 
 _SHOWN_ACTIONS = 24
@@ -180,8 +180,8 @@ def plan_report(
     Raises:
         ConfigError: lost ranks that are not in the layout, or too few left.
     """
-    given = MeasuredRates(flops_per_s / 1e12, drive_bytes_per_s / 1e9)
-    config = with_rates(config, given, instead=True)
+    given = Throughput(flops_per_s / 1e12, drive_bytes_per_s / 1e9)
+    config = with_throughput(config, given, instead=True)
     plan = plan_of(config)
     flops_per_s = config.train.tflops * 1e12
     drive_bytes_per_s = config.offload.drive_gbytes * 1e9

@@ -21,11 +21,11 @@ from .run_directory import (
     write_error as write_error,
 )
 from .throughput import (
-    MeasuredRates as MeasuredRates,
+    Throughput as Throughput,
     assumed as assumed,
     described as described,
-    measure_rates as measure_rates,
-    recorded_rates as recorded_rates,
-    settle_rates as settle_rates,
-    with_rates as with_rates,
+    measure_throughput as measure_throughput,
+    recorded_throughput as recorded_throughput,
+    resolve_throughput as resolve_throughput,
+    with_throughput as with_throughput,
 )

@@ -21,7 +21,7 @@ _PROBE_S = 180.0
 """How long a measurement may take, once its processes have started."""
 
 
-class MeasuredRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Throughput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of one rank while the others of its machine do the same."""
 
     tflops: float
@@ -30,7 +30,7 @@ class MeasuredRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """10^9 bytes a second to the place of offloaded activations and, where that is slower, back."""
 
 
-def needs_rates(config: RunConfig) -> bool:
+def needs_throughput(config: RunConfig) -> bool:
     """Whether the plan depends on rates that the configuration leaves open. Pure."""
     train, offload = config.train, config.offload
     if train.recompute != "auto" or offload.activations == "none":
@@ -38,7 +38,7 @@ def needs_rates(config: RunConfig) -> bool:
     return not (train.tflops and offload.drive_gbytes)
 
 
-def with_rates(config: RunConfig, rates: MeasuredRates, *, instead: bool = False) -> RunConfig:
+def with_throughput(config: RunConfig, rates: Throughput, *, instead: bool = False) -> RunConfig:
     """The configuration with these rates where it names none, or `instead` of what it names. Pure.
 
     A rate of 0 is one that is not known, here as there.
@@ -52,13 +52,13 @@ def with_rates(config: RunConfig, rates: MeasuredRates, *, instead: bool = False
     )
 
 
-def recorded_rates(config: RunConfig, root: Path) -> RunConfig:
+def recorded_throughput(config: RunConfig, root: Path) -> RunConfig:
     """The configuration with the rates that a run's folder keeps, where it needs any. Local.
 
     Raises:
         ConfigError: this machine does not find them there.
     """
-    if not needs_rates(config):
+    if not needs_throughput(config):
         return config
     rates = _recorded(root)
     if rates is None:
@@ -66,10 +66,10 @@ def recorded_rates(config: RunConfig, root: Path) -> RunConfig:
             f"{_path(root)}, which the first process has written, cannot be read here; put --out in a folder "
             "that all machines share, or set train.tflops and offload.drive_gbytes"
         )
-    return with_rates(config, rates)
+    return with_throughput(config, rates)
 
 
-def settle_rates(
+def resolve_throughput(
     config: RunConfig,
     root: Path,
     *,
@@ -88,11 +88,11 @@ def settle_rates(
     Raises:
         ConfigError: they cannot be measured.
     """
-    if not needs_rates(config):
+    if not needs_throughput(config):
         return config
     rates = None if fresh else _recorded(root)
     if rates is None:
-        rates = measure_rates(config, ranks_here)
+        rates = measure_throughput(config, ranks_here)
         text = json.dumps(msgspec.to_builtins(rates)) + "\n"
         partial = _path(root).with_suffix(".partial")
         try:
@@ -101,10 +101,10 @@ def settle_rates(
         except OSError as error:
             raise ConfigError(f"{partial} cannot be written: {error.strerror}") from error
         say(f"measured {described(rates)}; kept in {_path(root)}")
-    return with_rates(config, rates)
+    return with_throughput(config, rates)
 
 
-def measure_rates(config: RunConfig, ranks_here: int) -> MeasuredRates:
+def measure_throughput(config: RunConfig, ranks_here: int) -> Throughput:
     """What the slowest of `ranks_here` processes measures while all of them measure at once. Local.
 
     Raises:
@@ -133,14 +133,14 @@ def measure_rates(config: RunConfig, ranks_here: int) -> MeasuredRates:
         for probe in probes:
             output, errors = probe.communicate(timeout=_PROBE_S)
             _expect(probe, output, errors)
-            found.append(msgspec.json.decode(output, type=MeasuredRates))
+            found.append(msgspec.json.decode(output, type=Throughput))
     except subprocess.TimeoutExpired as error:
         raise _unmeasured(f"no answer within {_PROBE_S:g} s") from error
     finally:
         for probe in probes:
             probe.kill()
             probe.communicate()
-    return MeasuredRates(
+    return Throughput(
         min(rates.tflops for rates in found), min(rates.drive_gbytes for rates in found)
     )
 
@@ -150,12 +150,12 @@ def assumed(config: RunConfig) -> str:
     train, offload = config.train, config.offload
     if train.recompute != "auto" or offload.activations == "none":
         return ""
-    if needs_rates(config):
+    if needs_throughput(config):
         return "not known: a drive that takes everything in time is assumed (a run measures; --measure)"
     return f"{train.tflops:.3g} TFLOP/s and {offload.drive_gbytes:.3g} GB/s to the drive, each rank"
 
 
-def described(rates: MeasuredRates) -> str:
+def described(rates: Throughput) -> str:
     """For a person."""
     return (
         f"{rates.tflops:.3g} TFLOP/s and {rates.drive_gbytes:.3g} GB/s to the drive, each rank "
@@ -190,9 +190,9 @@ def _path(root: Path) -> Path:
     return root / "rates.json"
 
 
-def _recorded(root: Path) -> MeasuredRates | None:
+def _recorded(root: Path) -> Throughput | None:
     """None where there are none, or none that can be read: they are measured again."""
     try:
-        return msgspec.json.decode(_path(root).read_bytes(), type=MeasuredRates)
+        return msgspec.json.decode(_path(root).read_bytes(), type=Throughput)
     except (OSError, msgspec.DecodeError):
         return None

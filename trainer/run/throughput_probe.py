@@ -1,7 +1,7 @@
 """`python -m holdfast.trainer.run.throughput_probe LOCAL_RANK`: measures what one rank computes and what its drive takes.
 
 Reads the configuration as a line of JSON, says that it is ready, and measures at the next line; its answer is
-`MeasuredRates` as JSON. A process of its own: the one that asks must not have threads or a GPU's context.
+`Throughput` as JSON. A process of its own: the one that asks must not have threads or a GPU's context.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from holdfast.parallel.offload import DiskFile, Transfer
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
 from holdfast.trainer.config import ModelConfig, RunConfig
 from holdfast.trainer.models import DTYPES, build_chunk, layer_specs
-from holdfast.trainer.run.throughput import MeasuredRates
+from holdfast.trainer.run.throughput import Throughput
 from holdfast.trainer.step import choose_device
 
 _REPETITIONS = 3
@@ -134,12 +134,12 @@ def host_rate(device: torch.device) -> float:
     return _MOVED_BYTES / seconds
 
 
-def measure(config: RunConfig, device: torch.device) -> MeasuredRates:
+def measure(config: RunConfig, device: torch.device) -> Throughput:
     """Both rates, to three digits: more would be noise. Local."""
     flops_per_s = forward_rate(config, device)
     to_host = config.offload.activations == "host"
     bytes_per_s = host_rate(device) if to_host else drive_rate(config)
-    return MeasuredRates(float(f"{flops_per_s / 1e12:.3g}"), float(f"{bytes_per_s / 1e9:.3g}"))
+    return Throughput(float(f"{flops_per_s / 1e12:.3g}"), float(f"{bytes_per_s / 1e9:.3g}"))
 
 
 def _synchronize(device: torch.device) -> None:

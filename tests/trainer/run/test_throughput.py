@@ -15,13 +15,13 @@ from holdfast.parallel.plan.cost import peak_activation_bytes
 from holdfast.trainer.config import RunConfig, dump_toml, load_config
 from holdfast.trainer.plan_report.report import plan_report
 from holdfast.trainer.run.throughput import (
-    MeasuredRates,
+    Throughput,
     assumed,
     described,
-    needs_rates,
-    recorded_rates,
-    settle_rates,
-    with_rates,
+    needs_throughput,
+    recorded_throughput,
+    resolve_throughput,
+    with_throughput,
 )
 from holdfast.trainer.step.planning import plan_of
 from support.processes.cluster import Cluster
@@ -41,12 +41,12 @@ def automatic(folder: Path, train: dict[str, Any] | None = None, **offload: Any)
 
 def test_only_what_is_left_open_is_filled_in(tmp_path: Path) -> None:
     config = automatic(tmp_path, drive_gbytes=3.0)
-    assert needs_rates(config)
-    filled = with_rates(config, MeasuredRates(2.0, 1.0))
+    assert needs_throughput(config)
+    filled = with_throughput(config, Throughput(2.0, 1.0))
     assert (filled.train.tflops, filled.offload.drive_gbytes) == (2.0, 3.0)
-    assert not needs_rates(filled)
-    assert not needs_rates(make_config(train={"recompute": "full"}))
-    instead = with_rates(filled, MeasuredRates(0.0, 1.0), instead=True)
+    assert not needs_throughput(filled)
+    assert not needs_throughput(make_config(train={"recompute": "full"}))
+    instead = with_throughput(filled, Throughput(0.0, 1.0), instead=True)
     assert (instead.train.tflops, instead.offload.drive_gbytes) == (2.0, 1.0)
 
 
@@ -54,21 +54,21 @@ def test_recorded_rates_are_taken_before_measuring_again(tmp_path: Path) -> None
     (tmp_path / "rates.json").write_text('{"tflops": 7.0, "drive_gbytes": 5.0}\n')
     config = automatic(tmp_path)
     said: list[str] = []
-    settled = settle_rates(config, tmp_path, ranks_here=2, fresh=False, say=said.append)
+    settled = resolve_throughput(config, tmp_path, ranks_here=2, fresh=False, say=said.append)
     assert (settled.train.tflops, settled.offload.drive_gbytes) == (7.0, 5.0)
-    assert settled == recorded_rates(config, tmp_path)
+    assert settled == recorded_throughput(config, tmp_path)
     assert said == []
 
 
 def test_a_machine_that_does_not_find_the_rates_plans_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rates.json.*that all machines share"):
-        recorded_rates(automatic(tmp_path), tmp_path)
+        recorded_throughput(automatic(tmp_path), tmp_path)
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     config = automatic(tmp_path / "missing")
     with pytest.raises(ConfigError, match=r"cannot be offloaded to .*missing.*; set train.tflops"):
-        settle_rates(config, tmp_path, ranks_here=1, fresh=False, say=print)
+        resolve_throughput(config, tmp_path, ranks_here=1, fresh=False, say=print)
     assert not (tmp_path / "rates.json").exists()
 
 
@@ -91,11 +91,11 @@ def test_a_run_measures_and_keeps_what_every_rank_plans_with(
     command = [*HOLDFAST, "train", str(path), "--out", str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rates = msgspec.json.decode((root / "rates.json").read_bytes(), type=MeasuredRates)
+    rates = msgspec.json.decode((root / "rates.json").read_bytes(), type=Throughput)
     assert rates.tflops > 0
     assert rates.drive_gbytes > 0
     assert f"measured {described(rates)}" in done.stdout
-    assert load_config(root / "config.toml") == with_rates(config, rates)
+    assert load_config(root / "config.toml") == with_throughput(config, rates)
     assert [line["loss_hex"] for line in metrics_of(root)] == expected["losses"]
     (end,) = events_of(root, "run_finished")
     assert end["parameter_digest"] == expected["digest"]

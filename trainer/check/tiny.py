@@ -29,9 +29,9 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
         group += 1
     heads = kv_heads * group
     chunks = parallel.pipeline * parallel.virtual
-    blocks = [min(count, 1) for count in parallel.blocks_per_chunk] or [1] * chunks
+    layers = [min(count, 1) for count in parallel.blocks_per_chunk] or [1] * chunks
     if parallel.blocks_per_chunk and len(set(parallel.blocks_per_chunk)) > 1:
-        blocks = [min(count, 2) for count in parallel.blocks_per_chunk]
+        layers = [min(count, 2) for count in parallel.blocks_per_chunk]
     micro_batches = train.global_batch // train.micro_batch
     wanted = min(micro_batches, max(parallel.data + 1, 2 * parallel.pipeline))
     if micro_batches % parallel.data == 0:
@@ -42,7 +42,7 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
         config,
         model=msgspec.structs.replace(
             model,
-            layers=sum(blocks),
+            layers=sum(layers),
             hidden=heads * _HEAD_DIM * (2 if model.head_dim else 1),
             head_dim=_HEAD_DIM if model.head_dim else 0,
             intermediate=6 * tensor,
@@ -74,7 +74,7 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
         parallel=msgspec.structs.replace(
             parallel,
             backend="gloo",
-            blocks_per_chunk=blocks if parallel.blocks_per_chunk else [],
+            blocks_per_chunk=layers if parallel.blocks_per_chunk else [],
         ),
         log=msgspec.structs.replace(config.log, trace_steps=[], tensorboard=False),
     )

@@ -13,7 +13,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     family: Literal["llama"]
     """The Hugging Face architecture it matches."""
     layers: int
-    """Transformer blocks."""
+    """Transformer layers."""
     hidden: int
     intermediate: int = 224
     heads: int = 6

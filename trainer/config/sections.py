@@ -33,7 +33,7 @@ class TrainConfig(Section, frozen=True):
     clip_grad_norm: float = 1.0
     """0: no clipping."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"
-    """"selective": the attention core; "full": whole blocks; "auto": of each block what `activation_gib` asks."""
+    """"selective": the attention core; "full": whole layers; "auto": of each layer what `activation_gib` asks."""
     activation_gib: float = 0.0
     """With recompute = "auto": what activations may take on a rank."""
     tflops: float = 0.0
@@ -84,7 +84,7 @@ class ParallelConfig(Section, frozen=True):
     """With tensor > 1: hidden states are split along the sequence between layers."""
     backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
     blocks_per_chunk: list[int] = []
-    """Blocks of each model chunk, in forward order; empty: an even split."""
+    """Transformer layers of each model chunk, in forward order; empty: an even split."""
     micro_batch_order: Literal["ascending", "descending", "shuffled"] = "ascending"
     """In which order a replica computes its micro-batches; results do not depend on it."""
 

@@ -14,13 +14,19 @@ from holdfast.parallel.pipeline import Chunk, MicroBatchContext
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.tensor_parallel import TensorParallel
 from holdfast.trainer.config import ModelConfig, RunConfig
-from holdfast.trainer.models.llama import Block, Embedding, Head, RotaryEmbedding, layer_specs
+from holdfast.trainer.models.llama import (
+    Embedding,
+    Head,
+    RotaryEmbedding,
+    TransformerLayer,
+    layer_specs,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class ModelChunk(Chunk):
-    """A contiguous range of layers: the embedding, blocks, the head, as far as the range has them."""
+    """A contiguous range of layers: the embedding, transformer layers, the head, as far as the range has them."""
 
     def __init__(
         self,
@@ -45,7 +51,7 @@ class ModelChunk(Chunk):
                 module = Head(model, tp, self.queue)
             else:
                 recompute = specs[layer].recompute
-                module = Block(model, layer - 1, tp, self.queue, rotary, recompute, seed)
+                module = TransformerLayer(model, layer - 1, tp, self.queue, rotary, recompute, seed)
             self.layers[name.replace(".", "_")] = module
 
     def forward(self, hidden: Tensor | None, context: MicroBatchContext) -> Tensor:
@@ -111,7 +117,7 @@ def build_chunk(
     Args:
         layers: indices into the list of layers: 0 is the embedding, the last is the head.
         tensor: the tensor-parallel group; None for one rank.
-        recompute: "none", "full" or "selective", of all blocks or of each block of the model.
+        recompute: "none", "full" or "selective", of all transformer layers or of each of them.
         sequence_parallel: whether hidden states are split over `tensor`.
         seed: of the initial weights and of dropout.
         initial: False leaves the weights as they are, for one that is filled from elsewhere. Local.

@@ -20,8 +20,8 @@ from .planning import (
 )
 from .progress import (
     Outcome as Outcome,
-    StepProgress as StepProgress,
     Requests as Requests,
+    StepProgress as StepProgress,
 )
 from .saved_tensors import (
     DTYPES as DTYPES,

@@ -9,7 +9,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import layer_specs
 
 WAYS = ("none", "selective", "full")
-"""What may be recomputed of a block, from nothing to all of it."""
+"""What may be recomputed of a transformer layer, from nothing to all of it."""
 
 
 def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:

@@ -1,8 +1,8 @@
 from .modules import (
-    Block as Block,
     Embedding as Embedding,
     Head as Head,
     RotaryEmbedding as RotaryEmbedding,
+    TransformerLayer as TransformerLayer,
 )
 from .table import (
     layer_specs as layer_specs,

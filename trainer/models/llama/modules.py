@@ -171,8 +171,8 @@ class Embedding(nn.Module):
         return self.dropout(value, context)
 
 
-class Block(nn.Module):
-    """One transformer block: attention and MLP, each normed before and added after."""
+class TransformerLayer(nn.Module):
+    """One transformer layer: attention and MLP, each normed before and added after."""
 
     def __init__(
         self,

@@ -27,22 +27,22 @@ def layer_specs(
     Args:
         sequence_parallel: whether hidden states are split over the tensor group.
         precision: "fp32", "bf16" or "fp64".
-        recompute: "none", "full" or "selective", of all blocks or of each.
+        recompute: "none", "full" or "selective", of all transformer layers or of each.
     """
-    of_blocks = [recompute] * model.layers if isinstance(recompute, str) else recompute
+    of_layers = [recompute] * model.layers if isinstance(recompute, str) else recompute
     tables = [_Table(model, tensor, index, sequence_parallel) for index in range(tensor)]
     costs = _Costs(model, tensor, sequence_parallel, seq_len, micro_batch, precision)
-    blocks = [
+    transformer = [
         LayerSpec(
             name=f"block.{i}",
-            parameters=tuple(table.block(i) for table in tables),
-            forward_flops=costs.block_flops,
-            activation_bytes=costs.block_activation_bytes[how],
+            parameters=tuple(table.transformer(i) for table in tables),
+            forward_flops=costs.layer_flops,
+            activation_bytes=costs.layer_activation_bytes[how],
             output_bytes=costs.hidden_bytes,
             recompute=how,
-            recompute_flops=costs.block_recompute_flops[how],
+            recompute_flops=costs.layer_recompute_flops[how],
         )
-        for i, how in enumerate(of_blocks)
+        for i, how in enumerate(of_layers)
     ]
     embedding = LayerSpec(
         name="embedding",
@@ -58,7 +58,7 @@ def layer_specs(
         activation_bytes=costs.head_activation_bytes,
         output_bytes=8,
     )
-    return (embedding, *blocks, head)
+    return (embedding, *transformer, head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class _Table:
             return norm, self._vocabulary("model.embed_tokens.weight", "projection", 1)
         return norm, self._vocabulary("lm_head.weight", "projection", 0)
 
-    def block(self, layer: int) -> tuple[ParameterSpec, ...]:
+    def transformer(self, layer: int) -> tuple[ParameterSpec, ...]:
         model = self.model
         prefix, dim = f"model.layers.{layer}", model.dim_per_head
         queries = (model.heads * dim, model.hidden)
@@ -211,7 +211,7 @@ class _Costs:
         attention = model.heads * dim
         projected = attention + 2 * model.kv_heads * dim
         weights = model.hidden * (projected + attention + 3 * model.intermediate)
-        self.block_flops = 2.0 * tokens * weights + 2.0 * tokens * seq_len * attention
+        self.layer_flops = 2.0 * tokens * weights + 2.0 * tokens * seq_len * attention
         self.head_flops = 2.0 * tokens * model.hidden * model.vocab
         split = tensor if sequence_parallel else 1
         hidden_bytes = tokens * model.hidden * size // split
@@ -219,16 +219,16 @@ class _Costs:
         mlp_bytes = tokens * size * 4 * model.intermediate // tensor
         kept = 4 * hidden_bytes + mlp_bytes + tokens * size * attention // tensor
         self.hidden_bytes = hidden_bytes
-        self.block_activation_bytes = {
+        self.layer_activation_bytes = {
             "none": kept + core_bytes,
             "selective": kept + tokens * size * projected // tensor,
             "full": hidden_bytes,
         }
         core_flops = 2.0 * tokens * seq_len * attention
-        self.block_recompute_flops = {
+        self.layer_recompute_flops = {
             "none": 0.0,
             "selective": core_flops,
-            "full": self.block_flops,
+            "full": self.layer_flops,
         }
         self.embedding_activation_bytes = 9 * tokens
         wide = max(4, size)

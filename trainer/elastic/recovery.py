@@ -259,7 +259,7 @@ class ElasticRun:
             complete=progress.complete,
             filled=progress.filled,
             outcome=progress.outcome,
-            counted=training.counted(),
+            counted=training.included(),
             connected=connected,
             trusted=self.trusted,
             operations=last_operations(training.groups.history()) if urgent else (),

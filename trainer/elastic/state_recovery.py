@@ -15,7 +15,7 @@ from holdfast.parallel.plan import Plan, arriving_blocks, held_blocks, plan_parc
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.elastic.worker_status import Agreed
-from holdfast.trainer.step import StepProgress, Training, covered_places, keeps_sums
+from holdfast.trainer.step import StepProgress, Training, included_after_change, keeps_sums
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of the optimizer's state, by the precision of training."""
@@ -82,10 +82,10 @@ def training_from_holders(
     training.progress = StepProgress(
         agreed.steps, agreed.outcome, agreed.steps, filled=not following.arriving
     )
-    covered = covered_places(plan, following, agreed.counted, agreed.fresh)
-    if covered:
+    included = included_after_change(plan, following, agreed.counted, agreed.fresh)
+    if included:
         kept = rank in agreed.counted and keeps_sums(plan, following, rank, agreed.fresh)
-        training.redo(agreed.steps, covered, before if kept else None)
+        training.resume_step(agreed.steps, included, before if kept else None)
     return training, moved
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from holdfast.elastic.generation import Generation
-from holdfast.trainer.step import Counted, Outcome, Requests, counted_from_data, counted_to_data
+from holdfast.trainer.step import Included, Outcome, Requests, included_from_data, included_to_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Standing:
     """Whether it knows by a vote that nobody lacks anything that was arriving under its plan."""
     outcome: Outcome | None = None
     """Of the last vote."""
-    counted: Counted = field(default_factory=dict)
+    counted: Included = field(default_factory=dict)
     """What its sums hold of the step after the last that was decided."""
     operations: Sequence[str] = ()
     """Its last operations, for a person who reads the incident."""
@@ -43,7 +43,7 @@ class Standing:
 def standing_to_data(standing: Standing) -> dict[str, Any]:
     """A standing as JSON values; floats keep all their bits."""
     plain = {name: getattr(standing, name) for name in Standing.__slots__}
-    plain["counted"] = counted_to_data(standing.counted)
+    plain["counted"] = included_to_data(standing.counted)
     outcome = standing.outcome
     if outcome is not None:
         plain["outcome"] = asdict(outcome) | {
@@ -56,7 +56,7 @@ def standing_to_data(standing: Standing) -> dict[str, Any]:
 def standing_from_data(plain: Mapping[str, Any]) -> Standing:
     """The standing that `standing_to_data` wrote."""
     fields = dict(plain)
-    fields["counted"] = counted_from_data(fields["counted"])
+    fields["counted"] = included_from_data(fields["counted"])
     outcome = fields.get("outcome")
     if outcome is not None:
         fields["outcome"] = Outcome(
@@ -94,7 +94,7 @@ class Agreed:
     """Members without state."""
     connected: bool = False
     """Whether the connections of all members stand."""
-    counted: Mapping[int, Counted] = field(default_factory=dict)
+    counted: Mapping[int, Included] = field(default_factory=dict)
     """By holder, what its sums hold of the step to come."""
 
 

@@ -8,10 +8,10 @@ from .learning_rate import (
     rate_of as rate_of,
 )
 from .partial_sums import (
-    Counted as Counted,
-    counted_from_data as counted_from_data,
-    counted_to_data as counted_to_data,
-    covered_places as covered_places,
+    Included as Included,
+    included_after_change as included_after_change,
+    included_from_data as included_from_data,
+    included_to_data as included_to_data,
     keeps_sums as keeps_sums,
 )
 from .planning import (

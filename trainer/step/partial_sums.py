@@ -1,9 +1,10 @@
-"""What is left of an interrupted step: which micro-batches are in the sums of which parameters. Pure.
+"""Partial gradient sums: what an interrupted step leaves, and which micro-batches are still missing.
 
-Sums of integers are the same in any order, so what the survivors have added stays valid under any plan. Only
-micro-batches that some parameter has lost are computed again, and parameters that have them already add nothing
-(ReCoVer, 2026, keeps micro-batch gradients likewise). Parameters, not layers, are told apart because a tensor group
-may be interrupted in the midst of a backward pass, each of its ranks at another place.
+Pure. Integer sums do not depend on the order of addition, so the sums of the surviving ranks stay valid
+under any plan. Only micro-batches that some parameter lacks are computed again, and a parameter that
+includes one already adds nothing (ReCoVer, 2026, keeps micro-batch gradients likewise). The unit is the
+parameter, not the layer: the ranks of a tensor group may be interrupted at different points of one
+backward pass.
 """
 
 from __future__ import annotations
@@ -13,47 +14,46 @@ from dataclasses import dataclass
 
 from holdfast.parallel.plan import Plan
 
-Place = tuple[int, int]
+ParameterKey = tuple[int, int]
 """A parameter: its layer, and its row in the layer's table."""
-Counted = Mapping[Place, frozenset[int]]
+Included = Mapping[ParameterKey, frozenset[int]]
 """The micro-batches that are in the sums of each parameter of one rank."""
-Covered = Mapping[int, Counted]
-"""By tensor-parallel index, what the sums of all ranks hold together."""
+IncludedByShard = Mapping[int, Included]
+"""By tensor-parallel index: what the sums of all ranks hold together."""
 
 
 @dataclass(frozen=True, slots=True)
-class Redo:
-    """How an interrupted step is computed again."""
+class InterruptedStep:
+    """A step that was interrupted, and what the sums of the surviving ranks include of it."""
 
     step: int
     """Counted from 0."""
-    covered: Covered
-    """What the survivors' sums hold together."""
+    included: IncludedByShard
 
-    def todo(self, plan: Plan, micro_batches: int) -> frozenset[int]:
+    def missing(self, plan: Plan, micro_batches: int) -> frozenset[int]:
         """The micro-batches that some parameter lacks."""
         done = frozenset(range(micro_batches))
         for index in range(plan.stage_replicas.tensor):
-            counted = self.covered.get(index, {})
+            included = self.included.get(index, {})
             for layer, spec in enumerate(plan.layers):
                 for row in range(len(spec.parameters[index])):
-                    done &= counted.get((layer, row), frozenset())
+                    done &= included.get((layer, row), frozenset())
         return frozenset(range(micro_batches)) - done
 
-    def has(self, tensor_index: int, place: Place, micro_batch: int) -> bool:
+    def has(self, tensor_index: int, key: ParameterKey, micro_batch: int) -> bool:
         """Whether a parameter has a micro-batch's gradient already."""
-        return micro_batch in self.covered.get(tensor_index, {}).get(place, ())
+        return micro_batch in self.included.get(tensor_index, {}).get(key, ())
 
 
-NOTHING = Redo(-1, {})
-"""Of a step that was not interrupted."""
+NOT_INTERRUPTED = InterruptedStep(-1, {})
+"""The value for a step that was not interrupted."""
 
 
 def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) -> bool:
-    """Whether a rank's sums serve under the next plan: it holds the same layers in the same tensor group.
+    """Whether a rank's sums are valid under the next plan: same layers, same tensor group.
 
     Args:
-        fresh: ranks that are new processes, whatever their number.
+        fresh: ranks whose process is new, including a new process under an old number.
     """
     was, now = plan.stage_replicas.find(rank), following.stage_replicas.find(rank)
     if was is None or now is None:
@@ -67,28 +67,28 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
     )
 
 
-def covered_places(
-    plan: Plan, following: Plan, counted: Mapping[int, Counted], fresh: frozenset[int]
-) -> Covered:
-    """What is in the sums that go on.
+def included_after_change(
+    plan: Plan, following: Plan, included: Mapping[int, Included], fresh: frozenset[int]
+) -> IncludedByShard:
+    """What the sums that stay valid under the next plan include.
 
     Args:
-        counted: by rank, of those that were in the same step.
+        included: by rank, for the ranks that were in the same step.
         fresh: as for `keeps_sums`.
     """
-    found: dict[int, dict[Place, frozenset[int]]] = {}
-    for rank, places in counted.items():
+    found: dict[int, dict[ParameterKey, frozenset[int]]] = {}
+    for rank, rows in included.items():
         if keeps_sums(plan, following, rank, fresh):
             mine = found.setdefault(plan.stage_replicas.tensor_index(rank), {})
-            for place, numbers in places.items():
-                mine[place] = mine.get(place, frozenset()) | numbers
+            for key, numbers in rows.items():
+                mine[key] = mine.get(key, frozenset()) | numbers
     return found
 
 
-def counted_to_data(counted: Counted) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """As JSON values: by layer, rows of its table and the micro-batches that they have."""
+def included_to_data(included: Included) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """JSON values: by layer, pairs of table rows and the micro-batches that their sums include."""
     found: dict[str, dict[frozenset[int], list[int]]] = {}
-    for (layer, row), numbers in sorted(counted.items()):
+    for (layer, row), numbers in sorted(included.items()):
         if numbers:
             found.setdefault(str(layer), {}).setdefault(numbers, []).append(row)
     return {
@@ -97,10 +97,10 @@ def counted_to_data(counted: Counted) -> dict[str, list[tuple[list[int], list[in
     }
 
 
-def counted_from_data(
+def included_from_data(
     plain: Mapping[str, list[tuple[list[int], list[int]]]],
-) -> dict[Place, frozenset[int]]:
-    """What `counted_to_data` wrote."""
+) -> dict[ParameterKey, frozenset[int]]:
+    """The inverse of `included_to_data`."""
     return {
         (int(layer), row): frozenset(numbers)
         for layer, groups in plain.items()

@@ -42,7 +42,13 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.models import DTYPES, new_chunks
 from holdfast.trainer.step.offloading import open_offloader
-from holdfast.trainer.step.partial_sums import NOTHING, Counted, Covered, Place, Redo
+from holdfast.trainer.step.partial_sums import (
+    NOT_INTERRUPTED,
+    Included,
+    IncludedByShard,
+    InterruptedStep,
+    ParameterKey,
+)
 from holdfast.trainer.step.planning import shadows_in_host_memory
 from holdfast.trainer.step.progress import NO_REQUESTS, Outcome, Requests, StepProgress
 from holdfast.trainer.step.state_views import TrainingState
@@ -113,7 +119,7 @@ class Training:
                 is_last=index == last,
                 context=self._context,
                 loss_gradient=1.0 / self.step_tokens,
-                before_gradients=self._mute,
+                before_gradients=self._skip_included,
             )
             for index, chunk in chunks.items()
         }
@@ -160,7 +166,7 @@ class Training:
         )
         if config.elastic.enabled:
             self.optimizer.keep_own_sums()
-        self._redo = NOTHING
+        self._interrupted = NOT_INTERRUPTED
         self._own_losses: dict[int, torch.Tensor] = {}
         self._train_program = self._prepared(plan.program)
         self._backwards = 0
@@ -254,7 +260,7 @@ class Training:
     def compute(self, step: int) -> ActionTimes:
         """A: run the program of `step`; gradient sums accumulate. Collective over the pipeline group.
 
-        After a recovery (`redo`) only what is not in anybody's sums yet is computed.
+        After a recovery (`resume_step`) only missing micro-batches are computed.
         """
         if self.fill is not None:
             self.fill.start(self.at_fill)
@@ -262,13 +268,13 @@ class Training:
         self.optimizer.begin_step()
         self.executor.halved.clear()
         self._backwards = 0
-        if self._redo.step != step:
-            self._redo = NOTHING
+        if self._interrupted.step != step:
+            self._interrupted = NOT_INTERRUPTED
             self._own_losses = {}
             self.accumulator.clear()
             return self._run_whole(step)
-        todo = self.to_compute(step)
-        return self.executor.run(*self._prepared(lambda rank: self.plan.program(rank, todo)))
+        missing = self.to_compute(step)
+        return self.executor.run(*self._prepared(lambda rank: self.plan.program(rank, missing)))
 
     def _run_whole(self, step: int) -> ActionTimes:
         """Run the step's program; once more, with all in memory, if activations could not be read back.
@@ -288,10 +294,10 @@ class Training:
 
     def to_compute(self, step: int) -> frozenset[int]:
         """The micro-batches that are not in everybody's sums yet when `step` begins."""
-        redo = self._redo if self._redo.step == step else NOTHING
-        return redo.todo(self.plan, self.step_micro_batches)
+        interrupted = self._interrupted if self._interrupted.step == step else NOT_INTERRUPTED
+        return interrupted.missing(self.plan, self.step_micro_batches)
 
-    def counted(self) -> Counted:
+    def included(self) -> Included:
         """After an interrupted step: the micro-batches that each parameter's sums hold on this rank. Local.
 
         Empty when the step is decided.
@@ -301,7 +307,7 @@ class Training:
             return {}
         self.executor.run_weight_parts()
         self.optimizer.restore_own_sums()
-        counted = {
+        included = {
             (part.layer, part.spec_index): frozenset(
                 self.accumulator.counted.get(part.parameter, ())
             )
@@ -310,39 +316,39 @@ class Training:
         last = self._runners.get(len(self.plan.placement) - 1)
         if last is not None:
             known = {**last.losses, **self._own_losses}
-            self._own_losses = {m: known[m] for m in counted[self._loss_place]}
-        return counted
+            self._own_losses = {m: known[m] for m in included[self._loss_parameter]}
+        return included
 
     @property
-    def _loss_place(self) -> Place:
+    def _loss_parameter(self) -> ParameterKey:
         """The rank whose sums hold a micro-batch's gradient of this parameter reports its loss."""
         return len(self.plan.layers) - 1, 0
 
-    def redo(self, step: int, covered: Covered, before: Training | None) -> None:
-        """Compute only what `covered` lacks when `step` is computed next.
+    def resume_step(self, step: int, included: IncludedByShard, before: Training | None) -> None:
+        """Compute only what `included` lacks when `step` is computed next.
 
         Args:
             before: this rank's training that was interrupted; None where its sums do not go on.
         """
-        self._redo = Redo(step, covered)
+        self._interrupted = InterruptedStep(step, included)
         if before is None:
             self.accumulator.clear()
         else:
             self._own_losses = before._own_losses
 
-    def _mute(self, micro_batch: int) -> None:
+    def _skip_included(self, micro_batch: int) -> None:
         """Before a micro-batch's gradients: leave out the parameters that have them already."""
         self._backwards += 1
         if 2 * self._backwards == self._half_at:
             self.at_half()
         self.accumulator.micro_batch = micro_batch
         self.accumulator.muted = frozenset()
-        if self._redo is not NOTHING:
+        if self._interrupted is not NOT_INTERRUPTED:
             index = self.plan.stage_replicas.tensor_index(self.rank)
             self.accumulator.muted = frozenset(
                 part.parameter
                 for part in self.parameter_buffer.segments
-                if self._redo.has(index, (part.layer, part.spec_index), micro_batch)
+                if self._interrupted.has(index, (part.layer, part.spec_index), micro_batch)
             )
 
     def reduce(self) -> tuple[torch.Tensor, int]:
@@ -379,13 +385,13 @@ class Training:
             ]
         )
         self.groups.control.all_reduce(ballot).wait()
-        counted = ballot.tolist()
+        summed = ballot.tolist()
         slots, losses = self.optimizer.slots, self.step_micro_batches
-        nonfinite, out_of_range, *asked = (int(count) for count in counted[slots + losses :])
+        nonfinite, out_of_range, *asked = (int(count) for count in summed[slots + losses :])
         finite = bool(torch.isfinite(ballot[:slots]).all())
         outcome = Outcome(
-            loss=mean_loss(counted[slots : slots + losses], self.step_tokens),
-            grad_norm=norm_from_squares(counted[:slots])
+            loss=mean_loss(summed[slots : slots + losses], self.step_tokens),
+            grad_norm=norm_from_squares(summed[:slots])
             if finite and not nonfinite
             else float("nan"),
             nonfinite_ranks=nonfinite,
@@ -427,12 +433,12 @@ class Training:
         slots = torch.zeros(self.step_micro_batches, dtype=torch.float64)
         last = self._runners.get(len(self.plan.placement) - 1)
         if last is not None and self.groups.tensor.index == 0:
-            redo = self._redo if self._is_training else NOTHING
-            if redo is not NOTHING:
+            interrupted = self._interrupted if self._is_training else NOT_INTERRUPTED
+            if interrupted is not NOT_INTERRUPTED:
                 for micro_batch, loss in self._own_losses.items():
                     slots[micro_batch] = loss
             for micro_batch, loss in last.losses.items():
-                if not redo.has(0, self._loss_place, micro_batch):
+                if not interrupted.has(0, self._loss_parameter, micro_batch):
                     slots[micro_batch] = loss
         return slots
 

@@ -29,7 +29,7 @@ from holdfast.elastic.lighthouse import (
 from holdfast.elastic.membership_events import Notice, notice_from_data, notice_to_data
 from holdfast.elastic.quorum_client import PAUSE_S, Voter
 from holdfast.elastic.store import STORE_TIMEOUT_S, StoreClients
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
 
 _PAUSE_UNREACHABLE_S = 0.1
@@ -48,7 +48,7 @@ class Membership:
 
     def __init__(
         self,
-        seat: Seat,
+        spec: WorkerSpec,
         line: socket.socket | None = None,
         *,
         store_timeout_s: float = STORE_TIMEOUT_S,
@@ -59,7 +59,7 @@ class Membership:
         Raises:
             MembershipError: another process votes as this worker.
         """
-        self.seat = seat
+        self.spec = spec
         self.generation: Generation | None = None
         """The newest that `agree` has returned."""
         self._lock = threading.Lock()
@@ -71,15 +71,15 @@ class Membership:
         self._stores = StoreClients(store_timeout_s)
         self._resources = contextlib.ExitStack()
         try:
-            self._resources.enter_context(seat.ballots.held())
+            self._resources.enter_context(spec.ballots.held())
         except BlockingIOError as error:
             raise MembershipError(
-                f"another process is rank {seat.identity} of run {seat.settings.run}; end it first"
+                f"another process is rank {spec.identity} of run {spec.settings.run}; end it first"
             ) from error
-        self._voter = Voter(seat.identity, seat.settings, seat.ballots)
+        self._voter = Voter(spec.identity, spec.settings, spec.ballots)
         self._link: WorkerLink | None = None
         if line is not None:
-            self._link = WorkerLink(line, seat.pulse, self._hear)
+            self._link = WorkerLink(line, spec.pulse, self._hear)
             self._resources.callback(self._link.close)
 
     def agree(
@@ -116,16 +116,16 @@ class Membership:
             Minority: no majority of the last generation could be reached in time.
             MembershipError: no agreement in time for another reason, such as no Lighthouse.
         """
-        settings = self.seat.settings
+        settings = self.spec.settings
         held = self.generation.number if self.generation is not None else 0
         report = Report(
-            self.seat.identity,
-            founder=self.seat.founder,
+            self.spec.identity,
+            founder=self.spec.founder,
             world_size=settings.world_size,
             min_ranks=settings.min_ranks,
             unreachable=unreachable,
-            node=self.seat.node,
-            store=self.seat.store,
+            node=self.spec.node,
+            store=self.spec.store,
             held=held,
             step=step,
             phase=phase,
@@ -133,7 +133,7 @@ class Membership:
             data=dict(data or {}),
         )
         if urgent and held:
-            self._tell_all(Notice("disturbed", self.seat.identity, phase, generation=held))
+            self._tell_all(Notice("disturbed", self.spec.identity, phase, generation=held))
         with self._lock:
             self._agreeing = True
         try:
@@ -154,7 +154,7 @@ class Membership:
 
     def _rounds(self, report: Report, timeout_s: float) -> Generation:
         """Take part in rounds until there is agreement."""
-        settings = self.seat.settings
+        settings = self.spec.settings
         deadline = time.monotonic() + timeout_s
         patient_since = asked = time.monotonic()
         held = self.generation is not None
@@ -190,7 +190,7 @@ class Membership:
             if verdict.outcome == "wait":
                 time.sleep(PAUSE_S)
         where = (
-            f"rank {self.seat.identity}: no agreement on who takes part within {timeout_s:.0f} s"
+            f"rank {self.spec.identity}: no agreement on who takes part within {timeout_s:.0f} s"
         )
         if last is not None and last.minority:
             raise Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
@@ -242,7 +242,7 @@ class Membership:
 
     def can_agree(self) -> bool:
         """Whether the Lighthouse is there: a change that nobody has to wait for is put off until it is."""
-        return answers(self.seat.settings.lighthouse)
+        return answers(self.spec.settings.lighthouse)
 
     def heard(self) -> tuple[Notice, ...]:
         """All notices since the last call, for the record. Empties the list of those that are settled."""
@@ -282,14 +282,14 @@ class Membership:
 
     def _beat(self) -> None:
         if self._heartbeats is None:
-            settings = self.seat.settings
-            name = replica_id(settings.run, self.seat.identity)
+            settings = self.spec.settings
+            name = replica_id(settings.run, self.spec.identity)
             self._heartbeats = Heartbeats(settings.lighthouse, name, settings.heartbeat_ms)
             if self.generation is None:
                 self._tell("joining")
 
     def _tell_all(self, notice: Notice) -> None:
-        self._tell("notice", notice=notice_to_data(replace(notice, node=self.seat.node)))
+        self._tell("notice", notice=notice_to_data(replace(notice, node=self.spec.node)))
 
     def _tell(self, kind: str, **fields: Any) -> None:
         if self._link is not None:
@@ -322,7 +322,7 @@ class Membership:
             return False
         inside = notice.identity in self.generation.identities
         if notice.kind == "disturbed":
-            return inside and notice.identity != self.seat.identity
+            return inside and notice.identity != self.spec.identity
         if notice.kind == "leaving":
             return inside and not any(
                 m.leaving for m in self.generation.members if m.identity == notice.identity

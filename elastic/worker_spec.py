@@ -14,8 +14,8 @@ from holdfast.elastic.quorum_client import MembershipSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """A worker's place in a run."""
+class WorkerSpec:
+    """One worker of a run, as its agent starts it."""
 
     rank: int
     incarnation: int
@@ -50,11 +50,11 @@ class Seat:
         return Path(self.folder) / f"{self.identity}.page"
 
 
-def seat_to_data(seat: Seat) -> dict[str, Any]:
-    """A seat as JSON values."""
-    return msgspec.to_builtins(seat)
+def worker_spec_to_data(spec: WorkerSpec) -> dict[str, Any]:
+    """A worker spec as JSON values."""
+    return msgspec.to_builtins(spec)
 
 
-def seat_from_data(plain: dict[str, Any]) -> Seat:
-    """The seat that `seat_to_data` wrote."""
-    return msgspec.convert(plain, Seat)
+def worker_spec_from_data(plain: dict[str, Any]) -> WorkerSpec:
+    """The worker spec that `worker_spec_to_data` wrote."""
+    return msgspec.convert(plain, WorkerSpec)

@@ -14,10 +14,10 @@ from datetime import timedelta
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.trainer.config import RunConfig, check_config
-from holdfast.trainer.elastic import train_seat
+from holdfast.trainer.elastic import train_elastic_worker
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RankError, RunDirectory, read_error, write_error
 from holdfast.trainer.world import WorldInfo
@@ -104,12 +104,14 @@ def run_worker(
     return 0
 
 
-def run_seat(config: RunConfig, seat: Seat, line: socket.socket, run: RunDirectory) -> int:
+def run_elastic_worker(
+    config: RunConfig, spec: WorkerSpec, line: socket.socket, run: RunDirectory
+) -> int:
     """Run one worker of an elastic run and return the process's exit code; its end is written down."""
-    log_to_file(run, seat.rank)
-    logger.info("pid %d, seat %s of node %s", os.getpid(), seat.identity, seat.node)
+    log_to_file(run, spec.rank)
+    logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
     try:
-        train_seat(config, seat, line, run)
+        train_elastic_worker(config, spec, line, run)
     except KeyboardInterrupt:
         logger.info("interrupted")
         return 130
@@ -118,7 +120,7 @@ def run_seat(config: RunConfig, seat: Seat, line: socket.socket, run: RunDirecto
             logger.info("%s", error)
         else:
             logger.exception("this worker ends")
-        return write_error(run, seat.rank, error).exit_code
+        return write_error(run, spec.rank, error).exit_code
     logger.info("finished")
     return 0
 

@@ -28,7 +28,7 @@ from holdfast.elastic.node_faults import OutageError, cut_network
 from holdfast.elastic.quorum_client import speak_for
 from holdfast.elastic.store import host_store
 from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.liveness import pulse_check
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
@@ -120,7 +120,7 @@ class Agent:
             for local_rank, rank in enumerate(
                 self._settings.ranks, self._settings.first_local_rank
             ):
-                seat = Seat(
+                spec = WorkerSpec(
                     rank=rank,
                     incarnation=self._settings.incarnation,
                     local_rank=local_rank,
@@ -130,7 +130,7 @@ class Agent:
                     folder=str(folder),
                     settings=self._membership,
                 )
-                self._slots[rank] = WorkerSlot(seat, start_at_s=0.0)
+                self._slots[rank] = WorkerSlot(spec, start_at_s=0.0)
             self._loop()
             del store
         return self._result()
@@ -161,12 +161,12 @@ class Agent:
         now_s = time.monotonic()
         may = self._settings.may_start or (lambda _: True)
         for slot in self._slots.values():
-            if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.seat):
+            if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.spec):
                 slot.start_at_s = None
                 slot.pid, slot.fenced, slot.is_member, slot.left_out_s = -1, "", False, None
                 try:
-                    log = self._settings.log(slot.seat.rank)
-                    slot.line = self._fork_server.start(slot.seat, log)
+                    log = self._settings.log(slot.spec.rank)
+                    slot.line = self._fork_server.start(slot.spec, log)
                 except BrokenPipeError:
                     self._lose_fork_server()
                     return
@@ -179,7 +179,7 @@ class Agent:
         elif isinstance(report, Started):
             slot = self._slots[report.rank]
             slot.pid, slot.descriptor = report.pid, report.descriptor
-            logger.info("rank %s is process %d", slot.seat.identity, report.pid)
+            logger.info("rank %s is process %d", slot.spec.identity, report.pid)
         else:
             self._on_end(self._slots[report.rank], report)
 
@@ -190,11 +190,11 @@ class Agent:
         self._code = Stopped.exit_code
         for slot in self._slots.values():
             if slot.pid:
-                age_s = pulse_age_s(slot.seat.pulse) or 0.0
+                age_s = pulse_age_s(slot.spec.pulse) or 0.0
                 self._publish(
-                    Notice("ended", slot.seat.identity, cause, age_s, self._settings.node)
+                    Notice("ended", slot.spec.identity, cause, age_s, self._settings.node)
                 )
-                self._speak_for(slot.seat, cause)
+                self._speak_for(slot.spec, cause)
             slot.pid, slot.start_at_s = 0, None
 
     def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
@@ -205,7 +205,7 @@ class Agent:
         self._hang_up(slot)
         stopping = self._kill_at_s is not None
         if end.code == 0 and not self._draining:
-            logger.info("rank %s has finished", slot.seat.identity)
+            logger.info("rank %s has finished", slot.spec.identity)
             self._finished = True
             self._stop_within(self._settings.exit_s)
             for other in self._slots.values():
@@ -214,38 +214,38 @@ class Agent:
                     other.kill("the run has ended before it could join")
             return
         cause = slot.fenced or describe_end(end.code)
-        logger.warning("rank %s: %s", slot.seat.identity, cause)
+        logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
             self._failed_with = end.code
-        age_s = pulse_age_s(slot.seat.pulse) or 0.0
-        self._publish(Notice("ended", slot.seat.identity, cause, age_s, self._settings.node))
-        founder = slot.seat.founder and slot.seat.ballots.read() == Ballot()
+        age_s = pulse_age_s(slot.spec.pulse) or 0.0
+        self._publish(Notice("ended", slot.spec.identity, cause, age_s, self._settings.node))
+        founder = slot.spec.founder and slot.spec.ballots.read() == Ballot()
         if not founder:
-            self._speak_for(slot.seat, cause)
+            self._speak_for(slot.spec, cause)
         if end.code == ConfigError.exit_code:
             self._give_up(ConfigError.exit_code)
         elif self._settings.respawn and not stopping:
-            delay_s = self._restarts.delay_s(slot.seat.rank)
+            delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
                 logger.error(
                     "node %s: rank %d was started %d times with no step committed in between; giving up",
                     self._settings.node,
-                    slot.seat.rank,
+                    slot.spec.rank,
                     self._settings.restarts.limit + 1,
                 )
                 self._give_up(NO_PROGRESS_EXIT)
                 return
-            incarnation = slot.seat.incarnation + 1
-            slot.seat = replace(slot.seat, incarnation=incarnation, founder=founder)
+            incarnation = slot.spec.incarnation + 1
+            slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
             slot.start_at_s = time.monotonic() + delay_s
 
-    def _speak_for(self, seat: Seat, cause: str) -> None:
+    def _speak_for(self, spec: WorkerSpec, cause: str) -> None:
         """Have the ended worker's vote counted until the others go on without it."""
         thread = threading.Thread(
             target=speak_for,
-            args=(seat.identity, self._membership, seat.ballots, self._stop),
+            args=(spec.identity, self._membership, spec.ballots, self._stop),
             kwargs={"data": {"cause": cause}},
-            name=f"holdfast-voice-{seat.identity}",
+            name=f"holdfast-voice-{spec.identity}",
             daemon=True,
         )
         self._speakers = [speaker for speaker in self._speakers if speaker.is_alive()]
@@ -267,17 +267,17 @@ class Agent:
         for slot in self._slots.values():
             if slot.descriptor < 0:
                 continue
-            causes = (judge(slot.seat, slot.pid) for judge in self._liveness_checks)
+            causes = (judge(slot.spec, slot.pid) for judge in self._liveness_checks)
             cause = next((found for found in causes if found), None)
             if cause is None and slot.is_member:
-                cause = culprits.get(slot.seat.rank)
+                cause = culprits.get(slot.spec.rank)
             left_out_s = time.monotonic() - (slot.left_out_s or time.monotonic())
             if left_out_s > _LEFT_OUT_S and not self._draining:
                 cause = cause or "the others went on without it, and it has not ended"
             if cause is not None:
                 slot.kill(cause)
-            elif slot.is_member and not self._judge.has(slot.seat.identity):
-                self._tell_of_wait(slot.seat)
+            elif slot.is_member and not self._judge.has(slot.spec.identity):
+                self._tell_of_wait(slot.spec)
 
     def _look_for_the_end(self) -> None:
         """A node that none of the others has taken in yet leaves when the run has ended."""
@@ -291,20 +291,20 @@ class Agent:
                 self._finished = True
                 self._stop_within(0.0)
 
-    def _tell_of_wait(self, seat: Seat) -> None:
-        wait = self._settings.waits(seat) if self._settings.waits is not None else None
+    def _tell_of_wait(self, spec: WorkerSpec) -> None:
+        wait = self._settings.waits(spec) if self._settings.waits is not None else None
         if wait is not None:
             peers = ", ".join(str(rank) for rank in sorted(wait.peers))
             notice = Notice(
                 "waiting",
-                seat.identity,
+                spec.identity,
                 f"has waited {wait.seconds:.1f} s for rank {peers} ({wait.operation})",
                 wait.seconds,
                 self._settings.node,
                 self._generation,
                 format_identities(Identity(rank) for rank in wait.peers),
             )
-            logger.warning("rank %s %s", seat.identity, notice.cause)
+            logger.warning("rank %s %s", spec.identity, notice.cause)
             self._publish(notice)
 
     # Messages of workers, and notices of all nodes.
@@ -330,7 +330,7 @@ class Agent:
             self._enter(message)
         elif message["kind"] == "joining" and self._generation:
             cause = "a new worker wants to take part"
-            self._publish(Notice("joining", slot.seat.identity, cause, 0.0, self._settings.node))
+            self._publish(Notice("joining", slot.spec.identity, cause, 0.0, self._settings.node))
         elif message["kind"] == "cut":
             try:
                 cut_network(message["seconds"])
@@ -351,7 +351,7 @@ class Agent:
         self._judge.enter(self._generation)
         members = parse_identities(message["members"])
         for slot in self._slots.values():
-            if slot.is_member and slot.seat.identity not in members:
+            if slot.is_member and slot.spec.identity not in members:
                 slot.is_member, slot.left_out_s = False, time.monotonic()
         deliver = self._main_thread.forwarding(self._deliver)
         self._boards.append(BoardFollower(message["store"], message["prefix"], deliver))
@@ -375,7 +375,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.line is not None:
                 send_message(slot.line, message)
-            if slot.seat.identity != notice.identity:
+            if slot.spec.identity != notice.identity:
                 continue
             # One that others do not hear of and that runs here is cut off, not hung.
             silence_s = self._membership.heartbeat_timeout_ms / 1000
@@ -405,7 +405,7 @@ class Agent:
                 cause = f"node {self._settings.node} is to be shut down"
                 left_s = self._settings.exit_s
                 self._publish(
-                    Notice("leaving", slot.seat.identity, cause, left_s, self._settings.node)
+                    Notice("leaving", slot.spec.identity, cause, left_s, self._settings.node)
                 )
             else:
                 slot.kill("its node is to be shut down")

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from holdfast.elastic.channel import send_message
-from holdfast.elastic.worker_spec import Seat, seat_from_data, seat_to_data
+from holdfast.elastic.worker_spec import WorkerSpec, worker_spec_from_data, worker_spec_to_data
 
 _PR_SET_PDEATHSIG = 1
 _PACKET_BYTES = 1 << 16
 
-WorkerMain = Callable[[Seat, socket.socket], int]
-"""What a worker does with its seat and its line to the agent; returns its exit code."""
+WorkerMain = Callable[[WorkerSpec, socket.socket], int]
+"""What a worker does with its spec and its line to the agent; returns its exit code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ForkServer:
         """Readable when `receive` has something."""
         return self._control.fileno()
 
-    def start(self, seat: Seat, log: Path) -> socket.socket:
+    def start(self, spec: WorkerSpec, log: Path) -> socket.socket:
         """Ask for a worker; `Started` follows. Returns the agent's end of the line to it.
 
         Args:
@@ -81,7 +81,7 @@ class ForkServer:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            request = json.dumps({"seat": seat_to_data(seat), "log": str(log)}).encode()
+            request = json.dumps({"spec": worker_spec_to_data(spec), "log": str(log)}).encode()
             socket.send_fds(self._control, [request], [theirs.fileno()])
         return ours
 
@@ -157,19 +157,21 @@ def _kill_group(pid: int) -> None:
 def _fork(
     control: socket.socket, request: dict[str, Any], line: int, main: WorkerMain
 ) -> tuple[int, int]:
-    seat = seat_from_data(request["seat"])
+    spec = worker_spec_from_data(request["spec"])
     server = os.getpid()
     pid = os.fork()
     if pid == 0:
         control.close()
-        _work(seat, socket.socket(fileno=line), Path(request["log"]), main, server)
+        _work(spec, socket.socket(fileno=line), Path(request["log"]), main, server)
     os.close(line)
     with contextlib.suppress(OSError):
         os.setpgid(pid, pid)
-    return pid, seat.rank
+    return pid, spec.rank
 
 
-def _work(seat: Seat, line: socket.socket, log: Path, main: WorkerMain, server: int) -> NoReturn:
+def _work(
+    spec: WorkerSpec, line: socket.socket, log: Path, main: WorkerMain, server: int
+) -> NoReturn:
     """A worker's life."""
     code = 1
     try:
@@ -183,7 +185,7 @@ def _work(seat: Seat, line: socket.socket, log: Path, main: WorkerMain, server: 
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        code = main(seat, line)
+        code = main(spec, line)
     except BaseException:
         import traceback
 

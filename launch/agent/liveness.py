@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from holdfast.elastic.channel import pulse_age_s
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 
-LivenessCheck = Callable[[Seat, int], str | None]
+LivenessCheck = Callable[[WorkerSpec, int], str | None]
 """Why the worker of this specification and process id counts as hung; None if it does not."""
 
 
@@ -20,8 +20,8 @@ def pulse_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
         hang_timeout_s: how long something, such as a held lock, may keep an interpreter from running.
     """
 
-    def judge(seat: Seat, pid: int) -> str | None:
-        age_s = pulse_age_s(seat.pulse)
+    def judge(spec: WorkerSpec, pid: int) -> str | None:
+        age_s = pulse_age_s(spec.pulse)
         if age_s is None:
             return None
         if age_s > stopped_s and _is_stopped(pid):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.quorum_client import MembershipSettings
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.liveness import LivenessCheck
 from holdfast.launch.agent.restarts import RestartPolicy
 
@@ -38,13 +38,13 @@ class AgentSettings:
     """False for a node that joins a run which others have begun."""
     is_over: Callable[[], bool] | None = None
     """Tells a node that joins, and has not been taken in yet, that the run has ended."""
-    may_start: Callable[[Seat], bool] | None = None
+    may_start: Callable[[WorkerSpec], bool] | None = None
     """Holds a worker back until it is true."""
     incarnation: int = 0
     """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
     liveness: LivenessCheck | None = None
     """A further check beside that of the pulse."""
-    waits: Callable[[Seat], Wait | None] | None = None
-    """Reads from a worker's page (`Seat.page`) whether it has waited for others for too long."""
+    waits: Callable[[WorkerSpec], Wait | None] | None = None
+    """Reads from a worker's page (`WorkerSpec.page`) whether it has waited for others for too long."""
     folder: Path | None = None
     """For ballots and pulses, on this node; a temporary one by default."""

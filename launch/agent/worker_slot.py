@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 
 from holdfast.elastic.channel import pulse_age_s
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 
 logger = logging.getLogger("holdfast.agent")
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("holdfast.agent")
 class WorkerSlot:
     """A rank that this node starts again when it is lost. Changed by the agent's main thread alone."""
 
-    seat: Seat
+    spec: WorkerSpec
     line: socket.socket | None = None
     descriptor: int = -1
     """The worker's pidfd; -1 when no process runs."""
@@ -43,12 +43,12 @@ class WorkerSlot:
         """Fence the worker: it does nothing more, whatever state it is in."""
         if self.descriptor >= 0 and not self.fenced:
             self.fenced = why
-            logger.warning("rank %s is killed: %s", self.seat.identity, why)
+            logger.warning("rank %s is killed: %s", self.spec.identity, why)
             self.signal(signal.SIGKILL)
 
     def is_still(self, seconds: float) -> bool:
         """Whether the worker's interpreter has not run for longer than this."""
-        age_s = pulse_age_s(self.seat.pulse)
+        age_s = pulse_age_s(self.spec.pulse)
         return age_s is not None and age_s > seconds
 
 

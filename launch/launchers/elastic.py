@@ -13,7 +13,7 @@ from pathlib import Path
 
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.quorum_client import MembershipSettings
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
@@ -62,10 +62,10 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
 
 def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
     """What the workers of an elastic run do; imports, before they are forked, what they need."""
-    from holdfast.trainer.worker import run_seat
+    from holdfast.trainer.worker import run_elastic_worker
 
-    def main(seat: Seat, line: socket.socket) -> int:
-        return run_seat(config, seat, line, run)
+    def main(spec: WorkerSpec, line: socket.socket) -> int:
+        return run_elastic_worker(config, spec, line, run)
 
     return main
 
@@ -123,11 +123,11 @@ def log_agents(path: Path) -> None:
     logger.propagate = False
 
 
-def waits_of(hang_timeout_s: float) -> Callable[[Seat], Wait | None]:
+def waits_of(hang_timeout_s: float) -> Callable[[WorkerSpec], Wait | None]:
     """What reads from the pages of a node's workers whether one has waited for others for too long."""
 
-    def waits(seat: Seat) -> Wait | None:
-        own = _page(seat.page)
+    def waits(spec: WorkerSpec) -> Wait | None:
+        own = _page(spec.page)
         if own is None:
             return None
         now_s = time.monotonic()
@@ -139,13 +139,13 @@ def waits_of(hang_timeout_s: float) -> Callable[[Seat], Wait | None]:
         ]
         if not late:
             return None
-        others = [_page(path) for path in Path(seat.folder).glob("*.page") if path != seat.page]
+        others = [_page(path) for path in Path(spec.folder).glob("*.page") if path != spec.page]
         found = silent_operations(
             [*(page for page in others if page is not None), own],
             now_s,
             hang_timeout_s=hang_timeout_s,
         )
-        described = next((s.describe() for s in found if s.rank == seat.rank), "")
+        described = next((s.describe() for s in found if s.rank == spec.rank), "")
         longest = max(now_s - o.waited_s for o in late)
         return Wait(frozenset(o.peer for o in late), longest, described)
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from holdfast.elastic.journal import Journal, journal_of
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent import AgentSettings
 from holdfast.launch.launchers import (
     explained,
@@ -114,10 +114,10 @@ def _nodes(config: RunConfig, run: RunDirectory, journal: Journal) -> list[Agent
     token = uuid.uuid4().hex
     founders = config.parallel.ranks
 
-    def may_start(seat: Seat) -> bool:
+    def may_start(spec: WorkerSpec) -> bool:
         committed = max(last_step(run.metrics), journal.first_step)
         return journal.may_start(
-            seat.rank, seat.incarnation, committed, founder=seat.rank < founders
+            spec.rank, spec.incarnation, committed, founder=spec.rank < founders
         )
 
     found = []

@@ -25,16 +25,16 @@ from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Notice, NoticeBoard
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.watch import HeartbeatWatch
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
 from support.runs.elastic_demo import demonstration, wait_for
 
 pytestmark = pytest.mark.mp
 
 
-def _seat(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: Any) -> Seat:
+def _spec(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: Any) -> WorkerSpec:
     settings = MembershipSettings(lighthouse, "test", world_size)
-    return Seat(rank, 0, rank, "a", "127.0.0.1:1", True, str(folder), settings, **fields)
+    return WorkerSpec(rank, 0, rank, "a", "127.0.0.1:1", True, str(folder), settings, **fields)
 
 
 def _in_threads(*calls: Any) -> list[Any]:
@@ -81,10 +81,10 @@ def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
 
 def test_all_members_get_the_same_value(tmp_path: Path) -> None:
     lighthouse = Lighthouse("127.0.0.1")
-    members = [Membership(_seat(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
+    members = [Membership(_spec(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
     found = _in_threads(
         *(
-            lambda m=m: m.agree(step=m.seat.rank, phase="begin", data={"rank": m.seat.rank})
+            lambda m=m: m.agree(step=m.spec.rank, phase="begin", data={"rank": m.spec.rank})
             for m in members
         )
     )
@@ -102,7 +102,7 @@ def test_all_members_get_the_same_value(tmp_path: Path) -> None:
 
 def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:
     lighthouse = Lighthouse("127.0.0.1")
-    members = [Membership(_seat(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
+    members = [Membership(_spec(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
     _in_threads(*(lambda m=m: m.agree(step=0, phase="begin") for m in members))
     for member in members[:2]:
         member.close()

@@ -1,3 +1,3 @@
 from .loop import (
-    train_seat as train_seat,
+    train_elastic_worker as train_elastic_worker,
 )

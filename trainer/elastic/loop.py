@@ -18,7 +18,7 @@ from holdfast.elastic.faults import Chaos, Fault, fault_from_data
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.journal import Journal
 from holdfast.elastic.membership import Membership
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.parallel.plan import would_move_layers
 from holdfast.trainer.checkpointing import Checkpoints, Signals
@@ -41,12 +41,12 @@ _AWAITED_STEPS = 20
 
 
 class ElasticLoop:
-    """Trains on one seat until the run's last step, whoever comes and goes."""
+    """Trains as one worker until the run's last step, whoever comes and goes."""
 
     def __init__(
-        self, config: RunConfig, seat: Seat, membership: Membership, run: RunDirectory
+        self, config: RunConfig, spec: WorkerSpec, membership: Membership, run: RunDirectory
     ) -> None:
-        self._config, self._seat, self._membership, self._run = config, seat, membership, run
+        self._config, self._spec, self._membership, self._run = config, spec, membership, run
         self._signals = Signals()
         self._checkpoints: Checkpoints | None = None
         self._reporter: Reporter | None = None
@@ -64,12 +64,12 @@ class ElasticLoop:
         """Of a run whose changes this one repeats."""
         self._changes: list[ChangeRecord] = []
         """Since the last vote: whoever was to write them did so before it voted, or has died."""
-        self._elastic = ElasticRun(config, seat, membership, self._load)
+        self._elastic = ElasticRun(config, spec, membership, self._load)
         self._elastic.on_disturbed = self._interrupt
         self._elastic.before_change = self._abandon_saves
         self._chaos = Chaos(
-            seat.rank,
-            seat.incarnation,
+            spec.rank,
+            spec.incarnation,
             [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
             asked=run.chaos,
             note=self._note_fault,
@@ -140,13 +140,13 @@ class ElasticLoop:
         """Whether the ranks are to change after the next step, and whether this one is to leave then."""
         if self._journal is not None:
             self._await_joining(self._journal.awaited(step))
-            leaves = self._journal.leaves_after(self._seat.rank, step + 1)
+            leaves = self._journal.leaves_after(self._spec.rank, step + 1)
             return self._journal.changes_after(step + 1), leaves
         wanted = self._membership.wanted
         if self._parts().training.plan.arriving:
             # Who arrives now waits for those who are on their way: a change would begin that again.
             wanted = tuple(notice for notice in wanted if notice.kind != "joining")
-        mine = any(n.kind == "leaving" and n.identity == self._seat.identity for n in wanted)
+        mine = any(n.kind == "leaving" and n.identity == self._spec.identity for n in wanted)
         tidy = self._tidy_from is not None and step >= self._tidy_from
         return bool(wanted) or tidy, mine
 
@@ -156,7 +156,7 @@ class ElasticLoop:
             return
         if self._journal is not None:
             training.fill.required = self._journal.filled_after(step + 1)
-        elif self._seat.rank == training.plan.stage_replicas.ranks[0]:
+        elif self._spec.rank == training.plan.stage_replicas.ranks[0]:
             training.fill.may_end = self._membership.can_agree
 
     def _await_joining(self, ranks: frozenset[int]) -> None:
@@ -200,7 +200,7 @@ class ElasticLoop:
         spared = all(corruption.spares_training for corruption in found)
         if found and spared:
             repair(training, found, control)
-        if self._seat.rank == training.plan.stage_replicas.ranks[0]:
+        if self._spec.rank == training.plan.stage_replicas.ranks[0]:
             for corruption in found:
                 append_event(
                     self._run.events,
@@ -257,10 +257,10 @@ class ElasticLoop:
             logger.warning("the state after a change was not compared: %s", error)
             self._elastic.disturb(str(error))
             interrupted = True
-        if self._seat.rank in change.witnesses:
+        if self._spec.rank in change.witnesses:
             record = record_of(change, heard, training, urgent=urgent, digest=self._digest)
             self._changes.append(record)
-        if self._seat.rank == change.historian:
+        if self._spec.rank == change.historian:
             write_changes(self._run, self._changes)
         if not sound:
             self._settle(urgent=interrupted)
@@ -298,7 +298,7 @@ class ElasticLoop:
 
     def _load(self, training: Training, store: Store, generation: Generation) -> int:
         """Fill a new training from the newest checkpoint there is now; returns its step."""
-        if self._seat.rank == training.plan.stage_replicas.ranks[0]:
+        if self._spec.rank == training.plan.stage_replicas.ranks[0]:
             found = self._run.resume
             if generation.number > 1:
                 newest = find_resume(self._run.root, self._config, "auto", allow_change=True)
@@ -326,11 +326,11 @@ class ElasticLoop:
 
     def _world(self, generation: Generation) -> WorldInfo:
         host, _, port = generation.store.rpartition(":")
-        own = generation.member(self._seat.rank).node
+        own = generation.member(self._spec.rank).node
         return WorldInfo(
-            rank=self._seat.rank,
+            rank=self._spec.rank,
             world_size=len(generation.members),
-            local_rank=self._seat.local_rank,
+            local_rank=self._spec.local_rank,
             local_world_size=sum(member.node == own for member in generation.members),
             node=0,
             store_host=host,
@@ -345,18 +345,20 @@ def _journal(run: RunDirectory) -> Journal | None:
     return msgspec.json.decode(run.journal.read_bytes(), type=Journal)
 
 
-def train_seat(config: RunConfig, seat: Seat, line: socket.socket, run: RunDirectory) -> None:
-    """What a worker of an elastic run does with its seat. Raises as `ElasticLoop.run`."""
+def train_elastic_worker(
+    config: RunConfig, spec: WorkerSpec, line: socket.socket, run: RunDirectory
+) -> None:
+    """What a worker of an elastic run does with its spec. Raises as `ElasticLoop.run`."""
     append_event(
         run.events,
         "worker_started",
-        rank=seat.rank,
+        rank=spec.rank,
         pid=os.getpid(),
-        node=seat.node,
-        incarnation=seat.incarnation,
+        node=spec.node,
+        incarnation=spec.incarnation,
     )
-    membership = Membership(seat, line)
+    membership = Membership(spec, line)
     try:
-        ElasticLoop(config, seat, membership, run).run()
+        ElasticLoop(config, spec, membership, run).run()
     finally:
         membership.close()

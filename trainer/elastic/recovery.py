@@ -23,7 +23,7 @@ from torch.distributed import Store
 from holdfast.elastic.generation import Generation, Identity
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Notice
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.comm import (
     Communicator,
     GlooCommunicator,
@@ -110,15 +110,15 @@ class ElasticRun:
     """The state of one worker across generations. Not safe to share between threads, but for `disturb`."""
 
     def __init__(
-        self, config: RunConfig, seat: Seat, membership: Membership, load: LoadFrom
+        self, config: RunConfig, spec: WorkerSpec, membership: Membership, load: LoadFrom
     ) -> None:
         """Local.
 
         Args:
             load: used at the start, and when all holders of some block are gone.
         """
-        self.config, self.seat, self.membership = config, seat, membership
-        self.device = choose_device(config, seat.local_rank)
+        self.config, self.spec, self.membership = config, spec, membership
+        self.device = choose_device(config, spec.local_rank)
         self.leaving = False
         """Whether this worker is to hand its state over at the next change."""
         self.trusted = True
@@ -294,7 +294,7 @@ class ElasticRun:
         if self.training is None:
             told = json.loads(self.await_word(store, "plan"))
             return plan_from_data(self._first_plan, told)
-        if self.seat.rank == agreed.holders[0] and agreed.fresh:
+        if self.spec.rank == agreed.holders[0] and agreed.fresh:
             store.set("plan", json.dumps(plan_to_data(self.training.plan)))
         return self.training.plan
 
@@ -325,7 +325,7 @@ class ElasticRun:
         self, generation: Generation, agreed: Agreed, plan: Plan, store: Store
     ) -> tuple[Groups, Communicator, Communicator]:
         """This rank's groups of a plan, and two of all ranks of the generation: for the change, and beside steps."""
-        rank = self.seat.rank
+        rank = self.spec.rank
         world = plan.stage_replicas.ranks if rank in plan.stage_replicas.ranks else generation.ranks
         members = {member.rank: member.identity for member in generation.members}
         if self._groups is None:
@@ -339,7 +339,7 @@ class ElasticRun:
                 world,
                 backend=backend_of(self.config, self.device),
                 generation=generation.number,
-                page=self.seat.page,
+                page=self.spec.page,
                 votes_over_gloo=True,
             )
         else:
@@ -385,7 +385,7 @@ class ElasticRun:
             The training (None for a rank that leaves), the step that was loaded from a checkpoint if
             one was needed, and the bytes that all ranks received.
         """
-        nodes, rank = _nodes(generation), self.seat.rank
+        nodes, rank = _nodes(generation), self.spec.rank
         if _has_all(plan, agreed):
             training, moved = training_from_holders(
                 self.config,

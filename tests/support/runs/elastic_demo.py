@@ -30,7 +30,7 @@ from holdfast.elastic.generation import Generation
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.lighthouse import Lighthouse, coordination
 from holdfast.elastic.membership import Membership
-from holdfast.elastic.worker_spec import Seat
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.launch.agent.agent import Agent
 from holdfast.launch.agent.settings import AgentSettings
@@ -57,16 +57,16 @@ class Demo:
 
 
 class _Worker:
-    def __init__(self, demo: Demo, seat: Seat, line: socket.socket) -> None:
-        self.demo, self.seat = demo, seat
+    def __init__(self, demo: Demo, spec: WorkerSpec, line: socket.socket) -> None:
+        self.demo, self.spec = demo, spec
         self.lost = threading.Event()
         self.step = 0
-        self.record = (Path(demo.root) / f"{seat.rank}.jsonl").open("a", buffering=1)
-        self.membership = Membership(seat, line, store_timeout_s=demo.store_s)
+        self.record = (Path(demo.root) / f"{spec.rank}.jsonl").open("a", buffering=1)
+        self.membership = Membership(spec, line, store_timeout_s=demo.store_s)
         self.membership.on_urgent(lambda notice: self.lost.set())
 
     def write(self, what: str, **fields: Any) -> None:
-        line = {"what": what, "time": time.time(), "who": str(self.seat.identity), **fields}
+        line = {"what": what, "time": time.time(), "who": str(self.spec.identity), **fields}
         self.record.write(json.dumps(line) + "\n")
 
     def run(self) -> int:
@@ -88,7 +88,7 @@ class _Worker:
 
     def agree(self, *, urgent: bool, leaving: bool) -> Generation:
         self.lost.clear()
-        self.seat.page.unlink(missing_ok=True)
+        self.spec.page.unlink(missing_ok=True)
         generation = self.membership.agree(
             step=self.step,
             phase="step",
@@ -113,7 +113,7 @@ class _Worker:
         while not self.demo.steps or self.step < self.demo.steps:
             self.misbehave()
             wanted = self.membership.wanted
-            own = f"{self.step}/{self.seat.rank}"
+            own = f"{self.step}/{self.spec.rank}"
             store.set(own, "change" if wanted else "go on")
             keys = [f"{self.step}/{rank}" for rank in generation.ranks]
             deadline = time.monotonic() + self.demo.store_s
@@ -129,7 +129,7 @@ class _Worker:
             self.write("step", step=self.step, generation=generation.number)
             if b"change" in votes:
                 mine = [
-                    n for n in wanted if n.kind == "leaving" and n.identity == self.seat.identity
+                    n for n in wanted if n.kind == "leaving" and n.identity == self.spec.identity
                 ]
                 return bool(mine)
             time.sleep(0.005)
@@ -137,15 +137,15 @@ class _Worker:
 
     def note_wait(self, store: Store, generation: Generation, since: float) -> None:
         """Leave word of a wait that lasts, as communicators do in their pages of operations."""
-        if time.monotonic() - since > 0.5 and not self.seat.page.exists():
+        if time.monotonic() - since > 0.5 and not self.spec.page.exists():
             missing = [r for r in generation.ranks if not store.check([f"{self.step}/{r}"])]
-            partial = self.seat.page.with_suffix(".partial")
+            partial = self.spec.page.with_suffix(".partial")
             partial.write_text(json.dumps([generation.number, missing]))
-            partial.replace(self.seat.page)
+            partial.replace(self.spec.page)
 
     def misbehave(self) -> None:
         """Do what a test has asked for by a file of this worker's name."""
-        fault = Path(self.demo.root) / f"{self.seat.identity}.fault"
+        fault = Path(self.demo.root) / f"{self.spec.identity}.fault"
         if fault.exists():
             what = fault.read_text()
             if what == "hold-lock":
@@ -159,22 +159,22 @@ class _Worker:
                 self.write("child", pid=subprocess.Popen(["sleep", "60"]).pid)
 
 
-def demo_waits(seat: Seat) -> Wait | None:
+def demo_waits(spec: WorkerSpec) -> Wait | None:
     """What an agent reads of `note_wait`."""
-    if not seat.page.exists():
+    if not spec.page.exists():
         return None
-    _, missing = json.loads(seat.page.read_text())
+    _, missing = json.loads(spec.page.read_text())
     return Wait(frozenset(missing), 0.5, "the step's meeting, never reached")
 
 
-def demo_main(demo: Demo) -> Callable[[Seat, socket.socket], int]:
+def demo_main(demo: Demo) -> Callable[[WorkerSpec, socket.socket], int]:
     """What the workers of a demonstration call."""
 
-    def main(seat: Seat, line: socket.socket) -> int:
+    def main(spec: WorkerSpec, line: socket.socket) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        if (Path(demo.root) / f"{seat.rank}.crash").exists():
+        if (Path(demo.root) / f"{spec.rank}.crash").exists():
             return 1
-        worker = _Worker(demo, seat, line)
+        worker = _Worker(demo, spec, line)
         try:
             return worker.run()
         except HoldfastError as error:

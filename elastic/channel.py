@@ -1,7 +1,7 @@
-"""The line between a worker and its agent: messages both ways, and a pulse that the agent can read.
+"""The channel between a worker and its agent: messages both ways, and a liveness timestamp.
 
 Messages are JSON objects in packets of a Unix socket pair that the agent made before the worker began. The
-pulse is a file in memory that the worker's Python thread writes ten times a second: it stops when the
+liveness timestamp is a file in memory that the worker's Python thread writes ten times a second: it stops when the
 process is stopped, or when its interpreter lock is held, and can be read without the worker's help.
 """
 
@@ -20,95 +20,95 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PULSE_S = 0.1
-_PULSE = struct.Struct("<q")
+LIVENESS_S = 0.1
+_TIMESTAMP = struct.Struct("<q")
 _PACKET_BYTES = 1 << 16
 
 
-class PulseWriter:
+class LivenessWriter:
     """Writes when this process last ran Python, in `CLOCK_MONOTONIC` nanoseconds, into a small file."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            os.ftruncate(descriptor, _PULSE.size)
-            self._page = mmap.mmap(descriptor, _PULSE.size)
+            os.ftruncate(descriptor, _TIMESTAMP.size)
+            self._page = mmap.mmap(descriptor, _TIMESTAMP.size)
         finally:
             os.close(descriptor)
 
     def beat(self) -> None:
-        _PULSE.pack_into(self._page, 0, time.monotonic_ns())
+        _TIMESTAMP.pack_into(self._page, 0, time.monotonic_ns())
 
     def close(self) -> None:
         self._page.close()
 
 
-def pulse_age_s(path: Path) -> float | None:
+def liveness_age_s(path: Path) -> float | None:
     """Seconds since a worker on this machine last ran Python; None if it never has."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    if len(content) < _PULSE.size or not (beat_ns := _PULSE.unpack_from(content)[0]):
+    if len(content) < _TIMESTAMP.size or not (beat_ns := _TIMESTAMP.unpack_from(content)[0]):
         return None
     return (time.monotonic_ns() - beat_ns) / 1e9
 
 
-def send_message(line: socket.socket, message: dict[str, Any]) -> bool:
+def send_message(channel: socket.socket, message: dict[str, Any]) -> bool:
     """Send without waiting; False if the other end is gone, or does not read."""
     try:
-        line.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        channel.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except OSError:
         return False
     return True
 
 
-def receive_message(line: socket.socket) -> dict[str, Any] | None:
+def receive_message(channel: socket.socket) -> dict[str, Any] | None:
     """The next message; None if the other end is gone, or if there is none yet. Does not wait."""
     try:
-        packet = line.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
+        packet = channel.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
     except (ConnectionError, BlockingIOError):
         return None
     return json.loads(packet) if packet else None
 
 
-class WorkerLink:
-    """A worker's end: a thread that beats the pulse and hands over what the agent says. Local."""
+class WorkerChannel:
+    """A worker's end: a thread that refreshes the liveness timestamp and hands over what the agent says. Local."""
 
     def __init__(
-        self, line: socket.socket, pulse: Path, receive: Callable[[dict[str, Any]], None]
+        self, channel: socket.socket, liveness: Path, receive: Callable[[dict[str, Any]], None]
     ) -> None:
         """Args:
-        receive: called in the link's thread with each message; must not block.
+        receive: called in the channel's thread with each message; must not block.
         """
-        self._line = line
+        self._channel = channel
         self._receive = receive
-        self._pulse = PulseWriter(pulse)
-        self._pulse.beat()
+        self._liveness = LivenessWriter(liveness)
+        self._liveness.beat()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="holdfast-link", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="holdfast-channel", daemon=True)
         self._thread.start()
 
     def send(self, kind: str, **fields: Any) -> bool:
         """Tell the agent something; False if it is gone or does not listen."""
-        return send_message(self._line, {"kind": kind, **fields})
+        return send_message(self._channel, {"kind": kind, **fields})
 
     def close(self) -> None:
-        """End the thread and the line."""
+        """End the thread and the channel."""
         self._closing.set()
         with contextlib.suppress(OSError):
-            self._line.shutdown(socket.SHUT_RDWR)
+            self._channel.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        self._line.close()
-        self._pulse.close()
+        self._channel.close()
+        self._liveness.close()
 
     def _run(self) -> None:
         poller = select.poll()
-        poller.register(self._line, select.POLLIN)
+        poller.register(self._channel, select.POLLIN)
         while not self._closing.is_set():
-            self._pulse.beat()
-            if poller.poll(PULSE_S * 1000):
-                message = receive_message(self._line)
+            self._liveness.beat()
+            if poller.poll(LIVENESS_S * 1000):
+                message = receive_message(self._channel)
                 if message is None:
                     return
                 self._receive(message)

@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed import Store
 
 from holdfast.elastic.agreement import Report, Verdict, generation_of
-from holdfast.elastic.channel import WorkerLink
+from holdfast.elastic.channel import WorkerChannel
 from holdfast.elastic.generation import (
     Generation,
     Identity,
@@ -49,12 +49,12 @@ class Membership:
     def __init__(
         self,
         spec: WorkerSpec,
-        line: socket.socket | None = None,
+        channel: socket.socket | None = None,
         *,
         store_timeout_s: float = STORE_TIMEOUT_S,
     ) -> None:
         """Args:
-            line: to this worker's agent; None without one.
+            channel: to this worker's agent; None without one.
             store_timeout_s: how long an operation of `store` may take.
         Raises:
             MembershipError: another process votes as this worker.
@@ -77,10 +77,10 @@ class Membership:
                 f"another process is rank {spec.identity} of run {spec.settings.run}; end it first"
             ) from error
         self._voter = Voter(spec.identity, spec.settings, spec.ballots)
-        self._link: WorkerLink | None = None
-        if line is not None:
-            self._link = WorkerLink(line, spec.pulse, self._hear)
-            self._resources.callback(self._link.close)
+        self._channel: WorkerChannel | None = None
+        if channel is not None:
+            self._channel = WorkerChannel(channel, spec.liveness, self._hear)
+            self._resources.callback(self._channel.close)
 
     def agree(
         self,
@@ -292,11 +292,11 @@ class Membership:
         self._tell("notice", notice=notice_to_data(replace(notice, node=self.spec.node)))
 
     def _tell(self, kind: str, **fields: Any) -> None:
-        if self._link is not None:
-            self._link.send(kind, **fields)
+        if self._channel is not None:
+            self._channel.send(kind, **fields)
 
     def _hear(self, message: dict[str, Any]) -> None:
-        """In the link's thread."""
+        """In the channel's thread."""
         if message["kind"] != "notice":
             return
         notice = notice_from_data(message["notice"])

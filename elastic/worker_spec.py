@@ -28,7 +28,7 @@ class WorkerSpec:
     founder: bool
     """The run is started with it, or it replaces a founder that had not voted."""
     folder: str
-    """Where its ballot and its pulse lie; on its node, seen by its agent."""
+    """Where its ballot and its liveness timestamp lie; on its node, seen by its agent."""
     settings: MembershipSettings
 
     @property
@@ -40,9 +40,9 @@ class WorkerSpec:
         return BallotFile(Path(self.folder), self.identity)
 
     @property
-    def pulse(self) -> Path:
-        """Written by the worker's link: when it last ran Python."""
-        return Path(self.folder) / f"{self.identity}.pulse"
+    def liveness(self) -> Path:
+        """Written by the worker's channel: when it last ran Python."""
+        return Path(self.folder) / f"{self.identity}.liveness"
 
     @property
     def page(self) -> Path:

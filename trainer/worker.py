@@ -105,13 +105,13 @@ def run_worker(
 
 
 def run_elastic_worker(
-    config: RunConfig, spec: WorkerSpec, line: socket.socket, run: RunDirectory
+    config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> int:
     """Run one worker of an elastic run and return the process's exit code; its end is written down."""
     log_to_file(run, spec.rank)
     logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
     try:
-        train_elastic_worker(config, spec, line, run)
+        train_elastic_worker(config, spec, channel, run)
     except KeyboardInterrupt:
         logger.info("interrupted")
         return 130

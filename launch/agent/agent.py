@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.elastic.agreement import Ballot
-from holdfast.elastic.channel import pulse_age_s, receive_message, send_message
+from holdfast.elastic.channel import liveness_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, format_identities, parse_identities
 from holdfast.elastic.hang import HangJudge
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
@@ -30,7 +30,7 @@ from holdfast.elastic.store import host_store
 from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
-from holdfast.launch.agent.liveness import pulse_check
+from holdfast.launch.agent.liveness import timestamp_check
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
@@ -63,7 +63,7 @@ class Agent:
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
-        own = pulse_check(silence_s, settings.hang_timeout_s)
+        own = timestamp_check(silence_s, settings.hang_timeout_s)
         self._liveness_checks = [own] if settings.liveness is None else [own, settings.liveness]
         self._main_thread = MainThreadQueue()
         self._boards: list[BoardFollower] = []
@@ -166,11 +166,11 @@ class Agent:
                 slot.pid, slot.fenced, slot.is_member, slot.left_out_s = -1, "", False, None
                 try:
                     log = self._settings.log(slot.spec.rank)
-                    slot.line = self._fork_server.start(slot.spec, log)
+                    slot.channel = self._fork_server.start(slot.spec, log)
                 except BrokenPipeError:
                     self._lose_fork_server()
                     return
-                self._selector.register(slot.line, selectors.EVENT_READ, self._on_line)
+                self._selector.register(slot.channel, selectors.EVENT_READ, self._on_channel)
 
     def _on_fork_server(self, _: Any) -> None:
         report = self._fork_server.receive()
@@ -190,7 +190,7 @@ class Agent:
         self._code = Stopped.exit_code
         for slot in self._slots.values():
             if slot.pid:
-                age_s = pulse_age_s(slot.spec.pulse) or 0.0
+                age_s = liveness_age_s(slot.spec.liveness) or 0.0
                 self._publish(
                     Notice("ended", slot.spec.identity, cause, age_s, self._settings.node)
                 )
@@ -200,7 +200,7 @@ class Agent:
     def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
         os.close(slot.descriptor)
         slot.descriptor, slot.pid = -1, 0
-        while slot.line is not None and (message := receive_message(slot.line)) is not None:
+        while slot.channel is not None and (message := receive_message(slot.channel)) is not None:
             self._on_message(slot, message)
         self._hang_up(slot)
         stopping = self._kill_at_s is not None
@@ -217,7 +217,7 @@ class Agent:
         logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
             self._failed_with = end.code
-        age_s = pulse_age_s(slot.spec.pulse) or 0.0
+        age_s = liveness_age_s(slot.spec.liveness) or 0.0
         self._publish(Notice("ended", slot.spec.identity, cause, age_s, self._settings.node))
         founder = slot.spec.founder and slot.spec.ballots.read() == Ballot()
         if not founder:
@@ -309,11 +309,11 @@ class Agent:
 
     # Messages of workers, and notices of all nodes.
 
-    def _on_line(self, line: Any) -> None:
-        slot = next((slot for slot in self._slots.values() if slot.line is line), None)
+    def _on_channel(self, channel: Any) -> None:
+        slot = next((slot for slot in self._slots.values() if slot.channel is channel), None)
         if slot is None:
             return  # it has ended meanwhile
-        message = receive_message(line)
+        message = receive_message(channel)
         if message is None:
             self._hang_up(slot)
         else:
@@ -338,10 +338,10 @@ class Agent:
                 logger.error("no fault: %s", error)
 
     def _hang_up(self, slot: WorkerSlot) -> None:
-        if slot.line is not None:
-            self._selector.unregister(slot.line)
-            slot.line.close()
-            slot.line = None
+        if slot.channel is not None:
+            self._selector.unregister(slot.channel)
+            slot.channel.close()
+            slot.channel = None
 
     def _enter(self, message: dict[str, Any]) -> None:
         """A worker has told of a generation: meet the other agents there."""
@@ -373,8 +373,8 @@ class Agent:
             self._judge.hear(notice, time.monotonic())
         message = {"kind": "notice", "notice": notice_to_data(notice)}
         for slot in self._slots.values():
-            if slot.line is not None:
-                send_message(slot.line, message)
+            if slot.channel is not None:
+                send_message(slot.channel, message)
             if slot.spec.identity != notice.identity:
                 continue
             # One that others do not hear of and that runs here is cut off, not hung.

@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 _PACKET_BYTES = 1 << 16
 
 WorkerMain = Callable[[WorkerSpec, socket.socket], int]
-"""What a worker does with its spec and its line to the agent; returns its exit code."""
+"""What a worker does with its spec and its channel to the agent; returns its exit code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class ForkServer:
         return self._control.fileno()
 
     def start(self, spec: WorkerSpec, log: Path) -> socket.socket:
-        """Ask for a worker; `Started` follows. Returns the agent's end of the line to it.
+        """Ask for a worker; `Started` follows. Returns the agent's end of the channel to it.
 
         Args:
             log: where its output is appended.
@@ -155,22 +155,22 @@ def _kill_group(pid: int) -> None:
 
 
 def _fork(
-    control: socket.socket, request: dict[str, Any], line: int, main: WorkerMain
+    control: socket.socket, request: dict[str, Any], channel: int, main: WorkerMain
 ) -> tuple[int, int]:
     spec = worker_spec_from_data(request["spec"])
     server = os.getpid()
     pid = os.fork()
     if pid == 0:
         control.close()
-        _work(spec, socket.socket(fileno=line), Path(request["log"]), main, server)
-    os.close(line)
+        _work(spec, socket.socket(fileno=channel), Path(request["log"]), main, server)
+    os.close(channel)
     with contextlib.suppress(OSError):
         os.setpgid(pid, pid)
     return pid, spec.rank
 
 
 def _work(
-    spec: WorkerSpec, line: socket.socket, log: Path, main: WorkerMain, server: int
+    spec: WorkerSpec, channel: socket.socket, log: Path, main: WorkerMain, server: int
 ) -> NoReturn:
     """A worker's life."""
     code = 1
@@ -185,7 +185,7 @@ def _work(
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        code = main(spec, line)
+        code = main(spec, channel)
     except BaseException:
         import traceback
 

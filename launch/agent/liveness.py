@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from holdfast.elastic.channel import pulse_age_s
+from holdfast.elastic.channel import liveness_age_s
 from holdfast.elastic.worker_spec import WorkerSpec
 
 LivenessCheck = Callable[[WorkerSpec, int], str | None]
 """Why the worker of this specification and process id counts as hung; None if it does not."""
 
 
-def pulse_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
-    """A check of the pulse, which the worker's Python writes ten times a second.
+def timestamp_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
+    """A check of the liveness timestamp, which the worker's Python writes ten times a second.
 
     Args:
         stopped_s: how long a signal may stop a process.
@@ -21,7 +21,7 @@ def pulse_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
     """
 
     def judge(spec: WorkerSpec, pid: int) -> str | None:
-        age_s = pulse_age_s(spec.pulse)
+        age_s = liveness_age_s(spec.liveness)
         if age_s is None:
             return None
         if age_s > stopped_s and _is_stopped(pid):

@@ -43,8 +43,8 @@ class AgentSettings:
     incarnation: int = 0
     """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
     liveness: LivenessCheck | None = None
-    """A further check beside that of the pulse."""
+    """A further check beside that of the liveness timestamp."""
     waits: Callable[[WorkerSpec], Wait | None] | None = None
     """Reads from a worker's page (`WorkerSpec.page`) whether it has waited for others for too long."""
     folder: Path | None = None
-    """For ballots and pulses, on this node; a temporary one by default."""
+    """For acceptor states and liveness timestamps, on this node; a temporary one by default."""

@@ -8,7 +8,7 @@ import signal
 import socket
 from dataclasses import dataclass
 
-from holdfast.elastic.channel import pulse_age_s
+from holdfast.elastic.channel import liveness_age_s
 from holdfast.elastic.worker_spec import WorkerSpec
 
 logger = logging.getLogger("holdfast.agent")
@@ -19,7 +19,7 @@ class WorkerSlot:
     """A rank that this node starts again when it is lost. Changed by the agent's main thread alone."""
 
     spec: WorkerSpec
-    line: socket.socket | None = None
+    channel: socket.socket | None = None
     descriptor: int = -1
     """The worker's pidfd; -1 when no process runs."""
     pid: int = 0
@@ -48,7 +48,7 @@ class WorkerSlot:
 
     def is_still(self, seconds: float) -> bool:
         """Whether the worker's interpreter has not run for longer than this."""
-        age_s = pulse_age_s(self.spec.pulse)
+        age_s = liveness_age_s(self.spec.liveness)
         return age_s is not None and age_s > seconds
 
 

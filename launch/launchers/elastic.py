@@ -64,8 +64,8 @@ def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
     """What the workers of an elastic run do; imports, before they are forked, what they need."""
     from holdfast.trainer.worker import run_elastic_worker
 
-    def main(spec: WorkerSpec, line: socket.socket) -> int:
-        return run_elastic_worker(config, spec, line, run)
+    def main(spec: WorkerSpec, channel: socket.socket) -> int:
+        return run_elastic_worker(config, spec, channel, run)
 
     return main
 

@@ -51,7 +51,7 @@ def run_nodes(
     with it; the others go on, since this process then speaks for the dead.
 
     Args:
-        folder: for ballots and pulses; on this machine.
+        folder: for acceptor states and liveness timestamps; on this machine.
         announce: told where the Lighthouse is, once it is there.
     Returns:
         0 when a worker of any node reached the end of the run; 130 after SIGINT; else the exit code of

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from holdfast.elastic.acceptor_state import BallotFile
 from holdfast.elastic.agreement import Ballot
-from holdfast.elastic.channel import WorkerLink, pulse_age_s, receive_message, send_message
+from holdfast.elastic.channel import WorkerChannel, liveness_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import Heartbeats, Lighthouse, heartbeat_ages, replica_id
 from holdfast.elastic.membership import Membership
@@ -159,15 +159,17 @@ def test_silence_is_told_once_and_newcomers_until_they_are_in() -> None:
 def test_a_link_carries_messages_and_a_pulse(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     heard: list[dict[str, Any]] = []
-    link = WorkerLink(theirs, tmp_path / "pulse", heard.append)
-    assert link.send("committed", step=3)
+    channel = WorkerChannel(theirs, tmp_path / "liveness", heard.append)
+    assert channel.send("committed", step=3)
     assert receive_message(ours) == {"kind": "committed", "step": 3}
     send_message(ours, {"kind": "notice"})
     wait_for(lambda: heard == [{"kind": "notice"}], "the message")
-    age_s = pulse_age_s(tmp_path / "pulse")
+    age_s = liveness_age_s(tmp_path / "liveness")
     assert age_s is not None
-    link.close()
-    wait_for(lambda: (pulse_age_s(tmp_path / "pulse") or 0) > age_s, "the pulse to grow old")
+    channel.close()
+    wait_for(
+        lambda: (liveness_age_s(tmp_path / "liveness") or 0) > age_s, "the timestamp to grow old"
+    )
 
 
 @pytest.mark.chaos

@@ -346,7 +346,7 @@ def _journal(run: RunDirectory) -> Journal | None:
 
 
 def train_elastic_worker(
-    config: RunConfig, spec: WorkerSpec, line: socket.socket, run: RunDirectory
+    config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> None:
     """What a worker of an elastic run does with its spec. Raises as `ElasticLoop.run`."""
     append_event(
@@ -357,7 +357,7 @@ def train_elastic_worker(
         node=spec.node,
         incarnation=spec.incarnation,
     )
-    membership = Membership(spec, line)
+    membership = Membership(spec, channel)
     try:
         ElasticLoop(config, spec, membership, run).run()
     finally:

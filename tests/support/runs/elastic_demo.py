@@ -57,12 +57,12 @@ class Demo:
 
 
 class _Worker:
-    def __init__(self, demo: Demo, spec: WorkerSpec, line: socket.socket) -> None:
+    def __init__(self, demo: Demo, spec: WorkerSpec, channel: socket.socket) -> None:
         self.demo, self.spec = demo, spec
         self.lost = threading.Event()
         self.step = 0
         self.record = (Path(demo.root) / f"{spec.rank}.jsonl").open("a", buffering=1)
-        self.membership = Membership(spec, line, store_timeout_s=demo.store_s)
+        self.membership = Membership(spec, channel, store_timeout_s=demo.store_s)
         self.membership.on_urgent(lambda notice: self.lost.set())
 
     def write(self, what: str, **fields: Any) -> None:
@@ -170,11 +170,11 @@ def demo_waits(spec: WorkerSpec) -> Wait | None:
 def demo_main(demo: Demo) -> Callable[[WorkerSpec, socket.socket], int]:
     """What the workers of a demonstration call."""
 
-    def main(spec: WorkerSpec, line: socket.socket) -> int:
+    def main(spec: WorkerSpec, channel: socket.socket) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         if (Path(demo.root) / f"{spec.rank}.crash").exists():
             return 1
-        worker = _Worker(demo, spec, line)
+        worker = _Worker(demo, spec, channel)
         try:
             return worker.run()
         except HoldfastError as error:

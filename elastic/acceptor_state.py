@@ -1,4 +1,4 @@
-"""Where a worker's ballot outlives its process, and who may speak for it."""
+"""The file in which the acceptor state of a worker outlives its process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from holdfast.elastic.agreement import Ballot, ballot_from_data, ballot_to_data
+from holdfast.elastic.agreement import AcceptorState, acceptor_from_data, acceptor_to_data
 from holdfast.elastic.generation import Identity
 
 
-class BallotFile:
-    """The ballot of one worker in its node's memory or disk: written before it is acted on.
+class AcceptorFile:
+    """The acceptor state of one worker in its node's memory or disk: written before it is acted on.
 
     The process that votes as the worker holds a lock on it: the worker while it lives, afterwards whoever
     speaks for it. The lock ends with the process, however that ends; forked children do not inherit it.
@@ -25,7 +25,7 @@ class BallotFile:
         """Args:
         folder: on the worker's node, and seen by its agent; need not survive the node.
         """
-        self._path = folder / f"{identity}.ballot"
+        self._path = folder / f"{identity}.acceptor"
         self._lock_path = folder / f"{identity}.lock"
 
     @contextlib.contextmanager
@@ -41,18 +41,18 @@ class BallotFile:
             _lock(file, wait=wait)
             yield
 
-    def read(self) -> Ballot:
-        """The last ballot written; that of a worker that knows nothing if there is none."""
+    def read(self) -> AcceptorState:
+        """The last state written; that of a worker that knows nothing if there is none."""
         try:
             text = self._path.read_text()
         except FileNotFoundError:
-            return Ballot()
-        return ballot_from_data(json.loads(text))
+            return AcceptorState()
+        return acceptor_from_data(json.loads(text))
 
-    def write(self, ballot: Ballot) -> None:
-        """Replace the ballot. The process may be killed at any instant; the node may not."""
+    def write(self, acceptor: AcceptorState) -> None:
+        """Replace the state. The process may be killed at any instant; the node may not."""
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(ballot_to_data(ballot)))
+        partial.write_text(json.dumps(acceptor_to_data(acceptor)))
         os.replace(partial, self._path)
 
 

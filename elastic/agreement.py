@@ -4,9 +4,9 @@ A round of a Lighthouse hands the same set of reports to all who take part in it
 them is decided here, and is safe whatever a Lighthouse does: restart, forget, hand out old reports, reach
 only some, or run twice. It rests on one fact: a member of generation g accepts at most one membership for
 generation g + 1, ever, and that acceptance outlives its process (its agent speaks on for it, see
-`BallotFile`). A membership is chosen once a majority of generation g has accepted it; two majorities share
+`AcceptorFile`). A membership is chosen once a majority of generation g has accepted it; two majorities share
 a member, so at most one membership is ever chosen for g + 1: there is no split brain. A side that holds no
-majority waits, and does not train. (A write-once vote per slot: Paxos' acceptors without a second ballot,
+majority waits, and does not train. (A write-once vote per slot: Paxos' acceptors without a second ballot number number,
 Lamport 1998; the chain of configurations as in Lamport, Malkhi and Zhou 2009.)
 
 Usually two rounds are enough: in the first all accept, in the second all see that all did.
@@ -33,7 +33,7 @@ _NOBODY: Identities = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Ballot:
+class AcceptorState:
     """What a worker knows to be decided, and what it has accepted next. Only ever moves forward."""
 
     generation: int = 0
@@ -49,7 +49,7 @@ class Report:
     """What one worker tells the others in a round."""
 
     identity: Identity
-    ballot: Ballot = Ballot()
+    acceptor: AcceptorState = AcceptorState()
     alive: bool = True
     """False: its process has ended, and its agent speaks for it."""
     founder: bool = False
@@ -80,7 +80,7 @@ def report_to_data(report: Report) -> dict[str, Any]:
     """A report as JSON values."""
     plain = {name: getattr(report, name) for name in Report.__slots__}
     plain["identity"] = str(report.identity)
-    plain["ballot"] = ballot_to_data(report.ballot)
+    plain["ballot"] = acceptor_to_data(plain.pop("acceptor"))
     for name in _SETS:
         plain[name] = format_identities(plain[name])
     return plain
@@ -95,7 +95,7 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
     try:
         fields = dict(plain)
         fields["identity"] = parse_identity(fields["identity"])
-        fields["ballot"] = ballot_from_data(fields["ballot"])
+        fields["acceptor"] = acceptor_from_data(fields.pop("ballot"))
         for name in _SETS:
             fields[name] = parse_identities(fields[name])
         return Report(**fields)
@@ -106,23 +106,23 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
         ) from error
 
 
-def ballot_to_data(ballot: Ballot) -> list[Any]:
-    """A ballot as JSON values."""
-    members, accepted = format_identities(ballot.members), format_identities(ballot.accepted)
-    return [ballot.generation, members, accepted]
+def acceptor_to_data(acceptor: AcceptorState) -> list[Any]:
+    """An acceptor state as JSON values."""
+    members, accepted = format_identities(acceptor.members), format_identities(acceptor.accepted)
+    return [acceptor.generation, members, accepted]
 
 
-def ballot_from_data(plain: list[Any]) -> Ballot:
-    """The ballot that `ballot_to_data` wrote."""
+def acceptor_from_data(plain: list[Any]) -> AcceptorState:
+    """The acceptor state that `acceptor_to_data` wrote."""
     generation, members, accepted = plain
-    return Ballot(int(generation), parse_identities(members), parse_identities(accepted))
+    return AcceptorState(int(generation), parse_identities(members), parse_identities(accepted))
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a round means for one worker."""
 
-    ballot: Ballot
+    acceptor: AcceptorState
     outcome: Literal["agreed", "again", "wait"]
     """agreed: the new generation stands; again: take part in the next round at once; wait: in a later
     one, because somebody is missing."""
@@ -150,28 +150,28 @@ def advance(own: Report, reports: Mapping[Identity, Report]) -> Verdict:
         Superseded: generations have been chosen since, without this worker.
         MembershipError: members disagree on what was chosen, which the rule excludes.
     """
-    ballot = _newest(own, reports)
+    acceptor = _newest(own, reports)
     while True:
         accepted = {
-            identity: report.ballot.accepted
+            identity: report.acceptor.accepted
             for identity, report in reports.items()
-            if report.ballot.generation == ballot.generation and report.ballot.accepted
+            if report.acceptor.generation == acceptor.generation and report.acceptor.accepted
         }
-        chosen = _chosen(ballot, accepted)
+        chosen = _chosen(acceptor, accepted)
         if chosen is None:
-            return _accept(own, ballot, reports, accepted)
-        decided_by = (chosen & ballot.members) or chosen
+            return _accept(own, acceptor, reports, accepted)
+        decided_by = (chosen & acceptor.members) or chosen
         agreed = chosen <= _live(reports) and all(accepted.get(i) == chosen for i in decided_by)
-        ballot = _moved(own, ballot, ballot.generation + 1, chosen)
+        acceptor = _moved(own, acceptor, acceptor.generation + 1, chosen)
         if agreed and own.identity in chosen:
-            return Verdict(ballot, "agreed")
+            return Verdict(acceptor, "agreed")
 
 
-def generation_of(ballot: Ballot, reports: Mapping[Identity, Report]) -> Generation:
+def generation_of(acceptor: AcceptorState, reports: Mapping[Identity, Report]) -> Generation:
     """The value that members return from the round in which they agreed."""
-    members = (reports[identity] for identity in sorted(ballot.members))
+    members = (reports[identity] for identity in sorted(acceptor.members))
     return Generation(
-        ballot.generation,
+        acceptor.generation,
         tuple(
             Member(r.identity, r.node, r.store, r.held, r.step, r.phase, r.leaving, dict(r.data))
             for r in members
@@ -183,82 +183,84 @@ def _live(reports: Mapping[Identity, Report]) -> Identities:
     return frozenset(identity for identity, report in reports.items() if report.alive)
 
 
-def _newest(own: Report, reports: Mapping[Identity, Report]) -> Ballot:
-    """The worker's ballot, moved on to the newest generation that anybody knows."""
+def _newest(own: Report, reports: Mapping[Identity, Report]) -> AcceptorState:
+    """The worker's acceptor state, moved on to the newest generation that anybody knows."""
     newest = max(
-        (r.ballot for r in reports.values()), key=lambda b: b.generation, default=own.ballot
+        (r.acceptor for r in reports.values()), key=lambda b: b.generation, default=own.acceptor
     )
-    if newest.generation < own.ballot.generation:
-        newest = own.ballot
+    if newest.generation < own.acceptor.generation:
+        newest = own.acceptor
     for report in (own, *reports.values()):
-        known = report.ballot
+        known = report.acceptor
         if known.generation == newest.generation and known.members != newest.members:
             raise MembershipError(
                 f"two memberships are held to be generation {newest.generation}: "
                 f"{format_identities(newest.members)} and {format_identities(known.members)}; stop all "
                 "workers and resume from the newest checkpoint"
             )
-    if newest.generation == own.ballot.generation:
-        return own.ballot
-    return _moved(own, own.ballot, newest.generation, newest.members)
+    if newest.generation == own.acceptor.generation:
+        return own.acceptor
+    return _moved(own, own.acceptor, newest.generation, newest.members)
 
 
-def _moved(own: Report, ballot: Ballot, generation: int, members: Identities) -> Ballot:
-    """The ballot of a worker that learns of a generation."""
-    if own.identity in ballot.members and own.identity not in members:
+def _moved(
+    own: Report, acceptor: AcceptorState, generation: int, members: Identities
+) -> AcceptorState:
+    """The acceptor state of a worker that learns of a generation."""
+    if own.identity in acceptor.members and own.identity not in members:
         raise Superseded(
             f"rank {own.identity.rank}: the run went on as generation {generation} with ranks "
             f"{format_identities(members)}, without this process; a new process takes its place"
         )
-    return Ballot(generation, members)
+    return AcceptorState(generation, members)
 
 
-def _chosen(ballot: Ballot, accepted: Mapping[Identity, Identities]) -> Identities | None:
+def _chosen(acceptor: AcceptorState, accepted: Mapping[Identity, Identities]) -> Identities | None:
     """The membership of the next generation if these acceptances choose one."""
     for value in set(accepted.values()):
         supporters = {identity for identity, own in accepted.items() if own == value}
-        if ballot.generation == 0:
+        if acceptor.generation == 0:
             if supporters >= value:
                 return value
-        elif is_majority(supporters, ballot.members):
+        elif is_majority(supporters, acceptor.members):
             return value
     return None
 
 
 def _accept(
     own: Report,
-    ballot: Ballot,
+    acceptor: AcceptorState,
     reports: Mapping[Identity, Report],
     accepted: Mapping[Identity, Identities],
 ) -> Verdict:
     """Accept a membership for the next generation where the rule allows one."""
-    if ballot.generation == 0:
-        if ballot.accepted:
-            return Verdict(ballot, "wait", "not every rank has accepted the first generation yet")
+    if acceptor.generation == 0:
+        if acceptor.accepted:
+            return Verdict(acceptor, "wait", "not every rank has accepted the first generation yet")
         value, reason = _first(own, reports, accepted)
         minority = False
-    elif ballot.accepted:
-        return Verdict(ballot, *_wait_for_votes(ballot, reports))
+    elif acceptor.accepted:
+        return Verdict(acceptor, *_wait_for_votes(acceptor, reports))
     else:
-        value, reason, minority = _next(own, ballot, reports, accepted)
+        value, reason, minority = _next(own, acceptor, reports, accepted)
     if value is None:
-        return Verdict(ballot, "wait", reason, minority)
-    if own.identity not in (ballot.members or value):
-        return Verdict(ballot, "again")
-    return Verdict(replace(ballot, accepted=value), "again")
+        return Verdict(acceptor, "wait", reason, minority)
+    if own.identity not in (acceptor.members or value):
+        return Verdict(acceptor, "again")
+    return Verdict(replace(acceptor, accepted=value), "again")
 
 
 def _wait_for_votes(
-    ballot: Ballot, reports: Mapping[Identity, Report]
+    acceptor: AcceptorState, reports: Mapping[Identity, Report]
 ) -> tuple[Literal["wait"], str, bool]:
-    present = ballot.members & reports.keys()
-    minority = not is_majority(present, ballot.members)
+    present = acceptor.members & reports.keys()
+    minority = not is_majority(present, acceptor.members)
     if minority:
-        return "wait", _too_few(present, ballot), True
+        return "wait", _too_few(present, acceptor), True
     return (
         "wait",
-        f"generation {ballot.generation + 1} is not decided: ranks "
-        f"{format_identities(ballot.accepted)} were accepted here, and not by a majority yet",
+        f"generation {acceptor.generation + 1} is not decided: ranks "
+        f"{format_identities(acceptor.accepted)} were accepted here, and not by a majority yet",
         False,
     )
 
@@ -280,21 +282,21 @@ def _first(
 
 def _next(
     own: Report,
-    ballot: Ballot,
+    acceptor: AcceptorState,
     reports: Mapping[Identity, Report],
     accepted: Mapping[Identity, Identities],
 ) -> tuple[Identities | None, str, bool]:
-    voters = ballot.members & reports.keys()
-    if not is_majority(voters, ballot.members):
-        return None, _too_few(voters, ballot), True
-    bound = {value for identity, value in accepted.items() if identity in ballot.members}
+    voters = acceptor.members & reports.keys()
+    if not is_majority(voters, acceptor.members):
+        return None, _too_few(voters, acceptor), True
+    bound = {value for identity, value in accepted.items() if identity in acceptor.members}
     if bound:
         return min(bound, key=sorted), "", False
     excused = frozenset[Identity]().union(*(report.lost for report in reports.values()))
-    missing = ballot.members - reports.keys() - excused
+    missing = acceptor.members - reports.keys() - excused
     if missing and not any(report.impatient for report in reports.values()):
         return None, f"waiting for ranks {format_identities(missing)}", False
-    value = _newest_incarnations(_live(reports), ballot.members) - _cut_off(reports)
+    value = _newest_incarnations(_live(reports), acceptor.members) - _cut_off(reports)
     if len(value) < own.min_ranks:
         return None, f"{len(value)} ranks are left, elastic.min_ranks = {own.min_ranks}", False
     return value, "", False
@@ -319,8 +321,8 @@ def _cut_off(reports: Mapping[Identity, Report]) -> Identities:
     )
 
 
-def _too_few(present: Collection[Identity], ballot: Ballot) -> str:
+def _too_few(present: Collection[Identity], acceptor: AcceptorState) -> str:
     return (
         f"ranks {format_identities(present) or 'none'} take part, which is no majority of generation "
-        f"{ballot.generation} (ranks {format_identities(ballot.members)})"
+        f"{acceptor.generation} (ranks {format_identities(acceptor.members)})"
     )

@@ -27,7 +27,7 @@ from holdfast.elastic.lighthouse import (
     replica_id,
 )
 from holdfast.elastic.membership_events import Notice, notice_from_data, notice_to_data
-from holdfast.elastic.quorum_client import PAUSE_S, Voter
+from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient
 from holdfast.elastic.store import STORE_TIMEOUT_S, StoreClients
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
@@ -71,12 +71,12 @@ class Membership:
         self._stores = StoreClients(store_timeout_s)
         self._resources = contextlib.ExitStack()
         try:
-            self._resources.enter_context(spec.ballots.held())
+            self._resources.enter_context(spec.acceptor.held())
         except BlockingIOError as error:
             raise MembershipError(
                 f"another process is rank {spec.identity} of run {spec.settings.run}; end it first"
             ) from error
-        self._voter = Voter(spec.identity, spec.settings, spec.ballots)
+        self._quorum = QuorumClient(spec.identity, spec.settings, spec.acceptor)
         self._channel: WorkerChannel | None = None
         if channel is not None:
             self._channel = WorkerChannel(channel, spec.liveness, self._hear)
@@ -173,7 +173,7 @@ class Membership:
                 lost = frozenset(self._lost)
             try:
                 self._beat()
-                verdict, reports = self._voter.round(
+                verdict, reports = self._quorum.round(
                     replace(report, lost=lost, impatient=impatient), min(left_s, settings.call_s)
                 )
             except RoundTimeout:
@@ -181,12 +181,12 @@ class Membership:
                 continue
             except LighthouseAway as error:
                 trouble = error
-                self._voter.say(str(error))
+                self._quorum.say(str(error))
                 time.sleep(min(_PAUSE_UNREACHABLE_S, left_s))
                 continue
             last, trouble = verdict, None
             if verdict.outcome == "agreed":
-                return generation_of(verdict.ballot, reports)
+                return generation_of(verdict.acceptor, reports)
             if verdict.outcome == "wait":
                 time.sleep(PAUSE_S)
         where = (

@@ -1,4 +1,4 @@
-"""One worker's voice in rounds of the Lighthouse: its own, and that of its agent after its end."""
+"""The client of the quorum: a worker's part in rounds of the Lighthouse, and its agent's after its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from holdfast.elastic.acceptor_state import BallotFile
+from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.agreement import (
     Report,
     Verdict,
@@ -60,30 +60,30 @@ class MembershipSettings:
         return min(0.5, self.heartbeat_timeout_ms / 1000)
 
 
-class Voter:
-    """Votes as one worker. Whoever constructs it must hold the worker's ballot file."""
+class QuorumClient:
+    """Votes as one worker. Whoever constructs it must hold the worker's acceptor state file."""
 
     def __init__(
-        self, identity: Identity, settings: MembershipSettings, ballots: BallotFile
+        self, identity: Identity, settings: MembershipSettings, acceptor_file: AcceptorFile
     ) -> None:
         self.identity = identity
-        self.ballot = ballots.read()
+        self.acceptor = acceptor_file.read()
         self._settings = settings
-        self._ballots = ballots
+        self._acceptor_file = acceptor_file
         self._client = RoundClient(settings.lighthouse)
         self._replica = replica_id(settings.run, identity)
         self._said = ""
 
     def round(self, report: Report, timeout_s: float) -> tuple[Verdict, Mapping[Identity, Report]]:
-        """Take part in one round with `report` and the present ballot.
+        """Take part in one round with `report` and the present acceptor state.
 
         Returns:
-            What follows from the round, which has been written to the ballot file; and all reports.
+            What follows from the round, which has been written to the acceptor file; and all reports.
         Raises:
             Superseded: the run has gone on without this worker.
             LighthouseAway, RoundTimeout: see `RoundClient.round`.
         """
-        own = replace(report, identity=self.identity, ballot=self.ballot)
+        own = replace(report, identity=self.identity, acceptor=self.acceptor)
         answer = self._client.round(self._replica, report_to_data(own), timeout_s)
         reports = {
             identity: report_from_data(data)
@@ -91,9 +91,9 @@ class Voter:
             if (identity := identity_of(replica, self._settings.run)) is not None
         }
         verdict = advance(own, reports)
-        if verdict.ballot != self.ballot:
-            self._ballots.write(verdict.ballot)
-            self.ballot = verdict.ballot
+        if verdict.acceptor != self.acceptor:
+            self._acceptor_file.write(verdict.acceptor)
+            self.acceptor = verdict.acceptor
         if verdict.outcome == "wait":
             self.say(verdict.reason)
         return verdict, reports
@@ -105,10 +105,10 @@ class Voter:
             self._said = reason
 
 
-def speak_for(
+def vote_on_behalf_of(
     identity: Identity,
     settings: MembershipSettings,
-    ballots: BallotFile,
+    acceptor_file: AcceptorFile,
     stop: threading.Event,
     *,
     data: Mapping[str, Any] | None = None,
@@ -122,8 +122,8 @@ def speak_for(
         stop: ends it at the next round.
         data: told to the members with its report, such as why the process ended.
     """
-    with ballots.held(wait=True):
-        voter = Voter(identity, settings, ballots)
+    with acceptor_file.held(wait=True):
+        client = QuorumClient(identity, settings, acceptor_file)
         report = Report(
             identity,
             alive=False,
@@ -133,13 +133,13 @@ def speak_for(
         )
         while not stop.is_set():
             try:
-                verdict, _ = voter.round(report, settings.call_s)
+                verdict, _ = client.round(report, settings.call_s)
             except Superseded:
                 return
             except MembershipError:
                 stop.wait(_PAUSE_UNREACHABLE_S)
                 continue
-            if verdict.ballot.generation and identity not in verdict.ballot.members:
+            if verdict.acceptor.generation and identity not in verdict.acceptor.members:
                 return
             if verdict.outcome == "wait":
                 time.sleep(PAUSE_S)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from holdfast.elastic.acceptor_state import BallotFile
+from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.generation import Identity
 from holdfast.elastic.quorum_client import MembershipSettings
 
@@ -28,7 +28,7 @@ class WorkerSpec:
     founder: bool
     """The run is started with it, or it replaces a founder that had not voted."""
     folder: str
-    """Where its ballot and its liveness timestamp lie; on its node, seen by its agent."""
+    """Where its acceptor state and its liveness timestamp lie; on its node, seen by its agent."""
     settings: MembershipSettings
 
     @property
@@ -36,8 +36,8 @@ class WorkerSpec:
         return Identity(self.rank, self.incarnation)
 
     @property
-    def ballots(self) -> BallotFile:
-        return BallotFile(Path(self.folder), self.identity)
+    def acceptor(self) -> AcceptorFile:
+        return AcceptorFile(Path(self.folder), self.identity)
 
     @property
     def liveness(self) -> Path:

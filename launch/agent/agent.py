@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.elastic.agreement import Ballot
+from holdfast.elastic.agreement import AcceptorState
 from holdfast.elastic.channel import liveness_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, format_identities, parse_identities
 from holdfast.elastic.hang import HangJudge
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
 from holdfast.elastic.membership_events import Notice, notice_from_data, notice_to_data
 from holdfast.elastic.node_faults import OutageError, cut_network
-from holdfast.elastic.quorum_client import speak_for
+from holdfast.elastic.quorum_client import vote_on_behalf_of
 from holdfast.elastic.store import host_store
 from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -69,7 +69,7 @@ class Agent:
         self._boards: list[BoardFollower] = []
         self._judge = HangJudge()
         self._watch: HeartbeatWatch | None = None
-        self._speakers: list[threading.Thread] = []
+        self._proxies: list[threading.Thread] = []
         self._stop = threading.Event()
         self._generation = 0
         self._kill_at_s: float | None = None
@@ -194,7 +194,7 @@ class Agent:
                 self._publish(
                     Notice("ended", slot.spec.identity, cause, age_s, self._settings.node)
                 )
-                self._speak_for(slot.spec, cause)
+                self._vote_on_behalf_of(slot.spec, cause)
             slot.pid, slot.start_at_s = 0, None
 
     def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
@@ -219,9 +219,9 @@ class Agent:
             self._failed_with = end.code
         age_s = liveness_age_s(slot.spec.liveness) or 0.0
         self._publish(Notice("ended", slot.spec.identity, cause, age_s, self._settings.node))
-        founder = slot.spec.founder and slot.spec.ballots.read() == Ballot()
+        founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
-            self._speak_for(slot.spec, cause)
+            self._vote_on_behalf_of(slot.spec, cause)
         if end.code == ConfigError.exit_code:
             self._give_up(ConfigError.exit_code)
         elif self._settings.respawn and not stopping:
@@ -239,17 +239,17 @@ class Agent:
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
             slot.start_at_s = time.monotonic() + delay_s
 
-    def _speak_for(self, spec: WorkerSpec, cause: str) -> None:
+    def _vote_on_behalf_of(self, spec: WorkerSpec, cause: str) -> None:
         """Have the ended worker's vote counted until the others go on without it."""
         thread = threading.Thread(
-            target=speak_for,
-            args=(spec.identity, self._membership, spec.ballots, self._stop),
+            target=vote_on_behalf_of,
+            args=(spec.identity, self._membership, spec.acceptor, self._stop),
             kwargs={"data": {"cause": cause}},
-            name=f"holdfast-voice-{spec.identity}",
+            name=f"holdfast-proxy-{spec.identity}",
             daemon=True,
         )
-        self._speakers = [speaker for speaker in self._speakers if speaker.is_alive()]
-        self._speakers.append(thread)
+        self._proxies = [proxy for proxy in self._proxies if proxy.is_alive()]
+        self._proxies.append(thread)
         thread.start()
 
     def _give_up(self, code: int) -> None:
@@ -414,7 +414,7 @@ class Agent:
         """Let the others go on without this node's workers, if they are there; end all threads."""
         deadline_s = time.monotonic() + 2 * self._membership.heartbeat_timeout_ms / 1000
         over = self._finished or self._code in (ConfigError.exit_code, 128 + signal.SIGINT)
-        for thread in () if over else self._speakers:
+        for thread in () if over else self._proxies:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
         for board in self._boards:

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from holdfast.elastic.acceptor_state import BallotFile
+from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.generation import parse_identity
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
-from holdfast.elastic.quorum_client import MembershipSettings, speak_for
+from holdfast.elastic.quorum_client import MembershipSettings, vote_on_behalf_of
 from holdfast.launch.agent import Agent, AgentSettings, WorkerMain, die_with
 from holdfast.parallel.errors import Stopped
 
@@ -177,14 +177,14 @@ def _watch(
 def _speak_for_node(
     node: AgentSettings, membership: MembershipSettings, stop: threading.Event
 ) -> None:
-    """Vote for all workers that a node has had; each once its process has ended and freed its ballot."""
+    """Vote for all workers that a node has had; each once its process has ended and freed its acceptor state."""
     folder = node.folder or Path()
-    for path in sorted(folder.glob("*.ballot")):
+    for path in sorted(folder.glob("*.acceptor")):
         identity = parse_identity(path.stem)
         threading.Thread(
-            target=speak_for,
-            args=(identity, membership, BallotFile(folder, identity), stop),
+            target=vote_on_behalf_of,
+            args=(identity, membership, AcceptorFile(folder, identity), stop),
             kwargs={"data": {"cause": f"node {node.node} was lost"}},
-            name=f"holdfast-voice-{identity}",
+            name=f"holdfast-proxy-{identity}",
             daemon=True,
         ).start()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from holdfast.elastic.agreement import (
-    Ballot,
+    AcceptorState,
     Report,
     Verdict,
     advance,
@@ -36,16 +36,16 @@ def reports(*given: Report) -> dict[Identity, Report]:
     return {report.identity: report for report in given}
 
 
-def member(rank: str, ballot: Ballot, **fields: object) -> Report:
-    return Report(next(iter(ids(rank))), ballot, **fields)  # type: ignore[arg-type]
+def member(rank: str, acceptor: AcceptorState, **fields: object) -> Report:
+    return Report(next(iter(ids(rank))), acceptor, **fields)  # type: ignore[arg-type]
 
 
-def of(members: str, generation: int = 1, accepted: str = "") -> Ballot:
-    return Ballot(generation, ids(members), ids(accepted))
+def of(members: str, generation: int = 1, accepted: str = "") -> AcceptorState:
+    return AcceptorState(generation, ids(members), ids(accepted))
 
 
-def outcome(own: str, ballot: Ballot, *others: Report, **fields: object) -> Verdict:
-    mine = member(own, ballot, **fields)
+def outcome(own: str, acceptor: AcceptorState, *others: Report, **fields: object) -> Verdict:
+    mine = member(own, acceptor, **fields)
     return advance(mine, reports(mine, *others))
 
 
@@ -76,20 +76,23 @@ def test_a_report_of_another_version_is_refused() -> None:
 
 
 def test_the_first_generation_waits_for_every_rank() -> None:
-    late = member("2", Ballot(), founder=True)
-    verdict = outcome("0", Ballot(), late, world_size=3, founder=True)
+    late = member("2", AcceptorState(), founder=True)
+    verdict = outcome("0", AcceptorState(), late, world_size=3, founder=True)
     assert verdict.outcome == "wait"
     assert "ranks 1 to start" in verdict.reason
 
 
 def test_replacements_do_not_found_a_run_that_may_exist_elsewhere() -> None:
-    assert outcome("0.1", Ballot(), member("1.1", Ballot()), world_size=2).outcome == "wait"
+    assert (
+        outcome("0.1", AcceptorState(), member("1.1", AcceptorState()), world_size=2).outcome
+        == "wait"
+    )
 
 
 def test_all_accept_and_then_agree() -> None:
     first = outcome("0", of("0-2"), member("1", of("0-2")), lost=ids("2"))
     assert first == Verdict(of("0-2", 1, "0-1"), "again")
-    second = outcome("0", first.ballot, member("1", first.ballot))
+    second = outcome("0", first.acceptor, member("1", first.acceptor))
     assert second == Verdict(of("0-1", 2), "agreed")
 
 
@@ -119,14 +122,14 @@ def test_a_dead_worker_votes_through_its_agent_and_is_left_out() -> None:
 def test_what_a_dead_worker_accepted_binds_the_others() -> None:
     dead = member("0", of("0-2", 1, "0-1"), alive=False)
     verdict = outcome("1", of("0-2"), dead, member("2", of("0-2")))
-    assert verdict.ballot.accepted == ids("0-1")
+    assert verdict.acceptor.accepted == ids("0-1")
 
 
 def test_those_whom_most_cannot_reach_are_left_out() -> None:
     others = [member(rank, of("0-4"), unreachable=ids("3-4")) for rank in ("1", "2")]
     far = [member(rank, of("0-4"), unreachable=ids("0-2")) for rank in ("3", "4")]
     verdict = outcome("0", of("0-4"), *others, *far, unreachable=ids("3-4"))
-    assert verdict.ballot.accepted == ids("0-2")
+    assert verdict.acceptor.accepted == ids("0-2")
 
 
 def test_who_is_left_out_is_told() -> None:
@@ -140,18 +143,20 @@ def test_who_missed_an_answer_catches_up() -> None:
 
 
 def test_a_new_worker_is_taken_in() -> None:
-    new = member("2.1", Ballot())
+    new = member("2.1", AcceptorState())
     first = outcome("0", of("0-1"), member("1", of("0-1")), new)
-    assert first.ballot.accepted == ids("0-1,2.1")
+    assert first.acceptor.accepted == ids("0-1,2.1")
     learned = advance(new, reports(member("0", of("0-1")), member("1", of("0-1")), new))
     assert learned == Verdict(of("0-1"), "again")
-    second = outcome("0", first.ballot, member("1", first.ballot), replace(new, ballot=of("0-1")))
+    second = outcome(
+        "0", first.acceptor, member("1", first.acceptor), replace(new, acceptor=of("0-1"))
+    )
     assert second == Verdict(of("0-1,2.1", 2), "agreed")
 
 
 def test_a_second_process_for_a_rank_waits_while_the_first_takes_part() -> None:
-    verdict = outcome("0", of("0-1"), member("1", of("0-1")), member("1.5", Ballot()))
-    assert verdict.ballot.accepted == ids("0-1")
+    verdict = outcome("0", of("0-1"), member("1", of("0-1")), member("1.5", AcceptorState()))
+    assert verdict.acceptor.accepted == ids("0-1")
 
 
 def test_too_few_ranks_wait() -> None:
@@ -170,7 +175,7 @@ def test_no_order_of_events_splits_a_run(data: st.DataObject) -> None:
     """Rounds of several Lighthouses at once, with old reports and lost answers, deaths and newcomers."""
     size = data.draw(st.integers(1, 5))
     start = frozenset(Identity(rank) for rank in range(size))
-    first = data.draw(st.sampled_from([Ballot(), Ballot(1, start)]))
+    first = data.draw(st.sampled_from([AcceptorState(), AcceptorState(1, start)]))
     workers = {i: Report(i, first, world_size=size, founder=True) for i in start}
     sent: dict[Identity, list[Report]] = {i: [r] for i, r in workers.items()}
     chosen: dict[int, frozenset[Identity]] = {first.generation: first.members}
@@ -189,7 +194,7 @@ def test_no_order_of_events_splits_a_run(data: st.DataObject) -> None:
                 some.rank, max(i.incarnation for i in workers if i.rank == some.rank) + 1
             )
             before = workers[some]
-            founder = before.founder and before.ballot == Ballot()
+            founder = before.founder and before.acceptor == AcceptorState()
             if founder:
                 superseded.add(some)  # nobody speaks for a founder that had not voted
             workers[new] = Report(new, world_size=size, founder=founder)
@@ -208,17 +213,17 @@ def test_no_order_of_events_splits_a_run(data: st.DataObject) -> None:
                 except Superseded:
                     superseded.add(identity)
                     continue
-                ballot = verdict.ballot
-                assert ballot.generation >= own.ballot.generation
-                if ballot.generation == own.ballot.generation and own.ballot.accepted:
-                    assert ballot.accepted == own.ballot.accepted
-                assert chosen.setdefault(ballot.generation, ballot.members) == ballot.members
+                acceptor = verdict.acceptor
+                assert acceptor.generation >= own.acceptor.generation
+                if acceptor.generation == own.acceptor.generation and own.acceptor.accepted:
+                    assert acceptor.accepted == own.acceptor.accepted
+                assert chosen.setdefault(acceptor.generation, acceptor.members) == acceptor.members
                 if verdict.outcome == "agreed":
-                    assert identity in ballot.members
-                    if own.ballot.generation < ballot.generation:
-                        value = generation_of(ballot, seen)
+                    assert identity in acceptor.members
+                    if own.acceptor.generation < acceptor.generation:
+                        value = generation_of(acceptor, seen)
                         assert (
                             returned.setdefault(value.number, value).identities == value.identities
                         )
-                workers[identity] = replace(own, ballot=ballot)
+                workers[identity] = replace(own, acceptor=acceptor)
                 sent[identity].append(workers[identity])

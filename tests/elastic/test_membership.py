@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from holdfast.elastic.acceptor_state import BallotFile
-from holdfast.elastic.agreement import Ballot
+from holdfast.elastic.acceptor_state import AcceptorFile
+from holdfast.elastic.agreement import AcceptorState
 from holdfast.elastic.channel import WorkerChannel, liveness_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import Heartbeats, Lighthouse, heartbeat_ages, replica_id
@@ -113,21 +113,23 @@ def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_two_processes_cannot_vote_as_one_worker(tmp_path: Path) -> None:
-    ballots = BallotFile(tmp_path, Identity(3))
+    acceptor_file = AcceptorFile(tmp_path, Identity(3))
     child = os.fork()
     if child == 0:
-        with ballots.held():
+        with acceptor_file.held():
             (tmp_path / "held").touch()
             time.sleep(60)
         os._exit(0)
-    wait_for(lambda: (tmp_path / "held").exists(), "the other process to hold the ballot")
-    with pytest.raises(BlockingIOError), ballots.held():
+    wait_for(lambda: (tmp_path / "held").exists(), "the other process to hold the acceptor state")
+    with pytest.raises(BlockingIOError), acceptor_file.held():
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with ballots.held():
-        ballots.write(Ballot(2, parse_identities("0-3"), parse_identities("0-2")))
-    assert ballots.read() == Ballot(2, parse_identities("0-3"), parse_identities("0-2"))
+    with acceptor_file.held():
+        acceptor_file.write(AcceptorState(2, parse_identities("0-3"), parse_identities("0-2")))
+    assert acceptor_file.read() == AcceptorState(
+        2, parse_identities("0-3"), parse_identities("0-2")
+    )
 
 
 def test_notices_arrive_in_one_order_and_a_hole_is_passed() -> None:

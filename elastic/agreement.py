@@ -6,7 +6,7 @@ only some, or run twice. It rests on one fact: a member of generation g accepts 
 generation g + 1, ever, and that acceptance outlives its process (its agent speaks on for it, see
 `AcceptorFile`). A membership is chosen once a majority of generation g has accepted it; two majorities share
 a member, so at most one membership is ever chosen for g + 1: there is no split brain. A side that holds no
-majority waits, and does not train. (A write-once vote per slot: Paxos' acceptors without a second ballot number number,
+majority waits, and does not train. (A write-once vote per slot: Paxos' acceptors without a second ballot number,
 Lamport 1998; the chain of configurations as in Lamport, Malkhi and Zhou 2009.)
 
 Usually two rounds are enough: in the first all accept, in the second all see that all did.

@@ -1,8 +1,8 @@
-"""What a change of generation means for the run's record, as values that whoever keeps it writes down.
+"""The lines of events.jsonl that a change of generation gives. Pure.
 
-Every worker hears every notice, and every member of a generation has the same value of it. So one of them,
-the one with the lowest rank, writes the events for all; agents write none. What cannot be known by a member,
-such as the end of all workers, is told by the exit codes of the agents.
+Every worker hears every membership event, and every member of a generation has the same value of it.
+So one member, the recorder, writes the lines for all; agents write none. The end of all workers,
+which no member can know, is told by the exit codes of the agents.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.elastic.generation import Generation, Identity
-from holdfast.elastic.membership_events import Notice
+from holdfast.elastic.membership_events import MembershipEvent
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class RunEvent:
     """A line of events.jsonl, without its time."""
 
     name: str
@@ -24,42 +24,42 @@ class Event:
 
 
 def change_events(
-    before: Generation | None, after: Generation, heard: Iterable[Notice]
-) -> list[Event]:
+    before: Generation | None, after: Generation, told: Iterable[MembershipEvent]
+) -> list[RunEvent]:
     """The events of a change of generation: `rank_lost`, `rank_left` and `rank_joined`, by rank. Pure.
 
     Args:
         before: that the writer was in; None for its first, which has no such events.
-        heard: the notices that the writer has had (`Membership.heard`), which say why.
+        told: the membership events that the writer has had (`Membership.drain_events`): they say why.
     Returns:
         `rank_lost` has the fields rank, incarnation, node, cause, and detected_s: seconds between the
-        rank's last sign of life and the notice of its loss; null if nobody gave notice. `rank_left`, of
+        rank's last sign of life and the event of its loss; null if none was published. `rank_left`, of
         one that was let go, has rank, incarnation and node; `rank_joined` has generation too.
     """
     if before is None:
         return []
-    notices: dict[Identity, Notice] = {}
-    for notice in heard:
-        if notice.lost and (notice.kind == "ended" or notice.identity not in notices):
-            notices[notice.identity] = notice
-    events: list[tuple[Identity, Event]] = []
+    losses: dict[Identity, MembershipEvent] = {}
+    for event in told:
+        if event.lost and (event.kind == "ended" or event.identity not in losses):
+            losses[event.identity] = event
+    events: list[tuple[Identity, RunEvent]] = []
     for identity in after.lost_since(before):
-        notice = notices.get(identity)
+        loss = losses.get(identity)
         member = next(m for m in before.members if m.identity == identity)
         if member.leaving:  # its state went to others before
-            events.append((identity, Event("rank_left", _who(identity, member.node))))
+            events.append((identity, RunEvent("rank_left", _who(identity, member.node))))
             continue
-        cause = notice.cause if notice is not None else "did not answer"
+        cause = loss.cause if loss is not None else "did not answer"
         fields = {
             **_who(identity, member.node),
             "cause": cause,
-            "detected_s": notice.age_s if notice is not None else None,
+            "detected_s": loss.age_s if loss is not None else None,
         }
-        events.append((identity, Event("rank_lost", fields)))
+        events.append((identity, RunEvent("rank_lost", fields)))
     for identity in after.joined_since(before):
         node = after.member(identity.rank).node
         fields = {**_who(identity, node), "generation": after.number}
-        events.append((identity, Event("rank_joined", fields)))
+        events.append((identity, RunEvent("rank_joined", fields)))
     return [event for _, event in sorted(events, key=lambda e: (e[0].rank, e[0].incarnation))]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from holdfast.elastic.generation import Identity, parse_identities
-from holdfast.elastic.membership_events import Notice
+from holdfast.elastic.membership_events import MembershipEvent
 
 SETTLE_S = 1.0
 """How long further waits are collected after the first: all ranks soon wait behind one that hangs."""
@@ -44,20 +44,20 @@ def blame(waits: Mapping[int, frozenset[int]]) -> frozenset[int]:
 
 @dataclass(slots=True)
 class HangJudge:
-    """Collects the `waiting` notices of one generation; equal on all agents. Not tied to a clock."""
+    """Collects the `waiting` events of one generation; equal on all agents. Not tied to a clock."""
 
     generation: int = 0
-    _waits: dict[Identity, Notice] = field(default_factory=dict)
+    _waits: dict[Identity, MembershipEvent] = field(default_factory=dict)
     _since_s: float | None = None
 
     def enter(self, generation: int) -> None:
         """A new generation: nobody waits in it yet."""
         self.generation, self._waits, self._since_s = generation, {}, None
 
-    def hear(self, notice: Notice, now_s: float) -> None:
-        """Take in a notice of kind `waiting`; of another generation it is passed over."""
-        if notice.generation == self.generation:
-            self._waits[notice.identity] = notice
+    def hear(self, event: MembershipEvent, now_s: float) -> None:
+        """Take in an event of kind `waiting`; of another generation it is passed over."""
+        if event.generation == self.generation:
+            self._waits[event.identity] = event
             self._since_s = now_s if self._since_s is None else self._since_s
 
     def has(self, identity: Identity) -> bool:
@@ -69,8 +69,8 @@ class HangJudge:
         if self._since_s is None or now_s - self._since_s < SETTLE_S:
             return {}
         waits = {
-            identity.rank: frozenset(i.rank for i in parse_identities(notice.peers))
-            for identity, notice in self._waits.items()
+            identity.rank: frozenset(i.rank for i in parse_identities(event.peers))
+            for identity, event in self._waits.items()
         }
         found: dict[int, str] = {}
         for rank in blame(waits):

@@ -26,7 +26,7 @@ from holdfast.elastic.lighthouse import (
     answers,
     replica_id,
 )
-from holdfast.elastic.membership_events import Notice, notice_from_data, notice_to_data
+from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
 from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient
 from holdfast.elastic.store import STORE_TIMEOUT_S, StoreClients
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -63,8 +63,8 @@ class Membership:
         self.generation: Generation | None = None
         """The newest that `agree` has returned."""
         self._lock = threading.Lock()
-        self._urgent: Callable[[Notice], None] | None = None
-        self._heard: list[Notice] = []
+        self._urgent: Callable[[MembershipEvent], None] | None = None
+        self._events: list[MembershipEvent] = []
         self._lost: set[Identity] = set()
         self._agreeing = False
         self._heartbeats: Heartbeats | None = None
@@ -133,7 +133,7 @@ class Membership:
             data=dict(data or {}),
         )
         if urgent and held:
-            self._tell_all(Notice("disturbed", self.spec.identity, phase, generation=held))
+            self._tell_all(MembershipEvent("disturbed", self.spec.identity, phase, generation=held))
         with self._lock:
             self._agreeing = True
         try:
@@ -200,7 +200,7 @@ class Membership:
     def _forget_silence(self) -> None:
         """Wait again for those who were merely not heard of."""
         with self._lock:
-            self._lost = {n.identity for n in self._heard if n.kind == "ended"}
+            self._lost = {n.identity for n in self._events if n.kind == "ended"}
 
     def _call_for_missed(self) -> None:
         """After `agree`: call for what was lost meanwhile, and forget what that has settled."""
@@ -209,13 +209,13 @@ class Membership:
             if self.generation is not None:
                 # Who is still silent is noticed again, and who still wants to join says so again.
                 settled = ("silent", "joining")
-                self._heard = [
-                    n for n in self._heard if n.kind not in settled or not self._concerns(n)
+                self._events = [
+                    n for n in self._events if n.kind not in settled or not self._concerns(n)
                 ]
-            self._lost = {n.identity for n in self._heard if n.lost}
+            self._lost = {n.identity for n in self._events if n.lost}
         self.on_urgent(self._urgent)
 
-    def on_urgent(self, call: Callable[[Notice], None] | None) -> None:
+    def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
         """Have `call` called, in another thread, as soon as a member of the generation is lost.
 
         It is to release what the worker waits for (abort its communicators), and must not block. It is
@@ -223,13 +223,13 @@ class Membership:
         """
         with self._lock:
             self._urgent = call
-            missed = [n for n in self._heard if n.urgent and self._concerns(n)]
+            missed = [n for n in self._events if n.urgent and self._concerns(n)]
         if call is not None:
-            for notice in missed:
-                call(notice)
+            for event in missed:
+                call(event)
 
     @property
-    def wanted(self) -> tuple[Notice, ...]:
+    def wanted(self) -> tuple[MembershipEvent, ...]:
         """Arrivals and departures that wait for the end of a step, heard of since the last `agree`.
 
         Workers hear of one at different steps: combine `bool(wanted)` over all of them, for instance in
@@ -237,19 +237,19 @@ class Membership:
         """
         with self._lock:
             return tuple(
-                n for n in self._heard if n.kind in ("joining", "leaving") and self._concerns(n)
+                n for n in self._events if n.kind in ("joining", "leaving") and self._concerns(n)
             )
 
     def can_agree(self) -> bool:
         """Whether the Lighthouse is there: a change that nobody has to wait for is put off until it is."""
         return answers(self.spec.settings.lighthouse)
 
-    def heard(self) -> tuple[Notice, ...]:
-        """All notices since the last call, for the record. Empties the list of those that are settled."""
+    def drain_events(self) -> tuple[MembershipEvent, ...]:
+        """All events since the last call, for the record. Empties the list of those that are settled."""
         with self._lock:
-            notices = tuple(self._heard)
-            self._heard = [n for n in self._heard if self._concerns(n)]
-        return notices
+            events = tuple(self._events)
+            self._events = [n for n in self._events if self._concerns(n)]
+        return events
 
     def committed(self, step: int) -> None:
         """Tell the agent that `step` steps are committed: the run makes progress."""
@@ -257,7 +257,7 @@ class Membership:
 
     def request_fence(self, identity: Identity, reason: str) -> None:
         """Ask for a member that hangs to be killed by its agent, wherever that is."""
-        self._tell_all(Notice("fence", identity, reason))
+        self._tell_all(MembershipEvent("fence", identity, reason))
 
     def cut_off(self, seconds: float) -> None:
         """Have the agent cut this node off from the others for a time: a fault on purpose."""
@@ -288,8 +288,8 @@ class Membership:
             if self.generation is None:
                 self._tell("joining")
 
-    def _tell_all(self, notice: Notice) -> None:
-        self._tell("notice", notice=notice_to_data(replace(notice, node=self.spec.node)))
+    def _tell_all(self, event: MembershipEvent) -> None:
+        self._tell("notice", notice=event_to_data(replace(event, node=self.spec.node)))
 
     def _tell(self, kind: str, **fields: Any) -> None:
         if self._channel is not None:
@@ -299,32 +299,32 @@ class Membership:
         """In the channel's thread."""
         if message["kind"] != "notice":
             return
-        notice = notice_from_data(message["notice"])
+        event = event_from_data(message["notice"])
         with self._lock:
-            if notice in self._heard:
+            if event in self._events:
                 return
-            if notice.lost:
-                self._lost.add(notice.identity)
-                self._heard = [
-                    n for n in self._heard if n.kind != "joining" or n.identity != notice.identity
+            if event.lost:
+                self._lost.add(event.identity)
+                self._events = [
+                    n for n in self._events if n.kind != "joining" or n.identity != event.identity
                 ]
-            self._heard.append(notice)
-            news = notice.urgent and self._concerns(notice) and not self._agreeing
+            self._events.append(event)
+            news = event.urgent and self._concerns(event) and not self._agreeing
             call = self._urgent if news else None
         if call is not None:
-            call(notice)
+            call(event)
 
-    def _concerns(self, notice: Notice) -> bool:
-        """Whether a notice is news to the present generation."""
+    def _concerns(self, event: MembershipEvent) -> bool:
+        """Whether an event is news to the present generation."""
         if self.generation is None:
             return False
-        if notice.generation and notice.generation != self.generation.number:
+        if event.generation and event.generation != self.generation.number:
             return False
-        inside = notice.identity in self.generation.identities
-        if notice.kind == "disturbed":
-            return inside and notice.identity != self.spec.identity
-        if notice.kind == "leaving":
+        inside = event.identity in self.generation.identities
+        if event.kind == "disturbed":
+            return inside and event.identity != self.spec.identity
+        if event.kind == "leaving":
             return inside and not any(
-                m.leaving for m in self.generation.members if m.identity == notice.identity
+                m.leaving for m in self.generation.members if m.identity == event.identity
             )
-        return inside != (notice.kind == "joining")
+        return inside != (event.kind == "joining")

@@ -1,4 +1,4 @@
-"""What nodes tell each other about workers, and the board in a generation's store where they do."""
+"""What nodes tell each other about workers, and the bulletin in a generation's store where they do."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from torch.distributed import Store
 
 from holdfast.elastic.generation import Identity, parse_identity
 
-NoticeKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "waiting", "fence"]
+MembershipEventKind = Literal[
+    "ended", "silent", "disturbed", "joining", "leaving", "waiting", "fence"
+]
 _URGENT = ("ended", "silent", "disturbed")
 _HOLE_S = 1.0
-"""How long a notice that was numbered may take to arrive; its author may have died in between."""
+"""How long an event that was numbered may take to arrive; its author may have died in between."""
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class MembershipEvent:
     """Something that one node noticed about a worker and all should know."""
 
-    kind: NoticeKind
+    kind: MembershipEventKind
     """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot go on with
     its step, and has come to agree. joining: it waits to be taken in. leaving: it wants to be let go.
-    waiting: it has waited for `peers` for too long. fence: it hangs, and its agent is to kill it."""
+    waiting: it has waited for `peers` for too long. fence: it hangs, and its agent kills it."""
     identity: Identity
     cause: str
     """For a person."""
     age_s: float = 0.0
-    """Seconds between the worker's last sign of life and this notice; for `leaving`, until it must go."""
+    """Seconds between the worker's last sign of life and this event; for `leaving`, until it must go."""
     node: str = ""
     """The node that noticed."""
     generation: int = 0
@@ -49,20 +51,20 @@ class Notice:
         return self.kind in ("ended", "silent")
 
 
-def notice_to_data(notice: Notice) -> dict[str, Any]:
-    """A notice as JSON values."""
-    return {**asdict(notice), "identity": str(notice.identity)}
+def event_to_data(event: MembershipEvent) -> dict[str, Any]:
+    """An event as JSON values."""
+    return {**asdict(event), "identity": str(event.identity)}
 
 
-def notice_from_data(plain: Mapping[str, Any]) -> Notice:
-    """The notice that `notice_to_data` wrote."""
+def event_from_data(plain: Mapping[str, Any]) -> MembershipEvent:
+    """The event that `event_to_data` wrote."""
     fields = dict(plain)
     fields["identity"] = parse_identity(fields["identity"])
-    return Notice(**fields)
+    return MembershipEvent(**fields)
 
 
-class NoticeBoard:
-    """Notices of one generation, in the same order for every reader. One per thread."""
+class Bulletin:
+    """Events of one generation, in the same order for every reader. One per thread."""
 
     def __init__(self, store: Store) -> None:
         """Args:
@@ -72,30 +74,30 @@ class NoticeBoard:
         self._read = 0
         self._hole_since: float | None = None
 
-    def post(self, notice: Notice) -> None:
-        """Put up a notice for all. Raises RuntimeError when the store is gone."""
+    def post(self, event: MembershipEvent) -> None:
+        """Post an event for all. Raises RuntimeError when the store is gone."""
         number = self._store.add("notices", 1)
-        self._store.set(f"notice/{number}", json.dumps(notice_to_data(notice)))
+        self._store.set(f"notice/{number}", json.dumps(event_to_data(event)))
 
-    def read(self) -> list[Notice]:
-        """The notices that have come since. Raises RuntimeError when the store is gone.
+    def read(self) -> list[MembershipEvent]:
+        """The events that have come since. Raises RuntimeError when the store is gone.
 
         It asks and does not wait: a wait of the store that ends for lack of news logs a warning.
         """
-        notices: list[Notice] = []
+        events: list[MembershipEvent] = []
         posted = self._store.add("notices", 0)
         while self._read < posted:
             key = f"notice/{self._read + 1}"
             if self._store.check([key]):
-                notices.append(notice_from_data(json.loads(self._store.get(key))))
+                events.append(event_from_data(json.loads(self._store.get(key))))
             elif not self._is_hole():
                 break
             self._hole_since = None
             self._read += 1
-        return notices
+        return events
 
     def _is_hole(self) -> bool:
-        """Whether the next notice has been missing for so long that its author must have died."""
+        """Whether the next event has been missing for so long that its author must have died."""
         now = time.monotonic()
         self._hole_since = self._hole_since or now
         return now - self._hole_since > _HOLE_S

@@ -1,4 +1,4 @@
-"""Threads of an agent that learn of other nodes: the notice boards, and the heartbeats at the Lighthouse."""
+"""Threads of an agent that learn of other nodes: the bulletins, and the heartbeats at the Lighthouse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed import PrefixStore
 
 from holdfast.elastic.generation import Identity
 from holdfast.elastic.lighthouse import heartbeat_ages
-from holdfast.elastic.membership_events import Notice, NoticeBoard
+from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.store import connect_store
 from holdfast.parallel.errors import MembershipError, PeerLost
@@ -30,22 +30,22 @@ _SETTLE_S = 2.0
 """After the Lighthouse was away: how long workers have to be heard of again before silence counts."""
 
 
-class BoardFollower:
-    """Posts to one generation's board, and hands over what others post there. Ends with the board."""
+class BulletinFollower:
+    """Posts to one generation's bulletin, and hands over what others post there. Ends with the bulletin."""
 
-    def __init__(self, store: str, prefix: str, receive: Callable[[Notice], None]) -> None:
+    def __init__(self, store: str, prefix: str, receive: Callable[[MembershipEvent], None]) -> None:
         """Args:
         store: HOST:PORT.
-        receive: called in this follower's thread with each notice, one's own included.
+        receive: called in this follower's thread with each event, one's own included.
         """
         self._store, self._prefix, self._receive = store, prefix, receive
-        self._outgoing: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="holdfast-board", daemon=True)
+        self._outgoing: queue.SimpleQueue[MembershipEvent | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="holdfast-bulletin", daemon=True)
         self._thread.start()
 
-    def post(self, notice: Notice) -> None:
-        """Put up a notice soon. Lost if the store is gone."""
-        self._outgoing.put(notice)
+    def post(self, event: MembershipEvent) -> None:
+        """Post an event soon. Lost if the store is gone."""
+        self._outgoing.put(event)
 
     def close(self) -> None:
         """Post what is left, and end; not waited for, as the store may not answer."""
@@ -54,20 +54,20 @@ class BoardFollower:
     def _run(self) -> None:
         try:
             store = PrefixStore(self._prefix, connect_store(self._store, _BOARD_TIMEOUT_S))
-            board = NoticeBoard(store)
+            bulletin = Bulletin(store)
             while True:
                 try:
-                    notice = self._outgoing.get(timeout=_POLL_S)
-                    if notice is None:
+                    event = self._outgoing.get(timeout=_POLL_S)
+                    if event is None:
                         return
-                    board.post(notice)
+                    bulletin.post(event)
                 except queue.Empty:
                     pass
-                for notice in board.read():
-                    self._receive(notice)
+                for event in bulletin.read():
+                    self._receive(event)
         except (PeerLost, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            logger.warning("no more notices of %s: %s", self._prefix, reason)
+            logger.warning("no more events of %s: %s", self._prefix, reason)
 
 
 class HeartbeatWatch:
@@ -76,9 +76,11 @@ class HeartbeatWatch:
     A few agents watch for all; while the Lighthouse is away nobody is suspected.
     """
 
-    def __init__(self, settings: MembershipSettings, receive: Callable[[Notice], None]) -> None:
+    def __init__(
+        self, settings: MembershipSettings, receive: Callable[[MembershipEvent], None]
+    ) -> None:
         """Args:
-        receive: called in this watch's thread with each notice.
+        receive: called in this watch's thread with each event.
         """
         self._settings, self._receive = settings, receive
         self._members: frozenset[Identity] = frozenset()
@@ -116,25 +118,29 @@ class HeartbeatWatch:
                 judge_from_s = time.monotonic() + _SETTLE_S
             self._reachable = True
             if time.monotonic() > judge_from_s:
-                for notice in self.judge(ages, time.monotonic()):
-                    logger.info("rank %s: %s", notice.identity, notice.cause)
-                    self._receive(notice)
+                for event in self.judge(ages, time.monotonic()):
+                    logger.info("rank %s: %s", event.identity, event.cause)
+                    self._receive(event)
 
-    def judge(self, ages: dict[Identity, float], now_s: float) -> list[Notice]:
-        """What heartbeats of these ages give notice of: each silence once, newcomers again and again."""
+    def judge(self, ages: dict[Identity, float], now_s: float) -> list[MembershipEvent]:
+        """The events that heartbeats of these ages give: each silence once, newcomers again and again."""
         generation, members = self._generation, self._members
         timeout_s = self._settings.heartbeat_timeout_ms / 1000
         alive = {identity for identity, age_s in ages.items() if age_s < timeout_s}
         self._told -= alive & members
-        notices = []
+        events = []
         for identity in sorted((ages.keys() & members) - alive - self._told):
             cause = f"no heartbeat for {ages[identity]:.2f} s"
-            notices.append(Notice("silent", identity, cause, ages[identity], generation=generation))
+            events.append(
+                MembershipEvent("silent", identity, cause, ages[identity], generation=generation)
+            )
             self._told.add(identity)
         unknown = alive - members
         self._unknown_since = {i: self._unknown_since.get(i, now_s) for i in unknown}
         for identity, since_s in sorted(self._unknown_since.items()):
             if now_s - since_s > _JOIN_AFTER * timeout_s:
-                notices.append(Notice("joining", identity, "a new worker wants to take part"))
+                events.append(
+                    MembershipEvent("joining", identity, "a new worker wants to take part")
+                )
                 self._unknown_since[identity] = now_s
-        return notices
+        return events

@@ -23,11 +23,11 @@ from holdfast.elastic.channel import liveness_age_s, receive_message, send_messa
 from holdfast.elastic.generation import Identity, format_identities, parse_identities
 from holdfast.elastic.hang import HangJudge
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
-from holdfast.elastic.membership_events import Notice, notice_from_data, notice_to_data
+from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
 from holdfast.elastic.node_faults import OutageError, cut_network
 from holdfast.elastic.quorum_client import vote_on_behalf_of
 from holdfast.elastic.store import host_store
-from holdfast.elastic.watch import BoardFollower, HeartbeatWatch
+from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.liveness import timestamp_check
@@ -41,8 +41,8 @@ logger = logging.getLogger("holdfast.agent")
 
 _WATCHERS = 3
 """Agents that watch heartbeats for all: those of the first nodes of a generation."""
-_BOARDS = 2
-"""Generations whose boards are followed: others may still be in the one before."""
+_BULLETINS = 2
+"""Generations whose bulletins are followed: others may still be in the one before."""
 _GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
 _LEFT_OUT_S = 10.0
@@ -66,7 +66,7 @@ class Agent:
         own = timestamp_check(silence_s, settings.hang_timeout_s)
         self._liveness_checks = [own] if settings.liveness is None else [own, settings.liveness]
         self._main_thread = MainThreadQueue()
-        self._boards: list[BoardFollower] = []
+        self._bulletins: list[BulletinFollower] = []
         self._judge = HangJudge()
         self._watch: HeartbeatWatch | None = None
         self._proxies: list[threading.Thread] = []
@@ -192,7 +192,7 @@ class Agent:
             if slot.pid:
                 age_s = liveness_age_s(slot.spec.liveness) or 0.0
                 self._publish(
-                    Notice("ended", slot.spec.identity, cause, age_s, self._settings.node)
+                    MembershipEvent("ended", slot.spec.identity, cause, age_s, self._settings.node)
                 )
                 self._vote_on_behalf_of(slot.spec, cause)
             slot.pid, slot.start_at_s = 0, None
@@ -218,7 +218,9 @@ class Agent:
         if end.code > 0:
             self._failed_with = end.code
         age_s = liveness_age_s(slot.spec.liveness) or 0.0
-        self._publish(Notice("ended", slot.spec.identity, cause, age_s, self._settings.node))
+        self._publish(
+            MembershipEvent("ended", slot.spec.identity, cause, age_s, self._settings.node)
+        )
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
             self._vote_on_behalf_of(slot.spec, cause)
@@ -295,7 +297,7 @@ class Agent:
         wait = self._settings.waits(spec) if self._settings.waits is not None else None
         if wait is not None:
             peers = ", ".join(str(rank) for rank in sorted(wait.peers))
-            notice = Notice(
+            event = MembershipEvent(
                 "waiting",
                 spec.identity,
                 f"has waited {wait.seconds:.1f} s for rank {peers} ({wait.operation})",
@@ -304,10 +306,10 @@ class Agent:
                 self._generation,
                 format_identities(Identity(rank) for rank in wait.peers),
             )
-            logger.warning("rank %s %s", spec.identity, notice.cause)
-            self._publish(notice)
+            logger.warning("rank %s %s", spec.identity, event.cause)
+            self._publish(event)
 
-    # Messages of workers, and notices of all nodes.
+    # Messages of workers, and events of all nodes.
 
     def _on_channel(self, channel: Any) -> None:
         slot = next((slot for slot in self._slots.values() if slot.channel is channel), None)
@@ -323,14 +325,16 @@ class Agent:
         if message["kind"] == "committed":
             self._restarts.committed(message["step"])
         elif message["kind"] == "notice":
-            self._publish(notice_from_data(message["notice"]))
+            self._publish(event_from_data(message["notice"]))
         elif message["kind"] == "generation":
             if message["number"] >= self._generation:
                 slot.is_member, slot.left_out_s = True, None
             self._enter(message)
         elif message["kind"] == "joining" and self._generation:
             cause = "a new worker wants to take part"
-            self._publish(Notice("joining", slot.spec.identity, cause, 0.0, self._settings.node))
+            self._publish(
+                MembershipEvent("joining", slot.spec.identity, cause, 0.0, self._settings.node)
+            )
         elif message["kind"] == "cut":
             try:
                 cut_network(message["seconds"])
@@ -354,33 +358,33 @@ class Agent:
             if slot.is_member and slot.spec.identity not in members:
                 slot.is_member, slot.left_out_s = False, time.monotonic()
         deliver = self._main_thread.forwarding(self._deliver)
-        self._boards.append(BoardFollower(message["store"], message["prefix"], deliver))
-        while len(self._boards) > _BOARDS:
-            self._boards.pop(0).close()
+        self._bulletins.append(BulletinFollower(message["store"], message["prefix"], deliver))
+        while len(self._bulletins) > _BULLETINS:
+            self._bulletins.pop(0).close()
         if self._watch is not None:
             watching = self._settings.node in message["nodes"][:_WATCHERS]
             self._watch.watch(self._generation, members if watching else frozenset())
 
-    def _publish(self, notice: Notice) -> None:
+    def _publish(self, event: MembershipEvent) -> None:
         """Tell this node's workers at once, and all other nodes."""
-        self._deliver(notice)
-        for board in self._boards:
-            board.post(notice)
+        self._deliver(event)
+        for bulletin in self._bulletins:
+            bulletin.post(event)
 
-    def _deliver(self, notice: Notice) -> None:
+    def _deliver(self, event: MembershipEvent) -> None:
         """Tell this node's workers, and act on what is for this agent."""
-        if notice.kind == "waiting":
-            self._judge.hear(notice, time.monotonic())
-        message = {"kind": "notice", "notice": notice_to_data(notice)}
+        if event.kind == "waiting":
+            self._judge.hear(event, time.monotonic())
+        message = {"kind": "notice", "notice": event_to_data(event)}
         for slot in self._slots.values():
             if slot.channel is not None:
                 send_message(slot.channel, message)
-            if slot.spec.identity != notice.identity:
+            if slot.spec.identity != event.identity:
                 continue
             # One that others do not hear of and that runs here is cut off, not hung.
             silence_s = self._membership.heartbeat_timeout_ms / 1000
-            if notice.kind == "fence" or (notice.kind == "silent" and slot.is_still(silence_s)):
-                slot.kill(notice.cause)
+            if event.kind == "fence" or (event.kind == "silent" and slot.is_still(silence_s)):
+                slot.kill(event.cause)
 
     # Signals, and the end.
 
@@ -405,7 +409,9 @@ class Agent:
                 cause = f"node {self._settings.node} is to be shut down"
                 left_s = self._settings.exit_s
                 self._publish(
-                    Notice("leaving", slot.spec.identity, cause, left_s, self._settings.node)
+                    MembershipEvent(
+                        "leaving", slot.spec.identity, cause, left_s, self._settings.node
+                    )
                 )
             else:
                 slot.kill("its node is to be shut down")
@@ -417,5 +423,5 @@ class Agent:
         for thread in () if over else self._proxies:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()
-        for board in self._boards:
-            board.close()
+        for bulletin in self._bulletins:
+            bulletin.close()

@@ -1,4 +1,4 @@
-"""Membership at a real Lighthouse: heartbeats, its death and return, notices, and who may vote."""
+"""Membership at a real Lighthouse: heartbeats, its death and return, events, and who may vote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from holdfast.elastic.channel import WorkerChannel, liveness_age_s, receive_mess
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import Heartbeats, Lighthouse, heartbeat_ages, replica_id
 from holdfast.elastic.membership import Membership
-from holdfast.elastic.membership_events import Notice, NoticeBoard
+from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.watch import HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -134,22 +134,22 @@ def test_two_processes_cannot_vote_as_one_worker(tmp_path: Path) -> None:
 
 def test_notices_arrive_in_one_order_and_a_hole_is_passed() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    writer, reader = NoticeBoard(store), NoticeBoard(store)
-    notices = [Notice("ended", Identity(rank), "killed") for rank in range(3)]
-    writer.post(notices[0])
-    store.add("notices", 1)  # an author that died between its number and its notice
-    writer.post(notices[1])
-    assert reader.read() == notices[:1]
-    assert wait_for(reader.read, "the notice after the hole") == notices[1:2]
+    writer, reader = Bulletin(store), Bulletin(store)
+    events = [MembershipEvent("ended", Identity(rank), "killed") for rank in range(3)]
+    writer.post(events[0])
+    store.add("notices", 1)  # an author that died between its number and its event
+    writer.post(events[1])
+    assert reader.read() == events[:1]
+    assert wait_for(reader.read, "the event after the hole") == events[1:2]
 
 
 def test_silence_is_told_once_and_newcomers_until_they_are_in() -> None:
-    told: list[Notice] = []
+    told: list[MembershipEvent] = []
     settings = MembershipSettings("http://127.0.0.1:9", "test", 2)
     watch = HeartbeatWatch(settings, told.append)
     watch.watch(4, parse_identities("0-1"))
     assert watch.judge({Identity(0): 0.1, Identity(1): 0.9}, 0.0) == [
-        Notice("silent", Identity(1), "no heartbeat for 0.90 s", 0.9, generation=4)
+        MembershipEvent("silent", Identity(1), "no heartbeat for 0.90 s", 0.9, generation=4)
     ]
     assert watch.judge({Identity(0): 0.1, Identity(1): 1.0, Identity(2): 0.1}, 1.0) == []
     late = watch.judge({Identity(0): 0.1, Identity(1): 0.1, Identity(2): 0.1}, 3.0)

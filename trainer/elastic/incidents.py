@@ -11,7 +11,7 @@ from typing import Any
 from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.journal import CHANGES
-from holdfast.elastic.membership_events import Notice, notice_to_data
+from holdfast.elastic.membership_events import MembershipEvent, event_to_data
 from holdfast.parallel.plan import Plan, arriving_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import Change
 from holdfast.trainer.reports import append_events
@@ -24,7 +24,7 @@ class ChangeRecord:
     """A change of membership as one rank knows it once it is in force."""
 
     change: Change
-    heard: tuple[Notice, ...]
+    told: tuple[MembershipEvent, ...]
     plan: Plan
     """In force since then."""
     step: int
@@ -38,13 +38,18 @@ class ChangeRecord:
 
 
 def record_of(
-    change: Change, heard: Sequence[Notice], training: Training, *, urgent: bool, digest: str
+    change: Change,
+    told: Sequence[MembershipEvent],
+    training: Training,
+    *,
+    urgent: bool,
+    digest: str,
 ) -> ChangeRecord:
     """What there is to write of a change, before the next step changes it. Local."""
     replayed = urgent and change.agreed.complete
     return ChangeRecord(
         change=change,
-        heard=tuple(heard),
+        told=tuple(told),
         plan=training.plan,
         step=training.progress.decided,
         urgent=urgent,
@@ -85,7 +90,7 @@ def _written(run: RunDirectory) -> set[int]:
 
 def _write(run: RunDirectory, record: ChangeRecord) -> None:
     change, urgent = record.change, record.urgent
-    events = change_events(change.before, change.after, record.heard)
+    events = change_events(change.before, change.after, record.told)
     lost = [event.fields for event in events if event.name == "rank_lost"]
     first = change.before is None
     steps = change.agreed.steps
@@ -115,7 +120,7 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
     }
     plan = plan_to_data(record.plan)
     if lost:
-        _write_incident(run, change, record.heard, fields, lost, plan, record.digest)
+        _write_incident(run, change, record.told, fields, lost, plan, record.digest)
     name = "recovered" if lost else "generation"
     append_events(
         run.events,
@@ -126,7 +131,7 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
 def _write_incident(
     run: RunDirectory,
     change: Change,
-    heard: Sequence[Notice],
+    told: Sequence[MembershipEvent],
     fields: dict[str, Any],
     lost: list[dict[str, Any]],
     plan: dict[str, Any],
@@ -138,7 +143,7 @@ def _write_incident(
         "time": time.time(),
         **fields,
         "losses": lost,
-        "notices": [notice_to_data(notice) for notice in heard],
+        "notices": [event_to_data(event) for event in told],
         "before": _members(change.before),
         "after": _members(change.after),
         "agreed": {

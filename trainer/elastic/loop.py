@@ -145,7 +145,7 @@ class ElasticLoop:
         wanted = self._membership.wanted
         if self._parts().training.plan.arriving:
             # Who arrives now waits for those who are on their way: a change would begin that again.
-            wanted = tuple(notice for notice in wanted if notice.kind != "joining")
+            wanted = tuple(event for event in wanted if event.kind != "joining")
         mine = any(n.kind == "leaving" and n.identity == self._spec.identity for n in wanted)
         tidy = self._tidy_from is not None and step >= self._tidy_from
         return bool(wanted) or tidy, mine
@@ -246,7 +246,7 @@ class ElasticLoop:
         if self._checkpoints is not None:
             reporter.checkpoints(self._checkpoints.results())
         self._checkpoints = following
-        heard = self._membership.heard()
+        told = self._membership.drain_events()
         changed = change.before is not None or bool(agreed.holders)
         sound = interrupted = False
         self._digest = ""
@@ -258,7 +258,7 @@ class ElasticLoop:
             self._elastic.disturb(str(error))
             interrupted = True
         if self._spec.rank in change.witnesses:
-            record = record_of(change, heard, training, urgent=urgent, digest=self._digest)
+            record = record_of(change, told, training, urgent=urgent, digest=self._digest)
             self._changes.append(record)
         if self._spec.rank == change.historian:
             write_changes(self._run, self._changes)

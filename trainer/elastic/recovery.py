@@ -22,7 +22,7 @@ from torch.distributed import Store
 
 from holdfast.elastic.generation import Generation, Identity
 from holdfast.elastic.membership import Membership
-from holdfast.elastic.membership_events import Notice
+from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.comm import (
     Communicator,
@@ -145,11 +145,11 @@ class ElasticRun:
         """The rendezvous store of the plan in force."""
         return self.membership.store()
 
-    def _hear(self, notice: Notice) -> None:
+    def _hear(self, event: MembershipEvent) -> None:
         leaving = self.generation.members if self.generation is not None else ()
-        if any(m.leaving and m.identity == notice.identity for m in leaving):
+        if any(m.leaving and m.identity == event.identity for m in leaving):
             return  # it has handed everything over, and goes
-        self.disturb(f"rank {notice.identity}: {notice.cause}")
+        self.disturb(f"rank {event.identity}: {event.cause}")
 
     def disturb(self, reason: str) -> None:
         """End the generation on this rank: whoever waits gets `PeerLost`. From any thread."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.elastic.events import Event, change_events
+from holdfast.elastic.events import RunEvent, change_events
 from holdfast.elastic.generation import Generation, Identity, Member
 from holdfast.elastic.hang import blame
-from holdfast.elastic.membership_events import Notice
+from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.launch.agent.restarts import RestartPolicy, Restarts
 from holdfast.launch.agent.settings import AgentSettings
@@ -54,25 +54,25 @@ def test_the_first_generation_is_no_event() -> None:
 def test_losses_and_arrivals_are_told_with_their_causes() -> None:
     before = _generation(3, *(Identity(rank) for rank in range(5)), leaving=3)
     after = _generation(4, Identity(0), Identity(1, 1))
-    heard = [
-        Notice("silent", Identity(1), "no heartbeat for 0.60 s", 0.6),
-        Notice("ended", Identity(1), "stopped by a signal for 0.7 s", 0.7),
-        Notice("silent", Identity(1), "no heartbeat for 0.90 s", 0.9),
-        Notice("silent", Identity(2), "no heartbeat for 0.61 s", 0.61),
-        Notice("ended", Identity(0, 7), "of another time", 9.0),
+    told = [
+        MembershipEvent("silent", Identity(1), "no heartbeat for 0.60 s", 0.6),
+        MembershipEvent("ended", Identity(1), "stopped by a signal for 0.7 s", 0.7),
+        MembershipEvent("silent", Identity(1), "no heartbeat for 0.90 s", 0.9),
+        MembershipEvent("silent", Identity(2), "no heartbeat for 0.61 s", 0.61),
+        MembershipEvent("ended", Identity(0, 7), "of another time", 9.0),
     ]
-    assert change_events(before, after, heard) == [
+    assert change_events(before, after, told) == [
         _lost(1, "stopped by a signal for 0.7 s", 0.7),
-        Event("rank_joined", {"rank": 1, "incarnation": 1, "node": "node-1", "generation": 4}),
+        RunEvent("rank_joined", {"rank": 1, "incarnation": 1, "node": "node-1", "generation": 4}),
         _lost(2, "no heartbeat for 0.61 s", 0.61),
-        Event("rank_left", {"rank": 3, "incarnation": 0, "node": "node-3"}),
+        RunEvent("rank_left", {"rank": 3, "incarnation": 0, "node": "node-3"}),
         _lost(4, "did not answer", None),
     ]
 
 
-def _lost(rank: int, cause: str, detected_s: float | None) -> Event:
+def _lost(rank: int, cause: str, detected_s: float | None) -> RunEvent:
     fields = {"rank": rank, "incarnation": 0, "node": f"node-{rank}"}
-    return Event("rank_lost", {**fields, "cause": cause, "detected_s": detected_s})
+    return RunEvent("rank_lost", {**fields, "cause": cause, "detected_s": detected_s})
 
 
 def test_a_generation_meets_where_state_is_held_and_stays() -> None:

@@ -63,7 +63,7 @@ class _Worker:
         self.step = 0
         self.record = (Path(demo.root) / f"{spec.rank}.jsonl").open("a", buffering=1)
         self.membership = Membership(spec, channel, store_timeout_s=demo.store_s)
-        self.membership.on_urgent(lambda notice: self.lost.set())
+        self.membership.on_urgent(lambda event: self.lost.set())
 
     def write(self, what: str, **fields: Any) -> None:
         line = {"what": what, "time": time.time(), "who": str(self.spec.identity), **fields}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.optimizer.adamw import AdamWSettings, BlockUpdate, Fence, update_blocks
-from holdfast.parallel.optimizer.reduction import LONGEST_RUN_ELEMENTS, Run
+from holdfast.parallel.optimizer.reduction import LONGEST_SPAN_ELEMENTS, Span
 from holdfast.parallel.plan import BlockKey, Plan
 
 _SHADOW_TAG = 3 << 27
@@ -53,20 +53,20 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
     return tuple(blocks)
 
 
-def shadow_runs(plan: Plan, owner: int) -> dict[int, tuple[Run, ...]]:
+def shadow_spans(plan: Plan, owner: int) -> dict[int, tuple[Span, ...]]:
     """Shadow rank -> stretches of an owner's flat gradients that it follows, in block order. Pure."""
-    runs: dict[int, list[Run]] = {}
+    spans: dict[int, list[Span]] = {}
     start = 0
     for index, place in plan.owned_places(owner):
         stop = start + plan.blocks[index][place].elements
         for rank in plan.followers(index, place):
-            mine = runs.setdefault(rank, [])
-            if mine and mine[-1].stop == start and stop - mine[-1].start <= LONGEST_RUN_ELEMENTS:
-                mine[-1] = Run(mine[-1].start, stop)
+            mine = spans.setdefault(rank, [])
+            if mine and mine[-1].stop == start and stop - mine[-1].start <= LONGEST_SPAN_ELEMENTS:
+                mine[-1] = Span(mine[-1].start, stop)
             else:
-                mine.append(Run(start, stop))
+                mine.append(Span(start, stop))
         start = stop
-    return {rank: tuple(found) for rank, found in sorted(runs.items())}
+    return {rank: tuple(found) for rank, found in sorted(spans.items())}
 
 
 class ShadowState:
@@ -97,13 +97,13 @@ class ShadowState:
         self.in_host_memory = in_host_memory
         self.fence: Fence | None = None
         """Asked before a block changes, by its place in `blocks`, where somebody copies it meanwhile."""
-        self._leaving = shadow_runs(plan, rank)
-        self._arriving: dict[int, list[Run]] = {}
+        self._leaving = shadow_spans(plan, rank)
+        self._arriving: dict[int, list[Span]] = {}
         start = 0
         for owner in dict.fromkeys(block.owner for block in self.blocks):
-            for run in shadow_runs(plan, owner)[rank]:
-                stop = start + run.stop - run.start
-                self._arriving.setdefault(owner, []).append(Run(start, stop))
+            for span in shadow_spans(plan, owner)[rank]:
+                stop = start + span.stop - span.start
+                self._arriving.setdefault(owner, []).append(Span(start, stop))
                 start = stop
         elements = self.blocks[-1].stop if self.blocks else 0
         self._step = torch.zeros((), dtype=torch.float32, device=device)
@@ -178,14 +178,14 @@ class ShadowState:
         """
         comm = self._comm
         handles: list[Handle] = [
-            comm.receive(self._gradients[run.start : run.stop], owner, _SHADOW_TAG + number)
-            for owner, runs in self._arriving.items()
-            for number, run in enumerate(runs)
+            comm.receive(self._gradients[span.start : span.stop], owner, _SHADOW_TAG + number)
+            for owner, spans in self._arriving.items()
+            for number, span in enumerate(spans)
         ]
         handles += [
-            comm.send(gradients[run.start : run.stop], shadow, _SHADOW_TAG + number)
-            for shadow, runs in self._leaving.items()
-            for number, run in enumerate(runs)
+            comm.send(gradients[span.start : span.stop], shadow, _SHADOW_TAG + number)
+            for shadow, spans in self._leaving.items()
+            for number, span in enumerate(spans)
         ]
         for handle in handles:
             handle.wait()

@@ -20,11 +20,11 @@ from holdfast.parallel.optimizer.adamw import AdamWSettings, BlockUpdate, Fence,
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
 from holdfast.parallel.optimizer.reduction import (
     OwnedBlock,
-    Routes,
-    Run,
-    build_routes,
+    ReductionPlan,
+    Span,
     gather_from_owners,
     reduce_to_owners,
+    reduction_plan,
 )
 from holdfast.parallel.plan import Plan
 
@@ -72,12 +72,12 @@ class ShardedAdamW:
         self._settings = settings
         self.fence: Fence | None = None
         """Asked before state changes, where somebody copies it meanwhile."""
-        self._routes: Routes = build_routes(plan, rank, buffer)
+        self._reduction: ReductionPlan = reduction_plan(plan, rank, buffer)
         self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._tensor_index])
         self.slots = sum(len(blocks) for blocks in plan.blocks)
         """Number of (tensor index, block) pairs: the length of the squares that `reduce` gives."""
         self._summed_over_copies = tuple(s for s in buffer.segments if s.spec.sum_over_copies)
-        self._kept: list[tuple[Run, Tensor]] = []
+        self._kept: list[tuple[Span, Tensor]] = []
         """This rank's own sums, where reducing adds others' to them; see `keep_own_sums`."""
         self._is_reduced = False
         self._allocate(before)
@@ -85,11 +85,11 @@ class ShardedAdamW:
     @property
     def owned(self) -> tuple[OwnedBlock, ...]:
         """The blocks whose state this rank keeps."""
-        return self._routes.owned
+        return self._reduction.owned
 
     def owned_gradients(self) -> Iterator[tuple[OwnedBlock, Tensor]]:
         """This rank's blocks with their reduced gradients (flat), valid between reduce and apply."""
-        for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+        for block, (start, stop) in zip(self._reduction.owned, self._ranges, strict=True):
             yield block, self._gradients[start:stop]
 
     def slot(self, block: OwnedBlock) -> int:
@@ -104,7 +104,7 @@ class ShardedAdamW:
     def _allocate(self, before: ShardedAdamW | None) -> None:
         values = self._buffer.values
         state_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        owned = self._routes.owned
+        owned = self._reduction.owned
         elements = sum(block.block.elements for block in owned)
         self._step = torch.zeros((), dtype=torch.float32, device=values.device)
         self._master: Tensor | None = None
@@ -159,7 +159,7 @@ class ShardedAdamW:
         self._exp_avg.zero_()
         self._exp_avg_sq.zero_()
         if self._master is not None:
-            for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+            for block, (start, stop) in zip(self._reduction.owned, self._ranges, strict=True):
                 self._master[start:stop].copy_(self._buffer.values[block.start : block.stop])
 
     def keep_own_sums(self) -> None:
@@ -167,17 +167,17 @@ class ShardedAdamW:
 
         Costs memory and a copy of the size of the owned blocks' sums, and of tensor-parallel copies' sums.
         """
-        runs = [Run(block.start, block.stop) for block in self._routes.owned]
-        runs += [first for first, _ in self._routes.folded]
-        runs += [Run(s.offset, s.offset + s.spec.elements) for s in self._summed_over_copies]
-        joined: list[Run] = []
-        for run in sorted(set(runs), key=lambda r: r.start):
-            if joined and run.start <= joined[-1].stop:
-                joined[-1] = Run(joined[-1].start, max(run.stop, joined[-1].stop))
+        spans = [Span(block.start, block.stop) for block in self._reduction.owned]
+        spans += [first for first, _ in self._reduction.tied]
+        spans += [Span(s.offset, s.offset + s.spec.elements) for s in self._summed_over_copies]
+        joined: list[Span] = []
+        for span in sorted(set(spans), key=lambda r: r.start):
+            if joined and span.start <= joined[-1].stop:
+                joined[-1] = Span(joined[-1].start, max(span.stop, joined[-1].stop))
             else:
-                joined.append(run)
+                joined.append(span)
         sums = self._accumulator.sums
-        self._kept = [(run, torch.empty_like(sums[run.start : run.stop])) for run in joined]
+        self._kept = [(span, torch.empty_like(sums[span.start : span.stop])) for span in joined]
 
     def begin_step(self) -> None:
         """Sums are being added anew: there is no `reduce` to undo. Local."""
@@ -186,8 +186,8 @@ class ShardedAdamW:
     def restore_own_sums(self) -> None:
         """Undo a `reduce` that was interrupted: the sums are this rank's own again. Local."""
         if self._is_reduced:
-            for run, own in self._kept:
-                self._accumulator.sums[run.start : run.stop].copy_(own)
+            for span, own in self._kept:
+                self._accumulator.sums[span.start : span.stop].copy_(own)
         self._is_reduced = False
 
     def reduce(self) -> tuple[Tensor, int]:
@@ -199,14 +199,14 @@ class ShardedAdamW:
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
         accumulator = self._accumulator
-        for run, own in self._kept:
-            own.copy_(accumulator.sums[run.start : run.stop])
+        for span, own in self._kept:
+            own.copy_(accumulator.sums[span.start : span.stop])
         self._is_reduced = True
         flags = accumulator.finish()
         flags |= self._sum_over_tensor_copies()
-        flags |= reduce_to_owners(self._routes, accumulator, self._rank, self._world)
+        flags |= reduce_to_owners(self._reduction, accumulator, self._rank, self._world)
         squares = torch.zeros(self.slots, dtype=torch.float64)
-        for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+        for block, (start, stop) in zip(self._reduction.owned, self._ranges, strict=True):
             square = self._converted(block, self._gradients[start:stop])
             if block.segment.spec.counts_in_norm(self._tensor_index):
                 squares[self.slot(block)] = square
@@ -295,9 +295,9 @@ class ShardedAdamW:
     def round_masters(self) -> None:
         """Write the parameters of the owned blocks from their master copies, where there are any. Local."""
         if self._master is not None:
-            for block, (start, stop) in zip(self._routes.owned, self._ranges, strict=True):
+            for block, (start, stop) in zip(self._reduction.owned, self._ranges, strict=True):
                 self._buffer.values[block.start : block.stop].copy_(self._master[start:stop])
 
     def gather(self) -> None:
         """Bring every block's parameters from its owner to all who hold it. Collective over these."""
-        gather_from_owners(self._routes, self._buffer.values, self._rank, self._world)
+        gather_from_owners(self._reduction, self._buffer.values, self._rank, self._world)

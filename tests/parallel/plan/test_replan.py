@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.errors import ConfigError, LayoutError
 from holdfast.parallel.layout.stage_replicas import StageReplicas
-from holdfast.parallel.optimizer.shadow_state import shadow_runs, shadowed_blocks
+from holdfast.parallel.optimizer.shadow_state import shadow_spans, shadowed_blocks
 from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_parcels
 from holdfast.parallel.plan.cost import peak_activation_bytes
 from holdfast.parallel.plan.replan import (
@@ -190,12 +190,12 @@ def test_owners_and_shadows_agree_on_what_travels() -> None:
     plan = first_plan(data=3)
     for owner in plan.stage_replicas.ranks:
         owned = [plan.blocks[i][place] for i, place in plan.owned_places(owner)]
-        for shadow, runs in shadow_runs(plan, owner).items():
+        for shadow, spans in shadow_spans(plan, owner).items():
             followed = [b for b in shadowed_blocks(plan, shadow) if b.owner == owner]
-            assert sum(run.stop - run.start for run in runs) == sum(
+            assert sum(span.stop - span.start for span in spans) == sum(
                 b.stop - b.start for b in followed
             )
-            assert runs[-1].stop <= sum(block.elements for block in owned)
+            assert spans[-1].stop <= sum(block.elements for block in owned)
 
 
 def test_what_nobody_holds_is_named() -> None:

@@ -81,14 +81,14 @@ def replicated_weights_counted_by_every_rank() -> Iterator[None]:
 
 @contextmanager
 def tied_weight_counted_twice() -> Iterator[None]:
-    """The second use of a tied weight is folded in twice."""
+    """The second use of a tied weight is added twice."""
     original = optimizer.reduce_to_owners
 
-    def doubled(routes: Any, accumulator: Any, rank: int, comm: Any) -> int:
-        for first, second in routes.folded:
+    def doubled(reduction: Any, accumulator: Any, rank: int, comm: Any) -> int:
+        for first, second in reduction.tied:
             sums = accumulator.sums
             sums[first.start : first.stop] += sums[second.start : second.stop]
-        return original(routes, accumulator, rank, comm)
+        return original(reduction, accumulator, rank, comm)
 
     with mock.patch.object(optimizer, "reduce_to_owners", doubled):
         yield

@@ -11,7 +11,7 @@ import torch
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout.boxes import Box
 from holdfast.parallel.optimizer.adamw import AdamWSettings
-from holdfast.parallel.optimizer.shadow_state import ShadowState, shadow_runs
+from holdfast.parallel.optimizer.shadow_state import ShadowState, shadow_spans
 from holdfast.parallel.plan.plan import Plan, block_box
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.trainer.config import RunConfig
@@ -69,7 +69,11 @@ def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memor
         for rank in range(4)
     ]
     sent = [
-        sum(4 * (run.stop - run.start) for runs in shadow_runs(plan, rank).values() for run in runs)
+        sum(
+            4 * (span.stop - span.start)
+            for spans in shadow_spans(plan, rank).values()
+            for span in spans
+        )
         for rank in range(4)
     ]
     assert (report.shadow_bytes, report.traffic_bytes) == (max(copies), max(sent))

@@ -71,11 +71,11 @@ class GradientAccumulator:
         dtype = torch.int64 if exact else accumulation
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
         self.flags = 0
-        self.muted: frozenset[nn.Parameter] = frozenset()
+        self.skipped: frozenset[nn.Parameter] = frozenset()
         """Parameters whose gradients are not added: those of the micro-batch at hand are counted already."""
         self.micro_batch = -1
         """Whose gradients are being added."""
-        self.counted: dict[nn.Parameter, set[int]] = {}
+        self.included: dict[nn.Parameter, set[int]] = {}
         """The micro-batches whose gradients have been added since `clear`."""
         self._device_flags: Tensor | None = None
         if values.device.type != "cpu":
@@ -94,7 +94,7 @@ class GradientAccumulator:
     def clear(self) -> None:
         """Forget all sums and flags: the start of a step."""
         self.flags = 0
-        self.counted.clear()
+        self.included.clear()
         if self._device_flags is not None:
             self._device_flags.zero_()
         if self.exact:
@@ -111,14 +111,14 @@ class GradientAccumulator:
             self.flags |= int(self._device_flags)
         return self.flags
 
-    def _count(self, parameter: nn.Parameter) -> None:
-        self.counted.setdefault(parameter, set()).add(self.micro_batch)
+    def _include(self, parameter: nn.Parameter) -> None:
+        self.included.setdefault(parameter, set()).add(self.micro_batch)
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add a whole local parameter's gradient (its shape, any float dtype)."""
-        if parameter in self.muted:
+        if parameter in self.skipped:
             return
-        self._count(parameter)
+        self._include(parameter)
         if self.exact:
             self._add_exact(parameter, gradient.contiguous())
         elif parameter in self._empty:
@@ -129,9 +129,9 @@ class GradientAccumulator:
 
     def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
         """Add grad_output.T @ value: float[tokens, out] and float[tokens, in] of the parameter's dtype."""
-        if parameter in self.muted:
+        if parameter in self.skipped:
             return
-        self._count(parameter)
+        self._include(parameter)
         transposed = grad_output.t()
         if self.exact:
             gradient = self._scratch[: parameter.numel()].view(parameter.shape)
@@ -147,9 +147,9 @@ class GradientAccumulator:
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
-        if parameter in self.muted:
+        if parameter in self.skipped:
             return
-        self._count(parameter)
+        self._include(parameter)
         if not self.exact:
             if parameter in self._empty:
                 self._empty.discard(parameter)

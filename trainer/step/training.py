@@ -309,7 +309,7 @@ class Training:
         self.optimizer.restore_own_sums()
         included = {
             (part.layer, part.spec_index): frozenset(
-                self.accumulator.counted.get(part.parameter, ())
+                self.accumulator.included.get(part.parameter, ())
             )
             for part in self.parameter_buffer.segments
         }
@@ -342,10 +342,10 @@ class Training:
         if 2 * self._backwards == self._half_at:
             self.at_half()
         self.accumulator.micro_batch = micro_batch
-        self.accumulator.muted = frozenset()
+        self.accumulator.skipped = frozenset()
         if self._interrupted is not NOT_INTERRUPTED:
             index = self.plan.stage_replicas.tensor_index(self.rank)
-            self.accumulator.muted = frozenset(
+            self.accumulator.skipped = frozenset(
                 part.parameter
                 for part in self.parameter_buffer.segments
                 if self._interrupted.has(index, (part.layer, part.spec_index), micro_batch)

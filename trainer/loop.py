@@ -90,7 +90,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     clock.start(training)
     parts.at(step + 1, "compute")
     training.at_half = partial(parts.at, step + 1, "backward")
-    training.at_fill = partial(parts.at, step + 1, "fill")
+    training.at_background_transfer = partial(parts.at, step + 1, "fill")
     times = training.compute(step)
     clock.end(training, 0)
     starts.append(perf_counter())

@@ -8,7 +8,7 @@ from .adamw import (
     Fence as Fence,
 )
 from .background_transfer import (
-    Fill as Fill,
+    BackgroundTransfer as BackgroundTransfer,
 )
 from .parameter_buffer import (
     ParameterBuffer as ParameterBuffer,

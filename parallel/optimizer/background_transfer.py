@@ -21,7 +21,7 @@ from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
 from holdfast.parallel.optimizer.state_transfer import BlockState, pack, unpack
 from holdfast.parallel.plan import BlockKey, Parcel
 
-_FILL_TAG = 7 << 26
+_BACKGROUND_TAG = 7 << 26
 _WINDOW = 2
 """Parcels that a rank has on their way at once."""
 _PAUSE = -1
@@ -40,10 +40,10 @@ def in_turn(parcels: Sequence[Parcel]) -> list[Parcel]:
     return [parcels[n] for n in order]
 
 
-class Fill:
+class BackgroundTransfer:
     """One rank's part in giving ranks state beside the steps.
 
-    `start` and `fence` are called by its training thread, in turns, `fence` by all ranks in the same step.
+    `start` and `pause` are called by its training thread, in turns, `pause` by all ranks in the same step.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Fill:
         """Asked at the vote when all is there: whether the plan for which this is done could be agreed on."""
 
     def start(self, begun: Callable[[], None] = lambda: None) -> None:
-        """State stands still from now on until `fence` has returned. Local; does not wait.
+        """State stands still from now on until `pause` has returned. Local; does not wait.
 
         Args:
             begun: called in another thread when something is on its way.
@@ -88,11 +88,11 @@ class Fill:
         if self._thread is None and self._left:
             self._stopping.clear()
             self._thread = threading.Thread(
-                target=self._run, args=(begun,), name="holdfast-fill", daemon=True
+                target=self._run, args=(begun,), name="holdfast-background-transfer", daemon=True
             )
             self._thread.start()
 
-    def fence(self) -> bool:
+    def pause(self) -> bool:
         """Wait until nothing is under way; whether the next plan may come as far as this rank is concerned.
 
         It may when this rank has sent, or has got, all it was to.
@@ -136,7 +136,7 @@ class Fill:
                 continue
             if sends and peer in advanced and self._stopping.is_set():
                 pause = torch.tensor([_PAUSE], dtype=torch.int64)
-                sent.append([self._comm.send(pause, peer, _FILL_TAG + 2 * number)])
+                sent.append([self._comm.send(pause, peer, _BACKGROUND_TAG + 2 * number)])
                 paused.add(peer)
                 continue
             if sends:
@@ -156,7 +156,7 @@ class Fill:
 
     def _send(self, number: int, parcel: Parcel) -> list[Handle]:
         content, checksum = pack([self._read(key) for key in parcel.keys])
-        tag = _FILL_TAG + 2 * number
+        tag = _BACKGROUND_TAG + 2 * number
         return [
             self._comm.send(checksum, parcel.target, tag),
             self._comm.send(content, parcel.target, tag + 1),
@@ -164,7 +164,7 @@ class Fill:
 
     def _receive(self, number: int, parcel: Parcel) -> bool:
         """Whether the parcel came: else its source goes on with it after the vote."""
-        tag = _FILL_TAG + 2 * number
+        tag = _BACKGROUND_TAG + 2 * number
         checksum = torch.empty(1, dtype=torch.int64)
         self._comm.receive(checksum, parcel.source, tag).wait()
         if int(checksum) == _PAUSE:

@@ -111,7 +111,7 @@ class ElasticLoop:
                 return True
             step = progress.decided
             change, mine = self._wishes(step)
-            self._prepare_fill(parts.training, step)
+            self._pace_background_transfer(parts.training, step)
             outcome = run_step(parts, step, change=change, leave=mine)
             self._membership.committed(step + 1)
             self._changes.clear()
@@ -150,14 +150,14 @@ class ElasticLoop:
         tidy = self._tidy_from is not None and step >= self._tidy_from
         return bool(wanted) or tidy, mine
 
-    def _prepare_fill(self, training: Training, step: int) -> None:
+    def _pace_background_transfer(self, training: Training, step: int) -> None:
         """What arrives beside the steps takes as many of them as in the run that is repeated, if one is."""
-        if training.fill is None:
+        if training.background_transfer is None:
             return
         if self._journal is not None:
-            training.fill.required = self._journal.filled_after(step + 1)
+            training.background_transfer.required = self._journal.filled_after(step + 1)
         elif self._spec.rank == training.plan.stage_replicas.ranks[0]:
-            training.fill.may_end = self._membership.can_agree
+            training.background_transfer.may_end = self._membership.can_agree
 
     def _await_joining(self, ranks: frozenset[int]) -> None:
         """Wait until those are ready to join who joined at this point in the run that is repeated."""

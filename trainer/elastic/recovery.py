@@ -186,8 +186,8 @@ class ElasticRun:
     def _change(self, urgent: bool) -> Change:
         began = perf_counter()
         self.before_change()
-        if self.training is not None and self.training.fill is not None:
-            self.training.fill.close()
+        if self.training is not None and self.training.background_transfer is not None:
+            self.training.background_transfer.close()
         with self._lock:
             self._reason = None
         generation = self.membership.agree(

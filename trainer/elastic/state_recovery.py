@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from holdfast.parallel.comm import Communicator, Groups
-from holdfast.parallel.optimizer import Fill, carried_bytes, move_blocks
+from holdfast.parallel.optimizer import BackgroundTransfer, carried_bytes, move_blocks
 from holdfast.parallel.plan import Plan, arriving_blocks, held_blocks, plan_parcels, state_of
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
@@ -65,7 +65,7 @@ def training_from_holders(
         return None, moved
     if following.arriving:
         lacking = {r: keys - held.get(r, set()) for r, keys in coming.items()}
-        training.fill = Fill(
+        training.background_transfer = BackgroundTransfer(
             plan_parcels(following, needed, lacking, node_of),
             rank,
             beside,

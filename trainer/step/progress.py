@@ -16,7 +16,7 @@ class Requests:
     change: bool = False
     """Whether ranks wait to be taken in or let go."""
     filling: bool = False
-    """Whether this rank has not got, or not sent, all that the next plan needs; see Fill."""
+    """Whether this rank has not got, or not sent, all that the next plan needs; see BackgroundTransfer."""
     leave: bool = False
     """Whether this rank is to be let go."""
 

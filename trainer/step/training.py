@@ -18,8 +18,8 @@ from holdfast.parallel.optimizer import (
     NONFINITE,
     OUT_OF_RANGE,
     AdamWSettings,
+    BackgroundTransfer,
     Fence,
-    Fill,
     GradientAccumulator,
     ParameterBuffer,
     ShadowState,
@@ -174,9 +174,9 @@ class Training:
         self._half_at = sum(action.op in backwards for action in self._train_program[0]) // 2 * 2
         self.at_half: Callable[[], None] = lambda: None
         """Called when half of a step's backward passes have been done: where faults are injected."""
-        self.fill: Fill | None = None
+        self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in giving ranks what they will have under the next plan."""
-        self.at_fill: Callable[[], None] = lambda: None
+        self.at_background_transfer: Callable[[], None] = lambda: None
         """Called when some of that is on its way, in another thread: where faults are injected."""
         self._eval_program: tuple[Program, dict[Action, int]] | None = None
 
@@ -262,8 +262,8 @@ class Training:
 
         After a recovery (`resume_step`) only missing micro-batches are computed.
         """
-        if self.fill is not None:
-            self.fill.start(self.at_fill)
+        if self.background_transfer is not None:
+            self.background_transfer.start(self.at_background_transfer)
         self._clear_step(step)
         self.optimizer.begin_step()
         self.executor.halved.clear()
@@ -363,8 +363,8 @@ class Training:
         A rank enters only with all the gradients it owns, so whoever leaves knows that all can apply; and
         with no state under way.
         """
-        if self.fill is not None:
-            requests = replace(requests, filling=not self.fill.fence())
+        if self.background_transfer is not None:
+            requests = replace(requests, filling=not self.background_transfer.pause())
         ballot = torch.cat(
             [
                 squares,

@@ -1,4 +1,4 @@
-"""State that is sent beside steps that change it: whoever has got a block follows it, however many steps it takes."""
+"""State sent beside steps that change it: a block that has arrived follows, however many steps it takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from holdfast.parallel.comm.gloo import GlooCommunicator, gloo_device
-from holdfast.parallel.optimizer.background_transfer import Fill, in_turn
+from holdfast.parallel.optimizer.background_transfer import BackgroundTransfer, in_turn
 from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
 from holdfast.parallel.plan.block_transfers import BlockKey, Parcel
 from support.processes.cluster import Cluster
@@ -38,7 +38,7 @@ def first_state(key: BlockKey, size: int) -> dict[str, Tensor]:
     return {kind: torch.randn(size, generator=generator) for kind in STATE_KINDS}
 
 
-def fill_beside_steps(
+def transfer_beside_steps(
     rank: int, world_size: int, store: Any, *, pause_s: Mapping[int, float], required: int | None
 ) -> tuple[int, bool]:
     """How many votes passed before all was there, and whether the state is that of its source."""
@@ -58,7 +58,7 @@ def fill_beside_steps(
         for kind in STATE_KINDS:
             state[key][kind].copy_(found[kind])
 
-    fill = Fill(
+    transfer = BackgroundTransfer(
         parcels(),
         rank,
         beside,
@@ -70,16 +70,16 @@ def fill_beside_steps(
     needed = 0
     for step in range(1, STEPS + 1):
         if required is not None:
-            fill.required = step == required
-        fill.start()
+            transfer.required = step == required
+        transfer.start()
         time.sleep(pause_s.get(rank, 0.0))
-        filling = torch.tensor([float(not fill.fence())])
-        comm.all_reduce(filling).wait()
+        unfinished = torch.tensor([float(not transfer.pause())])
+        comm.all_reduce(unfinished).wait()
         needed += 1
         for values in (*state.values(), *true.values()):
             for kind in STATE_KINDS:
                 values[kind].mul_(1.0 + 0.01 * step)
-        if not filling.item():
+        if not unfinished.item():
             break
     return needed, all(
         torch.equal(state[k][kind], true[k][kind]) for k in mine for kind in STATE_KINDS
@@ -91,7 +91,9 @@ def fill_beside_steps(
 def test_blocks_follow_their_source_from_whatever_step_they_come_in(
     cluster: Cluster, pause_s: dict[int, float]
 ) -> None:
-    results = cluster.run("test_filling:fill_beside_steps", 4, pause_s=pause_s, required=None)
+    results = cluster.run(
+        "test_background_transfer:transfer_beside_steps", 4, pause_s=pause_s, required=None
+    )
     assert all(equal for _, equal in results)
     assert len({needed for needed, _ in results}) == 1
     assert 1 <= results[0][0] <= PARCELS  # one parcel of every pair at least comes in every step
@@ -100,7 +102,9 @@ def test_blocks_follow_their_source_from_whatever_step_they_come_in(
 @pytest.mark.mp
 @pytest.mark.parametrize("required", [1, 4])
 def test_a_run_that_is_repeated_is_told_when_all_is_there(cluster: Cluster, required: int) -> None:
-    results = cluster.run("test_filling:fill_beside_steps", 4, pause_s={}, required=required)
+    results = cluster.run(
+        "test_background_transfer:transfer_beside_steps", 4, pause_s={}, required=required
+    )
     assert results == [(required, True)] * 4
 
 

@@ -39,7 +39,7 @@ class AdamWSettings:
 class BlockUpdate:
     """What the kernel takes of one block: flat tensors of equal length and dtype."""
 
-    value: Tensor
+    master: Tensor
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -64,7 +64,7 @@ def _update(
     if not updates:
         return
     torch._fused_adamw_(
-        [u.value for u in updates],
+        [u.master for u in updates],
         [u.gradient for u in updates],
         [u.exp_avg for u in updates],
         [u.exp_avg_sq for u in updates],

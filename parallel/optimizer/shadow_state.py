@@ -18,8 +18,8 @@ from holdfast.parallel.optimizer.reduction import LONGEST_SPAN_ELEMENTS, Span
 from holdfast.parallel.plan import BlockKey, Plan
 
 _SHADOW_TAG = 3 << 27
-STATE_KINDS = ("value", "exp_avg", "exp_avg_sq")
-"""What is held of a block: the value in the optimizer's precision, and its moments."""
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""Kinds of a block's state: its master values, in the precision of the optimizer, and its moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +152,14 @@ class ShadowState:
     @property
     def weights(self) -> Tensor:
         """The parameters of `blocks` in host memory, flat, with the bits that their owners' have."""
-        values = self.state["value"]
+        values = self.state["master"]
         return values if self._rounded is None else self._rounded
 
     def round_weights(self, block: ShadowedBlock) -> None:
         """Have `weights` follow the block's values, once these have been written."""
         if self._rounded is not None:
             here = slice(block.start, block.stop)
-            self._rounded[here].copy_(self.state["value"][here])
+            self._rounded[here].copy_(self.state["master"][here])
 
     @property
     def bytes(self) -> int:
@@ -214,7 +214,7 @@ class ShadowState:
             for kind, staged in self._staged.items():
                 state[kind][here].copy_(staged[:size], non_blocking=True)
             if self._rounded is not None:
-                values = self._staged["value"][:size].to(self._rounded.dtype)
+                values = self._staged["master"][:size].to(self._rounded.dtype)
                 self._rounded[here].copy_(values, non_blocking=True)
         if self._gradients.device.type == "cuda":
             self._copied = torch.cuda.Event()
@@ -224,7 +224,7 @@ class ShadowState:
         """One block's update, its state lying at `start` of the tensors given."""
         there = slice(start, start + block.stop - block.start)
         return BlockUpdate(
-            state["value"][there],
+            state["master"][there],
             self._gradients[block.start : block.stop],
             state["exp_avg"][there],
             state["exp_avg_sq"][there],

@@ -264,7 +264,7 @@ class ShardedAdamW:
         """One owned block's live state by kind (`shadows.STATE_KINDS`), flat."""
         update = self._updates[number]
         return {
-            "value": update.value,
+            "master": update.master,
             "exp_avg": update.exp_avg,
             "exp_avg_sq": update.exp_avg_sq,
         }

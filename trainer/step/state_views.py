@@ -114,10 +114,7 @@ class TrainingState:
         assert self._shadows is not None
         kind, rows = found
         start = rows.place + (box.start[0] - rows.first) * (box.elements // box.shape[0])
-        if kind == "weight":
-            copies = self._shadows.weights
-        else:
-            copies = self._shadows.state["value" if kind == "master" else kind]
+        copies = self._shadows.weights if kind == "weight" else self._shadows.state[kind]
         return copies[start : start + box.elements].view(box.shape)
 
     def before(self, chunk: PlannedPiece) -> int:

@@ -64,8 +64,8 @@ def make_plan(
         placement=where,
         micro_batches=split_micro_batches(micro_batches, mesh.data, micro_batch_order),
         block_elements=block_elements,
-        home=mesh,
-        home_layers=tuple(pairwise(edges)),
+        configured_mesh=mesh,
+        configured_layers=tuple(pairwise(edges)),
         micro_batch_order=micro_batch_order,
         activation_headroom=activation_headroom,
     )

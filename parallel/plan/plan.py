@@ -58,9 +58,9 @@ class Plan:
     micro_batches: tuple[tuple[int, ...], ...]
     """The global micro-batch numbers of each data replica, in the order in which it takes them."""
     block_elements: int
-    home: Mesh
+    configured_mesh: Mesh
     """The mesh that the run is configured with."""
-    home_layers: tuple[tuple[int, int], ...]
+    configured_layers: tuple[tuple[int, int], ...]
     """`chunk_layers` of that mesh."""
     micro_batch_order: str = "ascending"
     activation_headroom: float = 0.3
@@ -289,12 +289,12 @@ class Plan:
     def _caps(self) -> tuple[int, ...]:
         """By stage, the chunk activations that a stage replica may keep at once where stages differ."""
 
-        regular = list(map(self.activation_bytes, self.home_layers))
-        longest = -(-sum(map(len, self.micro_batches)) // self.home.data)
+        regular = list(map(self.activation_bytes, self.configured_layers))
+        longest = -(-sum(map(len, self.micro_batches)) // self.configured_mesh.data)
         fullest = max(
             peak_in_flight(program, size=regular.__getitem__)
             for program in compute_programs(
-                self.schedule, self.home.pipeline, self.virtual, longest
+                self.schedule, self.configured_mesh.pipeline, self.virtual, longest
             )
         )
         most = (1 + self.activation_headroom) * fullest

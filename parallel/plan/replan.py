@@ -124,7 +124,7 @@ def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
             f"{len(present)} ranks are left, fewer than parallel.tensor = {size} of them that make up one "
             "stage; bring ranks back"
         )
-    pipeline = min(plan.home.pipeline, count)
+    pipeline = min(plan.configured_mesh.pipeline, count)
     if pipeline != old.pipeline:
         ordered = [replica for stage in kept for replica in stage] + formed
         edges = [k * count // pipeline for k in range(pipeline + 1)]
@@ -146,10 +146,10 @@ def _formed(
     stage_replicas: list[StageReplica] = []
     left = set(pool)
     for first in sorted(rank for rank in pool if rank % size == 0):
-        home = tuple(range(first, first + size))
-        if left.issuperset(home):
-            stage_replicas.append(home)
-            left.difference_update(home)
+        configured = tuple(range(first, first + size))
+        if left.issuperset(configured):
+            stage_replicas.append(configured)
+            left.difference_update(configured)
     rest = sorted(left, key=lambda rank: (roster.node_of[rank], rank))
     whole = len(rest) - len(rest) % size
     for start in range(0, whole, size):
@@ -161,9 +161,13 @@ def _formed(
 
 
 def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) -> None:
-    """Give a stage replica to the stage with the fewest, its home among equals; at its home place if it can."""
-    home = plan.home.coordinates(replica[0]).pipeline if replica[0] < plan.home.size else -1
-    stage = min(range(len(stages)), key=lambda s: (len(stages[s]), s != home, s))
+    """Give a stage replica to the stage with the fewest, its configured one among equals, at its configured place if it can."""
+    home = (
+        plan.configured_mesh.coordinates(replica[0]).pipeline
+        if replica[0] < plan.configured_mesh.size
+        else -1
+    )
+    stage = min(range(len(stages)), key=lambda s: (len(stages[s]), s != configured, s))
     stages[stage].append(replica)
     stages[stage].sort()
 
@@ -204,8 +208,8 @@ def _moved_layers(plan: Plan, stage_replicas: StageReplicas) -> tuple[tuple[int,
     """The layers of each stage: as they are, or in balance if that is worth moving them."""
     weights = _stage_weights(plan)
     capacity = [stage_replicas.replicas(stage) for stage in plan.placement]
-    if min(capacity) == max(capacity) and _is_home(plan, stage_replicas):
-        return plan.home_layers
+    if min(capacity) == max(capacity) and _is_configured(plan, stage_replicas):
+        return plan.configured_layers
     best = minimax_partition(weights, capacity)
     current = _slowest(weights, plan.chunk_layers, capacity)
     if _slowest(weights, best, capacity) < (1 - _WORTH) * current:
@@ -213,16 +217,16 @@ def _moved_layers(plan: Plan, stage_replicas: StageReplicas) -> tuple[tuple[int,
     return plan.chunk_layers
 
 
-def _is_home(plan: Plan, stage_replicas: StageReplicas) -> bool:
-    return stage_replicas.pipeline == plan.home.pipeline
+def _is_configured(plan: Plan, stage_replicas: StageReplicas) -> bool:
+    return stage_replicas.pipeline == plan.configured_mesh.pipeline
 
 
 def _even_chunks(
     plan: Plan, placed: Sequence[int], stage_replicas: StageReplicas
 ) -> tuple[tuple[int, int], ...]:
     """The layers of each chunk when the number of stages changes."""
-    if stage_replicas.pipeline == plan.home.pipeline:
-        return plan.home_layers
+    if stage_replicas.pipeline == plan.configured_mesh.pipeline:
+        return plan.configured_layers
     if len(placed) == 1:
         return ((0, len(plan.layers)),)
     capacity = [stage_replicas.replicas(stage) for stage in placed]

@@ -57,7 +57,7 @@ class PlanReport:
         """A JSON-able form: the same facts as `renderable`."""
         plan = self.plan
         return {
-            "mesh": plan.home._asdict(),
+            "mesh": plan.configured_mesh._asdict(),
             "schedule": plan.schedule,
             "virtual": plan.virtual,
             "parameters": self.parameters,
@@ -91,7 +91,7 @@ class PlanReport:
     def renderable(self, width: int = 100) -> RenderableType:
         """Tables and charts for a terminal of `width` columns."""
         config, plan = self.config, self.plan
-        mesh = plan.home
+        mesh = plan.configured_mesh
         facts = Table.grid(padding=(0, 2))
         for name, value in (
             ("parameters", f"{self.parameters:,}"),
@@ -185,7 +185,7 @@ def plan_report(
     plan = plan_of(config)
     flops_per_s = config.train.tflops * 1e12
     drive_bytes_per_s = config.offload.drive_gbytes * 1e9
-    mesh = plan.home
+    mesh = plan.configured_mesh
     replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
     exact = config.numerics.reduction == "exact"
     memory = []

@@ -24,7 +24,7 @@ def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training
         world.rank,
         plan.stage_replicas.ranks,
         plan.stage_replicas.stage_replica(world.rank),
-        plan.home.pipeline_group(world.rank),
+        plan.configured_mesh.pipeline_group(world.rank),
         backend=backend_of(config, device),
         generation=plan.generation,
     )

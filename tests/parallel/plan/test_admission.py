@@ -150,7 +150,9 @@ def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
             staying.discard(rng.choice(sorted(alive)))
         elif chance < 0.6:
             absent = [
-                r for r in range(plan.home.size + 2 * plan.stage_replicas.tensor) if r not in alive
+                r
+                for r in range(plan.configured_mesh.size + 2 * plan.stage_replicas.tensor)
+                if r not in alive
             ]
             fresh = frozenset(absent[: rng.choice([1, 2])])
             staying |= fresh

@@ -55,7 +55,9 @@ def check_changes(
             alive.discard(rng.choice(sorted(alive)))
         else:
             absent = [
-                r for r in range(plan.home.size + 2 * plan.stage_replicas.tensor) if r not in alive
+                r
+                for r in range(plan.configured_mesh.size + 2 * plan.stage_replicas.tensor)
+                if r not in alive
             ]
             if not absent:
                 continue

@@ -128,7 +128,7 @@ def split_micro_batches(count: int, replicas: int, order: str) -> tuple[tuple[in
         order: one of `MICRO_BATCH_ORDERS`, within each run.
     """
     base, extra = divmod(count, replicas)
-    shares, start = [], 0
+    runs, start = [], 0
     for replica in range(replicas):
         stop = start + base + (replica < extra)
         numbers = list(range(start, stop))
@@ -136,6 +136,6 @@ def split_micro_batches(count: int, replicas: int, order: str) -> tuple[tuple[in
             numbers.reverse()
         elif order == "shuffled":
             random.Random(replica).shuffle(numbers)
-        shares.append(tuple(numbers))
+        runs.append(tuple(numbers))
         start = stop
-    return tuple(shares)
+    return tuple(runs)

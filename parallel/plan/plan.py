@@ -38,7 +38,7 @@ from holdfast.parallel.schedules import (
 
 _T = TypeVar("_T")
 
-Shares = tuple[tuple[tuple[int, ...], ...], ...]
+MicroBatchAssignment = tuple[tuple[tuple[int, ...], ...], ...]
 """Stage -> replica -> micro-batches."""
 
 
@@ -65,7 +65,7 @@ class Plan:
     micro_batch_order: str = "ascending"
     activation_headroom: float = 0.3
     """How much more memory than regularly ranks may use for activations where stages differ."""
-    shares: Shares | None = None
+    assignment: MicroBatchAssignment | None = None
     """Which micro-batches each stage replica computes, where stages differ; None: each replica's own."""
     given_owners: tuple[tuple[int, ...], ...] | None = None
     """The owners where they follow from what was before; None: the even split of a first plan."""
@@ -79,11 +79,15 @@ class Plan:
     @property
     def is_regular(self) -> bool:
         """Whether every micro-batch stays within one replica's pipeline."""
-        return self.shares is None
+        return self.assignment is None
 
-    def share(self, stage: int, replica: int) -> tuple[int, ...]:
+    def micro_batches_of(self, stage: int, replica: int) -> tuple[int, ...]:
         """The micro-batches that a stage replica computes."""
-        return self.micro_batches[replica] if self.shares is None else self.shares[stage][replica]
+        return (
+            self.micro_batches[replica]
+            if self.assignment is None
+            else self.assignment[stage][replica]
+        )
 
     @property
     def blocks(self) -> tuple[tuple[Block, ...], ...]:
@@ -201,7 +205,7 @@ class Plan:
         at = self.stage_replicas.find(rank)
         if at is None:
             return ()
-        if self.shares is None and only is None:
+        if self.assignment is None and only is None:
             numbers = self.micro_batches[at.data]
             local = self._cached(
                 (kind, len(numbers)),
@@ -233,7 +237,7 @@ class Plan:
                 {
                     number: replica
                     for replica in range(self.stage_replicas.replicas(stage))
-                    for number in self.share(stage, replica)
+                    for number in self.micro_batches_of(stage, replica)
                 }
                 for stage in range(self.stage_replicas.pipeline)
             ),
@@ -282,8 +286,8 @@ class Plan:
                 generate(self.schedule, self.stage_replicas.pipeline, self.virtual, longest)
             ),
         )
-        share = self.share(at.pipeline, at.data)
-        wanted = share if only is None else tuple(m for m in share if m in only)
+        mine = self.micro_batches_of(at.pipeline, at.data)
+        wanted = mine if only is None else tuple(m for m in mine if m in only)
         return merged_program(wanted, places, timeline, at.pipeline)
 
     def _caps(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import StageReplica, StageReplicas
 from holdfast.parallel.plan.initial import split_micro_batches
 from holdfast.parallel.plan.ownership import assign_owners
-from holdfast.parallel.plan.plan import Plan, Shares
+from holdfast.parallel.plan.plan import MicroBatchAssignment, Plan
 from holdfast.parallel.plan.shadow_placement import assign_shadows
 from holdfast.parallel.schedules import placement
 
@@ -70,7 +70,7 @@ def replan(
         placement=placed,
         chunk_layers=chunk_layers,
         micro_batches=rows,
-        shares=stage_shares(stage_replicas, rows),
+        assignment=assign_micro_batches(stage_replicas, rows),
         given_owners=None,
         shadows=(),
         arriving=(),
@@ -162,7 +162,7 @@ def _formed(
 
 def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) -> None:
     """Give a stage replica to the stage with the fewest, its configured one among equals, at its configured place if it can."""
-    home = (
+    configured = (
         plan.configured_mesh.coordinates(replica[0]).pipeline
         if replica[0] < plan.configured_mesh.size
         else -1
@@ -182,22 +182,24 @@ def _level(stages: list[list[StageReplica]]) -> None:
         stages[fewest].append(stages[most].pop())
 
 
-def stage_shares(stage_replicas: StageReplicas, rows: Sequence[tuple[int, ...]]) -> Shares | None:
+def assign_micro_batches(
+    stage_replicas: StageReplicas, rows: Sequence[tuple[int, ...]]
+) -> MicroBatchAssignment | None:
     """Which micro-batches each stage replica computes; None when every stage has as many stage replicas as there are rows."""
     if all(stage_replicas.replicas(stage) == len(rows) for stage in range(stage_replicas.pipeline)):
         return None
     return tuple(
-        _stage_shares(stage_replicas.replicas(s), rows) for s in range(stage_replicas.pipeline)
+        _assign_in_stage(stage_replicas.replicas(s), rows) for s in range(stage_replicas.pipeline)
     )
 
 
-def _stage_shares(replicas: int, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+def _assign_in_stage(replicas: int, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     """Each stage replica keeps its own row; those of rows without a stage replica are dealt out, so that counts are even."""
-    shares = [list(row) for row in rows[:replicas]]
+    assigned = [list(row) for row in rows[:replicas]]
     rest = sorted((place, number) for row in rows[replicas:] for place, number in enumerate(row))
     for _, number in rest:
-        min(shares, key=len).append(number)
-    return tuple(map(tuple, shares))
+        min(assigned, key=len).append(number)
+    return tuple(map(tuple, assigned))
 
 
 def _stage_weights(plan: Plan) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.initial import split_micro_batches
 from holdfast.parallel.plan.plan import Plan
-from holdfast.parallel.plan.replan import stage_shares
+from holdfast.parallel.plan.replan import assign_micro_batches
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
         placement=tuple(data["placement"]),
         chunk_layers=tuple((a, b) for a, b in data["chunk_layers"]),
         micro_batches=rows,
-        shares=stage_shares(stage_replicas, rows),
+        assignment=assign_micro_batches(stage_replicas, rows),
         given_owners=tuple(tuple(_repeated(runs)) for runs in data["owners"]),
         shadows=_followers(data["shadows"]),
         arriving=_followers(data["arriving"]),

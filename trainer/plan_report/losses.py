@@ -53,7 +53,7 @@ class LossReport:
             "spares": list(self.plan.stage_replicas.spares),
             "micro_batches": [
                 [
-                    list(self.plan.share(stage, r))
+                    list(self.plan.micro_batches_of(stage, r))
                     for r in range(self.plan.stage_replicas.replicas(stage))
                 ]
                 for stage in range(self.plan.stage_replicas.pipeline)
@@ -205,7 +205,7 @@ def _busiest(plan: Plan) -> float:
     for chunk, stage in enumerate(plan.placement):
         work[stage] += sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
     return max(
-        work[stage] * len(plan.share(stage, replica))
+        work[stage] * len(plan.micro_batches_of(stage, replica))
         for stage in range(plan.stage_replicas.pipeline)
         for replica in range(plan.stage_replicas.replicas(stage))
     )

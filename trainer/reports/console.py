@@ -76,7 +76,7 @@ def layout_grid(plan: Plan) -> Table:
         cells = []
         for replica, ranks in enumerate(places.stages[stage]):
             name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-            share = "" if plan.is_regular else f" ({len(plan.share(stage, replica))})"
+            share = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
             cells.append(Text(f"■ {name}{share}", style="green"))
         cells += [Text("□", style="red")] * (places.widest - len(cells))
         grid.add_row(f"stage {stage}: {layers}", *cells)

@@ -50,7 +50,7 @@ def work_of(plan: Plan, rank: int) -> float:
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
     )
-    return flops * len(plan.share(at.pipeline, at.data))
+    return flops * len(plan.micro_batches_of(at.pipeline, at.data))
 
 
 def find_stragglers(

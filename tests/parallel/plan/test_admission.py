@@ -22,9 +22,9 @@ def roster(ranks: set[int], fresh: frozenset[int] = frozenset()) -> Roster:
     return Roster(tuple(sorted(ranks)), NODES, fresh)
 
 
-def shares(plan: Plan, rank: int) -> tuple[int, ...]:
+def computed_by(plan: Plan, rank: int) -> tuple[int, ...]:
     at = plan.stage_replicas.find(rank)
-    return () if at is None else plan.share(at.pipeline, at.data)
+    return () if at is None else plan.micro_batches_of(at.pipeline, at.data)
 
 
 def test_a_newcomer_changes_nobody_s_work_until_it_has_all_it_will_own() -> None:
@@ -35,7 +35,7 @@ def test_a_newcomer_changes_nobody_s_work_until_it_has_all_it_will_own() -> None
     assert between.stage_replicas.spares == (4,)
     assert between.stage_replicas.stages == plan.stage_replicas.stages
     assert (between.owners, between.shadows) == (plan.owners, plan.shadows)
-    assert all(shares(between, rank) == shares(plan, rank) for rank in range(6))
+    assert all(computed_by(between, rank) == computed_by(plan, rank) for rank in range(6))
     held = state_of(plan, plan.stage_replicas.ranks, filled=True)
     assert not held_blocks(between, between.stage_replicas.ranks)[4]
     assert all(keys <= held.get(r, set()) for r, keys in held_blocks(between, range(6)).items())
@@ -105,10 +105,10 @@ def test_a_run_of_one_rank_grows_and_shrinks(redundancy: int) -> None:
             redundancy=redundancy,
         )
         assert arriving_blocks(between, [rank])[rank]
-        assert shares(between, rank) == ()
+        assert computed_by(between, rank) == ()
         plan = next_plan(between, roster(members), filled=True, generation=2, redundancy=redundancy)
         assert not plan.arriving
-        assert len(shares(plan, rank)) >= MICRO_BATCHES // 3
+        assert len(computed_by(plan, rank)) >= MICRO_BATCHES // 3
         assert plan.owned_places(rank)
     for rank in (2, 1):
         members = members - {rank}

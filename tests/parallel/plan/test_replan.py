@@ -89,8 +89,12 @@ def test_a_stage_keeps_its_micro_batches_and_the_lost_ones_are_dealt_out() -> No
     roster = Roster((0, 1, 2, 3, 5), NODES)
     after = replan(plan, roster, generation=1, redundancy=1, move_layers=False)
     assert after.chunk_layers == plan.chunk_layers
-    assert [after.share(0, r) for r in range(3)] == [plan.share(0, r) for r in range(3)]
-    assert sorted(m for r in range(2) for m in after.share(1, r)) == list(range(MICRO_BATCHES))
+    assert [after.micro_batches_of(0, r) for r in range(3)] == [
+        plan.micro_batches_of(0, r) for r in range(3)
+    ]
+    assert sorted(m for r in range(2) for m in after.micro_batches_of(1, r)) == list(
+        range(MICRO_BATCHES)
+    )
     # Only what the lost rank owned has a new owner.
     for before, now in zip(plan.owners[0], after.owners[0], strict=True):
         assert before == now or before == 4

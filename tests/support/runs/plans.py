@@ -64,7 +64,7 @@ def check(plan: Plan, ranks: set[int]) -> None:
             if len({NODES[rank] for rank in ranks}) > 1:
                 assert all(NODES[rank] != NODES[owner] for rank in shadows)
     for stage in range(plan.stage_replicas.pipeline):
-        counts = [len(plan.share(stage, r)) for r in range(plan.stage_replicas.replicas(stage))]
+        counts = [len(plan.micro_batches_of(stage, r)) for r in range(plan.stage_replicas.replicas(stage))]
         assert sum(counts) == MICRO_BATCHES
         assert max(counts) - min(counts) <= 1
 

@@ -96,7 +96,7 @@ def test_what_a_loss_moves_is_what_the_lost_rank_had() -> None:
     assert loss.slowdown == 2
     for stage in range(2):
         replicas = range(loss.plan.stage_replicas.replicas(stage))
-        numbers = [m for replica in replicas for m in loss.plan.share(stage, replica)]
+        numbers = [m for replica in replicas for m in loss.plan.micro_batches_of(stage, replica)]
         assert sorted(numbers) == list(range(8))
 
 

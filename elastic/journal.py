@@ -28,7 +28,7 @@ class JournalChange:
     joined: tuple[int, ...]
     plan: Mapping[str, Any]
     filled: bool = True
-    """Whether all was there by then that was arriving under the plan before."""
+    """Whether all was there by then that was incoming under the plan before."""
 
     @property
     def after(self) -> int:
@@ -61,7 +61,7 @@ class Journal:
         return any(c.step == step and not c.within_step for c in self.changes)
 
     def filled_after(self, step: int) -> bool:
-        """Whether the vote of `step` said that all is there that was arriving."""
+        """Whether the vote of `step` said that all that was incoming is there."""
         return any(
             c.filled and c.step == step and (c.committed or not c.within_step) for c in self.changes
         )

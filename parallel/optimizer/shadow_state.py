@@ -37,7 +37,7 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
     """What a rank follows, by owner and block, so that what an owner sends lies together. Pure."""
     mine = sorted(
         (plan.owners[index][place], index, place)
-        for followers in (plan.shadows, plan.arriving)
+        for followers in (plan.shadows, plan.incoming)
         for index, found in enumerate(followers)
         for place, ranks in enumerate(found)
         if rank in ranks

@@ -5,8 +5,8 @@ from .admission import (
 from .block_transfers import (
     BlockKey as BlockKey,
     Parcel as Parcel,
-    arriving_blocks as arriving_blocks,
     held_blocks as held_blocks,
+    incoming_blocks as incoming_blocks,
     missing_blocks as missing_blocks,
     plan_parcels as plan_parcels,
 )

@@ -1,7 +1,7 @@
 """Who is to have state that it lacks is given it beside the steps, and takes its place when it has all of it.
 
 A change of plan has two parts then. In the first nobody's work changes: those who will need blocks that they do
-not hold, newcomers above all, are named in `Plan.arriving`, follow the updates of these blocks, and are sent
+not hold, newcomers above all, are named in `Plan.incoming`, follow the updates of these blocks, and are sent
 their state while training goes on. The second puts the plan in force for which this was done, and no optimizer
 state moves any more (the asynchronous migration of ElasWave, 2025, with shadows in place of replayed updates).
 Pure and equal on every rank. Needs no torch.
@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 
 from holdfast.parallel.layout import StageReplicas
-from holdfast.parallel.plan.block_transfers import BlockKey, arriving_blocks, held_blocks
+from holdfast.parallel.plan.block_transfers import BlockKey, held_blocks, incoming_blocks
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.parallel.plan.shadow_placement import Shadows
@@ -35,12 +35,12 @@ def next_plan(
 
     Args:
         roster: who is to have a place; who is `fresh` has no state yet.
-        filled: whether all that was arriving under `plan` is there.
+        filled: whether all that was incoming under `plan` is there.
         redundancy, move_layers: as for `replan`.
     Raises:
         ConfigError: too few ranks for a single stage replica.
     """
-    lasting = replace(plan, arriving=(), _cache=plan._cache)
+    lasting = replace(plan, incoming=(), _cache=plan._cache)
     present = frozenset(roster.ranks)
     waiting = present & (roster.fresh if filled else roster.fresh | _empty(plan))
     ready = present - waiting
@@ -53,7 +53,7 @@ def next_plan(
             move_layers=move_layers,
         )
     everybody_stays = present - roster.fresh == frozenset(plan.stage_replicas.ranks)
-    if everybody_stays and not (plan.arriving and filled and waiting):
+    if everybody_stays and not (plan.incoming and filled and waiting):
         now = replace(lasting, generation=generation, given_owners=plan.owners, _cache=plan._cache)
     else:
         now = replan(
@@ -78,21 +78,21 @@ def next_plan(
         coming = _coming(now, following)
         if may_move == move_layers and ready.issuperset(coming) and _have(plan, coming, filled):
             return following
-    return replace(now, arriving=_by_block(now, coming), _cache=now._cache)
+    return replace(now, incoming=_by_block(now, coming), _cache=now._cache)
 
 
 def state_of(plan: Plan, ranks: Collection[int], *, filled: bool) -> dict[int, set[BlockKey]]:
-    """The blocks whose state ranks have; with what was arriving once it is there. Pure."""
+    """The blocks whose state ranks have; with what was incoming once it is there. Pure."""
     held = held_blocks(plan, ranks)
     if filled:
-        for rank, keys in arriving_blocks(plan, ranks).items():
+        for rank, keys in incoming_blocks(plan, ranks).items():
             held[rank] |= keys
     return held
 
 
 def _empty(plan: Plan) -> frozenset[int]:
-    """Ranks that have nothing but what is arriving."""
-    coming = arriving_blocks(plan, plan.stage_replicas.ranks)
+    """Ranks that have nothing but what is incoming."""
+    coming = incoming_blocks(plan, plan.stage_replicas.ranks)
     held = held_blocks(plan, plan.stage_replicas.ranks)
     return frozenset(rank for rank, keys in coming.items() if keys and not held[rank])
 
@@ -133,11 +133,11 @@ def _holders(plan: Plan) -> list[list[tuple[int, ...]]]:
 
 
 def _have(plan: Plan, wanted: Mapping[int, Set[BlockKey]], filled: bool) -> bool:
-    """Whether ranks have all these blocks, with what was arriving once it is there."""
+    """Whether ranks have all these blocks, with what was incoming once it is there."""
     return all(
         rank == plan.owners[index][place]
         or (plan.shadows and rank in plan.shadows[index][place])
-        or (filled and plan.arriving and rank in plan.arriving[index][place])
+        or (filled and plan.incoming and rank in plan.incoming[index][place])
         for rank, keys in wanted.items()
         for index, place in keys
     )

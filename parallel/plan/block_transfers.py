@@ -35,10 +35,10 @@ def held_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
     return found
 
 
-def arriving_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
+def incoming_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
     """What ranks are being given under a plan. Pure."""
     found: dict[int, set[BlockKey]] = {rank: set() for rank in ranks}
-    _add_followed(found, plan.arriving)
+    _add_followed(found, plan.incoming)
     return found
 
 

@@ -71,9 +71,9 @@ class Plan:
     """The owners where they follow from what was before; None: the even split of a first plan."""
     shadows: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """By tensor-parallel index, the ranks that shadow each block; empty without redundancy."""
-    arriving: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    incoming: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """By tensor-parallel index, the ranks that are being given each block for the next plan, and follow its
-    updates meanwhile; empty where nobody is. See joining.py."""
+    updates meanwhile; empty where nobody is. See admission.py."""
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -119,7 +119,7 @@ class Plan:
     def followers(self, tensor_index: int, place: int) -> tuple[int, ...]:
         """The ranks that get a block's gradients beside its owner: shadows, and those it is being given to."""
         shadows = self.shadows[tensor_index][place] if self.shadows else ()
-        return shadows + (self.arriving[tensor_index][place] if self.arriving else ())
+        return shadows + (self.incoming[tensor_index][place] if self.incoming else ())
 
     def owned_places(self, rank: int) -> tuple[tuple[int, int], ...]:
         """The blocks that a rank owns as (tensor-parallel index, place), in the order of its buffers."""

@@ -44,7 +44,7 @@ def replan(
     redundancy: int = 0,
     move_layers: bool = True,
 ) -> Plan:
-    """The plan of the next generation, in which everybody has its place at once; see joining.py.
+    """The plan of the next generation, in which everybody has its place at once; see admission.py.
 
     Args:
         redundancy: shadows per block.
@@ -73,7 +73,7 @@ def replan(
         assignment=assign_micro_batches(stage_replicas, rows),
         given_owners=None,
         shadows=(),
-        arriving=(),
+        incoming=(),
         _cache={"blocks": plan.blocks},
     )
     owners = _owners(plan, changed, roster)

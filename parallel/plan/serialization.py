@@ -23,7 +23,7 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         "chunk_layers": plan.chunk_layers,
         "owners": [_runs(owners) for owners in plan.owners],
         "shadows": [_runs(shadows) for shadows in plan.shadows],
-        "arriving": [_runs(ranks) for ranks in plan.arriving],
+        "arriving": [_runs(ranks) for ranks in plan.incoming],
     }
 
 
@@ -50,7 +50,7 @@ def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
         assignment=assign_micro_batches(stage_replicas, rows),
         given_owners=tuple(tuple(_repeated(runs)) for runs in data["owners"]),
         shadows=_followers(data["shadows"]),
-        arriving=_followers(data["arriving"]),
+        incoming=_followers(data["arriving"]),
         _cache={},
     )
 

@@ -12,7 +12,7 @@ from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.journal import CHANGES
 from holdfast.elastic.membership_events import MembershipEvent, event_to_data
-from holdfast.parallel.plan import Plan, arriving_blocks, plan_to_data
+from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import Change
 from holdfast.trainer.reports import append_events
 from holdfast.trainer.run import RunDirectory
@@ -167,7 +167,7 @@ def _write_incident(
 
 def _given(plan: Plan) -> set[int]:
     """Ranks that compute nothing yet, and are being given state."""
-    coming = arriving_blocks(plan, plan.stage_replicas.spares)
+    coming = incoming_blocks(plan, plan.stage_replicas.spares)
     return {rank for rank, keys in coming.items() if keys}
 
 

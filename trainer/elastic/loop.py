@@ -130,7 +130,7 @@ class ElasticLoop:
             self._elastic.disturb(str(error))
             self._settle(urgent=True)
             return False
-        arrived = bool(parts.training.plan.arriving) and not outcome.requests.filling
+        arrived = bool(parts.training.plan.incoming) and not outcome.requests.filling
         if outcome.requests.change or (arrived and self._journal is None):
             self._elastic.leaving = mine
             self._settle(urgent=False)
@@ -143,7 +143,7 @@ class ElasticLoop:
             leaves = self._journal.leaves_after(self._spec.rank, step + 1)
             return self._journal.changes_after(step + 1), leaves
         wanted = self._membership.wanted
-        if self._parts().training.plan.arriving:
+        if self._parts().training.plan.incoming:
             # Who arrives now waits for those who are on their way: a change would begin that again.
             wanted = tuple(event for event in wanted if event.kind != "joining")
         mine = any(n.kind == "leaving" and n.identity == self._spec.identity for n in wanted)
@@ -279,7 +279,7 @@ class ElasticLoop:
         Where a lost worker is replaced, its replacement is awaited first: moving layers twice is dearer.
         """
         step = training.progress.decided
-        if training.plan.arriving:
+        if training.plan.incoming:
             return None  # the vote says when all is there
         if any(member.leaving for member in change.after.members):
             return step

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.parallel.comm import Communicator, Groups
 from holdfast.parallel.optimizer import BackgroundTransfer, carried_bytes, move_blocks
-from holdfast.parallel.plan import Plan, arriving_blocks, held_blocks, plan_parcels, state_of
+from holdfast.parallel.plan import Plan, incoming_blocks, held_blocks, plan_block_transfers, state_of
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.elastic.worker_status import Agreed
@@ -41,7 +41,7 @@ def training_from_holders(
     Args:
         plan: that the holders' state is laid out by.
         before: this rank's training under it; None without state.
-        beside: carries what is arriving under `following` beside its steps.
+        beside: carries what is incoming under `following` beside its steps.
     Returns:
         The training, None for a rank that has no part in `following`; and the bytes that all ranks received.
     Raises:
@@ -49,7 +49,7 @@ def training_from_holders(
     """
     held = state_of(plan, agreed.holders, filled=agreed.filled)
     needed = held_blocks(following, following.stage_replicas.ranks)
-    coming = arriving_blocks(following, following.stage_replicas.ranks)
+    coming = incoming_blocks(following, following.stage_replicas.ranks)
     training = None
     if rank in following.stage_replicas.ranks:
         training = Training(config, rank, device, following, groups, before=before, initial=False)
@@ -63,7 +63,7 @@ def training_from_holders(
     moved = carried_bytes(parcels, dtype)
     if training is None:
         return None, moved
-    if following.arriving:
+    if following.incoming:
         lacking = {r: keys - held.get(r, set()) for r, keys in coming.items()}
         training.background_transfer = BackgroundTransfer(
             plan_parcels(following, needed, lacking, node_of),
@@ -80,7 +80,7 @@ def training_from_holders(
         training.optimizer.round_masters()
         training.optimizer.gather()
     training.progress = StepProgress(
-        agreed.steps, agreed.outcome, agreed.steps, filled=not following.arriving
+        agreed.steps, agreed.outcome, agreed.steps, filled=not following.incoming
     )
     included = included_after_change(plan, following, agreed.counted, agreed.fresh)
     if included:

@@ -27,7 +27,7 @@ class Standing:
     complete: bool = True
     """Whether it has all parameters as they are after these."""
     filled: bool = True
-    """Whether it knows by a vote that nobody lacks anything that was arriving under its plan."""
+    """Whether it knows by a vote that nobody lacks anything that was incoming under its plan."""
     outcome: Outcome | None = None
     """Of the last vote."""
     counted: Included = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Agreed:
     complete: bool = True
     """Whether all holders have all parameters."""
     filled: bool = True
-    """Whether what was arriving under the plan is there: else it is not counted as anybody's state."""
+    """Whether what was incoming under the plan is there: else it is not counted as anybody's state."""
     fresh: frozenset[int] = field(default=frozenset())
     """Members without state."""
     connected: bool = False

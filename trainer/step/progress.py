@@ -57,4 +57,4 @@ class StepProgress:
     complete: bool = True
     """Whether its parameters are those after `updated` steps: all blocks have been gathered."""
     filled: bool = True
-    """Whether the last vote said that nobody lacks anything that was arriving under the plan in force."""
+    """Whether the last vote said that nobody lacks anything that was incoming under the plan in force."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.optimizer.shadow_state import shadow_spans, shadowed_blocks
 from holdfast.parallel.plan.admission import next_plan, state_of
-from holdfast.parallel.plan.block_transfers import arriving_blocks, held_blocks, missing_blocks
+from holdfast.parallel.plan.block_transfers import held_blocks, incoming_blocks, missing_blocks
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
@@ -40,10 +40,10 @@ def test_a_newcomer_changes_nobody_s_work_until_it_has_all_it_will_own() -> None
     assert not held_blocks(between, between.stage_replicas.ranks)[4]
     assert all(keys <= held.get(r, set()) for r, keys in held_blocks(between, range(6)).items())
     after = next_plan(between, roster(set(range(6))), filled=True, generation=3, redundancy=1)
-    assert not after.arriving
+    assert not after.incoming
     assert after.stage_replicas == whole.stage_replicas
     needed = held_blocks(after, range(6))
-    assert needed[4] == arriving_blocks(between, [4])[4]
+    assert needed[4] == incoming_blocks(between, [4])[4]
     held = state_of(between, range(6), filled=True)
     assert all(keys <= held[rank] for rank, keys in needed.items())
 
@@ -59,14 +59,14 @@ def test_a_newcomer_that_has_not_got_all_is_given_it_again() -> None:
         redundancy=1,
     )
     again = next_plan(between, roster(ranks), filled=False, generation=3, redundancy=1)
-    assert again.arriving == between.arriving
+    assert again.incoming == between.incoming
     assert again.stage_replicas == between.stage_replicas
     # A rank is lost meanwhile: nothing that was only on its way counts.
     lost = next_plan(
         between, roster({0, 2, 3}), filled=False, generation=3, redundancy=1, move_layers=False
     )
     assert 2 in lost.stage_replicas.spares
-    assert lost.arriving
+    assert lost.incoming
 
 
 def test_a_stage_that_nobody_else_holds_is_taken_at_once() -> None:
@@ -75,7 +75,7 @@ def test_a_stage_that_nobody_else_holds_is_taken_at_once() -> None:
         plan, roster({0, 1, 2}, frozenset({2})), filled=True, generation=1, redundancy=1
     )
     assert after.stage_replicas == plan.stage_replicas
-    assert not after.arriving
+    assert not after.incoming
 
 
 def test_a_stage_replica_of_two_newcomers_is_made_ready_as_one() -> None:
@@ -83,7 +83,7 @@ def test_a_stage_replica_of_two_newcomers_is_made_ready_as_one() -> None:
     left = replan(plan, roster({0, 1}), generation=1, redundancy=1)
     joined = roster(set(range(4)), frozenset({2, 3}))
     between = next_plan(left, joined, filled=True, generation=2, redundancy=1)
-    coming = arriving_blocks(between, range(4))
+    coming = incoming_blocks(between, range(4))
     assert between.stage_replicas.spares == (2, 3)
     assert {index for index, _ in coming[2]} >= {0}
     assert {index for index, _ in coming[3]} >= {1}
@@ -104,16 +104,16 @@ def test_a_run_of_one_rank_grows_and_shrinks(redundancy: int) -> None:
             generation=1,
             redundancy=redundancy,
         )
-        assert arriving_blocks(between, [rank])[rank]
+        assert incoming_blocks(between, [rank])[rank]
         assert computed_by(between, rank) == ()
         plan = next_plan(between, roster(members), filled=True, generation=2, redundancy=redundancy)
-        assert not plan.arriving
+        assert not plan.incoming
         assert len(computed_by(plan, rank)) >= MICRO_BATCHES // 3
         assert plan.owned_places(rank)
     for rank in (2, 1):
         members = members - {rank}
         plan = next_plan(plan, roster(members), filled=True, generation=3, redundancy=redundancy)
-        assert not plan.arriving
+        assert not plan.incoming
         assert set(plan.stage_replicas.ranks) == members
 
 
@@ -126,7 +126,7 @@ def test_who_is_given_a_block_follows_its_updates() -> None:
         followed = shadowed_blocks(between, rank)
         sizes = {b.key: b.stop - b.start for b in followed}
         lasting = held_blocks(between, [rank])[rank] - set(between.owned_places(rank))
-        assert sizes.keys() == lasting | arriving_blocks(between, [rank])[rank]
+        assert sizes.keys() == lasting | incoming_blocks(between, [rank])[rank]
         for owner in between.stage_replicas.ranks:
             sent = sum(r.stop - r.start for r in shadow_spans(between, owner).get(rank, ()))
             assert sent == sum(b.stop - b.start for b in followed if b.owner == owner)
@@ -173,7 +173,7 @@ def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
             assert "fewer than parallel.tensor" in str(error)  # noqa: PT017  (one cause is allowed)
             return
         alive = staying
-        if not plan.arriving:
+        if not plan.incoming:
             check(plan, alive)
         assert set(plan.stage_replicas.ranks) == alive
         first = first_plan("1f1b", 1, *mesh)
@@ -181,15 +181,15 @@ def test_any_sequence_of_losses_and_arrivals_ends_in_a_plan_without_arrivals(
         held, needed = held_blocks(plan, alive), held_blocks(plan, alive)
         check_moves(plan, kept, needed)
         check_moves(
-            plan, held, {r: keys | held[r] for r, keys in arriving_blocks(plan, alive).items()}
+            plan, held, {r: keys | held[r] for r, keys in incoming_blocks(plan, alive).items()}
         )
-        filled = not plan.arriving or rng.random() < 0.6
+        filled = not plan.incoming or rng.random() < 0.6
     for _ in range(2):  # the second where layers move too
-        if plan.arriving:
+        if plan.incoming:
             held = state_of(plan, alive, filled=True)
             plan = next_plan(plan, roster(alive), filled=True, generation=99, redundancy=1)
-            if not plan.arriving:
+            if not plan.incoming:
                 needed = held_blocks(plan, alive)
                 assert all(keys <= held[rank] for rank, keys in needed.items())
-    assert not plan.arriving
+    assert not plan.incoming
     check(plan, alive)

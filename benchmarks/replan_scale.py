@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.parallel.plan.admission import next_plan
-from holdfast.parallel.plan.block_transfers import held_blocks, plan_parcels
+from holdfast.parallel.plan.block_transfers import held_blocks, plan_block_transfers
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.trainer.config import RunConfig
@@ -117,9 +117,9 @@ def main() -> None:
         needed = held_blocks(after, after.stage_replicas.ranks)
         survivors = {rank: keys for rank, keys in held.items() if rank not in lost}
         nodes = {rank: f"node{rank // NODE}" for rank in plan.stage_replicas.ranks}
-        parcels = plan_parcels(plan, survivors, needed, nodes)
-        parcels_s = time.perf_counter() - began
-        moved = sum(size for parcel in parcels for size in parcel.sizes)
+        block_transfers = plan_block_transfers(plan, survivors, needed, nodes)
+        transfers_s = time.perf_counter() - began
+        moved = sum(size for transfer in block_transfers for size in transfer.sizes)
         bound = least_elements(plan, lost)
         rows.append(
             {
@@ -128,7 +128,7 @@ def main() -> None:
                 "replan_spread_s": [min(times), max(times)],
                 "join_s": statistics.median(joined),
                 "join_spread_s": [min(joined), max(joined)],
-                "parcels_s": parcels_s,
+                "transfers_s": transfers_s,
                 "moved_elements": moved,
                 "lower_bound_elements": bound,
             }
@@ -147,7 +147,7 @@ def main() -> None:
             row["lost"],
             _spread(row["replan_s"], row["replan_spread_s"]),
             _spread(row["join_s"], row["join_spread_s"]),
-            f"{row['parcels_s']:.2f} s",
+            f"{row['transfers_s']:.2f} s",
             f"{row['moved_elements'] / row['lower_bound_elements']:.3f}",
         )
     Console().print(table)

@@ -19,25 +19,25 @@ import torch
 from holdfast.parallel.comm import Communicator, Handle, OperationRing
 from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
 from holdfast.parallel.optimizer.state_transfer import BlockState, pack, unpack
-from holdfast.parallel.plan import BlockKey, Parcel
+from holdfast.parallel.plan import BlockKey, BlockTransfer
 
 _BACKGROUND_TAG = 7 << 26
 _WINDOW = 2
-"""Parcels that a rank has on their way at once."""
+"""Block transfers that a rank has on their way at once."""
 _PAUSE = -1
 """In place of a checksum: no more of this stream before the vote."""
 
 
-def in_turn(parcels: Sequence[Parcel]) -> list[Parcel]:
-    """The same parcels, those of all pairs of ranks by turns, so that nobody waits for long. Pure."""
+def in_turn(block_transfers: Sequence[BlockTransfer]) -> list[BlockTransfer]:
+    """The same transfers, those of all pairs of ranks by turns, so that nobody waits for long. Pure."""
     before: Counter[tuple[int, int]] = Counter()
     places = []
-    for parcel in parcels:
-        pair = parcel.source, parcel.target
+    for transfer in block_transfers:
+        pair = transfer.source, transfer.target
         places.append(before[pair])
         before[pair] += 1
-    order = sorted(range(len(parcels)), key=lambda n: (places[n], n))
-    return [parcels[n] for n in order]
+    order = sorted(range(len(block_transfers)), key=lambda n: (places[n], n))
+    return [block_transfers[n] for n in order]
 
 
 class BackgroundTransfer:
@@ -48,7 +48,7 @@ class BackgroundTransfer:
 
     def __init__(
         self,
-        parcels: Sequence[Parcel],
+        block_transfers: Sequence[BlockTransfer],
         rank: int,
         comm: Communicator,
         read: Callable[[BlockKey], BlockState],
@@ -60,7 +60,7 @@ class BackgroundTransfer:
         """Local.
 
         Args:
-            parcels: of all ranks, equal on all; every rank goes through its own in the order of `in_turn`, so
+            block_transfers: of all ranks, equal on all; every rank goes through its own in the order of `in_turn`, so
                 that none waits in a circle.
             comm: carries CPU tensors; used by nothing else.
             read: a held block's state.
@@ -69,7 +69,7 @@ class BackgroundTransfer:
         self._rank, self._comm, self._ring = rank, comm, ring
         self._read, self._write, self._dtype = read, write, dtype
         self._left = [
-            (n, p) for n, p in enumerate(in_turn(parcels)) if rank in (p.source, p.target)
+            (n, p) for n, p in enumerate(in_turn(block_transfers)) if rank in (p.source, p.target)
         ]
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -124,14 +124,14 @@ class BackgroundTransfer:
             self._error = error
 
     def _go_on(self, begun: Callable[[], None]) -> None:
-        """Send and receive until all is done, or paused: at least one parcel of every pair of ranks."""
+        """Send and receive until all is done, or paused: at least one transfer of every pair of ranks."""
         done: set[int] = set()
         advanced: set[int] = set()
         paused: set[int] = set()
         sent: deque[list[Handle]] = deque()
-        for number, parcel in self._left:
-            sends = parcel.source == self._rank
-            peer = parcel.target if sends else parcel.source
+        for number, transfer in self._left:
+            sends = transfer.source == self._rank
+            peer = transfer.target if sends else transfer.source
             if peer in paused:
                 continue
             if sends and peer in advanced and self._stopping.is_set():
@@ -140,10 +140,10 @@ class BackgroundTransfer:
                 paused.add(peer)
                 continue
             if sends:
-                sent.append(self._send(number, parcel))
+                sent.append(self._send(number, transfer))
                 if len(sent) > _WINDOW:
                     _wait(sent.popleft())
-            elif not self._receive(number, parcel):
+            elif not self._receive(number, transfer):
                 paused.add(peer)
                 continue
             if not done:
@@ -158,20 +158,20 @@ class BackgroundTransfer:
         content, checksum = pack([self._read(key) for key in parcel.keys])
         tag = _BACKGROUND_TAG + 2 * number
         return [
-            self._comm.send(checksum, parcel.target, tag),
-            self._comm.send(content, parcel.target, tag + 1),
+            self._comm.send(checksum, transfer.target, tag),
+            self._comm.send(content, transfer.target, tag + 1),
         ]
 
     def _receive(self, number: int, parcel: Parcel) -> bool:
         """Whether the parcel came: else its source goes on with it after the vote."""
         tag = _BACKGROUND_TAG + 2 * number
         checksum = torch.empty(1, dtype=torch.int64)
-        self._comm.receive(checksum, parcel.source, tag).wait()
+        self._comm.receive(checksum, transfer.source, tag).wait()
         if int(checksum) == _PAUSE:
             return False
-        content = torch.empty(len(STATE_KINDS) * sum(parcel.sizes), dtype=self._dtype)
-        self._comm.receive(content, parcel.source, tag + 1).wait()
-        for key, state in unpack(parcel, content, int(checksum)):
+        content = torch.empty(len(STATE_KINDS) * sum(transfer.sizes), dtype=self._dtype)
+        self._comm.receive(content, transfer.source, tag + 1).wait()
+        for key, state in unpack(transfer, content, int(checksum)):
             self._write(key, state)
         return True
 

@@ -1,4 +1,4 @@
-"""Live optimizer state from rank to rank, by the parcels of parcels.py.
+"""Live optimizer state from rank to rank, by block transfers.
 
 Each message carries its CRC-32C, so that nothing is taken in that is
 not what its source holds. Exact-mode safe.
@@ -15,7 +15,7 @@ from holdfast import _native
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
-from holdfast.parallel.plan import BlockKey, Parcel
+from holdfast.parallel.plan import BlockKey, BlockTransfer
 
 _MOVE_TAG = 5 << 26
 _WINDOW = 4
@@ -26,7 +26,7 @@ BlockState = Mapping[str, Tensor]
 
 
 def move_blocks(
-    parcels: Sequence[Parcel],
+    block_transfers: Sequence[BlockTransfer],
     rank: int,
     comm: Communicator,
     read: Callable[[BlockKey], BlockState],
@@ -34,9 +34,9 @@ def move_blocks(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Send and receive this rank's parcels. Collective over their sources and targets.
+    """Send and receive this rank's transfers. Collective over their sources and targets.
 
-    Every rank goes through its parcels in the order of the list, so that none waits in a circle.
+    Every rank goes through its transfers in the order of the list, so that none waits in a circle.
 
     Args:
         comm: carries CPU tensors.
@@ -45,63 +45,67 @@ def move_blocks(
     Raises:
         PeerLost: a peer is gone, or what it sent arrived damaged.
     """
-    mine = [(n, p) for n, p in enumerate(parcels) if rank in (p.source, p.target)]
-    under_way: list[tuple[Parcel, Tensor, Tensor, list[Handle]]] = []
+    mine = [(n, p) for n, p in enumerate(block_transfers) if rank in (p.source, p.target)]
+    under_way: list[tuple[BlockTransfer, Tensor, Tensor, list[Handle]]] = []
 
     def finish() -> None:
-        parcel, content, checksum, handles = under_way.pop(0)
+        transfer, content, checksum, handles = under_way.pop(0)
         for handle in handles:
             handle.wait()
-        if parcel.target != rank:
+        if transfer.target != rank:
             return
-        for key, state in unpack(parcel, content, int(checksum)):
+        for key, state in unpack(transfer, content, int(checksum)):
             write(key, state)
 
-    for number, parcel in mine:
+    for number, transfer in mine:
         tag = _MOVE_TAG + 2 * number
         if len(under_way) >= _WINDOW:
             finish()
-        if parcel.source == rank:
-            content, checksum = pack([read(key) for key in parcel.keys])
+        if transfer.source == rank:
+            content, checksum = pack([read(key) for key in transfer.keys])
             handles = [
-                comm.send(checksum, parcel.target, tag),
-                comm.send(content, parcel.target, tag + 1),
+                comm.send(checksum, transfer.target, tag),
+                comm.send(content, transfer.target, tag + 1),
             ]
         else:
-            content = torch.empty(len(STATE_KINDS) * sum(parcel.sizes), dtype=dtype)
+            content = torch.empty(len(STATE_KINDS) * sum(transfer.sizes), dtype=dtype)
             checksum = torch.empty(1, dtype=torch.int64)
             handles = [
-                comm.receive(checksum, parcel.source, tag),
-                comm.receive(content, parcel.source, tag + 1),
+                comm.receive(checksum, transfer.source, tag),
+                comm.receive(content, transfer.source, tag + 1),
             ]
-        under_way.append((parcel, content, checksum, handles))
+        under_way.append((transfer, content, checksum, handles))
     while under_way:
         finish()
 
 
-def carried_bytes(parcels: Sequence[Parcel], dtype: torch.dtype) -> int:
-    """What all of some parcels carry. Pure."""
-    return len(STATE_KINDS) * dtype.itemsize * sum(sum(parcel.sizes) for parcel in parcels)
+def carried_bytes(block_transfers: Sequence[BlockTransfer], dtype: torch.dtype) -> int:
+    """What all of some transfers carry. Pure."""
+    return (
+        len(STATE_KINDS) * dtype.itemsize * sum(sum(transfer.sizes) for transfer in block_transfers)
+    )
 
 
 def pack(states: Sequence[BlockState]) -> tuple[Tensor, Tensor]:
-    """What a parcel carries: the blocks' state, flat, on the CPU; and its checksum, int64[1]."""
+    """What a transfer carries: the blocks' state, flat, on the CPU; and its checksum, int64[1]."""
     content = torch.cat([state[kind].reshape(-1).cpu() for state in states for kind in STATE_KINDS])
     return content, torch.tensor([_checksum(content)], dtype=torch.int64)
 
 
-def unpack(parcel: Parcel, content: Tensor, checksum: int) -> Iterator[tuple[BlockKey, BlockState]]:
-    """The blocks of a parcel that has arrived.
+def unpack(
+    transfer: BlockTransfer, content: Tensor, checksum: int
+) -> Iterator[tuple[BlockKey, BlockState]]:
+    """The blocks of a transfer that has arrived.
 
     Raises:
         PeerLost: it arrived damaged.
     """
     if _checksum(content) != checksum:
         raise PeerLost(
-            f"optimizer state from rank {parcel.source} arrived damaged: its checksum does not match"
+            f"optimizer state from rank {transfer.source} arrived damaged: its checksum does not match"
         )
     kinds, start = len(STATE_KINDS), 0
-    for key, size in zip(parcel.keys, parcel.sizes, strict=True):
+    for key, size in zip(transfer.keys, transfer.sizes, strict=True):
         parts = content[start : start + kinds * size].view(kinds, size)
         yield key, dict(zip(STATE_KINDS, parts, strict=True))
         start += kinds * size

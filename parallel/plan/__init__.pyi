@@ -4,11 +4,11 @@ from .admission import (
 )
 from .block_transfers import (
     BlockKey as BlockKey,
-    Parcel as Parcel,
+    BlockTransfer as BlockTransfer,
     held_blocks as held_blocks,
     incoming_blocks as incoming_blocks,
     missing_blocks as missing_blocks,
-    plan_parcels as plan_parcels,
+    plan_block_transfers as plan_block_transfers,
 )
 from .cost import (
     RankMemory as RankMemory,

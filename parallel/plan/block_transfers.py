@@ -18,7 +18,7 @@ Holdings = Mapping[int, Collection[BlockKey]]
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class BlockTransfer:
     """Blocks that travel from one rank to another in one message."""
 
     source: int
@@ -61,9 +61,9 @@ def missing_blocks(plan: Plan, held: Holdings) -> list[BlockKey]:
     ]
 
 
-def plan_parcels(
+def plan_block_transfers(
     plan: Plan, held: Holdings, needed: Holdings, node_of: Mapping[int, str]
-) -> list[Parcel]:
+) -> list[BlockTransfer]:
     """The messages that give every rank the blocks it needs. Pure; equal on every rank.
 
     Args:
@@ -94,9 +94,9 @@ def plan_parcels(
         pair = _rank(move.source), _rank(move.target)
         pairs.setdefault(pair, []).append((int(index), int(place)))
     return [
-        parcel
+        transfer
         for (source, target), keys in pairs.items()
-        for parcel in _cut(plan, source, target, keys)
+        for transfer in _cut(plan, source, target, keys)
     ]
 
 
@@ -109,14 +109,14 @@ def _name(key: BlockKey) -> str:
     return f"{key[0]}/{key[1]}"
 
 
-def _cut(plan: Plan, source: int, target: int, keys: Sequence[BlockKey]) -> Iterable[Parcel]:
+def _cut(plan: Plan, source: int, target: int, keys: Sequence[BlockKey]) -> Iterable[BlockTransfer]:
     """Messages of a bounded size, and of one block at least."""
     batch: list[tuple[BlockKey, int]] = []
     for key in keys:
         size = plan.blocks[key[0]][key[1]].elements
         if batch and sum(s for _, s in batch) + size > _MESSAGE_ELEMENTS:
-            yield Parcel(source, target, *zip(*batch, strict=True))
+            yield BlockTransfer(source, target, *zip(*batch, strict=True))
             batch = []
         batch.append((key, size))
     if batch:
-        yield Parcel(source, target, *zip(*batch, strict=True))
+        yield BlockTransfer(source, target, *zip(*batch, strict=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast import _native
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer import STATE_KINDS, move_blocks
-from holdfast.parallel.plan import BlockKey, Parcel, Plan, block_box
+from holdfast.parallel.plan import BlockKey, BlockTransfer, Plan, block_box
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.step import Training
 
@@ -112,11 +112,11 @@ def repair(training: Training, found: Sequence[Corruption], everybody: Communica
     Only for corruption that spares training: what was computed from a wrong value stays wrong.
     """
     plan, states = training.plan, BlockStates(training)
-    parcels = [
-        Parcel(c.good, rank, (c.key,), (plan.blocks[c.key[0]][c.key[1]].elements,))
+    block_transfers = [
+        BlockTransfer(c.good, rank, (c.key,), (plan.blocks[c.key[0]][c.key[1]].elements,))
         for c in found
         if c.good is not None
         for rank in c.suspects
     ]
     dtype = training.optimizer.gradients.dtype
-    move_blocks(parcels, training.rank, everybody, states.read, states.write, dtype=dtype)
+    move_blocks(block_transfers, training.rank, everybody, states.read, states.write, dtype=dtype)

@@ -57,16 +57,16 @@ def training_from_holders(
     wanted = needed.get(rank, set()) | coming.get(rank, set())
     for key in wanted & held.get(rank, set()):
         target.write(key, source.read(key))
-    parcels = plan_parcels(plan, held, needed, node_of)
+    block_transfers = plan_block_transfers(plan, held, needed, node_of)
     dtype = STATE_DTYPES[config.train.precision]
-    move_blocks(parcels, rank, everybody, source.read, target.write, dtype=dtype)
-    moved = carried_bytes(parcels, dtype)
+    move_blocks(block_transfers, rank, everybody, source.read, target.write, dtype=dtype)
+    moved = carried_bytes(block_transfers, dtype)
     if training is None:
         return None, moved
     if following.incoming:
         lacking = {r: keys - held.get(r, set()) for r, keys in coming.items()}
         training.background_transfer = BackgroundTransfer(
-            plan_parcels(following, needed, lacking, node_of),
+            plan_block_transfers(following, needed, lacking, node_of),
             rank,
             beside,
             target.read,
@@ -100,10 +100,10 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
     held = {rank: set(plan.owned_places(rank)) for rank in ranks}
     training.shadows.restore(training.optimizer.step)
     states = BlockStates(training)
-    parcels = plan_parcels(plan, held, held_blocks(plan, ranks), node_of)
+    block_transfers = plan_block_transfers(plan, held, held_blocks(plan, ranks), node_of)
     dtype = STATE_DTYPES[training.config.train.precision]
-    move_blocks(parcels, training.rank, everybody, states.read, states.write, dtype=dtype)
-    return carried_bytes(parcels, dtype)
+    move_blocks(block_transfers, training.rank, everybody, states.read, states.write, dtype=dtype)
+    return carried_bytes(block_transfers, dtype)
 
 
 def _must_gather(agreed: Agreed, plan: Plan, following: Plan) -> bool:

@@ -16,7 +16,7 @@ from holdfast.parallel.plan import (
     Plan,
     Roster,
     held_blocks,
-    plan_parcels,
+    plan_block_transfers,
     replan,
     with_shadows,
 )
@@ -188,7 +188,9 @@ def _loss(
     wanted: set[BlockKey] = set().union(*needed.values())
     reachable = {rank: known.intersection(keys) for rank, keys in needed.items()}
     moved = sum(
-        size for parcel in plan_parcels(plan, held, reachable, node_of) for size in parcel.sizes
+        size
+        for transfer in plan_block_transfers(plan, held, reachable, node_of)
+        for size in transfer.sizes
     )
     return LossReport(
         lost=tuple(sorted(lost)),

@@ -13,23 +13,23 @@ from torch import Tensor
 from holdfast.parallel.comm.gloo import GlooCommunicator, gloo_device
 from holdfast.parallel.optimizer.background_transfer import BackgroundTransfer, in_turn
 from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
-from holdfast.parallel.plan.block_transfers import BlockKey, Parcel
+from holdfast.parallel.plan.block_transfers import BlockKey, BlockTransfer
 from support.processes.cluster import Cluster
 
 SOURCES, TARGETS = (0, 1), (2, 3)
-PARCELS, SIZE = 5, 300
+TRANSFERS, SIZE = 5, 300
 STEPS = 20
 
 
-def parcels() -> list[Parcel]:
-    """Each source gives each target blocks of its own, two to a parcel."""
+def block_transfers() -> list[BlockTransfer]:
+    """Each source gives each target blocks of its own, two to a transfer."""
     found = []
     for source in SOURCES:
         for target in TARGETS:
             first = 100 * source + 10 * target
-            for number in range(PARCELS):
+            for number in range(TRANSFERS):
                 keys = ((source, first + 2 * number), (source, first + 2 * number + 1))
-                found.append(Parcel(source, target, keys, (SIZE, SIZE + 1)))
+                found.append(BlockTransfer(source, target, keys, (SIZE, SIZE + 1)))
     return found
 
 
@@ -46,8 +46,8 @@ def transfer_beside_steps(
     world = range(world_size)
     comm = GlooCommunicator(store, "steps", world, rank, device=device, timeout_s=30.0)
     beside = GlooCommunicator.over(comm.mesh, "beside", world)
-    sizes = {k: s for p in parcels() for k, s in zip(p.keys, p.sizes, strict=True)}
-    mine = {k for p in parcels() if rank in (p.source, p.target) for k in p.keys}
+    sizes = {k: s for p in block_transfers() for k, s in zip(p.keys, p.sizes, strict=True)}
+    mine = {k for p in block_transfers() if rank in (p.source, p.target) for k in p.keys}
     true = {key: first_state(key, sizes[key]) for key in mine}
     state = {
         key: {kind: v.clone() if rank in SOURCES else torch.zeros_like(v) for kind, v in s.items()}
@@ -96,7 +96,9 @@ def test_blocks_follow_their_source_from_whatever_step_they_come_in(
     )
     assert all(equal for _, equal in results)
     assert len({needed for needed, _ in results}) == 1
-    assert 1 <= results[0][0] <= PARCELS  # one parcel of every pair at least comes in every step
+    assert (
+        1 <= results[0][0] <= TRANSFERS
+    )  # one transfer of every pair at least comes in every step
 
 
 @pytest.mark.mp
@@ -109,7 +111,7 @@ def test_a_run_that_is_repeated_is_told_when_all_is_there(cluster: Cluster, requ
 
 
 def test_nobody_waits_while_one_target_gets_all() -> None:
-    order = in_turn(parcels())
+    order = in_turn(block_transfers())
     pairs = [(p.source, p.target) for p in order]
-    assert pairs == pairs[:4] * PARCELS
-    assert sorted(order, key=str) == sorted(parcels(), key=str)
+    assert pairs == pairs[:4] * TRANSFERS
+    assert sorted(order, key=str) == sorted(block_transfers(), key=str)

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from holdfast.parallel.errors import ConfigError, LayoutError
 from holdfast.parallel.layout.stage_replicas import StageReplicas
 from holdfast.parallel.optimizer.shadow_state import shadow_spans, shadowed_blocks
-from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_parcels
+from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_block_transfers
 from holdfast.parallel.plan.cost import peak_activation_bytes
 from holdfast.parallel.plan.replan import (
     Roster,
@@ -210,7 +210,7 @@ def test_what_nobody_holds_is_named() -> None:
     missing = missing_blocks(plan, held)
     assert missing
     with pytest.raises(LayoutError, match="no source holds"):
-        plan_parcels(plan, held, {1: {missing[0]}}, NODES)
+        plan_block_transfers(plan, held, {1: {missing[0]}}, NODES)
 
 
 def test_shadows_lie_outside_the_groups_of_their_owner() -> None:

@@ -6,7 +6,7 @@ from functools import cache
 
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.layout.mesh import Mesh
-from holdfast.parallel.plan.block_transfers import plan_parcels
+from holdfast.parallel.plan.block_transfers import plan_block_transfers
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.parallel.schedules.registry import check_programs
@@ -71,11 +71,11 @@ def check(plan: Plan, ranks: set[int]) -> None:
 
 def check_moves(plan: Plan, held: dict, needed: dict) -> None:
     """Everybody gets what it lacks, once, from somebody who has it."""
-    parcels = plan_parcels(plan, held, needed, NODES)
+    block_transfers = plan_block_transfers(plan, held, needed, NODES)
     brought: dict[int, list] = {}
-    for parcel in parcels:
-        assert set(parcel.keys) <= held[parcel.source]
-        brought.setdefault(parcel.target, []).extend(parcel.keys)
+    for transfer in block_transfers:
+        assert set(transfer.keys) <= held[transfer.source]
+        brought.setdefault(transfer.target, []).extend(transfer.keys)
     for rank, keys in needed.items():
         got = brought.get(rank, [])
         assert len(got) == len(set(got))

@@ -154,16 +154,16 @@ class BackgroundTransfer:
             _wait(handles)
         self._left = [(n, p) for n, p in self._left if n not in done]
 
-    def _send(self, number: int, parcel: Parcel) -> list[Handle]:
-        content, checksum = pack([self._read(key) for key in parcel.keys])
+    def _send(self, number: int, transfer: BlockTransfer) -> list[Handle]:
+        content, checksum = pack([self._read(key) for key in transfer.keys])
         tag = _BACKGROUND_TAG + 2 * number
         return [
             self._comm.send(checksum, transfer.target, tag),
             self._comm.send(content, transfer.target, tag + 1),
         ]
 
-    def _receive(self, number: int, parcel: Parcel) -> bool:
-        """Whether the parcel came: else its source goes on with it after the vote."""
+    def _receive(self, number: int, transfer: BlockTransfer) -> bool:
+        """Whether the transfer came: else its source goes on with it after the vote."""
         tag = _BACKGROUND_TAG + 2 * number
         checksum = torch.empty(1, dtype=torch.int64)
         self._comm.receive(checksum, transfer.source, tag).wait()

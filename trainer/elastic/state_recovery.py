@@ -11,7 +11,13 @@ import torch
 
 from holdfast.parallel.comm import Communicator, Groups
 from holdfast.parallel.optimizer import BackgroundTransfer, carried_bytes, move_blocks
-from holdfast.parallel.plan import Plan, incoming_blocks, held_blocks, plan_block_transfers, state_of
+from holdfast.parallel.plan import (
+    Plan,
+    held_blocks,
+    incoming_blocks,
+    plan_block_transfers,
+    state_of,
+)
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.elastic.worker_status import Agreed

@@ -59,7 +59,7 @@ def transfer_beside_steps(
             state[key][kind].copy_(found[kind])
 
     transfer = BackgroundTransfer(
-        parcels(),
+        block_transfers(),
         rank,
         beside,
         state.__getitem__,

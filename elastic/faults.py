@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from holdfast.elastic.node_faults import OutageError, fill_disk
+from holdfast.elastic.node_faults import FaultError, fill_disk
 from holdfast.parallel.errors import ConfigError
 
 logger = logging.getLogger("holdfast.elastic")
@@ -84,7 +84,7 @@ def _is_due(fault: Fault, step: int) -> bool:
     return fault.step == step or (fault.phase == "fill" and fault.step < step)
 
 
-class Chaos:
+class FaultInjector:
     """The faults of one worker."""
 
     def __init__(
@@ -167,5 +167,5 @@ class Chaos:
             case "fill-disk":
                 try:
                     fill_disk(self._disk, fault.seconds)
-                except OutageError as error:
+                except FaultError as error:
                     logger.error("no fault: %s", error)

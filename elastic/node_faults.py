@@ -15,7 +15,7 @@ _RULE = ("priority", "1", "blackhole")
 _SMALLEST_BYTES = 4096
 
 
-class OutageError(HoldfastError):
+class FaultError(HoldfastError):
     """A fault could not be caused."""
 
 
@@ -25,7 +25,7 @@ def cut_network(seconds: float) -> None:
     A process of its own undoes it, whatever becomes of the caller.
 
     Raises:
-        OutageError: without iproute2, or without the right to change the network.
+        FaultError: without iproute2, or without the right to change the network.
     """
     undo = "; ".join(f"ip {family} rule del {' '.join(_RULE)}" for family in ("-4", "-6"))
     for family in ("-4", "-6"):
@@ -37,7 +37,7 @@ def cut_network(seconds: float) -> None:
             if family == "-6":
                 break  # a machine without IPv6
             reason = (getattr(error, "stderr", "") or str(error)).strip()
-            raise OutageError(
+            raise FaultError(
                 f"the network cannot be cut off: {reason}; it takes root (CAP_NET_ADMIN) and iproute2"
             ) from error
     subprocess.Popen(
@@ -53,13 +53,13 @@ def fill_disk(folder: Path, seconds: float) -> None:
     """Take all room of a folder's file system; given back after `seconds`, or when this process ends.
 
     Raises:
-        OutageError: nothing can be written there anyway.
+        FaultError: nothing can be written there anyway.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (held until the timer closes it)
     except OSError as error:
-        raise OutageError(f"{folder} cannot be filled: {error.strerror}") from error
+        raise FaultError(f"{folder} cannot be filled: {error.strerror}") from error
     found = os.statvfs(folder)
     taken, piece = 0, found.f_bfree * found.f_frsize
     while piece >= _SMALLEST_BYTES:

@@ -24,7 +24,7 @@ from holdfast.elastic.generation import Identity, format_identities, parse_ident
 from holdfast.elastic.hang import HangJudge
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
 from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
-from holdfast.elastic.node_faults import OutageError, cut_network
+from holdfast.elastic.node_faults import FaultError, cut_network
 from holdfast.elastic.quorum_client import vote_on_behalf_of
 from holdfast.elastic.store import host_store
 from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
@@ -338,7 +338,7 @@ class Agent:
         elif message["kind"] == "cut":
             try:
                 cut_network(message["seconds"])
-            except OutageError as error:
+            except FaultError as error:
                 logger.error("no fault: %s", error)
 
     def _hang_up(self, slot: WorkerSlot) -> None:

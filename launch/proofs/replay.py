@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from holdfast.elastic.journal import Journal, journal_of
+from holdfast.elastic.history import MembershipHistory, history_of
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent import AgentSettings
 from holdfast.launch.launchers import (
@@ -46,8 +46,8 @@ class Replay:
         return self.first_difference is None and self.different_plan is None
 
 
-def read_journal(run: RunDirectory) -> Journal:
-    """The journal of a run's newest start.
+def read_history(run: RunDirectory) -> MembershipHistory:
+    """The history of a run's newest start.
 
     Raises:
         ConfigError: there is none.
@@ -55,7 +55,7 @@ def read_journal(run: RunDirectory) -> Journal:
     if not run.events.exists():
         raise ConfigError(f"{run.root} has no events.jsonl; name the folder of a run")
     lines = run.events.read_text().splitlines()
-    return journal_of([json.loads(line) for line in lines])
+    return history_of([json.loads(line) for line in lines])
 
 
 def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
@@ -68,37 +68,37 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
     Raises:
         ConfigError: nothing to repeat, or the checkpoint that the run began from is gone.
     """
-    journal = read_journal(source)
-    last = last_step(source.metrics) if journal.last_step is None else journal.last_step
-    config = _config(load_config(source.config, []), journal, last, out)
+    history = read_history(source)
+    last = last_step(source.metrics) if history.last_step is None else history.last_step
+    config = _config(load_config(source.config, []), history, last, out)
     begin = "none"
-    if journal.first_step:
+    if history.first_step:
         found = checkpoint_root(source.root, load_config(source.config, []))
-        begin = str(found / f"step-{journal.first_step:08d}")
+        begin = str(found / f"step-{history.first_step:08d}")
         if not Path(begin).is_dir():
             raise ConfigError(
                 f"the run began from {begin}, which is gone; there is nothing to begin from"
             )
     with lock_run(out):
         run = open_run(out, config, begin, allow_change=True)
-        run.journal.write_bytes(msgspec.json.encode(asdict(journal)))
+        run.journal.write_bytes(msgspec.json.encode(asdict(history)))
         log_agents(run.agent_log)
-        nodes = _nodes(config, run, journal)
+        nodes = _nodes(config, run, history)
         display = start_display(config, run)
         try:
             with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
                 code = run_nodes(nodes, worker_main(config, run), Path(folder))
         finally:
             display.close()
-    code = explained(code, run, (rank for ranks in journal.nodes.values() for rank in ranks))
+    code = explained(code, run, (rank for ranks in history.nodes.values() for rank in ranks))
     # A run that stops before its last step says so with exit code 3.
     if last_step(run.metrics) < last:
         return code or 1, None
-    return 0, _compare(source, run, journal)
+    return 0, _compare(source, run, history)
 
 
-def _config(config: RunConfig, journal: Journal, last: int, out: Path) -> RunConfig:
-    faults = [msgspec.convert(asdict(fault), ChaosConfig) for fault in journal.faults]
+def _config(config: RunConfig, history: MembershipHistory, last: int, out: Path) -> RunConfig:
+    faults = [msgspec.convert(asdict(fault), ChaosConfig) for fault in history.faults]
     stop_after = last if last < config.train.steps else 0
     changes = msgspec.structs.replace
     return changes(
@@ -109,19 +109,19 @@ def _config(config: RunConfig, journal: Journal, last: int, out: Path) -> RunCon
     )
 
 
-def _nodes(config: RunConfig, run: RunDirectory, journal: Journal) -> list[AgentSettings]:
+def _nodes(config: RunConfig, run: RunDirectory, history: MembershipHistory) -> list[AgentSettings]:
     """An agent for each node that the run has had; another for those of its ranks that joined later."""
     token = uuid.uuid4().hex
     founders = config.parallel.ranks
 
     def may_start(spec: WorkerSpec) -> bool:
-        committed = max(last_step(run.metrics), journal.first_step)
-        return journal.may_start(
+        committed = max(last_step(run.metrics), history.first_step)
+        return history.may_start(
             spec.rank, spec.incarnation, committed, founder=spec.rank < founders
         )
 
     found = []
-    for name, ranks in journal.nodes.items():
+    for name, ranks in history.nodes.items():
         for founder in (True, False):
             mine = tuple(rank for rank in ranks if (rank < founders) == founder)
             if mine:
@@ -130,12 +130,12 @@ def _nodes(config: RunConfig, run: RunDirectory, journal: Journal) -> list[Agent
     return found
 
 
-def _compare(source: RunDirectory, run: RunDirectory, journal: Journal) -> Replay:
+def _compare(source: RunDirectory, run: RunDirectory, history: MembershipHistory) -> Replay:
     first, again = bits_of(source.metrics), bits_of(run.metrics)
-    last = journal.last_step or max(first, default=0)
-    steps = [step for step in sorted(first) if journal.first_step < step <= last]
-    plans = [_shape(change.plan) for change in journal.changes]
-    repeated = [_shape(change.plan) for change in read_journal(run).changes][: len(plans)]
+    last = history.last_step or max(first, default=0)
+    steps = [step for step in sorted(first) if history.first_step < step <= last]
+    plans = [_shape(change.plan) for change in history.changes]
+    repeated = [_shape(change.plan) for change in read_history(run).changes][: len(plans)]
     repeated += [None] * (len(plans) - len(repeated))
     return Replay(
         steps=len(steps),

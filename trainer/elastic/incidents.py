@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
-from holdfast.elastic.journal import CHANGES
+from holdfast.elastic.history import CHANGES
 from holdfast.elastic.membership_events import MembershipEvent, event_to_data
 from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import Change
@@ -46,14 +46,14 @@ def record_of(
     digest: str,
 ) -> ChangeRecord:
     """What there is to write of a change, before the next step changes it. Local."""
-    replayed = urgent and change.agreed.complete
+    replayed = urgent and change.recovery.complete
     return ChangeRecord(
         change=change,
         told=tuple(told),
         plan=training.plan,
         step=training.progress.decided,
         urgent=urgent,
-        recomputed=len(training.to_compute(change.agreed.steps)) if replayed else 0,
+        recomputed=len(training.to_compute(change.recovery.steps)) if replayed else 0,
         digest=digest,
     )
 
@@ -93,8 +93,8 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
     events = change_events(change.before, change.after, record.told)
     lost = [event.fields for event in events if event.name == "rank_lost"]
     first = change.before is None
-    steps = change.agreed.steps
-    replayed = int(urgent and change.agreed.complete)
+    steps = change.recovery.steps
+    replayed = int(urgent and change.recovery.complete)
     rolled_back = 0 if change.from_checkpoint is None or first else steps - change.from_checkpoint
     fields: dict[str, Any] = {
         "generation": change.after.number,
@@ -113,7 +113,7 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
         "move_s": change.move_s,
         "total_s": change.total_s,
         "moved_bytes": change.moved_bytes,
-        "filled": change.agreed.filled,
+        "filled": change.recovery.filled,
         "waiting": sorted(_given(record.plan)),
         "placed": sorted(_given(change.plan_before) & _placed(record.plan)),
         "from_checkpoint": change.from_checkpoint,
@@ -138,7 +138,7 @@ def _write_incident(
     digest: str,
 ) -> None:
     """One file with all that is known; it appears whole."""
-    agreed = change.agreed
+    recovery = change.recovery
     record = {
         "time": time.time(),
         **fields,
@@ -147,12 +147,12 @@ def _write_incident(
         "before": _members(change.before),
         "after": _members(change.after),
         "agreed": {
-            "installed": agreed.installed,
-            "holders": agreed.holders,
-            "steps": agreed.steps,
-            "updates": agreed.updates,
-            "complete": agreed.complete,
-            "outcome": None if agreed.outcome is None else asdict(agreed.outcome),
+            "installed": recovery.active,
+            "holders": recovery.holders,
+            "steps": recovery.steps,
+            "updates": recovery.updates,
+            "complete": recovery.complete,
+            "outcome": None if recovery.outcome is None else asdict(recovery.outcome),
         },
         "plan_before": plan_to_data(change.plan_before),
         "plan_after": plan,

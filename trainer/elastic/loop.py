@@ -14,9 +14,9 @@ import msgspec
 import torch
 from torch.distributed import Store
 
-from holdfast.elastic.faults import Chaos, Fault, fault_from_data
+from holdfast.elastic.faults import Fault, FaultInjector, fault_from_data
 from holdfast.elastic.generation import Generation
-from holdfast.elastic.journal import Journal
+from holdfast.elastic.history import MembershipHistory
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import PeerLost, Stopped
@@ -60,14 +60,14 @@ class ElasticLoop:
         """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
         """The step from which on a change is wanted though nobody comes or goes: see `_tidy_step`."""
-        self._journal = _journal(run)
+        self._history = _history(run)
         """Of a run whose changes this one repeats."""
         self._changes: list[ChangeRecord] = []
         """Since the last vote: whoever was to write them did so before it voted, or has died."""
         self._elastic = ElasticRun(config, spec, membership, self._load)
         self._elastic.on_disturbed = self._interrupt
         self._elastic.before_change = self._abandon_saves
-        self._chaos = Chaos(
+        self._faults = FaultInjector(
             spec.rank,
             spec.incarnation,
             [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
@@ -131,17 +131,17 @@ class ElasticLoop:
             self._settle(urgent=True)
             return False
         arrived = bool(parts.training.plan.incoming) and not outcome.requests.filling
-        if outcome.requests.change or (arrived and self._journal is None):
+        if outcome.requests.change or (arrived and self._history is None):
             self._elastic.leaving = mine
             self._settle(urgent=False)
         return False
 
     def _wishes(self, step: int) -> tuple[bool, bool]:
         """Whether the ranks are to change after the next step, and whether this one is to leave then."""
-        if self._journal is not None:
-            self._await_joining(self._journal.awaited(step))
-            leaves = self._journal.leaves_after(self._spec.rank, step + 1)
-            return self._journal.changes_after(step + 1), leaves
+        if self._history is not None:
+            self._await_joining(self._history.awaited(step))
+            leaves = self._history.leaves_after(self._spec.rank, step + 1)
+            return self._history.changes_after(step + 1), leaves
         wanted = self._membership.wanted
         if self._parts().training.plan.incoming:
             # Who arrives now waits for those who are on their way: a change would begin that again.
@@ -154,8 +154,8 @@ class ElasticLoop:
         """What arrives beside the steps takes as many of them as in the run that is repeated, if one is."""
         if training.background_transfer is None:
             return
-        if self._journal is not None:
-            training.background_transfer.required = self._journal.filled_after(step + 1)
+        if self._history is not None:
+            training.background_transfer.required = self._history.filled_after(step + 1)
         elif self._spec.rank == training.plan.stage_replicas.ranks[0]:
             training.background_transfer.may_end = self._membership.can_agree
 
@@ -175,7 +175,7 @@ class ElasticLoop:
         assert self._checkpoints is not None
         assert self._reporter is not None
         return Parts(
-            self._elastic.training, self._checkpoints, self._reporter, self._chaos.at, self._clock
+            self._elastic.training, self._checkpoints, self._reporter, self._faults.at, self._clock
         )
 
     def _note_fault(self, fault: Fault) -> None:
@@ -227,12 +227,12 @@ class ElasticLoop:
             raise Stopped("this rank has handed its state over and leaves; the others go on")
         self._tidy_from = self._tidy_step(change, training)
         self._clock = PhaseClock()
-        agreed = change.agreed
+        recovery = change.recovery
         loaded, self._loaded = self._loaded, None
         following = loaded or self._checkpoints_of(training, change.after, self._run)
         following.go_on_from(self._checkpoints if change.from_checkpoint is None else None)
         world = self._world(change.after)
-        outcome = agreed.outcome if change.from_checkpoint is None else None
+        outcome = recovery.outcome if change.from_checkpoint is None else None
         if self._reporter is None:
             # The last step may be missing in the records; then this rank writes it, if it is the lowest.
             first = training.progress.decided - (outcome is not None)
@@ -247,20 +247,20 @@ class ElasticLoop:
             reporter.checkpoints(self._checkpoints.results())
         self._checkpoints = following
         told = self._membership.drain_events()
-        changed = change.before is not None or bool(agreed.holders)
+        changed = change.before is not None or bool(recovery.holders)
         sound = interrupted = False
         self._digest = ""
-        self._chaos.at(training.progress.decided + 1, "change")
+        self._faults.at(training.progress.decided + 1, "change")
         try:
             sound = not changed or self._verify(training, training.progress.decided)
         except PeerLost as error:
             logger.warning("the state after a change was not compared: %s", error)
             self._elastic.disturb(str(error))
             interrupted = True
-        if self._spec.rank in change.witnesses:
+        if self._spec.rank in change.ranks_with_history:
             record = record_of(change, told, training, urgent=urgent, digest=self._digest)
             self._changes.append(record)
-        if self._spec.rank == change.historian:
+        if self._spec.rank == change.recorder:
             write_changes(self._run, self._changes)
         if not sound:
             self._settle(urgent=interrupted)
@@ -268,10 +268,10 @@ class ElasticLoop:
         if outcome is not None:
             # The step that the change interrupted, or that it follows, as all ranks know it.
             if outcome.usable:
-                lr = rate_of(self._config, agreed.steps - 1)
-                reporter.step(agreed.steps - 1, outcome, lr, (), None, None)
-            if agreed.steps > following.committed_step:
-                following.after_step(agreed.steps, outcome)
+                lr = rate_of(self._config, recovery.steps - 1)
+                reporter.step(recovery.steps - 1, outcome, lr, (), None, None)
+            if recovery.steps > following.committed_step:
+                following.after_step(recovery.steps, outcome)
 
     def _tidy_step(self, change: Change, training: Training) -> int | None:
         """When to change again: at once to forget who has left; a little later to balance the stages.
@@ -339,10 +339,10 @@ class ElasticLoop:
         )
 
 
-def _journal(run: RunDirectory) -> Journal | None:
+def _history(run: RunDirectory) -> MembershipHistory | None:
     if not run.journal.exists():
         return None
-    return msgspec.json.decode(run.journal.read_bytes(), type=Journal)
+    return msgspec.json.decode(run.journal.read_bytes(), type=MembershipHistory)
 
 
 def train_elastic_worker(

@@ -49,10 +49,10 @@ from holdfast.parallel.plan import (
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.state_recovery import fill_shadows, training_from_holders
 from holdfast.trainer.elastic.worker_status import (
-    Agreed,
-    Standing,
-    agree_on_state,
-    standing_to_data,
+    RecoveryPlan,
+    WorkerStatus,
+    plan_recovery,
+    status_to_data,
 )
 from holdfast.trainer.step import (
     StepProgress,
@@ -83,7 +83,7 @@ class Change:
 
     before: Generation | None
     after: Generation
-    agreed: Agreed
+    recovery: RecoveryPlan
     from_checkpoint: int | None
     """The step that was loaded, when no live rank held all state."""
     agree_s: float
@@ -96,14 +96,14 @@ class Change:
     """That was in force; the first plan of the configuration where none was."""
 
     @property
-    def witnesses(self) -> Collection[int]:
+    def ranks_with_history(self) -> Collection[int]:
         """The ranks that know what was before."""
-        return self.agreed.holders or self.agreed.staying
+        return self.recovery.holders or self.recovery.staying
 
     @property
-    def historian(self) -> int:
-        """The witness that records it."""
-        return min(self.witnesses)
+    def recorder(self) -> int:
+        """The rank with history that records it."""
+        return min(self.ranks_with_history)
 
 
 class ElasticRun:
@@ -128,7 +128,7 @@ class ElasticRun:
         """Of the plan in force."""
         self._load = load
         self._first_plan = plan_of(config)
-        self._ready: tuple[Generation, Training] | None = None
+        self._prepared: tuple[Generation, Training] | None = None
         self._groups: Groups | None = None
         self._connected: dict[int, Identity] = {}
         """The processes that `_groups` connect."""
@@ -195,32 +195,32 @@ class ElasticRun:
             phase=WITHIN_STEP if urgent else "between steps",
             urgent=urgent,
             leaving=self.leaving,
-            data=standing_to_data(self._standing(urgent=urgent)),
+            data=status_to_data(self._status(urgent=urgent)),
         )
         agree_s = perf_counter() - began
-        agreed = agree_on_state(generation)
-        self._adopt(agreed)
-        self._finish_step(agreed)
+        recovery = plan_recovery(generation)
+        self._activate(recovery)
+        self._finish_step(recovery)
         store = self.membership.store()
-        plan = self._plan_in_force(generation, agreed, store)
-        following = self._next_plan(generation, agreed, plan)
+        plan = self._plan_in_force(generation, recovery, store)
+        following = self._next_plan(generation, recovery, plan)
         clock = perf_counter()
-        groups, everybody, beside = self._connect(generation, agreed, following, store)
+        groups, everybody, beside = self._connect(generation, recovery, following, store)
         edit_s = perf_counter() - clock
         clock = perf_counter()
         training, loaded, moved = self._build(
-            generation, agreed, plan, following, groups, everybody, beside, store
+            generation, recovery, plan, following, groups, everybody, beside, store
         )
         if training is not None:
-            self._ready = (generation, training)
+            self._prepared = (generation, training)
         everybody.barrier()
         self.trusted = True
         before, self.generation = self.generation, generation
-        self.training, self._ready = training, None
+        self.training, self._prepared = training, None
         change = Change(
             before=before,
             after=generation,
-            agreed=agreed,
+            recovery=recovery,
             from_checkpoint=loaded,
             agree_s=agree_s,
             edit_s=edit_s,
@@ -240,19 +240,19 @@ class ElasticRun:
         )
         return change
 
-    def _standing(self, *, urgent: bool) -> Standing:
+    def _status(self, *, urgent: bool) -> WorkerStatus:
         training = self.training
-        ready = 0
-        if self._ready is not None:
-            ready = self._ready[0].number
-            training = training or self._ready[1]
+        prepared = 0
+        if self._prepared is not None:
+            prepared = self._prepared[0].number
+            training = training or self._prepared[1]
         connected = self._groups is None or _mesh(self._groups).is_whole
         if training is None:
-            return Standing(connected=connected)
+            return WorkerStatus(connected=connected)
         progress = training.progress
-        return Standing(
-            installed=self.generation.number if self.generation is not None else 0,
-            ready=ready,
+        return WorkerStatus(
+            active=self.generation.number if self.generation is not None else 0,
+            prepared=prepared,
             decided=progress.decided,
             updated=progress.updated,
             updates=training.optimizer.step,
@@ -265,64 +265,64 @@ class ElasticRun:
             operations=last_operations(training.groups.history()) if urgent else (),
         )
 
-    def _adopt(self, agreed: Agreed) -> None:
-        """Put the plan in force that others have, and that was ready here; else drop it."""
-        ready, self._ready = self._ready, None
-        installed = self.generation.number if self.generation is not None else 0
-        if ready is not None and agreed.installed == ready[0].number > installed:
-            self.generation, self.training = ready
-        elif agreed.installed != installed:
+    def _activate(self, recovery: RecoveryPlan) -> None:
+        """Put the plan in force that others have, and that was prepared here; else drop it."""
+        prepared, self._prepared = self._prepared, None
+        active = self.generation.number if self.generation is not None else 0
+        if prepared is not None and recovery.active == prepared[0].number > active:
+            self.generation, self.training = prepared
+        elif recovery.active != active:
             # What others have put in force has gone past this worker's state.
             self.generation, self.training = None, None
 
-    def _finish_step(self, agreed: Agreed) -> None:
+    def _finish_step(self, recovery: RecoveryPlan) -> None:
         """Bring this rank's own blocks to the step that all holders are to have had."""
         training = self.training
         if training is None:
             return
         progress = training.progress
-        if progress.decided < agreed.steps:
-            progress.decided, progress.outcome = agreed.steps, agreed.outcome
+        if progress.decided < recovery.steps:
+            progress.decided, progress.outcome = recovery.steps, recovery.outcome
         if progress.updated < progress.decided:
             training.protect(None)
             training.update(rate_of(self.config, progress.decided - 1))
 
-    def _plan_in_force(self, generation: Generation, agreed: Agreed, store: Store) -> Plan:
+    def _plan_in_force(self, generation: Generation, recovery: RecoveryPlan, store: Store) -> Plan:
         """The plan that holders have; told to those who have no state."""
-        if not agreed.holders:
+        if not recovery.holders:
             return self._first_plan
         if self.training is None:
             told = json.loads(self.await_word(store, "plan"))
             return plan_from_data(self._first_plan, told)
-        if self.spec.rank == agreed.holders[0] and agreed.fresh:
+        if self.spec.rank == recovery.holders[0] and recovery.fresh:
             store.set("plan", json.dumps(plan_to_data(self.training.plan)))
         return self.training.plan
 
-    def _next_plan(self, generation: Generation, agreed: Agreed, plan: Plan) -> Plan:
+    def _next_plan(self, generation: Generation, recovery: RecoveryPlan, plan: Plan) -> Plan:
         """The plan of a generation; equal on every rank."""
-        roster = Roster(agreed.staying, _nodes(generation), agreed.fresh)
+        roster = Roster(recovery.staying, _nodes(generation), recovery.fresh)
         redundancy = self.config.elastic.redundancy
-        if not agreed.holders and agreed.staying == plan.stage_replicas.ranks:
+        if not recovery.holders and recovery.staying == plan.stage_replicas.ranks:
             numbered = replace(plan, generation=generation.number, _cache=plan._cache)
             return with_shadows(numbered, roster, redundancy)
         # Within a step layers stay: the sums of those that moved would have to be computed again.
         move_layers = all(member.phase != WITHIN_STEP for member in generation.members)
         number = generation.number
-        if not _has_all(plan, agreed):
+        if not _has_all(plan, recovery):
             return replan(
                 plan, roster, generation=number, redundancy=redundancy, move_layers=move_layers
             )
         return next_plan(
             plan,
             roster,
-            filled=agreed.filled,
+            filled=recovery.filled,
             generation=number,
             redundancy=redundancy,
             move_layers=move_layers,
         )
 
     def _connect(
-        self, generation: Generation, agreed: Agreed, plan: Plan, store: Store
+        self, generation: Generation, recovery: RecoveryPlan, plan: Plan, store: Store
     ) -> tuple[Groups, Communicator, Communicator]:
         """This rank's groups of a plan, and two of all ranks of the generation: for the change, and beside steps."""
         rank = self.spec.rank
@@ -347,7 +347,7 @@ class ElasticRun:
                 generation.number,
                 left=_differing(self._connected, members),
                 joined=_differing(members, self._connected),
-                kept=agreed.connected,
+                kept=recovery.connected,
             )
             groups = edit_groups(
                 self._groups,
@@ -371,7 +371,7 @@ class ElasticRun:
     def _build(
         self,
         generation: Generation,
-        agreed: Agreed,
+        recovery: RecoveryPlan,
         plan: Plan,
         following: Plan,
         groups: Groups,
@@ -386,12 +386,12 @@ class ElasticRun:
             one was needed, and the bytes that all ranks received.
         """
         nodes, rank = _nodes(generation), self.spec.rank
-        if _has_all(plan, agreed):
+        if _has_all(plan, recovery):
             training, moved = training_from_holders(
                 self.config,
                 rank,
                 self.device,
-                agreed,
+                recovery,
                 plan,
                 following,
                 self.training,
@@ -427,10 +427,10 @@ def _mesh(groups: Groups) -> GlooMesh:
     return groups.control.mesh
 
 
-def _has_all(plan: Plan, agreed: Agreed) -> bool:
+def _has_all(plan: Plan, recovery: RecoveryPlan) -> bool:
     """Whether live ranks have the state of every block."""
-    held = state_of(plan, agreed.holders, filled=agreed.filled)
-    return bool(agreed.holders) and not missing_blocks(plan, held)
+    held = state_of(plan, recovery.holders, filled=recovery.filled)
+    return bool(recovery.holders) and not missing_blocks(plan, held)
 
 
 def _nodes(generation: Generation) -> dict[int, str]:

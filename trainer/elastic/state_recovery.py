@@ -20,7 +20,7 @@ from holdfast.parallel.plan import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
-from holdfast.trainer.elastic.worker_status import Agreed
+from holdfast.trainer.elastic.worker_status import RecoveryPlan
 from holdfast.trainer.step import StepProgress, Training, included_after_change, keeps_sums
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -31,7 +31,7 @@ def training_from_holders(
     config: RunConfig,
     rank: int,
     device: torch.device,
-    agreed: Agreed,
+    recovery: RecoveryPlan,
     plan: Plan,
     following: Plan,
     before: Training | None,
@@ -40,7 +40,7 @@ def training_from_holders(
     beside: Communicator,
     node_of: Mapping[int, str],
 ) -> tuple[Training | None, int]:
-    """This rank's training under `following`, complete, from the state that `agreed.holders` have.
+    """This rank's training under `following`, complete, from the state that `recovery.holders` have.
 
     Collective over all ranks of the generation (`everybody`).
 
@@ -53,7 +53,7 @@ def training_from_holders(
     Raises:
         PeerLost: a rank is gone, or state arrived damaged.
     """
-    held = state_of(plan, agreed.holders, filled=agreed.filled)
+    held = state_of(plan, recovery.holders, filled=recovery.filled)
     needed = held_blocks(following, following.stage_replicas.ranks)
     coming = incoming_blocks(following, following.stage_replicas.ranks)
     training = None
@@ -80,18 +80,18 @@ def training_from_holders(
             dtype=dtype,
             ring=groups.ring,
         )
-    training.optimizer.restore(agreed.updates)
-    training.shadows.restore(agreed.updates)
-    if _must_gather(agreed, plan, following):
+    training.optimizer.restore(recovery.updates)
+    training.shadows.restore(recovery.updates)
+    if _must_gather(recovery, plan, following):
         training.optimizer.round_masters()
         training.optimizer.gather()
     training.progress = StepProgress(
-        agreed.steps, agreed.outcome, agreed.steps, filled=not following.incoming
+        recovery.steps, recovery.outcome, recovery.steps, filled=not following.incoming
     )
-    included = included_after_change(plan, following, agreed.counted, agreed.fresh)
+    included = included_after_change(plan, following, recovery.counted, recovery.fresh)
     if included:
-        kept = rank in agreed.counted and keeps_sums(plan, following, rank, agreed.fresh)
-        training.resume_step(agreed.steps, included, before if kept else None)
+        kept = rank in recovery.counted and keeps_sums(plan, following, rank, recovery.fresh)
+        training.resume_step(recovery.steps, included, before if kept else None)
     return training, moved
 
 
@@ -112,12 +112,12 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
     return carried_bytes(block_transfers, dtype)
 
 
-def _must_gather(agreed: Agreed, plan: Plan, following: Plan) -> bool:
+def _must_gather(recovery: RecoveryPlan, plan: Plan, following: Plan) -> bool:
     """Whether some rank lacks parameters that it is to have. Pure; equal on every rank."""
-    if not agreed.complete:
+    if not recovery.complete:
         return True
     return any(
-        rank not in agreed.holders
+        rank not in recovery.holders
         or plan.stage_replicas.stage_replica(rank) != following.stage_replicas.stage_replica(rank)
         or _layers(plan, rank) != _layers(following, rank)
         for rank in following.stage_replicas.ranks

@@ -11,12 +11,12 @@ from holdfast.trainer.step import Included, Outcome, Requests, included_from_dat
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class WorkerStatus:
     """How far one worker is."""
 
-    installed: int = 0
+    active: int = 0
     """The generation whose plan is in force here; 0: it has no state."""
-    ready: int = 0
+    prepared: int = 0
     """The generation whose plan could be put in force here: its state is complete."""
     decided: int = 0
     """Steps whose vote it has come out of."""
@@ -40,11 +40,15 @@ class Standing:
     """False: state was found to be corrupt, and nobody's is to be used."""
 
 
-def standing_to_data(standing: Standing) -> dict[str, Any]:
-    """A standing as JSON values; floats keep all their bits."""
-    plain = {name: getattr(standing, name) for name in Standing.__slots__}
-    plain["counted"] = included_to_data(standing.counted)
-    outcome = standing.outcome
+_KEYS = {"active": "installed", "prepared": "prepared"}
+"""Fields whose key in messages and incident records is another word."""
+
+
+def status_to_data(status: WorkerStatus) -> dict[str, Any]:
+    """A status as JSON values; floats keep all their bits."""
+    plain = {_KEYS.get(name, name): getattr(status, name) for name in WorkerStatus.__slots__}
+    plain["counted"] = included_to_data(status.counted)
+    outcome = status.outcome
     if outcome is not None:
         plain["outcome"] = asdict(outcome) | {
             "loss": outcome.loss.hex(),
@@ -53,9 +57,11 @@ def standing_to_data(standing: Standing) -> dict[str, Any]:
     return plain
 
 
-def standing_from_data(plain: Mapping[str, Any]) -> Standing:
-    """The standing that `standing_to_data` wrote."""
-    fields = dict(plain)
+def status_from_data(plain: Mapping[str, Any]) -> WorkerStatus:
+    """The status that `status_to_data` wrote."""
+    fields = dict(plain) | {name: plain[key] for name, key in _KEYS.items()}
+    for key in _KEYS.values():
+        del fields[key]
     fields["counted"] = included_from_data(fields["counted"])
     outcome = fields.get("outcome")
     if outcome is not None:
@@ -67,14 +73,14 @@ def standing_from_data(plain: Mapping[str, Any]) -> Standing:
             requests=Requests(**outcome["requests"]),
             leaving_ranks=outcome["leaving_ranks"],
         )
-    return Standing(**fields)
+    return WorkerStatus(**fields)
 
 
 @dataclass(frozen=True, slots=True)
-class Agreed:
-    """What all members conclude from each other's standings."""
+class RecoveryPlan:
+    """What all members conclude from each other's statuses."""
 
-    installed: int
+    active: int
     """The newest plan that is in force anywhere; 0: nobody has state."""
     holders: tuple[int, ...]
     """Ranks that have, or can at once have, the state of that plan."""
@@ -98,34 +104,34 @@ class Agreed:
     """By holder, what its sums hold of the step to come."""
 
 
-def agree_on_state(generation: Generation) -> Agreed:
+def plan_recovery(generation: Generation) -> RecoveryPlan:
     """Which plan, which step: equal on every member.
 
     A plan that any member has put in force was complete on all of its ranks; a step whose vote any member
     has come out of can be finished by all (DESIGN: a step is a transaction).
     """
-    standings = {m.rank: standing_from_data(m.data) for m in generation.members}
+    statuses = {m.rank: status_from_data(m.data) for m in generation.members}
     staying = tuple(m.rank for m in generation.members if not m.leaving)
-    installed = max(standing.installed for standing in standings.values())
-    everybody = frozenset(standings)
-    if not installed or not all(standing.trusted for standing in standings.values()):
-        return Agreed(0, (), staying, fresh=everybody)
-    holders = {r: s for r, s in standings.items() if installed in (s.installed, s.ready)}
+    active = max(status.active for status in statuses.values())
+    everybody = frozenset(statuses)
+    if not active or not all(status.trusted for status in statuses.values()):
+        return RecoveryPlan(0, (), staying, fresh=everybody)
+    holders = {r: s for r, s in statuses.items() if active in (s.active, s.prepared)}
     furthest = max(holders.values(), key=lambda s: (s.decided, s.updated))
     outcome = furthest.outcome
     behind = furthest.updated < furthest.decided
-    return Agreed(
-        installed=installed,
+    return RecoveryPlan(
+        active=active,
         holders=tuple(sorted(holders)),
         staying=staying,
         steps=furthest.decided,
         updates=furthest.updates + bool(behind and outcome is not None and outcome.usable),
         outcome=outcome,
         complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
-        # A rank that has only made ready for the plan knows of no vote under it.
-        filled=any(s.filled for s in holders.values() if s.installed == installed),
+        # A rank that has only made prepared for the plan knows of no vote under it.
+        filled=any(s.filled for s in holders.values() if s.active == active),
         fresh=everybody - holders.keys(),
-        connected=all(standing.connected for standing in standings.values()),
+        connected=all(status.connected for status in statuses.values()),
         counted={
             rank: s.counted
             for rank, s in sorted(holders.items())

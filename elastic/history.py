@@ -14,7 +14,7 @@ CHANGES = ("generation", "recovered")
 
 
 @dataclass(frozen=True, slots=True)
-class JournalChange:
+class RecordedChange:
     """One change, as it came into force."""
 
     step: int
@@ -37,14 +37,14 @@ class JournalChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Journal:
+class MembershipHistory:
     """One start of a run, from its first generation on."""
 
     first_step: int
     """Committed when it began: of the checkpoint that was loaded, or 0."""
     nodes: Mapping[str, tuple[int, ...]]
     """The ranks that each node has had."""
-    changes: tuple[JournalChange, ...]
+    changes: tuple[RecordedChange, ...]
     last_step: int | None
     """After which it went back to a checkpoint, so that the rest is not repeated; None: it never did."""
     faults: tuple[Fault, ...]
@@ -79,8 +79,8 @@ class Journal:
         return number < len(joins) and committed >= joins[number].after
 
 
-def journal_of(events: Sequence[Mapping[str, Any]]) -> Journal:
-    """The journal of the newest start of a run, from the lines of its events.jsonl.
+def history_of(events: Sequence[Mapping[str, Any]]) -> MembershipHistory:
+    """The history of the newest start of a run, from the lines of its events.jsonl.
 
     Raises:
         ConfigError: the run has no changes to tell of.
@@ -105,7 +105,7 @@ def journal_of(events: Sequence[Mapping[str, Any]]) -> Journal:
         nodes[node_of[rank]] = (*nodes.get(node_of[rank], ()), rank)
     founders = set(_ranks(first["plan"]))
     flipped = (e for e in events[begun + 1 :] if e.get("fault") == "corrupt-memory")
-    return Journal(
+    return MembershipHistory(
         first_step=first["from_checkpoint"] or 0,
         nodes=nodes,
         changes=changes,
@@ -114,8 +114,8 @@ def journal_of(events: Sequence[Mapping[str, Any]]) -> Journal:
     )
 
 
-def _change(event: Mapping[str, Any]) -> JournalChange:
-    return JournalChange(
+def _change(event: Mapping[str, Any]) -> RecordedChange:
+    return RecordedChange(
         step=event["step"],
         within_step=event["within_step"],
         committed=event["committed"],
@@ -133,7 +133,7 @@ def _ranks(plan: Mapping[str, Any]) -> list[int]:
     )
 
 
-def _kills(changes: Iterable[JournalChange], founders: set[int]) -> Iterable[Fault]:
+def _kills(changes: Iterable[RecordedChange], founders: set[int]) -> Iterable[Fault]:
     """A SIGKILL for each loss: before the vote of the step that it interrupted, or after it."""
     process = dict.fromkeys(founders, 0)
     for change in changes:

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from holdfast.elastic.node_faults import FaultError, fill_disk
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.step_phases import STEP_PHASES, StepPhase
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -28,8 +29,6 @@ FaultKind = Literal[
     "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
 ]
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
-Phase = Literal["compute", "backward", "fill", "reduce", "vote", "apply", "change"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Fault:
     rank: int
     step: int
     """Counted from 1."""
-    phase: Phase = "compute"
+    phase: StepPhase = "compute"
     """The fault comes at its beginning; "backward": when half of the step's backward passes are done; "fill":
     when state is on its way to a newcomer, or to this rank, for the first time from that step on; "change": when
     ranks have changed before that step, or within it."""
@@ -67,9 +66,9 @@ def fault_from_data(plain: dict[str, Any]) -> Fault:
         raise ConfigError(
             f"fault {fault.fault!r} does not exist; choose one of {', '.join(FAULTS)}"
         )
-    if fault.phase not in PHASES:
+    if fault.phase not in STEP_PHASES:
         raise ConfigError(
-            f"phase {fault.phase!r} does not exist; choose one of {', '.join(PHASES)}"
+            f"phase {fault.phase!r} does not exist; choose one of {', '.join(STEP_PHASES)}"
         )
     return fault
 
@@ -115,7 +114,7 @@ class FaultInjector:
         self._position = asked.stat().st_size if asked.exists() else 0
         self._slow_s = 0.0
 
-    def at(self, step: int, phase: Phase) -> None:
+    def at(self, step: int, phase: StepPhase) -> None:
         """Do what is due. Called at the beginning of each phase.
 
         Args:

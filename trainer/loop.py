@@ -10,12 +10,11 @@ from time import perf_counter
 
 from torch.distributed import Store
 
-from holdfast.elastic.faults import Phase
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
+from holdfast.parallel.step_phases import TIMED_PHASES, StepPhase
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
-    PHASES,
     PhaseClock,
     Reporter,
     introduce,
@@ -37,7 +36,7 @@ class Parts:
     training: Training
     checkpoints: Checkpoints
     reporter: Reporter
-    at: Callable[[int, Phase], None] = lambda step, phase: None
+    at: Callable[[int, StepPhase], None] = lambda step, phase: None
     """Called at the beginning of each phase of a step, counted from 1: where faults are injected."""
     clock: PhaseClock = field(default_factory=PhaseClock)
 
@@ -117,7 +116,10 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
         for straggler in clock.exchange(training, elastic.straggler_factor):
             reporter.straggler(step + 1, straggler)
-    phases = [trace.Phase(n, a, b) for n, a, b in zip(PHASES, starts[:-1], starts[1:], strict=True)]
+    phases = [
+        trace.PhaseSpan(n, a, b)
+        for n, a, b in zip(TIMED_PHASES, starts[:-1], starts[1:], strict=True)
+    ]
     if outcome.usable:
         reporter.step(step, outcome, lr, phases, times, eval_loss)
     if checkpoints.after_step(step + 1, outcome):

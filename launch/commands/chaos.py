@@ -15,8 +15,9 @@ from typing import Annotated
 
 import typer
 
-from holdfast.elastic.faults import FAULTS, PHASES, Fault, ask_for, fault_from_data
+from holdfast.elastic.faults import FAULTS, Fault, ask_for, fault_from_data
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.step_phases import STEP_PHASES
 from holdfast.trainer.reports import append_event, last_step
 from holdfast.trainer.run import RunDirectory
 
@@ -121,7 +122,7 @@ def chaos(
     fault: Annotated[str, typer.Option(help=", ".join(FAULTS))] = "kill",
     rank: Annotated[int, typer.Option(help="Which rank; by default a random one.")] = -1,
     step: Annotated[int, typer.Option(help="At which step; by default at once.", min=0)] = 0,
-    phase: Annotated[str, typer.Option(help=", ".join(PHASES))] = "compute",
+    phase: Annotated[str, typer.Option(help=", ".join(STEP_PHASES))] = "compute",
     seconds: Annotated[float, typer.Option(help="How long, or how much slower.", min=0)] = 60.0,
     every: Annotated[float, typer.Option(help="Again about every so many seconds.", min=0)] = 0.0,
     count: Annotated[int, typer.Option(help="How many faults; 0: until the run ends.", min=0)] = 1,

@@ -17,7 +17,7 @@ from typing import Any
 from holdfast.launch.agent import die_with
 from holdfast.parallel.plan import Plan, plan_from_data
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.reports import Display, OffloadMetrics, Progress, described, duration
+from holdfast.trainer.reports import Display, OffloadMetrics, ProgressLine, described, duration
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import plan_of
 
@@ -141,7 +141,7 @@ class _RunView:
         self.times.append(line["step_s"])
         recent = median(self.times)
         self.display.show(
-            Progress(
+            ProgressLine(
                 step=line["step"],
                 steps=self.config.train.steps,
                 loss=line["loss"],

@@ -1,7 +1,7 @@
 from . import trace as trace
 from .console import (
     Display as Display,
-    Progress as Progress,
+    ProgressLine as ProgressLine,
     duration as duration,
     layout_grid as layout_grid,
 )
@@ -24,6 +24,5 @@ from .reporter import (
     workers_of as workers_of,
 )
 from .stragglers import (
-    PHASES as PHASES,
     PhaseClock as PhaseClock,
 )

@@ -19,7 +19,7 @@ from holdfast.parallel.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ProgressLine:
     """A step as it is shown."""
 
     step: int
@@ -128,7 +128,7 @@ class Display:
         self._console = Console(file=sys.stdout, highlight=False)
         self._losses: list[float] = []
         self._notes: deque[str] = deque(maxlen=_SHOWN_NOTES)
-        self._progress: Progress | None = None
+        self._progress: ProgressLine | None = None
         self._live: Live | None = None
 
     def start(self) -> None:
@@ -157,7 +157,7 @@ class Display:
         else:
             self._console.print(layout_grid(plan))
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: ProgressLine) -> None:
         self._losses.append(progress.loss)
         self._progress = progress
         if self._live is not None:
@@ -185,7 +185,7 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def _panel(self, progress: Progress | None) -> RenderableType:
+    def _panel(self, progress: ProgressLine | None) -> RenderableType:
         parts: list[RenderableType] = [layout_grid(self._plan), Text("")]
         if progress is None:
             parts.append(Text("starting", style="dim"))

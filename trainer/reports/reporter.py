@@ -19,7 +19,7 @@ from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import SaveResult
 from holdfast.checkpoint.stores import UploadResult
 from holdfast.parallel.pipeline import ActionTimes
-from holdfast.trainer.reports.console import Display, Progress, duration
+from holdfast.trainer.reports.console import Display, ProgressLine, duration
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import (
     RunRecords,
@@ -30,7 +30,7 @@ from holdfast.trainer.reports.metrics import (
 )
 from holdfast.trainer.reports.offload_metrics import OffloadMetrics, described, offload_metrics
 from holdfast.trainer.reports.stragglers import Straggler
-from holdfast.trainer.reports.trace import Phase, write_trace
+from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Outcome, Training
 from holdfast.trainer.world import WorldInfo
@@ -152,7 +152,7 @@ class Reporter:
         step: int,
         outcome: Outcome,
         lr: float,
-        phases: Sequence[Phase],
+        phases: Sequence[PhaseSpan],
         times: ActionTimes | None,
         eval_loss: float | None,
     ) -> None:
@@ -204,7 +204,7 @@ class Reporter:
             return
         recent = statistics.median(self._step_times[-_RECENT:])
         self._display.show(
-            Progress(
+            ProgressLine(
                 step=step + 1,
                 steps=config.train.steps,
                 loss=outcome.loss,

@@ -13,11 +13,10 @@ from time import perf_counter
 
 import torch
 
-from holdfast.elastic.faults import Phase
 from holdfast.parallel.plan import Plan
+from holdfast.parallel.step_phases import TIMED_PHASES, StepPhase
 from holdfast.trainer.step import Training
 
-PHASES: tuple[Phase, ...] = ("compute", "reduce", "vote", "apply")
 _PEERS = 3
 """Ranks of the same work that are enough to say what is usual; else all ranks are asked."""
 _LEAST_S = 0.002
@@ -32,7 +31,7 @@ class Straggler:
     own_s: float
     usual_s: float
     """What its work takes on the median rank."""
-    phase: Phase
+    phase: StepPhase
     """Where most of the difference is."""
 
     @property
@@ -59,7 +58,7 @@ def find_stragglers(
     """The ranks whose own time is above `factor` times what is usual for their work, slowest first. Pure.
 
     Args:
-        times: by rank, seconds of each of `PHASES` in a step.
+        times: by rank, seconds of each of `TIMED_PHASES` in a step.
     """
     work = {rank: work_of(plan, rank) for rank in times}
     busy = [rank for rank in times if work[rank] > 0]
@@ -72,12 +71,12 @@ def find_stragglers(
             continue
         usual = [
             statistics.median(times[other][phase] * work[rank] / work[other] for other in peers)
-            for phase in range(len(PHASES))
+            for phase in range(len(TIMED_PHASES))
         ]
         own_s, usual_s = sum(times[rank]), sum(usual)
         if own_s > factor * usual_s and own_s - usual_s > _LEAST_S:
             excess = [mine - theirs for mine, theirs in zip(times[rank], usual, strict=True)]
-            phase = PHASES[excess.index(max(excess))]
+            phase = TIMED_PHASES[excess.index(max(excess))]
             found.append(Straggler(rank, own_s, usual_s, phase))
     return sorted(found, key=lambda straggler: (-straggler.ratio, straggler.rank))
 
@@ -86,7 +85,7 @@ class PhaseClock:
     """One rank's own time by phase, and who is slow. Local but for `exchange`."""
 
     def __init__(self) -> None:
-        self._sums = [0.0] * len(PHASES)
+        self._sums = [0.0] * len(TIMED_PHASES)
         self._steps = 0
         self._mark = (0.0, 0.0)
         self._suspected: frozenset[int] = frozenset()
@@ -98,7 +97,7 @@ class PhaseClock:
         self._steps += 1
 
     def end(self, training: Training, phase: int) -> None:
-        """A phase, by its place in `PHASES`, has ended; the next begins."""
+        """A phase, by its place in `TIMED_PHASES`, has ended; the next begins."""
         now, blocked_s = perf_counter(), training.groups.ring.blocked_s
         self._sums[phase] += max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
         self._mark = (now, blocked_s)
@@ -111,10 +110,10 @@ class PhaseClock:
             taken part in both exchanges.
         """
         ranks = training.plan.stage_replicas.ranks
-        matrix = torch.zeros(len(ranks), len(PHASES), dtype=torch.float64)
+        matrix = torch.zeros(len(ranks), len(TIMED_PHASES), dtype=torch.float64)
         steps = max(1, self._steps)
         matrix[ranks.index(training.rank)] = torch.tensor([s / steps for s in self._sums])
-        self._sums, self._steps = [0.0] * len(PHASES), 0
+        self._sums, self._steps = [0.0] * len(TIMED_PHASES), 0
         training.groups.control.all_reduce(matrix).wait()
         times = dict(zip(ranks, matrix.tolist(), strict=True))
         slow = find_stragglers(training.plan, times, factor)

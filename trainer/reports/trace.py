@@ -18,7 +18,7 @@ _LANES = {"step": 0, "compute": 1, "messages": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class PhaseSpan:
     """A part of a step on one rank; seconds on `time.perf_counter`'s clock."""
 
     name: str
@@ -26,7 +26,7 @@ class Phase:
     stop_s: float
 
 
-def bubble_of(times: ActionTimes, phase: Phase) -> float:
+def bubble_of(times: ActionTimes, phase: PhaseSpan) -> float:
     """The share of a rank's compute phase in which it computed nothing."""
     busy = sum(
         stop - start
@@ -38,7 +38,12 @@ def bubble_of(times: ActionTimes, phase: Phase) -> float:
 
 
 def trace_events(
-    rank: int, label: str, step: int, phases: Sequence[Phase], times: ActionTimes, clock_s: float
+    rank: int,
+    label: str,
+    step: int,
+    phases: Sequence[PhaseSpan],
+    times: ActionTimes,
+    clock_s: float,
 ) -> list[dict[str, Any]]:
     """Complete events ("ph": "X") in microseconds: phases, compute and messages on a lane each.
 
@@ -70,7 +75,7 @@ def trace_events(
 
 
 def write_trace(
-    folder: Path, rank: int, label: str, step: int, phases: Sequence[Phase], times: ActionTimes
+    folder: Path, rank: int, label: str, step: int, phases: Sequence[PhaseSpan], times: ActionTimes
 ) -> Path:
     """Write one rank's trace of one step; returns the file. Local."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.reports.console import duration, sparkline
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import JsonLines, drop_after
-from holdfast.trainer.reports.trace import Phase, bubble_of, merge_traces, write_trace
+from holdfast.trainer.reports.trace import PhaseSpan, bubble_of, merge_traces, write_trace
 from holdfast.trainer.step.learning_rate import learning_rate
 from holdfast.trainer.world import first_host, world_from_environment
 
@@ -49,7 +49,7 @@ def times() -> ActionTimes:
 
 
 def test_traces_hold_every_action_and_the_bubble(tmp_path: Path) -> None:
-    phases = [Phase("compute", 1.0, 5.0), Phase("reduce", 5.0, 5.5)]
+    phases = [PhaseSpan("compute", 1.0, 5.0), PhaseSpan("reduce", 5.0, 5.5)]
     assert bubble_of(times(), phases[0]) == pytest.approx(0.5)
     paths = [write_trace(tmp_path, rank, f"rank {rank}", 7, phases, times()) for rank in (0, 1)]
     merged = tmp_path / "all.json.gz"

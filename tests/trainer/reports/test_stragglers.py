@@ -8,9 +8,10 @@ from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
+from holdfast.parallel.step_phases import TIMED_PHASES
 from holdfast.trainer.config.model_section import ModelConfig
 from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.reports.stragglers import PHASES, find_stragglers, work_of
+from holdfast.trainer.reports.stragglers import find_stragglers, work_of
 
 
 def plan_of(data: int, pipeline: int) -> Plan:
@@ -51,7 +52,7 @@ def test_the_slow_rank_is_found_and_nobody_else(
 ) -> None:
     plan = plan_of(*mesh)
     slow = data.draw(st.sampled_from(plan.stage_replicas.ranks))
-    phase = data.draw(st.sampled_from(range(len(PHASES))))
+    phase = data.draw(st.sampled_from(range(len(TIMED_PHASES))))
     noise = {rank: data.draw(st.floats(0.85, 1.15)) for rank in plan.stage_replicas.ranks}
     times = {
         rank: [noise[rank] * t for t in usual(plan, rank, step_s)]
@@ -60,7 +61,7 @@ def test_the_slow_rank_is_found_and_nobody_else(
     assert find_stragglers(plan, times, 2.0) == []
     times[slow][phase] += 1.4 * (slowness - 1) * sum(usual(plan, slow, step_s))
     (found,) = find_stragglers(plan, times, 2.0)
-    assert (found.rank, found.phase) == (slow, PHASES[phase])
+    assert (found.rank, found.phase) == (slow, TIMED_PHASES[phase])
     assert found.ratio > 2.0
 
 

@@ -25,19 +25,19 @@ from typing import Any
 
 from torch.distributed import Store
 
-from support.processes.forked_command import FORK
 from holdfast.elastic.generation import Generation
 from holdfast.elastic.hang import Wait
 from holdfast.elastic.lighthouse import Lighthouse, coordination
 from holdfast.elastic.membership import Membership
-from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.elastic.quorum_client import MembershipSettings
+from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.agent import Agent
+from holdfast.launch.agent.fork_server import die_with
+from holdfast.launch.agent.restarts import RestartPolicy
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.launchers.nodes import run_nodes
-from holdfast.launch.agent.restarts import RestartPolicy
-from holdfast.launch.agent.fork_server import die_with
 from holdfast.parallel.errors import HoldfastError, PeerLost
+from support.processes.forked_command import FORK
 
 WAIT_S = 30.0
 """How long tests wait for what must come; none depends on how fast it does."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
+from holdfast.trainer.config.loading import dump_toml
 from support.network.elastic_network import Network
 from support.processes.forked_command import ForkedCommand
-from holdfast.trainer.config.loading import dump_toml
 from support.runs.small_runs import make_config
 
 HOLDFAST = (sys.executable, "-m", "holdfast.launch.cli")

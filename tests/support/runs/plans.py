@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.plan.block_transfers import plan_block_transfers
+from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.parallel.schedules.registry import check_programs
@@ -49,7 +49,8 @@ def check(plan: Plan, ranks: set[int]) -> None:
         programs = {
             rank: plan.program(rank)
             for rank in plan.stage_replicas.ranks
-            if plan.stage_replicas.find(rank) is not None and plan.stage_replicas.tensor_index(rank) == index
+            if plan.stage_replicas.find(rank) is not None
+            and plan.stage_replicas.tensor_index(rank) == index
         }
         check_programs(programs, len(plan.placement), range(MICRO_BATCHES))
         only = frozenset({1, 4, 6})
@@ -64,7 +65,9 @@ def check(plan: Plan, ranks: set[int]) -> None:
             if len({NODES[rank] for rank in ranks}) > 1:
                 assert all(NODES[rank] != NODES[owner] for rank in shadows)
     for stage in range(plan.stage_replicas.pipeline):
-        counts = [len(plan.micro_batches_of(stage, r)) for r in range(plan.stage_replicas.replicas(stage))]
+        counts = [
+            len(plan.micro_batches_of(stage, r)) for r in range(plan.stage_replicas.replicas(stage))
+        ]
         assert sum(counts) == MICRO_BATCHES
         assert max(counts) - min(counts) <= 1
 

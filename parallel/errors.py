@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HoldfastError(Exception):
     """Base of every error that holdfast raises on purpose.
@@ -68,3 +71,16 @@ class Minority(MembershipError):
 
 class Superseded(MembershipError):
     """The run has gone on without this process, whose state is therefore out of date."""
+
+
+def unknown_name(key: str, name: str, allowed: Iterable[str]) -> str:
+    """The message for a name that a registry does not have: the allowed ones and the nearest.
+
+    Args:
+        key: what has the name for its value, e.g. `parallel.schedule`.
+        allowed: the names of the registry, in the order in which they are told.
+    """
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key} = {name!r}: allowed are {', '.join(map(repr, names))}{hint}"

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from holdfast.checkpoint.format import name_of, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.launchers import run_local
 from holdfast.parallel.errors import CheckpointError
-from holdfast.trainer.config import RunConfig, check_config, dump_toml, load_config
+from holdfast.trainer.config import check_config, convert_config, dump_toml, load_config
 from holdfast.trainer.run import open_run
 
 
@@ -42,7 +40,7 @@ def prove_checkpoints(first: Path, second: Path, overrides: Sequence[str] = ()) 
         )
     with tempfile.TemporaryDirectory(prefix="holdfast-prove-") as scratch:
         source = Path(scratch) / "config.toml"
-        source.write_text(dump_toml(msgspec.convert(after.config, RunConfig)))
+        source.write_text(dump_toml(convert_config(after.config)))
         config = load_config(
             source,
             [

@@ -7,6 +7,7 @@ from .messages import (
     matching_receive as matching_receive,
 )
 from .registry import (
+    SCHEDULES as SCHEDULES,
     Action as Action,
     Op as Op,
     Program as Program,

@@ -11,7 +11,7 @@ from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piec
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.models import DTYPES, build_chunk
-from holdfast.trainer.step import learning_rate
+from holdfast.trainer.step import rate_of
 
 
 def run_reference(config: RunConfig) -> RankCapture:
@@ -89,14 +89,7 @@ def run_reference(config: RunConfig) -> RankCapture:
         clip = train.clip_grad_norm or float("inf")
         capture.grad_norms.append(float(nn.utils.clip_grad_norm_(list(parameters), clip)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                steps=train.steps,
-                lr=optimizer_config.lr,
-                min_lr=optimizer_config.min_lr,
-                warmup_steps=optimizer_config.warmup_steps,
-                schedule=optimizer_config.schedule,
-            )
+            group["lr"] = rate_of(config, step)
         optimizer.step()
         for first, second in tied:
             second.data.copy_(first.data)

@@ -4,11 +4,9 @@ from .data_section import (
 )
 from .loading import (
     check_config as check_config,
+    convert_config as convert_config,
     dump_toml as dump_toml,
     load_config as load_config,
-)
-from .model_section import (
-    ModelConfig as ModelConfig,
 )
 from .sections import (
     ChaosConfig as ChaosConfig,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import RunConfig
+from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -47,6 +49,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
         ConfigError: an unknown key (with the nearest known one), a wrong type, a missing key.
     """
     sections = {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
+    sections["model"] = _model_section(table)
     for name, keys in table.items():
         if name not in sections:
             raise ConfigError(f"[{name}] is not a section{_nearest(name, sections)}")
@@ -57,9 +60,36 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
             if key not in known:
                 raise ConfigError(f"{name}.{key} is not a key{_nearest(key, known, name)}")
     try:
-        return msgspec.convert(table, RunConfig)
+        return _converted(table, sections["model"])
     except msgspec.ValidationError as error:
         raise ConfigError(_explained(table, str(error))) from error
+
+
+def _model_section(table: Mapping[str, Any]) -> type[ModelConfig]:
+    """The struct of `[model]`, which the family decides.
+
+    Raises:
+        ConfigError: no family has this name.
+    """
+    model = table.get("model")
+    name = model.get("family") if isinstance(model, Mapping) else None
+    if not isinstance(name, str):
+        return ModelConfig  # converting it names what is missing or of a wrong type
+    if problem := choice_problem("model.family", name, FAMILIES):
+        raise ConfigError(problem)
+    return family_of(name).section
+
+
+def _converted(table: Mapping[str, Any], section: type[ModelConfig]) -> RunConfig:
+    """The typed form, with `[model]` as a `section`."""
+    if section is ModelConfig:
+        return msgspec.convert(table, RunConfig)
+    shared = {field.name for field in msgspec.structs.fields(ModelConfig)}
+    of_all = {key: value for key, value in table["model"].items() if key in shared}
+    config = msgspec.convert({**table, "model": of_all}, RunConfig)
+    whole: Any = msgspec.defstruct("Whole", [("model", section)])
+    model = msgspec.convert({"model": table["model"]}, whole).model
+    return msgspec.structs.replace(config, model=model)
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
@@ -113,7 +143,7 @@ def _override(table: dict[str, Any], override: str) -> None:
     table[section] = {**table[section], key: value}
 
 
-def _nearest(name: str, known: Any, section: str = "") -> str:
+def _nearest(name: str, known: Collection[str], section: str = "") -> str:
     prefix = f"{section}." if section else ""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     if near:
@@ -133,12 +163,11 @@ def _explained(table: Mapping[str, Any], message: str) -> str:
     value: Any = table
     for part in path.split("[")[0].split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    allowed = ""
     if reason.startswith("Invalid enum value"):
         section, _, key = path.partition(".")
         fields = {f.name: f.type for f in msgspec.structs.fields(RunConfig)}
         kinds = {f.name: f.type for f in msgspec.structs.fields(fields[section])}
-        choices = getattr(kinds.get(key), "__args__", ())
-        allowed = f"; allowed are {', '.join(repr(choice) for choice in choices)}"
+        if choices := getattr(kinds.get(key), "__args__", ()):
+            return choice_problem(path, value, choices)
         reason = "not one of the choices"
-    return f"{path} = {value!r}: {reason[0].lower()}{reason[1:]}{allowed}"
+    return f"{path} = {value!r}: {reason[0].lower()}{reason[1:]}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from holdfast.parallel.errors import ConfigError, ScheduleError
 from holdfast.parallel.schedules import placement
+from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
+from holdfast.trainer.config.ranges import range_problems
+from holdfast.trainer.models import family_of
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
 
 def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     """All broken rules, in the order of the sections; empty when the configuration is sound. Pure."""
+    unknown = list(_choices(config))
+    if unknown:
+        return unknown  # the other rules ask the registries what these names stand for
     rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
-        _ranges,
+        range_problems,
         _model,
         _data,
         _batch,
-        _layout,
+        _tensor,
         _pipeline,
         _elastic,
         _offload,
@@ -39,91 +44,16 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     return problems
 
 
-def _ranges(config: RunConfig) -> Iterator[str]:
-    at_least_one = {
-        "model": ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab", "max_seq_len"),
-        "train": ("steps", "seq_len", "global_batch", "micro_batch", "threads_per_rank"),
-        "optimizer": ("block_elements",),
-        "parallel": ("tensor", "pipeline", "data", "context", "expert", "virtual"),
-        "checkpoint": ("memory_keep", "remote_every"),
-        "offload": ("smallest_kib", "staging_mib"),
-        "log": ("every",),
-    }
-    at_least_zero = {
-        "model": ("head_dim", "init_std"),
-        "train": (
-            "seed",
-            "clip_grad_norm",
-            "eval_every",
-            "stop_after",
-            "activation_gib",
-            "tflops",
-        ),
-        "optimizer": ("min_lr", "warmup_steps", "weight_decay"),
-        "checkpoint": (
-            "every",
-            "every_seconds",
-            "keep",
-            "memory_every",
-            "remote_keep",
-            "arena_mib",
-        ),
-        "offload": ("limit_gib", "least_share", "limit_mib_per_s", "drive_gbytes", "drive_tbw"),
-        "data": ("seed",),
-    }
-    for least, table in ((1, at_least_one), (0, at_least_zero)):
-        for section, keys in table.items():
-            for key in keys:
-                value = getattr(getattr(config, section), key)
-                if not value >= least:
-                    yield f"{section}.{key} = {value}: must be {least} or more"
-    above_zero = (
-        ("optimizer", "lr"),
-        ("optimizer", "eps"),
-        ("model", "norm_eps"),
-        ("checkpoint", "timeout_s"),
-        ("checkpoint", "exit_s"),
-    )
-    for section, key in above_zero:
-        value = getattr(getattr(config, section), key)
-        if not (value > 0 and math.isfinite(value)):
-            yield f"{section}.{key} = {value}: must be greater than 0"
-    for number, beta in enumerate(config.optimizer.betas):
-        if not 0 <= beta < 1:
-            yield f"optimizer.betas[{number}] = {beta}: must be at least 0 and less than 1"
-    if not 0 <= config.model.dropout < 1:
-        yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
-    if not 8 <= config.numerics.fraction_bits <= 60:
-        yield (
-            f"numerics.fraction_bits = {config.numerics.fraction_bits}: must be 8 to 60; the range of a "
-            "gradient sum is 2**(63 - fraction_bits)"
-        )
-    if config.train.eval_every and config.train.eval_batches < 1:
-        yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"
-    for step in config.log.trace_steps:
-        if step < 1:
-            yield f"log.trace_steps has {step}: steps are counted from 1"
+def _choices(config: RunConfig) -> Iterator[str]:
+    for name, allowed in registries().items():
+        section, _, key = name.partition(".")
+        if problem := choice_problem(name, getattr(getattr(config, section), key), allowed):
+            yield problem
 
 
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if min(model.heads, model.kv_heads, model.hidden) < 1:
-        return
-    if not model.head_dim and model.hidden % model.heads:
-        yield (
-            f"model.hidden = {model.hidden} is not divisible by model.heads = {model.heads}; change one "
-            "of them, or set model.head_dim"
-        )
-    elif model.dim_per_head % 2:
-        yield (
-            f"the head dimension is {model.dim_per_head}, and rotary embedding needs an even one; "
-            "change model.hidden, model.heads or model.head_dim"
-        )
-    if model.heads % model.kv_heads:
-        yield (
-            f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; each "
-            "key and value head serves the same number of query heads"
-        )
+    yield from family_of(model.family).problems(model, config.parallel.tensor)
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -164,23 +94,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _layout(config: RunConfig) -> Iterator[str]:
-    model, parallel = config.model, config.parallel
-    tensor = parallel.tensor
-    if tensor < 1 or model.kv_heads < 1:
-        return
-    if model.heads % tensor:
-        yield (
-            f"model.heads = {model.heads} is not divisible by parallel.tensor = {tensor}; every tensor "
-            "rank takes the same number of heads"
-        )
-    elif model.kv_heads % tensor and tensor % model.kv_heads:
-        yield (
-            f"model.kv_heads = {model.kv_heads} and parallel.tensor = {tensor}: one must divide the "
-            "other, so that key and value heads are split or shared evenly"
-        )
-    if tensor > min(model.vocab, model.intermediate):
-        yield f"parallel.tensor = {tensor} exceeds model.vocab or model.intermediate; lower it"
+def _tensor(config: RunConfig) -> Iterator[str]:
+    tensor, parallel = config.parallel.tensor, config.parallel
     if tensor > 1 and parallel.sequence_parallel and config.train.seq_len % tensor:
         yield (
             f"train.seq_len = {config.train.seq_len} is not divisible by parallel.tensor = {tensor}, "

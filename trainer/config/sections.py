@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from holdfast.trainer.config.data_section import DataConfig
-from holdfast.trainer.config.model_section import ModelConfig
+from holdfast.trainer.models import ModelConfig
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +53,8 @@ class OptimizerConfig(Section, frozen=True):
     lr: float = 3e-4
     min_lr: float = 3e-5
     warmup_steps: int = 10
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    schedule: str = "cosine"
+    """A name of `LEARNING_RATES`."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -79,7 +80,8 @@ class ParallelConfig(Section, frozen=True):
     expert: int = 1
     virtual: int = 1
     """Model chunks per pipeline rank."""
-    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v"] = "1f1b"
+    schedule: str = "1f1b"
+    """A name of `SCHEDULES` (parallel/schedules)."""
     sequence_parallel: bool = True
     """With tensor > 1: hidden states are split along the sequence between layers."""
     backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"

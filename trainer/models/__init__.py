@@ -1,6 +1,6 @@
-"""Models as layers that a plan can place: the chunk builder and one folder per family.
+"""Models as layers that a plan can place: the registry of families and the chunk builder.
 
-May import trainer.config, parallel.
+One folder per family. May import parallel.
 """
 
 import lazy_loader

@@ -1,8 +1,12 @@
 from .chunk import (
     DTYPES as DTYPES,
     build_chunk as build_chunk,
-    new_chunks as new_chunks,
 )
-from .llama import (
+from .family import (
+    FAMILIES as FAMILIES,
+    family_of as family_of,
     layer_specs as layer_specs,
+)
+from .section import (
+    ModelConfig as ModelConfig,
 )

@@ -11,22 +11,15 @@ from holdfast.parallel.comm import Communicator
 from holdfast.parallel.keyed_random import normal_box_, stream_key
 from holdfast.parallel.layout import LayerSpec, ParameterSpec
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
-from holdfast.parallel.plan import Plan
 from holdfast.parallel.tensor_parallel import TensorParallel
-from holdfast.trainer.config import ModelConfig, RunConfig
-from holdfast.trainer.models.llama import (
-    Embedding,
-    Head,
-    RotaryEmbedding,
-    TransformerLayer,
-    layer_specs,
-)
+from holdfast.trainer.models.family import ChunkContext, family_of, layer_specs
+from holdfast.trainer.models.section import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class ModelChunk(Chunk):
-    """A contiguous range of layers: the embedding, transformer layers, the head, as far as the range has them."""
+    """A contiguous range of a model's layers, as modules of its family."""
 
     def __init__(
         self,
@@ -39,29 +32,19 @@ class ModelChunk(Chunk):
         device: torch.device,
         seed: int,
     ) -> None:
+        """Local. Arguments as of `build_chunk`; `specs` are those of all layers of the model."""
         super().__init__()
         self._specs, self._layers, self._tensor_index = specs, layers, tp.index
-        rotary = RotaryEmbedding(model, seq_len, dtype, device)
-        self.layers = nn.ModuleDict()
-        for layer in layers:
-            name = specs[layer].name
-            if name == "embedding":
-                module: nn.Module = Embedding(model, tp, self.queue, seed)
-            elif name == "head":
-                module = Head(model, tp, self.queue)
-            else:
-                recompute = specs[layer].recompute
-                module = TransformerLayer(model, layer - 1, tp, self.queue, rotary, recompute, seed)
-            self.layers[name.replace(".", "_")] = module
+        shared = ChunkContext(tp, self.queue, seq_len, dtype, device, seed)
+        build = family_of(model.family).modules(model, shared)
+        self.layers = nn.ModuleDict(
+            {specs[layer].name.replace(".", "_"): build(layer, specs[layer]) for layer in layers}
+        )
 
     def forward(self, hidden: Tensor | None, context: MicroBatchContext) -> Tensor:
         value = hidden
         for module in self.layers.values():
-            if isinstance(module, Embedding):
-                value = module(context)
-            else:
-                assert value is not None
-                value = module(value, context)
+            value = module(value, context)
         assert value is not None
         return value
 
@@ -73,18 +56,15 @@ class ModelChunk(Chunk):
         Returns:
             float[batch, seq, vocab]. Local.
         """
+        if self._layers != range(len(self._specs)):
+            raise ValueError("this chunk is a part of the model; build it from all layers")
         padded = torch.cat([tokens, tokens[:, :1]], dim=1)
         context = MicroBatchContext(0, 0, False, padded)
         value: Tensor | None = None
-        for module in self.layers.values():
-            if isinstance(module, Embedding):
-                value = module(context)
-            elif isinstance(module, Head):
-                assert value is not None
-                return module.logits(value).transpose(0, 1)
-            else:
-                value = module(value, context)
-        raise ValueError("this chunk has no head; build it from all layers of the model")
+        *below, head = self.layers.values()
+        for module in below:
+            value = module(value, context)
+        return head.logits(value).transpose(0, 1)  # pyrefly: ignore[not-callable]
 
     def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
         rows = []
@@ -137,36 +117,6 @@ def build_chunk(
     if initial:
         initialize(chunk, seed)
     return chunk.to(device)
-
-
-def new_chunks(
-    config: RunConfig,
-    plan: Plan,
-    rank: int,
-    tensor: Communicator,
-    device: torch.device,
-    *,
-    initial: bool,
-) -> dict[int, Chunk]:
-    """The model chunks of one rank of a run, by chunk index. Arguments as of `build_chunk`. Local."""
-    train = config.train
-    group = tensor if tensor.size > 1 else None
-    return {
-        index: build_chunk(
-            config.model,
-            plan.layers_of(index),
-            tensor=group,
-            sequence_parallel=config.parallel.sequence_parallel and group is not None,
-            dtype=DTYPES[train.precision],
-            device=device,
-            seq_len=train.seq_len,
-            micro_batch=train.micro_batch,
-            recompute=[layer.recompute for layer in plan.layers[1:-1]],
-            seed=train.seed,
-            initial=initial,
-        )
-        for index in plan.chunks_of(rank)
-    }
 
 
 def initialize(chunk: Chunk, seed: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from holdfast.checkpoint.format import Manifest
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.models import family_of
 from holdfast.trainer.step import DTYPES
 
 
@@ -44,7 +45,9 @@ def check_converted(
             )
     changed = [
         f"model.{key} = {mine!r} (its config.json has {theirs!r})"
-        for key, theirs, mine in _differences(_described(where), config)
+        for key, theirs, mine in family_of(config.model.family).differences(
+            config.model, _described(where)
+        )
     ]
     if changed and not allow_change:
         raise ConfigError(
@@ -72,25 +75,3 @@ def _described(where: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _differences(described: dict[str, Any], config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Keys of [model] that are told otherwise: (key, there, here)."""
-    model = config.model
-    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    told = {
-        "family": (described.get("model_type"), model.family),
-        "layers": (described.get("num_hidden_layers"), model.layers),
-        "hidden": (described.get("hidden_size"), model.hidden),
-        "intermediate": (described.get("intermediate_size"), model.intermediate),
-        "heads": (described.get("num_attention_heads"), model.heads),
-        "kv_heads": (described.get("num_key_value_heads"), model.kv_heads),
-        "head_dim": (described.get("head_dim"), model.dim_per_head),
-        "vocab": (described.get("vocab_size"), model.vocab),
-        "norm_eps": (described.get("rms_norm_eps"), model.norm_eps),
-        "rope_theta": (rope.get("rope_theta") or described.get("rope_theta"), model.rope_theta),
-        "tie_embeddings": (described.get("tie_word_embeddings"), model.tie_embeddings),
-        "rope scaling": (kind, "default"),
-    }
-    return [(k, theirs, mine) for k, (theirs, mine) in told.items() if theirs not in (None, mine)]

@@ -19,8 +19,8 @@ from torch import Tensor
 from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.offload import DiskFile, Transfer
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
-from holdfast.trainer.config import ModelConfig, RunConfig
-from holdfast.trainer.models import DTYPES, build_chunk, layer_specs
+from holdfast.trainer.config import RunConfig, convert_config
+from holdfast.trainer.models import DTYPES, build_chunk, family_of, layer_specs
 from holdfast.trainer.run.throughput import Throughput
 from holdfast.trainer.step import choose_device
 
@@ -31,14 +31,15 @@ _ALIGNMENT = 4096
 
 
 def forward_rate(config: RunConfig, device: torch.device) -> float:
-    """Operations a second of one rank's part of a block in the forward pass. Local.
+    """Operations a second of one rank's share of a transformer layer in the forward pass. Local.
 
-    The part that a tensor-parallel rank has of a block is measured as a block with so many heads and
-    features; its messages are not. The first pass, which warms up, does not count.
+    A tensor-parallel rank's share is measured as a layer with as many heads and features; messages are
+    not measured. The first pass warms up and does not count.
     """
-    train, model = config.train, _part_of_block(config.model, config.parallel.tensor)
+    train = config.train
+    model = family_of(config.model.family).tensor_share(config.model, config.parallel.tensor)
     dtype = DTYPES[train.precision]
-    block = build_chunk(
+    layer = build_chunk(
         model,
         range(1, 2),
         tensor=None,
@@ -61,25 +62,14 @@ def forward_rate(config: RunConfig, device: torch.device) -> float:
     )
     shape = (train.seq_len, train.micro_batch, model.hidden)
     hidden = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
-    seconds = [_forward_s(block, hidden) for _ in range(1 + _REPETITIONS)]
+    seconds = [_forward_s(layer, hidden) for _ in range(1 + _REPETITIONS)]
     return specs[1].forward_flops / statistics.median(seconds[1:])
 
 
-def _part_of_block(model: ModelConfig, tensor: int) -> ModelConfig:
-    return msgspec.structs.replace(
-        model,
-        layers=1,
-        head_dim=model.dim_per_head,
-        heads=max(1, model.heads // tensor),
-        kv_heads=max(1, model.kv_heads // tensor),
-        intermediate=max(1, model.intermediate // tensor),
-    )
-
-
-def _forward_s(block: Chunk, hidden: Tensor) -> float:
+def _forward_s(layer: Chunk, hidden: Tensor) -> float:
     _synchronize(hidden.device)
     start = perf_counter()
-    block(hidden, MicroBatchContext(0, 0, True, None))
+    layer(hidden, MicroBatchContext(0, 0, True, None))
     _synchronize(hidden.device)
     return perf_counter() - start
 
@@ -148,7 +138,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def main() -> int:
-    config = msgspec.json.decode(sys.stdin.readline(), type=RunConfig)
+    config = convert_config(msgspec.json.decode(sys.stdin.readline()))
     try:
         device = choose_device(config, int(sys.argv[1]))
         print("ready", flush=True)  # noqa: T201

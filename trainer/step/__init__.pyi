@@ -4,7 +4,6 @@ from .build import (
     open_training as open_training,
 )
 from .learning_rate import (
-    learning_rate as learning_rate,
     rate_of as rate_of,
 )
 from .partial_sums import (

@@ -17,6 +17,7 @@ from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import ParameterBuffer, Segment, ShadowState, ShardedAdamW
 from holdfast.parallel.plan import Plan, block_box
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.models import family_of
 from holdfast.trainer.step.saved_tensors import wanted_boxes
 
 
@@ -146,33 +147,9 @@ def _columns(box: Box) -> _Columns:
 
 def huggingface_files(config: RunConfig) -> dict[str, bytes]:
     """config.json and what else makes a checkpoint folder a Hugging Face model folder."""
-    model = config.model
-    described: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": model.hidden,
-        "intermediate_size": model.intermediate,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.dim_per_head,
-        "vocab_size": model.vocab,
-        "max_position_embeddings": max(model.max_seq_len, config.train.seq_len),
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "tie_word_embeddings": model.tie_embeddings,
-        "initializer_range": model.init_std,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[config.train.precision],
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "use_cache": True,
-    }
+    model, train = config.model, config.train
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[train.precision]
+    described = family_of(model.family).config_json(model, train.seq_len, dtype)
     files = {
         "config.json": _json(described),
         "generation_config.json": _json({"_from_model_config": True}),

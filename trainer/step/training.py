@@ -40,7 +40,8 @@ from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
-from holdfast.trainer.models import DTYPES, new_chunks
+from holdfast.trainer.models import DTYPES
+from holdfast.trainer.step.construction import new_chunks
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,

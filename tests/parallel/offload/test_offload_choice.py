@@ -15,8 +15,8 @@ from holdfast.parallel.offload.policy.choice import Rates, choose_layers
 from holdfast.parallel.offload.policy.estimate import estimate_offload
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
-from holdfast.trainer.config.model_section import ModelConfig
 from holdfast.trainer.models.llama.table import layer_specs
+from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.step.planning import WAYS
 
 TFLOPS = 1e12

@@ -15,8 +15,8 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.ownership import assign_owners, blocks
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.schedules.registry import check_programs
-from holdfast.trainer.config.model_section import ModelConfig
 from holdfast.trainer.models.llama.table import layer_specs
+from holdfast.trainer.models.section import ModelConfig
 
 
 def layers_of(

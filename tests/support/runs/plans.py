@@ -10,8 +10,8 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.parallel.schedules.registry import check_programs
-from holdfast.trainer.config.model_section import ModelConfig
 from holdfast.trainer.models.llama.table import layer_specs
+from holdfast.trainer.models.section import ModelConfig
 
 MICRO_BATCHES = 8
 NODES = {rank: f"node-{rank % 3}" for rank in range(40)}

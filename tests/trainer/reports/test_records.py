@@ -11,13 +11,13 @@ import pytest
 from holdfast.launch.launchers.display_process import _Follower
 from holdfast.parallel.pipeline.executor import ActionTimes
 from holdfast.parallel.schedules.registry import Action, Op
-from holdfast.trainer.config.model_section import ModelConfig
+from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.models.llama.table import layer_specs
+from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.reports.console import duration, sparkline
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import JsonLines, drop_after
 from holdfast.trainer.reports.trace import PhaseSpan, bubble_of, merge_traces, write_trace
-from holdfast.trainer.step.learning_rate import learning_rate
 from holdfast.trainer.world import first_host, world_from_environment
 
 

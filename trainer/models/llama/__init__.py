@@ -1,6 +1,6 @@
-"""The Llama family: its modules and its table of parameters.
+"""The Llama family: its rules, table of layers, modules and Hugging Face form, as `FAMILY`.
 
-May import trainer.config, parallel.
+May import trainer.models.family and section, parallel.
 """
 
 import lazy_loader

@@ -8,6 +8,7 @@ arithmetic does not depend on the chunk it lies in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.parallel.keyed_random import dropout, stream_key
-from holdfast.parallel.layout import even_range
+from holdfast.parallel.layout import LayerSpec, even_range
 from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import TensorParallel, cross_entropy_sum, embed
-from holdfast.trainer.config import ModelConfig
+from holdfast.trainer.models.family import ChunkContext
+from holdfast.trainer.models.section import ModelConfig
 
 
 class _Dropout(torch.autograd.Function):
@@ -164,11 +166,11 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(stop - self._first, model.hidden))
         self.dropout = KeyedDropout(model.dropout, seed, "embedding", "output", tp)
 
-    def forward(self, context: MicroBatchContext) -> Tensor:
+    def forward(self, value: None, context: MicroBatchContext) -> Tensor:
         assert context.tokens is not None
         tokens = context.tokens[:, :-1].t()
-        value = self._tp.sum_partials(embed(tokens, self.weight, self._queue, self._first))
-        return self.dropout(value, context)
+        embedded = self._tp.sum_partials(embed(tokens, self.weight, self._queue, self._first))
+        return self.dropout(embedded, context)
 
 
 class TransformerLayer(nn.Module):
@@ -224,3 +226,20 @@ class Head(nn.Module):
         assert context.tokens is not None
         targets = context.tokens[:, 1:].t()
         return cross_entropy_sum(self.logits(value), targets, self._first, self._tp.group)
+
+
+def module_builder(
+    model: ModelConfig, context: ChunkContext
+) -> Callable[[int, LayerSpec], nn.Module]:
+    """Builds the modules of one chunk, which share their rotary tables; see `Family.modules`. Local."""
+    tp, queue, seed = context.tensor_parallel, context.queue, context.seed
+    rotary = RotaryEmbedding(model, context.seq_len, context.dtype, context.device)
+
+    def build(layer: int, spec: LayerSpec) -> nn.Module:
+        if layer == 0:
+            return Embedding(model, tp, queue, seed)
+        if layer == model.layers + 1:
+            return Head(model, tp, queue)
+        return TransformerLayer(model, layer - 1, tp, queue, rotary, spec.recompute, seed)
+
+    return build

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from holdfast.parallel.layout import Box, Initial, LayerSpec, ParameterSpec, even_range
-from holdfast.trainer.config import ModelConfig
+from holdfast.trainer.models.section import ModelConfig
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 

@@ -1,17 +1,18 @@
-"""The [model] section of a configuration."""
+"""The `[model]` section of a configuration: the keys that model families share. Needs no torch."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import msgspec
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is trained. `family`, `layers` and `hidden` are required."""
+    """What is trained. `family`, `layers` and `hidden` are required.
 
-    family: Literal["llama"]
-    """The Hugging Face architecture it matches."""
+    A family with keys of its own derives its section from this one; see `Family.section`.
+    """
+
+    family: str
+    """A name of `FAMILIES`: the Hugging Face architecture (`model_type`) that the model matches."""
     layers: int
     """Transformer layers."""
     hidden: int
@@ -25,7 +26,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_seq_len: int = 2048
     tie_embeddings: bool = False
     dropout: float = 0.0
-    """Of the embedding's output and of what each attention and MLP adds."""
+    """Probability, for the embedding's output and for what each attention and MLP adds."""
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     init_std: float = 0.02
@@ -33,4 +34,5 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def dim_per_head(self) -> int:
+        """Elements of one attention head."""
         return self.head_dim or self.hidden // self.heads

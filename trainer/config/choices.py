@@ -1,0 +1,25 @@
+"""The allowed values of keys that name an entry of a registry, asked of the registry itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from holdfast.parallel.errors import unknown_name
+
+
+def registries() -> Mapping[str, Collection[str]]:
+    """By key (section.key): the registry whose names are its values. One line per registry."""
+    from holdfast.parallel.schedules import SCHEDULES
+    from holdfast.trainer.learning_rates import LEARNING_RATES
+    from holdfast.trainer.models import FAMILIES
+
+    return {
+        "model.family": FAMILIES,
+        "optimizer.schedule": LEARNING_RATES,
+        "parallel.schedule": SCHEDULES,
+    }
+
+
+def choice_problem(key: str, value: object, allowed: Collection[str]) -> str:
+    """What is wrong with a value: key, value, allowed, nearest; empty if it is allowed. Pure."""
+    return "" if value in allowed else unknown_name(key, str(value), allowed)

@@ -1,0 +1,125 @@
+"""What a model family is, and the registry of families. Needs no torch.
+
+A family is one folder beside this file: its configuration section and rules, the table of its layers
+(parameters under their Hugging Face names, shapes, shards, operations), its modules, its
+`config.json`. Adding one is that folder and one line of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from holdfast.parallel.layout import LayerSpec
+from holdfast.trainer.models.section import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from holdfast.parallel.pipeline import WeightGradientQueue
+    from holdfast.parallel.tensor_parallel import TensorParallel
+
+M = TypeVar("M", bound=ModelConfig)
+M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
+
+FAMILIES: Mapping[str, str] = {
+    "llama": "holdfast.trainer.models.llama",
+}
+"""By the name that `model.family` gives: the module that has the family as `FAMILY`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkContext:
+    """What the modules of one model chunk share."""
+
+    tensor_parallel: TensorParallel
+    queue: WeightGradientQueue
+    """Takes the weight gradients of the chunk's linear layers."""
+    seq_len: int
+    dtype: torch.dtype
+    """Of the parameters and hidden states."""
+    device: torch.device
+    seed: int
+    """Of dropout."""
+
+
+class LayerTable(Protocol[M_contra]):
+    """Every layer of a model, from the embedding to the head."""
+
+    def __call__(
+        self,
+        model: M_contra,
+        *,
+        tensor: int,
+        sequence_parallel: bool,
+        seq_len: int,
+        micro_batch: int,
+        precision: str,
+        recompute: str | Sequence[str],
+    ) -> tuple[LayerSpec, ...]:
+        """The embedding, `model.layers` transformer layers, the head: rows and costs. Pure.
+
+        Args:
+            tensor: the tensor-parallel degree; each layer has one table of rows per shard.
+            sequence_parallel: whether hidden states are split over the tensor group.
+            precision: "fp32", "bf16" or "fp64".
+            recompute: "none", "full" or "selective", of all transformer layers or of each.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Family(Generic[M]):
+    """A model family. Functions take the family's own section, and need no torch but for `modules`."""
+
+    section: type[M]
+    """The `[model]` section: `ModelConfig`, or a struct derived from it with more keys."""
+    problems: Callable[[M, int], Iterator[str]]
+    """The broken rules of a section under a tensor-parallel degree, one line each: key, value, advice."""
+    layer_specs: LayerTable[M]
+    """The table of layers. Rows have Hugging Face's names, so checkpoints need no renaming."""
+    modules: Callable[[M, ChunkContext], Callable[[int, LayerSpec], nn.Module]]
+    """Gives the builder of a chunk's modules: (layer index, row of the table) -> module.
+
+    Module `forward(value, context)` takes and gives float[seq (/ tensor), micro_batch, hidden]; the
+    embedding takes None, and the head gives the sum of token losses and has `logits(value)`. Parameters
+    have the local names of the table.
+    """
+    config_json: Callable[[M, int, str], Mapping[str, Any]]
+    """Hugging Face's `config.json`, from (section, sequence length in tokens, torch's name of the dtype)."""
+    differences: Callable[[M, Mapping[str, Any]], Iterator[tuple[str, Any, Any]]]
+    """What a `config.json` tells otherwise: (key, its value, the section's value)."""
+    tiny: Callable[[M, int, int], M]
+    """(section, tensor degree, layers) -> a section whose every size is small and divides as before."""
+    tensor_share: Callable[[M, int], M]
+    """(section, tensor degree) -> a one-layer section as large as one tensor rank's share of a layer."""
+
+
+def family_of(name: str) -> Family[Any]:
+    """The family of a registered name."""
+    return importlib.import_module(FAMILIES[name]).FAMILY
+
+
+def layer_specs(
+    model: ModelConfig,
+    *,
+    tensor: int,
+    sequence_parallel: bool,
+    seq_len: int,
+    micro_batch: int,
+    precision: str,
+    recompute: str | Sequence[str],
+) -> tuple[LayerSpec, ...]:
+    """The layers of a model, by the table of its family; see `LayerTable`. Pure."""
+    return family_of(model.family).layer_specs(
+        model,
+        tensor=tensor,
+        sequence_parallel=sequence_parallel,
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        precision=precision,
+        recompute=recompute,
+    )

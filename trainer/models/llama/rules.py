@@ -1,0 +1,49 @@
+"""The rules that the keys of a Llama model must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from holdfast.trainer.models.section import ModelConfig
+
+
+def problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+    """One line per broken rule: the key, its value, what to change. Pure."""
+    if min(model.heads, model.kv_heads, model.hidden) < 1:
+        return
+    yield from _head_problems(model)
+    if tensor >= 1:
+        yield from _tensor_problems(model, tensor)
+
+
+def _head_problems(model: ModelConfig) -> Iterator[str]:
+    if not model.head_dim and model.hidden % model.heads:
+        yield (
+            f"model.hidden = {model.hidden} is not divisible by model.heads = {model.heads}; change "
+            "one of them, or set model.head_dim"
+        )
+    elif model.dim_per_head % 2:
+        yield (
+            f"the head dimension is {model.dim_per_head}, and rotary embedding needs an even one; "
+            "change model.hidden, model.heads or model.head_dim"
+        )
+    if model.heads % model.kv_heads:
+        yield (
+            f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; each "
+            "key and value head serves the same number of query heads"
+        )
+
+
+def _tensor_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+    if model.heads % tensor:
+        yield (
+            f"model.heads = {model.heads} is not divisible by parallel.tensor = {tensor}; every tensor "
+            "rank takes the same number of heads"
+        )
+    elif model.kv_heads % tensor and tensor % model.kv_heads:
+        yield (
+            f"model.kv_heads = {model.kv_heads} and parallel.tensor = {tensor}: one must divide the "
+            "other, so that key and value heads are split or shared evenly"
+        )
+    if tensor > min(model.vocab, model.intermediate):
+        yield f"parallel.tensor = {tensor} exceeds model.vocab or model.intermediate; lower it"

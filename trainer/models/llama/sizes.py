@@ -1,0 +1,54 @@
+"""Llama models of other sizes with the same structure: tiny ones, and a tensor rank's share."""
+
+from __future__ import annotations
+
+from math import gcd
+
+import msgspec
+
+from holdfast.trainer.models.section import ModelConfig
+
+_HEAD_DIM = 4
+
+
+def tiny(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
+    """A model of `layers` layers whose sizes are small and divide by `tensor` as before. Pure.
+
+    Kept: head grouping, how key and value heads fall on tensor ranks, whether the vocabulary divides
+    evenly, tied embeddings, dropout.
+    """
+    kv_heads = _fewest_kv_heads(model.kv_heads, tensor)
+    group = min(model.heads // model.kv_heads, 2)
+    while (kv_heads * group) % tensor:
+        group += 1
+    heads = kv_heads * group
+    return msgspec.structs.replace(
+        model,
+        layers=layers,
+        hidden=heads * _HEAD_DIM * (2 if model.head_dim else 1),
+        head_dim=_HEAD_DIM if model.head_dim else 0,
+        intermediate=6 * tensor,
+        heads=heads,
+        kv_heads=kv_heads,
+        vocab=12 * tensor + (0 if model.vocab % tensor == 0 else 1),
+        max_seq_len=max(8, 4 * tensor),
+    )
+
+
+def _fewest_kv_heads(kv_heads: int, tensor: int) -> int:
+    """The smallest count that falls on tensor ranks as `kv_heads` does: split, or shared by ranks."""
+    if kv_heads % tensor == 0:
+        return tensor * min(kv_heads // tensor, 2)
+    return gcd(kv_heads, tensor)
+
+
+def tensor_share(model: ModelConfig, tensor: int) -> ModelConfig:
+    """A one-layer model with as many heads and features as one of `tensor` ranks computes. Pure."""
+    return msgspec.structs.replace(
+        model,
+        layers=1,
+        head_dim=model.dim_per_head,
+        heads=max(1, model.heads // tensor),
+        kv_heads=max(1, model.kv_heads // tensor),
+        intermediate=max(1, model.intermediate // tensor),
+    )

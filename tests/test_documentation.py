@@ -60,6 +60,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.mp
 @IN_CHECKOUT
 @pytest.mark.parametrize("source", blocks("python"))
 def test_python_block_runs(source: str, tmp_path: Path) -> None:
@@ -75,6 +76,7 @@ def test_python_block_runs(source: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.mp
 @IN_CHECKOUT
 @pytest.mark.parametrize("source", blocks("sh run"))
 def test_marked_commands_run(source: str, tmp_path: Path) -> None:

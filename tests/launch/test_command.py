@@ -272,6 +272,7 @@ def test_a_token_beyond_the_vocabulary_is_named(config: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.mp
 def test_unreadable_configurations_are_named(tmp_path: Path) -> None:
     missing = holdfast(tmp_path, "train", "nothing.toml")
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
@@ -282,6 +283,7 @@ def test_unreadable_configurations_are_named(tmp_path: Path) -> None:
     assert "broken.toml is not valid TOML" in broken.stderr
 
 
+@pytest.mark.mp
 def test_all_problems_are_listed_at_once(config: Path) -> None:
     sets = [
         "--set",
@@ -297,6 +299,7 @@ def test_all_problems_are_listed_at_once(config: Path) -> None:
     assert "train.global_batch = 9" in done.stderr
 
 
+@pytest.mark.mp
 def test_another_run_is_not_overwritten(config: Path) -> None:
     run = config.parent / "out"
     run.mkdir()
@@ -401,6 +404,7 @@ def test_termination_saves_the_last_step_and_ends(
     wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
+@pytest.mark.mp
 def test_help_does_not_import_torch() -> None:
     script = (
         "import sys\nimport holdfast.launch.cli\n"
@@ -409,6 +413,7 @@ def test_help_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env=environment())
 
 
+@pytest.mark.mp
 def test_plan_prints_memory_and_programs(config: Path) -> None:
     done = holdfast(config.parent, "plan", str(config), "--json")
     report = json.loads(done.stdout)

@@ -57,6 +57,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["rm", "-r", str(path)], check=True)
 
 
+@pytest.mark.mp
 @pytest.mark.parametrize("direct", [True, False])
 def test_what_is_written_is_read_by_others_and_back(kind: str, direct: bool, folder: Path) -> None:
     content = os.urandom(5_000_017)
@@ -201,6 +202,7 @@ def test_errors_of_the_system_come_back(kind: str, tmp_path: Path) -> None:
             engine.write(file, memory.address, -1, 1)
 
 
+@pytest.mark.mp
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
 def test_a_full_filesystem_is_enospc(kind: str, tmp_path: Path) -> None:
     mount = tmp_path / "small"
@@ -289,6 +291,7 @@ def test_waiting_leaves_the_interpreter_free_and_obeys_signals(kind: str) -> Non
         engine.close()
 
 
+@pytest.mark.mp
 def test_an_engine_does_not_survive_a_fork(kind: str, tmp_path: Path) -> None:
     engine = _native.FileEngine(kind=kind)
     file = engine.open(str(tmp_path / "file"), write=True, create=True)

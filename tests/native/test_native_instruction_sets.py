@@ -63,6 +63,7 @@ def run(isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.mp
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_vector_kernels_give_the_bits_of_the_portable_ones(isa: str) -> None:
     result = run(isa)
@@ -73,12 +74,14 @@ def test_vector_kernels_give_the_bits_of_the_portable_ones(isa: str) -> None:
     assert result.stdout.split() == [isa, portable.stdout.split()[1]], result.stderr
 
 
+@pytest.mark.mp
 def test_unknown_instruction_set_is_refused_at_import() -> None:
     result = run("sse9")
     assert result.returncode != 0
     assert "allowed: auto, portable, avx2, avx512" in result.stderr
 
 
+@pytest.mark.mp
 def test_auto_names_what_runs() -> None:
     assert run("auto").stdout.split()[0] in ("portable", "avx2", "avx512")
     assert _native.isa() in ("portable", "avx2", "avx512")

@@ -53,6 +53,7 @@ convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), "holdfast"))
 """
 
 
+@pytest.mark.mp
 def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     values = save_source(tmp_path / "hf")
     for lines in (2, 1):
@@ -73,6 +74,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
+@pytest.mark.mp
 def test_another_source_starts_over(tmp_path: Path) -> None:
     save_source(tmp_path / "hf", tensors=2)
     arguments = [str(tmp_path / "hf"), str(tmp_path / "out"), "1"]
@@ -89,6 +91,7 @@ def test_another_source_starts_over(tmp_path: Path) -> None:
     assert torch.equal(load_file(written)["norm"], values["norm"])
 
 
+@pytest.mark.mp
 def test_workers_write_the_same_bytes(tmp_path: Path) -> None:
     save_source(tmp_path / "hf")
     outputs = []
@@ -103,6 +106,7 @@ def test_workers_write_the_same_bytes(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.mp
 def test_processes_of_a_launcher_share_the_work(tmp_path: Path) -> None:
     values = save_source(tmp_path / "hf")
     command = [sys.executable, "-m", "holdfast.launch.cli", "convert", str(tmp_path / "hf")]
@@ -124,6 +128,7 @@ def test_processes_of_a_launcher_share_the_work(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in values.items())
 
 
+@pytest.mark.mp
 def test_a_worker_that_dies_is_told_and_the_rest_is_kept(tmp_path: Path) -> None:
     save_source(tmp_path / "hf", tensors=16)
     command = [sys.executable, "-m", "holdfast.launch.cli", "convert", str(tmp_path / "hf")]
@@ -153,6 +158,7 @@ def test_no_room_is_told_before_anything_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.mp
 def test_a_full_disk_leaves_what_can_be_gone_on_with(tmp_path: Path) -> None:
     save_source(tmp_path / "hf")
     code = (
@@ -174,6 +180,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(tmp_path: Path) -> None:
     assert convert(Conversion(tmp_path / "hf", tmp_path / "out", "holdfast")) is not None
 
 
+@pytest.mark.mp
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     values = {"big": torch.ones(150 << 18, 1), "wide": torch.ones(8, 12 << 18)}
     (tmp_path / "hf").mkdir()
@@ -194,6 +201,7 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     assert int(done.stdout) * 1024 < (96 << 20)
 
 
+@pytest.mark.mp
 def test_many_small_files_need_few_open_ones(tmp_path: Path) -> None:
     weights = {f"layers.{number}.weight": torch.full((3,), float(number)) for number in range(150)}
     (tmp_path / "hf").mkdir()
@@ -214,6 +222,7 @@ def test_many_small_files_need_few_open_ones(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
+@pytest.mark.mp
 def test_most_conversions_do_without_torch(tmp_path: Path) -> None:
     """Importing it takes longer than converting a small model."""
     weights = {"w": torch.randn(3, 4).bfloat16(), "b": torch.randn(3).bfloat16()}

@@ -256,6 +256,7 @@ def test_two_runs_share_a_folder_that_is_deleted(
     assert all(equal(found, expected) for found in steps(model, one))
 
 
+@pytest.mark.mp
 def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     script = """
 import sys, torch, time
@@ -353,6 +354,7 @@ def test_a_read_that_keeps_failing_is_an_error_and_no_gradient(
     assert all(equal(found, expected) for found in steps(model, faulty.offloader))
 
 
+@pytest.mark.mp
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
 def test_a_full_drive_takes_what_it_can(make: Callable[..., Offloader], tmp_path: Path) -> None:
     mount = tmp_path / "small"

@@ -56,6 +56,7 @@ def resident_mib(heap: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.mp
 def test_what_is_freed_is_used_again() -> None:
     compact = resident_mib("compact")
     assert compact < 2 * LIVE_MIB  # pages, and what torch itself takes

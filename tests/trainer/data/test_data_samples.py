@@ -50,6 +50,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     return x
 
 
+@pytest.mark.mp
 def test_config_imports_neither_torch_nor_numpy() -> None:
     code = (
         "import sys, holdfast.trainer.config.data_section;"

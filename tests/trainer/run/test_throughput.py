@@ -65,6 +65,7 @@ def test_a_machine_that_does_not_find_the_rates_plans_nothing(tmp_path: Path) ->
         recorded_throughput(automatic(tmp_path), tmp_path)
 
 
+@pytest.mark.mp
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     config = automatic(tmp_path / "missing")
     with pytest.raises(ConfigError, match=r"cannot be offloaded to .*missing.*; set train.tflops"):

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from holdfast.parallel.offload.policy.heap import TUNABLES, compact_heap_environment
 
 LIVE_MIB = 64

@@ -17,18 +17,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from holdfast.elastic.node_faults import FaultError, fill_disk
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.faults import FAULTS, FaultKind
 from holdfast.parallel.step_phases import STEP_PHASES, StepPhase
 
 logger = logging.getLogger("holdfast.elastic")
-
-FaultKind = Literal[
-    "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
-]
-FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +32,6 @@ class Fault:
     """One fault in one worker."""
 
     fault: FaultKind
-    """kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every step from then on
-    takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips. cut: the
-    worker's node reaches no other node. fill-disk: there is no room where checkpoints are written."""
     rank: int
     step: int
     """Counted from 1."""

@@ -9,18 +9,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 # torch imports it at the first backward pass, for half a second: here it is there before workers are forked.
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
-from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.trainer.config import RunConfig, check_config
-from holdfast.trainer.elastic import train_elastic_worker
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RankError, RunDirectory, read_error, write_error
 from holdfast.trainer.world import WorldInfo
+
+if TYPE_CHECKING:
+    from holdfast.elastic.worker_spec import WorkerSpec
 
 STORE_TIMEOUT_S = 300.0
 _SETTLE_S = 2.0
@@ -108,6 +110,8 @@ def run_elastic_worker(
     config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> int:
     """Run one worker of an elastic run and return the process's exit code; its end is written down."""
+    from holdfast.trainer.elastic import train_elastic_worker
+
     log_to_file(run, spec.rank)
     logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
     try:

@@ -11,15 +11,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from holdfast.elastic.faults import FAULTS, Fault, ask_for, fault_from_data
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.faults import FAULTS
 from holdfast.parallel.step_phases import STEP_PHASES
 from holdfast.trainer.reports import append_event, last_step
 from holdfast.trainer.run import RunDirectory
+
+if TYPE_CHECKING:
+    from holdfast.elastic.faults import Fault
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _SOON_STEPS = 2
@@ -66,6 +69,8 @@ def inject(
     Args:
         step: 0 for at once.
     """
+    from holdfast.elastic.faults import ask_for, fault_from_data
+
     at = step or last_step(run.metrics) + _SOON_STEPS
     fault = fault_from_data(
         {

@@ -62,6 +62,7 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
 
 def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
     """What the workers of an elastic run do; imports, before they are forked, what they need."""
+    from holdfast.trainer.elastic import train_elastic_worker  # noqa: F401
     from holdfast.trainer.worker import run_elastic_worker
 
     def main(spec: WorkerSpec, channel: socket.socket) -> int:

@@ -130,6 +130,13 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
 
 def _elastic(config: RunConfig) -> Iterator[str]:
     elastic, ranks = config.elastic, config.parallel.ranks
+    folders = ("holdfast.elastic", "holdfast.trainer.elastic")
+    missing = [f for f in folders if elastic.enabled and importlib.util.find_spec(f) is None]
+    if missing:
+        yield (
+            f"elastic.enabled = true: this installation has no {' and no '.join(missing)}; install "
+            "all of holdfast, or set elastic.enabled = false"
+        )
     if not 0 <= elastic.redundancy <= 2:
         yield f"elastic.redundancy = {elastic.redundancy}: must be 0, 1 or 2 shadows per block"
     if elastic.local_nodes < 1:

@@ -9,6 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from holdfast.parallel.faults import FaultKind
+from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.config.data_section import DataConfig
 from holdfast.trainer.models import ModelConfig
 
@@ -160,12 +162,10 @@ class OffloadConfig(Section, frozen=True):
 class ChaosConfig(Section, frozen=True):
     """A fault that a run does to itself; see `holdfast.elastic.faults.Fault`."""
 
-    fault: Literal[
-        "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
-    ]
+    fault: FaultKind
     rank: int
     step: int
-    phase: Literal["compute", "backward", "fill", "reduce", "vote", "apply", "change"] = "compute"
+    phase: StepPhase = "compute"
     seconds: float = 60.0
     incarnation: int = 0
 

@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 from harness import Measurement, report
 from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
 from holdfast.parallel.pipeline.executor import Executor, MessageShape, receive_order
-from holdfast.parallel.schedules.registry import (
+from holdfast.parallel.schedules import (
     Action,
     Op,
     check_programs,

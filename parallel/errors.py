@@ -78,7 +78,7 @@ def unknown_name(key: str, name: str, allowed: Iterable[str]) -> str:
 
     Args:
         key: what has the name for its value, e.g. `parallel.schedule`.
-        allowed: the names of the registry, in the order in which they are told.
+        allowed: the names of the registry, in the order of the message.
     """
     names = list(allowed)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)

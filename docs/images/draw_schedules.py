@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.parallel.schedules.registry import (
+from holdfast.parallel.schedules import (
     Op,
     Timeline,
     compute_programs,

@@ -19,6 +19,7 @@ from .cost import (
     step_time_s as step_time_s,
 )
 from .initial import (
+    MICRO_BATCH_ORDERS as MICRO_BATCH_ORDERS,
     make_plan as make_plan,
 )
 from .ownership import (

@@ -6,15 +6,31 @@ Pure. Needs no torch.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
-from holdfast.parallel.errors import ConfigError, ScheduleError
+from holdfast.parallel.errors import ConfigError, ScheduleError, unknown_name
 from holdfast.parallel.layout import LayerSpec, Mesh, StageReplicas
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.schedules import placement
 
-MICRO_BATCH_ORDERS = ("ascending", "descending", "shuffled")
+
+def _shuffled(numbers: list[int], replica: int) -> list[int]:
+    mixed = list(numbers)
+    random.Random(replica).shuffle(mixed)
+    return mixed
+
+
+MICRO_BATCH_ORDERS: Mapping[str, Callable[[list[int], int], list[int]]] = MappingProxyType(
+    {
+        "ascending": lambda numbers, _: numbers,
+        "descending": lambda numbers, _: numbers[::-1],
+        "shuffled": _shuffled,
+    }
+)
+"""(micro-batches of a replica, its index) -> the order in which it takes them; the allowed values of
+`parallel.micro_batch_order`."""
 
 
 def make_plan(
@@ -89,8 +105,7 @@ def _check_sizes(
         )
     if micro_batch_order not in MICRO_BATCH_ORDERS:
         raise ConfigError(
-            f"parallel.micro_batch_order = {micro_batch_order!r} does not exist; choose one of "
-            f"{', '.join(MICRO_BATCH_ORDERS)}"
+            unknown_name("parallel.micro_batch_order", micro_batch_order, MICRO_BATCH_ORDERS)
         )
 
 
@@ -131,11 +146,6 @@ def split_micro_batches(count: int, replicas: int, order: str) -> tuple[tuple[in
     runs, start = [], 0
     for replica in range(replicas):
         stop = start + base + (replica < extra)
-        numbers = list(range(start, stop))
-        if order == "descending":
-            numbers.reverse()
-        elif order == "shuffled":
-            random.Random(replica).shuffle(numbers)
-        runs.append(tuple(numbers))
+        runs.append(tuple(MICRO_BATCH_ORDERS[order](list(range(start, stop)), replica)))
         start = stop
     return tuple(runs)

@@ -2,23 +2,38 @@ from .actions import (
     COMPUTE as COMPUTE,
     RECEIVES as RECEIVES,
     SENDS as SENDS,
-)
-from .messages import (
-    matching_receive as matching_receive,
-)
-from .registry import (
-    SCHEDULES as SCHEDULES,
     Action as Action,
     Op as Op,
     Program as Program,
-    Timeline as Timeline,
-    compute_programs as compute_programs,
-    draw as draw,
-    forward_only as forward_only,
-    list_schedule as list_schedule,
+    parse_programs as parse_programs,
     peak_in_flight as peak_in_flight,
+    render_programs as render_programs,
+)
+from .checker import (
+    check_programs as check_programs,
+)
+from .drawing import (
+    draw as draw,
+)
+from .list_scheduler import (
+    list_schedule as list_schedule,
+)
+from .messages import (
+    matching_receive as matching_receive,
+    with_messages as with_messages,
+)
+from .registry import (
+    SCHEDULES as SCHEDULES,
+    compute_programs as compute_programs,
+    forward_only as forward_only,
     placement as placement,
+)
+from .schedule import (
+    Schedule as Schedule,
+)
+from .simulator import (
+    Span as Span,
+    Timeline as Timeline,
     simulate as simulate,
     unit_cost as unit_cost,
-    with_messages as with_messages,
 )

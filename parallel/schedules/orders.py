@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from holdfast.parallel.schedules.actions import Action, Op, Program
+from holdfast.parallel.schedules.schedule import Schedule
 
 
 def gpipe(index: int, pipeline: int, virtual: int, micro_batches: int) -> Program:
@@ -93,3 +94,22 @@ def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) ->
         yield forward
         yield backward
     yield from backwards[steady:]
+
+
+GPIPE = Schedule(
+    lambda pipeline, virtual, micro_batches: tuple(
+        gpipe(index, pipeline, virtual, micro_batches) for index in range(pipeline)
+    )
+)
+ONE_FORWARD_ONE_BACKWARD = Schedule(
+    lambda pipeline, _, micro_batches: tuple(
+        one_forward_one_backward(index, pipeline, micro_batches) for index in range(pipeline)
+    ),
+    chunks_per_rank=1,
+    alternative="interleaved-1f1b",
+)
+INTERLEAVED = Schedule(
+    lambda pipeline, virtual, micro_batches: tuple(
+        interleaved(index, pipeline, virtual, micro_batches) for index in range(pipeline)
+    )
+)

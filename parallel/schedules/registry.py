@@ -1,4 +1,4 @@
-"""Schedules: which rank computes what, in which order; the entrance to `holdfast.parallel.schedules`.
+"""The table of pipeline schedules. A new one is a file with its `Schedule` and a line here.
 
 A schedule is generated for the pipeline indices of one replica, gets its messages, is checked and is
 simulated, all as data and without torch or a process group:
@@ -12,65 +12,43 @@ simulated, all as data and without torch or a process group:
 
 from __future__ import annotations
 
-from holdfast.parallel.errors import ScheduleError
-from holdfast.parallel.schedules.actions import (
-    Action,
-    Op,
-    Program,
-    parse_programs,
-    peak_in_flight,
-    render_programs,
-)
-from holdfast.parallel.schedules.checker import check_programs
-from holdfast.parallel.schedules.drawing import draw
-from holdfast.parallel.schedules.list_scheduler import list_schedule
-from holdfast.parallel.schedules.messages import with_messages
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from holdfast.parallel.errors import ScheduleError, unknown_name
+from holdfast.parallel.schedules.actions import Program
 from holdfast.parallel.schedules.orders import (
+    GPIPE,
+    INTERLEAVED,
+    ONE_FORWARD_ONE_BACKWARD,
     forward_sequence,
-    gpipe,
-    interleaved,
-    one_forward_one_backward,
 )
-from holdfast.parallel.schedules.simulator import Span, Timeline, simulate, unit_cost
-from holdfast.parallel.schedules.zero_bubble import zb_h1, zb_v
+from holdfast.parallel.schedules.schedule import Schedule
+from holdfast.parallel.schedules.zero_bubble import ZB_H1, ZB_V
 
-__all__ = [
-    "SCHEDULES",
-    "Action",
-    "Op",
-    "Program",
-    "Span",
-    "Timeline",
-    "check_programs",
-    "compute_programs",
-    "draw",
-    "forward_only",
-    "list_schedule",
-    "parse_programs",
-    "peak_in_flight",
-    "placement",
-    "render_programs",
-    "simulate",
-    "unit_cost",
-    "with_messages",
-]
-
-SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v")
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "gpipe": GPIPE,
+        "1f1b": ONE_FORWARD_ONE_BACKWARD,
+        "interleaved-1f1b": INTERLEAVED,
+        "zb-h1": ZB_H1,
+        "zb-v": ZB_V,
+    }
+)
+"""The allowed values of `parallel.schedule`."""
 
 
 def placement(schedule: str, pipeline: int, virtual: int) -> tuple[int, ...]:
     """The pipeline index of every chunk, in forward order.
 
-    Chunks go round the pipeline `virtual` times; with "zb-v" they go down it and back up, so that
-    the first and the last chunk are on index 0.
-
+    Args:
+        schedule: a name in `SCHEDULES`.
+        pipeline: ranks of the pipeline, 1 or more.
+        virtual: model chunks per pipeline rank, as many as the schedule allows.
     Raises:
         ScheduleError: the schedule does not exist or cannot have this many chunks.
     """
-    _validate(schedule, pipeline, virtual)
-    if schedule == "zb-v":
-        return (*range(pipeline), *reversed(range(pipeline)))
-    return tuple(chunk % pipeline for chunk in range(pipeline * virtual))
+    return _checked(schedule, pipeline, virtual).placement(pipeline, virtual)
 
 
 def compute_programs(
@@ -79,29 +57,16 @@ def compute_programs(
     """The compute actions of each pipeline index, without messages.
 
     Args:
-        schedule: one of `SCHEDULES`.
-        pipeline: ranks that hold the chunks of one replica.
-        virtual: chunks per rank.
-        micro_batches: of this replica, any number from 1; actions name them 0..micro_batches-1.
+        schedule, pipeline, virtual: as for `placement`.
+        micro_batches: of one replica, 1 or more; actions name them 0 to micro_batches - 1.
     Returns:
         One program per pipeline index.
     Raises:
         ScheduleError: the schedule does not exist, or does not allow these numbers.
     """
-    _validate(schedule, pipeline, virtual)
-    _validate_count("micro_batches", micro_batches)
-    indices = range(pipeline)
-    match schedule:
-        case "gpipe":
-            return tuple(gpipe(i, pipeline, virtual, micro_batches) for i in indices)
-        case "1f1b":
-            return tuple(one_forward_one_backward(i, pipeline, micro_batches) for i in indices)
-        case "interleaved-1f1b":
-            return tuple(interleaved(i, pipeline, virtual, micro_batches) for i in indices)
-        case "zb-h1":
-            return tuple(zb_h1(i, pipeline, micro_batches) for i in indices)
-        case _:
-            return zb_v(pipeline, micro_batches)
+    found = _checked(schedule, pipeline, virtual)
+    _check_count("micro_batches", micro_batches)
+    return found.programs(pipeline, virtual, micro_batches)
 
 
 def forward_only(
@@ -109,33 +74,31 @@ def forward_only(
 ) -> tuple[Program, ...]:
     """The forwards of each pipeline index, without messages, for evaluation.
 
-    Args and errors are those of `compute_programs`; the chunks lie where `schedule` places them.
+    Arguments and errors are those of `compute_programs`; chunks lie where `schedule` places them.
     """
     placed = placement(schedule, pipeline, virtual)
-    _validate_count("micro_batches", micro_batches)
+    _check_count("micro_batches", micro_batches)
     return tuple(forward_sequence(i, pipeline, placed, micro_batches) for i in range(pipeline))
 
 
-def _validate(schedule: str, pipeline: int, virtual: int) -> None:
-    if schedule not in SCHEDULES:
+def _checked(name: str, pipeline: int, virtual: int) -> Schedule:
+    """The schedule of a name, once it is known to allow these numbers."""
+    found = SCHEDULES.get(name)
+    if found is None:
+        raise ScheduleError(unknown_name("parallel.schedule", name, SCHEDULES))
+    _check_count("parallel.pipeline", pipeline)
+    _check_count("parallel.virtual", virtual)
+    only = found.chunks_per_rank
+    if only is not None and virtual != only:
+        chunks = {1: "one chunk", 2: "two chunks"}.get(only, f"{only} chunks")
         raise ScheduleError(
-            f"parallel.schedule = {schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}"
+            f"parallel.schedule = {name!r} has {chunks} per rank, but parallel.virtual = {virtual}; "
+            f"set parallel.virtual = {only}"
+            + (f", or use {found.alternative}" if found.alternative else "")
         )
-    _validate_count("parallel.pipeline", pipeline)
-    _validate_count("parallel.virtual", virtual)
-    if schedule in ("1f1b", "zb-h1") and virtual != 1:
-        several = "interleaved-1f1b" if schedule == "1f1b" else "zb-v with parallel.virtual = 2"
-        raise ScheduleError(
-            f"parallel.schedule = {schedule!r} has one chunk per rank, but parallel.virtual = "
-            f"{virtual}; set parallel.virtual = 1, or use {several}"
-        )
-    if schedule == "zb-v" and virtual != 2:
-        raise ScheduleError(
-            f"parallel.schedule = 'zb-v' has two chunks per rank, but parallel.virtual = {virtual}; "
-            "set parallel.virtual = 2, or use zb-h1 with parallel.virtual = 1"
-        )
+    return found
 
 
-def _validate_count(name: str, count: int) -> None:
+def _check_count(name: str, count: int) -> None:
     if count < 1:
         raise ScheduleError(f"{name} = {count} is too small; use 1 or more")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from holdfast.parallel.schedules.actions import Action, Op, Program
 from holdfast.parallel.schedules.list_scheduler import list_schedule
+from holdfast.parallel.schedules.schedule import Schedule
 
 
 def zb_h1(index: int, pipeline: int, micro_batches: int) -> Program:
@@ -33,6 +34,11 @@ def zb_h1(index: int, pipeline: int, micro_batches: int) -> Program:
     return tuple(_joined(order))
 
 
+def v_placement(pipeline: int) -> tuple[int, ...]:
+    """The pipeline index of every chunk: down the pipeline and back up, so that index 0 has both ends."""
+    return (*range(pipeline), *reversed(range(pipeline)))
+
+
 def zb_v(pipeline: int, micro_batches: int) -> tuple[Program, ...]:
     """ZB-V (Qi et al. 2024, section 6): two chunks per rank placed as a V, no bubble but the start.
 
@@ -44,10 +50,11 @@ def zb_v(pipeline: int, micro_batches: int) -> tuple[Program, ...]:
     """
     if micro_batches >= 2 * pipeline - 1:
         return tuple(_zb_v_order(index, pipeline, micro_batches) for index in range(pipeline))
+    placed = v_placement(pipeline)
     programs = list_schedule(
         2 * pipeline,
         range(micro_batches),
-        lambda chunk, _: min(chunk, 2 * pipeline - 1 - chunk),
+        lambda chunk, _: placed[chunk],
         lambda action: 2.0 if action.op is Op.BACKWARD else 1.0,
         cap=2 * pipeline,
         split_backward=True,
@@ -123,3 +130,18 @@ def _joined(order: Sequence[Action]) -> Iterator[Action]:
             and order[place + 1] == weight
         )
         yield Action(Op.BACKWARD, action.chunk, action.micro_batch) if skip else action
+
+
+ZB_H1 = Schedule(
+    lambda pipeline, _, micro_batches: tuple(
+        zb_h1(index, pipeline, micro_batches) for index in range(pipeline)
+    ),
+    chunks_per_rank=1,
+    alternative="zb-v with parallel.virtual = 2",
+)
+ZB_V = Schedule(
+    lambda pipeline, _, micro_batches: zb_v(pipeline, micro_batches),
+    chunks_per_rank=2,
+    alternative="zb-h1 with parallel.virtual = 1",
+    placement=lambda pipeline, _: v_placement(pipeline),
+)

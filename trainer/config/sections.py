@@ -89,8 +89,8 @@ class ParallelConfig(Section, frozen=True):
     backend: Literal["auto", "gloo", "nccl", "mpi"] = "auto"
     blocks_per_chunk: list[int] = []
     """Transformer layers of each model chunk, in forward order; empty: an even split."""
-    micro_batch_order: Literal["ascending", "descending", "shuffled"] = "ascending"
-    """In which order a replica computes its micro-batches; results do not depend on it."""
+    micro_batch_order: str = "ascending"
+    """A name of `MICRO_BATCH_ORDERS` (parallel/plan); results do not depend on it."""
 
     @property
     def ranks(self) -> int:

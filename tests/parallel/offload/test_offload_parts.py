@@ -33,7 +33,7 @@ from holdfast.parallel.offload.stores.host_store import HostStore
 from holdfast.parallel.offload.stores.reused_memory import ReusedMemory
 from holdfast.parallel.offload.stores.staged_store import StagedStore
 from holdfast.parallel.offload.stores.store import Store, StoredCopy
-from holdfast.parallel.schedules.registry import Action
+from holdfast.parallel.schedules import Action
 
 CPU = torch.device("cpu")
 STAGING = 1 << 18

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
 from holdfast.parallel.pipeline.executor import Executor, MessageShape, message_tag, receive_order
-from holdfast.parallel.schedules.registry import (
+from holdfast.parallel.schedules import (
     Op,
     Program,
     compute_programs,

@@ -14,7 +14,7 @@ from holdfast.parallel.layout.parameters import LayerSpec
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.ownership import assign_owners, blocks
 from holdfast.parallel.plan.plan import Plan
-from holdfast.parallel.schedules.registry import check_programs
+from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
 
@@ -161,8 +161,8 @@ def test_a_plan_for_a_hundred_thousand_ranks() -> None:
             "a chunk would have no layer",
         ),
         ({"schedule": "zb-v"}, "set parallel.virtual = 2"),
-        ({"schedule": "fastest"}, "choose one of gpipe"),
-        ({"micro_batch_order": "sideways"}, "choose one of ascending"),
+        ({"schedule": "fastest"}, "allowed are 'gpipe'"),
+        ({"micro_batch_order": "sideways"}, "allowed are 'ascending'"),
         ({"block_elements": 0}, "block_elements = 0 is too small"),
     ],
 )

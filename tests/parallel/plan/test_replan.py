@@ -23,7 +23,7 @@ from holdfast.parallel.plan.replan import (
 )
 from holdfast.parallel.plan.rerouting import SCHEDULED_PAIRS, stage_caps
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
-from holdfast.parallel.schedules.registry import simulate, unit_cost
+from holdfast.parallel.schedules import simulate, unit_cost
 from support.runs.plans import MICRO_BATCHES, NODES, check, check_moves, first_plan
 
 SCHEDULES = [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("zb-v", 2)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.errors import ScheduleError
-from holdfast.parallel.schedules.registry import (
+from holdfast.parallel.schedules import (
     Action,
     Op,
     Program,

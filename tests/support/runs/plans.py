@@ -9,7 +9,7 @@ from holdfast.parallel.plan.block_transfers import plan_block_transfers
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, with_shadows
-from holdfast.parallel.schedules.registry import check_programs
+from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
 

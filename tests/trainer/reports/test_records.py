@@ -10,7 +10,7 @@ import pytest
 
 from holdfast.launch.launchers.display_process import _Follower
 from holdfast.parallel.pipeline.executor import ActionTimes
-from holdfast.parallel.schedules.registry import Action, Op
+from holdfast.parallel.schedules import Action, Op
 from holdfast.trainer.learning_rates import learning_rate
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig

@@ -65,9 +65,10 @@ def dropout(value: Tensor, key: StreamKey, *, offset: int, probability: float) -
         value: float of any shape; its flat element 0 is element `offset` of the logical tensor.
     """
     value = value.contiguous()
-    if value.device.type == "cpu":
+    kernel = _DROPOUT.get(value.dtype) if value.device.type == "cpu" else None
+    if kernel is not None:
         output = torch.empty_like(value)
-        _DROPOUT[value.dtype](
+        kernel(
             output.data_ptr(),
             value.data_ptr(),
             value.numel(),
@@ -85,7 +86,7 @@ def dropout(value: Tensor, key: StreamKey, *, offset: int, probability: float) -
 def philox_uint32(count: int, key: StreamKey, offset: int, device: torch.device) -> Tensor:
     """Elements [offset, offset + count) of a stream as int64 in [0, 2**32), by torch operations.
 
-    For devices without the native kernel; equal to it.
+    For devices and dtypes without the native kernel; equal to it.
     """
     first, last = offset // 4, (offset + count + 3) // 4
     index = torch.arange(first, last, dtype=torch.int64, device=device)

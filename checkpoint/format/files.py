@@ -16,6 +16,7 @@ import msgspec
 from holdfast import _native
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box, Layout, TensorSpec
+from holdfast.parallel.precision import PRECISIONS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -23,43 +24,25 @@ INDEX = "model.safetensors.index.json"
 ALIGNMENT = 4096
 """Tensor data begin at a multiple of this many bytes, so that direct I/O needs no shifting."""
 
-ELEMENT_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
-    "C64": 8,
+_ELEMENT_TYPES: dict[str, tuple[int, str]] = {
+    **{known.stored: (known.bytes, known.torch_name) for known in PRECISIONS.values()},
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "F16": (2, "float16"),
+    "I32": (4, "int32"),
+    "U32": (4, "uint32"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
+    "C64": (8, "complex64"),
 }
+ELEMENT_BYTES = {name: size for name, (size, _) in _ELEMENT_TYPES.items()}
 """safetensors' names of element types, and their sizes."""
-TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-    "C64": "complex64",
-}
+TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _ELEMENT_TYPES.items()}
 """torch's names of the same types."""
 
 

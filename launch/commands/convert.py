@@ -13,16 +13,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from holdfast.checkpoint.convert import FLOATS
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.world import world_from_environment
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.convert import Converted
 
 _DTYPES = {
-    "fp32": "F32",
-    "bf16": "BF16",
+    **{name: precision.stored for name, precision in PRECISIONS.items()},
     "fp16": "F16",
-    "fp64": "F64",
     "fp8_e4m3": "F8_E4M3",
     "fp8_e5m2": "F8_E5M2",
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from holdfast import _native
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
+from holdfast.parallel.precision import precision_of
 
 NONFINITE = 1
 OUT_OF_RANGE = 2
@@ -46,6 +47,11 @@ def fixed_point(gradient: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
     return torch.where(usable, scaled, 0.0).to(torch.int64), flags
 
 
+def _for_kernel(gradient: Tensor) -> Tensor:
+    """The same values in a dtype that the CPU kernels take: float32 holds all narrower ones."""
+    return gradient if gradient.dtype in _ACCUMULATE else gradient.float()
+
+
 def add_integers(sums: Tensor, other: Tensor) -> int:
     """sums += other for int64 buffers of one shape; returns OUT_OF_RANGE if any sum overflowed."""
     if sums.device.type == "cpu":
@@ -67,8 +73,7 @@ class GradientAccumulator:
         self.fraction_bits = fraction_bits
         self._buffer = buffer
         values = buffer.values
-        accumulation = torch.float64 if values.dtype == torch.float64 else torch.float32
-        dtype = torch.int64 if exact else accumulation
+        dtype = torch.int64 if exact else precision_of(values.dtype).state.dtype
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
         self.flags = 0
         self.skipped: frozenset[nn.Parameter] = frozenset()
@@ -156,7 +161,7 @@ class GradientAccumulator:
                 self._views[parameter].zero_()
             self._views[parameter].index_add_(0, rows, gradient.to(self.sums.dtype))
         elif self.sums.device.type == "cpu":
-            rows, gradient = rows.contiguous(), gradient.contiguous()
+            rows, gradient = rows.contiguous(), _for_kernel(gradient.contiguous())
             self.flags |= _ACCUMULATE_ROWS[gradient.dtype](
                 self._views[parameter].data_ptr(),
                 gradient.data_ptr(),
@@ -183,6 +188,7 @@ class GradientAccumulator:
     def _add_exact(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         view = self._views[parameter]
         if view.device.type == "cpu":
+            gradient = _for_kernel(gradient)
             self.flags |= _ACCUMULATE[gradient.dtype](
                 view.data_ptr(), gradient.data_ptr(), gradient.numel(), self.fraction_bits
             )

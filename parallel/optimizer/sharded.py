@@ -27,6 +27,7 @@ from holdfast.parallel.optimizer.reduction import (
     reduction_plan,
 )
 from holdfast.parallel.plan import Plan
+from holdfast.parallel.precision import precision_of
 
 
 def clipping_factor(gradient_norm: float, clip_norm: float) -> float:
@@ -103,7 +104,7 @@ class ShardedAdamW:
 
     def _allocate(self, before: ShardedAdamW | None) -> None:
         values = self._buffer.values
-        state_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        state_dtype = precision_of(values.dtype).state.dtype
         owned = self._reduction.owned
         elements = sum(block.block.elements for block in owned)
         self._step = torch.zeros((), dtype=torch.float32, device=values.device)

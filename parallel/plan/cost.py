@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Timeline, peak_in_flight, simulate
 
-PARAMETER_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _BACKWARD_SHARE = {
     Op.FORWARD: 1.0,
     Op.BACKWARD: 2.0,
@@ -131,7 +131,7 @@ def rank_memory(plan: Plan, rank: int, *, precision: str, exact: bool) -> RankMe
     """The memory of one rank. Pure.
 
     Args:
-        precision: "fp32", "bf16" or "fp64".
+        precision: a name of `PRECISIONS`.
         exact: whether gradients are summed as int64.
     """
     index = plan.stage_replicas.tensor_index(rank)
@@ -145,12 +145,12 @@ def rank_memory(plan: Plan, rank: int, *, precision: str, exact: bool) -> RankMe
         for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True)
         if owner == rank
     )
-    state = 8 if precision == "fp64" else 4
-    copies = 3 + (precision == "bf16")
+    kept = PRECISIONS[precision]
+    copies = 3 + kept.has_master
     return RankMemory(
-        parameters=held * PARAMETER_BYTES[precision],
-        gradients=held * (8 if exact else state),
-        optimizer=owned * state * copies,
+        parameters=held * kept.bytes,
+        gradients=held * (8 if exact else kept.state.bytes),
+        optimizer=owned * kept.state.bytes * copies,
         activations=peak_activation_bytes(plan, rank),
     )
 

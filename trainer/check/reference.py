@@ -7,10 +7,11 @@ from torch import nn
 
 from holdfast.parallel.layout import ParameterSpec
 from holdfast.parallel.pipeline import MicroBatchContext
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import open_dataset
-from holdfast.trainer.models import DTYPES, build_chunk
+from holdfast.trainer.models import build_chunk
 from holdfast.trainer.step import rate_of
 
 
@@ -27,7 +28,7 @@ def run_reference(config: RunConfig) -> RankCapture:
         range(config.model.layers + 2),
         tensor=None,
         sequence_parallel=False,
-        dtype=DTYPES[train.precision],
+        dtype=PRECISIONS[train.precision].dtype,
         device=torch.device("cpu"),
         seq_len=train.seq_len,
         micro_batch=train.micro_batch,

@@ -10,6 +10,7 @@ from holdfast.parallel.errors import unknown_name
 def registries() -> Mapping[str, Collection[str]]:
     """By key (section.key): the registry whose names are its values. One line per registry."""
     from holdfast.parallel.plan import MICRO_BATCH_ORDERS
+    from holdfast.parallel.precision import PRECISIONS
     from holdfast.parallel.schedules import SCHEDULES
     from holdfast.trainer.learning_rates import LEARNING_RATES
     from holdfast.trainer.models import FAMILIES
@@ -19,6 +20,7 @@ def registries() -> Mapping[str, Collection[str]]:
         "optimizer.schedule": LEARNING_RATES,
         "parallel.schedule": SCHEDULES,
         "parallel.micro_batch_order": MICRO_BATCH_ORDERS,
+        "train.precision": PRECISIONS,
     }
 
 

@@ -30,7 +30,7 @@ class TrainConfig(Section, frozen=True):
     """Sequences per step, over all replicas; never changes with the number of ranks."""
     micro_batch: int = 2
     seed: int = 1234
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    precision: str = "fp32"
     """bf16 has fp32 master weights; fp64 is what `holdfast check` computes in."""
     clip_grad_norm: float = 1.0
     """0: no clipping."""

@@ -18,13 +18,11 @@ from holdfast.parallel.plan import (
     plan_block_transfers,
     state_of,
 )
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.elastic.worker_status import RecoveryPlan
 from holdfast.trainer.step import StepProgress, Training, included_after_change, keeps_sums
-
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Of the optimizer's state, by the precision of training."""
 
 
 def training_from_holders(
@@ -64,7 +62,7 @@ def training_from_holders(
     for key in wanted & held.get(rank, set()):
         target.write(key, source.read(key))
     block_transfers = plan_block_transfers(plan, held, needed, node_of)
-    dtype = STATE_DTYPES[config.train.precision]
+    dtype = PRECISIONS[config.train.precision].state.dtype
     move_blocks(block_transfers, rank, everybody, source.read, target.write, dtype=dtype)
     moved = carried_bytes(block_transfers, dtype)
     if training is None:
@@ -107,7 +105,7 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
     training.shadows.restore(training.optimizer.step)
     states = BlockStates(training)
     block_transfers = plan_block_transfers(plan, held, held_blocks(plan, ranks), node_of)
-    dtype = STATE_DTYPES[training.config.train.precision]
+    dtype = PRECISIONS[training.config.train.precision].state.dtype
     move_blocks(block_transfers, training.rank, everybody, states.read, states.write, dtype=dtype)
     return carried_bytes(block_transfers, dtype)
 

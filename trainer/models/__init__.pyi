@@ -1,5 +1,4 @@
 from .chunk import (
-    DTYPES as DTYPES,
     build_chunk as build_chunk,
 )
 from .family import (

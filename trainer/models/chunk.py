@@ -11,11 +11,10 @@ from holdfast.parallel.comm import Communicator
 from holdfast.parallel.keyed_random import normal_box_, stream_key
 from holdfast.parallel.layout import LayerSpec, ParameterSpec
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
+from holdfast.parallel.precision import precision_of
 from holdfast.parallel.tensor_parallel import TensorParallel
 from holdfast.trainer.models.family import ChunkContext, family_of, layer_specs
 from holdfast.trainer.models.section import ModelConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class ModelChunk(Chunk):
@@ -109,7 +108,7 @@ def build_chunk(
         sequence_parallel=sequence_parallel,
         seq_len=seq_len,
         micro_batch=micro_batch,
-        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype],
+        precision=precision_of(dtype).name,
         recompute=recompute,
     )
     chunk = ModelChunk(model, layers, specs, tp, seq_len, dtype, device, seed)

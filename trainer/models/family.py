@@ -65,7 +65,7 @@ class LayerTable(Protocol[M_contra]):
         Args:
             tensor: the tensor-parallel degree; each layer has one table of rows per shard.
             sequence_parallel: whether hidden states are split over the tensor group.
-            precision: "fp32", "bf16" or "fp64".
+            precision: a name of `holdfast.parallel.precision.PRECISIONS`.
             recompute: "none", "full" or "selective", of all transformer layers or of each.
         """
         ...

@@ -20,6 +20,7 @@ from holdfast.parallel.plan import (
     replan,
     with_shadows,
 )
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import layout_grid
 from holdfast.trainer.step import shadows_in_host_memory
@@ -148,7 +149,7 @@ def elastic_report(
             for holder in holders:
                 kept[holder] += block.elements
             unsafe += len({node_of[rank] for rank in (owner, *holders)}) == 1
-    width = 8 if config.train.precision == "fp64" else 4
+    width = PRECISIONS[config.train.precision].state.bytes
     return ElasticReport(
         redundancy=redundancy,
         nodes=len(set(node_of.values())),
@@ -161,9 +162,9 @@ def elastic_report(
 
 def _rounded_width(config: RunConfig) -> int:
     """Bytes per element of the parameters that shadows in host memory keep for checkpoints."""
-    train = config.train
-    rounds = train.precision == "bf16" and shadows_in_host_memory(config, train.device)
-    return 2 if rounds else 0
+    precision = PRECISIONS[config.train.precision]
+    rounds = precision.has_master and shadows_in_host_memory(config, config.train.device)
+    return precision.bytes if rounds else 0
 
 
 def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]:

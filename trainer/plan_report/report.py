@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.plan import (
     Plan,
     RankMemory,
@@ -18,13 +17,14 @@ from holdfast.parallel.plan import (
     replica_timeline,
     step_time_s,
 )
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Timeline, draw
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.reports import layout_grid, step_flops
 from holdfast.trainer.run import Throughput, assumed, with_throughput
-from holdfast.trainer.step import DTYPES, plan_of, state_kinds
+from holdfast.trainer.step import plan_of, state_kinds
 
 _SHOWN_ACTIONS = 24
 _CHART_MARGIN = 28
@@ -217,8 +217,8 @@ def plan_report(
     for blocks, owners in zip(plan.blocks, plan.owners, strict=True):
         for block, owner in zip(blocks, owners, strict=True):
             owned[owner] += block.elements
-    weight_bytes = ELEMENT_BYTES[DTYPES[config.train.precision]]
-    state_bytes = len(state_kinds(config.train.precision)) * max(4, weight_bytes)
+    precision = PRECISIONS[config.train.precision]
+    state_bytes = len(state_kinds(precision.name)) * precision.state.bytes
     return PlanReport(
         config=config,
         plan=plan,
@@ -227,7 +227,7 @@ def plan_report(
         parameters=parameters,
         step_flops=step_flops(plan.layers, micro_batches),
         step_s=step_s,
-        checkpoint_bytes=parameters * (weight_bytes + state_bytes),
+        checkpoint_bytes=parameters * (precision.bytes + state_bytes),
         checkpoint_imbalance=max(owned) * mesh.size / sum(owned),
         elastic=(
             elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)

@@ -8,9 +8,9 @@ from typing import Any
 
 from holdfast.checkpoint.format import Manifest
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import family_of
-from holdfast.trainer.step import DTYPES
 
 
 def has_state(manifest: Manifest) -> bool:
@@ -35,7 +35,7 @@ def check_converted(
             `allow_change` is not given.
     """
     precision = config.train.precision
-    wanted = DTYPES[precision]
+    wanted = PRECISIONS[precision].stored
     weights = {name: e for name, e in manifest.tensors.items() if e.kind == "weight"}
     for name, entry in weights.items():
         if entry.dtype != wanted:

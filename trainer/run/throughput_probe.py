@@ -19,8 +19,9 @@ from torch import Tensor
 from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.offload import DiskFile, Transfer
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig, convert_config
-from holdfast.trainer.models import DTYPES, build_chunk, family_of, layer_specs
+from holdfast.trainer.models import build_chunk, family_of, layer_specs
 from holdfast.trainer.run.throughput import Throughput
 from holdfast.trainer.step import choose_device
 
@@ -38,7 +39,7 @@ def forward_rate(config: RunConfig, device: torch.device) -> float:
     """
     train = config.train
     model = family_of(config.model.family).tensor_share(config.model, config.parallel.tensor)
-    dtype = DTYPES[train.precision]
+    dtype = PRECISIONS[train.precision].dtype
     layer = build_chunk(
         model,
         range(1, 2),

@@ -23,7 +23,6 @@ from .progress import (
     StepProgress as StepProgress,
 )
 from .saved_tensors import (
-    DTYPES as DTYPES,
     renumbered as renumbered,
     saved_tensors as saved_tensors,
     state_kinds as state_kinds,

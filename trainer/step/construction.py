@@ -7,8 +7,9 @@ import torch
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.pipeline import Chunk
 from holdfast.parallel.plan import Plan
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.models import DTYPES, build_chunk
+from holdfast.trainer.models import build_chunk
 
 
 def new_chunks(
@@ -29,7 +30,7 @@ def new_chunks(
             plan.layers_of(index),
             tensor=group,
             sequence_parallel=config.parallel.sequence_parallel and group is not None,
-            dtype=DTYPES[train.precision],
+            dtype=PRECISIONS[train.precision].dtype,
             device=device,
             seq_len=train.seq_len,
             micro_batch=train.micro_batch,

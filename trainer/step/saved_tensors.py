@@ -13,15 +13,15 @@ from typing import TypeVar
 from holdfast.checkpoint.format import HeldBox, Manifest, SavedTensor
 from holdfast.parallel.layout import Box
 from holdfast.parallel.plan import Plan, block_box
+from holdfast.parallel.precision import PRECISIONS
 
 T = TypeVar("T")
-
-DTYPES = {"fp32": "F32", "bf16": "BF16", "fp64": "F64"}
 
 
 def state_kinds(precision: str) -> tuple[str, ...]:
     """The optimizer's tensors: a master copy only where the parameters have fewer bits."""
-    return ("master", "exp_avg", "exp_avg_sq") if precision == "bf16" else ("exp_avg", "exp_avg_sq")
+    moments = ("exp_avg", "exp_avg_sq")
+    return ("master", *moments) if PRECISIONS[precision].has_master else moments
 
 
 def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> list[SavedTensor]:
@@ -44,14 +44,13 @@ def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> 
             shadows = plan.shadows[index][place] if from_shadows and plan.shadows else ()
             keepers[spec.name].setdefault(box, set()).add(shadows[0] if shadows else owner)
             owners[spec.name].setdefault(box, set()).add(owner)
-    dtype = DTYPES[precision]
-    state_dtype = "F64" if precision == "fp64" else "F32"
+    kept_in = PRECISIONS[precision]
     kept = {name: _parts(keepers[name], owners[name] if from_shadows else {}) for name in shapes}
     weights = [
         SavedTensor(
             name,
             "weight",
-            dtype,
+            kept_in.stored,
             shape,
             kept[name] if from_shadows else _parts(holders[name], {}),
             whole=True,
@@ -59,7 +58,7 @@ def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> 
         for name, shape in shapes.items()
     ]
     state = [
-        SavedTensor(f"{kind}.{name}", kind, state_dtype, shape, kept[name], whole=False)
+        SavedTensor(f"{kind}.{name}", kind, kept_in.state.stored, shape, kept[name], whole=False)
         for name, shape in shapes.items()
         for kind in state_kinds(precision)
     ]

@@ -16,6 +16,7 @@ from holdfast.checkpoint.loading import LoadTarget
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import ParameterBuffer, Segment, ShadowState, ShardedAdamW
 from holdfast.parallel.plan import Plan, block_box
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import family_of
 from holdfast.trainer.step.saved_tensors import wanted_boxes
@@ -148,7 +149,7 @@ def _columns(box: Box) -> _Columns:
 def huggingface_files(config: RunConfig) -> dict[str, bytes]:
     """config.json and what else makes a checkpoint folder a Hugging Face model folder."""
     model, train = config.model, config.train
-    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[train.precision]
+    dtype = PRECISIONS[train.precision].torch_name
     described = family_of(model.family).config_json(model, train.seq_len, dtype)
     files = {
         "config.json": _json(described),

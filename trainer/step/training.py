@@ -37,10 +37,10 @@ from holdfast.parallel.pipeline import (
     receive_order,
 )
 from holdfast.parallel.plan import Plan
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
-from holdfast.trainer.models import DTYPES
 from holdfast.trainer.step.construction import new_chunks
 from holdfast.trainer.step.offloading import open_offloader
 from holdfast.trainer.step.partial_sums import (
@@ -98,7 +98,7 @@ class Training:
     def _build_model(self, before: Training | None, *, initial: bool) -> None:
         config, plan = self.config, self.plan
         train = config.train
-        dtype = DTYPES[train.precision]
+        dtype = PRECISIONS[train.precision].dtype
         last = len(plan.placement) - 1
         if before is not None and _same_layers(before, self):
             self.parameter_buffer, self.accumulator = before.parameter_buffer, before.accumulator

@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, value: Tensor) -> Tensor:
-        if value.dtype == torch.bfloat16:
+        if value.element_size() < 4:
             wide = F.rms_norm(value.float(), value.shape[-1:], None, self.eps)
             return wide.to(value.dtype) * self.weight
         return F.rms_norm(value, value.shape[-1:], self.weight, self.eps)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from holdfast.parallel.layout import Box, Initial, LayerSpec, ParameterSpec, even_range
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.models.section import ModelConfig
-
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def layer_specs(
@@ -26,7 +25,7 @@ def layer_specs(
 
     Args:
         sequence_parallel: whether hidden states are split over the tensor group.
-        precision: "fp32", "bf16" or "fp64".
+        precision: a name of `PRECISIONS`.
         recompute: "none", "full" or "selective", of all transformer layers or of each.
     """
     of_layers = [recompute] * model.layers if isinstance(recompute, str) else recompute
@@ -206,7 +205,7 @@ class _Costs:
         micro_batch: int,
         precision: str,
     ) -> None:
-        size = ELEMENT_BYTES[precision]
+        size = PRECISIONS[precision].bytes
         tokens, dim = seq_len * micro_batch, model.dim_per_head
         attention = model.heads * dim
         projected = attention + 2 * model.kv_heads * dim

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 
 from holdfast.parallel.errors import ConfigError, ScheduleError, unknown_name
 from holdfast.parallel.layout import LayerSpec, Mesh, StageReplicas
@@ -22,13 +21,11 @@ def _shuffled(numbers: list[int], replica: int) -> list[int]:
     return mixed
 
 
-MICRO_BATCH_ORDERS: Mapping[str, Callable[[list[int], int], list[int]]] = MappingProxyType(
-    {
-        "ascending": lambda numbers, _: numbers,
-        "descending": lambda numbers, _: numbers[::-1],
-        "shuffled": _shuffled,
-    }
-)
+MICRO_BATCH_ORDERS: Mapping[str, Callable[[list[int], int], list[int]]] = {
+    "ascending": lambda numbers, _: numbers,
+    "descending": lambda numbers, _: numbers[::-1],
+    "shuffled": _shuffled,
+}
 """(micro-batches of a replica, its index) -> the order in which it takes them; the allowed values of
 `parallel.micro_batch_order`."""
 

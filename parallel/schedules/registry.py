@@ -13,7 +13,6 @@ simulated, all as data and without torch or a process group:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from holdfast.parallel.errors import ScheduleError, unknown_name
 from holdfast.parallel.schedules.actions import Program
@@ -26,15 +25,13 @@ from holdfast.parallel.schedules.orders import (
 from holdfast.parallel.schedules.schedule import Schedule
 from holdfast.parallel.schedules.zero_bubble import ZB_H1, ZB_V
 
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
-    {
-        "gpipe": GPIPE,
-        "1f1b": ONE_FORWARD_ONE_BACKWARD,
-        "interleaved-1f1b": INTERLEAVED,
-        "zb-h1": ZB_H1,
-        "zb-v": ZB_V,
-    }
-)
+SCHEDULES: Mapping[str, Schedule] = {
+    "gpipe": GPIPE,
+    "1f1b": ONE_FORWARD_ONE_BACKWARD,
+    "interleaved-1f1b": INTERLEAVED,
+    "zb-h1": ZB_H1,
+    "zb-v": ZB_V,
+}
 """The allowed values of `parallel.schedule`."""
 
 

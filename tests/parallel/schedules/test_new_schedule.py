@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -12,6 +12,7 @@ from holdfast.parallel.errors import ConfigError, ScheduleError
 from holdfast.parallel.layout import Mesh
 from holdfast.parallel.plan import make_plan, replica_timeline
 from holdfast.parallel.schedules import (
+    SCHEDULES,
     Action,
     Op,
     Program,
@@ -19,7 +20,6 @@ from holdfast.parallel.schedules import (
     check_programs,
     compute_programs,
     placement,
-    registry,
 )
 from holdfast.trainer.config.loading import check_config
 from support.processes.cluster import Cluster
@@ -56,7 +56,7 @@ MIRRORED = Schedule(mirrored, chunks_per_rank=2, placement=there_and_back)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "SCHEDULES", {**registry.SCHEDULES, NAME: MIRRORED})
+    monkeypatch.setitem(cast("dict[str, Schedule]", SCHEDULES), NAME, MIRRORED)
 
 
 def train_registered(

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from torch.distributed import Store
 
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, convert_config
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {
@@ -35,7 +35,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
     merged = {name: dict(keys) for name, keys in SMALL.items()}
     for name, keys in sections.items():
         merged.setdefault(name, {}).update(keys)
-    return msgspec.convert(merged, RunConfig)
+    return convert_config(merged)
 
 
 def world_size_of(config: RunConfig) -> int:
@@ -48,7 +48,7 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
     from holdfast.trainer.step.learning_rate import rate_of
     from holdfast.trainer.world import local_world
 
-    run_config = msgspec.convert(config, RunConfig)
+    run_config = convert_config(config)
     training = open_training(run_config, local_world(rank, world_size), store)
     losses, norms = [], []
     for step in range(run_config.train.steps):
@@ -82,7 +82,7 @@ def train_in(
     from holdfast.trainer.step.training import Training
     from holdfast.trainer.world import local_world
 
-    run_config = msgspec.convert(config, RunConfig)
+    run_config = convert_config(config)
     path = Path(root)
     path.mkdir(parents=True, exist_ok=True)
     found = find_resume(path, run_config, resume, allow_change=allow_change)
@@ -128,7 +128,7 @@ def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug:
     from holdfast.trainer.check.layout_run import run_layout
     from holdfast.trainer.world import local_world
 
-    run_config = msgspec.convert(config, RunConfig)
+    run_config = convert_config(config)
     if not bug:
         return run_layout(run_config, local_world(rank, world_size), store)
     from support.oracles import bugs

@@ -65,7 +65,11 @@ def layer_specs(model: TokenMLPConfig, **layout: Any) -> tuple[LayerSpec, ...]:
     )
 
 
-class Embedding(nn.Embedding):
+class Embedding(nn.Module):
+    def __init__(self, model: TokenMLPConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.vocab, model.hidden))
+
     def forward(self, value: None, context: MicroBatchContext) -> Tensor:
         assert context.tokens is not None
         return F.embedding(context.tokens[:, :-1].t(), self.weight)
@@ -82,7 +86,11 @@ class Layer(nn.Module):
         return value + self.down(F.gelu(self.up(self.norm(value))))
 
 
-class Head(nn.Linear):
+class Head(nn.Module):
+    def __init__(self, model: TokenMLPConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.vocab, model.hidden))
+
     def logits(self, value: Tensor) -> Tensor:
         return F.linear(value, self.weight)
 
@@ -95,9 +103,9 @@ class Head(nn.Linear):
 def modules(model: TokenMLPConfig, context: ChunkContext) -> Callable[[int, LayerSpec], nn.Module]:
     def build(layer: int, spec: LayerSpec) -> nn.Module:
         if spec.name == "embedding":
-            return Embedding(model.vocab, model.hidden)
+            return Embedding(model)
         if spec.name == "head":
-            return Head(model.hidden, model.vocab, bias=False)
+            return Head(model)
         return Layer(model)
 
     return build

@@ -78,7 +78,7 @@ def rate(step: int, schedule: str, steps: int = 100) -> float:
         lr=1.0,
         min_lr=0.1,
         warmup_steps=10,
-        schedule=schedule,  # pyrefly: ignore
+        schedule=schedule,
     )
 
 

@@ -28,7 +28,7 @@ from holdfast.checkpoint.convert.sources import (
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file
 from holdfast.checkpoint.format import directory
-from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
 
 NAME = "megatron"
 _BACKEND = {
@@ -50,6 +50,8 @@ _DISTRIBUTED_COPY, _PLAIN_COPY = "optimizer.state.param.", "optimizer.state.fp32
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
 """Of torch's AdamW, where a source does not tell its own."""
+DECAY_STYLES = {"cosine": "cosine", "constant": "constant", "wsd": "WSD"}
+"""Megatron's `lr_decay_style` by the value of `optimizer.schedule`."""
 _VALUES = {
     "num_attention_heads": "heads",
     "num_query_groups": "kv_heads",
@@ -225,24 +227,34 @@ def beside_tensors(
         "content_metadata": _CONTENT,
     }
     if trained:
-        common["opt_param_scheduler"] = _schedule(catalog, samples)
+        common["opt_param_scheduler"] = scheduler_state(catalog, samples)
     return common
 
 
-def _schedule(catalog: Catalog, samples: int) -> dict[str, Any]:
-    """What Megatron's schedule of learning rate and weight decay keeps: the source's, or that of its run."""
+def scheduler_state(catalog: Catalog, samples: int) -> dict[str, Any]:
+    """The state of Megatron's OptimizerParamScheduler: the source's, or made from its run's configuration.
+
+    Raises:
+        CheckpointError: the run's schedule has no counterpart in Megatron.
+    """
     kept = catalog.scalars.get(NAME, {}).get("opt_param_scheduler")
     if kept:
         return dict(kept)
     config, train = catalog.config.get("optimizer", {}), catalog.config.get("train", {})
     decay, batch = config.get("weight_decay", _DECAY), train.get("global_batch", 1)
     step = optimizer_step(catalog)
+    schedule = config.get("schedule", "constant")
+    if schedule not in DECAY_STYLES:
+        raise CheckpointError(
+            f"the run's {unknown_name('optimizer.schedule', schedule, DECAY_STYLES)}; Megatron has no "
+            "other schedule of ours"
+        )
     return {
         "max_lr": config.get("lr", _RATE),
         "min_lr": config.get("min_lr", 0.0),
         "lr_warmup_steps": config.get("warmup_steps", 0) * batch,
         "lr_decay_steps": train.get("steps", step) * batch,
-        "lr_decay_style": config.get("schedule", "constant"),
+        "lr_decay_style": DECAY_STYLES[schedule],
         "num_steps": samples or step * batch,
         "start_wd": decay,
         "end_wd": decay,

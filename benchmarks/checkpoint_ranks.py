@@ -76,9 +76,7 @@ class Ours:
         self._checkpointer.save(step)
 
     def before_update(self) -> None:
-        saver = self._checkpointer._saver
-        if saver is not None:
-            saver.fence(1 << 60)
+        self._checkpointer._manager.fence(1 << 60)
 
     def finish(self) -> None:
         self._checkpointer.wait()

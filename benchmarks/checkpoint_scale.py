@@ -15,14 +15,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from holdfast.checkpoint.format.files import decode_manifest, encode_manifest
-from holdfast.checkpoint.format.manifest import build_manifest
+from holdfast.checkpoint.format.manifest import SaveFacts, build_manifest
 from holdfast.checkpoint.loading.read_plan import check_coverage, make_read_plan
 from holdfast.checkpoint.saving.write_plan import make_write_plan
 from holdfast.trainer.config import RunConfig
@@ -76,17 +76,9 @@ def main() -> None:
         for rank in range(before.parallel.ranks)
     }
     headers = {file.name: 1 for file in write_plan.files}
-    named: dict[str, Any] = {
-        "id": "0" * 32,
-        "step": 1,
-        "created": 0.0,
-        "versions": {},
-        "scalars": {},
-        "config": {},
-        "extra_files": {},
-    }
+    saved = SaveFacts(id="0" * 32, step=1, created=0.0, versions={}, scalars={}, config={})
     manifest, _ = timed(
-        "manifest built", lambda: build_manifest(write_plan, crcs, headers, **named)
+        "manifest built", lambda: build_manifest(write_plan, crcs, headers, saved, {})
     )
     content = timed("manifest written", lambda: encode_manifest(manifest))
     again = timed("manifest read", lambda: decode_manifest(content, "manifest"))

@@ -1,4 +1,4 @@
-"""Checkpoints for any torch program, without our trainer: plain modules, DDP, FSDP2 and tensor parallelism.
+"""Checkpoints for any torch program without our trainer: plain modules, DDP, FSDP2 and DTensors.
 
 checkpointer = Checkpointer("checkpoints", {"model": model, "optimizer": optimizer})
 step = checkpointer.load() or 0
@@ -32,15 +32,16 @@ from torch.distributed import (
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
-from holdfast.checkpoint.format import HeldBox, SavedTensor, WritePlan, directory
-from holdfast.checkpoint.loading import (
-    FolderReader,
-    LoadStatistics,
-    LoadTarget,
-    boxes_of,
-    check_coverage,
-    load as load_targets,
+from holdfast.checkpoint.format import (
+    HeldBox,
+    Manifest,
+    SavedTensor,
+    WritePlan,
+    name_of,
+    step_of,
 )
+from holdfast.checkpoint.loading import LoadStatistics, LoadTarget, Targets, boxes_of
+from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings, Wanted
 from holdfast.checkpoint.program_state import (
     Entry,
     ProgramState,
@@ -50,20 +51,25 @@ from holdfast.checkpoint.program_state import (
     restore_scalars,
     scalars_of,
 )
-from holdfast.checkpoint.saving import ALL, SaveJob, Saver, SaveResult, make_write_plan
-from holdfast.checkpoint.tools import check_small_parts
+from holdfast.checkpoint.saving import ALL, Members, SaveJob, SaveResult, make_write_plan
+from holdfast.checkpoint.stores import (
+    LocalStore,
+    Retention,
+    StoredCheckpoint,
+    find_checkpoint,
+    newest,
+)
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
-
-_LARGEST_ARENA_BYTES = 2 << 30
 
 
 class Checkpointer:
     """Saves and loads a program's state. All ranks of the default process group make and call it.
 
-    Parameters and optimizer state are copied while the next step computes; before the optimizer changes
-    them, a hook on its `step` copies what is left. Buffers are copied at once. Without an optimizer in the
-    state nothing says when parameters change, so `save` copies everything before it returns.
+    Parameters and optimizer state are copied while the next step computes. Before the optimizer
+    changes them, a hook on its `step` copies what is left. Buffers are copied at once. Without an
+    optimizer in the state nothing says when parameters change, so `save` copies everything before
+    it returns.
     """
 
     def __init__(
@@ -88,16 +94,17 @@ class Checkpointer:
         """
         self.folder = Path(folder)
         self.state = state
-        self._keep, self._arena_bytes, self._timeout_s = keep, arena_bytes, timeout_s
-        self._rank, self._world_size, store = _world()
+        self._keep = keep
+        rank, size, store = _world()
         # Counted by the store, so that what this process did before in other groups does not count.
-        number = store.add(f"holdfast/checkpointers/{self._rank}", 1)
-        self._store = PrefixStore(f"holdfast/{number}", store)
-        self._nodes = self._exchange_nodes()
+        number = store.add(f"holdfast/checkpointers/{rank}", 1)
+        self._meeting = _Meeting(rank, size, PrefixStore(f"holdfast/{number}", store))
+        names = self._meeting.exchange("node", socket.gethostname())
+        distinct = list(dict.fromkeys(names))
+        nodes = tuple(distinct.index(name) for name in names)
+        members = Members(rank, nodes, self._meeting.store)
+        self._manager = CheckpointManager(members, ManagerSettings(arena_bytes, timeout_s))
         self._plan: tuple[object, WritePlan] | None = None
-        self._saver: Saver | None = None
-        self._loads = 0
-        self._results: list[SaveResult] = []
         self._hooks = [
             value.register_step_pre_hook(self._before_update)
             for value in state.values()
@@ -112,53 +119,49 @@ class Checkpointer:
         """
         entries = entries_of(self.state)
         plan = self._plan_of(entries)
-        saver = self._open_saver(plan, entries)
-        saver.wait(self._timeout_s)
+        # What changes in forward passes is copied at once, so the save before has to end first.
+        self._manager.finish()
         held = {entry.name: _held(entry) for entry in entries}
-        saver.start(
+        self._manager.save(
             SaveJob(
                 step=step,
-                root=self.folder,
+                store=LocalStore(self.folder),
                 tier="disk",
                 plan=plan,
                 source=lambda name, box: _view(held[name], box),
                 scalars={"step": step, "state": scalars_of(self.state)},
                 versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
-                keep=self._keep,
+                retention=Retention(self._keep),
+                pinned=any(entry.local.is_cuda for entry in entries),
             )
         )
         if wait or not self._hooks:
-            saver.fence(ALL)
+            self._manager.fence(ALL)
         if wait:
-            saver.wait()
-            failed = [result.error for result in self.results() if result.error]
-            if failed:
-                raise CheckpointError(f"step {step} could not be saved: {failed[-1]}")
+            self.wait()
 
     def load(self, step: int | None = None) -> int | None:
         """Fill the state from the newest checkpoint, or that of `step`. Collective.
 
         Returns:
-            The step of the checkpoint; None if there is none. Plain values of the state are in `loaded`.
+            The step of the checkpoint; None if there is none. `loaded` has the plain values.
         Raises:
             CheckpointError: damaged, incomplete, or of other shapes.
         """
-        path = self._agreed_path(step)
-        if path is None:
+        checkpoint = self._agreed_checkpoint(step)
+        if checkpoint is None:
             return None
-        self.loaded = self._load_from(path)
-        found = directory.step_of(path)
+        self.loaded = self._load_from(checkpoint)
+        found = step_of(checkpoint.name)
         return found if found is not None else int(self.loaded.get("step", 0))
 
     def results(self) -> list[SaveResult]:
         """Saves that have ended since the last call, with times and errors."""
-        return self._saver.results() if self._saver is not None else []
+        return self._manager.results()
 
     def wait(self) -> None:
         """Wait for the save under way to be committed. Raises CheckpointError when it failed."""
-        if self._saver is None:
-            return
-        self._saver.wait()
+        self._manager.wait()
         for result in self.results():
             if result.error:
                 raise CheckpointError(f"step {result.step} could not be saved: {result.error}")
@@ -168,9 +171,7 @@ class Checkpointer:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._saver is not None:
-            self._saver.close()
-            self._saver = None
+        self._manager.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -184,59 +185,34 @@ class Checkpointer:
     """What the last load took on this rank."""
 
     def _before_update(self, *_: object) -> None:
-        if self._saver is not None:
-            self._saver.fence(ALL)
-
-    def _open_saver(self, plan: WritePlan, entries: list[Entry]) -> Saver:
-        if self._saver is None:
-            share = plan.written_bytes().get(self._rank, 0)
-            self._saver = Saver(
-                self._rank,
-                self._nodes,
-                self._store,
-                arena_bytes=self._arena_bytes or min(_LARGEST_ARENA_BYTES, share + (16 << 20)),
-                timeout_s=self._timeout_s,
-                pinned=any(entry.local.is_cuda for entry in entries),
-            )
-        return self._saver
-
-    def _exchange_nodes(self) -> tuple[int, ...]:
-        names = self._exchange("node", socket.gethostname())
-        distinct = list(dict.fromkeys(names))
-        return tuple(distinct.index(name) for name in names)
-
-    def _exchange(self, key: str, mine: Any) -> list[Any]:
-        """What every rank says, by rank."""
-        self._store.set(f"{key}/{self._rank}", msgspec.json.encode(mine).decode())
-        keys = [f"{key}/{rank}" for rank in range(self._world_size)]
-        self._store.wait(keys)
-        return [msgspec.json.decode(self._store.get(name)) for name in keys]
+        self._manager.fence(ALL)
 
     def _plan_of(self, entries: list[Entry]) -> WritePlan:
         """Who writes what; kept while names, shapes and boxes stay as they are."""
         mine = [(e.name, e.kind, e.dtype, e.shape, e.box.start, e.box.stop) for e in entries]
         if self._plan is None or self._plan[0] != mine:
-            self._loads += 1
-            described = self._exchange(f"entries-{self._loads}", mine)
-            self._plan = mine, make_write_plan(_saved(described), self._nodes)
+            described = self._meeting.exchange("entries", mine)
+            self._plan = mine, make_write_plan(_saved(described), self._manager.members.nodes)
         return self._plan[1]
 
-    def _agreed_path(self, step: int | None) -> Path | None:
+    def _agreed_checkpoint(self, step: int | None) -> StoredCheckpoint | None:
         """Rank 0's choice, so that all ranks load the same checkpoint."""
-        self._loads += 1
-        choice = ""
-        if self._rank == 0:
-            if step is not None:
-                choice = str(self.folder / directory.name_of(step))
-            else:
-                newest = directory.newest(self.folder)
-                choice = str(newest) if newest is not None else ""
-        agreed = self._exchange(f"path-{self._loads}", choice)[0]
-        return Path(agreed) if agreed else None
+        store, choice = LocalStore(self.folder), ""
+        if self._meeting.rank == 0:
+            choice = name_of(step) if step is not None else newest(store) or ""
+        agreed = self._meeting.exchange("choice", choice)[0]
+        return StoredCheckpoint(store, agreed) if agreed else None
 
-    def _load_from(self, path: Path) -> Mapping[str, Any]:
-        manifest = directory.read_manifest(path)
-        check_coverage(manifest, str(path))
+    def _load_from(self, checkpoint: StoredCheckpoint) -> Mapping[str, Any]:
+        name = f"{self._meeting.exchanges}"
+        manifest, self.load_statistics = self._manager.load(checkpoint, name, self._prepare)
+        return restore_scalars(self.state, manifest.scalars.get("state", {}))
+
+    def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
+        """Where a checkpoint's tensors go, and what the ranks of this node want. Collective.
+
+        Optimizers get the tensors that the checkpoint has for them.
+        """
         names = parameter_names(self.state)
         shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
         for value in self.state.values():
@@ -245,35 +221,16 @@ class Checkpointer:
         targets: defaultdict[str, list[LoadTarget]] = defaultdict(list)
         for entry in entries_of(self.state):
             targets[entry.name].append(LoadTarget(entry.box, entry.local))
-        here = [r for r, node in enumerate(self._nodes) if node == self._nodes[self._rank]]
         asked = {n: [(b.start, b.stop) for b in boxes] for n, boxes in boxes_of(targets).items()}
-        told = self._exchange(f"wanted-{self._loads}", asked)
+        told = self._meeting.exchange("wanted", asked)
         wanted = {
             rank: {
                 name: [Box(tuple(start), tuple(stop)) for start, stop in boxes]
                 for name, boxes in told[rank].items()
             }
-            for rank in here
+            for rank in self._manager.members.neighbours
         }
-        reader = FolderReader(path)
-        try:
-            check_small_parts(
-                manifest, reader, list(manifest.files)[here.index(self._rank) :: len(here)]
-            )
-            self.load_statistics = load_targets(
-                manifest,
-                reader,
-                targets,
-                wanted,
-                self._rank,
-                store=self._store,
-                name=str(self._loads),
-                timeout_s=self._timeout_s,
-                where=str(path),
-            )
-        finally:
-            reader.close()
-        return restore_scalars(self.state, manifest.scalars.get("state", {}))
+        return targets, wanted
 
 
 def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) -> Path:
@@ -284,7 +241,7 @@ def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) 
     """
     with Checkpointer(folder, state, keep=0) as checkpointer:
         checkpointer.save(step, wait=True)
-    return Path(folder) / directory.name_of(step)
+    return Path(folder) / name_of(step)
 
 
 def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]:
@@ -295,12 +252,30 @@ def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]
     Raises:
         CheckpointError: there is none, or it is damaged, incomplete or of other shapes.
     """
-    found = directory.find_checkpoint(Path(path))
-    checkpointer = Checkpointer(found.parent, state, keep=0)
+    found = find_checkpoint(path)
+    checkpointer = Checkpointer(path, state, keep=0)
     try:
         return checkpointer._load_from(found)
     finally:
         checkpointer.close()
+
+
+class _Meeting:
+    """Where the ranks of a program tell each other what they have. Every exchange is collective."""
+
+    def __init__(self, rank: int, size: int, store: Store) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self.exchanges = 0
+        """How many there were: the same number on all ranks."""
+
+    def exchange(self, what: str, mine: Any) -> list[Any]:
+        """What every rank says, by rank."""
+        self.exchanges += 1
+        key = f"{what}-{self.exchanges}"
+        self.store.set(f"{key}/{self.rank}", msgspec.json.encode(mine).decode())
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        self.store.wait(keys)
+        return [msgspec.json.decode(self.store.get(name)) for name in keys]
 
 
 def _world() -> tuple[int, int, Store]:
@@ -332,8 +307,8 @@ def _saved(described: list[list[Any]]) -> list[SavedTensor]:
             known = form.setdefault(name, (kind, dtype, tuple(shape)))
             if known != (kind, dtype, tuple(shape)):
                 raise CheckpointError(
-                    f"{name} is {known[1]} {list(known[2])} on one rank and {dtype} {list(shape)} on rank "
-                    f"{rank}"
+                    f"{name} is {known[1]} {list(known[2])} on one rank and {dtype} {list(shape)} "
+                    f"on rank {rank}"
                 )
             if box.elements or not all(shape):
                 holders[name].setdefault(box, []).append(rank)

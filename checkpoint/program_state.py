@@ -1,7 +1,7 @@
-"""The state of any torch program as tensors by name: modules, optimizers, tensors, and plain values.
+"""The state of any torch program as tensors by name, and plain values beside them.
 
-DTensors (FSDP2, tensor parallelism) are saved as the boxes that each rank has; everything else is taken to be
-equal on all ranks.
+DTensors (FSDP2, tensor parallelism) are saved as the boxes that each rank has. Everything else is
+taken to be equal on all ranks.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def name_of_parameter(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]
         return names[parameter]
     except KeyError:
         raise CheckpointError(
-            f"the optimizer has a parameter of shape {list(parameter.shape)} that no module in the state has; "
-            "give its module too"
+            f"the optimizer has a parameter of shape {list(parameter.shape)} that no module in the "
+            "state has; give its module too"
         ) from None
 
 
@@ -184,7 +184,8 @@ def scalars_of(state: ProgramState) -> dict[str, Any]:
             plain = value.state_dict() if hasattr(value, "state_dict") else value
             if not _is_plain(plain):
                 raise CheckpointError(
-                    f"{key} cannot be saved: its state is not made of numbers, text, lists and dicts"
+                    f"{key} cannot be saved: its state is not made of numbers, text, lists and "
+                    "dicts"
                 )
             found[key] = plain
     return found

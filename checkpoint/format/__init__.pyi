@@ -1,9 +1,3 @@
-from . import directory as directory
-from .directory import (
-    find_checkpoint as find_checkpoint,
-    name_of as name_of,
-    read_manifest as read_manifest,
-)
 from .dtypes import (
     DTYPE_NAMES as DTYPE_NAMES,
     TORCH_DTYPES as TORCH_DTYPES,
@@ -30,8 +24,16 @@ from .files import (
     key_of as key_of,
 )
 from .manifest import (
+    SaveFacts as SaveFacts,
     build_manifest as build_manifest,
     header_of as header_of,
+)
+from .names import (
+    LATEST as LATEST,
+    PARTIAL as PARTIAL,
+    name_of as name_of,
+    scheme_of as scheme_of,
+    step_of as step_of,
 )
 from .plan_types import (
     HeldBox as HeldBox,

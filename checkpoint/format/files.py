@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk: tensor files, their headers, and the manifest. Pure; needs no torch.
+"""The bytes of a checkpoint: tensor files, their headers, and the manifest. Pure; needs no torch.
 
 docs/checkpoint-format.md is the specification; this module is the only code that knows the bytes.
 """
@@ -163,19 +163,20 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
     body, closing, check = content.rpartition(_CLOSING)
     if not closing or not check.endswith(b'"}\n'):
         raise CheckpointError(
-            f"{where} is not a whole manifest: its last key must be crc32c; `holdfast verify --rebuild` "
-            "makes a new one from the files' headers"
+            f"{where} is not a whole manifest: its last key must be crc32c; "
+            "`holdfast verify --rebuild` makes a new one from the files' headers"
         )
     if f"{crc32c_of(body):08x}".encode() != check[:8]:
         raise CheckpointError(
-            f"{where} is damaged: its content does not match its checksum; `holdfast verify --rebuild` "
-            "makes a new one from the files' headers"
+            f"{where} is damaged: its content does not match its checksum; "
+            "`holdfast verify --rebuild` makes a new one from the files' headers"
         )
     try:
         version = msgspec.json.decode(body + b"}", type=_Version).format_version
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{where} has format version {version}; this version of holdfast reads {FORMAT_VERSION}"
+                f"{where} has format version {version}; this version of holdfast reads "
+                f"{FORMAT_VERSION}"
             )
         return msgspec.json.decode(body + b"}", type=Manifest)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:

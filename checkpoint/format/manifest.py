@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast.checkpoint.format.files import (
@@ -66,17 +67,24 @@ def header_of(
     return header, crc32c_of(header)
 
 
+@dataclass(frozen=True, slots=True)
+class SaveFacts:
+    """What a manifest says of a save beside its tensors; see `Manifest`."""
+
+    id: str
+    step: int
+    created: float
+    """Unix seconds."""
+    versions: Mapping[str, str]
+    scalars: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
 def build_manifest(
     plan: WritePlan,
     checksums: Checksums,
     headers: Mapping[str, int],
-    *,
-    id: str,
-    step: int,
-    created: float,
-    versions: Mapping[str, str],
-    scalars: Mapping[str, Any],
-    config: Mapping[str, Any],
+    facts: SaveFacts,
     extra_files: Mapping[str, bytes],
 ) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest of a save, and the small files that go with it.
@@ -91,7 +99,7 @@ def build_manifest(
     files: dict[str, FileEntry] = {}
     for file in plan.files:
         if file.name not in headers:
-            raise CheckpointError(f"nobody has written the header of {file.name}")
+            raise CheckpointError(f"no rank has written the header of {file.name}")
         files[file.name] = FileEntry(
             bytes=file.bytes,
             header_bytes=file.header_bytes,
@@ -106,12 +114,12 @@ def build_manifest(
     for name, content in small.items():
         files[name] = FileEntry(bytes=len(content), crc32c=crc32c_of(content))
     manifest = Manifest(
-        id=id,
-        step=step,
-        created=created,
-        versions=dict(versions),
-        scalars=dict(scalars),
-        config=dict(config),
+        id=facts.id,
+        step=facts.step,
+        created=facts.created,
+        versions=dict(facts.versions),
+        scalars=dict(facts.scalars),
+        config=dict(facts.config),
         tensors=dict(plan.tensors),
         files=files,
     )

@@ -1,4 +1,4 @@
-"""What is to be saved, and the files, pieces and writers that were planned for it: the data of a write plan.
+"""The data of a write plan: the tensors of a save, and their files, pieces and writers.
 
 Needs no torch.
 """
@@ -20,12 +20,12 @@ class HeldBox:
     box: Box
     holders: tuple[int, ...]
     apart: tuple[int, ...] = ()
-    """Neighbours that differ in this do not lie side by side in their holders' memory."""
+    """Neighbours that differ in this lie apart in their holders' memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A logical tensor that is to be saved."""
+    """A logical tensor of a save."""
 
     name: str
     kind: str

@@ -1,8 +1,13 @@
 from .loader import (
+    LoadRequest as LoadRequest,
     LoadStatistics as LoadStatistics,
     LoadTarget as LoadTarget,
+    Targets as Targets,
     boxes_of as boxes_of,
     load as load,
+)
+from .node_memory import (
+    NodeMeeting as NodeMeeting,
 )
 from .read_plan import (
     PieceRead as PieceRead,

@@ -1,18 +1,17 @@
-"""Loading: every rank gets its boxes, each byte read once per node and checked before it is used."""
+"""Loading: each rank gets its boxes; a byte is read once per node and checked before its use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
 
 from holdfast import _native
 from holdfast.checkpoint.format import DTYPE_NAMES, TORCH_DTYPES, Manifest
-from holdfast.checkpoint.loading.node_memory import NodeMemory
+from holdfast.checkpoint.loading.node_memory import NodeMeeting, NodeMemory
 from holdfast.checkpoint.loading.read_plan import (
     PieceRead,
     ReadPlan,
@@ -53,45 +52,44 @@ class LoadStatistics:
     """Host memory of this rank beside its own state."""
 
 
-def load(
-    manifest: Manifest,
-    reader: ByteReader,
-    targets: Targets,
-    wanted: Mapping[int, Mapping[str, Sequence[Box]]],
-    rank: int,
-    *,
-    store: Store | None = None,
-    name: str = "",
-    verify: bool = True,
-    timeout_s: float = 600.0,
-    check: Callable[[], None] = lambda: None,
-    where: str = "checkpoint",
-) -> LoadStatistics:
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What one rank loads."""
+
+    manifest: Manifest
+    reader: ByteReader
+    targets: Targets
+    wanted: Mapping[int, Mapping[str, Sequence[Box]]]
+    """The boxes of every rank of the node; this rank's are those of `targets`."""
+    rank: int
+    where: str = "checkpoint"
+    """The checkpoint's path or URL, for messages."""
+    verify: bool = True
+    """Whether each piece is checked against its checksum."""
+
+
+def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatistics:
     """Fill this rank's targets. Collective over the ranks of the node, which `wanted` lists.
 
     Args:
-        targets: of this rank.
-        wanted: the boxes of every rank of the node; this rank's are those of `targets`.
-        store: of the node's ranks; needed for more than one.
-        name: of this load, never used before on the store.
-        verify: check each piece against its checksum.
-        check: called while other ranks are waited for; what it raises ends the load.
+        meeting: of the node's ranks; needed for more than one.
     Raises:
         CheckpointError: damaged, incomplete or of other shapes; the same on every rank of the node.
         PeerLost: a rank of the node died.
     """
     began = perf_counter()
-    _check_shapes(manifest, targets, where)
-    plan = make_read_plan(manifest, wanted, load_bytes=LOAD_BYTES, where=where)
+    _check_shapes(request)
+    where = request.where
+    plan = make_read_plan(request.manifest, request.wanted, load_bytes=LOAD_BYTES, where=where)
     statistics = LoadStatistics(node_bytes=plan.bytes)
-    if len(wanted) == 1:
-        _load_alone(plan, reader, targets, rank, verify, where, statistics)
+    if len(request.wanted) == 1:
+        _load_alone(request, plan, statistics)
     else:
-        assert store is not None, "ranks that load together need a store"
-        memory = NodeMemory(store, name, rank, sorted(wanted), plan.memory_bytes, timeout_s, check)
+        assert meeting is not None, "ranks that load together need to meet"
+        memory = NodeMemory(meeting, request.rank, sorted(request.wanted), plan.memory_bytes)
         statistics.shared_bytes = 2 * memory.slot_bytes
         try:
-            _load_together(plan, reader, targets, memory, verify, where, statistics)
+            _load_together(request, plan, memory, statistics)
         except CheckpointError as error:
             memory.report_failure(str(error))
             raise
@@ -106,7 +104,8 @@ def boxes_of(targets: Targets) -> dict[str, tuple[Box, ...]]:
     return {name: tuple(dict.fromkeys(t.box for t in found)) for name, found in targets.items()}
 
 
-def _check_shapes(manifest: Manifest, targets: Targets, where: str) -> None:
+def _check_shapes(request: LoadRequest) -> None:
+    manifest, targets, where = request.manifest, request.targets, request.where
     for name, found in targets.items():
         entry = manifest.tensors.get(name)
         if entry is None:
@@ -121,53 +120,40 @@ def _check_shapes(manifest: Manifest, targets: Targets, where: str) -> None:
                 target.box
             ):
                 raise CheckpointError(
-                    f"{where}: {name} has shape {list(entry.shape)}, and box {target.box} of it is needed"
+                    f"{where}: {name} has shape {list(entry.shape)}, and box {target.box} of it "
+                    "is needed"
                 )
 
 
-def _load_alone(
-    plan: ReadPlan,
-    reader: ByteReader,
-    targets: Targets,
-    rank: int,
-    verify: bool,
-    where: str,
-    statistics: LoadStatistics,
-) -> None:
+def _load_alone(request: LoadRequest, plan: ReadPlan, statistics: LoadStatistics) -> None:
     slot = torch.empty(plan.memory_bytes + 4096, dtype=torch.uint8)
     slot = slot[-slot.data_ptr() % 4096 :]
     statistics.shared_bytes = slot.numel()
-    for load_of_pieces in plan.loads[rank]:
-        _read(load_of_pieces, reader, slot, targets, rank, verify, where, statistics)
-        _deliver(load_of_pieces, slot, targets, rank, own=True)
+    for pieces in plan.loads[request.rank]:
+        _read(request, pieces, slot, statistics)
+        _deliver(request, pieces, slot, own=True)
 
 
 def _load_together(
-    plan: ReadPlan,
-    reader: ByteReader,
-    targets: Targets,
-    memory: NodeMemory,
-    verify: bool,
-    where: str,
-    statistics: LoadStatistics,
+    request: LoadRequest, plan: ReadPlan, memory: NodeMemory, statistics: LoadStatistics
 ) -> None:
-    """Round k: read my load k, then take what is mine from everybody's load k - 1."""
+    """Round k: read my load k, then take what is mine from every rank's load k - 1."""
     rank, mine = memory.rank, plan.loads[memory.rank]
     for number in range(plan.rounds + 1):
         if number < len(mine):
             if number >= 2:
                 memory.wait_free(number, plan.receivers(rank, number - 2))
             slot = memory.slot(rank, number)
-            _read(mine[number], reader, slot, targets, rank, verify, where, statistics)
+            _read(request, mine[number], slot, statistics)
             memory.publish(number)
         if number == 0:
             continue
         for reading, pieces in _interesting(plan, rank, number - 1):
             memory.wait_filled(reading, number - 1)
             slot = memory.slot(reading, number - 1)
-            _deliver(pieces, slot, targets, rank, own=reading == rank)
+            _deliver(request, pieces, slot, own=reading == rank)
             memory.took(reading, number - 1)
-    # The slots are unmapped by their owners only after everybody has taken the last loads.
+    # The slots are unmapped by their owners only after every rank has taken the last loads.
     for number in range(max(0, len(mine) - 2), len(mine)):
         memory.wait_free(number + 2, plan.receivers(rank, number))
 
@@ -183,7 +169,7 @@ def _interesting(
 
 
 def _own_memory(pieces: Sequence[PieceRead], targets: Targets, rank: int) -> dict[int, int]:
-    """By number: pieces that only this rank wants, whole, and the address where they go in its state."""
+    """By number: the pieces that only this rank wants, whole, and their address in its state."""
     found: dict[int, int] = {}
     for number, read in enumerate(pieces):
         if len(read.deliveries) != 1 or read.deliveries[0].box != read.piece.box:
@@ -197,28 +183,22 @@ def _own_memory(pieces: Sequence[PieceRead], targets: Targets, rank: int) -> dic
 
 
 def _read(
-    pieces: Sequence[PieceRead],
-    reader: ByteReader,
-    slot: Tensor,
-    targets: Targets,
-    rank: int,
-    verify: bool,
-    where: str,
-    statistics: LoadStatistics,
+    request: LoadRequest, pieces: Sequence[PieceRead], slot: Tensor, statistics: LoadStatistics
 ) -> None:
     """Bring a load into a slot, or where only this rank wants it, and check it."""
-    own = _own_memory(pieces, targets, rank)
+    own = _own_memory(pieces, request.targets, request.rank)
     requests, places, _ = requests_of(pieces, own)
-    statistics.read_bytes += sum(request.length for request in requests)
+    statistics.read_bytes += sum(asked.length for asked in requests)
     number = 0
     # A piece is checked as soon as it is there, while it is in a cache and the next ones arrive.
-    for arrived in reader.read(requests, slot.data_ptr()):
-        request = requests[arrived]
-        end = request.offset + request.length
-        while number < len(pieces) and _lies_in(pieces[number], request, end):
-            if verify:
+    for arrived in request.reader.read(requests, slot.data_ptr()):
+        asked = requests[arrived]
+        end = asked.offset + asked.length
+        while number < len(pieces) and _lies_in(pieces[number], asked, end):
+            if request.verify:
                 address = own.get(number, slot.data_ptr() + places[number])
-                _check(pieces[number], _native.crc32c(address, pieces[number].piece.length), where)
+                found = _native.crc32c(address, pieces[number].piece.length)
+                _check(pieces[number], found, request.where)
             number += 1
 
 
@@ -238,14 +218,13 @@ def _check(read: PieceRead, found: int, where: str) -> None:
         )
 
 
-def _deliver(
-    pieces: Sequence[PieceRead], slot: Tensor, targets: Targets, rank: int, own: bool
-) -> None:
+def _deliver(request: LoadRequest, pieces: Sequence[PieceRead], slot: Tensor, own: bool) -> None:
     """Take this rank's boxes out of a slot.
 
     Args:
         own: whether this rank has read the load itself.
     """
+    targets, rank = request.targets, request.rank
     elsewhere = _own_memory(pieces, targets, rank) if own else {}
     places = requests_of(pieces)[1]
     for number, (read, place) in enumerate(zip(pieces, places, strict=True)):

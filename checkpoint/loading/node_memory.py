@@ -1,4 +1,4 @@
-"""Memory that the ranks of one node share while they load: a reader fills it, the others take from it.
+"""Memory that the ranks of one node share while they load: one fills it, the others take from it.
 
 Each rank owns two slots and a page of counters, which only it writes; so nothing needs a lock.
 """
@@ -10,6 +10,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,33 +26,38 @@ _LOOK_S = 0.5
 """How often a rank that waits looks whether the others are alive."""
 
 
+@dataclass(frozen=True, slots=True)
+class NodeMeeting:
+    """How the ranks of a node find each other to load together."""
+
+    store: Store
+    name: str
+    """Of this load, never used before on this store."""
+    timeout_s: float = 600.0
+    """How long one wait for another rank may last."""
+    check: Callable[[], None] = field(default=lambda: None)
+    """Called while waiting; what it raises ends the wait."""
+
+
 class NodeMemory:
     """This rank's view of all ranks' slots. Collective over the ranks of a node."""
 
     def __init__(
-        self,
-        store: Store,
-        name: str,
-        rank: int,
-        peers: Sequence[int],
-        slot_bytes: int,
-        timeout_s: float,
-        check: Callable[[], None],
+        self, meeting: NodeMeeting, rank: int, peers: Sequence[int], slot_bytes: int
     ) -> None:
-        """Args:
-        name: of this load, never used before on this store.
-        peers: all ranks of the node, this one included; equal on all.
-        slot_bytes: equal on all; rounded up to whole pages.
-        timeout_s: how long one wait for another rank may last.
-        check: called while waiting; what it raises ends the wait.
+        """Make this rank's slots, and map those of the others.
+
+        Args:
+            peers: all ranks of the node, this one included; equal on all.
+            slot_bytes: equal on all; rounded up to whole pages.
         """
         self.rank, self.peers = rank, tuple(peers)
         self._index = {peer: place for place, peer in enumerate(self.peers)}
-        self._timeout_s, self._check = timeout_s, check
+        self._timeout_s, self._check = meeting.timeout_s, meeting.check
         self.slot_bytes = -(-max(slot_bytes, 1) // _PAGE) * _PAGE
         counters = -(-8 * (_FIRST_CONSUMED + len(peers)) // _PAGE) * _PAGE
         self._data = counters
-        self._store = PrefixStore(f"load/{name}", store)
+        self._store = PrefixStore(f"load/{meeting.name}", meeting.store)
         size = counters + 2 * self.slot_bytes
         own = os.memfd_create(f"holdfast-load-{rank}")
         os.ftruncate(own, size)
@@ -66,7 +72,7 @@ class NodeMemory:
             for peer in self.peers:
                 self._wait_until(peer, _ATTACHED, 1)
         finally:
-            # Everybody has mapped it, or the load has failed.
+            # Every rank has mapped it, or the load has failed.
             os.close(own)
 
     def _attach(self, peer: int, own: int, size: int, counters: int) -> None:
@@ -156,8 +162,8 @@ def _open_of(pid: int, descriptor: int, peer: int) -> int:
         return os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
     except OSError as error:
         raise PeerLost(
-            f"memory of rank {peer} cannot be shared with this process ({error.strerror}); ranks that the "
-            "launcher puts on one node must see each other's /proc"
+            f"memory of rank {peer} cannot be shared with this process ({error.strerror}); ranks "
+            "that the launcher puts on one node must see each other's /proc"
         ) from error
 
 

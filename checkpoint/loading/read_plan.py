@@ -1,8 +1,8 @@
-"""Which rank of a node reads which pieces, and who gets which boxes of them. Pure; needs no torch.
+"""Which rank of a node reads which pieces, and which ranks get their boxes. Pure; needs no torch.
 
-Every piece that some rank of the node needs is read once, whole, so that it can be checked; the boxes in it
-are then handed to the ranks that want them. What must move comes from `transfers`: pieces are the holders
-of the source layout, ranks of the target's.
+A piece that some rank of the node needs is read once, whole, so that it can be checked. The boxes
+in it are then handed to the ranks that want them. `transfers` says what moves: pieces are the
+holders of the source layout, ranks those of the target layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class PieceRead:
-    """A piece that is read, by whom, and for whom."""
+    """A piece that one rank reads, and the boxes that ranks take out of it."""
 
     name: str
     dtype: str
@@ -88,8 +88,8 @@ def check_coverage(manifest: Manifest, where: str) -> None:
                     or piece.offset + piece.length > entry.bytes
                 ):
                     raise CheckpointError(
-                        f"{where}: the piece of {name} at byte {piece.offset} of {file} does not fit its "
-                        f"box {piece.box} or its file"
+                        f"{where}: the piece of {name} at byte {piece.offset} of {file} does not "
+                        f"fit its box {piece.box} or its file"
                     )
     try:
         covers(manifest.specs(), manifest.layout())
@@ -143,7 +143,7 @@ def make_read_plan(
                 deliveries = taken.get((file, name, place))
                 if not deliveries:
                     continue
-                # Whoever needs it reads it, the least loaded first: most bytes then stay where they are.
+                # A rank that needs it reads it, the least loaded one: most bytes then stay there.
                 reader = min({d.rank for d in deliveries}, key=lambda rank: (load[rank], rank))
                 load[reader] += piece.length
                 dtype = manifest.tensors[name].dtype
@@ -192,8 +192,8 @@ def requests_of(
     Pieces that follow each other in a file are one request.
 
     Args:
-        targets: by number, pieces that go to an address of their own; they leave their place empty, so
-            that places are the same for whoever does not know of it.
+        targets: by number, pieces that go to an address of their own. Their places stay empty, so
+            that places are the same on ranks that do not know of these addresses.
     """
     own = targets or {}
     requests: list[Request] = []

@@ -1,4 +1,4 @@
-"""Reading the pieces of a load: from a local folder through the file engine, or by ranges of a remote one."""
+"""Readers of a load's pieces: of a local folder by the file engine, of a URL by byte ranges."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _REMOTE_READS = 8
 
 
 class ByteReader(Protocol):
-    """Where a checkpoint's bytes come from. Local."""
+    """Reads the bytes of one checkpoint. Local."""
 
     def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
-        """Bring all requests to their places after `address`; yields their numbers as they arrive, in order.
+        """Bring all requests to their places after `address`.
+
+        Yields their numbers, in order, as they arrive.
 
         The memory must stay as it is until the iterator has ended, well or not.
 
@@ -44,8 +46,8 @@ class ByteReader(Protocol):
 class FolderReader:
     """A checkpoint in a local folder.
 
-    Read through the page cache: as fast as past it where nothing is cached (measured), and whoever loads the
-    same files next, an evaluation beside the training say, finds them in memory.
+    Read through the page cache. Where nothing is cached that is as fast as past it (measured), and
+    the next reader of the same files, an evaluation beside the training say, finds them in memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,8 +113,8 @@ class RemoteReader:
             content = self._fetch(request.file, request.offset, request.offset + request.length)
             if len(content) != request.length:
                 raise CheckpointError(
-                    f"{self.url}/{request.file} ends at byte {request.offset + len(content)}, and bytes up "
-                    f"to {request.offset + request.length} are needed"
+                    f"{self.url}/{request.file} ends at byte {request.offset + len(content)}, and "
+                    f"bytes up to {request.offset + request.length} are needed"
                 )
             ctypes.memmove(request.address(address), content, request.length)
 
@@ -137,7 +139,7 @@ class RemoteReader:
         return self._asked(name, lambda path: self._filesystem.cat_file(path, start=start, end=end))
 
     def _asked(self, name: str, ask: Callable[[str], _T]) -> _T:
-        # Whatever a driver raises (each has its own kinds) means the same here.
+        # Each driver has its own kinds of errors; all of them mean the same here.
         try:
             return ask(f"{self._path}/{name}")
         except Exception as error:

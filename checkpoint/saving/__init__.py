@@ -1,6 +1,6 @@
 """Saving: the write plan, lazy snapshots, and the commit.
 
-May import checkpoint.format, parallel.
+May import checkpoint.format, stores, parallel.
 """
 
 import lazy_loader

@@ -4,14 +4,14 @@ from .arena import (
 )
 from .coordination import (
     Coordination as Coordination,
+    Members as Members,
 )
 from .job import (
+    SaveJob as SaveJob,
     SaveResult as SaveResult,
 )
 from .saver import (
-    SaveJob as SaveJob,
     Saver as Saver,
-    own_connection as own_connection,
 )
 from .snapshot import (
     ALL as ALL,

@@ -30,6 +30,7 @@ class Deadline:
     """When a save is given up, and whether it was."""
 
     def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self.at = time.monotonic() + seconds
         self.cancelled = False
 
@@ -45,12 +46,14 @@ class Deadline:
 
 
 class Arena:
-    """Slabs of one size; each is free, being filled, or being written. Used by one save at a time."""
+    """Slabs of one size: each is free, being filled, or being written. One save at a time."""
 
     def __init__(self, engine: _native.FileEngine, nbytes: int, *, pinned: bool = False) -> None:
-        """Args:
-        nbytes: rounded up to whole slabs, two at least.
-        pinned: page-locked memory, for copies from a GPU.
+        """Set the memory aside and register it with the engine.
+
+        Args:
+            nbytes: rounded up to whole slabs, two at least.
+            pinned: page-locked memory, for copies from a GPU.
         """
         self._engine = engine
         count = max(2, -(-nbytes // SLAB_BYTES))
@@ -140,10 +143,10 @@ class Arena:
 
 
 class FileStream:
-    """Bytes of one file on their way: copied into a slab with their checksum, written when it is full.
+    """Bytes on their way to one file: gathered in a slab, which is written when it is full.
 
-    The slab's bytes lie at the same distance from a multiple of ALIGNMENT as in the file, so that the
-    engine can write them directly.
+    The slab's bytes lie at the same distance from a multiple of ALIGNMENT as in the file, so that
+    the engine can write them directly.
     """
 
     def __init__(self, arena: Arena, file: int) -> None:
@@ -155,8 +158,8 @@ class FileStream:
         self._offset = 0
         """Of the slab's first used byte, in the file."""
 
-    def room(self, offset: int, deadline: Deadline) -> tuple[Tensor, int]:
-        """Where the bytes at `offset` of the file go: (uint8 memory, its address)."""
+    def room(self, offset: int, deadline: Deadline) -> Tensor:
+        """Where the bytes at `offset` of the file go: uint8, as many as have room."""
         if self._slab >= 0 and (
             self._offset + self._fill - self._begin != offset or self._fill == SLAB_BYTES
         ):
@@ -165,9 +168,7 @@ class FileStream:
             self._slab = self._arena.take(deadline)
             self._offset = offset
             self._begin = self._fill = offset % ALIGNMENT
-        return self._arena.tensor(self._slab)[self._fill :], self._arena.address(
-            self._slab
-        ) + self._fill
+        return self._arena.tensor(self._slab)[self._fill :]
 
     def filled(self, nbytes: int) -> None:
         """`nbytes` were put where `room` said."""

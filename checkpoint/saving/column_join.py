@@ -1,4 +1,4 @@
-"""Weights that tensor parallelism splits along columns are joined to whole rows before they are written."""
+"""Weights that tensor parallelism splits along columns are joined to whole rows on their way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def join_pieces(
 ) -> dict[tuple[str, int], int]:
     """Send this rank's parts to their writers, and write the pieces that this rank joins.
 
-    Collective over `comm`; a member that cannot write goes on sending, so that it holds up nobody.
+    Collective over `comm`. A member that cannot write goes on sending, so that no other waits.
 
     Args:
         pieces: what this rank writes or sends, in the order of the plan.

@@ -1,13 +1,14 @@
 """Reports between the ranks of a save, over the control plane's store and with a deadline.
 
-Nothing here is collective. A rank that is stuck does not report: it is named with its phase, and the save
-is given up. Training never waits for it.
+Nothing here is collective. A rank that is stuck does not report: it is named with its phase, and
+the save is given up. Training never waits for it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -22,21 +23,63 @@ _POLL_PER_RANK_S = 2e-5
 """Many ranks look less often: together they ask the store 50,000 times a second at most."""
 
 
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The ranks that save and load together, as one of them sees them."""
+
+    rank: int
+    nodes: tuple[int, ...]
+    """The node of each rank; their number is that of the ranks."""
+    store: Store
+    """Where they meet."""
+
+    @property
+    def size(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def neighbours(self) -> list[int]:
+        """The ranks of this rank's node, itself included, in ascending order."""
+        return [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
+
+    def with_own_connection(self) -> Members:
+        """The same for another thread, which needs a connection of its own where there is one."""
+        try:
+            return replace(self, store=self.store.clone())  # pyrefly: ignore
+        except (RuntimeError, NotImplementedError):
+            return self
+
+
 class Coordination:
     """What the ranks of one save have reported, by keys of the store. Every call is local."""
 
-    def __init__(self, store: Store, name: str, rank: int, ranks: Sequence[int]) -> None:
-        """Args:
-        store: a connection of this thread's own.
-        name: of this save, never used before.
+    def __init__(self, members: Members, name: str) -> None:
+        """Begin to coordinate one save.
+
+        Args:
+            members: with a connection of this thread's own.
+            name: of this save, never used before.
         """
-        self._store = PrefixStore(f"checkpoint/{name}", store)
-        self.rank, self.ranks = rank, tuple(ranks)
+        self.members = members
+        self._store = PrefixStore(f"checkpoint/{name}", members.store)
         self.phase = ""
 
     @property
+    def rank(self) -> int:
+        return self.members.rank
+
+    @property
+    def size(self) -> int:
+        return self.members.size
+
+    @property
+    def ranks(self) -> range:
+        return range(self.size)
+
+    @property
     def coordinator(self) -> int:
-        return min(self.ranks)
+        """The rank that makes the folder and commits."""
+        return 0
 
     @property
     def is_coordinator(self) -> bool:
@@ -61,7 +104,7 @@ class Coordination:
         """The `kind` of each of `ranks`.
 
         Args:
-            patience_s: after the deadline; whoever waits for the coordinator lets it say who is late.
+            patience_s: after the deadline, so that the coordinator can say which rank is late.
         Raises:
             CheckpointError: a rank failed, or did not report in time; it is named with its phase.
             Cancelled: this rank's part was given up meanwhile.
@@ -73,14 +116,14 @@ class Coordination:
             if deadline.cancelled:
                 raise Cancelled
             if time.monotonic() > deadline.at + patience_s:
-                raise CheckpointError(self._who_is_missing(keys))
+                raise CheckpointError(self._missing(keys))
             time.sleep(pause)
             pause = min(2 * pause, max(_LONGEST_POLL_S, _POLL_PER_RANK_S * len(self.ranks)))
         found = self._store.multi_get(list(keys.values()))
         return {rank: msgspec.json.decode(text) for rank, text in zip(keys, found, strict=True)}
 
     def clear(self) -> None:
-        """Remove this rank's keys; called once nobody waits for them."""
+        """Remove this rank's keys; called once no rank waits for them."""
         for kind in ("phase", "begin", "written", "header", "end"):
             self._store.delete_key(f"{kind}/{self.rank}")
         if self.is_coordinator:
@@ -95,7 +138,7 @@ class Coordination:
         if reason:
             raise CheckpointError(reason)
 
-    def _who_is_missing(self, keys: dict[int, str]) -> str:
+    def _missing(self, keys: dict[int, str]) -> str:
         missing = [rank for rank, key in keys.items() if not self._store.check([key])]
         phases = [f"rank {rank} ({self._phase_of(rank)})" for rank in missing[:4]]
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""

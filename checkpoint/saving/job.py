@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.checkpoint.format import PlannedPiece, WritePlan
+from holdfast.checkpoint.stores import LocalStore, Retention
 from holdfast.parallel.layout import Box
 
 Source = Callable[[str, Box], Tensor]
@@ -21,9 +22,10 @@ class SaveJob:
     """What is saved, and where. Equal on every rank but for `source` and `before`."""
 
     step: int
-    root: Path
+    store: LocalStore
     """The folder of checkpoints."""
     tier: str
+    """"memory" or "disk"."""
     plan: WritePlan
     source: Source
     before: Callable[[PlannedPiece], int] = field(default=lambda piece: 0)
@@ -33,10 +35,9 @@ class SaveJob:
     versions: Mapping[str, str] = field(default_factory=dict)
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
     """Small files that are part of the checkpoint; the coordinator's are written."""
-    keep: int = 0
-    """How many checkpoints stay in `root`; 0: all."""
-    protected: Callable[[], Collection[Path]] = field(default=lambda: ())
-    """Checkpoints that must stay for now."""
+    retention: Retention = field(default_factory=Retention)
+    pinned: bool = False
+    """Whether page-locked memory helps: the state is on a GPU. The first save decides."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
 """The lazy snapshot: state is copied while the next step computes, and each block is fenced.
 
-State does not change from one optimizer update to the next, so the copy runs beside the following forward
-and backward passes (Maurya et al. 2024, DataStates-LLM). Before the optimizer overwrites something it
-calls `fence`, which copies in the caller's thread whatever has not been copied yet. Exact-mode safe.
+State does not change from one optimizer update to the next, so the copy runs beside the following
+forward and backward passes (Maurya et al. 2024, DataStates-LLM). Before the optimizer overwrites
+something it calls `fence`, which copies in the caller's thread what is left. Exact-mode safe.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -37,42 +37,64 @@ class SnapshotItem:
     """The fence that must not be passed until this is copied."""
 
 
+@dataclass(slots=True)
+class _Cursor:
+    """How far the copy is: items before `item` are copied, and `done` bytes of that one."""
+
+    item: int = 0
+    done: int = 0
+    crc: int = 0
+    """CRC-32C of the bytes of the item that are copied."""
+    checksums: list[int] = field(default_factory=list)
+    """Of the items that are copied."""
+
+    def advance(self, size: int, nbytes: int) -> None:
+        """Count `size` bytes more of an item of `nbytes`."""
+        self.done += size
+        if self.done == nbytes:
+            self.checksums.append(self.crc)
+            self.crc, self.done = 0, 0
+            self.item += 1
+
+
 class Snapshot:
     """One save of one rank, from live state to the file engine.
 
-    `run` is called once, by a background thread; `fence` by the thread that trains.
+    `run` is called once, by a background thread; `fence` by the thread that trains; `abort` by any.
     """
 
-    def __init__(
-        self,
-        items: Sequence[SnapshotItem],
-        arena: Arena,
-        deadline: Deadline,
-    ) -> None:
-        """Args:
-        items: in ascending order of `before`.
+    def __init__(self, items: Sequence[SnapshotItem], arena: Arena, deadline: Deadline) -> None:
+        """Take note of the items; copying begins with `open`.
+
+        Args:
+            items: in ascending order of `before`.
         """
         self._items = items
         self._arena = arena
         self._deadline = deadline
         self._streams: dict[str, FileStream] = {}
         self._lock = threading.Lock()
+        """Held while bytes are copied and the cursor advances."""
         self._opened = threading.Event()
-        self._next = 0
-        self._done = 0
-        self._crc = 0
-        self._finished = not items
+        self._cursor = _Cursor()
+        self._copy = _copier_of(items)
         self.error: Exception | None = None
-        self.checksums: list[int] = []
-        """CRC-32C of each item that is copied, in their order."""
         self.stall_s = 0.0
         """Time that fences kept the training thread."""
-        self._device_stream, self._ready = _side_stream(items)
+
+    @property
+    def checksums(self) -> list[int]:
+        """CRC-32C of each item that is copied, in their order."""
+        return self._cursor.checksums
 
     @property
     def copied(self) -> bool:
         """Whether the live state is no longer needed: all is copied, or the save has failed."""
         return self._finished or self.error is not None
+
+    @property
+    def _finished(self) -> bool:
+        return self._cursor.item == len(self._items)
 
     def use(self, files: Mapping[str, int]) -> None:
         """Name the engine's handle of each file that is written; before anything is copied."""
@@ -103,9 +125,9 @@ class Snapshot:
         address = source.data_ptr()
         nbytes = source.numel() * source.element_size()
         while done < nbytes:
-            memory, target = self._streams[file].room(offset + done, self._deadline)
+            memory = self._streams[file].room(offset + done, self._deadline)
             size = min(nbytes - done, memory.numel())
-            crc = _native.copy_crc32c(target, address + done, size, crc)
+            crc = _native.copy_crc32c(memory.data_ptr(), address + done, size, crc)
             self._streams[file].filled(size)
             done += size
         return crc
@@ -121,7 +143,8 @@ class Snapshot:
             with self._lock:
                 if self.error is not None:
                     raise self.error
-                self._copy_next()
+                if not self._finished:
+                    self._copy_next()
         for stream in self._streams.values():
             stream.flush()
 
@@ -131,14 +154,14 @@ class Snapshot:
         Returns:
             The highest number whose fence is open as well.
         """
-        if not self.copied and self._behind(number):
+        if self._behind(number):
             began = perf_counter()
             self._wait(number)
             self.stall_s += perf_counter() - began
-        place = self._next
-        if self.error is not None or place == len(self._items):
+        item = self._cursor.item
+        if self.error is not None or item == len(self._items):
             return ALL
-        return self._items[place].before - 1
+        return self._items[item].before - 1
 
     def abort(self, reason: str = "") -> None:
         """Give the save up: fences open at once. From any thread; never blocks."""
@@ -153,7 +176,8 @@ class Snapshot:
             pass
 
     def _behind(self, number: int) -> bool:
-        return not self.copied and self._items[self._next].before <= number
+        item = self._cursor.item
+        return self.error is None and item < len(self._items) and self._items[item].before <= number
 
     def _wait(self, number: int) -> None:
         while not self._opened.wait(0.1):
@@ -174,49 +198,47 @@ class Snapshot:
                 self._lock.release()
 
     def _copy_next(self) -> None:
-        """Copy the next bytes; the caller holds the lock."""
-        if self._finished:
-            return
-        item = self._items[self._next]
+        """Copy the next bytes; the caller holds the lock and knows that there are some."""
+        cursor = self._cursor
+        item = self._items[cursor.item]
         nbytes = item.source.numel() * item.source.element_size()
         try:
             stream = self._streams[item.file]
-            memory, address = stream.room(item.offset + self._done, self._deadline)
-            size = min(nbytes - self._done, memory.numel(), _COPY_BYTES)
+            memory = stream.room(item.offset + cursor.done, self._deadline)
+            size = min(nbytes - cursor.done, memory.numel(), _COPY_BYTES)
             if size:
-                self._transfer(item.source, memory, address, size)
+                cursor.crc = self._copy(item.source, cursor.done, memory[:size], cursor.crc)
                 stream.filled(size)
         except (OSError, Cancelled) as error:
             self.error = error
             raise
-        self._done += size
-        if self._done == nbytes:
-            self.checksums.append(self._crc)
-            self._crc, self._done = 0, 0
-            self._next += 1
-            self._finished = self._next == len(self._items)
-
-    def _transfer(self, source: Tensor, memory: Tensor, address: int, size: int) -> None:
-        if self._device_stream is None:
-            begin = source.data_ptr() + self._done
-            self._crc = _native.copy_crc32c(address, begin, size, self._crc)
-            return
-        with torch.cuda.stream(self._device_stream):
-            assert self._ready is not None
-            self._device_stream.wait_event(self._ready)
-            raw = source.view(-1).view(torch.uint8)[self._done : self._done + size]
-            memory[:size].copy_(raw, non_blocking=True)
-        self._device_stream.synchronize()
-        self._crc = _native.crc32c(address, size, self._crc)
+        cursor.advance(size, nbytes)
 
 
-def _side_stream(
-    items: Sequence[SnapshotItem],
-) -> tuple[torch.cuda.Stream | None, torch.cuda.Event | None]:
-    """A stream beside the one that computes, and the event that says the state is complete."""
+_Copier = Callable[[Tensor, int, Tensor, int], int]
+"""(source, first byte, memory: uint8[bytes], CRC-32C before them) -> CRC-32C after them."""
+
+
+def _copy_from_host(source: Tensor, begin: int, memory: Tensor, crc: int) -> int:
+    return _native.copy_crc32c(memory.data_ptr(), source.data_ptr() + begin, memory.numel(), crc)
+
+
+def _copier_of(items: Sequence[SnapshotItem]) -> _Copier:
+    """What copies from the items' device; beside the stream that computes, where it is a GPU."""
     device = next((item.source.device for item in items if item.source.is_cuda), None)
     if device is None:
-        return None, None
-    ready = torch.cuda.Event()
-    ready.record(torch.cuda.current_stream(device))
-    return torch.cuda.Stream(device), ready
+        return _copy_from_host
+    complete = torch.cuda.Event()
+    # The state is complete once the stream that computes has come here.
+    complete.record(torch.cuda.current_stream(device))
+    stream = torch.cuda.Stream(device)
+
+    def copy(source: Tensor, begin: int, memory: Tensor, crc: int) -> int:
+        with torch.cuda.stream(stream):
+            stream.wait_event(complete)
+            raw = source.view(-1).view(torch.uint8)[begin : begin + memory.numel()]
+            memory.copy_(raw, non_blocking=True)
+        stream.synchronize()
+        return _native.crc32c(memory.data_ptr(), memory.numel(), crc)
+
+    return copy

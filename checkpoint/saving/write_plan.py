@@ -1,8 +1,9 @@
-"""Who writes what where: a pure function of the tensors, who holds them, and which node each rank is on.
+"""Which rank writes what to which file: a pure function of tensors, holders and nodes.
 
-Equal on every rank, computed without communication, and cached by its user while the layout stands.
-Weights are written whole, under the names that Hugging Face loaders read, each file by one node; other
-state in boxes, each by a rank that holds it. No byte is written twice. Needs no torch.
+Equal on every rank, computed without communication, and kept by its user while the layout stands.
+Weights are written whole, under the names that Hugging Face loaders read, each file by one node.
+Other state is written in boxes, each by a rank that holds it. No byte is written twice. Needs no
+torch.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def make_write_plan(tensors: Sequence[SavedTensor], nodes: Sequence[int]) -> Wri
         tensors: in the order in which files list them.
         nodes: the node of each rank.
     Raises:
-        LayoutError: parts that leave a hole, overlap or lie outside their tensor; a name given twice.
+        LayoutError: parts leave a hole, overlap or lie outside their tensor; a name comes twice.
     """
     names = {tensor.name for tensor in tensors}
     if len(names) != len(tensors):
@@ -71,11 +72,11 @@ def _check_parts(tensor: SavedTensor) -> None:
         if len(part.box.start) != len(tensor.shape) or not whole.contains(part.box):
             raise LayoutError(f"{tensor.name}: box {part.box} lies outside {list(tensor.shape)}")
         if not part.holders:
-            raise LayoutError(f"{tensor.name}: nobody holds box {part.box}")
+            raise LayoutError(f"{tensor.name}: no rank holds box {part.box}")
     held = sum(part.box.elements for part in tensor.parts)
     holes = without([whole], sorted((p.box for p in tensor.parts), key=lambda box: box.start))
     if holes:
-        raise LayoutError(f"{tensor.name}: nobody holds {holes[0]} of {list(tensor.shape)}")
+        raise LayoutError(f"{tensor.name}: no rank holds {holes[0]} of {list(tensor.shape)}")
     if held != whole.elements:
         raise LayoutError(f"{tensor.name}: its parts overlap; each element must be in one part")
 
@@ -161,7 +162,7 @@ def _own_drafts(tensor: SavedTensor, merged: Sequence[HeldBox], piece_bytes: int
 def _joined_drafts(
     tensor: SavedTensor, merged: Sequence[HeldBox], piece_bytes: int
 ) -> list[_Draft]:
-    """Drafts of whole rows, joined from one rank for each part: the tensor is split along columns."""
+    """Drafts of whole rows of a tensor split along columns, joined from one rank for each part."""
     row_bytes = prod(tensor.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
     drafts = []
     for box in _row_boxes(Box.whole(tensor.shape), row_bytes, piece_bytes):

@@ -1,6 +1,6 @@
-"""Where checkpoints lie beyond the local folder: remote stores, and copies between tiers.
+"""Stores of checkpoints: the protocol, local folders, URLs, and which of them serves a place.
 
-May import checkpoint.format and saving.
+May import checkpoint.format and loading.
 """
 
 import lazy_loader

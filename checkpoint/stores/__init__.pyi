@@ -1,8 +1,26 @@
-from .remote import (
-    RemoteStore as RemoteStore,
-    Uploader as Uploader,
-    UploadResult as UploadResult,
+from .durable import (
+    free_bytes as free_bytes,
+    sync as sync,
+    write_synced as write_synced,
 )
-from .tiers import (
-    flush as flush,
+from .local import (
+    LocalStore as LocalStore,
+)
+from .protocol import (
+    CheckpointStore as CheckpointStore,
+    Retention as Retention,
+    StoredCheckpoint as StoredCheckpoint,
+    commit as commit,
+    newest as newest,
+    readable as readable,
+)
+from .registry import (
+    Place as Place,
+    checkpoint_at as checkpoint_at,
+    find_checkpoint as find_checkpoint,
+    open_store as open_store,
+    read_manifest as read_manifest,
+)
+from .remote import (
+    FsspecStore as FsspecStore,
 )

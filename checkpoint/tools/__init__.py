@@ -1,6 +1,6 @@
 """Inspecting, verifying and comparing checkpoints.
 
-May import checkpoint.format and loading.
+May import checkpoint.format, loading and stores.
 """
 
 import lazy_loader

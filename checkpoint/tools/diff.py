@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.checkpoint.format import TORCH_DTYPES, Manifest, directory
-from holdfast.checkpoint.loading import FolderReader, LoadTarget, load
+from holdfast.checkpoint.format import TORCH_DTYPES, Manifest
+from holdfast.checkpoint.loading import ByteReader, LoadRequest, LoadTarget, load
+from holdfast.checkpoint.stores import Place, checkpoint_at
 from holdfast.parallel.layout import Box
 
 _PART_BYTES = 64 << 20
@@ -62,14 +62,15 @@ class Difference:
 
 
 def diff_checkpoints(
-    first: Path, second: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    first: Place, second: Place, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Difference:
-    """Compare two checkpoint folders bit for bit; holds 64 MiB of each at a time.
+    """Compare two checkpoints, at paths or URLs, bit for bit; holds 64 MiB of each at a time.
 
     Raises:
         CheckpointError: one of them is damaged or incomplete.
     """
-    manifests = directory.read_manifest(first), directory.read_manifest(second)
+    places = checkpoint_at(first), checkpoint_at(second)
+    manifests = places[0].manifest(), places[1].manifest()
     ours, theirs = manifests[0].tensors, manifests[1].tensors
     common = [name for name in ours if name in theirs]
     alike = [
@@ -80,7 +81,7 @@ def diff_checkpoints(
         for n in common
         if n not in set(alike)
     )
-    readers = FolderReader(first), FolderReader(second)
+    readers = places[0].reader(), places[1].reader()
     found: list[TensorDifference] = []
     done, total = 0, sum(ours[name].bytes for name in alike)
     try:
@@ -130,9 +131,10 @@ def _parts(manifest: Manifest, name: str) -> Iterator[Box]:
         yield Box((start, *whole.start[1:]), (stop, *whole.stop[1:]))
 
 
-def _values(manifest: Manifest, reader: FolderReader, name: str, box: Box, where: str) -> Tensor:
+def _values(manifest: Manifest, reader: ByteReader, name: str, box: Box, where: str) -> Tensor:
     values = torch.empty(box.shape, dtype=TORCH_DTYPES[manifest.tensors[name].dtype])
-    load(manifest, reader, {name: [LoadTarget(box, values)]}, {0: {name: [box]}}, 0, where=where)
+    targets, wanted = {name: [LoadTarget(box, values)]}, {0: {name: [box]}}
+    load(LoadRequest(manifest, reader, targets, wanted, 0, where=where))
     return values
 
 

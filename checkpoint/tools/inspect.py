@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import ELEMENT_BYTES, Manifest, directory
+from holdfast.checkpoint.format import ELEMENT_BYTES, Manifest
+from holdfast.checkpoint.stores import Place, checkpoint_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,14 @@ class Summary:
         return asdict(self)
 
 
-def inspect_checkpoint(path: Path) -> Summary:
-    """Summarise a checkpoint folder.
+def inspect_checkpoint(place: Place) -> Summary:
+    """Summarise the checkpoint at a path or URL.
 
     Raises:
         CheckpointError: there is no manifest, or it is damaged.
     """
-    return summarise(directory.read_manifest(path), str(path))
+    checkpoint = checkpoint_at(place)
+    return summarise(checkpoint.manifest(), checkpoint.place)
 
 
 def summarise(manifest: Manifest, where: str) -> Summary:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what it says: every byte against its checksum, and the files against the manifest."""
+"""Verification: every byte against its checksum, and the files against the manifest."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from holdfast.checkpoint.format import (
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
+    PARTIAL,
     FileEntry,
     FileHeader,
     Manifest,
     TensorEntry,
     crc32c_of,
     decode_header,
-    directory,
     encode_manifest,
     header_bytes,
 )
 from holdfast.checkpoint.loading import (
     ByteReader,
-    FolderReader,
     PieceRead,
     check_coverage,
     requests_of,
 )
+from holdfast.checkpoint.stores import Place, checkpoint_at, sync, write_synced
 from holdfast.parallel.errors import CheckpointError
 
 _READ_BYTES = 64 << 20
@@ -95,25 +95,26 @@ def _foreign(header: bytes, manifest: Manifest) -> str:
 
 
 def verify_checkpoint(
-    folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    place: Place, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Problem]:
-    """Everything that is wrong with a checkpoint folder: all its bytes are read. Local.
+    """Everything that is wrong with the checkpoint at a path or URL: all its bytes are read. Local.
 
     Args:
         progress: called with (bytes read, bytes in all).
     Raises:
         CheckpointError: there is no manifest, or it is damaged.
     """
-    manifest = directory.read_manifest(folder)
+    checkpoint = checkpoint_at(place)
+    manifest = checkpoint.manifest()
     problems: list[Problem] = []
     try:
         check_coverage(manifest, MANIFEST)
     except CheckpointError as error:
         problems.append(Problem(MANIFEST, str(error)))
-    present = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    present = checkpoint.files()
     strangers = sorted(present.keys() - manifest.files.keys() - {MANIFEST})
     problems += [Problem(name, "is not part of this checkpoint") for name in strangers]
-    reader = FolderReader(folder)
+    reader = checkpoint.reader()
     done, total = 0, manifest.bytes
     try:
         for name, entry in manifest.files.items():
@@ -127,7 +128,7 @@ def verify_checkpoint(
 
 
 def _file_problems(
-    manifest: Manifest, reader: FolderReader, name: str, entry: FileEntry, size: int | None
+    manifest: Manifest, reader: ByteReader, name: str, entry: FileEntry, size: int | None
 ) -> Iterator[Problem]:
     if size is None:
         yield Problem(name, "is missing")
@@ -147,7 +148,7 @@ def _file_problems(
 
 
 def checksums_of(
-    manifest: Manifest, reader: FolderReader, file: str, *, limit: int
+    manifest: Manifest, reader: ByteReader, file: str, *, limit: int
 ) -> Iterator[tuple[PieceRead, int]]:
     """Read the pieces of a file that end within its first `limit` bytes; each with its CRC-32C."""
     entry = manifest.files[file]
@@ -185,12 +186,13 @@ def _batches(reads: list[PieceRead]) -> Iterator[list[PieceRead]]:
 def rebuild_manifest(folder: Path) -> Manifest:
     """Make a manifest from what the tensor files say of themselves, and write it. Local.
 
-    The configuration and scalars but the step are lost with the old manifest: weights and optimizer state
-    are all there. Checksums come from the headers, so that damage since they were written is still found.
+    Lost with the old manifest are the configuration and the scalars but the step; weights and
+    optimizer state are all there. Checksums come from the headers, so that damage since they were
+    written is still found.
 
     Raises:
-        CheckpointError: the files do not make up a checkpoint: a tensor is incomplete, or they are of
-            different saves.
+        CheckpointError: the files do not make up a checkpoint: a tensor is incomplete, or they are
+            of different saves.
     """
     headers: dict[str, tuple[FileHeader, FileEntry]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -231,10 +233,10 @@ def rebuild_manifest(folder: Path) -> Manifest:
     )
     check_coverage(manifest, str(folder))
     _check_index(folder, files)
-    partial = folder / (MANIFEST + directory.PARTIAL)
-    directory.write_synced(partial, encode_manifest(manifest))
+    partial = folder / (MANIFEST + PARTIAL)
+    write_synced(partial, encode_manifest(manifest))
     partial.replace(folder / MANIFEST)
-    directory.sync(folder)
+    sync(folder)
     return manifest
 
 

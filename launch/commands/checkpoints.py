@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from holdfast.checkpoint.format import find_checkpoint, read_manifest
+from holdfast.checkpoint.stores import checkpoint_at, find_checkpoint
 from holdfast.checkpoint.tools import Summary, inspect_checkpoint
 from holdfast.parallel.errors import CheckpointError
 
 Checkpoint = Annotated[
-    Path, typer.Argument(help="A checkpoint, a folder of them, or a run.", metavar="PATH")
+    str,
+    typer.Argument(help="A checkpoint, a folder of them, or a run; a path or URL.", metavar="PATH"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -46,7 +47,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option(help="List every tensor.")] = True,
 ) -> None:
     """Show what is in a checkpoint: tensors, sizes, where they lie, how the run went on."""
-    summary = inspect_checkpoint(find_checkpoint(path))
+    summary = inspect_checkpoint(find_checkpoint(path).place)
     if as_json:
         typer.echo(json.dumps(summary.as_dict(), indent=2))
         return
@@ -120,25 +121,25 @@ def verify(
     from holdfast.checkpoint.tools import rebuild_manifest, verify_checkpoint
 
     if rebuild:
-        made = rebuild_manifest(path)
+        made = rebuild_manifest(Path(path))
         typer.echo(
             f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} files; the run's "
             "configuration is not in it",
             err=as_json,
         )
     else:
-        path = find_checkpoint(path)
+        path = find_checkpoint(path).place
     began = time.perf_counter()
     with _progress("reading") as progress:
         problems = verify_checkpoint(path, progress)
     seconds = time.perf_counter() - began
-    size = read_manifest(path).bytes
+    size = checkpoint_at(path).manifest().bytes
     if as_json:
         found = [
             {"file": p.file, "message": p.message, "tensor": p.tensor, "box": p.box}
             for p in problems
         ]
-        typer.echo(json.dumps({"path": str(path), "ok": not problems, "problems": found}, indent=2))
+        typer.echo(json.dumps({"path": path, "ok": not problems, "problems": found}, indent=2))
     elif problems:
         for problem in problems:
             typer.echo(f"{path}/{problem}")
@@ -148,14 +149,14 @@ def verify(
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A")],
-    second: Annotated[Path, typer.Argument(metavar="B")],
+    first: Annotated[str, typer.Argument(metavar="A")],
+    second: Annotated[str, typer.Argument(metavar="B")],
     as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints bit for bit, whatever layouts they were saved in."""
     from holdfast.checkpoint.tools import diff_checkpoints
 
-    places = find_checkpoint(first), find_checkpoint(second)
+    places = find_checkpoint(first).place, find_checkpoint(second).place
     with _progress("comparing") as progress:
         found = diff_checkpoints(*places, progress)
     if as_json:
@@ -194,8 +195,8 @@ def diff(
 
 
 def prove(
-    first: Annotated[Path, typer.Argument(metavar="A")],
-    second: Annotated[Path, typer.Argument(metavar="B")],
+    first: Annotated[str, typer.Argument(metavar="A")],
+    second: Annotated[str, typer.Argument(metavar="B")],
     overrides: Annotated[
         list[str],
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Train in another layout, say."),
@@ -205,7 +206,9 @@ def prove(
     from holdfast.launch.proofs import prove_checkpoints
 
     try:
-        found = prove_checkpoints(find_checkpoint(first), find_checkpoint(second), overrides)
+        found = prove_checkpoints(
+            find_checkpoint(first).place, find_checkpoint(second).place, overrides
+        )
     except CheckpointError as error:
         typer.echo(f"holdfast: {error}", err=True)
         raise typer.Exit(error.exit_code) from error

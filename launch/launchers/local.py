@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from holdfast.checkpoint.stores import flush
+from holdfast.checkpoint.tiers import flush
 from holdfast.parallel.errors import CheckpointError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root

@@ -1,4 +1,4 @@
-"""The library: any module and optimizer, FSDP2 included, judged by plain training that never stops."""
+"""The library: any module and optimizer, FSDP2 too, judged by training that never stops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import Store
 
 from holdfast.checkpoint import Checkpointer, load, save
-from holdfast.checkpoint.format.directory import committed
+from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
 from support.processes.cluster import Cluster
@@ -69,7 +69,10 @@ def test_a_plain_program_goes_on_as_if_it_had_never_stopped(
             _train(model, optimizer, scheduler, range(step, step + 1))
             checkpointer.save(step + 1)
         checkpointer.wait()
-    assert [path.name for path in committed(tmp_path)] == ["step-00000005", "step-00000006"]
+    assert [path.name for path in LocalStore(tmp_path).paths()] == [
+        "step-00000005",
+        "step-00000006",
+    ]
     assert verify_checkpoint(tmp_path / "step-00000006") == []
     model, optimizer, scheduler = parts(1)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -214,7 +217,7 @@ def train_sharded(
 def test_fsdp_ddp_and_sharded_tensors_go_on_in_each_others_layouts(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """4-way FSDP2, 3-way FSDP2, DDP and column sharding, one after the other, against one process."""
+    """4-way FSDP2, 3-way FSDP2, DDP and column sharding, in turn, against one process."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 13), nn.Linear(13, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, foreach=False)

@@ -1,4 +1,4 @@
-"""Killed, failed and full: the newest committed checkpoint always loads, and the next save cleans up."""
+"""Killed, failed and full: the newest checkpoint always loads, and the next save cleans up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from holdfast.checkpoint import Checkpointer, load
-from holdfast.checkpoint.format.directory import PARTIAL, committed
+from holdfast.checkpoint.format.names import PARTIAL
+from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -79,7 +80,7 @@ def _check_after(folder: Path, state: dict[str, torch.Tensor], checkpointer: Che
     assert results[0].error
     assert results[0].path is None
     _load_and_compare(folder / "step-00000001", 1)
-    assert [path.name for path in committed(folder)] == ["step-00000001"]
+    assert [path.name for path in LocalStore(folder).paths()] == ["step-00000001"]
     for name, value in _values(3).items():
         state[name].copy_(value)
     checkpointer.save(3, wait=True)
@@ -103,14 +104,14 @@ def test_a_write_that_fails_costs_one_checkpoint(
     state = _values(1)
     with Checkpointer(tmp_path, state, arena_bytes=1) as checkpointer:
         checkpointer.save(1, wait=True)
-        assert checkpointer._saver is not None
+        assert checkpointer._manager._saver is not None
         if operation == "open" and after:
             pytest.skip("one file is opened")
-        checkpointer._saver.engine.inject(operation, after, error)
+        checkpointer._manager._saver.engine.inject(operation, after, error)
         for name, value in _values(2).items():
             state[name].copy_(value)
         checkpointer.save(2)
-        checkpointer._saver.wait()
+        checkpointer._manager._saver.wait()
         _check_after(tmp_path, state, checkpointer)
 
 
@@ -118,8 +119,8 @@ def test_short_writes_are_completed(tmp_path: Path) -> None:
     state = _values(1)
     with Checkpointer(tmp_path, state) as checkpointer:
         checkpointer.save(1, wait=True)
-        assert checkpointer._saver is not None
-        checkpointer._saver.engine.inject("write", 0, 0, 4)
+        assert checkpointer._manager._saver is not None
+        checkpointer._manager._saver.engine.inject("write", 0, 0, 4)
         for name, value in _values(2).items():
             state[name].copy_(value)
         checkpointer.save(2, wait=True)
@@ -146,11 +147,11 @@ def test_each_sync_and_rename_that_fails_leaves_a_good_checkpoint(
             fault.calls = 0
             fault.after(after, errno.EIO)
             checkpointer.save(2)
-            assert checkpointer._saver is not None
-            checkpointer._saver.wait()
+            assert checkpointer._manager._saver is not None
+            checkpointer._manager._saver.wait()
             fault.left = -1
             count = max(count, fault.calls)
-            found = committed(folder)
+            found = LocalStore(folder).paths()
             [result] = checkpointer.results()
             _load_and_compare(found[0], 1)
             if len(found) == 2:
@@ -170,13 +171,13 @@ def test_each_sync_and_rename_that_fails_leaves_a_good_checkpoint(
 def test_a_disk_without_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.checkpoint.format import directory
+    from holdfast.checkpoint.stores import local
 
-    monkeypatch.setattr(directory, "free_bytes", lambda root: 1000)
+    monkeypatch.setattr(local, "free_bytes", lambda root: 1000)
     with Checkpointer(tmp_path / "c", _values(1)) as checkpointer:
         checkpointer.save(1)
-        assert checkpointer._saver is not None
-        checkpointer._saver.wait()
+        assert checkpointer._manager._saver is not None
+        checkpointer._manager._saver.wait()
         [result] = checkpointer.results()
     assert "0.00 GiB free and the checkpoint takes" in result.error
     assert not (tmp_path / "c").exists()
@@ -186,7 +187,7 @@ def test_a_save_that_is_late_is_given_up_and_named(tmp_path: Path) -> None:
     """A device that does not answer costs the checkpoint, and the training thread goes on."""
     import threading
 
-    from holdfast.checkpoint.saving import saver
+    from holdfast.checkpoint.saving import save
 
     release = threading.Event()
     state = _values(1)
@@ -199,13 +200,13 @@ def test_a_save_that_is_late_is_given_up_and_named(tmp_path: Path) -> None:
                 release.wait(30)
                 raise OSError(errno.EIO, "released")
 
-            patch.setattr(saver.Saver, "_finish_file", stuck)
+            patch.setattr(save.Save, "_finish_file", stuck)
             checkpointer.save(2)
-            assert checkpointer._saver is not None
-            assert checkpointer._saver.busy
-            assert checkpointer._saver.fence(0) > 0, "the fence is open: all is copied"
+            assert checkpointer._manager._saver is not None
+            assert checkpointer._manager._saver.busy
+            assert checkpointer._manager._saver.fence(0) > 0, "the fence is open: all is copied"
             release.set()
-            checkpointer._saver.wait()
+            checkpointer._manager._saver.wait()
             patch.undo()
             _check_after(tmp_path, state, checkpointer)
     finally:

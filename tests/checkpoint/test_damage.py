@@ -11,8 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from holdfast.checkpoint import load, save
-from holdfast.checkpoint.format.directory import find_checkpoint, newest, read_manifest
 from holdfast.checkpoint.format.files import MANIFEST
+from holdfast.checkpoint.stores.local import LocalStore
+from holdfast.checkpoint.stores.protocol import newest
+from holdfast.checkpoint.stores.registry import find_checkpoint, read_manifest
 from holdfast.checkpoint.tools.verify import Problem, rebuild_manifest, verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
 
@@ -178,15 +180,15 @@ def test_a_file_that_is_not_of_the_checkpoint_is_named(folder: Path) -> None:
 
 def test_a_folder_without_manifest_is_no_checkpoint(folder: Path) -> None:
     (folder / "step-00000002" / MANIFEST).unlink()
-    assert newest(folder) == folder / "step-00000001"
+    assert newest(LocalStore(folder)) == "step-00000001"
     with pytest.raises(CheckpointError, match="not a committed checkpoint"):
         read_manifest(folder / "step-00000002")
 
 
 def test_latest_is_a_hint_and_no_more(folder: Path) -> None:
-    assert find_checkpoint(folder / "latest") == folder / "step-00000002"
+    assert find_checkpoint(folder / "latest").name == "step-00000002"
     (folder / "latest").write_text("step-00000099\n")
-    assert find_checkpoint(folder) == folder / "step-00000002"
+    assert find_checkpoint(folder).name == "step-00000002"
 
 
 @pytest.mark.parametrize("harm", ["lost", "flipped"])

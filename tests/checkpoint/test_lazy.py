@@ -39,8 +39,8 @@ def test_a_state_larger_than_the_arena_streams_through_it(tmp_path: Path) -> Non
             moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
             expected.append((weights, moments))
             checkpointer.save(step)
-            assert checkpointer._saver is not None
-            assert checkpointer._saver.arena.nbytes == 2 * SLAB_BYTES
+            assert checkpointer._manager._saver is not None
+            assert checkpointer._manager._saver._resources.arena.nbytes == 2 * SLAB_BYTES
             optimizer.step()
         checkpointer.wait()
     for step, (weights, moments) in enumerate(expected):
@@ -64,24 +64,24 @@ def train_with_a_slow_rank(
     times: int,
 ) -> None:
     """The training loop, where one rank takes its time to finish its first files."""
-    from holdfast.checkpoint.saving.saver import Saver
+    from holdfast.checkpoint.saving.save import Save
     from support.runs import small_runs
 
-    finish = Saver._finish_file
+    finish = Save._finish_file
     left = times
 
-    def slowly(self: Saver, *arguments: Any) -> int:
+    def slowly(self: Save, *arguments: Any) -> int:
         nonlocal left
         if rank == slow and left > 0:
             left -= 1
             time.sleep(seconds)
         return finish(self, *arguments)
 
-    Saver._finish_file = slowly  # type: ignore[method-assign]
+    Save._finish_file = slowly  # type: ignore[method-assign]
     try:
         small_runs.train_in(rank, world_size, store, config=config, root=root)
     finally:
-        Saver._finish_file = finish  # type: ignore[method-assign]
+        Save._finish_file = finish  # type: ignore[method-assign]
 
 
 def _run(

@@ -200,7 +200,7 @@ def save_and_load_elsewhere(
 def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
     cluster: Cluster, tmp_path: Path, tie: bool
 ) -> None:
-    """Saved with tensor 2, loaded with 4 x pipeline 2 and saved again, loaded with 1: the same files."""
+    """Saved with tensor 2, loaded with 4 x pipeline 2, saved again, loaded with 1: the same."""
     import safetensors.torch
     import torch
 
@@ -223,7 +223,7 @@ def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
         )
 
     def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-        from holdfast.checkpoint.format.directory import read_manifest
+        from holdfast.checkpoint.stores.registry import read_manifest
 
         manifest = read_manifest(folder)
         whole = {n: torch.empty(t.shape) for n, t in manifest.tensors.items()}

@@ -18,10 +18,12 @@ import msgspec
 import pytest
 
 from holdfast.checkpoint import save
-from holdfast.checkpoint.format import directory
-from holdfast.checkpoint.format.directory import committed
-from holdfast.checkpoint.stores.remote import RemoteStore, share_of
-from holdfast.checkpoint.stores.tiers import flush
+from holdfast.checkpoint.format.names import step_of
+from holdfast.checkpoint.stores.local import LocalStore
+from holdfast.checkpoint.stores.protocol import newest, readable
+from holdfast.checkpoint.stores.remote import FsspecStore
+from holdfast.checkpoint.tiers.flush import flush
+from holdfast.checkpoint.tiers.uploader import share_of, upload_file
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config.loading import dump_toml
@@ -34,7 +36,7 @@ KEY, SECRET = "test-key", "test-secret"
 
 
 class S3Server:
-    """A real S3 server that keeps its objects in a folder, so that it can be killed and started again."""
+    """A real S3 server with its objects in a folder, so that it can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -44,7 +46,7 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        # What a killed server had half received is no object: it hides these files, the folder shows them.
+        # What a killed server had half received is no object; it hides these files itself.
         for half in self._folder.rglob(".rclone_temp_*"):
             half.unlink()
         rclone = Path(sys.executable).with_name("rclone")
@@ -156,7 +158,7 @@ def test_uploads_under_way_when_a_rank_is_lost_are_made_good(
     wait_for(lambda: (root / "metrics.jsonl").exists())
     server.kill()
     local = root / "checkpoints"
-    wait_for(lambda: bool(committed(local)))
+    wait_for(lambda: bool(LocalStore(local).paths()))
     workers = {event["rank"]: event["pid"] for event in events_of(root, "worker_started")}
     os.kill(workers[1], signal.SIGKILL)
     wait_for(lambda: bool(events_of(root, "recovered")))
@@ -170,7 +172,7 @@ def test_uploads_under_way_when_a_rank_is_lost_are_made_good(
 
 @pytest.mark.chaos
 def test_an_upload_in_parts_survives_the_server(server: S3Server, tmp_path: Path) -> None:
-    """A file of many parts, the server killed between them: it is there in the end, byte for byte."""
+    """A file of many parts, the server killed between them, is there in the end, byte for byte."""
     import threading
 
     from holdfast.checkpoint.saving.arena import Deadline
@@ -183,7 +185,7 @@ def test_an_upload_in_parts_survives_the_server(server: S3Server, tmp_path: Path
         "secret": SECRET,
         "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{server.port}"},
     }
-    store = RemoteStore("s3://bucket/run", options)
+    store = FsspecStore("s3://bucket/run", options)
     calls: list[int] = []
     put = store._filesystem.put_file
 
@@ -202,7 +204,7 @@ def test_an_upload_in_parts_survives_the_server(server: S3Server, tmp_path: Path
 
     thread = threading.Thread(target=disturb)
     thread.start()
-    store.put(path, "step-00000001", "large", Deadline(90))
+    upload_file(store, path, "step-00000001", "large", Deadline(90))
     thread.join()
     assert len(calls) > 1, "the kill came too late to disturb anything"
     assert (tmp_path / "s3/bucket/run/step-00000001/large").read_bytes() == content
@@ -212,25 +214,25 @@ def test_a_folder_url_is_a_tier_with_its_own_retention(tmp_path: Path) -> None:
     """fsspec's own local driver: the same code without a server."""
     import torch
 
-    store = RemoteStore(f"file://{tmp_path}/remote")
+    store = FsspecStore(f"file://{tmp_path}/remote")
     assert store.names() == []
     from holdfast.checkpoint.saving.arena import Deadline
 
     for step in (1, 2, 3):
         path = save(tmp_path / "local", {"a": torch.full((9,), float(step))}, step=step)
-        manifest = directory.read_manifest(path)
+        manifest = LocalStore(path.parent).manifest(path.name)
         for name in (*manifest.files, "manifest.json"):
-            store.put(path / name, path.name, name, Deadline(5))
+            store.put(path / name, path.name, name)
     assert store.names() == ["step-00000001", "step-00000002", "step-00000003"]
     assert store.retain(2) == ["step-00000001"]
-    assert [manifest.step for _, manifest in store.manifests()] == [3, 2]
+    assert [manifest.step for _, manifest in readable(store)] == [3, 2]
     with pytest.raises(CheckpointError, match="could not be uploaded"):
-        store.put(tmp_path / "none", "step-00000009", "x", Deadline(0.0))
+        upload_file(store, tmp_path / "none", "step-00000009", "x", Deadline(0.0))
 
 
 def test_a_url_that_no_driver_knows_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"checkpoint.path = 'tape://x' cannot be used"):
-        RemoteStore("tape://x")
+        FsspecStore("tape://x")
 
 
 def test_every_file_is_uploaded_by_one_rank_and_bytes_are_even() -> None:
@@ -245,14 +247,16 @@ def test_every_file_is_uploaded_by_one_rank_and_bytes_are_even() -> None:
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_memory_outlives_a_killed_worker_and_goes_to_the_disk(tmp_path: Path) -> None:
-    """The newest copy in shared memory becomes a checkpoint when a worker dies, and the run goes on there."""
+    """The newest copy in memory becomes a checkpoint when a worker dies; the run goes on there."""
     sections: dict[str, Any] = {"parallel": {"data": 2}, "train": {"steps": 100_000}}
     config = make_config(**sections, checkpoint={"memory_every": 2})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = tmp_path / "run"
     process = _train(config, root, environment, tmp_path)
     memory = memory_root(root)
-    wait_for(lambda: len(committed(memory)) == 1 and directory.newest(memory) is not None)
+    wait_for(
+        lambda: len(LocalStore(memory).paths()) == 1 and newest(LocalStore(memory)) is not None
+    )
     wait_for(lambda: len(metrics_of(root)) > 5)
     victim = events_of(root, "worker_started")[1]["pid"]
     os.kill(victim, signal.SIGKILL)
@@ -260,8 +264,8 @@ def test_memory_outlives_a_killed_worker_and_goes_to_the_disk(tmp_path: Path) ->
     assert "rank 1 was killed by SIGKILL" in process.printed()
     assert "kept the copy in memory as" in process.printed()
     assert not memory.exists(), "memory is given back"
-    [kept] = committed(root / "checkpoints")
-    step = directory.step_of(kept) or 0
+    [kept] = LocalStore(root / "checkpoints").paths()
+    step = step_of(kept.name) or 0
     assert step % 2 == 0
     assert verify_checkpoint(kept) == []
     done = len(metrics_of(root))
@@ -287,7 +291,7 @@ def test_a_copy_goes_to_the_disk_only_when_it_is_newer_and_whole(tmp_path: Path)
     file.write_bytes(file.read_bytes()[:-4] + b"oops")
     with pytest.raises(CheckpointError, match="is damaged"):
         flush(memory, disk)
-    assert [found.name for found in committed(disk)] == ["step-00000004"]
+    assert [found.name for found in LocalStore(disk).paths()] == ["step-00000004"]
 
 
 def test_configuration_names_the_tiers() -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from holdfast.checkpoint.format import scheme_of
 from holdfast.parallel.faults import FaultKind
 from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.config.data_section import DataConfig
@@ -130,7 +131,7 @@ class CheckpointConfig(Section, frozen=True):
     @property
     def url(self) -> str:
         """The remote tier; empty when there is none."""
-        return self.path if "://" in self.path else ""
+        return self.path if scheme_of(self.path) else ""
 
 
 class OffloadConfig(Section, frozen=True):

@@ -230,7 +230,7 @@ class ElasticLoop:
         recovery = change.recovery
         loaded, self._loaded = self._loaded, None
         following = loaded or self._checkpoints_of(training, change.after, self._run)
-        following.go_on_from(self._checkpoints if change.from_checkpoint is None else None)
+        following.take_over(self._checkpoints if change.from_checkpoint is None else None)
         world = self._world(change.after)
         outcome = recovery.outcome if change.from_checkpoint is None else None
         if self._reporter is None:

@@ -17,7 +17,7 @@ from torch.distributed import Store
 
 from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import SaveResult
-from holdfast.checkpoint.stores import UploadResult
+from holdfast.checkpoint.tiers import UploadResult
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.reports.console import Display, ProgressLine, duration
 from holdfast.trainer.reports.flops import step_flops, utilisation

@@ -1,4 +1,4 @@
-"""Where a run goes on from: the checkpoints that could serve, and whether the configuration still fits.
+"""Where a run goes on from: checkpoints that could serve, and whether the configuration fits.
 
 Needs no torch. Called by one process, before the workers start.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from holdfast.checkpoint.format import Manifest, directory
+from holdfast.checkpoint.format import Manifest, scheme_of, step_of
+from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.initial_weights import check_converted, has_state, is_converted
@@ -60,71 +61,42 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
     """Decide where a run goes on from.
 
     Args:
-        wanted: "auto" (the newest of this run's own, in memory or on disk, or at its URL), "none", or
-            a path or URL. Converted weights are where a run begins: once it has checkpoints of its own,
-            the same command goes on from these.
+        wanted: "auto" (the newest of this run's own, in memory or on disk, or at its URL), "none",
+            or a path or URL. Converted weights are where a run begins: once it has checkpoints of
+            its own, the same command goes on from these.
     Raises:
-        ConfigError: the configuration differs from the checkpoint's in a key that may not change, or
-            the path is no checkpoint.
+        ConfigError: the configuration differs from the checkpoint's in a key that may not change,
+            or the path is no checkpoint.
     """
     if wanted == "none":
         return Resume()
-    if "://" in wanted:
-        place, manifest = _remote_checkpoint(wanted)
-        notes = check_same_run(manifest, config, place, allow_change=allow_change)
-        return Resume((place,), notes, allow_change)
     if wanted != "auto":
         try:
-            found = directory.find_checkpoint(Path(wanted))
-            manifest = directory.read_manifest(found)
+            found = find_checkpoint(wanted)
+            manifest = found.manifest()
         except CheckpointError as error:
             raise ConfigError(f"--resume {wanted}: {error}") from error
         if is_converted(manifest) and not has_state(manifest):
             own = find_resume(root, config, "auto", allow_change=allow_change)
             if own.candidates:
-                began = f"the run has checkpoints of its own; {found} is what it began with"
+                began = f"the run has checkpoints of its own; {found.place} is what it began with"
                 return replace(own, notes=(began, *own.notes))
-        notes = check_same_run(manifest, config, str(found), allow_change=allow_change)
-        return Resume((str(found.absolute()),), notes, allow_change)
+        notes = check_same_run(manifest, config, found.place, allow_change=allow_change)
+        place = found.place if scheme_of(found.place) else str(Path(found.place).absolute())
+        return Resume((place,), notes, allow_change)
     candidates: dict[int, tuple[str, Manifest]] = {}
     for folder in (checkpoint_root(root, config), memory_root(root)):
-        for path in directory.committed(folder):
-            try:
-                manifest = directory.read_manifest(path)
-            except CheckpointError:
-                continue
-            candidates.setdefault(manifest.step, (str(path.absolute()), manifest))
+        store = LocalStore(folder.absolute())
+        for name, manifest in readable(store):
+            candidates.setdefault(manifest.step, (store.place_of(name), manifest))
     if not candidates and config.checkpoint.url:
-        candidates = _remote_candidates(config)
+        remote = open_store(config.checkpoint.url)
+        candidates = {m.step: (remote.place_of(name), m) for name, m in readable(remote)}
     ordered = [candidates[step] for step in sorted(candidates, reverse=True)]
     if not ordered:
         return Resume()
     notes = check_same_run(ordered[0][1], config, ordered[0][0], allow_change=allow_change)
     return Resume(tuple(path for path, _ in ordered), notes, allow_change)
-
-
-def _remote_candidates(config: RunConfig) -> dict[int, tuple[str, Manifest]]:
-    from holdfast.checkpoint.stores import RemoteStore
-
-    remote = RemoteStore(config.checkpoint.url)
-    return {
-        manifest.step: (f"{remote.url}/{name}", manifest) for name, manifest in remote.manifests()
-    }
-
-
-def _remote_checkpoint(url: str) -> tuple[str, Manifest]:
-    """The checkpoint that a URL names: itself, or the newest of a folder of checkpoints."""
-    from holdfast.checkpoint.stores import RemoteStore
-
-    folder, _, name = url.rstrip("/").rpartition("/")
-    try:
-        if directory.step_of(Path(name)) is not None:
-            return url.rstrip("/"), RemoteStore(folder).manifest(name)
-        for found, manifest in RemoteStore(url).manifests():
-            return f"{url.rstrip('/')}/{found}", manifest
-    except CheckpointError as error:
-        raise ConfigError(f"--resume {url}: {error}") from error
-    raise ConfigError(f"--resume {url}: there is no checkpoint")
 
 
 def check_same_run(
@@ -142,8 +114,8 @@ def check_same_run(
     changed = [f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing]
     if changed and not allow_change:
         raise ConfigError(
-            f"{where} is of another run: {'; '.join(changed)}; change it back, start over with --resume "
-            "none, or go on all the same with --allow-change"
+            f"{where} is of another run: {'; '.join(changed)}; change it back, start over with "
+            "--resume none, or go on all the same with --allow-change"
         )
     notes = [f"changed since the checkpoint: {line}" for line in changed]
     for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
@@ -178,8 +150,8 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def set_aside_newer(root: Path, step: int) -> list[Path]:
     """Rename checkpoints after `step`: the run goes on from there on another course."""
     moved = []
-    for path in directory.committed(root):
-        found = directory.step_of(path)
+    for path in LocalStore(root).paths():
+        found = step_of(path.name)
         if found is not None and found > step:
             moved.append(_free_name(path.with_name(f"superseded-{path.name}")))
             path.rename(moved[-1])
@@ -188,7 +160,7 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
 
 def set_aside_all(root: Path) -> None:
     """Rename a folder of checkpoints that the run does not go on from."""
-    if directory.committed(root):
+    if LocalStore(root).names():
         root.rename(_free_name(root.with_name(f"superseded-{root.name}")))
 
 

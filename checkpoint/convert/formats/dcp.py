@@ -26,7 +26,7 @@ from holdfast.checkpoint.convert.sources import (
     settle_precision,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder
-from holdfast.checkpoint.format import directory
+from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
@@ -193,7 +193,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
         for carried, content in catalog.files.items():
-            directory.write_synced(root / carried, content)
+            write_synced(root / carried, content)
         folder.write(root, checksums)
 
     added = frozenset(f"step.{path[2]}" for path in steps)

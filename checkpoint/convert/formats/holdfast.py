@@ -33,13 +33,14 @@ from holdfast.checkpoint.format import (
     HeldBox,
     Manifest,
     SavedTensor,
+    SaveFacts,
     build_manifest,
-    directory,
     encode_manifest,
     header_of,
 )
-from holdfast.checkpoint.loading import FolderReader, check_coverage
+from holdfast.checkpoint.loading import check_coverage
 from holdfast.checkpoint.saving import LARGEST_FILE_BYTES, make_write_plan
+from holdfast.checkpoint.stores import find_checkpoint, write_synced
 from holdfast.checkpoint.tools import check_small_parts
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import Box
@@ -55,10 +56,10 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     """
     if options.rules is not None:
         raise ConfigError("--map is for foreign formats; the tensors of holdfast have their names")
-    folder = directory.find_checkpoint(path)
-    manifest = directory.read_manifest(folder)
-    check_coverage(manifest, str(folder))
-    reader = FolderReader(folder)
+    found = find_checkpoint(path)
+    folder, manifest = Path(found.place), found.manifest()
+    check_coverage(manifest, found.place)
+    reader = found.reader()
     try:
         check_small_parts(manifest, reader, manifest.files)
         files = {
@@ -141,21 +142,19 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             content, headers[file.name] = header_of(layout, file, by_rank, id=id, step=catalog.step)
             with (folder / file.name).open("r+b") as opened:
                 opened.write(content)
-        manifest, small = build_manifest(
-            layout,
-            by_rank,
-            headers,
+        facts = SaveFacts(
             id=id,
             step=catalog.step,
             created=time.time(),
             versions={"holdfast": version("holdfast"), "torch": version("torch")},
             scalars={"step": catalog.step, **catalog.scalars},
             config=catalog.config,
-            extra_files=files_for(catalog, settled),
         )
+        small_files = files_for(catalog, settled)
+        manifest, small = build_manifest(layout, by_rank, headers, facts, small_files)
         for name, content in small.items():
-            directory.write_synced(folder / name, content)
-        directory.write_synced(folder / MANIFEST, encode_manifest(manifest))
+            write_synced(folder / name, content)
+        write_synced(folder / MANIFEST, encode_manifest(manifest))
 
     return Output(
         {file.name: file.bytes for file in layout.files},

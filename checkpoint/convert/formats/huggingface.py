@@ -29,13 +29,8 @@ from holdfast.checkpoint.convert.sources import (
     settle_precision,
     tensors_in,
 )
-from holdfast.checkpoint.format import (
-    ALIGNMENT,
-    ELEMENT_BYTES,
-    INDEX,
-    directory,
-    header_bytes,
-)
+from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES, INDEX, header_bytes
+from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
@@ -175,9 +170,9 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             with (folder / name).open("r+b") as opened:
                 opened.write(header)
         for name, content in files_for(catalog, chosen).items():
-            directory.write_synced(folder / name, content)
+            write_synced(folder / name, content)
         if len(shelves) > 1:
-            directory.write_synced(folder / INDEX, _index(shelves, list(files)))
+            write_synced(folder / INDEX, _index(shelves, list(files)))
 
     return Output(files, units, finish, chosen)
 

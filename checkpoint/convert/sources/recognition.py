@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from holdfast.checkpoint.format import INDEX, directory
+from holdfast.checkpoint.format import INDEX
+from holdfast.checkpoint.stores import find_checkpoint
 from holdfast.parallel.errors import CheckpointError
 
 DCP_METADATA: Final = ".metadata"
@@ -29,7 +30,7 @@ def recognise(path: Path) -> str | None:
 
 def _is_holdfast(path: Path) -> bool:
     try:
-        directory.find_checkpoint(path)
+        find_checkpoint(path)
     except (CheckpointError, OSError):
         return False
     return True

@@ -29,7 +29,7 @@ from holdfast.checkpoint.convert.work.request import (
 )
 from holdfast.checkpoint.convert.work.sampling import compare_sample
 from holdfast.checkpoint.convert.work.worker import do_share
-from holdfast.checkpoint.format import directory
+from holdfast.checkpoint.stores import free_bytes, sync
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
 
 _POLL_S = 0.05
@@ -123,7 +123,7 @@ def _lead(
         prepared.output.finish(partial, [checksums[i][other] for i in range(len(checksums))])
         # Together: a filesystem writes its journal for all that wait.
         with ThreadPoolExecutor(_SYNCING) as threads:
-            list(threads.map(directory.sync, [partial / name for name in prepared.output.files]))
+            list(threads.map(sync, [partial / name for name in prepared.output.files]))
         output = format_named(asked.to).read(partial, ReadOptions())
         compared = compare_sample(
             prepared.catalog.root, prepared.output.expected, output, prepared.output.added
@@ -160,7 +160,7 @@ def _make_room(asked: Conversion, prepared: Prepared, journal: Journal) -> None:
     """Make the output's files in full length, or find them as they were left."""
     partial, output = journal.partial, prepared.output
     if not journal.begun(prepared.fingerprint):
-        free = directory.free_bytes(partial)
+        free = free_bytes(partial)
         if partial.exists():
             free += sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
         if free < output.bytes:
@@ -321,9 +321,9 @@ def _work(
 def _commit(partial: Path, target: Path) -> None:
     """Give the output its name, by one rename."""
     for folder, _, _ in os.walk(partial):
-        directory.sync(Path(folder))
+        sync(Path(folder))
     if target.exists():
         target.rmdir()
     partial.rename(target)
-    directory.sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(target / FOLDER, ignore_errors=True)

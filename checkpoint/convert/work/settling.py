@@ -12,7 +12,8 @@ from holdfast import _native
 from holdfast.checkpoint.convert.elements import UNIT_BYTES, GrowingMemory, Output, Unit
 from holdfast.checkpoint.convert.sources import OpenFiles, Sums
 from holdfast.checkpoint.convert.work.journal import Journal
-from holdfast.checkpoint.format import ALIGNMENT, directory
+from holdfast.checkpoint.format import ALIGNMENT
+from holdfast.checkpoint.stores import sync
 from holdfast.parallel.errors import CheckpointError
 
 MEMORY_BYTES = 4 * (UNIT_BYTES + 2 * ALIGNMENT)
@@ -64,7 +65,7 @@ class Settling:
             files = dict.fromkeys(unit.file for unit, _ in units)
             if not recorded:
                 for file in files:
-                    directory.sync(self._partial / file)
+                    sync(self._partial / file)
                 self._journal.record(written=sums)
             self._read_back(units)
             self._files.close()

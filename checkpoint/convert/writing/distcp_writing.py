@@ -27,7 +27,8 @@ from holdfast.checkpoint.convert.writing.torch_writing import (
     TorchLayout,
     lay_out,
 )
-from holdfast.checkpoint.format import ELEMENT_BYTES, TORCH_NAMES, directory
+from holdfast.checkpoint.format import ELEMENT_BYTES, TORCH_NAMES
+from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
@@ -145,7 +146,7 @@ class DistcpFolder:
                     opened.seek(item.offset + item.layout.starts[0])
                     opened.write(item.content)
         content = write_pickle(_metadata(self._items, self._types))
-        directory.write_synced(root / self._path(DCP_METADATA), content)
+        write_synced(root / self._path(DCP_METADATA), content)
 
     def _crc(self, item: _Item, checksums: Sequence[int]) -> int:
         """CRC-32 of an item's tensor."""

@@ -162,7 +162,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_told(
         return 1 << 40
 
     # Asked for between opening the source and reading it.
-    monkeypatch.setattr("holdfast.checkpoint.format.directory.free_bytes", cut)
+    monkeypatch.setattr("holdfast.checkpoint.convert.work.job.free_bytes", cut)
     with pytest.raises(CheckpointError, match=r"model_0\.pt cannot be read: the file ends at byte"):
         convert(asked)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ import torch
 from holdfast.checkpoint import load
 from holdfast.checkpoint.convert.work.job import Converted, convert
 from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.directory import read_manifest
+from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
 from support.processes.cluster import Cluster

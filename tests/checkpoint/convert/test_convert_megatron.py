@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from holdfast.checkpoint import load
 from holdfast.checkpoint.convert.work.job import Converted, convert
 from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.directory import read_manifest
+from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from support.foreign.megatron_jobs import ITERATION, SIZES

@@ -15,7 +15,7 @@ from torch import Tensor
 from holdfast.checkpoint import load
 from holdfast.checkpoint.convert.work.job import Converted, convert
 from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.directory import read_manifest
+from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from support.foreign.megatron_jobs import ITERATION
 from support.foreign.megatron_shards import by_stage, gpt2_weights, huggingface_weights

@@ -16,8 +16,8 @@ from holdfast.checkpoint.convert.elements.pieces import Logical, Piece, Place
 from holdfast.checkpoint.convert.sources.engine import Engine
 from holdfast.checkpoint.convert.work.job import Converted, convert
 from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.directory import find_checkpoint, read_manifest
 from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
+from holdfast.checkpoint.stores.registry import find_checkpoint
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout.boxes import Box
 
@@ -43,7 +43,7 @@ def values(engine: Engine, unit: Unit) -> Tensor:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    manifest = read_manifest(find_checkpoint(folder))
+    manifest = find_checkpoint(folder).manifest()
     found = {
         name: torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         for name, entry in manifest.tensors.items()

@@ -14,8 +14,8 @@ import torch
 from holdfast.checkpoint import load
 from holdfast.checkpoint.convert.work.job import convert
 from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.directory import read_manifest
 from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
+from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.resume import find_resume

@@ -21,7 +21,8 @@ import torch.distributed as dist
 import torch.distributed.tensor  # before forking: it takes longer than a round
 
 from holdfast.checkpoint import Checkpointer, load
-from holdfast.checkpoint.format.directory import PARTIAL, committed, step_of
+from holdfast.checkpoint.format.names import PARTIAL, step_of
+from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 
 SHAPE = (1500, 400)
@@ -81,17 +82,17 @@ def main() -> None:
         if not folder.exists():
             continue
         torn += any(path.name.endswith(PARTIAL) for path in folder.iterdir())
-        found = committed(folder)
+        found = LocalStore(folder).paths()
         if not found:
             assert reached == 0, "a committed checkpoint is gone"
             continue
-        step = step_of(found[-1]) or 0
+        step = step_of(found[-1].name) or 0
         assert step >= newest, f"step {newest} was committed, and now {step} is the newest"
         for path in found:
             assert verify_checkpoint(path) == [], path
             state = _state(0)
             load(path, state)
-            wanted = _state(step_of(path) or 0)
+            wanted = _state(step_of(path.name) or 0)
             assert all(torch.equal(state[name], wanted[name]) for name in wanted), path
         reached += step > newest
         newest = step

@@ -27,7 +27,7 @@ from holdfast.checkpoint.convert.sources import (
     tensors_in,
 )
 from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder, size
-from holdfast.checkpoint.format import directory
+from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 
 NAME = "deepspeed-universal"
@@ -153,7 +153,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     def finish(folder: Path, checksums: Sequence[int]) -> None:
         files.write(folder, checksums)
         for name, content in catalog.files.items():
-            directory.write_synced(folder / name, content)
+            write_synced(folder / name, content)
 
     return Output(files.sizes, files.units, finish, expected, "crc32")
 

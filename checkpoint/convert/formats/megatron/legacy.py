@@ -39,7 +39,7 @@ from holdfast.checkpoint.convert.sources import (
     files_for,
 )
 from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder
-from holdfast.checkpoint.format import directory
+from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
 __all__ = ["NAME", "plan", "read"]
@@ -108,9 +108,9 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     def finish(target: Path, checksums: Sequence[int]) -> None:
         folder.write(target, checksums)
         for name, content in files.items():
-            directory.write_synced(target / root / name, content)
+            write_synced(target / root / name, content)
         tracked = str(catalog.step) if trained else root
-        directory.write_synced(target / MEGATRON_TRACKER, tracked.encode())
+        write_synced(target / MEGATRON_TRACKER, tracked.encode())
 
     return Output(folder.sizes, folder.units, finish, settled, "crc32")
 

@@ -27,7 +27,7 @@ from holdfast.checkpoint.convert.sources import (
     settle_precision,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file
-from holdfast.checkpoint.format import directory
+from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
 
 NAME = "megatron"
@@ -102,11 +102,11 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     def finish(root: Path, checksums: Sequence[int]) -> None:
         folder.write(root, checksums)
         for name, content in files.items():
-            directory.write_synced(root / iteration / name, content)
-        directory.write_synced(root / iteration / "common.pt", torch_file(common))
-        directory.write_synced(root / iteration / "metadata.json", json.dumps(_BACKEND).encode())
+            write_synced(root / iteration / name, content)
+        write_synced(root / iteration / "common.pt", torch_file(common))
+        write_synced(root / iteration / "metadata.json", json.dumps(_BACKEND).encode())
         told = str(catalog.step) if trained else "release"
-        directory.write_synced(root / MEGATRON_TRACKER, told.encode())
+        write_synced(root / MEGATRON_TRACKER, told.encode())
 
     return Output(folder.files, folder.units, finish, settled, "crc32")
 

@@ -1,0 +1,176 @@
+"""The one object that saves and loads the state of a rank, together with the other ranks.
+
+The public API (`holdfast.checkpoint.Checkpointer`) and the trainer's `Checkpoints` stand on it:
+they decide what is saved and when, and the manager how it comes to the disk and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from holdfast.checkpoint.format import Manifest
+from holdfast.checkpoint.loading import (
+    LoadRequest,
+    LoadStatistics,
+    NodeMeeting,
+    Targets,
+    check_coverage,
+    load,
+)
+from holdfast.checkpoint.saving import Members, SaveJob, Saver, SaveResult
+from holdfast.checkpoint.stores import StoredCheckpoint
+from holdfast.checkpoint.tools import check_small_parts
+from holdfast.parallel.comm import Communicator
+from holdfast.parallel.layout import Box
+
+LARGEST_ARENA_BYTES = 2 << 30
+_ARENA_SLACK_BYTES = 16 << 20
+_PATIENCE_S = 10.0
+"""How much longer than a save's deadline its end is waited for."""
+
+Wanted = Mapping[int, Mapping[str, Sequence[Box]]]
+"""The boxes that each rank of a node needs, by tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerSettings:
+    """What saves and loads may take."""
+
+    arena_bytes: int = 0
+    """Host memory between the state and the disk; 0: enough for the share, 2 GiB at most."""
+    timeout_s: float = 600.0
+    """After which a save is given up, and a load in which other ranks are waited for."""
+    verify: bool = True
+    """Whether each piece that is loaded is checked against its checksum."""
+
+
+class CheckpointManager:
+    """Saves and loads the state of one rank. One save at a time, in the background.
+
+    `save` and `load` are called by all members, in the same order; everything else is local.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        settings: ManagerSettings,
+        *,
+        make_join: Callable[[], Communicator | None] = lambda: None,
+    ) -> None:
+        """Nothing is opened before the first save or load.
+
+        Args:
+            make_join: called at the first save: the group whose members hold columns of the same
+                weights, over CPU tensors; None where there is none.
+        """
+        self.members = members
+        self._settings = settings
+        self._make_join = make_join
+        self._saver: Saver | None = None
+        self.wait_s = 0.0
+        """Time that `save` waited for the saves before."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._saver is not None and self._saver.busy
+
+    def save(self, job: SaveJob) -> None:
+        """Begin to save the state as it is now; a save under way is waited for first.
+
+        The state must not change but behind `fence` until `fence` has let everything pass.
+        """
+        saver = self._open_saver(job)
+        began = perf_counter()
+        saver.wait(self._settings.timeout_s + _PATIENCE_S)
+        self.wait_s += perf_counter() - began
+        saver.start(job)
+
+    def fence(self, number: int) -> int:
+        """Wait until what `before` <= number protects is copied; see `Snapshot.fence`."""
+        return self._saver.fence(number) if self._saver is not None else 1 << 62
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the save under way, if any, and for its commit; False when it takes longer."""
+        return self._saver is None or self._saver.wait(timeout_s)
+
+    def finish(self) -> bool:
+        """Wait for the save under way as long as it may take; False when it takes longer."""
+        return self.wait(self._settings.timeout_s + _PATIENCE_S)
+
+    def results(self) -> list[SaveResult]:
+        """Saves that have ended since the last call."""
+        return self._saver.results() if self._saver is not None else []
+
+    def load(
+        self,
+        checkpoint: StoredCheckpoint,
+        name: str,
+        prepare: Callable[[Manifest], tuple[Targets, Wanted]],
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[Manifest, LoadStatistics]:
+        """Fill this rank's state from a checkpoint; each byte is read once per node.
+
+        Args:
+            name: of this load, never used before among these members.
+            prepare: given the manifest, says where this rank's boxes go, and what every rank of its
+                node wants. Called by all members before any tensor is read.
+            check: called while other ranks are waited for; what it raises ends the load.
+        Raises:
+            CheckpointError: damaged, incomplete or of other shapes; on every rank of the node.
+            PeerLost: a rank of the node died.
+        """
+        manifest = checkpoint.manifest()
+        check_coverage(manifest, checkpoint.place)
+        targets, wanted = prepare(manifest)
+        members, timeout_s = self.members, self._settings.timeout_s
+        here = members.neighbours
+        reader = checkpoint.reader()
+        try:
+            files = list(manifest.files)[here.index(members.rank) :: len(here)]
+            check_small_parts(manifest, reader, files)
+            request = LoadRequest(
+                manifest,
+                reader,
+                targets,
+                wanted,
+                members.rank,
+                where=checkpoint.place,
+                verify=self._settings.verify,
+            )
+            statistics = load(request, NodeMeeting(members.store, name, timeout_s, check))
+        finally:
+            reader.close()
+        return manifest, statistics
+
+    def abort(self, reason: str) -> None:
+        """Give up the save under way: fences open at once. From any thread; never blocks."""
+        if self._saver is not None:
+            self._saver.abort(reason)
+
+    def cancel(self, reason: str) -> None:
+        """Give up the save under way, and return once nothing reads the state any more."""
+        if self._saver is not None:
+            self._saver.cancel(reason)
+
+    def close(self) -> None:
+        """Finish the save under way and release files and memory."""
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+
+    def _open_saver(self, job: SaveJob) -> Saver:
+        if self._saver is None:
+            share = job.plan.written_bytes().get(self.members.rank, 0)
+            enough = min(LARGEST_ARENA_BYTES, share + _ARENA_SLACK_BYTES)
+            self._saver = Saver(
+                self.members,
+                arena_bytes=self._settings.arena_bytes or enough,
+                timeout_s=self._settings.timeout_s,
+                join=self._make_join(),
+                pinned=job.pinned,
+            )
+        return self._saver

@@ -1,0 +1,292 @@
+"""One save of one rank while it is under way, from the snapshot to the commit.
+
+Phases: begin (the coordinator makes the folder), copy, write, sync, commit. Ranks report to each
+other over the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from holdfast import _native
+from holdfast.checkpoint.format import (
+    PlannedFile,
+    SaveFacts,
+    build_manifest,
+    encode_manifest,
+    header_of,
+    name_of,
+)
+from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline
+from holdfast.checkpoint.saving.column_join import join_pieces
+from holdfast.checkpoint.saving.coordination import Coordination
+from holdfast.checkpoint.saving.job import SaveJob, SaveResult
+from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
+from holdfast.checkpoint.stores import commit
+from holdfast.parallel.comm import Communicator
+from holdfast.parallel.errors import CheckpointError, HoldfastError
+
+PATIENCE_S = 5.0
+"""How long ranks wait after a deadline for the coordinator to say who is late."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResources:
+    """What the saves of one rank use, one after the other."""
+
+    engine: _native.FileEngine
+    arena: Arena
+    join: Communicator | None
+    """The tensor-parallel group, for weights split along columns; over CPU tensors."""
+
+
+@dataclass(slots=True)
+class PhaseSeconds:
+    """How long this rank's phases took."""
+
+    stall_s: float = 0.0
+    copy_s: float = 0.0
+    write_s: float = 0.0
+    sync_s: float = 0.0
+
+
+class Save:
+    """One save of one rank. `run` is called once, in the background thread.
+
+    Its attributes are what the five phases leave to each other.
+    """
+
+    def __init__(
+        self,
+        job: SaveJob,
+        coordination: Coordination,
+        deadline: Deadline,
+        resources: SaveResources,
+    ) -> None:
+        """Take note of the state as it is now, in the thread that trains; nothing is copied yet."""
+        self.job, self.coordination, self.deadline = job, coordination, deadline
+        self._resources = resources
+        written = [p for p in job.plan.pieces_of(coordination.rank) if not p.sources]
+        self._local = sorted(written, key=job.before)
+        """What the snapshot copies, in its order."""
+        items = [
+            SnapshotItem(job.source(p.name, p.box), p.file, p.offset, job.before(p))
+            for p in self._local
+        ]
+        self.snapshot = Snapshot(items, resources.arena, deadline)
+        self._facts = SaveFacts(
+            id="",
+            step=job.step,
+            created=time.time(),
+            versions=job.versions,
+            scalars=job.scalars,
+            config=job.config,
+        )
+        self._owns_partial = False
+        """Whether this rank has made the folder that is not a checkpoint yet."""
+        self._handles: dict[str, int] = {}
+        """The engine's handle of each file that is open."""
+        self._joined: Mapping[tuple[str, int], int] = {}
+        """CRC-32C of the pieces that were joined here, by file and offset."""
+        self._seconds = PhaseSeconds()
+        self._times: dict[int, Mapping[str, float]] = {}
+        self._commit_s = 0.0
+
+    @property
+    def name(self) -> str:
+        return name_of(self.job.step)
+
+    @property
+    def rank(self) -> int:
+        return self.coordination.rank
+
+    def run(self) -> SaveResult:
+        """Save; what goes wrong is in the result."""
+        began = perf_counter()
+        path, error = None, ""
+        try:
+            path = self._save()
+        except Cancelled:
+            phase, limit = self.coordination.phase, self.deadline.seconds
+            error = f"rank {self.rank}, {phase}: not done within {limit:g} s"
+            if isinstance(self.snapshot.error, CheckpointError):
+                error = str(self.snapshot.error)
+        except OSError as failure:
+            error = _said(failure, self.job)
+        except HoldfastError as failure:
+            error = str(failure)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        if error:
+            self.snapshot.abort()
+            error = self._release(error)
+        return SaveResult(
+            step=self.job.step,
+            tier=self.job.tier,
+            path=path,
+            error=error,
+            bytes=self.job.plan.bytes,
+            total_s=perf_counter() - began,
+            times=self._times or {self.rank: self._own_times()},
+            commit_s=self._commit_s,
+            imbalance=self.job.plan.imbalance(self.coordination.size),
+        )
+
+    def _release(self, error: str) -> str:
+        """After a failure: tell the others, release files and buffers; returns the cause."""
+        with contextlib.suppress(RuntimeError):
+            self.coordination.report_failure(error)
+            error = self.coordination.failure() or error
+        for handle in self._handles.values():
+            with contextlib.suppress(OSError):
+                self._resources.engine.close_file(handle)
+        with contextlib.suppress(CheckpointError):
+            self._resources.arena.recover(0.0)
+        if self._owns_partial:
+            self.job.store.discard(self.name)
+        return error
+
+    def _save(self) -> Path:
+        coordination = self.coordination
+        coordination.enter("begin")
+        self.snapshot.open(self._begin)
+        began = perf_counter()
+        coordination.enter("copy")
+        self.snapshot.run()
+        self._seconds.copy_s = perf_counter() - began
+        coordination.enter("write")
+        began = perf_counter()
+        self._resources.arena.drain(self.deadline)
+        self._seconds.write_s = perf_counter() - began
+        self._sync_for_others()
+        checksums = self._checksums()
+        coordination.report("written", {"crc32c": checksums, "stall_s": self.snapshot.stall_s})
+        coordination.enter("sync")
+        began = perf_counter()
+        headers = {
+            file.name: self._finish_file(file)
+            for file in self.job.plan.files
+            if file.pieces and file.lead == self.rank
+        }
+        for handle in self._handles.values():
+            self._resources.engine.close_file(handle)
+        self._handles.clear()
+        self._seconds.sync_s = perf_counter() - began
+        coordination.report("header", {"files": headers, "times": self._own_times()})
+        coordination.enter("commit")
+        if coordination.is_coordinator:
+            self._commit()
+            coordination.report("end", {"path": str(self.job.store.path(self.name))})
+        leader = coordination.coordinator
+        told = coordination.collect("end", [leader], self.deadline, patience_s=PATIENCE_S)
+        return Path(told[leader]["path"])
+
+    def _begin(self) -> None:
+        """The folder, the files and what needs other ranks' parts."""
+        job, coordination = self.job, self.coordination
+        self._resources.arena.recover(self.deadline.left_s)
+        leader = coordination.coordinator
+        if coordination.is_coordinator:
+            _preflight(job)
+            self._owns_partial = True
+            job.store.begin(self.name)
+            coordination.report("begin", {"id": uuid.uuid4().hex})
+        told = coordination.collect("begin", [leader], self.deadline)
+        self._facts = replace(self._facts, id=told[leader]["id"])
+        folder = job.store.partial(self.name)
+        sizes = {f.name: f.bytes for f in job.plan.files if f.pieces and f.lead == self.rank}
+        for name in dict.fromkeys(p.file for p in job.plan.written_by(self.rank)):
+            self._handles[name] = self._resources.engine.open(
+                str(folder / name), write=True, create=True, size=sizes.get(name, -1)
+            )
+        self.snapshot.use(self._handles)
+        if self._resources.join is not None:
+            coordination.enter("join")
+            pieces = job.plan.pieces_of(self.rank)
+            self._joined = join_pieces(
+                pieces, self.rank, job.source, self._resources.join, self.snapshot
+            )
+
+    def _sync_for_others(self) -> None:
+        """Sync files whose lead is on another node: it cannot sync what this node has cached."""
+        nodes = self.coordination.members.nodes
+        leads = {f.name: f.lead for f in self.job.plan.files if f.pieces}
+        for name, handle in self._handles.items():
+            if nodes[leads[name]] != nodes[self.rank]:
+                self._resources.engine.sync(handle)
+
+    def _finish_file(self, file: PlannedFile) -> int:
+        """Write and sync the header of a file that this rank leads; returns its CRC-32C."""
+        others = [rank for rank in file.writers if rank != self.rank]
+        reports = self.coordination.collect("written", others, self.deadline)
+        found = {rank: report["crc32c"] for rank, report in reports.items()}
+        found[self.rank] = self._checksums()
+        plan, facts = self.job.plan, self._facts
+        header, crc = header_of(plan, file, found, id=facts.id, step=facts.step)
+        path = self.job.store.partial(self.name) / file.name
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            os.pwrite(descriptor, header, 0)
+            os.fsync(descriptor)
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        if size != file.bytes:
+            raise CheckpointError(f"{path} has {size} bytes after writing, not {file.bytes}")
+        return crc
+
+    def _commit(self) -> None:
+        """Coordinator: when every rank has written and synced, make the folder a checkpoint."""
+        job, ranks = self.job, self.coordination.ranks
+        written = self.coordination.collect("written", ranks, self.deadline)
+        headers = self.coordination.collect("header", ranks, self.deadline)
+        began = perf_counter()
+        self._times = {rank: headers[rank]["times"] for rank in ranks}
+        crcs = {name: crc for report in headers.values() for name, crc in report["files"].items()}
+        checksums = {rank: report["crc32c"] for rank, report in written.items()}
+        manifest, small = build_manifest(job.plan, checksums, crcs, self._facts, job.extra_files)
+        content = encode_manifest(manifest)
+        commit(job.store, self.name, content, files=small, retention=job.retention)
+        self._owns_partial = False
+        self._commit_s = perf_counter() - began
+
+    def _checksums(self) -> Sequence[int]:
+        """CRC-32C of this rank's pieces in the order of the plan."""
+        found = dict(self._joined)
+        for piece, crc in zip(self._local, self.snapshot.checksums, strict=True):
+            found[piece.file, piece.offset] = crc
+        written = self.job.plan.written_by(self.rank)
+        return [found[piece.file, piece.offset] for piece in written]
+
+    def _own_times(self) -> dict[str, float]:
+        self._seconds.stall_s = self.snapshot.stall_s
+        return asdict(self._seconds)
+
+
+def _preflight(job: SaveJob) -> None:
+    """Refuse a save that the disk has no room for, before anything is written."""
+    free = job.store.free_bytes()
+    if free < job.plan.bytes:
+        raise CheckpointError(
+            f"{job.store.root} has {free / 2**30:.2f} GiB free and the checkpoint takes "
+            f"{job.plan.bytes / 2**30:.2f} GiB; free space, or lower checkpoint.keep"
+        )
+
+
+def _said(failure: OSError, job: SaveJob) -> str:
+    """What a save that the file system refused is reported as."""
+    place = f" ({failure.filename})" if failure.filename else ""
+    said = f"{failure.strerror or failure}{place}"
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            said += f"; {job.store.root} has {job.store.free_bytes() / 2**30:.2f} GiB free"
+        said += "; free space, or lower checkpoint.keep"
+    return said

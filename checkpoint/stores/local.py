@@ -1,0 +1,149 @@
+"""A folder of checkpoints on a local or shared file system: synced, and committed by rename."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.checkpoint.format import LATEST, MANIFEST, PARTIAL, Manifest, decode_manifest, step_of
+from holdfast.checkpoint.loading import FolderReader
+from holdfast.checkpoint.stores.durable import free_bytes, sync, write_synced
+from holdfast.parallel.errors import CheckpointError
+
+_UNFINISHED = re.compile(r"step-\d{8,}(\.replaced)?\.partial")
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStore:
+    """Checkpoints in folders of `root`. A new one is written to `step-N.partial` first."""
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        """The folder of a checkpoint."""
+        return self.root / name
+
+    def partial(self, name: str) -> Path:
+        """The folder that the files of a checkpoint go to until it is committed."""
+        return self.root / f"{name}{PARTIAL}"
+
+    def place_of(self, name: str) -> str:
+        return str(self.path(name))
+
+    def names(self) -> list[str]:
+        try:
+            found = [path.name for path in self.root.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        steps = [(step, name) for name in found if (step := step_of(name)) is not None]
+        return [name for _, name in sorted(steps) if self.has(name)]
+
+    def paths(self) -> list[Path]:
+        """The folders of the committed checkpoints, the oldest first."""
+        return [self.path(name) for name in self.names()]
+
+    def has(self, name: str) -> bool:
+        return (self.path(name) / MANIFEST).is_file()
+
+    def latest(self) -> str:
+        path = self.root / LATEST
+        return path.read_text().strip() if path.is_file() else ""
+
+    def manifest(self, name: str) -> Manifest:
+        folder = self.path(name)
+        path = folder / MANIFEST
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            what = "has no manifest.json, so it is not a committed checkpoint"
+            raise CheckpointError(
+                f"{folder} {what if folder.is_dir() else 'is not a checkpoint folder'}"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        return decode_manifest(content, str(path))
+
+    def files(self, name: str) -> dict[str, int]:
+        try:
+            return {p.name: p.stat().st_size for p in self.path(name).iterdir() if p.is_file()}
+        except OSError as error:
+            raise CheckpointError(f"{self.path(name)} cannot be read: {error.strerror}") from error
+
+    def reader(self, name: str) -> FolderReader:
+        return FolderReader(self.path(name))
+
+    def begin(self, name: str) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        for leftover in self._leftovers():
+            shutil.rmtree(leftover)
+        self.partial(name).mkdir()
+
+    def put(self, source: Path, name: str, file: str) -> None:
+        target = self.partial(name) / file
+        shutil.copyfile(source, target)
+        sync(target)
+
+    def write(self, name: str, file: str, content: bytes) -> None:
+        write_synced(self.partial(name) / file, content)
+
+    def discard(self, name: str) -> None:
+        """Remove what was written of a checkpoint that will not be committed."""
+        shutil.rmtree(self.partial(name), ignore_errors=True)
+
+    def publish(self, name: str, manifest: bytes) -> None:
+        partial, final = self.partial(name), self.path(name)
+        write_synced(partial / MANIFEST, manifest)
+        sync(partial)
+        if not final.exists():
+            partial.rename(final)
+        elif _exchange(partial, final):
+            sync(self.root)
+            shutil.rmtree(partial)
+        else:
+            replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
+            final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced)
+        sync(self.root)
+
+    def point_latest(self, name: str) -> None:
+        fresh = self.root / f".{LATEST}{PARTIAL}"
+        write_synced(fresh, f"{name}\n".encode())
+        fresh.replace(self.root / LATEST)
+        sync(self.root)
+
+    def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
+        if keep < 1:
+            return []
+        removed = [name for name in self.names()[:-keep] if name not in protected]
+        for name in removed:
+            (self.path(name) / MANIFEST).unlink()
+            shutil.rmtree(self.path(name))
+        return removed
+
+    def free_bytes(self) -> int:
+        """What an ordinary user may still write here."""
+        return free_bytes(self.root)
+
+    def _leftovers(self) -> Iterator[Path]:
+        """Folders of saves, or of removals, that did not finish."""
+        for path in self.root.iterdir():
+            unfinished = _UNFINISHED.fullmatch(path.name) is not None
+            if unfinished or (step_of(path.name) is not None and not self.has(path.name)):
+                yield path
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step; False where the filesystem cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    return rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0

@@ -1,0 +1,80 @@
+"""Which store serves a place, and the checkpoint that a place names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from holdfast.checkpoint.format import LATEST, Manifest, scheme_of
+from holdfast.checkpoint.stores.local import LocalStore
+from holdfast.checkpoint.stores.protocol import CheckpointStore, StoredCheckpoint, newest
+from holdfast.checkpoint.stores.remote import FsspecStore
+from holdfast.parallel.errors import CheckpointError
+
+Place = str | os.PathLike[str]
+"""A path, or a URL of any scheme that a store or an fsspec driver serves."""
+
+STORES: Mapping[str, Callable[[str], CheckpointStore]] = {
+    "": lambda path: LocalStore(Path(path)),
+}
+"""By scheme; the empty one is that of a path. Other schemes are looked up in fsspec's registry."""
+
+
+def open_store(place: Place) -> CheckpointStore:
+    """The store of the folder of checkpoints at a path or URL.
+
+    Raises:
+        ConfigError: no store, and no driver of fsspec, serves its scheme.
+    """
+    text = os.fspath(place)
+    return STORES.get(scheme_of(text), FsspecStore)(text)
+
+
+def checkpoint_at(place: Place) -> StoredCheckpoint:
+    """The checkpoint that lies at a path or URL itself; whether there is one is not looked at."""
+    folder, name = _split(os.fspath(place))
+    return StoredCheckpoint(open_store(folder), name)
+
+
+def read_manifest(place: Place) -> Manifest:
+    """The manifest of the checkpoint at a path or URL.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return checkpoint_at(place).manifest()
+
+
+def find_checkpoint(place: Place) -> StoredCheckpoint:
+    """The checkpoint that a path or URL names: itself, what `latest` says, or the newest of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    text = os.fspath(place)
+    found = checkpoint_at(text)
+    if found.name == LATEST and (pointed := found.store.latest()):
+        found = StoredCheckpoint(found.store, pointed)
+    if found.name and found.store.has(found.name):
+        return found
+    for folder in (text, f"{text.rstrip('/')}/checkpoints"):
+        store = open_store(folder)
+        name = newest(store)
+        if name is not None:
+            return StoredCheckpoint(store, name)
+    raise CheckpointError(
+        f"{text} is not a checkpoint, and there is none in it; name a folder with a "
+        "manifest.json, a checkpoints folder or a run"
+    )
+
+
+def _split(place: str) -> tuple[str, str]:
+    """(folder, name) of a checkpoint's path or URL; the name is empty where a URL has no folder."""
+    scheme = scheme_of(place)
+    if not scheme:
+        path = Path(place)
+        path = path if path.name else path.absolute()
+        return str(path.parent), path.name
+    folder, separator, name = place.removeprefix(f"{scheme}://").rstrip("/").rpartition("/")
+    return (f"{scheme}://{folder}", name) if separator else (place, "")

@@ -1,0 +1,8 @@
+"""From one tier to the next: memory to disk when a worker dies, disk to a URL beside the training.
+
+May import checkpoint.format, saving, stores, tools.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

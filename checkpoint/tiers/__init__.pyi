@@ -1,0 +1,10 @@
+from .flush import (
+    flush as flush,
+)
+from .remote_tier import (
+    RemoteTier as RemoteTier,
+)
+from .uploader import (
+    Uploader as Uploader,
+    UploadResult as UploadResult,
+)

@@ -1,0 +1,40 @@
+"""From memory to disk by plain copying, in the parent process of dead workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from holdfast.checkpoint.format import MANIFEST, step_of
+from holdfast.checkpoint.stores import LocalStore, commit, newest
+from holdfast.checkpoint.tools import verify_checkpoint
+from holdfast.parallel.errors import CheckpointError
+
+
+def flush(memory: Path, disk: Path) -> Path | None:
+    """Copy the newest checkpoint in `memory` to `disk` if that has none as new. Local.
+
+    Returns:
+        Where it is now; None if there was nothing to copy.
+    Raises:
+        CheckpointError: the copy in memory is damaged, or the disk has no room for it.
+        OSError: the disk.
+    """
+    source, target = LocalStore(memory), LocalStore(disk)
+    name = newest(source)
+    if name is None:
+        return None
+    manifest = source.manifest(name)
+    kept = newest(target)
+    if kept is not None and (step_of(kept) or 0) >= manifest.step:
+        return None
+    problems = verify_checkpoint(source.path(name))
+    if problems:
+        raise CheckpointError(f"{source.path(name)}: {problems[0]}")
+    free = target.free_bytes()
+    if free < manifest.bytes:
+        raise CheckpointError(f"{disk} has {free} bytes free, and {manifest.bytes} are needed")
+    target.begin(name)
+    for file in manifest.files:
+        target.put(source.path(name) / file, name, file)
+    commit(target, name, (source.path(name) / MANIFEST).read_bytes())
+    return target.path(name)

@@ -1,0 +1,103 @@
+"""The remote tier of a run: which local checkpoints go to its store, and which are under way."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from holdfast.checkpoint.format import name_of, step_of
+from holdfast.checkpoint.saving import Members
+from holdfast.checkpoint.stores import CheckpointStore, LocalStore
+from holdfast.checkpoint.tiers.uploader import Uploader, UploadResult
+from holdfast.parallel.comm import Communicator
+
+logger = logging.getLogger("holdfast.checkpoint")
+
+_CARRIED = 8
+"""Uploads that are begun again when the ranks change; older ones would be removed anyway soon."""
+
+
+class RemoteTier:
+    """Uploads every nth committed checkpoint of a folder. Every rank counts the same commits."""
+
+    def __init__(
+        self,
+        source: LocalStore,
+        target: CheckpointStore,
+        members: Members,
+        *,
+        every: int,
+        keep: int,
+    ) -> None:
+        """Nothing is opened before the first upload.
+
+        Args:
+            every: of how many commits one is uploaded, the first one included.
+            keep: checkpoints that stay in `target`; 0: all.
+        """
+        self._source, self._target, self._members = source, target, members
+        self._every, self._keep = every, keep
+        self._commits = 0
+        self._sent: set[tuple[str, str]] = set()
+        """(checkpoint, file) that this rank has sent."""
+        self._uploader: Uploader | None = None
+
+    @property
+    def pending(self) -> set[str]:
+        """Local checkpoints that are still needed for uploading, by name."""
+        return {path.name for path in self._uploader.pending} if self._uploader else set()
+
+    def committed(self, name: str) -> None:
+        """Upload a checkpoint that was just committed, if its turn has come."""
+        self._commits += 1
+        if (self._commits - 1) % self._every == 0:
+            self.upload(name)
+
+    def upload(self, name: str) -> None:
+        """Queue a local checkpoint. Called by all ranks, in the same order."""
+        if self._uploader is None:
+            self._uploader = Uploader(self._target, self._members, keep=self._keep, sent=self._sent)
+        self._uploader.start(self._source.path(name))
+
+    def upload_missing(self, name: str, control: Communicator) -> None:
+        """Upload a local checkpoint that is not in the store: its run ended first. Collective."""
+        missing = torch.zeros(1, dtype=torch.float64)
+        if self._members.rank == 0:
+            # A store that does not answer now, in whatever way, is asked again while uploading.
+            try:
+                missing += name not in self._target.names()
+            except Exception as error:
+                logger.warning("%s does not answer: %s", self._target.place_of(""), error)
+                missing += 1
+        control.all_reduce(missing).wait()
+        if missing.item():
+            self.upload(name)
+
+    def take_over(self, before: RemoteTier | None, control: Communicator) -> None:
+        """Upload what the ranks of before had not uploaded yet. Collective over `control`."""
+        waiting: list[int] = []
+        if before is not None:
+            self._sent |= before._sent
+            steps = (step_of(name) for name in before.pending)
+            waiting = sorted(step for step in steps if step is not None)[-_CARRIED:]
+        mine = torch.full((_CARRIED,), -1, dtype=torch.int64)
+        mine[: len(waiting)] = torch.tensor(waiting, dtype=torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(control.size)]
+        control.all_gather(parts, mine).wait()
+        for step in sorted({int(step) for part in parts for step in part} - {-1}):
+            self.upload(name_of(step))
+
+    def results(self) -> list[UploadResult]:
+        """Uploads that have ended since the last call."""
+        return self._uploader.results() if self._uploader is not None else []
+
+    def wait(self) -> None:
+        """Wait for the uploads that are queued."""
+        if self._uploader is not None:
+            self._uploader.wait()
+
+    def abort(self) -> None:
+        """Give up what is under way and queued. From any thread; never blocks."""
+        if self._uploader is not None:
+            self._uploader.abort()

@@ -1,0 +1,218 @@
+"""Uploads of committed checkpoints to a store, in the background, by all ranks together.
+
+Files go in parts, with retries; the manifest goes last, so what has none is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from holdfast.checkpoint.format import MANIFEST, step_of
+from holdfast.checkpoint.saving import Cancelled, Coordination, Deadline, Members
+from holdfast.checkpoint.stores import CheckpointStore, Retention, commit, read_manifest
+from holdfast.parallel.errors import CheckpointError
+
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class UploadResult:
+    """How an upload ended, on the coordinator."""
+
+    step: int
+    name: str
+    url: str
+    bytes: int
+    total_s: float
+    error: str
+
+
+class Uploader:
+    """Uploads local checkpoints in the background, one after the other, all ranks together."""
+
+    def __init__(
+        self,
+        target: CheckpointStore,
+        members: Members,
+        *,
+        keep: int = 0,
+        timeout_s: float = 3600.0,
+        sent: set[tuple[str, str]] | None = None,
+    ) -> None:
+        """Start the thread that uploads.
+
+        Args:
+            target: where to; it keeps the files of an upload that ranks before these had begun.
+            keep: checkpoints that stay there; 0: all.
+            timeout_s: after which an upload is given up.
+            sent: (checkpoint, file) that this rank has sent before, and need not again; added to.
+        """
+        self._target = target
+        self._members = members.with_own_connection()
+        self._keep, self._timeout_s = keep, timeout_s
+        self._sent = set() if sent is None else sent
+        self._deadline = Deadline(timeout_s)
+        """Of the upload under way."""
+        self._uploads = 0
+        self._pending: list[Path | None] = []
+        """The queue, the upload under way included; None: nothing follows."""
+        self._is_aborted = False
+        self._changed = threading.Condition()
+        self._results: queue.SimpleQueue[UploadResult] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> list[Path]:
+        """Local checkpoints that are still needed for uploading."""
+        with self._changed:
+            return [path for path in self._pending if path is not None]
+
+    def start(self, checkpoint: Path) -> None:
+        """Upload a committed checkpoint. Called by all ranks, in the same order."""
+        self._append(checkpoint)
+
+    def results(self) -> list[UploadResult]:
+        """Uploads that have ended since the last call."""
+        found = []
+        while not self._results.empty():
+            found.append(self._results.get())
+        return found
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the uploads that are queued; False when they take longer."""
+        with self._changed:
+            ended = self._changed.wait_for(lambda: self._is_aborted or not self._pending, timeout_s)
+            return ended and not self._pending
+
+    def abort(self) -> None:
+        """Give up what is under way and queued. From any thread; never blocks.
+
+        A file that is being sent may still arrive: it is what the next attempt sends there as well.
+        """
+        self._is_aborted = True
+        self._deadline.cancelled = True
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finish what is queued and end the thread."""
+        self._append(None)
+        self._thread.join()
+
+    def _append(self, checkpoint: Path | None) -> None:
+        with self._changed:
+            self._pending.append(checkpoint)
+            self._changed.notify_all()
+
+    def _next(self) -> Path | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_aborted or self._pending)
+            return None if self._is_aborted else self._pending[0]
+
+    def _work(self) -> None:
+        while (checkpoint := self._next()) is not None:
+            try:
+                result = self._attempt(checkpoint)
+            except Cancelled:
+                return
+            self._results.put(result)
+            with self._changed:
+                self._pending.pop(0)
+                self._changed.notify_all()
+
+    def _attempt(self, checkpoint: Path) -> UploadResult:
+        self._uploads += 1
+        began = perf_counter()
+        error, size = "", 0
+        coordination = Coordination(self._members, f"upload-{self._uploads}")
+        try:
+            size = self._upload(checkpoint, coordination)
+        except Cancelled:
+            raise
+        except Exception as failure:
+            error = str(failure)
+            coordination.report_failure(error)
+        name = checkpoint.name
+        url = self._target.place_of(name)
+        return UploadResult(step_of(name) or 0, name, url, size, perf_counter() - began, error)
+
+    def _upload(self, checkpoint: Path, coordination: Coordination) -> int:
+        self._deadline = deadline = Deadline(self._timeout_s)
+        deadline.cancelled = self._is_aborted
+        target, name = self._target, checkpoint.name
+        place = target.place_of(name)
+        manifest = read_manifest(checkpoint)
+        coordination.enter("upload")
+        if coordination.is_coordinator:
+            retry(lambda: target.begin(name), place, deadline)
+            coordination.report("begin", {})
+        coordination.collect("begin", [coordination.coordinator], deadline)
+        sizes = {file: entry.bytes for file, entry in manifest.files.items()}
+        for file in share_of(sizes, self._members.rank, self._members.size):
+            if (name, file) not in self._sent:
+                upload_file(target, checkpoint / file, name, file, deadline)
+                self._sent.add((name, file))
+        coordination.report("header", {})
+        if coordination.is_coordinator:
+            coordination.collect("header", coordination.ranks, deadline)
+            content = (checkpoint / MANIFEST).read_bytes()
+            retention = Retention(self._keep)
+            retry(lambda: commit(target, name, content, retention=retention), place, deadline)
+            coordination.report("end", {})
+        coordination.collect("end", [coordination.coordinator], deadline)
+        return sum(sizes.values())
+
+
+def upload_file(
+    target: CheckpointStore, source: Path, name: str, file: str, deadline: Deadline
+) -> None:
+    """Put one local file into a store, as `retry` does."""
+    place = f"{target.place_of(name)}/{file}"
+    retry(lambda: target.put(source, name, file), place, deadline)
+
+
+def retry(attempt: Callable[[], None], place: str, deadline: Deadline) -> None:
+    """Write to a store again and again until that succeeds.
+
+    Args:
+        place: what is written, for the message.
+    Raises:
+        CheckpointError: not before the deadline; with the last reason.
+        Cancelled: it was given up between two attempts.
+    """
+    pause = _FIRST_PAUSE_S
+    while True:
+        # Drivers raise errors of many kinds; all of them may pass.
+        try:
+            attempt()
+            return
+        except Exception as error:
+            if deadline.cancelled:
+                raise Cancelled from error
+            if deadline.left_s < pause:
+                raise CheckpointError(
+                    f"{place} could not be uploaded: {type(error).__name__}: {error}"
+                ) from error
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def share_of(sizes: dict[str, int], rank: int, world_size: int) -> Sequence[str]:
+    """The files that a rank uploads: the largest first, each to the rank with the least. Pure."""
+    load = [0] * world_size
+    mine = []
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        least = min(range(world_size), key=load.__getitem__)
+        load[least] += sizes[name]
+        if least == rank:
+            mine.append(name)
+    return mine

@@ -1,0 +1,270 @@
+"""Stores: one protocol for folders and URLs, one order of a commit, one line for another store."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from holdfast.checkpoint import load, save
+from holdfast.checkpoint.format.files import MANIFEST, Manifest, decode_manifest
+from holdfast.checkpoint.format.names import step_of
+from holdfast.checkpoint.loading.read_plan import Request
+from holdfast.checkpoint.saving.coordination import Members
+from holdfast.checkpoint.stores import registry
+from holdfast.checkpoint.stores.local import LocalStore
+from holdfast.checkpoint.stores.protocol import CheckpointStore, Retention, commit, newest
+from holdfast.checkpoint.stores.registry import checkpoint_at, find_checkpoint, open_store
+from holdfast.checkpoint.stores.remote import FsspecStore
+from holdfast.checkpoint.tiers.uploader import Uploader
+from holdfast.checkpoint.tools.diff import diff_checkpoints
+from holdfast.checkpoint.tools.inspect import inspect_checkpoint
+from holdfast.checkpoint.tools.verify import verify_checkpoint
+from holdfast.parallel.errors import CheckpointError, ConfigError
+
+
+def _state(step: int) -> dict[str, Any]:
+    return {"a": torch.full((300, 70), float(step)), "b": torch.arange(5), "note": "x"}
+
+
+def _upload(folder: Path, place: str, *steps: int, keep: int = 0) -> CheckpointStore:
+    """Save steps to a folder and upload them, as a run of one rank does."""
+    target = open_store(place)
+    uploader = Uploader(target, Members(0, (0,), HashStore()), keep=keep)
+    for step in steps:
+        uploader.start(save(folder, _state(step), step=step))
+    uploader.close()
+    assert [result.error for result in uploader.results()] == [""] * len(steps)
+    return target
+
+
+PLACES = ["file://{}/far", "memory://far/{}"]
+
+
+@pytest.mark.parametrize("form", PLACES)
+def test_what_is_uploaded_is_verified_compared_and_loaded_at_its_url(
+    tmp_path: Path, form: str
+) -> None:
+    place = form.format(tmp_path)
+    store = _upload(tmp_path / "near", place, 1, 2)
+    assert store.names() == ["step-00000001", "step-00000002"]
+    assert find_checkpoint(place).name == "step-00000002"
+    assert find_checkpoint(f"{place}/latest").name == "step-00000002"
+    one, two = f"{place}/step-00000001", f"{place}/step-00000002"
+    assert verify_checkpoint(one) == []
+    assert inspect_checkpoint(two).step == 2
+    assert diff_checkpoints(two, tmp_path / "near/step-00000002").equal
+    found = diff_checkpoints(one, two)
+    assert [value.name for value in found.values] == ["a"]
+    state = _state(0)
+    assert load(one, state) == {"note": "x"}
+    assert torch.equal(state["a"], _state(1)["a"])
+
+
+def test_damage_behind_a_url_is_found(tmp_path: Path) -> None:
+    place = f"file://{tmp_path}/far"
+    _upload(tmp_path / "near", place, 1)
+    folder = tmp_path / "far/step-00000001"
+    [file] = folder.glob("optimizer-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (folder / "stranger").write_text("")
+    messages = [str(problem) for problem in verify_checkpoint(f"{place}/step-00000001")]
+    assert any("is damaged: checksum" in message for message in messages)
+    assert any(message.startswith("stranger: is not part") for message in messages)
+    file.unlink()
+    messages = [str(problem) for problem in verify_checkpoint(f"{place}/step-00000001")]
+    assert f"{file.name}: is missing" in messages
+
+
+def test_the_commands_take_urls(tmp_path: Path) -> None:
+    place = f"file://{tmp_path}/far"
+    _upload(tmp_path / "near", place, 1, 2)
+    from typer.testing import CliRunner
+
+    from holdfast.launch.cli import application
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(application(arguments[0]), arguments)
+        return done.exit_code, done.output
+
+    code, printed = run("verify", place)
+    assert code == 0, printed
+    assert f"{place}/step-00000002: all " in printed.replace("\n", "")
+    assert run("diff", place, str(tmp_path / "near"))[0] == 0
+    assert run("diff", f"{place}/step-00000001", f"{place}/step-00000002")[0] == 1
+    [file] = (tmp_path / "far/step-00000002").glob("optimizer-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    assert run("verify", place)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "folder", "name"),
+    [
+        ("runs/a/step-00000003", "runs/a", "step-00000003"),
+        ("step-00000003", ".", "step-00000003"),
+        ("/x/model/", "/x", "model"),
+        (".", str(Path.cwd().parent), Path.cwd().name),
+    ],
+)
+def test_a_path_names_a_folder_and_a_checkpoint(place: str, folder: str, name: str) -> None:
+    found = checkpoint_at(place)
+    assert (found.store, found.name) == (LocalStore(Path(folder)), name)
+
+
+@pytest.mark.parametrize(
+    ("place", "url", "name"),
+    [
+        ("file:///x/run/step-00000003", "file:///x/run", "step-00000003"),
+        ("memory://run/step-00000003/", "memory://run", "step-00000003"),
+        ("memory://run", "memory://run", ""),
+    ],
+)
+def test_a_url_names_a_folder_and_a_checkpoint(place: str, url: str, name: str) -> None:
+    found = checkpoint_at(place)
+    assert isinstance(found.store, FsspecStore)
+    assert (found.store.url, found.name) == (url, name)
+
+
+def test_a_place_without_a_checkpoint_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for place in (str(tmp_path), f"file://{tmp_path}/none", "memory://nothing"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint, and there is none in it"):
+            find_checkpoint(place)
+    with pytest.raises(ConfigError, match="tape://x"):
+        find_checkpoint("tape://x/y")
+
+
+class Recorder:
+    """A store that keeps nothing but the order in which it is written."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> None:
+            said = [str(a) for a in arguments if isinstance(a, str | int)]
+            self.calls.append(" ".join([name, *said]))
+            if name == "retain":
+                raise OSError("busy")
+
+        return call
+
+
+def test_a_commit_has_one_order_in_every_store() -> None:
+    store: Any = Recorder()
+    commit(store, "s", b"", files={"a": b"", "b": b""}, retention=Retention(3))
+    wanted = ["write s a", "write s b", "publish s", "point_latest s", "retain 3"]
+    assert store.calls == wanted, "and a checkpoint stands though an old one could not be removed"
+
+
+def test_retention_spares_what_is_protected(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, _state(step), step=step)
+    store = LocalStore(tmp_path)
+    assert store.retain(0) == []
+    assert store.retain(1, {"step-00000002"}) == ["step-00000001", "step-00000003"]
+    assert store.names() == ["step-00000002", "step-00000004"]
+
+
+class DictReader:
+    """Reads a checkpoint of a `DictStore`."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self._files = files
+
+    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+        for number, asked in enumerate(requests):
+            content = self._files[asked.file][asked.offset : asked.offset + asked.length]
+            ctypes.memmove(asked.address(address), content, asked.length)
+            yield number
+
+    def read_file(self, name: str, length: int | None = None) -> bytes:
+        return self._files[name][:length]
+
+    def size(self, name: str) -> int:
+        return len(self._files[name])
+
+    def close(self) -> None:
+        pass
+
+
+class DictStore:
+    """A store of one's own: all that another kind of storage takes."""
+
+    def __init__(self, place: str, objects: dict[str, dict[str, bytes]]) -> None:
+        self._place, self._objects = place, objects
+
+    def place_of(self, name: str) -> str:
+        return f"{self._place}/{name}"
+
+    def names(self) -> list[str]:
+        return sorted(n for n in self._objects if step_of(n) is not None and self.has(n))
+
+    def has(self, name: str) -> bool:
+        return MANIFEST in self._objects.get(name, {})
+
+    def latest(self) -> str:
+        return self._objects.get("latest", {}).get("", b"").decode()
+
+    def manifest(self, name: str) -> Manifest:
+        return decode_manifest(self._objects[name][MANIFEST], self.place_of(name))
+
+    def files(self, name: str) -> dict[str, int]:
+        return {file: len(content) for file, content in self._objects[name].items()}
+
+    def reader(self, name: str) -> DictReader:
+        return DictReader(self._objects[name])
+
+    def begin(self, name: str) -> None:
+        self._objects.setdefault(name, {})
+
+    def put(self, source: Path, name: str, file: str) -> None:
+        self._objects[name][file] = source.read_bytes()
+
+    def write(self, name: str, file: str, content: bytes) -> None:
+        self._objects[name][file] = content
+
+    def publish(self, name: str, manifest: bytes) -> None:
+        self.write(name, MANIFEST, manifest)
+
+    def point_latest(self, name: str) -> None:
+        self._objects["latest"] = {"": name.encode()}
+
+    def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
+        removed = [n for n in self.names()[:-keep] if n not in protected] if keep else []
+        for name in removed:
+            del self._objects[name]
+        return removed
+
+
+def test_another_store_is_one_class_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects: dict[str, dict[str, bytes]] = {}
+    line: Any = {"dict": lambda place: DictStore(place, objects)}
+    monkeypatch.setattr(registry, "STORES", {**registry.STORES, **line})
+    store = _upload(tmp_path, "dict://d", 1, 2, 3, keep=2)
+    assert store.names() == ["step-00000002", "step-00000003"]
+    assert newest(store) == "step-00000003"
+    assert verify_checkpoint("dict://d/step-00000002") == []
+    assert inspect_checkpoint(find_checkpoint("dict://d").place).step == 3
+    state = _state(0)
+    load("dict://d/latest", state)
+    assert torch.equal(state["a"], _state(3)["a"])
+
+
+def test_places_are_read_without_torch() -> None:
+    code = (
+        "import sys; from holdfast.checkpoint.stores import find_checkpoint, open_store;"
+        "open_store('.'); open_store('memory://x'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, timeout=60)

@@ -1,0 +1,68 @@
+"""When a run saves: a value made from its configuration. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from holdfast.trainer.config import RunConfig
+
+
+class SaveDecision(Enum):
+    """What is saved after a step."""
+
+    NOTHING = auto()
+    DISK = auto()
+    MEMORY = auto()
+    SKIPPED = auto()
+    """One was due, and is left out since the save before is still under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavePolicy:
+    """When a run saves."""
+
+    last_step: int
+    """The run's last step, which is saved in any case."""
+    every: int = 0
+    """Steps between checkpoints on the disk; 0: none by steps."""
+    every_seconds: float = 0.0
+    """Seconds between checkpoints on the disk; 0: none by time."""
+    memory_every: int = 0
+    """Steps between copies in memory; 0: none."""
+    skips_when_busy: bool = False
+    """Whether a save that is due too soon is left out instead of waiting for the one before."""
+
+    @staticmethod
+    def of(config: RunConfig) -> SavePolicy:
+        """The policy that a run's configuration says."""
+        section = config.checkpoint
+        return SavePolicy(
+            last_step=config.train.steps,
+            every=section.every,
+            every_seconds=section.every_seconds,
+            memory_every=section.memory_every,
+            skips_when_busy=section.policy == "skip",
+        )
+
+    def is_overdue(self, now_s: float, saved_s: float) -> bool:
+        """Whether a save is due by time at instant `now_s`; the last one began at `saved_s`."""
+        return self.every_seconds > 0 and now_s - saved_s >= self.every_seconds
+
+    def decide(self, step: int, *, asked: bool, stopping: bool, busy: bool) -> SaveDecision:
+        """What is saved after `step` steps.
+
+        Args:
+            asked: a rank asked for a save: by a signal, or since one is overdue.
+            stopping: the run ends after this step.
+            busy: the save before is still under way on some rank.
+        """
+        wanted = asked or stopping
+        due = wanted or (self.every > 0 and step % self.every == 0)
+        in_memory = self.memory_every > 0 and step % self.memory_every == 0
+        if not due and not in_memory:
+            return SaveDecision.NOTHING
+        if busy and self.skips_when_busy and not wanted:
+            # The last step is saved when the run finishes.
+            return SaveDecision.SKIPPED if step < self.last_step else SaveDecision.NOTHING
+        return SaveDecision.DISK if due else SaveDecision.MEMORY

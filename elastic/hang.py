@@ -19,7 +19,7 @@ SETTLE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """One worker has waited for longer than is normal; what its page of operations says."""
+    """One worker has waited for longer than is normal; what its record of operations says."""
 
     peers: frozenset[int]
     """The ranks that it waits for."""

@@ -45,8 +45,8 @@ class WorkerSpec:
         return Path(self.folder) / f"{self.identity}.liveness"
 
     @property
-    def page(self) -> Path:
-        """For the worker's page of operations, where its agent looks for waits that last too long."""
+    def flight_record(self) -> Path:
+        """For the worker's record of operations, where its agent looks for waits that last too long."""
         return Path(self.folder) / f"{self.identity}.page"
 
 

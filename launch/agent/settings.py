@@ -45,6 +45,6 @@ class AgentSettings:
     liveness: LivenessCheck | None = None
     """A further check beside that of the liveness timestamp."""
     waits: Callable[[WorkerSpec], Wait | None] | None = None
-    """Reads from a worker's page (`WorkerSpec.page`) whether it has waited for others for too long."""
+    """Reads from a worker's record (`WorkerSpec.flight_record`) whether it has waited for others for too long."""
     folder: Path | None = None
     """For acceptor states and liveness timestamps, on this node; a temporary one by default."""

@@ -19,7 +19,7 @@ from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
-from holdfast.parallel.comm import RankPage, read_page, silent_operations
+from holdfast.parallel.comm import FlightRecord, read_record, silent_operations
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
@@ -125,10 +125,10 @@ def log_agents(path: Path) -> None:
 
 
 def waits_of(hang_timeout_s: float) -> Callable[[WorkerSpec], Wait | None]:
-    """What reads from the pages of a node's workers whether one has waited for others for too long."""
+    """What reads from the records of a node's workers whether one has waited for others for too long."""
 
     def waits(spec: WorkerSpec) -> Wait | None:
-        own = _page(spec.page)
+        own = _record(spec.flight_record)
         if own is None:
             return None
         now_s = time.monotonic()
@@ -140,9 +140,11 @@ def waits_of(hang_timeout_s: float) -> Callable[[WorkerSpec], Wait | None]:
         ]
         if not late:
             return None
-        others = [_page(path) for path in Path(spec.folder).glob("*.page") if path != spec.page]
+        others = [
+            _record(path) for path in Path(spec.folder).glob("*.page") if path != spec.flight_record
+        ]
         found = silent_operations(
-            [*(page for page in others if page is not None), own],
+            [*(record for record in others if record is not None), own],
             now_s,
             hang_timeout_s=hang_timeout_s,
         )
@@ -153,8 +155,8 @@ def waits_of(hang_timeout_s: float) -> Callable[[WorkerSpec], Wait | None]:
     return waits
 
 
-def _page(path: Path) -> RankPage | None:
+def _record(path: Path) -> FlightRecord | None:
     try:
-        return read_page(path)
+        return read_record(path)
     except (OSError, ValueError):
         return None

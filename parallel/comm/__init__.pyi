@@ -2,10 +2,10 @@ from .addresses import (
     own_address_towards as own_address_towards,
 )
 from .flight_recorder import (
+    FlightRecord as FlightRecord,
+    FlightRecorder as FlightRecorder,
     Operation as Operation,
-    OperationRing as OperationRing,
-    RankPage as RankPage,
-    read_page as read_page,
+    read_record as read_record,
 )
 from .groups import (
     GlooCommunicator as GlooCommunicator,

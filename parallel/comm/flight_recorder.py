@@ -2,9 +2,9 @@
 
 Every message of every communicator leaves one record. With a path the ring lies in a shared mapping of
 that file, so that an agent sees what a stopped or hung process did last without its help: the writer
-takes no lock and makes no system call. `read_page` is the reader, parallel/comm/watchdog.py the judge.
+takes no lock and makes no system call. `read_record` is the reader, parallel/comm/watchdog.py the judge.
 
-Layout of a page: native-endian 64-bit words, all offsets in words.
+Layout of a record: native-endian 64-bit words, all offsets in words.
 
     header    0 magic    1 layout version    2 rank    3 pid    4 generation    5 slots
               6 unix time less monotonic time, seconds (float64)    7 number of the newest step
@@ -90,8 +90,8 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class RankPage:
-    """A copy of what a rank's page held at one moment."""
+class FlightRecord:
+    """A copy of what a rank's record held at one moment."""
 
     rank: int
     pid: int
@@ -112,8 +112,8 @@ class RankPage:
         return statistics.median(spans) if spans else 0.0
 
 
-class OperationRing:
-    """The writer's side of a rank's page. Threads may post at the same time."""
+class FlightRecorder:
+    """The writer's side of a rank's record. Threads may post at the same time."""
 
     def __init__(
         self, rank: int, *, generation: int = 0, path: Path | None = None, slots: int = SLOTS
@@ -208,13 +208,13 @@ class OperationRing:
             self._times[at + _FINISHED] = now
             self._words[at + _OUTCOME] = 2 if failed else 1
 
-    def page(self) -> RankPage:
+    def record(self) -> FlightRecord:
         """What the ring holds now. Local."""
-        return parse_page(bytes(self._memory))
+        return parse_record(bytes(self._memory))
 
     def history(self, group: str | None = None) -> tuple[Operation, ...]:
         """The newest operations, of one group or of all, in the order of the calls."""
-        operations = self.page().operations
+        operations = self.record().operations
         return operations if group is None else tuple(o for o in operations if o.group == group)
 
 
@@ -228,32 +228,34 @@ def _new_file(path: Path, size: int) -> mmap.mmap:
     return memory
 
 
-def read_page(path: Path) -> RankPage:
-    """Read another process's page. Local; the writer takes no notice.
+def read_record(path: Path) -> FlightRecord:
+    """Read another process's record. Local; the writer takes no notice.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is not a page of this version.
+        ValueError: it is not a record of this version.
     """
     before = path.read_bytes()
-    return parse_page(before, path.read_bytes())
+    return parse_record(before, path.read_bytes())
 
 
-def parse_page(data: bytes, later: bytes | None = None) -> RankPage:
-    """A page from its bytes. Pure.
+def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
+    """A record from its bytes. Pure.
 
     Args:
         later: a copy taken afterwards; records whose number has changed by then were perhaps caught in
             the middle of being replaced, and are left out.
     Raises:
-        ValueError: not a page of this version.
+        ValueError: not a record of this version.
     """
     if len(data) < 8 * _RING_AT or len(data) % 8:
-        raise ValueError(f"{len(data)} bytes are not a page of operations; the file is cut off")
+        raise ValueError(f"{len(data)} bytes are not a record of operations; the file is cut off")
     words, times = memoryview(data).cast("q"), memoryview(data).cast("d")
     slots = words[5]
     if words[0] != _MAGIC or words[1] != _VERSION or len(words) != _RING_AT + slots * _SLOT:
-        raise ValueError(f"not a page of operations, version {_VERSION}; another program wrote it")
+        raise ValueError(
+            f"not a record of operations, version {_VERSION}; another program wrote it"
+        )
     names = [
         data[8 * _NAMES_AT + code * _NAME_BYTES :][:_NAME_BYTES].rstrip(b"\0").decode()
         for code in range(_NAMES)
@@ -279,7 +281,7 @@ def parse_page(data: bytes, later: bytes | None = None) -> RankPage:
             )
         )
     starts = sorted(t for t in times[_STEPS_AT : _STEPS_AT + _STEPS] if t > 0)
-    return RankPage(
+    return FlightRecord(
         rank=words[2],
         pid=words[3],
         generation=words[4],

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from holdfast.parallel.comm.addresses import LOOPBACK_NAMES, is_loopback, own_address_towards
-from holdfast.parallel.comm.flight_recorder import OperationRing
+from holdfast.parallel.comm.flight_recorder import FlightRecorder
 from holdfast.parallel.comm.gloo_connection import (
     Greeting,
     Link,
@@ -48,7 +48,7 @@ class GlooMesh:
         device: object,
         timeout_s: float,
         signal: AbortSignal,
-        ring: OperationRing,
+        recorder: FlightRecorder,
     ) -> None:
         """Local.
 
@@ -58,7 +58,7 @@ class GlooMesh:
             timeout_s: how long an operation may take before its waiters get `PeerLost`.
         """
         self.rank = rank
-        self.ring = ring
+        self.recorder = recorder
         self.timeout_s = timeout_s
         self.timeout = timedelta(seconds=timeout_s)
         self._shared_store = store
@@ -148,7 +148,7 @@ class GlooMesh:
         ending, self.ending = self.ending, []
         for thread in ending:
             thread.join(_CONNECT_S)
-        self.ring.set_generation(change.generation)
+        self.recorder.set_generation(change.generation)
         self._enter(AbortSignal(change.generation))
 
 
@@ -181,10 +181,10 @@ class GlooCommunicator(PairwiseCommunicator):
                 device=device,
                 timeout_s=timeout_s,
                 signal=AbortSignal(0),
-                ring=OperationRing(rank),
+                recorder=FlightRecorder(rank),
             )
         self.mesh = mesh
-        super().__init__(name, ranks, rank, mesh.signal, mesh.ring)
+        super().__init__(name, ranks, rank, mesh.signal, mesh.recorder)
         self._links: dict[int, Link] = {}
 
     @classmethod
@@ -203,7 +203,7 @@ class GlooCommunicator(PairwiseCommunicator):
             assert peer in self._ranks, f"rank {peer} is not a member of {self._ranks}"
             assert peer != self.mesh.rank, "a rank sends nothing to itself"
             link = self._links[peer] = self.mesh.link(self._name, peer)
-        number = self._ring.post(
+        number = self._recorder.post(
             self._group_code,
             operation,
             "send" if is_send else "receive",
@@ -215,7 +215,7 @@ class GlooCommunicator(PairwiseCommunicator):
         try:
             link.post(message)
         except PeerLost:
-            self._ring.finished(number, failed=True)
+            self._recorder.finished(number, failed=True)
             raise
         return message
 

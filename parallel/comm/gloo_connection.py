@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from holdfast.parallel.comm.flight_recorder import OperationRing
+from holdfast.parallel.comm.flight_recorder import FlightRecorder
 from holdfast.parallel.comm.gloo_waits import WHOLE_BYTES, WorkWait
 from holdfast.parallel.comm.p2p_collectives import RESERVED_TAG, lost
 from holdfast.parallel.comm.protocol import AbortSignal
@@ -95,7 +95,7 @@ class LinkHost(Protocol):
     """What a link needs of the rank whose it is."""
 
     rank: int
-    ring: OperationRing
+    recorder: FlightRecorder
     signal: AbortSignal
     timeout: timedelta
     ending: list[threading.Thread]
@@ -138,8 +138,8 @@ class Message:
         self.error: BaseException | None = None
 
     def wait(self) -> None:
-        ring = self.link.mesh.ring
-        since = ring.waiting(self.number)
+        recorder = self.link.mesh.recorder
+        since = recorder.waiting(self.number)
         try:
             self.signal.check()
             if self.work is None:
@@ -155,9 +155,9 @@ class Message:
                     self.wait_beside.free()
                 self.wait_beside.wait()
         except (RuntimeError, PeerLost) as error:
-            ring.finished(self.number, failed=True, since=since)
+            recorder.finished(self.number, failed=True, since=since)
             raise self._lost(error) from error
-        ring.finished(self.number, since=since)
+        recorder.finished(self.number, since=since)
         self.link.open.discard(self)
 
     def _lost(self, error: BaseException) -> PeerLost:
@@ -221,7 +221,7 @@ class Link:
             raise RuntimeError(str(self._failure))
         post = group.send if message.is_send else group.recv
         message.work = post([message.tensor], self._peer_index, message.tag)
-        self.mesh.ring.started(message.number)
+        self.mesh.recorder.started(message.number)
 
     def wait_until_posted(self, message: Message) -> None:
         self._settled.wait()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
-from holdfast.parallel.comm.flight_recorder import Operation, OperationRing
+from holdfast.parallel.comm.flight_recorder import FlightRecorder, Operation
 from holdfast.parallel.comm.gloo import GlooCommunicator, GlooMesh, gloo_device
 from holdfast.parallel.comm.nccl import NcclCommunicator
 from holdfast.parallel.comm.protocol import AbortSignal, Communicator, MembershipChange
@@ -41,7 +41,7 @@ class Groups:
     tensor: Communicator
     pipeline: Communicator
     signal: AbortSignal
-    ring: OperationRing
+    recorder: FlightRecorder
 
     @property
     def generation(self) -> int:
@@ -53,7 +53,7 @@ class Groups:
 
     def history(self) -> tuple[Operation, ...]:
         """The newest operations of all groups, in the order of the calls."""
-        return self.ring.history()
+        return self.recorder.history()
 
 
 def build_groups(
@@ -67,7 +67,7 @@ def build_groups(
     backend: str,
     generation: int,
     timeout_s: float = 600.0,
-    page: Path | None = None,
+    record_path: Path | None = None,
     votes_over_gloo: bool = False,
 ) -> Groups:
     """Form this rank's groups. Collective over `world`; a rank that joins forms its own.
@@ -79,25 +79,27 @@ def build_groups(
         generation: part of every connection's name, so that those of two generations never meet.
         timeout_s: see `GlooCommunicator`; positive and finite.
         votes_over_gloo: also where all else goes over MPI, which must be whole to carry anything.
-        page: file in which the rank's operations can be read from outside (parallel/comm/flight_recorder.py).
+        record_path: file in which the rank's operations can be read from outside (parallel/comm/flight_recorder.py).
     """
     assert timeout_s > 0
-    ring = OperationRing(rank, generation=generation, path=page)
+    recorder = FlightRecorder(rank, generation=generation, path=record_path)
     signal = AbortSignal(generation)
 
     def meshed() -> GlooMesh:
         device = gloo_device(host)
-        return GlooMesh(store, rank, device=device, timeout_s=timeout_s, signal=signal, ring=ring)
+        return GlooMesh(
+            store, rank, device=device, timeout_s=timeout_s, signal=signal, recorder=recorder
+        )
 
     if backend == "mpi":
         # Imported here: to import MPI is to start it.
         from holdfast.parallel.comm.mpi import build_mpi_groups
 
         everybody, in_tensor, in_pipeline = build_mpi_groups(
-            rank, world, tensor, pipeline, signal=signal, ring=ring
+            rank, world, tensor, pipeline, signal=signal, recorder=recorder
         )
         votes = GlooCommunicator.over(meshed(), "control", world) if votes_over_gloo else everybody
-        return Groups(everybody, votes, in_tensor, in_pipeline, signal, ring)
+        return Groups(everybody, votes, in_tensor, in_pipeline, signal, recorder)
     mesh = meshed()
     control = GlooCommunicator.over(mesh, "world" if backend == "gloo" else "control", world)
 
@@ -105,7 +107,7 @@ def build_groups(
         if backend == "gloo":
             return GlooCommunicator.over(mesh, kind, ranks)
         return NcclCommunicator(
-            store, kind, ranks, rank, timeout_s=timeout_s, signal=signal, ring=ring
+            store, kind, ranks, rank, timeout_s=timeout_s, signal=signal, recorder=recorder
         )
 
     return Groups(
@@ -114,7 +116,7 @@ def build_groups(
         tensor=group("tensor", tensor),
         pipeline=group("pipeline", pipeline),
         signal=signal,
-        ring=ring,
+        recorder=recorder,
     )
 
 
@@ -163,5 +165,5 @@ def edit_groups(
         tensor=edited(groups.tensor, tensor),
         pipeline=edited(groups.pipeline, pipeline),
         signal=signal,
-        ring=groups.ring,
+        recorder=groups.recorder,
     )

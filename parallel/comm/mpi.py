@@ -25,7 +25,7 @@ mpi4py.rc.thread_level = "multiple"  # checkpoints and aborts call from threads 
 from mpi4py import MPI  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from holdfast.parallel.comm.flight_recorder import OperationRing  # noqa: E402
+from holdfast.parallel.comm.flight_recorder import FlightRecorder  # noqa: E402
 from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator, lost  # noqa: E402
 from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange  # noqa: E402
 from holdfast.parallel.errors import ConfigError, PeerLost  # noqa: E402
@@ -82,8 +82,8 @@ class _Message:
         self.request: MPI.Request | None = None
 
     def wait(self) -> None:
-        ring = self.comm.family.ring
-        since = ring.waiting(self.number)
+        recorder = self.comm.family.recorder
+        since = recorder.waiting(self.number)
         assert self.request is not None
         tests = 0
         try:
@@ -93,10 +93,10 @@ class _Message:
                 tests += 1
                 time.sleep(0 if tests < _SPINS else _PAUSE_S)
         except (MPI.Exception, PeerLost) as error:
-            ring.finished(self.number, failed=True, since=since)
+            recorder.finished(self.number, failed=True, since=since)
             self.signal.check()
             raise lost(self.operation, self.comm.name, self.peer, error) from error
-        ring.finished(self.number, since=since)
+        recorder.finished(self.number, since=since)
         self.channel.open.discard(self)
 
     def has_ended(self) -> bool:
@@ -110,7 +110,7 @@ class MpiFamily:
     """What the communicators of one rank share; takes the place that `GlooMesh` has over gloo."""
 
     def __init__(
-        self, world: Sequence[int], rank: int, signal: AbortSignal, ring: OperationRing
+        self, world: Sequence[int], rank: int, signal: AbortSignal, recorder: FlightRecorder
     ) -> None:
         """Collective over all processes of the MPI job.
 
@@ -125,7 +125,7 @@ class MpiFamily:
                 "mpirun --with-ft ulfm, as many as the layout has ranks"
             )
         self.rank = rank
-        self.ring = ring
+        self.recorder = recorder
         self.ranks = tuple(world)
         self.world = _Channel(everybody.Dup(), self.ranks)
         self._channels: list[_Channel] = [self.world]
@@ -176,7 +176,7 @@ class MpiFamily:
                 "use parallel.backend = 'gloo' for runs that grow"
             )
         broken = self.signal.reason is not None
-        self.ring.set_generation(change.generation)
+        self.recorder.set_generation(change.generation)
         self._enter(signal)
         if broken:
             self._shrink(ranks)
@@ -241,7 +241,7 @@ class MpiCommunicator(PairwiseCommunicator):
         Args:
             name: its kind: "world", "tensor" or "pipeline".
         """
-        super().__init__(name, ranks, family.rank, family.signal, family.ring)
+        super().__init__(name, ranks, family.rank, family.signal, family.recorder)
         self.family = family
         self.name = name
         self.channel = family.form(ranks, name)
@@ -258,7 +258,7 @@ class MpiCommunicator(PairwiseCommunicator):
         family, channel = self.family, self.channel
         size = tensor.numel() * tensor.element_size()
         direction = "send" if is_send else "receive"
-        number = family.ring.post(self._group_code, operation, direction, peer, size, tag)
+        number = family.recorder.post(self._group_code, operation, direction, peer, size, tag)
         message = _Message(self, tensor, peer, operation, number)
         channel.open.add(message)  # before the check: an abort that comes after it revokes
         buffer = (MPI.memory.fromaddress(tensor.data_ptr(), size), MPI.BYTE)
@@ -268,10 +268,10 @@ class MpiCommunicator(PairwiseCommunicator):
             message.request = post(buffer, channel.place[peer], tag)
         except (MPI.Exception, PeerLost) as error:
             channel.open.discard(message)
-            family.ring.finished(number, failed=True)
+            family.recorder.finished(number, failed=True)
             family.signal.check()
             raise lost(operation, self.name, peer, error) from error
-        family.ring.started(number)
+        family.recorder.started(number)
         return message
 
     def edit(self, ranks: Sequence[int], change: MembershipChange) -> MpiCommunicator:
@@ -311,14 +311,14 @@ def build_mpi_groups(
     pipeline: Sequence[int],
     *,
     signal: AbortSignal,
-    ring: OperationRing,
+    recorder: FlightRecorder,
 ) -> tuple[MpiCommunicator, MpiCommunicator, MpiCommunicator]:
     """(world, tensor, pipeline) of this rank. Collective over all processes of the MPI job.
 
     Raises:
         ConfigError: these processes were not started by MPI as `world`.
     """
-    family = MpiFamily(world, rank, signal, ring)
+    family = MpiFamily(world, rank, signal, recorder)
     everybody = MpiCommunicator(family, "world", world)
     in_tensor = MpiCommunicator(family, "tensor", tensor)
     return everybody, in_tensor, MpiCommunicator(family, "pipeline", pipeline)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from holdfast.parallel.comm.flight_recorder import Direction, Operation, OperationRing
+from holdfast.parallel.comm.flight_recorder import Direction, FlightRecorder, Operation
 from holdfast.parallel.comm.p2p_collectives import DONE, PairwiseCommunicator, lost
 from holdfast.parallel.comm.protocol import AbortSignal, Handle, MembershipChange, ReduceOp
 from holdfast.parallel.errors import PeerLost
@@ -39,13 +39,13 @@ class _NcclHandle:
     signal: AbortSignal
 
     def wait(self) -> None:
-        self.comm.ring.waiting(self.number)
+        self.comm.recorder.waiting(self.number)
         try:
             self.signal.check()
             self.work.wait()
             self.signal.check()
         except (RuntimeError, PeerLost) as error:
-            self.comm.ring.finished(self.number, failed=True)
+            self.comm.recorder.finished(self.number, failed=True)
             self.signal.check()
             raise lost(self.operation, self.comm.name, self.peer, error) from error
 
@@ -73,20 +73,20 @@ class NcclCommunicator(PairwiseCommunicator):
         *,
         timeout_s: float,
         signal: AbortSignal | None = None,
-        ring: OperationRing | None = None,
+        recorder: FlightRecorder | None = None,
     ) -> None:
         """Collective over `ranks`: every member constructs the group under the same `name`.
 
         Args:
             signal: of the generation, shared by the groups of the rank; None: this group's own.
-            ring: where operations are recorded; None: this group's own.
+            recorder: where operations are recorded; None: this group's own.
         """
         signal = signal or AbortSignal(0)
         # Several groups of one kind are told apart in the record, which has no members.
         recorded = f"{name}/{min(ranks)}"
-        super().__init__(recorded, ranks, rank, signal, ring or OperationRing(rank))
+        super().__init__(recorded, ranks, rank, signal, recorder or FlightRecorder(rank))
         self.name = name
-        self.ring = self._ring
+        self.recorder = self._recorder
         self._rank = rank
         self._store = store
         self._timeout_s = timeout_s
@@ -125,17 +125,17 @@ class NcclCommunicator(PairwiseCommunicator):
     def _record(self, operation: str, direction: Direction, peer: int, size: int, tag: int) -> int:
         self._signal.check()
         self._note_completed()
-        return self._ring.post(self._group_code, operation, direction, peer, size, tag)
+        return self._recorder.post(self._group_code, operation, direction, peer, size, tag)
 
     def _note_completed(self) -> None:
         """Record the end of operations whose kernels have ended. Local; asks the device, waits for none."""
         while self._pending and self._pending[0][0].is_completed():
-            self._ring.finished(self._pending.popleft()[1])
+            self._recorder.finished(self._pending.popleft()[1])
 
     def _handle(
         self, work: Work, buffer: Tensor, operation: str, number: int, peer: int | None
     ) -> _NcclHandle:
-        self._ring.started(number)
+        self._recorder.started(number)
         self._pending.append((work, number))
         return _NcclHandle(self, work, buffer, operation, number, peer, self._signal)
 
@@ -171,7 +171,7 @@ class NcclCommunicator(PairwiseCommunicator):
     def _failed(
         self, operation: str, number: int, peer: int | None, error: RuntimeError
     ) -> PeerLost:
-        self._ring.finished(number, failed=True)
+        self._recorder.finished(number, failed=True)
         self._signal.check()
         return lost(operation, self.name, peer, error)
 
@@ -207,7 +207,7 @@ class NcclCommunicator(PairwiseCommunicator):
             self._rank,
             timeout_s=self._timeout_s,
             signal=signal,
-            ring=self._ring,
+            recorder=self._recorder,
         )
         if not aborted:
             renewed._channels = {

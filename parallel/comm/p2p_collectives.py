@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.parallel.comm.flight_recorder import Operation, OperationRing
+from holdfast.parallel.comm.flight_recorder import FlightRecorder, Operation
 from holdfast.parallel.comm.protocol import AbortSignal, Handle, ReduceOp
 from holdfast.parallel.errors import PeerLost
 
@@ -72,14 +72,19 @@ class PairwiseCommunicator:
     """The part of a communicator that is the same for all transports; subclasses carry messages."""
 
     def __init__(
-        self, name: str, ranks: Sequence[int], rank: int, signal: AbortSignal, ring: OperationRing
+        self,
+        name: str,
+        ranks: Sequence[int],
+        rank: int,
+        signal: AbortSignal,
+        recorder: FlightRecorder,
     ) -> None:
         self._name = name
         self._ranks = tuple(ranks)
         self._index = self._ranks.index(rank)
         self._signal = signal
-        self._ring = ring
-        self._group_code = ring.group(name)
+        self._recorder = recorder
+        self._group_code = recorder.group(name)
         self._collectives = 0
 
     @property
@@ -172,7 +177,7 @@ class PairwiseCommunicator:
         self._signal.abort(reason)
 
     def history(self) -> tuple[Operation, ...]:
-        return self._ring.history(self._name)
+        return self._recorder.history(self._name)
 
     def _enter(self, signal: AbortSignal) -> None:
         """Go on unchanged in another generation, from the same count of collectives as all members."""

@@ -1,7 +1,7 @@
-"""Which operations hang, and on whom: a judgement over the pages of the ranks of one machine or more.
+"""Which operations hang, and on whom: a judgement over the records of the ranks of one machine or more.
 
 A rank that is stopped cannot watch itself, and one that waits cannot tell why it waits in vain. So an
-agent reads the pages (parallel/comm/flight_recorder.py) from outside and follows who waits for whom: at the end of
+agent reads the records (parallel/comm/flight_recorder.py) from outside and follows who waits for whom: at the end of
 the chain stands the rank that does not wait itself, and has not done what the others wait for.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from holdfast.parallel.comm.flight_recorder import Direction, Operation, RankPage, read_page
+from holdfast.parallel.comm.flight_recorder import Direction, FlightRecord, Operation, read_record
 
 Verdict = Literal[
     "the peer never started it",
@@ -53,37 +53,39 @@ class SilentOperation:
         )
 
 
-def read_pages(paths: Iterable[Path]) -> list[RankPage]:
-    """The pages that exist; a rank that has not made its page yet is left out. Local."""
-    pages = []
+def read_records(paths: Iterable[Path]) -> list[FlightRecord]:
+    """The records that exist; a rank that has not made its record yet is left out. Local."""
+    records = []
     for path in paths:
         try:
-            pages.append(read_page(path))
+            records.append(read_record(path))
         except FileNotFoundError:
             continue
-    return pages
+    return records
 
 
 def silent_operations(
-    pages: Iterable[RankPage], now_s: float, *, hang_timeout_s: float, steps: float = 5.0
+    records: Iterable[FlightRecord], now_s: float, *, hang_timeout_s: float, steps: float = 5.0
 ) -> list[SilentOperation]:
     """Operations waited for longer than `hang_timeout_s` and than `steps` median steps. Pure.
 
     Args:
-        pages: of all ranks that can be read; those of other machines with their clocks shifted
-            (`RankPage.unix_offset_s`).
-        now_s: the monotonic clock's time when the pages were read.
+        records: of all ranks that can be read; those of other machines with their clocks shifted
+            (`FlightRecord.unix_offset_s`).
+        now_s: the monotonic clock's time when the records were read.
     Returns:
         The longest silent operation of each rank that has any, by rank.
     """
-    # Of a rank that was replaced the newest page counts.
-    by_rank = {page.rank: page for page in sorted(pages, key=lambda page: page.generation)}
+    # Of a rank that was replaced the newest record counts.
+    by_rank = {
+        record.rank: record for record in sorted(records, key=lambda record: record.generation)
+    }
     waiting = {
-        rank: [o for o in page.operations if o.is_waited_for] for rank, page in by_rank.items()
+        rank: [o for o in record.operations if o.is_waited_for] for rank, record in by_rank.items()
     }
     found = []
-    for rank, page in sorted(by_rank.items()):
-        limit_s = max(hang_timeout_s, steps * page.median_step_s)
+    for rank, record in sorted(by_rank.items()):
+        limit_s = max(hang_timeout_s, steps * record.median_step_s)
         silent = [o for o in waiting[rank] if now_s - o.waited_s > limit_s]
         if not silent:
             continue
@@ -91,7 +93,7 @@ def silent_operations(
         found.append(
             SilentOperation(
                 rank=rank,
-                step=page.step,
+                step=record.step,
                 operation=longest,
                 silent_s=now_s - longest.waited_s,
                 verdict=_verdict(rank, longest, by_rank),
@@ -101,19 +103,19 @@ def silent_operations(
     return found
 
 
-def _verdict(rank: int, operation: Operation, pages: Mapping[int, RankPage]) -> Verdict:
+def _verdict(rank: int, operation: Operation, records: Mapping[int, FlightRecord]) -> Verdict:
     if operation.direction == "collective":
-        missing = _missing(operation, pages)
+        missing = _missing(operation, records)
         return (
             "the peer never started it" if missing else "the peer started it, neither has finished"
         )
-    peer = pages.get(operation.peer)
+    peer = records.get(operation.peer)
     if peer is None:
         return "nothing is known of the peer"
     matching = [o for o in peer.operations if _matches(o, rank, operation)]
     earlier = [
         o
-        for o in pages[rank].operations
+        for o in records[rank].operations
         if o.number < operation.number
         and o.outcome == "done"
         and (o.group, o.direction, o.peer, o.tag)
@@ -136,15 +138,15 @@ def _matches(other: Operation, rank: int, operation: Operation) -> bool:
     )
 
 
-def _missing(operation: Operation, pages: Mapping[int, RankPage]) -> list[int]:
+def _missing(operation: Operation, records: Mapping[int, FlightRecord]) -> list[int]:
     """Members of the group that have not come to a collective; its tag counts them."""
     newest = {
         rank: max(tags)
-        for rank, page in pages.items()
+        for rank, record in records.items()
         if (
             tags := [
                 o.tag
-                for o in page.operations
+                for o in record.operations
                 if o.group == operation.group and o.direction == "collective"
             ]
         )
@@ -155,19 +157,19 @@ def _missing(operation: Operation, pages: Mapping[int, RankPage]) -> list[int]:
 def _suspects(
     rank: int,
     operation: Operation,
-    pages: Mapping[int, RankPage],
+    records: Mapping[int, FlightRecord],
     waiting: Mapping[int, list[Operation]],
 ) -> tuple[int, ...]:
     """The ends of all chains of waiting that begin with `operation`."""
     seen: set[int] = {rank}
     ends: set[int] = set()
-    following = _waited_on(operation, pages)
+    following = _waited_on(operation, records)
     while following:
         peer = following.pop()
         if peer in seen:
             continue
         seen.add(peer)
-        on = {p for o in waiting.get(peer, ()) for p in _waited_on(o, pages)}
+        on = {p for o in waiting.get(peer, ()) for p in _waited_on(o, records)}
         if on:
             following |= on
         else:
@@ -175,7 +177,7 @@ def _suspects(
     return tuple(sorted(ends or seen))
 
 
-def _waited_on(operation: Operation, pages: Mapping[int, RankPage]) -> set[int]:
+def _waited_on(operation: Operation, records: Mapping[int, FlightRecord]) -> set[int]:
     if operation.direction == "collective":
-        return set(_missing(operation, pages))
+        return set(_missing(operation, records))
     return {operation.peer}

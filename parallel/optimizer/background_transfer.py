@@ -16,7 +16,7 @@ from time import perf_counter
 
 import torch
 
-from holdfast.parallel.comm import Communicator, Handle, OperationRing
+from holdfast.parallel.comm import Communicator, FlightRecorder, Handle
 from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
 from holdfast.parallel.optimizer.state_transfer import BlockState, pack, unpack
 from holdfast.parallel.plan import BlockKey, BlockTransfer
@@ -55,7 +55,7 @@ class BackgroundTransfer:
         write: Callable[[BlockKey, BlockState], None],
         *,
         dtype: torch.dtype,
-        ring: OperationRing,
+        recorder: FlightRecorder,
     ) -> None:
         """Local.
 
@@ -66,7 +66,7 @@ class BackgroundTransfer:
             read: a held block's state.
             write: takes in a block's state, in CPU memory that is not used again.
         """
-        self._rank, self._comm, self._ring = rank, comm, ring
+        self._rank, self._comm, self._recorder = rank, comm, recorder
         self._read, self._write, self._dtype = read, write, dtype
         self._left = [
             (n, p) for n, p in enumerate(in_turn(block_transfers)) if rank in (p.source, p.target)
@@ -104,7 +104,7 @@ class BackgroundTransfer:
             self._stopping.set()
         since = perf_counter()
         self.close()
-        self._ring.blocked_s += perf_counter() - since
+        self._recorder.blocked_s += perf_counter() - since
         if self._error is not None:
             raise self._error
         if self.required is not None:

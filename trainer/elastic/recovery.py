@@ -339,7 +339,7 @@ class ElasticRun:
                 world,
                 backend=backend_of(self.config, self.device),
                 generation=generation.number,
-                page=self.spec.page,
+                record_path=self.spec.flight_record,
                 votes_over_gloo=True,
             )
         else:

@@ -76,7 +76,7 @@ def training_from_holders(
             target.read,
             target.write,
             dtype=dtype,
-            ring=groups.ring,
+            recorder=groups.recorder,
         )
     training.optimizer.restore(recovery.updates)
     training.shadows.restore(recovery.updates)

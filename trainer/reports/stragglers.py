@@ -93,12 +93,12 @@ class PhaseClock:
 
     def start(self, training: Training) -> None:
         """A step begins."""
-        self._mark = (perf_counter(), training.groups.ring.blocked_s)
+        self._mark = (perf_counter(), training.groups.recorder.blocked_s)
         self._steps += 1
 
     def end(self, training: Training, phase: int) -> None:
         """A phase, by its place in `TIMED_PHASES`, has ended; the next begins."""
-        now, blocked_s = perf_counter(), training.groups.ring.blocked_s
+        now, blocked_s = perf_counter(), training.groups.recorder.blocked_s
         self._sums[phase] += max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
         self._mark = (now, blocked_s)
 

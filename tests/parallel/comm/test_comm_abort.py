@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.parallel.comm.flight_recorder import RankPage
+from holdfast.parallel.comm.flight_recorder import FlightRecord
 from holdfast.parallel.comm.groups import Groups, build_groups, edit_groups
 from holdfast.parallel.comm.protocol import MembershipChange
-from holdfast.parallel.comm.watchdog import read_pages, silent_operations
+from holdfast.parallel.comm.watchdog import read_records, silent_operations
 from holdfast.parallel.errors import PeerLost
 from support.processes.cluster import Cluster
 
@@ -26,7 +26,7 @@ PIPELINE = {0: (0, 2), 1: (1, 3), 2: (0, 2), 3: (1, 3)}
 REASON = "rank 0 does not answer"
 
 
-def _groups(rank: int, store: Any, page: Path | None = None) -> Groups:
+def _groups(rank: int, store: Any, record_path: Path | None = None) -> Groups:
     return build_groups(
         store,
         "127.0.0.1",
@@ -37,7 +37,7 @@ def _groups(rank: int, store: Any, page: Path | None = None) -> Groups:
         backend="gloo",
         generation=0,
         timeout_s=60.0,
-        page=page,
+        record_path=record_path,
     )
 
 
@@ -257,22 +257,22 @@ def test_aborts_at_any_instant_leave_communicators_that_can_be_edited(cluster: C
 
 
 def judge_pages(rank: int, world_size: int, store: Any, *, folder: str) -> Any:
-    """Rank 0 stops; 2 waits for its message, 1 for 2; rank 3 reads their pages and judges."""
-    pages_of = [Path(folder) / f"rank-{r}" for r in range(3)]
+    """Rank 0 stops; 2 waits for its message, 1 for 2; rank 3 reads their records and judges."""
+    paths = [Path(folder) / f"rank-{r}" for r in range(3)]
     groups = _groups(rank, store, Path(folder) / f"rank-{rank}")
     for step in range(3):
-        groups.ring.note_step(step)
+        groups.recorder.note_step(step)
         _use_all(groups)
     store.set(f"used/{rank}", "1")
     store.wait([f"used/{r}" for r in range(RANKS)])
     if rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     if rank == 3:
-        _until(lambda: _waiting_with_tag(read_pages(pages_of), 9) == {1, 2})
-        pages = read_pages(pages_of)
-        soon = silent_operations(pages, time.monotonic(), hang_timeout_s=1e6)
-        late = silent_operations(pages, time.monotonic() + 60.0, hang_timeout_s=30.0)
-        last = next(page for page in pages if page.rank == 0).operations[-1]
+        _until(lambda: _waiting_with_tag(read_records(paths), 9) == {1, 2})
+        records = read_records(paths)
+        soon = silent_operations(records, time.monotonic(), hang_timeout_s=1e6)
+        late = silent_operations(records, time.monotonic() + 60.0, hang_timeout_s=30.0)
+        last = next(record for record in records if record.rank == 0).operations[-1]
         groups.abort("the end of the test")
         store.set("judged", "1")
         told = [(s.rank, s.step, s.verdict, s.suspects, s.describe()) for s in late]
@@ -288,8 +288,8 @@ def judge_pages(rank: int, world_size: int, store: Any, *, folder: str) -> Any:
     return None
 
 
-def _waiting_with_tag(pages: Sequence[RankPage], tag: int) -> set[int]:
-    return {p.rank for p in pages if any(o.is_waited_for and o.tag == tag for o in p.operations)}
+def _waiting_with_tag(records: Sequence[FlightRecord], tag: int) -> set[int]:
+    return {p.rank for p in records if any(o.is_waited_for and o.tag == tag for o in p.operations)}
 
 
 @pytest.mark.mp

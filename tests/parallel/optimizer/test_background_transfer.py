@@ -65,7 +65,7 @@ def transfer_beside_steps(
         state.__getitem__,
         write,
         dtype=torch.float32,
-        ring=comm.mesh.ring,
+        recorder=comm.mesh.recorder,
     )
     needed = 0
     for step in range(1, STEPS + 1):

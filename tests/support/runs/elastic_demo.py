@@ -88,7 +88,7 @@ class _Worker:
 
     def agree(self, *, urgent: bool, leaving: bool) -> Generation:
         self.lost.clear()
-        self.spec.page.unlink(missing_ok=True)
+        self.spec.flight_record.unlink(missing_ok=True)
         generation = self.membership.agree(
             step=self.step,
             phase="step",
@@ -136,12 +136,12 @@ class _Worker:
         return False
 
     def note_wait(self, store: Store, generation: Generation, since: float) -> None:
-        """Leave word of a wait that lasts, as communicators do in their pages of operations."""
-        if time.monotonic() - since > 0.5 and not self.spec.page.exists():
+        """Leave word of a wait that lasts, as communicators do in their records of operations."""
+        if time.monotonic() - since > 0.5 and not self.spec.flight_record.exists():
             missing = [r for r in generation.ranks if not store.check([f"{self.step}/{r}"])]
-            partial = self.spec.page.with_suffix(".partial")
+            partial = self.spec.flight_record.with_suffix(".partial")
             partial.write_text(json.dumps([generation.number, missing]))
-            partial.replace(self.spec.page)
+            partial.replace(self.spec.flight_record)
 
     def misbehave(self) -> None:
         """Do what a test has asked for by a file of this worker's name."""
@@ -161,9 +161,9 @@ class _Worker:
 
 def demo_waits(spec: WorkerSpec) -> Wait | None:
     """What an agent reads of `note_wait`."""
-    if not spec.page.exists():
+    if not spec.flight_record.exists():
         return None
-    _, missing = json.loads(spec.page.read_text())
+    _, missing = json.loads(spec.flight_record.read_text())
     return Wait(frozenset(missing), 0.5, "the step's meeting, never reached")
 
 

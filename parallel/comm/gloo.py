@@ -19,11 +19,11 @@ from torch import Tensor
 from holdfast.parallel.comm.addresses import LOOPBACK_NAMES, is_loopback, own_address_towards
 from holdfast.parallel.comm.flight_recorder import FlightRecorder
 from holdfast.parallel.comm.gloo_connection import (
-    Greeting,
-    Link,
+    Connection,
+    Handshake,
     Message,
     Rendezvous,
-    await_greetings,
+    await_handshakes,
     in_thread,
 )
 from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator
@@ -63,7 +63,7 @@ class GlooMesh:
         self.timeout = timedelta(seconds=timeout_s)
         self._shared_store = store
         self._device = device
-        self._links: dict[tuple[str, int], Link] = {}
+        self._connections: dict[tuple[str, int], Connection] = {}
         self._lock = threading.Lock()
         self.ending: list[threading.Thread] = []
         """Each closes a connection; until it ends gloo may write to buffers that were receiving."""
@@ -73,12 +73,12 @@ class GlooMesh:
         self.signal = signal
         signal.listen(self._end_busy_links)
 
-    def link(self, name: str, peer: int) -> Link:
+    def connection(self, name: str, peer: int) -> Connection:
         with self._lock:
-            link = self._links.get((name, peer))
-            if link is None:
-                link = self._links[(name, peer)] = Link(self, name, peer)
-            return link
+            connection = self._connections.get((name, peer))
+            if connection is None:
+                connection = self._connections[(name, peer)] = Connection(self, name, peer)
+            return connection
 
     @functools.cached_property
     def _store(self) -> Store:
@@ -106,17 +106,17 @@ class GlooMesh:
 
     def _end_busy_links(self, reason: str) -> None:
         with self._lock:
-            links = tuple(self._links.values())
-        for link in links:
-            if not link.is_idle:
-                link.end(reason)
+            connections = tuple(self._connections.values())
+        for connection in connections:
+            if not connection.is_idle:
+                connection.end(reason)
 
     @property
     def is_whole(self) -> bool:
         """Whether all connections can be used on, as for `MembershipChange.kept`. Local."""
         with self._lock:
             return self.signal.reason is None and all(
-                link.is_whole for link in self._links.values()
+                connection.is_whole for connection in self._connections.values()
             )
 
     def edit(self, change: MembershipChange, store: Store | None = None) -> None:
@@ -131,20 +131,20 @@ class GlooMesh:
         if store is not None:
             self._shared_store = store
             self.__dict__.pop("_store", None)
-        greetings: list[tuple[Link, Greeting]] = []
+        handshakes: list[tuple[Connection, Handshake]] = []
         with self._lock:
-            for (name, peer), link in tuple(self._links.items()):
+            for (name, peer), connection in tuple(self._connections.items()):
                 gone = peer in change.changed
-                if change.kept and not gone and link.stands:
+                if change.kept and not gone and connection.stands:
                     continue
-                greeting = None if gone else link.greet(change.generation)
-                if greeting is not None:
-                    greetings.append((link, greeting))
+                handshake = None if gone else connection.shake_hands(change.generation)
+                if handshake is not None:
+                    handshakes.append((connection, handshake))
                 else:
-                    del self._links[(name, peer)]
-                    link.end(f"rank {peer} is not in reach of generation {change.generation}")
-        if greetings:
-            in_thread("greet", await_greetings, greetings)
+                    del self._connections[(name, peer)]
+                    connection.end(f"rank {peer} is not in reach of generation {change.generation}")
+        if handshakes:
+            in_thread("handshake", await_handshakes, handshakes)
         ending, self.ending = self.ending, []
         for thread in ending:
             thread.join(_CONNECT_S)
@@ -185,7 +185,7 @@ class GlooCommunicator(PairwiseCommunicator):
             )
         self.mesh = mesh
         super().__init__(name, ranks, rank, mesh.signal, mesh.recorder)
-        self._links: dict[int, Link] = {}
+        self._connections: dict[int, Connection] = {}
 
     @classmethod
     def over(cls, mesh: GlooMesh, name: str, ranks: Sequence[int]) -> GlooCommunicator:
@@ -198,11 +198,11 @@ class GlooCommunicator(PairwiseCommunicator):
     def _message(
         self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool
     ) -> Message:
-        link = self._links.get(peer)
-        if link is None:
+        connection = self._connections.get(peer)
+        if connection is None:
             assert peer in self._ranks, f"rank {peer} is not a member of {self._ranks}"
             assert peer != self.mesh.rank, "a rank sends nothing to itself"
-            link = self._links[peer] = self.mesh.link(self._name, peer)
+            connection = self._connections[peer] = self.mesh.connection(self._name, peer)
         number = self._recorder.post(
             self._group_code,
             operation,
@@ -211,9 +211,9 @@ class GlooCommunicator(PairwiseCommunicator):
             tensor.numel() * tensor.element_size(),
             tag,
         )
-        message = Message(link, tensor, tag, operation, number, is_send=is_send)
+        message = Message(connection, tensor, tag, operation, number, is_send=is_send)
         try:
-            link.post(message)
+            connection.post(message)
         except PeerLost:
             self._recorder.finished(number, failed=True)
             raise
@@ -224,7 +224,7 @@ class GlooCommunicator(PairwiseCommunicator):
         self.mesh.edit(change)
         if tuple(ranks) != self._ranks or change.changed & set(ranks):
             return GlooCommunicator.over(self.mesh, self._name, ranks)
-        self._links.clear()
+        self._connections.clear()
         self._enter(self.mesh.signal)
         return self
 

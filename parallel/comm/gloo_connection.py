@@ -3,7 +3,7 @@
 Each is a torch process group of two ranks, so that it can end without touching any other.
 
 Measured on torch 2.13: gloo's own `abort()` does nothing, but a receive that is given up breaks its
-whole process group, which frees every other waiter at once, also when the peer is stopped or cut off.
+whole process group, which frees every other thread at once, also when the peer is stopped or cut off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from holdfast.parallel.comm.flight_recorder import FlightRecorder
-from holdfast.parallel.comm.gloo_waits import WHOLE_BYTES, WorkWait
+from holdfast.parallel.comm.gloo_waits import WHOLE_BYTES, InterruptibleWait
 from holdfast.parallel.comm.p2p_collectives import RESERVED_TAG, lost
 from holdfast.parallel.comm.protocol import AbortSignal
 from holdfast.parallel.errors import PeerLost
@@ -91,8 +91,8 @@ class Rendezvous(dist.Store):
         return False
 
 
-class LinkHost(Protocol):
-    """What a link needs of the rank whose it is."""
+class ConnectionOwner(Protocol):
+    """What a connection needs of the rank whose it is."""
 
     rank: int
     recorder: FlightRecorder
@@ -107,12 +107,12 @@ class LinkHost(Protocol):
 
 
 class Message:
-    """One message under way on a link; keeps its buffer alive."""
+    """One message under way on a connection; keeps its buffer alive."""
 
     __slots__ = (
+        "connection",
         "error",
         "is_send",
-        "link",
         "number",
         "operation",
         "signal",
@@ -123,34 +123,41 @@ class Message:
     )
 
     def __init__(
-        self, link: Link, tensor: Tensor, tag: int, operation: str, number: int, *, is_send: bool
+        self,
+        connection: Connection,
+        tensor: Tensor,
+        tag: int,
+        operation: str,
+        number: int,
+        *,
+        is_send: bool,
     ) -> None:
-        self.link = link
+        self.connection = connection
         self.tensor = tensor
         self.tag = tag
         self.operation = operation
         self.is_send = is_send
         self.number = number
-        self.signal = link.mesh.signal
+        self.signal = connection.mesh.signal
         self.work: Work | None = None
-        self.wait_beside: WorkWait | None = None
+        self.wait_beside: InterruptibleWait | None = None
         """Of a message that may be cut off in the middle, while it is waited for."""
         self.error: BaseException | None = None
 
     def wait(self) -> None:
-        recorder = self.link.mesh.recorder
+        recorder = self.connection.mesh.recorder
         since = recorder.waiting(self.number)
         try:
             self.signal.check()
             if self.work is None:
-                self.link.wait_until_posted(self)
+                self.connection.wait_until_posted(self)
             assert self.work is not None
             if self.tensor.numel() * self.tensor.element_size() <= WHOLE_BYTES:
-                self.work.wait(self.link.mesh.timeout)
+                self.work.wait(self.connection.mesh.timeout)
             else:
-                self.wait_beside = WorkWait(self.work, self.link.mesh.timeout)
+                self.wait_beside = InterruptibleWait(self.work, self.connection.mesh.timeout)
                 if (
-                    self.link.is_closed
+                    self.connection.is_closed
                 ):  # looked at after the line above: who closes it does the opposite
                     self.wait_beside.free()
                 self.wait_beside.wait()
@@ -158,25 +165,25 @@ class Message:
             recorder.finished(self.number, failed=True, since=since)
             raise self._lost(error) from error
         recorder.finished(self.number, since=since)
-        self.link.open.discard(self)
+        self.connection.open.discard(self)
 
     def _lost(self, error: BaseException) -> PeerLost:
         self.signal.check()
         if isinstance(error, PeerLost):
             return error
-        return lost(self.operation, self.link.name, self.link.peer, error)
+        return lost(self.operation, self.connection.name, self.connection.peer, error)
 
 
-class Link:
+class Connection:
     """The connection to one peer for one group of ranks.
 
     It is made by a thread of its own when the first message is posted, in whatever order ranks come to
-    need each other; messages posted before it stands follow then. At an edit both sides greet each
+    need each other; messages posted before it stands follow then. At an edit both sides shake hands with each
     other before anything else, so that no message of the new generation meets one of the old; when one
     side has no longer got the connection, both make a new one at the next message.
     """
 
-    def __init__(self, mesh: LinkHost, name: str, peer: int) -> None:
+    def __init__(self, mesh: ConnectionOwner, name: str, peer: int) -> None:
         self.mesh = mesh
         self.name = name
         self.peer = peer
@@ -195,7 +202,9 @@ class Link:
 
     def post(self, message: Message) -> None:
         """Send or receive `message` now, or when the connection stands."""
-        self.open.add(message)  # before the check: an abort that comes after it breaks this link
+        self.open.add(
+            message
+        )  # before the check: an abort that comes after it breaks this connection
         try:
             message.signal.check()
             if not self._is_ready:
@@ -263,9 +272,9 @@ class Link:
         self._queue = []
         self._is_ready = True
 
-    def await_greeting(self, greeting: Greeting) -> None:
+    def await_handshake(self, handshake: Handshake) -> None:
         """Go on once the peer has entered the generation too; on a new connection if it dropped this one."""
-        answered = greeting.wait()
+        answered = handshake.wait()
         with self._lock:
             self._is_connecting = False
             if self._failure is not None:
@@ -316,27 +325,27 @@ class Link:
         """Whether nothing is under way on it, and it has not been given up."""
         return self.is_idle and self._failure is None
 
-    def greet(self, generation: int) -> Greeting | None:
+    def shake_hands(self, generation: int) -> Handshake | None:
         """Keep an idle connection for `generation`: say so to the peer, and wait for nothing. Local.
 
         Returns:
-            What `await_greeting` is to be called with; None when this connection cannot serve on.
+            What `await_handshake` is to be called with; None when this connection cannot serve on.
         """
         with self._lock:
             group = self._group
             if not self.is_idle or self._failure is not None or group is None:
                 return None
             try:
-                greeting = Greeting(group, self._peer_index, generation)
+                handshake = Handshake(group, self._peer_index, generation)
             except RuntimeError:
                 return None
             self._is_ready = False
             self._is_connecting = True
             self._settled.clear()
-            return greeting
+            return handshake
 
 
-class Greeting:
+class Handshake:
     """Both sides tell each other that they have entered a generation and still have the connection."""
 
     def __init__(self, group: Any, peer_index: int, generation: int) -> None:
@@ -358,10 +367,10 @@ class Greeting:
         return True
 
 
-def await_greetings(greetings: Sequence[tuple[Link, Greeting]]) -> None:
+def await_handshakes(handshakes: Sequence[tuple[Connection, Handshake]]) -> None:
     """In turn: each depends on nothing but its peer's entering of the generation."""
-    for link, greeting in greetings:
-        link.await_greeting(greeting)
+    for connection, handshake in handshakes:
+        connection.await_handshake(handshake)
 
 
 def in_thread(what: str, function: Callable[..., None], *arguments: object) -> threading.Thread:

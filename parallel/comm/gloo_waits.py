@@ -16,8 +16,8 @@ WHOLE_BYTES = 1 << 14
 """Messages up to here are taken to arrive whole or not at all: waiting beside costs some 50 us."""
 
 
-class WorkWait:
-    """One wait for one work. `wait` is called by whoever needs the work, `free` by any thread."""
+class InterruptibleWait:
+    """One wait for one work. The caller that needs the work calls `wait`; any thread may call `free`."""
 
     def __init__(self, work: Any, timeout: timedelta) -> None:
         self.work = work
@@ -30,22 +30,22 @@ class WorkWait:
         """Raises:
         RuntimeError: the work failed, or the wait was ended: then the work may stay under way for good.
         """
-        waiter = _Waiter.take()
-        waiter.asked.put(self)
+        thread = _WaitingThread.take()
+        thread.asked.put(self)
         self._over.wait()
         if self._error is not None:
-            waiter.give_back()
+            thread.give_back()
             raise self._error
         if not self._is_done:
             raise RuntimeError("the connection has ended")
-        waiter.give_back()
+        thread.give_back()
 
     def free(self) -> None:
         """End the wait. Nothing may write to the work's memory any more."""
         self._over.set()
 
     def run(self) -> None:
-        """In a waiter's thread."""
+        """Wait for the work, in the thread that was taken for it."""
         try:
             self.work.wait(self.timeout)
             self._is_done = True
@@ -54,24 +54,24 @@ class WorkWait:
         self._over.set()
 
 
-class _Waiter:
-    """A thread that waits for one work after another, for whoever has taken it."""
+class _WaitingThread:
+    """A thread that waits for one work after another; one wait at a time takes it."""
 
-    _idle: list[_Waiter] = []  # noqa: RUF012  (of the process)
+    _idle: list[_WaitingThread] = []  # noqa: RUF012  (of the process)
 
     def __init__(self) -> None:
-        self.asked: queue.SimpleQueue[WorkWait] = queue.SimpleQueue()
+        self.asked: queue.SimpleQueue[InterruptibleWait] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="holdfast-wait", daemon=True)
         self._thread.start()
 
     @classmethod
-    def take(cls) -> _Waiter:
+    def take(cls) -> _WaitingThread:
         while cls._idle:
-            waiter = cls._idle.pop()
+            thread = cls._idle.pop()
             if (
-                waiter._thread.is_alive()
+                thread._thread.is_alive()
             ):  # else it was idle in the process that this one was forked from
-                return waiter
+                return thread
         return cls()
 
     def give_back(self) -> None:

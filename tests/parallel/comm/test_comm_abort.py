@@ -1,4 +1,4 @@
-"""Ranks that are killed or stopped while others wait: an abort frees every waiter of every group."""
+"""Ranks that are killed or stopped while others wait: an abort frees every thread of every group."""
 
 from __future__ import annotations
 

@@ -59,7 +59,9 @@ def _check_sums(groups: Groups, rank: int) -> None:
 
 def _connections(groups: Groups) -> dict[Any, int]:
     assert isinstance(groups.control, GlooCommunicator)
-    return {key: id(link._group) for key, link in groups.control.mesh._links.items()}
+    return {
+        key: id(connection._group) for key, connection in groups.control.mesh._connections.items()
+    }
 
 
 def one_leaves(rank: int, world_size: int, store: Any) -> dict[str, Any] | None:

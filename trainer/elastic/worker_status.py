@@ -40,7 +40,7 @@ class WorkerStatus:
     """False: state was found to be corrupt, and nobody's is to be used."""
 
 
-_KEYS = {"active": "installed", "prepared": "prepared"}
+_KEYS = {"active": "installed", "prepared": "ready"}
 """Fields whose key in messages and incident records is another word."""
 
 

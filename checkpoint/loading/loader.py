@@ -15,7 +15,7 @@ from holdfast.checkpoint.loading.node_memory import NodeMeeting, NodeMemory
 from holdfast.checkpoint.loading.read_plan import (
     PieceRead,
     ReadPlan,
-    Request,
+    ReadRequest,
     make_read_plan,
     requests_of,
 )
@@ -202,7 +202,7 @@ def _read(
             number += 1
 
 
-def _lies_in(read: PieceRead, request: Request, end: int) -> bool:
+def _lies_in(read: PieceRead, request: ReadRequest, end: int) -> bool:
     return (
         read.file == request.file
         and request.offset <= read.piece.offset

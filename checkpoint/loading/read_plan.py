@@ -168,7 +168,7 @@ def _loads(reads: Sequence[PieceRead], limit: int) -> tuple[tuple[PieceRead, ...
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ReadRequest:
     """Bytes of one file that are read at once."""
 
     file: str
@@ -186,7 +186,7 @@ class Request:
 
 def requests_of(
     reads: Sequence[PieceRead], targets: Mapping[int, int] | None = None
-) -> tuple[list[Request], list[int], int]:
+) -> tuple[list[ReadRequest], list[int], int]:
     """How a load is read: (requests, the place of each piece, bytes of memory).
 
     Pieces that follow each other in a file are one request.
@@ -196,7 +196,7 @@ def requests_of(
             that places are the same on ranks that do not know of these addresses.
     """
     own = targets or {}
-    requests: list[Request] = []
+    requests: list[ReadRequest] = []
     places: list[int] = []
     end = 0
     before: PieceRead | None = None
@@ -212,10 +212,12 @@ def requests_of(
         places.append(place)
         end = place + piece.length
         if number in own:
-            requests.append(Request(read.file, piece.offset, piece.length, place, own[number]))
+            requests.append(ReadRequest(read.file, piece.offset, piece.length, place, own[number]))
         elif follows and not requests[-1].target:
             last = requests[-1]
-            requests[-1] = Request(last.file, last.offset, last.length + piece.length, last.place)
+            requests[-1] = ReadRequest(
+                last.file, last.offset, last.length + piece.length, last.place
+            )
         else:
-            requests.append(Request(read.file, piece.offset, piece.length, place))
+            requests.append(ReadRequest(read.file, piece.offset, piece.length, place))
     return requests, places, end

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from holdfast import _native
-from holdfast.checkpoint.loading.read_plan import Request
+from holdfast.checkpoint.loading.read_plan import ReadRequest
 from holdfast.parallel.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -20,7 +20,7 @@ _REMOTE_READS = 8
 class ByteReader(Protocol):
     """Reads the bytes of one checkpoint. Local."""
 
-    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+    def read(self, requests: Sequence[ReadRequest], address: int) -> Iterator[int]:
         """Bring all requests to their places after `address`.
 
         Yields their numbers, in order, as they arrive.
@@ -55,7 +55,7 @@ class FolderReader:
         self._engine = _native.FileEngine(direct=False)
         self._handles: dict[str, int] = {}
 
-    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+    def read(self, requests: Sequence[ReadRequest], address: int) -> Iterator[int]:
         try:
             for request in requests:
                 if request.file not in self._handles:
@@ -108,8 +108,8 @@ class RemoteReader:
         self._filesystem, self._path = filesystem, path
         self._pool = ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="checkpoint-read")
 
-    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
-        def fetch(request: Request) -> None:
+    def read(self, requests: Sequence[ReadRequest], address: int) -> Iterator[int]:
+        def fetch(request: ReadRequest) -> None:
             content = self._fetch(request.file, request.offset, request.offset + request.length)
             if len(content) != request.length:
                 raise CheckpointError(

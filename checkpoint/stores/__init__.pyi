@@ -15,7 +15,7 @@ from .protocol import (
     readable as readable,
 )
 from .registry import (
-    Place as Place,
+    PathOrUrl as PathOrUrl,
     checkpoint_at as checkpoint_at,
     find_checkpoint as find_checkpoint,
     open_store as open_store,

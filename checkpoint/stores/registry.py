@@ -12,7 +12,7 @@ from holdfast.checkpoint.stores.protocol import CheckpointStore, StoredCheckpoin
 from holdfast.checkpoint.stores.remote import FsspecStore
 from holdfast.parallel.errors import CheckpointError
 
-Place = str | os.PathLike[str]
+PathOrUrl = str | os.PathLike[str]
 """A path, or a URL of any scheme that a store or an fsspec driver serves."""
 
 STORES: Mapping[str, Callable[[str], CheckpointStore]] = {
@@ -21,7 +21,7 @@ STORES: Mapping[str, Callable[[str], CheckpointStore]] = {
 """By scheme; the empty one is that of a path. Other schemes are looked up in fsspec's registry."""
 
 
-def open_store(place: Place) -> CheckpointStore:
+def open_store(place: PathOrUrl) -> CheckpointStore:
     """The store of the folder of checkpoints at a path or URL.
 
     Raises:
@@ -31,13 +31,13 @@ def open_store(place: Place) -> CheckpointStore:
     return STORES.get(scheme_of(text), FsspecStore)(text)
 
 
-def checkpoint_at(place: Place) -> StoredCheckpoint:
+def checkpoint_at(place: PathOrUrl) -> StoredCheckpoint:
     """The checkpoint that lies at a path or URL itself; whether there is one is not looked at."""
     folder, name = _split(os.fspath(place))
     return StoredCheckpoint(open_store(folder), name)
 
 
-def read_manifest(place: Place) -> Manifest:
+def read_manifest(place: PathOrUrl) -> Manifest:
     """The manifest of the checkpoint at a path or URL.
 
     Raises:
@@ -46,7 +46,7 @@ def read_manifest(place: Place) -> Manifest:
     return checkpoint_at(place).manifest()
 
 
-def find_checkpoint(place: Place) -> StoredCheckpoint:
+def find_checkpoint(place: PathOrUrl) -> StoredCheckpoint:
     """The checkpoint that a path or URL names: itself, what `latest` says, or the newest of a run.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from holdfast.checkpoint.format import TORCH_DTYPES, Manifest
 from holdfast.checkpoint.loading import ByteReader, LoadRequest, LoadTarget, load
-from holdfast.checkpoint.stores import Place, checkpoint_at
+from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at
 from holdfast.parallel.layout import Box
 
 _PART_BYTES = 64 << 20
@@ -62,7 +62,9 @@ class Difference:
 
 
 def diff_checkpoints(
-    first: Place, second: Place, progress: Callable[[int, int], None] = lambda done, total: None
+    first: PathOrUrl,
+    second: PathOrUrl,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Difference:
     """Compare two checkpoints, at paths or URLs, bit for bit; holds 64 MiB of each at a time.
 

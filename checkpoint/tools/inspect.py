@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from holdfast.checkpoint.format import ELEMENT_BYTES, Manifest
-from holdfast.checkpoint.stores import Place, checkpoint_at
+from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Summary:
         return asdict(self)
 
 
-def inspect_checkpoint(place: Place) -> Summary:
+def inspect_checkpoint(place: PathOrUrl) -> Summary:
     """Summarise the checkpoint at a path or URL.
 
     Raises:

@@ -32,7 +32,7 @@ from holdfast.checkpoint.loading import (
     check_coverage,
     requests_of,
 )
-from holdfast.checkpoint.stores import Place, checkpoint_at, sync, write_synced
+from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at, sync, write_synced
 from holdfast.parallel.errors import CheckpointError
 
 _READ_BYTES = 64 << 20
@@ -95,7 +95,7 @@ def _foreign(header: bytes, manifest: Manifest) -> str:
 
 
 def verify_checkpoint(
-    place: Place, progress: Callable[[int, int], None] = lambda done, total: None
+    place: PathOrUrl, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Problem]:
     """Everything that is wrong with the checkpoint at a path or URL: all its bytes are read. Local.
 

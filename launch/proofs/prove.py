@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.checkpoint.format import name_of
-from holdfast.checkpoint.stores import Place, read_manifest
+from holdfast.checkpoint.stores import PathOrUrl, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.launchers import run_local
 from holdfast.parallel.errors import CheckpointError
@@ -24,7 +24,7 @@ class Proof:
     difference: Difference
 
 
-def prove_checkpoints(first: Place, second: Place, overrides: Sequence[str] = ()) -> Proof:
+def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[str] = ()) -> Proof:
     """Train from `first` to the step of `second` in a scratch folder, and compare. Starts workers.
 
     Args:

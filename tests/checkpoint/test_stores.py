@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 from holdfast.checkpoint import load, save
 from holdfast.checkpoint.format.files import MANIFEST, Manifest, decode_manifest
 from holdfast.checkpoint.format.names import step_of
-from holdfast.checkpoint.loading.read_plan import Request
+from holdfast.checkpoint.loading.read_plan import ReadRequest
 from holdfast.checkpoint.saving.coordination import Members
 from holdfast.checkpoint.stores import registry
 from holdfast.checkpoint.stores.local import LocalStore
@@ -181,7 +181,7 @@ class DictReader:
     def __init__(self, files: dict[str, bytes]) -> None:
         self._files = files
 
-    def read(self, requests: Sequence[Request], address: int) -> Iterator[int]:
+    def read(self, requests: Sequence[ReadRequest], address: int) -> Iterator[int]:
         for number, asked in enumerate(requests):
             content = self._files[asked.file][asked.offset : asked.offset + asked.length]
             ctypes.memmove(asked.address(address), content, asked.length)
@@ -262,6 +262,7 @@ def test_another_store_is_one_class_and_one_line(
     assert torch.equal(state["a"], _state(3)["a"])
 
 
+@pytest.mark.mp
 def test_places_are_read_without_torch() -> None:
     code = (
         "import sys; from holdfast.checkpoint.stores import find_checkpoint, open_store;"

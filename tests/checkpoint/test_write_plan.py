@@ -57,7 +57,7 @@ layouts = st.sampled_from(
     precision=st.sampled_from(["fp32", "bf16"]),
     tie=st.booleans(),
 )
-def test_every_byte_is_written_once_by_somebody_who_has_it(
+def test_every_byte_is_written_once_by_a_rank_that_has_it(
     layout: tuple[int, int, int], ranks_per_node: int, precision: str, tie: bool
 ) -> None:
     tensor, data, pipeline = layout

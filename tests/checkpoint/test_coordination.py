@@ -1,0 +1,163 @@
+"""A save that goes wrong is named, and frees the state: reports and snapshots without processes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from holdfast import _native
+from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline
+from holdfast.checkpoint.saving.coordination import Coordination, Members
+from holdfast.checkpoint.saving.snapshot import ALL, Snapshot, SnapshotItem
+from holdfast.parallel.errors import CheckpointError
+
+
+def _ranks(size: int) -> list[Coordination]:
+    store = HashStore()
+    return [Coordination(Members(rank, (0,) * size, store), "save") for rank in range(size)]
+
+
+def test_reports_are_collected_by_rank() -> None:
+    ranks = _ranks(3)
+    for number, rank in enumerate(ranks):
+        rank.report("written", {"crc32c": [number]})
+    found = ranks[0].collect("written", range(3), Deadline(5.0))
+    assert found == {number: {"crc32c": [number]} for number in range(3)}
+    assert [rank.is_coordinator for rank in ranks] == [True, False, False]
+
+
+def test_a_rank_that_is_late_is_named_with_its_phase() -> None:
+    first, second, _ = _ranks(3)
+    first.report("written", {})
+    second.enter("copy")
+    wanted = r"no word in time from rank 1 \(copy\), rank 2 \(has not begun\)"
+    with pytest.raises(CheckpointError, match=wanted):
+        first.collect("written", range(3), Deadline(0.05))
+
+
+def test_the_first_failure_is_what_every_rank_is_told() -> None:
+    first, second, third = _ranks(3)
+    second.enter("write")
+    second.report_failure("the disk is full")
+    third.enter("sync")
+    third.report_failure("it came later")
+    for rank in (first, third):
+        with pytest.raises(CheckpointError, match=r"^rank 1, write: the disk is full$"):
+            rank.collect("end", [0], Deadline(5.0))
+
+
+def test_a_wait_ends_when_the_save_is_given_up_here() -> None:
+    first, _ = _ranks(2)
+    deadline = Deadline(60.0)
+    threading.Timer(0.05, setattr, (deadline, "cancelled", True)).start()
+    with pytest.raises(Cancelled):
+        first.collect("written", range(2), deadline)
+
+
+def test_members_know_the_ranks_of_their_node() -> None:
+    assert Members(2, (0, 1, 0, 1), HashStore()).neighbours == [0, 2]
+
+
+@pytest.fixture
+def engine() -> Iterator[_native.FileEngine]:
+    engine = _native.FileEngine(direct=False)
+    yield engine
+    engine.close()
+
+
+def _snapshot(
+    engine: _native.FileEngine, path: Path, state: list[torch.Tensor], deadline: Deadline
+) -> Snapshot:
+    """A snapshot whose item n has to be copied before fence n."""
+    size = state[0].numel() * state[0].element_size()
+    items = [SnapshotItem(t, "f", number * size, number) for number, t in enumerate(state)]
+    snapshot = Snapshot(items, Arena(engine, 1), deadline)
+    handle = engine.open(str(path), write=True, create=True, size=-1)
+    snapshot.open(lambda: snapshot.use({"f": handle}))
+    return snapshot
+
+
+def test_a_fence_copies_what_it_protects_and_no_more(
+    engine: _native.FileEngine, tmp_path: Path
+) -> None:
+    state = [torch.full((1000,), float(number)) for number in range(4)]
+    snapshot = _snapshot(engine, tmp_path / "f", state, Deadline(60.0))
+    assert snapshot.fence(1) == 1
+    assert len(snapshot.checksums) == 2
+    state[0].fill_(9.0)
+    state[1].fill_(9.0)
+    snapshot.run()
+    assert snapshot.copied
+    assert snapshot.fence(3) == ALL
+    engine.wait_all()
+    written = torch.frombuffer(bytearray((tmp_path / "f").read_bytes()), dtype=torch.float32)
+    assert written.view(4, 1000)[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_an_abort_opens_fences_at_once_and_ends_the_copy(
+    engine: _native.FileEngine, tmp_path: Path
+) -> None:
+    state = [torch.zeros(1000) for _ in range(3)]
+    snapshot = _snapshot(engine, tmp_path / "f", state, Deadline(60.0))
+    snapshot.abort("the ranks change")
+    assert snapshot.fence(2) == ALL
+    assert snapshot.checksums == [], "nothing was copied"
+    with pytest.raises(CheckpointError, match="the ranks change"):
+        snapshot.run()
+
+
+def test_a_fence_that_waits_for_the_files_is_freed_by_an_abort(tmp_path: Path) -> None:
+    engine = _native.FileEngine(direct=False)
+    snapshot = Snapshot(
+        [SnapshotItem(torch.zeros(10), "f", 0, 0)], Arena(engine, 1), Deadline(60.0)
+    )
+    began = time.monotonic()
+    threading.Timer(0.05, snapshot.abort).start()
+    assert snapshot.fence(0) == ALL, "no file is open yet"
+    assert time.monotonic() - began < 30
+    assert isinstance(snapshot.error, Cancelled)
+    engine.close()
+
+
+def test_cancel_returns_when_no_copy_is_under_way(
+    engine: _native.FileEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = [torch.zeros(1000) for _ in range(3)]
+    snapshot = _snapshot(engine, tmp_path / "f", state, Deadline(60.0))
+    copying, go_on = threading.Event(), threading.Event()
+    copy = snapshot._copy
+
+    def slow(*arguments: torch.Tensor | int) -> int:
+        copying.set()
+        assert go_on.wait(30)
+        return copy(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(snapshot, "_copy", slow)
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            snapshot.run()
+        except CheckpointError as error:
+            failures.append(error)
+
+    copier = threading.Thread(target=run)
+    copier.start()
+    assert copying.wait(30)
+    canceller = threading.Thread(target=snapshot.cancel, args=("enough",))
+    canceller.start()
+    canceller.join(0.2)
+    assert canceller.is_alive(), "the state is still being read"
+    assert snapshot.fence(2) == ALL, "and yet no fence waits"
+    go_on.set()
+    canceller.join(30)
+    copier.join(30)
+    assert not canceller.is_alive()
+    assert [str(error) for error in failures] == ["enough"]
+    assert len(snapshot.checksums) == 1, "what was being copied is the last"

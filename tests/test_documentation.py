@@ -119,6 +119,25 @@ def test_every_page_is_in_the_readme() -> None:
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - set(linked) == set()
 
 
+@IN_CHECKOUT
+def test_the_map_of_rooms_is_complete() -> None:
+    houses = ("parallel", "checkpoint", "elastic", "trainer", "launch")
+    rooms = {
+        str(face.parent.relative_to(ROOT)) + "/"
+        for house in houses
+        for face in (ROOT / house).rglob("__init__.pyi")
+    }
+    page = ROOT / "docs" / "architecture.md"
+    mapped = {name for name in named(page) if name.endswith("/")}
+    within = {room for room in rooms if any(room.startswith(f"{m}") for m in LISTS - {room})}
+    halls = {f"{house}/" for house in houses} | {"parallel/offload/", "checkpoint/convert/"}
+    assert rooms - mapped - within - halls == set()
+
+
+LISTS = {"trainer/models/", "checkpoint/convert/formats/"}
+"""Rooms in which each folder is one more of a kind."""
+
+
 def named(page: Path) -> list[str]:
     """What a page sets in code, without its code blocks."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

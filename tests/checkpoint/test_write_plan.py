@@ -119,7 +119,7 @@ def test_large_weights_start_new_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([((0, 0), (1, 4))], "nobody holds"),
+        ([((0, 0), (1, 4))], "no rank holds"),
         ([((0, 0), (2, 4)), ((1, 0), (2, 4))], "overlap"),
         ([((0, 0), (3, 4))], "outside"),
     ],

@@ -38,6 +38,8 @@ FOLDERS = [
     "requirements",
 ]
 CODE = re.compile(r"`([^`\n]+)`")
+LISTS = {"trainer/models/", "checkpoint/convert/formats/"}
+"""Rooms in which each folder is one more of a kind."""
 REFERENCE = re.compile(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", re.MULTILINE)
 SHELL = re.compile(r"^```sh[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(python|toml|sh run)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -132,10 +134,6 @@ def test_the_map_of_rooms_is_complete() -> None:
     within = {room for room in rooms if any(room.startswith(f"{m}") for m in LISTS - {room})}
     halls = {f"{house}/" for house in houses} | {"parallel/offload/", "checkpoint/convert/"}
     assert rooms - mapped - within - halls == set()
-
-
-LISTS = {"trainer/models/", "checkpoint/convert/formats/"}
-"""Rooms in which each folder is one more of a kind."""
 
 
 def named(page: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Saving and loading state in any layout. May import `holdfast.parallel` and `holdfast._native`.
 
-For any torch program: `save`, `load` and `Checkpointer`. The trainer uses the parts below them.
+For any torch program: `save`, `load` and `Checkpointer`. Below them, and below the
+trainer, `manager.CheckpointManager` saves and loads.
 """
 
 import lazy_loader

@@ -1,15 +1,18 @@
 """One rank's state under the next plan: from live holders, or from a checkpoint.
 
-The training of before is left as it is, so that what fails can begin again. Exact-mode safe.
+The active training is left as it is, so that what fails can begin again. Exact-mode safe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
+from torch.distributed import Store
 
-from holdfast.parallel.comm import Communicator, Groups
+from holdfast.elastic.generation import Generation
+from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer import BackgroundTransfer, carried_bytes, move_blocks
 from holdfast.parallel.plan import (
     Plan,
@@ -21,76 +24,119 @@ from holdfast.parallel.plan import (
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
+from holdfast.trainer.elastic.recovery import Built
+from holdfast.trainer.elastic.transition import Transition
+from holdfast.trainer.elastic.transport import Connection
 from holdfast.trainer.elastic.worker_status import RecoveryPlan
 from holdfast.trainer.step import StepProgress, Training, included_after_change, keeps_sums
 
 
-def training_from_holders(
-    config: RunConfig,
-    rank: int,
-    device: torch.device,
-    recovery: RecoveryPlan,
-    plan: Plan,
-    following: Plan,
-    before: Training | None,
-    groups: Groups,
-    everybody: Communicator,
-    beside: Communicator,
-    node_of: Mapping[int, str],
-) -> tuple[Training | None, int]:
-    """This rank's training under `following`, complete, from the state that `recovery.holders` have.
+class CheckpointLoader(Protocol):
+    """Fills a new training from the newest checkpoint; `holdfast.trainer.elastic.saves.ElasticSaves`."""
 
-    Collective over all ranks of the generation (`everybody`).
+    def load(
+        self, training: Training, store: Store, generation: Generation, *, sound_until: int | None
+    ) -> int: ...
 
-    Args:
-        plan: that the holders' state is laid out by.
-        before: this rank's training under it; None without state.
-        beside: carries what is incoming under `following` beside its steps.
-    Returns:
-        The training, None for a rank that has no part in `following`; and the bytes that all ranks received.
-    Raises:
-        PeerLost: a rank is gone, or state arrived damaged.
-    """
-    held = state_of(plan, recovery.holders, filled=recovery.filled)
-    needed = held_blocks(following, following.stage_replicas.ranks)
-    coming = incoming_blocks(following, following.stage_replicas.ranks)
-    training = None
-    if rank in following.stage_replicas.ranks:
-        training = Training(config, rank, device, following, groups, before=before, initial=False)
-    source, target = BlockStates(before), BlockStates(training)
-    wanted = needed.get(rank, set()) | coming.get(rank, set())
-    for key in wanted & held.get(rank, set()):
-        target.write(key, source.read(key))
-    block_transfers = plan_block_transfers(plan, held, needed, node_of)
-    dtype = PRECISIONS[config.train.precision].state.dtype
-    move_blocks(block_transfers, rank, everybody, source.read, target.write, dtype=dtype)
-    moved = carried_bytes(block_transfers, dtype)
-    if training is None:
-        return None, moved
-    if following.incoming:
-        lacking = {r: keys - held.get(r, set()) for r, keys in coming.items()}
-        training.background_transfer = BackgroundTransfer(
-            plan_block_transfers(following, needed, lacking, node_of),
-            rank,
-            beside,
-            target.read,
-            target.write,
-            dtype=dtype,
-            recorder=groups.recorder,
-        )
+
+class TrainingBuilder:
+    """Builds one rank's training for each new generation."""
+
+    def __init__(
+        self, config: RunConfig, rank: int, device: torch.device, loader: CheckpointLoader
+    ) -> None:
+        self._config, self._rank, self._device, self._loader = config, rank, device, loader
+
+    def build(
+        self,
+        transition: Transition,
+        active: Training | None,
+        connection: Connection,
+        store: Store,
+        *,
+        sound_until: int | None,
+    ) -> Built:
+        """This rank's training under `transition.after`, complete.
+
+        Collective over all ranks of the generation.
+
+        Args:
+            active: this rank's training under `transition.before`; None without state.
+            sound_until: where live state is corrupt, the last step of which a checkpoint may be.
+        Raises:
+            PeerLost: a rank is gone, or state arrived damaged.
+        """
+        if transition.keeps_state:
+            return self._from_holders(transition, active, connection)
+        if self._rank not in transition.after.stage_replicas.ranks:
+            return Built(None, None, 0)
+        groups = connection.groups
+        training = Training(self._config, self._rank, self._device, transition.after, groups)
+        step = self._loader.load(training, store, transition.generation, sound_until=sound_until)
+        training.progress = StepProgress(decided=step, updated=step)
+        moved = fill_shadows(training, groups.control, transition.nodes)
+        return Built(training, step, moved)
+
+    def _from_holders(
+        self, transition: Transition, active: Training | None, connection: Connection
+    ) -> Built:
+        """From the state of live ranks: what is needed at once moves now, the rest beside the steps."""
+        before, after, recovery = transition.before, transition.after, transition.recovery
+        rank, ranks = self._rank, after.stage_replicas.ranks
+        training = None
+        if rank in ranks:
+            training = Training(
+                self._config,
+                rank,
+                self._device,
+                after,
+                connection.groups,
+                before=active,
+                initial=False,
+            )
+        held = state_of(before, recovery.holders, filled=recovery.filled)
+        needed, incoming = held_blocks(after, ranks), incoming_blocks(after, ranks)
+        source, target = BlockStates(active), BlockStates(training)
+        wanted = needed.get(rank, set()) | incoming.get(rank, set())
+        for key in wanted & held.get(rank, set()):
+            target.write(key, source.read(key))
+        transfers = plan_block_transfers(before, held, needed, transition.nodes)
+        dtype = PRECISIONS[self._config.train.precision].state.dtype
+        move_blocks(transfers, rank, connection.everybody, source.read, target.write, dtype=dtype)
+        moved = carried_bytes(transfers, dtype)
+        if training is None:
+            return Built(None, None, moved)
+        if after.incoming:
+            lacking = {r: keys - held.get(r, set()) for r, keys in incoming.items()}
+            training.background_transfer = BackgroundTransfer(
+                plan_block_transfers(after, needed, lacking, transition.nodes),
+                rank,
+                connection.beside,
+                target.read,
+                target.write,
+                dtype=dtype,
+                recorder=connection.groups.recorder,
+            )
+        _take_step(training, transition, active)
+        return Built(training, None, moved)
+
+
+def _take_step(training: Training, transition: Transition, active: Training | None) -> None:
+    """Set a training, whose blocks are there, to the step that all holders have had. Collective."""
+    before, after, recovery = transition.before, transition.after, transition.recovery
     training.optimizer.restore(recovery.updates)
     training.shadows.restore(recovery.updates)
-    if _must_gather(recovery, plan, following):
+    if _must_gather(recovery, before, after):
         training.optimizer.round_masters()
         training.optimizer.gather()
     training.progress = StepProgress(
-        recovery.steps, recovery.outcome, recovery.steps, filled=not following.incoming
+        recovery.steps, recovery.outcome, recovery.steps, filled=not after.incoming
     )
-    included = included_after_change(plan, following, recovery.counted, recovery.fresh)
+    included = included_after_change(before, after, recovery.counted, recovery.fresh)
     if included:
-        kept = rank in recovery.counted and keeps_sums(plan, following, rank, recovery.fresh)
-        training.resume_step(recovery.steps, included, before if kept else None)
-    return training, moved
+        rank = training.rank
+        kept = rank in recovery.counted and keeps_sums(before, after, rank, recovery.fresh)
+        training.resume_step(recovery.steps, included, active if kept else None)
 
 
 def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[int, str]) -> int:
@@ -111,7 +157,7 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
 
 
 def _must_gather(recovery: RecoveryPlan, plan: Plan, following: Plan) -> bool:
-    """Whether some rank lacks parameters that it is to have. Pure; equal on every rank."""
+    """Whether some rank lacks parameters of the next plan. Pure; equal on every rank."""
     if not recovery.complete:
         return True
     return any(

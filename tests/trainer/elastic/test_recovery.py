@@ -1,0 +1,370 @@
+"""The decisions of one worker's loop and recovery, with the others, the state and the clock as fakes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.elastic.generation import Identity
+from holdfast.elastic.membership_events import MembershipEvent
+from holdfast.parallel.errors import Minority, PeerLost, Stopped
+from holdfast.parallel.plan import plan_to_data
+from holdfast.trainer.config import RunConfig, load_config
+from holdfast.trainer.elastic.interruption import Interruption, await_word
+from holdfast.trainer.elastic.transition import BETWEEN_STEPS, WITHIN_STEP
+from holdfast.trainer.elastic.worker_status import (
+    WorkerStatus,
+    status_from_data,
+    status_to_data,
+)
+from holdfast.trainer.step import Requests, rate_of
+from support.runs.fake_cluster import OUTCOME, FakeSession, FakeStore, Turn, worker
+
+STEPS = 6
+CONFIG = """
+[model]
+family = "llama"
+layers = 2
+hidden = 32
+intermediate = 48
+heads = 4
+kv_heads = 2
+vocab = 64
+[train]
+steps = 6
+seq_len = 16
+global_batch = 12
+micro_batch = 1
+[optimizer]
+block_elements = 256
+[parallel]
+data = 4
+[elastic]
+enabled = true
+verify_every = 0
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    (tmp_path / "run.toml").write_text(CONFIG)
+    return load_config(tmp_path / "run.toml", [])
+
+
+def with_elastic(config: RunConfig, **keys: object) -> RunConfig:
+    import msgspec
+
+    elastic = msgspec.structs.replace(config.elastic, **keys)
+    return msgspec.structs.replace(config, elastic=elastic)
+
+
+def lost(*ranks: int) -> frozenset[int]:
+    return frozenset(ranks)
+
+
+def numbers(session: FakeSession) -> list[int]:
+    """The steps that were begun, counted from 0."""
+    return [step for step, _, _ in session.steps]
+
+
+def test_without_a_loss_all_steps_are_done_in_one_generation(config: RunConfig) -> None:
+    made = worker(config, [])
+    made.loop.run()
+    assert numbers(made.session) == list(range(STEPS))
+    assert made.session.finished
+    assert made.builder.loads == [None]  # the first generation has no state
+    assert [call["phase"] for call in made.membership.calls] == [BETWEEN_STEPS]
+
+
+def test_a_loss_before_the_vote_repeats_the_step_without_the_lost_rank(config: RunConfig) -> None:
+    made = worker(config, [Turn(lost(3))], session=FakeSession(lose_at={2: "before"}))
+    made.loop.run()
+    assert numbers(made.session) == [0, 1, 2, 2, 3, 4, 5]
+    _, change = made.session.changes
+    assert change.recovery.steps == 2
+    assert change.from_checkpoint is None
+    assert change.after.ranks == (0, 1, 2)
+    assert made.recovery.training is made.session.training
+    assert made.session.training.plan.stage_replicas.ranks == (0, 1, 2)
+    assert made.transport.aborted  # what waits for the lost rank is freed
+    assert made.saves.log.index("abort") < len(made.saves.log) - 1 - made.saves.log[::-1].index(
+        "cancel"
+    )
+    call = made.membership.calls[1]
+    assert (call["step"], call["phase"], call["urgent"]) == (2, WITHIN_STEP, True)
+
+
+def test_a_loss_after_the_vote_of_others_finishes_the_step_here_too(config: RunConfig) -> None:
+    ahead = Turn(
+        lost(3), report=lambda own: replace(own, decided=3, updated=3, updates=3, outcome=OUTCOME)
+    )
+    made = worker(config, [ahead], session=FakeSession(lose_at={2: "before"}))
+    made.loop.run()
+    assert numbers(made.session) == [0, 1, 2, 3, 4, 5]
+    _, change = made.session.changes
+    assert (change.recovery.steps, change.recovery.outcome) == (3, OUTCOME)
+    assert made.session.reported[-1] is change  # the step is reported from what the others know
+
+
+def test_a_step_that_was_decided_here_alone_is_finished_by_the_recovery(config: RunConfig) -> None:
+    behind = Turn(lost(3), report=lambda own: replace(own, decided=2, updated=2, updates=2))
+    made = worker(config, [behind], session=FakeSession(lose_at={2: "after"}))
+    active: list[Any] = []
+    agree = made.membership.agree
+
+    def remember(**call: object) -> object:
+        active.append(made.recovery.training)
+        return agree(**call)
+
+    made.membership.agree = remember  # type: ignore[method-assign,assignment]
+    made.loop.run()
+    assert active[1].rates == [rate_of(config, 2)]
+    assert numbers(made.session) == [0, 1, 2, 3, 4, 5]
+    assert made.session.changes[1].recovery.steps == 3
+
+
+@pytest.mark.parametrize("place", ["connect", "build"])
+def test_a_loss_while_state_moves_begins_the_change_again_from_the_active_state(
+    config: RunConfig, place: str
+) -> None:
+    made = worker(
+        config, [Turn(lost(3)), Turn(lost(2))], session=FakeSession(lose_at={2: "before"})
+    )
+    made.recovery.recover(urgent=False)  # the first generation
+    made.membership.script.insert(0, Turn())
+    made.failures.at.append(place)
+    made.membership.script.pop(0)
+    made.session.training = active = made.recovery.training
+    assert active is not None
+    change = made.recovery.recover(urgent=False)
+    assert change.after.ranks == (0, 1)
+    assert [call["phase"] for call in made.membership.calls] == [
+        BETWEEN_STEPS,
+        BETWEEN_STEPS,
+        WITHIN_STEP,
+    ]
+    # Of the change that failed, nothing is active: both agreements tell of generation 1.
+    assert [status.active for status in made.membership.statuses] == [0, 1, 1]
+    assert made.recovery.generation is change.after
+    assert change.before is not None
+    assert change.before.number == 1
+
+
+def test_what_others_have_activated_is_activated_from_what_was_prepared(config: RunConfig) -> None:
+    went_on = Turn(lost(2), report=lambda own: replace(own, active=2, prepared=0))
+    made = worker(config, [Turn(lost(3)), went_on])
+    made.recovery.recover(urgent=False)
+    made.failures.at.append("barrier")
+    change = made.recovery.recover(urgent=True)
+    assert made.membership.statuses[2].active == 1
+    assert made.membership.statuses[2].prepared == 2
+    assert change.recovery.active == 2
+    assert change.plan_before.stage_replicas.ranks == (
+        0,
+        1,
+        2,
+    )  # the plan that was only prepared here
+    assert change.before is not None
+    assert change.before.number == 2
+    assert made.builder.loads == [None]
+
+
+def test_what_was_prepared_is_dropped_where_no_rank_has_activated_it(config: RunConfig) -> None:
+    made = worker(config, [Turn(lost(3)), Turn(lost(2))])
+    made.recovery.recover(urgent=False)
+    made.failures.at.append("barrier")
+    change = made.recovery.recover(urgent=True)
+    assert change.recovery.active == 1
+    assert change.plan_before.stage_replicas.ranks == (0, 1, 2, 3)
+    assert change.before is not None
+    assert change.before.number == 1
+
+
+def test_two_losses_in_a_row_cost_two_changes_and_no_step(config: RunConfig) -> None:
+    session = FakeSession(lose_at={2: "before", 3: "before"})
+    made = worker(config, [Turn(lost(3)), Turn(lost(2))], session=session)
+    made.loop.run()
+    assert numbers(session) == [0, 1, 2, 2, 3, 3, 4, 5]
+    assert [change.after.ranks for change in session.changes] == [(0, 1, 2, 3), (0, 1, 2), (0, 1)]
+    assert made.builder.loads == [None]
+
+
+def test_a_newcomer_is_given_state_beside_the_steps_and_then_takes_its_place(
+    config: RunConfig,
+) -> None:
+    joining = MembershipEvent("joining", Identity(4), "a new worker wants to take part")
+    session = FakeSession()
+    made = worker(config, [Turn(joined=lost(4)), Turn()], session=session)
+    made.membership.wanted = (joining,)
+    # All know of it by the vote of step 1; what it needs has come by the vote of step 4.
+    session.requests = lambda step: Requests(change=step == 0, filling=step < 3)
+    made.loop.run()
+    first, admitted, placed = session.changes
+    assert (first.after.ranks, admitted.after.ranks) == ((0, 1, 2, 3), (0, 1, 2, 3, 4))
+    assert session.steps[0] == (0, True, False)
+    # While its state comes, it is no reason for another change.
+    assert [change for _, change, _ in session.steps[1:4]] == [False, False, False]
+    assert numbers(session) == list(range(STEPS))
+    spares = admitted.after.ranks, placed.recovery.filled
+    assert spares == ((0, 1, 2, 3, 4), True)
+    assert placed.recovery.steps == 4
+    assert 4 not in session.training.plan.stage_replicas.spares
+    assert not session.training.plan.incoming
+
+
+def test_a_worker_without_state_learns_the_active_plan_from_a_holder(config: RunConfig) -> None:
+    holder = worker(config, [Turn(joined=lost(4))])
+    holder.recovery.recover(urgent=False)
+    held = holder.recovery.training
+    assert held is not None
+    holder.recovery.recover(urgent=False)
+    told = holder.membership.the_store.values["plan"]
+    assert json.loads(told) == json.loads(json.dumps(plan_to_data(held.plan)))
+    turn = Turn(report=lambda own: replace(own, active=1, decided=2, updated=2, updates=2))
+    newcomer = worker(config, [turn], rank=4)
+    newcomer.membership.the_store.values["plan"] = told
+    change = newcomer.recovery.recover(urgent=False)
+    assert change.plan_before.stage_replicas.ranks == (0, 1, 2, 3)
+    assert change.recovery.fresh == {4}
+    assert newcomer.recovery.training is not None
+    assert newcomer.recovery.training.progress.decided == 2
+
+
+def test_a_worker_that_leaves_hands_its_state_over_and_stops(config: RunConfig) -> None:
+    session = FakeSession(requests=lambda step: Requests(change=step == 1))
+    made = worker(config, [Turn()], rank=3, session=session)
+    event = MembershipEvent("leaving", Identity(3), "its node is shut down")
+    made.membership.wanted = (event,)
+    with pytest.raises(Stopped, match="handed its state over"):
+        made.loop.run()
+    assert session.steps == [(0, True, True), (1, True, True)]
+    assert made.membership.calls[1]["leaving"]
+    assert 3 not in made.transport.transitions[1].after.stage_replicas.ranks
+    assert made.recovery.training is None
+
+
+def test_others_forget_a_worker_that_has_left_at_once(config: RunConfig) -> None:
+    session = FakeSession(requests=lambda step: Requests(change=step in (1, 2)))
+    made = worker(config, [Turn(leaving=lost(3)), Turn(lost(3))], session=session)
+    made.loop.run()
+    assert made.builder.loads == [None]
+    assert [change for _, change, _ in session.steps[2:4]] == [True, False]
+    assert session.changes[1].recovery.staying == (0, 1, 2)
+    assert session.changes[2].after.ranks == (0, 1, 2)
+    assert session.finished
+
+
+def test_the_end_of_a_worker_that_has_handed_its_state_over_interrupts_no_step(
+    config: RunConfig,
+) -> None:
+    made = worker(config, [Turn(leaving=lost(3))])
+    made.recovery.recover(urgent=False)
+    made.recovery.recover(urgent=False)
+    assert made.membership.urgent is not None
+    made.membership.urgent(MembershipEvent("ended", Identity(3), "exited with code 3"))
+    made.interruption.check()
+    made.membership.urgent(MembershipEvent("ended", Identity(2), "killed by SIGKILL"))
+    with pytest.raises(PeerLost, match="rank 2: killed by SIGKILL"):
+        made.interruption.check()
+    assert made.transport.aborted == ["rank 2: killed by SIGKILL"]
+
+
+def test_too_few_ranks_end_the_worker_and_are_not_tried_again(config: RunConfig) -> None:
+    refused = Turn(error=Minority("1 rank is left, elastic.min_ranks = 2"))
+    made = worker(config, [refused], session=FakeSession(lose_at={2: "before"}))
+    with pytest.raises(Minority):
+        made.loop.run()
+    assert numbers(made.session) == [0, 1, 2]
+    assert len(made.membership.calls) == 2
+
+
+def test_corrupt_state_is_not_used_and_an_older_checkpoint_is_loaded(config: RunConfig) -> None:
+    session = FakeSession(corrupt_at={4})
+    made = worker(with_elastic(config, verify_every=2), [Turn()], session=session, checkpoint=2)
+    made.loop.run()
+    assert numbers(session) == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert [status.trusted for status in made.membership.statuses] == [True, False]
+    assert made.builder.loads == [None, 2]  # nothing newer than the last sound comparison
+    assert session.changes[1].from_checkpoint == 2
+    assert made.recovery.sound_until is None
+    assert session.finished
+
+
+def test_without_a_holder_of_some_block_the_newest_checkpoint_is_loaded(config: RunConfig) -> None:
+    made = worker(
+        config, [Turn(lost(1, 2, 3))], session=FakeSession(lose_at={4: "before"}), checkpoint=3
+    )
+    made.loop.run()
+    _, change = made.session.changes
+    assert change.recovery.holders == (0,)
+    assert change.from_checkpoint == 3
+    assert made.builder.loads == [None, None]
+    assert numbers(made.session) == [0, 1, 2, 3, 4, 3, 4, 5]
+
+
+def test_with_a_shadow_of_every_block_no_checkpoint_is_loaded(config: RunConfig) -> None:
+    made = worker(config, [Turn(lost(2))], session=FakeSession(lose_at={4: "before"}), checkpoint=3)
+    made.loop.run()
+    assert made.session.changes[1].from_checkpoint is None
+    assert numbers(made.session) == [0, 1, 2, 3, 4, 4, 5]
+
+
+def test_a_loss_while_the_state_after_a_change_is_compared_is_a_loss_like_any_other(
+    config: RunConfig,
+) -> None:
+    session = FakeSession(lose_at={2: "before"}, interrupt_compare=1)
+    made = worker(config, [Turn(lost(3)), Turn(lost(2))], session=session)
+    made.loop.run()
+    assert [call["urgent"] for call in made.membership.calls] == [False, True, True]
+    # The change that was not compared is recorded all the same, before the next.
+    assert [(change.after.number, urgent) for change, urgent in session.recorded] == [
+        (1, False),
+        (2, True),
+        (3, True),
+    ]
+    assert session.reported == [session.changes[0], session.changes[2]]
+    assert numbers(session) == [0, 1, 2, 2, 3, 4, 5]
+
+
+def test_a_word_is_waited_for_while_the_generation_stands_and_no_longer_than_a_minute() -> None:
+    store, interruption = FakeStore(), Interruption()
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def wait() -> bytes:
+        return await_word(store, "plan", interruption, clock=lambda: now[0], sleep=sleep)  # type: ignore[arg-type]
+
+    with pytest.raises(PeerLost, match="no rank has given its plan within 60 s"):
+        wait()
+    assert now[0] == pytest.approx(60.0, abs=0.1)
+    interruption.begin("rank 1: killed")
+    interruption.begin("rank 2: killed")
+    with pytest.raises(PeerLost, match="rank 1: killed"):
+        wait()
+    store.set("plan", "{}")
+    assert wait() == b"{}"
+
+
+def test_a_status_survives_the_way_through_a_message_whose_keys_stay() -> None:
+    status = WorkerStatus(
+        active=3,
+        prepared=4,
+        decided=7,
+        updated=6,
+        updates=5,
+        complete=False,
+        filled=False,
+        outcome=OUTCOME,
+        operations=("send",),
+        connected=False,
+        trusted=False,
+    )
+    told = json.loads(json.dumps(status_to_data(status)))
+    assert (told["installed"], told["ready"]) == (3, 4)
+    assert replace(status_from_data(told), operations=("send",)) == status

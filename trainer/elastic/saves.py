@@ -1,0 +1,145 @@
+"""The checkpoints of an elastic run, from one generation to the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+from torch.distributed import Store
+
+from holdfast.elastic.generation import Generation
+from holdfast.elastic.membership import Membership
+from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.trainer.checkpointing import Checkpoints, Signals
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.elastic.interruption import Interruption, await_word
+from holdfast.trainer.elastic.recovery import Change
+from holdfast.trainer.run import Resume, RunDirectory, checkpoint_root, find_resume, set_aside_newer
+from holdfast.trainer.step import Training
+from holdfast.trainer.world import WorldInfo
+
+
+class ElasticSaves:
+    """Saves and loads as one worker. One thread, but for `abort`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: WorkerSpec,
+        membership: Membership,
+        run: RunDirectory,
+        interruption: Interruption,
+    ) -> None:
+        self._config, self._spec, self._membership = config, spec, membership
+        self._run, self._interruption = run, interruption
+        self._signals = Signals()
+        self._current: Checkpoints | None = None
+        self._loaded: tuple[Training, Checkpoints] | None = None
+        """A training that has been loaded, which need not have become active, and its checkpoints."""
+        self._notes: Sequence[str] = ()
+        """What there is to say of the newest load."""
+        self._ended = False
+
+    @property
+    def current(self) -> Checkpoints:
+        """Of the active training."""
+        assert self._current is not None
+        return self._current
+
+    def listen(self) -> None:
+        """Heed signals that ask for a save or an end."""
+        self._signals.listen()
+
+    def abort(self, reason: str) -> None:
+        """Free what waits for a save of a generation that has ended. From any thread; does not block."""
+        if self._current is not None and not self._ended:
+            self._current.abort(reason)
+
+    def cancel(self) -> None:
+        """Give up the save that is under way: the state that it copies is about to change."""
+        if self._current is not None:
+            self._current.cancel("the ranks of the run change; it is begun again")
+
+    def end(self) -> None:
+        """The run has ended: from here on the loss of a rank is no concern of its saves."""
+        self._ended = True
+
+    def close(self) -> None:
+        self._signals.close()
+        if self._current is not None:
+            self._current.close()
+
+    def load(
+        self, training: Training, store: Store, generation: Generation, *, sound_until: int | None
+    ) -> int:
+        """Fill a new training from the newest checkpoint there is now; returns its step.
+
+        Collective over the ranks of the training's plan.
+
+        Args:
+            sound_until: newer checkpoints are set aside first, as they may hold corrupt state.
+        """
+        if self._spec.rank == training.plan.stage_replicas.ranks[0]:
+            found = self._run.resume
+            if generation.number > 1:
+                newest = find_resume(self._run.root, self._config, "auto", allow_change=True)
+                found = replace(found, candidates=newest.candidates or found.candidates)
+            if sound_until is not None:
+                set_aside_newer(checkpoint_root(self._run.root, self._config), sound_until)
+                kept = [c for c in found.candidates if Path(c).is_dir()]
+                found = replace(found, candidates=tuple(kept))
+            store.set("resume", json.dumps(msgspec.to_builtins(found)))
+        told = json.loads(await_word(store, "resume", self._interruption))
+        run = replace(self._run, resume=msgspec.convert(told, Resume))
+        notes = list(run.resume.notes)
+        self._notes = notes
+        checkpoints = self._checkpoints_of(training, generation, run)
+        self._loaded = (training, checkpoints)
+        return checkpoints.resume(notes.append)
+
+    def go_on(
+        self, training: Training, change: Change
+    ) -> tuple[Checkpoints, Checkpoints | None, Sequence[str]]:
+        """The checkpoints of the training that a change has activated, which are current from now on.
+
+        Returns:
+            They; those before, if there were any; and what there is to say of a load.
+        """
+        found, self._loaded = self._loaded, None
+        loaded = found is not None and found[0] is training
+        if found is not None and loaded:
+            following = found[1]
+        else:
+            following = self._checkpoints_of(training, change.after, self._run)
+        before = self._current
+        following.take_over(before if change.from_checkpoint is None else None)
+        self._current = following
+        return following, before, self._notes if loaded else ()
+
+    def _checkpoints_of(
+        self, training: Training, generation: Generation, run: RunDirectory
+    ) -> Checkpoints:
+        names = {member.rank: member.node for member in generation.members}
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
+        nodes = tuple(numbers[names[rank]] for rank in training.plan.stage_replicas.ranks)
+        world, store = world_of(generation, self._spec), self._membership.store()
+        return Checkpoints(training, world, store, run, nodes, self._signals)
+
+
+def world_of(generation: Generation, spec: WorkerSpec) -> WorldInfo:
+    """A generation as one worker of it sees the world."""
+    host, _, port = generation.store.rpartition(":")
+    own = generation.member(spec.rank).node
+    return WorldInfo(
+        rank=spec.rank,
+        world_size=len(generation.members),
+        local_rank=spec.local_rank,
+        local_world_size=sum(member.node == own for member in generation.members),
+        node=0,
+        store_host=host,
+        store_port=int(port),
+        store_is_server=False,
+    )

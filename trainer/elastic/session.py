@@ -1,0 +1,179 @@
+"""What one worker does under the active plan: steps, comparisons of the state, and their records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import msgspec
+import torch
+
+from holdfast.elastic.faults import Fault, FaultInjector, fault_from_data
+from holdfast.elastic.membership import Membership
+from holdfast.elastic.membership_events import MembershipEvent
+from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.elastic.corruption import compare_copies, repair
+from holdfast.trainer.elastic.incidents import ChangeRecord, record_of, write_changes
+from holdfast.trainer.elastic.recovery import Change
+from holdfast.trainer.elastic.saves import ElasticSaves, world_of
+from holdfast.trainer.loop import Parts, finish, run_step, stop
+from holdfast.trainer.reports import PhaseClock, Reporter, append_event
+from holdfast.trainer.run import RunDirectory, checkpoint_root
+from holdfast.trainer.step import Outcome, Training, rate_of
+
+logger = logging.getLogger("holdfast.elastic")
+
+
+class ElasticSession:
+    """Trains, compares and records as one worker. `go_on` first, and after each change."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: WorkerSpec,
+        membership: Membership,
+        run: RunDirectory,
+        saves: ElasticSaves,
+    ) -> None:
+        self._config, self._spec, self._membership = config, spec, membership
+        self._run, self._saves = run, saves
+        self._training: Training | None = None
+        self._reporter: Reporter | None = None
+        self._clock = PhaseClock()
+        self._digest = ""
+        """Of the state at the newest comparison since the last change."""
+        self._told: Sequence[MembershipEvent] = ()
+        """The membership events that led to the last change."""
+        self._changes: list[ChangeRecord] = []
+        """Since the last vote: their recorders wrote them before they voted, or have died."""
+        self._faults = FaultInjector(
+            spec.rank,
+            spec.incarnation,
+            [fault_from_data(msgspec.to_builtins(fault)) for fault in config.elastic.chaos],
+            asked=run.chaos,
+            note=self._note_fault,
+            corrupt=self._corrupt,
+            cut=membership.cut_off,
+            disk=checkpoint_root(run.root, config),
+        )
+
+    def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
+        """One step, counted from 0. Collective over all ranks; as `holdfast.trainer.loop.run_step`."""
+        outcome = run_step(self._parts(), step, change=change, leave=leave)
+        self._membership.committed(step + 1)
+        self._changes.clear()
+        return outcome
+
+    def finish(self) -> None:
+        """Save and report after the last step. Collective over all ranks."""
+        parts = self._parts()
+        finish(parts)
+        parts.training.groups.control.barrier()
+        self._saves.end()
+
+    def stop(self, step: int, *, asked: bool) -> None:
+        """End before the last step, saved. Collective; raises `Stopped` where a signal asked for it."""
+        parts = self._parts()
+        stop(parts, step, asked=asked)
+        parts.training.groups.control.barrier()
+
+    def compare(self, step: int) -> bool:
+        """Compare all copies of the state, and repair shadows. Collective over all ranks.
+
+        Returns:
+            Whether training can go on from it.
+        """
+        training = self._parts().training
+        control = training.groups.control
+        compared = compare_copies(training, control)
+        found = compared.corrupt
+        self._digest = compared.digest
+        spared = all(corruption.spares_training for corruption in found)
+        if found and spared:
+            repair(training, found, control)
+        if self._spec.rank == training.plan.stage_replicas.ranks[0]:
+            for corruption in found:
+                append_event(
+                    self._run.events,
+                    "corruption",
+                    step=step,
+                    ranks=corruption.suspects,
+                    block=corruption.tensor,
+                    repaired=spared,
+                )
+        if not spared:
+            logger.error("state is corrupt at step %d: %s", step, [c.tensor for c in found])
+        return spared
+
+    def go_on(self, change: Change, training: Training) -> None:
+        """Go on with the training that a change has activated. Local."""
+        self._training, self._clock, self._digest = training, PhaseClock(), ""
+        following, before, notes = self._saves.go_on(training, change)
+        world = world_of(change.after, self._spec)
+        if self._reporter is None:
+            # The last step may be missing in the records; then this rank writes it, if it is the lowest.
+            first = training.progress.decided - (_interrupted_step(change) is not None)
+            self._reporter = Reporter(training, world, self._run, [], first, shown=False)
+        elif change.from_checkpoint is not None:
+            self._reporter.roll_back(change.from_checkpoint)
+        self._reporter.change(training, world)
+        if change.from_checkpoint is not None:
+            self._reporter.resumed(training.progress.decided, following.loaded, notes)
+        if before is not None:
+            self._reporter.checkpoints(before.results())
+        self._told = self._membership.drain_events()
+        self._faults.at(training.progress.decided + 1, "change")
+
+    def record(self, change: Change, *, urgent: bool) -> None:
+        """Write a change down, on its recorder; other ranks that know what was before keep it. Local.
+
+        Args:
+            urgent: the change came within a step.
+        """
+        if self._spec.rank in change.ranks_with_history:
+            training = self._parts().training
+            record = record_of(change, self._told, training, urgent=urgent, digest=self._digest)
+            self._changes.append(record)
+        if self._spec.rank == change.recorder:
+            write_changes(self._run, self._changes)
+
+    def report_interrupted_step(self, change: Change) -> None:
+        """Report, and save if it is due, the step before a change, as all ranks know it."""
+        outcome, steps = _interrupted_step(change), change.recovery.steps
+        if outcome is None:
+            return
+        parts = self._parts()
+        if outcome.usable:
+            lr = rate_of(self._config, steps - 1)
+            parts.reporter.step(steps - 1, outcome, lr, (), None, None)
+        if steps > parts.checkpoints.committed_step:
+            parts.checkpoints.after_step(steps, outcome)
+
+    def close(self) -> None:
+        if self._reporter is not None:
+            self._reporter.close()
+
+    def _parts(self) -> Parts:
+        assert self._training is not None
+        assert self._reporter is not None
+        saves = self._saves.current
+        return Parts(self._training, saves, self._reporter, self._faults.at, self._clock)
+
+    def _note_fault(self, fault: Fault) -> None:
+        fields = asdict(fault)
+        append_event(self._run.events, "fault_injected", **fields)
+        logger.warning("on purpose: %s", fields)
+
+    def _corrupt(self) -> None:
+        """Flip one bit of what this rank owns, else shadows."""
+        training = self._parts().training
+        own = training.optimizer.state["exp_avg"]
+        values = own if own.numel() else training.shadows.state["exp_avg"]
+        values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)[0] ^= 1 << 20
+
+
+def _interrupted_step(change: Change) -> Outcome | None:
+    """The outcome of the step before a change; None where a checkpoint was loaded."""
+    return change.recovery.outcome if change.from_checkpoint is None else None

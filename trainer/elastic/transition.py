@@ -1,0 +1,81 @@
+"""The plan that follows a change of membership. Pure; equal on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from holdfast.elastic.generation import Generation
+from holdfast.parallel.plan import (
+    Plan,
+    Roster,
+    missing_blocks,
+    next_plan,
+    replan,
+    state_of,
+    with_shadows,
+)
+from holdfast.trainer.elastic.worker_status import RecoveryPlan
+
+WITHIN_STEP = "within a step"
+BETWEEN_STEPS = "between steps"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A change of membership as it is planned."""
+
+    generation: Generation
+    """The new one."""
+    recovery: RecoveryPlan
+    before: Plan
+    """By which the holders' state is laid out; the configured plan where no rank holds state."""
+    after: Plan
+
+    @property
+    def nodes(self) -> Mapping[int, str]:
+        """The node of each rank of the new generation."""
+        return {member.rank: member.node for member in self.generation.members}
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether live ranks have the state of every block, so that no checkpoint is needed."""
+        return has_all_blocks(self.before, self.recovery)
+
+
+def has_all_blocks(plan: Plan, recovery: RecoveryPlan) -> bool:
+    """Whether the holders together have the state of every block of a plan."""
+    held = state_of(plan, recovery.holders, filled=recovery.filled)
+    return bool(recovery.holders) and not missing_blocks(plan, held)
+
+
+def plan_transition(
+    generation: Generation, recovery: RecoveryPlan, before: Plan, *, redundancy: int
+) -> Transition:
+    """Plan for the ranks of a new generation.
+
+    Args:
+        redundancy: shadows of each block.
+    """
+    nodes = {member.rank: member.node for member in generation.members}
+    roster = Roster(recovery.staying, nodes, recovery.fresh)
+    number = generation.number
+    # Within a step layers stay: the sums of those that moved would have to be computed again.
+    move_layers = all(member.phase != WITHIN_STEP for member in generation.members)
+    if not recovery.holders and recovery.staying == before.stage_replicas.ranks:
+        numbered = replace(before, generation=number, _cache=before._cache)
+        after = with_shadows(numbered, roster, redundancy)
+    elif not has_all_blocks(before, recovery):
+        after = replan(
+            before, roster, generation=number, redundancy=redundancy, move_layers=move_layers
+        )
+    else:
+        after = next_plan(
+            before,
+            roster,
+            filled=recovery.filled,
+            generation=number,
+            redundancy=redundancy,
+            move_layers=move_layers,
+        )
+    return Transition(generation, recovery, before, after)

@@ -1,0 +1,118 @@
+"""This rank's communicators, made and edited from one generation to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import Store
+
+from holdfast.elastic.generation import Identity
+from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.parallel.comm import (
+    Communicator,
+    GlooCommunicator,
+    GlooMesh,
+    Groups,
+    MembershipChange,
+    build_groups,
+    edit_groups,
+)
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.elastic.interruption import Interruption
+from holdfast.trainer.elastic.transition import Transition
+from holdfast.trainer.step import backend_of
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What a rank communicates with in one generation."""
+
+    groups: Groups
+    """Of the new plan."""
+    everybody: Communicator
+    """All ranks of the generation, for the change itself."""
+    beside: Communicator
+    """All ranks of the generation, for transfers beside the steps."""
+
+
+class GroupTransport:
+    """Connects this rank with the others of each generation. One thread, but for `abort`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: WorkerSpec,
+        device: torch.device,
+        interruption: Interruption,
+    ) -> None:
+        self._config, self._spec, self._device = config, spec, device
+        self._interruption = interruption
+        self._groups: Groups | None = None
+        self._connected: dict[int, Identity] = {}
+        """The processes that `_groups` connect."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the connections stand, and carry nothing."""
+        return self._groups is None or _mesh(self._groups).is_whole
+
+    def connect(self, transition: Transition, store: Store) -> Connection:
+        """Build or edit the groups for the new plan. Collective over all ranks of the generation.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        generation, rank = transition.generation, self._spec.rank
+        replicas = transition.after.stage_replicas
+        world = replicas.ranks if rank in replicas.ranks else generation.ranks
+        members = {member.rank: member.identity for member in generation.members}
+        if self._groups is None:
+            groups = build_groups(
+                store,
+                generation.store.rpartition(":")[0],
+                rank,
+                world,
+                replicas.stage_replica(rank),
+                world,
+                backend=backend_of(self._config, self._device),
+                generation=generation.number,
+                record_path=self._spec.flight_record,
+                votes_over_gloo=True,
+            )
+        else:
+            change = MembershipChange(
+                generation.number,
+                left=_differing(self._connected, members),
+                joined=_differing(members, self._connected),
+                kept=transition.recovery.connected,
+            )
+            groups = edit_groups(
+                self._groups, change, world, replicas.stage_replica(rank), world, store=store
+            )
+        # Groups first, then the reason: `abort` is called after the reason is there.
+        self._groups, self._connected = groups, members
+        if (reason := self._interruption.reason) is not None:
+            groups.abort(reason)
+        everybody, beside = (
+            GlooCommunicator.over(_mesh(groups), name, generation.ranks)
+            for name in ("generation", "beside")
+        )
+        return Connection(groups, everybody, beside)
+
+    def abort(self, reason: str) -> None:
+        """Free what waits in the groups, with `PeerLost`. From any thread; does not block."""
+        groups = self._groups
+        if groups is not None:
+            groups.abort(reason)
+
+
+def _mesh(groups: Groups) -> GlooMesh:
+    """The connections of votes, which always are over gloo here."""
+    assert isinstance(groups.control, GlooCommunicator)
+    return groups.control.mesh
+
+
+def _differing(these: dict[int, Identity], those: dict[int, Identity]) -> frozenset[int]:
+    """Ranks whose process is not the same in the other set."""
+    return frozenset(rank for rank, identity in these.items() if those.get(rank) != identity)

@@ -60,8 +60,6 @@ class Report:
     min_ranks: int = 1
     lost: Identities = _NOBODY
     """Whom not to wait for: their end, or their silence, has been noticed."""
-    unreachable: Identities = _NOBODY
-    """Members that it cannot exchange messages with, though they may take part."""
     impatient: bool = False
     """It has waited long enough for those who are missing without anybody knowing why."""
     node: str = ""
@@ -73,16 +71,12 @@ class Report:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-_SETS = ("lost", "unreachable")
-
-
 def report_to_data(report: Report) -> dict[str, Any]:
     """A report as JSON values."""
     plain = {name: getattr(report, name) for name in Report.__slots__}
     plain["identity"] = str(report.identity)
     plain["ballot"] = acceptor_to_data(plain.pop("acceptor"))
-    for name in _SETS:
-        plain[name] = format_identities(plain[name])
+    plain["lost"] = format_identities(report.lost)
     return plain
 
 
@@ -96,8 +90,7 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
         fields = dict(plain)
         fields["identity"] = parse_identity(fields["identity"])
         fields["acceptor"] = acceptor_from_data(fields.pop("ballot"))
-        for name in _SETS:
-            fields[name] = parse_identities(fields[name])
+        fields["lost"] = parse_identities(fields["lost"])
         return Report(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise MembershipError(
@@ -296,7 +289,7 @@ def _next(
     missing = acceptor.members - reports.keys() - excused
     if missing and not any(report.impatient for report in reports.values()):
         return None, f"waiting for ranks {format_identities(missing)}", False
-    value = _newest_incarnations(_live(reports), acceptor.members) - _cut_off(reports)
+    value = _newest_incarnations(_live(reports), acceptor.members)
     if len(value) < own.min_ranks:
         return None, f"{len(value)} ranks are left, elastic.min_ranks = {own.min_ranks}", False
     return value, "", False
@@ -308,17 +301,6 @@ def _newest_incarnations(live: Identities, members: Identities) -> Identities:
     for identity in sorted(live, key=lambda i: (i in members, i)):
         by_rank[identity.rank] = identity
     return frozenset(by_rank.values())
-
-
-def _cut_off(reports: Mapping[Identity, Report]) -> Identities:
-    """Those whom a majority of the living cannot reach."""
-    live = _live(reports)
-    named = frozenset[Identity]().union(*(reports[i].unreachable for i in live))
-    return frozenset(
-        identity
-        for identity in named
-        if is_majority({i for i in live if identity in reports[i].unreachable}, live)
-    )
 
 
 def _too_few(present: Collection[Identity], acceptor: AcceptorState) -> str:

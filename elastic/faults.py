@@ -90,19 +90,25 @@ class FaultInjector:
         corrupt: Callable[[], None],
         cut: Callable[[float], None],
         disk: Path,
+        signal_self: Callable[[int], None] = lambda number: os.kill(os.getpid(), number),
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Args:
-        faults: of the configuration.
-        asked: where further ones are asked for while the run goes on; see `ask_for`.
-        note: writes a fault down, before it happens.
-        corrupt: flips a bit of this worker's state.
-        cut: cuts this worker's node off for so many seconds.
-        disk: the folder that checkpoints are written to.
+        """Local.
+
+        Args:
+            faults: of the configuration.
+            asked: where further ones are asked for while the run goes on; see `ask_for`.
+            note: writes a fault down, before it happens.
+            corrupt: flips a bit of this worker's state.
+            cut: cuts this worker's node off for so many seconds.
+            disk: the folder that checkpoints are written to.
+            signal_self: sends a signal to this process.
         """
         self._identity = (rank, incarnation)
         self._waiting = [f for f in faults if (f.rank, f.incarnation) == self._identity]
         self._asked, self._note, self._corrupt = asked, note, corrupt
         self._cut, self._disk = cut, disk
+        self._signal_self, self._sleep = signal_self, sleep
         self._lock = threading.Lock()
         self._position = asked.stat().st_size if asked.exists() else 0
         self._slow_s = 0.0
@@ -116,7 +122,7 @@ class FaultInjector:
         if phase == "compute":
             self._read()
             if self._slow_s:
-                time.sleep(self._slow_s)
+                self._sleep(self._slow_s)
         with self._lock:  # state is on its way in another thread
             due = [f for f in self._waiting if f.phase == phase and _is_due(f, step)]
             self._waiting = [f for f in self._waiting if f not in due]
@@ -142,9 +148,9 @@ class FaultInjector:
     def _do(self, fault: Fault) -> None:
         match fault.fault:
             case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._signal_self(signal.SIGKILL)
             case "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+                self._signal_self(signal.SIGSTOP)
             case "hold-lock":
                 # A call through PyDLL keeps the interpreter's lock.
                 ctypes.PyDLL(None).usleep(int(fault.seconds * 1e6))

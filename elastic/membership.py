@@ -52,14 +52,18 @@ class Membership:
         channel: socket.socket | None = None,
         *,
         store_timeout_s: float = STORE_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Args:
+        """Take the right to vote as this worker. Local.
+
+        Args:
             channel: to this worker's agent; None without one.
             store_timeout_s: how long an operation of `store` may take.
         Raises:
             MembershipError: another process votes as this worker.
         """
-        self.spec = spec
+        self.spec, self._clock, self._sleep = spec, clock, sleep
         self.generation: Generation | None = None
         """The newest that `agree` has returned."""
         self._lock = threading.Lock()
@@ -89,7 +93,6 @@ class Membership:
         phase: str,
         urgent: bool = True,
         leaving: bool = False,
-        unreachable: frozenset[Identity] = frozenset(),
         data: Mapping[str, Any] | None = None,
         timeout_s: float = 60.0,
     ) -> Generation:
@@ -104,9 +107,6 @@ class Membership:
             urgent: the step cannot be finished: the others are told, and leave theirs too. False at the
                 end of a step after which all call this.
             leaving: it is to be relieved of its state, and will then go.
-            unreachable: members that it cannot exchange messages with. Whom a majority names is left
-                out. For ranks with which a new generation's groups could not be built; not for the peers
-                of an operation that failed, which may have failed for the same reason.
             data: more to tell the others, as JSON values.
             timeout_s: after which it gives up.
         Returns:
@@ -116,21 +116,9 @@ class Membership:
             Minority: no majority of the last generation could be reached in time.
             MembershipError: no agreement in time for another reason, such as no Lighthouse.
         """
-        settings = self.spec.settings
         held = self.generation.number if self.generation is not None else 0
-        report = Report(
-            self.spec.identity,
-            founder=self.spec.founder,
-            world_size=settings.world_size,
-            min_ranks=settings.min_ranks,
-            unreachable=unreachable,
-            node=self.spec.node,
-            store=self.spec.store,
-            held=held,
-            step=step,
-            phase=phase,
-            leaving=leaving,
-            data=dict(data or {}),
+        report = replace(
+            self._blank_report(held), step=step, phase=phase, leaving=leaving, data=dict(data or {})
         )
         if urgent and held:
             self._tell_all(MembershipEvent("disturbed", self.spec.identity, phase, generation=held))
@@ -152,23 +140,35 @@ class Membership:
         )
         return generation
 
+    def _blank_report(self, held: int) -> Report:
+        spec, settings = self.spec, self.spec.settings
+        return Report(
+            spec.identity,
+            founder=spec.founder,
+            world_size=settings.world_size,
+            min_ranks=settings.min_ranks,
+            node=spec.node,
+            store=spec.store,
+            held=held,
+        )
+
     def _rounds(self, report: Report, timeout_s: float) -> Generation:
         """Take part in rounds until there is agreement."""
         settings = self.spec.settings
-        deadline = time.monotonic() + timeout_s
-        patient_since = asked = time.monotonic()
+        deadline = self._clock() + timeout_s
+        patient_since = asked = self._clock()
         held = self.generation is not None
         last: Verdict | None = None
         trouble: MembershipError | None = None
-        while (left_s := deadline - time.monotonic()) > 0:
+        while (left_s := deadline - self._clock()) > 0:
             if trouble is not None or (last is not None and last.minority):
                 # Cut off: who is missing may be back as soon as this worker is.
-                patient_since = time.monotonic()
+                patient_since = self._clock()
                 self._forget_silence()
-            if not held and time.monotonic() > asked + _ASK_AGAIN_S:
+            if not held and self._clock() > asked + _ASK_AGAIN_S:
                 self._tell("joining")
-                asked = time.monotonic()
-            impatient = time.monotonic() - patient_since > settings.patience_s
+                asked = self._clock()
+            impatient = self._clock() - patient_since > settings.patience_s
             with self._lock:
                 lost = frozenset(self._lost)
             try:
@@ -182,13 +182,13 @@ class Membership:
             except LighthouseAway as error:
                 trouble = error
                 self._quorum.say(str(error))
-                time.sleep(min(_PAUSE_UNREACHABLE_S, left_s))
+                self._sleep(min(_PAUSE_UNREACHABLE_S, left_s))
                 continue
             last, trouble = verdict, None
             if verdict.outcome == "agreed":
                 return generation_of(verdict.acceptor, reports)
             if verdict.outcome == "wait":
-                time.sleep(PAUSE_S)
+                self._sleep(PAUSE_S)
         where = (
             f"rank {self.spec.identity}: no agreement on who takes part within {timeout_s:.0f} s"
         )
@@ -254,10 +254,6 @@ class Membership:
     def committed(self, step: int) -> None:
         """Tell the agent that `step` steps are committed: the run makes progress."""
         self._tell("committed", step=step)
-
-    def request_fence(self, identity: Identity, reason: str) -> None:
-        """Ask for a member that hangs to be killed by its agent, wherever that is."""
-        self._tell_all(MembershipEvent("fence", identity, reason))
 
     def cut_off(self, seconds: float) -> None:
         """Have the agent cut this node off from the others for a time: a fault on purpose."""

@@ -1,10 +1,10 @@
-"""What nodes tell each other about workers, and the bulletin in a generation's store where they do."""
+"""Membership events: what nodes tell each other about workers, through a bulletin in the store."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,7 @@ from torch.distributed import Store
 
 from holdfast.elastic.generation import Identity, parse_identity
 
-MembershipEventKind = Literal[
-    "ended", "silent", "disturbed", "joining", "leaving", "waiting", "fence"
-]
+MembershipEventKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "waiting"]
 _URGENT = ("ended", "silent", "disturbed")
 _HOLE_S = 1.0
 """How long an event that was numbered may take to arrive; its author may have died in between."""
@@ -22,12 +20,12 @@ _HOLE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class MembershipEvent:
-    """Something that one node noticed about a worker and all should know."""
+    """Something that one node has noticed about a worker, for all others."""
 
     kind: MembershipEventKind
     """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot go on with
     its step, and has come to agree. joining: it waits to be taken in. leaving: it wants to be let go.
-    waiting: it has waited for `peers` for too long. fence: it hangs, and its agent kills it."""
+    waiting: it has waited for `peers` for too long."""
     identity: Identity
     cause: str
     """For a person."""
@@ -66,11 +64,13 @@ def event_from_data(plain: Mapping[str, Any]) -> MembershipEvent:
 class Bulletin:
     """Events of one generation, in the same order for every reader. One per thread."""
 
-    def __init__(self, store: Store) -> None:
-        """Args:
-        store: under the generation's prefix.
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        """Local.
+
+        Args:
+            store: under the generation's prefix.
         """
-        self._store = store
+        self._store, self._clock = store, clock
         self._read = 0
         self._hole_since: float | None = None
 
@@ -98,6 +98,6 @@ class Bulletin:
 
     def _is_hole(self) -> bool:
         """Whether the next event has been missing for so long that its author must have died."""
-        now = time.monotonic()
+        now = self._clock()
         self._hole_since = self._hole_since or now
         return now - self._hole_since > _HOLE_S

@@ -57,14 +57,17 @@ def _end_when_silent(port: int) -> None:
     """
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile, or not connected
-            if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(int(entry))) as connection:
-                internet = connection.family in (socket.AF_INET, socket.AF_INET6)
-                if internet and connection.getpeername()[1] == port:
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                    for option, value in _SILENCE:
-                        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            if stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                _end_connection_when_silent(int(entry), port)
+
+
+def _end_connection_when_silent(descriptor: int, port: int) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+        if internet and connection.getpeername()[1] == port:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _SILENCE:
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class StoreClients:

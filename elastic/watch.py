@@ -22,10 +22,8 @@ logger = logging.getLogger("holdfast.agent")
 _POLL_S = 0.05
 _BOARD_TIMEOUT_S = 5.0
 _JOIN_AFTER = 2.0
-"""Times of `heartbeat_timeout_ms` that an unknown worker is heard of before it counts as a newcomer: those
-who have just been left out are heard of once more."""
-
-
+"""An unknown worker counts as joining after this many heartbeat time-outs: a worker that has just been
+left out is heard of once more."""
 _SETTLE_S = 2.0
 """After the Lighthouse was away: how long workers have to be heard of again before silence counts."""
 
@@ -71,18 +69,27 @@ class BulletinFollower:
 
 
 class HeartbeatWatch:
-    """Tells of members of whom the Lighthouse has not heard in time, and of workers that want to join.
+    """Reports members of which the Lighthouse has not heard in time, and workers that want to join.
 
-    A few agents watch for all; while the Lighthouse is away nobody is suspected.
+    A few agents watch for all; while the Lighthouse is away no member is suspected.
     """
 
     def __init__(
-        self, settings: MembershipSettings, receive: Callable[[MembershipEvent], None]
+        self,
+        settings: MembershipSettings,
+        receive: Callable[[MembershipEvent], None],
+        *,
+        ages: Callable[[str, str], dict[Identity, float]] = heartbeat_ages,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args:
-        receive: called in this watch's thread with each event.
+        """Start the thread of the watch.
+
+        Args:
+            receive: called in that thread with each event.
+            ages: seconds since each worker was heard of, given the Lighthouse and the run.
         """
         self._settings, self._receive = settings, receive
+        self._ages, self._clock = ages, clock
         self._members: frozenset[Identity] = frozenset()
         self._generation = 0
         self._told: set[Identity] = set()
@@ -93,7 +100,7 @@ class HeartbeatWatch:
         self._thread.start()
 
     def watch(self, generation: int, members: frozenset[Identity]) -> None:
-        """Watch this generation from now on; nobody if it is empty."""
+        """Watch the members of this generation from now on; none if the set is empty."""
         self._generation, self._members = generation, members
 
     def close(self) -> None:
@@ -107,7 +114,7 @@ class HeartbeatWatch:
             if not self._members:
                 continue
             try:
-                ages = heartbeat_ages(self._settings.lighthouse, self._settings.run)
+                ages = self._ages(self._settings.lighthouse, self._settings.run)
             except MembershipError as error:
                 if self._reachable:
                     logger.warning("%s; training goes on, changes of membership wait", error)
@@ -115,10 +122,10 @@ class HeartbeatWatch:
                 continue
             if not self._reachable:
                 logger.warning("the Lighthouse at %s is back", self._settings.lighthouse)
-                judge_from_s = time.monotonic() + _SETTLE_S
+                judge_from_s = self._clock() + _SETTLE_S
             self._reachable = True
-            if time.monotonic() > judge_from_s:
-                for event in self.judge(ages, time.monotonic()):
+            if self._clock() > judge_from_s:
+                for event in self.judge(ages, self._clock()):
                     logger.info("rank %s: %s", event.identity, event.cause)
                     self._receive(event)
 

@@ -383,7 +383,7 @@ class Agent:
                 continue
             # One that others do not hear of and that runs here is cut off, not hung.
             silence_s = self._membership.heartbeat_timeout_ms / 1000
-            if event.kind == "fence" or (event.kind == "silent" and slot.is_still(silence_s)):
+            if event.kind == "silent" and slot.is_still(silence_s):
                 slot.kill(event.cause)
 
     # Signals, and the end.

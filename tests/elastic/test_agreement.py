@@ -125,13 +125,6 @@ def test_what_a_dead_worker_accepted_binds_the_others() -> None:
     assert verdict.acceptor.accepted == ids("0-1")
 
 
-def test_those_whom_most_cannot_reach_are_left_out() -> None:
-    others = [member(rank, of("0-4"), unreachable=ids("3-4")) for rank in ("1", "2")]
-    far = [member(rank, of("0-4"), unreachable=ids("0-2")) for rank in ("3", "4")]
-    verdict = outcome("0", of("0-4"), *others, *far, unreachable=ids("3-4"))
-    assert verdict.acceptor.accepted == ids("0-2")
-
-
 def test_who_is_left_out_is_told() -> None:
     with pytest.raises(Superseded, match="went on as generation 5"):
         outcome("2", of("0-2", 4), member("0", of("0-1", 5)))

@@ -1,0 +1,127 @@
+"""Decisions that depend on time, with clocks and signals that tests hold in their hands."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from holdfast.elastic.faults import Fault, FaultInjector, ask_for
+from holdfast.elastic.generation import Identity, parse_identities
+from holdfast.elastic.lighthouse import LighthouseAway
+from holdfast.elastic.membership_events import Bulletin, MembershipEvent
+from holdfast.elastic.quorum_client import MembershipSettings
+from holdfast.elastic.watch import HeartbeatWatch
+from holdfast.parallel.step_phases import StepPhase
+
+
+class Store:
+    """Counters and values of one process."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, int] = {}
+        self.values: dict[str, str] = {}
+
+    def add(self, key: str, amount: int) -> int:
+        self.counters[key] = self.counters.get(key, 0) + amount
+        return self.counters[key]
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> str:
+        return self.values[key]
+
+
+def test_a_missing_event_is_waited_for_a_second_and_then_passed() -> None:
+    store: Any = Store()
+    now = 100.0
+    bulletin = Bulletin(store, clock=lambda: now)
+    store.add("notices", 1)  # its author dies before it sets the event
+    event = MembershipEvent("ended", Identity(1), "killed")
+    bulletin.post(event)
+    assert bulletin.read() == []
+    now = 100.9
+    assert bulletin.read() == []
+    now = 101.1
+    assert bulletin.read() == [event]
+
+
+def test_silence_counts_only_a_while_after_the_lighthouse_is_back() -> None:
+    asked, told, judged = threading.Event(), threading.Event(), threading.Event()
+    events: list[MembershipEvent] = []
+    state = {"now": 50.0, "away": 1}
+
+    def ages(lighthouse: str, run: str) -> dict[Identity, float]:
+        if state["away"]:
+            state["away"] = 0
+            raise LighthouseAway("no answer")
+        (judged if asked.is_set() else asked).set()
+        return {Identity(0): 0.1, Identity(1): 9.0}
+
+    def receive(event: MembershipEvent) -> None:
+        events.append(event)
+        told.set()
+
+    settings = MembershipSettings("http://127.0.0.1:9", "run", 2, heartbeat_ms=10)
+    watch = HeartbeatWatch(settings, receive, ages=ages, clock=lambda: state["now"])
+    try:
+        watch.watch(1, parse_identities("0-1"))
+        assert judged.wait(10)
+        assert events == []  # who is silent may not have had the time to be heard of again
+        state["now"] += 2.5
+        assert told.wait(10)
+    finally:
+        watch.close()
+    assert [(event.kind, event.identity) for event in events] == [("silent", Identity(1))]
+
+
+def injector(folder: Path, *faults: Fault, rank: int = 1) -> tuple[FaultInjector, list[Any]]:
+    done: list[Any] = []
+    made = FaultInjector(
+        rank,
+        0,
+        faults,
+        asked=folder / "chaos.jsonl",
+        note=lambda fault: done.append(f"note {fault.fault}"),
+        corrupt=lambda: done.append("corrupt"),
+        cut=lambda seconds: done.append(("cut", seconds)),
+        disk=folder,
+        signal_self=done.append,
+        sleep=lambda seconds: done.append(("sleep", seconds)),
+    )
+    return made, done
+
+
+def test_a_fault_happens_once_in_its_rank_at_its_step_and_phase(tmp_path: Path) -> None:
+    kill = Fault("kill", rank=1, step=3, phase="reduce")
+    made, done = injector(tmp_path, kill, Fault("stop", rank=0, step=1))
+    other, nothing = injector(tmp_path, kill, rank=2)
+    phases: tuple[StepPhase, ...] = ("compute", "reduce", "vote", "apply")
+    for step in range(1, 6):
+        for number, phase in enumerate(phases):
+            made.at(step, phase)
+            other.at(step, phase)
+            happened = (step, number) >= (3, 1)
+            assert done == (["note kill", signal.SIGKILL] if happened else [])
+    assert nothing == []
+
+
+def test_a_fault_that_is_asked_for_is_read_and_a_slow_rank_stays_slow(tmp_path: Path) -> None:
+    made, done = injector(tmp_path)
+    made.at(1, "compute")
+    ask_for(tmp_path / "chaos.jsonl", Fault("slow", rank=1, step=2, seconds=0.5))
+    ask_for(tmp_path / "chaos.jsonl", Fault("cut", rank=1, step=3, seconds=7.0))
+    for step in (2, 3, 4):
+        made.at(step, "compute")
+    assert done == [
+        "note slow",
+        ("sleep", 0.5),
+        "note cut",
+        ("cut", 7.0),
+        ("sleep", 0.5),
+    ]

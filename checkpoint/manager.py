@@ -62,6 +62,7 @@ class CheckpointManager:
         """Nothing is opened before the first save or load.
 
         Args:
+            members: the ranks that save and load together; equal on all but for `rank`.
             make_join: called at the first save: the group whose members hold columns of the same
                 weights, over CPU tensors; None where there is none.
         """

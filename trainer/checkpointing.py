@@ -68,6 +68,7 @@ class Signals:
             self._before[number] = signal.signal(number, asked)
 
     def close(self) -> None:
+        """Give the signals back to the handlers of before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -106,6 +107,7 @@ class Checkpoints:
         """Nothing is opened before the first save or load.
 
         Args:
+            store: of the ranks of this generation.
             nodes: the node of each rank that takes part, in ascending order of these.
             clock: seconds since any instant, for saves that are due by time.
         """
@@ -254,7 +256,7 @@ class Checkpoints:
         return found
 
     def forget_memory(self) -> None:
-        """Give back what the memory tier has; for a run whose last step is on the disk."""
+        """Remove the copies in memory, once the run's last step is on the disk."""
         if self._is_first:
             shutil.rmtree(memory_root(self._run.root), ignore_errors=True)
 

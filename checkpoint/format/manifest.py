@@ -59,6 +59,7 @@ def header_of(
 
     Args:
         checksums: of all the file's writers.
+        id: of the save, as in the manifest.
     """
     pieces = _entries(file, _by_place(plan, checksums))
     header = encode_header(
@@ -90,6 +91,7 @@ def build_manifest(
     """The manifest of a save, and the small files that go with it.
 
     Args:
+        checksums: of all ranks.
         headers: CRC-32C of each tensor file's header.
         extra_files: contents of files that the caller adds.
     Raises:

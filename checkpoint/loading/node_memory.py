@@ -48,6 +48,7 @@ class NodeMemory:
         """Make this rank's slots, and map those of the others.
 
         Args:
+            meeting: equal on all ranks of the node.
             peers: all ranks of the node, this one included; equal on all.
             slot_bytes: equal on all; rounded up to whole pages.
         """

@@ -27,6 +27,9 @@ def join_pieces(
 
     Args:
         pieces: what this rank writes or sends, in the order of the plan.
+        source: (tensor, box) -> this rank's live values of that box.
+        comm: the tensor-parallel group, over CPU tensors.
+        snapshot: what writes the joined pieces; its files are open.
     Returns:
         CRC-32C of each joined piece written here, by (file, offset).
     Raises:

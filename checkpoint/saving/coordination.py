@@ -104,6 +104,8 @@ class Coordination:
         """The `kind` of each of `ranks`.
 
         Args:
+            kind: "begin", "written", "header" or "end".
+            deadline: of the save; a wait lasts no longer.
             patience_s: after the deadline, so that the coordinator can say which rank is late.
         Raises:
             CheckpointError: a rank failed, or did not report in time; it is named with its phase.

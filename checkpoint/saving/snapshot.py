@@ -68,6 +68,8 @@ class Snapshot:
 
         Args:
             items: in ascending order of `before`.
+            arena: no other save uses it meanwhile.
+            deadline: when the save is given up.
         """
         self._items = items
         self._arena = arena

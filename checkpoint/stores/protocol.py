@@ -105,7 +105,9 @@ def commit(
     before `latest` points to what replaces it.
 
     Args:
-        files: small files that are still to be written.
+        manifest: the bytes of manifest.json.
+        files: small files that are not written yet, by name.
+        retention: which older checkpoints stay.
     """
     for file, content in (files or {}).items():
         store.write(name, file, content)

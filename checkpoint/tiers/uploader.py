@@ -184,6 +184,7 @@ def retry(attempt: Callable[[], None], place: str, deadline: Deadline) -> None:
     """Write to a store again and again until that succeeds.
 
     Args:
+        attempt: may be called any number of times, and fail with any error.
         place: what is written, for the message.
     Raises:
         CheckpointError: not before the deadline; with the last reason.

@@ -20,6 +20,15 @@ from .protocol import (
     Handle as Handle,
     MembershipChange as MembershipChange,
 )
+from .tags import (
+    ACTIVATIONS as ACTIVATIONS,
+    BACKGROUND_TRANSFER as BACKGROUND_TRANSFER,
+    GATHERING as GATHERING,
+    REDUCTION as REDUCTION,
+    SHADOWING as SHADOWING,
+    STATE_TRANSFER as STATE_TRANSFER,
+    TagRange as TagRange,
+)
 from .watchdog import (
     silent_operations as silent_operations,
 )

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from holdfast.parallel.comm.flight_recorder import FlightRecorder
 from holdfast.parallel.comm.gloo_waits import WHOLE_BYTES, InterruptibleWait
-from holdfast.parallel.comm.p2p_collectives import RESERVED_TAG, lost
+from holdfast.parallel.comm.p2p_collectives import lost
 from holdfast.parallel.comm.protocol import AbortSignal
+from holdfast.parallel.comm.tags import BREAKING, HANDSHAKES
 from holdfast.parallel.errors import PeerLost
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
 
-_BREAKING_TAG = (1 << 31) - 1
-_GREETING_TAGS = 1 << 20
 _NOTHING = "-"
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 1e-4, 1e-2
 
@@ -300,7 +299,7 @@ class Connection:
     def _break(self, group: Any) -> None:
         """Give up a receive that nobody will answer: gloo closes the connection, freeing all waiters."""
         try:
-            never = group.recv([torch.empty(1)], self._peer_index, _BREAKING_TAG)
+            never = group.recv([torch.empty(1)], self._peer_index, BREAKING.tag(0))
             never.wait(timedelta(milliseconds=1))
         except RuntimeError as error:
             logger.debug("ended connection with rank %d in %s: %s", self.peer, self.name, error)
@@ -349,7 +348,7 @@ class Handshake:
     """Both sides tell each other that they have entered a generation and still have the connection."""
 
     def __init__(self, group: Any, peer_index: int, generation: int) -> None:
-        tag = RESERVED_TAG + generation % _GREETING_TAGS
+        tag = HANDSHAKES.wrapped(generation)
         self._group = group  # alive for as long as its works are waited for
         self._buffers = (torch.empty(1), torch.empty(1))
         self._works = (

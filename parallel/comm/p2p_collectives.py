@@ -15,12 +15,9 @@ from torch import Tensor
 
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, Operation
 from holdfast.parallel.comm.protocol import AbortSignal, Handle, ReduceOp
+from holdfast.parallel.comm.tags import COLLECTIVES
 from holdfast.parallel.errors import PeerLost
 
-COLLECTIVE_TAG = 1 << 30
-"""Collectives' messages have the tags from here to `RESERVED_TAG`."""
-RESERVED_TAG = COLLECTIVE_TAG + (1 << 20)
-"""From here on transports have tags for themselves."""
 SMALL_BYTES = 1 << 18
 """Up to here everybody sends everything to everybody: one round of messages instead of two."""
 DIRECT_MEMBERS: int = 8
@@ -166,7 +163,7 @@ class PairwiseCommunicator:
         return Handles(handles)
 
     def _next_tag(self) -> int:
-        tag = COLLECTIVE_TAG + self._collectives % (RESERVED_TAG - COLLECTIVE_TAG)
+        tag = COLLECTIVES.wrapped(self._collectives)
         self._collectives += 1
         return tag
 

@@ -16,12 +16,11 @@ from time import perf_counter
 
 import torch
 
-from holdfast.parallel.comm import Communicator, FlightRecorder, Handle
+from holdfast.parallel.comm import BACKGROUND_TRANSFER, Communicator, FlightRecorder, Handle
 from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
 from holdfast.parallel.optimizer.state_transfer import BlockState, pack, unpack
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 
-_BACKGROUND_TAG = 7 << 26
 _WINDOW = 2
 """Block transfers that a rank has on their way at once."""
 _PAUSE = -1
@@ -136,7 +135,7 @@ class BackgroundTransfer:
                 continue
             if sends and peer in advanced and self._stopping.is_set():
                 pause = torch.tensor([_PAUSE], dtype=torch.int64)
-                sent.append([self._comm.send(pause, peer, _BACKGROUND_TAG + 2 * number)])
+                sent.append([self._comm.send(pause, peer, BACKGROUND_TRANSFER.tag(2 * number))])
                 paused.add(peer)
                 continue
             if sends:
@@ -156,7 +155,7 @@ class BackgroundTransfer:
 
     def _send(self, number: int, transfer: BlockTransfer) -> list[Handle]:
         content, checksum = pack([self._read(key) for key in transfer.keys])
-        tag = _BACKGROUND_TAG + 2 * number
+        tag = BACKGROUND_TRANSFER.tag(2 * number)
         return [
             self._comm.send(checksum, transfer.target, tag),
             self._comm.send(content, transfer.target, tag + 1),
@@ -164,7 +163,7 @@ class BackgroundTransfer:
 
     def _receive(self, number: int, transfer: BlockTransfer) -> bool:
         """Whether the transfer came: else its source goes on with it after the vote."""
-        tag = _BACKGROUND_TAG + 2 * number
+        tag = BACKGROUND_TRANSFER.tag(2 * number)
         checksum = torch.empty(1, dtype=torch.int64)
         self._comm.receive(checksum, transfer.source, tag).wait()
         if int(checksum) == _PAUSE:

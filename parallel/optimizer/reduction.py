@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.parallel.comm import Communicator, Handle
+from holdfast.parallel.comm import GATHERING, REDUCTION, Communicator, Handle
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
 from holdfast.parallel.plan import Block, Plan
 
-_REDUCE_TAG = 1 << 28
-_GATHER_TAG = 1 << 29
 LONGEST_SPAN_ELEMENTS = 1 << 22
 """Spans are cut here, so that a receiver adds one part while the next one arrives."""
 
@@ -162,12 +160,12 @@ def reduce_to_owners(
             sums[first.start : first.stop], sums[second.start : second.stop]
         )
     sends = [
-        comm.send(sums[span.start : span.stop], peer, _REDUCE_TAG + number)
+        comm.send(sums[span.start : span.stop], peer, REDUCTION.tag(number))
         for peer in _from_next(reduction.outgoing, rank)
         for number, span in enumerate(reduction.outgoing[peer])
     ]
     arrivals = [
-        (peer, _REDUCE_TAG + number, span)
+        (peer, REDUCTION.tag(number), span)
         for peer in reversed(_from_next(reduction.incoming, rank))
         for number, span in enumerate(reduction.incoming[peer])
     ]
@@ -196,12 +194,12 @@ def gather_from_owners(
 ) -> None:
     """Bring every block's new value from its owner to all who hold it. Collective over holders."""
     receives = [
-        comm.receive(values[span.start : span.stop], peer, _GATHER_TAG + number)
+        comm.receive(values[span.start : span.stop], peer, GATHERING.tag(number))
         for peer in reversed(_from_next(reduction.outgoing, rank))
         for number, span in enumerate(reduction.outgoing[peer])
     ]
     sends = [
-        comm.send(values[span.start : span.stop], peer, _GATHER_TAG + number)
+        comm.send(values[span.start : span.stop], peer, GATHERING.tag(number))
         for peer in _from_next(reduction.incoming, rank)
         for number, span in enumerate(reduction.incoming[peer])
     ]

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.parallel.comm import Communicator, Handle
+from holdfast.parallel.comm import SHADOWING, Communicator, Handle
 from holdfast.parallel.optimizer.adamw import AdamWSettings, BlockUpdate, Fence, update_blocks
 from holdfast.parallel.optimizer.reduction import LONGEST_SPAN_ELEMENTS, Span
 from holdfast.parallel.plan import BlockKey, Plan
 
-_SHADOW_TAG = 3 << 27
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 """Kinds of a block's state: its master values, in the precision of the optimizer, and its moments."""
 
@@ -178,12 +177,12 @@ class ShadowState:
         """
         comm = self._comm
         handles: list[Handle] = [
-            comm.receive(self._gradients[span.start : span.stop], owner, _SHADOW_TAG + number)
+            comm.receive(self._gradients[span.start : span.stop], owner, SHADOWING.tag(number))
             for owner, spans in self._arriving.items()
             for number, span in enumerate(spans)
         ]
         handles += [
-            comm.send(gradients[span.start : span.stop], shadow, _SHADOW_TAG + number)
+            comm.send(gradients[span.start : span.stop], shadow, SHADOWING.tag(number))
             for shadow, spans in self._leaving.items()
             for number, span in enumerate(spans)
         ]

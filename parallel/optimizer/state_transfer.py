@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from holdfast import _native
-from holdfast.parallel.comm import Communicator, Handle
+from holdfast.parallel.comm import STATE_TRANSFER, Communicator, Handle
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 
-_MOVE_TAG = 5 << 26
 _WINDOW = 4
 """Messages under way at once, each way."""
 
@@ -58,7 +57,7 @@ def move_blocks(
             write(key, state)
 
     for number, transfer in mine:
-        tag = _MOVE_TAG + 2 * number
+        tag = STATE_TRANSFER.tag(2 * number)
         if len(under_way) >= _WINDOW:
             finish()
         if transfer.source == rank:

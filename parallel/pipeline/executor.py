@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from holdfast.parallel.comm import Communicator, Handle
+from holdfast.parallel.comm import ACTIVATIONS, Communicator, Handle
 from holdfast.parallel.offload import Offloader, SavedOfProgram
 from holdfast.parallel.schedules import RECEIVES, SENDS, Action, Op, Program, matching_receive
 
@@ -70,7 +70,7 @@ class _Posted:
 def message_tag(op: Op, chunk: int, micro_batch: int, micro_batches: int) -> int:
     """The tag of the message that a receive action waits for; unique within a step."""
     direction = 0 if op is Op.RECEIVE_FORWARD else 1
-    return (chunk * micro_batches + micro_batch) * 2 + direction
+    return ACTIVATIONS.tag((chunk * micro_batches + micro_batch) * 2 + direction)
 
 
 def receive_order(program: Program, peers: Mapping[int, Program], rank: int) -> dict[Action, int]:

@@ -1,0 +1,61 @@
+"""The tags of messages: one range for each kind, so that no message is taken for another kind's.
+
+A tag tells the messages between two ranks of one group apart. Within a kind the sender and the receiver number the
+messages alike, from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class TagRange:
+    """The tags of one kind of message: `first` up to before `stop`."""
+
+    kind: str
+    first: int
+    stop: int
+
+    def tag(self, number: int) -> int:
+        """The tag of the kind's message with this number.
+
+        Raises:
+            ValueError: the range has no such number; the messages of two kinds would be mixed up.
+        """
+        if not 0 <= number < self.stop - self.first:
+            raise ValueError(
+                f"message {number} of {self.kind}: there are tags for {self.stop - self.first} messages"
+            )
+        return self.first + number
+
+    def wrapped(self, number: int) -> int:
+        """The tag of a message whose number grows without limit; the range is used over and over."""
+        return self.first + number % (self.stop - self.first)
+
+
+ACTIVATIONS: Final = TagRange("activations and their gradients", 0, 1 << 28)
+REDUCTION: Final = TagRange("gradient sums on their way to owners", 1 << 28, 5 << 26)
+STATE_TRANSFER: Final = TagRange("optimizer state after a change of ranks", 5 << 26, 3 << 27)
+SHADOWING: Final = TagRange("reduced gradients on their way to shadows", 3 << 27, 7 << 26)
+BACKGROUND_TRANSFER: Final = TagRange("optimizer state beside steps", 7 << 26, 1 << 29)
+GATHERING: Final = TagRange("updated parameters on their way to holders", 1 << 29, 1 << 30)
+COLLECTIVES: Final = TagRange("the parts of collectives", 1 << 30, (1 << 30) + (1 << 20))
+HANDSHAKES: Final = TagRange(
+    "handshakes of transports", (1 << 30) + (1 << 20), (1 << 30) + (2 << 20)
+)
+BREAKING: Final = TagRange("a receive that ends a connection", (1 << 31) - 1, 1 << 31)
+
+RANGES: Final = (
+    ACTIVATIONS,
+    REDUCTION,
+    STATE_TRANSFER,
+    SHADOWING,
+    BACKGROUND_TRANSFER,
+    GATHERING,
+    COLLECTIVES,
+    HANDSHAKES,
+    BREAKING,
+)
+"""Every kind that is in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""

@@ -130,6 +130,10 @@ def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
     assert not events_of(tmp_path / "first", "checkpoint_failed")
     for step in remote:
         assert verify_checkpoint(uploaded / f"step-{step:08d}") == []
+    looked = ["verify", "s3://bucket/run"]
+    verified = ForkedCommand(looked, tmp_path / "verify.txt", server.environment)
+    assert verified.wait(timeout=90) == 0, verified.printed()
+    assert "s3://bucket/run/step-00000018: all " in verified.printed()
     # Another machine in another layout, which has nothing but the URL.
     shutil.rmtree(tmp_path / "first" / "checkpoints")
     second = make_config(train=train, parallel={"pipeline": 3}, checkpoint=checkpoint)

@@ -183,21 +183,21 @@ def _weight_files(
     piece_bytes: int,
 ) -> list[PlannedFile]:
     drafts = {tensor.name: _drafts(tensor, piece_bytes) for tensor in tensors}
-    homes = _homes(tensors, drafts, nodes)
-    shelves: list[list[SavedTensor]] = []
-    for node in sorted(set(homes.values())):
+    writing = _writing_nodes(tensors, drafts, nodes)
+    contents: list[list[SavedTensor]] = []
+    for node in sorted(set(writing.values())):
         size = LARGEST_FILE_BYTES + 1  # so that the first tensor begins a file, even if it is empty
         for tensor in tensors:
-            if homes[tensor.name] != node:
+            if writing[tensor.name] != node:
                 continue
             if size + tensor.entry.bytes > LARGEST_FILE_BYTES:
-                shelves.append([])
+                contents.append([])
                 size = 0
-            shelves[-1].append(tensor)
+            contents[-1].append(tensor)
             size += tensor.entry.bytes
-    flat = [draft for shelf in shelves for tensor in shelf for draft in drafts[tensor.name]]
+    flat = [draft for content in contents for tensor in content for draft in drafts[tensor.name]]
     near = _Nearby(nodes)
-    usable = [near.groups(draft.groups, homes[draft.tensor.name]) for draft in flat]
+    usable = [near.groups(draft.groups, writing[draft.tensor.name]) for draft in flat]
     # Leads stand for their groups, so that drafts with the same candidates are shared out evenly.
     chosen = assign_owners([p.bytes for p in flat], [found.leads for found in usable])
     placed: defaultdict[str, list[_Placed]] = defaultdict(list)
@@ -208,12 +208,12 @@ def _weight_files(
         placed[draft.tensor.name].append(_Placed(draft, writer, draft.sources(group)))
     return [
         _file(
-            f"model-{number + 1:05d}-of-{len(shelves):05d}.safetensors",
-            [item for tensor in shelf for item in placed[tensor.name]],
+            f"model-{number + 1:05d}-of-{len(contents):05d}.safetensors",
+            [item for tensor in content for item in placed[tensor.name]],
             entries,
             merge=True,
         )
-        for number, shelf in enumerate(shelves)
+        for number, content in enumerate(contents)
     ]
 
 
@@ -230,42 +230,42 @@ class _Nearby:
 
     def __init__(self, nodes: Sequence[int]) -> None:
         self._nodes = nodes
-        self._homes: dict[_Groups, frozenset[int]] = {}
+        self._complete: dict[_Groups, frozenset[int]] = {}
         self._groups: dict[tuple[_Groups, int], _Candidates] = {}
 
-    def homes(self, groups: _Groups) -> frozenset[int]:
+    def complete(self, groups: _Groups) -> frozenset[int]:
         """The nodes that have all of a piece."""
-        if groups not in self._homes:
+        if groups not in self._complete:
             found = ({self._nodes[rank] for rank in group} for group in groups)
-            self._homes[groups] = frozenset(n for here in found if len(here) == 1 for n in here)
-        return self._homes[groups]
+            self._complete[groups] = frozenset(n for here in found if len(here) == 1 for n in here)
+        return self._complete[groups]
 
-    def groups(self, groups: _Groups, home: int) -> _Candidates:
+    def groups(self, groups: _Groups, node: int) -> _Candidates:
         """The groups on a node; all where it has none."""
-        key = groups, home
+        key = groups, node
         if key not in self._groups:
-            there = [g for g in groups if all(self._nodes[rank] == home for rank in g)]
+            there = [g for g in groups if all(self._nodes[rank] == node for rank in g)]
             by_lead = {group[0]: group for group in there or groups}
             self._groups[key] = _Candidates(tuple(sorted(by_lead)), by_lead)
         return self._groups[key]
 
 
-def _homes(
+def _writing_nodes(
     tensors: Sequence[SavedTensor], drafts: Mapping[str, Sequence[_Draft]], nodes: Sequence[int]
 ) -> dict[str, int]:
     """The node that writes each tensor: the least loaded of those that have all of it."""
     near = _Nearby(nodes)
     loads: defaultdict[int, int] = defaultdict(int)
-    homes: dict[str, int] = {}
+    writing: dict[str, int] = {}
     for tensor in sorted(tensors, key=lambda t: (-t.entry.bytes, t.name)):
         ways = {draft.groups for draft in drafts[tensor.name]}
-        able = frozenset.intersection(*(near.homes(groups) for groups in ways))
+        able = frozenset.intersection(*(near.complete(groups) for groups in ways))
         # Where no node has all of a tensor, several write the file.
         candidates = able or {nodes[group[0]] for groups in ways for group in groups}
-        home = min(candidates, key=lambda node: (loads[node], node))
-        loads[home] += tensor.entry.bytes
-        homes[tensor.name] = home
-    return homes
+        chosen = min(candidates, key=lambda node: (loads[node], node))
+        loads[chosen] += tensor.entry.bytes
+        writing[tensor.name] = chosen
+    return writing
 
 
 def _box_files(

@@ -27,7 +27,7 @@ from holdfast.checkpoint.loading.read_plan import check_coverage, make_read_plan
 from holdfast.checkpoint.saving.write_plan import make_write_plan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
-from holdfast.trainer.step.saved_tensors import saved_tensors, wanted_boxes
+from holdfast.trainer.step.saved_tensors import saved_tensors, state_format, wanted_boxes
 
 T = TypeVar("T")
 MODEL = {
@@ -67,8 +67,8 @@ def main() -> None:
         return result
 
     before, after = config(8, 16, 24), config(8, 32, 8)
-    plan = plan_of(before)
-    tensors = timed("who holds what", lambda: saved_tensors(plan, "bf16"))
+    plan, form = plan_of(before), state_format(before)
+    tensors = timed("who holds what", lambda: saved_tensors(plan, form))
     nodes = [rank // 8 for rank in range(before.parallel.ranks)]
     write_plan = timed("write plan", lambda: make_write_plan(tensors, nodes))
     crcs = {
@@ -84,7 +84,7 @@ def main() -> None:
     again = timed("manifest read", lambda: decode_manifest(content, "manifest"))
     timed("coverage checked", lambda: check_coverage(again, "manifest"))
     target = plan_of(after)
-    boxes = timed("boxes of one rank", lambda: wanted_boxes(target, 77, "bf16"))
+    boxes = timed("boxes of one rank", lambda: wanted_boxes(target, 77, form))
     read = timed(
         "read plan of one rank",
         lambda: make_read_plan(again, {77: boxes}, load_bytes=32 << 20),

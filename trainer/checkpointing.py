@@ -40,6 +40,7 @@ from holdfast.trainer.step import (
     huggingface_files,
     renumbered,
     saved_tensors,
+    state_format,
     wanted_boxes,
     weights_only,
 )
@@ -153,7 +154,7 @@ class Checkpoints:
             training = self._training
             tensors = saved_tensors(
                 training.plan,
-                training.config.train.precision,
+                state_format(training.config),
                 from_shadows=training.saves_from_shadows,
             )
             nodes = self._manager.members.nodes
@@ -344,7 +345,7 @@ class Checkpoints:
             checkpoint_at(place), name, self._prepare, check=training.groups.signal.check
         )
         self._check_data(manifest, place)
-        if not has_state(manifest):
+        if not has_state(manifest, state_format(self._training.config)):
             training.optimizer.restart()
             return 0
         training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
@@ -352,16 +353,16 @@ class Checkpoints:
 
     def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
         """Where the tensors of a checkpoint go; weights alone where it has no more."""
-        plan, precision = self._training.plan, self._training.config.train.precision
+        plan, form = self._training.plan, state_format(self._training.config)
         wanted = {
-            peer: wanted_boxes(plan, self._ranks[peer], precision)
+            peer: wanted_boxes(plan, self._ranks[peer], form)
             for peer in self._manager.members.neighbours
         }
         targets = self._state.targets()
-        if has_state(manifest):
+        if has_state(manifest, form):
             return targets, wanted
-        wanted = {peer: weights_only(boxes, manifest) for peer, boxes in wanted.items()}
-        return weights_only(targets, manifest), wanted
+        wanted = {peer: weights_only(boxes, manifest, form) for peer, boxes in wanted.items()}
+        return weights_only(targets, manifest, form), wanted
 
     def _check_data(self, manifest: Manifest, place: str) -> None:
         saved = manifest.scalars.get("data_fingerprint")

@@ -3,29 +3,38 @@ from .accumulator import (
     OUT_OF_RANGE as OUT_OF_RANGE,
     GradientAccumulator as GradientAccumulator,
 )
-from .adamw import (
-    AdamWSettings as AdamWSettings,
-    Fence as Fence,
-)
 from .background_transfer import (
     BackgroundTransfer as BackgroundTransfer,
+)
+from .fence import (
+    BlockNumbers as BlockNumbers,
+    Fence as Fence,
 )
 from .parameter_buffer import (
     ParameterBuffer as ParameterBuffer,
     Segment as Segment,
 )
+from .registry import (
+    OPTIMIZERS as OPTIMIZERS,
+)
+from .rule import (
+    MASTER as MASTER,
+    OptimizerRule as OptimizerRule,
+    StateFormat as StateFormat,
+)
 from .shadow_state import (
-    STATE_KINDS as STATE_KINDS,
     ShadowedBlock as ShadowedBlock,
     ShadowState as ShadowState,
 )
 from .sharded import (
-    ShardedAdamW as ShardedAdamW,
+    ShardedOptimizer as ShardedOptimizer,
     clipping_factor as clipping_factor,
     norm_from_squares as norm_from_squares,
 )
 from .state_transfer import (
+    move_blocks as move_blocks,
+)
+from .transfer_messages import (
     BlockState as BlockState,
     carried_bytes as carried_bytes,
-    move_blocks as move_blocks,
 )

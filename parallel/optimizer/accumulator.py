@@ -185,6 +185,30 @@ class GradientAccumulator:
         total.add_(other)
         return 0
 
+    def read(self, start: int, stop: int, gradient: Tensor) -> float:
+        """Write elements [start, stop) of complete sums to `gradient` as floats.
+
+        Args:
+            gradient: float32 or float64 [stop - start], contiguous.
+        Returns:
+            The sum of squares, in float64.
+        """
+        sums = self.sums[start:stop]
+        double = gradient.dtype == torch.float64
+        if gradient.device.type != "cpu":
+            if self.exact:
+                torch.mul(sums.double(), 2.0**-self.fraction_bits, out=gradient)
+            else:
+                gradient.copy_(sums)
+            return float(gradient.double().square().sum())
+        pointers = (sums.data_ptr(), gradient.data_ptr(), gradient.numel())
+        if self.exact:
+            convert = _native.reduce_convert_f64 if double else _native.reduce_convert_f32
+            return convert(*pointers, self.fraction_bits)
+        gradient.copy_(sums)
+        squares = _native.sum_squares_f64 if double else _native.sum_squares_f32
+        return squares(gradient.data_ptr(), gradient.numel())
+
     def _add_exact(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         view = self._views[parameter]
         if view.device.type == "cpu":

@@ -1,29 +1,19 @@
-"""AdamW on blocks: the one update that owners and shadows apply, so that both get the same bits.
+"""AdamW (Loshchilov and Hutter 2019) by torch's fused kernel. Importing it needs no torch.
 
-torch's fused kernel (Loshchilov and Hutter 2019). It is elementwise: how blocks are grouped is all one.
-Exact-mode safe. Local.
+The kernel is elementwise: grouping of blocks does not affect the result. Exact-mode safe. Local.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from holdfast.parallel.optimizer.rule import BlockUpdate, OptimizerRule, StateKind
 
-
-class Fence(Protocol):
-    """What protects state that somebody still copies."""
-
-    def __call__(self, number: int) -> int:
-        """Return once block `number` may change (the count of all: whatever else this rank holds).
-
-        Returns:
-            The highest number that may change as well.
-        """
-        ...
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +25,15 @@ class AdamWSettings:
     weight_decay: float
 
 
-@dataclass(frozen=True, slots=True)
-class BlockUpdate:
-    """What the kernel takes of one block: flat tensors of equal length and dtype."""
-
-    master: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    decays: bool
+def _settings(section: Any) -> AdamWSettings:
+    """From the `[optimizer]` section, which has fields of these names."""
+    betas = (section.betas[0], section.betas[1])
+    return AdamWSettings(betas, section.eps, section.weight_decay)
 
 
-def update_blocks(
+def _update_blocks(
     updates: Sequence[BlockUpdate], step: Tensor, lr: float, settings: AdamWSettings
 ) -> None:
-    """One step of AdamW on every block, in place.
-
-    Args:
-        step: float32 scalar, the number of this update, counted from 1.
-    """
     for decays in (True, False):
         _update([u for u in updates if u.decays == decays], step, lr, settings)
 
@@ -61,13 +41,15 @@ def update_blocks(
 def _update(
     updates: Sequence[BlockUpdate], step: Tensor, lr: float, settings: AdamWSettings
 ) -> None:
+    import torch
+
     if not updates:
         return
     torch._fused_adamw_(
         [u.master for u in updates],
         [u.gradient for u in updates],
-        [u.exp_avg for u in updates],
-        [u.exp_avg_sq for u in updates],
+        [u.state[0] for u in updates],
+        [u.state[1] for u in updates],
         [],
         [step] * len(updates),
         amsgrad=False,
@@ -78,3 +60,29 @@ def _update(
         eps=settings.eps,
         maximize=False,
     )
+
+
+def _reference(
+    groups: Sequence[tuple[list[nn.Parameter], bool]], settings: AdamWSettings
+) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": settings.weight_decay if decays else 0.0}
+            for parameters, decays in groups
+        ],
+        lr=0.0,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+
+
+ADAMW = OptimizerRule(
+    name="adamw",
+    kinds=(StateKind("exp_avg"), StateKind("exp_avg_sq")),
+    settings=_settings,
+    update_blocks=_update_blocks,
+    reference=_reference,
+)
+"""Loshchilov and Hutter 2019: two moments."""

@@ -14,17 +14,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-import torch
-
 from holdfast.parallel.comm import BACKGROUND_TRANSFER, Communicator, FlightRecorder, Handle
-from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
-from holdfast.parallel.optimizer.state_transfer import BlockState, pack, unpack
+from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.transfer_messages import BlockMessages, BlockState, is_pause
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 
 _WINDOW = 2
 """Block transfers that a rank has on their way at once."""
-_PAUSE = -1
-"""In place of a checksum: no more of this stream before the vote."""
 
 
 def in_turn(block_transfers: Sequence[BlockTransfer]) -> list[BlockTransfer]:
@@ -53,7 +49,7 @@ class BackgroundTransfer:
         read: Callable[[BlockKey], BlockState],
         write: Callable[[BlockKey, BlockState], None],
         *,
-        dtype: torch.dtype,
+        form: StateFormat,
         recorder: FlightRecorder,
     ) -> None:
         """Local.
@@ -65,8 +61,9 @@ class BackgroundTransfer:
             read: a held block's state.
             write: takes in a block's state, in CPU memory that is not used again.
         """
-        self._rank, self._comm, self._recorder = rank, comm, recorder
-        self._read, self._write, self._dtype = read, write, dtype
+        self._rank, self._recorder = rank, recorder
+        self._messages = BlockMessages(comm, form, BACKGROUND_TRANSFER)
+        self._read, self._write = read, write
         self._left = [
             (n, p) for n, p in enumerate(in_turn(block_transfers)) if rank in (p.source, p.target)
         ]
@@ -134,12 +131,11 @@ class BackgroundTransfer:
             if peer in paused:
                 continue
             if sends and peer in advanced and self._stopping.is_set():
-                pause = torch.tensor([_PAUSE], dtype=torch.int64)
-                sent.append([self._comm.send(pause, peer, BACKGROUND_TRANSFER.tag(2 * number))])
+                sent.append([self._messages.send_pause(number, peer)])
                 paused.add(peer)
                 continue
             if sends:
-                sent.append(self._send(number, transfer))
+                sent.append(self._messages.send(number, transfer, self._read))
                 if len(sent) > _WINDOW:
                     _wait(sent.popleft())
             elif not self._receive(number, transfer):
@@ -153,24 +149,15 @@ class BackgroundTransfer:
             _wait(handles)
         self._left = [(n, p) for n, p in self._left if n not in done]
 
-    def _send(self, number: int, transfer: BlockTransfer) -> list[Handle]:
-        content, checksum = pack([self._read(key) for key in transfer.keys])
-        tag = BACKGROUND_TRANSFER.tag(2 * number)
-        return [
-            self._comm.send(checksum, transfer.target, tag),
-            self._comm.send(content, transfer.target, tag + 1),
-        ]
-
     def _receive(self, number: int, transfer: BlockTransfer) -> bool:
         """Whether the transfer came: else its source goes on with it after the vote."""
-        tag = BACKGROUND_TRANSFER.tag(2 * number)
-        checksum = torch.empty(1, dtype=torch.int64)
-        self._comm.receive(checksum, transfer.source, tag).wait()
-        if int(checksum) == _PAUSE:
+        handle, checksum = self._messages.receive_checksum(number, transfer)
+        handle.wait()
+        if is_pause(checksum):
             return False
-        content = torch.empty(len(STATE_KINDS) * sum(transfer.sizes), dtype=self._dtype)
-        self._comm.receive(content, transfer.source, tag + 1).wait()
-        for key, state in unpack(transfer, content, int(checksum)):
+        handle, content = self._messages.receive_content(number, transfer)
+        handle.wait()
+        for key, state in self._messages.unpacked(transfer, content, checksum):
             self._write(key, state)
         return True
 

@@ -143,6 +143,40 @@ def _from_next(peers: Mapping[int, tuple[Span, ...]], rank: int) -> list[int]:
     return sorted(peers, key=lambda peer: (peer <= rank, peer))
 
 
+def summed_segments(buffer: ParameterBuffer) -> tuple[Segment, ...]:
+    """The segments whose gradients tensor-parallel copies add up. Pure."""
+    return tuple(segment for segment in buffer.segments if segment.spec.sum_over_copies)
+
+
+def sum_over_tensor_copies(
+    buffer: ParameterBuffer, accumulator: GradientAccumulator, tensor: Communicator
+) -> int:
+    """Add the partial gradients of tensor-parallel copies, in member order: equal on each copy.
+
+    Collective over `tensor`.
+
+    Returns:
+        Flags raised while adding (integer overflow).
+    """
+    segments = summed_segments(buffer) if tensor.size > 1 else ()
+    if not segments:
+        return 0
+    sums = accumulator.sums
+    mine = torch.cat([buffer.view(sums, segment).reshape(-1) for segment in segments])
+    parts = [torch.empty_like(mine) for _ in range(tensor.size)]
+    tensor.all_gather(parts, mine).wait()
+    flags, start = 0, 0
+    for segment in segments:
+        stop = start + segment.spec.elements
+        copies = [parts[index][start:stop] for index in segment.spec.tensor_copies]
+        total = copies[0].clone()
+        for part in copies[1:]:
+            flags |= accumulator.add_to(total, part)
+        buffer.view(sums, segment).copy_(total.view(segment.spec.box.shape))
+        start = stop
+    return flags
+
+
 def reduce_to_owners(
     reduction: ReductionPlan, accumulator: GradientAccumulator, rank: int, comm: Communicator
 ) -> int:

@@ -1,24 +1,26 @@
 """Shadows: copies of other ranks' optimizer blocks that follow every update, so that a rank can be lost.
 
-Owners send the reduced gradients of a step before its vote; a shadow then applies the same update to its
-copy, and holds value and moments of the block at every step that is committed. Copies may lie in host memory: they
-are then updated through a small buffer on the device, by the kernel that their owner uses. Exact-mode safe.
+Owners send the reduced gradients of a step before its vote. A shadow then applies the same update to
+its copy, so it holds the state of the block after every step that is committed. Copies may lie in host
+memory: they are updated through a small buffer on the device, by the kernel that their owner uses.
+Exact-mode safe.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from holdfast.parallel.comm import SHADOWING, Communicator, Handle
-from holdfast.parallel.optimizer.adamw import AdamWSettings, BlockUpdate, Fence, update_blocks
+from holdfast.parallel.optimizer.fence import Fence
+from holdfast.parallel.optimizer.owned_state import block_update
 from holdfast.parallel.optimizer.reduction import LONGEST_SPAN_ELEMENTS, Span
+from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
 from holdfast.parallel.plan import BlockKey, Plan
-
-STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
-"""Kinds of a block's state: its master values, in the precision of the optimizer, and its moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,69 @@ def shadow_spans(plan: Plan, owner: int) -> dict[int, tuple[Span, ...]]:
     return {rank: tuple(found) for rank, found in sorted(spans.items())}
 
 
+@dataclass(frozen=True, slots=True)
+class ShadowCopies:
+    """The tensors of shadowed blocks, flat in the order of `blocks`: [elements of all of them].
+
+    A change of plan that leaves a rank the blocks it shadows leaves it these tensors.
+    """
+
+    blocks: tuple[ShadowedBlock, ...]
+    step: Tensor
+    """float32 scalar on the device: how many updates have been applied."""
+    gradients: Tensor
+    """On the device."""
+    kinds: Mapping[str, Tensor]
+    """The `held` kinds, on the device or in host memory."""
+    rounded: Tensor | None
+    """The masters as parameters, where these have fewer bits and are saved from here."""
+
+    @classmethod
+    def new(
+        cls,
+        blocks: tuple[ShadowedBlock, ...],
+        form: StateFormat,
+        device: torch.device,
+        *,
+        in_host_memory: bool,
+    ) -> ShadowCopies:
+        """Copies that are zero until they are filled; page-locked in host memory beside a GPU."""
+        elements = blocks[-1].stop if blocks else 0
+        place = torch.device("cpu") if in_host_memory else device
+        pinned = in_host_memory and device.type == "cuda"
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(elements, dtype=dtype, device=place, pin_memory=pinned)
+
+        rounds = in_host_memory and form.precision.has_master
+        return cls(
+            blocks,
+            step=torch.zeros((), dtype=torch.float32, device=device),
+            gradients=torch.zeros(elements, dtype=form.dtype, device=device),
+            kinds={kind: zeros(form.dtype) for kind in form.held},
+            rounded=zeros(form.precision.dtype) if rounds else None,
+        )
+
+    def carried_on(self, blocks: tuple[ShadowedBlock, ...]) -> ShadowCopies | None:
+        """The same tensors for the next plan, if it has the same blocks; the step counter is a copy."""
+        return replace(self, step=self.step.clone()) if blocks == self.blocks else None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copies, gradients included."""
+        held = sum(values.nbytes for values in self.kinds.values())
+        return self.gradients.nbytes + held + (0 if self.rounded is None else self.rounded.nbytes)
+
+    def update_of(
+        self, form: StateFormat, block: ShadowedBlock, kinds: Mapping[str, Tensor], start: int
+    ) -> BlockUpdate:
+        """One block's update, with its state at `start` of the tensors given."""
+        stop = start + block.stop - block.start
+        state = {kind: values[start:stop] for kind, values in kinds.items()}
+        gradient = self.gradients[block.start : block.stop]
+        return block_update(form, state, gradient, decays=block.decays)
+
+
 class ShadowState:
     """The copies of one rank, and what it sends to the shadows of its own blocks."""
 
@@ -76,114 +141,94 @@ class ShadowState:
         plan: Plan,
         rank: int,
         *,
-        dtype: torch.dtype,
         device: torch.device,
         comm: Communicator,
-        settings: AdamWSettings,
+        form: StateFormat,
+        settings: Any,
         in_host_memory: bool = False,
-        weight_dtype: torch.dtype | None = None,
-        before: ShadowState | None = None,
+        before: ShadowCopies | None = None,
     ) -> None:
         """Local. The copies are zero until they are filled.
 
         Args:
+            form: the rule and what it keeps; `settings` are the rule's constants.
             in_host_memory: keep the copies there, page-locked beside a GPU; gradients stay on the device.
-            weight_dtype: of the parameters, where they are to be saved from copies in host memory.
-        before: of the plan before; where the same blocks are shadowed its copies are taken over.
+            before: of the plan before; its tensors are taken over where the same blocks are shadowed.
         """
         self.blocks = shadowed_blocks(plan, rank)
-        self._comm, self._settings = comm, settings
+        self._comm, self._form, self._settings = comm, form, settings
         self.in_host_memory = in_host_memory
         self.fence: Fence | None = None
-        """Asked before a block changes, by its place in `blocks`, where somebody copies it meanwhile."""
-        self._leaving = shadow_spans(plan, rank)
-        self._arriving: dict[int, list[Span]] = {}
-        start = 0
-        for owner in dict.fromkeys(block.owner for block in self.blocks):
-            for span in shadow_spans(plan, owner)[rank]:
-                stop = start + span.stop - span.start
-                self._arriving.setdefault(owner, []).append(Span(start, stop))
-                start = stop
-        elements = self.blocks[-1].stop if self.blocks else 0
-        self._step = torch.zeros((), dtype=torch.float32, device=device)
-        self._state: dict[str, Tensor]
-        self._rounded: Tensor | None = None
-        """The values as parameters, where these have fewer bits and are saved from here."""
-        if before is not None and before.blocks == self.blocks:
-            self._gradients, self._state = before._gradients, before.state
-            self._rounded = before._rounded
-            self._step.copy_(before._step)
-        else:
-            self._gradients = torch.zeros(elements, dtype=dtype, device=device)
-            place = torch.device("cpu") if in_host_memory else device
-            pinned = in_host_memory and device.type == "cuda"
-            self._state = {
-                kind: torch.zeros(elements, dtype=dtype, device=place, pin_memory=pinned)
-                for kind in STATE_KINDS
-            }
-            if in_host_memory and weight_dtype not in (None, dtype):
-                self._rounded = torch.zeros(
-                    elements, dtype=weight_dtype, device=place, pin_memory=pinned
-                )
+        """Asked before a block changes, by its position in `blocks`, while a snapshot copies."""
+        self._outgoing = shadow_spans(plan, rank)
+        self._incoming = _incoming_spans(plan, rank, self.blocks)
+        carried = before.carried_on(self.blocks) if before is not None else None
+        self._copies = carried or ShadowCopies.new(
+            self.blocks, form, device, in_host_memory=in_host_memory
+        )
         self._staged: dict[str, Tensor] | None = None
         """On the device, of the largest block's size; where copies lie in host memory."""
         if in_host_memory:
             largest = max((block.stop - block.start for block in self.blocks), default=0)
             self._staged = {
-                kind: torch.empty(largest, dtype=dtype, device=device) for kind in STATE_KINDS
+                kind: torch.empty(largest, dtype=form.dtype, device=device) for kind in form.held
             }
         self._updates = [
-            self._update_of(block, self._state, block.start)
+            self._copies.update_of(form, block, self._copies.kinds, block.start)
             for block in (self.blocks if self._staged is None else ())
         ]
         self._copied: torch.cuda.Event | None = None
         """When the last update has reached host memory."""
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """By kind, flat, in the order of `blocks`."""
+    def copies(self) -> ShadowCopies:
+        """The tensors of the shadowed blocks, once the last update has reached them."""
         copied = self._copied  # also asked for by threads that copy state beside a step
         if copied is not None:
             copied.synchronize()
             self._copied = None
-        return self._state
+        return self._copies
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """By kind (`form.held`), flat, in the order of `blocks`."""
+        return self.copies.kinds
+
+    def block_state(self, block: ShadowedBlock) -> dict[str, Tensor]:
+        """One block's live state by kind (`form.held`), flat."""
+        return {kind: values[block.start : block.stop] for kind, values in self.state.items()}
 
     @property
     def weights(self) -> Tensor:
         """The parameters of `blocks` in host memory, flat, with the bits that their owners' have."""
-        values = self.state["master"]
-        return values if self._rounded is None else self._rounded
+        copies = self.copies
+        return copies.kinds[MASTER] if copies.rounded is None else copies.rounded
 
     def round_weights(self, block: ShadowedBlock) -> None:
-        """Have `weights` follow the block's values, once these have been written."""
-        if self._rounded is not None:
+        """Make `weights` follow the block's master values, once these have been written."""
+        copies = self.copies
+        if copies.rounded is not None:
             here = slice(block.start, block.stop)
-            self._rounded[here].copy_(self.state["master"][here])
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the copies, gradients included."""
-        rounded = 0 if self._rounded is None else self._rounded.nbytes
-        return 4 * self._gradients.nbytes + rounded
+            copies.rounded[here].copy_(copies.kinds[MASTER][here])
 
     def restore(self, step: int) -> None:
         """Go on from `step` updates, once `state` has been filled."""
-        self._step.fill_(step)
+        self._copies.step.fill_(step)
 
     def exchange(self, gradients: Tensor) -> None:
         """Send the owned gradients (flat) to their shadows, receive those of what is shadowed here.
 
         Collective over owners and their shadows; after it a rank may vote.
         """
-        comm = self._comm
+        comm, mine = self._comm, self._copies.gradients
         handles: list[Handle] = [
-            comm.receive(self._gradients[span.start : span.stop], owner, SHADOWING.tag(number))
-            for owner, spans in self._arriving.items()
+            comm.receive(mine[span.start : span.stop], owner, SHADOWING.tag(number))
+            for owner, spans in self._incoming.items()
             for number, span in enumerate(spans)
         ]
         handles += [
             comm.send(gradients[span.start : span.stop], shadow, SHADOWING.tag(number))
-            for shadow, spans in self._leaving.items()
+            for shadow, spans in self._outgoing.items()
             for number, span in enumerate(spans)
         ]
         for handle in handles:
@@ -193,39 +238,50 @@ class ShadowState:
         """Apply the step that was voted for. Local."""
         if not self.blocks:
             return
+        copies = self.copies
         if factor != 1.0:
-            self._gradients.mul_(factor)
-        self._step += 1
-        if self._staged is None:
-            if self.fence is not None:
-                self.fence(len(self.blocks) - 1)
-            update_blocks(self._updates, self._step, lr, self._settings)
+            copies.gradients.mul_(factor)
+        copies.step.add_(1)
+        if self._staged is not None:
+            self._update_through(self._staged, copies, lr)
             return
-        state = self.state
+        if self.fence is not None:
+            self.fence(len(self.blocks) - 1)
+        self._form.rule.update_blocks(self._updates, copies.step, lr, self._settings)
+
+    def _update_through(
+        self, staged: Mapping[str, Tensor], copies: ShadowCopies, lr: float
+    ) -> None:
+        """Update copies in host memory block by block, through device memory."""
         for number, block in enumerate(self.blocks):
             if self.fence is not None:
                 self.fence(number)
             here, size = slice(block.start, block.stop), block.stop - block.start
-            for kind, staged in self._staged.items():
-                staged[:size].copy_(state[kind][here], non_blocking=True)
-            update = self._update_of(block, self._staged, 0)
-            update_blocks((update,), self._step, lr, self._settings)
-            for kind, staged in self._staged.items():
-                state[kind][here].copy_(staged[:size], non_blocking=True)
-            if self._rounded is not None:
-                values = self._staged["master"][:size].to(self._rounded.dtype)
-                self._rounded[here].copy_(values, non_blocking=True)
-        if self._gradients.device.type == "cuda":
+            for kind, values in staged.items():
+                values[:size].copy_(copies.kinds[kind][here], non_blocking=True)
+            update = copies.update_of(self._form, block, staged, 0)
+            self._form.rule.update_blocks((update,), copies.step, lr, self._settings)
+            for kind, values in staged.items():
+                copies.kinds[kind][here].copy_(values[:size], non_blocking=True)
+            if copies.rounded is not None:
+                parameters = staged[MASTER][:size].to(copies.rounded.dtype)
+                copies.rounded[here].copy_(parameters, non_blocking=True)
+        if copies.gradients.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def _update_of(self, block: ShadowedBlock, state: dict[str, Tensor], start: int) -> BlockUpdate:
-        """One block's update, its state lying at `start` of the tensors given."""
-        there = slice(start, start + block.stop - block.start)
-        return BlockUpdate(
-            state["master"][there],
-            self._gradients[block.start : block.stop],
-            state["exp_avg"][there],
-            state["exp_avg_sq"][there],
-            block.decays,
-        )
+
+def _incoming_spans(
+    plan: Plan, rank: int, blocks: Sequence[ShadowedBlock]
+) -> dict[int, tuple[Span, ...]]:
+    """Owner rank -> where its gradients come to in the flat gradients of the shadowed blocks. Pure."""
+    incoming: dict[int, tuple[Span, ...]] = {}
+    start = 0
+    for owner in dict.fromkeys(block.owner for block in blocks):
+        mine = []
+        for span in shadow_spans(plan, owner)[rank]:
+            stop = start + span.stop - span.start
+            mine.append(Span(start, stop))
+            start = stop
+        incoming[owner] = tuple(mine)
+    return incoming

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.plan.plan import Plan
-from holdfast.parallel.precision import PRECISIONS
+from holdfast.parallel.precision import Precision
 from holdfast.parallel.schedules import Action, Op, Timeline, peak_in_flight, simulate
 
 _BACKWARD_SHARE = {
@@ -26,7 +26,7 @@ class RankMemory:
     gradients: int
     """The accumulator: int64 in exact mode."""
     optimizer: int
-    """Moments, reduced gradients and, in bf16, master weights of the blocks this rank owns."""
+    """Reduced gradients and the optimizer's kinds of state of the blocks that this rank owns."""
     activations: int
     """At the fullest moment of a step."""
 
@@ -74,7 +74,7 @@ def _message_bytes(plan: Plan, send: Action) -> int:
     return plan.layers[plan.layers_of(producer)[-1]].output_bytes
 
 
-def exchange_bytes(plan: Plan, rank: int, *, precision: str, exact: bool) -> float:
+def exchange_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool) -> float:
     """What a rank sends to its replicas in a step: gradient sums to owners, parameters from owners.
 
     With balanced owners each is (D - 1) / D of what the rank holds, for D replicas.
@@ -83,14 +83,14 @@ def exchange_bytes(plan: Plan, rank: int, *, precision: str, exact: bool) -> flo
     if place is None:
         return 0.0
     replicas = plan.stage_replicas.replicas(place.pipeline)
-    memory = rank_memory(plan, rank, precision=precision, exact=exact)
-    return (memory.gradients + memory.parameters) * (replicas - 1) / replicas
+    element_bytes = precision.bytes + _gradient_bytes(precision, exact)
+    return held_elements(plan, rank) * element_bytes * (replicas - 1) / replicas
 
 
 def step_time_s(
     plan: Plan,
     *,
-    precision: str,
+    precision: Precision,
     exact: bool,
     flops_per_s: float,
     link_bytes_per_s: float,
@@ -127,30 +127,40 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
     return int(peak_in_flight(plan.program(rank), size=chunk_bytes.__getitem__))
 
 
-def rank_memory(plan: Plan, rank: int, *, precision: str, exact: bool) -> RankMemory:
-    """The memory of one rank. Pure.
-
-    Args:
-        precision: a name of `PRECISIONS`.
-        exact: whether gradients are summed as int64.
-    """
+def held_elements(plan: Plan, rank: int) -> int:
+    """Parameters that a rank holds, in all of its chunks."""
     index = plan.stage_replicas.tensor_index(rank)
-    held = sum(
+    return sum(
         layer_elements(plan.layers[layer], index)
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
     )
+
+
+def _gradient_bytes(precision: Precision, exact: bool) -> int:
+    return 8 if exact else precision.state.bytes
+
+
+def rank_memory(
+    plan: Plan, rank: int, *, precision: Precision, copies: int, exact: bool
+) -> RankMemory:
+    """The memory of one rank. Pure.
+
+    Args:
+        copies: values per owned parameter that the optimizer keeps, its reduced gradient included.
+        exact: whether gradients are summed as int64.
+    """
+    index = plan.stage_replicas.tensor_index(rank)
+    held = held_elements(plan, rank)
     owned = sum(
         block.elements
         for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True)
         if owner == rank
     )
-    kept = PRECISIONS[precision]
-    copies = 3 + kept.has_master
     return RankMemory(
-        parameters=held * kept.bytes,
-        gradients=held * (8 if exact else kept.state.bytes),
-        optimizer=owned * kept.state.bytes * copies,
+        parameters=held * precision.bytes,
+        gradients=held * _gradient_bytes(precision, exact),
+        optimizer=owned * precision.state.bytes * copies,
         activations=peak_activation_bytes(plan, rank),
     )
 

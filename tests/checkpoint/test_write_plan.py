@@ -14,7 +14,7 @@ from holdfast.checkpoint.saving.write_plan import make_write_plan
 from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout.boxes import Box
 from holdfast.trainer.step.planning import plan_of
-from holdfast.trainer.step.saved_tensors import saved_tensors, wanted_boxes
+from holdfast.trainer.step.saved_tensors import saved_tensors, state_format, wanted_boxes
 from support.runs.small_runs import make_config
 
 
@@ -70,7 +70,7 @@ def test_every_byte_is_written_once_by_a_rank_that_has_it(
     # A tensor-parallel group that spans nodes leaves no node with whole weights.
     per_node = max(ranks_per_node, tensor)
     nodes = [rank // per_node for rank in range(config.parallel.ranks)]
-    tensors = saved_tensors(plan, precision)
+    tensors = saved_tensors(plan, state_format(config))
     made = make_write_plan(tensors, nodes)
     _check(made, tensors, nodes)
     element = 2 if precision == "bf16" else 4
@@ -83,7 +83,7 @@ def test_bytes_are_even_over_the_replicas_of_a_stage() -> None:
     config = make_config(
         model={"hidden": 64, "layers": 6}, parallel={"data": 4}, optimizer={"block_elements": 256}
     )
-    made = make_write_plan(saved_tensors(plan_of(config), "fp32"), [0, 0, 0, 0])
+    made = make_write_plan(saved_tensors(plan_of(config), state_format(config)), [0, 0, 0, 0])
     written = made.written_bytes()
     assert max(written.values()) / (sum(written.values()) / 4) < 1.02
 
@@ -91,7 +91,7 @@ def test_bytes_are_even_over_the_replicas_of_a_stage() -> None:
 def test_a_file_of_weights_belongs_to_one_node_where_one_has_it_all() -> None:
     config = make_config(parallel={"data": 4, "pipeline": 2})
     nodes = [0, 0, 1, 1, 2, 2, 3, 3]
-    tensors = saved_tensors(plan_of(config), "fp32")
+    tensors = saved_tensors(plan_of(config), state_format(config))
     made = make_write_plan(tensors, nodes)
     _check(made, tensors, nodes)
     weights = [file for file in made.files if file.name.startswith("model-")]
@@ -136,11 +136,12 @@ def test_what_a_rank_wants_is_what_its_parameters_and_blocks_are() -> None:
     config = make_config(
         model={"heads": 4, "kv_heads": 4, "tie_embeddings": True},
         parallel={"tensor": 2, "data": 2, "pipeline": 3},
+        train={"precision": "bf16"},
     )
     plan = plan_of(config)
     parameters, owned = plan.parameter_layout(), plan.optimizer_layout()
     for rank in range(config.parallel.ranks):
-        wanted = wanted_boxes(plan, rank, "bf16")
+        wanted = wanted_boxes(plan, rank, state_format(config))
         weights = {n: set(b) for n, b in wanted.items() if n.startswith(("model.", "lm_head"))}
         assert weights == {n: set(b) for n, b in parameters.holdings[rank].items()}
         for kind in ("master", "exp_avg", "exp_avg_sq"):

@@ -17,7 +17,7 @@ from holdfast.parallel.plan.cost import rank_memory
 from holdfast.parallel.precision import PRECISIONS, Precision, precision_of
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.step.planning import plan_of
-from holdfast.trainer.step.saved_tensors import saved_tensors
+from holdfast.trainer.step.saved_tensors import saved_tensors, state_format
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config
 
@@ -61,13 +61,14 @@ def test_a_configuration_may_name_what_the_registry_has() -> None:
 
 def test_another_precision_is_saved_and_estimated_by_its_entry() -> None:
     with half_precision():
-        plan = plan_of(half_config())
-        dtypes = {tensor.kind: tensor.dtype for tensor in saved_tensors(plan, HALF.name)}
-        memory = rank_memory(plan, 0, precision=HALF.name, exact=True)
+        config = half_config()
+        plan, form = plan_of(config), state_format(config)
+        dtypes = {tensor.kind: tensor.dtype for tensor in saved_tensors(plan, form)}
+        memory = rank_memory(plan, 0, precision=HALF, copies=form.copies, exact=True)
     assert dtypes["weight"] == "F16"
     assert {dtypes[kind] for kind in dtypes if kind != "weight"} == {"F32"}
     assert "master" in dtypes
-    assert memory == rank_memory(plan, 0, precision="bf16", exact=True)
+    assert memory == rank_memory(plan, 0, precision=PRECISIONS["bf16"], copies=4, exact=True)
 
 
 def train_in_half(rank: int, world_size: int, store: Store, *, data: int) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from holdfast.parallel.layout import ParameterSpec
+from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.pipeline import MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
@@ -16,12 +17,12 @@ from holdfast.trainer.step import rate_of
 
 
 def run_reference(config: RunConfig) -> RankCapture:
-    """Train `config.train.steps` steps in this process: autograd, clip_grad_norm_, torch.optim.AdamW.
+    """Train `config.train.steps` steps in this process: autograd, clip_grad_norm_, the rule's reference.
 
     Every weight's gradient comes from autograd itself, none of the accumulators, reductions, optimizer
     shards or schedules of a run takes part. Local.
     """
-    train, optimizer_config = config.train, config.optimizer
+    train = config.train
     capture = RankCapture()
     chunk = build_chunk(
         config.model,
@@ -39,18 +40,12 @@ def run_reference(config: RunConfig) -> RankCapture:
     tied = _tied(rows)
     second_uses = {second for _, second in tied}
     parameters = {p: spec for spec, p in rows if p not in second_uses}
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [p for p, spec in parameters.items() if spec.decay is decays],
-                "weight_decay": optimizer_config.weight_decay if decays else 0.0,
-            }
-            for decays in (True, False)
-        ],
-        lr=0.0,
-        betas=(optimizer_config.betas[0], optimizer_config.betas[1]),
-        eps=optimizer_config.eps,
-    )
+    rule = OPTIMIZERS[config.optimizer.name]
+    groups = [
+        ([p for p, spec in parameters.items() if spec.decay is decays], decays)
+        for decays in (True, False)
+    ]
+    optimizer = rule.reference(groups, rule.settings(config.optimizer))
     data = open_dataset(
         config.data,
         vocab=config.model.vocab,

@@ -9,6 +9,7 @@ from holdfast.parallel.errors import unknown_name
 
 def registries() -> Mapping[str, Collection[str]]:
     """By key (section.key): the registry whose names are its values. One line per registry."""
+    from holdfast.parallel.optimizer import OPTIMIZERS
     from holdfast.parallel.plan import MICRO_BATCH_ORDERS
     from holdfast.parallel.precision import PRECISIONS
     from holdfast.parallel.schedules import SCHEDULES
@@ -17,6 +18,7 @@ def registries() -> Mapping[str, Collection[str]]:
 
     return {
         "model.family": FAMILIES,
+        "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": LEARNING_RATES,
         "parallel.schedule": SCHEDULES,
         "parallel.micro_batch_order": MICRO_BATCH_ORDERS,

@@ -32,7 +32,7 @@ class TrainConfig(Section, frozen=True):
     micro_batch: int = 2
     seed: int = 1234
     precision: str = "fp32"
-    """bf16 has fp32 master weights; fp64 is what `holdfast check` computes in."""
+    """A name of `PRECISIONS` (parallel/precision.py); bf16 has fp32 master weights; fp64 is what `holdfast check` computes in."""
     clip_grad_norm: float = 1.0
     """0: no clipping."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"
@@ -50,9 +50,10 @@ class TrainConfig(Section, frozen=True):
 
 
 class OptimizerConfig(Section, frozen=True):
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
-    name: Literal["adamw"] = "adamw"
+    name: str = "adamw"
+    """A name of `OPTIMIZERS` (parallel/optimizer)."""
     lr: float = 3e-4
     min_lr: float = 3e-5
     warmup_steps: int = 10

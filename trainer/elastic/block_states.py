@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.parallel.optimizer import STATE_KINDS, BlockState, ShadowedBlock
+from holdfast.parallel.optimizer import BlockState, ShadowedBlock
 from holdfast.parallel.plan import BlockKey
 from holdfast.trainer.step import Training
 
@@ -31,9 +31,7 @@ class BlockStates:
         number = self._owned.get(key)
         if number is not None:
             return self._optimizer.block_state(number)
-        block = self._shadowed[key]
-        state = self._shadows.state
-        return {kind: state[kind][block.start : block.stop] for kind in STATE_KINDS}
+        return self._shadows.block_state(self._shadowed[key])
 
     def write(self, key: BlockKey, state: BlockState) -> None:
         """Fill a block in every place where this training keeps it."""
@@ -42,8 +40,7 @@ class BlockStates:
             _fill(self._optimizer.block_state(number), state)
         block = self._shadowed.get(key)
         if block is not None:
-            copies = self._shadows.state
-            _fill({kind: copies[kind][block.start : block.stop] for kind in STATE_KINDS}, state)
+            _fill(self._shadows.block_state(block), state)
             self._shadows.round_weights(block)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast import _native
 from holdfast.parallel.comm import Communicator
-from holdfast.parallel.optimizer import STATE_KINDS, move_blocks
+from holdfast.parallel.optimizer import move_blocks
 from holdfast.parallel.plan import BlockKey, BlockTransfer, Plan, block_box
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.step import Training
@@ -55,7 +55,7 @@ def compare_copies(training: Training, everybody: Communicator) -> Comparison:
     plan = training.plan
     copies = 1 + max((len(s) for shadows in plan.shadows for s in shadows), default=0)
     slots = [len(blocks) for blocks in plan.blocks]
-    table = torch.zeros(sum(slots), copies, len(STATE_KINDS), dtype=torch.int64)
+    table = torch.zeros(sum(slots), copies, len(training.optimizer.form.held), dtype=torch.int64)
     states = BlockStates(training)
     first = 0
     for index, blocks in enumerate(plan.blocks):
@@ -86,10 +86,8 @@ def _holders(plan: Plan, key: BlockKey) -> tuple[int, ...]:
 
 
 def _checksums(states: BlockStates, key: BlockKey) -> Tensor:
-    sums = []
-    for kind in STATE_KINDS:
-        values = states.read(key)[kind].cpu()
-        sums.append(_native.crc32c(values.data_ptr(), values.numel() * values.element_size()))
+    copies = [live.cpu() for live in states.read(key).values()]
+    sums = [_native.crc32c(values.data_ptr(), values.nbytes) for values in copies]
     return torch.tensor(sums, dtype=torch.int64)
 
 
@@ -118,5 +116,11 @@ def repair(training: Training, found: Sequence[Corruption], everybody: Communica
         if c.good is not None
         for rank in c.suspects
     ]
-    dtype = training.optimizer.gradients.dtype
-    move_blocks(block_transfers, training.rank, everybody, states.read, states.write, dtype=dtype)
+    move_blocks(
+        block_transfers,
+        training.rank,
+        everybody,
+        states.read,
+        states.write,
+        form=training.optimizer.form,
+    )

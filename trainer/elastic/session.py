@@ -169,8 +169,9 @@ class ElasticSession:
     def _corrupt(self) -> None:
         """Flip one bit of what this rank owns, else shadows."""
         training = self._parts().training
-        own = training.optimizer.state["exp_avg"]
-        values = own if own.numel() else training.shadows.state["exp_avg"]
+        kind = training.optimizer.form.rule.kinds[0].name
+        own = training.optimizer.state[kind]
+        values = own if own.numel() else training.shadows.state[kind]
         values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)[0] ^= 1 << 20
 
 

@@ -21,14 +21,19 @@ from holdfast.parallel.plan import (
     plan_block_transfers,
     state_of,
 )
-from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.elastic.recovery import Built
 from holdfast.trainer.elastic.transition import Transition
 from holdfast.trainer.elastic.transport import Connection
 from holdfast.trainer.elastic.worker_status import RecoveryPlan
-from holdfast.trainer.step import StepProgress, Training, included_after_change, keeps_sums
+from holdfast.trainer.step import (
+    StepProgress,
+    Training,
+    included_after_change,
+    keeps_sums,
+    state_format,
+)
 
 
 class CheckpointLoader(Protocol):
@@ -101,9 +106,9 @@ class TrainingBuilder:
         for key in wanted & held.get(rank, set()):
             target.write(key, source.read(key))
         transfers = plan_block_transfers(before, held, needed, transition.nodes)
-        dtype = PRECISIONS[self._config.train.precision].state.dtype
-        move_blocks(transfers, rank, connection.everybody, source.read, target.write, dtype=dtype)
-        moved = carried_bytes(transfers, dtype)
+        form = state_format(self._config)
+        move_blocks(transfers, rank, connection.everybody, source.read, target.write, form=form)
+        moved = carried_bytes(transfers, form)
         if training is None:
             return Built(None, None, moved)
         if after.incoming:
@@ -114,7 +119,7 @@ class TrainingBuilder:
                 connection.beside,
                 target.read,
                 target.write,
-                dtype=dtype,
+                form=form,
                 recorder=connection.groups.recorder,
             )
         _take_step(training, transition, active)
@@ -151,9 +156,9 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
     training.shadows.restore(training.optimizer.step)
     states = BlockStates(training)
     block_transfers = plan_block_transfers(plan, held, held_blocks(plan, ranks), node_of)
-    dtype = PRECISIONS[training.config.train.precision].state.dtype
-    move_blocks(block_transfers, training.rank, everybody, states.read, states.write, dtype=dtype)
-    return carried_bytes(block_transfers, dtype)
+    form = training.optimizer.form
+    move_blocks(block_transfers, training.rank, everybody, states.read, states.write, form=form)
+    return carried_bytes(block_transfers, form)
 
 
 def _must_gather(recovery: RecoveryPlan, plan: Plan, following: Plan) -> bool:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.plan import (
     BlockKey,
     Plan,
@@ -20,13 +21,9 @@ from holdfast.parallel.plan import (
     replan,
     with_shadows,
 )
-from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import layout_grid
-from holdfast.trainer.step import shadows_in_host_memory
-
-_KINDS = 3
-"""What a copy of a block has: the value and two moments."""
+from holdfast.trainer.step import shadows_in_host_memory, state_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +146,22 @@ def elastic_report(
             for holder in holders:
                 kept[holder] += block.elements
             unsafe += len({node_of[rank] for rank in (owner, *holders)}) == 1
-    width = PRECISIONS[config.train.precision].state.bytes
+    form = state_format(config)
+    width, kinds = form.precision.state.bytes, len(form.held)
     return ElasticReport(
         redundancy=redundancy,
         nodes=len(set(node_of.values())),
-        shadow_bytes=max(kept.values()) * (width * (_KINDS + 1) + _rounded_width(config)),
+        shadow_bytes=max(kept.values()) * (width * (kinds + 1) + _rounded_width(config, form)),
         traffic_bytes=max(sent.values()) * width,
         unsafe_blocks=unsafe,
-        loss=_loss(plan, set(lost), node_of, redundancy, width) if lost else None,
+        loss=_loss(plan, set(lost), node_of, redundancy, width * kinds) if lost else None,
     )
 
 
-def _rounded_width(config: RunConfig) -> int:
+def _rounded_width(config: RunConfig, form: StateFormat) -> int:
     """Bytes per element of the parameters that shadows in host memory keep for checkpoints."""
-    precision = PRECISIONS[config.train.precision]
-    rounds = precision.has_master and shadows_in_host_memory(config, config.train.device)
-    return precision.bytes if rounds else 0
+    rounds = form.precision.has_master and shadows_in_host_memory(config, config.train.device)
+    return form.precision.bytes if rounds else 0
 
 
 def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]:
@@ -179,7 +176,7 @@ def _nodes(config: RunConfig, ranks: int, ranks_per_node: int) -> dict[int, str]
 
 
 def _loss(
-    plan: Plan, lost: set[int], node_of: Mapping[int, str], redundancy: int, width: int
+    plan: Plan, lost: set[int], node_of: Mapping[int, str], redundancy: int, state_bytes: int
 ) -> LossReport:
     living = tuple(rank for rank in plan.stage_replicas.ranks if rank not in lost)
     after = replan(plan, Roster(living, node_of), generation=1, redundancy=redundancy)
@@ -197,7 +194,7 @@ def _loss(
         lost=tuple(sorted(lost)),
         plan=after,
         without_copy=len(wanted - known),
-        moved_bytes=moved * width * _KINDS,
+        moved_bytes=moved * state_bytes,
         slowdown=_busiest(after) / _busiest(plan),
     )
 

@@ -17,14 +17,13 @@ from holdfast.parallel.plan import (
     replica_timeline,
     step_time_s,
 )
-from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Timeline, draw
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.reports import layout_grid, step_flops
 from holdfast.trainer.run import Throughput, assumed, with_throughput
-from holdfast.trainer.step import plan_of, state_kinds
+from holdfast.trainer.step import plan_of, state_format
 
 _SHOWN_ACTIONS = 24
 _CHART_MARGIN = 28
@@ -188,10 +187,17 @@ def plan_report(
     mesh = plan.configured_mesh
     replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
     exact = config.numerics.reduction == "exact"
+    form = state_format(config)
     memory = []
     for stage in range(mesh.pipeline):
         of_stage = [
-            rank_memory(plan, mesh.rank(t, d, stage), precision=config.train.precision, exact=exact)
+            rank_memory(
+                plan,
+                mesh.rank(t, d, stage),
+                precision=form.precision,
+                copies=form.copies,
+                exact=exact,
+            )
             for t in range(mesh.tensor)
             for d in {0, replica, mesh.data - 1}
         ]
@@ -200,7 +206,7 @@ def plan_report(
     if flops_per_s > 0 and link_bytes_per_s > 0:
         step_s = step_time_s(
             plan,
-            precision=config.train.precision,
+            precision=form.precision,
             exact=exact,
             flops_per_s=flops_per_s,
             link_bytes_per_s=link_bytes_per_s,
@@ -217,8 +223,7 @@ def plan_report(
     for blocks, owners in zip(plan.blocks, plan.owners, strict=True):
         for block, owner in zip(blocks, owners, strict=True):
             owned[owner] += block.elements
-    precision = PRECISIONS[config.train.precision]
-    state_bytes = len(state_kinds(precision.name)) * precision.state.bytes
+    state_bytes = len(form.saved) * form.precision.state.bytes
     return PlanReport(
         config=config,
         plan=plan,
@@ -227,7 +232,7 @@ def plan_report(
         parameters=parameters,
         step_flops=step_flops(plan.layers, micro_batches),
         step_s=step_s,
-        checkpoint_bytes=parameters * (precision.bytes + state_bytes),
+        checkpoint_bytes=parameters * (form.precision.bytes + state_bytes),
         checkpoint_imbalance=max(owned) * mesh.size / sum(owned),
         elastic=(
             elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)

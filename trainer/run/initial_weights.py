@@ -8,14 +8,17 @@ from typing import Any
 
 from holdfast.checkpoint.format import Manifest
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import family_of
+from holdfast.trainer.step import state_format
 
 
-def has_state(manifest: Manifest) -> bool:
+def has_state(manifest: Manifest, form: StateFormat) -> bool:
     """Whether a checkpoint holds the optimizer's state; one converted from weights alone does not."""
-    return any(entry.kind in ("exp_avg", "exp_avg_sq") for entry in manifest.tensors.values())
+    kinds = {kind.name for kind in form.rule.kinds}
+    return any(entry.kind in kinds for entry in manifest.tensors.values())
 
 
 def is_converted(manifest: Manifest) -> bool:
@@ -55,7 +58,7 @@ def check_converted(
             "--allow-change"
         )
     notes = [f"differs from the model that was converted: {line}" for line in changed]
-    if has_state(manifest):
+    if has_state(manifest, state_format(config)):
         first = (
             f"goes on from {where}, converted: step {manifest.step} with its optimizer's state; which data "
             "it has seen is not known"

@@ -19,6 +19,7 @@ from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, 
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.initial_weights import check_converted, has_state, is_converted
+from holdfast.trainer.step import state_format
 
 MUST_MATCH = (
     "model.",
@@ -76,7 +77,7 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
             manifest = found.manifest()
         except CheckpointError as error:
             raise ConfigError(f"--resume {wanted}: {error}") from error
-        if is_converted(manifest) and not has_state(manifest):
+        if is_converted(manifest) and not has_state(manifest, state_format(config)):
             own = find_resume(root, config, "auto", allow_change=allow_change)
             if own.candidates:
                 began = f"the run has checkpoints of its own; {found.place} is what it began with"

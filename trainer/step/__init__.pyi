@@ -25,7 +25,7 @@ from .progress import (
 from .saved_tensors import (
     renumbered as renumbered,
     saved_tensors as saved_tensors,
-    state_kinds as state_kinds,
+    state_format as state_format,
     wanted_boxes as wanted_boxes,
     weights_only as weights_only,
 )

@@ -12,19 +12,22 @@ from typing import TypeVar
 
 from holdfast.checkpoint.format import HeldBox, Manifest, SavedTensor
 from holdfast.parallel.layout import Box
+from holdfast.parallel.optimizer import OPTIMIZERS, StateFormat
 from holdfast.parallel.plan import Plan, block_box
 from holdfast.parallel.precision import PRECISIONS
+from holdfast.trainer.config import RunConfig
 
 T = TypeVar("T")
 
 
-def state_kinds(precision: str) -> tuple[str, ...]:
-    """The optimizer's tensors: a master copy only where the parameters have fewer bits."""
-    moments = ("exp_avg", "exp_avg_sq")
-    return ("master", *moments) if PRECISIONS[precision].has_master else moments
+def state_format(config: RunConfig) -> StateFormat:
+    """The optimizer state that a run keeps. Pure."""
+    return StateFormat(OPTIMIZERS[config.optimizer.name], PRECISIONS[config.train.precision])
 
 
-def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> list[SavedTensor]:
+def saved_tensors(
+    plan: Plan, form: StateFormat, *, from_shadows: bool = False
+) -> list[SavedTensor]:
     """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank.
 
     Args:
@@ -44,13 +47,12 @@ def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> 
             shadows = plan.shadows[index][place] if from_shadows and plan.shadows else ()
             keepers[spec.name].setdefault(box, set()).add(shadows[0] if shadows else owner)
             owners[spec.name].setdefault(box, set()).add(owner)
-    kept_in = PRECISIONS[precision]
     kept = {name: _parts(keepers[name], owners[name] if from_shadows else {}) for name in shapes}
     weights = [
         SavedTensor(
             name,
             "weight",
-            kept_in.stored,
+            form.precision.stored,
             shape,
             kept[name] if from_shadows else _parts(holders[name], {}),
             whole=True,
@@ -58,9 +60,11 @@ def saved_tensors(plan: Plan, precision: str, *, from_shadows: bool = False) -> 
         for name, shape in shapes.items()
     ]
     state = [
-        SavedTensor(f"{kind}.{name}", kind, kept_in.state.stored, shape, kept[name], whole=False)
+        SavedTensor(
+            f"{kind}.{name}", kind, form.precision.state.stored, shape, kept[name], whole=False
+        )
         for name, shape in shapes.items()
-        for kind in state_kinds(precision)
+        for kind in form.saved
     ]
     return weights + state
 
@@ -89,7 +93,7 @@ def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tupl
     )
 
 
-def wanted_boxes(plan: Plan, rank: int, precision: str) -> dict[str, tuple[Box, ...]]:
+def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Box, ...]]:
     """The boxes of every saved tensor that a rank needs to go on. Pure."""
     index = plan.stage_replicas.tensor_index(rank)
     found: defaultdict[str, list[Box]] = defaultdict(list)
@@ -98,11 +102,10 @@ def wanted_boxes(plan: Plan, rank: int, precision: str) -> dict[str, tuple[Box, 
             for spec in plan.layers[layer].parameters[index]:
                 if spec.box not in found[spec.name]:
                     found[spec.name].append(spec.box)
-    kinds = state_kinds(precision)
     for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True):
         if owner == rank:
             spec = plan.layers[block.layer].parameters[index][block.spec_index]
-            for kind in kinds:
+            for kind in form.saved:
                 _join(found[f"{kind}.{spec.name}"], block_box(spec, block))
     return {name: tuple(boxes) for name, boxes in found.items()}
 
@@ -116,9 +119,10 @@ def _join(boxes: list[Box], box: Box) -> None:
         boxes.append(box)
 
 
-def weights_only(found: Mapping[str, T], manifest: Manifest) -> dict[str, T]:
+def weights_only(found: Mapping[str, T], manifest: Manifest, form: StateFormat) -> dict[str, T]:
     """What a checkpoint without optimizer state can give of what a rank keeps. Pure."""
-    state = ("master", "exp_avg", "exp_avg_sq")
     return {
-        n: v for n, v in found.items() if n in manifest.tensors or n.split(".", 1)[0] not in state
+        name: value
+        for name, value in found.items()
+        if name in manifest.tensors or name.split(".", 1)[0] not in form.held
     }

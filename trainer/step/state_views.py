@@ -14,7 +14,13 @@ from torch import Tensor
 from holdfast.checkpoint.format import PlannedPiece
 from holdfast.checkpoint.loading import LoadTarget
 from holdfast.parallel.layout import Box
-from holdfast.parallel.optimizer import ParameterBuffer, Segment, ShadowState, ShardedAdamW
+from holdfast.parallel.optimizer import (
+    BlockNumbers,
+    ParameterBuffer,
+    Segment,
+    ShadowState,
+    ShardedOptimizer,
+)
 from holdfast.parallel.plan import Plan, block_box
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
@@ -34,6 +40,15 @@ class _KeptRows:
     """Of its first element in the flat state."""
 
 
+def block_numbers(optimizer: ShardedOptimizer, shadows: ShadowState | None) -> BlockNumbers:
+    """How a rank's blocks are numbered for the fence of a snapshot. Pure.
+
+    Args:
+        shadows: whose copies are saved instead of what this rank owns; None where none are.
+    """
+    return BlockNumbers(0 if shadows is None else len(shadows.blocks), len(optimizer.owned))
+
+
 _Columns = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -44,15 +59,14 @@ class TrainingState:
         self,
         plan: Plan,
         rank: int,
-        precision: str,
         buffer: ParameterBuffer,
-        optimizer: ShardedAdamW,
+        optimizer: ShardedOptimizer,
         shadows: ShadowState | None = None,
     ) -> None:
         """Args:
         shadows: whose copies of others' state are saved, instead of what this rank owns.
         """
-        self._plan, self._rank, self._precision = plan, rank, precision
+        self._plan, self._rank, self._form = plan, rank, optimizer.form
         self._buffer = buffer
         self._state = optimizer.state
         self._segments: defaultdict[str, list[Segment]] = defaultdict(list)
@@ -60,7 +74,6 @@ class TrainingState:
             self._segments[segment.spec.name].append(segment)
         self._rows: defaultdict[str, list[_KeptRows]] = defaultdict(list)
         place = 0
-        self.owned = len(optimizer.owned)
         for number, block in enumerate(optimizer.owned):
             spec = block.segment.spec
             first_row = spec.box.start[0] + block.block.row_start
@@ -68,7 +81,7 @@ class TrainingState:
             self._rows[spec.name].append(_KeptRows(first_row, last_row, number, place))
             place += block.block.elements
         self._shadows = shadows
-        self.shadowed = 0 if shadows is None else len(shadows.blocks)
+        self._numbers = block_numbers(optimizer, shadows)
         self._shadowed_rows: defaultdict[tuple[str, _Columns], list[_KeptRows]] = defaultdict(list)
         for number, block in enumerate(() if shadows is None else shadows.blocks):
             index, at = block.key
@@ -122,7 +135,7 @@ class TrainingState:
     def before(self, chunk: PlannedPiece) -> int:
         """The first block whose update overwrites a chunk; the number of all if none does.
 
-        Shadowed blocks, which are updated first, count from 0, owned ones go on from there.
+        Numbered as `block_numbers` says.
         """
         shadow = self._shadow(chunk.name, chunk.box)
         if shadow is not None:
@@ -131,11 +144,11 @@ class TrainingState:
         rows = self._rows.get(base if kind in self._state else chunk.name, [])
         first, last = chunk.box.start[0], chunk.box.stop[0]
         overlapping = (found.number for found in rows if found.first < last and found.last > first)
-        return self.shadowed + min(overlapping, default=self.owned)
+        return self._numbers.of_owned(min(overlapping, default=self._numbers.owned))
 
     def targets(self) -> dict[str, list[LoadTarget]]:
         """Where everything that this rank loads goes."""
-        wanted = wanted_boxes(self._plan, self._rank, self._precision)
+        wanted = wanted_boxes(self._plan, self._rank, self._form)
         return {
             name: [LoadTarget(box, view) for box in boxes for view in self.views(name, box)]
             for name, boxes in wanted.items()

@@ -17,13 +17,12 @@ from holdfast.parallel.errors import OffloadError
 from holdfast.parallel.optimizer import (
     NONFINITE,
     OUT_OF_RANGE,
-    AdamWSettings,
     BackgroundTransfer,
     Fence,
     GradientAccumulator,
     ParameterBuffer,
     ShadowState,
-    ShardedAdamW,
+    ShardedOptimizer,
     clipping_factor,
     norm_from_squares,
 )
@@ -52,7 +51,8 @@ from holdfast.trainer.step.partial_sums import (
 )
 from holdfast.trainer.step.planning import shadows_in_host_memory
 from holdfast.trainer.step.progress import NO_REQUESTS, Outcome, Requests, StepProgress
-from holdfast.trainer.step.state_views import TrainingState
+from holdfast.trainer.step.saved_tensors import state_format
+from holdfast.trainer.step.state_views import TrainingState, block_numbers
 
 
 class Training:
@@ -126,31 +126,28 @@ class Training:
         }
         for chunk in chunks.values():
             chunk.queue.sink = self.accumulator
-        settings = AdamWSettings(
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-        )
-        self.optimizer = ShardedAdamW(
+        form = state_format(config)
+        settings = form.rule.settings(config.optimizer)
+        self.optimizer = ShardedOptimizer(
             plan,
             self.rank,
             self.parameter_buffer,
             self.accumulator,
             self.groups.world,
             self.groups.tensor,
+            form,
             settings,
-            before=before.optimizer if before is not None else None,
+            before=before.optimizer.owned_state if before is not None else None,
         )
         self.shadows = ShadowState(
             plan,
             self.rank,
-            dtype=self.optimizer.gradients.dtype,
             device=self.device,
             comm=self.groups.world,
+            form=form,
             settings=settings,
             in_host_memory=shadows_in_host_memory(config, self.device.type),
-            weight_dtype=dtype,
-            before=before.shadows if before is not None else None,
+            before=before.shadows.copies if before is not None else None,
         )
         if self.offloader is not None:
             self.offloader.keep(self.parameter_buffer.values)
@@ -183,11 +180,8 @@ class Training:
 
     def state(self) -> TrainingState:
         """Where this rank keeps what is saved. Local."""
-        precision = self.config.train.precision
         shadows = self.shadows if self.saves_from_shadows else None
-        return TrainingState(
-            self.plan, self.rank, precision, self.parameter_buffer, self.optimizer, shadows
-        )
+        return TrainingState(self.plan, self.rank, self.parameter_buffer, self.optimizer, shadows)
 
     @property
     def saves_from_shadows(self) -> bool:
@@ -195,12 +189,10 @@ class Training:
         return self.shadows.in_host_memory and bool(self.plan.shadows)
 
     def protect(self, fence: Fence | None) -> None:
-        """Ask `fence` before state changes, which somebody copies, numbered as `state().before` does."""
-        shadowed = len(self.shadows.blocks) if self.saves_from_shadows else 0
-        self.shadows.fence = fence if shadowed else None
-        self.optimizer.fence = None
-        if fence is not None:
-            self.optimizer.fence = lambda number: fence(shadowed + number) - shadowed
+        """Ask `fence` before blocks change that a snapshot copies, numbered as `state().before` does."""
+        numbers = block_numbers(self.optimizer, self.shadows if self.saves_from_shadows else None)
+        self.shadows.fence = None if fence is None else numbers.fence_of_shadows(fence)
+        self.optimizer.fence = None if fence is None else numbers.fence_of_owned(fence)
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -353,7 +345,7 @@ class Training:
             )
 
     def reduce(self) -> tuple[torch.Tensor, int]:
-        """B: every block's sum arrives at its owner and its shadows. See `ShardedAdamW.reduce`."""
+        """B: every block's sum arrives at its owner and its shadows. See `ShardedOptimizer.reduce`."""
         squares, flags = self.optimizer.reduce()
         self.shadows.exchange(self.optimizer.gradients)
         return squares, flags

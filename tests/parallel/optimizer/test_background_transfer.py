@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from holdfast.parallel.comm.gloo import GlooCommunicator, gloo_device
+from holdfast.parallel.optimizer.adamw import ADAMW
 from holdfast.parallel.optimizer.background_transfer import BackgroundTransfer, in_turn
-from holdfast.parallel.optimizer.shadow_state import STATE_KINDS
+from holdfast.parallel.optimizer.rule import StateFormat
 from holdfast.parallel.plan.block_transfers import BlockKey, BlockTransfer
+from holdfast.parallel.precision import PRECISIONS
 from support.processes.cluster import Cluster
 
 SOURCES, TARGETS = (0, 1), (2, 3)
 TRANSFERS, SIZE = 5, 300
 STEPS = 20
+FORM = StateFormat(ADAMW, PRECISIONS["fp32"])
 
 
 def block_transfers() -> list[BlockTransfer]:
@@ -35,7 +38,7 @@ def block_transfers() -> list[BlockTransfer]:
 
 def first_state(key: BlockKey, size: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1000 * key[0] + key[1])
-    return {kind: torch.randn(size, generator=generator) for kind in STATE_KINDS}
+    return {kind: torch.randn(size, generator=generator) for kind in FORM.held}
 
 
 def transfer_beside_steps(
@@ -55,7 +58,7 @@ def transfer_beside_steps(
     }
 
     def write(key: BlockKey, found: Mapping[str, Tensor]) -> None:
-        for kind in STATE_KINDS:
+        for kind in FORM.held:
             state[key][kind].copy_(found[kind])
 
     transfer = BackgroundTransfer(
@@ -64,7 +67,7 @@ def transfer_beside_steps(
         beside,
         state.__getitem__,
         write,
-        dtype=torch.float32,
+        form=FORM,
         recorder=comm.mesh.recorder,
     )
     needed = 0
@@ -77,12 +80,12 @@ def transfer_beside_steps(
         comm.all_reduce(unfinished).wait()
         needed += 1
         for values in (*state.values(), *true.values()):
-            for kind in STATE_KINDS:
+            for kind in FORM.held:
                 values[kind].mul_(1.0 + 0.01 * step)
         if not unfinished.item():
             break
     return needed, all(
-        torch.equal(state[k][kind], true[k][kind]) for k in mine for kind in STATE_KINDS
+        torch.equal(state[k][kind], true[k][kind]) for k in mine for kind in FORM.held
     )
 
 

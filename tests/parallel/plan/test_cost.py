@@ -7,6 +7,8 @@ import pytest
 from holdfast.parallel.layout.boxes import Box
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.layout.parameters import Initial, LayerSpec, ParameterSpec
+from holdfast.parallel.optimizer.adamw import ADAMW
+from holdfast.parallel.optimizer.rule import StateFormat
 from holdfast.parallel.plan.cost import (
     exchange_bytes,
     rank_memory,
@@ -15,6 +17,7 @@ from holdfast.parallel.plan.cost import (
 )
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.precision import PRECISIONS
 
 ROWS, COLUMNS = 4, 6
 ELEMENTS = ROWS * COLUMNS
@@ -61,8 +64,12 @@ def plan_of(data: int, pipeline: int, micro_batches: int, **changes: object) -> 
 def test_memory_is_bytes_per_element_of_what_a_rank_holds_and_owns(
     precision: str, exact: bool, parameter: int, gradient: int, state: int
 ) -> None:
+    kept = PRECISIONS[precision]
     plan = plan_of(data=2, pipeline=2, micro_batches=8)
-    ranks = [rank_memory(plan, r, precision=precision, exact=exact) for r in range(4)]
+    ranks = [
+        rank_memory(plan, r, precision=kept, copies=StateFormat(ADAMW, kept).copies, exact=exact)
+        for r in range(4)
+    ]
     for memory in ranks:
         assert memory.parameters == 3 * ELEMENTS * parameter
         assert memory.gradients == 3 * ELEMENTS * gradient
@@ -72,7 +79,10 @@ def test_memory_is_bytes_per_element_of_what_a_rank_holds_and_owns(
 @pytest.mark.parametrize(("schedule", "first", "last"), [("1f1b", 4, 1), ("gpipe", 8, 8)])
 def test_activations_are_those_in_flight_at_once(schedule: str, first: int, last: int) -> None:
     plan = plan_of(data=1, pipeline=4, micro_batches=8, schedule=schedule)
-    peaks = [rank_memory(plan, r, precision="fp32", exact=True).activations for r in range(4)]
+    peaks = [
+        rank_memory(plan, r, precision=PRECISIONS["fp32"], copies=3, exact=True).activations
+        for r in range(4)
+    ]
     # The outer stages have two layers of 100 bytes each, with the embedding and with the head.
     assert (peaks[0], peaks[3]) == (first * 200, last * 200)
 
@@ -86,7 +96,7 @@ def test_the_bubble_of_equal_stages_is_the_published_one(micro_batches: int) -> 
 def test_a_step_without_peers_takes_its_operations() -> None:
     plan = plan_of(data=1, pipeline=1, micro_batches=5)
     estimate = step_time_s(
-        plan, precision="fp32", exact=True, flops_per_s=2.0, link_bytes_per_s=1.0
+        plan, precision=PRECISIONS["fp32"], exact=True, flops_per_s=2.0, link_bytes_per_s=1.0
     )
     assert estimate == pytest.approx(5 * 3 * 40.0 / 2.0)
 
@@ -100,8 +110,10 @@ def test_a_step_waits_for_messages_of_its_pipeline() -> None:
 def test_a_step_ends_with_the_exchange_of_the_replica_with_most_micro_batches() -> None:
     plan = plan_of(data=2, pipeline=1, micro_batches=5)
     estimate = step_time_s(
-        plan, precision="fp32", exact=True, flops_per_s=1.0, link_bytes_per_s=10.0
+        plan, precision=PRECISIONS["fp32"], exact=True, flops_per_s=1.0, link_bytes_per_s=10.0
     )
     held = 6 * ELEMENTS * (8 + 4)
-    assert exchange_bytes(plan, 0, precision="fp32", exact=True) == pytest.approx(held / 2)
+    assert exchange_bytes(plan, 0, precision=PRECISIONS["fp32"], exact=True) == pytest.approx(
+        held / 2
+    )
     assert estimate == pytest.approx(3 * 3 * 40.0 + held / 2 / 10.0)

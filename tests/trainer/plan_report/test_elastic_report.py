@@ -10,7 +10,6 @@ import torch
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout.boxes import Box
-from holdfast.parallel.optimizer.adamw import AdamWSettings
 from holdfast.parallel.optimizer.shadow_state import ShadowState, shadow_spans
 from holdfast.parallel.plan.plan import Plan, block_box
 from holdfast.parallel.plan.replan import Roster, with_shadows
@@ -18,7 +17,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.plan_report.losses import elastic_report
 from holdfast.trainer.plan_report.report import plan_report
 from holdfast.trainer.step.planning import plan_of
-from holdfast.trainer.step.saved_tensors import saved_tensors
+from holdfast.trainer.step.saved_tensors import saved_tensors, state_format
 
 
 def config(
@@ -59,13 +58,12 @@ def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memor
         ShadowState(
             plan,
             rank,
-            dtype=torch.float32,
             device=torch.device("cpu"),
             comm=cast("Any", None),
-            settings=AdamWSettings((0.9, 0.95), 1e-8, 0.1),
+            form=state_format(given),
+            settings=None,
             in_host_memory=memory == "host",
-            weight_dtype=torch.bfloat16,
-        ).bytes
+        ).copies.bytes
         for rank in range(4)
     ]
     sent = [
@@ -118,7 +116,7 @@ def test_ranks_that_are_not_there_and_too_few_left_are_refused() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_saved_from_shadows_is_nobody_elses(precision: str) -> None:
     plan = shadowed_plan(1)
-    saved = saved_tensors(plan, precision, from_shadows=True)
+    saved = saved_tensors(plan, state_format(config(1, precision=precision)), from_shadows=True)
     first: dict[tuple[str, Box], int] = {}
     for blocks, shadows in zip(plan.blocks, plan.shadows, strict=True):
         for block, holders in zip(blocks, shadows, strict=True):

@@ -1,0 +1,12 @@
+"""The optimizers there are, by name. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from holdfast.parallel.optimizer.adamw import ADAMW
+from holdfast.parallel.optimizer.rule import OptimizerRule
+
+OPTIMIZERS: Mapping[str, OptimizerRule[Any]] = {rule.name: rule for rule in (ADAMW,)}
+"""By the name that `optimizer.name` gives."""

@@ -1,0 +1,101 @@
+"""What an optimizer is: the kinds of state it keeps of a parameter, and its update. Needs no torch.
+
+An optimizer is an `OptimizerRule` in a file of its own and one line in registry.py. The sharded
+optimizer, shadows, state transfer, checkpoints and memory estimates iterate over its kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from holdfast.parallel.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+S = TypeVar("S")
+MASTER = "master"
+"""The kind of the values that an update changes, in the precision of the optimizer's state.
+
+They are the parameters themselves, or a copy of them where the parameters have fewer bits.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StateKind:
+    """A tensor that the optimizer keeps of each parameter, of its shape, in the state's precision.
+
+    Shadows carry every kind: they apply each update, as owners do.
+    """
+
+    name: str
+    """As saved: "exp_avg"."""
+    initial: float = 0.0
+    """The value of each element before the first update."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockUpdate:
+    """What an update takes of one block: flat tensors of equal length and dtype."""
+
+    master: Tensor
+    """Changed in place."""
+    gradient: Tensor
+    state: tuple[Tensor, ...]
+    """One per kind, in the rule's order; changed in place."""
+    decays: bool
+    """Whether weight decay applies."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRule(Generic[S]):
+    """An optimizer. `S` is the type of its constants."""
+
+    name: str
+    """The value of `optimizer.name`."""
+    kinds: tuple[StateKind, ...]
+    settings: Callable[[Any], S]
+    """The constants, from the `[optimizer]` section."""
+    update_blocks: Callable[[Sequence[BlockUpdate], Tensor, float, S], None]
+    """(blocks, number of this update as float32 scalar, counted from 1; learning rate; constants).
+
+    Changes the blocks in place. Elementwise, or at least independent of how blocks are grouped: owners
+    and shadows group them differently and must get the same bits. Local.
+    """
+    reference: Callable[[Sequence[tuple[list[nn.Parameter], bool]], S], torch.optim.Optimizer]
+    """An independent implementation that `holdfast check` compares with.
+
+    From groups of (parameters, whether weight decay applies); the learning rate is set before each step.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class StateFormat:
+    """The optimizer state that a run keeps: the kinds of a rule in the state type of a precision."""
+
+    rule: OptimizerRule[Any]
+    precision: Precision
+    """Of training."""
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The kinds of a block wherever it is held, in the order in which they travel."""
+        return (MASTER, *(kind.name for kind in self.rule.kinds))
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The kinds in a checkpoint beside the weights: master values only where these differ."""
+        return self.held if self.precision.has_master else self.held[1:]
+
+    @property
+    def copies(self) -> int:
+        """Values per owned parameter in the memory of an optimizer: its reduced gradient and `saved`."""
+        return 1 + len(self.saved)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all kinds."""
+        return self.precision.state.dtype

@@ -1,0 +1,100 @@
+"""Block transfers as messages: the state of the blocks, flat, after its CRC-32C.
+
+A transfer has a number that is equal on both ends. What arrives damaged is not taken in. Exact-mode
+safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast import _native
+from holdfast.parallel.comm import Communicator, Handle, TagRange
+from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.plan import BlockKey, BlockTransfer
+
+BlockState = Mapping[str, Tensor]
+"""A block's tensors by kind (`StateFormat.held`), flat."""
+_PAUSE = -1
+"""In place of a checksum: nothing more is sent for now."""
+
+
+def carried_bytes(block_transfers: Sequence[BlockTransfer], form: StateFormat) -> int:
+    """What some transfers carry together. Pure."""
+    elements = sum(sum(transfer.sizes) for transfer in block_transfers)
+    return len(form.held) * form.precision.state.bytes * elements
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMessages:
+    """Sends and receives transfers over one communicator, which carries CPU tensors."""
+
+    comm: Communicator
+    form: StateFormat
+    tags: TagRange
+    """Transfer n uses messages 2n (checksum) and 2n + 1 (content) of this kind."""
+
+    def send(
+        self, number: int, transfer: BlockTransfer, read: Callable[[BlockKey], BlockState]
+    ) -> list[Handle]:
+        """Begin to send a transfer; `read` gives a held block's state."""
+        states = [read(key) for key in transfer.keys]
+        content = torch.cat(
+            [state[kind].reshape(-1).cpu() for state in states for kind in self.form.held]
+        )
+        checksum = torch.tensor([_checksum(content)], dtype=torch.int64)
+        return [
+            self.comm.send(checksum, transfer.target, self.tags.tag(2 * number)),
+            self.comm.send(content, transfer.target, self.tags.tag(2 * number + 1)),
+        ]
+
+    def send_pause(self, number: int, target: int) -> Handle:
+        """Tell a rank, where it expects transfer `number`, that it comes later."""
+        pause = torch.tensor([_PAUSE], dtype=torch.int64)
+        return self.comm.send(pause, target, self.tags.tag(2 * number))
+
+    def receive_checksum(self, number: int, transfer: BlockTransfer) -> tuple[Handle, Tensor]:
+        """Begin to receive a checksum: int64[1]; see `is_pause`."""
+        checksum = torch.empty(1, dtype=torch.int64)
+        tag = self.tags.tag(2 * number)
+        return self.comm.receive(checksum, transfer.source, tag), checksum
+
+    def receive_content(self, number: int, transfer: BlockTransfer) -> tuple[Handle, Tensor]:
+        """Begin to receive the state of a transfer's blocks: [kinds x elements of all blocks]."""
+        elements = len(self.form.held) * sum(transfer.sizes)
+        content = torch.empty(elements, dtype=self.form.dtype)
+        tag = self.tags.tag(2 * number + 1)
+        return self.comm.receive(content, transfer.source, tag), content
+
+    def unpacked(
+        self, transfer: BlockTransfer, content: Tensor, checksum: Tensor
+    ) -> Iterator[tuple[BlockKey, BlockState]]:
+        """The blocks of a transfer that has arrived.
+
+        Raises:
+            PeerLost: it arrived damaged.
+        """
+        if _checksum(content) != int(checksum):
+            raise PeerLost(
+                f"optimizer state from rank {transfer.source} arrived damaged: its checksum does not "
+                "match"
+            )
+        kinds, start = len(self.form.held), 0
+        for key, size in zip(transfer.keys, transfer.sizes, strict=True):
+            parts = content[start : start + kinds * size].view(kinds, size)
+            yield key, dict(zip(self.form.held, parts, strict=True))
+            start += kinds * size
+
+
+def is_pause(checksum: Tensor) -> bool:
+    """Whether a pause came instead of a checksum: int64[1]."""
+    return int(checksum) == _PAUSE
+
+
+def _checksum(content: Tensor) -> int:
+    return _native.crc32c(content.data_ptr(), content.numel() * content.element_size())

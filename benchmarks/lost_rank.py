@@ -37,6 +37,7 @@ from harness import Measurement, report
 from holdfast.parallel.comm.groups import GlooCommunicator, gloo_device
 from holdfast.parallel.pipeline.executor import Executor, MessageShape, receive_order
 from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
@@ -94,7 +95,7 @@ def step_times(
         store, way, range(world_size), rank, device=gloo_device("127.0.0.1"), timeout_s=60
     )
     current = plan(way, lost, micro_batches)
-    programs = {r: current.program(r) for r in current.stage_replicas.ranks}
+    programs = {r: training_program(current, r) for r in current.stage_replicas.ranks}
     mine = programs.get(rank, ())
 
     def blocks(chunk: int) -> int:

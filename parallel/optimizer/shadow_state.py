@@ -58,7 +58,7 @@ def shadow_spans(plan: Plan, owner: int) -> dict[int, tuple[Span, ...]]:
     """Shadow rank -> stretches of an owner's flat gradients that it follows, in block order. Pure."""
     spans: dict[int, list[Span]] = {}
     start = 0
-    for index, place in plan.owned_places(owner):
+    for index, place in plan.owned_blocks(owner):
         stop = start + plan.blocks[index][place].elements
         for rank in plan.followers(index, place):
             mine = spans.setdefault(rank, [])

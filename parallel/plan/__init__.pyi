@@ -3,7 +3,6 @@ from .admission import (
     state_of as state_of,
 )
 from .block_transfers import (
-    BlockKey as BlockKey,
     BlockTransfer as BlockTransfer,
     held_blocks as held_blocks,
     incoming_blocks as incoming_blocks,
@@ -24,11 +23,16 @@ from .initial import (
 )
 from .ownership import (
     Block as Block,
+    BlockKey as BlockKey,
     assign_owners as assign_owners,
 )
 from .plan import (
     Plan as Plan,
     block_box as block_box,
+)
+from .programs import (
+    evaluation_program as evaluation_program,
+    training_program as training_program,
 )
 from .replan import (
     Roster as Roster,

@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 
 from holdfast.parallel.layout import StageReplicas
-from holdfast.parallel.plan.block_transfers import BlockKey, held_blocks, incoming_blocks
+from holdfast.parallel.plan.block_transfers import held_blocks, incoming_blocks
+from holdfast.parallel.plan.ownership import BlockKey
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.parallel.plan.shadow_placement import Shadows
@@ -40,7 +41,7 @@ def next_plan(
     Raises:
         ConfigError: too few ranks for a single stage replica.
     """
-    lasting = replace(plan, incoming=(), _cache=plan._cache)
+    lasting = plan.evolved(incoming=())
     present = frozenset(roster.ranks)
     waiting = present & (roster.fresh if filled else roster.fresh | _empty(plan))
     ready = present - waiting
@@ -54,7 +55,7 @@ def next_plan(
         )
     everybody_stays = present - roster.fresh == frozenset(plan.stage_replicas.ranks)
     if everybody_stays and not (plan.incoming and filled and waiting):
-        now = replace(lasting, generation=generation, given_owners=plan.owners, _cache=plan._cache)
+        now = lasting.evolved(generation=generation, given_owners=plan.owners)
     else:
         now = replan(
             lasting,
@@ -78,7 +79,7 @@ def next_plan(
         coming = _coming(now, following)
         if may_move == move_layers and ready.issuperset(coming) and _have(plan, coming, filled):
             return following
-    return replace(now, incoming=_by_block(now, coming), _cache=now._cache)
+    return now.evolved(incoming=_by_block(now, coming))
 
 
 def state_of(plan: Plan, ranks: Collection[int], *, filled: bool) -> dict[int, set[BlockKey]]:
@@ -107,9 +108,7 @@ def _stands(plan: Plan, ready: frozenset[int]) -> bool:
 def _with_spares(plan: Plan, ranks: Collection[int]) -> Plan:
     stage_replicas = plan.stage_replicas
     spares = tuple(sorted({*stage_replicas.spares, *ranks}))
-    return replace(
-        plan, stage_replicas=StageReplicas(stage_replicas.stages, spares), _cache=plan._cache
-    )
+    return plan.evolved(stage_replicas=StageReplicas(stage_replicas.stages, spares))
 
 
 def _coming(now: Plan, following: Plan) -> dict[int, set[BlockKey]]:

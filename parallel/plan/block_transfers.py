@@ -6,13 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from holdfast.parallel.layout import Box, Holder, Layout, transfers
+from holdfast.parallel.plan.ownership import BlockKey
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.shadow_placement import Shadows
 
 _MESSAGE_ELEMENTS = 1 << 20
 
-BlockKey = tuple[int, int]
-"""(tensor-parallel index, place among the blocks of that index): names a block of the whole run."""
 Holdings = Mapping[int, Collection[BlockKey]]
 """Rank -> the blocks whose state it has."""
 
@@ -30,7 +29,7 @@ class BlockTransfer:
 
 def held_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
     """What ranks hold under a plan, as owners and as shadows. Pure."""
-    found: dict[int, set[BlockKey]] = {rank: set(plan.owned_places(rank)) for rank in ranks}
+    found: dict[int, set[BlockKey]] = {rank: set(plan.owned_blocks(rank)) for rank in ranks}
     _add_followed(found, plan.shadows)
     return found
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.precision import Precision
 from holdfast.parallel.schedules import Action, Op, Timeline, peak_in_flight, simulate
 
@@ -57,7 +58,7 @@ def replica_timeline(
     ranks = [
         plan.stage_replicas.rank(0, replica, stage) for stage in range(plan.stage_replicas.pipeline)
     ]
-    programs = {rank: plan.program(rank) for rank in ranks}
+    programs = {rank: training_program(plan, rank) for rank in ranks}
     if link_bytes_per_s is None:
         return simulate(programs, action_cost(plan, flops_per_s))
     rate = link_bytes_per_s
@@ -124,7 +125,7 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
     chunk_bytes = {
         chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in plan.chunks_of(rank)
     }
-    return int(peak_in_flight(plan.program(rank), size=chunk_bytes.__getitem__))
+    return int(peak_in_flight(training_program(plan, rank), size=chunk_bytes.__getitem__))
 
 
 def held_elements(plan: Plan, rank: int) -> int:

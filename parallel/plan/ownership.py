@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from holdfast.parallel.layout import LayerSpec
 
+BlockKey = tuple[int, int]
+"""(shard index, place among the blocks of that index): names a block of the whole run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

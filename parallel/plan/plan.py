@@ -1,4 +1,4 @@
-"""The plan: who holds which layers, computes which micro-batches and owns which blocks.
+"""The plan: which rank holds which layers, computes which micro-batches and owns which blocks.
 
 A pure function of layers, mesh and batch: equal on every rank, computed without communication, and
 lazily, so that the plan of 100,000 ranks costs what is asked of it. Needs no torch.
@@ -6,51 +6,54 @@ lazily, so that the plan of 100,000 ranks costs what is asked of it. Needs no to
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from holdfast.parallel.layout import (
-    Box,
-    Coordinates,
-    LayerSpec,
-    Layout,
-    Mesh,
-    ParameterSpec,
-    StageReplicas,
-)
-from holdfast.parallel.plan.ownership import Block, assign_owners, blocks
-from holdfast.parallel.plan.rerouting import (
-    SCHEDULED_PAIRS,
-    merged_program,
-    regular_timeline,
-    scheduled_programs,
-    stage_caps,
-)
-from holdfast.parallel.schedules import (
-    Action,
-    Program,
-    compute_programs,
-    forward_only,
-    peak_in_flight,
-    with_messages,
-)
+from holdfast.parallel.layout import Box, LayerSpec, Mesh, ParameterSpec, StageReplicas
+from holdfast.parallel.plan.ownership import Block, BlockKey, assign_owners, blocks
 
 _T = TypeVar("_T")
 
 MicroBatchAssignment = tuple[tuple[tuple[int, ...], ...], ...]
 """Stage -> replica -> micro-batches."""
 
+_HOLDING = frozenset({"layers", "block_elements", "stage_replicas", "placement", "chunk_layers"})
+_PROGRAM = frozenset({"schedule", "virtual", "stage_replicas"})
+DERIVED_FROM: Mapping[str, frozenset[str]] = {
+    "blocks": frozenset({"layers", "block_elements"}),
+    "even owners": _HOLDING,
+    "owned blocks": _HOLDING | {"given_owners"},
+    "holders": frozenset({"stage_replicas"}),
+    "tied layers": frozenset({"layers"}),
+    "computing replicas": frozenset({"stage_replicas", "micro_batches", "assignment"}),
+    "regular programs": _PROGRAM,
+    "regular timeline": _PROGRAM | {"micro_batches"},
+    "row places": frozenset({"micro_batches"}),
+    "scheduled programs": _PROGRAM
+    | {"layers", "placement", "chunk_layers", "micro_batches", "assignment"}
+    | {"configured_mesh", "configured_layers", "activation_headroom"},
+}
+"""Derived value -> the fields of a plan that it depends on. `Plan.evolved` keeps a derived value
+exactly where none of these change."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that follows from the live ranks, the model and the batch."""
+    """Everything that follows from the live ranks, the model and the batch.
+
+    It has this many fields because they are all that ranks must agree on, and one value that is
+    compared, sent and kept whole cannot be half new. What one rank does with it (programs, costs,
+    transfers) are functions in the other modules of this folder.
+    """
 
     generation: int
     stage_replicas: StageReplicas
     layers: tuple[LayerSpec, ...]
     virtual: int
+    """Model chunks per pipeline rank."""
     schedule: str
+    """A name in the registry of schedules."""
     chunk_layers: tuple[tuple[int, int], ...]
     """The half-open range of layers of each model chunk, in forward order."""
     placement: tuple[int, ...]
@@ -64,17 +67,47 @@ class Plan:
     """`chunk_layers` of that mesh."""
     micro_batch_order: str = "ascending"
     activation_headroom: float = 0.3
-    """How much more memory than regularly ranks may use for activations where stages differ."""
+    """How much more memory for activations a rank may use where stages differ, as a share of the
+    fullest rank's of the configured mesh."""
     assignment: MicroBatchAssignment | None = None
     """Which micro-batches each stage replica computes, where stages differ; None: each replica's own."""
     given_owners: tuple[tuple[int, ...], ...] | None = None
-    """The owners where they follow from what was before; None: the even split of a first plan."""
+    """By shard index, the owner of each block where it follows from the plan before; None: the even
+    split of a first plan."""
     shadows: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """By tensor-parallel index, the ranks that shadow each block; empty without redundancy."""
+    """By shard index, the ranks that shadow each block; empty without redundancy."""
     incoming: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """By tensor-parallel index, the ranks that are being given each block for the next plan, and follow its
-    updates meanwhile; empty where nobody is. See admission.py."""
-    _cache: dict = field(default_factory=dict, compare=False, repr=False)
+    """By shard index, the ranks that are being given each block for the next plan, and follow its
+    updates meanwhile; empty where no state is on its way. See admission.py."""
+    _derived: dict[str, dict[Any, Any]] = field(
+        default_factory=lambda: {name: {} for name in DERIVED_FROM},
+        init=False,
+        compare=False,
+        repr=False,
+    )
+
+    def evolved(self, **changes: Any) -> Plan:
+        """The plan with other values of some fields. Pure; the one way from a plan to the next.
+
+        Derived values that depend on no changed field are shared with this plan, also those that
+        either works out later.
+        """
+        changed = {name for name, value in changes.items() if self._differs(name, value)}
+        plan = replace(self, **changes)
+        plan._derived.update(
+            (name, known)
+            for name, known in self._derived.items()
+            if changed.isdisjoint(DERIVED_FROM[name])
+        )
+        return plan
+
+    def _differs(self, name: str, value: Any) -> bool:
+        """Whether a new value of a field can change what is derived from it."""
+        if name == "stage_replicas":
+            return value.stages != self.stage_replicas.stages  # nothing depends on spares
+        if name == "given_owners" and self.given_owners is None and value is not None:
+            return value is not self._derived["even owners"].get(None)
+        return value is not getattr(self, name)
 
     @property
     def is_regular(self) -> bool:
@@ -83,30 +116,30 @@ class Plan:
 
     def micro_batches_of(self, stage: int, replica: int) -> tuple[int, ...]:
         """The micro-batches that a stage replica computes."""
-        return (
-            self.micro_batches[replica]
-            if self.assignment is None
-            else self.assignment[stage][replica]
-        )
+        if self.assignment is None:
+            return self.micro_batches[replica]
+        return self.assignment[stage][replica]
 
     @property
     def blocks(self) -> tuple[tuple[Block, ...], ...]:
-        """The optimizer blocks of each tensor-parallel index."""
-        return self._cached(
+        """The optimizer blocks of each shard index."""
+        return self.derived(
             "blocks",
+            None,
             lambda: tuple(
                 blocks(self.layers, index, self.block_elements)
-                for index in range(self.stage_replicas.tensor)
+                for index in range(len(self.layers[0].parameters))
             ),
         )
 
     @property
     def owners(self) -> tuple[tuple[int, ...], ...]:
-        """The owner's rank of each block, by tensor-parallel index."""
+        """The owner's rank of each block, by shard index."""
         if self.given_owners is not None:
             return self.given_owners
-        return self._cached(
-            "owners",
+        return self.derived(
+            "even owners",
+            None,
             lambda: tuple(
                 assign_owners(
                     [block.elements for block in found],
@@ -116,44 +149,46 @@ class Plan:
             ),
         )
 
-    def followers(self, tensor_index: int, place: int) -> tuple[int, ...]:
-        """The ranks that get a block's gradients beside its owner: shadows, and those it is being given to."""
-        shadows = self.shadows[tensor_index][place] if self.shadows else ()
-        return shadows + (self.incoming[tensor_index][place] if self.incoming else ())
+    def followers(self, shard_index: int, place: int) -> tuple[int, ...]:
+        """The ranks that get a block's gradients beside its owner: its shadows, and the ranks that it
+        is being given to."""
+        shadows = self.shadows[shard_index][place] if self.shadows else ()
+        return shadows + (self.incoming[shard_index][place] if self.incoming else ())
 
-    def owned_places(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """The blocks that a rank owns as (tensor-parallel index, place), in the order of its buffers."""
+    def owned_blocks(self, rank: int) -> tuple[BlockKey, ...]:
+        """The blocks that a rank owns, in the order of its buffers."""
 
-        def find() -> dict[int, tuple[tuple[int, int], ...]]:
-            found: dict[int, list[tuple[int, int]]] = {}
+        def find() -> dict[int, tuple[BlockKey, ...]]:
+            found: dict[int, list[BlockKey]] = {}
             for index, owners in enumerate(self.owners):
                 for place, owner in enumerate(owners):
                     found.setdefault(owner, []).append((index, place))
-            return {owner: tuple(places) for owner, places in found.items()}
+            return {owner: tuple(keys) for owner, keys in found.items()}
 
-        return self._cached("owned", find).get(rank, ())
+        return self.derived("owned blocks", None, find).get(rank, ())
 
     def chunk_of_layer(self, layer: int) -> int:
+        """The model chunk that has a layer."""
         return next(c for c, (a, b) in enumerate(self.chunk_layers) if a <= layer < b)
 
-    def holders_of_layer(self, tensor_index: int, layer: int) -> tuple[int, ...]:
-        """The ranks, one per data replica, that hold a layer at a tensor-parallel index."""
+    def holders_of_layer(self, shard_index: int, layer: int) -> tuple[int, ...]:
+        """The ranks, one per data replica, that hold a layer at a shard index."""
         stage = self.placement[self.chunk_of_layer(layer)]
-        key = ("holders", tensor_index, stage)
-        return self._cached(
-            key,
+        return self.derived(
+            "holders",
+            (shard_index, stage),
             lambda: tuple(
-                self.stage_replicas.rank(tensor_index, replica, stage)
+                self.stage_replicas.rank(shard_index, replica, stage)
                 for replica in range(self.stage_replicas.replicas(stage))
             ),
         )
 
-    def contributors(self, tensor_index: int, block: Block) -> tuple[int, ...]:
+    def contributors(self, shard_index: int, block: Block) -> tuple[int, ...]:
         """All ranks that hold a use of a block's parameter, the second use of a tied one included."""
-        name = self.layers[block.layer].parameters[tensor_index][block.spec_index].name
-        ranks = set(self.holders_of_layer(tensor_index, block.layer))
+        name = self.layers[block.layer].parameters[shard_index][block.spec_index].name
+        ranks = set(self.holders_of_layer(shard_index, block.layer))
         for layer in self._tied_layers().get(name, ()):
-            ranks.update(self.holders_of_layer(tensor_index, layer))
+            ranks.update(self.holders_of_layer(shard_index, layer))
         return tuple(sorted(ranks))
 
     def _tied_layers(self) -> dict[str, tuple[int, ...]]:
@@ -167,7 +202,7 @@ class Plan:
                         found[spec.name] = (*found.get(spec.name, ()), index)
             return found
 
-        return self._cached("tied", find)
+        return self.derived("tied layers", None, find)
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """The model chunks that a rank holds, in forward order; none for a spare."""
@@ -177,159 +212,25 @@ class Plan:
         return tuple(chunk for chunk, stage in enumerate(self.placement) if stage == place.pipeline)
 
     def layers_of(self, chunk: int) -> range:
+        """The layers of a model chunk."""
         return range(*self.chunk_layers[chunk])
 
     def activation_bytes(self, layers: tuple[int, int]) -> int:
         """What the layers from the first up to before the second keep of one micro-batch."""
         return sum(layer.activation_bytes for layer in self.layers[slice(*layers)])
 
-    def program(self, rank: int, only: frozenset[int] | None = None) -> Program:
-        """What a rank does in a training step, with global micro-batch numbers and peers' ranks.
+    def derived(self, name: str, key: Any, make: Callable[[], _T]) -> _T:
+        """A value that follows from the fields, made once.
 
         Args:
-            only: leave all other micro-batches out.
+            name: of the kind of value, in `DERIVED_FROM`.
+            key: tells apart values of one kind; hashable.
+            make: gives the value from the fields that `DERIVED_FROM` names, and from `key`.
         """
-        return self._program("train", rank, compute_programs, only)
-
-    def forward_program(self, rank: int) -> Program:
-        """What a rank does to evaluate one global batch."""
-        return self._program("forward", rank, forward_only)
-
-    def _program(
-        self,
-        kind: str,
-        rank: int,
-        generate: Callable[[str, int, int, int], tuple[Program, ...]],
-        only: frozenset[int] | None = None,
-    ) -> Program:
-        at = self.stage_replicas.find(rank)
-        if at is None:
-            return ()
-        if self.assignment is None and only is None:
-            numbers = self.micro_batches[at.data]
-            local = self._cached(
-                (kind, len(numbers)),
-                lambda: generate(
-                    self.schedule, self.stage_replicas.pipeline, self.virtual, len(numbers)
-                ),
-            )
-            named = tuple(Action(a.op, a.chunk, numbers[a.micro_batch]) for a in local[at.pipeline])
-        else:
-            named = self._rerouted(kind, at, only, generate)
-        replicas = self._replicas
-        complete = with_messages(
-            {rank: named},
-            lambda chunk, micro_batch: self.stage_replicas.rank(
-                at.tensor,
-                replicas[self.placement[chunk]][micro_batch],
-                self.placement[chunk],
-            ),
-            chunks=len(self.placement),
-        )
-        return complete[rank]
-
-    @property
-    def _replicas(self) -> tuple[dict[int, int], ...]:
-        """By stage, the replica that computes each micro-batch."""
-        return self._cached(
-            "replicas",
-            lambda: tuple(
-                {
-                    number: replica
-                    for replica in range(self.stage_replicas.replicas(stage))
-                    for number in self.micro_batches_of(stage, replica)
-                }
-                for stage in range(self.stage_replicas.pipeline)
-            ),
-        )
-
-    def _rerouted(
-        self,
-        kind: str,
-        at: Coordinates,
-        only: frozenset[int] | None,
-        generate: Callable[[str, int, int, int], tuple[Program, ...]],
-    ) -> Program:
-        """The compute actions of a stage replica where activations cross pipelines; see rerouting.py."""
-        rows = self.micro_batches
-        if only is not None:
-            rows = tuple(tuple(m for m in row if m in only) for row in rows)
-        pairs = len(self.placement) * sum(map(len, rows))
-        if kind == "train" and 0 < pairs <= SCHEDULED_PAIRS:
-            replicas, widest = self._replicas, self.stage_replicas.widest
-            programs = self._cached(
-                (kind, "scheduled", only),
-                lambda: scheduled_programs(
-                    self.placement,
-                    lambda stage, micro_batch: stage * widest + replicas[stage][micro_batch],
-                    rows,
-                    [
-                        sum(self.layers[layer].forward_flops for layer in self.layers_of(chunk))
-                        for chunk in range(len(self.placement))
-                    ],
-                    {
-                        stage * widest + replica: cap
-                        for stage, cap in enumerate(self._caps())
-                        for replica in range(self.stage_replicas.replicas(stage))
-                    },
-                ),
-            )
-            return programs.get(at.pipeline * widest + at.data, ())
-        places = self._cached(
-            "places",
-            lambda: {m: place for row in self.micro_batches for place, m in enumerate(row)},
-        )
-        longest = max(map(len, self.micro_batches))
-        timeline = self._cached(
-            (kind, "times"),
-            lambda: regular_timeline(
-                generate(self.schedule, self.stage_replicas.pipeline, self.virtual, longest)
-            ),
-        )
-        mine = self.micro_batches_of(at.pipeline, at.data)
-        wanted = mine if only is None else tuple(m for m in mine if m in only)
-        return merged_program(wanted, places, timeline, at.pipeline)
-
-    def _caps(self) -> tuple[int, ...]:
-        """By stage, the chunk activations that a stage replica may keep at once where stages differ."""
-
-        regular = list(map(self.activation_bytes, self.configured_layers))
-        longest = -(-sum(map(len, self.micro_batches)) // self.configured_mesh.data)
-        fullest = max(
-            peak_in_flight(program, size=regular.__getitem__)
-            for program in compute_programs(
-                self.schedule, self.configured_mesh.pipeline, self.virtual, longest
-            )
-        )
-        most = (1 + self.activation_headroom) * fullest
-        return stage_caps(self.placement, list(map(self.activation_bytes, self.chunk_layers)), most)
-
-    def parameter_layout(self) -> Layout:
-        """Which boxes of which logical tensors each rank's parameters are."""
-        holdings: dict[int, dict[str, tuple[Box, ...]]] = {}
-        for rank in self.stage_replicas.ranks:
-            index = self.stage_replicas.tensor_index(rank)
-            mine = holdings.setdefault(rank, {})
-            for chunk in self.chunks_of(rank):
-                for layer in self.layers_of(chunk):
-                    for spec in self.layers[layer].parameters[index]:
-                        mine[spec.name] = tuple({*mine.get(spec.name, ()), spec.box})
-        return Layout(holdings)
-
-    def optimizer_layout(self) -> Layout:
-        """Which boxes of which logical tensors each rank keeps optimizer state for."""
-        holdings: dict[int, dict[str, tuple[Box, ...]]] = {r: {} for r in self.stage_replicas.ranks}
-        for index, found in enumerate(self.blocks):
-            for block, owner in zip(found, self.owners[index], strict=True):
-                spec = self.layers[block.layer].parameters[index][block.spec_index]
-                mine = holdings[owner]
-                mine[spec.name] = (*mine.get(spec.name, ()), block_box(spec, block))
-        return Layout(holdings)
-
-    def _cached(self, key: object, make: Callable[[], _T]) -> _T:
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+        known = self._derived[name]
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
 
 def block_box(spec: ParameterSpec, block: Block) -> Box:

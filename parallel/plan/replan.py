@@ -10,7 +10,7 @@ layers have moved. Needs no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import inf
 
@@ -63,8 +63,7 @@ def replan(
     rows = split_micro_batches(
         sum(map(len, plan.micro_batches)), stage_replicas.widest, plan.micro_batch_order
     )
-    changed = replace(
-        plan,
+    changed = plan.evolved(
         generation=generation,
         stage_replicas=stage_replicas,
         placement=placed,
@@ -74,10 +73,9 @@ def replan(
         given_owners=None,
         shadows=(),
         incoming=(),
-        _cache={"blocks": plan.blocks},
     )
     owners = _owners(plan, changed, roster)
-    changed = replace(changed, given_owners=owners, _cache=changed._cache)
+    changed = changed.evolved(given_owners=owners)
     return with_shadows(changed, roster, redundancy, previous=plan)
 
 
@@ -108,7 +106,7 @@ def with_shadows(
         )
         for index, blocks in enumerate(plan.blocks)
     )
-    return replace(plan, shadows=found, _cache=plan._cache)
+    return plan.evolved(shadows=found)
 
 
 def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:

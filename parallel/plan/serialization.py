@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -40,8 +39,7 @@ def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
     rows = split_micro_batches(
         sum(map(len, first.micro_batches)), stage_replicas.widest, first.micro_batch_order
     )
-    return replace(
-        first,
+    return first.evolved(
         generation=data["generation"],
         stage_replicas=stage_replicas,
         placement=tuple(data["placement"]),
@@ -51,7 +49,6 @@ def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
         given_owners=tuple(tuple(_repeated(runs)) for runs in data["owners"]),
         shadows=_followers(data["shadows"]),
         incoming=_followers(data["arriving"]),
-        _cache={},
     )
 
 

@@ -15,6 +15,7 @@ from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout.boxes import Box
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.saved_tensors import saved_tensors, state_format, wanted_boxes
+from support.oracles.plan_layouts import optimizer_layout, parameter_layout
 from support.runs.small_runs import make_config
 
 
@@ -139,7 +140,7 @@ def test_what_a_rank_wants_is_what_its_parameters_and_blocks_are() -> None:
         train={"precision": "bf16"},
     )
     plan = plan_of(config)
-    parameters, owned = plan.parameter_layout(), plan.optimizer_layout()
+    parameters, owned = parameter_layout(plan), optimizer_layout(plan)
     for rank in range(config.parallel.ranks):
         wanted = wanted_boxes(plan, rank, state_format(config))
         weights = {n: set(b) for n, b in wanted.items() if n.startswith(("model.", "lm_head"))}

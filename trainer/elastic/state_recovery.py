@@ -152,7 +152,7 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
     """
     plan = training.plan
     ranks = plan.stage_replicas.ranks
-    held = {rank: set(plan.owned_places(rank)) for rank in ranks}
+    held = {rank: set(plan.owned_blocks(rank)) for rank in ranks}
     training.shadows.restore(training.optimizer.step)
     states = BlockStates(training)
     block_transfers = plan_block_transfers(plan, held, held_blocks(plan, ranks), node_of)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from holdfast.elastic.generation import Generation
 from holdfast.parallel.plan import (
@@ -63,7 +63,7 @@ def plan_transition(
     # Within a step layers stay: the sums of those that moved would have to be computed again.
     move_layers = all(member.phase != WITHIN_STEP for member in generation.members)
     if not recovery.holders and recovery.staying == before.stage_replicas.ranks:
-        numbered = replace(before, generation=number, _cache=before._cache)
+        numbered = before.evolved(generation=number)
         after = with_shadows(numbered, roster, redundancy)
     elif not has_all_blocks(before, recovery):
         after = replan(

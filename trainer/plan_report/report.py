@@ -16,6 +16,7 @@ from holdfast.parallel.plan import (
     rank_memory,
     replica_timeline,
     step_time_s,
+    training_program,
 )
 from holdfast.parallel.schedules import Timeline, draw
 from holdfast.trainer.config import RunConfig
@@ -83,7 +84,8 @@ class PlanReport:
                 for stage, memory in enumerate(self.memory)
             ],
             "programs": {
-                str(rank): " ".join(map(str, plan.program(rank))) for rank in self.timeline.spans
+                str(rank): " ".join(map(str, training_program(plan, rank)))
+                for rank in self.timeline.spans
             },
         }
 
@@ -149,7 +151,7 @@ class PlanReport:
     def _programs(self) -> list[Text]:
         lines = []
         for rank in self.timeline.spans:
-            program = self.plan.program(rank)
+            program = training_program(self.plan, rank)
             shown = " ".join(map(str, program[:_SHOWN_ACTIONS]))
             rest = (
                 f" … {len(program) - _SHOWN_ACTIONS} more" if len(program) > _SHOWN_ACTIONS else ""

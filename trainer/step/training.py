@@ -35,7 +35,7 @@ from holdfast.parallel.pipeline import (
     ModelChunkRunner,
     receive_order,
 )
-from holdfast.parallel.plan import Plan
+from holdfast.parallel.plan import Plan, evaluation_program, training_program
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.trainer.config import RunConfig
@@ -166,7 +166,7 @@ class Training:
             self.optimizer.keep_own_sums()
         self._interrupted = NOT_INTERRUPTED
         self._own_losses: dict[int, torch.Tensor] = {}
-        self._train_program = self._prepared(plan.program)
+        self._train_program = self._prepared(lambda rank: training_program(plan, rank))
         self._backwards = 0
         backwards = (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
         self._half_at = sum(action.op in backwards for action in self._train_program[0]) // 2 * 2
@@ -267,7 +267,9 @@ class Training:
             self.accumulator.clear()
             return self._run_whole(step)
         missing = self.to_compute(step)
-        return self.executor.run(*self._prepared(lambda rank: self.plan.program(rank, missing)))
+        return self.executor.run(
+            *self._prepared(lambda rank: training_program(self.plan, rank, missing))
+        )
 
     def _run_whole(self, step: int) -> ActionTimes:
         """Run the step's program; once more, with all in memory, if activations could not be read back.
@@ -439,7 +441,7 @@ class Training:
         """Mean held-out loss over `train.eval_batches` global batches. Collective over all ranks."""
         if self._eval_program is None:
             self._eval_data = self._open_data("eval")
-            self._eval_program = self._prepared(self.plan.forward_program)
+            self._eval_program = self._prepared(lambda rank: evaluation_program(self.plan, rank))
         total = 0.0
         for batch in range(self.config.train.eval_batches):
             self._clear_step(batch, training=False)

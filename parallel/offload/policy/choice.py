@@ -8,7 +8,7 @@ chooses the attention core for every layer alike; here each layer has its own ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import LayerSpec
@@ -79,9 +79,8 @@ def choose_layers(
 
 
 def _kept_bytes(plan: Plan, rank: int, layers: Sequence[LayerSpec], rates: Rates) -> int:
-    # What a plan keeps of what it has worked out (programs, blocks) does not depend on the ways.
     return estimate_offload(
-        replace(plan, layers=tuple(layers)),
+        plan.evolved(layers=tuple(layers)),
         rank,
         most_share=rates.most_share,
         flops_per_s=rates.flops_per_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.parallel.offload.policy.amount import BUSY, window_of
-from holdfast.parallel.plan import Plan, action_cost, peak_activation_bytes
+from holdfast.parallel.plan import Plan, action_cost, peak_activation_bytes, training_program
 from holdfast.parallel.schedules import Op
 
 
@@ -41,7 +41,7 @@ def estimate_offload(
     """
     layers = {chunk: plan.layers_of(chunk) for chunk in plan.chunks_of(rank)}
     chunk_bytes = {chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in layers}
-    forwards = [action for action in plan.program(rank) if action.op is Op.FORWARD]
+    forwards = [action for action in training_program(plan, rank) if action.op is Op.FORWARD]
     eligible = sum(chunk_bytes[action.chunk] for action in forwards)
     share, needed, fast_enough = most_share, None, None
     if flops_per_s > 0 and forwards:

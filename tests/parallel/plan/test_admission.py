@@ -109,7 +109,7 @@ def test_a_run_of_one_rank_grows_and_shrinks(redundancy: int) -> None:
         plan = next_plan(between, roster(members), filled=True, generation=2, redundancy=redundancy)
         assert not plan.incoming
         assert len(computed_by(plan, rank)) >= MICRO_BATCHES // 3
-        assert plan.owned_places(rank)
+        assert plan.owned_blocks(rank)
     for rank in (2, 1):
         members = members - {rank}
         plan = next_plan(plan, roster(members), filled=True, generation=3, redundancy=redundancy)
@@ -125,7 +125,7 @@ def test_who_is_given_a_block_follows_its_updates() -> None:
     for rank in between.stage_replicas.ranks:
         followed = shadowed_blocks(between, rank)
         sizes = {b.key: b.stop - b.start for b in followed}
-        lasting = held_blocks(between, [rank])[rank] - set(between.owned_places(rank))
+        lasting = held_blocks(between, [rank])[rank] - set(between.owned_blocks(rank))
         assert sizes.keys() == lasting | incoming_blocks(between, [rank])[rank]
         for owner in between.stage_replicas.ranks:
             sent = sum(r.stop - r.start for r in shadow_spans(between, owner).get(rank, ()))

@@ -14,9 +14,11 @@ from holdfast.parallel.layout.parameters import LayerSpec
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.ownership import assign_owners, blocks
 from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
+from support.oracles.plan_layouts import optimizer_layout, parameter_layout
 
 
 def layers_of(
@@ -82,7 +84,7 @@ def test_programs_of_all_ranks_fit_together(mesh: Mesh, changes: dict) -> None:
     for tensor in range(mesh.tensor):
         for replica in range(mesh.data):
             ranks = [mesh.rank(tensor, replica, stage) for stage in range(mesh.pipeline)]
-            programs = {rank: plan.program(rank) for rank in ranks}
+            programs = {rank: training_program(plan, rank) for rank in ranks}
             check_programs(programs, len(plan.placement), plan.micro_batches[replica])
     shared = sorted(number for numbers in plan.micro_batches for number in numbers)
     assert shared == list(range(12))
@@ -97,9 +99,9 @@ def test_every_element_has_an_owner_and_a_holder(mesh: Mesh, changes: dict, tied
     plan = plan_of(mesh, layers, **changes)
     shapes = {s.name: s.shape for layer in layers for s in layer.parameters[0]}
     specs = [TensorSpec(name, shape, "float32") for name, shape in shapes.items()]
-    covers(specs, plan.parameter_layout())
-    covers(specs, plan.optimizer_layout())
-    held = plan.parameter_layout().holdings
+    covers(specs, parameter_layout(plan))
+    covers(specs, optimizer_layout(plan))
+    held = parameter_layout(plan).holdings
     for index, found in enumerate(plan.blocks):
         for block, owner in zip(found, plan.owners[index], strict=True):
             contributors = plan.contributors(index, block)
@@ -121,12 +123,14 @@ def test_equal_inputs_give_equal_plans() -> None:
     one, other = (plan_of(Mesh(2, 3, 2), schedule="zb-h1") for _ in range(2))
     assert one == other
     assert one.owners == other.owners
-    assert [one.program(r) for r in range(12)] == [other.program(r) for r in range(12)]
+    assert [training_program(one, r) for r in range(12)] == [
+        training_program(other, r) for r in range(12)
+    ]
 
 
 def test_another_layout_is_reached_by_transfers() -> None:
-    old = plan_of(Mesh(1, 2, 2)).optimizer_layout()
-    new = plan_of(Mesh(1, 3, 1)).optimizer_layout()
+    old = optimizer_layout(plan_of(Mesh(1, 2, 2)))
+    new = optimizer_layout(plan_of(Mesh(1, 3, 1)))
     moved = sum(move.box.elements for move in transfers(old, new, cost=lambda *_: 1.0))
     total = sum(block.elements for block in plan_of(Mesh(1, 1, 1)).blocks[0])
     assert 0 < moved < total
@@ -139,7 +143,7 @@ def test_a_plan_for_a_hundred_thousand_ranks() -> None:
     assert mesh.size > 100_000
     rank = mesh.rank(3, 500, 7)
     assert plan.chunks_of(rank) == (7, 23)
-    assert {a.peer for a in plan.program(rank)} == {
+    assert {a.peer for a in training_program(plan, rank)} == {
         None,
         mesh.rank(3, 500, 6),
         mesh.rank(3, 500, 8),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -15,6 +14,7 @@ from holdfast.parallel.layout.stage_replicas import StageReplicas
 from holdfast.parallel.optimizer.shadow_state import shadow_spans, shadowed_blocks
 from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_block_transfers
 from holdfast.parallel.plan.cost import peak_activation_bytes
+from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import (
     Roster,
     minimax_partition,
@@ -111,10 +111,10 @@ def test_an_uneven_step_is_shorter_than_the_merged_one_and_keeps_to_its_memory(
     fullest = max(peak_activation_bytes(full, rank) for rank in full.stage_replicas.ranks)
 
     def makespan(headroom: float) -> float:
-        plan = replace(full, activation_headroom=headroom, _cache={})
+        plan = full.evolved(activation_headroom=headroom)
         plan = replan(plan, roster, generation=1, move_layers=move_layers)
         assert not plan.is_regular
-        programs = {rank: plan.program(rank) for rank in alive}
+        programs = {rank: training_program(plan, rank) for rank in alive}
         if scheduling:
             most = max(peak_activation_bytes(plan, rank) for rank in alive)
             assert most <= (1 + headroom) * fullest
@@ -163,7 +163,7 @@ def test_a_broken_tensor_group_stands_aside_until_it_is_whole() -> None:
     plan = first_plan(tensor=2, data=2, pipeline=1)
     after = replan(plan, Roster((0, 1, 2), NODES), generation=1, redundancy=1)
     assert after.stage_replicas.spares == (2,)
-    assert after.program(2) == ()
+    assert training_program(after, 2) == ()
     whole = replan(after, Roster((0, 1, 2, 3), NODES, frozenset({3})), generation=2, redundancy=1)
     assert whole.stage_replicas == plan.stage_replicas
     with pytest.raises(ConfigError, match=r"1 ranks are left, fewer than parallel\.tensor = 2"):
@@ -195,7 +195,7 @@ def test_partitions_are_the_best_of_all(weights: list[int], capacity: list[int])
 def test_owners_and_shadows_agree_on_what_travels() -> None:
     plan = first_plan(data=3)
     for owner in plan.stage_replicas.ranks:
-        owned = [plan.blocks[i][place] for i, place in plan.owned_places(owner)]
+        owned = [plan.blocks[i][place] for i, place in plan.owned_blocks(owner)]
         for shadow, spans in shadow_spans(plan, owner).items():
             followed = [b for b in shadowed_blocks(plan, shadow) if b.owner == owner]
             assert sum(span.stop - span.start for span in spans) == sum(

@@ -10,7 +10,7 @@ from torch.distributed import Store
 
 from holdfast.parallel.errors import ConfigError, ScheduleError
 from holdfast.parallel.layout import Mesh
-from holdfast.parallel.plan import make_plan, replica_timeline
+from holdfast.parallel.plan import make_plan, replica_timeline, training_program
 from holdfast.parallel.schedules import (
     SCHEDULES,
     Action,
@@ -80,7 +80,7 @@ def test_a_registered_schedule_is_planned_checked_and_simulated(
         micro_batches=3,
         block_elements=64,
     )
-    check_programs({r: plan.program(r) for r in (0, 1)}, chunks=4, micro_batches=range(3))
+    check_programs({r: training_program(plan, r) for r in (0, 1)}, chunks=4, micro_batches=range(3))
     assert replica_timeline(plan).makespan > 0
     check_config(make_config(parallel=LAYOUT))
 

@@ -8,6 +8,7 @@ from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.plan.block_transfers import plan_block_transfers
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models.llama.table import layer_specs
@@ -47,14 +48,14 @@ def check(plan: Plan, ranks: set[int]) -> None:
     assert set(plan.stage_replicas.ranks) == ranks
     for index in range(plan.stage_replicas.tensor):
         programs = {
-            rank: plan.program(rank)
+            rank: training_program(plan, rank)
             for rank in plan.stage_replicas.ranks
             if plan.stage_replicas.find(rank) is not None
             and plan.stage_replicas.tensor_index(rank) == index
         }
         check_programs(programs, len(plan.placement), range(MICRO_BATCHES))
         only = frozenset({1, 4, 6})
-        some = {rank: plan.program(rank, only) for rank in programs}
+        some = {rank: training_program(plan, rank, only) for rank in programs}
         check_programs(some, len(plan.placement), sorted(only))
         for block, owner, shadows in zip(
             plan.blocks[index], plan.owners[index], plan.shadows[index], strict=True

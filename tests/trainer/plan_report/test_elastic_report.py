@@ -83,7 +83,7 @@ def test_what_a_loss_moves_is_what_the_lost_rank_had() -> None:
     plan = shadowed_plan(1)
     loss = elastic_report(config(1), plan_of(config(1)), lost=[2]).loss
     assert loss is not None
-    owned = sum(plan.blocks[i][p].elements for i, p in plan.owned_places(2))
+    owned = sum(plan.blocks[i][p].elements for i, p in plan.owned_blocks(2))
     shadowed = sum(
         block.elements
         for block, holders in zip(plan.blocks[0], plan.shadows[0], strict=True)
@@ -101,7 +101,7 @@ def test_what_a_loss_moves_is_what_the_lost_rank_had() -> None:
 def test_state_without_copies_is_said_to_be_lost() -> None:
     loss = elastic_report(config(0), plan_of(config(0)), lost=[2]).loss
     assert loss is not None
-    assert loss.without_copy == len(plan_of(config(0)).owned_places(2))
+    assert loss.without_copy == len(plan_of(config(0)).owned_blocks(2))
     whole_node = elastic_report(config(1, nodes=1), plan_of(config(1)))
     assert whole_node.unsafe_blocks == sum(map(len, plan_of(config(1)).blocks))
 

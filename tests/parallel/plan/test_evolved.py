@@ -1,0 +1,148 @@
+"""`Plan.evolved` gives what a plan built anew would give, whatever was worked out before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from holdfast.parallel.layout import StageReplicas
+from holdfast.parallel.plan import Plan, evaluation_program, training_program
+from holdfast.parallel.plan.plan import DERIVED_FROM
+from holdfast.parallel.plan.replan import Roster, replan
+from support.runs.plans import NODES, first_plan
+
+_SCHEDULES = st.sampled_from(
+    [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("zb-v", 2)]
+)
+
+
+def anew(plan: Plan) -> Plan:
+    """The same fields in a plan that knows nothing yet."""
+    return Plan(**{f.name: getattr(plan, f.name) for f in fields(plan) if f.init})
+
+
+def derived(plan: Plan) -> dict[str, Any]:
+    """Everything that can be asked of a plan; asking fills what it keeps."""
+    ranks, layers = plan.stage_replicas.ranks, range(len(plan.layers))
+    shards = range(len(plan.blocks))
+    return {
+        "blocks": plan.blocks,
+        "owners": plan.owners,
+        "owned": [plan.owned_blocks(rank) for rank in ranks],
+        "holders": [[plan.holders_of_layer(i, layer) for layer in layers] for i in shards],
+        "contributors": [[plan.contributors(i, b) for b in plan.blocks[i]] for i in shards],
+        "training": [training_program(plan, rank) for rank in ranks],
+        "some": [training_program(plan, rank, frozenset({1, 4})) for rank in ranks],
+        "evaluation": [evaluation_program(plan, rank) for rank in ranks],
+    }
+
+
+def changes_of(plan: Plan, rng: random.Random) -> Mapping[str, Any]:
+    """Some fields of another sound plan of the same run, or single fields that may change alone."""
+    replicas = plan.stage_replicas
+    kind = rng.randrange(8)
+    if kind == 0:
+        return {"generation": plan.generation + 1, "given_owners": plan.owners}
+    if kind == 1:
+        return {"stage_replicas": StageReplicas(replicas.stages, (*replicas.spares, 39))}
+    if kind == 2:
+        return {"block_elements": rng.choice([500, 2000]), "given_owners": None, "shadows": ()}
+    if kind == 3:
+        return {"activation_headroom": rng.choice([0.0, 0.3, 2.0])}
+    if kind == 4:
+        cheaper = (replace(layer, activation_bytes=1 + rng.randrange(9)) for layer in plan.layers)
+        return {"layers": tuple(cheaper)}
+    if kind == 5 and plan.is_regular:
+        return {"micro_batches": tuple(tuple(reversed(row)) for row in plan.micro_batches)}
+    if kind == 6:
+        mixed = [list(owners) for owners in plan.owners]
+        for owners in mixed:
+            rng.shuffle(owners)
+        return {"given_owners": tuple(map(tuple, mixed))}
+    present = [r for r in range(12) if rng.random() < 0.7]
+    other = replan(plan, Roster(tuple(present or [0]), NODES), generation=plan.generation + 1)
+    return {f.name: getattr(other, f.name) for f in fields(other) if f.init}
+
+
+@settings(max_examples=60)
+@given(_SCHEDULES, st.integers(0, 2**32), st.integers(1, 5))
+def test_an_evolved_plan_is_the_plan_built_anew(
+    schedule: tuple[str, int], seed: int, changes: int
+) -> None:
+    rng = random.Random(seed)
+    plan = anew(first_plan(*schedule, data=3, pipeline=2))
+    for _ in range(changes):
+        if rng.random() < 0.7:
+            derived(plan)
+        plan = plan.evolved(**changes_of(plan, rng))
+        assert derived(plan) == derived(anew(plan))
+
+
+def test_the_table_names_every_derived_value_and_fields_that_exist() -> None:
+    plan = anew(first_plan(data=3, pipeline=2))
+    uneven = replan(plan, Roster((0, 1, 2, 3, 4), NODES), generation=1)
+    many = uneven.evolved(micro_batches=plan.micro_batches)
+    derived(plan)
+    derived(many)
+    asked = {name for p in (plan, many) for name, known in p._derived.items() if known}
+    # Only plans too large for the list scheduler take these two for training; evaluation always does.
+    assert asked == set(DERIVED_FROM)
+    assert set().union(*DERIVED_FROM.values()) <= {f.name for f in fields(Plan) if f.init}
+
+
+def test_what_is_read_for_a_derived_value_is_what_the_table_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Exactly: a field too few would keep a wrong value, a field too many would drop a right one."""
+    names = {f.name for f in fields(Plan) if f.init}
+    read: dict[str, set[str]] = {name: set() for name in DERIVED_FROM}
+    asked: dict[str, set[str]] = {name: set() for name in DERIVED_FROM}
+    under_way: list[str] = []
+    derive = Plan.derived
+
+    def get(plan: Plan, name: str) -> Any:
+        if under_way and name in names:
+            read[under_way[-1]].add(name)
+        return object.__getattribute__(plan, name)
+
+    def recorded(plan: Plan, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        def watched() -> Any:
+            under_way.append(name)
+            try:
+                return make()
+            finally:
+                under_way.pop()
+
+        if under_way:
+            asked[under_way[-1]].add(name)
+        return derive(plan, name, key, watched)
+
+    monkeypatch.setattr(Plan, "__getattribute__", get)
+    monkeypatch.setattr(Plan, "derived", recorded)
+    first = first_plan("interleaved-1f1b", 2, data=3, pipeline=2)
+    for plan in (first, replan(first, Roster((0, 1, 2, 3, 4), NODES), generation=1)):
+        derived(anew(plan))
+    monkeypatch.undo()
+    for _ in DERIVED_FROM:
+        for name, others in asked.items():
+            read[name].update(*(read[other] for other in others))
+    assert read == {name: set(found) for name, found in DERIVED_FROM.items()}
+
+
+def test_what_no_change_touches_is_worked_out_once() -> None:
+    plan = anew(first_plan(data=2, pipeline=2))
+    following = plan.evolved(generation=1, given_owners=plan.owners, incoming=())
+    assert following.owned_blocks(0) is plan.owned_blocks(0)
+    assert following.blocks is plan.blocks
+    assert plan.evolved(block_elements=500).blocks is not plan.blocks
+
+
+def test_an_ordinary_copy_knows_nothing() -> None:
+    plan = anew(first_plan(data=2, pipeline=2))
+    derived(plan)
+    assert not any(replace(plan, generation=1)._derived.values())

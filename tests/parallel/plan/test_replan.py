@@ -40,7 +40,7 @@ def test_any_sequence_of_losses_and_arrivals_gives_sound_plans(
     schedule: tuple[str, int], mesh: tuple[int, int, int], rng: random.Random, pairs: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.parallel.plan.plan.SCHEDULED_PAIRS", pairs)
+        patch.setattr("holdfast.parallel.plan.programs.SCHEDULED_PAIRS", pairs)
         check_changes(schedule, mesh, rng)
 
 
@@ -126,7 +126,7 @@ def test_an_uneven_step_is_shorter_than_the_merged_one_and_keeps_to_its_memory(
     scheduled, roomy = makespan(0.3), makespan(1.0)
     assert roomy <= scheduled
     scheduling = False
-    monkeypatch.setattr("holdfast.parallel.plan.plan.SCHEDULED_PAIRS", 0)
+    monkeypatch.setattr("holdfast.parallel.plan.programs.SCHEDULED_PAIRS", 0)
     assert scheduled < 0.97 * makespan(0.3)
 
 

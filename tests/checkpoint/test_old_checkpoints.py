@@ -81,6 +81,18 @@ def test_diff_finds_it_equal_to_itself_and_to_no_other(tmp_path: Path, name: str
     assert command(tmp_path, "diff", str(place), str(_place(other)))[0] == 1
 
 
+def test_diff_counts_the_elements_that_two_steps_of_a_run_changed(tmp_path: Path) -> None:
+    later = checkpoint_of("half-way")
+    earlier = later.with_name("step-00000002")
+    code, printed = command(tmp_path, "diff", str(earlier), str(later), "--json")
+    assert code == 1, printed
+    found = json_of(printed)
+    assert found["steps"] == [2, 4]
+    assert (found["only_first"], found["only_second"], found["other_form"]) == ([], [], [])
+    counts = {value["name"]: value["differing"] for value in found["values"]}
+    assert counts == expected_of("half-way")["changed since step 2"]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_lost_manifest_is_made_again_with_the_same_tensors(tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(checkpoint_of(name), tmp_path / "step-00000004"))

@@ -29,7 +29,8 @@ def expected_of(name: str) -> dict[str, Any]:
     """What the version that wrote a run said of its newest checkpoint.
 
     `inspect` is the output of that command, `tensors` the SHA-256 of each tensor's bytes by name, `hf` the
-    dtype and SHA-256 of each tensor of the Hugging Face folder that it was converted to.
+    dtype and SHA-256 of each tensor of the Hugging Face folder that it was converted to; of "half-way",
+    `changed since step 2` is how many elements of each tensor differ from the checkpoint before.
     """
     return json.loads((OLD / "expected.json").read_text())[name]
 

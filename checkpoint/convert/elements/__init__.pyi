@@ -24,9 +24,9 @@ from .output import (
 )
 from .pieces import (
     UNPREFIXED_KINDS as UNPREFIXED_KINDS,
+    Location as Location,
     Logical as Logical,
-    Piece as Piece,
-    Place as Place,
+    SourcePiece as SourcePiece,
     SourceTensor as SourceTensor,
     Stored as Stored,
     check_complete as check_complete,

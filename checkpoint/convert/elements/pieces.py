@@ -1,8 +1,8 @@
 """Where the elements of tensors lie in files: boxes, each with an affine map to bytes. Pure; needs no torch.
 
-A place is an offset and a stride per dimension, which says everything that converting between frameworks
+A location is an offset and a stride per dimension, which says everything that converting between frameworks
 asks of a tensor: cut, fused, interleaved, stacked, transposed and flattened tensors are all boxes with
-places (after the pieces of DeepSpeed's affine maps). Nothing is copied until a box of the output is made.
+locations (after the pieces of DeepSpeed's affine maps). Nothing is copied until a box of the output is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from holdfast.parallel.layout import Box, without
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where a box lies: element i is at byte `offset` + sum(i[d] * strides[d]) * element size."""
 
     file: str
@@ -26,23 +26,25 @@ class Place:
     strides: tuple[int, ...]
     """In elements, one a dimension of the box."""
 
-    def at(self, start: Sequence[int], element_bytes: int) -> Place:
+    def at(self, start: Sequence[int], element_bytes: int) -> Location:
         """Of the box that begins at index `start` of this one."""
         skipped = sum(i * stride for i, stride in zip(start, self.strides, strict=True))
-        return Place(self.file, self.offset + skipped * element_bytes, self.strides)
+        return Location(self.file, self.offset + skipped * element_bytes, self.strides)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of a tensor and the places that have it; no place: zeros."""
+class SourcePiece:
+    """A box of a tensor and the locations that have it; no location: zeros."""
 
     box: Box
-    places: tuple[Place, ...]
+    locations: tuple[Location, ...]
 
-    def part(self, box: Box, element_bytes: int) -> Piece:
+    def part(self, box: Box, element_bytes: int) -> SourcePiece:
         """A smaller box of this piece."""
         start = box.relative_to(self.box).start
-        return Piece(box, tuple(place.at(start, element_bytes) for place in self.places))
+        return SourcePiece(
+            box, tuple(location.at(start, element_bytes) for location in self.locations)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class SourceTensor:
     dtype: str
     """As safetensors names it."""
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
     shard: tuple[tuple[str, int], ...] = ()
     """Its coordinates among the source's shards: (("tp", 1), ("pp", 0))."""
     full_shape: tuple[int, ...] | None = None
@@ -92,9 +94,9 @@ class Logical:
     dtype: str
     """Of the source."""
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
     combine: str = "equal"
-    """How the places of a piece combine: "equal" (all must hold the same bytes), "sum" or "mean"."""
+    """How the locations of a piece combine: "equal" (all must hold the same bytes), "sum" or "mean"."""
 
     @property
     def full_name(self) -> str:
@@ -109,7 +111,7 @@ class Logical:
     def bytes(self) -> int:
         return prod(self.shape) * self.element_bytes
 
-    def within(self, box: Box) -> Iterator[Piece]:
+    def within(self, box: Box) -> Iterator[SourcePiece]:
         """What makes up a box of the tensor."""
         first, last = (box.start[0], box.stop[0]) if box.start else (0, 0)
         for piece in self.pieces:
@@ -144,9 +146,11 @@ def stored(
     full_shape: tuple[int, ...] | None = None,
 ) -> SourceTensor:
     """A source tensor that lies in one piece at byte `offset` of a file."""
-    place = Place(file, offset, tuple(row_major(shape) if strides is None else strides))
+    location = Location(file, offset, tuple(row_major(shape) if strides is None else strides))
     shape = tuple(shape)
-    return SourceTensor(key, dtype, shape, (Piece(Box.whole(shape), (place,)),), shard, full_shape)
+    return SourceTensor(
+        key, dtype, shape, (SourcePiece(Box.whole(shape), (location,)),), shard, full_shape
+    )
 
 
 def flat_boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
@@ -172,7 +176,9 @@ def flat_boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
         start = end
 
 
-def fragment_pieces(fragment: SourceTensor, start: int, shape: Sequence[int]) -> Iterator[Piece]:
+def fragment_pieces(
+    fragment: SourceTensor, start: int, shape: Sequence[int]
+) -> Iterator[SourcePiece]:
     """A flat fragment as pieces of the tensor of which it holds the elements from `start` on.
 
     What lies beyond the tensor's end is padding.
@@ -184,14 +190,17 @@ def fragment_pieces(fragment: SourceTensor, start: int, shape: Sequence[int]) ->
         last = min(total, start + piece.box.stop[0])
         for box in flat_boxes(first, last, shape):
             skipped = sum(i * s for i, s in zip(box.start, strides, strict=True)) - first
-            places = tuple(
-                Place(place.file, place.offset + skipped * size, strides) for place in piece.places
+            locations = tuple(
+                Location(location.file, location.offset + skipped * size, strides)
+                for location in piece.locations
             )
-            yield Piece(box, places)
+            yield SourcePiece(box, locations)
 
 
-def overlay(first: Sequence[Piece], second: Sequence[Piece], element_bytes: int) -> list[Piece]:
-    """Two ways to provide the same tensor, as pieces with the places of both."""
+def overlay(
+    first: Sequence[SourcePiece], second: Sequence[SourcePiece], element_bytes: int
+) -> list[SourcePiece]:
+    """Two ways to provide the same tensor, as pieces with the locations of both."""
     both = []
     for one in first:
         for other in second:
@@ -199,11 +208,11 @@ def overlay(first: Sequence[Piece], second: Sequence[Piece], element_bytes: int)
             if common is None:
                 continue
             a, b = one.part(common, element_bytes), other.part(common, element_bytes)
-            both.append(Piece(common, a.places + b.places))
+            both.append(SourcePiece(common, a.locations + b.locations))
     return both
 
 
-def moved(pieces: Sequence[Piece], dim: int, distance: int) -> list[Piece]:
+def moved(pieces: Sequence[SourcePiece], dim: int, distance: int) -> list[SourcePiece]:
     """Pieces in the coordinates of a tensor that has `distance` more indices before them along `dim`."""
 
     def shift(index: tuple[int, ...]) -> tuple[int, ...]:

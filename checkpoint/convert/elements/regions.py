@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from holdfast.checkpoint.convert.elements.pieces import Place, row_major
+from holdfast.checkpoint.convert.elements.pieces import Location, row_major
 
 SMALLEST_RUN_BYTES = 32 << 10
 """Shorter runs are read together with what lies between them."""
@@ -34,8 +34,10 @@ class Region:
         )
 
 
-def region_of(place: Place, shape: Sequence[int], element_bytes: int, most_bytes: int) -> Region:
-    """Plan to read a box of `shape` that lies at `place`.
+def region_of(
+    location: Location, shape: Sequence[int], element_bytes: int, most_bytes: int
+) -> Region:
+    """Plan to read a box of `shape` that lies at `location`.
 
     Args:
         most_bytes: what may be read with gaps; beyond it each run is read by itself.
@@ -44,27 +46,29 @@ def region_of(place: Place, shape: Sequence[int], element_bytes: int, most_bytes
     if not elements:
         return Region((), row_major(shape), 0)
     # From the outermost to the innermost in the file; extents of 1 do not matter.
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -place.strides[d])
+    order = sorted(
+        (d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -location.strides[d]
+    )
     run, inner = 1, len(order)
-    while inner and place.strides[order[inner - 1]] == run:
+    while inner and location.strides[order[inner - 1]] == run:
         inner -= 1
         run *= shape[order[inner]]
     outer = order[:inner]
-    span = 1 + sum((shape[d] - 1) * place.strides[d] for d in order)
+    span = 1 + sum((shape[d] - 1) * location.strides[d] for d in order)
     gaps_are_cheap = run * element_bytes < SMALLEST_RUN_BYTES and span * element_bytes <= most_bytes
     if not outer or gaps_are_cheap:
         whole = span * element_bytes
-        strides = tuple(place.strides)
-        return Region(((place.offset, 0, whole),), strides, whole, dense=span == elements)
+        strides = tuple(location.strides)
+        return Region(((location.offset, 0, whole),), strides, whole, dense=span == elements)
     packed = _packed(shape, order)
     length = run * element_bytes
     requests = tuple(
         (
-            place.offset + skipped * element_bytes,
+            location.offset + skipped * element_bytes,
             number * length,
             length,
         )
-        for number, skipped in enumerate(_starts(shape, place.strides, outer))
+        for number, skipped in enumerate(_starts(shape, location.strides, outer))
     )
     return Region(requests, packed, elements * element_bytes)
 

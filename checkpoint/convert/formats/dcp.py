@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import Logical, Output, Piece, SourceTensor, Unit, number
+from holdfast.checkpoint.convert.elements import (
+    Logical,
+    Output,
+    SourcePiece,
+    SourceTensor,
+    Unit,
+    number,
+)
 from holdfast.checkpoint.convert.sources import (
     DCP_METADATA,
     Catalog,
@@ -141,7 +148,7 @@ def _tensor(
         dtypes.add(source.dtype)
         records |= source.records
         box = Box(start, tuple(a + n for a, n in zip(start, extent, strict=True)))
-        pieces.append(Piece(box, source.pieces[0].places))
+        pieces.append(SourcePiece(box, source.pieces[0].locations))
     if len(dtypes) != 1:
         raise CheckpointError(f"{where}: {key} has chunks of types {sorted(dtypes)}")
     return SourceTensor(name, dtypes.pop(), shape, tuple(pieces), records=records)

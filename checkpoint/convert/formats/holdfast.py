@@ -11,10 +11,10 @@ from pathlib import Path
 
 from holdfast.checkpoint.convert.elements import (
     UNPREFIXED_KINDS,
+    Location,
     Logical,
     Output,
-    Piece,
-    Place,
+    SourcePiece,
     Unit,
     check_complete,
     row_major,
@@ -86,12 +86,12 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 
 def _tensors(manifest: Manifest) -> list[Logical]:
-    pieces: defaultdict[str, list[Piece]] = defaultdict(list)
+    pieces: defaultdict[str, list[SourcePiece]] = defaultdict(list)
     for file, entry in manifest.files.items():
         for name, stored in entry.pieces.items():
             for piece in stored:
-                place = Place(file, piece.offset, row_major(piece.box.shape))
-                pieces[name].append(Piece(piece.box, (place,)))
+                location = Location(file, piece.offset, row_major(piece.box.shape))
+                pieces[name].append(SourcePiece(piece.box, (location,)))
     tensors = []
     for name, entry in manifest.tensors.items():
         base = name if entry.kind in UNPREFIXED_KINDS else name.removeprefix(f"{entry.kind}.")

@@ -84,7 +84,7 @@ def _check_index(root: Path, tensors: Sequence[SourceTensor], path: Path) -> Non
     index = next((root / n for n in (INDEX, BIN_INDEX) if (root / n).is_file()), None)
     if path.is_file() or index is None:
         return
-    where = {t.key: t.pieces[0].places[0].file for t in tensors}
+    where = {t.key: t.pieces[0].locations[0].file for t in tensors}
     for name, file in _weight_map(index).items():
         if where.get(name) != file:
             raise CheckpointError(f"{root}: the index says that {name} is in {file}, and it is not")

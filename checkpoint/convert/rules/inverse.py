@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
-from holdfast.checkpoint.convert.elements import Logical, Piece, Place, check_complete, moved
+from holdfast.checkpoint.convert.elements import (
+    Location,
+    Logical,
+    SourcePiece,
+    check_complete,
+    moved,
+)
 from holdfast.checkpoint.convert.rules.mapping import View, make_views
 from holdfast.checkpoint.convert.rules.patterns import Pattern, evaluate
 from holdfast.checkpoint.convert.rules.rules import Rule, RuleBook
@@ -65,7 +71,7 @@ def map_back(
         form: of the format, whose rules these are ("" for the usual one).
         shards: into which `cut` will cut what the rules say is cut.
     Returns:
-        The tensors of the format; what is padding has no place.
+        The tensors of the format; what is padding has no location.
     Raises:
         CheckpointError: a tensor that no rule gives, or one that is missing beside others, or of another
             shape or type than these.
@@ -144,7 +150,7 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joine
     lead = _extents(group, where)
     shape = (*lead, *_inner_shape(group, values, where))
     views = make_views(rule, group.captured, shape, values, where)
-    pieces: list[Piece] = []
+    pieces: list[SourcePiece] = []
     for view in views:
         found = members.get(view.name)
         if found is None:
@@ -160,7 +166,7 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joine
         pieces += _pieces(view, tensor, len(shape))
     if rule.strip is not None:
         held = [piece.box for piece in pieces]
-        pieces += [Piece(box, ()) for box in without([Box.whole(shape)], held)]
+        pieces += [SourcePiece(box, ()) for box in without([Box.whole(shape)], held)]
     made = Logical(group.key, "tensor", first.dtype, shape, tuple(pieces), first.combine)
     check_complete(made)
     return Joined(rule, made, out, evaluate(rule.groups, values, where) if rule.parts else 1)
@@ -238,7 +244,7 @@ def _inner_shape(group: _Group, values: Mapping[str, int], where: str) -> list[i
     return inner
 
 
-def _pieces(view: View, tensor: Logical, rank: int) -> list[Piece]:
+def _pieces(view: View, tensor: Logical, rank: int) -> list[SourcePiece]:
     """A tensor's pieces in the coordinates of the tensor that it is a view of."""
     found = []
     for box, origin in view.boxes:
@@ -250,11 +256,11 @@ def _pieces(view: View, tensor: Logical, rank: int) -> list[Piece]:
                 start[dim] += at - begin
                 extent[dim] = length
             stop = tuple(a + n for a, n in zip(start, extent, strict=True))
-            places = []
-            for place in part.places:
+            locations = []
+            for location in part.locations:
                 strides = [0] * rank
-                for dim, stride in zip(view.dims, place.strides, strict=True):
+                for dim, stride in zip(view.dims, location.strides, strict=True):
                     strides[dim] = stride
-                places.append(Place(place.file, place.offset, tuple(strides)))
-            found.append(Piece(Box(tuple(start), stop), tuple(places)))
+                locations.append(Location(location.file, location.offset, tuple(strides)))
+            found.append(SourcePiece(Box(tuple(start), stop), tuple(locations)))
     return found

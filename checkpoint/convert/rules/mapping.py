@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from holdfast.checkpoint.convert.elements import (
+    Location,
     Logical,
-    Piece,
-    Place,
+    SourcePiece,
     SourceTensor,
     check_complete,
     fragment_pieces,
@@ -126,7 +126,7 @@ def _apply(
 
 def _union(
     rule: Rule, members: Sequence[SourceTensor], where: str
-) -> tuple[tuple[int, ...], list[Piece], int]:
+) -> tuple[tuple[int, ...], list[SourcePiece], int]:
     """The tensor that shards make up: (shape, pieces, number of shards)."""
     size = ELEMENT_BYTES[members[0].dtype]
     if rule.fragments:
@@ -136,7 +136,7 @@ def _union(
         by_index[member.index(rule.over)].append(member)
     indices = sorted(by_index)
     _check_indices(indices, rule.over, where)
-    shards: list[tuple[SourceTensor, list[Piece]]] = []
+    shards: list[tuple[SourceTensor, list[SourcePiece]]] = []
     for index in indices:
         first, *copies = by_index[index]
         pieces = list(first.pieces)
@@ -168,8 +168,8 @@ def _same_shape(first: SourceTensor, other: SourceTensor, where: str) -> None:
 
 
 def _cut(
-    dim: int, shards: Sequence[tuple[SourceTensor, list[Piece]]], where: str
-) -> tuple[tuple[int, ...], list[Piece], int]:
+    dim: int, shards: Sequence[tuple[SourceTensor, list[SourcePiece]]], where: str
+) -> tuple[tuple[int, ...], list[SourcePiece], int]:
     first = shards[0][0]
     if dim >= len(first.shape):
         raise CheckpointError(
@@ -201,9 +201,9 @@ def _check_indices(indices: Sequence[int], axis: str, where: str) -> None:
 
 
 def _join_fragments(axis: str, members: Sequence[SourceTensor], where: str) -> list[SourceTensor]:
-    """Flat fragments as the tensors that they make up, one for each place along the other axes.
+    """Flat fragments as the tensors that they make up, one for each position along the other axes.
 
-    A tensor without a place along `axis` is whole already.
+    A tensor without a position along `axis` is whole already.
     """
     groups: defaultdict[tuple[tuple[str, int], ...], list[SourceTensor]] = defaultdict(list)
     for member in members:
@@ -324,7 +324,7 @@ def _fused(
     ]
 
 
-def _lower(view: View, pieces: Sequence[Piece], dtype: str) -> tuple[Piece, ...]:
+def _lower(view: View, pieces: Sequence[SourcePiece], dtype: str) -> tuple[SourcePiece, ...]:
     """A view's pieces, given those of the tensor that it is a view of."""
     size = ELEMENT_BYTES[dtype]
     found = []
@@ -344,9 +344,11 @@ def _lower(view: View, pieces: Sequence[Piece], dtype: str) -> tuple[Piece, ...]
                 b + common.start[d] - origin[d] for b, d in zip(box.start, view.dims, strict=True)
             )
             stop = tuple(a + common.shape[d] for a, d in zip(start, view.dims, strict=True))
-            places = tuple(
-                Place(place.file, place.offset, tuple(place.strides[d] for d in view.dims))
-                for place in part.places
+            locations = tuple(
+                Location(
+                    location.file, location.offset, tuple(location.strides[d] for d in view.dims)
+                )
+                for location in part.locations
             )
-            found.append(Piece(Box(start, stop), places))
+            found.append(SourcePiece(Box(start, stop), locations))
     return tuple(found)

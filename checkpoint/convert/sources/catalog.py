@@ -1,4 +1,4 @@
-"""What a source holds, whatever its format: tensors with their places, and what else is known of it."""
+"""What a source holds, whatever its format: tensors, their locations, and what else is known of it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Catalog:
 
     format: str
     root: Path
-    """Places are relative to it."""
+    """Locations are relative to it."""
     tensors: list[Logical]
     step: int = 0
     scalars: dict[str, Any] = field(default_factory=dict)
@@ -122,7 +122,7 @@ def make_catalog(
         files=files,
         by_rule=mapped.by_rule,
         left_out=mapped.left_out,
-        records={place: record for tensor in tensors for place, record in tensor.records.items()},
+        records={at: record for tensor in tensors for at, record in tensor.records.items()},
     )
 
 

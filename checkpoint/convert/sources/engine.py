@@ -17,9 +17,9 @@ from holdfast.checkpoint.convert.elements import (
     Bits,
     Checksum,
     GrowingMemory,
-    Piece,
-    Place,
+    Location,
     Region,
+    SourcePiece,
     Unit,
     bits,
     cast,
@@ -49,9 +49,9 @@ Checks = Mapping[tuple[str, int, int], int]
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """What is read of one place of a piece."""
+    """What is read of one location of a piece."""
 
-    place: Place
+    location: Location
     region: Region
     memory: Memory
     """uint8[region.bytes]."""
@@ -69,7 +69,7 @@ class _Slot:
     unit: Unit | None = None
     memory: Memory | None = None
     """uint8: the unit as it will be written."""
-    pieces: list[tuple[Piece, list[_Term]]] = field(default_factory=list)
+    pieces: list[tuple[SourcePiece, list[_Term]]] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
 
 
@@ -88,7 +88,7 @@ class Engine:
         direct: bool = True,
     ) -> None:
         """Args:
-        source: the folder that the places of units are relative to.
+        source: the folder that the locations of units are relative to.
         target: the folder that units are written to; the files are there, in full length. None to read
             only.
         memory_bytes: for what is under way.
@@ -183,36 +183,36 @@ class Engine:
             misalignment = 0
         slot.memory = slot.output.take(unit.bytes, misalignment)
         size = unit.tensor.element_bytes
-        planned: list[tuple[Piece, list[tuple[Place, Region]]]] = []
+        planned: list[tuple[SourcePiece, list[tuple[Location, Region]]]] = []
         total = 0
         for piece in unit.tensor.within(unit.box):
             found = [
-                (place, region_of(place, piece.box.shape, size, SLOT_BYTES))
-                for place in piece.places
+                (location, region_of(location, piece.box.shape, size, SLOT_BYTES))
+                for location in piece.locations
             ]
             planned.append((piece, found))
-            total += sum(room_of(place, region)[0] for place, region in found)
+            total += sum(room_of(location, region)[0] for location, region in found)
         scratch = slot.scratch.take(total)
         slot.pieces, used = [], 0
         for piece, found in planned:
             inside = self._place_in_unit(slot, unit, piece, found)
             terms = []
-            for place, region in found:
+            for location, region in found:
                 memory = inside
                 # Past the page cache, memory must be as far from a block's beginning as the file is.
                 if memory is None or (
-                    is_long(region) and (memory.ctypes.data - place.offset) % ALIGNMENT
+                    is_long(region) and (memory.ctypes.data - location.offset) % ALIGNMENT
                 ):
-                    room, before = room_of(place, region)
+                    room, before = room_of(location, region)
                     memory = scratch[used + before : used + before + region.bytes]
                     used += room
-                self._reads.want(place, region, memory, roomy=memory is not inside)
-                terms.append(_Term(place, region, memory, memory is inside))
+                self._reads.want(location, region, memory, roomy=memory is not inside)
+                terms.append(_Term(location, region, memory, memory is inside))
             slot.pieces.append((piece, terms))
         slot.tickets = self._reads.begin()
 
     def _place_in_unit(
-        self, slot: _Slot, unit: Unit, piece: Piece, found: Sequence[tuple[Place, Region]]
+        self, slot: _Slot, unit: Unit, piece: SourcePiece, found: Sequence[tuple[Location, Region]]
     ) -> Memory | None:
         """Where in the unit a piece can be read to at once: it is whole rows, and stays as it is."""
         if len(found) != 1 or unit.dtype != unit.tensor.dtype or slot.memory is None:
@@ -241,9 +241,9 @@ class Engine:
         slot.tickets = []
         whole = bits(memory, unit.dtype).reshape(unit.box.shape)
         for piece, terms in slot.pieces:
-            place = piece.box.relative_to(unit.box).slices
+            inside = piece.box.relative_to(unit.box).slices
             if not terms:
-                whole[place] = 0
+                whole[inside] = 0
                 continue
             for term in terms:
                 self._check(unit, term)
@@ -252,17 +252,17 @@ class Engine:
             values = [self._view(unit, piece, term) for term in terms]
             if unit.tensor.combine == "equal":
                 self._compare(unit, piece, terms, values)
-                whole[place] = cast(values[0], unit.tensor.dtype, unit.dtype)
+                whole[inside] = cast(values[0], unit.tensor.dtype, unit.dtype)
             else:
                 mean = unit.tensor.combine == "mean"
-                whole[place] = combine(values, unit.tensor.dtype, unit.dtype, mean=mean)
+                whole[inside] = combine(values, unit.tensor.dtype, unit.dtype, mean=mean)
         return sums_of(memory, self._checksum)
 
-    def _view(self, unit: Unit, piece: Piece, term: _Term) -> Bits:
+    def _view(self, unit: Unit, piece: SourcePiece, term: _Term) -> Bits:
         return strided(bits(term.memory, unit.tensor.dtype), piece.box.shape, term.region.strides)
 
     def _check(self, unit: Unit, term: _Term) -> None:
-        file, region = term.place.file, term.region
+        file, region = term.location.file, term.region
         parts = [
             (file, at, at + length, zlib.crc32(term.memory[into : into + length].data))
             for at, into, length in region.requests
@@ -282,14 +282,14 @@ class Engine:
                 )
 
     def _compare(
-        self, unit: Unit, piece: Piece, terms: Sequence[_Term], values: Sequence[Bits]
+        self, unit: Unit, piece: SourcePiece, terms: Sequence[_Term], values: Sequence[Bits]
     ) -> None:
         for term, value in zip(terms[1:], values[1:], strict=True):
             if not np.array_equal(values[0], value):
                 differing = int((values[0] != value).sum())
                 raise CheckpointError(
-                    f"{unit.tensor.full_name}{piece.box}: {self.source / terms[0].place.file} and "
-                    f"{self.source / term.place.file} hold copies of it that differ in {differing} of "
+                    f"{unit.tensor.full_name}{piece.box}: {self.source / terms[0].location.file} and "
+                    f"{self.source / term.location.file} hold copies of it that differ in {differing} of "
                     f"{value.size} elements; a copy is of another step, or damaged"
                 )
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast import _native
-from holdfast.checkpoint.convert.elements import Place, Region
+from holdfast.checkpoint.convert.elements import Location, Region
 from holdfast.checkpoint.convert.sources.open_files import MOST_OPEN
 from holdfast.checkpoint.format import ALIGNMENT
 from holdfast.parallel.errors import CheckpointError
@@ -53,7 +53,7 @@ class SourceFiles:
         """Wait for what is under way and close all files."""
         self._closing.close()
 
-    def want(self, place: Place, region: Region, memory: Memory, *, roomy: bool) -> None:
+    def want(self, location: Location, region: Region, memory: Memory, *, roomy: bool) -> None:
         """Ask for a region.
 
         Args:
@@ -62,16 +62,16 @@ class SourceFiles:
         Raises:
             CheckpointError: the file cannot be opened.
         """
-        file = self._open(place.file)
+        file = self._open(location.file)
         cached, direct = self._requests
         address = memory.ctypes.data
-        if not is_long(region) or (address - place.offset) % ALIGNMENT:
+        if not is_long(region) or (address - location.offset) % ALIGNMENT:
             cached += [
                 (False, file.cached, address + into, at, length)
                 for at, into, length in region.requests
             ]
             return
-        start, end = place.offset, place.offset + region.bytes
+        start, end = location.offset, location.offset + region.bytes
         if roomy:
             before = start % ALIGNMENT
             start, address = start - before, address - before
@@ -131,7 +131,7 @@ def is_long(region: Region) -> bool:
     return len(region.requests) == 1 and region.dense and region.bytes >= LONG_BYTES
 
 
-def room_of(place: Place, region: Region) -> tuple[int, int]:
+def room_of(location: Location, region: Region) -> tuple[int, int]:
     """Memory, from a multiple of ALIGNMENT on, that makes it roomy: (bytes, first byte of the region)."""
-    before = place.offset % ALIGNMENT if is_long(region) else 0
+    before = location.offset % ALIGNMENT if is_long(region) else 0
     return -(-(before + region.bytes) // ALIGNMENT) * ALIGNMENT, before

@@ -26,7 +26,7 @@ class TorchFile:
     content: Any
     file: str
     """Relative to the source's folder."""
-    places: Mapping[str, int]
+    offsets: Mapping[str, int]
     """First byte of each storage, in the file."""
     sizes: Mapping[str, int]
     """Bytes of each storage."""
@@ -54,7 +54,7 @@ class TorchFile:
                 f"{self.file} is damaged: {key} needs {end} bytes of a storage of "
                 f"{self.sizes.get(tensor.storage, 0)}"
             )
-        offset = self.places.get(tensor.storage, 0) + tensor.start * size
+        offset = self.offsets.get(tensor.storage, 0) + tensor.start * size
         found = stored(
             key,
             tensor.dtype,
@@ -78,7 +78,7 @@ class TorchFile:
         for extent in tensor.shape:
             count *= extent
         with (root / self.file).open("rb") as file:
-            file.seek(self.places[tensor.storage] + tensor.start * size)
+            file.seek(self.offsets[tensor.storage] + tensor.start * size)
             return file.read(count * size)
 
 
@@ -116,7 +116,7 @@ def read_torch_item(opened: BinaryIO, offset: int, length: int, file: str, where
 def _read_archive(
     archive: zipfile.ZipFile, opened: BinaryIO, offset: int, length: int, file: str, where: str
 ) -> TorchFile:
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     sizes: dict[str, int] = {}
     records: dict[str, Stored] = {}
     pickled: zipfile.ZipInfo | None = None
@@ -134,14 +134,14 @@ def _read_archive(
             start = entry.header_offset + _LOCAL_HEADER.size + named + extra
             if signature != b"PK\x03\x04" or start + entry.file_size > length:
                 raise CheckpointError(f"{where} is damaged: {name} lies outside of the file")
-            places[name.removeprefix("data/")] = offset + start
+            offsets[name.removeprefix("data/")] = offset + start
             sizes[name.removeprefix("data/")] = entry.file_size
             if entry.CRC:
                 records[name.removeprefix("data/")] = Stored(entry.filename, entry.CRC)
     if pickled is None:
         raise CheckpointError(f"{where} is not a file of torch.save: it has no data.pkl")
     content = read_pickle(_content(archive, pickled), where)
-    return TorchFile(content, file, places, sizes, records)
+    return TorchFile(content, file, offsets, sizes, records)
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:

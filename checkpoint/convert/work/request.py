@@ -96,10 +96,10 @@ def prepare(asked: Conversion) -> Prepared:
 def _fingerprint(asked: Conversion, catalog: Catalog, output: Output) -> dict[str, Any]:
     """What must be equal for a conversion to go on from what another has left."""
     files = {
-        place.file
+        location.file
         for tensor, _ in output.expected
         for piece in tensor.pieces
-        for place in piece.places
+        for location in piece.locations
     }
     stats = {file: (catalog.root / file).stat() for file in sorted(files)}
     return {

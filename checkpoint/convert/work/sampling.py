@@ -12,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from holdfast.checkpoint.convert.elements import Bits, Logical, Place, bits, cast, combine, number
+from holdfast.checkpoint.convert.elements import (
+    Bits,
+    Location,
+    Logical,
+    bits,
+    cast,
+    combine,
+    number,
+)
 from holdfast.checkpoint.convert.sources import Catalog, OpenFiles
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
@@ -29,7 +37,7 @@ def compare_sample(
     """Compare names, shapes, types and a sample of elements; returns how many elements.
 
     Args:
-        source: what the places of the expected tensors are relative to.
+        source: what the locations of the expected tensors are relative to.
         expected: the tensors that were to be written, each with its type in the output.
         added: names of those that only the output has.
     Raises:
@@ -41,7 +49,7 @@ def compare_sample(
     if missing:
         raise CheckpointError(f"{output.root}: {missing[0]} is in one of source and output only")
     each = max(2, min(16, MOST_ELEMENTS // max(1, len(names))))
-    sampled: list[tuple[Logical, str, tuple[int, ...], list[Place], list[Place]]] = []
+    sampled: list[tuple[Logical, str, tuple[int, ...], list[Location], list[Location]]] = []
     with _Elements(source) as there, _Elements(output.root) as here:
         for tensor, dtype in expected:
             written = found[tensor.full_name]
@@ -51,12 +59,12 @@ def compare_sample(
                     f"be {dtype} {list(tensor.shape)}"
                 )
             for index in _indices(tensor, each):
-                places = there.find(tensor, index), here.find(written, index)
-                sampled.append((tensor, dtype, index, *places))
+                locations = there.find(tensor, index), here.find(written, index)
+                sampled.append((tensor, dtype, index, *locations))
         for tensor, dtype, index, sources, outputs in sampled:
             wanted = there.value(tensor, sources, dtype)
-            for place in outputs:
-                value = here.read(place, dtype).tobytes()
+            for location in outputs:
+                value = here.read(location, dtype).tobytes()
                 if wanted != value:
                     raise CheckpointError(
                         f"{output.root}: {tensor.full_name}{list(index)} is {number(value, dtype)} and "
@@ -87,36 +95,38 @@ class _Elements:
     def __exit__(self, *error: object) -> None:
         self._files.close()
 
-    def find(self, tensor: Logical, index: tuple[int, ...]) -> list[Place]:
+    def find(self, tensor: Logical, index: tuple[int, ...]) -> list[Location]:
         """Where an element is; the disk is asked for all of them before the first is read."""
         for piece in tensor.pieces:
             if all(
                 a <= i < b for a, i, b in zip(piece.box.start, index, piece.box.stop, strict=True)
             ):
                 inside = tuple(i - a for i, a in zip(index, piece.box.start, strict=True))
-                places = [place.at(inside, tensor.element_bytes) for place in piece.places]
-                for place in places:
+                locations = [
+                    location.at(inside, tensor.element_bytes) for location in piece.locations
+                ]
+                for location in locations:
                     size = tensor.element_bytes
-                    handle = self._files[place.file]
-                    os.posix_fadvise(handle, place.offset, size, os.POSIX_FADV_WILLNEED)
-                return places
+                    handle = self._files[location.file]
+                    os.posix_fadvise(handle, location.offset, size, os.POSIX_FADV_WILLNEED)
+                return locations
         raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
 
-    def value(self, tensor: Logical, places: Sequence[Place], dtype: str) -> bytes:
-        """The bytes of an element that lies at `places`, in type `dtype`."""
-        values = [self.read(place, tensor.dtype) for place in places]
+    def value(self, tensor: Logical, locations: Sequence[Location], dtype: str) -> bytes:
+        """The bytes of an element that lies at `locations`, in type `dtype`."""
+        values = [self.read(location, tensor.dtype) for location in locations]
         if not values:
             return bytes(ELEMENT_BYTES[dtype])
         if tensor.combine == "equal":
             return cast(values[0], tensor.dtype, dtype).tobytes()
         return combine(values, tensor.dtype, dtype, mean=tensor.combine == "mean").tobytes()
 
-    def read(self, place: Place, dtype: str) -> Bits:
-        """The element of type `dtype` at a place."""
+    def read(self, location: Location, dtype: str) -> Bits:
+        """The element of type `dtype` at a location."""
         size = ELEMENT_BYTES[dtype]
-        content = os.pread(self._files[place.file], size, place.offset)
+        content = os.pread(self._files[location.file], size, location.offset)
         if len(content) != size:
             raise CheckpointError(
-                f"{self._root / place.file} ends before byte {place.offset + size}"
+                f"{self._root / location.file} ends before byte {location.offset + size}"
             )
         return bits(np.frombuffer(content, np.uint8), dtype)

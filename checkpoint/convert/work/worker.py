@@ -105,17 +105,17 @@ def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> No
     starts = {(file, offset): (file, offset, length) for file, offset, length in catalog.checks}
     for tensor, _ in output.expected:
         for piece in tensor.pieces:
-            for place in piece.places:
-                if (place.file, place.offset) in starts:
-                    needed.add(starts[place.file, place.offset])
+            for location in piece.locations:
+                if (location.file, location.offset) in starts:
+                    needed.add(starts[location.file, location.offset])
     for unit in output.units:
         size = unit.tensor.element_bytes
         for piece in unit.tensor.within(unit.box):
-            for place in piece.places:
-                region = region_of(place, piece.box.shape, size, SLOT_BYTES)
+            for location in piece.locations:
+                region = region_of(location, piece.box.shape, size, SLOT_BYTES)
                 if len(region.requests) == 1:
                     [(offset, _, length)] = region.requests
-                    seen.add((place.file, offset, length))
+                    seen.add((location.file, offset, length))
     for file, offset, length in sorted(needed - seen)[rank::world]:
         crc = 0
         with (catalog.root / file).open("rb") as opened:

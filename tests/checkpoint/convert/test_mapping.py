@@ -184,7 +184,7 @@ def test_copies_along_other_axes_are_all_listed() -> None:
         for index, shard in enumerate(value.chunk(2)):
             source.add("embed", shard, tp=index, pp=stage)
     [tensor] = mapped(source, '[[rule]]\nsource="embed"\ntarget="embed"\nis="shard"').tensors
-    assert [len(piece.places) for piece in tensor.pieces] == [2, 2]
+    assert [len(piece.locations) for piece in tensor.pieces] == [2, 2]
     assert torch.equal(source.read(tensor, torch.float32), value)
 
 

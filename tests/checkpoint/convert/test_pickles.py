@@ -122,11 +122,11 @@ def test_torch_files_are_read_in_place(tmp_path: Path) -> None:
     expected |= {("c",): saved["c"].detach(), ("d",): saved["d"]}
     for path, tensor in tensors_in(file.content):
         source = file.source("/".join(path), tensor)
-        [place] = source.pieces[0].places
-        flat = torch.frombuffer(bytearray(content[place.offset :]), dtype=torch.uint8)
+        [location] = source.pieces[0].locations
+        flat = torch.frombuffer(bytearray(content[location.offset :]), dtype=torch.uint8)
         dtype = TORCH_DTYPES[source.dtype]
         flat = flat[: flat.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-        assert torch.equal(flat.as_strided(source.shape, place.strides), expected.pop(path))
+        assert torch.equal(flat.as_strided(source.shape, location.strides), expected.pop(path))
     assert not expected
 
 
@@ -180,7 +180,7 @@ def test_a_file_beyond_four_gigabytes_is_laid_out_with_wide_records(tmp_path: Pa
     assert found[0].shape == (5 << 30,)
     assert found[1].tolist() == [1, 2]
     ours = read_torch_file(tmp_path, "large.pt")
-    assert dict(ours.places) == {"0": layout.starts[0], "1": layout.starts[1]}
+    assert dict(ours.offsets) == {"0": layout.starts[0], "1": layout.starts[1]}
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

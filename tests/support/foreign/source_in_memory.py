@@ -38,26 +38,26 @@ class Source:
         )
 
     def read(self, tensor: Logical, dtype: torch.dtype) -> Tensor:
-        """Every element from its piece; the first of its places."""
+        """Every element from its piece; the first of its locations."""
         values = torch.zeros(tensor.shape, dtype=dtype)
         flat = torch.frombuffer(self.content, dtype=torch.uint8)
         for piece in tensor.pieces:
             terms = [
-                flat[place.offset :][
-                    : flat[place.offset :].numel() // dtype.itemsize * dtype.itemsize
+                flat[location.offset :][
+                    : flat[location.offset :].numel() // dtype.itemsize * dtype.itemsize
                 ]
                 .clone()
                 .view(dtype)
-                .as_strided(piece.box.shape, place.strides)
-                for place in piece.places
+                .as_strided(piece.box.shape, location.strides)
+                for location in piece.locations
             ]
             total = terms[0] if tensor.combine == "equal" else sum(terms[1:], terms[0])
             values[piece.box.slices] = total / len(terms) if tensor.combine == "mean" else total
         return values
 
     def read_padded(self, tensor: Logical) -> Tensor:
-        """A tensor float32 whose pieces without a place are zeros."""
-        kept = tuple(piece for piece in tensor.pieces if piece.places)
+        """A tensor float32 whose pieces without a location are zeros."""
+        kept = tuple(piece for piece in tensor.pieces if piece.locations)
         return self.read(replace(tensor, pieces=kept), torch.float32)
 
 

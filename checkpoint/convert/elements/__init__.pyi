@@ -25,10 +25,10 @@ from .output import (
 from .pieces import (
     UNPREFIXED_KINDS as UNPREFIXED_KINDS,
     Location as Location,
-    Logical as Logical,
+    LogicalTensor as LogicalTensor,
     SourcePiece as SourcePiece,
     SourceTensor as SourceTensor,
-    Stored as Stored,
+    ZipRecord as ZipRecord,
     check_complete as check_complete,
     fragment_pieces as fragment_pieces,
     moved as moved,

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from holdfast.checkpoint.convert.elements.pieces import Logical
+from holdfast.checkpoint.convert.elements.pieces import LogicalTensor
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.layout import Box
 
@@ -23,7 +23,7 @@ FLOATS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 
 class Unit:
     """A box of a tensor, contiguous in an output file: what is read, put together and written at once."""
 
-    tensor: Logical
+    tensor: LogicalTensor
     box: Box
     dtype: str
     """In the output."""
@@ -44,7 +44,7 @@ class Output:
     units: Sequence[Unit]
     finish: Callable[[Path, Sequence[int]], None]
     """Writes what depends on checksums (headers, indices, small files): (folder, checksum of each unit)."""
-    expected: Sequence[tuple[Logical, str]]
+    expected: Sequence[tuple[LogicalTensor, str]]
     """The tensors that its own format will find in it, each with its type."""
     checksum: Checksum = "crc32c"
     added: frozenset[str] = frozenset()
@@ -78,7 +78,7 @@ def row_boxes(box: Box, element_bytes: int, unit_bytes: int = UNIT_BYTES) -> Ite
         yield Box((start, *box.start[1:]), (stop, *box.stop[1:]))
 
 
-def units_of(tensor: Logical, box: Box, dtype: str, file: str, offset: int) -> Iterator[Unit]:
+def units_of(tensor: LogicalTensor, box: Box, dtype: str, file: str, offset: int) -> Iterator[Unit]:
     """The units of a row-major box that begins at byte `offset` of a file."""
     for rows in row_boxes(box, ELEMENT_BYTES[dtype]):
         unit = Unit(tensor, rows, dtype, file, offset)

@@ -48,7 +48,7 @@ class SourcePiece:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class ZipRecord:
     """A record of a zip archive."""
 
     name: str
@@ -69,7 +69,7 @@ class SourceTensor:
     """Its coordinates among the source's shards: (("tp", 1), ("pp", 0))."""
     full_shape: tuple[int, ...] | None = None
     """Of the tensor that this is a flat fragment of."""
-    records: Mapping[tuple[str, int, int], Stored] = field(default_factory=dict)
+    records: Mapping[tuple[str, int, int], ZipRecord] = field(default_factory=dict)
     """What zip archives say of bytes that are just those of a piece: by (file, byte, length)."""
 
     def index(self, axis: str) -> int:
@@ -84,7 +84,7 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Logical:
+class LogicalTensor:
     """A tensor of the model, and where its elements come from."""
 
     name: str
@@ -223,7 +223,7 @@ def moved(pieces: Sequence[SourcePiece], dim: int, distance: int) -> list[Source
     ]
 
 
-def check_complete(tensor: Logical) -> None:
+def check_complete(tensor: LogicalTensor) -> None:
     """Check that the pieces hold each element exactly once.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import (
-    Logical,
+    LogicalTensor,
     Output,
     SourcePiece,
     SourceTensor,
@@ -207,7 +207,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     return Output(folder.files, folder.units, finish, settled, "crc32", added)
 
 
-def _path_of(tensor: Logical) -> tuple[Any, ...]:
+def _path_of(tensor: LogicalTensor) -> tuple[Any, ...]:
     if tensor.kind in ("weight", "buffer", "tensor"):
         return "model", tensor.name
     return "optim", "state", tensor.name, tensor.kind

@@ -12,7 +12,7 @@ from pathlib import Path
 from holdfast.checkpoint.convert.elements import (
     UNPREFIXED_KINDS,
     Location,
-    Logical,
+    LogicalTensor,
     Output,
     SourcePiece,
     Unit,
@@ -85,7 +85,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     return catalog
 
 
-def _tensors(manifest: Manifest) -> list[Logical]:
+def _tensors(manifest: Manifest) -> list[LogicalTensor]:
     pieces: defaultdict[str, list[SourcePiece]] = defaultdict(list)
     for file, entry in manifest.files.items():
         for name, stored in entry.pieces.items():
@@ -95,7 +95,7 @@ def _tensors(manifest: Manifest) -> list[Logical]:
     tensors = []
     for name, entry in manifest.tensors.items():
         base = name if entry.kind in UNPREFIXED_KINDS else name.removeprefix(f"{entry.kind}.")
-        tensor = Logical(base, entry.kind, entry.dtype, entry.shape, tuple(pieces[name]))
+        tensor = LogicalTensor(base, entry.kind, entry.dtype, entry.shape, tuple(pieces[name]))
         check_complete(tensor)
         tensors.append(tensor)
     return tensors

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from holdfast.checkpoint.convert.elements import (
-    Logical,
+    LogicalTensor,
     Output,
     SourceTensor,
     Unit,
@@ -139,7 +139,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     for tensor in catalog.tensors:
         if tensor.kind not in ("weight", "master", "buffer", "tensor"):
             catalog.left_out[tensor.full_name] = "Hugging Face folders hold weights only"
-    shelves: list[list[tuple[Logical, str]]] = []
+    shelves: list[list[tuple[LogicalTensor, str]]] = []
     size = LARGEST_FILE_BYTES + 1
     for tensor, out in chosen:
         length = _bytes(tensor, out)
@@ -177,7 +177,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     return Output(files, units, finish, chosen)
 
 
-def _index(shelves: Sequence[Sequence[tuple[Logical, str]]], files: list[str]) -> bytes:
+def _index(shelves: Sequence[Sequence[tuple[LogicalTensor, str]]], files: list[str]) -> bytes:
     mapped = {
         tensor.name: file for file, shelf in zip(files, shelves, strict=True) for tensor, _ in shelf
     }
@@ -186,11 +186,11 @@ def _index(shelves: Sequence[Sequence[tuple[Logical, str]]], files: list[str]) -
     return (json.dumps(text, indent=2) + "\n").encode()
 
 
-def _bytes(tensor: Logical, dtype: str) -> int:
+def _bytes(tensor: LogicalTensor, dtype: str) -> int:
     return Box.whole(tensor.shape).elements * ELEMENT_BYTES[dtype]
 
 
-def safetensors_header(tensors: Sequence[tuple[Logical, str]]) -> bytes:
+def safetensors_header(tensors: Sequence[tuple[LogicalTensor, str]]) -> bytes:
     """The header of a file with these tensors in this order, padded to a multiple of ALIGNMENT."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0

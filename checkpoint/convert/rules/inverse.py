@@ -11,7 +11,7 @@ from math import prod
 
 from holdfast.checkpoint.convert.elements import (
     Location,
-    Logical,
+    LogicalTensor,
     SourcePiece,
     check_complete,
     moved,
@@ -22,7 +22,7 @@ from holdfast.checkpoint.convert.rules.rules import Rule, RuleBook
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box, without
 
-Typed = tuple[Logical, str]
+Typed = tuple[LogicalTensor, str]
 """A tensor and its type in the output."""
 
 
@@ -45,7 +45,7 @@ class Joined:
     """A tensor of a format: what its shards make up, one after the other."""
 
     rule: Rule
-    tensor: Logical
+    tensor: LogicalTensor
     """Under the format's name, of kind "tensor"; its pieces are those of the model's tensors."""
     dtype: str
     """In the output."""
@@ -167,12 +167,12 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joine
     if rule.strip is not None:
         held = [piece.box for piece in pieces]
         pieces += [SourcePiece(box, ()) for box in without([Box.whole(shape)], held)]
-    made = Logical(group.key, "tensor", first.dtype, shape, tuple(pieces), first.combine)
+    made = LogicalTensor(group.key, "tensor", first.dtype, shape, tuple(pieces), first.combine)
     check_complete(made)
     return Joined(rule, made, out, evaluate(rule.groups, values, where) if rule.parts else 1)
 
 
-def cut(joined: Joined, index: int, shards: int, where: str) -> Logical:
+def cut(joined: Joined, index: int, shards: int, where: str) -> LogicalTensor:
     """A shard of a tensor, as its rule says: a part of it, or a copy.
 
     Raises:
@@ -220,7 +220,7 @@ def _extents(group: _Group, where: str) -> tuple[int, ...]:
 def _inner_shape(group: _Group, values: Mapping[str, int], where: str) -> list[int]:
     """The shape without the stacked dimensions, as its first members have it."""
     rule = group.rule
-    by_target: defaultdict[str, list[Logical]] = defaultdict(list)
+    by_target: defaultdict[str, list[LogicalTensor]] = defaultdict(list)
     for target, pattern in zip(rule.targets, _target_patterns(rule), strict=True):
         for tensor, _ in group.members.values():
             if pattern.match(tensor.name) is not None:
@@ -244,7 +244,7 @@ def _inner_shape(group: _Group, values: Mapping[str, int], where: str) -> list[i
     return inner
 
 
-def _pieces(view: View, tensor: Logical, rank: int) -> list[SourcePiece]:
+def _pieces(view: View, tensor: LogicalTensor, rank: int) -> list[SourcePiece]:
     """A tensor's pieces in the coordinates of the tensor that it is a view of."""
     found = []
     for box, origin in view.boxes:

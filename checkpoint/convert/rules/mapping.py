@@ -9,7 +9,7 @@ from itertools import product
 
 from holdfast.checkpoint.convert.elements import (
     Location,
-    Logical,
+    LogicalTensor,
     SourcePiece,
     SourceTensor,
     check_complete,
@@ -28,7 +28,7 @@ from holdfast.parallel.layout import Box
 class Mapped:
     """The tensors of a model, and what became of the source's."""
 
-    tensors: list[Logical]
+    tensors: list[LogicalTensor]
     by_rule: Counter[str] = field(default_factory=Counter)
     """Source tensors by the pattern that they fitted."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def _apply(
     members: Sequence[SourceTensor],
     values: Mapping[str, int],
     where: str,
-) -> list[Logical]:
+) -> list[LogicalTensor]:
     dtypes = sorted({member.dtype for member in members})
     if len(dtypes) > 1:
         raise CheckpointError(f"{where}: its shards have dtypes {' and '.join(dtypes)}")
@@ -119,7 +119,9 @@ def _apply(
     views = make_views(rule, captured, shape, {**values, "shards": shards}, where)
     combine = rule.form if rule.form in ("sum", "mean") else "equal"
     return [
-        Logical(view.name, kind, dtypes[0], view.shape, _lower(view, pieces, dtypes[0]), combine)
+        LogicalTensor(
+            view.name, kind, dtypes[0], view.shape, _lower(view, pieces, dtypes[0]), combine
+        )
         for view in views
     ]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import FLOATS, Logical, SourceTensor, Stored
+from holdfast.checkpoint.convert.elements import FLOATS, LogicalTensor, SourceTensor, ZipRecord
 from holdfast.checkpoint.convert.rules import (
     RuleBook,
     builtin_rules,
@@ -66,7 +66,7 @@ class Catalog:
     format: str
     root: Path
     """Locations are relative to it."""
-    tensors: list[Logical]
+    tensors: list[LogicalTensor]
     step: int = 0
     scalars: dict[str, Any] = field(default_factory=dict)
     """As JSON can say it: optimizer_step and what the format has beside tensors."""
@@ -76,7 +76,7 @@ class Catalog:
     """Small files that go with the weights, by name."""
     checks: dict[tuple[str, int, int], int] = field(default_factory=dict)
     """CRC-32C of (file, byte, length), where the source has checksums."""
-    records: dict[tuple[str, int, int], Stored] = field(default_factory=dict)
+    records: dict[tuple[str, int, int], ZipRecord] = field(default_factory=dict)
     """What zip archives say of what lies there."""
     by_rule: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Catalog:
     precision: str = ""
     """The type of the weights in training, where the source has only their master copies."""
 
-    def of_kind(self, *kinds: str) -> list[Logical]:
+    def of_kind(self, *kinds: str) -> list[LogicalTensor]:
         """The tensors of some kinds, in the source's order."""
         return [tensor for tensor in self.tensors if tensor.kind in kinds]
 
@@ -153,7 +153,9 @@ def _json(content: bytes, where: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def settle_precision(catalog: Catalog, dtype: str, *, masters: bool) -> list[tuple[Logical, str]]:
+def settle_precision(
+    catalog: Catalog, dtype: str, *, masters: bool
+) -> list[tuple[LogicalTensor, str]]:
     """The tensors that are written, each with its type in the output.
 
     Weights come from their master copies where these are nearer to what is asked for, and become the
@@ -166,8 +168,8 @@ def settle_precision(catalog: Catalog, dtype: str, *, masters: bool) -> list[tup
     weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
     fine = {tensor.name: tensor for tensor in catalog.of_kind("master")}
     trained = bool(catalog.of_kind("exp_avg", "exp_avg_sq")) or bool(fine)
-    settled: list[tuple[Logical, str]] = []
-    kept: list[tuple[Logical, str]] = []
+    settled: list[tuple[LogicalTensor, str]] = []
+    kept: list[tuple[LogicalTensor, str]] = []
     for name in _in_order(weights, fine):
         weight, master = weights.get(name), fine.get(name)
         first = weight or master
@@ -192,11 +194,11 @@ def _in_order(*named: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for names in named for name in names))
 
 
-def _type_of(tensor: Logical, dtype: str) -> str:
+def _type_of(tensor: LogicalTensor, dtype: str) -> str:
     return dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
 
 
-def files_for(catalog: Catalog, settled: Sequence[tuple[Logical, str]]) -> dict[str, bytes]:
+def files_for(catalog: Catalog, settled: Sequence[tuple[LogicalTensor, str]]) -> dict[str, bytes]:
     """The small files that go with the output: config.json names the type that the weights have now."""
     files = dict(catalog.files)
     described = _json(files.get("config.json", b"{}"), catalog.root)

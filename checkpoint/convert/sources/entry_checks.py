@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from holdfast.checkpoint.convert.elements import Stored, combine_crc32
+from holdfast.checkpoint.convert.elements import ZipRecord, combine_crc32
 from holdfast.parallel.errors import CheckpointError
 
-Entries = Mapping[tuple[str, int, int], Stored]
+Entries = Mapping[tuple[str, int, int], ZipRecord]
 """What zip archives say of what lies at (file, byte, length)."""
 Part = tuple[str, int, int, int]
 """File, first byte, byte after the last, and the CRC-32 of what lies there."""
@@ -69,7 +69,7 @@ class EntryChecks:
 class _File:
     starts: list[int] = field(default_factory=list)
     """Of its entries, in order."""
-    entries: list[tuple[int, Stored]] = field(default_factory=list)
+    entries: list[tuple[int, ZipRecord]] = field(default_factory=list)
     """The byte after the last of each."""
     begun: list[int] = field(default_factory=list)
     """Where stretches begin that have been read of entries which are not complete, in order."""
@@ -81,7 +81,7 @@ class _File:
         number = bisect.bisect_right(self.starts, start) - 1
         return number if number >= 0 and stop <= self.entries[number][0] else None
 
-    def join(self, start: int, stop: int, crc: int) -> tuple[int, Stored] | None:
+    def join(self, start: int, stop: int, crc: int) -> tuple[int, ZipRecord] | None:
         """Add a stretch of an entry; the entry, with its checksum, if that makes it complete."""
         number = self.entry_of(start, stop)
         assert number is not None

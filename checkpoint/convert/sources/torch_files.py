@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from holdfast.checkpoint.convert.elements import SourceTensor, Stored, stored
+from holdfast.checkpoint.convert.elements import SourceTensor, ZipRecord, stored
 from holdfast.checkpoint.convert.sources.pickles import Record, StoredTensor, read_pickle
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
@@ -30,7 +30,7 @@ class TorchFile:
     """First byte of each storage, in the file."""
     sizes: Mapping[str, int]
     """Bytes of each storage."""
-    records: Mapping[str, Stored] = field(default_factory=dict)
+    records: Mapping[str, ZipRecord] = field(default_factory=dict)
     """Of storages whose checksum was written."""
 
     def source(
@@ -118,7 +118,7 @@ def _read_archive(
 ) -> TorchFile:
     offsets: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    records: dict[str, Stored] = {}
+    records: dict[str, ZipRecord] = {}
     pickled: zipfile.ZipInfo | None = None
     for entry in archive.infolist():
         _, _, name = entry.filename.partition("/")
@@ -137,7 +137,7 @@ def _read_archive(
             offsets[name.removeprefix("data/")] = offset + start
             sizes[name.removeprefix("data/")] = entry.file_size
             if entry.CRC:
-                records[name.removeprefix("data/")] = Stored(entry.filename, entry.CRC)
+                records[name.removeprefix("data/")] = ZipRecord(entry.filename, entry.CRC)
     if pickled is None:
         raise CheckpointError(f"{where} is not a file of torch.save: it has no data.pkl")
     content = read_pickle(_content(archive, pickled), where)

@@ -15,7 +15,7 @@ import numpy as np
 from holdfast.checkpoint.convert.elements import (
     Bits,
     Location,
-    Logical,
+    LogicalTensor,
     bits,
     cast,
     combine,
@@ -30,7 +30,7 @@ MOST_ELEMENTS = 4096
 
 def compare_sample(
     source: Path,
-    expected: Sequence[tuple[Logical, str]],
+    expected: Sequence[tuple[LogicalTensor, str]],
     output: Catalog,
     added: Collection[str] = (),
 ) -> int:
@@ -49,7 +49,7 @@ def compare_sample(
     if missing:
         raise CheckpointError(f"{output.root}: {missing[0]} is in one of source and output only")
     each = max(2, min(16, MOST_ELEMENTS // max(1, len(names))))
-    sampled: list[tuple[Logical, str, tuple[int, ...], list[Location], list[Location]]] = []
+    sampled: list[tuple[LogicalTensor, str, tuple[int, ...], list[Location], list[Location]]] = []
     with _Elements(source) as there, _Elements(output.root) as here:
         for tensor, dtype in expected:
             written = found[tensor.full_name]
@@ -73,7 +73,7 @@ def compare_sample(
     return len(sampled)
 
 
-def _indices(tensor: Logical, count: int) -> set[tuple[int, ...]]:
+def _indices(tensor: LogicalTensor, count: int) -> set[tuple[int, ...]]:
     """The first element, the last, and some between, the same ones each time."""
     if 0 in tensor.shape:
         return set()
@@ -95,7 +95,7 @@ class _Elements:
     def __exit__(self, *error: object) -> None:
         self._files.close()
 
-    def find(self, tensor: Logical, index: tuple[int, ...]) -> list[Location]:
+    def find(self, tensor: LogicalTensor, index: tuple[int, ...]) -> list[Location]:
         """Where an element is; the disk is asked for all of them before the first is read."""
         for piece in tensor.pieces:
             if all(
@@ -112,7 +112,7 @@ class _Elements:
                 return locations
         raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
 
-    def value(self, tensor: Logical, locations: Sequence[Location], dtype: str) -> bytes:
+    def value(self, tensor: LogicalTensor, locations: Sequence[Location], dtype: str) -> bytes:
         """The bytes of an element that lies at `locations`, in type `dtype`."""
         values = [self.read(location, tensor.dtype) for location in locations]
         if not values:

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import Logical, Unit, combine_crc32, row_boxes, units_of
+from holdfast.checkpoint.convert.elements import (
+    LogicalTensor,
+    Unit,
+    combine_crc32,
+    row_boxes,
+    units_of,
+)
 from holdfast.checkpoint.convert.sources import DCP_METADATA
 from holdfast.checkpoint.convert.writing.pickle_writing import (
     Call,
@@ -74,7 +80,7 @@ class DistcpFolder:
         sizes = {**self._full, self._name: self._position}
         return {self._path(name): size for name, size in sizes.items()}
 
-    def add(self, path: Key, tensor: Logical, dtype: str) -> None:
+    def add(self, path: Key, tensor: LogicalTensor, dtype: str) -> None:
         """A tensor, of type `dtype` in the output.
 
         Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import Logical, Unit, combine_crc32, units_of
+from holdfast.checkpoint.convert.elements import LogicalTensor, Unit, combine_crc32, units_of
 from holdfast.checkpoint.convert.writing.torch_writing import (
     TensorToCome,
     TorchLayout,
@@ -42,7 +42,9 @@ class TorchFolder:
         """In bytes, by name in the output."""
         return {file.name: file.layout.bytes for file in self.files}
 
-    def add(self, name: str, content: Any, tensors: Sequence[tuple[TensorToCome, Logical]]) -> None:
+    def add(
+        self, name: str, content: Any, tensors: Sequence[tuple[TensorToCome, LogicalTensor]]
+    ) -> None:
         """A file.
 
         Args:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from holdfast.checkpoint import load, save
 from holdfast.checkpoint.convert.elements.output import Unit
-from holdfast.checkpoint.convert.elements.pieces import Location, Logical, SourcePiece
+from holdfast.checkpoint.convert.elements.pieces import Location, LogicalTensor, SourcePiece
 from holdfast.checkpoint.convert.sources.engine import Engine
 from holdfast.checkpoint.convert.work.job import Converted, convert
 from holdfast.checkpoint.convert.work.request import Conversion
@@ -128,7 +128,9 @@ def test_any_strides_are_read(shape: list[int], gap: int, most: int, data: st.Da
         (Path(temporary) / "file").write_bytes(whole.numpy().tobytes())
         location = Location("file", 8, tuple(strides))
         full = Box.whole(shape)
-        tensor = Logical("w", "weight", "I32", tuple(shape), (SourcePiece(full, (location,)),))
+        tensor = LogicalTensor(
+            "w", "weight", "I32", tuple(shape), (SourcePiece(full, (location,)),)
+        )
         start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
         stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True))
         box = Box(start, stop)
@@ -144,7 +146,7 @@ def test_places_combine_as_the_rule_says(tmp_path: Path, combine: str) -> None:
     (tmp_path / "file").write_bytes(parts.numpy().tobytes())
     locations = tuple(Location("file", 80 * number, (5, 1)) for number in range(3))
     whole = Box.whole((4, 5))
-    tensor = Logical("w", "weight", "F32", (4, 5), (SourcePiece(whole, locations),), combine)
+    tensor = LogicalTensor("w", "weight", "F32", (4, 5), (SourcePiece(whole, locations),), combine)
     with Engine(tmp_path, None) as engine:
         unit = Unit(tensor, whole, "F32", "", 0)
         if combine == "equal":
@@ -156,7 +158,7 @@ def test_places_combine_as_the_rule_says(tmp_path: Path, combine: str) -> None:
 
 
 def test_no_place_is_zeros(tmp_path: Path) -> None:
-    tensor = Logical("w", "weight", "F32", (3,), (SourcePiece(Box((0,), (3,)), ()),))
+    tensor = LogicalTensor("w", "weight", "F32", (3,), (SourcePiece(Box((0,), (3,)), ()),))
     with Engine(tmp_path, None) as engine:
         unit = Unit(tensor, Box((0,), (3,)), "F32", "", 0)
         assert torch.equal(values(engine, unit), torch.zeros(3))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from holdfast.checkpoint.convert.elements.pieces import Stored
+from holdfast.checkpoint.convert.elements.pieces import ZipRecord
 from holdfast.checkpoint.convert.sources.entry_checks import DamagedEntry, EntryChecks
 from holdfast.checkpoint.convert.work import worker
 from holdfast.checkpoint.convert.work.job import convert
@@ -29,9 +29,9 @@ def test_parts_in_any_order_make_up_the_entry(
     content: bytes, cuts: set[int], order: Random, flipped: bool
 ) -> None:
     start, end = 100, 100 + len(content)
-    entries = {("a.pt", start, len(content)): Stored("a/data/0", zlib.crc32(content))}
-    entries["a.pt", end, 4] = Stored("a/data/1", 1)
-    entries["b.pt", start, 2] = Stored("b/data/0", 2)
+    entries = {("a.pt", start, len(content)): ZipRecord("a/data/0", zlib.crc32(content))}
+    entries["a.pt", end, 4] = ZipRecord("a/data/1", 1)
+    entries["b.pt", start, 2] = ZipRecord("b/data/0", 2)
     checks = EntryChecks(Path("folder"), entries)
     if flipped:
         content = bytes([content[0] ^ 1]) + content[1:]

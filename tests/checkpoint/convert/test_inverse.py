@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from holdfast.checkpoint.convert.elements.pieces import Logical, SourceTensor
+from holdfast.checkpoint.convert.elements.pieces import LogicalTensor, SourceTensor
 from holdfast.checkpoint.convert.rules.inverse import cut, map_back
 from holdfast.checkpoint.convert.rules.mapping import map_tensors
 from holdfast.checkpoint.convert.rules.rules import RuleBook, parse_rules
@@ -98,7 +98,7 @@ is = "replicated"
 """
 
 
-def in_memory(weights: dict[str, Tensor]) -> tuple[Source, list[Logical]]:
+def in_memory(weights: dict[str, Tensor]) -> tuple[Source, list[LogicalTensor]]:
     """Tensors of a model, whose names begin with "exp_avg:" where they are moments."""
     source = Source()
     for key, value in weights.items():
@@ -106,11 +106,13 @@ def in_memory(weights: dict[str, Tensor]) -> tuple[Source, list[Logical]]:
     found = []
     for tensor in source.tensors:
         kind, _, name = tensor.key.rpartition(":")
-        found.append(Logical(name, kind or "weight", tensor.dtype, tensor.shape, tensor.pieces))
+        found.append(
+            LogicalTensor(name, kind or "weight", tensor.dtype, tensor.shape, tensor.pieces)
+        )
     return source, found
 
 
-def theirs(book: RuleBook, tensors: list[Logical], **values: int) -> dict[str, Logical]:
+def theirs(book: RuleBook, tensors: list[LogicalTensor], **values: int) -> dict[str, LogicalTensor]:
     made = map_back(book, [(tensor, tensor.dtype) for tensor in tensors], values, "here")
     return {one.tensor.name: one.tensor for one in made}
 

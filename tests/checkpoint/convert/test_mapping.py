@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from holdfast.checkpoint.convert.elements.pieces import Logical, flat_boxes
+from holdfast.checkpoint.convert.elements.pieces import LogicalTensor, flat_boxes
 from holdfast.checkpoint.convert.rules.mapping import Mapped, map_tensors
 from holdfast.checkpoint.convert.rules.patterns import Pattern, evaluate
 from holdfast.checkpoint.convert.rules.rules import find_values, parse_rules
@@ -22,7 +22,7 @@ def mapped(source: Source, text: str, **values: int) -> Mapped:
     return map_tensors(book, source.tensors, find_values(book, {}, values), "source")
 
 
-def by_name(found: Mapped) -> dict[str, Logical]:
+def by_name(found: Mapped) -> dict[str, LogicalTensor]:
     return {tensor.full_name: tensor for tensor in found.tensors}
 
 

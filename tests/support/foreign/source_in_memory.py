@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from holdfast.checkpoint.convert.elements.pieces import Logical, SourceTensor, stored
+from holdfast.checkpoint.convert.elements.pieces import LogicalTensor, SourceTensor, stored
 from holdfast.checkpoint.format.dtypes import DTYPE_NAMES
 
 
@@ -37,7 +37,7 @@ class Source:
             )
         )
 
-    def read(self, tensor: Logical, dtype: torch.dtype) -> Tensor:
+    def read(self, tensor: LogicalTensor, dtype: torch.dtype) -> Tensor:
         """Every element from its piece; the first of its locations."""
         values = torch.zeros(tensor.shape, dtype=dtype)
         flat = torch.frombuffer(self.content, dtype=torch.uint8)
@@ -55,7 +55,7 @@ class Source:
             values[piece.box.slices] = total / len(terms) if tensor.combine == "mean" else total
         return values
 
-    def read_padded(self, tensor: Logical) -> Tensor:
+    def read_padded(self, tensor: LogicalTensor) -> Tensor:
         """A tensor float32 whose pieces without a location are zeros."""
         kept = tuple(piece for piece in tensor.pieces if piece.locations)
         return self.read(replace(tensor, pieces=kept), torch.float32)

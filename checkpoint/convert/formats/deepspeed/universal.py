@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import Logical, Output, SourceTensor
+from holdfast.checkpoint.convert.elements import LogicalTensor, Output, SourceTensor
 from holdfast.checkpoint.convert.formats.deepspeed.zero import (
     MODEL,
     NAME as DEEPSPEED,
@@ -120,13 +120,13 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     weights = [(t, out) for t, out in settled if t.kind in ("weight", "buffer", "tensor")]
     fine = {t.name: t for t, _ in settled if t.kind == "master"}
     trained = {t.name for t in catalog.of_kind("exp_avg")}
-    masters: list[Logical] = []
+    masters: list[LogicalTensor] = []
     for tensor, out in weights:
         if tensor.kind != "weight" or (trained and tensor.name not in trained):
             continue
         finest = fine.get(tensor.name, tensor)
         masters.append(
-            Logical(
+            LogicalTensor(
                 tensor.name, "master", finest.dtype, tensor.shape, finest.pieces, finest.combine
             )
         )
@@ -161,8 +161,8 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 def _add_model_states(
     files: TorchFolder,
     catalog: Catalog,
-    weights: Sequence[tuple[Logical, str]],
-    masters: Sequence[Logical],
+    weights: Sequence[tuple[LogicalTensor, str]],
+    masters: Sequence[LogicalTensor],
 ) -> None:
     """The model's state, once as jobs below ZeRO 3 look for it and once as those of ZeRO 3 do."""
     told: dict[str, Any] = dict(catalog.scalars.get(DEEPSPEED, {}).get("model_states", {}))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import Logical, Output
+from holdfast.checkpoint.convert.elements import LogicalTensor, Output
 from holdfast.checkpoint.convert.formats.megatron.places import (
     HALVES,
     MOMENTS,
@@ -173,7 +173,7 @@ class _Rank:
 
     def __init__(self, model: _Model, index: int, count: int) -> None:
         self.model = model
-        self.tensors: list[tuple[TensorToCome, Logical]] = []
+        self.tensors: list[tuple[TensorToCome, LogicalTensor]] = []
         self._index, self._count = index, count
 
     def add(self, kind: str, key: str) -> TensorToCome:

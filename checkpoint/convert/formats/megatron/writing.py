@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import Logical, Output
+from holdfast.checkpoint.convert.elements import LogicalTensor, Output
 from holdfast.checkpoint.convert.formats.megatron.models import (
     EMBEDDINGS,
     arguments_of,
@@ -145,7 +145,7 @@ def settle_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) 
     return kept
 
 
-def _kernel_states(tensors: Sequence[Logical]) -> Iterator[str]:
+def _kernel_states(tensors: Sequence[LogicalTensor]) -> Iterator[str]:
     """Keys of what layers keep of their kernels, one a layer (and expert): Megatron asks for them all.
 
     They hold nothing where there is no FP8; Transformer Engine has them for its attention too.
@@ -168,7 +168,7 @@ def find_arguments(
     catalog: Catalog,
     book: RuleBook,
     given: Mapping[str, int],
-    weights: Mapping[str, Logical],
+    weights: Mapping[str, LogicalTensor],
     shards: int = 1,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """What is told of a model: (as Megatron's command line would say it, as the values of rules).

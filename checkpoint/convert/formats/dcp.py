@@ -21,8 +21,8 @@ from holdfast.checkpoint.convert.sources import (
     DCP_METADATA,
     Catalog,
     Engine,
+    PickledObject,
     ReadOptions,
-    Record,
     StoredTensor,
     TorchFile,
     WriteOptions,
@@ -56,7 +56,7 @@ class Items:
 
     tensors: list[SourceTensor]
     objects: dict[str, Any]
-    """By path: what is no tensor, if it is plain values; `Record`s and the like as they are."""
+    """By path: what is no tensor, if it is plain values; `PickledObject`s and the like as they are."""
 
 
 def read_items(path: Path) -> Items:
@@ -89,7 +89,7 @@ def read_items(path: Path) -> Items:
 
 
 def _field(record: Any, name: str, where: str) -> Any:
-    value = record.get(name) if isinstance(record, Record) else None
+    value = record.get(name) if isinstance(record, PickledObject) else None
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{where} is not the metadata of torch.distributed.checkpoint")
     return value

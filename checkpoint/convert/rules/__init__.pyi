@@ -12,9 +12,9 @@ from .patterns import (
     Pattern as Pattern,
 )
 from .rules import (
-    Part as Part,
     Rule as Rule,
     RuleBook as RuleBook,
+    RulePart as RulePart,
     Strip as Strip,
     builtin_rules as builtin_rules,
     find_values as find_values,

@@ -17,7 +17,7 @@ from holdfast.parallel.errors import ConfigError
 Form = Literal["whole", "replicated", "shard", "sum", "mean"]
 
 
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RulePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of the tensors that are fused into a source tensor."""
 
     target: str
@@ -51,7 +51,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     stack: str | tuple[str, ...] = ()
     """The first dimension (or dimensions) enumerates tensors: the capture that its index becomes."""
     strip: Strip | None = None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[RulePart, ...] = ()
     groups: int | str = 1
     """How often the parts follow each other along `fused_dim`; `shards` is the number of shards."""
     fused_dim: int = 0

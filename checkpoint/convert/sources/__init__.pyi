@@ -13,9 +13,9 @@ from .engine import (
     Sums as Sums,
 )
 from .entry_checks import (
+    CheckedRange as CheckedRange,
     DamagedEntry as DamagedEntry,
     EntryChecks as EntryChecks,
-    Part as Part,
 )
 from .open_files import (
     OpenFiles as OpenFiles,

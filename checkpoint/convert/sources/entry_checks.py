@@ -13,7 +13,7 @@ from holdfast.parallel.errors import CheckpointError
 
 Entries = Mapping[tuple[str, int, int], ZipRecord]
 """What zip archives say of what lies at (file, byte, length)."""
-Part = tuple[str, int, int, int]
+CheckedRange = tuple[str, int, int, int]
 """File, first byte, byte after the last, and the CRC-32 of what lies there."""
 
 
@@ -38,7 +38,7 @@ class EntryChecks:
         """Whether a stretch of a file is part of an entry with a checksum."""
         return file in self._files and self._files[file].entry_of(start, stop) is not None
 
-    def add(self, parts: Iterable[Part], what: str = "") -> None:
+    def add(self, parts: Iterable[CheckedRange], what: str = "") -> None:
         """What has been read; a part that overlaps another does not count.
 
         Args:
@@ -56,7 +56,7 @@ class EntryChecks:
                     f"checksum {found[0]:08x}, not {found[1].crc32:08x}"
                 )
 
-    def rest(self) -> list[Part]:
+    def rest(self) -> list[CheckedRange]:
         """The stretches of entries that are not complete."""
         return [
             (name, start, *file.stretches[start])

@@ -1,7 +1,7 @@
 """Reading pickles without executing them: an unpickler that makes inert records, and refuses the rest.
 
 Nothing that a pickle names is imported. Containers, numbers and tensors become themselves, objects of the
-frameworks whose checkpoints are read become `Record`s, and any other name is refused.
+frameworks whose checkpoints are read become `PickledObject`s, and any other name is refused.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _DTYPES = {
 }
 
 
-class Record:
+class PickledObject:
     """An object of some other program: what it was made from and its attributes, without its code."""
 
     type_name: ClassVar[str] = ""
@@ -67,7 +67,7 @@ class Record:
         self.items: list[Any] = []
         self.__dict__.update(attributes)
 
-    def __new__(cls, *args: Any, **attributes: Any) -> Record:
+    def __new__(cls, *args: Any, **attributes: Any) -> PickledObject:
         made = super().__new__(cls)
         made.__dict__.update(args=args, items=[])
         return made
@@ -192,7 +192,7 @@ class _Reader(pickle.Unpickler):
             return _Named(_DTYPES[name])
         top = any(module == known or module.startswith(f"{known}.") for known in INERT_MODULES)
         if top or (module, name) in INERT:
-            return type(name, (Record,), {"type_name": f"{module}.{name}"})
+            return type(name, (PickledObject,), {"type_name": f"{module}.{name}"})
         raise CheckpointError(
             f"{self._where} is refused: its pickle asks for {module}.{name}, which is not among the types "
             "that a checkpoint is made of; nothing of it was executed"
@@ -238,8 +238,8 @@ def plain(value: Any) -> Any:
         }
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, Record):
-        if len(value.args) == 1 and not isinstance(value.args[0], Record):
+    if isinstance(value, PickledObject):
+        if len(value.args) == 1 and not isinstance(value.args[0], PickledObject):
             return plain(value.args[0])
         own = {key: item for key, item in value.__dict__.items() if key not in ("args", "items")}
         return plain(own) if own else None

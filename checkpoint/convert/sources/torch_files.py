@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from holdfast.checkpoint.convert.elements import SourceTensor, ZipRecord, stored
-from holdfast.checkpoint.convert.sources.pickles import Record, StoredTensor, read_pickle
+from holdfast.checkpoint.convert.sources.pickles import PickledObject, StoredTensor, read_pickle
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 
@@ -161,7 +161,7 @@ def tensors_in(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield from tensors_in(item, (*prefix, str(number)))
-    elif isinstance(value, Record):
+    elif isinstance(value, PickledObject):
         for key, item in value.__dict__.items():
             yield from tensors_in(item, (*prefix, key))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from holdfast.checkpoint.convert.sources import Part
+from holdfast.checkpoint.convert.sources import CheckedRange
 from holdfast.parallel.errors import CheckpointError
 
 FOLDER = ".convert"
@@ -29,7 +29,7 @@ class Done:
     checksums: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By number of the unit: CRC-32C, and what the output's format has of it."""
     verified: set[int] = field(default_factory=set)
-    parts: list[Part] = field(default_factory=list)
+    parts: list[CheckedRange] = field(default_factory=list)
     """Of zip entries of which no worker has read all."""
 
 
@@ -84,7 +84,7 @@ class Journal:
         self,
         written: Mapping[int, tuple[int, int]] | None = None,
         verified: Sequence[int] = (),
-        parts: Sequence[Part] = (),
+        parts: Sequence[CheckedRange] = (),
     ) -> None:
         """Append what this worker has done."""
         if self._file is None:

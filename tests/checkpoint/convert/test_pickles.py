@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from holdfast.checkpoint.convert.elements.crc32 import combine_crc32
-from holdfast.checkpoint.convert.sources.pickles import Record, plain, read_pickle
+from holdfast.checkpoint.convert.sources.pickles import PickledObject, plain, read_pickle
 from holdfast.checkpoint.convert.sources.torch_files import read_torch_file, tensors_in
 from holdfast.checkpoint.convert.writing.torch_writing import (
     TORCH_FILE_DTYPES,
@@ -84,7 +84,7 @@ def test_what_frameworks_keep_becomes_plain_values() -> None:
         "names": {"a"},
     }
     found = read_pickle(pickle.dumps(content), "file")
-    assert isinstance(found["args"], Record)
+    assert isinstance(found["args"], PickledObject)
     assert found["index"].get("offset") == (0, 3)
     assert plain(found["args"]) == {
         "heads": 4,

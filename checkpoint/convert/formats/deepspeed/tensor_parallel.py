@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from holdfast.checkpoint.convert.rules import Part, Rule, Strip
-from holdfast.checkpoint.convert.sources import Record, plain
+from holdfast.checkpoint.convert.rules import Rule, RulePart, Strip
+from holdfast.checkpoint.convert.sources import PickledObject, plain
 from holdfast.parallel.errors import ConfigError
 
 _REFUSED = ("expert_parameter_patterns", "autotp_unsupported_parameter_patterns")
@@ -59,7 +59,7 @@ def _rule(
     if among("parameter_with_2_sub_params_cat_dim_0"):
         return _joined(name, [shape[0] // 2] * 2, 0)
     for entry in info.get("parameter_with_sub_params") or ():
-        told = entry.__dict__ if isinstance(entry, Record) else entry
+        told = entry.__dict__ if isinstance(entry, PickledObject) else entry
         if _fits(name, told["patterns"]):
             return _sub_params(name, shape, told, ranks, where)
     return Rule(source=name, target=name, form="shard", fragments="dp")
@@ -88,7 +88,7 @@ def _joined(name: str, sizes: Iterable[int], dim: int) -> Rule:
         fused_dim=dim,
         fragments="dp",
         groups="shards",
-        parts=tuple(Part(target=name, size=size) for size in sizes),
+        parts=tuple(RulePart(target=name, size=size) for size in sizes),
     )
 
 

@@ -18,8 +18,8 @@ from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules
 from holdfast.checkpoint.convert.sources import (
     ZERO_FILE,
     Catalog,
+    PickledObject,
     ReadOptions,
-    Record,
     StoredTensor,
     TorchFile,
     make_catalog,
@@ -170,7 +170,7 @@ def _open(root: Path) -> _Save:
     if not isinstance(first, Mapping) or "param_shapes" not in told:
         raise CheckpointError(f"{root} is not of ZeRO: its files have no optimizer_state_dict")
     stage = first.get("zero_stage", 0)
-    stage = int(stage.args[0] if isinstance(stage, Record) else stage)
+    stage = int(stage.args[0] if isinstance(stage, PickledObject) else stage)
     pipeline = (told.get("checkpoint_parallel_dimensions") or {}).get("pp_degree", 1)
     if (pipeline and int(pipeline) > 1) or any(root.glob("layer_*-model_states.pt")):
         raise ConfigError(

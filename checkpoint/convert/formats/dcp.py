@@ -26,11 +26,11 @@ from holdfast.checkpoint.convert.sources import (
     StoredTensor,
     TorchFile,
     WriteOptions,
+    choose_output_dtypes,
     make_catalog,
     plain,
     read_pickle,
     read_torch_item,
-    settle_precision,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder
 from holdfast.checkpoint.stores import write_synced
@@ -188,9 +188,9 @@ def _step(catalog: Catalog, path: Path) -> int:
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A folder with {"model": ..., "optim": ...} in the form of torch.distributed.checkpoint.state_dict."""
-    settled = settle_precision(catalog, options.dtype, masters=True)
+    typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     folder = DistcpFolder()
-    for tensor, out in settled:
+    for tensor, out in typed:
         folder.add(_path_of(tensor), tensor, out)
     steps, objects = _made_here(catalog)
     for path, count in steps.items():
@@ -204,7 +204,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         folder.write(root, checksums)
 
     added = frozenset(f"step.{path[2]}" for path in steps)
-    return Output(folder.files, folder.units, finish, settled, "crc32", added)
+    return Output(folder.files, folder.units, finish, typed, "crc32", added)
 
 
 def _path_of(tensor: LogicalTensor) -> tuple[Any, ...]:

@@ -23,9 +23,9 @@ from holdfast.checkpoint.convert.sources import (
     Catalog,
     ReadOptions,
     WriteOptions,
+    choose_output_dtypes,
     files_for,
     given_files,
-    settle_precision,
 )
 from holdfast.checkpoint.format import (
     INDEX,
@@ -103,8 +103,8 @@ def _tensors(manifest: Manifest) -> list[LogicalTensor]:
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A checkpoint with everything that the source has."""
-    settled = settle_precision(catalog, options.dtype, masters=True)
-    total = sum(tensor.bytes for tensor, _ in settled)
+    typed = choose_output_dtypes(catalog, options.dtype, masters=True)
+    total = sum(tensor.bytes for tensor, _ in typed)
     writers = tuple(range(max(1, -(-total // LARGEST_FILE_BYTES))))
     saved = [
         SavedTensor(
@@ -115,10 +115,10 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             (HeldBox(Box.whole(tensor.shape), writers),),
             whole=tensor.kind in ("weight", "buffer"),
         )
-        for tensor, out in settled
+        for tensor, out in typed
     ]
     layout = make_write_plan(saved, [0] * len(writers))
-    by_name = {tensor.full_name: tensor for tensor, _ in settled}
+    by_name = {tensor.full_name: tensor for tensor, _ in typed}
     planned = [piece for file in layout.files for piece in file.pieces]
     units = [
         Unit(by_name[c.name], c.box, layout.tensors[c.name].dtype, c.file, c.offset)
@@ -150,7 +150,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             scalars={"step": catalog.step, **catalog.scalars},
             config=catalog.config,
         )
-        small_files = files_for(catalog, settled)
+        small_files = files_for(catalog, typed)
         manifest, small = build_manifest(layout, by_rank, headers, facts, small_files)
         for name, content in small.items():
             write_synced(folder / name, content)
@@ -160,5 +160,5 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         {file.name: file.bytes for file in layout.files},
         units,
         finish,
-        settled,
+        typed,
     )

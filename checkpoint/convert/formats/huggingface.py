@@ -23,10 +23,10 @@ from holdfast.checkpoint.convert.sources import (
     Catalog,
     ReadOptions,
     WriteOptions,
+    choose_output_dtypes,
     files_for,
     make_catalog,
     read_torch_file,
-    settle_precision,
     tensors_in,
 )
 from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES, INDEX, header_bytes
@@ -131,7 +131,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A model folder with the weights of the source."""
     chosen = [
         (tensor, out)
-        for tensor, out in settle_precision(catalog, options.dtype, masters=False)
+        for tensor, out in choose_output_dtypes(catalog, options.dtype, masters=False)
         if tensor.kind in ("weight", "buffer", "tensor")
     ]
     if not chosen:

@@ -2,10 +2,10 @@ from .catalog import (
     Catalog as Catalog,
     ReadOptions as ReadOptions,
     WriteOptions as WriteOptions,
+    choose_output_dtypes as choose_output_dtypes,
     files_for as files_for,
     given_files as given_files,
     make_catalog as make_catalog,
-    settle_precision as settle_precision,
 )
 from .engine import (
     SLOT_BYTES as SLOT_BYTES,
@@ -21,7 +21,7 @@ from .open_files import (
     OpenFiles as OpenFiles,
 )
 from .pickles import (
-    Record as Record,
+    PickledObject as PickledObject,
     StoredTensor as StoredTensor,
     plain as plain,
     read_pickle as read_pickle,

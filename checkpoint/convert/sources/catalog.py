@@ -153,7 +153,7 @@ def _json(content: bytes, where: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def settle_precision(
+def choose_output_dtypes(
     catalog: Catalog, dtype: str, *, masters: bool
 ) -> list[tuple[LogicalTensor, str]]:
     """The tensors that are written, each with its type in the output.
@@ -168,7 +168,7 @@ def settle_precision(
     weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
     fine = {tensor.name: tensor for tensor in catalog.of_kind("master")}
     trained = bool(catalog.of_kind("exp_avg", "exp_avg_sq")) or bool(fine)
-    settled: list[tuple[LogicalTensor, str]] = []
+    typed: list[tuple[LogicalTensor, str]] = []
     kept: list[tuple[LogicalTensor, str]] = []
     for name in _in_order(weights, fine):
         weight, master = weights.get(name), fine.get(name)
@@ -177,7 +177,7 @@ def settle_precision(
         out = _type_of(first, dtype or ("" if weight else catalog.precision))
         exact = master is not None and (weight is None or FLOATS[out] > FLOATS[weight.dtype])
         chosen = master if exact and master is not None else first
-        settled.append((replace(chosen, kind="weight"), out))
+        typed.append((replace(chosen, kind="weight"), out))
         finest = master or weight
         keeps = masters and trained and finest is not None and finest.dtype in FLOATS
         if keeps and finest is not None and FLOATS[out] < FLOATS[finest.dtype]:
@@ -187,7 +187,7 @@ def settle_precision(
         for tensor in catalog.tensors
         if tensor.kind not in ("weight", "master")
     ]
-    return settled + kept + others
+    return typed + kept + others
 
 
 def _in_order(*named: Iterable[str]) -> list[str]:
@@ -198,11 +198,11 @@ def _type_of(tensor: LogicalTensor, dtype: str) -> str:
     return dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
 
 
-def files_for(catalog: Catalog, settled: Sequence[tuple[LogicalTensor, str]]) -> dict[str, bytes]:
+def files_for(catalog: Catalog, typed: Sequence[tuple[LogicalTensor, str]]) -> dict[str, bytes]:
     """The small files that go with the output: config.json names the type that the weights have now."""
     files = dict(catalog.files)
     described = _json(files.get("config.json", b"{}"), catalog.root)
-    types = Counter(out for tensor, out in settled if tensor.kind == "weight" and out in FLOATS)
+    types = Counter(out for tensor, out in typed if tensor.kind == "weight" and out in FLOATS)
     for key in ("dtype", "torch_dtype"):
         if key in described and types:
             described[key] = _CONFIG_TYPES[types.most_common(1)[0][0]]

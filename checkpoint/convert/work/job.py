@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.checkpoint.convert.elements import load_torch, needs_torch, use_one_thread
 from holdfast.checkpoint.convert.formats import format_named
 from holdfast.checkpoint.convert.sources import DamagedEntry, EntryChecks, ReadOptions
-from holdfast.checkpoint.convert.work.journal import FOLDER, Done, Journal, Lock
+from holdfast.checkpoint.convert.work.journal import FOLDER, ConversionJournal, Done, Lock
 from holdfast.checkpoint.convert.work.request import (
     Conversion,
     Prepared,
@@ -106,7 +106,7 @@ def _lead(
 ) -> Converted:
     prepared = prepare(asked)
     partial = partial_of(asked)
-    journal = Journal(partial, 0)
+    journal = ConversionJournal(partial, 0)
     try:
         _make_room(asked, prepared, journal)
         done = journal.read()
@@ -156,7 +156,7 @@ def _lead(
     )
 
 
-def _make_room(asked: Conversion, prepared: Prepared, journal: Journal) -> None:
+def _make_room(asked: Conversion, prepared: Prepared, journal: ConversionJournal) -> None:
     """Make the output's files in full length, or find them as they were left."""
     partial, output = journal.partial, prepared.output
     if not journal.begun(prepared.fingerprint):
@@ -179,7 +179,7 @@ def _make_room(asked: Conversion, prepared: Prepared, journal: Journal) -> None:
 def _do(
     asked: Conversion,
     prepared: Prepared,
-    journal: Journal,
+    journal: ConversionJournal,
     done: Done,
     rank: int,
     world: int,
@@ -214,7 +214,7 @@ def _adder(progress: Progress, total: int) -> Callable[[int], None]:
 def _follow(asked: Conversion, rank: int, world: int) -> None:
     """A process of several that a launcher started, other than the first."""
     prepared = prepare(asked)
-    journal = Journal(partial_of(asked), rank)
+    journal = ConversionJournal(partial_of(asked), rank)
     while not _ready(prepared, journal):
         time.sleep(_POLL_S)
     try:
@@ -226,7 +226,7 @@ def _follow(asked: Conversion, rank: int, world: int) -> None:
         journal.close()
 
 
-def _ready(prepared: Prepared, journal: Journal) -> bool:
+def _ready(prepared: Prepared, journal: ConversionJournal) -> bool:
     """Whether rank 0 has made all files."""
     if not journal.begun(prepared.fingerprint):
         return False
@@ -237,7 +237,7 @@ def _ready(prepared: Prepared, journal: Journal) -> bool:
     )
 
 
-def _await_others(prepared: Prepared, journal: Journal, progress: Progress) -> None:
+def _await_others(prepared: Prepared, journal: ConversionJournal, progress: Progress) -> None:
     """Wait until the journals of all processes together speak of every unit."""
     count = len(prepared.output.units)
     while True:
@@ -254,7 +254,7 @@ def _await_others(prepared: Prepared, journal: Journal, progress: Progress) -> N
 def _share_among_processes(
     asked: Conversion,
     prepared: Prepared,
-    journal: Journal,
+    journal: ConversionJournal,
     done: Done,
     workers: int,
     progress: Progress,
@@ -303,7 +303,7 @@ def _work(
 ) -> None:
     """A worker process."""
     use_one_thread()
-    journal = Journal(partial_of(asked), rank)
+    journal = ConversionJournal(partial_of(asked), rank)
 
     def add(nbytes: int) -> None:
         counters[rank] += nbytes

@@ -33,7 +33,7 @@ class Done:
     """Of zip entries of which no worker has read all."""
 
 
-class Journal:
+class ConversionJournal:
     """The journals of one conversion, as one of its workers sees them."""
 
     def __init__(self, partial: Path, rank: int) -> None:

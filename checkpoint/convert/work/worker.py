@@ -18,8 +18,8 @@ from holdfast.checkpoint.convert.sources import (
     EntryChecks,
     Sums,
 )
-from holdfast.checkpoint.convert.work.journal import Done, Journal
-from holdfast.checkpoint.convert.work.settling import MEMORY_BYTES, Settling
+from holdfast.checkpoint.convert.work.journal import ConversionJournal, Done
+from holdfast.checkpoint.convert.work.write_verifier import MEMORY_BYTES, WriteVerifier
 from holdfast.parallel.errors import CheckpointError
 
 UNITS_IN_A_ROW = 8
@@ -38,7 +38,7 @@ def do_share(
     catalog: Catalog,
     output: Output,
     partial: Path,
-    journal: Journal,
+    journal: ConversionJournal,
     done: Done,
     rank: int,
     world: int,
@@ -64,7 +64,7 @@ def do_share(
     entries = EntryChecks(catalog.root, catalog.records)
     try:
         with (
-            Settling(partial, output, journal) as settling,
+            WriteVerifier(partial, output, journal) as verifier,
             Engine(
                 catalog.root,
                 partial,
@@ -81,14 +81,14 @@ def do_share(
                 waiting_bytes += unit.bytes
                 progress(unit.bytes)
                 if waiting_bytes >= RECORD_BYTES:
-                    settling.add(pending)
+                    verifier.add(pending)
                     pending.clear()
                     waiting_bytes = 0
 
-            settling.add(unseen, recorded=True)
+            verifier.add(unseen, recorded=True)
             engine.convert(open_units, finished)
-            settling.add(pending)
-            settling.finish()
+            verifier.add(pending)
+            verifier.finish()
     except DamagedEntry:
         # Other units may have been written from it, and are recorded as done.
         journal.void()

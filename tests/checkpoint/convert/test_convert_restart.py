@@ -35,10 +35,10 @@ from pathlib import Path
 from holdfast.checkpoint.convert.work import worker
 from holdfast.checkpoint.convert.work.job import convert
 from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.convert.work.journal import Journal
+from holdfast.checkpoint.convert.work.journal import ConversionJournal
 
 worker.RECORD_BYTES = 16 << 20
-record = Journal.record
+record = ConversionJournal.record
 lines = 0
 
 def record_and_die(self, **keys):
@@ -48,7 +48,7 @@ def record_and_die(self, **keys):
     if lines == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-Journal.record = record_and_die
+ConversionJournal.record = record_and_die
 convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), "holdfast"))
 """
 

@@ -21,9 +21,9 @@ from holdfast.checkpoint.convert.sources import (
     ReadOptions,
     StoredTensor,
     WriteOptions,
+    choose_output_dtypes,
     make_catalog,
     read_torch_file,
-    settle_precision,
     tensors_in,
 )
 from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder, size
@@ -116,9 +116,9 @@ def _parameter(
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """A universal checkpoint: its folder is a tag of DeepSpeed's, to be loaded with `load_universal`."""
-    settled = settle_precision(catalog, options.dtype, masters=True)
-    weights = [(t, out) for t, out in settled if t.kind in ("weight", "buffer", "tensor")]
-    fine = {t.name: t for t, _ in settled if t.kind == "master"}
+    typed = choose_output_dtypes(catalog, options.dtype, masters=True)
+    weights = [(t, out) for t, out in typed if t.kind in ("weight", "buffer", "tensor")]
+    fine = {t.name: t for t, _ in typed if t.kind == "master"}
     trained = {t.name for t in catalog.of_kind("exp_avg")}
     masters: list[LogicalTensor] = []
     for tensor, out in weights:
@@ -132,8 +132,8 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         )
         if out not in TORCH_FILE_DTYPES:
             raise CheckpointError(f"{tensor.name} has dtype {out}, which cannot be written so")
-    moments = [t for t, _ in settled if t.kind in ("exp_avg", "exp_avg_sq")]
-    for tensor, _ in settled:
+    moments = [t for t, _ in typed if t.kind in ("exp_avg", "exp_avg_sq")]
+    for tensor, _ in typed:
         if tensor.kind not in ("weight", "buffer", "tensor", "master", "exp_avg", "exp_avg_sq"):
             catalog.left_out[tensor.full_name] = "the universal format has no place for it"
     files = TorchFolder()

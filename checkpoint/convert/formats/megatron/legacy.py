@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import LogicalTensor, Output
-from holdfast.checkpoint.convert.formats.megatron.places import (
+from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     HALVES,
     MOMENTS,
     Parameter,
@@ -19,10 +19,10 @@ from holdfast.checkpoint.convert.formats.megatron.torch_dist import read
 from holdfast.checkpoint.convert.formats.megatron.writing import (
     NAME as RULES,
     beside_tensors,
+    choose_states,
     find_arguments,
     optimizer_step,
     parameter_groups,
-    settle_states,
 )
 from holdfast.checkpoint.convert.rules import (
     Joined,
@@ -72,9 +72,9 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         raise ConfigError(
             f"{_WHERE}: --value transformer_engine is 1 (its layers) or 0 (local ones)"
         )
-    settled = settle_states(catalog, options, all_copies=False)
+    typed = choose_states(catalog, options, all_copies=False)
     book = builtin_rules(RULES)
-    weights = {item.name: item for item, _ in settled if item.kind == "weight"}
+    weights = {item.name: item for item, _ in typed if item.kind == "weight"}
     arguments, values = find_arguments(catalog, book, options.values, weights, shards=tensor)
     tied = "lm_head.weight" not in weights
     told = {
@@ -86,7 +86,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         "transformer_impl": "transformer_engine" if form == "te" else "local",
         "use_distributed_optimizer": False,
     }
-    model = _model(map_back(book, settled, values, _WHERE, form=form, shards=tensor), book)
+    model = _model(map_back(book, typed, values, _WHERE, form=form, shards=tensor), book)
     trained = any(kind == "exp_avg" for kind, _ in model)
     common = beside_tensors(catalog, told, trained=trained)
     keeping = _keeping(catalog, told, form) if trained else None
@@ -103,7 +103,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
                 )
             place = f"mp_rank_{index:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
             folder.add(f"{root}/{place}/model_optim_rng.pt", content, rank.tensors)
-    files = files_for(catalog, settled)
+    files = files_for(catalog, typed)
 
     def finish(target: Path, checksums: Sequence[int]) -> None:
         folder.write(target, checksums)
@@ -112,7 +112,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         tracked = str(catalog.step) if trained else root
         write_synced(target / MEGATRON_TRACKER, tracked.encode())
 
-    return Output(folder.sizes, folder.units, finish, settled, "crc32")
+    return Output(folder.sizes, folder.units, finish, typed, "crc32")
 
 
 def _count(values: Mapping[str, int], name: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import SourceTensor
-from holdfast.checkpoint.convert.formats.megatron.places import (
+from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     Parameter,
     Unplaced,
     find_states,

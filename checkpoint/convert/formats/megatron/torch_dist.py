@@ -11,7 +11,7 @@ from typing import Any
 from holdfast.checkpoint.convert.elements import SourceTensor
 from holdfast.checkpoint.convert.formats.dcp import read_items
 from holdfast.checkpoint.convert.formats.megatron.models import EMBEDDINGS, describe
-from holdfast.checkpoint.convert.formats.megatron.places import (
+from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     groups_of,
     optimizers_of,
     torch_state,

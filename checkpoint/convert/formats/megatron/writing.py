@@ -17,14 +17,14 @@ from holdfast.checkpoint.convert.formats.megatron.models import (
     arguments_of,
     unlike,
 )
-from holdfast.checkpoint.convert.formats.megatron.places import HALVES
+from holdfast.checkpoint.convert.formats.megatron.optimizer_order import HALVES
 from holdfast.checkpoint.convert.rules import RuleBook, Typed, builtin_rules, find_values, map_back
 from holdfast.checkpoint.convert.sources import (
     MEGATRON_TRACKER,
     Catalog,
     WriteOptions,
+    choose_output_dtypes,
     files_for,
-    settle_precision,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file
 from holdfast.checkpoint.stores import write_synced
@@ -75,13 +75,13 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     if distributed not in (0, 1):
         raise ConfigError("--to megatron: --value distributed_optimizer is 1 (it is used) or 0")
     book = builtin_rules(NAME)
-    settled = settle_states(catalog, options, all_copies=bool(distributed))
-    weights = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "weight"}
-    trained = any(tensor.kind == "exp_avg" for tensor, _ in settled)
+    typed = choose_states(catalog, options, all_copies=bool(distributed))
+    weights = {tensor.name: tensor for tensor, _ in typed if tensor.kind == "weight"}
+    trained = any(tensor.kind == "exp_avg" for tensor, _ in typed)
     arguments, values = find_arguments(catalog, book, options.values, weights)
     iteration = f"iter_{catalog.step:07d}" if trained else "release"
     folder = DistcpFolder(iteration)
-    joined = map_back(book, settled, values, "--to megatron")
+    joined = map_back(book, typed, values, "--to megatron")
     for made in joined:
         name = made.tensor.name
         if not distributed and name.startswith(_DISTRIBUTED_COPY):
@@ -93,11 +93,11 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     if trained and distributed:
         common["optimizer"] = _distributed_optimizer(catalog)
     elif trained:
-        halves = any(t.kind == "weight" and out in HALVES for t, out in settled)
+        halves = any(t.kind == "weight" and out in HALVES for t, out in typed)
         fused = options.values.get("transformer_engine", 1) == 1
         kept = _torch_optimizer(catalog, counted=not fused)
         common["optimizer"] = {"optimizer": kept} if halves else kept
-    files = files_for(catalog, settled)
+    files = files_for(catalog, typed)
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
         folder.write(root, checksums)
@@ -108,10 +108,10 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         told = str(catalog.step) if trained else "release"
         write_synced(root / MEGATRON_TRACKER, told.encode())
 
-    return Output(folder.files, folder.units, finish, settled, "crc32")
+    return Output(folder.files, folder.units, finish, typed, "crc32")
 
 
-def settle_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) -> list[Typed]:
+def choose_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) -> list[Typed]:
     """Weights and, where the optimizer was saved, their master copies and moments, both in 32 bits.
 
     Args:
@@ -119,12 +119,12 @@ def settle_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) 
     Raises:
         CheckpointError: there are no weights, or moments of some weights only.
     """
-    settled = settle_precision(catalog, options.dtype, masters=True)
+    typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     trained = {tensor.name for tensor in catalog.of_kind("exp_avg")}
     trained &= {tensor.name for tensor in catalog.of_kind("exp_avg_sq")}
-    fine = {tensor.name: tensor for tensor, _ in settled if tensor.kind == "master"}
+    fine = {tensor.name: tensor for tensor, _ in typed if tensor.kind == "master"}
     kept: list[Typed] = []
-    for tensor, out in settled:
+    for tensor, out in typed:
         if tensor.kind == "weight":
             kept.append((tensor, out))
             if tensor.name in trained and (all_copies or out in HALVES):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.checkpoint.convert.formats.megatron.places import (
+from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     Parameter,
     Unplaced,
     find_states,

@@ -1,4 +1,4 @@
-"""What has been written is made durable, recorded and read back, while the next is converted. Local."""
+"""Written units are flushed, recorded and read back while the next ones are converted. Local."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from holdfast import _native
 from holdfast.checkpoint.convert.elements import UNIT_BYTES, GrowingMemory, Output, Unit
 from holdfast.checkpoint.convert.sources import OpenFiles, Sums
-from holdfast.checkpoint.convert.work.journal import Journal
+from holdfast.checkpoint.convert.work.journal import ConversionJournal
 from holdfast.checkpoint.format import ALIGNMENT
 from holdfast.checkpoint.stores import sync
 from holdfast.parallel.errors import CheckpointError
@@ -19,13 +19,13 @@ from holdfast.parallel.errors import CheckpointError
 MEMORY_BYTES = 4 * (UNIT_BYTES + 2 * ALIGNMENT)
 """For what is read back, unless a single unit takes more."""
 MOST_WAITING = 2
-"""Groups of units that are written and not yet looked after; then the conversion waits."""
+"""Groups of written units that may wait to be verified; with more the conversion waits."""
 
 
-class Settling:
-    """Looks after groups of written units, one after the other, in a thread of its own."""
+class WriteVerifier:
+    """Flushes, records and reads back groups of written units, in order, in a thread of its own."""
 
-    def __init__(self, partial: Path, output: Output, journal: Journal) -> None:
+    def __init__(self, partial: Path, output: Output, journal: ConversionJournal) -> None:
         self._partial, self._output, self._journal = partial, output, journal
         self._waiting: deque[Future[None]] = deque()
         self._memory = GrowingMemory()
@@ -35,14 +35,14 @@ class Settling:
             self._closing = opened.pop_all()
         self._files = OpenFiles(partial, self._engine.open, self._engine.close_file)
 
-    def __enter__(self) -> Settling:
+    def __enter__(self) -> WriteVerifier:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._closing.close()
 
     def add(self, sums: Mapping[int, Sums], *, recorded: bool = False) -> None:
-        """Look after units.
+        """Queue a group of written units.
 
         Args:
             sums: their checksums, by number.
@@ -52,14 +52,14 @@ class Settling:
         """
         while len(self._waiting) >= MOST_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._settle, dict(sums), recorded))
+        self._waiting.append(self._thread.submit(self._flush_and_verify, dict(sums), recorded))
 
     def finish(self) -> None:
         """Wait for everything; raises as `add` does."""
         while self._waiting:
             self._waiting.popleft().result()
 
-    def _settle(self, sums: Mapping[int, Sums], recorded: bool) -> None:
+    def _flush_and_verify(self, sums: Mapping[int, Sums], recorded: bool) -> None:
         units = [(self._output.units[number], own) for number, (own, _) in sorted(sums.items())]
         try:
             files = dict.fromkeys(unit.file for unit, _ in units)

@@ -3,7 +3,6 @@ from .agent import (
 )
 from .fork_server import (
     WorkerMain as WorkerMain,
-    die_with as die_with,
 )
 from .lighthouse_process import (
     detached_lighthouse as detached_lighthouse,

@@ -8,23 +8,21 @@ Agent, fork server and workers are a chain in which each dies with the one befor
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
 import select
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from holdfast.elastic.channel import send_message
 from holdfast.elastic.worker_spec import WorkerSpec, worker_spec_from_data, worker_spec_to_data
+from holdfast.launch.processes import Supervisor, append_output, fork_child
 
-_PR_SET_PDEATHSIG = 1
 _PACKET_BYTES = 1 << 16
 
 WorkerMain = Callable[[WorkerSpec, socket.socket], int]
@@ -57,14 +55,13 @@ class ForkServer:
     def __init__(self, main: WorkerMain) -> None:
         """Fork the fork server; the caller must not have started threads. Workers will call `main`."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sys.stdout.flush()
-        sys.stderr.flush()
         gc.freeze()
-        agent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
+
+        def body() -> int:
             self._control.close()
-            _serve(theirs, main, agent)
+            return _serve(theirs, main)
+
+        self.pid = fork_child(body)
         theirs.close()
 
     def fileno(self) -> int:
@@ -105,91 +102,47 @@ class ForkServer:
             os.waitpid(self.pid, 0)
 
 
-def die_with(parent: int) -> None:
-    """Have this process killed when `parent`, which forked it from its main thread, ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _serve(control: socket.socket, main: WorkerMain, agent: int) -> NoReturn:
-    """The fork server's life."""
-    die_with(agent)
+def _serve(control: socket.socket, main: WorkerMain) -> int:
+    """Fork workers as the agent asks for them, and report their ends, until the agent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    workers: dict[int, tuple[int, int]] = {}  # pidfd -> pid, rank
+    workers = Supervisor(groups=True)
+    ranks: dict[int, int] = {}  # by process id
     try:
         while True:
-            ready, _, _ = select.select([control.fileno(), *workers], [], [])
-            for descriptor in ready:
-                if descriptor in workers:
-                    _reap(control, descriptor, *workers.pop(descriptor))
-            if control.fileno() in ready:
-                packet, lines, _, _ = socket.recv_fds(control, _PACKET_BYTES, 1)
+            for end in workers.wait(also=[control.fileno()]):
+                report = {"kind": "ended", "rank": ranks.pop(end.pid), "pid": end.pid}
+                send_message(control, {**report, "code": end.code})
+            if select.select([control], [], [], 0)[0]:
+                packet, channels, _, _ = socket.recv_fds(control, _PACKET_BYTES, 1)
                 if not packet:
                     break
-                request = json.loads(packet)
-                pid, rank = _fork(control, request, lines[0], main)
-                descriptor = os.pidfd_open(pid)
-                workers[descriptor] = (pid, rank)
-                report = json.dumps({"kind": "started", "rank": rank, "pid": pid}).encode()
-                socket.send_fds(control, [report], [descriptor])
+                pid, rank = _fork(control, json.loads(packet), channels[0], main)
+                ranks[pid] = rank
+                started = json.dumps({"kind": "started", "rank": rank, "pid": pid}).encode()
+                socket.send_fds(control, [started], [workers.add(pid)])
     except OSError:
         pass  # the agent is gone
-    for pid, _ in workers.values():
-        _kill_group(pid)
-    os._exit(0)
-
-
-def _reap(control: socket.socket, descriptor: int, pid: int, rank: int) -> None:
-    os.close(descriptor)
-    _kill_group(pid)  # before its number is free for another process
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    send_message(control, {"kind": "ended", "rank": rank, "pid": pid, "code": code})
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    workers.kill_groups()
+    return 0
 
 
 def _fork(
     control: socket.socket, request: dict[str, Any], channel: int, main: WorkerMain
 ) -> tuple[int, int]:
     spec = worker_spec_from_data(request["spec"])
-    server = os.getpid()
-    pid = os.fork()
-    if pid == 0:
+
+    def body() -> int:
         control.close()
-        _work(spec, socket.socket(fileno=channel), Path(request["log"]), main, server)
-    os.close(channel)
-    with contextlib.suppress(OSError):
-        os.setpgid(pid, pid)
-    return pid, spec.rank
-
-
-def _work(
-    spec: WorkerSpec, channel: socket.socket, log: Path, main: WorkerMain, server: int
-) -> NoReturn:
-    """A worker's life."""
-    code = 1
-    try:
-        die_with(server)
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.close(output)
-        code = main(spec, channel)
-    except BaseException:
-        import traceback
+        append_output(Path(request["log"]))
+        return main(spec, socket.socket(fileno=channel))
 
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    pid = fork_child(body)
+    os.close(channel)
+    with contextlib.suppress(OSError):
+        os.setpgid(pid, pid)
+    return pid, spec.rank

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import sys
 import time
 from collections.abc import Iterator
-from typing import NoReturn
 
 from holdfast.elastic.lighthouse import Lighthouse, LighthouseAway, heartbeat_ages
+from holdfast.launch.processes import fork_child
 from holdfast.parallel.errors import MembershipError
 
 _LOOK_S = 0.5
@@ -31,12 +30,13 @@ def detached_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Itera
     """
     told, tell = os.pipe()
     gone, here = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.fork() == 0:
-        os.close(told)
-        os.close(here)
-        _serve(host, run, heartbeat_timeout_ms, tell, gone)
+
+    def body() -> int:
+        os.setsid()
+        _close_all_but({tell, gone})
+        return _serve(host, run, heartbeat_timeout_ms, tell, gone)
+
+    fork_child(body, outlives=True)
     os.close(tell)
     os.close(gone)
     try:
@@ -60,25 +60,20 @@ def _close_all_but(descriptors: set[int]) -> None:
                 os.close(int(name))
 
 
-def _serve(host: str, run: str, timeout_ms: int, tell: int, gone: int) -> NoReturn:
+def _serve(host: str, run: str, timeout_ms: int, tell: int, gone: int) -> int:
     try:
-        os.setsid()
-        _close_all_but({tell, gone})
-        try:
-            server = Lighthouse(host, heartbeat_timeout_ms=timeout_ms)
-        except MembershipError as error:
-            os.write(tell, f"\n{error}".encode())
-            os._exit(1)
-        os.write(tell, server.address.encode())
-        os.close(tell)
-        select.select([gone], [], [])  # readable once the process that started it has ended
-        heard_at_s = time.monotonic()
-        while time.monotonic() - heard_at_s < _SILENCE_S:
-            with contextlib.suppress(LighthouseAway):
-                ages = heartbeat_ages(server.address, run)
-                if min(ages.values(), default=_SILENCE_S) < 2 * timeout_ms / 1000:
-                    heard_at_s = time.monotonic()
-            time.sleep(_LOOK_S)
-    finally:
-        os._exit(0)
-    raise AssertionError
+        server = Lighthouse(host, heartbeat_timeout_ms=timeout_ms)
+    except MembershipError as error:
+        os.write(tell, f"\n{error}".encode())
+        return 1
+    os.write(tell, server.address.encode())
+    os.close(tell)
+    select.select([gone], [], [])  # readable once the process that started it has ended
+    heard_at_s = time.monotonic()
+    while time.monotonic() - heard_at_s < _SILENCE_S:
+        with contextlib.suppress(LighthouseAway):
+            ages = heartbeat_ages(server.address, run)
+            if min(ages.values(), default=_SILENCE_S) < 2 * timeout_ms / 1000:
+                heard_at_s = time.monotonic()
+        time.sleep(_LOOK_S)
+    return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from holdfast.launch.agent import die_with
+from holdfast.launch.processes import PASSED_ON, fork_child
 from holdfast.parallel.plan import Plan, plan_from_data
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import Display, OffloadMetrics, ProgressLine, described, duration
@@ -43,24 +42,15 @@ def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:
     """Fork the process that shows a run's records from now on. The caller must not have threads."""
     begin = [path.stat().st_size if path.exists() else 0 for path in (run.events, run.metrics)]
     reader, writer = os.pipe()
-    sys.stdout.flush()
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            die_with(parent)
-            os.close(writer)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)
-            _follow(config, run, reader, begin)
-            code = 0
-        except BaseException:
-            import traceback
 
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
+    def body() -> int:
+        os.close(writer)
+        for number in PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)
+        _follow(config, run, reader, begin)
+        return 0
+
+    pid = fork_child(body)
     os.close(reader)
     return DisplayProcess(pid, writer)
 

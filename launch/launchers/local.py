@@ -6,21 +6,25 @@ holds no locks; torch is imported once instead of once per worker.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
-import select
 import shutil
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from holdfast.checkpoint.tiers import flush
+from holdfast.launch.processes import (
+    Linux,
+    Supervisor,
+    System,
+    append_output,
+    fork_child,
+    on_signals,
+)
 from holdfast.parallel.errors import CheckpointError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
@@ -30,7 +34,7 @@ GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
 _SETTLE_S = 0.5
 """How long the reasons of workers that fail together are collected."""
-_PR_SET_PDEATHSIG = 1
+_TICK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +127,18 @@ def start_workers(
     listening.bind(("127.0.0.1", 0))
     listening.listen(max(16, 4 * world_size))
     port = listening.getsockname()[1]
-    sys.stdout.flush()
-    sys.stderr.flush()
     gc.freeze()
-    parent = os.getpid()
-    pids: dict[int, int] = {}
-    for rank in range(world_size):
-        pid = os.fork()
-        if pid == 0:
-            listening.close()
-            _become_worker(main, rank, world_size, port, parent, run)
-        pids[pid] = rank
+
+    def body(rank: int) -> int:
+        listening.close()
+        if rank != 0:
+            append_output(run.log(rank))
+        return main(WorldInfo(rank, world_size, rank, world_size, 0, "127.0.0.1", port, False))
+
+    ranks = {fork_child(partial(body, rank)): rank for rank in range(world_size)}
     store = _host_store(listening, port)
     try:
-        return _watch(pids, exit_s)
+        return watch_workers(ranks, exit_s)
     finally:
         del store
 
@@ -153,77 +155,37 @@ def _host_store(listening: socket.socket, port: int) -> object:
     )
 
 
-def _become_worker(
-    main: Main, rank: int, world_size: int, port: int, parent: int, run: RunDirectory
-) -> None:
-    """The rest of a worker's life; never returns."""
-    code = 1
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-        if rank != 0:
-            run.log(rank).parent.mkdir(parents=True, exist_ok=True)
-            output = os.open(run.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-        world = WorldInfo(rank, world_size, rank, world_size, 0, "127.0.0.1", port, False)
-        code = main(world)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _watch(pids: dict[int, int], exit_s: float) -> list[WorkerEnd]:
-    """Wait for all workers; after the first failure the others are killed."""
+def watch_workers(
+    ranks: Mapping[int, int], exit_s: float, system: System | None = None
+) -> list[WorkerEnd]:
+    """Wait for all workers, given by process id; see `start_workers`."""
+    system = system or Linux()
+    workers = Supervisor(list(ranks), system=system)
     forwarded: list[int] = []
-
-    def forward(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGUSR1:
-            forwarded.append(number)
-        _signal_all(pids, number)
-
-    passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    previous = {n: signal.signal(n, forward) for n in passed_on}
-    descriptors = {os.pidfd_open(pid): pid for pid in pids}
     ends: list[WorkerEnd] = []
     stopping_since: float | None = None
-    try:
-        while descriptors:
-            ready, _, _ = select.select(list(descriptors), [], [], 0.1)
-            for descriptor in ready:
-                pid = descriptors.pop(descriptor)
-                os.close(descriptor)
-                _, status = os.waitpid(pid, 0)
-                code = os.waitstatus_to_exitcode(status)
-                if stopping_since is not None and code == -signal.SIGKILL:
-                    code = 0
-                ends.append(WorkerEnd(pids.pop(pid), code))
-            now = time.monotonic()
-            failed = any(end.code != 0 for end in ends)
-            if (forwarded or failed) and stopping_since is None:
-                stopping_since = now
-            patience = _SETTLE_S
-            if forwarded:
-                patience = exit_s if forwarded[-1] == signal.SIGTERM else _SETTLE_S + GRACE_S
-            if stopping_since is not None and now - stopping_since > patience:
-                _signal_all(pids, signal.SIGKILL)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+    def forward(number: int) -> None:
+        if number != signal.SIGUSR1:
+            forwarded.append(number)
+        workers.signal(number)
+
+    with on_signals(forward):
+        while workers:
+            for end in workers.wait(_TICK_S):
+                killed_here = stopping_since is not None and end.code == -signal.SIGKILL
+                ends.append(WorkerEnd(ranks[end.pid], 0 if killed_here else end.code))
+            if stopping_since is None and (forwarded or any(end.code != 0 for end in ends)):
+                stopping_since = system.now_s()
+            if stopping_since is not None:
+                workers.kill_at(stopping_since + _patience_s(forwarded, exit_s))
     if forwarded and forwarded[0] == signal.SIGINT:
         ends = [WorkerEnd(end.rank, -signal.SIGINT) for end in ends]
     return ends
 
 
-def _signal_all(pids: dict[int, int], number: int) -> None:
-    for pid in list(pids):
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
+def _patience_s(forwarded: Sequence[int], exit_s: float) -> float:
+    """How long workers may live from the moment on in which one failed or a signal came."""
+    if not forwarded:
+        return _SETTLE_S
+    return exit_s if forwarded[-1] == signal.SIGTERM else _SETTLE_S + GRACE_S

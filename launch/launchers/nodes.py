@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.generation import parse_identity
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
 from holdfast.elastic.quorum_client import MembershipSettings, vote_on_behalf_of
-from holdfast.launch.agent import Agent, AgentSettings, WorkerMain, die_with
+from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
+from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import Stopped
 
 logger = logging.getLogger("holdfast.agent")
@@ -78,7 +75,7 @@ def run_nodes(
             os.write(writer, address.encode())
             os.close(writer)
         membership = replace(nodes[0].membership, lighthouse=address)
-        return _watch(agents, membership, held)
+        return _watch(agents, membership)
 
 
 @contextlib.contextmanager
@@ -104,71 +101,43 @@ def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequ
     Args:
         others: descriptors that it must not keep open, so that its pipe ends with this process.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _be_agent(node, main, reader, others, parent)
-    return pid
 
-
-def _be_agent(
-    node: AgentSettings, main: WorkerMain, reader: int, others: Sequence[int], parent: int
-) -> NoReturn:
-    code = 1
-    try:
-        die_with(parent)
+    def body() -> int:
         for descriptor in others:
             os.close(descriptor)
         agent = Agent(node, main)
         with open(reader, encoding="ascii") as told:
             lighthouse = told.read()
-        code = agent.run(lighthouse)
-    except BaseException:
-        import traceback
+        return agent.run(lighthouse)
 
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return fork_child(body)
 
 
-def _watch(
-    agents: dict[int, AgentSettings], membership: MembershipSettings, held: contextlib.ExitStack
-) -> int:
-    """Wait for all agents, and speak for the workers of those that are killed."""
-    descriptors = {os.pidfd_open(pid): pid for pid in agents}
-    interrupted = False
-
-    def forward(number: int, _: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted |= number == signal.SIGINT
-        for descriptor in list(descriptors):
-            with contextlib.suppress(ProcessLookupError, OSError):
-                signal.pidfd_send_signal(descriptor, number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        held.callback(signal.signal, number, signal.signal(number, forward))
+def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) -> int:
+    """Wait for all agents, by process id, and vote on behalf of the workers of those that are killed."""
+    children = Supervisor(list(agents))
+    forwarded: list[int] = []
     stop = threading.Event()
-    held.callback(stop.set)
     codes: list[int] = []
-    while descriptors:
-        ready, _, _ = select.select(list(descriptors), [], [])
-        for descriptor in ready:
-            pid = descriptors.pop(descriptor)
-            os.close(descriptor)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            codes.append(code)
-            if code == 0:
-                # The run is over: who waits to take part in it on another node need not.
-                forward(signal.SIGTERM, None)
-            if code < 0:
-                node = agents[pid]
-                name = signal.Signals(-code).name
-                logger.warning("node %s is lost: its agent was killed by %s", node.node, name)
-                _speak_for_node(node, membership, stop)
-    if interrupted:
+
+    def forward(number: int) -> None:
+        forwarded.append(number)
+        children.signal(number)
+
+    with on_signals(forward):
+        while children:
+            for end in children.wait():
+                codes.append(end.code)
+                if end.code == 0:
+                    # The run is over; a node that still waits to take part in it need not.
+                    children.signal(signal.SIGTERM)
+                if end.code < 0:
+                    node = agents[end.pid]
+                    name = signal.Signals(-end.code).name
+                    logger.warning("node %s is lost: its agent was killed by %s", node.node, name)
+                    _speak_for_node(node, membership, stop)
+        stop.set()
+    if signal.SIGINT in forwarded:
         return 128 + signal.SIGINT
     given = [code for code in codes if code >= 0]
     return 0 if 0 in given else next(iter(given), Stopped.exit_code)

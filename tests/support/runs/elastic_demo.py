@@ -32,10 +32,10 @@ from holdfast.elastic.membership import Membership
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.agent import Agent
-from holdfast.launch.agent.fork_server import die_with
 from holdfast.launch.agent.restarts import RestartPolicy
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.launchers.nodes import run_nodes
+from holdfast.launch.processes import die_with
 from holdfast.parallel.errors import HoldfastError, PeerLost
 from support.processes.forked_command import FORK
 

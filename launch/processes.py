@@ -1,0 +1,222 @@
+"""Child processes: forked so that they end with their parent, watched by pidfd, told of signals, ended in time.
+
+Local. Nothing here knows what a child does. `System` is what it asks of the operating system, so that tests
+of the rules need no process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn, Protocol
+
+_PR_SET_PDEATHSIG = 1
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that a process with children passes on to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A child has ended."""
+
+    pid: int
+    code: int
+    """Its exit code, or the negative number of the signal that killed it."""
+
+
+class System(Protocol):
+    """The operating system and the clock, as far as a supervisor uses them."""
+
+    def now_s(self) -> float:
+        """Seconds since some fixed moment."""
+        ...
+
+    def open(self, pid: int) -> int:
+        """A descriptor of a child, which is readable once the child has ended."""
+        ...
+
+    def wait(self, descriptors: Sequence[int], timeout_s: float | None) -> list[int]:
+        """The descriptors that are readable; waits for the first one, at most `timeout_s`."""
+        ...
+
+    def signal(self, descriptor: int, number: int) -> None:
+        """Send a signal to a child; without effect where it has ended."""
+        ...
+
+    def kill_group(self, pid: int) -> None:
+        """SIGKILL to every process in the group that a child leads."""
+        ...
+
+    def reap(self, descriptor: int, pid: int) -> int:
+        """Close the descriptor of a child that has ended, and free its number; returns its exit code."""
+        ...
+
+
+class Linux:
+    """The operating system itself."""
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def open(self, pid: int) -> int:
+        return os.pidfd_open(pid)
+
+    def wait(self, descriptors: Sequence[int], timeout_s: float | None) -> list[int]:
+        return select.select(descriptors, [], [], timeout_s)[0]
+
+    def signal(self, descriptor: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, number)
+
+    def kill_group(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def reap(self, descriptor: int, pid: int) -> int:
+        os.close(descriptor)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Supervisor:
+    """The living children of this process. Used by one thread; its signal handlers may call `signal`."""
+
+    def __init__(
+        self, pids: Sequence[int] = (), *, groups: bool = False, system: System | None = None
+    ) -> None:
+        """Watch children.
+
+        Args:
+            groups: each leads a process group, of which nothing may outlive it.
+        """
+        self._system: System = Linux() if system is None else system
+        self._groups = groups
+        self._children: dict[int, int] = {}
+        self._kill_at_s: float | None = None
+        for pid in pids:
+            self.add(pid)
+
+    def __len__(self) -> int:
+        """How many children live."""
+        return len(self._children)
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self._children.values())
+
+    def add(self, pid: int) -> int:
+        """Watch one more child; returns its pidfd, which the supervisor closes when the child ends."""
+        descriptor = self._system.open(pid)
+        self._children[descriptor] = pid
+        return descriptor
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all children."""
+        for descriptor in list(self._children):
+            self._system.signal(descriptor, number)
+
+    def kill_at(self, moment_s: float | None) -> None:
+        """From this moment of the system's clock on, `wait` kills what still lives; None: never."""
+        self._kill_at_s = moment_s
+
+    def wait(self, timeout_s: float | None = None, also: Sequence[int] = ()) -> list[End]:
+        """Wait until a child ends, a descriptor of `also` is readable, or time is up.
+
+        Returns:
+            The children that have ended, in the order in which they were added.
+        """
+        if self._kill_at_s is not None:
+            left_s = self._kill_at_s - self._system.now_s()
+            if left_s <= 0:
+                self.signal(signal.SIGKILL)
+            else:
+                timeout_s = left_s if timeout_s is None else min(left_s, timeout_s)
+        ready = self._system.wait([*also, *self._children], timeout_s)
+        return [self._reap(found) for found in list(self._children) if found in ready]
+
+    def kill_groups(self) -> None:
+        """SIGKILL to the process groups of all children."""
+        for pid in self._children.values():
+            self._system.kill_group(pid)
+
+    def _reap(self, descriptor: int) -> End:
+        pid = self._children.pop(descriptor)
+        if self._groups:
+            self._system.kill_group(pid)  # before its number is free for another process
+        return End(pid, self._system.reap(descriptor, pid))
+
+
+def fork_child(body: Callable[[], int], *, outlives: bool = False) -> int:
+    """Fork a process that calls `body` and exits with what it returns; returns its process id.
+
+    An exception in it is printed with its traceback, and makes the exit code 1. Call in the main thread
+    of a process that has no other.
+
+    Args:
+        outlives: the child goes on when this process ends; otherwise the kernel kills it then.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _live(body, None if outlives else parent)
+    return pid
+
+
+def _live(body: Callable[[], int], parent: int | None) -> NoReturn:
+    code = 1
+    try:
+        if parent is not None:
+            die_with(parent)
+        code = body()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    raise AssertionError
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which forked it from its main thread, ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def append_output(path: os.PathLike[str]) -> None:
+    """Send this process's standard output and errors to the end of a file; makes its folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+
+
+@contextlib.contextmanager
+def on_signals(
+    call: Callable[[int], None], numbers: Sequence[signal.Signals] = PASSED_ON
+) -> Iterator[None]:
+    """Have `call(number)` called for these signals meanwhile, in place of their handlers."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        call(number)
+
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

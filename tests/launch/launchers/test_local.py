@@ -1,0 +1,68 @@
+"""How the workers of one machine are watched: who is killed, when, and what is told of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from holdfast.launch.launchers.local import GRACE_S, WorkerEnd, watch_workers
+from support.processes.fake_system import FakeSystem
+
+RANKS = {11: 0, 12: 1, 13: 2}
+
+
+def killed(system: FakeSystem) -> set[int]:
+    return {pid for name, pid in system.log if name == "SIGKILL"}
+
+
+def test_when_one_worker_fails_the_others_are_killed_a_moment_later_and_not_blamed() -> None:
+    system = FakeSystem(codes={12: 1})
+    ends = watch_workers(RANKS, exit_s=60.0, system=system)
+    assert ends == [WorkerEnd(1, 1), WorkerEnd(0, 0), WorkerEnd(2, 0)]
+    assert killed(system) == {11, 13}
+    assert 0.4 < system.time_s < 1.0
+
+
+def test_workers_that_fail_with_the_first_keep_their_codes() -> None:
+    def also_fails(now_s: float) -> None:
+        if now_s > 0.3:
+            system.codes[13] = 4
+
+    system = FakeSystem(codes={12: 1}, on_wait=also_fails)
+    ends = watch_workers(RANKS, exit_s=60.0, system=system)
+    assert ends == [WorkerEnd(1, 1), WorkerEnd(2, 4), WorkerEnd(0, 0)]
+
+
+@pytest.mark.parametrize(("number", "least_s"), [(signal.SIGTERM, 20.0), (signal.SIGINT, GRACE_S)])
+def test_workers_that_were_told_to_end_have_their_time_though_one_has_ended(
+    number: signal.Signals, least_s: float
+) -> None:
+    def happen(now_s: float) -> None:
+        if not system.codes:
+            os.kill(os.getpid(), number)
+            system.codes[11] = 3
+
+    system = FakeSystem(on_wait=happen)
+    ends = watch_workers(RANKS, exit_s=20.0, system=system)
+    assert {pid for name, pid in system.log if name == number.name} == {11, 12, 13}
+    assert killed(system) == {12, 13}
+    assert least_s <= system.time_s < least_s + 1.0
+    if number == signal.SIGINT:
+        assert {end.code for end in ends} == {-signal.SIGINT}
+    else:
+        assert ends == [WorkerEnd(0, 3), WorkerEnd(1, 0), WorkerEnd(2, 0)]
+
+
+def test_sigusr1_reaches_the_workers_and_ends_none() -> None:
+    def happen(now_s: float) -> None:
+        if len(system.waited_s) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if now_s > 100.0:
+            system.codes = {11: 0, 12: 0, 13: 0}
+
+    system = FakeSystem(on_wait=happen)
+    assert [end.code for end in watch_workers(RANKS, exit_s=1.0, system=system)] == [0, 0, 0]
+    assert [pid for name, pid in system.log if name == "SIGUSR1"] == [11, 12, 13]
+    assert killed(system) == set()

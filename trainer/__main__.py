@@ -9,7 +9,7 @@ from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
 from holdfast.trainer.external_launcher import run_external_worker
-from holdfast.trainer.run import prepare_heap
+from holdfast.trainer.run import RunRequest, load_run_config
 from holdfast.trainer.world import WorldInfo, world_from_environment
 
 
@@ -21,16 +21,15 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        prepare_heap(arguments.config, arguments.set)
+        config = load_run_config(arguments.config, arguments.set)
         world = world_from_environment(os.environ)
     except HoldfastError as error:
         print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     if world is None:
         world = WorldInfo(0, 1, 0, 1, 0, "127.0.0.1", 0, True)
-    return run_external_worker(
-        arguments.config, arguments.set, arguments.out, arguments.resume, world
-    )
+    request = RunRequest(arguments.config, config, arguments.out, arguments.resume)
+    return run_external_worker(request, world)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from holdfast.parallel.errors import ConfigError, HoldfastError
-from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.config import check_config
 from holdfast.trainer.run import (
+    OpenedRun,
     Resume,
     RunDirectory,
-    choose_root,
-    lock_run,
-    open_run,
+    RunRequest,
+    opened_run,
     recorded_throughput,
-    resolve_throughput,
 )
 from holdfast.trainer.world import WorldInfo
 
@@ -29,26 +28,18 @@ if TYPE_CHECKING:
 
 _RUN_KEY = "run directory"
 _RESTARTS_ONLY = (
-    "holdfast: note: whoever started this worker restarts all of them after a loss, from the newest "
+    "holdfast: note: the launcher of this worker restarts all workers after a loss, from the newest "
     "checkpoint; for elastic.enabled start `holdfast train` by itself, or as tasks of srun or mpirun"
 )
 
 
-def run_external_worker(
-    config_path: Path,
-    overrides: Sequence[str],
-    out: Path | None,
-    resume: str,
-    world: WorldInfo,
-    *,
-    allow_change: bool = False,
-) -> int:
+def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
     """Run one worker of a world that exists already; returns the process's exit code.
 
-    Rank 0 makes the run directory and tells the others where it is.
+    Rank 0 opens the run and tells the others where it is.
     """
+    config = request.config
     try:
-        config = load_config(config_path, overrides)
         check_config(config, world.world_size)
         if config.elastic.enabled and world.rank == 0:
             print(_RESTARTS_ONLY, file=sys.stderr, flush=True)  # noqa: T201
@@ -60,47 +51,29 @@ def run_external_worker(
         store = PrefixStore(f"attempt-{world.attempt}", connect(world))
         with contextlib.ExitStack() as held:
             if world.rank == 0:
-                run = _opened_run(
-                    store, held, config_path, out, resume, config, allow_change, world
-                )
+                here = replace(request, ranks_here=world.local_world_size, attempt=world.attempt)
+                opened = _announced(here, store, held)
             else:
                 run = _told_run(store)
-            config = recorded_throughput(config, run.root)
-            return run_worker(config, world, run, announce=True, store=store)
+                opened = OpenedRun(recorded_throughput(config, run.root), run)
+            return run_worker(opened.config, world, opened.directory, announce=True, store=store)
     except HoldfastError as error:
         if world.rank == 0:
             print(f"holdfast: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return error.exit_code
 
 
-def _opened_run(
-    store: Store,
-    held: contextlib.ExitStack,
-    config_path: Path,
-    out: Path | None,
-    resume: str,
-    config: RunConfig,
-    allow_change: bool,
-    world: WorldInfo,
-) -> RunDirectory:
-    """Rank 0: make the run directory, keep it locked, and tell the others, or why there is none."""
+def _announced(request: RunRequest, store: Store, held: contextlib.ExitStack) -> OpenedRun:
+    """Rank 0: open the run, keep it locked, and tell the others where it is, or why there is none."""
     try:
-        root = choose_root(config_path, out, config, resume, allow_change=allow_change)
-        held.enter_context(lock_run(root))
-        config = resolve_throughput(
-            config,
-            root,
-            ranks_here=world.local_world_size,
-            fresh=resume == "none" and not world.attempt,
-            say=lambda line: print(line, flush=True),  # noqa: T201
-        )
-        run = open_run(root, config, resume, allow_change=allow_change)
+        opened = held.enter_context(opened_run(request))
     except HoldfastError as error:
         store.set(_RUN_KEY, json.dumps({"error": str(error)}))
         raise
+    run = opened.directory
     told = {"root": str(run.root.absolute()), "resume": msgspec.to_builtins(run.resume)}
     store.set(_RUN_KEY, json.dumps(told))
-    return run
+    return opened
 
 
 def _told_run(store: Store) -> RunDirectory:

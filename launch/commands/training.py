@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.config import load_config
 from holdfast.trainer.run import (
     RunDirectory,
-    choose_root,
+    RunRequest,
     described,
-    lock_run,
+    load_run_config,
     measure_throughput,
-    open_run,
-    prepare_heap,
-    resolve_throughput,
+    opened_run,
     with_throughput,
 )
 from holdfast.trainer.world import WorldInfo, world_from_environment
@@ -68,71 +66,51 @@ def train(
 
     With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's workers.
     """
-    prepare_heap(config, overrides)
+    request = RunRequest(
+        config, load_run_config(config, overrides), out, resume, allow_change=allow_change
+    )
     world = world_from_environment(os.environ)
-    if world is not None and world.job and load_config(config, overrides).elastic.enabled:
-        raise typer.Exit(_elastic_task(config, overrides, out, resume, world, allow_change))
-    if world is not None:
-        from holdfast.trainer.external_launcher import run_external_worker
+    if world is None:
+        raise typer.Exit(_train_here(request, nproc, prove=prove))
+    if world.job and request.config.elastic.enabled:
+        raise typer.Exit(_run_task(request, world))
+    from holdfast.trainer.external_launcher import run_external_worker
 
-        raise typer.Exit(
-            run_external_worker(config, overrides, out, resume, world, allow_change=allow_change)
-        )
-    run_config = load_config(config, overrides)
-    workers = nproc or run_config.parallel.ranks
-    check_config(run_config, workers)
-    root = choose_root(config, out, run_config, resume, allow_change=allow_change)
-    with lock_run(root):
-        fresh = resume == "none"
-        run_config = resolve_throughput(
-            run_config, root, ranks_here=workers, fresh=fresh, say=typer.echo
-        )
-        run = open_run(root, run_config, resume, allow_change=allow_change)
-        if run_config.elastic.enabled:
-            # What ends with its connections logs so in C++ too; every end is told in our own words.
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    raise typer.Exit(run_external_worker(request, world))
+
+
+def _train_here(request: RunRequest, nproc: int, *, prove: bool) -> int:
+    """Train with workers that this command starts; returns its exit code."""
+    workers = nproc or request.config.parallel.ranks
+    with opened_run(replace(request, world_size=workers, ranks_here=workers)) as opened:
+        if opened.config.elastic.enabled:
+            _quiet_connections()
             from holdfast.launch.launchers import run_elastic
 
-            code = run_elastic(run_config, run)
+            code = run_elastic(opened.config, opened.directory)
         else:
             from holdfast.launch.launchers import run_local
 
-            code = run_local(run_config, run, workers)
+            code = run_local(opened.config, opened.directory, workers)
         if prove and code == 0:
-            code = _compare_with_fault_free_run(run)
-        raise typer.Exit(code)
+            code = _compare_with_fault_free_run(opened.directory)
+        return code
 
 
-def _elastic_task(
-    path: Path,
-    overrides: list[str],
-    out: Path | None,
-    resume: str,
-    world: WorldInfo,
-    allow_change: bool,
-) -> int:
-    """One agent per task of srun or mpirun."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+def _run_task(request: RunRequest, world: WorldInfo) -> int:
+    """Be the agent of one task of srun or mpirun; returns the command's exit code."""
+    _quiet_connections()
     from holdfast.launch.launchers import run_first_task, run_other_task
 
-    config = load_config(path, overrides)
     if world.rank:
-        return run_other_task(config, world)
-    with contextlib.ExitStack() as held:
+        return run_other_task(request.config, world)
+    ranks_here = world.local_world_size * request.config.parallel.ranks // world.world_size
+    return run_first_task(replace(request, ranks_here=ranks_here), world)
 
-        def opened() -> RunDirectory:
-            root = choose_root(path, out, config, resume, allow_change=allow_change)
-            held.enter_context(lock_run(root))
-            settled = resolve_throughput(
-                config,
-                root,
-                ranks_here=world.local_world_size * config.parallel.ranks // world.world_size,
-                fresh=resume == "none",
-                say=typer.echo,
-            )
-            return open_run(root, settled, resume, allow_change=allow_change)
 
-        return run_first_task(config, world, opened)
+def _quiet_connections() -> None:
+    """Before torch is imported: its C++ logs ends of connections, all of which we tell in our own words."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def replay(
@@ -142,7 +120,7 @@ def replay(
     ] = None,
 ) -> None:
     """Repeat a run's losses, departures and arrivals at the same steps on this machine; compare the bits."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _quiet_connections()
     from holdfast.launch.proofs import describe_replay, replay_run
 
     code, found = replay_run(RunDirectory(run), out or run / "replay")
@@ -160,13 +138,13 @@ def join(
     from holdfast.launch.launchers import take_ranks
 
     directory = RunDirectory(run)
-    if directory.config.exists():
-        prepare_heap(directory.config, [])
+    config = load_run_config(directory.config, []) if directory.config.exists() else None
     info, numbers = take_ranks(directory, ranks)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _quiet_connections()
     from holdfast.launch.launchers import join_run
 
-    raise typer.Exit(join_run(directory, info, numbers))
+    config = config or load_run_config(directory.config, [])
+    raise typer.Exit(join_run(directory, config, info, numbers))
 
 
 def _compare_with_fault_free_run(run: RunDirectory) -> int:
@@ -250,7 +228,7 @@ def check(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Replay this layout at tiny size in float64 against one process; name what is wrong."""
-    run_config: RunConfig = load_config(config, overrides)
+    run_config = load_config(config, overrides)
     from holdfast.launch.proofs import check_layout
 
     raise typer.Exit(check_layout(run_config, steps))

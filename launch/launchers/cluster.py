@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.elastic import explained, log_agents, node_settings, worker_main
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
-from holdfast.trainer.config import RunConfig, load_config
-from holdfast.trainer.run import Resume, RunDirectory, recorded_throughput
+from holdfast.trainer.config import RunConfig, check_config
+from holdfast.trainer.run import Resume, RunDirectory, RunRequest, opened_run, recorded_throughput
 from holdfast.trainer.world import WorldInfo
 
 _MEET_S = 120.0
@@ -49,29 +49,26 @@ def task_ranks(task: int, tasks: int, ranks: int) -> tuple[int, ...]:
     return tuple(range(task * ranks // tasks, (task + 1) * ranks // tasks))
 
 
-def run_first_task(
-    config: RunConfig, world: WorldInfo, open_run: Callable[[], RunDirectory]
-) -> int:
+def run_first_task(request: RunRequest, world: WorldInfo) -> int:
     """Be the agent of a job's first task until the run ends; returns the exit code.
 
     Call it in a process without threads.
 
     Args:
         world: of tasks, as the launcher tells it.
-        open_run: makes the run's folder.
     Raises:
-        HoldfastError: what `open_run` raises; tasks that do not fit, or that do not come. The other
+        HoldfastError: the run cannot be opened; tasks that do not fit, or that do not come. The other
             tasks are told.
     """
     with contextlib.ExitStack() as held:
         listening = held.enter_context(_listen(world))
         try:
-            node = _task_settings(config, world)
-            run = open_run()
-            config = recorded_throughput(config, run.root)
+            node = _task_settings(request.config, world)
+            opened = held.enter_context(opened_run(request))
         except HoldfastError as error:
             _tell(listening, world, {"error": str(error)})
             raise
+        config, run = opened.config, opened.directory
         log_agents(run.agent_log)
         host = node.host if config.elastic.lighthouse else listening.getsockname()[0]
         node = replace(node, log=run.log, host=host)
@@ -87,7 +84,7 @@ def run_first_task(
         _tell(listening, world, told)
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = explained(agent.run(lighthouse), run, node.ranks)
-    return _end_of_task(config, code)
+    return _end_of_task(request.config, code)
 
 
 def run_other_task(config: RunConfig, world: WorldInfo) -> int:
@@ -128,21 +125,22 @@ def _end_of_task(config: RunConfig, code: int) -> int:
     return code
 
 
-def join_run(run: RunDirectory, info: JoinInfo, ranks: tuple[int, ...]) -> int:
+def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[int, ...]) -> int:
     """Take part in a run that is under way, with new ranks on this machine; returns the exit code.
 
     Call it in a process without threads.
 
     Args:
-        run: its folder, which this machine shares with the others.
+        run, config: its folder, which this machine shares with the others, and what that holds.
         info, ranks: what `take_ranks` gave.
     Raises:
         ConfigError: the run cannot grow.
     """
-    config = load_config(run.config, [])
     if config.parallel.backend == "mpi":
         raise ConfigError(f"{run.root} uses parallel.backend = 'mpi', whose processes are fixed")
-    config = load_config(run.config, [f"elastic.lighthouse={info.lighthouse}"])
+    elastic = msgspec.structs.replace(config.elastic, lighthouse=info.lighthouse)
+    config = msgspec.structs.replace(config, elastic=elastic)
+    check_config(config)
     node = replace(
         node_settings(config, run, token=info.token, ranks=ranks),
         founder=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from collections import Counter
@@ -23,7 +24,7 @@ from holdfast.trainer.check import (
     tiny_config,
 )
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.run import RunDirectory, open_run
+from holdfast.trainer.run import RunDirectory, RunRequest, opened_run
 from holdfast.trainer.worker import describe, root_cause, run_worker
 from holdfast.trainer.world import WorldInfo
 
@@ -42,9 +43,10 @@ def check_layout(config: RunConfig, steps: int) -> int:
     """Run the check and print its result; 0 when the layout agrees with one process, 1 otherwise."""
     tiny = tiny_config(config, steps)
     ranks = tiny.parallel.ranks
-    with tempfile.TemporaryDirectory(prefix="holdfast-check-") as folder:
-        root = Path(folder)
-        run = open_run(root / "run", tiny)
+    with contextlib.ExitStack() as held:
+        root = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-check-")))
+        request = RunRequest(root / "config.toml", tiny, out=root / "run")
+        run = held.enter_context(opened_run(request)).directory
 
         def target(config: RunConfig, world: WorldInfo, store: Store, _: RunDirectory) -> None:
             save_capture(run_layout(config, world, store), root / f"rank-{world.rank}.safetensors")

@@ -12,8 +12,8 @@ from holdfast.checkpoint.stores import PathOrUrl, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.launchers import run_local
 from holdfast.parallel.errors import CheckpointError
-from holdfast.trainer.config import check_config, convert_config, dump_toml, load_config
-from holdfast.trainer.run import open_run
+from holdfast.trainer.config import RunConfig, dump_toml, load_config
+from holdfast.trainer.run import RunRequest, opened_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,11 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
                 "checkpoint.memory_every=0",
             ],
         )
-        check_config(config, config.parallel.ranks)
         root = Path(scratch) / "run"
-        run = open_run(root, config, str(first))
-        code = run_local(config, run, config.parallel.ranks)
+        ranks = config.parallel.ranks
+        request = RunRequest(source, config, out=root, resume=str(first), world_size=ranks)
+        with opened_run(request) as opened:
+            code = run_local(opened.config, opened.directory, ranks)
         if code != 0:
             raise CheckpointError(f"repeating the steps ended with exit code {code}")
         again = root / "checkpoints" / name_of(after.step)

@@ -27,7 +27,7 @@ from holdfast.launch.proofs.compare_runs import bits_of
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
-from holdfast.trainer.run import RunDirectory, checkpoint_root, lock_run, open_run
+from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +70,19 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
     """
     history = read_history(source)
     last = last_step(source.metrics) if history.last_step is None else history.last_step
-    config = _config(load_config(source.config, []), history, last, out)
+    recorded = load_config(source.config, [])
+    config = _config(recorded, history, last, out)
     begin = "none"
     if history.first_step:
-        found = checkpoint_root(source.root, load_config(source.config, []))
+        found = checkpoint_root(source.root, recorded)
         begin = str(found / f"step-{history.first_step:08d}")
         if not Path(begin).is_dir():
             raise ConfigError(
                 f"the run began from {begin}, which is gone; there is nothing to begin from"
             )
-    with lock_run(out):
-        run = open_run(out, config, begin, allow_change=True)
+    request = RunRequest(source.config, config, out=out, resume=begin, allow_change=True)
+    with opened_run(request) as opened:
+        run = opened.directory
         run.journal.write_bytes(msgspec.json.encode(asdict(history)))
         log_agents(run.agent_log)
         nodes = _nodes(config, run, history)

@@ -336,8 +336,8 @@ def test_a_command_starts_again_with_a_compact_heap(
     path.write_text('[model]\nfamily = "llama"\nlayers = 1\nhidden = 32\nheads = 4\nkv_heads = 2\n')
     program = (
         "import os, sys; from pathlib import Path\n"
-        "from holdfast.trainer.run.process_heap import prepare_heap\n"
-        "print('begun', flush=True); prepare_heap(Path(sys.argv[1]), sys.argv[2:])\n"
+        "from holdfast.trainer.run import load_run_config\n"
+        "print('begun', flush=True); load_run_config(Path(sys.argv[1]), sys.argv[2:])\n"
         "print('tcache_count=0' in os.environ.get('GLIBC_TUNABLES', ''))"
     )
     done = subprocess.run(

@@ -1,8 +1,11 @@
 from .initial_weights import (
     has_state as has_state,
 )
-from .process_heap import (
-    prepare_heap as prepare_heap,
+from .opening import (
+    OpenedRun as OpenedRun,
+    RunRequest as RunRequest,
+    load_run_config as load_run_config,
+    opened_run as opened_run,
 )
 from .resume import (
     Resume as Resume,
@@ -14,9 +17,6 @@ from .resume import (
 from .run_directory import (
     RankError as RankError,
     RunDirectory as RunDirectory,
-    choose_root as choose_root,
-    lock_run as lock_run,
-    open_run as open_run,
     read_error as read_error,
     write_error as write_error,
 )
@@ -26,6 +26,5 @@ from .throughput import (
     described as described,
     measure_throughput as measure_throughput,
     recorded_throughput as recorded_throughput,
-    resolve_throughput as resolve_throughput,
     with_throughput as with_throughput,
 )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from holdfast.parallel.offload import restart_with_compact_heap
-from holdfast.trainer.config import RunConfig, load_config
+from holdfast.trainer.config import RunConfig
 
 
 def wants_compact_heap(config: RunConfig) -> bool:
@@ -16,11 +13,7 @@ def wants_compact_heap(config: RunConfig) -> bool:
     return offload.activations == "ssd" and offload.compact_heap and on_host
 
 
-def prepare_heap(config_path: Path, overrides: Sequence[str]) -> None:
-    """Before a command does anything: start it again with a compact heap where its run wants one. Local.
-
-    Raises:
-        ConfigError: the configuration cannot be read.
-    """
-    if wants_compact_heap(load_config(config_path, overrides)):
+def prepare_heap(config: RunConfig) -> None:
+    """Start the command again with a compact heap where its run wants one, before it does anything. Local."""
+    if wants_compact_heap(config):
         restart_with_compact_heap()

@@ -1,0 +1,65 @@
+"""The opening of a run: what is checked before the folder is touched, and which steps a request leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import dump_toml
+from holdfast.trainer.run import RunRequest, opened_run, opening
+from holdfast.trainer.run.throughput import Throughput, with_throughput
+from support.runs.small_runs import make_config
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> RunRequest:
+    return RunRequest(tmp_path / "name.toml", make_config(), out=tmp_path / "run", world_size=1)
+
+
+def test_a_wrong_number_of_workers_is_told_before_a_folder_is_made(request_: RunRequest) -> None:
+    with pytest.raises(ConfigError, match="3"), opened_run(replace(request_, world_size=3)):
+        pass
+    assert request_.out is not None
+    assert not request_.out.exists()
+
+
+def test_an_opened_run_is_locked_until_the_block_ends(request_: RunRequest) -> None:
+    with opened_run(request_) as opened:
+        assert opened.directory.config.read_text() == dump_toml(opened.config)
+        with pytest.raises(ConfigError, match="in use by another run"), opened_run(request_):
+            pass
+    with opened_run(request_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "fresh"),
+    [
+        ({"ranks_here": 4}, False),
+        ({"ranks_here": 4, "resume": "none"}, True),
+        ({"ranks_here": 4, "resume": "none", "attempt": 1}, False),
+        ({}, None),
+    ],
+)
+def test_throughput_is_resolved_by_those_who_measure_and_afresh_when_a_run_starts_over(
+    request_: RunRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    fresh: bool | None,
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def resolve(config: Any, root: Path, *, ranks_here: int, fresh: bool, say: object) -> Any:
+        asked.append((ranks_here, fresh))
+        return with_throughput(config, Throughput(7.0, 5.0))
+
+    monkeypatch.setattr(opening, "resolve_throughput", resolve)
+    with opened_run(replace(request_, **changes)) as opened:
+        measured = opened.config.train.tflops == 7.0
+        assert opened.directory.config.read_text() == dump_toml(opened.config)
+    assert asked == ([] if fresh is None else [(4, fresh)])
+    assert measured == (fresh is not None)

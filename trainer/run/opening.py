@@ -1,0 +1,85 @@
+"""The one opening sequence of a run: read, check, choose a folder, lock it, resolve throughput, make it.
+
+Local; needs no torch. Every command that trains goes through it in the one process that opens the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.run.process_heap import prepare_heap
+from holdfast.trainer.run.run_directory import RunDirectory, choose_root, lock_run, open_run
+from holdfast.trainer.run.throughput import resolve_throughput
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """The run that a command asks for, and which steps of the opening it leaves out."""
+
+    path: Path
+    """The file of the configuration; a new folder below runs/ is named after it."""
+    config: RunConfig
+    out: Path | None = None
+    """The run's folder; None: one below runs/ is chosen."""
+    resume: str = "auto"
+    """"auto", "none" or the path of a checkpoint."""
+    allow_change: bool = False
+    """Whether a checkpoint of another model, other data or another batch will do."""
+    world_size: int | None = None
+    """Workers that there will be; None: their number is not checked."""
+    ranks_here: int = 0
+    """Workers of this machine: as many processes measure its throughput at once; 0: none measures."""
+    attempt: int = 0
+    """How often a launcher has restarted the workers; only the first attempt starts over."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRun:
+    """A run whose folder is there and locked."""
+
+    config: RunConfig
+    """As resolved: what the workers train with, and what the folder keeps."""
+    directory: RunDirectory
+
+
+def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Read a run's configuration; the process starts again where its run wants a compact heap.
+
+    Called once, before a command does anything else.
+
+    Raises:
+        ConfigError: the configuration cannot be read, or breaks a rule.
+    """
+    config = load_config(path, overrides)
+    prepare_heap(config)
+    return config
+
+
+@contextlib.contextmanager
+def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
+    """The run that is asked for, locked for as long as the block lasts.
+
+    A line about what was measured is printed.
+
+    Raises:
+        ConfigError: the number of workers, the folder or the checkpoint does not fit; another process
+            works on the run; the throughput cannot be measured.
+    """
+    config, resume, allow_change = request.config, request.resume, request.allow_change
+    if request.world_size is not None:
+        check_config(config, request.world_size)
+    root = choose_root(request.path, request.out, config, resume, allow_change=allow_change)
+    with lock_run(root):
+        if request.ranks_here:
+            config = resolve_throughput(
+                config,
+                root,
+                ranks_here=request.ranks_here,
+                fresh=resume == "none" and not request.attempt,
+                say=lambda line: print(line, flush=True),  # noqa: T201
+            )
+        yield OpenedRun(config, open_run(root, config, resume, allow_change=allow_change))

@@ -12,7 +12,7 @@ from holdfast.checkpoint.stores import PathOrUrl, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.launchers import run_local
 from holdfast.parallel.errors import CheckpointError
-from holdfast.trainer.config import RunConfig, dump_toml, load_config
+from holdfast.trainer.config import convert_config, dump_toml, load_config
 from holdfast.trainer.run import RunRequest, opened_run
 
 

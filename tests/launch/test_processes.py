@@ -62,6 +62,7 @@ def test_the_group_of_a_child_is_killed_before_its_number_is_free() -> None:
     assert system.log == [("group", 1), ("reap", 1)]
 
 
+@pytest.mark.mp
 def test_a_wait_ends_when_another_descriptor_is_readable() -> None:
     reader, writer = os.pipe()
     try:
@@ -75,12 +76,14 @@ def test_a_wait_ends_when_another_descriptor_is_readable() -> None:
         os.close(writer)
 
 
+@pytest.mark.mp
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_child_exits_with_what_its_body_returns(code: int) -> None:
     children = Supervisor([fork_child(lambda: code)])
     assert [end.code for end in children.wait()] == [code]
 
 
+@pytest.mark.mp
 def test_an_exception_in_a_child_is_code_1_and_leaves_its_traceback(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +97,7 @@ def test_an_exception_in_a_child_is_code_1_and_leaves_its_traceback(
     assert "ValueError: told in the log" in (tmp_path / "logs" / "child.log").read_text()
 
 
+@pytest.mark.mp
 @pytest.mark.parametrize("outlives", [False, True])
 def test_a_child_ends_with_its_parent_unless_it_outlives_it(outlives: bool) -> None:
     reader, writer = os.pipe()

@@ -73,7 +73,7 @@ parts = [{ target = "left", size = 600 }, { target = "right", size = 400 }]
     )
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.mp)])
 @pytest.mark.parametrize("name", ["whole", "fused"])
 def test_a_flipped_bit_of_a_large_tensor_is_found_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, workers: int

@@ -85,15 +85,15 @@ class Engine:
         memory_bytes: int = 256 << 20,
         checks: Checks | None = None,
         entries: EntryChecks | None = None,
-        direct: bool = True,
     ) -> None:
-        """Args:
-        source: the folder that the locations of units are relative to.
-        target: the folder that units are written to; the files are there, in full length. None to read
-            only.
-        memory_bytes: for what is under way.
-        checks: what is known of the source; wherever just that is read, it is checked.
-        entries: likewise of zip archives, told of all that is read of them.
+        """Open the file engines.
+
+        Args:
+            source: the folder that the locations of units are relative to.
+            target: the folder that units are written to; its files exist in full length. None to read only.
+            memory_bytes: for units under way.
+            checks: checksums of the source; a read of exactly such a range is checked.
+            entries: likewise of the entries of zip archives; told of everything that is read of them.
         """
         self.source, self.target = source, target
         self._checksum: Checksum = checksum
@@ -101,9 +101,9 @@ class Engine:
         self._entries = entries or EntryChecks(source, {})
         self._slots = max(FEWEST_SLOTS, min(MOST_SLOTS, memory_bytes // SLOT_BYTES))
         with ExitStack() as opened:
-            self._reads = SourceFiles(source, direct=direct)
+            self._reads = SourceFiles(source)
             opened.callback(self._reads.close)
-            self._writes = opened.enter_context(_native.FileEngine(direct=direct))
+            self._writes = opened.enter_context(_native.FileEngine())
             self._closing = opened.pop_all()
         self._targets = OpenFiles(
             target or source,

@@ -37,14 +37,11 @@ class SourceFiles:
     What is wanted is collected, and begun together.
     """
 
-    def __init__(self, root: Path, *, direct: bool = True) -> None:
-        """Args:
-        direct: whether anything may go past the page cache.
-        """
+    def __init__(self, root: Path) -> None:
         self.root = root
         with ExitStack() as opened:
             self._cached = opened.enter_context(_native.FileEngine(direct=False))
-            self._direct = opened.enter_context(_native.FileEngine(direct=direct))
+            self._direct = opened.enter_context(_native.FileEngine())
             self._closing = opened.pop_all()
         self._files: dict[str, _File] = {}
         self._requests: tuple[list[_Request], list[_Request]] = ([], [])

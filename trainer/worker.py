@@ -30,14 +30,15 @@ _SETTLE_S = 2.0
 
 logger = logging.getLogger("holdfast")
 
-Target = Callable[[RunConfig, WorldInfo, Store, RunDirectory], None]
+WorkerTask = Callable[[RunConfig, WorldInfo, Store, RunDirectory], None]
+"""What a worker does once it has its store."""
 
 
 def connect(world: WorldInfo) -> Store:
     """The rendezvous store of the run; hosted here if the launcher says so.
 
     Raises:
-        PeerLost: nobody answers at its address, or the port is taken by somebody else.
+        PeerLost: nothing answers at its address, or another program has its port.
     """
     try:
         return TCPStore(
@@ -74,48 +75,54 @@ def run_worker(
     *,
     announce: bool,
     store: Store | None = None,
-    target: Target = train,
+    task: WorkerTask = train,
 ) -> int:
-    """Run `target` as one worker and return the process's exit code.
-
-    Whatever ends the worker is written to its log with a traceback and to its error file in one line.
+    """Run `task` as one worker and return the process's exit code.
 
     Args:
         store: the rendezvous store where the worker has it already.
-        announce: print the one line too, for workers that nobody watches for their error files. A rank
-            that merely lost a peer stays silent when another has left its reason.
+        announce: print why the worker ended too, in one line: for a launcher that reads no error files.
+            A rank that merely lost a peer stays silent when another has left its reason.
     """
+
+    def body() -> None:
+        check_config(config, world.world_size)
+        task(config, world, store or connect(world), run)
+
+    def tell(reason: RankError) -> None:
+        if not (reason.kind == PeerLost.__name__ and _another_rank_tells(run, world)):
+            print(describe(reason, run), file=sys.stderr, flush=True)  # noqa: T201
+
     log_to_file(run, world.rank)
     logger.info("pid %d, %d workers", os.getpid(), world.world_size)
-    try:
-        check_config(config, world.world_size)
-        target(config, world, store or connect(world), run)
-    except KeyboardInterrupt:
-        logger.info("interrupted")
-        return 130
-    except BaseException as error:
-        if isinstance(error, Stopped):
-            logger.info("%s", error)
-        else:
-            logger.exception("this worker ends")
-        reason = write_error(run, world.rank, error)
-        if announce and not (isinstance(error, PeerLost) and _somebody_else_knows(run, world)):
-            print(describe(reason, run), file=sys.stderr, flush=True)  # noqa: T201
-        return reason.exit_code
-    logger.info("finished")
-    return 0
+    return _exit_code_of(body, run, world.rank, tell if announce else None)
 
 
 def run_elastic_worker(
     config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> int:
-    """Run one worker of an elastic run and return the process's exit code; its end is written down."""
+    """Run one worker of an elastic run and return the process's exit code."""
     from holdfast.trainer.elastic import train_elastic_worker
 
     log_to_file(run, spec.rank)
     logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
+    return _exit_code_of(
+        lambda: train_elastic_worker(config, spec, channel, run), run, spec.rank, None
+    )
+
+
+def _exit_code_of(
+    body: Callable[[], None], run: RunDirectory, rank: int, tell: Callable[[RankError], None] | None
+) -> int:
+    """Call `body` and return the exit code of the process.
+
+    What ends it is written to the log with a traceback, and to the rank's error file in one line.
+
+    Args:
+        tell: called with the reason of a failure, after it was written.
+    """
     try:
-        train_elastic_worker(config, spec, channel, run)
+        body()
     except KeyboardInterrupt:
         logger.info("interrupted")
         return 130
@@ -124,7 +131,10 @@ def run_elastic_worker(
             logger.info("%s", error)
         else:
             logger.exception("this worker ends")
-        return write_error(run, spec.rank, error).exit_code
+        reason = write_error(run, rank, error)
+        if tell is not None:
+            tell(reason)
+        return reason.exit_code
     logger.info("finished")
     return 0
 
@@ -141,7 +151,7 @@ def root_cause(run: RunDirectory, ranks: Iterable[int]) -> RankError | None:
     return next(iter(own or reasons), None)
 
 
-def _somebody_else_knows(run: RunDirectory, world: WorldInfo) -> bool:
+def _another_rank_tells(run: RunDirectory, world: WorldInfo) -> bool:
     deadline = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline:
         cause = root_cause(run, range(world.world_size))

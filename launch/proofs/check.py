@@ -48,11 +48,11 @@ def check_layout(config: RunConfig, steps: int) -> int:
         request = RunRequest(root / "config.toml", tiny, out=root / "run")
         run = held.enter_context(opened_run(request)).directory
 
-        def target(config: RunConfig, world: WorldInfo, store: Store, _: RunDirectory) -> None:
+        def task(config: RunConfig, world: WorldInfo, store: Store, _: RunDirectory) -> None:
             save_capture(run_layout(config, world, store), root / f"rank-{world.rank}.safetensors")
 
         def main(world: WorldInfo) -> int:
-            return run_worker(tiny, world, run, announce=False, target=target)
+            return run_worker(tiny, world, run, announce=False, task=task)
 
         failed = [end for end in start_workers(main, ranks, run) if end.code]
         if failed:

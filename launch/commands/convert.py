@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from holdfast.checkpoint.convert import FLOATS
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.trainer.world import world_from_environment
+from holdfast.trainer.worlds import world_from_environment
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.convert import Converted

@@ -23,7 +23,8 @@ from holdfast.trainer.run import (
     opened_run,
     with_throughput,
 )
-from holdfast.trainer.world import WorldInfo, world_from_environment
+from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import world_from_environment
 
 Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
 Overrides = Annotated[

@@ -18,7 +18,6 @@ from holdfast.trainer.reports.console import duration, sparkline
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import JsonLines, drop_after
 from holdfast.trainer.reports.trace import PhaseSpan, bubble_of, merge_traces, write_trace
-from holdfast.trainer.world import first_host, world_from_environment
 
 
 def test_a_torn_last_line_is_cut_before_more_follow(tmp_path: Path) -> None:
@@ -118,48 +117,6 @@ def test_shown_numbers() -> None:
     assert [duration(s) for s in (0, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]
     assert sparkline([3.0, 2.0, 1.0], 10) == "█▅▁"
     assert len(sparkline([float(i) for i in range(1000)], 60)) <= 60
-
-
-def test_worlds_are_read_from_launchers() -> None:
-    assert world_from_environment({}) is None
-    torchrun = {
-        "RANK": "3",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "a",
-        "MASTER_PORT": "5",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "SLURM_PROCID": "9",
-    }
-    world = world_from_environment(torchrun)
-    assert world is not None
-    assert (world.rank, world.world_size, world.store_host, world.store_port) == (3, 8, "a", 5)
-    assert not world.store_is_server
-    slurm = {
-        "SLURM_PROCID": "0",
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NUM_TASKS": "4",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-        "SLURM_JOB_ID": "123456",
-        "SLURM_STEP_NODELIST": "gpu[003-006],cpu1",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    }
-    world = world_from_environment(slurm)
-    assert world is not None
-    assert (world.world_size, world.local_world_size) == (4, 2)
-    assert (world.store_host, world.store_port, world.store_is_server) == ("gpu003", 23456, True)
-    mpi = {
-        "OMPI_COMM_WORLD_RANK": "1",
-        "OMPI_COMM_WORLD_SIZE": "2",
-        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-        "PMIX_NAMESPACE": "prterun-1",
-    }
-    world = world_from_environment(mpi)
-    assert world is not None
-    assert (world.rank, world.local_rank, world.store_is_server) == (1, 1, False)
-    assert first_host("node7") == "node7"
 
 
 def test_who_follows_records_bears_that_a_run_goes_back(tmp_path: Path) -> None:

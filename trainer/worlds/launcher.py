@@ -1,0 +1,81 @@
+"""What a launcher is: how its environment is recognised, and how a world is read from it. Pure."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.world import WorldInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The environment variables of a process that a launcher has started."""
+
+    variables: Mapping[str, str]
+    launcher: str
+    """Its name, and by what it was recognised, for errors."""
+
+    def text(self, *names: str, default: str = "") -> str:
+        """The first of these variables that is set and not empty."""
+        return next((found for name in names if (found := self.variables.get(name))), default)
+
+    def number(self, *names: str, default: int | None = None) -> int:
+        """The first of these variables that is set, as a whole number.
+
+        Raises:
+            ConfigError: none is set and there is no default; or it does not begin with a number.
+        """
+        name = next((name for name in names if name in self.variables), None)
+        if name is None:
+            if default is not None:
+                return default
+            raise ConfigError(
+                f"{self.launcher}, but {' or '.join(names)} is not set; the launcher should set it"
+            )
+        try:
+            return int(self.variables[name])
+        except ValueError:
+            raise ConfigError(
+                f"{self.launcher}, but {name} = {self.variables[name]!r} is not a number; the launcher "
+                "should set it"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """A kind of launcher: torchrun, Slurm, an MPI."""
+
+    name: str
+    """As people know it."""
+    marks: tuple[str, ...]
+    """Variables that are all set in what it starts, and nowhere else."""
+    read: Callable[[Environment], WorldInfo]
+
+    def recognises(self, variables: Mapping[str, str]) -> bool:
+        """Whether it has started a process with these environment variables."""
+        return all(name in variables for name in self.marks)
+
+    def world(self, variables: Mapping[str, str]) -> WorldInfo:
+        """The world that it describes.
+
+        Raises:
+            ConfigError: a variable is missing or not a number; names the launcher and the variable.
+        """
+        found = f"the environment is that of {self.name} ({', '.join(self.marks)})"
+        return self.read(Environment(variables, found))
+
+
+def port_of(job: str) -> int:
+    """A port that all workers of a job agree on: 20000 to 29999, below the ephemeral range."""
+    number = int(job) if job.isdigit() else zlib.crc32(job.encode())
+    return 20000 + number % 10000
+
+
+def first_host(nodes: str) -> str:
+    """The first host of Slurm's compressed list: `gpu[003-006,9],cpu1` begins with gpu003."""
+    matched = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    return "".join(part or "" for part in matched.groups()) if matched else ""

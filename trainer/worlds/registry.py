@@ -1,0 +1,29 @@
+"""The launchers that are known, and which of them has started this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds.launcher import Launcher
+from holdfast.trainer.worlds.mpi import OPEN_MPI, PMI
+from holdfast.trainer.worlds.slurm import SLURM
+from holdfast.trainer.worlds.torchrun import TORCHRUN
+
+LAUNCHERS: Final = (TORCHRUN, SLURM, OPEN_MPI, PMI)
+"""In the order in which they are looked for: torchrun may run inside a job of Slurm."""
+
+
+def world_from_environment(
+    environment: Mapping[str, str], launchers: Sequence[Launcher] = LAUNCHERS
+) -> WorldInfo | None:
+    """The world that the first launcher to be recognised describes; None where there is none.
+
+    MASTER_ADDR and MASTER_PORT, where they are set, name the store in every case.
+
+    Raises:
+        ConfigError: a description that is incomplete or not a number.
+    """
+    found = next((one for one in launchers if one.recognises(environment)), None)
+    return None if found is None else found.world(environment)

@@ -12,8 +12,8 @@ import os
 import selectors
 import signal
 import tempfile
-import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,26 +23,29 @@ from holdfast.elastic.channel import liveness_age_s, receive_message, send_messa
 from holdfast.elastic.generation import Identity, format_identities, parse_identities
 from holdfast.elastic.hang import HangJudge
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
-from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
+from holdfast.elastic.membership_events import (
+    MembershipEvent,
+    MembershipEventKind,
+    event_from_data,
+    event_to_data,
+)
 from holdfast.elastic.node_faults import FaultError, cut_network
-from holdfast.elastic.quorum_client import vote_on_behalf_of
+from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.store import host_store
-from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.liveness import timestamp_check
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
+from holdfast.launch.agent.other_nodes import OtherNodes
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
+from holdfast.launch.agent.shutdown import INTERRUPTED, Shutdown
 from holdfast.launch.agent.worker_slot import WorkerSlot, describe_end
+from holdfast.launch.processes import PASSED_ON
 from holdfast.parallel.errors import ConfigError, Stopped
 
 logger = logging.getLogger("holdfast.agent")
 
-_WATCHERS = 3
-"""Agents that watch heartbeats for all: those of the first nodes of a generation."""
-_BULLETINS = 2
-"""Generations whose bulletins are followed: others may still be in the one before."""
 _GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
 _LEFT_OUT_S = 10.0
@@ -54,30 +57,23 @@ _ASK_S = 0.5
 class Agent:
     """One node's agent. Construct before the process has threads; `run` in the main thread."""
 
+    _others: OtherNodes
+    """From `run` on."""
+
     def __init__(self, settings: AgentSettings, main: WorkerMain) -> None:
         """Fork the fork server. Workers will call `main` with what is imported by now."""
         self._settings = settings
         coordination()  # imported once here, not by every worker
         self._fork_server = ForkServer(main)
-        self._membership = settings.membership
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
         own = timestamp_check(silence_s, settings.hang_timeout_s)
         self._liveness_checks = [own] if settings.liveness is None else [own, settings.liveness]
         self._main_thread = MainThreadQueue()
-        self._bulletins: list[BulletinFollower] = []
         self._judge = HangJudge()
-        self._watch: HeartbeatWatch | None = None
-        self._proxies: list[threading.Thread] = []
-        self._stop = threading.Event()
-        self._generation = 0
-        self._kill_at_s: float | None = None
-        self._draining = False
-        self._finished = False
+        self._shutdown = Shutdown()
         self._ask_at_s = 0.0
-        self._code: int | None = None
-        self._failed_with = Stopped.exit_code
         self._selector = selectors.DefaultSelector()
 
     def run(self, lighthouse: str = "") -> int:
@@ -93,9 +89,7 @@ class Agent:
         with contextlib.ExitStack() as held:
             held.callback(self._fork_server.close)
             held.callback(self._main_thread.close)
-            self._main_thread.on_signals(
-                (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self._obey
-            )
+            self._main_thread.on_signals(PASSED_ON, self._obey)
             self._selector.register(
                 self._main_thread, selectors.EVENT_READ, lambda _: self._main_thread.run_calls()
             )
@@ -103,44 +97,49 @@ class Agent:
                 held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-"))
             )
             folder.mkdir(parents=True, exist_ok=True)
-            where = lighthouse or self._membership.lighthouse
-            if not where:
-                timeout_ms = self._membership.heartbeat_timeout_ms
-                server = Lighthouse(self._settings.host, heartbeat_timeout_ms=timeout_ms)
-                held.callback(server.close)
-                where = server.address
-            self._membership = replace(self._membership, lighthouse=lighthouse_url(where))
+            membership = self._membership(lighthouse, held)
             store, address = host_store(self._settings.host)
-            self._watch = HeartbeatWatch(
-                self._membership, self._main_thread.forwarding(self._publish)
+            self._others = OtherNodes(
+                membership,
+                self._settings.node,
+                on_event=self._main_thread.forwarding(self._deliver),
+                on_silence=self._main_thread.forwarding(self._publish),
             )
-            held.callback(self._watch.close)
-            held.callback(self._close_threads)
+            held.callback(lambda: self._others.close(over=self._shutdown.needs_no_vote))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
-            for local_rank, rank in enumerate(
-                self._settings.ranks, self._settings.first_local_rank
-            ):
-                spec = WorkerSpec(
-                    rank=rank,
-                    incarnation=self._settings.incarnation,
-                    local_rank=local_rank,
-                    node=self._settings.node,
-                    store=address,
-                    founder=self._settings.founder,
-                    folder=str(folder),
-                    settings=self._membership,
-                )
-                self._slots[rank] = WorkerSlot(spec, start_at_s=0.0)
+            for spec in self._specs(membership, address, folder):
+                self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
             self._loop()
             del store
-        return self._result()
+        return self._shutdown.exit_code
 
-    def _result(self) -> int:
-        if self._code is not None:
-            return self._code
-        if self._finished:
-            return 0
-        return Stopped.exit_code if self._draining else self._failed_with
+    def _membership(self, lighthouse: str, held: contextlib.ExitStack) -> MembershipSettings:
+        """The settings with the Lighthouse's URL; starts one here where none is named."""
+        membership = self._settings.membership
+        where = lighthouse or membership.lighthouse
+        if not where:
+            timeout_ms = membership.heartbeat_timeout_ms
+            server = Lighthouse(self._settings.host, heartbeat_timeout_ms=timeout_ms)
+            held.callback(server.close)
+            where = server.address
+        return replace(membership, lighthouse=lighthouse_url(where))
+
+    def _specs(
+        self, membership: MembershipSettings, store: str, folder: Path
+    ) -> Iterator[WorkerSpec]:
+        """What the first workers of this node are told."""
+        settings = self._settings
+        for local_rank, rank in enumerate(settings.ranks, settings.first_local_rank):
+            yield WorkerSpec(
+                rank=rank,
+                incarnation=settings.incarnation,
+                local_rank=local_rank,
+                node=settings.node,
+                store=store,
+                founder=settings.founder,
+                folder=str(folder),
+                settings=membership,
+            )
 
     def _loop(self) -> None:
         while True:
@@ -151,7 +150,7 @@ class Agent:
                 key.data(key.fileobj)
             self._look_for_hangs()
             self._look_for_the_end()
-            if self._kill_at_s is not None and time.monotonic() > self._kill_at_s:
+            if self._shutdown.is_due(time.monotonic()):
                 for slot in self._slots.values():
                     slot.kill("did not end in time")
 
@@ -187,14 +186,12 @@ class Agent:
         """The fork server was killed, and the kernel kills the workers with it: this node is lost."""
         cause = f"node {self._settings.node}: the process that starts its workers is gone"
         logger.error("%s, and with it all workers", cause)
-        self._code = Stopped.exit_code
+        self._shutdown.code = Stopped.exit_code
         for slot in self._slots.values():
             if slot.pid:
                 age_s = liveness_age_s(slot.spec.liveness) or 0.0
-                self._publish(
-                    MembershipEvent("ended", slot.spec.identity, cause, age_s, self._settings.node)
-                )
-                self._vote_on_behalf_of(slot.spec, cause)
+                self._publish(self._event("ended", slot, cause, age_s))
+                self._others.vote_on_behalf_of(slot.spec, cause)
             slot.pid, slot.start_at_s = 0, None
 
     def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
@@ -203,27 +200,31 @@ class Agent:
         while slot.channel is not None and (message := receive_message(slot.channel)) is not None:
             self._on_message(slot, message)
         self._hang_up(slot)
-        stopping = self._kill_at_s is not None
-        if end.code == 0 and not self._draining:
-            logger.info("rank %s has finished", slot.spec.identity)
-            self._finished = True
-            self._stop_within(self._settings.exit_s)
-            for other in self._slots.values():
-                other.start_at_s = None
-                if not other.is_member:
-                    other.kill("the run has ended before it could join")
-            return
+        if end.code == 0 and not self._shutdown.draining:
+            self._finish(slot)
+        else:
+            self._replace(slot, end)
+
+    def _finish(self, slot: WorkerSlot) -> None:
+        """A worker has reached the end of the run."""
+        logger.info("rank %s has finished", slot.spec.identity)
+        self._shutdown.finished = True
+        self._stop_within(self._settings.exit_s)
+        for other in self._slots.values():
+            if not other.is_member:
+                other.kill("the run has ended before it could join")
+
+    def _replace(self, slot: WorkerSlot, end: Ended) -> None:
+        """A worker has failed: tell the others, vote on its behalf, and start the next one if any may be."""
+        stopping = self._shutdown.kill_at_s is not None
         cause = slot.fenced or describe_end(end.code)
         logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
-            self._failed_with = end.code
-        age_s = liveness_age_s(slot.spec.liveness) or 0.0
-        self._publish(
-            MembershipEvent("ended", slot.spec.identity, cause, age_s, self._settings.node)
-        )
+            self._shutdown.failed_with = end.code
+        self._publish(self._event("ended", slot, cause, liveness_age_s(slot.spec.liveness) or 0.0))
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
-            self._vote_on_behalf_of(slot.spec, cause)
+            self._others.vote_on_behalf_of(slot.spec, cause)
         if end.code == ConfigError.exit_code:
             self._give_up(ConfigError.exit_code)
         elif self._settings.respawn and not stopping:
@@ -241,26 +242,18 @@ class Agent:
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
             slot.start_at_s = time.monotonic() + delay_s
 
-    def _vote_on_behalf_of(self, spec: WorkerSpec, cause: str) -> None:
-        """Have the ended worker's vote counted until the others go on without it."""
-        thread = threading.Thread(
-            target=vote_on_behalf_of,
-            args=(spec.identity, self._membership, spec.acceptor, self._stop),
-            kwargs={"data": {"cause": cause}},
-            name=f"holdfast-proxy-{spec.identity}",
-            daemon=True,
-        )
-        self._proxies = [proxy for proxy in self._proxies if proxy.is_alive()]
-        self._proxies.append(thread)
-        thread.start()
+    def _event(
+        self, kind: MembershipEventKind, slot: WorkerSlot, cause: str, seconds: float
+    ) -> MembershipEvent:
+        return MembershipEvent(kind, slot.spec.identity, cause, seconds, self._settings.node)
 
     def _give_up(self, code: int) -> None:
-        self._code = code
+        self._shutdown.code = code
         self._stop_within(0.0)
 
     def _stop_within(self, seconds: float) -> None:
-        kill_at_s = time.monotonic() + seconds
-        self._kill_at_s = min(kill_at_s, self._kill_at_s or kill_at_s)
+        """Start no more workers, and kill those that live after this time."""
+        self._shutdown.within(seconds, time.monotonic())
         for slot in self._slots.values():
             slot.start_at_s = None
 
@@ -274,7 +267,7 @@ class Agent:
             if cause is None and slot.is_member:
                 cause = culprits.get(slot.spec.rank)
             left_out_s = time.monotonic() - (slot.left_out_s or time.monotonic())
-            if left_out_s > _LEFT_OUT_S and not self._draining:
+            if left_out_s > _LEFT_OUT_S and not self._shutdown.draining:
                 cause = cause or "the others went on without it, and it has not ended"
             if cause is not None:
                 slot.kill(cause)
@@ -284,13 +277,13 @@ class Agent:
     def _look_for_the_end(self) -> None:
         """A node that none of the others has taken in yet leaves when the run has ended."""
         is_over = self._settings.is_over
-        if is_over is None or self._finished or self._draining:
+        if is_over is None or self._shutdown.finished or self._shutdown.draining:
             return
         now_s = time.monotonic()
         if now_s >= self._ask_at_s and not any(slot.is_member for slot in self._slots.values()):
             self._ask_at_s = now_s + _ASK_S
             if is_over():
-                self._finished = True
+                self._shutdown.finished = True
                 self._stop_within(0.0)
 
     def _tell_of_wait(self, spec: WorkerSpec) -> None:
@@ -303,7 +296,7 @@ class Agent:
                 f"has waited {wait.seconds:.1f} s for rank {peers} ({wait.operation})",
                 wait.seconds,
                 self._settings.node,
-                self._generation,
+                self._others.generation,
                 format_identities(Identity(rank) for rank in wait.peers),
             )
             logger.warning("rank %s %s", spec.identity, event.cause)
@@ -327,14 +320,12 @@ class Agent:
         elif message["kind"] == "notice":
             self._publish(event_from_data(message["notice"]))
         elif message["kind"] == "generation":
-            if message["number"] >= self._generation:
+            if message["number"] >= self._others.generation:
                 slot.is_member, slot.left_out_s = True, None
             self._enter(message)
-        elif message["kind"] == "joining" and self._generation:
+        elif message["kind"] == "joining" and self._others.generation:
             cause = "a new worker wants to take part"
-            self._publish(
-                MembershipEvent("joining", slot.spec.identity, cause, 0.0, self._settings.node)
-            )
+            self._publish(self._event("joining", slot, cause, 0.0))
         elif message["kind"] == "cut":
             try:
                 cut_network(message["seconds"])
@@ -349,27 +340,19 @@ class Agent:
 
     def _enter(self, message: dict[str, Any]) -> None:
         """A worker has told of a generation: meet the other agents there."""
-        if message["number"] <= self._generation:
+        if message["number"] <= self._others.generation:
             return
-        self._generation = message["number"]
-        self._judge.enter(self._generation)
+        self._judge.enter(message["number"])
         members = parse_identities(message["members"])
         for slot in self._slots.values():
             if slot.is_member and slot.spec.identity not in members:
                 slot.is_member, slot.left_out_s = False, time.monotonic()
-        deliver = self._main_thread.forwarding(self._deliver)
-        self._bulletins.append(BulletinFollower(message["store"], message["prefix"], deliver))
-        while len(self._bulletins) > _BULLETINS:
-            self._bulletins.pop(0).close()
-        if self._watch is not None:
-            watching = self._settings.node in message["nodes"][:_WATCHERS]
-            self._watch.watch(self._generation, members if watching else frozenset())
+        self._others.enter(message)
 
     def _publish(self, event: MembershipEvent) -> None:
         """Tell this node's workers at once, and all other nodes."""
         self._deliver(event)
-        for bulletin in self._bulletins:
-            bulletin.post(event)
+        self._others.post(event)
 
     def _deliver(self, event: MembershipEvent) -> None:
         """Tell this node's workers, and act on what is for this agent."""
@@ -382,7 +365,7 @@ class Agent:
             if slot.spec.identity != event.identity:
                 continue
             # One that others do not hear of and that runs here is cut off, not hung.
-            silence_s = self._membership.heartbeat_timeout_ms / 1000
+            silence_s = self._settings.membership.heartbeat_timeout_ms / 1000
             if event.kind == "silent" and slot.is_still(silence_s):
                 slot.kill(event.cause)
 
@@ -395,33 +378,18 @@ class Agent:
         for slot in self._slots.values():
             slot.signal(number)
         if number == signal.SIGINT:
-            self._code = 128 + signal.SIGINT
+            self._shutdown.code = INTERRUPTED
             self._stop_within(_GRACE_S)
 
     def _drain(self) -> None:
         """Announce that this node leaves; its workers are let go by the others, or killed at the deadline."""
-        if self._draining:
+        if self._shutdown.draining:
             return
-        self._draining = True
+        self._shutdown.draining = True
         self._stop_within(self._settings.exit_s)
         for slot in self._slots.values():
             if slot.is_member:
                 cause = f"node {self._settings.node} is to be shut down"
-                left_s = self._settings.exit_s
-                self._publish(
-                    MembershipEvent(
-                        "leaving", slot.spec.identity, cause, left_s, self._settings.node
-                    )
-                )
+                self._publish(self._event("leaving", slot, cause, self._settings.exit_s))
             else:
                 slot.kill("its node is to be shut down")
-
-    def _close_threads(self) -> None:
-        """Let the others go on without this node's workers, if they are there; end all threads."""
-        deadline_s = time.monotonic() + 2 * self._membership.heartbeat_timeout_ms / 1000
-        over = self._finished or self._code in (ConfigError.exit_code, 128 + signal.SIGINT)
-        for thread in () if over else self._proxies:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
-        self._stop.set()
-        for bulletin in self._bulletins:
-            bulletin.close()

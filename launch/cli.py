@@ -1,4 +1,7 @@
-"""The `holdfast` command. A command imports what it needs and no more; torch, only what computes."""
+"""The `holdfast` command.
+
+A command imports what it needs and no more; torch, only what computes.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,8 @@ def main() -> NoReturn:
             raise
         code = end.code
     if any(thread.daemon for thread in threading.enumerate()):
-        # One that is in native code when the interpreter ends would take the process with it (SIGABRT).
+        # One that is in native code when the interpreter ends would take the process with it
+        # (SIGABRT).
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,7 +1,7 @@
-"""Child processes: forked so that they end with their parent, watched by pidfd, told of signals, ended in time.
+"""Child processes: they end with their parent, are watched by pidfd, and are killed in time.
 
-Local. Nothing here knows what a child does. `System` is what it asks of the operating system, so that tests
-of the rules need no process.
+Local. Nothing here knows what a child does. `System` is what it asks of the operating system, so
+that tests of the rules need no process.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class System(Protocol):
         ...
 
     def reap(self, descriptor: int, pid: int) -> int:
-        """Close the descriptor of a child that has ended, and free its number; returns its exit code."""
+        """Close the descriptor of a child that has ended, and free its number.
+
+        Returns its exit code.
+        """
         ...
 
 
@@ -86,7 +89,10 @@ class Linux:
 
 
 class Supervisor:
-    """The living children of this process. Used by one thread; its signal handlers may call `signal`."""
+    """The living children of this process.
+
+    Used by one thread; its signal handlers may call `signal`.
+    """
 
     def __init__(
         self, pids: Sequence[int] = (), *, groups: bool = False, system: System | None = None
@@ -112,7 +118,10 @@ class Supervisor:
         return list(self._children.values())
 
     def add(self, pid: int) -> int:
-        """Watch one more child; returns its pidfd, which the supervisor closes when the child ends."""
+        """Watch one more child.
+
+        Returns its pidfd, which the supervisor closes when the child ends.
+        """
         descriptor = self._system.open(pid)
         self._children[descriptor] = pid
         return descriptor
@@ -156,8 +165,8 @@ class Supervisor:
 def fork_child(body: Callable[[], int], *, outlives: bool = False) -> int:
     """Fork a process that calls `body` and exits with what it returns; returns its process id.
 
-    An exception in it is printed with its traceback, and makes the exit code 1. Call in the main thread
-    of a process that has no other.
+    An exception in it is printed with its traceback, and makes the exit code 1. Call in the main
+    thread of a process that has no other.
 
     Args:
         outlives: the child goes on when this process ends; otherwise the kernel kills it then.
@@ -190,7 +199,7 @@ def _live(body: Callable[[], int], parent: int | None) -> NoReturn:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which forked it from its main thread, ends."""
+    """Have the kernel kill this process when `parent` ends, which forked it in its main thread."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""`python -m holdfast.trainer CONFIG.toml`: one worker under torchrun, srun or mpirun, or a run alone."""
+"""`python -m holdfast.trainer CONFIG.toml`: a worker of torchrun, srun or mpirun, or alone."""
 
 from __future__ import annotations
 

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 _RUN_KEY = "run directory"
 _RESTARTS_ONLY = (
-    "holdfast: note: the launcher of this worker restarts all workers after a loss, from the newest "
-    "checkpoint; for elastic.enabled start `holdfast train` by itself, or as tasks of srun or mpirun"
+    "holdfast: note: the launcher of this worker restarts all workers after a loss, from the "
+    "newest "
+    "checkpoint; for elastic.enabled start `holdfast train` by itself, or as tasks of srun or "
+    "mpirun"
 )
 
 
@@ -64,7 +66,7 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
 
 
 def _announced(request: RunRequest, store: Store, held: contextlib.ExitStack) -> OpenedRun:
-    """Rank 0: open the run, keep it locked, and tell the others where it is, or why there is none."""
+    """Rank 0: open the run, keep it locked, and tell the others where it is, or of the error."""
     try:
         opened = held.enter_context(opened_run(request))
     except HoldfastError as error:

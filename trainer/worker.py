@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-# torch imports it at the first backward pass, for half a second: here it is there before workers are forked.
+# torch imports it at the first backward pass, for half a second: here it is there before workers
+# are forked.
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
@@ -51,8 +52,8 @@ def connect(world: WorldInfo) -> Store:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise PeerLost(
-            f"the rendezvous store at {world.store_host}:{world.store_port} cannot be used: {reason}; "
-            "free the port or choose another (MASTER_PORT)"
+            f"the rendezvous store at {world.store_host}:{world.store_port} cannot be used: "
+            f"{reason}; free the port or choose another (MASTER_PORT)"
         ) from error
 
 
@@ -81,8 +82,8 @@ def run_worker(
 
     Args:
         store: the rendezvous store where the worker has it already.
-        announce: print why the worker ended too, in one line: for a launcher that reads no error files.
-            A rank that merely lost a peer stays silent when another has left its reason.
+        announce: print why the worker ended too, in one line: for a launcher that reads no error
+            files. A rank that merely lost a peer stays silent when another has left its reason.
     """
 
     def body() -> None:

@@ -1,4 +1,7 @@
-"""The place of a process among the workers of a run. Pure; see trainer.worlds for how it is read."""
+"""The place of a process among the workers of a run.
+
+Pure; see trainer.worlds for how it is read.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class WorldInfo:
     attempt: int = 0
     """How often a launcher has restarted the workers; keeps their rendezvous apart."""
     job: str = ""
-    """Names the launcher's job where its tasks may be agents; empty under torchrun, which has its own."""
+    """Names the launcher's job where its tasks may be agents; empty under torchrun, which has its
+    own."""
 
 
 def local_world(rank: int, world_size: int, port: int = 0) -> WorldInfo:

@@ -1,7 +1,7 @@
 """The agent: one per node. Starts its node's workers, watches, fences, replaces and ends them.
 
-It also hosts what workers must not: a rendezvous store, and a Lighthouse where none is named. It has no part
-in training, so that a worker that dies or hangs takes nothing with it that others need.
+It also hosts what workers must not: a rendezvous store, and a Lighthouse where none is named. It
+has no part in training, so that a worker that dies or hangs takes nothing with it that others need.
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ class Agent:
         Args:
             lighthouse: where it is, if that was not known when the agent was constructed.
         Returns:
-            0 when a worker reached the end of the run; 2 when one refused its configuration; 3 after
-            SIGTERM, or when workers were killed and are not replaced; `NO_PROGRESS_EXIT` when replacing
-            them has become pointless; 130 after SIGINT; else the exit code of the last that failed.
+            0 when a worker reached the end of the run; 2 when one refused its configuration; 3
+            after SIGTERM, or when workers were killed and are not replaced; `NO_PROGRESS_EXIT` when
+            replacing them has become pointless; 130 after SIGINT; else the exit code of the last
+            that failed.
         """
         with contextlib.ExitStack() as held:
             held.callback(self._fork_server.close)
@@ -183,7 +184,7 @@ class Agent:
             self._on_end(self._slots[report.rank], report)
 
     def _lose_fork_server(self) -> None:
-        """The fork server was killed, and the kernel kills the workers with it: this node is lost."""
+        """The fork server was killed, and its workers with it: this node is lost."""
         cause = f"node {self._settings.node}: the process that starts its workers is gone"
         logger.error("%s, and with it all workers", cause)
         self._shutdown.code = Stopped.exit_code
@@ -215,7 +216,7 @@ class Agent:
                 other.kill("the run has ended before it could join")
 
     def _replace(self, slot: WorkerSlot, end: Ended) -> None:
-        """A worker has failed: tell the others, vote on its behalf, and start the next one if any may be."""
+        """Tell the others of a worker that failed, vote on its behalf, and start the next one."""
         stopping = self._shutdown.kill_at_s is not None
         cause = slot.fenced or describe_end(end.code)
         logger.warning("rank %s: %s", slot.spec.identity, cause)
@@ -231,7 +232,8 @@ class Agent:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
                 logger.error(
-                    "node %s: rank %d was started %d times with no step committed in between; giving up",
+                    "node %s: rank %d was started %d times with no step committed in between; "
+                    "giving up",
                     self._settings.node,
                     slot.spec.rank,
                     self._settings.restarts.limit + 1,
@@ -382,7 +384,10 @@ class Agent:
             self._stop_within(_GRACE_S)
 
     def _drain(self) -> None:
-        """Announce that this node leaves; its workers are let go by the others, or killed at the deadline."""
+        """Announce that this node leaves.
+
+        Its workers are let go by the others, or killed at the deadline.
+        """
         if self._shutdown.draining:
             return
         self._shutdown.draining = True

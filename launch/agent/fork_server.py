@@ -1,8 +1,9 @@
 """The fork server: a process that stays single-threaded and forks workers at any time.
 
-The agent has threads (a store, a Lighthouse, watches), and a fork of a process with threads may copy a lock
-that nobody will ever release. So the agent forks this process before it starts any, and asks it for workers.
-Agent, fork server and workers are a chain in which each dies with the one before it (PR_SET_PDEATHSIG).
+The agent has threads (a store, a Lighthouse, watches), and a fork of a process with threads may
+copy a lock that nobody will ever release. So the agent forks this process before it starts any, and
+asks it for workers. Agent, fork server and workers are a chain in which each dies with the one
+before it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ class ForkServer:
     """The agent's side of the fork server process."""
 
     def __init__(self, main: WorkerMain) -> None:
-        """Fork the fork server; the caller must not have started threads. Workers will call `main`."""
+        """Fork the fork server; the caller must not have started threads.
+
+        Workers will call `main`.
+        """
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gc.freeze()
 

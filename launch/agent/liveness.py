@@ -17,7 +17,8 @@ def timestamp_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
 
     Args:
         stopped_s: how long a signal may stop a process.
-        hang_timeout_s: how long something, such as a held lock, may keep an interpreter from running.
+        hang_timeout_s: how long something, such as a held lock, may keep an interpreter from
+            running.
     """
 
     def judge(spec: WorkerSpec, pid: int) -> str | None:
@@ -34,7 +35,10 @@ def timestamp_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process is in state T. What follows the last `)` of its line begins with the state."""
+    """Whether a process is in state T.
+
+    What follows the last `)` of its line begins with the state.
+    """
     try:
         line = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

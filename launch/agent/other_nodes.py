@@ -79,8 +79,8 @@ class OtherNodes:
         """End all threads.
 
         Args:
-            over: the run has ended; otherwise the others are first given the time to go on without the
-                workers of this node, if they are there.
+            over: the run has ended; otherwise the others are first given the time to go on without
+                the workers of this node, if they are there.
         """
         deadline_s = time.monotonic() + 2 * self._membership.heartbeat_timeout_ms / 1000
         for thread in () if over else self._proxies:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NO_PROGRESS_EXIT = 30
-"""Exit code of an agent whose workers keep ending with no step committed in between. Of the family of 3:
-the run's state is sound and can be resumed, but starting it again without a change will not help."""
+"""Exit code of an agent whose workers keep ending with no step committed in between. Of the family
+of 3: the run's state is sound and can be resumed, but starting it again without a change will not
+help."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,10 +41,11 @@ class AgentSettings:
     may_start: Callable[[WorkerSpec], bool] | None = None
     """Holds a worker back until it is true."""
     incarnation: int = 0
-    """Of this node's first workers; for a node that joins, higher than any that its ranks have had."""
+    """Of this node's first workers; for a node that joins, higher than any that its ranks have
+    had."""
     liveness: LivenessCheck | None = None
     """A further check beside that of the liveness timestamp."""
     waits: Callable[[WorkerSpec], Wait | None] | None = None
-    """Reads from a worker's record (`WorkerSpec.flight_record`) whether it has waited for others for too long."""
+    """Reads from the flight record of a worker whether it has waited for others for too long."""
     folder: Path | None = None
     """For acceptor states and liveness timestamps, on this node; a temporary one by default."""

@@ -16,7 +16,10 @@ logger = logging.getLogger("holdfast.agent")
 
 @dataclass(slots=True)
 class WorkerSlot:
-    """A rank that this node starts again when it is lost. Changed by the agent's main thread alone."""
+    """A rank that this node starts again when it is lost.
+
+    Changed by the agent's main thread alone.
+    """
 
     spec: WorkerSpec
     channel: socket.socket | None = None

@@ -1,4 +1,4 @@
-"""`holdfast chaos RUN`: faults in a run that is going on, at once, at a step, or again and again."""
+"""`holdfast chaos RUN`: faults in a run under way, at once, at a step, or again and again."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def faults(
     count: int,
     seed: int,
 ) -> Iterator[Fault]:
-    """One fault, or one about every `every_s` seconds, until `count` were caused or the run has ended."""
+    """Cause one fault, or one about every `every_s` seconds up to `count` or the end of the run."""
     rng = random.Random(seed or None)
     caused = 0
     while count == 0 or caused < count:

@@ -123,8 +123,8 @@ def verify(
     if rebuild:
         made = rebuild_manifest(Path(path))
         typer.echo(
-            f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} files; the run's "
-            "configuration is not in it",
+            f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} files; "
+            "the run's configuration is not in it",
             err=as_json,
         )
     else:
@@ -221,7 +221,7 @@ def prove(
         raise typer.Exit(0)
     worst = found.difference.values[0].name if found.difference.values else "tensors are missing"
     typer.echo(
-        f"not proved: {len(found.difference.values)} of {found.difference.compared} tensors differ after "
-        f"{end - start} steps, first {worst}"
+        f"not proved: {len(found.difference.values)} of {found.difference.compared} tensors differ "
+        f"after {end - start} steps, first {worst}"
     )
     raise typer.Exit(1)

@@ -120,7 +120,8 @@ def summary_lines(converted: Converted) -> list[str]:
     rate = converted.bytes / max(converted.seconds, 1e-9)
     lines = [
         f"{converted.target}: step {converted.step} from {converted.source_format}: {kinds}; "
-        f"{converted.bytes / 2**20:,.1f} MiB in {converted.seconds:.1f} s ({rate / 2**20:,.0f} MiB/s)"
+        f"{converted.bytes / 2**20:,.1f} MiB in {converted.seconds:.1f} s ({rate / 2**20:,.0f} "
+        "MiB/s)"
     ]
     if converted.resumed_bytes:
         lines.append(

@@ -65,7 +65,8 @@ def train(
 ) -> None:
     """Train. Starts its own workers; under torchrun, srun or mpirun it is one worker.
 
-    With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's workers.
+    With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's
+    workers.
     """
     request = RunRequest(
         config, load_run_config(config, overrides), out, resume, allow_change=allow_change
@@ -110,7 +111,7 @@ def _run_task(request: RunRequest, world: WorldInfo) -> int:
 
 
 def _quiet_connections() -> None:
-    """Before torch is imported: its C++ logs ends of connections, all of which we tell in our own words."""
+    """Keep torch's C++ from logging ended connections, which are reported otherwise."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
@@ -120,7 +121,10 @@ def replay(
         Path | None, typer.Option(help="Where to repeat it; by default RUN/replay.")
     ] = None,
 ) -> None:
-    """Repeat a run's losses, departures and arrivals at the same steps on this machine; compare the bits."""
+    """Repeat a run's losses, departures and arrivals at the same steps on this machine.
+
+    Compare the bits.
+    """
     _quiet_connections()
     from holdfast.launch.proofs import describe_replay, replay_run
 

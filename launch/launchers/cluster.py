@@ -1,7 +1,8 @@
-"""Elastic runs over several machines: each task of srun or mpirun is an agent, and others join later.
+"""Elastic runs over several machines: each task of srun or mpirun is an agent; others may join.
 
 The first task opens the run's folder, which all nodes share, and hosts the Lighthouse where
-`elastic.lighthouse` names none. The other tasks learn of both from it, over one short connection each.
+`elastic.lighthouse` names none. The other tasks learn of both from it, over one short connection
+each.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def task_ranks(task: int, tasks: int, ranks: int) -> tuple[int, ...]:
     """
     if tasks > ranks:
         raise ConfigError(
-            f"{tasks} tasks were started for a layout of {ranks} ranks; start one task per node, and no more "
-            "than one per rank"
+            f"{tasks} tasks were started for a layout of {ranks} ranks; start one task per node, "
+            "and no more than one per rank"
         )
     return tuple(range(task * ranks // tasks, (task + 1) * ranks // tasks))
 
@@ -57,8 +58,8 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
     Args:
         world: of tasks, as the launcher tells it.
     Raises:
-        HoldfastError: the run cannot be opened; tasks that do not fit, or that do not come. The other
-            tasks are told.
+        HoldfastError: the run cannot be opened; tasks that do not fit, or that do not come. The
+            other tasks are told.
     """
     with contextlib.ExitStack() as held:
         listening = held.enter_context(_listen(world))
@@ -115,8 +116,8 @@ def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
 def _end_of_task(config: RunConfig, code: int) -> int:
     """The exit code of a task; one whose MPI process was lost ends as that did.
 
-    mpirun tells the other processes of an end by a signal, and not of one with an exit code (Open MPI 5);
-    those wait in `Shrink` until they are told.
+    mpirun tells the other processes of an end by a signal, and not of one with an exit code (Open
+    MPI 5); those wait in `Shrink` until they are told.
     """
     if config.parallel.backend == "mpi" and code not in (0, ConfigError.exit_code, 130):
         sys.stdout.flush()
@@ -159,8 +160,8 @@ def _task_settings(config: RunConfig, world: WorldInfo) -> AgentSettings:
     tasks, ranks = world.world_size, config.parallel.ranks
     if config.parallel.backend == "mpi" and tasks != ranks:
         raise ConfigError(
-            f"parallel.backend = 'mpi': {tasks} tasks were started for {ranks} ranks; start one per rank with "
-            "mpirun --with-ft ulfm"
+            f"parallel.backend = 'mpi': {tasks} tasks were started for {ranks} ranks; start one "
+            "per rank with mpirun --with-ft ulfm"
         )
     mine = task_ranks(world.rank, tasks, ranks)
     first_here = task_ranks(world.rank - world.local_rank, tasks, ranks)[0]
@@ -198,8 +199,8 @@ def _tell(listening: socket.socket, world: WorldInfo, told: dict[str, Any]) -> N
             except TimeoutError:
                 missing = sorted(set(range(1, world.world_size)) - set(come))
                 raise ConfigError(
-                    f"tasks {missing} have not come within {_MEET_S:g} s; see their logs, and whether they "
-                    f"reach {world.store_host}:{world.store_port}"
+                    f"tasks {missing} have not come within {_MEET_S:g} s; see their logs, and "
+                    f"whether they reach {world.store_host}:{world.store_port}"
                 ) from None
             hello = _received(connection)
             task = hello.get("task")
@@ -236,8 +237,8 @@ def _ask(world: WorldInfo) -> tuple[dict[str, Any], str]:
             reason = str(error)
         time.sleep(_RETRY_S)
     raise ConfigError(
-        f"the first task at {world.store_host}:{world.store_port} did not answer within {_MEET_S:g} s: "
-        f"{reason}; set MASTER_ADDR and MASTER_PORT alike on all nodes"
+        f"the first task at {world.store_host}:{world.store_port} did not answer within "
+        f"{_MEET_S:g} s: {reason}; set MASTER_ADDR and MASTER_PORT alike on all nodes"
     )
 
 

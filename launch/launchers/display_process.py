@@ -91,7 +91,10 @@ class _Follower:
         self._inode = path.stat().st_ino if path.exists() else 0
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines since the last call; where the file was rewritten, from about as far in it."""
+        """Whole lines since the last call.
+
+        Where the file was rewritten, from about as far in it.
+        """
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -159,8 +162,8 @@ class _RunView:
             self.display.note(describe_change(line))
         elif name == "checkpoint_committed":
             self.display.note(
-                f"checkpoint of step {line['step']} ({line['tier']}): {line['bytes'] / 2**20:,.0f} MiB in "
-                f"{line['total_s']:.2f} s"
+                f"checkpoint of step {line['step']} ({line['tier']}): {line['bytes'] / 2**20:,.0f} "
+                f"MiB in {line['total_s']:.2f} s"
             )
         elif name == "offload_failed":
             self.display.note(f"rank {line['rank']} keeps activations in memory: {line['reason']}")

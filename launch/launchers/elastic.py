@@ -1,4 +1,4 @@
-"""Starts an elastic run on this machine: agents, their workers, and what agents read of workers' waits."""
+"""Starts an elastic run on this machine: its agents, and what they read of workers' waits."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     """
     if config.parallel.backend == "mpi":
         raise ConfigError(
-            "parallel.backend = 'mpi' with elastic.enabled: start the run with mpirun --with-ft ulfm, one "
-            "task per rank"
+            "parallel.backend = 'mpi' with elastic.enabled: start the run with mpirun --with-ft "
+            "ulfm, one task per rank"
         )
     log_agents(run.agent_log)
     ranks = tuple(range(config.parallel.ranks))
@@ -125,7 +125,7 @@ def log_agents(path: Path) -> None:
 
 
 def waits_of(hang_timeout_s: float) -> Callable[[WorkerSpec], Wait | None]:
-    """What reads from the records of a node's workers whether one has waited for others for too long."""
+    """A function that reads from flight records whether a worker of this node waits too long."""
 
     def waits(spec: WorkerSpec) -> Wait | None:
         own = _record(spec.flight_record)

@@ -1,4 +1,4 @@
-"""RUN/elastic.json, the join file: where a run under way can be joined, and which ranks it gave out."""
+"""RUN/elastic.json, the join file: where a run is joined, and which ranks it gave out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class JoinInfo(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def published_join_file(run: RunDirectory) -> Iterator[Callable[[JoinInfo], None]]:
-    """Yields the function that writes the join file; the file is removed at the end of the block."""
+    """Yields the function that writes the join file.
+
+    The file is removed at the end of the block.
+    """
     _path(run).unlink(missing_ok=True)
     try:
         yield lambda info: _write(_path(run), info)
@@ -83,8 +86,8 @@ def own_address(lighthouse: str) -> str:
         return own_address_towards(at.hostname or "", at.port or 80)
     except OSError as error:
         raise ConfigError(
-            f"elastic.lighthouse = {lighthouse!r} cannot be reached from this machine: {error}; give "
-            "HOST:PORT of a Lighthouse that all nodes reach"
+            f"elastic.lighthouse = {lighthouse!r} cannot be reached from this machine: {error}; "
+            "give HOST:PORT of a Lighthouse that all nodes reach"
         ) from error
 
 
@@ -97,8 +100,8 @@ def _read(run: RunDirectory) -> JoinInfo:
         return msgspec.json.decode(_path(run).read_bytes(), type=JoinInfo)
     except FileNotFoundError:
         raise ConfigError(
-            f"{run.root} is not an elastic run that is under way; start it with elastic.enabled = true, "
-            "and join while it runs"
+            f"{run.root} is not an elastic run that is under way; start it with elastic.enabled = "
+            "true, and join while it runs"
         ) from None
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{_path(run)} cannot be read: {error}") from error
@@ -128,6 +131,7 @@ def _check_reachable(run: RunDirectory, info: JoinInfo) -> None:
         socket.create_connection((at.hostname or "", at.port or 80), _CONNECT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"the Lighthouse of {run.root} at {info.lighthouse} cannot be reached: {error}; join from its "
+            f"the Lighthouse of {run.root} at {info.lighthouse} cannot be reached: {error}; join "
+            "from its "
             "machine, or start the run with elastic.lighthouse = an address that all nodes reach"
         ) from error

@@ -90,7 +90,7 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
 
 
 def keep_memory(memory: Path, disk: Path) -> None:
-    """Put the newest copy in shared memory on the disk if that has none as new, and free the memory.
+    """Flush the newest copy in shared memory to the disk where it is newer, and free the memory.
 
     This process has outlived the workers, so what they had committed there survives their crash.
     """
@@ -114,8 +114,8 @@ def start_workers(
 ) -> list[WorkerEnd]:
     """Fork `world_size` workers that call `main`, and wait for them all.
 
-    When one fails, the others get SIGKILL a moment later. SIGINT, SIGTERM and SIGUSR1 to this process
-    go to the workers. A worker dies with this process, however that ends.
+    When one fails, the others get SIGKILL a moment later. SIGINT, SIGTERM and SIGUSR1 to this
+    process go to the workers. A worker dies with this process, however that ends.
 
     Args:
         exit_s: how long workers that were told to end by SIGTERM may take.

@@ -24,7 +24,10 @@ logger = logging.getLogger("holdfast.agent")
 
 
 def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
-    """A node's ranks shared out in order over several of them; a node for each rank where these are fewer."""
+    """A node's ranks shared out in order over several of them.
+
+    A node for each rank where these are fewer.
+    """
     ranks = node.ranks
     nodes = min(nodes, len(ranks))
     if nodes == 1:
@@ -44,15 +47,15 @@ def run_nodes(
 ) -> int:
     """Run one agent per node, and a Lighthouse for all where none is named.
 
-    Call it in the main thread of a process that has no other. When an agent is killed, its workers die
-    with it; the others go on, since this process then speaks for the dead.
+    Call it in the main thread of a process that has no other. When an agent is killed, its workers
+    die with it; the others go on, since this process then speaks for the dead.
 
     Args:
         folder: for acceptor states and liveness timestamps; on this machine.
         announce: told where the Lighthouse is, once it is there.
     Returns:
-        0 when a worker of any node reached the end of the run; 130 after SIGINT; else the exit code of
-        the agent that gave one first, or 3 when all were killed.
+        0 when a worker of any node reached the end of the run; 130 after SIGINT; else the exit code
+        of the agent that gave one first, or 3 when all were killed.
     """
     nodes = [replace(node, folder=folder / node.node) for node in nodes]
     if len(nodes) == 1:
@@ -114,7 +117,7 @@ def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequ
 
 
 def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) -> int:
-    """Wait for all agents, by process id, and vote on behalf of the workers of those that are killed."""
+    """Wait for all agents, by process id; vote on behalf of the workers of a killed one."""
     children = Supervisor(list(agents))
     forwarded: list[int] = []
     stop = threading.Event()
@@ -146,7 +149,10 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
 def _speak_for_node(
     node: AgentSettings, membership: MembershipSettings, stop: threading.Event
 ) -> None:
-    """Vote for all workers that a node has had; each once its process has ended and freed its acceptor state."""
+    """Vote for all workers that a node has had.
+
+    Each once its process has ended and freed its acceptor state.
+    """
     folder = node.folder or Path()
     for path in sorted(folder.glob("*.acceptor")):
         identity = parse_identity(path.stem)

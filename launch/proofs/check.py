@@ -40,7 +40,10 @@ _KINDS = (
 
 
 def check_layout(config: RunConfig, steps: int) -> int:
-    """Run the check and print its result; 0 when the layout agrees with one process, 1 otherwise."""
+    """Run the check and print its result.
+
+    0 when the layout agrees with one process, 1 otherwise.
+    """
     tiny = tiny_config(config, steps)
     ranks = tiny.parallel.ranks
     with contextlib.ExitStack() as held:
@@ -70,7 +73,8 @@ def _print(config: RunConfig, findings: Sequence[Finding]) -> None:
     console = Console(highlight=False)
     p, model = config.parallel, config.model
     console.print(
-        f"layout: tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}, {p.virtual} chunks per rank, "
+        f"layout: tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}, {p.virtual} chunks "
+        "per rank, "
         f"{p.schedule}; {p.ranks} ranks against one process, float64, {config.train.steps} steps, "
         f"{model.layers} blocks of width {model.hidden}",
         soft_wrap=True,

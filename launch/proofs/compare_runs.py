@@ -76,8 +76,8 @@ def describe_comparison(comparison: Comparison, lost: int) -> str:
     """The result in one line."""
     if comparison.equal:
         return (
-            f"{comparison.steps} steps, {lost} ranks lost on the way: every loss and gradient norm, and all "
-            "parameters at the end, are bit for bit those of a fault-free run"
+            f"{comparison.steps} steps, {lost} ranks lost on the way: every loss and gradient "
+            "norm, and all parameters at the end, are bit for bit those of a fault-free run"
         )
     if comparison.first_difference is None:
         return "losses are equal, but the parameters at the end differ from a fault-free run's"

@@ -37,7 +37,8 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
         raise CheckpointError(f"{first} holds no configuration to train with (a rebuilt manifest?)")
     if before.step >= after.step:
         raise CheckpointError(
-            f"{first} is of step {before.step} and {second} of step {after.step}; A must be the earlier"
+            f"{first} is of step {before.step} and {second} of step {after.step}; A must be the "
+            "earlier"
         )
     with tempfile.TemporaryDirectory(prefix="holdfast-prove-") as scratch:
         source = Path(scratch) / "config.toml"

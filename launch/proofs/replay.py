@@ -1,4 +1,4 @@
-"""`holdfast replay RUN`: the same changes of membership once more, on one machine, and the same bits."""
+"""`holdfast replay RUN`: the same changes of membership again on one machine, and the same bits."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ def _config(config: RunConfig, history: MembershipHistory, last: int, out: Path)
 
 
 def _nodes(config: RunConfig, run: RunDirectory, history: MembershipHistory) -> list[AgentSettings]:
-    """An agent for each node that the run has had; another for those of its ranks that joined later."""
+    """An agent for each node that the run has had.
+
+    Another for those of its ranks that joined later.
+    """
     token = uuid.uuid4().hex
     founders = config.parallel.ranks
 
@@ -157,7 +160,11 @@ def _shape(plan: Mapping[str, Any]) -> dict[str, Any]:
 def describe_replay(replay: Replay) -> str:
     """The result in one line."""
     if replay.different_plan is not None:
-        return f"change {replay.different_plan} of {replay.changes} led to another plan than in the run"
+        change = f"change {replay.different_plan} of {replay.changes}"
+        return f"{change} led to another plan than in the run"
     if replay.first_difference is not None:
         return f"step {replay.first_difference} differs from the run's"
-    return f"{replay.changes} changes repeated, each with the same plan; {replay.steps} steps have the same bits"
+    return (
+        f"{replay.changes} changes repeated, each with the same plan; "
+        f"{replay.steps} steps have the same bits"
+    )

@@ -1,4 +1,4 @@
-"""The `holdfast` command as a user meets it: real processes, real signals, exit codes and one clear line."""
+"""The `holdfast` command as a user meets it: processes, signals, exit codes, one clear line."""
 
 from __future__ import annotations
 
@@ -191,7 +191,11 @@ def test_other_launchers_give_the_same_bits(
 BAD: list[tuple[list[str], int, str]] = [
     (["parallel.tensr=2"], 2, "did you mean parallel.tensor"),
     (["parallel.data=16"], 2, "fewer than parallel.data = 16"),
-    (["model.heads=3", "model.kv_heads=3"], 2, "model.hidden = 32 is not divisible by model.heads = 3"),
+    (
+        ["model.heads=3", "model.kv_heads=3"],
+        2,
+        "model.hidden = 32 is not divisible by model.heads = 3",
+    ),
     (["data.kind=text", "data.path=['missing.txt']"], 2, "missing.txt"),
     (["data.kind=text", "data.path=['empty.txt']"], 2, "empty.txt"),
     (["data.kind=text", "data.path=['short.txt']", "model.max_seq_len=9999", "train.seq_len=5000"],

@@ -1,4 +1,4 @@
-"""The supervisor of child processes: its rules with a system that is not there, its promises with one that is."""
+"""The supervisor of child processes: rules with a fake system, promises with real processes."""
 
 from __future__ import annotations
 

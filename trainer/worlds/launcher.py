@@ -40,8 +40,8 @@ class Environment:
             return int(self.variables[name])
         except ValueError:
             raise ConfigError(
-                f"{self.launcher}, but {name} = {self.variables[name]!r} is not a number; the launcher "
-                "should set it"
+                f"{self.launcher}, but {name} = {self.variables[name]!r} is not a number; the "
+                "launcher should set it"
             ) from None
 
 

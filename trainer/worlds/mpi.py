@@ -22,8 +22,8 @@ def _reader(
         if host is None:
             if local_world_size != world_size:
                 raise ConfigError(
-                    "MASTER_ADDR is not set, and the MPI job spans several machines; export it with the "
-                    "name of the first one (mpirun -x MASTER_ADDR=...)"
+                    "MASTER_ADDR is not set, and the MPI job spans several machines; export it "
+                    "with the name of the first one (mpirun -x MASTER_ADDR=...)"
                 )
             host = "127.0.0.1"
         job = found.text("PMIX_NAMESPACE", "PMI_JOBID", default="0")

@@ -33,8 +33,8 @@ def _tasks_here(found: Environment) -> int:
     matched = re.match(r"\d+", text)
     if matched is None:
         raise ConfigError(
-            f"{found.launcher}, but SLURM_STEP_TASKS_PER_NODE = {text!r} does not begin with a number; "
-            "the launcher should set it"
+            f"{found.launcher}, but SLURM_STEP_TASKS_PER_NODE = {text!r} does not begin with a "
+            "number; the launcher should set it"
         )
     return int(matched[0])
 

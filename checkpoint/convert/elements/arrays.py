@@ -1,6 +1,7 @@
 """Elements in memory as numpy has them: bits, moved, compared and rounded.
 
-torch, which takes longer to import than a gibibyte to convert, is for the types that numpy does not have.
+torch, which takes longer to import than a gibibyte to convert, is for the types that numpy does not
+have.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Bits = NDArray[Any]
-"""Elements as unsigned integers of their size, so that copies keep every bit and a NaN equals itself."""
+"""Elements as unsigned integers of their size, so that copies keep every bit and a NaN equals
+itself."""
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _NUMBERS: dict[str, Any] = {
     "BOOL": np.bool_,
@@ -69,7 +71,7 @@ def strided(elements: Bits, shape: Sequence[int], strides: Sequence[int]) -> Bit
 
 
 def cast(values: Bits, source: str, target: str) -> Bits:
-    """The same numbers in another type, to nearest, half to even. float → float, or the same type."""
+    """Cast floats to another float type, to nearest, half to even; the same type: no change."""
     if source == target:
         return values
     if source in _WIDE and target in _WIDE:
@@ -145,7 +147,8 @@ def _torch_type(dtype: str) -> Any:
 def _tensor(values: Bits, dtype: str) -> Tensor:
     import torch
 
-    # numpy's unsigned types of more than a byte have few operations in torch; bytes have all that is needed.
+    # numpy's unsigned types of more than a byte have few operations in torch; bytes have all that
+    # is needed.
     content = np.array(values, order="C", copy=True)
     flat = torch.from_numpy(content.reshape(-1).view(np.uint8))
     return flat.view(_torch_type(dtype)).view(values.shape)

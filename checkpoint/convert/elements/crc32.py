@@ -7,7 +7,7 @@ from functools import lru_cache
 
 
 def combine_crc32(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32 of two stretches of bytes that follow each other, from those of each (as in zlib)."""
+    """The CRC-32 of two joined stretches of bytes, from those of each (as in zlib)."""
     if not second_bytes:
         return first
     return _times(_zeros_operator(second_bytes), first) ^ second

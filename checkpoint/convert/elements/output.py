@@ -1,4 +1,7 @@
-"""What a conversion writes: files, the units of work that fill them, and how they are finished. Pure."""
+"""What a conversion writes: files, the units of work that fill them, and how they are finished.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ FLOATS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A box of a tensor, contiguous in an output file: what is read, put together and written at once."""
+    """A box of a tensor, contiguous in an output file: the unit of reading and writing."""
 
     tensor: LogicalTensor
     box: Box
@@ -43,12 +46,14 @@ class Output:
     """Sizes in bytes, by name."""
     units: Sequence[Unit]
     finish: Callable[[Path, Sequence[int]], None]
-    """Writes what depends on checksums (headers, indices, small files): (folder, checksum of each unit)."""
+    """Writes what depends on checksums (headers, indices, small files): (folder, checksum of each
+    unit)."""
     expected: Sequence[tuple[LogicalTensor, str]]
     """The tensors that its own format will find in it, each with its type."""
     checksum: Checksum = "crc32c"
     added: frozenset[str] = frozenset()
-    """Full names of tensors that the source does not have, as a count of steps for each parameter."""
+    """Full names of tensors that the source does not have, as a count of steps for each
+    parameter."""
 
     @property
     def bytes(self) -> int:
@@ -61,7 +66,7 @@ class Output:
 
 
 def row_boxes(box: Box, element_bytes: int, unit_bytes: int = UNIT_BYTES) -> Iterator[Box]:
-    """Cut a box into boxes of at most `unit_bytes`, or one row of its last dimensions, each contiguous in it."""
+    """Cut a box into contiguous ones of at most `unit_bytes`, or of one row of its last dims."""
     if not box.start or not box.elements:
         yield box
         return

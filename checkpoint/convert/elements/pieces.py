@@ -1,8 +1,11 @@
-"""Where the elements of tensors lie in files: boxes, each with an affine map to bytes. Pure; needs no torch.
+"""Where the elements of tensors lie in files: boxes, each with an affine map to bytes.
 
-A location is an offset and a stride per dimension, which says everything that converting between frameworks
-asks of a tensor: cut, fused, interleaved, stacked, transposed and flattened tensors are all boxes with
-locations (after the pieces of DeepSpeed's affine maps). Nothing is copied until a box of the output is made.
+Pure; needs no torch.
+
+A location is an offset and a stride per dimension, which says everything that converting between
+frameworks asks of a tensor: cut, fused, interleaved, stacked, transposed and flattened tensors are
+all boxes with locations (after the pieces of DeepSpeed's affine maps). Nothing is copied until a
+box of the output is made.
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ class LogicalTensor:
     shape: tuple[int, ...]
     pieces: tuple[SourcePiece, ...]
     combine: str = "equal"
-    """How the locations of a piece combine: "equal" (all must hold the same bytes), "sum" or "mean"."""
+    """How the locations of a piece combine: "equal" (all must hold the same bytes), "sum" or
+    "mean"."""
 
     @property
     def full_name(self) -> str:
@@ -213,7 +217,7 @@ def overlay(
 
 
 def moved(pieces: Sequence[SourcePiece], dim: int, distance: int) -> list[SourcePiece]:
-    """Pieces in the coordinates of a tensor that has `distance` more indices before them along `dim`."""
+    """The pieces, moved by `distance` indices along `dim`."""
 
     def shift(index: tuple[int, ...]) -> tuple[int, ...]:
         return (*index[:dim], index[dim] + distance, *index[dim + 1 :])
@@ -233,7 +237,8 @@ def check_complete(tensor: LogicalTensor) -> None:
     for piece in tensor.pieces:
         if len(piece.box.start) != len(tensor.shape) or not whole.contains(piece.box):
             raise CheckpointError(
-                f"{tensor.full_name}: the source has {piece.box}, outside of its shape {list(tensor.shape)}"
+                f"{tensor.full_name}: the source has {piece.box}, outside of its shape "
+                f"{list(tensor.shape)}"
             )
     boxes = sorted((piece.box for piece in tensor.pieces), key=lambda box: box.start)
     held = sum(box.elements for box in boxes)
@@ -241,8 +246,8 @@ def check_complete(tensor: LogicalTensor) -> None:
     if holes:
         missing = sum(hole.elements for hole in holes)
         raise CheckpointError(
-            f"{tensor.full_name}: the source lacks {holes[0]} of its shape {list(tensor.shape)} ({missing} "
-            "elements in all); a shard or a file of it is missing"
+            f"{tensor.full_name}: the source lacks {holes[0]} of its shape {list(tensor.shape)} "
+            f"({missing} elements in all); a shard or a file of it is missing"
         )
     if held != whole.elements:
         raise CheckpointError(

@@ -56,14 +56,16 @@ class Items:
 
     tensors: list[SourceTensor]
     objects: dict[str, Any]
-    """By path: what is no tensor, if it is plain values; `PickledObject`s and the like as they are."""
+    """By path: what is no tensor, if it is plain values; `PickledObject`s and the like as they
+    are."""
 
 
 def read_items(path: Path) -> Items:
     """Every tensor, with its shards put together, and every object of a folder.
 
     Raises:
-        CheckpointError: a file is missing, truncated or damaged, or asks for a type that is refused.
+        CheckpointError: a file is missing, truncated or damaged, or asks for a type that is
+            refused.
     """
     where = str(path / DCP_METADATA)
     try:
@@ -102,8 +104,8 @@ def _opened(
     for index, info in storage.items():
         if info.get("transform_descriptors"):
             raise CheckpointError(
-                f"{path}: {index.get('fqn')} is stored with {info.get('transform_descriptors')}, which is "
-                "not supported; save it without stream transforms"
+                f"{path}: {index.get('fqn')} is stored with {info.get('transform_descriptors')}, "
+                "which is not supported; save it without stream transforms"
             )
         by_file[str(info.get("relative_path"))].append((index, info))
     for file, items in by_file.items():
@@ -117,8 +119,8 @@ def _opened(
                     offset, length = int(info.get("offset")), int(info.get("length"))
                     if offset + length > size:
                         raise CheckpointError(
-                            f"{where} is truncated: it has {size} bytes, and {index.get('fqn')} lies up to "
-                            f"{offset + length}"
+                            f"{where} is truncated: it has {size} bytes, and {index.get('fqn')} "
+                            f"lies up to {offset + length}"
                         )
                     item = read_torch_item(
                         opened, offset, length, file, f"{where} at byte {offset}"
@@ -142,7 +144,8 @@ def _tensor(
         content = item.content
         if not isinstance(content, StoredTensor) or content.shape != extent:
             raise CheckpointError(
-                f"{where}: the item of {key} at {list(start)} is not a tensor of shape {list(extent)}"
+                f"{where}: the item of {key} at {list(start)} is not a tensor of shape "
+                f"{list(extent)}"
             )
         source = item.source(key, content)
         dtypes.add(source.dtype)
@@ -187,7 +190,7 @@ def _step(catalog: Catalog, path: Path) -> int:
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A folder with {"model": ..., "optim": ...} in the form of torch.distributed.checkpoint.state_dict."""
+    """A folder with {"model": ..., "optim": ...}, as torch's state_dict functions make it."""
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     folder = DistcpFolder()
     for tensor, out in typed:

@@ -1,4 +1,4 @@
-"""Files of torch.save and safetensors of a framework that only the user's rules know (`files` in them)."""
+"""Files of torch.save and safetensors that only the user's rules know (`files` in them)."""
 
 from __future__ import annotations
 

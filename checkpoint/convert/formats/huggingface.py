@@ -1,4 +1,4 @@
-"""Hugging Face model folders: safetensors (or pytorch_model.bin), with config.json and the tokenizer's files."""
+"""Hugging Face model folders: safetensors or pytorch_model.bin, config.json, tokenizer files."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def read_safetensors(root: Path, name: str) -> list[SourceTensor]:
         end = stop
     if length + end != size:
         raise CheckpointError(
-            f"{path} has {size} bytes and its header speaks of {length + end}; it is truncated, or not "
-            "completely copied"
+            f"{path} has {size} bytes and its header speaks of {length + end}; it is truncated, or "
+            "not completely copied"
         )
     return tensors
 

@@ -1,4 +1,7 @@
-"""From the tensors of the model to those that a format keeps, by the same rules read backwards. Pure."""
+"""From the tensors of the model to those that a format keeps, by the same rules read backwards.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +76,8 @@ def map_back(
     Returns:
         The tensors of the format; what is padding has no location.
     Raises:
-        CheckpointError: a tensor that no rule gives, or one that is missing beside others, or of another
-            shape or type than these.
+        CheckpointError: a tensor that no rule gives, or one that is missing beside others, or of
+            another shape or type than these.
         ConfigError: a value that a rule needs is not known.
     """
     present = {tensor.name for tensor, _ in tensors}
@@ -96,7 +99,8 @@ def map_back(
         else:
             raise CheckpointError(
                 f"{where}: no rule of {book.format} gives {tensor.full_name} {tensor.dtype} "
-                f"{list(tensor.shape)}; {book.format} has no such tensor, or its rules do not know of it"
+                f"{list(tensor.shape)}; {book.format} has no such tensor, or its rules do not know "
+                "of it"
             )
     return [_put_together(group, values, where) for group in found.values()]
 
@@ -144,8 +148,8 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joine
             )
         if (tensor.dtype, other) != (first.dtype, out):
             raise CheckpointError(
-                f"{where}: {first.full_name} is {first.dtype} and {tensor.full_name} is {tensor.dtype}; they "
-                "become one tensor, and must have one type"
+                f"{where}: {first.full_name} is {first.dtype} and {tensor.full_name} is "
+                f"{tensor.dtype}; they become one tensor, and must have one type"
             )
     lead = _extents(group, where)
     shape = (*lead, *_inner_shape(group, values, where))
@@ -155,7 +159,8 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joine
         found = members.get(view.name)
         if found is None:
             raise CheckpointError(
-                f"{where}: {group.key} {list(shape)} is made of {view.name} too, which the source lacks"
+                f"{where}: {group.key} {list(shape)} is made of {view.name} too, which the source "
+                "lacks"
             )
         tensor, _ = found
         if tensor.shape != view.shape:
@@ -176,7 +181,8 @@ def cut(joined: Joined, index: int, shards: int, where: str) -> LogicalTensor:
     """A shard of a tensor, as its rule says: a part of it, or a copy.
 
     Raises:
-        CheckpointError: it cannot be cut into so many equal parts, or the rule has no shards of this form.
+        CheckpointError: it cannot be cut into so many equal parts, or the rule has no shards of
+            this form.
     """
     rule, tensor = joined.rule, joined.tensor
     if shards == 1 or rule.form == "replicated":
@@ -189,8 +195,8 @@ def cut(joined: Joined, index: int, shards: int, where: str) -> LogicalTensor:
     if extent % shards or (fused and joined.groups % shards):
         groups = f", {joined.groups} groups of heads" if fused else ""
         raise CheckpointError(
-            f"{where}: {tensor.name} {list(tensor.shape)} cannot be cut into {shards} equal shards along "
-            f"dimension {rule.dim} ({extent} indices{groups})"
+            f"{where}: {tensor.name} {list(tensor.shape)} cannot be cut into {shards} equal shards "
+            f"along dimension {rule.dim} ({extent} indices{groups})"
         )
     length = extent // shards
     start, stop = [0] * len(tensor.shape), list(tensor.shape)

@@ -53,7 +53,8 @@ def map_tensors(
     """Apply rules to all tensors of a source.
 
     Raises:
-        CheckpointError: a tensor that no rule fits, a missing shard, shapes that do not go together.
+        CheckpointError: a tensor that no rule fits, a missing shard, shapes that do not go
+            together.
         ConfigError: a value that a rule needs is not known.
     """
     mapped = Mapped([])
@@ -149,7 +150,8 @@ def _union(
     first = shards[0][0]
     if rule.form == "whole" and len(shards) > 1:
         raise CheckpointError(
-            f"{where}: it is cut into {len(shards)} shards along {rule.over}, and the rule says that it is "
+            f"{where}: it is cut into {len(shards)} shards along {rule.over}, and the rule says "
+            "that it is "
             'whole; say `is = "shard"`, "replicated", "sum" or "mean"'
         )
     if rule.form == "shard":
@@ -164,8 +166,8 @@ def _union(
 def _same_shape(first: SourceTensor, other: SourceTensor, where: str) -> None:
     if first.shape != other.shape:
         raise CheckpointError(
-            f"{where}: {first.label} has shape {list(first.shape)} and {other.label} {list(other.shape)}; "
-            "copies must be alike"
+            f"{where}: {first.label} has shape {list(first.shape)} and {other.label} "
+            f"{list(other.shape)}; copies must be alike"
         )
 
 
@@ -218,7 +220,8 @@ def _join_fragments(axis: str, members: Sequence[SourceTensor], where: str) -> l
         shape = fragments[0].full_shape
         if shape is None:
             raise CheckpointError(
-                f"{where}: the source does not tell the shape of the tensor that its fragments make up"
+                f"{where}: the source does not tell the shape of the tensor that its fragments "
+                "make up"
             )
         fragments.sort(key=lambda fragment: fragment.index(axis))
         position, pieces = 0, []
@@ -264,8 +267,8 @@ def _views(
         size = evaluate(rule.strip.size, values, where)
         if rule.strip.dim >= len(inner) or inner[rule.strip.dim] < size:
             raise CheckpointError(
-                f"{where}: its shape {list(shape)} has fewer than the {size} indices along dimension "
-                f"{rule.strip.dim} that are left of it without padding"
+                f"{where}: its shape {list(shape)} has fewer than the {size} indices along "
+                f"dimension {rule.strip.dim} that are left of it without padding"
             )
         inner[rule.strip.dim] = size
     dims = list(range(lead, len(shape)))
@@ -300,7 +303,7 @@ def _fused(
     values: Mapping[str, int],
     where: str,
 ) -> list[tuple[str, int, list[tuple[int, int, int]]]]:
-    """By target: its size along the fused dimension, and its spans (index in it, in the source, length)."""
+    """By target: size along the fused dimension, and spans (index in it, in the source, length)."""
     if not rule.parts:
         return [(Pattern(rule.target).fill(captured), 0, [(0, 0, 0)])]
     groups = evaluate(rule.groups, values, where)
@@ -309,8 +312,8 @@ def _fused(
     if groups < 1 or min(sizes) < 0 or groups * sum(sizes) != total:
         shown = " + ".join(map(str, sizes))
         raise ConfigError(
-            f"{where}: the parts make {groups} x ({shown}) = {groups * sum(sizes)} indices along dimension "
-            f"{rule.fused_dim}, and its shape there is {list(inner)}"
+            f"{where}: the parts make {groups} x ({shown}) = {groups * sum(sizes)} indices along "
+            f"dimension {rule.fused_dim}, and its shape there is {list(inner)}"
         )
     spans: dict[str, list[tuple[int, int, int]]] = {target: [] for target in rule.targets}
     lengths: Counter[str] = Counter()

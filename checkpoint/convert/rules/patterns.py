@@ -1,4 +1,7 @@
-"""The small languages of mapping rules: name patterns with captures, and whole-number expressions. Pure."""
+"""The small languages of mapping rules: name patterns with captures, and whole-number expressions.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +86,8 @@ def _value(node: ast.expr, text: str, values: Mapping[str, int], where: str) -> 
             if name not in values:
                 known = ", ".join(sorted(values)) or "none"
                 raise ConfigError(
-                    f"{where}: {text!r} needs the value {name}, which the source does not tell (known: "
-                    f"{known}); give it with --value {name}=NUMBER"
+                    f"{where}: {text!r} needs the value {name}, which the source does not tell "
+                    f"(known: {known}); give it with --value {name}=NUMBER"
                 )
             return values[name]
         case ast.BinOp(left=left, op=ast.Add(), right=right):

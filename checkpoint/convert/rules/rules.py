@@ -1,4 +1,7 @@
-"""The rules that say what a source's tensors are, as TOML: see docs/convert.md. Pure; needs no torch."""
+"""The rules that say what a source's tensors are, as TOML: see docs/convert.md.
+
+Pure; needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     fragments: str = ""
     """The axis along which the source has flat fragments, of each shard or of the whole."""
     stack: str | tuple[str, ...] = ()
-    """The first dimension (or dimensions) enumerates tensors: the capture that its index becomes."""
+    """The first dimension (or dimensions) enumerates tensors: the capture that its index
+    becomes."""
     strip: Strip | None = None
     parts: tuple[RulePart, ...] = ()
     groups: int | str = 1
@@ -58,13 +62,14 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     transpose: bool = False
     """Swap the last two dimensions."""
     if_source: str = ""
-    """The rule holds only where the source has a tensor of this name too; captures are those of `source`."""
+    """The rule holds only where the source has a tensor of this name too; captures are those of
+    `source`."""
     if_target: str = ""
-    """When the format is written, the rule holds only where the model has a tensor of this name too; captures
-    are those of the target."""
+    """When the format is written, the rule holds only where the model has a tensor of this name
+    too; captures are those of the target."""
     written: bool | tuple[str, ...] = True
-    """Whether the format is written so, else the rule is for reading only; or the forms of it that are ("" for
-    the usual one)."""
+    """Whether the format is written so, else the rule is for reading only; or the forms of it that
+    are ("" for the usual one)."""
 
     def is_written(self, form: str) -> bool:
         """Whether the rule holds when a form of the format is written."""
@@ -110,8 +115,8 @@ class RuleBook(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     states: tuple[State, ...] = msgspec.field(name="state", default=())
     skips: tuple[Skip, ...] = msgspec.field(name="skip", default=())
     values: dict[str, tuple[str, ...]] = {}
-    """By name: where a number is found in what the source tells of itself (dotted paths, the first that
-    is there), or "= EXPRESSION" of other values."""
+    """By name: where a number is found in what the source tells of itself (dotted paths, the first
+    that is there), or "= EXPRESSION" of other values."""
 
 
 def parse_rules(text: str, where: str) -> RuleBook:
@@ -129,13 +134,14 @@ def parse_rules(text: str, where: str) -> RuleBook:
     for state in book.states:
         if "key" not in Pattern(state.source).captures:
             raise ConfigError(
-                f"{where}, state {state.source}: it must have the capture {{key}}, the weight's name"
+                f"{where}, state {state.source}: it must have the capture {{key}}, the weight's "
+                "name"
             )
         unknown = sorted(Pattern(state.kind).captures - Pattern(state.source).captures)
         if unknown:
             raise ConfigError(
-                f"{where}, state {state.source}: the kind {state.kind} uses {unknown[0]}, which it does not "
-                "capture"
+                f"{where}, state {state.source}: the kind {state.kind} uses {unknown[0]}, which it "
+                "does not capture"
             )
     return book
 
@@ -148,7 +154,8 @@ def _check(rule: Rule, where: str) -> None:
         unknown = sorted(Pattern(target).captures - bound)
         if unknown or "*" in target:
             raise ConfigError(
-                f"{where}: the target {target} uses {unknown[0] if unknown else '*'}, which the source "
+                f"{where}: the target {target} uses {unknown[0] if unknown else '*'}, which the "
+                "source "
                 f"pattern does not capture ({', '.join(sorted(bound)) or 'it captures nothing'})"
             )
     for condition, known in (
@@ -158,8 +165,8 @@ def _check(rule: Rule, where: str) -> None:
         unknown = sorted(Pattern(condition).captures - known)
         if unknown or "*" in condition:
             raise ConfigError(
-                f"{where}: the condition {condition} uses {unknown[0] if unknown else '*'}, which is not "
-                "captured"
+                f"{where}: the condition {condition} uses {unknown[0] if unknown else '*'}, which "
+                "is not captured"
             )
     if rule.dim < 0 or rule.fused_dim < 0 or (rule.strip is not None and rule.strip.dim < 0):
         raise ConfigError(f"{where}: dimensions count from 0")

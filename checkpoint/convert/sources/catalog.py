@@ -1,4 +1,4 @@
-"""What a source holds, whatever its format: tensors, their locations, and what else is known of it."""
+"""The content of a source of any format: tensors, their locations, and what else is known."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def choose_output_dtypes(
 ) -> list[tuple[LogicalTensor, str]]:
     """The tensors that are written, each with its type in the output.
 
-    Weights come from their master copies where these are nearer to what is asked for, and become the
-    master copies where they are finer than the weights are to be.
+    Weights come from their master copies where these are nearer to what is asked for, and become
+    the master copies where they are finer than the weights are to be.
 
     Args:
         dtype: of the weights, as safetensors names it; "" for the source's.
@@ -199,7 +199,7 @@ def _type_of(tensor: LogicalTensor, dtype: str) -> str:
 
 
 def files_for(catalog: Catalog, typed: Sequence[tuple[LogicalTensor, str]]) -> dict[str, bytes]:
-    """The small files that go with the output: config.json names the type that the weights have now."""
+    """The small files beside the output; config.json names the new type of the weights."""
     files = dict(catalog.files)
     described = _json(files.get("config.json", b"{}"), catalog.root)
     types = Counter(out for tensor, out in typed if tensor.kind == "weight" and out in FLOATS)

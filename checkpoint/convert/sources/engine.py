@@ -1,4 +1,7 @@
-"""The work itself: units are read, put together, checked and written, several under way at a time. Local."""
+"""The work itself: units are read, put together, checked and written, several under way at a time.
+
+Local.
+"""
 
 from __future__ import annotations
 
@@ -90,10 +93,12 @@ class Engine:
 
         Args:
             source: the folder that the locations of units are relative to.
-            target: the folder that units are written to; its files exist in full length. None to read only.
+            target: the folder that units are written to; its files exist in full length. None to
+                read only.
             memory_bytes: for units under way.
             checks: checksums of the source; a read of exactly such a range is checked.
-            entries: likewise of the entries of zip archives; told of everything that is read of them.
+            entries: likewise of the entries of zip archives; told of everything that is read of
+                them.
         """
         self.source, self.target = source, target
         self._checksum: Checksum = checksum
@@ -132,8 +137,8 @@ class Engine:
             units: with their numbers.
             done: called with (number, unit, checksums) after a unit has been written, in no order.
         Raises:
-            CheckpointError: the source cannot be read, is damaged, or disagrees with itself; the target
-                cannot be written.
+            CheckpointError: the source cannot be read, is damaged, or disagrees with itself; the
+                target cannot be written.
         """
         free = [_Slot() for _ in range(self._slots)]
         reading: deque[_Slot] = deque()
@@ -199,7 +204,8 @@ class Engine:
             terms = []
             for location, region in found:
                 memory = inside
-                # Past the page cache, memory must be as far from a block's beginning as the file is.
+                # Past the page cache, memory must be as far from a block's beginning as the file
+                # is.
                 if memory is None or (
                     is_long(region) and (memory.ctypes.data - location.offset) % ALIGNMENT
                 ):
@@ -214,7 +220,7 @@ class Engine:
     def _place_in_unit(
         self, slot: _Slot, unit: Unit, piece: SourcePiece, found: Sequence[tuple[Location, Region]]
     ) -> Memory | None:
-        """Where in the unit a piece can be read to at once: it is whole rows, and stays as it is."""
+        """The bytes of the unit that a piece is read into directly, where it needs no change."""
         if len(found) != 1 or unit.dtype != unit.tensor.dtype or slot.memory is None:
             return None
         inside = piece.box.relative_to(unit.box)
@@ -288,9 +294,10 @@ class Engine:
             if not np.array_equal(values[0], value):
                 differing = int((values[0] != value).sum())
                 raise CheckpointError(
-                    f"{unit.tensor.full_name}{piece.box}: {self.source / terms[0].location.file} and "
-                    f"{self.source / term.location.file} hold copies of it that differ in {differing} of "
-                    f"{value.size} elements; a copy is of another step, or damaged"
+                    f"{unit.tensor.full_name}{piece.box}: {self.source / terms[0].location.file} "
+                    "and "
+                    f"{self.source / term.location.file} hold copies of it that differ in "
+                    f"{differing} of {value.size} elements; a copy is of another step, or damaged"
                 )
 
     def _write(self, slot: _Slot) -> int:
@@ -323,7 +330,8 @@ class Engine:
 
 
 Sums = tuple[int, int]
-"""CRC-32C of a unit, for reading it back, and what the output's format has of it (0 for the same)."""
+"""CRC-32C of a unit, for reading it back, and what the output's format has of it (0 for the
+same)."""
 
 
 def sums_of(memory: Memory, kind: Checksum) -> Sums:

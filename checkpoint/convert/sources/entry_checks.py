@@ -1,4 +1,4 @@
-"""Checksums of zip entries, whose bytes are read in parts: these are put together as the parts come. Pure."""
+"""Checksums of zip entries that are read in parts, combined as the parts come. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CheckedRange = tuple[str, int, int, int]
 
 
 class DamagedEntry(CheckpointError):
-    """An entry that has another checksum than its archive says, of which parts may have been written already."""
+    """An entry with a wrong checksum, of which parts may have been written already."""
 
 
 class EntryChecks:
@@ -52,7 +52,8 @@ class EntryChecks:
             found = self._files[name].join(start, stop, crc)
             if found is not None and found[0] != found[1].crc32:
                 raise DamagedEntry(
-                    f"{self._root / name} is damaged: its entry {found[1].name}{what and f' ({what})'} has "
+                    f"{self._root / name} is damaged: its entry "
+                    f"{found[1].name}{what and f' ({what})'} has "
                     f"checksum {found[0]:08x}, not {found[1].crc32:08x}"
                 )
 

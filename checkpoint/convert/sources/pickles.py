@@ -1,7 +1,7 @@
-"""Reading pickles without executing them: an unpickler that makes inert records, and refuses the rest.
+"""Pickles are read without being executed: the unpickler makes inert objects, or refuses.
 
-Nothing that a pickle names is imported. Containers, numbers and tensors become themselves, objects of the
-frameworks whose checkpoints are read become `PickledObject`s, and any other name is refused.
+Nothing that a pickle names is imported. Containers, numbers and tensors become themselves, objects
+of the frameworks whose checkpoints are read become `PickledObject`s, and any other name is refused.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _DTYPES = {
 
 
 class PickledObject:
-    """An object of some other program: what it was made from and its attributes, without its code."""
+    """An object of another program: its arguments and attributes, without its code."""
 
     type_name: ClassVar[str] = ""
     """As the pickle names it, with its module."""
@@ -194,8 +194,8 @@ class _Reader(pickle.Unpickler):
         if top or (module, name) in INERT:
             return type(name, (PickledObject,), {"type_name": f"{module}.{name}"})
         raise CheckpointError(
-            f"{self._where} is refused: its pickle asks for {module}.{name}, which is not among the types "
-            "that a checkpoint is made of; nothing of it was executed"
+            f"{self._where} is refused: its pickle asks for {module}.{name}, which is not among "
+            "the types that a checkpoint is made of; nothing of it was executed"
         )
 
     def persistent_load(self, pid: Any) -> Any:

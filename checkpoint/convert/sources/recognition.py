@@ -1,4 +1,7 @@
-"""Which format a path has, by the names of its files. Imports no format: a conversion needs one or two of them."""
+"""Which format a path has, by the names of its files.
+
+Imports no format: a conversion needs one or two of them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def _is_megatron(path: Path) -> bool:
 
 
 def is_torch_dist(path: Path) -> bool:
-    """Whether a folder is an iteration in one of the forms of Megatron-Core's dist_checkpointing."""
+    """Whether a folder is an iteration of Megatron-Core's dist_checkpointing."""
     try:
         described = json.loads((path / "metadata.json").read_text())
     except (OSError, ValueError):

@@ -1,4 +1,7 @@
-"""A source's files, read by byte range: long stretches past the page cache, short ones through it. Local."""
+"""A source's files, read by byte range: long stretches past the page cache, short ones through it.
+
+Local.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from holdfast.checkpoint.format import ALIGNMENT
 from holdfast.parallel.errors import CheckpointError
 
 LONG_BYTES = 64 << 10
-"""Shorter stretches are read through the page cache, as is what has gaps, which other pieces then need."""
+"""Shorter stretches are read through the page cache, as is what has gaps, which other pieces then
+need."""
 
 
 Memory = NDArray[np.uint8]
@@ -129,6 +133,6 @@ def is_long(region: Region) -> bool:
 
 
 def room_of(location: Location, region: Region) -> tuple[int, int]:
-    """Memory, from a multiple of ALIGNMENT on, that makes it roomy: (bytes, first byte of the region)."""
+    """How much aligned memory a read past the cache needs: (bytes, first byte of the region)."""
     before = location.offset % ALIGNMENT if is_long(region) else 0
     return -(-(before + region.bytes) // ALIGNMENT) * ALIGNMENT, before

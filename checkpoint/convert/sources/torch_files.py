@@ -1,4 +1,4 @@
-"""Files of torch.save, read by byte range: where every tensor's bytes lie, and the plain values beside them."""
+"""Files of torch.save, read by byte range: the offsets of tensors, and the plain values."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def read_torch_file(root: Path, file: str) -> TorchFile:
     """Read what a file of torch.save says of itself; no tensor is read.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, of torch before 1.6, or a pickle that is refused.
+        CheckpointError: missing, truncated, damaged, of torch before 1.6, or a pickle that is
+            refused.
     """
     path = root / file
     try:

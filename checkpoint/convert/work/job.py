@@ -1,4 +1,4 @@
-"""A conversion from beginning to end: open, plan, share out, check, and only then give the output its name."""
+"""A conversion from beginning to end: open, plan, share out, check, name the output."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def convert(
 ) -> Converted | None:
     """Convert a checkpoint.
 
-    Collective over `world` processes that see the same files and are started alike, by MPI say; they talk
-    through the journals beside the output. Each of them may have `workers` processes of its own if it is
-    alone.
+    Collective over `world` processes that see the same files and are started alike, by MPI say;
+    they talk through the journals beside the output. Each of them may have `workers` processes of
+    its own if it is alone.
 
     Args:
         progress: called with (bytes written, bytes in all), by rank 0.
@@ -82,8 +82,8 @@ def convert(
         On rank 0 what was done, once the output is checked and has its name; None elsewhere.
     Raises:
         ConfigError: something asked for is wrong.
-        CheckpointError: the source is damaged or incomplete, or the output could not be written. What
-            was written stays in TARGET.partial, and the same command goes on from there.
+        CheckpointError: the source is damaged or incomplete, or the output could not be written.
+            What was written stays in TARGET.partial, and the same command goes on from there.
     """
     began = time.perf_counter()
     check(asked)
@@ -133,8 +133,8 @@ def _lead(
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or partial} cannot be written: {error.strerror or error}; what was written "
-            f"stays in {partial}, and the same command goes on from there"
+            f"{error.filename or partial} cannot be written: {error.strerror or error}; what was "
+            f"written stays in {partial}, and the same command goes on from there"
         ) from error
     finally:
         journal.close()
@@ -289,8 +289,8 @@ def _share_among_processes(
         for rank, process in enumerate(processes):
             if process.exitcode not in (None, 0):
                 raise CheckpointError(
-                    f"worker {rank} ended with exit code {process.exitcode}; what was written stays in "
-                    f"{journal.partial}, and the same command goes on from there"
+                    f"worker {rank} ended with exit code {process.exitcode}; what was written "
+                    f"stays in {journal.partial}, and the same command goes on from there"
                 )
 
 

@@ -1,7 +1,7 @@
 """What of a conversion is done, on disk beside its output, so that it goes on after a kill. Local.
 
-Every worker appends to a file of its own; a line is written only after what it speaks of is on the device.
-The same files tell the first worker when the others are ready, wherever they run.
+Every worker appends to a file of its own; a line is written only after what it speaks of is on the
+device. The same files tell the first worker when the others are ready, wherever they run.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class Lock:
         except OSError as error:
             self._file.close()
             raise CheckpointError(
-                f"{target} is being written by another conversion; wait for it, or name another folder"
+                f"{target} is being written by another conversion; wait for it, or name another "
+                "folder"
             ) from error
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""What is asked for, and from it the source's tensors and the output's plan: the same in every process."""
+"""The request of a conversion, and the plan that every process makes from it alike."""
 
 from __future__ import annotations
 

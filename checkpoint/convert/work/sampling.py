@@ -1,6 +1,9 @@
-"""A sample of an output's values, read back through the output's own format, against the source's. Local.
+"""A sample of an output's values, read back through the output's own format, against the source's.
 
-Elements are looked up one by one in the pieces of both sides, by none of the code that converted them.
+Local.
+
+Elements are looked up one by one in the pieces of both sides, by none of the code that converted
+them.
 """
 
 from __future__ import annotations
@@ -55,8 +58,8 @@ def compare_sample(
             written = found[tensor.full_name]
             if (written.shape, written.dtype) != (tensor.shape, dtype):
                 raise CheckpointError(
-                    f"{output.root}: {tensor.full_name} is {written.dtype} {list(written.shape)} and should "
-                    f"be {dtype} {list(tensor.shape)}"
+                    f"{output.root}: {tensor.full_name} is {written.dtype} {list(written.shape)} "
+                    f"and should be {dtype} {list(tensor.shape)}"
                 )
             for index in _indices(tensor, each):
                 locations = there.find(tensor, index), here.find(written, index)
@@ -67,8 +70,8 @@ def compare_sample(
                 value = here.read(location, dtype).tobytes()
                 if wanted != value:
                     raise CheckpointError(
-                        f"{output.root}: {tensor.full_name}{list(index)} is {number(value, dtype)} and "
-                        f"should be {number(wanted, dtype)}"
+                        f"{output.root}: {tensor.full_name}{list(index)} is {number(value, dtype)} "
+                        f"and should be {number(wanted, dtype)}"
                     )
     return len(sampled)
 

@@ -1,4 +1,7 @@
-"""One worker's share of a conversion: write its units, and read back what is on the disk meanwhile. Local."""
+"""One worker's share of a conversion: write its units, and read back what is on the disk meanwhile.
+
+Local.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ from holdfast.parallel.errors import CheckpointError
 UNITS_IN_A_ROW = 8
 """Neighbouring units go to the same worker, so that files are written in long stretches."""
 RECORD_BYTES = 32 << 20
-"""Written between two lines of a worker's journal; a kill costs two such groups more, and what is under way."""
+"""Written between two lines of a worker's journal; a kill costs two such groups more, and what is
+under way."""
 _READ_BYTES = 8 << 20
 
 
@@ -51,7 +55,8 @@ def do_share(
         done: what was recorded before it began.
         progress: called with bytes that have been written, or found written.
     Raises:
-        CheckpointError: the source is damaged or disagrees with itself, or the output cannot be written.
+        CheckpointError: the source is damaged or disagrees with itself, or the output cannot be
+            written.
         DamagedEntry: the former, and the next attempt starts over.
     """
     mine = list(share_of(len(output.units), rank, world))
@@ -129,6 +134,6 @@ def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> No
                 crc = _native.crc32c(part.ctypes.data, part.size, crc)
         if crc != catalog.checks[file, offset, length]:
             raise CheckpointError(
-                f"{catalog.root / file} is damaged: the chunk at byte {offset} has checksum {crc:08x}, not "
-                f"{catalog.checks[file, offset, length]:08x}"
+                f"{catalog.root / file} is damaged: the chunk at byte {offset} has checksum "
+                f"{crc:08x}, not {catalog.checks[file, offset, length]:08x}"
             )

@@ -77,7 +77,7 @@ class WriteVerifier:
                 self._engine.wait_all()
 
     def _read_back(self, wanted: Sequence[tuple[Unit, int]]) -> None:
-        """Read units as they are on the disk, in whole blocks, a few ahead of the one that is compared."""
+        """Read units from the disk in whole blocks, a few ahead of the one that is compared."""
         largest = max((unit.bytes for unit, _ in wanted), default=0)
         step = -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT
         depth = max(2, min(4, MEMORY_BYTES // step))
@@ -96,7 +96,8 @@ class WriteVerifier:
             place = start + before % depth * step + unit.offset % ALIGNMENT
             if _native.crc32c(place, unit.bytes) != own:
                 raise CheckpointError(
-                    f"{self._partial / unit.file}: {unit.tensor.full_name}{unit.box} at byte {unit.offset} "
+                    f"{self._partial / unit.file}: {unit.tensor.full_name}{unit.box} at byte "
+                    f"{unit.offset} "
                     "reads back with other bytes than were written; the disk cannot be trusted"
                 )
 

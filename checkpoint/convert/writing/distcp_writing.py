@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint, laid out before any tensor is there: `.distcp` files and `.metadata`."""
+"""Folders of torch.distributed.checkpoint (`.distcp`, `.metadata`), laid out in advance."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ class _Item:
 
 
 class DistcpFolder:
-    """Collects what a folder is to hold; a tensor's bytes are written by somebody else, in place."""
+    """Collects what a folder is to hold.
+
+    A tensor's bytes are written by somebody else, in place.
+    """
 
     def __init__(self, folder: str = "") -> None:
         """Args:

@@ -1,7 +1,7 @@
-"""Files as torch.save writes them, laid out before any tensor is there, so that tensors are written in place.
+"""Files as torch.save writes them, laid out first, so that tensors are written in place.
 
-A file is a zip archive without compression: a pickle of everything but the tensors' bytes, and a record for
-each storage at a multiple of 64 bytes. Local; tensors are written by somebody else.
+A file is a zip archive without compression: a pickle of everything but the tensors' bytes, and a
+record for each storage at a multiple of 64 bytes. Local; tensors are written by somebody else.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def lay_out(content: Any, tensors: Sequence[TensorToCome]) -> TorchLayout:
     """Lay out a file of torch.save.
 
     Args:
-        content: what it holds, with `TensorToCome` for tensors; built of what torch.load's weights-only
-            mode accepts.
+        content: what it holds, with `TensorToCome` for tensors; built of what torch.load's
+            weights-only mode accepts.
         tensors: those of the content, in the order of their numbers.
     """
     pickled = write_pickle(_with_storages(content))

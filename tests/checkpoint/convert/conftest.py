@@ -1,4 +1,4 @@
-"""What tests with Megatron-Core share: workers in which CUDA's functions are answered by the processor."""
+"""What tests with Megatron-Core share: workers whose calls of CUDA the processor answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bad sources: each is told in one line that names what is wrong; the source stays as it was, and no output looks done."""
+"""Bad sources: each is told in one line that names what is wrong.
+
+The source stays as it was, and no output looks done.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed trains with ZeRO 1, 2 and 3 is converted bit for bit, and DeepSpeed goes on from it."""
+"""DeepSpeed's checkpoints of ZeRO 1 to 3 convert bit for bit, and DeepSpeed goes on from ours."""
 
 from __future__ import annotations
 

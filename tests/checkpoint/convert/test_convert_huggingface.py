@@ -1,4 +1,4 @@
-"""transformers' models become checkpoints that train, and come back as models that transformers opens."""
+"""Models of transformers become checkpoints that train, and come back as models it opens."""
 
 from __future__ import annotations
 

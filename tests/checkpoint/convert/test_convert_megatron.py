@@ -1,4 +1,4 @@
-"""What Megatron-Core saves for 2 x 2 ranks, in both of its forms, against its shards put together by torch."""
+"""What Megatron-Core saves for 2 x 2 ranks, in both forms, against its shards joined by torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer's state in Megatron's mp_rank folders, against what Megatron's optimizers hold for each parameter."""
+"""The optimizer state of mp_rank folders, against what Megatron's optimizers hold."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def trainings(
 
 
 def expected_of(how: Training, shards: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Under holdfast's names: the weights, moments and master copies that the ranks hold together."""
+    """The weights, moments and master copies of all ranks, under holdfast's names."""
     found = {}
     for kind in ("weights", "exp_avg", "exp_avg_sq", *(["master"] if how.half else [])):
         stages = by_stage(shards, kind)

@@ -1,4 +1,7 @@
-"""A conversion that is killed goes on; one that cannot be finished leaves nothing that looks finished."""
+"""A conversion that is killed goes on.
+
+One that cannot be finished leaves nothing that looks finished.
+"""
 
 from __future__ import annotations
 
@@ -192,8 +195,8 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
         "from holdfast.checkpoint.convert.work.job import convert\n"
         "from holdfast.checkpoint.convert.work.request import Conversion\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), 'holdfast', memory_bytes=64 << 20))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "convert(Conversion(Path(sys.argv[1]), Path(sys.argv[2]), 'holdfast', memory_bytes=64 << "
+        "20))\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     arguments = [str(tmp_path / "hf"), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Random models through every format that is written: A to B to A is the identity, whatever the types and shapes."""
+"""Random models through every written format: A to B to A is the identity."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_model_comes_back_from_every_format(
     data=st.data(),
 )
 def test_any_strides_are_read(shape: list[int], gap: int, most: int, data: st.DataObject) -> None:
-    """A box that lies with any order of dimensions and gaps between rows, with small and large runs."""
+    """A box with any order of dimensions, gaps between rows, and small or large runs."""
     order = data.draw(st.permutations(range(len(shape))))
     strides, step = [0] * len(shape), 1
     for dim in order:

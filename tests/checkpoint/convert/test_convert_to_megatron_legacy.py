@@ -1,4 +1,7 @@
-"""Folders of one file a rank, written for Megatron-Core: its model loads them, and they come back unchanged."""
+"""Folders of one file per rank for Megatron-Core: its model loads them.
+
+They come back unchanged.
+"""
 
 from __future__ import annotations
 

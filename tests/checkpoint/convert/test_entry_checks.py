@@ -1,4 +1,4 @@
-"""Entries of zip archives that are read in parts, by one process or several, have the checksums that were written."""
+"""Entries of zip archives that processes read in parts have the checksums that were written."""
 
 from __future__ import annotations
 

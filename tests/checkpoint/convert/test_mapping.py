@@ -1,4 +1,4 @@
-"""Mapping rules: fused, cut, stacked, padded, flat and averaged tensors against torch's own operations."""
+"""Mapping rules: fused, cut, stacked, padded, flat and averaged tensors against torch."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_transposed_and_grouped_experts() -> None:
 
 
 def test_shards_of_two_joined_tensors_become_one() -> None:
-    """As DeepSpeed's parameter_with_2_sub_params_cat_dim_0: each shard has its gate rows, then its up rows."""
+    """A parameter_with_2_sub_params_cat_dim_0: each shard has its gate rows, then its up rows."""
     gate, up = numbers(6, 3), numbers(6, 3) + 1
     source = Source()
     for index in range(3):

@@ -1,4 +1,4 @@
-"""Which parameter a state of Megatron's optimizers belongs to, as far as names, counts and shapes say it."""
+"""The parameter of a state of Megatron's optimizers is told by names, counts and shapes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tensor(name: str, shape: tuple[int, ...]) -> StoredTensor:
 
 
 def kept_of(*groups: tuple[dict[str, Any], list[Parameter]]) -> dict[str, Any]:
-    """What torch's optimizer saves of groups: each state lies in a storage that names its parameter."""
+    """What torch's optimizer saves of groups; the storage of a state names its parameter."""
     states: dict[int, Any] = {}
     described = []
     for told, members in groups:

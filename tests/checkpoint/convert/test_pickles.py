@@ -1,4 +1,4 @@
-"""Pickles are read without being executed, and files of torch.save are laid out as torch reads them."""
+"""Pickles are read without being executed; files of torch.save are laid out as torch reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training begins from converted weights: in 16 bits, elastic, with the same command after an end, or not at all."""
+"""Training begins from converted weights: in 16 bits, elastic, again by one command, or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agents and their workers as real processes: what is killed, stopped or hung is noticed and replaced."""
+"""Agents and workers as real processes: a killed, stopped or hung one is noticed and replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command reads its configuration once, and those that train open their run by the one sequence."""
+"""Every command reads its configuration once, and opens its run by the one sequence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 
 @dataclass
 class Recorder:
-    """Counts how often the configuration's text is parsed, and keeps what would have been started."""
+    """Counts how often the configuration is parsed, and keeps what would have been started."""
 
     text: str
     parsed: int = 0

@@ -1,4 +1,7 @@
-"""DeepSpeed's own words for what tensor-parallel ranks hold (universal_checkpoint_info), as rules. Pure."""
+"""DeepSpeed's own words for what tensor-parallel ranks hold (universal_checkpoint_info), as rules.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ def tensor_parallel_rules(
     """
     if not info:
         raise ConfigError(
-            f"{where} was trained with {ranks} tensor-parallel ranks and does not say how its parameters are "
-            "cut (universal_checkpoint_info); say it with --map"
+            f"{where} was trained with {ranks} tensor-parallel ranks and does not say how its "
+            "parameters are cut (universal_checkpoint_info); say it with --map"
         )
     for key in _REFUSED:
         patterns = _patterns(info, key)
@@ -73,14 +76,17 @@ def _sub_params(
     sizes = logical[dim] if len(logical) == len(shape) else None
     if not isinstance(sizes, list) or any(size % ranks for size in sizes):
         raise ConfigError(
-            f"{where}: {name} is fused as {logical} along dimension {dim}, and has shape {list(shape)} on each "
-            f"of {ranks} ranks; that cannot be converted"
+            f"{where}: {name} is fused as {logical} along dimension {dim}, and has shape "
+            f"{list(shape)} on each of {ranks} ranks; that cannot be converted"
         )
     return _joined(name, [size // ranks for size in sizes], dim)
 
 
 def _joined(name: str, sizes: Iterable[int], dim: int) -> Rule:
-    """Every rank has a share of each part, one after the other; together the parts follow each other."""
+    """Every rank has a share of each part, one after the other.
+
+    Together the parts follow each other.
+    """
     return Rule(
         source=name,
         form="shard",

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints: any of its jobs, with any number of ranks and ZeRO stage, goes on from one."""
+"""DeepSpeed's universal checkpoints, from which a job of any size and ZeRO stage goes on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     told = model.content
     shapes = {n: tuple(s) for group in told["param_shapes"] for n, s in group.items()}
     buffers = set(told.get("buffer_names") or ())
-    # With tensor parallelism the file has one rank's shards: weights then come from their master copies.
+    # With tensor parallelism the file has one rank's shards: weights then come from their master
+    # copies.
     cut = int(told.get("mp_world_size") or 1) > 1
     tensors = [
         model.source(f"{'buffer' if name in buffers else 'module'}/{name}", tensor)
@@ -115,7 +116,7 @@ def _parameter(
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A universal checkpoint: its folder is a tag of DeepSpeed's, to be loaded with `load_universal`."""
+    """A universal checkpoint: a tag's folder, which DeepSpeed loads with `load_universal`."""
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     weights = [(t, out) for t, out in typed if t.kind in ("weight", "buffer", "tensor")]
     fine = {t.name: t for t, _ in typed if t.kind == "master"}

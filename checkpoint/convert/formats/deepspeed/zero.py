@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints, ZeRO 1 to 3: flat partitions of every rank, and the model's state beside them."""
+"""DeepSpeed's own checkpoints, ZeRO 1 to 3: flat partitions by rank, and the model's state."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     """Weights, master copies and moments of a save.
 
     Raises:
-        CheckpointError: a file is missing, truncated or refused; partitions do not make up a tensor.
+        CheckpointError: a file is missing, truncated or refused; partitions do not make up a
+            tensor.
         ConfigError: it was trained with pipeline parallelism, or does not say how tensors are cut.
     """
     root = find_tag(path)
@@ -174,8 +175,8 @@ def _open(root: Path) -> _Save:
     pipeline = (told.get("checkpoint_parallel_dimensions") or {}).get("pp_degree", 1)
     if (pipeline and int(pipeline) > 1) or any(root.glob("layer_*-model_states.pt")):
         raise ConfigError(
-            f"{root} was trained with pipeline parallelism, which is not converted; make a universal "
-            "checkpoint of it with DeepSpeed and convert that"
+            f"{root} was trained with pipeline parallelism, which is not converted; make a "
+            "universal checkpoint of it with DeepSpeed and convert that"
         )
     ranks = int(told.get("mp_world_size") or 1), int(told.get("dp_world_size") or 1)
     for rank in product(*map(range, ranks)):
@@ -183,8 +184,8 @@ def _open(root: Path) -> _Save:
         if rank not in optimizers or (needed and rank not in models):
             kind = "optim" if rank not in optimizers else "model"
             raise CheckpointError(
-                f"{root} lacks the {kind}_states.pt of data-parallel rank {rank[1]}, tensor-parallel rank "
-                f"{rank[0]}; it was saved by {ranks[1]} x {ranks[0]}"
+                f"{root} lacks the {kind}_states.pt of data-parallel rank {rank[1]}, "
+                f"tensor-parallel rank {rank[0]}; it was saved by {ranks[1]} x {ranks[0]}"
             )
     return _Save(root, models, optimizers, stage, ranks)
 
@@ -245,8 +246,8 @@ def _stages_1_and_2(
     state = optimizer.get("base_optimizer_state")
     if mappings is None or not isinstance(state, Mapping):
         raise CheckpointError(
-            f"{save.root / file.file} does not say where parameters lie (param_slice_mappings); it is of "
-            "DeepSpeed before 0.8, or was saved as an elastic checkpoint: save it again"
+            f"{save.root / file.file} does not say where parameters lie (param_slice_mappings); it "
+            "is of DeepSpeed before 0.8, or was saved as an elastic checkpoint: save it again"
         )
     for number, mapping in enumerate(mappings):
         flats = {"fp32": optimizer["single_partition_of_fp32_groups"][number]}

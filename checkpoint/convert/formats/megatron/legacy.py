@@ -1,4 +1,7 @@
-"""Megatron-Core's older folders, of one file a rank (mp_rank_XX, mp_rank_XX_YYY): written; `megatron` reads them."""
+"""Megatron-Core's older folders, of one file a rank (mp_rank_XX, mp_rank_XX_YYY): written.
+
+`megatron` reads them.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +56,14 @@ _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A file for each of the ranks that the values `tensor`, `pipeline` and `virtual` say (1 each by default).
+    """One file per rank of the layout that `tensor`, `pipeline` and `virtual` give (1 by default).
 
-    An iteration with the optimizer's state where the source has moments of every weight, else a release.
+    An iteration with the optimizer's state where the source has moments of every weight, else a
+    release.
 
     Raises:
-        CheckpointError: a tensor that Megatron's GPT model does not have, layers that differ, moments of some
-            weights only, or something that cannot be cut into as many equal parts.
+        CheckpointError: a tensor that Megatron's GPT model does not have, layers that differ,
+            moments of some weights only, or something that cannot be cut into as many equal parts.
         ConfigError: the source does not tell a size of the model, or a value is out of its range.
     """
     tensor, pipeline, virtual = (
@@ -124,9 +128,11 @@ def _count(values: Mapping[str, int], name: str) -> int:
 
 
 _Model = Mapping[tuple[str, str], Joined]
-"""The tensors of a model and its optimizer, whole, by kind and by the parameter's name across all stages."""
+"""The tensors of a model and its optimizer, whole, by kind and by the parameter's name across all
+stages."""
 _Chunk = list[tuple[str, str]]
-"""The parameters of a model chunk in their order: names that they have there, and across all stages."""
+"""The parameters of a model chunk in their order: names that they have there, and across all
+stages."""
 
 
 def _model(joined: Sequence[Joined], book: RuleBook) -> _Model:
@@ -147,10 +153,12 @@ def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[l
     if layers % shares or layers != len(numbers):
         by = f"{pipeline} pipeline stages" + (f" of {virtual} chunks" if virtual > 1 else "")
         raise CheckpointError(
-            f"{_WHERE}: {len(numbers)} layers, numbered up to {layers - 1}, cannot be shared equally by {by}; "
+            f"{_WHERE}: {len(numbers)} layers, numbered up to {layers - 1}, cannot be shared "
+            f"equally by {by}; "
             f"choose another --value {'virtual' if layers % pipeline == 0 else 'pipeline'}"
         )
-    # In the order in which a micro-batch passes them: each stage's first chunk, then each one's second.
+    # In the order in which a micro-batch passes them: each stage's first chunk, then each one's
+    # second.
     each = layers // shares
     passed: list[_Chunk] = [[] for _ in range(shares)]
     for name in names:
@@ -211,14 +219,15 @@ class _Keeping:
 
 
 def _keeping(catalog: Catalog, arguments: Mapping[str, Any], form: str) -> _Keeping:
-    # Transformer Engine's Adam counts steps by group, and takes nothing but tensors of each parameter.
+    # Transformer Engine's Adam counts steps by group, and takes nothing but tensors of each
+    # parameter.
     steps = {} if form == "te" else {"step": optimizer_step(catalog)}
     norms = bool(arguments.get("apply_wd_to_qk_layernorm"))
     return _Keeping(parameter_groups(catalog), norms, steps)
 
 
 def _optimizer(rank: _Rank, members: _Chunk, keeping: _Keeping) -> dict[str, Any]:
-    """What Megatron's optimizer of 32-bit weights saves, or that of 16-bit weights where there are any."""
+    """What Megatron's optimizer saves: of 32-bit weights, or of 16-bit ones where there are any."""
     states: dict[int, Any] = {}
     groups, masters = [], []
     for group in keeping.groups:
@@ -240,7 +249,10 @@ def _optimizer(rank: _Rank, members: _Chunk, keeping: _Keeping) -> dict[str, Any
 
 
 def _kernel_states(names: Iterable[str]) -> Iterator[str]:
-    """Keys of what layers keep of their kernels, which Transformer Engine asks for; empty without FP8."""
+    """Keys of what layers keep of their kernels, which Transformer Engine asks for.
+
+    Empty without FP8.
+    """
     for name in names:
         found = _LINEAR.fullmatch(name)
         if found is not None:

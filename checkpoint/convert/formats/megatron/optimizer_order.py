@@ -1,8 +1,9 @@
-"""Where Megatron's optimizers keep the state of each parameter: by group, and by place within the group. Pure.
+"""The order in which Megatron's optimizers keep the states of parameters, by group. Pure.
 
-A group has the parameters that are treated alike, in the order of the model's `named_parameters()`, which is that
-of its state dict without buffers (Megatron-Core, `_get_param_groups`). Nothing in a file says which is which: it
-follows from names and dimensions, and is taken only where counts and every shape agree with it.
+A group has the parameters that are treated alike, in the order of the model's `named_parameters()`,
+which is that of its state dict without buffers (Megatron-Core, `_get_param_groups`). Nothing in a
+file says which is which: it follows from names and dimensions, and is taken only where counts and
+every shape agree with it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])
 
 
 class Unplaced(CheckpointError):
-    """It does not come out which parameter a state of an optimizer belongs to, or it is kept elsewhere."""
+    """The parameter of an optimizer state cannot be told, or the state is kept elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class _Group:
     label: tuple[bool, bool, bool]
-    """Whether it decays, is of experts that are cut otherwise, and has a learning rate of its own."""
+    """Whether it decays, is of experts that are cut otherwise, and has a learning rate of its
+    own."""
     states: tuple[Any, ...]
     masters: tuple[Any, ...] | None
     """Of its 16-bit parameters; None where parameters are trained in 32 bits."""
@@ -156,8 +158,8 @@ def _groups(part: Mapping[str, Any], before: int) -> tuple[list[_Group], list[An
     states, described = inner.get("state"), inner.get("param_groups")
     if not isinstance(states, Mapping) or not isinstance(described, list | tuple):
         raise Unplaced(
-            "the distributed optimizer keeps its states by buckets, in distrib_optim.pt; save it with "
-            "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable"
+            "the distributed optimizer keeps its states by buckets, in distrib_optim.pt; save it "
+            "with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable"
         )
     masters = part.get("fp32_from_fp16_params", part.get("fp32_from_fp16"))
     copied = [None] * len(described) if masters is None else _items(masters, "master copies")
@@ -214,8 +216,8 @@ def _place(
         members = wanted.pop(group.label, None)
         if members is None or len(members) != len(group.states):
             raise Unplaced(
-                f"{name} has {len(group.states)} parameters, and the model has {len(members or ())} of its "
-                "kind that are not in groups before it"
+                f"{name} has {len(group.states)} parameters, and the model has "
+                f"{len(members or ())} of its kind that are not in groups before it"
             )
         for number, state in zip(members, group.states, strict=True):
             for kind in MOMENTS:
@@ -226,8 +228,8 @@ def _place(
         halves = [number for number in members if parameters[number].dtype in HALVES]
         if len(halves) != len(group.masters):
             raise Unplaced(
-                f"{name} has {len(group.masters)} master copies, and the model {len(halves)} of its "
-                "parameters in 16 bits"
+                f"{name} has {len(group.masters)} master copies, and the model {len(halves)} of "
+                "its parameters in 16 bits"
             )
         for number, master in zip(halves, group.masters, strict=True):
             _check_state(master, parameters[number], f"master copy in {name}")

@@ -1,4 +1,4 @@
-"""Megatron-Core's older folders, of one file a rank (mp_rank_XX, mp_rank_XX_YYY): what they hold."""
+"""What Megatron-Core's older folders hold: one file per rank (mp_rank_XX, mp_rank_XX_YYY)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Saved:
 
     tensors: list[SourceTensor]
     common: dict[str, Any]
-    """What torch_dist keeps beside tensors: args, iteration, optimizer (its groups), opt_param_scheduler."""
+    """What torch_dist keeps beside tensors: args, iteration, optimizer (its groups),
+    opt_param_scheduler."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Why, by key."""
 
@@ -67,7 +68,9 @@ class _Model:
 
 
 def read_ranks(root: Path) -> Saved:
-    """The tensors of every rank's file; the optimizer's only where it comes out what they belong to.
+    """The tensors of every rank's file.
+
+    The optimizer's only where it comes out what they belong to.
 
     Raises:
         CheckpointError: a file is missing, truncated or refused, or holds experts apart.
@@ -79,7 +82,8 @@ def read_ranks(root: Path) -> Saved:
         said = told.get(f"{axis}_model_parallel_size")
         if said and said != found:
             raise CheckpointError(
-                f"{root} has the folders of {found} {axis}-parallel ranks, and its arguments say {said}"
+                f"{root} has the folders of {found} {axis}-parallel ranks, and its arguments say "
+                f"{said}"
             )
     models = _models(files, tied=told.get("untie_embeddings_and_output_weights") is False)
     tensors = [
@@ -117,8 +121,8 @@ def _open(root: Path) -> tuple[dict[_Rank, TorchFile], _Rank]:
             continue
         if match[3]:
             raise CheckpointError(
-                f"{root} has experts in files of their own ({folder.name}), which cannot be converted; save "
-                "it with --ckpt-format torch_dist"
+                f"{root} has experts in files of their own ({folder.name}), which cannot be "
+                "converted; save it with --ckpt-format torch_dist"
             )
         ranks[int(match[1]), int(match[2] or 0)] = folder.name
     if not ranks:
@@ -130,8 +134,8 @@ def _open(root: Path) -> tuple[dict[_Rank, TorchFile], _Rank]:
         for stage in range(pipeline):
             if (index, stage) not in ranks:
                 raise CheckpointError(
-                    f"{root} lacks the folder of tensor-parallel rank {index} at pipeline stage {stage}; it "
-                    f"was saved by {tensor} x {pipeline}"
+                    f"{root} lacks the folder of tensor-parallel rank {index} at pipeline stage "
+                    f"{stage}; it was saved by {tensor} x {pipeline}"
                 )
             files[index, stage] = read_torch_file(root, f"{ranks[index, stage]}/{MEGATRON_FILE}")
     return files, (tensor, pipeline)
@@ -180,7 +184,8 @@ def _optimizers(
     """The states of every rank's optimizer, and how many steps it has done.
 
     Raises:
-        Unplaced: they cannot be told apart on some rank, or ranks have done different numbers of steps.
+        Unplaced: they cannot be told apart on some rank, or ranks have done different numbers of
+            steps.
     """
     tensors: list[SourceTensor] = []
     counts: set[int] = set()

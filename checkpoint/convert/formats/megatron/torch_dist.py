@@ -1,4 +1,4 @@
-"""Megatron-Core's checkpoints: torch_dist folders, and the older folders of one file a rank (mp_rank_XX_YYY)."""
+"""Megatron-Core's checkpoints: torch_dist folders, and older ones of one file per rank."""
 
 from __future__ import annotations
 

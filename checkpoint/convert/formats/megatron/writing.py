@@ -1,4 +1,4 @@
-"""torch_dist folders of Megatron-Core: what its GPT model loads in any layout, and its optimizers by name."""
+"""torch_dist folders of Megatron-Core, which its GPT model loads in any layout."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _VALUES = {
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A folder with a tracker file and one iteration: "release" where there is no optimizer's state.
+    """A tracker file and one iteration, named "release" where there is no optimizer state.
 
     The state is for the distributed optimizer unless the value `distributed_optimizer` is 0.
 
@@ -139,14 +139,14 @@ def choose_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) 
     missing = [t.name for t, _ in kept if t.kind == "weight" and t.name not in trained]
     if trained and missing:
         raise CheckpointError(
-            f"{catalog.root} has moments of some weights, and none of {missing[0]}; Megatron's optimizers "
-            "keep them of every weight. Convert it to hf first, which leaves them out"
+            f"{catalog.root} has moments of some weights, and none of {missing[0]}; Megatron's "
+            "optimizers keep them of every weight. Convert it to hf first, which leaves them out"
         )
     return kept
 
 
 def _kernel_states(tensors: Sequence[LogicalTensor]) -> Iterator[str]:
-    """Keys of what layers keep of their kernels, one a layer (and expert): Megatron asks for them all.
+    """Keys of the kernels' extra state, one per layer (and expert): Megatron asks for all of them.
 
     They hold nothing where there is no FP8; Transformer Engine has them for its attention too.
     """
@@ -232,7 +232,7 @@ def beside_tensors(
 
 
 def scheduler_state(catalog: Catalog, samples: int) -> dict[str, Any]:
-    """The state of Megatron's OptimizerParamScheduler: the source's, or made from its run's configuration.
+    """The state of Megatron's schedule (learning rate, weight decay): the source's or the run's.
 
     Raises:
         CheckpointError: the run's schedule has no counterpart in Megatron.
@@ -276,8 +276,8 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
     kept = [dict(group) for group in catalog.scalars.get(NAME, {}).get("param_groups") or ()]
     if any(group.get("default_config") is False or group.get("is_decoupled_lr") for group in kept):
         catalog.left_out["param_groups"] = (
-            "those with a learning rate of their own; parameters are written in two groups, with weight "
-            "decay and without"
+            "those with a learning rate of their own; parameters are written in two groups, with "
+            "weight decay and without"
         )
     config = catalog.config.get("optimizer", {})
     decay, rate = config.get("weight_decay", _DECAY), config.get("lr", _RATE)
@@ -311,7 +311,10 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
 
 
 def _torch_optimizer(catalog: Catalog, *, counted: bool) -> dict[str, Any]:
-    """What torch's optimizer keeps beside tensors; `counted`: steps are given to each parameter too."""
+    """What torch's optimizer keeps beside tensors.
+
+    `counted`: steps are given to each parameter too.
+    """
     return {
         "param_groups": parameter_groups(catalog),
         "state": {"common_step": optimizer_step(catalog)} if counted else {},

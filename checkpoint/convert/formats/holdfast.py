@@ -34,6 +34,7 @@ from holdfast.checkpoint.format import (
     Manifest,
     SavedTensor,
     SaveFacts,
+    WritePlan,
     build_manifest,
     encode_manifest,
     header_of,
@@ -125,40 +126,46 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         for c in planned
         if c.length
     ]
-    made = [number for number, piece in enumerate(planned) if piece.length]
 
     def finish(folder: Path, checksums: Sequence[int]) -> None:
-        crcs = [0] * len(planned)
-        for number, crc in zip(made, checksums, strict=True):
-            crcs[number] = crc
-        by_place = {(c.file, c.offset, c.name): crc for c, crc in zip(planned, crcs, strict=True)}
+        made = iter(checksums)
+        crcs = {(c.file, c.offset, c.name): next(made) if c.length else 0 for c in planned}
         by_rank = {
-            rank: [by_place[c.file, c.offset, c.name] for c in layout.written_by(rank)]
+            rank: [crcs[c.file, c.offset, c.name] for c in layout.written_by(rank)]
             for rank in writers
         }
-        id = uuid.uuid4().hex
-        headers: dict[str, int] = {}
-        for file in layout.files:
-            content, headers[file.name] = header_of(layout, file, by_rank, id=id, step=catalog.step)
-            with (folder / file.name).open("r+b") as opened:
-                opened.write(content)
-        facts = SaveFacts(
-            id=id,
-            step=catalog.step,
-            created=time.time(),
-            versions={"holdfast": version("holdfast"), "torch": version("torch")},
-            scalars={"step": catalog.step, **catalog.scalars},
-            config=catalog.config,
-        )
-        small_files = files_for(catalog, typed)
-        manifest, small = build_manifest(layout, by_rank, headers, facts, small_files)
-        for name, content in small.items():
-            write_synced(folder / name, content)
-        write_synced(folder / MANIFEST, encode_manifest(manifest))
+        _write_metadata(folder, layout, by_rank, catalog, files_for(catalog, typed))
 
-    return Output(
-        {file.name: file.bytes for file in layout.files},
-        units,
-        finish,
-        typed,
+    return Output({file.name: file.bytes for file in layout.files}, units, finish, typed)
+
+
+def _write_metadata(
+    folder: Path,
+    layout: WritePlan,
+    checksums: dict[int, list[int]],
+    catalog: Catalog,
+    extra_files: dict[str, bytes],
+) -> None:
+    """Write headers, small files and the manifest of a checkpoint whose tensors are written.
+
+    Args:
+        checksums: by rank, of the pieces that it was to write, in their order.
+    """
+    id = uuid.uuid4().hex
+    headers: dict[str, int] = {}
+    for file in layout.files:
+        content, headers[file.name] = header_of(layout, file, checksums, id=id, step=catalog.step)
+        with (folder / file.name).open("r+b") as opened:
+            opened.write(content)
+    facts = SaveFacts(
+        id=id,
+        step=catalog.step,
+        created=time.time(),
+        versions={"holdfast": version("holdfast"), "torch": version("torch")},
+        scalars={"step": catalog.step, **catalog.scalars},
+        config=catalog.config,
     )
+    manifest, small = build_manifest(layout, checksums, headers, facts, extra_files)
+    for name, content in small.items():
+        write_synced(folder / name, content)
+    write_synced(folder / MANIFEST, encode_manifest(manifest))

@@ -139,18 +139,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     for tensor in catalog.tensors:
         if tensor.kind not in ("weight", "master", "buffer", "tensor"):
             catalog.left_out[tensor.full_name] = "Hugging Face folders hold weights only"
-    shelves: list[list[tuple[LogicalTensor, str]]] = []
-    size = LARGEST_FILE_BYTES + 1
-    for tensor, out in chosen:
-        length = _bytes(tensor, out)
-        if size + length > LARGEST_FILE_BYTES:
-            shelves.append([])
-            size = 0
-        shelves[-1].append((tensor, out))
-        size += length
-    for shelf in shelves:
-        # Wide types first: each tensor then begins at a multiple of its element's size.
-        shelf.sort(key=lambda item: -ELEMENT_BYTES[item[1]])
+    shelves = _shelves(chosen)
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}
     units: list[Unit] = []
@@ -175,6 +164,23 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             write_synced(folder / INDEX, _index(shelves, list(files)))
 
     return Output(files, units, finish, chosen)
+
+
+def _shelves(chosen: Sequence[tuple[LogicalTensor, str]]) -> list[list[tuple[LogicalTensor, str]]]:
+    """The tensors of each file, in their order there."""
+    shelves: list[list[tuple[LogicalTensor, str]]] = []
+    size = LARGEST_FILE_BYTES + 1
+    for tensor, out in chosen:
+        length = _bytes(tensor, out)
+        if size + length > LARGEST_FILE_BYTES:
+            shelves.append([])
+            size = 0
+        shelves[-1].append((tensor, out))
+        size += length
+    for shelf in shelves:
+        # Wide types first: each tensor then begins at a multiple of its element's size.
+        shelf.sort(key=lambda item: -ELEMENT_BYTES[item[1]])
+    return shelves
 
 
 def _index(shelves: Sequence[Sequence[tuple[LogicalTensor, str]]], files: list[str]) -> bytes:

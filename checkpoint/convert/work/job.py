@@ -28,7 +28,7 @@ from holdfast.checkpoint.convert.work.request import (
     prepare,
 )
 from holdfast.checkpoint.convert.work.sampling import compare_sample
-from holdfast.checkpoint.convert.work.worker import do_share
+from holdfast.checkpoint.convert.work.worker import Share, do_share
 from holdfast.checkpoint.stores import free_bytes, sync
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
 
@@ -114,7 +114,8 @@ def _lead(
         if workers > 1:
             _share_among_processes(asked, prepared, journal, done, workers, progress)
         else:
-            _do(asked, prepared, journal, done, 0, world, 1, _adder(progress, prepared.total))
+            share = Share(0, world, asked.memory_bytes)
+            do_share(prepared, journal, done, share, _adder(progress, prepared.total))
             _await_others(prepared, journal, progress)
         ended = journal.read()
         EntryChecks(prepared.catalog.root, prepared.catalog.records).add(ended.parts)
@@ -176,30 +177,6 @@ def _make_room(asked: Conversion, prepared: Prepared, journal: ConversionJournal
             file.truncate(size)
 
 
-def _do(
-    asked: Conversion,
-    prepared: Prepared,
-    journal: ConversionJournal,
-    done: Done,
-    rank: int,
-    world: int,
-    sharing: int,
-    progress: Callable[[int], None],
-) -> None:
-    memory = asked.memory_bytes // sharing
-    do_share(
-        prepared.catalog,
-        prepared.output,
-        journal.partial,
-        journal,
-        done,
-        rank,
-        world,
-        memory,
-        progress,
-    )
-
-
 def _adder(progress: Progress, total: int) -> Callable[[int], None]:
     done = 0
 
@@ -218,7 +195,8 @@ def _follow(asked: Conversion, rank: int, world: int) -> None:
     while not _ready(prepared, journal):
         time.sleep(_POLL_S)
     try:
-        _do(asked, prepared, journal, journal.read(), rank, world, 1, lambda nbytes: None)
+        share = Share(rank, world, asked.memory_bytes)
+        do_share(prepared, journal, journal.read(), share, lambda nbytes: None)
     except HoldfastError as error:
         journal.fail(str(error))
         raise
@@ -310,7 +288,7 @@ def _work(
 
     try:
         prepared, done = inherited or (prepare(asked), journal.read())
-        _do(asked, prepared, journal, done, rank, world, world, add)
+        do_share(prepared, journal, done, Share(rank, world, asked.memory_bytes // world), add)
     except HoldfastError as error:
         journal.fail(str(error))
         os._exit(1)

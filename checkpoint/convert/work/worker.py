@@ -6,8 +6,8 @@ Local.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from holdfast.checkpoint.convert.sources import (
     Sums,
 )
 from holdfast.checkpoint.convert.work.journal import ConversionJournal, Done
+from holdfast.checkpoint.convert.work.request import Prepared
 from holdfast.checkpoint.convert.work.write_verifier import MEMORY_BYTES, WriteVerifier
 from holdfast.parallel.errors import CheckpointError
 
@@ -33,20 +34,25 @@ under way."""
 _READ_BYTES = 8 << 20
 
 
-def share_of(count: int, rank: int, world: int) -> Iterator[int]:
-    """The numbers of the units that a worker does."""
-    return (i for i in range(count) if i // UNITS_IN_A_ROW % world == rank)
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of a conversion a worker does, and how much memory it may take."""
+
+    rank: int
+    world: int
+    memory_bytes: int
+    """For tensors under way in this worker."""
+
+    def of(self, count: int) -> list[int]:
+        """The numbers of this worker's units, of `count`."""
+        return [i for i in range(count) if i // UNITS_IN_A_ROW % self.world == self.rank]
 
 
 def do_share(
-    catalog: Catalog,
-    output: Output,
-    partial: Path,
+    prepared: Prepared,
     journal: ConversionJournal,
     done: Done,
-    rank: int,
-    world: int,
-    memory_bytes: int,
+    share: Share,
     progress: Callable[[int], None],
 ) -> None:
     """Do what is left of one worker's share.
@@ -59,8 +65,9 @@ def do_share(
             written.
         DamagedEntry: the former, and the next attempt starts over.
     """
-    mine = list(share_of(len(output.units), rank, world))
-    _check_source(catalog, output, rank, world)
+    catalog, output = prepared.catalog, prepared.output
+    mine = share.of(len(output.units))
+    _check_source(catalog, output, share)
     open_units = [(i, output.units[i]) for i in mine if i not in done.checksums]
     progress(sum(output.units[i].bytes for i in mine if i in done.checksums))
     pending: dict[int, Sums] = {}
@@ -69,12 +76,12 @@ def do_share(
     entries = EntryChecks(catalog.root, catalog.records)
     try:
         with (
-            WriteVerifier(partial, output, journal) as verifier,
+            WriteVerifier(journal.partial, output, journal) as verifier,
             Engine(
                 catalog.root,
-                partial,
+                journal.partial,
                 checksum=output.checksum,
-                memory_bytes=max(0, memory_bytes - MEMORY_BYTES),
+                memory_bytes=max(0, share.memory_bytes - MEMORY_BYTES),
                 checks=catalog.checks,
                 entries=entries,
             ) as engine,
@@ -101,18 +108,42 @@ def do_share(
     journal.record(verified=[*unseen, *(i for i, _ in open_units)], parts=entries.rest())
 
 
-def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> None:
-    """Check what of the source has checksums and is not read just as these were made."""
+def _check_source(catalog: Catalog, output: Output, share: Share) -> None:
+    """Check the source's checksums that reading units does not check: this worker's share."""
     if not catalog.checks:
         return
-    seen: set[tuple[str, int, int]] = set()
-    needed: set[tuple[str, int, int]] = set()
+    unread = sorted(_named(catalog, output) - _read_whole(output))
+    for file, offset, length in unread[share.rank :: share.world]:
+        crc = 0
+        with (catalog.root / file).open("rb") as opened:
+            for position in range(offset, offset + length, _READ_BYTES):
+                count = min(_READ_BYTES, offset + length - position)
+                part = np.frombuffer(
+                    bytearray(os.pread(opened.fileno(), count, position)), np.uint8
+                )
+                crc = _native.crc32c(part.ctypes.data, part.size, crc)
+        if crc != catalog.checks[file, offset, length]:
+            raise CheckpointError(
+                f"{catalog.root / file} is damaged: the chunk at byte {offset} has checksum "
+                f"{crc:08x}, not {catalog.checks[file, offset, length]:08x}"
+            )
+
+
+def _named(catalog: Catalog, output: Output) -> set[tuple[str, int, int]]:
+    """The ranges with checksums (file, byte, length) that tensors of the output begin in."""
     starts = {(file, offset): (file, offset, length) for file, offset, length in catalog.checks}
-    for tensor, _ in output.expected:
-        for piece in tensor.pieces:
-            for location in piece.locations:
-                if (location.file, location.offset) in starts:
-                    needed.add(starts[location.file, location.offset])
+    return {
+        starts[location.file, location.offset]
+        for tensor, _ in output.expected
+        for piece in tensor.pieces
+        for location in piece.locations
+        if (location.file, location.offset) in starts
+    }
+
+
+def _read_whole(output: Output) -> set[tuple[str, int, int]]:
+    """The ranges that units read in one request, and so check where they have a checksum."""
+    found: set[tuple[str, int, int]] = set()
     for unit in output.units:
         size = unit.tensor.element_bytes
         for piece in unit.tensor.within(unit.box):
@@ -120,20 +151,5 @@ def _check_source(catalog: Catalog, output: Output, rank: int, world: int) -> No
                 region = region_of(location, piece.box.shape, size, SLOT_BYTES)
                 if len(region.requests) == 1:
                     [(offset, _, length)] = region.requests
-                    seen.add((location.file, offset, length))
-    for file, offset, length in sorted(needed - seen)[rank::world]:
-        crc = 0
-        with (catalog.root / file).open("rb") as opened:
-            for position in range(offset, offset + length, _READ_BYTES):
-                content = bytearray(
-                    os.pread(
-                        opened.fileno(), min(_READ_BYTES, offset + length - position), position
-                    )
-                )
-                part = np.frombuffer(content, np.uint8)
-                crc = _native.crc32c(part.ctypes.data, part.size, crc)
-        if crc != catalog.checks[file, offset, length]:
-            raise CheckpointError(
-                f"{catalog.root / file} is damaged: the chunk at byte {offset} has checksum "
-                f"{crc:08x}, not {catalog.checks[file, offset, length]:08x}"
-            )
+                    found.add((location.file, offset, length))
+    return found

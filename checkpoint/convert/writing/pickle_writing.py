@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import struct
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 
@@ -71,53 +72,59 @@ def write_pickle(value: Any) -> bytes:
 
 
 def _write(value: Any, parts: list[bytes]) -> None:
+    """Append the opcodes that leave `value` on the stack of an unpickler."""
+    plain = _plain(value)
+    if plain:
+        parts.append(plain)
+        return
     match value:
-        case None:
-            parts.append(b"N")
-        case bool():
-            parts.append(b"\x88" if value else b"\x89")
-        case int():
-            parts.append(_integer(value))
-        case float():
-            parts.append(b"G" + struct.pack(">d", value))
-        case str():
-            text = value.encode("utf-8", "surrogatepass")
-            parts.append(b"X" + struct.pack("<I", len(text)) + text)
-        case Named(module=module, name=name):
-            parts.append(f"c{module}\n{name}\n".encode())
         case tuple():
-            parts.append(b"(")
-            for item in value:
-                _write(item, parts)
-            parts.append(b"t")
+            _write_items(b"(", value, b"t", parts)
         case list():
-            parts.append(b"](")
-            for item in value:
-                _write(item, parts)
-            parts.append(b"e")
-        case Mapping() | Pairs():
-            parts.append(b"}(")
-            for key, item in value.items if isinstance(value, Pairs) else value.items():
-                _write(key, parts)
-                _write(item, parts)
-            parts.append(b"u")
+            _write_items(b"](", value, b"e", parts)
+        case Pairs():
+            _write_items(b"}(", chain.from_iterable(value.items), b"u", parts)
+        case Mapping():
+            _write_items(b"}(", chain.from_iterable(value.items()), b"u", parts)
         case Call(function=function, arguments=arguments):
-            _write(function, parts)
-            _write(arguments, parts)
-            parts.append(b"R")
+            _write_items(b"", (function, arguments), b"R", parts)
+        case Instance(type=kind, state=None):
+            _write_items(b"", (kind,), b")\x81", parts)
         case Instance(type=kind, state=state):
-            _write(kind, parts)
-            parts.append(b")\x81")
-            if state is not None:
-                _write(state, parts)
-                parts.append(b"b")
+            _write_items(b"", (kind,), b")\x81", parts)
+            _write_items(b"", (state,), b"b", parts)
         case Namespace():
             _write(Instance(Named("argparse", "Namespace"), vars(value)), parts)
         case Persistent(id=id):
-            _write(id, parts)
-            parts.append(b"Q")
+            _write_items(b"", (id,), b"Q", parts)
         case _:
             raise TypeError(f"{type(value).__name__} cannot be written to a file of torch")
+
+
+def _write_items(before: bytes, items: Iterable[Any], after: bytes, parts: list[bytes]) -> None:
+    parts.append(before)
+    for item in items:
+        _write(item, parts)
+    parts.append(after)
+
+
+def _plain(value: Any) -> bytes:
+    """The opcodes of a value without parts; empty for any other."""
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return _integer(value)
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            text = value.encode("utf-8", "surrogatepass")
+            return b"X" + struct.pack("<I", len(text)) + text
+        case Named(module=module, name=name):
+            return f"c{module}\n{name}\n".encode()
+    return b""
 
 
 def _integer(value: int) -> bytes:

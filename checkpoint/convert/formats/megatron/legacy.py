@@ -66,47 +66,30 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             moments of some weights only, or something that cannot be cut into as many equal parts.
         ConfigError: the source does not tell a size of the model, or a value is out of its range.
     """
-    tensor, pipeline, virtual = (
-        _count(options.values, name) for name in ("tensor", "pipeline", "virtual")
-    )
-    if virtual > 1 and pipeline == 1:
-        raise ConfigError(f"{_WHERE}: --value virtual={virtual} needs --value pipeline=2 or more")
-    form = _FORMS.get(options.values.get("transformer_engine", 1))
-    if form is None:
-        raise ConfigError(
-            f"{_WHERE}: --value transformer_engine is 1 (its layers) or 0 (local ones)"
-        )
+    layout = _layout(options.values)
     typed = choose_states(catalog, options, all_copies=False)
     book = builtin_rules(RULES)
     weights = {item.name: item for item, _ in typed if item.kind == "weight"}
-    arguments, values = find_arguments(catalog, book, options.values, weights, shards=tensor)
+    arguments, values = find_arguments(catalog, book, options.values, weights, shards=layout.tensor)
     tied = "lm_head.weight" not in weights
-    told = {
-        **arguments,
-        "tensor_model_parallel_size": tensor,
-        "pipeline_model_parallel_size": pipeline,
-        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
-        "untie_embeddings_and_output_weights": not tied,
-        "transformer_impl": "transformer_engine" if form == "te" else "local",
-        "use_distributed_optimizer": False,
-    }
-    model = _model(map_back(book, typed, values, _WHERE, form=form, shards=tensor), book)
+    told = {**arguments, **layout.arguments(), "untie_embeddings_and_output_weights": not tied}
+    joined = map_back(book, typed, values, _WHERE, form=layout.form, shards=layout.tensor)
+    model = _model(joined, book)
     trained = any(kind == "exp_avg" for kind, _ in model)
     common = beside_tensors(catalog, told, trained=trained)
-    keeping = _keeping(catalog, told, form) if trained else None
-    chunks = _chunks(model, pipeline, virtual, tied=tied)
+    keeping = _keeping(catalog, told, layout.form) if trained else None
+    chunks = _chunks(model, layout.pipeline, layout.virtual, tied=tied)
     root = f"iter_{catalog.step:07d}" if trained else "release"
     folder = TorchFolder()
-    for index in range(tensor):
+    for index in range(layout.tensor):
         for stage, members in enumerate(chunks):
-            rank = _Rank(model, index, tensor)
-            content = {**common, **_chunk_states(rank, members, kernels=form == "te")}
+            rank = _Rank(model, index, layout.tensor)
+            content = {**common, **_chunk_states(rank, members, kernels=layout.form == "te")}
             if keeping is not None:
-                content["optimizer"] = _optimizer(
-                    rank, [one for names in members for one in names], keeping
-                )
-            place = f"mp_rank_{index:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
-            folder.add(f"{root}/{place}/model_optim_rng.pt", content, rank.tensors)
+                parameters = [one for names in members for one in names]
+                content["optimizer"] = _optimizer(rank, parameters, keeping)
+            name = f"mp_rank_{index:02d}" + (f"_{stage:03d}" if layout.pipeline > 1 else "")
+            folder.add(f"{root}/{name}/model_optim_rng.pt", content, rank.tensors)
     files = files_for(catalog, typed)
 
     def finish(target: Path, checksums: Sequence[int]) -> None:
@@ -117,6 +100,39 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         write_synced(target / MEGATRON_TRACKER, tracked.encode())
 
     return Output(folder.sizes, folder.units, finish, typed, "crc32")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The ranks that are written for, and the form of their layers."""
+
+    tensor: int
+    pipeline: int
+    virtual: int
+    """Model chunks of each stage."""
+    form: str
+
+    def arguments(self) -> dict[str, Any]:
+        """What Megatron's arguments say of it."""
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "virtual_pipeline_model_parallel_size": self.virtual if self.virtual > 1 else None,
+            "transformer_impl": "transformer_engine" if self.form == "te" else "local",
+            "use_distributed_optimizer": False,
+        }
+
+
+def _layout(values: Mapping[str, int]) -> _Layout:
+    tensor, pipeline, virtual = (_count(values, name) for name in ("tensor", "pipeline", "virtual"))
+    if virtual > 1 and pipeline == 1:
+        raise ConfigError(f"{_WHERE}: --value virtual={virtual} needs --value pipeline=2 or more")
+    form = _FORMS.get(values.get("transformer_engine", 1))
+    if form is None:
+        raise ConfigError(
+            f"{_WHERE}: --value transformer_engine is 1 (its layers) or 0 (local ones)"
+        )
+    return _Layout(tensor, pipeline, virtual, form)
 
 
 def _count(values: Mapping[str, int], name: str) -> int:

@@ -1,7 +1,7 @@
 """The fork server: a process that stays single-threaded and forks workers at any time.
 
 The agent has threads (a store, a Lighthouse, watches), and a fork of a process with threads may
-copy a lock that nobody will ever release. So the agent forks this process before it starts any, and
+copy a lock that is never released. So the agent forks this process before it starts any, and
 asks it for workers. Agent, fork server and workers are a chain in which each dies with the one
 before it (PR_SET_PDEATHSIG).
 """

@@ -15,7 +15,10 @@ from holdfast.launch.agent.restarts import RestartPolicy
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What an agent is to do."""
+    """What an agent does, and for which ranks.
+
+    A flat table of seventeen values: each is given by name, and none is derived.
+    """
 
     membership: MembershipSettings
     """`lighthouse` may be empty: the agent then hosts one."""

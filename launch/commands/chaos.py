@@ -61,65 +61,71 @@ def _is_of_holdfast(pid: int) -> bool:
     return False
 
 
-def inject(
-    run: RunDirectory, worker: Worker, kind: str, step: int, phase: str, seconds: float
-) -> Fault:
-    """Cause one fault in one worker, or ask the worker for it; returns what was caused.
+@dataclass(frozen=True, slots=True)
+class FaultRequest:
+    """The faults that a person asks for."""
 
-    Args:
-        step: 0 for at once.
-    """
+    kind: str
+    rank: int | None
+    """None: a random one each time."""
+    step: int
+    """At which the worker causes it, counted from 1; 0: at once."""
+    phase: str
+    seconds: float
+    """How long the fault lasts, or how much slower the worker becomes."""
+    every_s: float
+    """Between two faults, about."""
+    count: int
+    """0: until the run ends."""
+    seed: int
+    """Of what is chosen at random; 0: another one each time."""
+
+
+def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
+    """Cause one fault in one worker, or ask the worker for it; returns what was caused."""
     from holdfast.elastic.faults import ask_for, fault_from_data
 
-    at = step or last_step(run.metrics) + _SOON_STEPS
+    at = request.step or last_step(run.metrics) + _SOON_STEPS
     fault = fault_from_data(
         {
-            "fault": kind,
+            "fault": request.kind,
             "rank": worker.rank,
             "step": at,
-            "phase": phase,
-            "seconds": seconds,
+            "phase": request.phase,
+            "seconds": request.seconds,
             "incarnation": worker.incarnation,
         }
     )
-    number = _SIGNALS.get(kind)
-    if step or number is None:
+    number = _SIGNALS.get(request.kind)
+    if request.step or number is None:
         ask_for(run.chaos, fault)
         return fault
-    append_event(run.events, "fault_injected", fault=kind, rank=worker.rank, pid=worker.pid)
+    append_event(run.events, "fault_injected", fault=request.kind, rank=worker.rank, pid=worker.pid)
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker.pid, number)
     return fault
 
 
-def faults(
-    run: RunDirectory,
-    kind: str,
-    rank: int | None,
-    step: int,
-    phase: str,
-    seconds: float,
-    every_s: float,
-    count: int,
-    seed: int,
-) -> Iterator[Fault]:
+def faults(run: RunDirectory, request: FaultRequest) -> Iterator[Fault]:
     """Cause one fault, or one about every `every_s` seconds up to `count` or the end of the run."""
-    rng = random.Random(seed or None)
+    rng = random.Random(request.seed or None)
     caused = 0
-    while count == 0 or caused < count:
+    while request.count == 0 or caused < request.count:
         living = living_workers(run)
         if not living:
             if caused:
                 return
             raise ConfigError(f"no worker of {run.root} lives on this machine")
-        found = [worker for worker in living if rank in (None, worker.rank)]
+        found = [worker for worker in living if request.rank in (None, worker.rank)]
         if found:
-            yield inject(run, rng.choice(found), kind, step, phase, seconds)
+            yield inject(run, rng.choice(found), request)
             caused += 1
-        elif not every_s:
-            raise ConfigError(f"rank {rank} of {run.root} has no worker on this machine now")
-        if count == 0 or caused < count:
-            time.sleep(every_s * rng.uniform(0.5, 1.5))
+        elif not request.every_s:
+            raise ConfigError(
+                f"rank {request.rank} of {run.root} has no worker on this machine now"
+            )
+        if request.count == 0 or caused < request.count:
+            time.sleep(request.every_s * rng.uniform(0.5, 1.5))
 
 
 def chaos(
@@ -138,6 +144,7 @@ def chaos(
     if count != 1 and not every:
         raise ConfigError(f"--count {count} needs --every SECONDS")
     chosen = None if rank < 0 else rank
-    for caused in faults(run, fault, chosen, step, phase, seconds, every, count, seed):
+    request = FaultRequest(fault, chosen, step, phase, seconds, every, count, seed)
+    for caused in faults(run, request):
         when = f" at step {caused.step}, {caused.phase}" if step or fault not in _SIGNALS else ""
         typer.echo(f"{caused.fault}: rank {caused.rank}{when}")

@@ -15,9 +15,11 @@ class OpenFiles:
     def __init__(
         self, root: Path, open: Callable[[str], int], close: Callable[[int], None]
     ) -> None:
-        """Args:
-        open: gives the number of the file at a path.
-        close: is given such a number.
+        """Start with no file open.
+
+        Args:
+            open: gives the number of the file at a path.
+            close: is given such a number.
         """
         self._root, self._open, self._close = root, open, close
         self._files: dict[str, int] = {}

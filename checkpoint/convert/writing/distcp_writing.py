@@ -61,14 +61,13 @@ class _Item:
 
 
 class DistcpFolder:
-    """Collects what a folder is to hold.
-
-    A tensor's bytes are written by somebody else, in place.
-    """
+    """Collects the content of a folder; the bytes of tensors are written later, in place."""
 
     def __init__(self, folder: str = "") -> None:
-        """Args:
-        folder: inside of the output; "" for the output itself.
+        """Start an empty folder.
+
+        Args:
+            folder: inside of the output; "" for the output itself.
         """
         self._folder = Path(folder)
         self._items: list[_Item] = []

@@ -31,7 +31,7 @@ class _File:
 
 
 class TorchFolder:
-    """Collects the files of an output; a tensor's bytes are written by somebody else, in place."""
+    """Collects the files of an output; the bytes of tensors are written later, in place."""
 
     def __init__(self) -> None:
         self.files: list[_File] = []

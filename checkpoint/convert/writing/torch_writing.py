@@ -1,7 +1,7 @@
 """Files as torch.save writes them, laid out first, so that tensors are written in place.
 
 A file is a zip archive without compression: a pickle of everything but the tensors' bytes, and a
-record for each storage at a multiple of 64 bytes. Local; tensors are written by somebody else.
+record for each storage at a multiple of 64 bytes. Local; the bytes of tensors are written later.
 """
 
 from __future__ import annotations

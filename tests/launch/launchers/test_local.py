@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -41,7 +40,7 @@ def test_workers_that_were_told_to_end_have_their_time_though_one_has_ended(
 ) -> None:
     def happen(now_s: float) -> None:
         if not system.codes:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             system.codes[11] = 3
 
     system = FakeSystem(on_wait=happen)
@@ -58,7 +57,7 @@ def test_workers_that_were_told_to_end_have_their_time_though_one_has_ended(
 def test_sigusr1_reaches_the_workers_and_ends_none() -> None:
     def happen(now_s: float) -> None:
         if len(system.waited_s) == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
         if now_s > 100.0:
             system.codes = {11: 0, 12: 0, 13: 0}
 

@@ -26,7 +26,7 @@ class Memory:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated()
         offloader = self._training.offloader
-        store = None if offloader is None else offloader._store
+        store = None if offloader is None else offloader._room.store
         read = store.memory.room_bytes if isinstance(store, DiskStore) else 0
         found = _mallinfo()
         return found.uordblks + found.hblkhd + read

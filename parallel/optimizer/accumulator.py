@@ -1,8 +1,8 @@
-"""Where every micro-batch's gradients are added: integers in exact mode, floats in fast mode.
+"""Gradient sums over micro-batches: integers in exact mode, floats in fast mode.
 
-Exact mode adds round(g * 2**fraction_bits) to an int64 accumulator; integer addition is associative, so
-the sum does not depend on which rank computed which micro-batch, nor on the order. Fast mode adds
-in the gradient's accumulation dtype, in the order of computation.
+Exact mode adds round(g * 2**fraction_bits) to an int64 accumulator; integer addition is
+associative, so the sum does not depend on which rank computed which micro-batch, nor on the order.
+Fast mode adds in the gradient's accumulation dtype, in the order of computation.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class GradientAccumulator:
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
         self.flags = 0
         self.skipped: frozenset[nn.Parameter] = frozenset()
-        """Parameters whose gradients are not added: those of the micro-batch at hand are counted already."""
+        """Parameters whose gradients of the micro-batch at hand are not added again."""
         self.micro_batch = -1
-        """Whose gradients are being added."""
+        """The micro-batch whose gradients are being added."""
         self.included: dict[nn.Parameter, set[int]] = {}
         """The micro-batches whose gradients have been added since `clear`."""
         self._device_flags: Tensor | None = None
@@ -133,7 +133,7 @@ class GradientAccumulator:
             self._views[parameter].add_(gradient)
 
     def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
-        """Add grad_output.T @ value: float[tokens, out] and float[tokens, in] of the parameter's dtype."""
+        """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype."""
         if parameter in self.skipped:
             return
         self._include(parameter)

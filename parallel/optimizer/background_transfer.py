@@ -1,10 +1,10 @@
-"""State that goes to ranks beside the steps: at its pace, and at every vote none of it is under way.
+"""Background transfer of optimizer state to joining ranks, paused at every commit vote.
 
-Between two updates state stands still, so that it can be read while gradients are computed. From the beginning of
-a step until its vote a thread sends what belongs to that state; what is left follows after the next update. A rank
-enters the vote only when it has sent, or taken in, all that was begun: whoever has a block then has it as all
-others have it, and follows its updates as a shadow does. Blocks that have not come yet are updated in vain, and
-written over when they come. Exact-mode safe.
+Between two updates state stands still, so that it can be read while gradients are computed. From
+the beginning of a step until its vote a thread sends blocks; what is left follows after the next
+update. A rank enters the vote only when it has sent, or taken in, all that was begun. A rank that
+has a block has it as its owner has it, and follows its updates as a shadow does. Blocks that have
+not come yet are updated in vain, and written over when they come. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WINDOW = 2
 
 
 def in_turn(block_transfers: Sequence[BlockTransfer]) -> list[BlockTransfer]:
-    """The same transfers, those of all pairs of ranks by turns, so that nobody waits for long. Pure."""
+    """The same transfers, by turns over pairs of ranks, so that no rank waits for long. Pure."""
     before: Counter[tuple[int, int]] = Counter()
     places = []
     for transfer in block_transfers:
@@ -36,9 +36,9 @@ def in_turn(block_transfers: Sequence[BlockTransfer]) -> list[BlockTransfer]:
 
 
 class BackgroundTransfer:
-    """One rank's part in giving ranks state beside the steps.
+    """One rank's part in a background transfer.
 
-    `start` and `pause` are called by its training thread, in turns, `pause` by all ranks in the same step.
+    The training thread calls `start` and `pause` in turns; all ranks call `pause` in the same step.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class BackgroundTransfer:
         """Local.
 
         Args:
-            block_transfers: of all ranks, equal on all; every rank goes through its own in the order of `in_turn`, so
-                that none waits in a circle.
+            block_transfers: of all ranks, equal on all. Every rank goes through its own in the
+                order of `in_turn`, so that none waits in a circle.
             comm: carries CPU tensors; used by nothing else.
             read: a held block's state.
             write: takes in a block's state, in CPU memory that is not used again.
@@ -71,9 +71,9 @@ class BackgroundTransfer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.required: bool | None = None
-        """Where a run is repeated, whether it must be over at the next vote; None: as it comes."""
+        """Where a run is repeated: whether the transfer must end at the next vote; else None."""
         self.may_end: Callable[[], bool] = lambda: True
-        """Asked at the vote when all is there: whether the plan for which this is done could be agreed on."""
+        """Asked at the vote when all has arrived: whether ranks can agree on the next plan."""
 
     def start(self, begun: Callable[[], None] = lambda: None) -> None:
         """State stands still from now on until `pause` has returned. Local; does not wait.
@@ -89,9 +89,9 @@ class BackgroundTransfer:
             self._thread.start()
 
     def pause(self) -> bool:
-        """Wait until nothing is under way; whether the next plan may come as far as this rank is concerned.
+        """Wait until nothing is under way; returns whether this rank is ready for the next plan.
 
-        It may when this rank has sent, or has got, all it was to.
+        It is when it has sent, and has received, all of its transfers.
 
         Raises:
             PeerLost: a peer is gone, or what it sent arrived damaged.
@@ -120,7 +120,7 @@ class BackgroundTransfer:
             self._error = error
 
     def _go_on(self, begun: Callable[[], None]) -> None:
-        """Send and receive until all is done, or paused: at least one transfer of every pair of ranks."""
+        """Send and receive until done or paused: at least one transfer of each pair of ranks."""
         done: set[int] = set()
         advanced: set[int] = set()
         paused: set[int] = set()

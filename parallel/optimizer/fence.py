@@ -30,7 +30,7 @@ class BlockNumbers:
     owned: int
 
     def of_owned(self, position: int) -> int:
-        """The number of the owned block at a position; of the position past the last: of all blocks."""
+        """The number of the owned block at a position; past the last: the number of all blocks."""
         return self.shadowed + position
 
     def fence_of_owned(self, fence: Fence) -> Fence:

@@ -64,7 +64,8 @@ class OwnedState:
     ) -> OwnedState | None:
         """The same tensors for the next plan, if it has the same blocks in the same buffer.
 
-        The step counter is a copy, so that this state stays as it is until the next plan is in force.
+        The step counter is a copy, so that this state stays as it is until the next plan is in
+        force.
         """
         if buffer is not self.buffer or blocks != self.blocks:
             return None

@@ -1,4 +1,4 @@
-"""One rank's parameters in one flat buffer, so that runs of blocks travel without packing."""
+"""One rank's parameters in one flat buffer, so that spans of blocks travel without packing."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Segment:
 class ParameterBuffer:
     """Moves a rank's parameters into one flat buffer; the modules keep working on views of it.
 
-    Every local parameter starts at a 64-byte boundary: torch's CPU matrix products differ in the last
-    bits for small shapes whose operands do not. Local; exact-mode safe.
+    Every local parameter starts at a 64-byte boundary: torch's CPU matrix products differ in the
+    last bits for small shapes whose operands do not. Local; exact-mode safe.
     """
 
     def __init__(
@@ -42,9 +42,12 @@ class ParameterBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Args:
-        rows: (layer index, table row, the local parameter that holds it), in layer then table order.
-        dtype, device: of the buffer of a rank that holds no parameter.
+        """Local.
+
+        Args:
+            rows: (layer index, table row, the local parameter that holds it), in layer then table
+                order.
+            dtype, device: of the buffer of a rank that holds no parameter.
         """
         self._place: dict[nn.Parameter, tuple[int, int]] = {}
         end = 0

@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class OwnedBlock:
-    """A block this rank owns, and where its values lie in the rank's flat buffers."""
+    """A block that this rank owns, at elements [start, stop) of its flat buffers."""
 
     block: Block
     segment: Segment
@@ -49,11 +49,11 @@ class ReductionPlan:
 
     owned: tuple[OwnedBlock, ...]
     outgoing: Mapping[int, tuple[Span, ...]]
-    """Owner rank -> spans of mine that it owns."""
+    """Owner rank -> spans here of blocks that it owns."""
     incoming: Mapping[int, tuple[Span, ...]]
-    """Contributor rank -> spans of what I own that it holds too."""
+    """Contributor rank -> spans here of owned blocks that it holds too."""
     tied: tuple[tuple[Span, Span], ...]
-    """(first use, second use) of tied weights that lie on this rank both."""
+    """(first use, second use) of tied weights where both lie on this rank."""
 
 
 def reduction_plan(plan: Plan, rank: int, buffer: ParameterBuffer) -> ReductionPlan:
@@ -139,7 +139,7 @@ def _pieces(span: Span) -> Iterator[Span]:
 
 
 def _from_next(peers: Mapping[int, tuple[Span, ...]], rank: int) -> list[int]:
-    """Peers in cyclic order from this rank on, so that not everybody sends to one rank at first."""
+    """Peers in cyclic order from this rank on, so that not all ranks send to one at first."""
     return sorted(peers, key=lambda peer: (peer <= rank, peer))
 
 
@@ -226,7 +226,7 @@ def reduce_to_owners(
 def gather_from_owners(
     reduction: ReductionPlan, values: Tensor, rank: int, comm: Communicator
 ) -> None:
-    """Bring every block's new value from its owner to all who hold it. Collective over holders."""
+    """Bring every block's new value from its owner to its holders. Collective over these."""
     receives = [
         comm.receive(values[span.start : span.stop], peer, GATHERING.tag(number))
         for peer in reversed(_from_next(reduction.outgoing, rank))

@@ -62,19 +62,20 @@ class OptimizerRule(Generic[S]):
     update_blocks: Callable[[Sequence[BlockUpdate], Tensor, float, S], None]
     """(blocks, number of this update as float32 scalar, counted from 1; learning rate; constants).
 
-    Changes the blocks in place. Elementwise, or at least independent of how blocks are grouped: owners
-    and shadows group them differently and must get the same bits. Local.
+    Changes the blocks in place. Elementwise, or at least independent of how blocks are grouped:
+    owners and shadows group them differently and must get the same bits. Local.
     """
     reference: Callable[[Sequence[tuple[list[nn.Parameter], bool]], S], torch.optim.Optimizer]
     """An independent implementation that `holdfast check` compares with.
 
-    From groups of (parameters, whether weight decay applies); the learning rate is set before each step.
+    From groups of (parameters, whether weight decay applies). The learning rate is set before each
+    step.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class StateFormat:
-    """The optimizer state that a run keeps: the kinds of a rule in the state type of a precision."""
+    """The optimizer state that a run keeps: the kinds of a rule, in the precision of the state."""
 
     rule: OptimizerRule[Any]
     precision: Precision
@@ -92,7 +93,7 @@ class StateFormat:
 
     @property
     def copies(self) -> int:
-        """Values per owned parameter in the memory of an optimizer: its reduced gradient and `saved`."""
+        """Values that an optimizer keeps per owned parameter: the reduced gradient and `saved`."""
         return 1 + len(self.saved)
 
     @property

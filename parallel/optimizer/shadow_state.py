@@ -1,9 +1,9 @@
-"""Shadows: copies of other ranks' optimizer blocks that follow every update, so that a rank can be lost.
+"""Shadows: copies of other ranks' optimizer blocks that follow every update.
 
-Owners send the reduced gradients of a step before its vote. A shadow then applies the same update to
-its copy, so it holds the state of the block after every step that is committed. Copies may lie in host
-memory: they are updated through a small buffer on the device, by the kernel that their owner uses.
-Exact-mode safe.
+With them a run survives the loss of a rank. Owners send the reduced gradients of a step before its
+vote. A shadow then applies the same update to its copy, so it holds the state of the block after
+every step that is committed. Copies may lie in host memory: they are updated through a small buffer
+on the device, by the kernel that their owner uses. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from holdfast.parallel.plan import BlockKey, Plan
 
 @dataclass(frozen=True, slots=True)
 class ShadowedBlock:
-    """A block that this rank follows, as a shadow or because it is to have it, and its place in flat buffers."""
+    """A block that this rank follows, as a shadow or before it becomes its owner."""
 
     key: BlockKey
     owner: int
     decays: bool
+    """Whether weight decay applies."""
     start: int
+    """The block is elements [start, stop) of the flat copies."""
     stop: int
 
 
 def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
-    """What a rank follows, by owner and block, so that what an owner sends lies together. Pure."""
+    """The blocks that a rank follows, by owner and block: each owner's lie together. Pure."""
     mine = sorted(
         (plan.owners[index][place], index, place)
         for followers in (plan.shadows, plan.incoming)
@@ -55,7 +57,7 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
 
 
 def shadow_spans(plan: Plan, owner: int) -> dict[int, tuple[Span, ...]]:
-    """Shadow rank -> stretches of an owner's flat gradients that it follows, in block order. Pure."""
+    """Shadow rank -> spans of an owner's flat gradients that it follows, in block order. Pure."""
     spans: dict[int, list[Span]] = {}
     start = 0
     for index, place in plan.owned_blocks(owner):
@@ -114,7 +116,7 @@ class ShadowCopies:
         )
 
     def carried_on(self, blocks: tuple[ShadowedBlock, ...]) -> ShadowCopies | None:
-        """The same tensors for the next plan, if it has the same blocks; the step counter is a copy."""
+        """The same tensors for the next plan, if it has these blocks; the step is a copy."""
         return replace(self, step=self.step.clone()) if blocks == self.blocks else None
 
     @property
@@ -152,8 +154,10 @@ class ShadowState:
 
         Args:
             form: the rule and what it keeps; `settings` are the rule's constants.
-            in_host_memory: keep the copies there, page-locked beside a GPU; gradients stay on the device.
-            before: of the plan before; its tensors are taken over where the same blocks are shadowed.
+            in_host_memory: keep the copies there, page-locked beside a GPU; gradients stay on the
+                device.
+            before: of the plan before; its tensors are taken over where the same blocks are
+                shadowed.
         """
         self.blocks = shadowed_blocks(plan, rank)
         self._comm, self._form, self._settings = comm, form, settings
@@ -200,7 +204,7 @@ class ShadowState:
 
     @property
     def weights(self) -> Tensor:
-        """The parameters of `blocks` in host memory, flat, with the bits that their owners' have."""
+        """The parameters of `blocks` in host memory, flat, with the bits of their owners' ones."""
         copies = self.copies
         return copies.kinds[MASTER] if copies.rounded is None else copies.rounded
 
@@ -274,7 +278,7 @@ class ShadowState:
 def _incoming_spans(
     plan: Plan, rank: int, blocks: Sequence[ShadowedBlock]
 ) -> dict[int, tuple[Span, ...]]:
-    """Owner rank -> where its gradients come to in the flat gradients of the shadowed blocks. Pure."""
+    """Owner rank -> spans of the flat gradients here that it sends. Pure."""
     incoming: dict[int, tuple[Span, ...]] = {}
     start = 0
     for owner in dict.fromkeys(block.owner for block in blocks):

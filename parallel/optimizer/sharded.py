@@ -1,4 +1,4 @@
-"""The sharded optimizer (ZeRO-1): state is sharded by whole-row blocks, and a block's owner updates it.
+"""The sharded optimizer (ZeRO-1): state in whole-row blocks, each updated by its owner.
 
 Rajbhandari et al. 2020, section 5.1, for what is sharded; blocks and owners come from the plan. The
 rule's update is applied block by block, so its bits do not depend on how blocks are shared out.
@@ -78,7 +78,7 @@ class ShardedOptimizer:
         self._world, self._tensor = world, tensor
         self._settings = settings
         self.fence: Fence | None = None
-        """Asked before an owned block changes, by its position in `owned`, while a snapshot copies."""
+        """Asked before an owned block changes, by position in `owned`, while a snapshot copies."""
         self._reduction: ReductionPlan = reduction_plan(plan, rank, buffer)
         self._tensor_index = plan.stage_replicas.tensor_index(rank)
         self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._tensor_index])
@@ -101,7 +101,7 @@ class ShardedOptimizer:
         return self.owned_state.form
 
     def owned_gradients(self) -> Iterator[tuple[OwnedBlock, Tensor]]:
-        """This rank's blocks with their reduced gradients (flat), valid between reduce and update."""
+        """Owned blocks with their reduced gradients (flat), valid between reduce and update."""
         for block, span in zip(self.owned, self.owned_state.spans, strict=True):
             yield block, self.gradients[span.start : span.stop]
 
@@ -116,7 +116,7 @@ class ShardedOptimizer:
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """This rank's state by saved kind, flat, in the order of `owned`. Live memory: see `fence`."""
+        """State by saved kind, flat, in the order of `owned`. Live memory: see `fence`."""
         return self.owned_state.kinds
 
     @property
@@ -137,7 +137,7 @@ class ShardedOptimizer:
         self.owned_state.restart()
 
     def keep_own_sums(self) -> None:
-        """From now on copy what `reduce` is about to change, so that `restore_own_sums` can undo it."""
+        """From now on copy what `reduce` changes, so that `restore_own_sums` can undo it."""
         changed = [Span(block.start, block.stop) for block in self.owned]
         changed += [first for first, _ in self._reduction.tied]
         changed += [
@@ -199,10 +199,10 @@ class ShardedOptimizer:
             self.fence(count)
 
     def round_masters(self) -> None:
-        """Write the parameters of the owned blocks from their master copies, if there are any. Local."""
+        """Write the parameters of the owned blocks from master copies, if there are any. Local."""
         self.owned_state.round_masters()
 
     def gather(self) -> None:
-        """Bring every block's parameters from its owner to all who hold it. Collective over these."""
+        """Bring every block's parameters from its owner to its holders. Collective over these."""
         values = self.owned_state.buffer.values
         gather_from_owners(self._reduction, values, self._rank, self._world)

@@ -81,8 +81,8 @@ class BlockMessages:
         """
         if _checksum(content) != int(checksum):
             raise PeerLost(
-                f"optimizer state from rank {transfer.source} arrived damaged: its checksum does not "
-                "match"
+                f"optimizer state from rank {transfer.source} arrived damaged: its checksum does "
+                "not match"
             )
         kinds, start = len(self.form.held), 0
         for key, size in zip(transfer.keys, transfer.sizes, strict=True):

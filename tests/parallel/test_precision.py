@@ -1,4 +1,4 @@
-"""A precision is one entry of one registry: sizes, dtypes, names in files and estimates follow from it."""
+"""A precision is one entry of one registry: sizes, dtypes, file names, estimates follow from it."""
 
 from __future__ import annotations
 

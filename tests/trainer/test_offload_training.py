@@ -239,8 +239,8 @@ def fail_to_read(rank: int, world_size: int, store: Store, *, config: dict, root
     def compute_and_fail(self: Training, step: int) -> Any:
         if step == 2:
             assert self.offloader is not None
-            assert self.offloader._file is not None
-            self.offloader._file.engine.inject("read", 0, errno.EIO, 1 << 30)
+            assert self.offloader._room.file is not None
+            self.offloader._room.file.engine.inject("read", 0, errno.EIO, 1 << 30)
         return compute(self, step)
 
     Training.compute = compute_and_fail  # type: ignore[method-assign]

@@ -284,7 +284,7 @@ class Training:
                 or self.plan.stage_replicas.pipeline * self.plan.stage_replicas.tensor > 1
             ):
                 raise
-            self.offloader.stop(str(error))
+            self.offloader.abort(str(error))
         return self.compute(step)
 
     def to_compute(self, step: int) -> frozenset[int]:

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 _DEVICES = ("cpu", "cuda")
 _KERNEL_ALIGNMENT = 64
-"""At which torch's memory begins; what comes back is aligned as it was, so that kernels round alike."""
+"""The alignment of torch's memory. What comes back has it too, so that kernels round alike."""
 
 
 def movable_storage(tensor: Tensor, smallest_bytes: int) -> torch.UntypedStorage | None:
     """The storage of a saved tensor; None where it has to stay.
 
-    Stay: leaves that require gradients and views of them, which belong to the user; tensors that are more
-    than their storage (sparse, quantized, conjugated, of a subclass); storages below `smallest_bytes`.
+    Stay: leaves that require gradients and views of them, which belong to the user; tensors that
+    are more than their storage (sparse, quantized, conjugated, of a subclass); storages below
+    `smallest_bytes`.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return None

@@ -1,4 +1,7 @@
-"""How far the host is ahead of a GPU: work is queued long before it runs, and memory is taken when it is queued."""
+"""Limits how far the host may run ahead of the GPU.
+
+Work is queued long before it runs, and memory is taken when it is queued.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections import deque
 import torch
 
 _QUEUED = 4
-"""Saved storages whose computation stays queued at least, so that waiting for memory stalls nothing."""
+"""Saved storages whose computation stays queued, so that waiting for memory stalls nothing."""
 
 
 class Pace:

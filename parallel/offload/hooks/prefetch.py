@@ -1,4 +1,4 @@
-"""Brings back what the coming backward passes will ask for, in the reverse order in which it was saved."""
+"""Brings back what the coming backward passes ask for, in the reverse order of saving."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scope:
         return len(self._records)
 
     def record(self, index: int) -> Record | None:
-        """The storage at a place; None when nobody needs it any more."""
+        """The storage at a place; None when no graph needs it any more."""
         return self._records[index]()
 
 
@@ -36,9 +36,11 @@ class Prefetch:
     """A place in the coming backward passes up to which everything has been asked back. Local."""
 
     def __init__(self, fetch: Callable[[Record], bool | None]) -> None:
-        """Args:
-        fetch: begins to bring a record back: True when that was begun, None when nothing has to be
-            done, False when there is no room for it now.
+        """Local.
+
+        Args:
+            fetch: begins to bring a record back: True when that was begun, None when nothing has to
+                be done, False when there is no room for it now.
         """
         self._fetch = fetch
         self._scopes: dict[Hashable, Scope] = {}

@@ -81,7 +81,7 @@ class Record:
         self.let_go()
 
     def revive(self) -> bool:
-        """Use the original memory again if somebody else has kept it alive."""
+        """Use the original memory again if another reference has kept it alive."""
         if self.memory is None:
             storage = torch.UntypedStorage._new_with_weak_ptr(self._original.cdata)
             if storage is not None:
@@ -105,7 +105,7 @@ class Record:
 
 @dataclass(slots=True)
 class Dead:
-    """What a record leaves that nobody refers to any more."""
+    """What a record leaves that has no reference any more."""
 
     copy: StoredCopy | None
     ahead_bytes: int
@@ -149,7 +149,7 @@ class Kept(NamedTuple):
 
 @lru_cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor without memory, shared by all who need one: making it takes longer than giving it."""
+    """A tensor without memory, shared by all records: making one takes longer than sharing it."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
@@ -158,6 +158,6 @@ def check_unchanged(tensor: Tensor, version: int) -> None:
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: a saved tensor is at version {tensor._version}; expected version {version} "
-            "instead"
+            f"operation: a saved tensor is at version {tensor._version}; expected version "
+            f"{version} instead"
         )

@@ -1,7 +1,8 @@
 """How much of the activations a step sends out: as much as its drive hides under compute. Pure.
 
-SSDTrain (Wu et al. 2024, section 3.4) measures the write bandwidth and the forward time of a few steps and
-then fixes what stays. Here every step is measured, so that the amount follows a drive that slows down.
+SSDTrain (Wu et al. 2024, section 3.4) measures the write bandwidth and the forward time of a few
+steps and then fixes what stays. Here every step is measured, so that the amount follows a drive
+that slows down.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Amount:
 
     @property
     def ahead_bytes(self) -> int:
-        """The most that is brought back ahead of its use: so much of a window as lies between what stayed."""
+        """The most brought back ahead of its use: the part of a window between what stays."""
         return int(self.window_bytes * self.share)
 
 
@@ -63,9 +64,9 @@ class Measured:
 def next_amount(before: Amount, seen: Measured, bounds: Bounds) -> Amount:
     """What the step after the one that was `seen` sends. Pure.
 
-    The share moves towards the one at which transfers take nine tenths of the time that hides them: by a
-    half of itself at most, and downwards when a backward pass had to wait. It never falls to nothing by
-    itself, or a drive that recovers would not be noticed.
+    The share moves towards the one at which transfers take nine tenths of the time that hides them:
+    by a half of itself at most, and downwards when a backward pass had to wait. It never falls to
+    nothing by itself, or a drive that recovers would not be noticed.
     """
     least = max(bounds.least_share, min(0.02, bounds.most_share))
     factor = 1.5
@@ -104,7 +105,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def drive_life_years(rated_bytes: float, bytes_per_s: float) -> float | None:
-    """How long a drive lasts that is written to at this mean rate; None without a rating or a rate."""
+    """How long a drive lasts at this mean rate of writes; None without a rating or a rate."""
     if rated_bytes <= 0 or bytes_per_s <= 0:
         return None
     return rated_bytes / bytes_per_s / (365.25 * 86400)

@@ -1,8 +1,9 @@
-"""Which layers' activations are kept or sent out, and which are computed again in the backward pass. Pure.
+"""Which layers' activations are kept, sent out, or computed again in the backward pass. Pure.
 
-Sending costs nothing as long as the drive hides it under compute, so that is used first; what then does not
-fit in memory is computed again where an operation saves most bytes (Korthikanti et al. 2022, section 5,
-chooses the attention core for every layer alike; here each layer has its own choice).
+Sending costs nothing as long as the drive hides it under compute, so that is used first; what then
+does not fit in memory is computed again where an operation saves most bytes (Korthikanti et al.
+2022, section 5, chooses the attention core for every layer alike; here each layer has its own
+choice).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from holdfast.parallel.offload.policy.estimate import estimate_offload
 from holdfast.parallel.plan import Plan
 
 Ways = Mapping[str, tuple[LayerSpec, ...]]
-"""By the name of a way to recompute, all layers of the model as they are then; equal in all else."""
+"""By the name of a way to recompute: all layers of the model under it; equal in all else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ def choose_layers(
 ) -> tuple[LayerSpec, ...]:
     """The plan's layers, with as little recomputation as fits. Pure: equal on all ranks.
 
-    Of each pipeline stage's rank with most micro-batches, changes are made in the order of operations for a
-    byte saved until the estimate of its activations (`estimate_offload`) fits. A faster drive or more memory
-    never means more recomputation.
+    Of each pipeline stage's rank with most micro-batches, changes are made in the order of
+    operations for a byte saved until the estimate of its activations (`estimate_offload`) fits. A
+    faster drive or more memory never means more recomputation.
 
     Args:
         plan: of the run's first layout; layers go on as chosen when others move.
@@ -69,9 +70,10 @@ def choose_layers(
         while (kept := _kept_bytes(plan, rank, layers, rates)) > most_bytes:
             if not changes:
                 raise ConfigError(
-                    f"train.activation_gib = {most_bytes / 2**30:.4g}: pipeline stage {stage} keeps "
-                    f"{kept / 2**30:.4g} GiB even when it recomputes all it can; allow that much, offload "
-                    "to a faster drive, or take more stages or a smaller micro_batch"
+                    f"train.activation_gib = {most_bytes / 2**30:.4g}: pipeline stage {stage} "
+                    f"keeps {kept / 2**30:.4g} GiB even when it recomputes all it can; allow "
+                    "that much, offload to a faster drive, or take more stages or a smaller "
+                    "micro_batch"
                 )
             change = changes.pop(0)
             layers[change.layer] = ways[change.way][change.layer]

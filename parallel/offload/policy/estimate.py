@@ -14,7 +14,7 @@ class OffloadEstimate:
     """For one rank."""
 
     share: float
-    """Of its activations that is sent: all that is allowed, or what the drive can take meanwhile."""
+    """The share of its activations that is sent: what is allowed, or what the drive can take."""
     activations: int
     """Bytes kept in memory at the fullest moment of a step."""
     saved: int
@@ -22,7 +22,7 @@ class OffloadEstimate:
     written_bytes: int
     """In a step."""
     needed_bytes_per_s: float | None
-    """Write rate at which all that is allowed goes out within the forward passes; None without rates."""
+    """Write rate at which all that is allowed leaves in the forward passes; None without rates."""
     fast_enough: bool | None
     """Whether the drive has that rate; None when either is not known."""
 

@@ -1,9 +1,10 @@
-"""glibc's allocator set such that what is freed is used again, so that the resident set falls with the memory in use.
+"""glibc malloc settings that return freed memory to the system.
 
-Aligned memory, which torch's tensors are, leaves remainders of less than 128 bytes around each block. glibc
-(seen with 2.36) keeps these in a cache for each thread (tcache, fastbins), where they hinder freed blocks
-from growing together, and a block does not fit where one of its size was. Without these caches it does.
-They can be switched off only when a process starts, by GLIBC_TUNABLES (glibc manual, section 39.2).
+Aligned memory, which torch's tensors are, leaves remainders of less than 128 bytes around each
+block. glibc (seen with 2.36) keeps these in a cache for each thread (tcache, fastbins), where they
+hinder freed blocks from growing together, and a block does not fit where one of its size was.
+Without these caches it does. They can be switched off only when a process starts, by GLIBC_TUNABLES
+(glibc manual, section 39.2).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _SETTINGS = {
     "glibc.malloc.mxfast": "0",
     # Larger blocks come from the system page by page.
     "glibc.malloc.mmap_threshold": str(32 << 20),
-    # The heap stays as large as a step needs it: what goes back is asked for again in the next one, as
-    # pages of zeros.
+    # The heap stays as large as a step needs it: what goes back is asked for again in the next one,
+    # as pages of zeros.
     "glibc.malloc.trim_threshold": str(1 << 40),
     # The heap in pages of 2 MiB (from 2.35 on): requests to a drive pin a page at a time.
     "glibc.malloc.hugetlb": "1",
@@ -43,11 +44,11 @@ def compact_heap_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart_with_compact_heap() -> None:
-    """Replace this process by the same command with a compact heap; returns where that changes nothing.
+    """Replace this process by the same command with a compact heap; return if nothing changes.
 
-    Call it first in a program: what the process has done so far is done again. Does nothing where the
-    settings are made already, and with another C library than glibc. Child processes inherit the settings.
-    Local.
+    Call it first in a program: what the process has done so far is done again. Does nothing where
+    the settings are made already, and with another C library than glibc. Child processes inherit
+    the settings. Local.
     """
     added = compact_heap_environment(os.environ)
     if not added or not sys.executable or not _has_glibc():

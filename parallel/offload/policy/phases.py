@@ -25,7 +25,7 @@ class Phases:
         self._busy_before_s = busy_s
 
     def at(self, phase: Phase, busy_s: Callable[[], float]) -> None:
-        """Something of `phase` happens now; the time since what happened before goes to its phase."""
+        """Note that `phase` is under way; the time since the last note counts for that one."""
         now = self._clock()
         self.seconds[self._phase] += now - self._last_s
         self._last_s = now

@@ -1,4 +1,4 @@
-"""A file without a name in which room is taken and given back: gone when its process is, however it ends."""
+"""A file without a name in which room is taken and given back; it ends with its process."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Transfer(NamedTuple):
 
     ticket: int
     due_s: float
-    """When it may count as done, on `perf_counter`'s clock: later than it is where a rate is kept."""
+    """When it may count as done, on `perf_counter`'s clock: later than it is under a rate limit."""
 
 
 class DiskFile:
     """Room on a drive and asynchronous transfers to and from it. Local.
 
-    The file has no name (`O_TMPFILE`, or removed as soon as it is open): no other run can meet it, deleting
-    its folder does not harm it, and its room is free again even after SIGKILL.
+    The file has no name (`O_TMPFILE`, or removed as soon as it is open): no other run can meet it,
+    deleting its folder does not harm it, and its room is free again even after SIGKILL.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class DiskFile:
         self._due_s = self._rated_s = 0.0
         self._refused = False
         self.fault = ""
-        """Why no more room is taken from the drive; what there is, stays in use unless a write failed."""
+        """Why no more room is taken from the drive; taken room serves on unless a write failed."""
         self.engine = _native.FileEngine(queue_depth=_QUEUE_DEPTH, background=True)
         """The requests' engine; tests inject faults into it."""
         try:
             self._descriptor = _unnamed_file(Path(folder))
         except OSError as error:
             raise ConfigError(
-                f"activations cannot be offloaded to {str(folder)!r}: {error.strerror}; name a folder "
-                "on the drive that may be written to"
+                f"activations cannot be offloaded to {str(folder)!r}: {error.strerror}; name a "
+                "folder on the drive that may be written to"
             ) from error
         self._file = self.engine.open(f"/proc/self/fd/{self._descriptor}", write=True)
 
@@ -128,7 +128,7 @@ class DiskFile:
         return Transfer(ticket, self._due_s)
 
     def _grow(self, missing: int) -> bool:
-        """Take room from the drive before it is written to: what is promised here does not run out."""
+        """Take room from the drive before it is written to, so that a later write has it."""
         capacity = self._slots.capacity
         if self._limit and capacity + missing > self._limit:
             return False

@@ -51,8 +51,8 @@ class DiskStore:
 class DiskCopy:
     """A `StoredCopy` on a drive.
 
-    Whole pages are transferred, as requests past the page cache must be: the first and the last hold a few
-    bytes of neighbours, which are written but never looked at.
+    Whole pages are transferred, as requests past the page cache must be: the first and the last
+    hold a few bytes of neighbours, which are written but never looked at.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Storages in host memory: pinned, and copied on a stream of its own, where they come from a GPU."""
+"""Storages in host memory: pinned, and copied on a stream of their own, when from a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from holdfast.parallel.offload.stores.slots import ALIGNMENT, Slots, rounded
 from holdfast.parallel.offload.stores.store import StoreStatistics
 
 _ARENA = 1 << 30
-"""What is pinned at a time, in bytes: a power of two, as torch's host allocator rounds up to one."""
+"""Bytes pinned at a time: a power of two, as torch's host allocator rounds up to one."""
 
 
 class Copier:
-    """Copies between a device and host memory, beside the computation where the device has streams."""
+    """Copies between a device and host memory, beside computation if the device has streams."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -121,7 +121,7 @@ class Arena:
 
     @property
     def memory(self) -> list[Tensor]:
-        """All of it, for whom it is to be announced to."""
+        """All of it, for the caller that registers it."""
         return [memory for memory, _ in self._parts]
 
 

@@ -1,4 +1,4 @@
-"""Memory that what comes back is read into: its pages stay, as first touching them costs more than reading."""
+"""Memory that activations are read back into; its pages stay, as touching new ones costs more."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _GROWTH = 16 << 20
 class ReusedMemory:
     """Page-aligned memory whose parts are used again when the last tensor on them is gone. Local.
 
-    torch's allocator on the CPU gives memory back to the system and gets it as new pages; and buffers a
-    little larger than what left would not fit where that was.
+    torch's allocator on the CPU gives memory back to the system and gets it as new pages; and
+    buffers a little larger than what left would not fit where that was.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class ReusedMemory:
 
 @lru_cache(maxsize=256)
 def _held_bytes(nbytes: int) -> Any:
-    """The type of `nbytes` bytes that say in `let_go`'s queue, by what it names, that nobody has them any more."""
+    """The type of `nbytes` bytes that put their name in `let_go`'s queue when they are unused."""
 
     def let_go(self: Any) -> None:
         queue, name = self.let_go
@@ -88,7 +88,7 @@ def _held_bytes(nbytes: int) -> Any:
 
 
 def _huge_pages(size: int) -> mmap.mmap:
-    """Memory in pages of 2 MiB where the kernel has them: requests to a drive pin a page at a time."""
+    """Memory in pages of 2 MiB where the kernel has them: a drive's requests pin page by page."""
     memory = mmap.mmap(-1, size)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-"""Where in a file (or a buffer) what is stored lies: room is taken, given back and used again. Pure."""
+"""Slots in a file or a buffer: room is taken, given back and used again. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def rounded(nbytes: int) -> int:
 class Slots:
     """A line of bytes from 0 to `capacity`, of which intervals are taken and given back.
 
-    The smallest gap that is large enough is taken, and gaps that touch become one, so that a step that
-    stores the same sizes in the same order finds the room of the step before.
+    The smallest gap that is large enough is taken, and gaps that touch become one, so that a step
+    that stores the same sizes in the same order finds the room of the step before.
     """
 
     def __init__(self, capacity: int = 0) -> None:

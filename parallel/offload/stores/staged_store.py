@@ -20,8 +20,8 @@ _POLL_S = 5e-5
 class StagedStore:
     """A `Store` on a drive whose storages pass through staging memory.
 
-    The staging memory is registered with the file engine. What could not be written stays there, so that
-    memory of the device which is free again is never needed back.
+    The staging memory is registered with the file engine. What could not be written stays there, so
+    that memory of the device which is free again is never needed back.
     """
 
     def __init__(self, file: DiskFile, device: torch.device, *, staging_bytes: int) -> None:
@@ -107,7 +107,7 @@ class StagedCopy:
         self._key = key
         self.nbytes = source.numel()
         self.failed: OSError | None = None
-        """Stays None: what cannot be written stays in staging, and the file refuses what follows."""
+        """Always None: what cannot be written stays in staging; the file refuses what follows."""
         self._source: Tensor | None = source
         self._target: Tensor | None = None
         self._event = store.copier.out(source, piece)

@@ -60,7 +60,7 @@ class Store(Protocol):
         ...
 
     def put(self, source: Tensor) -> StoredCopy | None:
-        """Begin to copy uint8[nbytes]; None when there is no room. The source must not be changed."""
+        """Begin to copy uint8[nbytes]; None when there is no room. The source must not change."""
         ...
 
     def advance(self) -> None:

@@ -289,7 +289,7 @@ def test_what_was_given_up_is_forgotten(make: Callable[..., Offloader]) -> None:
         lost = model(inputs())
         offloader.settle()
         assert offloader._statistics().used_bytes > 0
-        offloader.clear()
+        offloader.cancel()
         assert offloader._statistics().used_bytes == 0
         with pytest.raises(OffloadError, match="given up"):
             lost.backward()
@@ -314,8 +314,8 @@ class Faulty:
         self.offloader = make(on_fault=self.told.append, bounds=Bounds(1.0, 1.0))
 
     def inject(self, operation: str, after: int, error: int, count: int = 1) -> None:
-        assert self.offloader._file is not None
-        self.offloader._file.engine.inject(operation, after, error, count)
+        assert self.offloader._room.file is not None
+        self.offloader._room.file.engine.inject(operation, after, error, count)
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
@@ -350,7 +350,7 @@ def test_a_read_that_keeps_failing_is_an_error_and_no_gradient(
     with pytest.raises(OffloadError, match=r"cannot be read back.*use another one"):
         steps(model, faulty.offloader, 1)
     faulty.inject("read", 0, errno.EIO)
-    faulty.offloader.clear()
+    faulty.offloader.cancel()
     assert all(equal(found, expected) for found in steps(model, faulty.offloader))
 
 

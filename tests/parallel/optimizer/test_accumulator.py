@@ -1,4 +1,4 @@
-"""Gradient accumulation: integers that no order changes, one path for every device, loud on overflow."""
+"""Gradient sums: integers that no order changes, one path for every device, loud on overflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State sent beside steps that change it: a block that has arrived follows, however many steps it takes."""
+"""State sent beside steps that change it: a block that has arrived follows every later step."""
 
 from __future__ import annotations
 

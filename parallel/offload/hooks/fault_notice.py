@@ -1,0 +1,28 @@
+"""Tells the user, once, that less is sent than could be. Local."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+logger = logging.getLogger("holdfast.offload")
+
+
+class FaultNotice:
+    """One warning, and one call of the user's function."""
+
+    def __init__(self, on_fault: Callable[[str], None] | None) -> None:
+        """Args:
+        on_fault: is told why activations stay in memory.
+        """
+        self._on_fault, self._is_told = on_fault, False
+
+    def tell(self, fault: str) -> None:
+        """Say what is wrong, unless nothing is or it has been said."""
+        if not fault or self._is_told:
+            return
+        self._is_told = True
+        message = f"activations stay in memory: {fault}"
+        logger.warning("%s", message)
+        if self._on_fault is not None:
+            self._on_fault(message)

@@ -50,6 +50,10 @@ class Place:
     pipeline: tuple[int, ...]
     data: tuple[int, ...]
 
+    @property
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        return {"tensor": self.tensor, "pipeline": self.pipeline}
+
     def without(self, lost: int) -> Place:
         def rest(ranks: Sequence[int]) -> tuple[int, ...]:
             return tuple(r for r in ranks if r != lost)
@@ -60,12 +64,13 @@ class Place:
 
 
 def place_of(mesh: Mesh, rank: int) -> Place:
+    at = mesh.coordinates(rank)
     return Place(
         rank,
         tuple(range(mesh.size)),
-        mesh.tensor_group(rank),
+        tuple(mesh.rank(s, at.data, at.pipeline) for s in range(mesh.shards)),
         mesh.pipeline_group(rank),
-        mesh.data_group(rank),
+        tuple(mesh.rank(at.shard, d, at.pipeline) for d in range(mesh.data)),
     )
 
 
@@ -78,9 +83,9 @@ def use(groups: Groups, place: Place) -> None:
             handles.append(groups.world.send(torch.ones(256), peer, 5))
     for peer in place.pipeline:
         if peer != place.rank:
-            handles.append(groups.pipeline.receive(torch.empty(256), peer, 6))
-            handles.append(groups.pipeline.send(torch.ones(256), peer, 6))
-    groups.tensor.all_reduce(torch.ones(256)).wait()
+            handles.append(groups["pipeline"].receive(torch.empty(256), peer, 6))
+            handles.append(groups["pipeline"].send(torch.ones(256), peer, 6))
+    groups["tensor"].all_reduce(torch.ones(256)).wait()
     for handle in handles:
         handle.wait()
     groups.control.all_reduce(torch.ones(128, dtype=torch.float64)).wait()
@@ -130,18 +135,18 @@ def wait_in_vain(groups: Groups, mesh: Mesh, rank: int) -> list[Handle]:
     """
     here, lost = mesh.coordinates(rank), mesh.coordinates(LOST)
     if here.data != lost.data:
-        peer = mesh.rank(here.tensor, lost.data, here.pipeline)
+        peer = mesh.rank(here.shard, lost.data, here.pipeline)
         return [
             groups.world.receive(torch.empty(256), peer, 8),
             groups.world.send(torch.ones(256), peer, 9),
         ]
     pending = [
-        groups.pipeline.receive(torch.empty(256), peer, 8)
-        for peer in groups.pipeline.ranks
+        groups["pipeline"].receive(torch.empty(256), peer, 8)
+        for peer in groups["pipeline"].ranks
         if peer != rank
     ]
-    if groups.tensor.size > 1:
-        pending.append(groups.tensor.all_reduce(torch.ones(256)))
+    if groups["tensor"].size > 1:
+        pending.append(groups["tensor"].all_reduce(torch.ones(256)))
     return pending
 
 
@@ -149,7 +154,7 @@ def lose_one(
     rank: int, world_size: int, store: Any, *, data: int, repetitions: int
 ) -> list[tuple[str, int, float, float]]:
     """(way, repetition, start, stop) of this rank for every way and repetition, in turn."""
-    mesh = Mesh(tensor=2, data=data, pipeline=2)
+    mesh = Mesh.of(tensor=2, data=data, pipeline=2)
     before = place_of(mesh, rank)
     after = before.without(LOST)
     change = {"left": frozenset({LOST})}
@@ -164,9 +169,15 @@ def lose_one(
         store.wait([f"{what}/go"])
 
     def build(place: Place) -> Groups:
-        kinds = (place.world, place.tensor, place.pipeline)
         return build_groups(
-            store, "127.0.0.1", rank, *kinds, backend="gloo", generation=generation, timeout_s=60.0
+            store,
+            "127.0.0.1",
+            rank,
+            place.world,
+            place.axes,
+            backend="gloo",
+            generation=generation,
+            timeout_s=60.0,
         )
 
     for repetition in range(repetitions + 1):
@@ -197,8 +208,7 @@ def lose_one(
                             groups,
                             MembershipChange(generation, kept=not pending, **change),
                             after.world,
-                            after.tensor,
-                            after.pipeline,
+                            after.axes,
                         )
                     use(groups, after)
                     renewed = groups

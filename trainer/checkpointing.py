@@ -219,7 +219,7 @@ class Checkpoints:
 
     def _join_group(self, host: str) -> Communicator | None:
         """The tensor-parallel group once more, for weights split along columns. Collective."""
-        group = self._training.groups.tensor
+        group = self._training.groups["tensor"]
         if group.size == 1:
             return None
         members = self._manager.members

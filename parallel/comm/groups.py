@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -38,10 +38,14 @@ class Groups:
     world: Communicator
     control: Communicator
     """All ranks, for CPU tensors: votes are CPU tensors whatever the device."""
-    tensor: Communicator
-    pipeline: Communicator
+    axes: Mapping[str, Communicator]
+    """By name of a mesh axis, the ranks that differ from this one along it."""
     signal: AbortSignal
     recorder: FlightRecorder
+
+    def __getitem__(self, axis: str) -> Communicator:
+        """The communicator of a mesh axis."""
+        return self.axes[axis]
 
     @property
     def generation(self) -> int:
@@ -61,8 +65,7 @@ def build_groups(
     host: str,
     rank: int,
     world: Sequence[int],
-    tensor: Sequence[int],
-    pipeline: Sequence[int],
+    axes: Mapping[str, Sequence[int]],
     *,
     backend: str,
     generation: int,
@@ -75,11 +78,13 @@ def build_groups(
     Over gloo ranks connect when they first need each other; nothing is waited for here.
 
     Args:
+        axes: the ranks of this rank's group along each mesh axis; the same axes on every rank.
         backend: "gloo", "nccl" or "mpi", for everything but votes.
         generation: part of every connection's name, so that those of two generations never meet.
         timeout_s: see `GlooCommunicator`; positive and finite.
         votes_over_gloo: also where all else goes over MPI, which must be whole to carry anything.
-        record_path: file in which the rank's operations can be read from outside (parallel/comm/flight_recorder.py).
+        record_path: file in which the rank's operations can be read from outside; see
+            parallel/comm/flight_recorder.py.
     """
     assert timeout_s > 0
     recorder = FlightRecorder(rank, generation=generation, path=record_path)
@@ -95,11 +100,9 @@ def build_groups(
         # Imported here: to import MPI is to start it.
         from holdfast.parallel.comm.mpi import build_mpi_groups
 
-        everybody, in_tensor, in_pipeline = build_mpi_groups(
-            rank, world, tensor, pipeline, signal=signal, recorder=recorder
-        )
+        everybody, along = build_mpi_groups(rank, world, axes, signal=signal, recorder=recorder)
         votes = GlooCommunicator.over(meshed(), "control", world) if votes_over_gloo else everybody
-        return Groups(everybody, votes, in_tensor, in_pipeline, signal, recorder)
+        return Groups(everybody, votes, along, signal, recorder)
     mesh = meshed()
     control = GlooCommunicator.over(mesh, "world" if backend == "gloo" else "control", world)
 
@@ -113,8 +116,7 @@ def build_groups(
     return Groups(
         world=control if backend == "gloo" else group("world", world),
         control=control,
-        tensor=group("tensor", tensor),
-        pipeline=group("pipeline", pipeline),
+        axes={axis: group(axis, ranks) for axis, ranks in axes.items()},
         signal=signal,
         recorder=recorder,
     )
@@ -124,8 +126,7 @@ def edit_groups(
     groups: Groups,
     change: MembershipChange,
     world: Sequence[int],
-    tensor: Sequence[int],
-    pipeline: Sequence[int],
+    axes: Mapping[str, Sequence[int]],
     *,
     store: Store | None = None,
 ) -> Groups:
@@ -136,6 +137,7 @@ def edit_groups(
     connections are checked, or made anew, when they are next used.
 
     Args:
+        axes: as for `build_groups`, with the same axes.
         store: where the new generation's ranks find each other; None: where those of the old one did.
     Raises:
         PeerLost: the new generation was aborted meanwhile (MPI, where editing is collective).
@@ -162,8 +164,7 @@ def edit_groups(
     return Groups(
         world=control if groups.world is groups.control else edited(groups.world, world),
         control=control,
-        tensor=edited(groups.tensor, tensor),
-        pipeline=edited(groups.pipeline, pipeline),
+        axes={axis: edited(group, axes[axis]) for axis, group in groups.axes.items()},
         signal=signal,
         recorder=groups.recorder,
     )

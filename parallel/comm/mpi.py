@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import mpi4py
@@ -30,7 +30,6 @@ from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator, lost  #
 from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange  # noqa: E402
 from holdfast.parallel.errors import ConfigError, PeerLost  # noqa: E402
 
-_KINDS = ("world", "tensor", "pipeline")
 _SPINS = 100
 _PAUSE_S = 5e-5
 _DRAIN_S = 5.0
@@ -110,10 +109,18 @@ class MpiFamily:
     """What the communicators of one rank share; takes the place that `GlooMesh` has over gloo."""
 
     def __init__(
-        self, world: Sequence[int], rank: int, signal: AbortSignal, recorder: FlightRecorder
+        self,
+        world: Sequence[int],
+        rank: int,
+        kinds: Sequence[str],
+        signal: AbortSignal,
+        recorder: FlightRecorder,
     ) -> None:
         """Collective over all processes of the MPI job.
 
+        Args:
+            kinds: the names of the groups that will be formed, equal on all ranks; a group's place
+                among them keeps its forming apart from the others'.
         Raises:
             ConfigError: these processes were not started by MPI as `world`.
         """
@@ -126,6 +133,7 @@ class MpiFamily:
             )
         self.rank = rank
         self.recorder = recorder
+        self._kinds = ("world", *kinds)
         self.ranks = tuple(world)
         self.world = _Channel(everybody.Dup(), self.ranks)
         self._channels: list[_Channel] = [self.world]
@@ -153,7 +161,7 @@ class MpiFamily:
         places = [self.world.place[rank] for rank in ranks]
         group = self.world.comm.Get_group().Incl(places)
         try:
-            channel = _Channel(self.world.comm.Create_group(group, _KINDS.index(kind)), ranks)
+            channel = _Channel(self.world.comm.Create_group(group, self._kinds.index(kind)), ranks)
         except MPI.Exception as error:
             raise lost("forming a group", kind, None, error) from error
         self._channels.append(channel)
@@ -184,7 +192,7 @@ class MpiFamily:
             old = self.world
             places = [old.place[rank] for rank in ranks]
             group = old.comm.Get_group().Incl(places)
-            self.world = _Channel(old.comm.Create_group(group, len(_KINDS)), ranks)
+            self.world = _Channel(old.comm.Create_group(group, len(self._kinds)), ranks)
             self.ranks = tuple(ranks)
             self._replace(old, self.world)
 
@@ -239,7 +247,7 @@ class MpiCommunicator(PairwiseCommunicator):
         """Collective over `ranks`.
 
         Args:
-            name: its kind: "world", "tensor" or "pipeline".
+            name: its kind: "world" or a mesh axis.
         """
         super().__init__(name, ranks, family.rank, family.signal, family.recorder)
         self.family = family
@@ -307,18 +315,18 @@ def end_process(code: int) -> NoReturn:
 def build_mpi_groups(
     rank: int,
     world: Sequence[int],
-    tensor: Sequence[int],
-    pipeline: Sequence[int],
+    axes: Mapping[str, Sequence[int]],
     *,
     signal: AbortSignal,
     recorder: FlightRecorder,
-) -> tuple[MpiCommunicator, MpiCommunicator, MpiCommunicator]:
-    """(world, tensor, pipeline) of this rank. Collective over all processes of the MPI job.
+) -> tuple[MpiCommunicator, dict[str, MpiCommunicator]]:
+    """The world of this rank, and its group along each axis. Collective over all of the MPI job.
 
+    Args:
+        axes: the ranks of each group; the same axes on every rank.
     Raises:
         ConfigError: these processes were not started by MPI as `world`.
     """
-    family = MpiFamily(world, rank, signal, recorder)
+    family = MpiFamily(world, rank, tuple(axes), signal, recorder)
     everybody = MpiCommunicator(family, "world", world)
-    in_tensor = MpiCommunicator(family, "tensor", tensor)
-    return everybody, in_tensor, MpiCommunicator(family, "pipeline", pipeline)
+    return everybody, {a: MpiCommunicator(family, a, ranks) for a, ranks in axes.items()}

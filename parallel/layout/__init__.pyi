@@ -9,6 +9,8 @@ from .boxes import (
     without as without,
 )
 from .mesh import (
+    AXES as AXES,
+    Axis as Axis,
     Coordinates as Coordinates,
     Mesh as Mesh,
 )

@@ -1,49 +1,181 @@
-"""Which rank stands where: tensor index fastest, then data, then pipeline."""
+"""The axes of the mesh, and which rank stands where in it.
+
+The axes are one table. Those inside a stage replica come first: their ranks together hold a stage
+once, and a rank's place among them is its *shard index*. Then come the replicas and the stages:
+
+    rank = shard + shards * (data + data_size * pipeline)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 from holdfast.parallel.errors import ConfigError
 
 
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One direction of the mesh: a way of sharing the work between ranks."""
+
+    name: str
+    """Also the key of its size in the section `parallel` of a configuration."""
+    meaning: str
+    """What its ranks divide."""
+    in_stage_replica: bool
+    """Whether its ranks together hold a stage once; else each holds what it holds alone."""
+    splits_parameters: bool = False
+    """Inside a stage replica: whether its ranks hold parts of the parameters; else each has a copy."""
+    is_available: bool = True
+    """Whether this version can give it more than one rank."""
+
+
+AXES = (
+    Axis(
+        "tensor",
+        "the matrices of every layer",
+        in_stage_replica=True,
+        splits_parameters=True,
+    ),
+    Axis(
+        "context",
+        "the tokens of every sequence",
+        in_stage_replica=True,
+        is_available=False,
+    ),
+    Axis(
+        "expert",
+        "the experts of every layer that has any",
+        in_stage_replica=True,
+        splits_parameters=True,
+        is_available=False,
+    ),
+    Axis("data", "the micro-batches of a step", in_stage_replica=False),
+    Axis("pipeline", "the layers of the model", in_stage_replica=False),
+)
+"""All axes, fastest first. Axes inside a stage replica precede "data" and "pipeline", which end it."""
+
+
 class Coordinates(NamedTuple):
-    """A rank's index along each mesh axis."""
+    """Where a rank stands: in its stage replica, among the replicas of its stage, in the pipeline."""
 
-    tensor: int
+    shard: int
     data: int
     pipeline: int
 
 
-class Mesh(NamedTuple):
-    """The sizes of the mesh axes. rank = tensor + T * (data + D * pipeline)."""
+@dataclass(frozen=True)
+class Mesh:
+    """How many ranks each axis has. `Mesh.of(tensor=2, data=4)` is the usual way to make one."""
 
-    tensor: int
-    data: int
-    pipeline: int
+    sizes: tuple[int, ...]
+    """By axis, in the order of `axes`."""
+    axes: tuple[Axis, ...] = AXES
 
-    @property
+    @staticmethod
+    def of(axes: tuple[Axis, ...] = AXES, **sizes: int) -> Mesh:
+        """The mesh of these sizes; an axis without one has a single rank.
+
+        Raises:
+            ConfigError: an axis that does not exist, or a size below 1.
+        """
+        known = [axis.name for axis in axes]
+        for name, size in sizes.items():
+            if name not in known:
+                raise ConfigError(
+                    f"{name} is not an axis of the mesh; there are {', '.join(known)}"
+                )
+            if size < 1:
+                raise ConfigError(f"parallel.{name} = {size} is too small; use 1 or more")
+        return Mesh(tuple(sizes.get(name, 1) for name in known), axes)
+
+    def __getitem__(self, axis: str) -> int:
+        """The size of an axis."""
+        return self.by_axis[axis]
+
+    @cached_property
+    def by_axis(self) -> Mapping[str, int]:
+        """The size of each axis by its name."""
+        return {axis.name: size for axis, size in zip(self.axes, self.sizes, strict=True)}
+
+    @cached_property
+    def tensor(self) -> int:
+        return self["tensor"]
+
+    @cached_property
+    def data(self) -> int:
+        return self["data"]
+
+    @cached_property
+    def pipeline(self) -> int:
+        return self["pipeline"]
+
+    @cached_property
     def size(self) -> int:
-        return self.tensor * self.data * self.pipeline
+        return prod(self.sizes)
 
-    def rank(self, tensor_index: int, data_index: int, pipeline_index: int) -> int:
-        return tensor_index + self.tensor * (data_index + self.data * pipeline_index)
+    @cached_property
+    def shards(self) -> int:
+        """Ranks of a stage replica."""
+        return prod(size for _, size in self._inside())
+
+    def rank(self, shard_index: int, data_index: int, pipeline_index: int) -> int:
+        return shard_index + self.shards * (data_index + self.data * pipeline_index)
 
     def coordinates(self, rank: int) -> Coordinates:
+        """Where a rank stands.
+
+        Raises:
+            ConfigError: the mesh has no such rank.
+        """
         if not 0 <= rank < self.size:
             raise ConfigError(f"rank {rank} is outside the mesh; ranks are 0 to {self.size - 1}")
-        rest, tensor = divmod(rank, self.tensor)
+        rest, shard = divmod(rank, self.shards)
         pipeline, data = divmod(rest, self.data)
-        return Coordinates(tensor, data, pipeline)
+        return Coordinates(shard, data, pipeline)
 
-    def tensor_group(self, rank: int) -> tuple[int, ...]:
-        at = self.coordinates(rank)
-        return tuple(self.rank(t, at.data, at.pipeline) for t in range(self.tensor))
+    @cached_property
+    def parts(self) -> int:
+        """Into how many parts the parameters of a stage are split; the other shards hold copies."""
+        return prod(size for axis, size in self._inside() if axis.splits_parameters)
 
-    def data_group(self, rank: int) -> tuple[int, ...]:
-        at = self.coordinates(rank)
-        return tuple(self.rank(at.tensor, d, at.pipeline) for d in range(self.data))
+    def part_of(self, shard_index: int) -> int:
+        """Which part of the parameters a shard holds."""
+        here, part, step = self.along(shard_index), 0, 1
+        for axis, size in self._inside():
+            if axis.splits_parameters:
+                part += step * here[axis.name]
+                step *= size
+        return part
+
+    @cached_property
+    def axes_inside(self) -> tuple[str, ...]:
+        """The axes of a stage replica that are in use: available, or with several ranks."""
+        return tuple(a.name for a, size in self._inside() if a.is_available or size > 1)
+
+    def along(self, shard_index: int) -> Mapping[str, int]:
+        """The index of a shard along each axis inside a stage replica."""
+        found: dict[str, int] = {}
+        for axis, size in self._inside():
+            shard_index, found[axis.name] = divmod(shard_index, size)
+        return found
+
+    def peers(self, axis: str, shard_index: int) -> tuple[int, ...]:
+        """The shard indices that differ from one along an axis alone, itself included, ascending."""
+        here = {**self.along(shard_index), axis: None}
+        return tuple(
+            other for other in range(self.shards) if {**self.along(other), axis: None} == here
+        )
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks of all stages at a rank's place in its stage."""
         at = self.coordinates(rank)
-        return tuple(self.rank(at.tensor, at.data, p) for p in range(self.pipeline))
+        return tuple(self.rank(at.shard, at.data, stage) for stage in range(self.pipeline))
+
+    def _inside(self) -> list[tuple[Axis, int]]:
+        """The axes of a stage replica and their sizes."""
+        sized = zip(self.axes, self.sizes, strict=True)
+        return [(axis, size) for axis, size in sized if axis.in_stage_replica]

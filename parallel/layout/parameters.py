@@ -40,7 +40,7 @@ class ParameterSpec:
     initial: Initial
     decay: bool
     """Whether weight decay applies."""
-    tensor_copies: tuple[int, ...]
+    copies: tuple[int, ...]
     """Tensor-parallel indices that hold the same box, ascending; one entry when it is sharded."""
     sum_over_copies: bool = False
     """Whether each copy sees only a part of the gradient, so that the copies' sums are added."""
@@ -59,9 +59,9 @@ class ParameterSpec:
     def elements(self) -> int:
         return self.rows * self.row_elements
 
-    def counts_in_norm(self, tensor_index: int) -> bool:
+    def counts_in_norm(self, shard_index: int) -> bool:
         """Whether this copy is the one that enters the global gradient norm."""
-        return self.tied_use == 0 and tensor_index == self.tensor_copies[0]
+        return self.tied_use == 0 and shard_index == self.copies[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""Which rank stands where, regular or not. A stage replica is a tensor-parallel group that holds one stage once.
+"""Which rank stands where, regular or not.
 
-A run begins with the stage replicas of its mesh. When ranks are lost stages are left with different numbers of
-stage replicas, and ranks that make no whole stage replica stand aside as spares.
+A stage replica is a group of ranks that hold one stage once. A run begins with the stage replicas of
+its mesh. When ranks are lost, stages are left with different numbers of them, and ranks that make no
+whole stage replica stand aside as spares.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout.mesh import Coordinates, Mesh
 
 StageReplica = tuple[int, ...]
-"""Ranks by tensor index."""
+"""Ranks by shard index."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class StageReplicas:
         return StageReplicas(
             tuple(
                 tuple(
-                    tuple(mesh.rank(t, replica, stage) for t in range(mesh.tensor))
+                    tuple(mesh.rank(s, replica, stage) for s in range(mesh.shards))
                     for replica in range(mesh.data)
                 )
                 for stage in range(mesh.pipeline)
@@ -38,7 +39,7 @@ class StageReplicas:
         )
 
     @cached_property
-    def tensor(self) -> int:
+    def shards(self) -> int:
         """Ranks of a stage replica."""
         return len(self.stages[0][0])
 
@@ -66,16 +67,16 @@ class StageReplicas:
     def size(self) -> int:
         return len(self.ranks)
 
-    def rank(self, tensor_index: int, replica: int, stage: int) -> int:
-        return self.stages[stage][replica][tensor_index]
+    def rank(self, shard_index: int, replica: int, stage: int) -> int:
+        return self.stages[stage][replica][shard_index]
 
     @cached_property
     def _places(self) -> dict[int, Coordinates]:
         return {
-            rank: Coordinates(tensor, replica, stage)
+            rank: Coordinates(shard, replica, stage)
             for stage, replicas in enumerate(self.stages)
             for replica, ranks in enumerate(replicas)
-            for tensor, rank in enumerate(ranks)
+            for shard, rank in enumerate(ranks)
         }
 
     def find(self, rank: int) -> Coordinates | None:
@@ -93,12 +94,12 @@ class StageReplicas:
             raise ConfigError(f"rank {rank} has no place in a layout of {self.size} ranks")
         return place
 
-    def tensor_index(self, rank: int) -> int:
-        """The tensor index of a rank; 0 for a spare."""
+    def shard_index(self, rank: int) -> int:
+        """A rank's place in its stage replica; 0 for a spare."""
         place = self._places.get(rank)
-        return place.tensor if place is not None else 0
+        return place.shard if place is not None else 0
 
     def stage_replica(self, rank: int) -> StageReplica:
-        """The tensor-parallel group of a rank; a spare is alone."""
+        """The ranks that hold a stage together with a rank; a spare is alone."""
         place = self._places.get(rank)
         return (rank,) if place is None else self.stages[place.pipeline][place.data]

@@ -62,16 +62,16 @@ def reduction_plan(plan: Plan, rank: int, buffer: ParameterBuffer) -> ReductionP
     Blocks of the same use lie in the same order on every rank of a stage, so neighbours join into
     one span; a tied weight's second use lies elsewhere in its stage and travels block by block.
     """
-    tensor_index = plan.stage_replicas.tensor_index(rank)
-    owners = plan.owners[tensor_index]
+    shard_index = plan.stage_replicas.shard_index(rank)
+    owners = plan.owners[shard_index]
     first_use = {(s.layer, s.spec_index): s for s in buffer.segments if s.spec.tied_use == 0}
     second_use = {s.spec.name: s for s in buffer.segments if s.spec.tied_use == 1}
     owned: list[OwnedBlock] = []
     outgoing: dict[int, list[tuple[Span, bool]]] = {}
     incoming: dict[int, list[tuple[Span, bool]]] = {}
     tied: list[tuple[Span, Span]] = []
-    tied_names = _tied_names(plan, tensor_index)
-    for block in plan.blocks[tensor_index]:
+    tied_names = _tied_names(plan, shard_index)
+    for block in plan.blocks[shard_index]:
         first = first_use.get((block.layer, block.spec_index))
         name = tied_names.get((block.layer, block.spec_index))
         second = second_use.get(name) if name is not None else None
@@ -90,8 +90,8 @@ def reduction_plan(plan: Plan, rank: int, buffer: ParameterBuffer) -> ReductionP
             outgoing.setdefault(owners[block.index], []).append((span, True))
             continue
         owned.append(OwnedBlock(block, first, span.start))
-        first_holders = set(plan.holders_of_layer(tensor_index, block.layer))
-        for peer in plan.contributors(tensor_index, block):
+        first_holders = set(plan.holders_of_layer(shard_index, block.layer))
+        for peer in plan.contributors(shard_index, block):
             if peer != rank:
                 incoming.setdefault(peer, []).append((span, peer in first_holders))
     return ReductionPlan(
@@ -102,17 +102,17 @@ def reduction_plan(plan: Plan, rank: int, buffer: ParameterBuffer) -> ReductionP
     )
 
 
-def _tied_names(plan: Plan, tensor_index: int) -> dict[tuple[int, int], str]:
+def _tied_names(plan: Plan, shard_index: int) -> dict[tuple[int, int], str]:
     names = {
         spec.name
         for layer in plan.layers
-        for spec in layer.parameters[tensor_index]
+        for spec in layer.parameters[shard_index]
         if spec.tied_use
     }
     return {
         (layer_index, spec_index): spec.name
         for layer_index, layer in enumerate(plan.layers)
-        for spec_index, spec in enumerate(layer.parameters[tensor_index])
+        for spec_index, spec in enumerate(layer.parameters[shard_index])
         if spec.tied_use == 0 and spec.name in names
     }
 
@@ -168,7 +168,7 @@ def sum_over_tensor_copies(
     flags, start = 0, 0
     for segment in segments:
         stop = start + segment.spec.elements
-        copies = [parts[index][start:stop] for index in segment.spec.tensor_copies]
+        copies = [parts[index][start:stop] for index in segment.spec.copies]
         total = copies[0].clone()
         for part in copies[1:]:
             flags |= accumulator.add_to(total, part)

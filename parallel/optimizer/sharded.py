@@ -80,8 +80,8 @@ class ShardedOptimizer:
         self.fence: Fence | None = None
         """Asked before an owned block changes, by position in `owned`, while a snapshot copies."""
         self._reduction: ReductionPlan = reduction_plan(plan, rank, buffer)
-        self._tensor_index = plan.stage_replicas.tensor_index(rank)
-        self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._tensor_index])
+        self._shard_index = plan.stage_replicas.shard_index(rank)
+        self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._shard_index])
         self.slots = sum(len(blocks) for blocks in plan.blocks)
         """Number of (tensor index, block) pairs: the length of the squares that `reduce` gives."""
         owned = self._reduction.owned
@@ -173,7 +173,7 @@ class ShardedOptimizer:
         squares = torch.zeros(self.slots, dtype=torch.float64)
         for block, gradient in self.owned_gradients():
             square = accumulator.read(block.start, block.stop, gradient)
-            if block.segment.spec.counts_in_norm(self._tensor_index):
+            if block.segment.spec.counts_in_norm(self._shard_index):
                 squares[self.slot(block)] = square
         return squares, flags
 

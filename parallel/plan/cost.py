@@ -40,7 +40,7 @@ def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], floa
     """The time of a compute action: its chunk's operations; a backward takes twice a forward."""
     chunk_flops = [
         sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
-        / plan.stage_replicas.tensor
+        / plan.stage_replicas.shards
         for chunk in range(len(plan.placement))
     ]
     return lambda action: (
@@ -108,8 +108,8 @@ def step_time_s(
     slowest = max(range(plan.stage_replicas.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
     computed = replica_timeline(plan, slowest, flops_per_s, link_bytes_per_s).makespan
     ranks = (
-        plan.stage_replicas.rank(tensor, slowest, stage)
-        for tensor in range(plan.stage_replicas.tensor)
+        plan.stage_replicas.rank(shard, slowest, stage)
+        for shard in range(plan.stage_replicas.shards)
         for stage in range(plan.stage_replicas.pipeline)
     )
     widest = max(exchange_bytes(plan, r, precision=precision, exact=exact) for r in ranks)
@@ -130,7 +130,7 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
 
 def held_elements(plan: Plan, rank: int) -> int:
     """Parameters that a rank holds, in all of its chunks."""
-    index = plan.stage_replicas.tensor_index(rank)
+    index = plan.stage_replicas.shard_index(rank)
     return sum(
         layer_elements(plan.layers[layer], index)
         for chunk in plan.chunks_of(rank)
@@ -151,7 +151,7 @@ def rank_memory(
         copies: values per owned parameter that the optimizer keeps, its reduced gradient included.
         exact: whether gradients are summed as int64.
     """
-    index = plan.stage_replicas.tensor_index(rank)
+    index = plan.stage_replicas.shard_index(rank)
     held = held_elements(plan, rank)
     owned = sum(
         block.elements
@@ -166,6 +166,6 @@ def rank_memory(
     )
 
 
-def layer_elements(layer: LayerSpec, tensor_index: int) -> int:
+def layer_elements(layer: LayerSpec, shard_index: int) -> int:
     """Parameters of a layer on one tensor-parallel rank."""
-    return sum(spec.elements for spec in layer.parameters[tensor_index])
+    return sum(spec.elements for spec in layer.parameters[shard_index])

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from holdfast.parallel.errors import ConfigError, ScheduleError, unknown_name
-from holdfast.parallel.layout import LayerSpec, Mesh, StageReplicas
+from holdfast.parallel.layout import LayerSpec, Mesh, ParameterSpec, StageReplicas
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.schedules import placement
 
@@ -70,7 +71,7 @@ def make_plan(
     return Plan(
         generation=generation,
         stage_replicas=StageReplicas.of_mesh(mesh),
-        layers=tuple(layers),
+        layers=by_shard(layers, mesh),
         virtual=virtual,
         schedule=schedule,
         chunk_layers=tuple(pairwise(edges)),
@@ -84,14 +85,37 @@ def make_plan(
     )
 
 
+def by_shard(layers: Sequence[LayerSpec], mesh: Mesh) -> tuple[LayerSpec, ...]:
+    """The layers with their parameters by shard index.
+
+    Args:
+        layers: with their parameters by part: by the axes of the mesh that split parameters.
+    """
+    part_of = [mesh.part_of(shard) for shard in range(mesh.shards)]
+    if part_of == list(range(mesh.parts)):
+        return tuple(layers)
+
+    def held(spec: ParameterSpec) -> ParameterSpec:
+        copies = tuple(shard for shard, part in enumerate(part_of) if part in spec.copies)
+        return replace(spec, copies=copies)
+
+    return tuple(
+        replace(
+            layer,
+            parameters=tuple(tuple(map(held, layer.parameters[part])) for part in part_of),
+        )
+        for layer in layers
+    )
+
+
 def _check_sizes(
     layers: Sequence[LayerSpec], mesh: Mesh, block_elements: int, micro_batch_order: str
 ) -> None:
-    for axis, size in mesh._asdict().items():
+    for axis, size in mesh.by_axis.items():
         if size < 1:
             raise ConfigError(f"parallel.{axis} = {size} is too small; use 1 or more")
     for layer in layers:
-        if len(layer.parameters) != mesh.tensor:
+        if len(layer.parameters) != mesh.parts:
             raise ConfigError(
                 f"layer {layer.name} is split over {len(layer.parameters)} tensor ranks, but "
                 f"parallel.tensor = {mesh.tensor}; describe the layers for that size"

@@ -27,9 +27,7 @@ class Block:
     elements: int
 
 
-def blocks(
-    layers: Sequence[LayerSpec], tensor_index: int, block_elements: int
-) -> tuple[Block, ...]:
+def blocks(layers: Sequence[LayerSpec], shard_index: int, block_elements: int) -> tuple[Block, ...]:
     """All blocks of one tensor-parallel index, in layer, table and row order.
 
     A block is as many whole rows as fit into `block_elements`, and one at least. It depends on the model
@@ -37,7 +35,7 @@ def blocks(
     """
     found: list[Block] = []
     for layer, layer_spec in enumerate(layers):
-        for spec_index, spec in enumerate(layer_spec.parameters[tensor_index]):
+        for spec_index, spec in enumerate(layer_spec.parameters[shard_index]):
             if spec.tied_use:
                 continue
             rows = max(1, block_elements // spec.row_elements)

@@ -167,6 +167,20 @@ class Plan:
 
         return self.derived("owned blocks", None, find).get(rank, ())
 
+    def axis_groups(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """By axis inside a stage replica, the ranks that differ from one along it alone.
+
+        Axes that no run can use yet are left out while they have a single rank.
+        """
+        mesh, replica = self.configured_mesh, self.stage_replicas.stage_replica(rank)
+        if len(replica) == 1:
+            return {axis: replica for axis in mesh.axes_inside}
+        shard = self.stage_replicas.shard_index(rank)
+        return {
+            axis: tuple(replica[other] for other in mesh.peers(axis, shard))
+            for axis in mesh.axes_inside
+        }
+
     def chunk_of_layer(self, layer: int) -> int:
         """The model chunk that has a layer."""
         return next(c for c, (a, b) in enumerate(self.chunk_layers) if a <= layer < b)

@@ -64,7 +64,7 @@ def _program(
     complete = with_messages(
         {rank: named},
         lambda chunk, micro_batch: plan.stage_replicas.rank(
-            at.tensor,
+            at.shard,
             replicas[plan.placement[chunk]][micro_batch],
             plan.placement[chunk],
         ),

@@ -111,7 +111,7 @@ def with_shadows(
 
 def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
     """Who stands where: whole stage replicas stay, new ones go to the stages with the fewest."""
-    old, size = plan.stage_replicas, plan.stage_replicas.tensor
+    old, size = plan.stage_replicas, plan.stage_replicas.shards
     present = set(roster.ranks)
     kept = [[replica for replica in stage if present.issuperset(replica)] for stage in old.stages]
     pool = present - {rank for stage in kept for replica in stage for rank in replica}
@@ -153,7 +153,7 @@ def _formed(
     for start in range(0, whole, size):
         group = rest[start : start + size]
         stage_replicas.append(
-            tuple(sorted(group, key=lambda r: (plan.stage_replicas.tensor_index(r), r)))
+            tuple(sorted(group, key=lambda r: (plan.stage_replicas.shard_index(r), r)))
         )
     return stage_replicas, rest[whole:]
 

@@ -51,7 +51,7 @@ def piece_of(spec: ParameterSpec, values: Tensor, rows: tuple[int, int] | None =
     stop = (spec.box.start[0] + last, *spec.box.stop[1:])
     shape = tuple(b - a for a, b in zip(start, stop, strict=True))
     copied = values.detach().cpu().double().reshape(shape).clone()
-    return Piece(spec.name, start, stop, spec.shape, spec.tensor_copies, copied)
+    return Piece(spec.name, start, stop, spec.shape, spec.copies, copied)
 
 
 class ActivationRecorder:

@@ -14,7 +14,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
     """Train `config.train.steps` steps on this rank and return what it saw. Collective."""
     training = open_training(config, world, store)
     coordinates = training.plan.stage_replicas.coordinates(world.rank)
-    capture = RankCapture(coordinates.tensor, coordinates.data, coordinates.pipeline)
+    capture = RankCapture(coordinates.shard, coordinates.data, coordinates.pipeline)
     recorder = ActivationRecorder(capture, lambda: training.current_micro_batch)
     for chunk in training.chunks:
         watch_chunk(recorder, chunk, config.model.hidden)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from holdfast.parallel.errors import ConfigError, ScheduleError
+from holdfast.parallel.layout import AXES
 from holdfast.parallel.schedules import placement
 from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
@@ -199,9 +200,10 @@ def _recompute(config: RunConfig) -> Iterator[str]:
 
 def _not_in_this_version(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
-    for key in ("context", "expert"):
-        if getattr(parallel, key) > 1:
-            yield f"parallel.{key} = {getattr(parallel, key)}: not available in this version; set it to 1"
+    for axis in AXES:
+        size = getattr(parallel, axis.name)
+        if size > 1 and not axis.is_available:
+            yield f"parallel.{axis.name} = {size}: not available in this version; set it to 1"
     if parallel.backend == "mpi" and importlib.util.find_spec("mpi4py") is None:
         yield "parallel.backend = 'mpi' needs mpi4py; pip install 'holdfast[mpi]'"
     if parallel.backend == "mpi" and config.train.device == "cuda":

@@ -18,7 +18,7 @@ class BlockStates:
         self._shadowed: dict[BlockKey, ShadowedBlock] = {}
         if training is None:
             return
-        index = training.plan.stage_replicas.tensor_index(training.rank)
+        index = training.plan.stage_replicas.shard_index(training.rank)
         self._optimizer, self._shadows = training.optimizer, training.shadows
         self._owned = {
             (index, owned.block.index): number

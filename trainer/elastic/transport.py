@@ -66,6 +66,8 @@ class GroupTransport:
         generation, rank = transition.generation, self._spec.rank
         replicas = transition.after.stage_replicas
         world = replicas.ranks if rank in replicas.ranks else generation.ranks
+        # Activations may come from any replica of a stage.
+        axes = {**transition.after.axis_groups(rank), "pipeline": world}
         members = {member.rank: member.identity for member in generation.members}
         if self._groups is None:
             groups = build_groups(
@@ -73,8 +75,7 @@ class GroupTransport:
                 generation.store.rpartition(":")[0],
                 rank,
                 world,
-                replicas.stage_replica(rank),
-                world,
+                axes,
                 backend=backend_of(self._config, self._device),
                 generation=generation.number,
                 record_path=self._spec.flight_record,
@@ -87,9 +88,7 @@ class GroupTransport:
                 joined=_differing(members, self._connected),
                 kept=transition.recovery.connected,
             )
-            groups = edit_groups(
-                self._groups, change, world, replicas.stage_replica(rank), world, store=store
-            )
+            groups = edit_groups(self._groups, change, world, axes, store=store)
         # Groups first, then the reason: `abort` is called after the reason is there.
         self._groups, self._connected = groups, members
         if (reason := self._interruption.reason) is not None:

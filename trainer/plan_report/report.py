@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.parallel.layout import AXES
 from holdfast.parallel.plan import (
     Plan,
     RankMemory,
@@ -57,7 +58,7 @@ class PlanReport:
         """A JSON-able form: the same facts as `renderable`."""
         plan = self.plan
         return {
-            "mesh": plan.configured_mesh._asdict(),
+            "mesh": {a.name: plan.configured_mesh[a.name] for a in AXES if a.is_available},
             "schedule": plan.schedule,
             "virtual": plan.virtual,
             "parameters": self.parameters,
@@ -195,12 +196,12 @@ def plan_report(
         of_stage = [
             rank_memory(
                 plan,
-                mesh.rank(t, d, stage),
+                mesh.rank(shard, d, stage),
                 precision=form.precision,
                 copies=form.copies,
                 exact=exact,
             )
-            for t in range(mesh.tensor)
+            for shard in range(mesh.shards)
             for d in {0, replica, mesh.data - 1}
         ]
         memory.append(max(of_stage, key=lambda m: m.total))

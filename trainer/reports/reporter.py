@@ -167,7 +167,7 @@ class Reporter:
         self._reported = step + 1
         if times is not None and step + 1 in config.log.trace_steps:
             at = self._training.plan.stage_replicas.find(self._world.rank)
-            place = f"stage {at.pipeline}, replica {at.data}, tensor {at.tensor}" if at else "spare"
+            place = f"stage {at.pipeline}, replica {at.data}, tensor {at.shard}" if at else "spare"
             label = f"rank {self._world.rank} ({place})"
             write_trace(self._run.trace, self._world.rank, label, step + 1, phases, times)
         now = perf_counter()

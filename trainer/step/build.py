@@ -23,8 +23,10 @@ def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training
         world.store_host,
         world.rank,
         plan.stage_replicas.ranks,
-        plan.stage_replicas.stage_replica(world.rank),
-        plan.configured_mesh.pipeline_group(world.rank),
+        {
+            **plan.axis_groups(world.rank),
+            "pipeline": plan.configured_mesh.pipeline_group(world.rank),
+        },
         backend=backend_of(config, device),
         generation=plan.generation,
     )

@@ -33,16 +33,16 @@ class InterruptedStep:
     def missing(self, plan: Plan, micro_batches: int) -> frozenset[int]:
         """The micro-batches that some parameter lacks."""
         done = frozenset(range(micro_batches))
-        for index in range(plan.stage_replicas.tensor):
+        for index in range(plan.stage_replicas.shards):
             included = self.included.get(index, {})
             for layer, spec in enumerate(plan.layers):
                 for row in range(len(spec.parameters[index])):
                     done &= included.get((layer, row), frozenset())
         return frozenset(range(micro_batches)) - done
 
-    def has(self, tensor_index: int, key: ParameterKey, micro_batch: int) -> bool:
+    def has(self, shard_index: int, key: ParameterKey, micro_batch: int) -> bool:
         """Whether a parameter has a micro-batch's gradient already."""
-        return micro_batch in self.included.get(tensor_index, {}).get(key, ())
+        return micro_batch in self.included.get(shard_index, {}).get(key, ())
 
 
 NOT_INTERRUPTED = InterruptedStep(-1, {})
@@ -79,7 +79,7 @@ def included_after_change(
     found: dict[int, dict[ParameterKey, frozenset[int]]] = {}
     for rank, rows in included.items():
         if keeps_sums(plan, following, rank, fresh):
-            mine = found.setdefault(plan.stage_replicas.tensor_index(rank), {})
+            mine = found.setdefault(plan.stage_replicas.shard_index(rank), {})
             for key, numbers in rows.items():
                 mine[key] = mine.get(key, frozenset()) | numbers
     return found

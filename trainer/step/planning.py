@@ -71,7 +71,7 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
     parallel, train = config.parallel, config.train
     return make_plan(
         layers,
-        Mesh(tensor=parallel.tensor, data=parallel.data, pipeline=parallel.pipeline),
+        Mesh.of(tensor=parallel.tensor, data=parallel.data, pipeline=parallel.pipeline),
         virtual=parallel.virtual,
         schedule=parallel.schedule,
         micro_batches=train.global_batch // train.micro_batch,

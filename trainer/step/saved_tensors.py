@@ -95,7 +95,7 @@ def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tupl
 
 def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Box, ...]]:
     """The boxes of every saved tensor that a rank needs to go on. Pure."""
-    index = plan.stage_replicas.tensor_index(rank)
+    index = plan.stage_replicas.shard_index(rank)
     found: defaultdict[str, list[Box]] = defaultdict(list)
     for chunk in plan.chunks_of(rank):
         for layer in plan.layers_of(chunk):

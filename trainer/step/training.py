@@ -105,7 +105,7 @@ class Training:
             chunks = dict(zip(plan.chunks_of(self.rank), before.chunks, strict=True))
         else:
             chunks = new_chunks(
-                config, plan, self.rank, self.groups.tensor, self.device, initial=initial
+                config, plan, self.rank, self.groups["tensor"], self.device, initial=initial
             )
             rows = [row for chunk in chunks.values() for row in chunk.named_specs()]
             self.parameter_buffer = ParameterBuffer(rows, dtype=dtype, device=self.device)
@@ -134,7 +134,7 @@ class Training:
             self.parameter_buffer,
             self.accumulator,
             self.groups.world,
-            self.groups.tensor,
+            self.groups["tensor"],
             form,
             settings,
             before=before.optimizer.owned_state if before is not None else None,
@@ -151,14 +151,14 @@ class Training:
         )
         if self.offloader is not None:
             self.offloader.keep(self.parameter_buffer.values)
-        sequence_parallel = config.parallel.sequence_parallel and self.groups.tensor.size > 1
-        rows_of_message = train.seq_len // (self.groups.tensor.size if sequence_parallel else 1)
+        sequence_parallel = config.parallel.sequence_parallel and self.groups["tensor"].size > 1
+        rows_of_message = train.seq_len // (self.groups["tensor"].size if sequence_parallel else 1)
         shape = (rows_of_message, train.micro_batch, config.model.hidden)
         self.executor = Executor(
             self._runners,
             last,
             MessageShape(shape, dtype, self.device),
-            self.groups.pipeline,
+            self.groups["pipeline"],
             self.step_micro_batches,
             self.offloader,
         )
@@ -281,7 +281,7 @@ class Training:
         except OffloadError as error:
             if (
                 self.offloader is None
-                or self.plan.stage_replicas.pipeline * self.plan.stage_replicas.tensor > 1
+                or self.plan.stage_replicas.pipeline * self.plan.stage_replicas.shards > 1
             ):
                 raise
             self.offloader.abort(str(error))
@@ -339,7 +339,7 @@ class Training:
         self.accumulator.micro_batch = micro_batch
         self.accumulator.skipped = frozenset()
         if self._interrupted is not NOT_INTERRUPTED:
-            index = self.plan.stage_replicas.tensor_index(self.rank)
+            index = self.plan.stage_replicas.shard_index(self.rank)
             self.accumulator.skipped = frozenset(
                 part.parameter
                 for part in self.parameter_buffer.segments
@@ -427,7 +427,7 @@ class Training:
         """Each micro-batch's loss sum in its slot, where this rank is the one that reports it."""
         slots = torch.zeros(self.step_micro_batches, dtype=torch.float64)
         last = self._runners.get(len(self.plan.placement) - 1)
-        if last is not None and self.groups.tensor.index == 0:
+        if last is not None and self.groups["tensor"].index == 0:
             interrupted = self._interrupted if self._is_training else NOT_INTERRUPTED
             if interrupted is not NOT_INTERRUPTED:
                 for micro_batch, loss in self._own_losses.items():
@@ -473,7 +473,7 @@ def _same_layers(before: Training, after: Training) -> bool:
     """Whether a rank's modules serve under the next plan: the same layers, the same tensor group."""
     old, new, rank = before.plan, after.plan, after.rank
     layers = [[plan.chunk_layers[chunk] for chunk in plan.chunks_of(rank)] for plan in (old, new)]
-    return layers[0] == layers[1] and before.groups.tensor is after.groups.tensor
+    return layers[0] == layers[1] and before.groups["tensor"] is after.groups["tensor"]
 
 
 def mean_loss(sums: list[float], tokens: int) -> float:

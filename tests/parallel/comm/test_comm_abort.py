@@ -32,8 +32,7 @@ def _groups(rank: int, store: Any, record_path: Path | None = None) -> Groups:
         "127.0.0.1",
         rank,
         range(RANKS),
-        TENSOR[rank],
-        PIPELINE[rank],
+        {"tensor": TENSOR[rank], "pipeline": PIPELINE[rank]},
         backend="gloo",
         generation=0,
         timeout_s=60.0,
@@ -42,7 +41,7 @@ def _groups(rank: int, store: Any, record_path: Path | None = None) -> Groups:
 
 
 def _use_all(groups: Groups) -> None:
-    for group in (groups.world, groups.tensor, groups.pipeline):
+    for group in (groups.world, groups["tensor"], groups["pipeline"]):
         group.all_reduce(torch.ones(3)).wait()
         group.barrier()
 
@@ -83,8 +82,7 @@ def cut_off_in_the_middle(rank: int, world_size: int, store: Any, *, sends: bool
         "127.0.0.1",
         rank,
         range(2),
-        (rank,),
-        range(2),
+        {"tensor": (rank,), "pipeline": range(2)},
         backend="gloo",
         generation=0,
     )
@@ -129,8 +127,8 @@ def blocked_survivors(rank: int, world_size: int, store: Any, *, how: int) -> An
     waits = [
         groups.world.receive(torch.empty(4), alive, 7).wait,
         groups.world.send(large, alive, 8).wait,
-        lambda: groups.tensor.all_reduce(large.clone()).wait(),
-        lambda: groups.pipeline.receive(torch.empty(2), PIPELINE[rank][rank < 2], 9).wait(),
+        lambda: groups["tensor"].all_reduce(large.clone()).wait(),
+        lambda: groups["pipeline"].receive(torch.empty(2), PIPELINE[rank][rank < 2], 9).wait(),
         lambda: groups.world.receive(torch.empty(2), 0, 10).wait(),
         lambda: groups.control.all_reduce(torch.ones(2)).wait(),
     ]
@@ -147,14 +145,14 @@ def blocked_survivors(rank: int, world_size: int, store: Any, *, how: int) -> An
     with pytest.raises(PeerLost, match=REASON):
         groups.world.send(torch.ones(1), alive, 1)
     with pytest.raises(PeerLost, match=REASON):
-        groups.pipeline.barrier()
+        groups["pipeline"].barrier()
     change = MembershipChange(1, left=frozenset({0}))
     pipeline = tuple(r for r in PIPELINE[rank] if r)
     tensor = tuple(r for r in TENSOR[rank] if r)
-    groups = edit_groups(groups, change, (1, 2, 3), tensor, pipeline)
+    groups = edit_groups(groups, change, (1, 2, 3), {"tensor": tensor, "pipeline": pipeline})
     total = torch.tensor([float(rank)])
     groups.control.all_reduce(total).wait()
-    groups.tensor.all_reduce(own := torch.tensor([float(rank)])).wait()
+    groups["tensor"].all_reduce(own := torch.tensor([float(rank)])).wait()
     groups.world.barrier()
     return told, total.item(), own.item()
 
@@ -209,7 +207,12 @@ def late_message(rank: int, world_size: int, store: Any) -> tuple[list[float], l
         groups.abort("a drill")
         with pytest.raises(PeerLost, match="a drill"):
             handle.wait()
-    groups = edit_groups(groups, MembershipChange(1), range(RANKS), TENSOR[rank], PIPELINE[rank])
+    groups = edit_groups(
+        groups,
+        MembershipChange(1),
+        range(RANKS),
+        {"tensor": TENSOR[rank], "pipeline": PIPELINE[rank]},
+    )
     if rank == 1:
         groups.world.receive(expected, 2, 5).wait()
     if rank == 2:
@@ -236,13 +239,15 @@ def abort_from_elsewhere(rank: int, world_size: int, store: Any, *, rounds: int)
             while True:
                 values = torch.full((100_000,), float(rank))
                 groups.world.all_reduce(values).wait()
-                groups.pipeline.all_reduce(values[:10].clone()).wait()
+                groups["pipeline"].all_reduce(values[:10].clone()).wait()
                 assert values[0] == 6.0
         except PeerLost:
             freed += 1
         aborter.join()
         change = MembershipChange(generation)
-        groups = edit_groups(groups, change, range(RANKS), TENSOR[rank], PIPELINE[rank])
+        groups = edit_groups(
+            groups, change, range(RANKS), {"tensor": TENSOR[rank], "pipeline": PIPELINE[rank]}
+        )
     total = torch.tensor([1.0])
     groups.world.all_reduce(total).wait()
     assert total.item() == RANKS
@@ -278,7 +283,7 @@ def judge_pages(rank: int, world_size: int, store: Any, *, folder: str) -> Any:
         told = [(s.rank, s.step, s.verdict, s.suspects, s.describe()) for s in late]
         return soon, told, (last.operation, last.outcome)
     if rank == 2:
-        threads, _ = _in_threads([groups.pipeline.receive(torch.empty(2), 0, 9).wait])
+        threads, _ = _in_threads([groups["pipeline"].receive(torch.empty(2), 0, 9).wait])
     else:
         threads, _ = _in_threads([groups.world.receive(torch.empty(2), 2, 9).wait])
     store.wait(["judged"])

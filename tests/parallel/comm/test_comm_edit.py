@@ -32,14 +32,17 @@ def _pipeline(rank: int, world: Sequence[int]) -> tuple[int, ...]:
     return tuple(r for r in world if r % 2 == rank % 2)
 
 
+def _axes(rank: int, world: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    return {"tensor": _tensor(rank, world), "pipeline": _pipeline(rank, world)}
+
+
 def _build(rank: int, world: Sequence[int], store: Any, generation: int = 0) -> Groups:
     return build_groups(
         store,
         "127.0.0.1",
         rank,
         world,
-        _tensor(rank, world),
-        _pipeline(rank, world),
+        _axes(rank, world),
         backend="gloo",
         generation=generation,
         timeout_s=30.0,
@@ -47,11 +50,11 @@ def _build(rank: int, world: Sequence[int], store: Any, generation: int = 0) -> 
 
 
 def _edit(groups: Groups, rank: int, world: Sequence[int], change: MembershipChange) -> Groups:
-    return edit_groups(groups, change, world, _tensor(rank, world), _pipeline(rank, world))
+    return edit_groups(groups, change, world, _axes(rank, world))
 
 
 def _check_sums(groups: Groups, rank: int) -> None:
-    for group in (groups.world, groups.control, groups.tensor, groups.pipeline):
+    for group in (groups.world, groups.control, groups["tensor"], groups["pipeline"]):
         value = torch.tensor([float(2**rank)])
         group.all_reduce(value).wait()
         assert value.item() == sum(2**r for r in group.ranks), group.ranks

@@ -50,7 +50,7 @@ def ways_of(blocks: int, hidden: int = 1024, seq_len: int = 1024) -> dict[str, t
 def first_plan(ways: dict[str, tuple], pipeline: int = 1, micro_batches: int = 4) -> Plan:
     return make_plan(
         ways["none"],
-        Mesh(tensor=1, data=1, pipeline=pipeline),
+        Mesh.of(tensor=1, data=1, pipeline=pipeline),
         virtual=1,
         schedule="1f1b",
         micro_batches=micro_batches,

@@ -36,7 +36,7 @@ def buffer_of(*parameters: nn.Parameter) -> ParameterBuffer:
             local_row=0,
             initial=Initial("constant", 0.0),
             decay=False,
-            tensor_copies=(0,),
+            copies=(0,),
         )
         rows.append((number, spec, parameter))
     return ParameterBuffer(rows)

@@ -32,7 +32,7 @@ def layer(name: str, flops: float) -> LayerSpec:
         local_row=0,
         initial=Initial("normal", 0.02),
         decay=True,
-        tensor_copies=(0,),
+        copies=(0,),
     )
     return LayerSpec(name, ((weight,),), flops, activation_bytes=100, output_bytes=40)
 
@@ -47,7 +47,8 @@ def plan_of(data: int, pipeline: int, micro_batches: int, **changes: object) -> 
         "block_elements": COLUMNS,
         **changes,
     }
-    return make_plan([*layers, layer("head", 0.0)], Mesh(1, data, pipeline), **arguments)  # pyrefly: ignore
+    mesh = Mesh.of(data=data, pipeline=pipeline)
+    return make_plan([*layers, layer("head", 0.0)], mesh, **arguments)  # pyrefly: ignore
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_registered_schedule_is_planned_checked_and_simulated(
     assert placement(NAME, 2, 2) == (0, 1, 1, 0)
     plan = make_plan(
         first_plan().layers,
-        Mesh(tensor=1, data=1, pipeline=2),
+        Mesh.of(tensor=1, data=1, pipeline=2),
         virtual=2,
         schedule=NAME,
         micro_batches=3,

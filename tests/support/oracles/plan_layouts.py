@@ -10,7 +10,7 @@ def parameter_layout(plan: Plan) -> Layout:
     """Which boxes of which logical tensors each rank's parameters are."""
     holdings: dict[int, dict[str, tuple[Box, ...]]] = {}
     for rank in plan.stage_replicas.ranks:
-        index = plan.stage_replicas.tensor_index(rank)
+        index = plan.stage_replicas.shard_index(rank)
         mine = holdings.setdefault(rank, {})
         for chunk in plan.chunks_of(rank):
             for layer in plan.layers_of(chunk):

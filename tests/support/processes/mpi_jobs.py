@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from holdfast.parallel.comm.protocol import MembershipChange
 from holdfast.parallel.errors import ConfigError, PeerLost
 
 
+def axes_of(rank: int, ranks: Sequence[int]) -> dict[str, list[int]]:
+    """Tensor groups of neighbours, pipelines of even and of odd ranks."""
+    return {
+        "tensor": [r for r in ranks if r // 2 == rank // 2],
+        "pipeline": [r for r in ranks if r % 2 == rank % 2],
+    }
+
+
 def groups_of(rank: int, world_size: int) -> Groups:
     """Tensor groups of neighbours, pipelines of even and of odd ranks."""
     ranks = range(world_size)
@@ -25,15 +34,14 @@ def groups_of(rank: int, world_size: int) -> Groups:
         "127.0.0.1",
         rank,
         ranks,
-        [r for r in ranks if r // 2 == rank // 2],
-        [r for r in ranks if r % 2 == rank % 2],
+        axes_of(rank, ranks),
         backend="mpi",
         generation=0,
     )
 
 
 def check_sums(groups: Groups, rank: int) -> None:
-    for group in (groups.world, groups.control, groups.tensor, groups.pipeline):
+    for group in (groups.world, groups.control, groups["tensor"], groups["pipeline"]):
         value = torch.tensor([float(2**rank)], dtype=torch.float64)
         group.all_reduce(value).wait()
         assert value.item() == sum(2**r for r in group.ranks), group.ranks
@@ -89,10 +97,11 @@ def losses(rank: int, world_size: int) -> dict[str, Any] | None:
             groups,
             MembershipChange(generation, left=frozenset({victim})),
             alive,
-            [r for r in alive if r // 2 == rank // 2],
-            [r for r in alive if r % 2 == rank % 2],
+            axes_of(rank, alive),
         )
-        same.append([edited.tensor is groups.tensor, edited.pipeline is groups.pipeline])
+        same.append(
+            [edited["tensor"] is groups["tensor"], edited["pipeline"] is groups["pipeline"]]
+        )
         groups = edited
         check_sums(groups, rank)
     try:

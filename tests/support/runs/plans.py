@@ -34,7 +34,7 @@ def first_plan(
     )
     plan = make_plan(
         layers,
-        Mesh(tensor, data, pipeline),
+        Mesh.of(tensor=tensor, data=data, pipeline=pipeline),
         virtual=virtual,
         schedule=schedule,
         micro_batches=MICRO_BATCHES,
@@ -46,12 +46,12 @@ def first_plan(
 def check(plan: Plan, ranks: set[int]) -> None:
     """What must hold of every plan."""
     assert set(plan.stage_replicas.ranks) == ranks
-    for index in range(plan.stage_replicas.tensor):
+    for index in range(plan.stage_replicas.shards):
         programs = {
             rank: training_program(plan, rank)
             for rank in plan.stage_replicas.ranks
             if plan.stage_replicas.find(rank) is not None
-            and plan.stage_replicas.tensor_index(rank) == index
+            and plan.stage_replicas.shard_index(rank) == index
         }
         check_programs(programs, len(plan.placement), range(MICRO_BATCHES))
         only = frozenset({1, 4, 6})

@@ -27,7 +27,7 @@ def plan_of(data: int, pipeline: int) -> Plan:
     )
     return make_plan(
         layers,
-        Mesh(1, data, pipeline),
+        Mesh.of(tensor=1, data=data, pipeline=pipeline),
         virtual=1,
         schedule="1f1b",
         micro_batches=12,

@@ -116,7 +116,7 @@ class _Table:
             local_row=0,
             initial=Initial("constant", 1.0),
             decay=False,
-            tensor_copies=tuple(range(self.tensor)),
+            copies=tuple(range(self.tensor)),
             sum_over_copies=self.sequence_parallel,
         )
 
@@ -162,7 +162,7 @@ class _Table:
             local_row=local_row,
             initial=self._normal(),
             decay=True,
-            tensor_copies=copies,
+            copies=copies,
             sum_over_copies=len(copies) > 1,
         )
 
@@ -184,7 +184,7 @@ class _Table:
             local_row=local_row,
             initial=initial or self._normal(),
             decay=True,
-            tensor_copies=(self.index,),
+            copies=(self.index,),
             tied_use=tied_use,
         )
 

@@ -19,10 +19,12 @@ from .offload_metrics import (
 )
 from .reporter import (
     Reporter as Reporter,
-    introduce as introduce,
-    nodes_of as nodes_of,
-    workers_of as workers_of,
 )
 from .stragglers import (
     PhaseClock as PhaseClock,
+)
+from .workers import (
+    introduce as introduce,
+    nodes_of as nodes_of,
+    workers_of as workers_of,
 )

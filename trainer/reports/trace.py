@@ -87,16 +87,6 @@ def write_trace(
     return path
 
 
-def merge_traces(paths: Sequence[Path], merged: Path) -> None:
-    """Join the traces of several ranks into one file."""
-    events: list[dict[str, Any]] = []
-    for path in paths:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            events.extend(json.load(file)["traceEvents"])
-    with gzip.open(merged, "wt", encoding="utf-8") as file:
-        json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
-
-
 def _named(kind: str, rank: int, lane: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": rank, "tid": lane, "args": {"name": name}}
 

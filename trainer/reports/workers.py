@@ -1,0 +1,32 @@
+"""The workers of a run, as they introduce themselves at its rendezvous store."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed import Store
+
+from holdfast.trainer.world import WorldInfo
+
+
+def introduce(store: Store, world: WorldInfo) -> None:
+    """Tell the store who this worker is."""
+    worker = {"rank": world.rank, "pid": os.getpid(), "node": socket.gethostname()}
+    store.set(f"worker/{world.rank}", json.dumps(worker))
+
+
+def workers_of(store: Store, world: WorldInfo) -> list[dict[str, Any]]:
+    """Who all workers are, by rank, once they have said so."""
+    keys = [f"worker/{rank}" for rank in range(world.world_size)]
+    store.wait(keys)
+    return [json.loads(text) for text in store.multi_get(keys)]
+
+
+def nodes_of(workers: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    """The node of each rank: equal numbers for workers on one machine."""
+    names = list(dict.fromkeys(worker["node"] for worker in workers))
+    return tuple(names.index(worker["node"]) for worker in workers)

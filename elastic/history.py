@@ -79,16 +79,22 @@ class MembershipHistory:
         return number < len(joins) and committed >= joins[number].after
 
 
+def newest_start(events: Sequence[Mapping[str, Any]]) -> int | None:
+    """The index of the change that began the newest start of a run; None for one that was not elastic."""
+    starts = [n for n, e in enumerate(events) if e["event"] in CHANGES and e["generation"] == 1]
+    return starts[-1] if starts else None
+
+
 def history_of(events: Sequence[Mapping[str, Any]]) -> MembershipHistory:
     """The history of the newest start of a run, from the lines of its events.jsonl.
 
     Raises:
         ConfigError: the run has no changes to tell of.
     """
-    starts = [n for n, e in enumerate(events) if e["event"] in CHANGES and e["generation"] == 1]
-    if not starts:
+    begun = newest_start(events)
+    if begun is None:
         raise ConfigError("this run was not an elastic one; there are no changes to repeat")
-    begun, first = starts[-1], events[starts[-1]]
+    first = events[begun]
     found = [e for e in events[begun + 1 :] if e["event"] in CHANGES]
     back = next((n for n, e in enumerate(found) if e["from_checkpoint"] is not None), len(found))
     changes = tuple(map(_change, found[:back]))

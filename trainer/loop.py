@@ -22,7 +22,7 @@ from holdfast.trainer.reports import (
     trace,
     workers_of,
 )
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.run import RunDirectory, locate_log
 from holdfast.trainer.step import Outcome, Training, open_training, rate_of
 from holdfast.trainer.world import WorldInfo
 
@@ -51,6 +51,7 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     """
     introduce(store, world)
     training = open_training(config, world, store)
+    locate_log(lambda: (training.plan.generation, training.progress.decided + 1))
     workers = workers_of(store, world)
     signals = Signals()
     checkpoints = Checkpoints(training, world, store, run, nodes_of(workers), signals)

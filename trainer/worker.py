@@ -19,7 +19,7 @@ from torch.distributed import Store, TCPStore
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
-from holdfast.trainer.run import RankError, RunDirectory, read_error, write_error
+from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_error, write_error
 from holdfast.trainer.world import WorldInfo
 
 if TYPE_CHECKING:
@@ -55,18 +55,6 @@ def connect(world: WorldInfo) -> Store:
             f"the rendezvous store at {world.store_host}:{world.store_port} cannot be used: "
             f"{reason}; free the port or choose another (MASTER_PORT)"
         ) from error
-
-
-def log_to_file(run: RunDirectory, rank: int) -> None:
-    """Send this process's log to its own file, every line with its rank."""
-    run.log(rank).parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run.log(rank))
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
-    )
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def run_worker(

@@ -10,11 +10,11 @@ from typing import Any
 
 from holdfast.elastic.events import change_events
 from holdfast.elastic.generation import Generation
-from holdfast.elastic.history import CHANGES
+from holdfast.elastic.history import CHANGES, newest_start
 from holdfast.elastic.membership_events import MembershipEvent, event_to_data
 from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import Change
-from holdfast.trainer.reports import append_events
+from holdfast.trainer.reports import append_events, read_events
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Training
 
@@ -73,19 +73,9 @@ def write_changes(run: RunDirectory, records: Sequence[ChangeRecord]) -> None:
 
 def _written(run: RunDirectory) -> set[int]:
     """The generations of this start of the run that its events tell of."""
-    found: set[int] = set()
-    if not run.events.exists():
-        return found
-    for line in reversed(run.events.read_bytes().splitlines()):
-        try:
-            event = json.loads(line)
-        except ValueError:  # torn, by a writer that died or a full disk
-            continue
-        if event["event"] in CHANGES:
-            found.add(event["generation"])
-            if event["generation"] == 1:
-                break
-    return found
+    events = read_events(run.events)
+    since = events[newest_start(events) or 0 :]
+    return {event["generation"] for event in since if event["event"] in CHANGES}
 
 
 def _write(run: RunDirectory, record: ChangeRecord) -> None:

@@ -20,7 +20,7 @@ from holdfast.trainer.elastic.recovery import Change
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
 from holdfast.trainer.loop import Parts, finish, run_step, stop
 from holdfast.trainer.reports import PhaseClock, Reporter, append_event
-from holdfast.trainer.run import RunDirectory, checkpoint_root
+from holdfast.trainer.run import RunDirectory, checkpoint_root, locate_log
 from holdfast.trainer.step import Outcome, Training, rate_of
 
 logger = logging.getLogger("holdfast.elastic")
@@ -110,6 +110,7 @@ class ElasticSession:
     def go_on(self, change: Change, training: Training) -> None:
         """Go on with the training that a change has activated. Local."""
         self._training, self._clock, self._digest = training, PhaseClock(), ""
+        locate_log(lambda: (training.plan.generation, training.progress.decided + 1))
         following, before, notes = self._saves.go_on(training, change)
         world = world_of(change.after, self._spec)
         if self._reporter is None:

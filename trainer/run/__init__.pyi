@@ -1,6 +1,10 @@
 from .initial_weights import (
     has_state as has_state,
 )
+from .log import (
+    locate_log as locate_log,
+    log_to_file as log_to_file,
+)
 from .opening import (
     OpenedRun as OpenedRun,
     RunRequest as RunRequest,

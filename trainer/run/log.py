@@ -1,0 +1,53 @@
+"""The log file of one worker, in which every line says its rank, generation and step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from holdfast.trainer.run.run_directory import RunDirectory
+
+_FORMAT = (
+    "%(asctime)s rank %(rank)d generation %(generation)d step %(step)d "
+    "%(levelname)s %(name)s: %(message)s"
+)
+_ROOT = "holdfast"
+
+
+class _Place(logging.Filter):
+    """Adds to every line where the worker is."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+        self.where: Callable[[], tuple[int, int]] = lambda: (0, 0)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = self._rank
+        record.generation, record.step = self.where()
+        return True
+
+
+def log_to_file(run: RunDirectory, rank: int) -> None:
+    """Send this process's log to the file of its rank."""
+    run.log(rank).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run.log(rank))
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(_Place(rank))
+    logger = logging.getLogger(_ROOT)
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def locate_log(where: Callable[[], tuple[int, int]]) -> None:
+    """Have lines of this process's log file say where the worker is; without such a file, nothing.
+
+    Args:
+        where: the generation, and the step under way, counted from 1; asked at every line, in any
+            thread.
+    """
+    for handler in logging.getLogger(_ROOT).handlers:
+        for place in handler.filters:
+            if isinstance(place, _Place):
+                place.where = where

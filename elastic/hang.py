@@ -1,25 +1,40 @@
-"""Which rank hangs, told from who waits for whom. Pure.
+"""Which rank hangs: the limit, the evidence, and the blame. Pure.
 
-A worker that waits for a message cannot tell a peer that hangs from one that itself waits for a third. All
-waits together can: at the end of the chain is the rank that others wait for, and that waits for nobody.
+A stopped rank cannot watch itself, and a rank that waits for a message cannot tell a peer that hangs
+from one that itself waits for a third. So agents read the flight records of their workers
+(parallel/comm/flight_recorder.py) from outside, and tell each other of waits that last too long. All
+waits together show it: at the end of the chain is the rank that others wait for, and that waits for
+none.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.membership_events import MembershipEvent
+from holdfast.parallel.comm import FlightRecord, Operation
 
+LIMIT_STEPS = 5.0
+"""A wait is too long only when it is longer than this many median steps, too."""
 SETTLE_S = 1.0
 """How long further waits are collected after the first: all ranks soon wait behind one that hangs."""
+
+PeerVerdict = Literal[
+    "the peer never started it",
+    "the peer started it, neither has finished",
+    "the peer has finished it, it has not arrived",
+    "nothing is known of the peer",
+]
+_COUNTERPART = {"send": "receive", "receive": "send"}
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """One worker has waited for longer than is normal; what its record of operations says."""
+    """One worker has waited for longer than is normal; what its flight record says."""
 
     peers: frozenset[int]
     """The ranks that it waits for."""
@@ -28,8 +43,177 @@ class Wait:
     """Which operation, and whether the peer never started or never finished it; for a person."""
 
 
+@dataclass(frozen=True, slots=True)
+class SilentOperation:
+    """An operation that a rank has waited for too long."""
+
+    rank: int
+    step: int
+    operation: Operation
+    silent_s: float
+    """How long the rank has waited for it."""
+    verdict: PeerVerdict
+    suspects: tuple[int, ...]
+    """The ranks to blame for this wait, as far as the records that were read show it."""
+
+    def describe(self) -> str:
+        """One line for logs and incident records."""
+        operation = self.operation
+        preposition = {"send": "to", "receive": "from", "collective": "with"}[operation.direction]
+        name = operation.operation
+        if name not in ("send", "receive") and operation.direction != "collective":
+            name = f"{name}, {operation.direction}"
+        peer = "its group" if operation.peer < 0 else f"rank {operation.peer}"
+        suspects = ", ".join(map(str, self.suspects))
+        return (
+            f"rank {self.rank}: {name} {preposition} {peer} ({operation.group}, "
+            f"tag {operation.tag}, {operation.bytes} bytes) silent for {self.silent_s:.1f} s in "
+            f"step {self.step}: {self.verdict}; suspected: rank {suspects}"
+        )
+
+
+# The limit.
+
+
+def limit_s(record: FlightRecord, hang_timeout_s: float) -> float:
+    """How long a worker may wait for one operation."""
+    return max(hang_timeout_s, LIMIT_STEPS * record.median_step_s)
+
+
+def late_operations(
+    record: FlightRecord, now_s: float, *, hang_timeout_s: float
+) -> list[Operation]:
+    """The operations that a worker has waited for too long.
+
+    Args:
+        now_s: the monotonic clock's time when the record was read.
+    """
+    limit = limit_s(record, hang_timeout_s)
+    return [o for o in record.operations if o.is_waited_for and now_s - o.waited_s > limit]
+
+
+# The evidence.
+
+
+def wait_of(
+    own: FlightRecord, others: Iterable[FlightRecord], now_s: float, *, hang_timeout_s: float
+) -> Wait | None:
+    """What a worker has waited for too long; None if it has not.
+
+    Args:
+        others: the records of further workers that can be read, for the description.
+    """
+    late = [o for o in late_operations(own, now_s, hang_timeout_s=hang_timeout_s) if o.peer >= 0]
+    if not late:
+        return None
+    found = silent_operations([*others, own], now_s, hang_timeout_s=hang_timeout_s)
+    described = next((s.describe() for s in found if s.rank == own.rank), "")
+    longest_s = max(now_s - operation.waited_s for operation in late)
+    return Wait(frozenset(operation.peer for operation in late), longest_s, described)
+
+
+def silent_operations(
+    records: Iterable[FlightRecord], now_s: float, *, hang_timeout_s: float
+) -> list[SilentOperation]:
+    """The longest operation of each rank that has waited for one too long, by rank.
+
+    Args:
+        records: of all ranks that can be read; those of other machines with their clocks shifted
+            (`FlightRecord.unix_offset_s`).
+        now_s: the monotonic clock's time when the records were read.
+    """
+    # Of a rank that was replaced the newest record counts.
+    by_rank = {r.rank: r for r in sorted(records, key=lambda record: record.generation)}
+    waits = {
+        rank: peers
+        for rank, record in by_rank.items()
+        if (peers := frozenset(p for o in record.operations for p in _waited_on(o, by_rank)))
+    }
+    found = []
+    for rank, record in sorted(by_rank.items()):
+        late = late_operations(record, now_s, hang_timeout_s=hang_timeout_s)
+        if not late:
+            continue
+        longest = min(late, key=lambda operation: operation.waited_s)
+        peers = frozenset(_waited_on(longest, by_rank))
+        found.append(
+            SilentOperation(
+                rank=rank,
+                step=record.step,
+                operation=longest,
+                silent_s=now_s - longest.waited_s,
+                verdict=_verdict(rank, longest, by_rank),
+                suspects=tuple(sorted(blame(_chain(rank, waits | {rank: peers})))),
+            )
+        )
+    return found
+
+
+def _waited_on(operation: Operation, records: Mapping[int, FlightRecord]) -> set[int]:
+    """The ranks that must act before an operation ends; none for one that is not waited for."""
+    if not operation.is_waited_for:
+        return set()
+    if operation.direction == "collective":
+        return set(_missing(operation, records))
+    return {operation.peer}
+
+
+def _verdict(rank: int, operation: Operation, records: Mapping[int, FlightRecord]) -> PeerVerdict:
+    if operation.direction == "collective":
+        missing = _missing(operation, records)
+        return (
+            "the peer never started it" if missing else "the peer started it, neither has finished"
+        )
+    peer = records.get(operation.peer)
+    if peer is None:
+        return "nothing is known of the peer"
+    matching = [o for o in peer.operations if _matches(o, rank, operation)]
+    earlier = [
+        o
+        for o in records[rank].operations
+        if o.number < operation.number
+        and o.outcome == "done"
+        and (o.group, o.direction, o.peer, o.tag)
+        == (operation.group, operation.direction, operation.peer, operation.tag)
+    ]
+    # Tags come again in every step: what matched an earlier message of this rank does not count.
+    if not matching or (earlier and matching[-1].posted_s <= earlier[-1].finished_s):
+        return "the peer never started it"
+    if matching[-1].outcome == "done":
+        return "the peer has finished it, it has not arrived"
+    return "the peer started it, neither has finished"
+
+
+def _matches(other: Operation, rank: int, operation: Operation) -> bool:
+    return (
+        other.group == operation.group
+        and other.tag == operation.tag
+        and other.peer == rank
+        and other.direction == _COUNTERPART[operation.direction]
+    )
+
+
+def _missing(operation: Operation, records: Mapping[int, FlightRecord]) -> list[int]:
+    """Members of the group that have not come to a collective; its tag counts them."""
+    newest = {
+        rank: max(tags)
+        for rank, record in records.items()
+        if (
+            tags := [
+                o.tag
+                for o in record.operations
+                if o.group == operation.group and o.direction == "collective"
+            ]
+        )
+    }
+    return sorted(rank for rank, tag in newest.items() if tag < operation.tag)
+
+
+# The blame.
+
+
 def blame(waits: Mapping[int, frozenset[int]]) -> frozenset[int]:
-    """The ranks that hang, given for whom each waiting rank waits.
+    """The ranks that hang, given for which ranks each waiting rank waits.
 
     Those that are waited for and do not wait. Where all wait in a circle (a lost message, or programs
     that do not fit together), the one that most wait for, so that the circle is broken.
@@ -42,6 +226,18 @@ def blame(waits: Mapping[int, frozenset[int]]) -> frozenset[int]:
     return frozenset([min(rank for rank, count in waited_for.items() if count == most)])
 
 
+def _chain(rank: int, waits: Mapping[int, frozenset[int]]) -> dict[int, frozenset[int]]:
+    """The waits that one rank's wait leads to, its own included."""
+    found: dict[int, frozenset[int]] = {}
+    following = {rank}
+    while following:
+        some = following.pop()
+        if some in waits and some not in found:
+            found[some] = waits[some]
+            following |= waits[some]
+    return found
+
+
 @dataclass(slots=True)
 class HangJudge:
     """Collects the `waiting` events of one generation; equal on all agents. Not tied to a clock."""
@@ -51,7 +247,7 @@ class HangJudge:
     _since_s: float | None = None
 
     def enter(self, generation: int) -> None:
-        """A new generation: nobody waits in it yet."""
+        """A new generation: no worker waits in it yet."""
         self.generation, self._waits, self._since_s = generation, {}, None
 
     def hear(self, event: MembershipEvent, now_s: float) -> None:
@@ -65,7 +261,7 @@ class HangJudge:
         return identity in self._waits
 
     def culprits(self, now_s: float) -> dict[int, str]:
-        """The ranks that hang, and why each is held to, once all waits have had time to arrive."""
+        """The ranks that hang, and the reason for each, once all waits have had time to arrive."""
         if self._since_s is None or now_s - self._since_s < SETTLE_S:
             return {}
         waits = {
@@ -75,8 +271,8 @@ class HangJudge:
         found: dict[int, str] = {}
         for rank in blame(waits):
             first = min(
-                (n for i, n in self._waits.items() if rank in waits[i.rank]),
-                key=lambda n: n.identity,
+                (e for i, e in self._waits.items() if rank in waits[i.rank]),
+                key=lambda e: e.identity,
             )
             found[rank] = f"hung: rank {first.identity} {first.cause}"
         return found

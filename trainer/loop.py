@@ -87,6 +87,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     lr = rate_of(config, step)
     starts = [perf_counter()]
     clock = parts.clock
+    training.groups.recorder.note_step(step + 1)
     clock.start(training)
     parts.at(step + 1, "compute")
     training.at_half = partial(parts.at, step + 1, "backward")

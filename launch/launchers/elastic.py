@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from holdfast.elastic.hang import Wait
+from holdfast.elastic.hang import Wait, wait_of
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent import AgentSettings, WorkerMain
@@ -19,7 +19,7 @@ from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
-from holdfast.parallel.comm import FlightRecord, read_record, silent_operations
+from holdfast.parallel.comm import FlightRecord, read_record
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
@@ -131,26 +131,11 @@ def waits_of(hang_timeout_s: float) -> Callable[[WorkerSpec], Wait | None]:
         own = _record(spec.flight_record)
         if own is None:
             return None
-        now_s = time.monotonic()
-        limit_s = max(hang_timeout_s, 5 * own.median_step_s)
-        late = [
-            o
-            for o in own.operations
-            if o.is_waited_for and now_s - o.waited_s > limit_s and o.peer >= 0
-        ]
-        if not late:
-            return None
         others = [
             _record(path) for path in Path(spec.folder).glob("*.page") if path != spec.flight_record
         ]
-        found = silent_operations(
-            [*(record for record in others if record is not None), own],
-            now_s,
-            hang_timeout_s=hang_timeout_s,
-        )
-        described = next((s.describe() for s in found if s.rank == spec.rank), "")
-        longest = max(now_s - o.waited_s for o in late)
-        return Wait(frozenset(o.peer for o in late), longest, described)
+        known = [record for record in others if record is not None]
+        return wait_of(own, known, time.monotonic(), hang_timeout_s=hang_timeout_s)
 
     return waits
 

@@ -1,4 +1,4 @@
-"""Communicators over gloo, NCCL and MPI behind one protocol, their flight recorder and watchdog.
+"""Communicators over gloo, NCCL and MPI behind one protocol, and their flight recorder.
 
 May import parallel.errors.
 """

@@ -29,6 +29,3 @@ from .tags import (
     STATE_TRANSFER as STATE_TRANSFER,
     TagRange as TagRange,
 )
-from .watchdog import (
-    silent_operations as silent_operations,
-)

@@ -2,7 +2,7 @@
 
 Every message of every communicator leaves one record. With a path the ring lies in a shared mapping of
 that file, so that an agent sees what a stopped or hung process did last without its help: the writer
-takes no lock and makes no system call. `read_record` is the reader, parallel/comm/watchdog.py the judge.
+takes no lock and makes no system call. `read_record` is the reader, elastic/hang.py the judge.
 
 Layout of a record: native-endian 64-bit words, all offsets in words.
 

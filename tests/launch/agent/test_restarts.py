@@ -8,7 +8,6 @@ import pytest
 
 from holdfast.elastic.events import RunEvent, change_events
 from holdfast.elastic.generation import Generation, Identity, Member
-from holdfast.elastic.hang import blame
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.launch.agent.restarts import RestartPolicy, Restarts
@@ -84,23 +83,6 @@ def test_a_generation_meets_where_state_is_held_and_stays() -> None:
     assert Generation(4, tuple(members)).store == "c:1"
     other = Generation(4, (*members[:2], Member(Identity(2), "c", "c:1", 3, 8, "", False)))
     assert Generation(4, tuple(members)).prefix != other.prefix
-
-
-@pytest.mark.parametrize(
-    ("waits", "culprits"),
-    [
-        ({}, set()),
-        ({0: {1}, 2: {1}}, {1}),
-        ({0: {1}, 1: {2}, 2: {3}}, {3}),
-        ({0: {1, 2}, 3: {2}}, {1, 2}),
-        ({0: {1}, 1: {0}}, {0}),
-        ({0: {1}, 1: {2}, 2: {0}, 3: {2}}, {2}),
-    ],
-)
-def test_who_is_waited_for_and_waits_for_nobody_hangs(
-    waits: dict[int, set[int]], culprits: set[int]
-) -> None:
-    assert blame({rank: frozenset(peers) for rank, peers in waits.items()}) == culprits
 
 
 def _machine(ranks: int) -> AgentSettings:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.parallel.comm.flight_recorder import FlightRecord
+from holdfast.elastic.hang import silent_operations
+from holdfast.parallel.comm.flight_recorder import FlightRecord, read_record
 from holdfast.parallel.comm.groups import Groups, build_groups, edit_groups
 from holdfast.parallel.comm.protocol import MembershipChange
-from holdfast.parallel.comm.watchdog import read_records, silent_operations
 from holdfast.parallel.errors import PeerLost
 from support.processes.cluster import Cluster
 
@@ -273,8 +273,8 @@ def judge_pages(rank: int, world_size: int, store: Any, *, folder: str) -> Any:
     if rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     if rank == 3:
-        _until(lambda: _waiting_with_tag(read_records(paths), 9) == {1, 2})
-        records = read_records(paths)
+        _until(lambda: _waiting_with_tag([read_record(p) for p in paths], 9) == {1, 2})
+        records = [read_record(path) for path in paths]
         soon = silent_operations(records, time.monotonic(), hang_timeout_s=1e6)
         late = silent_operations(records, time.monotonic() + 60.0, hang_timeout_s=30.0)
         last = next(record for record in records if record.rank == 0).operations[-1]

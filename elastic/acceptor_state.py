@@ -17,13 +17,16 @@ from holdfast.elastic.generation import Identity
 class AcceptorFile:
     """The acceptor state of one worker in its node's memory or disk: written before it is acted on.
 
-    The process that votes as the worker holds a lock on it: the worker while it lives, afterwards whoever
-    speaks for it. The lock ends with the process, however that ends; forked children do not inherit it.
+    The process that votes as the worker holds a lock on it: the worker while it lives, afterwards
+    the process that votes on its behalf. The lock ends with the process, however that ends; forked
+    children do not inherit it.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        """Args:
-        folder: on the worker's node, and seen by its agent; need not survive the node.
+        """Local.
+
+        Args:
+            folder: on the worker's node, and seen by its agent; need not survive the node.
         """
         self._path = folder / f"{identity}.acceptor"
         self._lock_path = folder / f"{identity}.lock"

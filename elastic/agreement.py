@@ -1,13 +1,14 @@
 """The rule by which workers agree on their next generation. Pure: reports in, verdict out.
 
-A round of a Lighthouse hands the same set of reports to all who take part in it. What a worker makes of
-them is decided here, and is safe whatever a Lighthouse does: restart, forget, hand out old reports, reach
-only some, or run twice. It rests on one fact: a member of generation g accepts at most one membership for
-generation g + 1, ever, and that acceptance outlives its process (its agent speaks on for it, see
-`AcceptorFile`). A membership is chosen once a majority of generation g has accepted it; two majorities share
-a member, so at most one membership is ever chosen for g + 1: there is no split brain. A side that holds no
-majority waits, and does not train. (A write-once vote per slot: Paxos' acceptors without a second ballot number,
-Lamport 1998; the chain of configurations as in Lamport, Malkhi and Zhou 2009.)
+A round of a Lighthouse hands the same set of reports to all who take part in it. What a worker
+makes of them is decided here, and is safe whatever a Lighthouse does: restart, forget, hand out old
+reports, reach only some, or run twice. It rests on one fact: a member of generation g accepts at
+most one membership for generation g + 1, ever, and that acceptance outlives its process (its agent
+speaks on for it, see `AcceptorFile`). A membership is chosen once a majority of generation g has
+accepted it; two majorities share a member, so at most one membership is ever chosen for g + 1:
+there is no split brain. A side that holds no majority waits, and does not train. (A write-once vote
+per slot: Paxos' acceptors without a second ballot number, Lamport 1998; the chain of configurations
+as in Lamport, Malkhi and Zhou 2009.)
 
 Usually two rounds are enough: in the first all accept, in the second all see that all did.
 """
@@ -34,7 +35,7 @@ _NOBODY: Identities = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class AcceptorState:
-    """What a worker knows to be decided, and what it has accepted next. Only ever moves forward."""
+    """What a worker knows to be decided, and what it has accepted next. It only moves forward."""
 
     generation: int = 0
     """The newest generation that it knows to be chosen; 0: none."""
@@ -53,13 +54,13 @@ class Report:
     alive: bool = True
     """False: its process has ended, and its agent speaks for it."""
     founder: bool = False
-    """It may take part in founding the first generation: the run was started with it, or it replaces a
-    worker that was and had not voted."""
+    """It may take part in founding the first generation: the run was started with it, or it
+    replaces a worker that was and had not voted."""
     world_size: int = 1
     """Ranks that the first generation needs, one founder each."""
     min_ranks: int = 1
     lost: Identities = _NOBODY
-    """Whom not to wait for: their end, or their silence, has been noticed."""
+    """Workers that are not waited for: their end, or their silence, has been noticed."""
     impatient: bool = False
     """It has waited long enough for those who are missing without anybody knowing why."""
     node: str = ""
@@ -94,8 +95,8 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
         return Report(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise MembershipError(
-            f"a member reported what this version of holdfast does not understand ({error!r}); run the "
-            "same version on all nodes"
+            f"a member reported what this version of holdfast does not understand ({error!r}); "
+            "run the same version on all nodes"
         ) from error
 
 
@@ -117,8 +118,8 @@ class Verdict:
 
     acceptor: AcceptorState
     outcome: Literal["agreed", "again", "wait"]
-    """agreed: the new generation stands; again: take part in the next round at once; wait: in a later
-    one, because somebody is missing."""
+    """agreed: the new generation stands; again: take part in the next round at once; wait: in a
+    later one, because a member is missing."""
     reason: str = ""
     """Why it waits, for a person."""
     minority: bool = False
@@ -137,8 +138,8 @@ def advance(own: Report, reports: Mapping[Identity, Report]) -> Verdict:
     """What a round with these reports means for the worker that sent `own`.
 
     Args:
-        reports: by identity; all that the round has, whether or not `own` (or an older one of the same
-            worker) is among them.
+        reports: by identity; all that the round has, whether or not `own` (or an older one of the
+            same worker) is among them.
     Raises:
         Superseded: generations have been chosen since, without this worker.
         MembershipError: members disagree on what was chosen, which the rule excludes.
@@ -188,8 +189,8 @@ def _newest(own: Report, reports: Mapping[Identity, Report]) -> AcceptorState:
         if known.generation == newest.generation and known.members != newest.members:
             raise MembershipError(
                 f"two memberships are held to be generation {newest.generation}: "
-                f"{format_identities(newest.members)} and {format_identities(known.members)}; stop all "
-                "workers and resume from the newest checkpoint"
+                f"{format_identities(newest.members)} and {format_identities(known.members)}; "
+                "stop all workers and resume from the newest checkpoint"
             )
     if newest.generation == own.acceptor.generation:
         return own.acceptor
@@ -305,6 +306,6 @@ def _newest_incarnations(live: Identities, members: Identities) -> Identities:
 
 def _too_few(present: Collection[Identity], acceptor: AcceptorState) -> str:
     return (
-        f"ranks {format_identities(present) or 'none'} take part, which is no majority of generation "
-        f"{acceptor.generation} (ranks {format_identities(acceptor.members)})"
+        f"ranks {format_identities(present) or 'none'} take part, which is no majority of "
+        f"generation {acceptor.generation} (ranks {format_identities(acceptor.members)})"
     )

@@ -1,8 +1,9 @@
 """The channel between a worker and its agent: messages both ways, and a liveness timestamp.
 
-Messages are JSON objects in packets of a Unix socket pair that the agent made before the worker began. The
-liveness timestamp is a file in memory that the worker's Python thread writes ten times a second: it stops when the
-process is stopped, or when its interpreter lock is held, and can be read without the worker's help.
+Messages are JSON objects in packets of a Unix socket pair that the agent made before the worker
+began. The liveness timestamp is a file in memory that the worker's Python thread writes ten times a
+second: it stops when the process is stopped, or when its interpreter lock is held, and can be read
+without the worker's help.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _PACKET_BYTES = 1 << 16
 
 
 class LivenessWriter:
-    """Writes when this process last ran Python, in `CLOCK_MONOTONIC` nanoseconds, into a small file."""
+    """Writes the liveness timestamp: nanoseconds of `CLOCK_MONOTONIC`, in a small file."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -73,13 +74,15 @@ def receive_message(channel: socket.socket) -> dict[str, Any] | None:
 
 
 class WorkerChannel:
-    """A worker's end: a thread that refreshes the liveness timestamp and hands over what the agent says. Local."""
+    """A worker's end: a thread refreshes the liveness timestamp and receives messages. Local."""
 
     def __init__(
         self, channel: socket.socket, liveness: Path, receive: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Args:
-        receive: called in the channel's thread with each message; must not block.
+        """Start the thread.
+
+        Args:
+            receive: called in that thread with each message; must not block.
         """
         self._channel = channel
         self._receive = receive

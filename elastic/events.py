@@ -1,8 +1,8 @@
 """The lines of events.jsonl that a change of generation gives. Pure.
 
-Every worker hears every membership event, and every member of a generation has the same value of it.
-So one member, the recorder, writes the lines for all; agents write none. The end of all workers,
-which no member can know, is told by the exit codes of the agents.
+Every worker hears every membership event, and every member of a generation has the same value of
+it. So one member, the recorder, writes the lines for all; agents write none. The end of all
+workers, which no member can know, is told by the exit codes of the agents.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ class RunEvent:
 def change_events(
     before: Generation | None, after: Generation, told: Iterable[MembershipEvent]
 ) -> list[RunEvent]:
-    """The events of a change of generation: `rank_lost`, `rank_left` and `rank_joined`, by rank. Pure.
+    """The events `rank_lost`, `rank_left` and `rank_joined` of a change, by rank. Pure.
 
     Args:
         before: that the writer was in; None for its first, which has no such events.
-        told: the membership events that the writer has had (`Membership.drain_events`): they say why.
+        told: the membership events that the writer has had (`Membership.drain_events`): they say
+            why.
     Returns:
-        `rank_lost` has the fields rank, incarnation, node, cause, and detected_s: seconds between the
-        rank's last sign of life and the event of its loss; null if none was published. `rank_left`, of
-        one that was let go, has rank, incarnation and node; `rank_joined` has generation too.
+        `rank_lost` has the fields rank, incarnation, node, cause, and detected_s: seconds between
+        the rank's last sign of life and the event of its loss; null if none was published.
+        `rank_left`, of one that was let go, has rank, incarnation and node; `rank_joined` has
+        generation too.
     """
     if before is None:
         return []

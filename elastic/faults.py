@@ -1,8 +1,8 @@
-"""Faults on purpose: what a run does to itself, at a chosen step and phase, to show or test that it survives.
+"""Faults on purpose, at a chosen step and phase, to show or test that a run survives.
 
-A fault happens in the worker that it names, or to that worker's node, is real (a signal, a held lock, a
-flipped bit, packets dropped, a disk without room), and is written down. A process that replaces another does not
-repeat the faults that the first was told of.
+A fault happens in the worker that it names, or to that worker's node, is real (a signal, a held
+lock, a flipped bit, packets dropped, a disk without room), and is written down. A process that
+replaces another does not repeat the faults that the first was told of.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class Fault:
     step: int
     """Counted from 1."""
     phase: StepPhase = "compute"
-    """The fault comes at its beginning; "backward": when half of the step's backward passes are done; "fill":
-    when state is on its way to a newcomer, or to this rank, for the first time from that step on; "change": when
-    ranks have changed before that step, or within it."""
+    """The fault comes at its beginning; "backward": when half of the step's backward passes are
+    done; "fill": when state is on its way to a newcomer, or to this rank, for the first time
+    from that step on; "change": when ranks have changed before that step, or within it."""
     seconds: float = 60.0
-    """How long the lock is held, the node is cut off or the disk is full, or by how much a slow step is longer."""
+    """How long the lock is held, the node is cut off or the disk is full, or by how much a slow
+    step is longer."""
     incarnation: int = 0
     """Which process of the rank: 0 is the one that the run began with."""
 

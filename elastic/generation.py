@@ -1,4 +1,4 @@
-"""Who takes part in a run, as values: identities, members, and the generation they have agreed on."""
+"""The participants of a run as values: identities, members, and their generation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parse_identity(text: str) -> Identity:
 
 
 def format_identities(identities: Iterable[Identity]) -> str:
-    """A set of identities in one short line: `0-3,4.1,5-7`. Its length is that of what is unusual."""
+    """A set of identities in one short line: `0-3,4.1,5-7`. Only replacements make it longer."""
     parts: list[str] = []
     first: int | None = None
     ordered = sorted(set(identities))
@@ -86,7 +86,7 @@ class Member:
     phase: str
     """Where in the step it was when it came to agree; the caller's own word."""
     leaving: bool
-    """It has announced its departure: its state is to be moved away, nothing given to it."""
+    """It has announced its departure: its state is moved away, and it is given none."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What else the caller reported, as JSON values."""
 

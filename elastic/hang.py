@@ -1,10 +1,10 @@
 """Which rank hangs: the limit, the evidence, and the blame. Pure.
 
-A stopped rank cannot watch itself, and a rank that waits for a message cannot tell a peer that hangs
-from one that itself waits for a third. So agents read the flight records of their workers
-(parallel/comm/flight_recorder.py) from outside, and tell each other of waits that last too long. All
-waits together show it: at the end of the chain is the rank that others wait for, and that waits for
-none.
+A stopped rank cannot watch itself, and a rank that waits for a message cannot tell a peer that
+hangs from one that itself waits for a third. So agents read the flight records of their workers
+(parallel/comm/flight_recorder.py) from outside, and tell each other of waits that last too long.
+All waits together show it: at the end of the chain is the rank that others wait for, and that waits
+for none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from holdfast.parallel.comm import FlightRecord, Operation
 LIMIT_STEPS = 5.0
 """A wait is too long only when it is longer than this many median steps, too."""
 SETTLE_S = 1.0
-"""How long further waits are collected after the first: all ranks soon wait behind one that hangs."""
+"""Time to collect further waits after the first: all ranks soon wait behind one that hangs."""
 
 PeerVerdict = Literal[
     "the peer never started it",
@@ -215,8 +215,8 @@ def _missing(operation: Operation, records: Mapping[int, FlightRecord]) -> list[
 def blame(waits: Mapping[int, frozenset[int]]) -> frozenset[int]:
     """The ranks that hang, given for which ranks each waiting rank waits.
 
-    Those that are waited for and do not wait. Where all wait in a circle (a lost message, or programs
-    that do not fit together), the one that most wait for, so that the circle is broken.
+    Those that are waited for and do not wait. Where all wait in a circle (a lost message, or
+    programs that do not fit together), the one that most wait for, so that the circle is broken.
     """
     waited_for = Counter(peer for peers in waits.values() for peer in peers)
     idle = frozenset(waited_for) - waits.keys()

@@ -1,4 +1,4 @@
-"""The changes of membership that a run went through, from its events, and how to go through them again. Pure."""
+"""The changes of membership of a run, from its events, for a run that repeats them. Pure."""
 
 from __future__ import annotations
 
@@ -46,9 +46,11 @@ class MembershipHistory:
     """The ranks that each node has had."""
     changes: tuple[RecordedChange, ...]
     last_step: int | None
-    """After which it went back to a checkpoint, so that the rest is not repeated; None: it never did."""
+    """After which it went back to a checkpoint, so that the rest is not repeated; None: it never
+    did."""
     faults: tuple[Fault, ...]
-    """What makes a new run go through the same losses: kills, and bits that were flipped on purpose."""
+    """What makes a new run go through the same losses: kills, and bits that were flipped on
+    purpose."""
 
     def awaited(self, committed: int) -> frozenset[int]:
         """Ranks that must be ready to join before the step after `committed` begins."""
@@ -80,7 +82,7 @@ class MembershipHistory:
 
 
 def newest_start(events: Sequence[Mapping[str, Any]]) -> int | None:
-    """The index of the change that began the newest start of a run; None for one that was not elastic."""
+    """The index of the change that began a run's newest start; None if it was not elastic."""
     starts = [n for n, e in enumerate(events) if e["event"] in CHANGES and e["generation"] == 1]
     return starts[-1] if starts else None
 

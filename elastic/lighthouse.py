@@ -1,9 +1,10 @@
 """torchft's Lighthouse: the server in this process, heartbeats to it, and what it knows of workers.
 
-torchft 0.2.0 was measured and read for what is relied on here: `ManagerServer` sends its heartbeats from
-a native thread that needs no interpreter lock (the oldest age seen while a worker held the lock for 2 s
-was 0.10 s at an interval of 0.10 s), and connects again when the Lighthouse is back; a Lighthouse that has
-restarted counts from 0 and knows nobody, so that its own counter is not used as a generation here.
+torchft 0.2.0 was measured and read for what is relied on here: `ManagerServer` sends its heartbeats
+from a native thread that needs no interpreter lock (the oldest age seen while a worker held the
+lock for 2 s was 0.10 s at an interval of 0.10 s), and connects again when the Lighthouse is back; a
+Lighthouse that has restarted counts from 0 and knows no worker, so that its own counter is not used
+as a generation here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from holdfast.elastic.generation import Identity, parse_identity
 from holdfast.parallel.errors import MembershipError
 
 JOIN_TIMEOUT_MS = 100
-"""How long a round waits for those who have been heard of and do not take part; several rounds may."""
+"""How long a round waits for workers that it has heard of and that do not take part."""
 _TICK_MS = 10
 _CONNECT_S = 1.0
 _ANSWER_S = 0.2
@@ -49,7 +50,9 @@ class Lighthouse:
     """A Lighthouse in this process. Its threads are native. Local; use after the last fork."""
 
     def __init__(self, host: str, port: int = 0, *, heartbeat_timeout_ms: int = 600) -> None:
-        """Args:
+        """Start the server.
+
+        Args:
             host: the address to listen on, as workers reach it.
             port: 0 for a free one.
             heartbeat_timeout_ms: after which silence a worker counts as gone.
@@ -92,11 +95,13 @@ def identity_of(replica: str, run: str) -> Identity | None:
 
 
 class Heartbeats:
-    """Tells a Lighthouse that this process lives, whatever its interpreter does, until closed. Local."""
+    """Heartbeats of this process to a Lighthouse, whatever its interpreter does. Local."""
 
     def __init__(self, address: str, replica: str, interval_ms: int) -> None:
-        """Raises:
-        LighthouseAway: it cannot be reached now.
+        """Begin the heartbeats.
+
+        Raises:
+            LighthouseAway: it cannot be reached now.
         """
         try:
             self._server = coordination().ManagerServer(
@@ -118,7 +123,7 @@ class Heartbeats:
 
 
 class RoundClient:
-    """Takes part in rounds of a Lighthouse. Connects when first used, and again when that is needed."""
+    """Takes part in rounds of a Lighthouse. Connects when first used, and again when needed."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -148,8 +153,8 @@ class RoundClient:
 def _away(address: str, error: Exception) -> LighthouseAway:
     reason = str(error).splitlines()[0][:160]
     return LighthouseAway(
-        f"the Lighthouse at {address} cannot be reached ({reason}); start it again at that address, or "
-        "check the network"
+        f"the Lighthouse at {address} cannot be reached ({reason}); start it again at that "
+        "address, or check the network"
     )
 
 
@@ -164,7 +169,7 @@ def answers(address: str) -> bool:
 
 
 def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Identity, float]:
-    """Seconds since the Lighthouse heard of each worker of a run. It forgets nobody.
+    """Seconds since the Lighthouse heard of each worker of a run. It forgets none.
 
     Raises:
         LighthouseAway: it cannot be reached.

@@ -1,4 +1,4 @@
-"""A worker's membership of its run: who takes part, what changed, and how a new generation is agreed on."""
+"""A worker's membership of its run: its events, and agreement on each new generation."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ from holdfast.parallel.errors import MembershipError, Minority
 
 _PAUSE_UNREACHABLE_S = 0.1
 _ASK_AGAIN_S = 1.0
-"""How often a worker that has not been taken in says that it wants to be."""
+"""How often a worker that is not a member yet asks to join."""
 
 
 class Membership:
     """One worker's part in the membership of its run.
 
-    A worker calls `agree` once to begin, and again whenever the set of ranks changes: at once after a
-    loss (`on_urgent`, or an operation that raises `PeerLost`), at the end of a step for arrivals and
-    departures (`wanted`). Between these calls it exchanges nothing with the Lighthouse but heartbeats,
-    so that training goes on while that is away. Not safe to share between threads, apart from `wanted`.
+    A worker calls `agree` once to begin, and again whenever the set of ranks changes: at once after
+    a loss (`on_urgent`, or an operation that raises `PeerLost`), at the end of a step for arrivals
+    and departures (`wanted`). Between these calls it exchanges nothing with the Lighthouse but
+    heartbeats, so that training goes on while that is away. Not safe to share between threads,
+    apart from `wanted`.
     """
 
     def __init__(
@@ -98,15 +99,15 @@ class Membership:
     ) -> Generation:
         """Agree with the other workers on the next generation. Collective over all live workers.
 
-        When it raises, the worker must not go on, unless it had called with `urgent` false: it may then
-        go on in its old generation, in which no step can be committed if some have left it.
+        When it raises, the worker must not go on, unless it had called with `urgent` false: it may
+        then go on in its old generation, in which no step can be committed if some have left it.
 
         Args:
             step: steps that this worker has committed.
             phase: where in the step it is; told to the others as it is.
-            urgent: the step cannot be finished: the others are told, and leave theirs too. False at the
-                end of a step after which all call this.
-            leaving: it is to be relieved of its state, and will then go.
+            urgent: the step cannot be finished: the others are told, and leave theirs too. False at
+                the end of a step after which all call this.
+            leaving: it hands its state over with this change, and then goes.
             data: more to tell the others, as JSON values.
             timeout_s: after which it gives up.
         Returns:
@@ -218,8 +219,9 @@ class Membership:
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
         """Have `call` called, in another thread, as soon as a member of the generation is lost.
 
-        It is to release what the worker waits for (abort its communicators), and must not block. It is
-        not called from the beginning of `agree` until that returns, and then for what was lost meanwhile.
+        It is to release what the worker waits for (abort its communicators), and must not block. It
+        is not called from the beginning of `agree` until that returns, and then for what was lost
+        meanwhile.
         """
         with self._lock:
             self._urgent = call
@@ -232,7 +234,8 @@ class Membership:
     def wanted(self) -> tuple[MembershipEvent, ...]:
         """Arrivals and departures that wait for the end of a step, heard of since the last `agree`.
 
-        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for instance in
+        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for
+            instance in
         the all-reduce that is the step's vote, and call `agree` after the step where it is true.
         """
         with self._lock:
@@ -241,11 +244,11 @@ class Membership:
             )
 
     def can_agree(self) -> bool:
-        """Whether the Lighthouse is there: a change that nobody has to wait for is put off until it is."""
+        """Whether the Lighthouse is there: a change that can wait is put off until it is."""
         return answers(self.spec.settings.lighthouse)
 
     def drain_events(self) -> tuple[MembershipEvent, ...]:
-        """All events since the last call, for the record. Empties the list of those that are settled."""
+        """All events since the last call, for the record. Those that are settled are removed."""
         with self._lock:
             events = tuple(self._events)
             self._events = [n for n in self._events if self._concerns(n)]

@@ -23,14 +23,15 @@ class MembershipEvent:
     """Something that one node has noticed about a worker, for all others."""
 
     kind: MembershipEventKind
-    """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot go on with
-    its step, and has come to agree. joining: it waits to be taken in. leaving: it wants to be let go.
-    waiting: it has waited for `peers` for too long."""
+    """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot
+    go on with its step, and has come to agree. joining: it waits to be taken in. leaving: it
+    wants to be let go. waiting: it has waited for `peers` for too long."""
     identity: Identity
     cause: str
     """For a person."""
     age_s: float = 0.0
-    """Seconds between the worker's last sign of life and this event; for `leaving`, until it must go."""
+    """Seconds between the worker's last sign of life and this event; for `leaving`, until it
+    must go."""
     node: str = ""
     """The node that noticed."""
     generation: int = 0
@@ -40,12 +41,13 @@ class MembershipEvent:
 
     @property
     def urgent(self) -> bool:
-        """Whether the current step cannot be finished: a change that does not wait for a step's end."""
+        """Whether the current step cannot be finished, so that the change does not wait for its
+        end."""
         return self.kind in _URGENT
 
     @property
     def lost(self) -> bool:
-        """Whether nothing more is to be expected of the worker."""
+        """Whether the worker takes no further part."""
         return self.kind in ("ended", "silent")
 
 

@@ -1,4 +1,4 @@
-"""Faults of a node rather than of a process, for a time: its network cut off, its disk full. Local."""
+"""Faults of a whole node, for a time: its network cut off, its disk full. Local."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FaultError(HoldfastError):
 
 
 def cut_network(seconds: float) -> None:
-    """Drop whatever this machine (or network namespace) sends to others; undone after `seconds`.
+    """Drop what this machine (or network namespace) sends to others; undone after `seconds`.
 
     A process of its own undoes it, whatever becomes of the caller.
 
@@ -38,7 +38,8 @@ def cut_network(seconds: float) -> None:
                 break  # a machine without IPv6
             reason = (getattr(error, "stderr", "") or str(error)).strip()
             raise FaultError(
-                f"the network cannot be cut off: {reason}; it takes root (CAP_NET_ADMIN) and iproute2"
+                f"the network cannot be cut off: {reason}; it takes root (CAP_NET_ADMIN) and "
+                "iproute2"
             ) from error
     subprocess.Popen(
         ["sh", "-c", f"sleep {seconds:.3f}; {undo}"],
@@ -50,7 +51,7 @@ def cut_network(seconds: float) -> None:
 
 
 def fill_disk(folder: Path, seconds: float) -> None:
-    """Take all room of a folder's file system; given back after `seconds`, or when this process ends.
+    """Take all room of a folder's file system, for `seconds` or until this process ends.
 
     Raises:
         FaultError: nothing can be written there anyway.

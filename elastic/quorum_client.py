@@ -1,4 +1,4 @@
-"""The client of the quorum: a worker's part in rounds of the Lighthouse, and its agent's after its end."""
+"""A client of the quorum: one worker's votes, and those on behalf of an ended worker."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ class MembershipSettings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.run):
             raise MembershipError(
-                f"{self.run!r} cannot name a run at a Lighthouse; use letters, digits, dots and dashes"
+                f"{self.run!r} cannot name a run at a Lighthouse; use letters, digits, dots and "
+                "dashes"
             )
 
     @property
     def patience_s(self) -> float:
-        """How long members who are missing are waited for when nobody has noticed why."""
+        """How long missing members are waited for when the reason is not known."""
         return 2 * self.heartbeat_timeout_ms / 1000 + 1.0
 
     @property
@@ -61,7 +62,7 @@ class MembershipSettings:
 
 
 class QuorumClient:
-    """Votes as one worker. Whoever constructs it must hold the worker's acceptor state file."""
+    """Votes as one worker. Its owner must hold the worker's acceptor file."""
 
     def __init__(
         self, identity: Identity, settings: MembershipSettings, acceptor_file: AcceptorFile
@@ -78,7 +79,8 @@ class QuorumClient:
         """Take part in one round with `report` and the present acceptor state.
 
         Returns:
-            What follows from the round, which has been written to the acceptor file; and all reports.
+            What follows from the round, which has been written to the acceptor file; and all
+            reports.
         Raises:
             Superseded: the run has gone on without this worker.
             LighthouseAway, RoundTimeout: see `RoundClient.round`.
@@ -115,8 +117,8 @@ def vote_on_behalf_of(
 ) -> None:
     """Vote for a worker whose process has ended, until a generation without it is chosen.
 
-    Blocks; run it in a thread. It keeps what the worker has accepted, and so the rule holds; and it makes
-    rounds complete, so that nobody waits for the dead worker's heartbeats to grow old.
+    Blocks; run it in a thread. It keeps what the worker has accepted, and so the rule holds; and it
+    makes rounds complete, so that no worker waits for the dead one's heartbeats to grow old.
 
     Args:
         stop: ends it at the next round.

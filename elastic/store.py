@@ -14,7 +14,8 @@ from holdfast.parallel.errors import PeerLost
 
 STORE_TIMEOUT_S = 60.0
 _CONNECT_S = 2.0
-"""A store is there before its address is told: who does not answer soon is gone, and others wait meanwhile."""
+"""A store is there before its address is told: who does not answer soon is gone, and others wait
+meanwhile."""
 _SILENCE = (
     (socket.TCP_USER_TIMEOUT, 3000),  # ms that what was sent may stay unacknowledged
     (socket.TCP_KEEPIDLE, 1),  # s
@@ -24,7 +25,7 @@ _SILENCE = (
 
 
 def host_store(host: str) -> tuple[Store, str]:
-    """A store that this process hosts in native threads, and its HOST:PORT. It ends with the object."""
+    """A store in native threads of this process, and its HOST:PORT. It ends with the object."""
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     return store, f"{host}:{store.port}"
 
@@ -33,7 +34,7 @@ def connect_store(address: str, timeout_s: float = STORE_TIMEOUT_S) -> Store:
     """A client of the store at HOST:PORT.
 
     Raises:
-        PeerLost: nobody answers there.
+        PeerLost: no store answers there.
     """
     host, _, port = address.rpartition(":")
     patience = timedelta(seconds=min(_CONNECT_S, timeout_s))
@@ -42,17 +43,18 @@ def connect_store(address: str, timeout_s: float = STORE_TIMEOUT_S) -> Store:
         store.set_timeout(timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise PeerLost(
-            f"the rendezvous store at {address} does not answer: {str(error).splitlines()[0]}; its node "
-            "is gone, or cannot be reached from here"
+            f"the rendezvous store at {address} does not answer: {str(error).splitlines()[0]}; "
+            "its node is gone, or cannot be reached from here"
         ) from error
     _end_when_silent(int(port))
     return store
 
 
 def _end_when_silent(port: int) -> None:
-    """Have the kernel end this process's connections to a port when the other machine stops answering.
+    """Have the kernel end connections to a port when the other machine stops answering.
 
-    torch waits without limit for the answer of a store whose machine is cut off: `TCPStore`'s time-out
+    torch waits without limit for the answer of a store whose machine is cut off: `TCPStore`'s
+        time-out
     does not cover it (seen with torch 2.13).
     """
     for entry in os.listdir("/proc/self/fd"):
@@ -73,8 +75,8 @@ def _end_connection_when_silent(descriptor: int, port: int) -> None:
 class StoreClients:
     """Clients of the stores that generations use, one connection to each. For one thread at a time.
 
-    A connection is kept from one generation to the next: the server looks up the name of whoever
-    connects, and a slow name service then stops it for all (5 s were seen).
+    A connection is kept from one generation to the next: the server looks up the name of each
+        client that connects, and a slow name service then stops it for all (5 s were seen).
     """
 
     def __init__(self, timeout_s: float = STORE_TIMEOUT_S) -> None:
@@ -85,7 +87,7 @@ class StoreClients:
         """The store at HOST:PORT, below a prefix.
 
         Raises:
-            PeerLost: nobody answers there.
+            PeerLost: no store answers there.
         """
         client = self._clients.get(address)
         if client is None or not _answers(client):

@@ -1,4 +1,4 @@
-"""Threads of an agent that learn of other nodes: the bulletins, and the heartbeats at the Lighthouse."""
+"""Threads of an agent that follow other nodes: by bulletins, and by heartbeats."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ logger = logging.getLogger("holdfast.agent")
 _POLL_S = 0.05
 _BOARD_TIMEOUT_S = 5.0
 _JOIN_AFTER = 2.0
-"""An unknown worker counts as joining after this many heartbeat time-outs: a worker that has just been
-left out is heard of once more."""
+"""An unknown worker counts as joining after this many heartbeat time-outs: a worker that has
+just been left out is heard of once more."""
 _SETTLE_S = 2.0
-"""After the Lighthouse was away: how long workers have to be heard of again before silence counts."""
+"""After the Lighthouse was away: the time before silence counts again."""
 
 
 class BulletinFollower:
-    """Posts to one generation's bulletin, and hands over what others post there. Ends with the bulletin."""
+    """Posts to one generation's bulletin, and receives what others post there."""
 
     def __init__(self, store: str, prefix: str, receive: Callable[[MembershipEvent], None]) -> None:
-        """Args:
-        store: HOST:PORT.
-        receive: called in this follower's thread with each event, one's own included.
+        """Start the thread, which ends with the store.
+
+        Args:
+            store: HOST:PORT.
+            receive: called in that thread with each event, one's own included.
         """
         self._store, self._prefix, self._receive = store, prefix, receive
         self._outgoing: queue.SimpleQueue[MembershipEvent | None] = queue.SimpleQueue()
@@ -130,7 +132,7 @@ class HeartbeatWatch:
                     self._receive(event)
 
     def judge(self, ages: dict[Identity, float], now_s: float) -> list[MembershipEvent]:
-        """The events that heartbeats of these ages give: each silence once, newcomers again and again."""
+        """The events that heartbeats of these ages give: a silence once, newcomers repeatedly."""
         generation, members = self._generation, self._members
         timeout_s = self._settings.heartbeat_timeout_ms / 1000
         alive = {identity for identity, age_s in ages.items() if age_s < timeout_s}

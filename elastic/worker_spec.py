@@ -1,4 +1,4 @@
-"""What an agent hands to a worker that it starts, as one value that can be sent to a process."""
+"""The specification of a worker: what its agent hands to the process that it starts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WorkerSpec:
 
     @property
     def flight_record(self) -> Path:
-        """For the worker's record of operations, where its agent looks for waits that last too long."""
+        """The worker's flight record, which its agent reads for waits that last too long."""
         return Path(self.folder) / f"{self.identity}.page"
 
 

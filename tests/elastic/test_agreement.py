@@ -1,4 +1,4 @@
-"""The rule of agreement: what it decides in plain cases, and that no order of events splits a run."""
+"""The rule of agreement: plain cases, and no order of events splits a run."""
 
 from __future__ import annotations
 
@@ -165,7 +165,8 @@ def test_two_majorities_share_a_member(whole: frozenset[Identity], data: st.Data
 
 @given(st.data())
 def test_no_order_of_events_splits_a_run(data: st.DataObject) -> None:
-    """Rounds of several Lighthouses at once, with old reports and lost answers, deaths and newcomers."""
+    """Rounds of several Lighthouses at once, with old reports and lost answers, deaths and
+    newcomers."""
     size = data.draw(st.integers(1, 5))
     start = frozenset(Identity(rank) for rank in range(size))
     first = data.draw(st.sampled_from([AcceptorState(), AcceptorState(1, start)]))

@@ -11,8 +11,10 @@ class BlockStates:
     """Reads blocks from a training's live state, and takes blocks in."""
 
     def __init__(self, training: Training | None) -> None:
-        """Args:
-        training: None for a rank that has none, and so no block.
+        """Local.
+
+        Args:
+            training: None for a rank that has none, and so no block.
         """
         self._owned: dict[BlockKey, int] = {}
         self._shadowed: dict[BlockKey, ShadowedBlock] = {}

@@ -1,7 +1,7 @@
-"""Silent corruption: owners and shadows compare checksums of every block, and a copy that differs is named.
+"""Silent corruption: checksums of all copies of every block are compared.
 
-CRC-32C, which sees order and single bits, of value and both moments: computed by every holder, shared by one
-all_reduce, and compared on every rank alike.
+CRC-32C, which sees order and single bits, of value and both moments: computed by every holder,
+shared by one all_reduce, and compared on every rank alike.
 """
 
 from __future__ import annotations

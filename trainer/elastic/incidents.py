@@ -1,4 +1,4 @@
-"""What is written down of a change of membership: events, and one complete record of each incident."""
+"""The record of a change of membership: events, and one file for each incident."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ def record_of(
 
 
 def write_changes(run: RunDirectory, records: Sequence[ChangeRecord]) -> None:
-    """Write what is not written yet of these changes, the newest last: events, incidents. Called by one rank.
+    """Write the events and incidents of changes that are not written yet. Called by one rank.
 
-    The newest is this rank's to write; those before it were another's, which may have died before it did.
+    The newest, which is the last, is this rank's to write; those before it were another's,
+    which may have died before it wrote them.
     """
     *earlier, newest = records
     written = _written(run) if earlier else set()

@@ -1,4 +1,4 @@
-"""The training loop of one worker of an elastic run: steps, and changes of membership around them."""
+"""The training loop of one worker of an elastic run: steps, and changes between them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ElasticLoop:
         self._verified = 0
         """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
-        """The step from which on a change is wanted though no rank comes or goes: see `tidy_step`."""
+        """From this step on a change is wanted though no rank comes or goes; see `tidy_step`."""
 
     def run(self) -> None:
         """Train. Collective over all workers.
@@ -159,7 +159,7 @@ class ElasticLoop:
         return bool(wanted) or tidy, mine
 
     def _pace_background_transfer(self, training: Training, step: int) -> None:
-        """Where a run is repeated, let the transfer beside the steps take as many of them as there."""
+        """Let a transfer beside the steps take as many of them as in the run that is repeated."""
         transfer = training.background_transfer
         if transfer is None:
             return
@@ -169,7 +169,7 @@ class ElasticLoop:
             transfer.may_end = self._membership.can_agree
 
     def _await_joining(self, training: Training, ranks: frozenset[int]) -> None:
-        """Wait until the ranks wait to join that joined at this point of the run that is repeated."""
+        """Wait for the ranks that joined at this point of the run that is repeated."""
         deadline_s = self._clock() + _JOINING_S
         missing = set(ranks) - set(training.plan.stage_replicas.ranks)
         while missing and self._clock() < deadline_s:
@@ -219,8 +219,9 @@ class ElasticLoop:
 
 
 def tidy_step(change: Change, training: Training, *, respawn: bool) -> int | None:
-    """The step from which on to change again: at once to forget a rank that has left, a little later to
-    balance the stages. Pure.
+    """The step from which on another change is wanted; None for none. Pure.
+
+    At once, to forget a rank that has left; a little later, to balance the stages.
 
     A replacement for a lost worker is awaited first: moving layers twice is dearer.
     """

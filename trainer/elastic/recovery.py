@@ -2,11 +2,11 @@
 
 A change of membership is a transaction, like a step. The survivors first finish the step whose vote
 any of them has come out of. Then every rank prepares its training under the next plan beside the
-active one, state moves from its holders to the ranks that need it at once, and a last barrier of all
-ranks activates the plan. When that fails, the active state is still there, and the next agreement
-begins from it. What can wait, such as all that a newcomer will own, moves beside the steps that
-follow, and a second change takes it into use (parallel/plan/admission.py). Exact-mode safe: no value
-changes on its way.
+active one, state moves from its holders to the ranks that need it at once, and a last barrier of
+all ranks activates the plan. When that fails, the active state is still there, and the next
+agreement begins from it. What can wait, such as all that a newcomer will own, moves beside the
+steps that follow, and a second change takes it into use (parallel/plan/admission.py). Exact-mode
+safe: no value changes on its way.
 
 Inputs are the events of the membership, the errors of the transport, and the statuses that all
 members report when they agree. What is driven is given at construction, behind protocols.
@@ -168,8 +168,8 @@ class Recovery:
         self.leaving = False
         """Whether this worker hands its state over at the next change."""
         self.sound_until: int | None = None
-        """Where the state is known to be corrupt, the last step at which it was sound: the next change
-        loads a checkpoint that is no newer."""
+        """Where the state is known to be corrupt, the last step at which it was sound: the next
+        change loads a checkpoint that is no newer."""
         self.generation: Generation | None = None
         """Of the active plan."""
         self.training: Training | None = None
@@ -333,7 +333,7 @@ def last_operations(history: Sequence[Operation]) -> tuple[str, ...]:
     """The newest operation that ended well, and those that did not end, one line each. Pure."""
     done = [o for o in history if o.outcome == "done"][-1:]
     return tuple(
-        f"{o.operation} ({o.direction}, {'group' if o.peer < 0 else f'rank {o.peer}'}, {o.group}, tag {o.tag}, "
-        f"{o.bytes} bytes): {o.outcome}"
+        f"{o.operation} ({o.direction}, {'group' if o.peer < 0 else f'rank {o.peer}'}, "
+        f"{o.group}, tag {o.tag}, {o.bytes} bytes): {o.outcome}"
         for o in (*done, *[o for o in history if o.outcome != "done"][-_NAMED_OPERATIONS:])
     )

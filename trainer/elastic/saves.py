@@ -38,7 +38,7 @@ class ElasticSaves:
         self._signals = Signals()
         self._current: Checkpoints | None = None
         self._loaded: tuple[Training, Checkpoints] | None = None
-        """A training that has been loaded, which need not have become active, and its checkpoints."""
+        """A loaded training, which need not have become active, and its checkpoints."""
         self._notes: Sequence[str] = ()
         """What there is to say of the newest load."""
         self._ended = False
@@ -54,7 +54,7 @@ class ElasticSaves:
         self._signals.listen()
 
     def abort(self, reason: str) -> None:
-        """Free what waits for a save of a generation that has ended. From any thread; does not block."""
+        """Free what waits for a save of an ended generation. From any thread; does not block."""
         if self._current is not None and not self._ended:
             self._current.abort(reason)
 
@@ -103,7 +103,7 @@ class ElasticSaves:
     def go_on(
         self, training: Training, change: Change
     ) -> tuple[Checkpoints, Checkpoints | None, Sequence[str]]:
-        """The checkpoints of the training that a change has activated, which are current from now on.
+        """Make the checkpoints of the training that a change has activated current.
 
         Returns:
             They; those before, if there were any; and what there is to say of a load.

@@ -1,4 +1,4 @@
-"""What one worker does under the active plan: steps, comparisons of the state, and their records."""
+"""One worker's work under the active plan: steps, comparisons of state, and records."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ElasticSession:
         )
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
-        """One step, counted from 0. Collective over all ranks; as `holdfast.trainer.loop.run_step`."""
+        """One step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
         outcome = run_step(self._parts(), step, change=change, leave=leave)
         self._membership.committed(step + 1)
         self._changes.clear()
@@ -74,7 +74,7 @@ class ElasticSession:
         self._saves.end()
 
     def stop(self, step: int, *, asked: bool) -> None:
-        """End before the last step, saved. Collective; raises `Stopped` where a signal asked for it."""
+        """Save and end before the last step. Collective; raises `Stopped` if a signal asked."""
         parts = self._parts()
         stop(parts, step, asked=asked)
         parts.training.groups.control.barrier()
@@ -114,7 +114,8 @@ class ElasticSession:
         following, before, notes = self._saves.go_on(training, change)
         world = world_of(change.after, self._spec)
         if self._reporter is None:
-            # The last step may be missing in the records; then this rank writes it, if it is the lowest.
+            # The last step may be missing in the records; then this rank writes it, if it is the
+            # lowest.
             first = training.progress.decided - (_interrupted_step(change) is not None)
             self._reporter = Reporter(training, world, self._run, [], first, shown=False)
         elif change.from_checkpoint is not None:
@@ -128,7 +129,7 @@ class ElasticSession:
         self._faults.at(training.progress.decided + 1, "change")
 
     def record(self, change: Change, *, urgent: bool) -> None:
-        """Write a change down, on its recorder; other ranks that know what was before keep it. Local.
+        """Write a change down on its recorder, and keep it on ranks with history. Local.
 
         Args:
             urgent: the change came within a step.

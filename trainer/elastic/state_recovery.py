@@ -37,7 +37,7 @@ from holdfast.trainer.step import (
 
 
 class CheckpointLoader(Protocol):
-    """Fills a new training from the newest checkpoint; `holdfast.trainer.elastic.saves.ElasticSaves`."""
+    """Loads the newest checkpoint; `holdfast.trainer.elastic.saves.ElasticSaves`."""
 
     def load(
         self, training: Training, store: Store, generation: Generation, *, sound_until: int | None
@@ -85,7 +85,7 @@ class TrainingBuilder:
     def _from_holders(
         self, transition: Transition, active: Training | None, connection: Connection
     ) -> Built:
-        """From the state of live ranks: what is needed at once moves now, the rest beside the steps."""
+        """From live ranks: what is needed at once moves now, the rest beside the steps."""
         before, after, recovery = transition.before, transition.after, transition.recovery
         rank, ranks = self._rank, after.stage_replicas.ranks
         training = None

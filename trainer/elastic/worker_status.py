@@ -1,4 +1,4 @@
-"""What the workers of an elastic run report of themselves when they agree, and what follows from it. Pure."""
+"""The statuses that workers report when they agree, and what follows from them. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.trainer.step import Included, Outcome, Requests, included_from_dat
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """How far one worker is."""
+    """The status of one worker: how far it is, and what it can go on from."""
 
     active: int = 0
     """The generation whose plan is in force here; 0: it has no state."""
@@ -27,7 +27,7 @@ class WorkerStatus:
     complete: bool = True
     """Whether it has all parameters as they are after these."""
     filled: bool = True
-    """Whether it knows by a vote that nobody lacks anything that was incoming under its plan."""
+    """Whether it knows by a vote that no rank lacks anything that was incoming under its plan."""
     outcome: Outcome | None = None
     """Of the last vote."""
     counted: Included = field(default_factory=dict)
@@ -37,7 +37,7 @@ class WorkerStatus:
     connected: bool = True
     """Whether its connections stand, and carry nothing."""
     trusted: bool = True
-    """False: state was found to be corrupt, and nobody's is to be used."""
+    """False: state was found to be corrupt, and no rank's is used."""
 
 
 _KEYS = {"active": "installed", "prepared": "ready"}
@@ -81,11 +81,11 @@ class RecoveryPlan:
     """What all members conclude from each other's statuses."""
 
     active: int
-    """The newest plan that is in force anywhere; 0: nobody has state."""
+    """The newest plan that is active anywhere; 0: no rank has state."""
     holders: tuple[int, ...]
     """Ranks that have, or can at once have, the state of that plan."""
     staying: tuple[int, ...]
-    """Ranks that are to have places."""
+    """Ranks that get places."""
     steps: int = 0
     """That every holder must have had: some member has come out of the vote of the last."""
     updates: int = 0
@@ -95,7 +95,7 @@ class RecoveryPlan:
     complete: bool = True
     """Whether all holders have all parameters."""
     filled: bool = True
-    """Whether what was incoming under the plan is there: else it is not counted as anybody's state."""
+    """Whether what was incoming under the plan is there; else it does not count as state."""
     fresh: frozenset[int] = field(default=frozenset())
     """Members without state."""
     connected: bool = False
@@ -105,10 +105,10 @@ class RecoveryPlan:
 
 
 def plan_recovery(generation: Generation) -> RecoveryPlan:
-    """Which plan, which step: equal on every member.
+    """The plan and the step to recover; equal on every member.
 
-    A plan that any member has put in force was complete on all of its ranks; a step whose vote any member
-    has come out of can be finished by all (DESIGN: a step is a transaction).
+    A plan that any member has put in force was complete on all of its ranks; a step whose vote any
+    member has come out of can be finished by all (DESIGN: a step is a transaction).
     """
     statuses = {m.rank: status_from_data(m.data) for m in generation.members}
     staying = tuple(m.rank for m in generation.members if not m.leaving)

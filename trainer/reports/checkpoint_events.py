@@ -43,6 +43,6 @@ def describe_save(result: SaveResult | UploadResult) -> str:
     rank, phase = result.slowest
     stall = max((times["stall_s"] for times in result.times.values()), default=0.0)
     return (
-        f"checkpoint of step {result.step} ({result.tier}): {size}, stall {1000 * stall:.1f} ms, slowest "
-        f"rank {rank} ({phase})"
+        f"checkpoint of step {result.step} ({result.tier}): {size}, stall {1000 * stall:.1f} ms, "
+        f"slowest rank {rank} ({phase})"
     )

@@ -57,12 +57,12 @@ class JsonLines:
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Add one event by whatever process."""
+    """Add one event, from any process."""
     append_events(path, [(event, fields)])
 
 
 def append_events(path: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Add events by whatever process; all are written at once, so that lines never mix, and all or none."""
+    """Add events, from any process; in one write, so that lines never mix."""
     now = time.time()
     lines = (json.dumps({"time": now, "event": event, **fields}) for event, fields in events)
     with path.open("ab", buffering=0) as file:
@@ -70,7 +70,7 @@ def append_events(path: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run; none without a file. Lines that a full disk or a death has torn are left out."""
+    """The events of a run; none without a file. Torn lines are left out."""
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -88,7 +88,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`, and no torn line: what a resumed run starts from."""
+    """Keep the whole lines of metrics.jsonl up to `step`, for a run that resumes there."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:

@@ -1,4 +1,4 @@
-"""What a run says of its offloaded activations: in metrics.jsonl, in TensorBoard and to a person. Pure."""
+"""Metrics of offloaded activations: for metrics.jsonl, TensorBoard and a person. Pure."""
 
 from __future__ import annotations
 

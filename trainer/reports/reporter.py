@@ -65,7 +65,7 @@ class Reporter:
             self._console = RunConsole(run.root, config, training.plan, step_tokens=tokens)
 
     def change(self, training: Training, world: WorldInfo) -> None:
-        """Go on under another plan. A rank that becomes the lowest completes what the one before left."""
+        """Go on under another plan; a rank that becomes the writer completes the records."""
         self._training, self._world = training, world
         self._records.change(writes=_is_writer(training, world))
 
@@ -166,8 +166,8 @@ class Reporter:
             usual_s=slow.usual_s,
         )
         self._note(
-            f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where {slow.usual_s:.3f} s "
-            f"is usual; most of it in {slow.phase}"
+            f"rank {slow.rank} is slow: {slow.own_s:.3f} s a step on its own, where "
+            f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
         )
 
     def skipped(self, step: int, outcome: Outcome) -> None:

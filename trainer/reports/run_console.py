@@ -16,7 +16,7 @@ _RECENT = 20
 
 
 class RunConsole:
-    """Shows committed steps and notes; keeps what its summary tells. Local, on the rank that shows."""
+    """Shows committed steps, notes and a summary. Local, on the rank that shows."""
 
     def __init__(self, root: Path, config: RunConfig, plan: Plan, *, step_tokens: int) -> None:
         """Start to show.

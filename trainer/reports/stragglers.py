@@ -1,7 +1,8 @@
-"""Which ranks are slow: every rank's own time by phase, compared with that of ranks that do the same work.
+"""Slow ranks: every rank's own time by phase, compared with ranks of the same work.
 
-A rank's own time is what a phase took less what it waited for others, so that one slow rank, for which all
-others wait, is told from them. Slow ranks are reported, and nothing else is done about them.
+A rank's own time is what a phase took less what it waited for others, so that one slow rank, for
+which all others wait, is told from them. Slow ranks are reported, and nothing else is done about
+them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def work_of(plan: Plan, rank: int) -> float:
 def find_stragglers(
     plan: Plan, times: Mapping[int, Sequence[float]], factor: float
 ) -> list[Straggler]:
-    """The ranks whose own time is above `factor` times what is usual for their work, slowest first. Pure.
+    """The ranks above `factor` times the usual time of their work, slowest first. Pure.
 
     Args:
         times: by rank, seconds of each of `TIMED_PHASES` in a step.
@@ -106,8 +107,8 @@ class PhaseClock:
         """Compare all ranks since the last exchange. Collective over all ranks.
 
         Returns:
-            Who has been slow twice running, and was not told of before; the same on every rank that has
-            taken part in both exchanges.
+            The ranks that have been slow twice running and were not reported before; the same
+            on every rank that has taken part in both exchanges.
         """
         ranks = training.plan.stage_replicas.ranks
         matrix = torch.zeros(len(ranks), len(TIMED_PHASES), dtype=torch.float64)

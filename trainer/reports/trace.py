@@ -1,4 +1,4 @@
-"""Chrome traces of chosen steps, one gzipped file per rank; ui.perfetto.dev opens and merges them."""
+"""Chrome traces of chosen steps, one gzipped file per rank, for ui.perfetto.dev."""
 
 from __future__ import annotations
 

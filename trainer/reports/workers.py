@@ -20,7 +20,7 @@ def introduce(store: Store, world: WorldInfo) -> None:
 
 
 def workers_of(store: Store, world: WorldInfo) -> list[dict[str, Any]]:
-    """Who all workers are, by rank, once they have said so."""
+    """All workers, by rank, once they have introduced themselves."""
     keys = [f"worker/{rank}" for rank in range(world.world_size)]
     store.wait(keys)
     return [json.loads(text) for text in store.multi_get(keys)]

@@ -16,7 +16,7 @@ from holdfast.trainer.step import state_format
 
 
 def has_state(manifest: Manifest, form: StateFormat) -> bool:
-    """Whether a checkpoint holds the optimizer's state; one converted from weights alone does not."""
+    """Whether a checkpoint holds optimizer state; one converted from weights alone does not."""
     kinds = {kind.name for kind in form.rule.kinds}
     return any(entry.kind in kinds for entry in manifest.tensors.values())
 
@@ -29,13 +29,13 @@ def is_converted(manifest: Manifest) -> bool:
 def check_converted(
     manifest: Manifest, config: RunConfig, where: str, *, allow_change: bool
 ) -> tuple[str, ...]:
-    """Compare a configuration with the model of a converted checkpoint; returns what it starts from.
+    """Check a configuration against a converted checkpoint; returns what it starts from.
 
     Args:
         where: the checkpoint's folder or URL; config.json is read where it is a folder.
     Raises:
-        ConfigError: its weights are not of train.precision; or config.json tells of another model, and
-            `allow_change` is not given.
+        ConfigError: its weights are not of train.precision; or config.json tells of another model,
+            and `allow_change` is not given.
     """
     precision = config.train.precision
     wanted = PRECISIONS[precision].stored
@@ -43,8 +43,8 @@ def check_converted(
     for name, entry in weights.items():
         if entry.dtype != wanted:
             raise ConfigError(
-                f"{where}: {name} is {entry.dtype}, and train.precision = {precision!r} needs {wanted}; "
-                f"convert it with --dtype {precision}, or change train.precision"
+                f"{where}: {name} is {entry.dtype}, and train.precision = {precision!r} needs "
+                f"{wanted}; convert it with --dtype {precision}, or change train.precision"
             )
     changed = [
         f"model.{key} = {mine!r} (its config.json has {theirs!r})"
@@ -54,19 +54,19 @@ def check_converted(
     ]
     if changed and not allow_change:
         raise ConfigError(
-            f"{where} is of another model: {'; '.join(changed)}; change [model], or go on all the same with "
-            "--allow-change"
+            f"{where} is of another model: {'; '.join(changed)}; change [model], or go on all "
+            "the same with --allow-change"
         )
     notes = [f"differs from the model that was converted: {line}" for line in changed]
     if has_state(manifest, state_format(config)):
         first = (
-            f"goes on from {where}, converted: step {manifest.step} with its optimizer's state; which data "
-            "it has seen is not known"
+            f"goes on from {where}, converted: step {manifest.step} with its optimizer's state; "
+            "which data it has seen is not known"
         )
     else:
         first = (
-            f"starts from the weights of {where}, converted: {len(weights)} tensors {wanted}, step 0, no "
-            "moments"
+            f"starts from the weights of {where}, converted: {len(weights)} tensors {wanted}, "
+            "step 0, no moments"
         )
     return (first, *notes)
 

@@ -7,13 +7,13 @@ from holdfast.trainer.config import RunConfig
 
 
 def wants_compact_heap(config: RunConfig) -> bool:
-    """Whether activations leave host memory, so that it matters how much of it stays resident. Pure."""
+    """Whether activations leave host memory, so that freed memory must leave it too. Pure."""
     offload = config.offload
     on_host = config.train.device != "cuda"
     return offload.activations == "ssd" and offload.compact_heap and on_host
 
 
 def prepare_heap(config: RunConfig) -> None:
-    """Start the command again with a compact heap where its run wants one, before it does anything. Local."""
+    """Start the command again with a compact heap where its run wants one. Local; call it first."""
     if wants_compact_heap(config):
         restart_with_compact_heap()

@@ -1,4 +1,4 @@
-"""Where a run goes on from: checkpoints that could serve, and whether the configuration fits.
+"""Resuming: the checkpoints that could serve, and whether the configuration fits them.
 
 Needs no torch. Called by one process, before the workers start.
 """
@@ -41,19 +41,19 @@ class Resume:
 
     candidates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    """What a person should know about it, a line each."""
+    """Notes for a person, a line each."""
     allow_change: bool = False
     """Whether a checkpoint of another model, other data or another batch will do."""
 
 
 def checkpoint_root(root: Path, config: RunConfig) -> Path:
-    """Where the run in folder `root` keeps its checkpoints on the local disk."""
+    """The folder of a run's checkpoints on the local disk."""
     path = config.checkpoint.path
     return Path(path) if path and not config.checkpoint.url else root / "checkpoints"
 
 
 def memory_root(root: Path) -> Path:
-    """Where the run in folder `root` keeps its copies in shared memory."""
+    """The folder of a run's copies in shared memory."""
     key = f"{root.absolute()}".encode()
     return Path("/dev/shm") / f"holdfast-{os.getuid()}-{zlib.crc32(key):08x}"
 

@@ -33,7 +33,7 @@ class RunDirectory:
 
     root: Path
     resume: Resume = field(default_factory=Resume)
-    """Where the run goes on from."""
+    """The checkpoints that the run can go on from."""
 
     @property
     def config(self) -> Path:
@@ -70,7 +70,7 @@ class RunDirectory:
 
     @property
     def incidents(self) -> Path:
-        """One record of each change that somebody's loss made necessary."""
+        """One record of each change that a loss made necessary."""
         return self.root / "incidents"
 
     @property
@@ -79,7 +79,7 @@ class RunDirectory:
         return self.root / "logs" / "agent.log"
 
     def error(self, rank: int) -> Path:
-        """What ended a rank, for whoever started it: see `write_error`."""
+        """What ended a rank, for the process that started it; see `write_error`."""
         return self.root / "logs" / f"rank-{rank}.error.json"
 
 
@@ -121,9 +121,10 @@ def choose_root(
     *,
     allow_change: bool = False,
 ) -> Path:
-    """`out`; else this configuration's newest run in runs/ if it can go on; else a free folder there.
+    """`out`; else the configuration's newest run in runs/ if it can go on; else a new folder.
 
-    A run that is finished, that another process works on, or whose configuration does not fit, cannot.
+    A run that is finished, that another process works on, or whose configuration does not fit,
+    cannot.
     """
     if out is not None:
         return out
@@ -163,8 +164,8 @@ def lock_run(root: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise ConfigError(
-                f"{root} is in use by another run ({file.read().strip() or 'unknown process'}); wait for "
-                "it, stop it, or name another folder with --out"
+                f"{root} is in use by another run ({file.read().strip() or 'unknown process'}); "
+                "wait for it, stop it, or name another folder with --out"
             ) from None
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
@@ -214,12 +215,13 @@ def _check_own(run: RunDirectory, config: RunConfig) -> None:
         others = [("config.toml", None, None)]
     if others:
         raise ConfigError(
-            f"{run.root} already holds another run (it differs in {others[0][0]}), which has no checkpoint; "
-            "name another folder with --out, or start over with --resume none"
+            f"{run.root} already holds another run (it differs in {others[0][0]}), which has no "
+            "checkpoint; name another folder with --out, or start over with --resume none"
         )
 
 
 def _unwritable(root: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{error.filename or root} cannot be written: {error.strerror}; name another folder with --out"
+        f"{error.filename or root} cannot be written: {error.strerror}; name another folder with "
+        "--out"
     )

@@ -1,7 +1,7 @@
-"""What a rank computes and what its drive takes, from which train.recompute = "auto" is chosen: measured, and kept.
+"""Measured throughput of a rank and of its drive, from which train.recompute = "auto" is chosen.
 
-One process measures before the workers start, so that every rank has the same figures and makes the same
-plan; the run's folder keeps them for whoever goes on with the run or joins it. Needs no torch.
+One process measures before the workers start, so that every rank has the same figures and makes the
+same plan; the run's folder keeps them for processes that resume or join the run. Needs no torch.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def recorded_throughput(config: RunConfig, root: Path) -> RunConfig:
     rates = _recorded(root)
     if rates is None:
         raise ConfigError(
-            f"{_path(root)}, which the first process has written, cannot be read here; put --out in a folder "
-            "that all machines share, or set train.tflops and offload.drive_gbytes"
+            f"{_path(root)}, which the first process has written, cannot be read here; put --out "
+            "in a folder that all machines share, or set train.tflops and offload.drive_gbytes"
         )
     return with_throughput(config, rates)
 
@@ -77,7 +77,7 @@ def resolve_throughput(
     fresh: bool,
     say: Callable[[str], None],
 ) -> RunConfig:
-    """The configuration with all rates that its plan needs: recorded ones, or measured and recorded.
+    """The configuration with all rates that its plan needs, recorded or measured now.
 
     Called by the one process that opens a run, for its folder, which it has locked.
 
@@ -151,7 +151,10 @@ def assumed(config: RunConfig) -> str:
     if train.recompute != "auto" or offload.activations == "none":
         return ""
     if needs_throughput(config):
-        return "not known: a drive that takes everything in time is assumed (a run measures; --measure)"
+        return (
+            "not known: a drive that takes everything in time is assumed "
+            "(a run measures; --measure)"
+        )
     return f"{train.tflops:.3g} TFLOP/s and {offload.drive_gbytes:.3g} GB/s to the drive, each rank"
 
 
@@ -181,8 +184,8 @@ def _expect(probe: subprocess.Popen[str], answer: str, errors: str = "") -> None
 
 def _unmeasured(reason: str) -> ConfigError:
     return ConfigError(
-        f"the rates for train.recompute = 'auto' cannot be measured: {reason}; set train.tflops and "
-        "offload.drive_gbytes"
+        f"the rates for train.recompute = 'auto' cannot be measured: {reason}; set train.tflops "
+        "and offload.drive_gbytes"
     )
 
 

@@ -1,7 +1,8 @@
-"""`python -m holdfast.trainer.run.throughput_probe LOCAL_RANK`: measures what one rank computes and what its drive takes.
+"""`python -m holdfast.trainer.run.throughput_probe LOCAL_RANK`: measures one rank and its drive.
 
-Reads the configuration as a line of JSON, says that it is ready, and measures at the next line; its answer is
-`Throughput` as JSON. A process of its own: the one that asks must not have threads or a GPU's context.
+Reads the configuration as a line of JSON, says that it is ready, and measures at the next line; its
+answer is `Throughput` as JSON. A process of its own: the one that asks must not have threads or a
+GPU's context.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _ALIGNMENT = 4096
 def forward_rate(config: RunConfig, device: torch.device) -> float:
     """Operations a second of one rank's share of a transformer layer in the forward pass. Local.
 
-    A tensor-parallel rank's share is measured as a layer with as many heads and features; messages are
-    not measured. The first pass warms up and does not count.
+    A tensor-parallel rank's share is measured as a layer with as many heads and features; messages
+    are not measured. The first pass warms up and does not count.
     """
     train = config.train
     model = family_of(config.model.family).tensor_share(config.model, config.parallel.tensor)

@@ -1,4 +1,5 @@
-"""Ranks are lost for real, and the run has the bits of the run that lost none: steps, norms, parameters."""
+"""Ranks are lost for real, and the run has the bits of the run that lost none: steps, norms,
+parameters."""
 
 from __future__ import annotations
 
@@ -170,7 +171,8 @@ def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster
         assert not run.events("corruption")
         assert all(event["from_checkpoint"] is None for event in run.events("recovered"))
         saved.append(run.root / "checkpoints")
-    # A save that a loss interrupts is given up for the next one's sake, so that some steps are missing.
+    # A save that a loss interrupts is given up for the next one's sake, so that some steps are
+    # missing.
     names = [{path.name for path in LocalStore(root).paths()} for root in saved]
     both = sorted(names[0] & names[1])
     assert both[-1] == "step-00000016"
@@ -324,7 +326,8 @@ def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
     found = run.events("corruption")
     assert found
     assert all(event["step"] == 15 and 1 in event["ranks"] for event in found)
-    # With two shadows the majority knows which copy is wrong; rank 1 owns it, so steps 13 to 15 are void.
+    # With two shadows the majority knows which copy is wrong; rank 1 owns it, so steps 13 to 15 are
+    # void.
     assert all(event["ranks"] == [1] for event in found) == (redundancy == 2)
     (loaded,) = [e["from_checkpoint"] for e in run.events("generation") if e["generation"] > 1]
     assert loaded == 8

@@ -1,4 +1,5 @@
-"""A rank that joins is given its state beside the steps, whoever dies meanwhile, and no bit changes."""
+"""A rank that joins is given its state beside the steps, whoever dies meanwhile, and no bit
+changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs of several nodes: a node per task of mpirun, nodes that join by themselves, and nodes that leave."""
+"""Runs of several nodes: a node per task of mpirun, nodes that join by themselves, and nodes
+that leave."""
 
 from __future__ import annotations
 

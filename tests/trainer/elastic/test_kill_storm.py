@@ -1,4 +1,5 @@
-"""At least 200 processes are killed at random instants, over many layouts, and no bit changes. See `make soak`."""
+"""At least 200 processes are killed at random instants, over many layouts, and no bit changes.
+See `make soak`."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class Storm:
     _steps: int = 0
 
     def blow(self) -> None:
-        """Kill again and again, each time once all ranks take part, until it is enough or nearly over."""
+        """Kill again and again, each time once all ranks take part, until it is enough or nearly
+        over."""
         while (
             self.run.process.poll() is None
             and len(self.run.steps()) < STEPS - RESTED_STEPS
@@ -72,9 +74,11 @@ class Storm:
                 self._hit(self.rng.choice(CHOICES))
 
     def _all_take_part(self) -> bool:
-        """Whether all ranks have places, their newest processes too, and a step was committed since.
+        """Whether all ranks have places, their newest processes too, and a step was committed
+        since.
 
-        Workers that are killed again and again before they can take part are given up by their agent.
+        Workers that are killed again and again before they can take part are given up by their
+        agent.
         """
         events = self.run.events()
         kinds = [event["event"] for event in events]
@@ -88,7 +92,8 @@ class Storm:
         return True
 
     def _keep_pace(self) -> None:
-        """Make the lowest rank's newest process slow too: tiny steps would be over before others join."""
+        """Make the lowest rank's newest process slow too: tiny steps would be over before others
+        join."""
         worker = self.run.living().get(0)
         if worker is not None and worker["pid"] not in self._slowed:
             self._slowed.add(worker["pid"])

@@ -1,4 +1,5 @@
-"""The decisions of one worker's loop and recovery, with the others, the state and the clock as fakes."""
+"""The decisions of one worker's loop and recovery, with the others, the state and the clock as
+fakes."""
 
 from __future__ import annotations
 

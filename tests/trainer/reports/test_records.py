@@ -1,4 +1,5 @@
-"""What a run writes: whole lines only, JSON that parses anywhere, traces that Perfetto's format allows."""
+"""What a run writes: whole lines only, JSON that parses anywhere, traces that Perfetto's format
+allows."""
 
 from __future__ import annotations
 

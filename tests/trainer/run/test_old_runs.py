@@ -1,4 +1,5 @@
-"""A run that version 0.1 stopped half-way goes on as it would have there, in its own layout and in others."""
+"""A run that version 0.1 stopped half-way goes on as it would have there, in its own layout and
+in others."""
 
 from __future__ import annotations
 

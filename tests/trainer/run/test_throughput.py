@@ -1,4 +1,4 @@
-"""The rates that a plan is chosen from: measured once, the same for every rank, kept for the run."""
+"""Rates that a plan is chosen from: measured once, equal on every rank, kept for the run."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_run_measures_and_keeps_what_every_rank_plans_with(
 
 
 def test_each_rank_is_measured_by_its_own_part_of_a_block(tmp_path: Path) -> None:
-    """A rate times its part's operations is the time that part takes, whatever the tensor degree."""
+    """A part's operations over its rate are its time, whatever the tensor degree."""
     from holdfast.trainer.run.throughput_probe import measure
 
     config = make_config(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,9 +13,9 @@ from torch.distributed import Store
 
 from holdfast.elastic.agreement import Report, Verdict, generation_of
 from holdfast.elastic.channel import WorkerChannel
+from holdfast.elastic.event_log import EventLog
 from holdfast.elastic.generation import (
     Generation,
-    Identity,
     format_identities,
 )
 from holdfast.elastic.lighthouse import (
@@ -67,11 +66,7 @@ class Membership:
         self.spec, self._clock, self._sleep = spec, clock, sleep
         self.generation: Generation | None = None
         """The newest that `agree` has returned."""
-        self._lock = threading.Lock()
-        self._urgent: Callable[[MembershipEvent], None] | None = None
-        self._events: list[MembershipEvent] = []
-        self._lost: set[Identity] = set()
-        self._agreeing = False
+        self._log = EventLog(spec.identity)
         self._heartbeats: Heartbeats | None = None
         self._stores = StoreClients(store_timeout_s)
         self._resources = contextlib.ExitStack()
@@ -123,14 +118,12 @@ class Membership:
         )
         if urgent and held:
             self._tell_all(MembershipEvent("disturbed", self.spec.identity, phase, generation=held))
-        with self._lock:
-            self._agreeing = True
+        self._log.begin_agreement()
+        generation = None
         try:
-            generation = self._rounds(report, timeout_s)
-            with self._lock:
-                self.generation = generation
+            generation = self.generation = self._rounds(report, timeout_s)
         finally:
-            self._call_for_missed()
+            self._log.end_agreement(generation)
         self._tell(
             "generation",
             number=generation.number,
@@ -165,17 +158,16 @@ class Membership:
             if trouble is not None or (last is not None and last.minority):
                 # Cut off: who is missing may be back as soon as this worker is.
                 patient_since = self._clock()
-                self._forget_silence()
+                self._log.forget_silence()
             if not held and self._clock() > asked + _ASK_AGAIN_S:
                 self._tell("joining")
                 asked = self._clock()
             impatient = self._clock() - patient_since > settings.patience_s
-            with self._lock:
-                lost = frozenset(self._lost)
             try:
                 self._beat()
                 verdict, reports = self._quorum.round(
-                    replace(report, lost=lost, impatient=impatient), min(left_s, settings.call_s)
+                    replace(report, lost=self._log.lost, impatient=impatient),
+                    min(left_s, settings.call_s),
                 )
             except RoundTimeout:
                 trouble = None
@@ -198,24 +190,6 @@ class Membership:
         reason = (last.reason if last is not None else "") or str(trouble or "no round was held")
         raise MembershipError(f"{where}: {reason}")
 
-    def _forget_silence(self) -> None:
-        """Wait again for those who were merely not heard of."""
-        with self._lock:
-            self._lost = {n.identity for n in self._events if n.kind == "ended"}
-
-    def _call_for_missed(self) -> None:
-        """After `agree`: call for what was lost meanwhile, and forget what that has settled."""
-        with self._lock:
-            self._agreeing = False
-            if self.generation is not None:
-                # Who is still silent is noticed again, and who still wants to join says so again.
-                settled = ("silent", "joining")
-                self._events = [
-                    n for n in self._events if n.kind not in settled or not self._concerns(n)
-                ]
-            self._lost = {n.identity for n in self._events if n.lost}
-        self.on_urgent(self._urgent)
-
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
         """Have `call` called, in another thread, as soon as a member of the generation is lost.
 
@@ -223,25 +197,16 @@ class Membership:
         is not called from the beginning of `agree` until that returns, and then for what was lost
         meanwhile.
         """
-        with self._lock:
-            self._urgent = call
-            missed = [n for n in self._events if n.urgent and self._concerns(n)]
-        if call is not None:
-            for event in missed:
-                call(event)
+        self._log.on_urgent(call)
 
     @property
     def wanted(self) -> tuple[MembershipEvent, ...]:
         """Arrivals and departures that wait for the end of a step, heard of since the last `agree`.
 
-        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for
-            instance in
-        the all-reduce that is the step's vote, and call `agree` after the step where it is true.
+        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for instance
+        in the all-reduce that is the step's vote, and call `agree` after the step where it is true.
         """
-        with self._lock:
-            return tuple(
-                n for n in self._events if n.kind in ("joining", "leaving") and self._concerns(n)
-            )
+        return self._log.wanted
 
     def can_agree(self) -> bool:
         """Whether the Lighthouse is there: a change that can wait is put off until it is."""
@@ -249,10 +214,7 @@ class Membership:
 
     def drain_events(self) -> tuple[MembershipEvent, ...]:
         """All events since the last call, for the record. Those that are settled are removed."""
-        with self._lock:
-            events = tuple(self._events)
-            self._events = [n for n in self._events if self._concerns(n)]
-        return events
+        return self._log.drain()
 
     def committed(self, step: int) -> None:
         """Tell the agent that `step` steps are committed: the run makes progress."""
@@ -296,34 +258,5 @@ class Membership:
 
     def _hear(self, message: dict[str, Any]) -> None:
         """In the channel's thread."""
-        if message["kind"] != "notice":
-            return
-        event = event_from_data(message["notice"])
-        with self._lock:
-            if event in self._events:
-                return
-            if event.lost:
-                self._lost.add(event.identity)
-                self._events = [
-                    n for n in self._events if n.kind != "joining" or n.identity != event.identity
-                ]
-            self._events.append(event)
-            news = event.urgent and self._concerns(event) and not self._agreeing
-            call = self._urgent if news else None
-        if call is not None:
-            call(event)
-
-    def _concerns(self, event: MembershipEvent) -> bool:
-        """Whether an event is news to the present generation."""
-        if self.generation is None:
-            return False
-        if event.generation and event.generation != self.generation.number:
-            return False
-        inside = event.identity in self.generation.identities
-        if event.kind == "disturbed":
-            return inside and event.identity != self.spec.identity
-        if event.kind == "leaving":
-            return inside and not any(
-                m.leaving for m in self.generation.members if m.identity == event.identity
-            )
-        return inside != (event.kind == "joining")
+        if message["kind"] == "notice":
+            self._log.hear(event_from_data(message["notice"]))

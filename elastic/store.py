@@ -53,9 +53,8 @@ def connect_store(address: str, timeout_s: float = STORE_TIMEOUT_S) -> Store:
 def _end_when_silent(port: int) -> None:
     """Have the kernel end connections to a port when the other machine stops answering.
 
-    torch waits without limit for the answer of a store whose machine is cut off: `TCPStore`'s
-        time-out
-    does not cover it (seen with torch 2.13).
+    torch waits without limit for the answer of a store whose machine is cut off: the time-out of
+    `TCPStore` does not cover it (seen with torch 2.13).
     """
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile, or not connected
@@ -75,8 +74,8 @@ def _end_connection_when_silent(descriptor: int, port: int) -> None:
 class StoreClients:
     """Clients of the stores that generations use, one connection to each. For one thread at a time.
 
-    A connection is kept from one generation to the next: the server looks up the name of each
-        client that connects, and a slow name service then stops it for all (5 s were seen).
+    A connection is kept from one generation to the next. The server looks up the name of each client
+    that connects, and a slow name service then stops it for all (5 s were seen).
     """
 
     def __init__(self, timeout_s: float = STORE_TIMEOUT_S) -> None:

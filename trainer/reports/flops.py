@@ -18,9 +18,8 @@ PEAK_BF16_FLOPS = {
 def step_flops(layers: Sequence[LayerSpec], micro_batches: int) -> float:
     """Operations of a step's forward and backward passes, without recomputation.
 
-    Three times the forward pass: 6 per matrix parameter and token, and causal attention counted at
-        half
-    its square.
+    That is three times the forward pass, 6 for each matrix parameter and token. Causal attention
+    counts at half its square.
     """
     return 3.0 * micro_batches * sum(layer.forward_flops for layer in layers)
 

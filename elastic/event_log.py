@@ -43,7 +43,7 @@ class EventLog:
             call(event)
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
-        """Have `call` called, in another thread, for each urgent event; now for those that are there."""
+        """Have `call` called for each urgent event, in another thread; now for those known."""
         with self._lock:
             self._call = call
             missed = [e for e in self._events if e.urgent and self._concerns(e)]

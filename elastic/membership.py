@@ -203,8 +203,9 @@ class Membership:
     def wanted(self) -> tuple[MembershipEvent, ...]:
         """Arrivals and departures that wait for the end of a step, heard of since the last `agree`.
 
-        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for instance
-        in the all-reduce that is the step's vote, and call `agree` after the step where it is true.
+        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for
+        instance in the all-reduce that is the step's vote, and call `agree` after the step where
+        it is true.
         """
         return self._log.wanted
 

@@ -74,8 +74,8 @@ def _end_connection_when_silent(descriptor: int, port: int) -> None:
 class StoreClients:
     """Clients of the stores that generations use, one connection to each. For one thread at a time.
 
-    A connection is kept from one generation to the next. The server looks up the name of each client
-    that connects, and a slow name service then stops it for all (5 s were seen).
+    A connection is kept from one generation to the next. The server looks up the name of each
+    client that connects, and a slow name service then stops it for all (5 s were seen).
     """
 
     def __init__(self, timeout_s: float = STORE_TIMEOUT_S) -> None:

@@ -1,4 +1,4 @@
-"""Membership events reach a worker once, when they are news to its generation, and not while it agrees."""
+"""Membership events reach a worker once, and when they are news to its generation."""
 
 from __future__ import annotations
 

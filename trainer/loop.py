@@ -51,7 +51,7 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     """
     introduce(store, world)
     training = open_training(config, world, store)
-    locate_log(lambda: (training.plan.generation, training.progress.decided + 1))
+    locate_log(lambda: place_of(training))
     workers = workers_of(store, world)
     signals = Signals()
     checkpoints = Checkpoints(training, world, store, run, nodes_of(workers), signals)
@@ -73,6 +73,12 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
         signals.close()
         checkpoints.close()
         reporter.close()
+
+
+def place_of(training: Training) -> tuple[int, int]:
+    """The generation, and the step under way, counted from 1, at most the last. Local."""
+    step = min(training.progress.decided + 1, training.config.train.steps)
+    return training.plan.generation, step
 
 
 def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = False) -> Outcome:

@@ -18,7 +18,7 @@ from holdfast.trainer.elastic.corruption import compare_copies, repair
 from holdfast.trainer.elastic.incidents import ChangeRecord, record_of, write_changes
 from holdfast.trainer.elastic.recovery import Change
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
-from holdfast.trainer.loop import Parts, finish, run_step, stop
+from holdfast.trainer.loop import Parts, finish, place_of, run_step, stop
 from holdfast.trainer.reports import PhaseClock, Reporter, append_event
 from holdfast.trainer.run import RunDirectory, checkpoint_root, locate_log
 from holdfast.trainer.step import Outcome, Training, rate_of
@@ -110,7 +110,7 @@ class ElasticSession:
     def go_on(self, change: Change, training: Training) -> None:
         """Go on with the training that a change has activated. Local."""
         self._training, self._clock, self._digest = training, PhaseClock(), ""
-        locate_log(lambda: (training.plan.generation, training.progress.decided + 1))
+        locate_log(lambda: place_of(training))
         following, before, notes = self._saves.go_on(training, change)
         world = world_of(change.after, self._spec)
         if self._reporter is None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from holdfast.elastic.generation import Generation, Identity, Member
+from holdfast.elastic.history import MembershipHistory
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.plan.plan import Plan
@@ -304,6 +305,8 @@ def worker(
     session: FakeSession | None = None,
     checkpoint: int = 0,
     failures: list[str] | None = None,
+    history: MembershipHistory | None = None,
+    sleep: Callable[[float], None] = lambda seconds: None,
 ) -> Worker:
     """A worker of a run of `config`; the first agreement, of all ranks without state, goes without saying."""
     identity = Identity(rank, incarnation)
@@ -317,7 +320,15 @@ def worker(
     recovery = Recovery(rank, config, plan_of(config), drives)
     session = session or FakeSession()
     loop = ElasticLoop(
-        config, identity, recovery, session, membership, interruption, clock=lambda: 0.0
+        config,
+        identity,
+        recovery,
+        session,
+        membership,
+        interruption,
+        history,
+        clock=lambda: 0.0,
+        sleep=sleep,
     )
     made = Worker(
         loop, recovery, membership, transport, builder, saves, session, failing, interruption

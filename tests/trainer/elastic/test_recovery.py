@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from holdfast.elastic.generation import Identity
+from holdfast.elastic.history import MembershipHistory, RecordedChange
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.parallel.errors import Minority, PeerLost, Stopped
 from holdfast.parallel.plan import plan_to_data
@@ -329,6 +330,30 @@ def test_a_loss_while_the_state_after_a_change_is_compared_is_a_loss_like_any_ot
     ]
     assert session.reported == [session.changes[0], session.changes[2]]
     assert numbers(session) == [0, 1, 2, 2, 3, 4, 5]
+
+
+def test_a_repeated_run_changes_at_the_steps_of_the_first_and_waits_for_those_who_joined(
+    config: RunConfig,
+) -> None:
+    def change(step: int, *, joined: tuple[int, ...] = ()) -> RecordedChange:
+        return RecordedChange(step, False, False, (), (), joined, {}, filled=step == 5)
+
+    history = MembershipHistory(0, {}, (change(2, joined=(4,)), change(5)), None, ())
+    session = FakeSession(requests=lambda step: Requests(change=step in (1, 4)))
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(len(session.steps))
+        if len(naps) == 3:
+            made.membership.wanted = (MembershipEvent("joining", Identity(4), "wants to join"),)
+
+    made = worker(
+        config, [Turn(joined=lost(4)), Turn()], session=session, history=history, sleep=sleep
+    )
+    made.loop.run()
+    assert naps == [1, 1, 1]  # before the second step, and no longer than until it wants to join
+    assert [step for step, change, _ in session.steps if change] == [1, 4]
+    assert [c.recovery.steps for c in session.changes] == [0, 2, 5]
 
 
 def test_a_word_is_waited_for_while_the_generation_stands_and_no_longer_than_a_minute() -> None:

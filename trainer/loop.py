@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from time import perf_counter
 
 from torch.distributed import Store
 
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
-from holdfast.parallel.step_phases import TIMED_PHASES, StepPhase
+from holdfast.parallel.step_phases import TIMED_PHASES
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
@@ -23,7 +21,7 @@ from holdfast.trainer.reports import (
     workers_of,
 )
 from holdfast.trainer.run import RunDirectory, locate_log
-from holdfast.trainer.step import Outcome, Training, open_training, rate_of
+from holdfast.trainer.step import AtPhase, Outcome, Training, no_hook, open_training, rate_of
 from holdfast.trainer.world import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")
@@ -36,8 +34,8 @@ class Parts:
     training: Training
     checkpoints: Checkpoints
     reporter: Reporter
-    at: Callable[[int, StepPhase], None] = lambda step, phase: None
-    """Called at the beginning of each phase of a step, counted from 1: where faults are injected."""
+    at: AtPhase = no_hook
+    """Called at each phase of a step: where faults are injected."""
     clock: PhaseClock = field(default_factory=PhaseClock)
 
 
@@ -96,9 +94,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     training.groups.recorder.note_step(step + 1)
     clock.start(training)
     parts.at(step + 1, "compute")
-    training.at_half = partial(parts.at, step + 1, "backward")
-    training.at_background_transfer = partial(parts.at, step + 1, "fill")
-    times = training.compute(step)
+    times = training.compute(step, parts.at)
     clock.end(training, 0)
     starts.append(perf_counter())
     parts.at(step + 1, "reduce")

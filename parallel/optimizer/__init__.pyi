@@ -10,6 +10,9 @@ from .fence import (
     BlockNumbers as BlockNumbers,
     Fence as Fence,
 )
+from .owned_state import (
+    OwnedState as OwnedState,
+)
 from .parameter_buffer import (
     ParameterBuffer as ParameterBuffer,
     Segment as Segment,
@@ -23,6 +26,7 @@ from .rule import (
     StateFormat as StateFormat,
 )
 from .shadow_state import (
+    ShadowCopies as ShadowCopies,
     ShadowedBlock as ShadowedBlock,
     ShadowState as ShadowState,
 )

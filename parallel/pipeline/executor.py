@@ -107,14 +107,14 @@ class Executor:
         self._comm = comm
         self._micro_batches = micro_batches
         self._offloader = offloader
-        self.halved: set[tuple[int, int]] = set()
-        """(chunk, micro-batch) pairs whose backward has had its first part only."""
+        self._awaiting_weight_gradient: set[tuple[int, int]] = set()
+        """(chunk, micro-batch) pairs whose input gradient is computed and whose weight gradient is not."""
 
     def run_weight_parts(self) -> None:
-        """After an interrupted step: run the weight parts that are still to come, which need no message."""
-        for chunk, micro_batch in sorted(self.halved):
+        """After an interrupted step: compute the weight gradients that are left; they need no message."""
+        for chunk, micro_batch in sorted(self._awaiting_weight_gradient):
             self._chunks[chunk].backward_weight(micro_batch)
-        self.halved.clear()
+        self._awaiting_weight_gradient.clear()
 
     def run(self, program: Program, order: Mapping[Action, int] | None = None) -> ActionTimes:
         """Run one step's program, without pauses for the cyclic garbage collector.
@@ -137,6 +137,7 @@ class Executor:
                 gc.enable()
 
     def _run(self, program: Program, order: Mapping[Action, int] | None) -> ActionTimes:
+        self._awaiting_weight_gradient.clear()
         times = ActionTimes()
         note = (times.actions.append, times.starts_s.append, times.stops_s.append)
         values: dict[tuple[int, int], Tensor | None] = {}
@@ -162,13 +163,13 @@ class Executor:
                 run = runner.backward if op is Op.BACKWARD else runner.backward_input
                 gradient = run(micro_batch, gradients.pop(key, None))
                 if op is Op.BACKWARD_INPUT:
-                    self.halved.add(key)
+                    self._awaiting_weight_gradient.add(key)
                 if chunk != 0:
                     gradients[(chunk - 1, micro_batch)] = gradient
                 del gradient
             elif op is Op.BACKWARD_WEIGHT:
                 chunks[chunk].backward_weight(micro_batch)
-                self.halved.discard(key)
+                self._awaiting_weight_gradient.discard(key)
             elif op is Op.RECEIVE_FORWARD:
                 values[key] = receives.wait(action)
             elif op is Op.RECEIVE_BACKWARD:

@@ -144,24 +144,24 @@ def train_and_list_samples(
     rank: int, world_size: int, store: Store, *, config: dict, root: str
 ) -> list[int]:
     """Train and return the global indices of the samples that this rank has computed."""
-    from holdfast.trainer.step.training import Training
+    from holdfast.trainer.step.micro_batches import MicroBatches
     from support.runs import small_runs
 
     seen: set[int] = set()
-    context = Training._context
+    context = MicroBatches.context
 
-    def noted(self: Training, micro_batch: int) -> Any:
-        if self._is_training:
-            size, batch = self.config.train.micro_batch, self.config.train.global_batch
-            first = self._step * batch + micro_batch * size
+    def noted(self: MicroBatches, micro_batch: int) -> Any:
+        if self.training:
+            size, batch = self._train.micro_batch, self._train.global_batch
+            first = self.step * batch + micro_batch * size
             seen.update(range(first, first + size))
         return context(self, micro_batch)
 
-    Training._context = noted  # type: ignore[method-assign]
+    MicroBatches.context = noted  # type: ignore[method-assign]
     try:
         small_runs.train_in(rank, world_size, store, config=config, root=root)
     finally:
-        Training._context = context  # type: ignore[method-assign]
+        MicroBatches.context = context  # type: ignore[method-assign]
     return sorted(seen)
 
 

@@ -45,8 +45,8 @@ def train_offloaded(rank: int, world_size: int, store: Store, *, config: dict) -
     sent = []
     compute = Training.compute
 
-    def compute_and_note(self: Training, step: int) -> Any:
-        times = compute(self, step)
+    def compute_and_note(self: Training, step: int, *at: Any) -> Any:
+        times = compute(self, step, *at)
         assert self.offloader is not None
         sent.append(self.offloader.last_step.sent_bytes)
         return times
@@ -236,12 +236,12 @@ def fail_to_read(rank: int, world_size: int, store: Store, *, config: dict, root
 
     compute = Training.compute
 
-    def compute_and_fail(self: Training, step: int) -> Any:
+    def compute_and_fail(self: Training, step: int, *at: Any) -> Any:
         if step == 2:
             assert self.offloader is not None
             assert self.offloader._room.file is not None
             self.offloader._room.file.engine.inject("read", 0, errno.EIO, 1 << 30)
-        return compute(self, step)
+        return compute(self, step, *at)
 
     Training.compute = compute_and_fail  # type: ignore[method-assign]
     try:

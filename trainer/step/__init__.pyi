@@ -3,6 +3,10 @@ from .build import (
     choose_device as choose_device,
     open_training as open_training,
 )
+from .hooks import (
+    AtPhase as AtPhase,
+    no_hook as no_hook,
+)
 from .learning_rate import (
     rate_of as rate_of,
 )

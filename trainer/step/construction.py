@@ -1,15 +1,62 @@
-"""Builds the parts of one rank's training from its configuration and plan."""
+"""Builds the parts of one rank's training from its configuration and plan. Local."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
 import torch
 
-from holdfast.parallel.comm import Communicator
-from holdfast.parallel.pipeline import Chunk
+from holdfast.parallel.comm import Communicator, Groups
+from holdfast.parallel.offload import Offloader
+from holdfast.parallel.optimizer import (
+    GradientAccumulator,
+    OwnedState,
+    ParameterBuffer,
+    ShadowCopies,
+    ShadowState,
+    ShardedOptimizer,
+)
+from holdfast.parallel.pipeline import (
+    Chunk,
+    Executor,
+    MessageShape,
+    MicroBatchContext,
+    ModelChunkRunner,
+    receive_order,
+)
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.precision import PRECISIONS
+from holdfast.parallel.schedules import Action, Program
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.models import build_chunk
+from holdfast.trainer.step.planning import shadows_in_host_memory
+from holdfast.trainer.step.saved_tensors import state_format
+
+PreparedProgram = tuple[Program, Mapping[Action, int]]
+"""A rank's program, and the order in which its peers send to it; see `receive_order`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """The modules of one rank, and the buffers of their parameters and gradient sums."""
+
+    chunks: Mapping[int, Chunk]
+    """By chunk index, in forward order."""
+    buffer: ParameterBuffer
+    accumulator: GradientAccumulator
+
+
+def open_split(config: RunConfig, split: str) -> Dataset:
+    """A run's data: `split` is "train" or "eval"."""
+    return open_dataset(
+        config.data,
+        vocab=config.model.vocab,
+        seq_len=config.train.seq_len,
+        seed=config.data.seed or config.train.seed,
+        split=split,
+    )
 
 
 def new_chunks(
@@ -21,7 +68,7 @@ def new_chunks(
     *,
     initial: bool,
 ) -> dict[int, Chunk]:
-    """The model chunks of one rank of a run, by chunk index. Arguments as of `build_chunk`. Local."""
+    """The model chunks of one rank of a run, by chunk index. Arguments as of `build_chunk`."""
     train = config.train
     group = tensor if tensor.size > 1 else None
     return {
@@ -40,3 +87,134 @@ def new_chunks(
         )
         for index in plan.chunks_of(rank)
     }
+
+
+def new_model(
+    config: RunConfig,
+    plan: Plan,
+    rank: int,
+    tensor: Communicator,
+    device: torch.device,
+    *,
+    initial: bool,
+) -> ModelParts:
+    """A rank's chunks with their buffers. Arguments as of `build_chunk`."""
+    chunks = new_chunks(config, plan, rank, tensor, device, initial=initial)
+    rows = [row for chunk in chunks.values() for row in chunk.named_specs()]
+    buffer = ParameterBuffer(rows, dtype=PRECISIONS[config.train.precision].dtype, device=device)
+    accumulator = GradientAccumulator(
+        buffer,
+        exact=config.numerics.reduction == "exact",
+        fraction_bits=config.numerics.fraction_bits,
+    )
+    for chunk in chunks.values():
+        chunk.queue.sink = accumulator
+    return ModelParts(chunks, buffer, accumulator)
+
+
+def carried_model(model: ModelParts, before: Plan, plan: Plan, rank: int) -> ModelParts | None:
+    """A rank's model under the next plan, if it has the same layers there; else None. Pure."""
+    old, new = (
+        [found.chunk_layers[chunk] for chunk in found.chunks_of(rank)] for found in (before, plan)
+    )
+    if old != new:
+        return None
+    chunks = dict(zip(plan.chunks_of(rank), model.chunks.values(), strict=True))
+    return replace(model, chunks=chunks)
+
+
+def new_runners(
+    model: ModelParts,
+    last_chunk: int,
+    *,
+    context: Callable[[int], MicroBatchContext],
+    before_gradients: Callable[[int], None],
+    loss_gradient: float,
+) -> dict[int, ModelChunkRunner]:
+    """The runner of each chunk. Arguments as of `ModelChunkRunner`."""
+    return {
+        index: ModelChunkRunner(
+            chunk,
+            is_last=index == last_chunk,
+            context=context,
+            loss_gradient=loss_gradient,
+            before_gradients=before_gradients,
+        )
+        for index, chunk in model.chunks.items()
+    }
+
+
+def new_executor(
+    config: RunConfig,
+    runners: Mapping[int, ModelChunkRunner],
+    last_chunk: int,
+    groups: Groups,
+    device: torch.device,
+    offloader: Offloader | None,
+) -> Executor:
+    """The executor of a rank's chunks."""
+    train, tensor = config.train, groups["tensor"].size
+    rows = train.seq_len // (tensor if config.parallel.sequence_parallel else 1)
+    shape = (rows, train.micro_batch, config.model.hidden)
+    message = MessageShape(shape, PRECISIONS[train.precision].dtype, device)
+    micro_batches = train.global_batch // train.micro_batch
+    return Executor(runners, last_chunk, message, groups["pipeline"], micro_batches, offloader)
+
+
+def new_optimizer(
+    config: RunConfig,
+    plan: Plan,
+    rank: int,
+    model: ModelParts,
+    groups: Groups,
+    before: OwnedState | None,
+) -> ShardedOptimizer:
+    """The optimizer of the blocks that a rank owns; state that serves is taken over from `before`."""
+    form = state_format(config)
+    optimizer = ShardedOptimizer(
+        plan,
+        rank,
+        model.buffer,
+        model.accumulator,
+        groups.world,
+        groups["tensor"],
+        form,
+        form.rule.settings(config.optimizer),
+        before=before,
+    )
+    if config.elastic.enabled:
+        optimizer.keep_own_sums()
+    return optimizer
+
+
+def new_shadows(
+    config: RunConfig,
+    plan: Plan,
+    rank: int,
+    device: torch.device,
+    groups: Groups,
+    before: ShadowCopies | None,
+) -> ShadowState:
+    """A rank's copies of other ranks' blocks; those that serve are taken over from `before`."""
+    form = state_format(config)
+    return ShadowState(
+        plan,
+        rank,
+        device=device,
+        comm=groups.world,
+        form=form,
+        settings=form.rule.settings(config.optimizer),
+        in_host_memory=shadows_in_host_memory(config, device.type),
+        before=before,
+    )
+
+
+def prepared(rank: int, program_of: Callable[[int], Program]) -> PreparedProgram:
+    """A rank's program, and the order in which its peers send to it. Pure.
+
+    Args:
+        program_of: each rank's program of one step.
+    """
+    program = program_of(rank)
+    peers = {action.peer for action in program if action.peer is not None}
+    return program, receive_order(program, {p: program_of(p) for p in peers}, rank)

@@ -22,7 +22,7 @@ from holdfast.parallel.pipeline.model_chunk import WeightGradientQueue
 from holdfast.parallel.tensor_parallel import operators as tensor, vocab as vocabulary
 from holdfast.trainer.models import chunk as build
 from holdfast.trainer.models.llama import modules as llama
-from holdfast.trainer.step import training
+from holdfast.trainer.step import construction
 from holdfast.trainer.step.training import Training
 
 
@@ -177,12 +177,12 @@ def _own_tokens(run: Training) -> int:
 @contextmanager
 def gradient_scaled_by_pipeline() -> Iterator[None]:
     """The last stage's loss gradient is multiplied by the number of micro-batches."""
-    original = training.ModelChunkRunner
+    original = construction.ModelChunkRunner
 
     def scaled(*args: Any, loss_gradient: float, **kwargs: Any) -> Any:
         return original(*args, loss_gradient=loss_gradient * 3, **kwargs)
 
-    with mock.patch.object(training, "ModelChunkRunner", scaled):
+    with mock.patch.object(construction, "ModelChunkRunner", scaled):
         yield
 
 
@@ -217,21 +217,25 @@ def weight_gradients_computed_twice() -> Iterator[None]:
 @contextmanager
 def replica_reads_another_ones_samples() -> Iterator[None]:
     """All replicas read the first replica's samples."""
-    original = Training._context
+    original = Training._start
 
-    def first(self: Training, micro_batch: int) -> Any:
-        context = original(self, micro_batch)
+    def first(self: Training, step: int, data: Any, *, training: bool) -> None:
         replica = self.plan.stage_replicas.coordinates(self.rank).data
-        if context.tokens is None or replica == 0:
-            return context
-        train = self.config.train
-        tokens = self.data.batch(
-            self._step, 0, global_batch=train.global_batch, micro_batch_size=train.micro_batch
-        )
-        return replace(context, tokens=tokens)
+        read: Any = _FirstSamples(data) if replica else data
+        original(self, step, read, training=training)
 
-    with mock.patch.object(Training, "_context", first):
+    with mock.patch.object(Training, "_start", first):
         yield
+
+
+class _FirstSamples:
+    """Data that has the first micro-batch of a step in place of all others."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def batch(self, step: int, micro_batch: int, **sizes: int) -> torch.Tensor:
+        return self._data.batch(step, 0, **sizes)
 
 
 @contextmanager

@@ -88,8 +88,8 @@ def train_in(
     found = find_resume(path, run_config, resume, allow_change=allow_change)
     compute = Training.compute
 
-    def compute_and_die(self: Training, step: int) -> Any:
-        times = compute(self, step)
+    def compute_and_die(self: Training, step: int, *at: Any) -> Any:
+        times = compute(self, step, *at)
         if kill == (rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
         return times

@@ -1,0 +1,81 @@
+"""What a rank says at the vote of a step, as one float64 tensor that is summed over all ranks.
+
+The tensor is: each block's square sum in its slot, each micro-batch's loss sum in its slot, and one
+count per entry of `MARKS`. A slot is filled by one rank and zero on all others, so sums are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
+from holdfast.trainer.step.progress import Outcome, Requests
+
+FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
+"""Bits of the flags that a reduction gives, by mark."""
+REQUESTS = ("save", "stop", "busy", "change", "filling", "leave")
+"""Fields of `Requests`, each of which is a mark."""
+MARKS = (*FLAGS, *REQUESTS)
+"""Order of the counts at the end of the tensor: the wire format of the vote."""
+
+
+@dataclass(frozen=True, slots=True)
+class BallotFormat:
+    """The lengths of the parts of the tensor, equal on all ranks."""
+
+    squares: int
+    """Blocks, over all tensor-parallel indices."""
+    losses: int
+    """Micro-batches of a step."""
+
+    def pack(self, squares: Tensor, losses: Tensor, flags: int, requests: Requests) -> Tensor:
+        """This rank's tensor: float64[squares + losses + len(MARKS)].
+
+        Args:
+            squares: float64[squares], zero but for blocks that this rank owns.
+            losses: float64[losses], zero but for micro-batches whose loss this rank reports.
+            flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
+        """
+        marks = {name: bool(flags & bit) for name, bit in FLAGS.items()}
+        marks |= {name: getattr(requests, name) for name in REQUESTS}
+        counts = torch.tensor([marks[name] for name in MARKS], dtype=torch.float64)
+        return torch.cat([squares, losses, counts])
+
+    def outcome(self, summed: Tensor, tokens: int) -> Outcome:
+        """What the sum of all ranks' tensors decides; equal on all ranks, bit for bit.
+
+        Args:
+            tokens: of a step, by which the sum of the losses is divided.
+        """
+        values = summed.tolist()
+        squares, rest = values[: self.squares], values[self.squares :]
+        counts = {name: int(rest[self.losses + place]) for place, name in enumerate(MARKS)}
+        finite = bool(torch.isfinite(summed[: self.squares]).all()) and not counts["nonfinite"]
+        return Outcome(
+            loss=mean_loss(rest[: self.losses], tokens),
+            grad_norm=norm_from_squares(squares) if finite else float("nan"),
+            nonfinite_ranks=counts["nonfinite"],
+            out_of_range_ranks=counts["out_of_range"],
+            requests=Requests(**{name: counts[name] > 0 for name in REQUESTS}),
+            leaving_ranks=counts["leave"],
+        )
+
+
+def loss_slots(losses: Mapping[int, Tensor], micro_batches: int) -> Tensor:
+    """Loss sums by micro-batch, each in its slot: float64[micro_batches], zero elsewhere. Pure."""
+    slots = torch.zeros(micro_batches, dtype=torch.float64)
+    for micro_batch, loss in losses.items():
+        slots[micro_batch] = loss
+    return slots
+
+
+def mean_loss(sums: Sequence[float], tokens: int) -> float:
+    """Micro-batch loss sums added in micro-batch order in float64, divided once."""
+    total = 0.0
+    for value in sums:
+        total += value
+    return total / tokens

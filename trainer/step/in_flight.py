@@ -1,0 +1,129 @@
+"""The step that one rank is computing: which gradients its sums include, and what it leaves out.
+
+A step that was interrupted is resumed: parameters whose sums include a micro-batch skip its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from holdfast.parallel.optimizer import GradientAccumulator, ParameterBuffer
+from holdfast.parallel.plan import Plan
+from holdfast.parallel.schedules import Action, Op
+from holdfast.trainer.step.partial_sums import (
+    NOT_INTERRUPTED,
+    Included,
+    IncludedByShard,
+    InterruptedStep,
+    ParameterKey,
+)
+
+_BACKWARDS = (Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+
+
+class StepInFlight:
+    """The gradient sums and losses of the running step on one rank. Local; exact-mode safe."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        buffer: ParameterBuffer,
+        accumulator: GradientAccumulator,
+        program: Iterable[Action],
+        step: int,
+    ) -> None:
+        """Local.
+
+        Args:
+            program: this rank's actions of a whole step.
+            step: counted from 0; that comes next, or was interrupted under the plan before.
+        """
+        self.step = step
+        self._plan, self._buffer, self._accumulator = plan, buffer, accumulator
+        self._shard = plan.stage_replicas.shard_index(rank)
+        self._interrupted = NOT_INTERRUPTED
+        self._own_losses: dict[int, Tensor] = {}
+        """Of an interrupted step: loss sums by micro-batch that this rank reports again."""
+        self._backwards = 0
+        self._half = sum(action.op in _BACKWARDS for action in program) // 2
+        self._at_half: Callable[[], None] = lambda: None
+
+    def begin(self, step: int, at_half: Callable[[], None]) -> bool:
+        """Begin `step`; returns whether it is one that was interrupted, whose sums go on.
+
+        Args:
+            at_half: called when half of a whole step's backward passes have begun.
+        """
+        self.step, self._backwards, self._at_half = step, 0, at_half
+        if self._interrupted.step == step:
+            return True
+        self._interrupted = NOT_INTERRUPTED
+        self._own_losses = {}
+        self._accumulator.clear()
+        return False
+
+    def resume(self, step: int, included: IncludedByShard, before: StepInFlight | None) -> None:
+        """Have only what `included` lacks computed when `step` begins.
+
+        Args:
+            before: this rank's step that was interrupted; None where its sums are not valid any more.
+        """
+        self._interrupted = InterruptedStep(step, included)
+        if before is None:
+            self._accumulator.clear()
+        else:
+            self._own_losses = before._own_losses
+
+    def missing(self, step: int, micro_batches: int) -> frozenset[int]:
+        """The micro-batches of `step` that some rank's sums lack when it begins."""
+        interrupted = self._interrupted if self._interrupted.step == step else NOT_INTERRUPTED
+        return interrupted.missing(self._plan, micro_batches)
+
+    def before_gradients(self, micro_batch: int) -> None:
+        """Before a micro-batch's gradients: skip the parameters whose sums include them."""
+        self._backwards += 1
+        if self._backwards == self._half:
+            self._at_half()
+        accumulator = self._accumulator
+        accumulator.micro_batch = micro_batch
+        accumulator.skipped = frozenset()
+        if self._interrupted is not NOT_INTERRUPTED:
+            accumulator.skipped = frozenset(
+                part.parameter
+                for part in self._buffer.segments
+                if self._interrupted.has(self._shard, (part.layer, part.spec_index), micro_batch)
+            )
+
+    def included(self, losses: Mapping[int, Tensor] | None) -> Included:
+        """The micro-batches that each parameter's sums include, once the step is interrupted.
+
+        Args:
+            losses: by micro-batch, of the model's last chunk; None where it is on another rank.
+        """
+        included = {
+            (part.layer, part.spec_index): frozenset(
+                self._accumulator.included.get(part.parameter, ())
+            )
+            for part in self._buffer.segments
+        }
+        if losses is not None:
+            known = {**losses, **self._own_losses}
+            self._own_losses = {m: known[m] for m in included[self._loss_parameter]}
+        return included
+
+    def reported(self, losses: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The loss sums that this rank reports: its own, but for those that another rank reports."""
+        own = self._own_losses if self._interrupted is not NOT_INTERRUPTED else {}
+        return own | {
+            micro_batch: loss
+            for micro_batch, loss in losses.items()
+            if not self._interrupted.has(0, self._loss_parameter, micro_batch)
+        }
+
+    @property
+    def _loss_parameter(self) -> ParameterKey:
+        """The parameter whose sums decide who reports a micro-batch's loss: the head's first row."""
+        return len(self._plan.layers) - 1, 0

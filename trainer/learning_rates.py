@@ -19,7 +19,7 @@ class LearningRate(Protocol):
     def __call__(
         self, step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int
     ) -> float:
-        """The rate of `step` (counted from 0, at least `warmup_steps`) of a run of `steps`. Pure."""
+        """The rate of `step`, counted from 0 and at least `warmup_steps`. Pure."""
         ...
 
 
@@ -37,7 +37,7 @@ def constant(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: i
 def warmup_stable_decay(
     step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int
 ) -> float:
-    """Stays at `lr`, and falls linearly to `min_lr` over the last fifth of the run (Hu et al. 2024)."""
+    """Stays at `lr`; falls linearly to `min_lr` over the last fifth (Hu et al. 2024)."""
     first_decay = steps - max(1, round(steps * _DECAY_FRACTION))
     if step < first_decay:
         return lr

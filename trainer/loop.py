@@ -80,7 +80,7 @@ def place_of(training: Training) -> tuple[int, int]:
 
 
 def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = False) -> Outcome:
-    """One step, counted from 0: compute, reduce, vote, apply, report, save. Collective over all ranks.
+    """One step: compute, reduce, vote, apply, report, save. Collective over all ranks.
 
     Args:
         change: whether this rank knows of ranks that wait to be taken in or let go.

@@ -1,7 +1,9 @@
 """Is a layout computed right? Replays a few steps of it at tiny size against one process.
 
 The layout runs on local CPU ranks in float64; the reference is the unsharded model under a plain
-autograd loop with torch.optim.AdamW. What differs first is named, with the collective that is missing.
+autograd loop with torch.optim.AdamW. What differs first is named, with the collective that is
+missing.
+
 May import what `holdfast.trainer` may.
 """
 

@@ -1,4 +1,4 @@
-"""What a run is compared by: activations, gradients and parameters, under names that layouts share."""
+"""What a run is compared by: activations, gradients, parameters, under names layouts share."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ActivationRecorder:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def watch(self, name: str, module: nn.Module, hidden: int) -> None:
-        """Record `module`'s output and its gradient as `name` if it is float[rows, batch, hidden]."""
+        """Record an output of shape float[rows, batch, hidden], and its gradient, as `name`."""
 
         def forward_hook(_: nn.Module, __: object, output: object) -> None:
             if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[-1] != hidden:

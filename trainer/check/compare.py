@@ -160,7 +160,10 @@ def _scale_hint(actual: float, expected: float) -> str:
                 f"it is {factor} times too large: something is summed over {factor} ranks too often"
             )
         if abs(actual * factor - expected) <= LOSS_TOLERANCE * abs(expected):
-            return f"it is {factor} times too small: a sum over {factor} ranks or micro-batches is missing"
+            return (
+                f"it is {factor} times too small: a sum over {factor} ranks or micro-batches is "
+                "missing"
+            )
     return ""
 
 

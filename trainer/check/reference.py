@@ -17,10 +17,10 @@ from holdfast.trainer.step import rate_of
 
 
 def run_reference(config: RunConfig) -> RankCapture:
-    """Train `config.train.steps` steps in this process: autograd, clip_grad_norm_, the rule's reference.
+    """Train all steps in this process: autograd, clip_grad_norm_, the rule's reference. Local.
 
-    Every weight's gradient comes from autograd itself, none of the accumulators, reductions, optimizer
-    shards or schedules of a run takes part. Local.
+    Every weight's gradient comes from autograd itself; none of the accumulators, reductions,
+    optimizer shards or schedules of a run takes part.
     """
     train = config.train
     capture = RankCapture()

@@ -16,8 +16,8 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
     """`config` at a size that a laptop replays in seconds, in float64.
 
     Kept: the layout and schedule, head grouping and how kv heads fall on tensor ranks, whether the
-    vocabulary divides evenly, tied embeddings, dropout, recompute, optimizer settings, an uneven share
-    of micro-batches. Pure.
+    vocabulary divides evenly, tied embeddings, dropout, recompute, optimizer settings, an uneven
+    share of micro-batches. Pure.
     """
     parallel, model, train = config.parallel, config.model, config.train
     chunks = parallel.pipeline * parallel.virtual

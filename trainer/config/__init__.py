@@ -1,6 +1,6 @@
-"""The configuration of a run: its sections, how a file is loaded, and the rules between keys; no torch.
+"""The configuration of a run: its sections, how a file is loaded, the rules between keys.
 
-May import parallel.
+Needs no torch. May import trainer.models, parallel.
 """
 
 import lazy_loader

@@ -59,8 +59,8 @@ def _other_ranges(config: RunConfig) -> Iterator[str]:
         yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
     if not 8 <= config.numerics.fraction_bits <= 60:
         yield (
-            f"numerics.fraction_bits = {config.numerics.fraction_bits}: must be 8 to 60; the range of "
-            "a gradient sum is 2**(63 - fraction_bits)"
+            f"numerics.fraction_bits = {config.numerics.fraction_bits}: must be 8 to 60; the range "
+            "of a gradient sum is 2**(63 - fraction_bits)"
         )
     if config.train.eval_every and config.train.eval_batches < 1:
         yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"

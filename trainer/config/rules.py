@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
-    """All broken rules, in the order of the sections; empty when the configuration is sound. Pure."""
+    """All broken rules, in the order of the sections; empty for a sound configuration. Pure."""
     unknown = list(_choices(config))
     if unknown:
         return unknown  # the other rules ask the registries what these names stand for
@@ -39,8 +39,8 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     if world_size is not None and world_size != config.parallel.ranks:
         p = config.parallel
         problems.append(
-            f"{world_size} workers were started, but tensor {p.tensor} x pipeline {p.pipeline} x data "
-            f"{p.data} needs {p.ranks}; change parallel.data, or start {p.ranks}"
+            f"{world_size} workers were started, but tensor {p.tensor} x pipeline {p.pipeline} x "
+            f"data {p.data} needs {p.ranks}; change parallel.data, or start {p.ranks}"
         )
     return problems
 
@@ -64,8 +64,8 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield str(error)
     if config.data.kind == "text" and config.data.tokenizer == "bytes" and config.model.vocab < 257:
         yield (
-            f"model.vocab = {config.model.vocab} is too small for data.tokenizer = 'bytes', which has "
-            "256 bytes and a separator; set it to 257 or more"
+            f"model.vocab = {config.model.vocab} is too small for data.tokenizer = 'bytes', which "
+            "has 256 bytes and a separator; set it to 257 or more"
         )
     if config.train.eval_every and config.data.eval_fraction == 0:
         yield "train.eval_every needs held-out data; set data.eval_fraction above 0"
@@ -85,13 +85,14 @@ def _batch(config: RunConfig) -> Iterator[str]:
         )
     if train.seq_len > config.model.max_seq_len:
         yield (
-            f"train.seq_len = {train.seq_len} exceeds model.max_seq_len = {config.model.max_seq_len}; "
+            f"train.seq_len = {train.seq_len} exceeds model.max_seq_len = "
+            f"{config.model.max_seq_len}; "
             "lower the one or raise the other"
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield (
-            f"optimizer.min_lr = {config.optimizer.min_lr} exceeds optimizer.lr = {config.optimizer.lr}; "
-            "lower it"
+            f"optimizer.min_lr = {config.optimizer.min_lr} exceeds optimizer.lr = "
+            f"{config.optimizer.lr}; lower it"
         )
 
 
@@ -99,8 +100,9 @@ def _tensor(config: RunConfig) -> Iterator[str]:
     tensor, parallel = config.parallel.tensor, config.parallel
     if tensor > 1 and parallel.sequence_parallel and config.train.seq_len % tensor:
         yield (
-            f"train.seq_len = {config.train.seq_len} is not divisible by parallel.tensor = {tensor}, "
-            "which splits sequences; change it, or set parallel.sequence_parallel = false"
+            f"train.seq_len = {config.train.seq_len} is not divisible by parallel.tensor = "
+            f"{tensor}, which splits sequences; change it, or set parallel.sequence_parallel = "
+            "false"
         )
 
 
@@ -117,13 +119,15 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
     if not given:
         if layers % chunks:
             yield (
-                f"model.layers = {layers} is not divisible by parallel.pipeline x parallel.virtual = "
-                f"{chunks}; change one of them, or give an uneven split in parallel.blocks_per_chunk"
+                f"model.layers = {layers} is not divisible by parallel.pipeline x "
+                "parallel.virtual = "
+                f"{chunks}; change one of them, or give an uneven split in "
+                "parallel.blocks_per_chunk"
             )
     elif len(given) != chunks or sum(given) != layers or min(given[1:-1], default=1) < 1:
         yield (
-            f"parallel.blocks_per_chunk = {given}: must be {chunks} numbers (pipeline x virtual) that add "
-            f"up to model.layers = {layers}, each 1 or more (0 for the first or last)"
+            f"parallel.blocks_per_chunk = {given}: must be {chunks} numbers (pipeline x virtual) "
+            f"that add up to model.layers = {layers}, each 1 or more (0 for the first or last)"
         )
     elif min(given) < 0:
         yield f"parallel.blocks_per_chunk = {given}: numbers must not be negative"
@@ -147,19 +151,20 @@ def _elastic(config: RunConfig) -> Iterator[str]:
     if elastic.heartbeat_ms < 10 or elastic.heartbeat_timeout_ms < 3 * elastic.heartbeat_ms:
         yield (
             f"elastic.heartbeat_ms = {elastic.heartbeat_ms}, heartbeat_timeout_ms = "
-            f"{elastic.heartbeat_timeout_ms}: use 10 or more, and at least three heartbeats for the time-out"
+            f"{elastic.heartbeat_timeout_ms}: use 10 or more, and at least three heartbeats for "
+            "the time-out"
         )
     if elastic.hang_timeout_s <= 0:
         yield f"elastic.hang_timeout_s = {elastic.hang_timeout_s}: must be above 0"
     if elastic.enabled and config.parallel.backend == "mpi" and elastic.respawn:
         yield (
-            "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job are fixed; "
-            "set elastic.respawn = false, or use 'gloo' or 'nccl'"
+            "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job "
+            "are fixed; set elastic.respawn = false, or use 'gloo' or 'nccl'"
         )
     if elastic.activation_headroom < 0:
         yield (
-            f"elastic.activation_headroom = {elastic.activation_headroom}: must be 0 or more, as a share of "
-            "the activation memory of the fullest rank"
+            f"elastic.activation_headroom = {elastic.activation_headroom}: must be 0 or more, as a "
+            "share of the activation memory of the fullest rank"
         )
     if elastic.straggler_every < 0 or elastic.straggler_factor <= 1:
         yield (
@@ -169,7 +174,8 @@ def _elastic(config: RunConfig) -> Iterator[str]:
     for fault in elastic.chaos:
         if fault.rank < 0 or fault.step < 1:
             yield (
-                f"elastic.chaos: rank {fault.rank}, step {fault.step}: ranks count from 0, steps from 1"
+                f"elastic.chaos: rank {fault.rank}, step {fault.step}: ranks count from 0, steps "
+                "from 1"
             )
 
 
@@ -177,15 +183,15 @@ def _offload(config: RunConfig) -> Iterator[str]:
     offload = config.offload
     if not offload.least_share <= offload.most_share <= 1:
         yield (
-            f"offload.least_share = {offload.least_share}, most_share = {offload.most_share}: shares are "
-            "0 to 1, the least not above the most"
+            f"offload.least_share = {offload.least_share}, most_share = {offload.most_share}: "
+            "shares are 0 to 1, the least not above the most"
         )
     if offload.staging_mib > 1024:
         yield f"offload.staging_mib = {offload.staging_mib}: must be 1 to 1024"
     if offload.activations == "host" and config.train.device == "cpu":
         yield (
-            "offload.activations = 'host' with train.device = 'cpu': activations are in host memory "
-            "already; use 'ssd' or 'none'"
+            "offload.activations = 'host' with train.device = 'cpu': activations are in host "
+            "memory already; use 'ssd' or 'none'"
         )
 
 
@@ -193,7 +199,8 @@ def _recompute(config: RunConfig) -> Iterator[str]:
     train = config.train
     if train.recompute == "auto" and not train.activation_gib:
         yield (
-            "train.recompute = 'auto' with train.activation_gib = 0: say how much memory activations may "
+            "train.recompute = 'auto' with train.activation_gib = 0: say how much memory "
+            "activations may "
             "take on a rank"
         )
 
@@ -208,8 +215,8 @@ def _not_in_this_version(config: RunConfig) -> Iterator[str]:
         yield "parallel.backend = 'mpi' needs mpi4py; pip install 'holdfast[mpi]'"
     if parallel.backend == "mpi" and config.train.device == "cuda":
         yield (
-            "parallel.backend = 'mpi' carries CPU tensors, but train.device = 'cuda'; use 'nccl', or "
-            "set train.device = 'cpu'"
+            "parallel.backend = 'mpi' carries CPU tensors, but train.device = 'cuda'; use 'nccl', "
+            "or set train.device = 'cpu'"
         )
     if config.data.kind == "megatron" and importlib.util.find_spec("megatron") is None:
         yield ("data.kind = 'megatron' needs megatron-core; pip install 'holdfast[megatron]'")

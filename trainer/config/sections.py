@@ -1,6 +1,6 @@
 """A configuration as typed values: the sections that belong to no other folder, and the whole.
 
-`RunConfig` holds them all. The names are a contract (docs/configuration.md): keys are added, never renamed.
+`RunConfig` holds them all. Keys are a contract (docs/configuration.md): added, never renamed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class TrainConfig(Section, frozen=True):
     clip_grad_norm: float = 1.0
     """0: no clipping."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"
-    """"selective": the attention core; "full": whole layers; "auto": of each layer what `activation_gib` asks."""
+    """"selective": the attention core; "full": whole layers; "auto": of each layer what
+    `activation_gib` asks."""
     activation_gib: float = 0.0
     """With recompute = "auto": what activations may take on a rank."""
     tflops: float = 0.0
-    """What a rank computes, in 10^12 operations a second, for "auto" beside offload; 0: it is measured."""
+    """Speed of a rank in 10^12 operations a second, for "auto" beside offload; 0: measured."""
     threads_per_rank: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 0
@@ -110,7 +111,7 @@ class CheckpointConfig(Section, frozen=True):
     keep: int = 3
     """Checkpoints that stay; 0: all."""
     path: str = ""
-    """Folder of the checkpoints, RUN/checkpoints by default; a URL (s3://…) is where they go besides."""
+    """Folder of the checkpoints, RUN/checkpoints by default; a URL (s3://…) is a second tier."""
     policy: Literal["wait", "skip"] = "wait"
     """What happens when one is due while the one before is still being written."""
     verify: bool = True
@@ -123,7 +124,7 @@ class CheckpointConfig(Section, frozen=True):
     remote_keep: int = 0
     """Checkpoints that stay at the URL; 0: all."""
     arena_mib: int = 0
-    """Host memory of a rank between state and disk; 0: room for its share of a checkpoint, 2048 at most."""
+    """Host memory of a rank between state and disk; 0: its share of a checkpoint, at most 2048."""
     timeout_s: float = 600.0
     """After which a save is given up."""
     exit_s: float = 60.0
@@ -145,7 +146,7 @@ class OffloadConfig(Section, frozen=True):
     limit_gib: float = 0.0
     """The most that a rank has away at once; 0: no limit but the drive's room."""
     least_share: float = 0.0
-    """Of the activations that could be sent, between this and `most_share` are; equal ones fix it."""
+    """Least and most share of the eligible activations that are sent; equal ones fix it."""
     most_share: float = 1.0
     smallest_kib: int = 256
     """Tensors below this stay in memory."""
@@ -154,11 +155,11 @@ class OffloadConfig(Section, frozen=True):
     staging_mib: int = 1024
     """Pinned host memory of a rank between a GPU and the drive."""
     compact_heap: bool = True
-    """On a CPU: start again with glibc settings that let the resident set fall with the memory in use."""
+    """On a CPU: start again with glibc settings that return freed memory to the system."""
     drive_gbytes: float = 0.0
-    """What a rank can write to `path`, in 10^9 bytes a second, for train.recompute = "auto"; 0: it is measured."""
+    """Speed of a rank's drive in 10^9 bytes a second, for train.recompute = "auto"; 0: measured."""
     drive_tbw: float = 0.0
-    """Terabytes that the drive may be written in its life, by its data sheet: for the years it lasts."""
+    """Terabytes that may be written to the drive in its life, by its data sheet; 0: not known."""
 
 
 class ChaosConfig(Section, frozen=True):
@@ -188,11 +189,11 @@ class ElasticConfig(Section, frozen=True):
     local_nodes: int = 1
     lighthouse: str = ""
     activation_headroom: float = 0.3
-    """After a loss ranks may keep so much more activation memory than the fullest had, to be idle less."""
+    """Share by which activation memory may exceed the fullest rank's after a loss, to idle less."""
     straggler_every: int = 10
     """Steps from one comparison of all ranks' own times to the next; 0: never."""
     straggler_factor: float = 2.0
-    """A rank whose own time is above so many times the usual, twice running, is reported as slow."""
+    """A rank is reported as slow when its own time is twice running so many times the usual."""
     chaos: list[ChaosConfig] = []
     """Faults on purpose, to try what a run survives: [[elastic.chaos]] tables."""
 

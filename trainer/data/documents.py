@@ -42,7 +42,7 @@ def list_documents(paths: Sequence[str], *, key: str = "data.path") -> tuple[Doc
     """The files of a corpus: named files as they come, folders recursively in sorted order.
 
     Hidden files and folders (whose name starts with a dot) within a folder are left out. No path
-    at all means the Python standard library, see `library_documents`. `key` is what errors call them.
+    at all means the Python standard library, see `library_documents`. Errors call them `key`.
 
     Raises:
         DataError: a path that does not exist or is neither a file nor a folder.

@@ -1,10 +1,10 @@
 """Tokenised corpora of Megatron: `.bin`/`.idx` pairs, read by megatron-core's IndexedDataset.
 
 `PREFIX.idx` holds a header of 34 bytes (magic, version, dtype code, number of sequences, number of
-document boundaries), then the length (int32), byte offset (int64) of every sequence and the document
-boundaries (int64); `PREFIX.bin` holds the tokens. Written in order, as Megatron's tools and ours do,
-the `.bin` file is the concatenation of all documents, so a window is one read at a known offset and
-nothing has to be built or searched, whatever the size.
+document boundaries), then the length (int32), byte offset (int64) of every sequence and the
+document boundaries (int64); `PREFIX.bin` holds the tokens. Written in order, as Megatron's tools
+and ours do, the `.bin` file is the concatenation of all documents, so a window is one read at a
+known offset and nothing has to be built or searched, whatever the size.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ def _json_lines(file: DocumentFile, key: str) -> Iterator[bytes]:
         lines = file.path.open("rb")
     except OSError as error:
         raise DataError(
-            f'input "{file.path}": cannot be read ({error.strerror}); make it readable or leave it out'
+            f'input "{file.path}": cannot be read ({error.strerror}); make it readable, or leave '
+            "it out"
         ) from error
     with lines:
         for number, line in enumerate(lines, start=1):

@@ -25,7 +25,7 @@ import numpy as np
 from holdfast.parallel.errors import DataError
 
 _ATTEMPTS = 3
-"""To make an entry: where files cannot be locked, another process may take a fresh one for damaged."""
+"""Attempts to make an entry: without file locks, another process may take it for damaged."""
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -73,7 +73,7 @@ class FileTokenizer:
 
 
 def load_tokenizer(name: str, *, key: str = "data.tokenizer") -> Tokenizer:
-    """The tokenizer called "bytes", or that of a `tokenizer.json` file; `key` is what errors call it.
+    """The tokenizer called "bytes", or that of a `tokenizer.json` file. Errors call it `key`.
 
     Raises:
         DataError: a file that is missing or is no tokenizer.

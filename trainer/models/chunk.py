@@ -119,7 +119,7 @@ def build_chunk(
 
 
 def initialize(chunk: Chunk, seed: int) -> None:
-    """Fill all parameters: element i of a logical tensor depends on (seed, its name, i) alone. Local."""
+    """Fill all parameters: element i of a logical tensor is a function of (seed, name, i)."""
     for _, spec, parameter in chunk.named_specs():
         segment = parameter.data[spec.local_row : spec.local_row + spec.rows]
         segment.copy_(initial_values(spec, seed, parameter.dtype))

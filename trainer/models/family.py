@@ -1,7 +1,7 @@
 """What a model family is, and the registry of families. Needs no torch.
 
-A family is one folder beside this file: its configuration section and rules, the table of its layers
-(parameters under their Hugging Face names, shapes, shards, operations), its modules, its
+A family is one folder beside this file: its configuration section and rules, the table of its
+layers (parameters under their Hugging Face names, shapes, shards, operations), its modules, its
 `config.json`. Adding one is that folder and one line of `FAMILIES`.
 """
 
@@ -73,29 +73,29 @@ class LayerTable(Protocol[M_contra]):
 
 @dataclass(frozen=True, slots=True)
 class Family(Generic[M]):
-    """A model family. Functions take the family's own section, and need no torch but for `modules`."""
+    """A model family. Only `modules` needs torch."""
 
     section: type[M]
     """The `[model]` section: `ModelConfig`, or a struct derived from it with more keys."""
     problems: Callable[[M, int], Iterator[str]]
-    """The broken rules of a section under a tensor-parallel degree, one line each: key, value, advice."""
+    """(section, tensor degree) -> the broken rules, one line each: key, value, advice."""
     layer_specs: LayerTable[M]
     """The table of layers. Rows have Hugging Face's names, so checkpoints need no renaming."""
     modules: Callable[[M, ChunkContext], Callable[[int, LayerSpec], nn.Module]]
     """Gives the builder of a chunk's modules: (layer index, row of the table) -> module.
 
     Module `forward(value, context)` takes and gives float[seq (/ tensor), micro_batch, hidden]; the
-    embedding takes None, and the head gives the sum of token losses and has `logits(value)`. Parameters
-    have the local names of the table.
+    embedding takes None, and the head gives the sum of token losses and has `logits(value)`.
+    Parameters have the local names of the table.
     """
     config_json: Callable[[M, int, str], Mapping[str, Any]]
-    """Hugging Face's `config.json`, from (section, sequence length in tokens, torch's name of the dtype)."""
+    """(section, sequence length, torch's name of the dtype) -> Hugging Face's `config.json`."""
     differences: Callable[[M, Mapping[str, Any]], Iterator[tuple[str, Any, Any]]]
     """What a `config.json` tells otherwise: (key, its value, the section's value)."""
     tiny: Callable[[M, int, int], M]
-    """(section, tensor degree, layers) -> a section whose every size is small and divides as before."""
+    """(section, tensor degree, layers) -> a section of small sizes that divide as before."""
     tensor_share: Callable[[M, int], M]
-    """(section, tensor degree) -> a one-layer section as large as one tensor rank's share of a layer."""
+    """(section, tensor degree) -> a one-layer section of the size of one tensor rank's share."""
 
 
 def family_of(name: str) -> Family[Any]:

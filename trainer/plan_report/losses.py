@@ -1,4 +1,4 @@
-"""What `holdfast plan` says of shadows, and of the plan that would follow a loss. Needs no torch."""
+"""What `holdfast plan` says of shadows, and of the plan after a loss. Needs no torch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ class ElasticReport:
         if self.redundancy:
             value = (
                 f"{self.redundancy} per block over {self.nodes} nodes; the fullest rank keeps "
-                f"{self.shadow_bytes / 2**20:,.1f} MiB and sends {self.traffic_bytes / 2**20:,.1f} MiB a step"
+                f"{self.shadow_bytes / 2**20:,.1f} MiB and sends "
+                f"{self.traffic_bytes / 2**20:,.1f} MiB a step"
             )
         else:
             value = "none (elastic.redundancy = 0): state that is lost comes from a checkpoint"
@@ -99,8 +100,8 @@ class ElasticReport:
             facts.add_row(
                 "",
                 Text(
-                    f"{self.unsafe_blocks} blocks have all their copies on one node: losing it needs a "
-                    "checkpoint",
+                    f"{self.unsafe_blocks} blocks have all their copies on one node: losing it "
+                    "needs a checkpoint",
                     style="yellow",
                 ),
             )

@@ -1,4 +1,4 @@
-"""What `holdfast plan` says of offloaded activations: memory saved, what the drive must do, how long it lasts."""
+"""What `holdfast plan` says of offloaded activations: memory, bandwidth, the drive's life."""
 
 from __future__ import annotations
 

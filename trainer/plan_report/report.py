@@ -173,8 +173,8 @@ def plan_report(
     """Plan a configuration and estimate what it costs. Pure; starts nothing.
 
     Args:
-        flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time. 0 for the
-            first: train.tflops.
+        flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time. 0 for
+            the first: train.tflops.
         drive_bytes_per_s: what a rank can write to the drive of offloaded activations; 0:
             offload.drive_gbytes.
         ranks_per_node: 0 for what `elastic.local_nodes` gives.

@@ -48,7 +48,7 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if config.numerics.reduction == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # As use_deterministic_algorithms(True), without its import of the compiler: a second per worker.
+        # As use_deterministic_algorithms(True), which imports the compiler: a second per worker.
         torch.set_deterministic_debug_mode("error")
         # Every buffer here is written before it is read; filling them would cost a pass each.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore

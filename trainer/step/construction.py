@@ -169,7 +169,7 @@ def new_optimizer(
     groups: Groups,
     before: OwnedState | None,
 ) -> ShardedOptimizer:
-    """The optimizer of the blocks that a rank owns; state that serves is taken over from `before`."""
+    """The optimizer of a rank's blocks; state that serves is taken over from `before`."""
     form = state_format(config)
     optimizer = ShardedOptimizer(
         plan,

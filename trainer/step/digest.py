@@ -15,8 +15,8 @@ def parameter_digest(
 ) -> str:
     """SHA-256 over all parameters, equal for equal bits in any layout of one tensor size.
 
-    Collective over `control`, the group of all ranks. Every owner hashes its blocks; the digest is over
-    all block hashes in block order.
+    Collective over `control`, the group of all ranks. Every owner hashes its blocks; the digest is
+    over all block hashes in block order.
     """
     halves = torch.zeros(optimizer.slots, 4, dtype=torch.int64)
     for block in optimizer.owned:

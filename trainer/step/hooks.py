@@ -15,8 +15,8 @@ class AtPhase(Protocol):
 
         Args:
             step: counted from 1.
-            phase: "fill" when state begins to be copied beside the step, "backward" when half of the
-                backward passes have begun, else the phase that begins.
+            phase: "fill" when state begins to be copied beside the step, "backward" when half of
+                the backward passes have begun, else the phase that begins.
         """
         ...
 

@@ -1,6 +1,6 @@
 """The step that one rank is computing: which gradients its sums include, and what it leaves out.
 
-A step that was interrupted is resumed: parameters whose sums include a micro-batch skip its gradient.
+An interrupted step is resumed: parameters whose sums include a micro-batch skip its gradient.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class StepInFlight:
         """Have only what `included` lacks computed when `step` begins.
 
         Args:
-            before: this rank's step that was interrupted; None where its sums are not valid any more.
+            before: this rank's interrupted step; None where its sums are no longer valid.
         """
         self._interrupted = InterruptedStep(step, included)
         if before is None:
@@ -115,7 +115,7 @@ class StepInFlight:
         return included
 
     def reported(self, losses: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The loss sums that this rank reports: its own, but for those that another rank reports."""
+        """The loss sums that this rank reports, by micro-batch; no other rank reports them."""
         own = self._own_losses if self._interrupted is not NOT_INTERRUPTED else {}
         return own | {
             micro_batch: loss
@@ -125,5 +125,5 @@ class StepInFlight:
 
     @property
     def _loss_parameter(self) -> ParameterKey:
-        """The parameter whose sums decide who reports a micro-batch's loss: the head's first row."""
+        """The parameter whose sums decide which rank reports a loss: the head's first row."""
         return len(self._plan.layers) - 1, 0

@@ -1,10 +1,10 @@
-"""Partial gradient sums: what an interrupted step leaves, and which micro-batches are still missing.
+"""Partial gradient sums: what an interrupted step leaves, and which micro-batches are missing.
 
-Pure. Integer sums do not depend on the order of addition, so the sums of the surviving ranks stay valid
-under any plan. Only micro-batches that some parameter lacks are computed again, and a parameter that
-includes one already adds nothing (ReCoVer, 2026, keeps micro-batch gradients likewise). The unit is the
-parameter, not the layer: the ranks of a tensor group may be interrupted at different points of one
-backward pass.
+Pure. Integer sums do not depend on the order of addition, so the sums of the surviving ranks stay
+valid under any plan. Only micro-batches that some parameter lacks are computed again, and a
+parameter that includes one already adds nothing (ReCoVer, 2026, keeps micro-batch gradients
+likewise). The unit is the parameter, not the layer: the ranks of a tensor group may be interrupted
+at different points of one backward pass.
 """
 
 from __future__ import annotations

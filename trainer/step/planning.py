@@ -51,8 +51,8 @@ def plan_of(config: RunConfig, generation: int = 0) -> Plan:
     """The plan of a run: equal on every rank, without communication.
 
     Raises:
-        ConfigError: the layout does not fit the model or the batch, or no choice of what to recompute
-            fits in memory.
+        ConfigError: the layout does not fit the model or the batch, or no choice of what to
+            recompute fits in memory.
     """
     return _first_plan(config, layers_of_config(config), generation)
 

@@ -1,4 +1,4 @@
-"""What ranks know of a step: what its vote has decided, and how far each has come with it. Values."""
+"""Values: what the vote of a step has decided, and how far a rank has come."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Requests:
     change: bool = False
     """Whether ranks wait to be taken in or let go."""
     filling: bool = False
-    """Whether this rank has not got, or not sent, all that the next plan needs; see BackgroundTransfer."""
+    """Whether state of the next plan still goes to or from this rank; see BackgroundTransfer."""
     leave: bool = False
     """Whether this rank is to be let go."""
 
@@ -57,4 +57,4 @@ class StepProgress:
     complete: bool = True
     """Whether its parameters are those after `updated` steps: all blocks have been gathered."""
     filled: bool = True
-    """Whether the last vote said that nobody lacks anything that was incoming under the plan in force."""
+    """Whether the last vote said that all state incoming under the active plan has arrived."""

@@ -95,7 +95,7 @@ class TrainingState:
             rows.sort(key=lambda found: found.first)
 
     def _shadow(self, name: str, box: Box) -> tuple[str, _KeptRows] | None:
-        """The saved kind and the block of the copy that is saved of a box, if it is one that this rank shadows."""
+        """The kind and the block of the copy that is saved of a box; None if not shadowed here."""
         kind, _, base = name.partition(".")
         if kind not in self._state:
             kind, base = "weight", name

@@ -1,7 +1,7 @@
-"""One rank's training: its plan, model chunks, gradients, optimizer and data, and a step's four parts.
+"""One rank's training: its plan, model, optimizer and data, and the four parts of a step.
 
-A step is a transaction: `compute` and `reduce` change nothing durable, `vote` tells every rank that all
-can finish, `apply` updates the state. trainer/loop.py is the order in which they are called.
+A step is a transaction: `compute` and `reduce` change nothing durable, `vote` tells every rank that
+all can finish, `apply` updates the state. trainer/loop.py is the order in which they are called.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Training:
     """All that one rank holds for training under one plan.
 
     It wires parts that have modules of their own, so it has an attribute for each: where it stands
-    (config, rank, device, plan, groups), its data and model, the running step, the optimizer and its
-    followers, the executor.
+    (config, rank, device, plan, groups), its data and model, the running step, the optimizer and
+    its followers, the executor.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Training:
             runner.clear()
 
     def compute(self, step: int, at: AtPhase = no_hook) -> ActionTimes:
-        """A: run the program of `step`; gradient sums accumulate. Collective over the pipeline group.
+        """A: run the program of `step`; gradients accumulate. Collective over the pipeline group.
 
         After a recovery (`resume_step`) only missing micro-batches are computed.
 
@@ -223,7 +223,7 @@ class Training:
     def _keep_activations(self, error: OffloadError) -> None:
         """Keep all activations in memory from now on, once some could not be read back.
 
-        With pipeline or tensor peers the step cannot be repeated here; the error goes on to recovery.
+        With pipeline or tensor peers the step cannot be repeated here: the error propagates.
         """
         replicas = self.plan.stage_replicas
         if self.offloader is None or replicas.pipeline * replicas.shards > 1:
@@ -235,7 +235,7 @@ class Training:
         return self._in_flight.missing(step, self.step_micro_batches)
 
     def included(self) -> Included:
-        """After an interrupted step: the micro-batches that each parameter's sums include here. Local.
+        """After an interrupted step: the micro-batches in each parameter's sums here. Local.
 
         Empty when the step is decided.
         """
@@ -268,8 +268,8 @@ class Training:
     def vote(self, squares: Tensor, flags: int, requests: Requests = NO_REQUESTS) -> Outcome:
         """C: the all-reduce that carries the gradient norm and the loss. Collective over all ranks.
 
-        A rank votes only with all the gradients that it owns, and with no state under way: a rank that
-        comes out of the vote knows that all can apply.
+        A rank votes only with all the gradients that it owns, and with no state under way: any rank
+        that comes out of the vote knows that all ranks can apply.
         """
         if self.background_transfer is not None:
             requests = replace(requests, filling=not self.background_transfer.pause())
@@ -305,7 +305,7 @@ class Training:
         self.progress.updated = self.progress.decided
 
     def gather(self) -> None:
-        """Bring the updated parameters to all ranks that hold them. Collective over a stage's replicas."""
+        """Bring updated parameters to all their holders. Collective over a stage's replicas."""
         if not self.progress.complete:
             self.optimizer.gather()
             self.progress.complete = True
@@ -322,7 +322,7 @@ class Training:
         return self._last_losses if self.groups["tensor"].index == 0 else None
 
     def evaluate(self) -> float:
-        """Mean held-out loss over `train.eval_batches` global batches. Collective over all ranks."""
+        """Mean held-out loss of `train.eval_batches` global batches. Collective over all ranks."""
         if self._held_out is None:
             self._held_out = open_split(self.config, "eval")
         return mean_held_out_loss(

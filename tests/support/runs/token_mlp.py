@@ -1,7 +1,7 @@
 """A family that exists in tests only: each token passes through MLPs, and predicts the next one.
 
 It is unlike Llama where that matters: a section with a key of its own, LayerNorm with a bias, no
-attention, no rotary embedding, ordinary autograd gradients. Its registration is the line in `registered`.
+attention, no rotary embedding, ordinary autograd gradients. `registered` has its registry line.
 """
 
 from __future__ import annotations

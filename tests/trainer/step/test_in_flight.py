@@ -1,4 +1,4 @@
-"""A step in flight: what its sums include is told, skipped when it is resumed, and reported once."""
+"""A step in flight: what its sums include is told, skipped when resumed, and reported once."""
 
 from __future__ import annotations
 

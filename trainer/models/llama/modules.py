@@ -1,9 +1,9 @@
 """The Llama family's modules, for one tensor-parallel rank.
 
-Touvron et al. 2023: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021, in the half-rotation
-form of Hugging Face), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020). Hidden states are
-float[seq, micro_batch, hidden], or [seq / T, ...] with sequence parallelism. Exact-mode safe: a layer's
-arithmetic does not depend on the chunk it lies in.
+Touvron et al. 2023: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021, in the
+half-rotation form of Hugging Face), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer
+2020). Hidden states are float[seq, micro_batch, hidden], or [seq / T, ...] with sequence
+parallelism. Exact-mode safe: a layer's arithmetic does not depend on the chunk it lies in.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Head(nn.Module):
 def module_builder(
     model: ModelConfig, context: ChunkContext
 ) -> Callable[[int, LayerSpec], nn.Module]:
-    """Builds the modules of one chunk, which share their rotary tables; see `Family.modules`. Local."""
+    """The builder of a chunk's modules, which share rotary tables; see `Family.modules`. Local."""
     tp, queue, seed = context.tensor_parallel, context.queue, context.seed
     rotary = RotaryEmbedding(model, context.seq_len, context.dtype, context.device)
 

@@ -19,8 +19,8 @@ def problems(model: ModelConfig, tensor: int) -> Iterator[str]:
 def _head_problems(model: ModelConfig) -> Iterator[str]:
     if not model.head_dim and model.hidden % model.heads:
         yield (
-            f"model.hidden = {model.hidden} is not divisible by model.heads = {model.heads}; change "
-            "one of them, or set model.head_dim"
+            f"model.hidden = {model.hidden} is not divisible by model.heads = {model.heads}; "
+            "change one of them, or set model.head_dim"
         )
     elif model.dim_per_head % 2:
         yield (
@@ -29,21 +29,21 @@ def _head_problems(model: ModelConfig) -> Iterator[str]:
         )
     if model.heads % model.kv_heads:
         yield (
-            f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; each "
-            "key and value head serves the same number of query heads"
+            f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; "
+            "each key and value head serves the same number of query heads"
         )
 
 
 def _tensor_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
     if model.heads % tensor:
         yield (
-            f"model.heads = {model.heads} is not divisible by parallel.tensor = {tensor}; every tensor "
-            "rank takes the same number of heads"
+            f"model.heads = {model.heads} is not divisible by parallel.tensor = {tensor}; every "
+            "tensor rank takes the same number of heads"
         )
     elif model.kv_heads % tensor and tensor % model.kv_heads:
         yield (
-            f"model.kv_heads = {model.kv_heads} and parallel.tensor = {tensor}: one must divide the "
-            "other, so that key and value heads are split or shared evenly"
+            f"model.kv_heads = {model.kv_heads} and parallel.tensor = {tensor}: one must divide "
+            "the other, so that key and value heads are split or shared evenly"
         )
     if tensor > min(model.vocab, model.intermediate):
         yield f"parallel.tensor = {tensor} exceeds model.vocab or model.intermediate; lower it"

@@ -14,8 +14,8 @@ _HEAD_DIM = 4
 def tiny(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
     """A model of `layers` layers whose sizes are small and divide by `tensor` as before. Pure.
 
-    Kept: head grouping, how key and value heads fall on tensor ranks, whether the vocabulary divides
-    evenly, tied embeddings, dropout.
+    Kept: head grouping, how key and value heads fall on tensor ranks, whether the vocabulary
+    divides evenly, tied embeddings, dropout.
     """
     kv_heads = _fewest_kv_heads(model.kv_heads, tensor)
     group = min(model.heads // model.kv_heads, 2)
@@ -36,7 +36,7 @@ def tiny(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
 
 
 def _fewest_kv_heads(kv_heads: int, tensor: int) -> int:
-    """The smallest count that falls on tensor ranks as `kv_heads` does: split, or shared by ranks."""
+    """The smallest count that tensor ranks split, or share, as they do `kv_heads`."""
     if kv_heads % tensor == 0:
         return tensor * min(kv_heads // tensor, 2)
     return gcd(kv_heads, tensor)

@@ -140,7 +140,7 @@ class _Table:
         return self._sharded(name, (rows, columns), box, local, 0, initial=output)
 
     def _kv_rows(self) -> tuple[int, int]:
-        """Rows of the key (or value) projection: a share of the heads, or one head that several hold."""
+        """Rows of the key (or value) projection: a share of the heads, or one shared head."""
         model, dim = self.model, self.model.dim_per_head
         if model.kv_heads % self.tensor == 0:
             return self._split(model.kv_heads * dim)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from holdfast.parallel.layout import ParameterSpec
 from holdfast.parallel.optimizer import OPTIMIZERS
-from holdfast.parallel.pipeline import MicroBatchContext
+from holdfast.parallel.pipeline import Chunk, MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
+from holdfast.trainer.check.capture import (
+    ActivationRecorder,
+    Piece,
+    RankCapture,
+    piece_of,
+    watch_chunk,
+)
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.data import open_dataset
+from holdfast.trainer.data import Dataset
 from holdfast.trainer.models import build_chunk
-from holdfast.trainer.step import rate_of
+from holdfast.trainer.step import open_split, rate_of
 
 
 def run_reference(config: RunConfig) -> RankCapture:
@@ -24,7 +32,42 @@ def run_reference(config: RunConfig) -> RankCapture:
     """
     train = config.train
     capture = RankCapture()
-    chunk = build_chunk(
+    chunk = _whole_model(config)
+    rows = [(spec, parameter) for _, spec, parameter in chunk.named_specs()]
+    tied = _tied(rows)
+    second_uses = {second for _, second in tied}
+    parameters = {p: spec for spec, p in rows if p not in second_uses}
+    optimizer = _optimizer(config, parameters)
+    data = open_split(config, "train")
+    running = [0]
+    recorder = ActivationRecorder(capture, lambda: running[0])
+    watch_chunk(recorder, chunk, config.model.hidden)
+    for step in range(train.steps):
+        optimizer.zero_grad()
+        capture.losses.append(_backward_passes(config, chunk, data, step, running))
+        for first, second in tied:
+            assert first.grad is not None
+            assert second.grad is not None
+            first.grad += second.grad
+            second.grad = None
+        if step == 0:
+            recorder.stop()
+            capture.gradients = _pieces(rows, second_uses, gradients=True)
+        clip = train.clip_grad_norm or float("inf")
+        capture.grad_norms.append(float(nn.utils.clip_grad_norm_(list(parameters), clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate_of(config, step)
+        optimizer.step()
+        for first, second in tied:
+            second.data.copy_(first.data)
+    capture.parameters = _pieces(rows, second_uses, gradients=False)
+    return capture
+
+
+def _whole_model(config: RunConfig) -> Chunk:
+    """All layers as one chunk of one rank, with the initial weights of the run."""
+    train = config.train
+    return build_chunk(
         config.model,
         range(config.model.layers + 2),
         tensor=None,
@@ -36,61 +79,43 @@ def run_reference(config: RunConfig) -> RankCapture:
         recompute="none",
         seed=train.seed,
     )
-    rows = [(spec, parameter) for _, spec, parameter in chunk.named_specs()]
-    tied = _tied(rows)
-    second_uses = {second for _, second in tied}
-    parameters = {p: spec for spec, p in rows if p not in second_uses}
+
+
+def _optimizer(
+    config: RunConfig, parameters: Mapping[nn.Parameter, ParameterSpec]
+) -> torch.optim.Optimizer:
+    """The rule's reference, with a group of parameters that decay and one of those that do not."""
     rule = OPTIMIZERS[config.optimizer.name]
     groups = [
         ([p for p, spec in parameters.items() if spec.decay is decays], decays)
         for decays in (True, False)
     ]
-    optimizer = rule.reference(groups, rule.settings(config.optimizer))
-    data = open_dataset(
-        config.data,
-        vocab=config.model.vocab,
-        seq_len=train.seq_len,
-        seed=config.data.seed or train.seed,
-        split="train",
-    )
-    count = train.global_batch // train.micro_batch
+    return rule.reference(groups, rule.settings(config.optimizer))
+
+
+def _backward_passes(
+    config: RunConfig, chunk: Chunk, data: Dataset, step: int, running: list[int]
+) -> float:
+    """Add the gradients of a step's mean loss to `grad`; returns that loss.
+
+    Args:
+        running: takes the number of the micro-batch that is computed, as its one item.
+    """
+    train = config.train
     tokens_of_step = train.global_batch * train.seq_len
-    running = [0]
-    recorder = ActivationRecorder(capture, lambda: running[0])
-    watch_chunk(recorder, chunk, config.model.hidden)
-    for step in range(train.steps):
-        optimizer.zero_grad()
-        total = 0.0
-        for micro_batch in range(count):
-            running[0] = micro_batch
-            tokens = data.batch(
-                step,
-                micro_batch,
-                global_batch=train.global_batch,
-                micro_batch_size=train.micro_batch,
-            )
-            context = MicroBatchContext(step, micro_batch, True, tokens)
-            loss = chunk(None, context)
-            (loss / tokens_of_step).backward()
-            total += loss.item()
-        for first, second in tied:
-            assert first.grad is not None
-            assert second.grad is not None
-            first.grad += second.grad
-            second.grad = None
-        if step == 0:
-            recorder.stop()
-            capture.gradients = _pieces(rows, second_uses, gradients=True)
-        capture.losses.append(total / tokens_of_step)
-        clip = train.clip_grad_norm or float("inf")
-        capture.grad_norms.append(float(nn.utils.clip_grad_norm_(list(parameters), clip)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate_of(config, step)
-        optimizer.step()
-        for first, second in tied:
-            second.data.copy_(first.data)
-    capture.parameters = _pieces(rows, second_uses, gradients=False)
-    return capture
+    total = 0.0
+    for micro_batch in range(train.global_batch // train.micro_batch):
+        running[0] = micro_batch
+        tokens = data.batch(
+            step,
+            micro_batch,
+            global_batch=train.global_batch,
+            micro_batch_size=train.micro_batch,
+        )
+        loss = chunk(None, MicroBatchContext(step, micro_batch, True, tokens))
+        (loss / tokens_of_step).backward()
+        total += loss.item()
+    return total / tokens_of_step
 
 
 def _tied(
@@ -103,7 +128,8 @@ def _tied(
 
 def _pieces(
     rows: list[tuple[ParameterSpec, nn.Parameter]], skipped: set[nn.Parameter], *, gradients: bool
-) -> list:
+) -> list[Piece]:
+    """The pieces of all rows but second uses of tied weights: gradients, or parameters."""
     pieces = []
     for spec, parameter in rows:
         if parameter in skipped:

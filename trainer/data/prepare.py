@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 
 from holdfast.parallel.errors import DataError
 from holdfast.trainer.data.documents import DocumentFile, list_documents, read_documents
@@ -67,18 +69,12 @@ def prepare(
     partial_bin, partial_idx = (
         path.with_name(f"{path.name}.partial-{os.getpid()}") for path in (bin_path, idx_path)
     )
-    documents = tokens = 0
     try:
         bin_path.parent.mkdir(parents=True, exist_ok=True)
         dtype = indexed.DType.optimal_dtype(encoder.vocab)
         builder = indexed.IndexedDatasetBuilder(str(partial_bin), dtype=dtype)
-        try:
-            for encoded in encode_documents(_documents(files, json_key, progress), encoder):
-                builder.add_document(encoded, [len(encoded)])
-                documents += 1
-                tokens += len(encoded)
-        finally:
-            builder.data_file.close()
+        texts = _documents(files, json_key, progress)
+        documents, tokens = _add_all(builder, encode_documents(texts, encoder))
         if tokens == 0:
             raise DataError(f"{list(inputs)}: no text in {len(files)} files; nothing was written")
         builder.finalize(str(partial_idx))
@@ -98,6 +94,19 @@ def prepare(
         partial_bin.unlink(missing_ok=True)
         partial_idx.unlink(missing_ok=True)
     return Prepared(documents, tokens, encoder.vocab, bin_path, idx_path)
+
+
+def _add_all(builder: Any, encoded: Iterable[np.ndarray]) -> tuple[int, int]:
+    """Add documents (token ids) to Megatron's builder; returns how many, and their tokens."""
+    documents = tokens = 0
+    try:
+        for ids in encoded:
+            builder.add_document(ids, [len(ids)])
+            documents += 1
+            tokens += len(ids)
+    finally:
+        builder.data_file.close()
+    return documents, tokens
 
 
 def _documents(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.parallel.layout import AXES
+from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.plan import (
     Plan,
     RankMemory,
@@ -186,25 +187,9 @@ def plan_report(
     config = with_throughput(config, given, instead=True)
     plan = plan_of(config)
     flops_per_s = config.train.tflops * 1e12
-    drive_bytes_per_s = config.offload.drive_gbytes * 1e9
-    mesh = plan.configured_mesh
-    replica = max(range(mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
+    busiest = max(range(plan.configured_mesh.data), key=lambda d: (len(plan.micro_batches[d]), -d))
     exact = config.numerics.reduction == "exact"
     form = state_format(config)
-    memory = []
-    for stage in range(mesh.pipeline):
-        of_stage = [
-            rank_memory(
-                plan,
-                mesh.rank(shard, d, stage),
-                precision=form.precision,
-                copies=form.copies,
-                exact=exact,
-            )
-            for shard in range(mesh.shards)
-            for d in {0, replica, mesh.data - 1}
-        ]
-        memory.append(max(of_stage, key=lambda m: m.total))
     step_s = None
     if flops_per_s > 0 and link_bytes_per_s > 0:
         step_s = step_time_s(
@@ -214,39 +199,75 @@ def plan_report(
             flops_per_s=flops_per_s,
             link_bytes_per_s=link_bytes_per_s,
         )
-    parameters = sum(
+    elastic = None
+    if config.elastic.enabled or lost:
+        elastic = elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)
+    parameters = _parameters(plan)
+    state_bytes = len(form.saved) * form.precision.state.bytes
+    return PlanReport(
+        config=config,
+        plan=plan,
+        timeline=replica_timeline(plan, busiest),
+        memory=_fullest_ranks(plan, busiest, form, exact=exact),
+        parameters=parameters,
+        step_flops=step_flops(plan.layers, config.train.global_batch // config.train.micro_batch),
+        step_s=step_s,
+        checkpoint_bytes=parameters * (form.precision.bytes + state_bytes),
+        checkpoint_imbalance=_imbalance(plan),
+        elastic=elastic,
+        offload=offload_plan(
+            config,
+            plan,
+            flops_per_s=flops_per_s,
+            drive_bytes_per_s=config.offload.drive_gbytes * 1e9,
+            step_s=step_s,
+        ),
+    )
+
+
+def _fullest_ranks(
+    plan: Plan, busiest: int, form: StateFormat, *, exact: bool
+) -> tuple[RankMemory, ...]:
+    """The memory of the fullest rank of each stage.
+
+    Args:
+        busiest: the replica with the most micro-batches; looked at beside the first and the last.
+    """
+    mesh = plan.configured_mesh
+    return tuple(
+        max(
+            (
+                rank_memory(
+                    plan,
+                    mesh.rank(shard, d, stage),
+                    precision=form.precision,
+                    copies=form.copies,
+                    exact=exact,
+                )
+                for shard in range(mesh.shards)
+                for d in {0, busiest, mesh.data - 1}
+            ),
+            key=lambda memory: memory.total,
+        )
+        for stage in range(mesh.pipeline)
+    )
+
+
+def _parameters(plan: Plan) -> int:
+    """Elements of all logical tensors, each counted once."""
+    return sum(
         spec.elements
         for layer in plan.layers
         for index, specs in enumerate(layer.parameters)
         for spec in specs
         if spec.counts_in_norm(index)
     )
-    micro_batches = config.train.global_batch // config.train.micro_batch
-    owned = [0] * mesh.size
+
+
+def _imbalance(plan: Plan) -> float:
+    """What the rank that owns most optimizer state owns, over the mean."""
+    owned = [0] * plan.configured_mesh.size
     for blocks, owners in zip(plan.blocks, plan.owners, strict=True):
         for block, owner in zip(blocks, owners, strict=True):
             owned[owner] += block.elements
-    state_bytes = len(form.saved) * form.precision.state.bytes
-    return PlanReport(
-        config=config,
-        plan=plan,
-        timeline=replica_timeline(plan, replica),
-        memory=tuple(memory),
-        parameters=parameters,
-        step_flops=step_flops(plan.layers, micro_batches),
-        step_s=step_s,
-        checkpoint_bytes=parameters * (form.precision.bytes + state_bytes),
-        checkpoint_imbalance=max(owned) * mesh.size / sum(owned),
-        elastic=(
-            elastic_report(config, plan, ranks_per_node=ranks_per_node, lost=lost)
-            if config.elastic.enabled or lost
-            else None
-        ),
-        offload=offload_plan(
-            config,
-            plan,
-            flops_per_s=flops_per_s,
-            drive_bytes_per_s=drive_bytes_per_s,
-            step_s=step_s,
-        ),
-    )
+    return max(owned) * len(owned) / sum(owned)

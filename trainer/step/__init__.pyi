@@ -3,6 +3,9 @@ from .build import (
     choose_device as choose_device,
     open_training as open_training,
 )
+from .construction import (
+    open_split as open_split,
+)
 from .hooks import (
     AtPhase as AtPhase,
     no_hook as no_hook,

@@ -84,7 +84,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
 
     Args:
         change: whether this rank knows of ranks that wait to be taken in or let go.
-        leave: whether this rank is to be let go.
+        leave: whether this rank leaves at the next change.
     """
     training, checkpoints, reporter = parts.training, parts.checkpoints, parts.reporter
     config = training.config
@@ -174,7 +174,7 @@ def stop(parts: Parts, step: int, *, asked: bool) -> None:
 
 
 def refuse(config: RunConfig, step: int, outcome: Outcome) -> None:
-    """Raise for a step that may not be applied, unless such steps are to be skipped."""
+    """Raise for a step that may not be applied, unless numerics.nonfinite is "skip"."""
     if outcome.nonfinite_ranks or outcome.grad_norm != outcome.grad_norm:
         reason = "a gradient or the loss is not finite"
     elif outcome.out_of_range_ranks:

@@ -179,7 +179,7 @@ def plan_report(
         drive_bytes_per_s: what a rank can write to the drive of offloaded activations; 0:
             offload.drive_gbytes.
         ranks_per_node: 0 for what `elastic.local_nodes` gives.
-        lost: ranks without which the plan is to be shown too.
+        lost: ranks whose loss is planned for as well.
     Raises:
         ConfigError: lost ranks that are not in the layout, or too few left.
     """

@@ -63,8 +63,12 @@ class TrainingState:
         optimizer: ShardedOptimizer,
         shadows: ShadowState | None = None,
     ) -> None:
-        """Args:
-        shadows: whose copies of others' state are saved, instead of what this rank owns.
+        """Local.
+
+        Args:
+            plan, rank: say which boxes this rank has; `precision` which kinds of state.
+            buffer, optimizer: hold its parameters and the state of the blocks that it owns.
+            shadows: the copies that are saved instead of what their owners have; None: owners save.
         """
         self._plan, self._rank, self._form = plan, rank, optimizer.form
         self._buffer = buffer

@@ -8,6 +8,7 @@ from torch import nn
 
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
+from holdfast.parallel.plan import training_program
 from holdfast.trainer.config.loading import convert_config
 from holdfast.trainer.step.construction import new_chunks
 from holdfast.trainer.step.in_flight import StepInFlight
@@ -50,7 +51,7 @@ class Rank:
 
     def under_the_next_plan(self) -> StepInFlight:
         plan = plan_of(CONFIG)
-        return StepInFlight(plan, 0, self.buffer, self.accumulator, plan.program(0), 7)
+        return StepInFlight(plan, 0, self.buffer, self.accumulator, training_program(plan, 0), 7)
 
     def begin(self, step: int) -> bool:
         return self.step.begin(step, lambda: self.halves.append(step))

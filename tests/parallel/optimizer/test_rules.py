@@ -1,0 +1,176 @@
+"""An optimizer is one rule and one line of the registry: what keeps its state follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import Store
+
+from holdfast.checkpoint.stores.registry import read_manifest
+from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.optimizer.registry import OPTIMIZERS
+from holdfast.parallel.optimizer.rule import BlockUpdate, OptimizerRule, StateKind
+from holdfast.trainer.check.reference import run_reference
+from holdfast.trainer.config import RunConfig, check_config
+from holdfast.trainer.plan_report import plan_report
+from support.processes.cluster import Cluster
+from support.runs import small_runs
+from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
+
+STEPS = 6
+
+
+def _update(updates: Sequence[BlockUpdate], step: Tensor, lr: float, decay: float) -> None:
+    for update in updates:
+        [momentum] = update.state
+        momentum.mul_(0.9).add_(update.gradient)
+        if update.decays:
+            update.master.mul_(1.0 - lr * decay)
+        update.master.sub_(momentum.sign(), alpha=lr)
+
+
+class _Reference(torch.optim.Optimizer):
+    """The same, parameter by parameter."""
+
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                before = state.get("momentum", torch.full_like(parameter, 1e-3))
+                state["momentum"] = 0.9 * before + parameter.grad
+                decayed = parameter.data * (1.0 - group["lr"] * group["weight_decay"])
+                parameter.data = decayed - group["lr"] * torch.sign(state["momentum"])
+
+
+def _reference(groups: Sequence[tuple[list[nn.Parameter], bool]], decay: float) -> _Reference:
+    found = [{"params": p, "weight_decay": decay if decays else 0.0} for p, decays in groups]
+    return _Reference(found, {"lr": 0.0})
+
+
+SIGN = OptimizerRule(
+    name="sign-momentum",
+    kinds=(StateKind("momentum", initial=1e-3),),
+    settings=lambda section: section.weight_decay,
+    update_blocks=_update,
+    reference=_reference,
+)
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    with mock.patch.dict(OPTIMIZERS, {SIGN.name: SIGN}):  # type: ignore[arg-type]
+        yield
+
+
+def config(train: dict[str, Any] | None = None, **parallel: int) -> RunConfig:
+    return make_config(
+        model={"layers": 2, "dropout": 0.0},
+        train={"steps": STEPS, "global_batch": 4, **(train or {})},
+        optimizer={"name": SIGN.name, "lr": 1e-3},
+        parallel=dict(parallel),
+    )
+
+
+def with_rule(rank: int, world_size: int, store: Store, *, job: str, **arguments: Any) -> Any:
+    """A job of small_runs or of this module where the rule is registered."""
+    with registered():
+        found = getattr(small_runs, job, None) or globals()[job]
+        return found(rank, world_size, store, **arguments)
+
+
+def run(cluster: Cluster, job: str, wanted: RunConfig, **arguments: Any) -> list[Any]:
+    plain = msgspec.to_builtins(wanted)
+    ranks = world_size_of(wanted)
+    return cluster.run(f"{__name__}:with_rule", ranks, job=job, config=plain, **arguments)
+
+
+def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict) -> Any:
+    """Losses, digest, whether there are shadows, and how many of them differ from their owner."""
+    from holdfast.parallel.plan.replan import Roster, with_shadows
+    from holdfast.trainer.elastic.corruption import compare_copies
+    from holdfast.trainer.elastic.state_recovery import fill_shadows
+    from holdfast.trainer.step import build
+    from holdfast.trainer.step.learning_rate import rate_of
+    from holdfast.trainer.world import local_world
+
+    nodes = {r: f"node{r}" for r in range(world_size)}
+    roster = Roster(tuple(range(world_size)), nodes)
+    plan_of = build.plan_of
+    with mock.patch.object(build, "plan_of", lambda c: with_shadows(plan_of(c), roster, 1)):
+        run_config = small_runs.convert_config(config)
+        training = build.open_training(run_config, local_world(rank, world_size), store)
+    fill_shadows(training, training.groups.world, nodes)
+    losses = []
+    for step in range(run_config.train.steps):
+        training.compute(step)
+        losses.append(training.vote(*training.reduce()).loss.hex())
+        training.apply(rate_of(run_config, step))
+    kept = sum(block.stop - block.start for block in training.shadows.blocks)
+    wrong = len(compare_copies(training, training.groups.world).corrupt)
+    return losses, training.parameter_digest(), kept > 0, wrong
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: Cluster) -> dict[str, Any]:
+    [found] = run(cluster, "train_steps", config())
+    assert len(set(found["losses"])) == STEPS
+    return found
+
+
+def test_the_registry_says_which_names_a_configuration_may_give() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.name = 'sign-momentum'.*'adamw'"):
+        check_config(config())
+    with registered():
+        check_config(config())
+
+
+def test_the_memory_estimate_counts_the_kinds_of_the_rule() -> None:
+    adamw = msgspec.structs.replace(
+        config(), optimizer=msgspec.structs.replace(config().optimizer, name="adamw")
+    )
+    with registered():
+        small, large = plan_report(config()), plan_report(adamw)
+    # Reduced gradient and momentum; reduced gradient and two moments.
+    assert 3 * small.memory[0].optimizer == 2 * large.memory[0].optimizer
+    assert small.checkpoint_bytes == small.parameters * 8
+    assert large.checkpoint_bytes == large.parameters * 12
+
+
+@pytest.mark.mp
+def test_a_new_rule_trains_to_the_same_bits_and_shadows_follow_it(
+    cluster: Cluster, alone: dict[str, Any]
+) -> None:
+    for found in run(cluster, "train_with_shadows", config(data=2)):
+        assert found == (alone["losses"], alone["digest"], True, 0)
+
+
+@pytest.mark.mp
+def test_the_state_of_a_new_rule_is_saved_and_goes_on_in_another_layout(
+    cluster: Cluster, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    run(cluster, "train_in", config({"stop_after": 3}, data=2), root=str(tmp_path))
+    manifest = read_manifest(tmp_path / "checkpoints" / "step-00000003")
+    assert {entry.kind for entry in manifest.tensors.values()} == {"weight", "momentum"}
+    run(cluster, "train_in", config(pipeline=2), root=str(tmp_path))
+    assert [line["loss_hex"] for line in metrics_of(tmp_path)] == alone["losses"]
+    [finished] = events_of(tmp_path, "run_finished")
+    assert finished["parameter_digest"] == alone["digest"], json.dumps(finished)
+
+
+@pytest.mark.mp
+def test_a_new_rule_is_checked_against_its_own_reference(cluster: Cluster) -> None:
+    wide = config({"precision": "fp64"})
+    with registered():
+        reference = run_reference(wide)
+    [found] = run(cluster, "train_steps", wide)
+    losses = [float.fromhex(loss) for loss in found["losses"]]
+    assert losses == pytest.approx(reference.losses, rel=1e-9)

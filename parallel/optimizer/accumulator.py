@@ -47,11 +47,6 @@ def fixed_point(gradient: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
     return torch.where(usable, scaled, 0.0).to(torch.int64), flags
 
 
-def _for_kernel(gradient: Tensor) -> Tensor:
-    """The same values in a dtype that the CPU kernels take: float32 holds all narrower ones."""
-    return gradient if gradient.dtype in _ACCUMULATE else gradient.float()
-
-
 def add_integers(sums: Tensor, other: Tensor) -> int:
     """sums += other for int64 buffers of one shape; returns OUT_OF_RANGE if any sum overflowed."""
     if sums.device.type == "cpu":
@@ -161,8 +156,11 @@ class GradientAccumulator:
                 self._views[parameter].zero_()
             self._views[parameter].index_add_(0, rows, gradient.to(self.sums.dtype))
         elif self.sums.device.type == "cpu":
-            rows, gradient = rows.contiguous(), _for_kernel(gradient.contiguous())
-            self.flags |= _ACCUMULATE_ROWS[gradient.dtype](
+            rows, gradient = rows.contiguous(), gradient.contiguous()
+            kernel = _ACCUMULATE_ROWS.get(gradient.dtype)
+            if kernel is None:  # float32 holds the values of all narrower types
+                gradient, kernel = gradient.float(), _native.accumulate_rows_f32
+            self.flags |= kernel(
                 self._views[parameter].data_ptr(),
                 gradient.data_ptr(),
                 rows.data_ptr(),
@@ -212,8 +210,10 @@ class GradientAccumulator:
     def _add_exact(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         view = self._views[parameter]
         if view.device.type == "cpu":
-            gradient = _for_kernel(gradient)
-            self.flags |= _ACCUMULATE[gradient.dtype](
+            kernel = _ACCUMULATE.get(gradient.dtype)
+            if kernel is None:  # float32 holds the values of all narrower types
+                gradient, kernel = gradient.float(), _native.accumulate_f32
+            self.flags |= kernel(
                 view.data_ptr(), gradient.data_ptr(), gradient.numel(), self.fraction_bits
             )
             return

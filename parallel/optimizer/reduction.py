@@ -16,7 +16,7 @@ from torch import Tensor
 from holdfast.parallel.comm import GATHERING, REDUCTION, Communicator, Handle
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
-from holdfast.parallel.plan import Block, Plan
+from holdfast.parallel.plan import Block, BlockKey, Plan
 
 LONGEST_SPAN_ELEMENTS = 1 << 22
 """Spans are cut here, so that a receiver adds one part while the next one arrives."""
@@ -34,6 +34,7 @@ class Span:
 class OwnedBlock:
     """A block that this rank owns, at elements [start, stop) of its flat buffers."""
 
+    key: BlockKey
     block: Block
     segment: Segment
     start: int
@@ -89,7 +90,7 @@ def reduction_plan(plan: Plan, rank: int, buffer: ParameterBuffer) -> ReductionP
         if owners[block.index] != rank:
             outgoing.setdefault(owners[block.index], []).append((span, True))
             continue
-        owned.append(OwnedBlock(block, first, span.start))
+        owned.append(OwnedBlock((shard_index, block.index), block, first, span.start))
         first_holders = set(plan.holders_of_layer(shard_index, block.layer))
         for peer in plan.contributors(shard_index, block):
             if peer != rank:

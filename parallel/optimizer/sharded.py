@@ -83,7 +83,7 @@ class ShardedOptimizer:
         self._shard_index = plan.stage_replicas.shard_index(rank)
         self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._shard_index])
         self.slots = sum(len(blocks) for blocks in plan.blocks)
-        """Number of (tensor index, block) pairs: the length of the squares that `reduce` gives."""
+        """The number of block keys of the plan: the length of the squares that `reduce` gives."""
         owned = self._reduction.owned
         carried = before.carried_on(buffer, owned) if before is not None else None
         self.owned_state = carried or OwnedState.new(form, buffer, owned)
@@ -106,7 +106,7 @@ class ShardedOptimizer:
             yield block, self.gradients[span.start : span.stop]
 
     def slot(self, block: OwnedBlock) -> int:
-        """The position of one of this rank's blocks among all (tensor index, block) pairs."""
+        """The position of an owned block's key among all keys of the plan, in order."""
         return self._first_slot + block.block.index
 
     @property

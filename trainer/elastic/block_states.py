@@ -20,12 +20,8 @@ class BlockStates:
         self._shadowed: dict[BlockKey, ShadowedBlock] = {}
         if training is None:
             return
-        index = training.plan.stage_replicas.shard_index(training.rank)
         self._optimizer, self._shadows = training.optimizer, training.shadows
-        self._owned = {
-            (index, owned.block.index): number
-            for number, owned in enumerate(training.optimizer.owned)
-        }
+        self._owned = {owned.key: number for number, owned in enumerate(training.optimizer.owned)}
         self._shadowed = {block.key: block for block in training.shadows.blocks}
 
     def read(self, key: BlockKey) -> BlockState:

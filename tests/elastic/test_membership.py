@@ -132,7 +132,7 @@ def test_two_processes_cannot_vote_as_one_worker(tmp_path: Path) -> None:
     )
 
 
-def test_notices_arrive_in_one_order_and_a_hole_is_passed() -> None:
+def test_events_arrive_in_one_order_and_a_hole_is_passed() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     writer, reader = Bulletin(store), Bulletin(store)
     events = [MembershipEvent("ended", Identity(rank), "killed") for rank in range(3)]
@@ -158,7 +158,7 @@ def test_silence_is_told_once_and_newcomers_until_they_are_in() -> None:
     watch.close()
 
 
-def test_a_link_carries_messages_and_a_pulse(tmp_path: Path) -> None:
+def test_a_channel_carries_messages_and_a_liveness_timestamp(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     heard: list[dict[str, Any]] = []
     channel = WorkerChannel(theirs, tmp_path / "liveness", heard.append)

@@ -78,7 +78,7 @@ def _is_due(fault: Fault, step: int) -> bool:
 
 
 class FaultInjector:
-    """The faults of one worker."""
+    """The faults of one worker. What they touch is passed in, so that tests do not suffer."""
 
     def __init__(
         self,

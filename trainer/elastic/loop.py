@@ -69,7 +69,7 @@ class ElasticLoop:
     """Trains as one worker until the run's last step, while ranks come and go.
 
     It decides when to step, when to change, and when to end; `Recovery` does the changes and the
-    session the rest.
+    session the rest. All that it asks or drives is passed in, so that it runs in a test alone.
     """
 
     def __init__(

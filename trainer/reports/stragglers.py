@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -83,9 +83,10 @@ def find_stragglers(
 
 
 class PhaseClock:
-    """One rank's own time by phase, and who is slow. Local but for `exchange`."""
+    """One rank's own time by phase, and the slow ranks. Local but for `exchange`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
         self._sums = [0.0] * len(TIMED_PHASES)
         self._steps = 0
         self._mark = (0.0, 0.0)
@@ -94,12 +95,12 @@ class PhaseClock:
 
     def start(self, training: Training) -> None:
         """A step begins."""
-        self._mark = (perf_counter(), training.groups.recorder.blocked_s)
+        self._mark = (self._clock(), training.groups.recorder.blocked_s)
         self._steps += 1
 
     def end(self, training: Training, phase: int) -> None:
         """A phase, by its place in `TIMED_PHASES`, has ended; the next begins."""
-        now, blocked_s = perf_counter(), training.groups.recorder.blocked_s
+        now, blocked_s = self._clock(), training.groups.recorder.blocked_s
         self._sums[phase] += max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
         self._mark = (now, blocked_s)
 

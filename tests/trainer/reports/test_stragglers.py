@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 from hypothesis import given, strategies as st
 
 from holdfast.parallel.layout.mesh import Mesh
@@ -11,7 +15,7 @@ from holdfast.parallel.plan.replan import Roster, replan
 from holdfast.parallel.step_phases import TIMED_PHASES
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
-from holdfast.trainer.reports.stragglers import find_stragglers, work_of
+from holdfast.trainer.reports.stragglers import PhaseClock, find_stragglers, work_of
 
 
 def plan_of(data: int, pipeline: int) -> Plan:
@@ -81,3 +85,30 @@ def test_a_rank_alone_and_very_short_steps_are_never_slow() -> None:
     two = plan_of(2, 1)
     short = {0: [0.0001, 0, 0, 0], 1: [0.001, 0, 0, 0]}
     assert find_stragglers(two, short, 2.0) == []
+
+
+def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> None:
+    now = 0.0
+    recorder = SimpleNamespace(blocked_s=0.0)
+    plan = plan_of(2, 1)
+    others = torch.tensor([1.0, 0.1, 0.1, 0.1], dtype=torch.float64)
+
+    def all_reduce(matrix: torch.Tensor) -> Any:
+        matrix[1] += others  # what the other rank adds
+        return SimpleNamespace(wait=lambda: None)
+
+    groups = SimpleNamespace(recorder=recorder, control=SimpleNamespace(all_reduce=all_reduce))
+    training: Any = SimpleNamespace(groups=groups, plan=plan, rank=0)
+    clock = PhaseClock(clock=lambda: now)
+    reported = []
+    for compute_s, blocked_s in ((9.0, 0.0), (9.0, 8.0), (9.0, 0.0), (9.0, 0.0), (9.0, 0.0)):
+        clock.start(training)
+        now += compute_s
+        recorder.blocked_s += blocked_s  # time that it waited for others is not its own
+        clock.end(training, 0)
+        for phase in (1, 2, 3):
+            now += 0.1
+            clock.end(training, phase)
+        found = clock.exchange(training, 2.0)
+        reported.append([(s.rank, s.phase, round(s.own_s, 6)) for s in found])
+    assert reported == [[], [], [], [(0, "compute", 9.3)], []]

@@ -1,6 +1,8 @@
-"""The one opening sequence of a run: read, check, choose a folder, lock it, resolve throughput, make it.
+"""The one opening sequence of a run, for every command that trains.
 
-Local; needs no torch. Every command that trains goes through it in the one process that opens the run.
+Read, check, choose a folder, lock it, resolve throughput, make it.
+
+Local, in the one process that opens the run; needs no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class RunRequest:
     world_size: int | None = None
     """Workers that there will be; None: their number is not checked."""
     ranks_here: int = 0
-    """Workers of this machine: as many processes measure its throughput at once; 0: none measures."""
+    """Workers of this machine: so many processes measure its throughput at once; 0: none."""
     attempt: int = 0
     """How often a launcher has restarted the workers; only the first attempt starts over."""
 
@@ -66,8 +68,8 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     A line about what was measured is printed.
 
     Raises:
-        ConfigError: the number of workers, the folder or the checkpoint does not fit; another process
-            works on the run; the throughput cannot be measured.
+        ConfigError: the number of workers, the folder or the checkpoint does not fit; another
+            process works on the run; the throughput cannot be measured.
     """
     config, resume, allow_change = request.config, request.resume, request.allow_change
     if request.world_size is not None:

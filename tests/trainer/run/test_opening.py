@@ -1,4 +1,4 @@
-"""The opening of a run: what is checked before the folder is touched, and which steps a request leaves out."""
+"""The opening of a run: what is checked before the folder is touched, and what is left out."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class TrainConfig(Section, frozen=True):
     micro_batch: int = 2
     seed: int = 1234
     precision: str = "fp32"
-    """A name of `PRECISIONS` (parallel/precision.py); bf16 has fp32 master weights; fp64 is what `holdfast check` computes in."""
+    """A name of `PRECISIONS`; bf16 has fp32 master weights, `holdfast check` computes in fp64."""
     clip_grad_norm: float = 1.0
     """0: no clipping."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from holdfast.parallel.optimizer import GradientAccumulator, ParameterBuffer
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
+from holdfast.trainer.step.construction import ModelParts
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
     Included,
@@ -30,8 +30,7 @@ class StepInFlight:
         self,
         plan: Plan,
         rank: int,
-        buffer: ParameterBuffer,
-        accumulator: GradientAccumulator,
+        model: ModelParts,
         program: Iterable[Action],
         step: int,
     ) -> None:
@@ -42,7 +41,7 @@ class StepInFlight:
             step: counted from 0; that comes next, or was interrupted under the plan before.
         """
         self.step = step
-        self._plan, self._buffer, self._accumulator = plan, buffer, accumulator
+        self._plan, self._buffer, self._accumulator = plan, model.buffer, model.accumulator
         self._shard = plan.stage_replicas.shard_index(rank)
         self._interrupted = NOT_INTERRUPTED
         self._own_losses: dict[int, Tensor] = {}

@@ -29,6 +29,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.step.ballot import BallotFormat, loss_slots
 from holdfast.trainer.step.construction import (
+    ModelParts,
     PreparedProgram,
     carried_model,
     new_executor,
@@ -83,38 +84,17 @@ class Training:
         """Held-out data, from the first evaluation on."""
         self.progress = StepProgress() if before is None else replace(before.progress)
         self.offloader = open_offloader(config, device) if before is None else before.offloader
-        model = None
-        if before is not None and before.groups["tensor"] is groups["tensor"]:
-            model = carried_model(before.model, before.plan, plan, rank)
-        self.model = model or new_model(
-            config, plan, rank, groups["tensor"], device, initial=initial
-        )
+        self.model = self._model_after(before, initial=initial)
         if self.offloader is not None:
             self.offloader.keep(self.model.buffer.values)
-        self.optimizer = new_optimizer(
-            config,
-            plan,
-            rank,
-            self.model,
-            groups,
-            None if before is None else before.optimizer.owned_state,
-        )
-        self._shadows: ShadowState | None = None
-        """None where nothing follows another rank's blocks: in a run that is not elastic."""
-        if config.elastic.enabled or plan.shadows or plan.incoming:
-            old = None if before is None else before._shadows
-            copies = None if old is None else old.copies
-            self._shadows = new_shadows(config, plan, rank, device, groups, copies)
+        owned = None if before is None else before.optimizer.owned_state
+        self.optimizer = new_optimizer(config, plan, rank, self.model, groups, owned)
+        self._shadows = self._shadows_after(before)
         self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in giving ranks what they will have under the next plan."""
         self._program = prepared(rank, lambda other: training_program(plan, other))
         self._in_flight = StepInFlight(
-            plan,
-            rank,
-            self.model.buffer,
-            self.model.accumulator,
-            self._program[0],
-            self.progress.decided,
+            plan, rank, self.model, self._program[0], self.progress.decided
         )
         last = len(plan.placement) - 1
         reads_tokens = not {0, last}.isdisjoint(self.model.chunks)
@@ -128,6 +108,24 @@ class Training:
         )
         self.executor = new_executor(config, self._runners, last, groups, device, self.offloader)
         self._start(self.progress.decided, self.data, training=True)
+
+    def _model_after(self, before: Training | None, *, initial: bool) -> ModelParts:
+        """The model of the plan before where it serves; else a new one."""
+        tensor = self.groups["tensor"]
+        if before is not None and before.groups["tensor"] is tensor:
+            carried = carried_model(before.model, before.plan, self.plan, self.rank)
+            if carried is not None:
+                return carried
+        return new_model(self.config, self.plan, self.rank, tensor, self.device, initial=initial)
+
+    def _shadows_after(self, before: Training | None) -> ShadowState | None:
+        """Copies of other ranks' blocks; None in a run that is not elastic, where no plan has any."""
+        plan = self.plan
+        if not (self.config.elastic.enabled or plan.shadows or plan.incoming):
+            return None
+        old = None if before is None else before._shadows
+        copies = None if old is None else old.copies
+        return new_shadows(self.config, plan, self.rank, self.device, self.groups, copies)
 
     @property
     def parameter_buffer(self) -> ParameterBuffer:

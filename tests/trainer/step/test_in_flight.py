@@ -10,7 +10,7 @@ from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.plan import training_program
 from holdfast.trainer.config.loading import convert_config
-from holdfast.trainer.step.construction import new_chunks
+from holdfast.trainer.step.construction import ModelParts, new_chunks
 from holdfast.trainer.step.in_flight import StepInFlight
 from holdfast.trainer.step.planning import plan_of
 
@@ -46,12 +46,13 @@ class Rank:
             chunk.named_specs(), dtype=torch.float32, device=torch.device("cpu")
         )
         self.accumulator = GradientAccumulator(self.buffer, exact=True, fraction_bits=30)
+        self.model = ModelParts({0: chunk}, self.buffer, self.accumulator)
         self.halves: list[int] = []
         self.step = self.under_the_next_plan()
 
     def under_the_next_plan(self) -> StepInFlight:
         plan = plan_of(CONFIG)
-        return StepInFlight(plan, 0, self.buffer, self.accumulator, training_program(plan, 0), 7)
+        return StepInFlight(plan, 0, self.model, training_program(plan, 0), 7)
 
     def begin(self, step: int) -> bool:
         return self.step.begin(step, lambda: self.halves.append(step))

@@ -132,13 +132,13 @@ def edit_groups(
 ) -> Groups:
     """The groups of the generation of `change`; those whose members all stay are the same objects.
 
-    Every rank that stays calls it, with nothing under way unless the old generation was aborted; ranks
-    that join call `build_groups` with the same generation. Over gloo it is local and instant;
+    Every rank that stays calls it, with nothing under way unless the old generation was aborted;
+    ranks that join call `build_groups` with the same generation. Over gloo it is local and instant;
     connections are checked, or made anew, when they are next used.
 
     Args:
         axes: as for `build_groups`, with the same axes.
-        store: where the new generation's ranks find each other; None: where those of the old one did.
+        store: where the new generation's ranks find each other; None: the old generation's.
     Raises:
         PeerLost: the new generation was aborted meanwhile (MPI, where editing is collective).
     """

@@ -1,8 +1,8 @@
 """The layout algebra: which holder has which part of which logical tensor, and how to get from one
 layout to another.
 
-Every shard is a box, a half-open interval per dimension, never a flat range. Holders are opaque: the same
-code serves ranks and files. Pure; needs no torch.
+Every shard is a box, a half-open interval per dimension, never a flat range. Holders are opaque:
+the same code serves ranks and files. Pure; needs no torch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Box:
             a < 0 or b < a for a, b in zip(self.start, self.stop, strict=False)
         ):
             raise LayoutError(
-                f"a box from {self.start} to {self.stop} is not an interval per dimension; starts are "
-                "0 or more and stops are not below them"
+                f"a box from {self.start} to {self.stop} is not an interval per dimension; starts "
+                "are 0 or more and stops are not below them"
             )
 
     @staticmethod
@@ -168,7 +168,7 @@ def covers(specs: Iterable[TensorSpec], layout: Layout) -> None:
         holes = without([whole], boxes)
         if holes:
             raise LayoutError(
-                f"{spec.name}: nobody holds {holes[0]} of its shape {list(spec.shape)} "
+                f"{spec.name}: no holder has {holes[0]} of its shape {list(spec.shape)} "
                 f"({sum(hole.elements for hole in holes)} elements are missing in all)"
             )
     for name in held:
@@ -181,9 +181,9 @@ def transfers(
 ) -> list[Transfer]:
     """The moves that turn `source` into `target`.
 
-    Only what a target holder lacks is moved, each element from the cheapest source that has it; among
-    equally cheap ones the one that has sent the least so far sends next. A holder's own parts cost
-    nothing and are not listed. Deterministic: equal inputs give equal lists on every rank.
+    Only what a target holder lacks is moved, each element from the cheapest source that has it;
+    among equally cheap ones the one that has sent the least so far sends next. A holder's own parts
+    cost nothing and are not listed. Deterministic: equal inputs give equal lists on every rank.
 
     Args:
         cost: (source holder, target holder) -> relative cost of an element, e.g. 1 in a node, 10

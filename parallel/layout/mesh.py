@@ -28,7 +28,7 @@ class Axis:
     in_stage_replica: bool
     """Whether its ranks together hold a stage once; else each holds what it holds alone."""
     splits_parameters: bool = False
-    """Inside a stage replica: whether its ranks hold parts of the parameters; else each has a copy."""
+    """Inside a stage replica: whether its ranks hold parts of the parameters, not copies."""
     is_available: bool = True
     """Whether this version can give it more than one rank."""
 
@@ -56,11 +56,11 @@ AXES = (
     Axis("data", "the micro-batches of a step", in_stage_replica=False),
     Axis("pipeline", "the layers of the model", in_stage_replica=False),
 )
-"""All axes, fastest first. Axes inside a stage replica precede "data" and "pipeline", which end it."""
+"""All axes, fastest first: those inside a stage replica, then "data", then "pipeline"."""
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands: in its stage replica, among the replicas of its stage, in the pipeline."""
+    """A rank's index in its stage replica, among its stage's replicas, and in the pipeline."""
 
     shard: int
     data: int
@@ -164,7 +164,7 @@ class Mesh:
         return found
 
     def peers(self, axis: str, shard_index: int) -> tuple[int, ...]:
-        """The shard indices that differ from one along an axis alone, itself included, ascending."""
+        """The shard indices that differ from one along an axis alone, with itself, ascending."""
         here = {**self.along(shard_index), axis: None}
         return tuple(
             other for other in range(self.shards) if {**self.along(other), axis: None} == here

@@ -1,8 +1,8 @@
-"""The one table of parameters: gradient synchronisation, clipping, sharding and saving read its rows.
+"""The table of parameters, whose rows gradient synchronisation, clipping, sharding and saving read.
 
-A local parameter (one tensor of a rank's module) is made of one or more *segments*: whole-row ranges
-that each hold a box of one logical tensor, named as Hugging Face names it. Nothing about a parameter
-is decided anywhere else.
+A local parameter (one tensor of a rank's module) is made of one or more *segments*: whole-row
+ranges that each hold a box of one logical tensor, named as Hugging Face names it. Nothing about a
+parameter is decided anywhere else.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class ParameterSpec:
     decay: bool
     """Whether weight decay applies."""
     copies: tuple[int, ...]
-    """Tensor-parallel indices that hold the same box, ascending; one entry when it is sharded."""
+    """Shard indices that hold the same box, ascending; one entry when every shard has another."""
     sum_over_copies: bool = False
     """Whether each copy sees only a part of the gradient, so that the copies' sums are added."""
     tied_use: int = 0
-    """0 for a tensor's first use; 1 for the second use of a tied weight (same name, another layer)."""
+    """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
 
     @property
     def rows(self) -> int:
@@ -68,20 +68,20 @@ class ParameterSpec:
 class LayerSpec:
     """One layer of the model as the plan sees it: its parameters and what it costs.
 
-    Layers are the unit that pipeline stages are cut in: the embedding, each block, the head.
+    Stages are cut between layers: the embedding, each transformer layer, the head.
     """
 
     name: str
     """E.g. `embedding`, `block.3`, `head`."""
     parameters: tuple[tuple[ParameterSpec, ...], ...]
-    """Indexed by tensor-parallel index; equal structure at every index."""
+    """By shard index; equal structure at every index."""
     forward_flops: float
-    """Floating-point operations of one micro-batch's forward pass, over all tensor ranks."""
+    """Floating-point operations of one micro-batch's forward pass, over all shards."""
     activation_bytes: int
-    """Bytes kept for one micro-batch's backward pass on one tensor rank."""
+    """Bytes kept for one micro-batch's backward pass on one shard."""
     output_bytes: int
-    """Bytes of the layer's output for one micro-batch on one tensor rank (what a stage sends)."""
+    """Bytes of the layer's output for one micro-batch on one shard (what a stage sends)."""
     recompute: str = "none"
     """What of it is computed again in the backward pass, in the model's own words."""
     recompute_flops: float = 0.0
-    """Operations of that, of one micro-batch over all tensor ranks."""
+    """Operations of that, of one micro-batch over all shards."""

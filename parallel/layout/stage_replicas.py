@@ -1,8 +1,8 @@
 """Which rank stands where, regular or not.
 
-A stage replica is a group of ranks that hold one stage once. A run begins with the stage replicas of
-its mesh. When ranks are lost, stages are left with different numbers of them, and ranks that make no
-whole stage replica stand aside as spares.
+A stage replica is a group of ranks that hold one stage once. A run begins with the stage replicas
+of its mesh. When ranks are lost, stages are left with different numbers of them, and ranks that
+make no whole stage replica stand aside as spares.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class StageReplicas:
         }
 
     def find(self, rank: int) -> Coordinates | None:
-        """A rank's place; None for a spare and for a rank that is not here."""
+        """A rank's place; None for a spare and for an unknown rank."""
         return self._places.get(rank)
 
     def coordinates(self, rank: int) -> Coordinates:

@@ -1,4 +1,4 @@
-"""The plan: who holds, computes, owns and shadows what, as a pure function; no torch.
+"""The plan: which rank holds, computes, owns and shadows what; pure functions, no torch.
 
 May import parallel.layout, parallel.schedules.
 """

@@ -1,10 +1,11 @@
-"""Who is to have state that it lacks is given it beside the steps, and takes its place when it has all of it.
+"""Admission of new ranks: they get state in the background, and own blocks once it is complete.
 
-A change of plan has two parts then. In the first nobody's work changes: those who will need blocks that they do
-not hold, newcomers above all, are named in `Plan.incoming`, follow the updates of these blocks, and are sent
-their state while training goes on. The second puts the plan in force for which this was done, and no optimizer
-state moves any more (the asynchronous migration of ElasWave, 2025, with shadows in place of replayed updates).
-Pure and equal on every rank. Needs no torch.
+A change of plan then has two parts. In the first the work of all ranks stays as it is. Ranks that
+will need blocks that they do not hold, newcomers above all, are named in `Plan.incoming`: they
+follow the updates of these blocks, and get their state while training goes on. The second part
+activates the plan that this was done for; by then no optimizer state has to move (the asynchronous
+migration of ElasWave, 2025, with shadows in place of replayed updates). Pure and equal on every
+rank. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ def next_plan(
     redundancy: int = 0,
     move_layers: bool = True,
 ) -> Plan:
-    """The plan of the next generation: that of all ranks, or the one in which some are made ready for it.
+    """The plan of the next generation: of all ranks, or the one that prepares some of them.
 
-    All get their places at once where newcomers cannot wait: no other rank is left of a stage.
+    All ranks get their places at once where a stage has no other rank left.
 
     Args:
-        roster: who is to have a place; who is `fresh` has no state yet.
-        filled: whether all that was incoming under `plan` is there.
+        roster: the ranks that may have places; those that are `fresh` have no state yet.
+        filled: whether all blocks that are incoming under `plan` have come.
         redundancy, move_layers: as for `replan`.
     Raises:
         ConfigError: too few ranks for a single stage replica.

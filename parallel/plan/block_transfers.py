@@ -1,4 +1,7 @@
-"""Which optimizer blocks travel from which rank to which: what follows from `transfers`. Pure; needs no torch."""
+"""Which optimizer blocks travel from which rank to which, as `layout.transfers` decides.
+
+Pure; needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def _add_followed(found: dict[int, set[BlockKey]], followers: Sequence[Shadows])
 
 
 def missing_blocks(plan: Plan, held: Holdings) -> list[BlockKey]:
-    """Blocks that nobody holds any more. Pure."""
+    """Blocks that no rank holds any more. Pure."""
     known: set[BlockKey] = set().union(*held.values())
     return [
         (index, place)
@@ -68,7 +71,7 @@ def plan_block_transfers(
     Args:
         plan: for the blocks' sizes; these are the same in every generation.
     Raises:
-        LayoutError: a block that nobody holds.
+        LayoutError: a block that no rank holds.
     """
     wanted = {rank: set(keys) - set(held.get(rank, ())) for rank, keys in needed.items()}
     asked = set().union(*wanted.values())

@@ -1,4 +1,4 @@
-"""What a plan costs: memory by rank, bubble, and step time. Estimates, stated before anything runs."""
+"""What a plan costs: memory by rank, bubble and step time, estimated before it runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def replica_timeline(
     flops_per_s: float = 1.0,
     link_bytes_per_s: float | None = None,
 ) -> Timeline:
-    """The simulated step of one replica's pipeline, by rank; messages are free without a link rate."""
+    """The simulated step of one replica's pipeline, by rank; without a link rate messages are
+    free."""
     ranks = [
         plan.stage_replicas.rank(0, replica, stage) for stage in range(plan.stage_replicas.pipeline)
     ]
@@ -98,8 +99,8 @@ def step_time_s(
 ) -> float:
     """An estimate of a step's seconds: the slowest replica's pipeline, then its widest exchange.
 
-    Computation and exchange are not overlapped, and the tensor-parallel collectives, the optimizer's
-    update and recomputation are left out.
+    Computation and exchange are not overlapped, and the tensor-parallel collectives, the
+    optimizer's update and recomputation are left out.
 
     Args:
         flops_per_s: what a rank reaches, not the peak of its data sheet.
@@ -119,8 +120,8 @@ def step_time_s(
 def peak_activation_bytes(plan: Plan, rank: int) -> int:
     """The most bytes of activations that a rank's program keeps at once.
 
-    A chunk's activations of a micro-batch are kept from its forward to its backward, or to its weight
-    part where the backward is split.
+    A chunk's activations of a micro-batch are kept from its forward to its backward, or to its
+    weight part where the backward is split.
     """
     chunk_bytes = {
         chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in plan.chunks_of(rank)

@@ -1,4 +1,4 @@
-"""The plan that a configuration gives, before anybody is lost: every replica alike, as even as the numbers allow.
+"""The first plan of a configuration: every replica alike, as even as the numbers allow.
 
 Pure. Needs no torch.
 """
@@ -27,8 +27,8 @@ MICRO_BATCH_ORDERS: Mapping[str, Callable[[list[int], int], list[int]]] = {
     "descending": lambda numbers, _: numbers[::-1],
     "shuffled": _shuffled,
 }
-"""(micro-batches of a replica, its index) -> the order in which it takes them; the allowed values of
-`parallel.micro_batch_order`."""
+"""(micro-batches of a replica, its index) -> the order in which it takes them; the allowed values
+of `parallel.micro_batch_order`."""
 
 
 def make_plan(
@@ -47,15 +47,16 @@ def make_plan(
     """The plan of a generation. Pure.
 
     Args:
-        layers: the embedding, every block, the head.
+        layers: the embedding, every transformer layer, the head; parameters by part of the mesh.
         virtual: model chunks per pipeline rank.
-        micro_batches: of a step, over all replicas; shared out in contiguous runs that differ by one.
-        blocks_per_chunk: an uneven split of the blocks; None for an even one.
+        micro_batches: of a step, over all replicas; shared out in contiguous runs that differ by
+            one.
+        blocks_per_chunk: an uneven split of the transformer layers; None for an even one.
         micro_batch_order: "ascending", "descending" or "shuffled"; results do not depend on it.
         activation_headroom: see `Plan`; 0 or more.
     Raises:
-        ConfigError: the layout does not fit the layers, the batch or the schedule; the line says what
-            to change.
+        ConfigError: the layout does not fit the layers, the batch or the schedule; the line says
+            what to change.
     """
     _check_sizes(layers, mesh, block_elements, micro_batch_order)
     try:
@@ -64,8 +65,8 @@ def make_plan(
         raise ConfigError(str(error)) from error
     if micro_batches < mesh.data:
         raise ConfigError(
-            f"a step has {micro_batches} micro-batches, fewer than parallel.data = {mesh.data} replicas; "
-            "lower parallel.data or raise train.global_batch"
+            f"a step has {micro_batches} micro-batches, fewer than parallel.data = {mesh.data} "
+            "replicas; lower parallel.data or raise train.global_batch"
         )
     edges = _chunk_edges(len(layers) - 2, len(where), blocks_per_chunk)
     return Plan(
@@ -131,12 +132,13 @@ def _check_sizes(
 
 
 def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[int]:
-    """Where chunks begin and end in the list of layers; the first has the embedding, the last the head."""
+    """The edges of chunks in the list of layers; the first has the embedding, the last the head."""
     if given is None:
         if count % chunks:
             raise ConfigError(
-                f"model.layers = {count} is not divisible by parallel.pipeline x parallel.virtual = "
-                f"{chunks}; change one of them, or give an uneven split in parallel.blocks_per_chunk"
+                f"model.layers = {count} is not divisible by parallel.pipeline x parallel.virtual "
+                f"= {chunks}; change one of them, or give an uneven split in "
+                "parallel.blocks_per_chunk"
             )
         given = [count // chunks] * chunks
     if len(given) != chunks or sum(given) != count:
@@ -146,8 +148,9 @@ def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[i
         )
     if min(given) < 0 or min(given[1:-1], default=1) < 1:
         raise ConfigError(
-            f"parallel.blocks_per_chunk = {list(given)}: a chunk would have no layer; each number must be "
-            "1 or more, 0 only for the first and the last, which have the embedding and the head"
+            f"parallel.blocks_per_chunk = {list(given)}: a chunk would have no layer; each number "
+            "must be 1 or more, 0 only for the first and the last, which have the embedding and "
+            "the head"
         )
     edges = [1]
     for blocks_of_chunk in given:

@@ -1,4 +1,4 @@
-"""Blocks of optimizer state, and who owns them. Pure; needs no torch."""
+"""Blocks of optimizer state, and which ranks own them. Pure; needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Block:
     """Whole rows of one segment of a parameter: the unit of optimizer ownership."""
 
     index: int
-    """Place among the blocks of its tensor-parallel index."""
+    """Place among the blocks of its shard index."""
     layer: int
     spec_index: int
     """Place of its segment in the layer's parameter table."""
@@ -28,10 +28,11 @@ class Block:
 
 
 def blocks(layers: Sequence[LayerSpec], shard_index: int, block_elements: int) -> tuple[Block, ...]:
-    """All blocks of one tensor-parallel index, in layer, table and row order.
+    """All blocks of one shard index, in layer, table and row order.
 
-    A block is as many whole rows as fit into `block_elements`, and one at least. It depends on the model
-    and the tensor-parallel size alone. The second use of a tied weight has none: it shares the first's.
+    A block is as many whole rows as fit into `block_elements`, and one at least. It depends on the
+    model and the parts that it is split into alone. The second use of a tied weight has none: it
+    shares the first's.
     """
     found: list[Block] = []
     for layer, layer_spec in enumerate(layers):
@@ -53,14 +54,14 @@ def assign_owners(
 ) -> tuple[int, ...]:
     """The owner of every block: balanced, and moving as little as balance allows.
 
-    Blocks with equal candidates are shared out among these. Without `previous` each candidate gets one
-    contiguous run. With it, blocks stay where they are; orphans (whose owner is None or no candidate)
-    go to the least loaded, largest first; then blocks leave the fullest candidates only while one of
-    them holds more than the mean and the largest block together.
+    Blocks with equal candidates are shared out among these. Without `previous` each candidate gets
+    one contiguous run. With it, blocks stay where they are; orphans (whose owner is None or no
+    candidate) go to the least loaded, largest first; then blocks leave the fullest candidates only
+    while one of them holds more than the mean and the largest block together.
 
     Returns:
-        One rank per block. The largest load of a group of candidates is at most the mean load plus the
-        group's largest block.
+        One rank per block. The largest load of a group of candidates is at most the mean load plus
+        the group's largest block.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for block, group in enumerate(candidates):
@@ -115,7 +116,7 @@ def _minimal_moves(
 
 
 def _level(sizes: Sequence[int], chosen: list[int], load: dict[int, int]) -> None:
-    """Move blocks from the fullest to the emptiest while the fullest exceeds mean + largest block."""
+    """Move blocks from the fullest to the emptiest while it exceeds mean + largest block."""
     limit = sum(sizes) / len(load) + max(sizes, default=0)
     held: dict[int, list[int]] = {owner: [] for owner in load}
     for block, owner in enumerate(chosen):

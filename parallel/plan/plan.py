@@ -70,7 +70,7 @@ class Plan:
     """How much more memory for activations a rank may use where stages differ, as a share of the
     fullest rank's of the configured mesh."""
     assignment: MicroBatchAssignment | None = None
-    """Which micro-batches each stage replica computes, where stages differ; None: each replica's own."""
+    """The micro-batches of each stage replica where stages differ; None: each replica's own."""
     given_owners: tuple[tuple[int, ...], ...] | None = None
     """By shard index, the owner of each block where it follows from the plan before; None: the even
     split of a first plan."""
@@ -150,8 +150,8 @@ class Plan:
         )
 
     def followers(self, shard_index: int, place: int) -> tuple[int, ...]:
-        """The ranks that get a block's gradients beside its owner: its shadows, and the ranks that it
-        is being given to."""
+        """The ranks that get a block's gradients beside its owner: its shadows, and the ranks that
+        it is being given to."""
         shadows = self.shadows[shard_index][place] if self.shadows else ()
         return shadows + (self.incoming[shard_index][place] if self.incoming else ())
 
@@ -198,7 +198,7 @@ class Plan:
         )
 
     def contributors(self, shard_index: int, block: Block) -> tuple[int, ...]:
-        """All ranks that hold a use of a block's parameter, the second use of a tied one included."""
+        """All ranks that hold a use of a block's parameter, also the second use of a tied one."""
         name = self.layers[block.layer].parameters[shard_index][block.spec_index].name
         ranks = set(self.holders_of_layer(shard_index, block.layer))
         for layer in self._tied_layers().get(name, ()):

@@ -1,7 +1,8 @@
-"""The program of a rank: what it computes, receives and sends in a step, in order. Pure; needs no torch.
+"""The program of a rank: what it computes, receives and sends in a step, in order.
 
-A regular plan takes the schedule's order for each replica's own pipeline. Where stages differ in
-their number of replicas, activations cross pipelines and the order is that of rerouting.py.
+Pure; needs no torch. A regular plan takes the schedule's order for each replica's own pipeline.
+Where stages differ in their number of replicas, activations cross pipelines and the order is that
+of rerouting.py.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _rerouted(
     only: frozenset[int] | None,
     generate: _Generator,
 ) -> Program:
-    """The compute actions of a stage replica where activations cross pipelines; see rerouting.py."""
+    """The compute actions of a stage replica where activations cross pipelines."""
     rows = plan.micro_batches
     if only is not None:
         rows = tuple(tuple(m for m in row if m in only) for row in rows)

@@ -1,10 +1,10 @@
-"""From one plan to the next when ranks have gone or come: move little, and keep every stage computed.
+"""From one plan to the next when ranks are lost or join: move little, compute every stage.
 
-Pure and equal on every rank. Stage replicas that are whole stay where they are; what is left forms new stage replicas, which
-go where they are missed most. A lost stage replica's micro-batches go to the stage replicas of its stage, so that activations
-cross pipelines (ReCycle, Gandhi et al. 2024); where that leaves stages out of balance, layers move between
-them (the minimax partition of ElasWave, 2025). No block moves but those of ranks that are gone, or whose
-layers have moved. Needs no torch.
+Whole stage replicas stay where they are. The remaining ranks form new ones, which go to the stages
+with the fewest. The micro-batches of a lost stage replica go to the other replicas of its stage, so
+that activations cross pipelines (ReCycle, Gandhi et al. 2024). Where stages are then out of
+balance, layers move between them (the minimax partition of ElasWave, 2025). Only blocks of lost
+ranks, and of layers that moved, get another owner. Pure and equal on every rank. Needs no torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Roster:
     ranks: tuple[int, ...]
     node_of: Mapping[int, str]
     fresh: frozenset[int] = field(default=frozenset())
-    """Those that hold no state yet."""
+    """The ranks among them that hold no state yet."""
 
 
 def replan(
@@ -44,7 +44,7 @@ def replan(
     redundancy: int = 0,
     move_layers: bool = True,
 ) -> Plan:
-    """The plan of the next generation, in which everybody has its place at once; see admission.py.
+    """The plan of the next generation, in which every rank has its place at once.
 
     Args:
         redundancy: shadows per block.
@@ -110,7 +110,7 @@ def with_shadows(
 
 
 def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
-    """Who stands where: whole stage replicas stay, new ones go to the stages with the fewest."""
+    """The next stage replicas: whole ones stay, new ones go to the stages with the fewest."""
     old, size = plan.stage_replicas, plan.stage_replicas.shards
     present = set(roster.ranks)
     kept = [[replica for replica in stage if present.issuperset(replica)] for stage in old.stages]
@@ -119,8 +119,8 @@ def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
     count = sum(map(len, kept)) + len(formed)
     if not count:
         raise ConfigError(
-            f"{len(present)} ranks are left, fewer than parallel.tensor = {size} of them that make up one "
-            "stage; bring ranks back"
+            f"{len(present)} ranks are left, fewer than parallel.tensor = {size} of them that make "
+            "up one stage; bring ranks back"
         )
     pipeline = min(plan.configured_mesh.pipeline, count)
     if pipeline != old.pipeline:
@@ -140,7 +140,7 @@ def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
 def _formed(
     pool: set[int], size: int, plan: Plan, roster: Roster
 ) -> tuple[list[StageReplica], list[int]]:
-    """New stage replicas from ranks without one, and who is left over."""
+    """New stage replicas from ranks without one, and the ranks that are left over."""
     stage_replicas: list[StageReplica] = []
     left = set(pool)
     for first in sorted(rank for rank in pool if rank % size == 0):
@@ -159,7 +159,7 @@ def _formed(
 
 
 def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) -> None:
-    """Give a stage replica to the stage with the fewest, its configured one among equals, at its configured place if it can."""
+    """Give a stage replica to the stage with the fewest, among equals to its configured one."""
     configured = (
         plan.configured_mesh.coordinates(replica[0]).pipeline
         if replica[0] < plan.configured_mesh.size
@@ -171,7 +171,7 @@ def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) 
 
 
 def _level(stages: list[list[StageReplica]]) -> None:
-    """Move stage replicas from stages with many to stages with few, until they differ by one at most."""
+    """Move stage replicas from full stages to others, until their numbers differ by one at most."""
     while True:
         most = max(range(len(stages)), key=lambda s: (len(stages[s]), s))
         fewest = min(range(len(stages)), key=lambda s: (len(stages[s]), s))
@@ -183,7 +183,7 @@ def _level(stages: list[list[StageReplica]]) -> None:
 def assign_micro_batches(
     stage_replicas: StageReplicas, rows: Sequence[tuple[int, ...]]
 ) -> MicroBatchAssignment | None:
-    """Which micro-batches each stage replica computes; None when every stage has as many stage replicas as there are rows."""
+    """The micro-batches of each stage replica; None when every stage has a replica for each row."""
     if all(stage_replicas.replicas(stage) == len(rows) for stage in range(stage_replicas.pipeline)):
         return None
     return tuple(
@@ -192,7 +192,7 @@ def assign_micro_batches(
 
 
 def _assign_in_stage(replicas: int, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Each stage replica keeps its own row; those of rows without a stage replica are dealt out, so that counts are even."""
+    """Each replica keeps its own row; the other rows are dealt out, so that counts are even."""
     assigned = [list(row) for row in rows[:replicas]]
     rest = sorted((place, number) for row in rows[replicas:] for place, number in enumerate(row))
     for _, number in rest:
@@ -244,7 +244,8 @@ def _slowest(
 def minimax_partition(
     weights: Sequence[float], capacity: Sequence[float]
 ) -> tuple[tuple[int, int], ...]:
-    """Contiguous parts, one per capacity, each with an item, whose largest weight / capacity is least.
+    """Contiguous parts, one per capacity, each with an item, whose largest weight / capacity is
+    least.
 
     Dynamic programming over prefix sums: items squared times parts.
     """
@@ -273,7 +274,7 @@ def minimax_partition(
 
 
 def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...], ...]:
-    """Owners move only where they have gone, or no longer hold the layer."""
+    """A block gets another owner only where its owner is lost or no longer holds the layer."""
     staying = set(after.stage_replicas.ranks) - roster.fresh
     touched = _touched_stages(before, after, roster)
     stages = [after.placement[after.chunk_of_layer(k)] for k in range(len(after.layers))]
@@ -293,7 +294,7 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
 
 
 def _touched_stages(before: Plan, after: Plan, roster: Roster) -> set[int]:
-    """The stages whose stage replicas or layers are not those of before, or where somebody has no state."""
+    """The stages whose replicas or layers have changed, or that have a rank without state."""
     pipeline = after.stage_replicas.pipeline
     if (before.placement, before.chunk_layers) != (after.placement, after.chunk_layers):
         return set(range(pipeline))

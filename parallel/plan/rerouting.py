@@ -1,8 +1,9 @@
-"""The order of work where stages have different numbers of replicas: activations cross pipelines.
+"""The order of work where stages differ in their replicas, so that activations cross pipelines.
 
-Small plans are list-scheduled as a whole with split backwards, so that weight gradients fill what would be
-idle time (the decoupled backward of ReCycle, Gandhi et al. 2024); for large ones every stage replica merges what it
-computes in the order of the regular schedule, which needs no knowledge of the others. Pure; needs no torch.
+Small plans are list-scheduled as a whole with split backwards, so that weight gradients fill what
+would be idle time (the decoupled backward of ReCycle, Gandhi et al. 2024); for large ones every
+stage replica merges what it computes in the order of the regular schedule, which needs no knowledge
+of the others. Pure; needs no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _THOROUGH_PAIRS = 1024
 """The same, up to which all rules of the list scheduler are tried."""
 
 Timeline = tuple[Mapping[int, Sequence[tuple[float, int, Op, int]]], ...]
-"""By stage and place in the pipeline, actions as (start in the regular schedule, order, op, chunk)."""
+"""By stage and place in the pipeline: actions as (start when regular, order, op, chunk)."""
 
 
 def regular_timeline(programs: Sequence[Program]) -> Timeline:
@@ -46,9 +47,9 @@ def merged_program(
 ) -> Program:
     """The compute actions of a stage replica whose micro-batches come from several replicas.
 
-    Each micro-batch keeps its place in the pipeline that it began in, and every rank takes its actions in
-    the order in which that regular schedule would run them. Since an action's time there lies after those
-    of all that it needs, no rank can wait in a circle, whoever computes what.
+    Each micro-batch keeps its place in the pipeline that it began in, and every rank takes its
+    actions in the order in which that regular schedule would run them. Since an action's time there
+    lies after those of all that it needs, ranks cannot wait in a circle, whatever the assignment.
 
     Args:
         numbers: the stage replica's micro-batches.
@@ -85,13 +86,14 @@ def scheduled_programs(
     work: Sequence[float],
     caps: Mapping[int, int],
 ) -> dict[int, Program]:
-    """The compute actions of all stage replicas, by number, in as little time as the list scheduler finds.
+    """The compute actions of all stage replicas, by number, in as little time as the list scheduler
+    finds.
 
     Args:
         placement: the stage of each chunk.
         replica_of: (stage, micro-batch) -> the stage replica that computes it, by any number.
-        rows: the micro-batches of each replica that a full mesh would have, in order; those left out are
-            not computed.
+        rows: the micro-batches of each replica that a full mesh would have, in order; those left
+            out are not computed.
         work: of one micro-batch's forward pass, by chunk.
         caps: the chunk activations that each stage replica may keep at once, by the same numbers.
     """

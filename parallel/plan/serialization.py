@@ -1,4 +1,4 @@
-"""Plans as JSON values: how a rank that joins, or a program beside the run, learns the plan in force. Pure."""
+"""Plans as JSON values, for ranks that join and for programs beside the run. Pure."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Which ranks keep copies of which blocks: outside the owner's node and, where they can, its groups. Pure.
+"""Which ranks keep copies of which blocks: outside the owner's node and, where possible, its
+groups.
 
-A copy outside all groups of its owner survives what takes a whole group (a node, a switch, a stage replica), as in
-ByteRobust (2025). Needs no torch.
+A copy outside all groups of its owner survives what takes a whole group (a node, a switch, a stage
+replica), as in ByteRobust (2025). Pure; needs no torch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from itertools import islice
 from holdfast.parallel.layout import StageReplicas
 
 _CONSIDERED = 128
-"""Ranks looked at for one owner: all of a small run, and enough of a large one to find a good one."""
+"""Ranks looked at for one owner: all of a small run, enough of a large one."""
 _ENOUGH = 16
 """Ranks without a flaw after which no more are looked at."""
 
 Shadows = tuple[tuple[int, ...], ...]
-"""The shadows of each block, by place among the blocks of its tensor-parallel index."""
+"""The shadows of each block, by place among the blocks of its shard index."""
 
 
 def assign_shadows(
@@ -32,10 +33,10 @@ def assign_shadows(
     previous: Sequence[tuple[int, ...]] | None = None,
     with_state: Set[int] = frozenset(),
 ) -> Shadows:
-    """The shadows of every block of one tensor-parallel index.
+    """The shadows of every block of one shard index.
 
-    Shadows of before stay where they still serve; for the rest the least loaded of the best places is
-    taken. On a single node shadows lie with another rank of it; a rank that is alone has none.
+    Shadows of before stay where they still serve; for the rest the least loaded of the best places
+    is taken. On a single node shadows lie with another rank of it; a rank that is alone has none.
 
     Args:
         owners: the owner of each block.
@@ -87,7 +88,7 @@ _SAME_NODE = 8
 def _places(
     owner: int, stage_replicas: StageReplicas, node_of: Mapping[int, str]
 ) -> list[tuple[int, int]]:
-    """(how bad, rank): other nodes first, then outside the owner's stage replica, stage and replica."""
+    """(penalty, rank): other nodes first, then outside the owner's stage replica, stage, row."""
     ranks = stage_replicas.ranks
     at = stage_replicas.find(owner)
     begin = bisect_left(ranks, owner) + max(1, len(ranks) // 2)

@@ -1,7 +1,8 @@
 """What a rank can be told to do, and the text form of programs.
 
 A program is the ordered list of one rank's actions of one step. Programs are data: they are
-generated, checked, simulated, printed and kept in golden files by the other modules of this package.
+generated, checked, simulated, printed and kept in golden files by the other modules of this
+package.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)(?:([<>])(\d
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing to do: `2F0` is the forward of chunk 2 for micro-batch 0, `2SEND_F0>1` sends it to 1."""
+    """One thing to do: `2F0` is chunk 2's forward for micro-batch 0, `2SEND_F0>1` sends it to 1."""
 
     op: Op
     chunk: int

@@ -1,4 +1,4 @@
-"""Proof that a set of programs computes a step: nothing missing, doubled, misplaced, unmatched or stuck."""
+"""Proof that programs compute a step: nothing missing, doubled, misplaced, unmatched or stuck."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_programs(
     """Check programs with messages, of all ranks that exchange any.
 
     What is proved: every micro-batch passes every chunk forward once and, after its forward and on
-    the same rank, backward once (B, or I then W), in chunk order; every value that crosses ranks has
-    exactly one send after it is made and one receive before it is used, each naming the other's
+    the same rank, backward once (B, or I then W), in chunk order; every value that crosses ranks
+    has exactly one send after it is made and one receive before it is used, each naming the other's
     rank; nothing else is sent; and the programs end when receives block and sends do not.
 
     Args:

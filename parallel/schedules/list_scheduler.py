@@ -2,9 +2,10 @@
 
 When a rank is free it starts the best of what is ready. A few rules for "best" are tried and the
 shortest result is kept. Backpressure makes every cap from the minimum up safe: a rank with k chunks
-admits the forward of its i-th (i = 1..k) only while its first j chunks keep fewer than cap - (k - j)
-activations, for every j from i to k. So one place is always left for each later chunk, activations
-of the last chunk can always be freed, and by induction from the last chunk to the first so can all.
+admits the forward of its i-th (i = 1..k) only while its first j chunks keep fewer than cap - (k -
+j) activations, for every j from i to k. So one place is always left for each later chunk,
+activations of the last chunk can always be freed, and by induction from the last chunk to the first
+so can all.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def list_schedule(
     split_backward: bool = False,
     all_rules: bool = True,
 ) -> dict[int, Program]:
-    """Compute actions for a given assignment of work; `with_messages(result, owner_of)` completes them.
+    """Compute actions for a given assignment of work; `with_messages(result, owner_of)` completes
+    them.
 
     Args:
         chunks: of the whole model.
@@ -100,7 +102,7 @@ class _Work:
     caps: Mapping[int, int | None]
     split_backward: bool
     path: Mapping[tuple[int, int], float]
-    """(chunk, micro-batch) -> time from the start of the forward to the end of the last backward."""
+    """(chunk, micro-batch) -> time from its forward's start to its last backward's end."""
 
     @classmethod
     def of(

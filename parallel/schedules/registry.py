@@ -1,7 +1,7 @@
 """The table of pipeline schedules. A new one is a file with its `Schedule` and a line here.
 
-A schedule is generated for the pipeline indices of one replica, gets its messages, is checked and is
-simulated, all as data and without torch or a process group:
+A schedule is generated for the pipeline indices of one replica, gets its messages, is checked and
+is simulated, all as data and without torch or a process group:
 
     programs = dict(enumerate(compute_programs("1f1b", pipeline=4, virtual=1, micro_batches=8)))
     placed = placement("1f1b", pipeline=4, virtual=1)
@@ -89,8 +89,8 @@ def _checked(name: str, pipeline: int, virtual: int) -> Schedule:
     if only is not None and virtual != only:
         chunks = {1: "one chunk", 2: "two chunks"}.get(only, f"{only} chunks")
         raise ScheduleError(
-            f"parallel.schedule = {name!r} has {chunks} per rank, but parallel.virtual = {virtual}; "
-            f"set parallel.virtual = {only}"
+            f"parallel.schedule = {name!r} has {chunks} per rank, but parallel.virtual = "
+            f"{virtual}; set parallel.virtual = {only}"
             + (f", or use {found.alternative}" if found.alternative else "")
         )
     return found

@@ -112,7 +112,7 @@ def simulate(
 
 
 class _Run:
-    """One simulation. Times follow from data dependencies alone, so ranks run as far as they can."""
+    """One simulation. Times follow from data dependencies; each rank runs as far as it can."""
 
     def __init__(
         self,
@@ -127,7 +127,8 @@ class _Run:
         self._cost = cost
         self._message_cost = message_cost
         self._positions = dict.fromkeys(programs, 0)
-        # Messages are known by (op, chunk, micro-batch, sender, receiver), as the receiver names them.
+        # Messages are known by (op, chunk, micro-batch, sender, receiver), as the receiver names
+        # them.
         self._arrivals: dict[tuple[Op, int, int, int | None, int | None], float] = {}
         self._waiting: set[tuple[Op, int, int, int | None, int | None]] = set()
         self._runnable = list(programs)

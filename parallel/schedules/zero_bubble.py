@@ -1,8 +1,8 @@
 """Orders that split the backward to fill the bubble: ZB-H1 and ZB-V (Qi et al. 2024).
 
-The input gradient (I) is what other stages wait for; the weight gradient (W) runs where a rank would
-be idle. Chunk 0 sends no input gradient to anyone, so its I and W are joined to a whole backward (B)
-where they are adjacent, which is cheaper and delays nobody.
+The input gradient (I) is what other stages wait for; the weight gradient (W) runs where a rank
+would be idle. Chunk 0 sends no input gradient, so its I and W are joined to a whole backward (B)
+where they are adjacent, which is cheaper and delays no other rank.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def zb_h1(index: int, pipeline: int, micro_batches: int) -> Program:
 
 
 def v_placement(pipeline: int) -> tuple[int, ...]:
-    """The pipeline index of every chunk: down the pipeline and back up, so that index 0 has both ends."""
+    """The pipeline index of every chunk: down the pipeline and back up; index 0 has both ends."""
     return (*range(pipeline), *reversed(range(pipeline)))
 
 

@@ -1,4 +1,4 @@
-"""An axis inside the stage replica is one entry of the table; whatever holds, owns or connects follows."""
+"""An axis inside the stage replica is one entry of the table; plans and groups follow."""
 
 from __future__ import annotations
 

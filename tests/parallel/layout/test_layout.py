@@ -108,7 +108,7 @@ def test_equal_holders_share_the_load() -> None:
 
 
 def test_many_holders_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The work grows with what overlaps, not with holders times boxes, which would be 16 million."""
+    """The work grows with what overlaps, not with holders times boxes: 16 million here."""
     rows = 4096
     old = Layout({r: {"w": (Box((r * 8, 0), (r * 8 + 8, 16)),)} for r in range(rows)})
     new = Layout({("n", r): {"w": (Box((r * 8, 0), (r * 8 + 8, 16)),)} for r in range(rows)})
@@ -139,7 +139,7 @@ def test_an_element_that_nobody_holds_is_named() -> None:
 def test_covers_names_the_hole() -> None:
     spec = TensorSpec("w", SHAPE, "float32")
     layout = Layout({0: {"w": (Box((0, 0), (6, 2)),)}, 1: {"w": (Box((0, 3), (6, 5)),)}})
-    with pytest.raises(LayoutError, match=r"w: nobody holds \[0:6, 2:3\].*6 elements"):
+    with pytest.raises(LayoutError, match=r"w: no holder has \[0:6, 2:3\].*6 elements"):
         covers([spec], layout)
     covers([spec], Layout({**layout.holdings, 2: {"w": (Box((0, 1), (6, 4)),)}}))
 

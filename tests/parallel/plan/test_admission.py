@@ -1,4 +1,4 @@
-"""Newcomers are given their blocks under a plan in which nobody else's work changes, and then own them."""
+"""Newcomers get their blocks under a plan that changes no other rank's work, and then own them."""
 
 from __future__ import annotations
 

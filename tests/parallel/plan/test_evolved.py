@@ -90,7 +90,8 @@ def test_the_table_names_every_derived_value_and_fields_that_exist() -> None:
     derived(plan)
     derived(many)
     asked = {name for p in (plan, many) for name, known in p._derived.items() if known}
-    # Only plans too large for the list scheduler take these two for training; evaluation always does.
+    # Only plans too large for the list scheduler take these two for training; evaluation always
+    # does.
     assert asked == set(DERIVED_FROM)
     assert set().union(*DERIVED_FROM.values()) <= {f.name for f in fields(Plan) if f.init}
 
@@ -98,7 +99,7 @@ def test_the_table_names_every_derived_value_and_fields_that_exist() -> None:
 def test_what_is_read_for_a_derived_value_is_what_the_table_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Exactly: a field too few would keep a wrong value, a field too many would drop a right one."""
+    """A field too few would keep a wrong value, a field too many would drop a right one."""
     names = {f.name for f in fields(Plan) if f.init}
     read: dict[str, set[str]] = {name: set() for name in DERIVED_FROM}
     asked: dict[str, set[str]] = {name: set() for name in DERIVED_FROM}

@@ -1,4 +1,4 @@
-"""The generated orders against published formulas, measured tables, golden files and torch's own."""
+"""Generated orders against published formulas, measured tables, golden files and torch's own."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class FileEngine:
         kind: str = "auto",
         queue_depth: int = 64,
         threads: int = 4,
-        direct: bool = True,
+        direct: bool | None = None,
         background: bool = False,
     ) -> None:
         """
@@ -127,9 +127,9 @@ class FileEngine:
             kind: "io_uring", "threads", or "auto": what the environment variable HOLDFAST_FILE_ENGINE
                 names, else io_uring where the kernel allows it, else threads.
             threads: of the engine "threads".
-            direct: whether O_DIRECT is used; never where HOLDFAST_FILE_DIRECT is 0.
-            background: whether also the work of beginning direct requests (pinning memory) is done beside
-                the caller; later begun, but in a tenth of its time.
+            direct: whether O_DIRECT is used; None: unless HOLDFAST_FILE_DIRECT is 0.
+            background: whether also the work of beginning direct requests (pinning memory) is done
+                beside the caller; later begun, but in a tenth of its time.
         Raises:
             RuntimeError: a kind that this machine cannot do.
         """

@@ -18,16 +18,21 @@ FileError error_of(int code, const std::string& path) {
   return {code, std::strerror(code), path};
 }
 
+bool direct_by_environment() {
+  const char* allowed = std::getenv("HOLDFAST_FILE_DIRECT");
+  return !allowed || std::string(allowed) != "0";
+}
+
 }  // namespace
 
 FileEngineCore::FileEngineCore(const std::string& kind, unsigned queue_depth, int threads,
-                               bool direct, bool background)
-    : depth_(queue_depth), allow_direct_(direct), process_(getpid()) {
+                               std::optional<bool> direct, bool background)
+    : depth_(queue_depth),
+      allow_direct_(direct.value_or(direct_by_environment())),
+      process_(getpid()) {
   std::string wanted = kind;
   const char* named = std::getenv("HOLDFAST_FILE_ENGINE");
   if (wanted == "auto" && named && *named) wanted = named;
-  const char* allowed = std::getenv("HOLDFAST_FILE_DIRECT");
-  if (allowed && std::string(allowed) == "0") allow_direct_ = false;
   if (queue_depth < 1 || threads < 1) {
     throw std::invalid_argument("a file engine needs a queue_depth and threads of 1 or more");
   }

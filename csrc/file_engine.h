@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -75,8 +76,9 @@ class FileEngineCore {
   static constexpr std::size_t kBlock = 4096;
   static constexpr std::size_t kPiece = 1 << 20;
 
-  FileEngineCore(const std::string& kind, unsigned queue_depth, int threads, bool direct,
-                 bool background);
+  // `direct`: nothing leaves it to the environment variable HOLDFAST_FILE_DIRECT.
+  FileEngineCore(const std::string& kind, unsigned queue_depth, int threads,
+                 std::optional<bool> direct, bool background);
   ~FileEngineCore();
 
   const char* kind() const { return backend_->name(); }

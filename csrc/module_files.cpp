@@ -1,6 +1,7 @@
 // The file engine as a Python class: every wait is without the GIL, in slices that signals interrupt.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -53,8 +54,8 @@ bool wait_until(Step step, double timeout_s) {
 
 class FileEngine {
  public:
-  FileEngine(const std::string& kind, unsigned queue_depth, int threads, bool direct,
-             bool background)
+  FileEngine(const std::string& kind, unsigned queue_depth, int threads,
+             std::optional<bool> direct, bool background)
       : core_(new FileEngineCore(kind, queue_depth, threads, direct, background)) {}
 
   FileEngine(const FileEngine&) = delete;
@@ -203,8 +204,8 @@ class FileEngine {
 
 void define_file_engine(nb::module_& module) {
   nb::class_<FileEngine>(module, "FileEngine")
-      .def(nb::init<const std::string&, unsigned, int, bool, bool>(), nb::kw_only(),
-           "kind"_a = "auto", "queue_depth"_a = 64, "threads"_a = 4, "direct"_a = true,
+      .def(nb::init<const std::string&, unsigned, int, std::optional<bool>, bool>(), nb::kw_only(),
+           "kind"_a = "auto", "queue_depth"_a = 64, "threads"_a = 4, "direct"_a = nb::none(),
            "background"_a = false)
       .def_prop_ro("kind", &FileEngine::kind)
       .def_prop_ro("in_flight", &FileEngine::in_flight)

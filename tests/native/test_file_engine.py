@@ -82,6 +82,23 @@ def test_what_is_written_is_read_by_others_and_back(kind: str, direct: bool, fol
             assert numbers["direct_bytes_written"] == 0
 
 
+def test_an_explicit_choice_beats_the_environment_for_direct_requests(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def takes_direct(direct: bool | None) -> bool:
+        with _native.FileEngine(kind=kind, direct=direct) as engine:
+            return engine.direct(engine.open(str(tmp_path / "file"), write=True, create=True))
+
+    monkeypatch.delenv("HOLDFAST_FILE_DIRECT", raising=False)
+    if not takes_direct(True):
+        pytest.skip("this filesystem takes no direct requests")
+    assert takes_direct(None)
+    assert not takes_direct(False)
+    monkeypatch.setenv("HOLDFAST_FILE_DIRECT", "0")
+    assert takes_direct(True)
+    assert not takes_direct(None)
+
+
 def test_requests_can_be_begun_beside_the_caller(kind: str, tmp_path: Path) -> None:
     content = os.urandom(4 << 20)
     memory, back = Memory(len(content)), Memory(len(content))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from holdfast.elastic.worker_spec import WorkerSpec
 
 STORE_TIMEOUT_S = 300.0
-_SETTLE_S = 2.0
+_PEER_REASON_S = 2.0
 """How long a rank that lost a peer waits for the peer's own reason before it gives its own."""
 
 logger = logging.getLogger("holdfast")
@@ -141,7 +141,7 @@ def root_cause(run: RunDirectory, ranks: Iterable[int]) -> RankError | None:
 
 
 def _another_rank_tells(run: RunDirectory, world: WorldInfo) -> bool:
-    deadline = time.monotonic() + _SETTLE_S
+    deadline = time.monotonic() + _PEER_REASON_S
     while time.monotonic() < deadline:
         cause = root_cause(run, range(world.world_size))
         if cause is not None and cause.kind != PeerLost.__name__:

@@ -227,7 +227,7 @@ class Agent:
         if not founder:
             self._others.vote_on_behalf_of(slot.spec, cause)
         if end.code == ConfigError.exit_code:
-            self._give_up(ConfigError.exit_code)
+            self._abort(ConfigError.exit_code)
         elif self._settings.respawn and not stopping:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
@@ -238,7 +238,7 @@ class Agent:
                     slot.spec.rank,
                     self._settings.restarts.limit + 1,
                 )
-                self._give_up(NO_PROGRESS_EXIT)
+                self._abort(NO_PROGRESS_EXIT)
                 return
             incarnation = slot.spec.incarnation + 1
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
@@ -249,7 +249,8 @@ class Agent:
     ) -> MembershipEvent:
         return MembershipEvent(kind, slot.spec.identity, cause, seconds, self._settings.node)
 
-    def _give_up(self, code: int) -> None:
+    def _abort(self, code: int) -> None:
+        """End the node with this exit code, at once."""
         self._shutdown.code = code
         self._stop_within(0.0)
 

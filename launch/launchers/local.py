@@ -32,7 +32,7 @@ from holdfast.trainer.world import WorldInfo
 
 GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
-_SETTLE_S = 0.5
+_COLLECT_S = 0.5
 """How long the reasons of workers that fail together are collected."""
 _TICK_S = 0.1
 
@@ -187,5 +187,5 @@ def watch_workers(
 def _patience_s(forwarded: Sequence[int], exit_s: float) -> float:
     """How long workers may live from the moment on in which one failed or a signal came."""
     if not forwarded:
-        return _SETTLE_S
-    return exit_s if forwarded[-1] == signal.SIGTERM else _SETTLE_S + GRACE_S
+        return _COLLECT_S
+    return exit_s if forwarded[-1] == signal.SIGTERM else _COLLECT_S + GRACE_S

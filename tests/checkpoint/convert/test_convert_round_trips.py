@@ -141,7 +141,7 @@ def test_any_strides_are_read(shape: list[int], gap: int, most: int, data: st.Da
 
 
 @pytest.mark.parametrize("combine", ["sum", "mean", "equal"])
-def test_places_combine_as_the_rule_says(tmp_path: Path, combine: str) -> None:
+def test_locations_combine_as_the_rule_says(tmp_path: Path, combine: str) -> None:
     parts = torch.randn(3, 4, 5)
     (tmp_path / "file").write_bytes(parts.numpy().tobytes())
     locations = tuple(Location("file", 80 * number, (5, 1)) for number in range(3))
@@ -157,7 +157,7 @@ def test_places_combine_as_the_rule_says(tmp_path: Path, combine: str) -> None:
         assert torch.equal(values(engine, unit), total / 3 if combine == "mean" else total)
 
 
-def test_no_place_is_zeros(tmp_path: Path) -> None:
+def test_no_location_is_zeros(tmp_path: Path) -> None:
     tensor = LogicalTensor("w", "weight", "F32", (3,), (SourcePiece(Box((0,), (3,)), ()),))
     with Engine(tmp_path, None) as engine:
         unit = Unit(tensor, Box((0,), (3,)), "F32", "", 0)

@@ -192,7 +192,7 @@ def test_megatrons_model_loads_gpt2(megatron_pool: Cluster, tmp_path: Path) -> N
     expected = weights_of(tmp_path / "hf")
     for job, folder in (("load_legacy", "legacy"), ("load", "dist")):
         shards = megatron_pool.run(
-            f"megatron_jobs:{job}",
+            f"support.foreign.megatron_jobs:{job}",
             4,
             folder=str(tmp_path / folder / "release"),
             tie=True,

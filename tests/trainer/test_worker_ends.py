@@ -1,0 +1,106 @@
+"""How a worker's end is written down: one envelope around both kinds of worker."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from holdfast.parallel.errors import ConfigError, PeerLost, Stopped
+from holdfast.trainer import elastic, worker
+from holdfast.trainer.run import RunDirectory, read_error, write_error
+from holdfast.trainer.world import local_world
+from support.runs.small_runs import make_config
+
+ENDS = [
+    (None, 0),
+    (KeyboardInterrupt(), 130),
+    (Stopped("told to stop"), Stopped.exit_code),
+    (ConfigError("a wrong key"), ConfigError.exit_code),
+    (ValueError("a fault of ours"), 1),
+]
+Start = Callable[[RunDirectory, BaseException | None], int]
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """The log of this process is put back: a worker sends it to its file."""
+    logger = logging.getLogger("holdfast")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
+
+
+def raising(error: BaseException | None) -> Callable[..., None]:
+    def call(*_: Any) -> None:
+        if error is not None:
+            raise error
+
+    return call
+
+
+def plain(run: RunDirectory, error: BaseException | None, *, announce: bool = False) -> int:
+    store: Any = object()
+    world = local_world(0, 1)
+    return worker.run_worker(
+        make_config(), world, run, announce=announce, store=store, task=raising(error)
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "elastic"])
+@pytest.mark.parametrize(("error", "code"), ENDS)
+def test_both_kinds_of_worker_write_down_their_end_alike(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    kind: str,
+    error: BaseException | None,
+    code: int,
+) -> None:
+    run = RunDirectory(tmp_path)
+    if kind == "plain":
+        assert plain(run, error) == code
+    else:
+        monkeypatch.setattr(elastic, "train_elastic_worker", raising(error))
+        spec: Any = SimpleNamespace(rank=0, identity="0", node="here")
+        assert worker.run_elastic_worker(make_config(), spec, None, run) == code  # type: ignore[arg-type]
+    left = read_error(run, 0)
+    if error is None or isinstance(error, KeyboardInterrupt):
+        assert left is None
+    else:
+        assert left is not None
+        assert (left.exit_code, str(error) in left.message) == (code, True)
+    traceback = "Traceback" in run.log(0).read_text()
+    assert traceback == isinstance(error, ConfigError | ValueError)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_that_is_to_announce_its_end_prints_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert plain(RunDirectory(tmp_path), ConfigError("a wrong key"), announce=True) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("holdfast: rank 0: a wrong key (log: ")
+
+
+def test_a_worker_that_only_lost_a_peer_stays_silent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.log(1).parent.mkdir(parents=True)
+    write_error(run, 1, ValueError("the cause"))
+    store: Any = object()
+    code = worker.run_worker(
+        make_config(parallel={"data": 2}),
+        local_world(0, 2),
+        run,
+        announce=True,
+        store=store,
+        task=raising(PeerLost("rank 1 is gone")),
+    )
+    assert code == PeerLost.exit_code
+    assert capfd.readouterr().err == ""

@@ -17,8 +17,10 @@ class OwnSums:
     """
 
     def __init__(self, accumulator: GradientAccumulator, changed: Iterable[Span]) -> None:
-        """Args:
-        changed: spans that a reduction changes, in any order, which may overlap.
+        """Local.
+
+        Args:
+            changed: spans that a reduction changes, in any order; they may overlap.
         """
         joined: list[Span] = []
         for span in sorted(set(changed), key=lambda s: s.start):

@@ -12,9 +12,7 @@ class FaultNotice:
     """One warning, and one call of the user's function."""
 
     def __init__(self, on_fault: Callable[[str], None] | None) -> None:
-        """Args:
-        on_fault: is told why activations stay in memory.
-        """
+        """`on_fault` is called with the reason why activations stay in memory."""
         self._on_fault, self._is_told = on_fault, False
 
     def tell(self, fault: str) -> None:

@@ -95,7 +95,7 @@ class Record:
         return self._original
 
     def check(self) -> None:
-        """Raises RuntimeError, as torch does, when the tensor was changed after it was saved."""
+        """Check that the tensor was not changed after it was saved; RuntimeError, as torch raises."""
         if self.cleared:
             raise OffloadError(
                 "activations of a step that was given up are asked for; run its forward pass again"
@@ -143,7 +143,7 @@ class Kept(NamedTuple):
     version: int
 
     def check(self) -> None:
-        """Raises RuntimeError, as torch does, when the tensor was changed after it was saved."""
+        """Check that the tensor was not changed after it was saved; RuntimeError, as torch raises."""
         check_unchanged(self.tensor, self.version)
 
 
@@ -154,7 +154,7 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def check_unchanged(tensor: Tensor, version: int) -> None:
-    """Raises RuntimeError unless a saved tensor still has the version that it was saved with."""
+    """Check that a saved tensor has the version that it was saved with; else RuntimeError."""
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "

@@ -11,9 +11,7 @@ class Selection:
     """Spreads the amount of a step evenly over its storages."""
 
     def __init__(self, bounds: Bounds) -> None:
-        """Args:
-        bounds: of the share of the activations that is sent.
-        """
+        """The first step sends the most that `bounds` of the share allow."""
         self.amount = Amount(share=bounds.most_share)
         """What this step sends."""
         self._bounds = bounds

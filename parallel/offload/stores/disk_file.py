@@ -40,9 +40,11 @@ class DiskFile:
     def __init__(
         self, folder: str | Path, *, limit_bytes: int = 0, bytes_per_s: float = 0.0
     ) -> None:
-        """Args:
-            limit_bytes: the most room on the drive; 0: whatever it has, but for a twentieth.
-            bytes_per_s: the most that is transferred; 0: whatever the drive can do.
+        """Open a file in a folder. Local.
+
+        Args:
+            limit_bytes: the most room on the drive; 0: all of it but a twentieth.
+            bytes_per_s: the most that is transferred; 0: no limit.
         Raises:
             ConfigError: no file can be made in the folder.
         """

@@ -131,8 +131,10 @@ class HostStore:
     fault = ""
 
     def __init__(self, device: torch.device, *, limit_bytes: int = 0) -> None:
-        """Args:
-        limit_bytes: the most host memory; 0: no limit.
+        """Local.
+
+        Args:
+            limit_bytes: the most host memory; 0: no limit.
         """
         pinned = device.type == "cuda"
         self._arena = Arena(

@@ -95,7 +95,7 @@ class Record:
         return self._original
 
     def check(self) -> None:
-        """Check that the tensor was not changed after it was saved; RuntimeError, as torch raises."""
+        """Check that the tensor was not changed since it was saved; else RuntimeError, as torch."""
         if self.cleared:
             raise OffloadError(
                 "activations of a step that was given up are asked for; run its forward pass again"
@@ -143,7 +143,7 @@ class Kept(NamedTuple):
     version: int
 
     def check(self) -> None:
-        """Check that the tensor was not changed after it was saved; RuntimeError, as torch raises."""
+        """Check that the tensor was not changed since it was saved; else RuntimeError, as torch."""
         check_unchanged(self.tensor, self.version)
 
 

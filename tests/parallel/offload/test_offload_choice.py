@@ -78,6 +78,7 @@ def drive(gbytes: float) -> Rates:
 
 budgets = st.floats(0.05, 1.2)
 gbytes = st.floats(0.0, 20.0)
+known_gbytes = st.floats(0.0, 20.0, exclude_min=True)  # a rate of 0 is one that is not known
 
 
 @settings(deadline=None, max_examples=40)
@@ -99,7 +100,7 @@ def test_what_is_chosen_fits_or_is_refused(
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 12), budgets, budgets, gbytes, gbytes)
+@given(st.integers(1, 12), budgets, budgets, known_gbytes, known_gbytes)
 def test_more_memory_or_a_faster_drive_never_recomputes_more(
     blocks: int, budget: float, more_budget: float, rate: float, more_rate: float
 ) -> None:

@@ -1,0 +1,65 @@
+"""One rank's training in this process: its hooks, and what a run that is not elastic does without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from holdfast.parallel.step_phases import StepPhase
+from holdfast.trainer.step.build import open_training
+from holdfast.trainer.step.training import Training
+from holdfast.trainer.world import local_world
+from support.runs.small_runs import make_config
+
+
+@pytest.fixture
+def training() -> Iterator[Training]:
+    mode = torch.get_deterministic_debug_mode()
+    config = make_config(
+        model={"layers": 1, "hidden": 8, "intermediate": 8, "heads": 2, "kv_heads": 2},
+        train={"steps": 2, "seq_len": 4, "global_batch": 4, "eval_batches": 1},
+    )
+    yield open_training(config, local_world(0, 1), HashStore())
+    torch.set_deterministic_debug_mode(mode)
+
+
+def test_half_of_the_backward_passes_is_told_with_the_step_counted_from_one(
+    training: Training,
+) -> None:
+    told: list[tuple[int, StepPhase]] = []
+    training.compute(0, lambda step, phase: told.append((step, phase)))
+    assert told == [(1, "backward")]
+    outcome = training.vote(*training.reduce())
+    training.apply(1e-3)
+    assert (training.progress.decided, training.progress.updated) == (1, 1)
+    assert outcome.usable
+
+
+def test_a_training_that_is_not_elastic_has_no_followers(training: Training) -> None:
+    assert training._shadows is None
+    assert training.background_transfer is None
+    assert not training.saves_from_shadows
+    training.protect(lambda number: number)
+    training.protect(None)
+
+
+def test_a_decided_step_includes_nothing_and_an_interrupted_one_all_that_was_added(
+    training: Training,
+) -> None:
+    training.compute(0)
+    assert set(training.included().values()) == {frozenset(range(4))}
+    training.vote(*training.reduce())
+    training.apply(1e-3)
+    assert training.included() == {}
+    training.evaluate()
+    assert training.included() == {}
+
+
+def test_evaluation_changes_no_parameter_and_gives_the_same_loss_again(training: Training) -> None:
+    digest = training.parameter_digest()
+    losses = [training.evaluate(), training.evaluate()]
+    assert losses[0] == losses[1] > 0
+    assert training.parameter_digest() == digest

@@ -136,6 +136,29 @@ def test_the_map_of_rooms_is_complete() -> None:
     assert rooms - mapped - within - halls == set()
 
 
+@IN_CHECKOUT
+def test_every_word_of_the_glossary_is_used_by_the_code() -> None:
+    houses = ("parallel", "checkpoint", "elastic", "trainer", "launch")
+    modules = [path for house in houses for path in (ROOT / house).rglob("*.py")]
+    code = spoken(" ".join(path.read_text() for path in modules))
+    unused = [word for word in glossary_words() if spoken(word) not in code]
+    assert unused == []
+
+
+def glossary_words() -> list[str]:
+    """The words that the glossary explains, without those that are planned."""
+    page = (ROOT / "docs" / "glossary.md").read_text().partition("## One word")[0]
+    rows = re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)
+    words = [row for row in rows if row not in ("word", "---") and "(planned)" not in row]
+    return [word for row in words for word in re.sub(r"\(.*?\)", "", row).strip().split(", ")]
+
+
+def spoken(text: str) -> str:
+    """Names and prose alike as lower-case words with one space between them."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    return re.sub(r"[\s_.#\"`-]+", " ", apart).lower().strip()
+
+
 def named(page: Path) -> list[str]:
     """What a page sets in code, without its code blocks."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

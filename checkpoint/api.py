@@ -105,6 +105,8 @@ class Checkpointer:
         members = Members(rank, nodes, self._meeting.store)
         self._manager = CheckpointManager(members, ManagerSettings(arena_bytes, timeout_s))
         self._plan: tuple[object, WritePlan] | None = None
+        self._is_on_gpu = False
+        """Whether some of what the plan saves is on a GPU."""
         self._hooks = [
             value.register_step_pre_hook(self._before_update)
             for value in state.values()
@@ -132,7 +134,7 @@ class Checkpointer:
                 scalars={"step": step, "state": scalars_of(self.state)},
                 versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
                 retention=Retention(self._keep),
-                pinned=any(entry.local.is_cuda for entry in entries),
+                pinned=self._is_on_gpu,
             )
         )
         if wait or not self._hooks:
@@ -192,6 +194,7 @@ class Checkpointer:
         mine = [(e.name, e.kind, e.dtype, e.shape, e.box.start, e.box.stop) for e in entries]
         if self._plan is None or self._plan[0] != mine:
             described = self._meeting.exchange("entries", mine)
+            self._is_on_gpu = any(entry.local.is_cuda for entry in entries)
             self._plan = mine, make_write_plan(_saved(described), self._manager.members.nodes)
         return self._plan[1]
 

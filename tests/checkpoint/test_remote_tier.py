@@ -1,4 +1,4 @@
-"""The remote tier of a run, without processes: what goes to the store, and what a change leaves over."""
+"""The remote tier of a run, without processes: what is uploaded, and what a change leaves over."""
 
 from __future__ import annotations
 

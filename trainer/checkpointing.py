@@ -218,8 +218,8 @@ class Checkpoints:
         return self._remote.pending if self._remote is not None else set()
 
     def _join_group(self, host: str) -> Communicator | None:
-        """The tensor-parallel group once more, for weights split along columns. Collective."""
-        group = self._training.groups["tensor"]
+        """The stage replica's group once more, for weights split along columns. Collective."""
+        group = self._training.groups.shards
         if group.size == 1:
             return None
         members = self._manager.members

@@ -48,6 +48,14 @@ class Groups:
         return self.axes[axis]
 
     @property
+    def shards(self) -> Communicator:
+        """The ranks of this rank's stage replica; a member's index is its shard index.
+
+        Where tensor parallelism is all that divides a stage replica, it is that axis' communicator.
+        """
+        return self.axes.get("shards", self.axes["tensor"])
+
+    @property
     def generation(self) -> int:
         return self.signal.generation
 
@@ -78,7 +86,8 @@ def build_groups(
     Over gloo ranks connect when they first need each other; nothing is waited for here.
 
     Args:
-        axes: the ranks of this rank's group along each mesh axis; the same axes on every rank.
+        axes: the ranks of this rank's group along each mesh axis, and under "shards" those of its
+            stage replica where several axes divide it; the same names on every rank.
         backend: "gloo", "nccl" or "mpi", for everything but votes.
         generation: part of every connection's name, so that those of two generations never meet.
         timeout_s: see `GlooCommunicator`; positive and finite.

@@ -149,23 +149,23 @@ def summed_segments(buffer: ParameterBuffer) -> tuple[Segment, ...]:
     return tuple(segment for segment in buffer.segments if segment.spec.sum_over_copies)
 
 
-def sum_over_tensor_copies(
-    buffer: ParameterBuffer, accumulator: GradientAccumulator, tensor: Communicator
+def sum_over_copies(
+    buffer: ParameterBuffer, accumulator: GradientAccumulator, shards: Communicator
 ) -> int:
-    """Add the partial gradients of tensor-parallel copies, in member order: equal on each copy.
+    """Add the partial gradients of a stage replica's copies, in member order: equal on each copy.
 
-    Collective over `tensor`.
+    Collective over `shards`, the ranks of the stage replica.
 
     Returns:
         Flags raised while adding (integer overflow).
     """
-    segments = summed_segments(buffer) if tensor.size > 1 else ()
+    segments = summed_segments(buffer) if shards.size > 1 else ()
     if not segments:
         return 0
     sums = accumulator.sums
     mine = torch.cat([buffer.view(sums, segment).reshape(-1) for segment in segments])
-    parts = [torch.empty_like(mine) for _ in range(tensor.size)]
-    tensor.all_gather(parts, mine).wait()
+    parts = [torch.empty_like(mine) for _ in range(shards.size)]
+    shards.all_gather(parts, mine).wait()
     flags, start = 0, 0
     for segment in segments:
         stop = start + segment.spec.elements

@@ -26,7 +26,7 @@ from holdfast.parallel.optimizer.reduction import (
     gather_from_owners,
     reduce_to_owners,
     reduction_plan,
-    sum_over_tensor_copies,
+    sum_over_copies,
     summed_segments,
 )
 from holdfast.parallel.optimizer.rule import StateFormat
@@ -59,7 +59,7 @@ class ShardedOptimizer:
         buffer: ParameterBuffer,
         accumulator: GradientAccumulator,
         world: Communicator,
-        tensor: Communicator,
+        shards: Communicator,
         form: StateFormat,
         settings: Any,
         *,
@@ -69,13 +69,13 @@ class ShardedOptimizer:
 
         Args:
             buffer: this rank's parameters; `accumulator` sums their gradients.
-            world, tensor: groups of all ranks, and of the ranks that share each parameter.
+            world, shards: groups of all ranks, and of the ranks of this stage replica.
             form: the rule and what it keeps; `settings` are the rule's constants.
             before: of the plan before; its tensors are taken over where they serve.
         """
         self._rank = rank
         self._accumulator = accumulator
-        self._world, self._tensor = world, tensor
+        self._world, self._shards = world, shards
         self._settings = settings
         self.fence: Fence | None = None
         """Asked before an owned block changes, by position in `owned`, while a snapshot copies."""
@@ -168,7 +168,7 @@ class ShardedOptimizer:
         if self._own_sums is not None:
             self._own_sums.keep()
         flags = accumulator.finish()
-        flags |= sum_over_tensor_copies(self.owned_state.buffer, accumulator, self._tensor)
+        flags |= sum_over_copies(self.owned_state.buffer, accumulator, self._shards)
         flags |= reduce_to_owners(self._reduction, accumulator, self._rank, self._world)
         squares = torch.zeros(self.slots, dtype=torch.float64)
         for block, gradient in self.owned_gradients():

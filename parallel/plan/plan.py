@@ -170,16 +170,18 @@ class Plan:
     def axis_groups(self, rank: int) -> dict[str, tuple[int, ...]]:
         """By axis inside a stage replica, the ranks that differ from one along it alone.
 
-        Axes that no run can use yet are left out while they have a single rank.
+        Where there are several axes, "shards" has all ranks of the stage replica. Axes that no run
+        can use yet are left out while they have a single rank.
         """
         mesh, replica = self.configured_mesh, self.stage_replicas.stage_replica(rank)
-        if len(replica) == 1:
-            return {axis: replica for axis in mesh.axes_inside}
         shard = self.stage_replicas.shard_index(rank)
-        return {
+        groups = {
             axis: tuple(replica[other] for other in mesh.peers(axis, shard))
+            if len(replica) > 1
+            else replica
             for axis in mesh.axes_inside
         }
+        return groups if len(groups) == 1 else {**groups, "shards": replica}
 
     def chunk_of_layer(self, layer: int) -> int:
         """The model chunk that has a layer."""

@@ -177,7 +177,7 @@ def new_optimizer(
         model.buffer,
         model.accumulator,
         groups.world,
-        groups["tensor"],
+        groups.shards,
         form,
         form.rule.settings(config.optimizer),
         before=before,

@@ -317,7 +317,7 @@ class Training:
     @property
     def _reported_losses(self) -> Mapping[int, Tensor] | None:
         """The same on the one rank of a tensor group that reports them; None on the others."""
-        return self._last_losses if self.groups["tensor"].index == 0 else None
+        return self._last_losses if self.groups.shards.index == 0 else None
 
     def evaluate(self) -> float:
         """Mean held-out loss of `train.eval_batches` global batches. Collective over all ranks."""

@@ -112,13 +112,13 @@ def test_ranks_of_a_copying_axis_hold_the_same_parts_and_of_a_splitting_one_othe
 
 def test_groups_along_a_new_axis_are_found_and_edited() -> None:
     plan = plan_with(DUMMY, 2)
-    assert plan.axis_groups(5) == {"tensor": (4, 5), "dummy": (5, 7)}
+    assert plan.axis_groups(5) == {"tensor": (4, 5), "dummy": (5, 7), "shards": (4, 5, 6, 7)}
     for rank in range(16):
         along = plan.axis_groups(rank)
         assert set(along["tensor"]) & set(along["dummy"]) == {rank}
     assert first_plan(tensor=2).axis_groups(5) == {"tensor": (4, 5)}
     following = replan(plan, Roster(tuple(range(1, 16)), NODES), generation=1)
-    assert following.axis_groups(1) == {"tensor": (1,), "dummy": (1,)}
+    assert following.axis_groups(1) == {"tensor": (1,), "dummy": (1,), "shards": (1,)}
 
 
 def sums_along(rank: int, world_size: int, store: Store) -> dict[str, Any]:
@@ -136,6 +136,8 @@ def sums_along(rank: int, world_size: int, store: Store) -> dict[str, Any]:
         return found
 
     before = sums()
+    assert groups.shards.ranks == (0, 1, 2, 3)
+    assert groups.shards.index == plan.stage_replicas.shard_index(rank)
     edited = edit_groups(groups, MembershipChange(1), world, axes)
     assert edited["dummy"] is groups["dummy"]
     groups = edited

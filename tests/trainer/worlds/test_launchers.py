@@ -1,4 +1,4 @@
-"""Where a process stands among the workers of a run, as launchers describe it in the environment."""
+"""The place of a process among the workers of a run, as launchers describe it."""
 
 from __future__ import annotations
 

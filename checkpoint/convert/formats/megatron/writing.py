@@ -246,8 +246,8 @@ def scheduler_state(catalog: Catalog, samples: int) -> dict[str, Any]:
     schedule = config.get("schedule", "constant")
     if schedule not in DECAY_STYLES:
         raise CheckpointError(
-            f"the run's {unknown_name('optimizer.schedule', schedule, DECAY_STYLES)}; Megatron has no "
-            "other schedule of ours"
+            f"the run's {unknown_name('optimizer.schedule', schedule, DECAY_STYLES)}; Megatron has "
+            "no other schedule of ours"
         )
     return {
         "max_lr": config.get("lr", _RATE),

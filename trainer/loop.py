@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from torch.distributed import Store
 
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
-from holdfast.parallel.step_phases import TIMED_PHASES
+from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
@@ -79,6 +81,28 @@ def place_of(training: Training) -> tuple[int, int]:
     return training.plan.generation, step
 
 
+class StepTimer:
+    """Times the phases of one step, and tells hooks of their beginnings. Local."""
+
+    def __init__(self, parts: Parts, step: int) -> None:
+        """Begin to measure `step`, counted from 0."""
+        self._parts, self._step = parts, step
+        self.spans: list[trace.PhaseSpan] = []
+        """Of the phases that are over, in seconds of `perf_counter`."""
+        self._start = perf_counter()
+        parts.clock.start(parts.training)
+
+    @contextmanager
+    def phase(self, phase: StepPhase) -> Iterator[None]:
+        """Measure one phase; one that raises leaves no span."""
+        self._parts.at(self._step + 1, phase)
+        yield
+        self._parts.clock.end(self._parts.training, len(self.spans))
+        stop = perf_counter()
+        self.spans.append(trace.PhaseSpan(phase, self._start, stop))
+        self._start = stop
+
+
 def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = False) -> Outcome:
     """One step: compute, reduce, vote, apply, report, save. Collective over all ranks.
 
@@ -89,28 +113,17 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     training, checkpoints, reporter = parts.training, parts.checkpoints, parts.reporter
     config = training.config
     lr = rate_of(config, step)
-    starts = [perf_counter()]
-    clock = parts.clock
     training.groups.recorder.note_step(step + 1)
-    clock.start(training)
-    parts.at(step + 1, "compute")
-    times = training.compute(step, parts.at)
-    clock.end(training, 0)
-    starts.append(perf_counter())
-    parts.at(step + 1, "reduce")
-    squares, flags = training.reduce()
-    clock.end(training, 1)
-    starts.append(perf_counter())
-    parts.at(step + 1, "vote")
-    outcome = training.vote(
-        squares, flags, replace(checkpoints.requests(), change=change, leave=leave)
-    )
-    clock.end(training, 2)
-    starts.append(perf_counter())
-    parts.at(step + 1, "apply")
-    training.apply(lr)
-    clock.end(training, 3)
-    starts.append(perf_counter())
+    timer = StepTimer(parts, step)
+    with timer.phase("compute"):
+        times = training.compute(step, parts.at)
+    with timer.phase("reduce"):
+        squares, flags = training.reduce()
+    with timer.phase("vote"):
+        requests = replace(checkpoints.requests(), change=change, leave=leave)
+        outcome = training.vote(squares, flags, requests)
+    with timer.phase("apply"):
+        training.apply(lr)
     if not outcome.usable:
         refuse(config, step, outcome)
         reporter.skipped(step, outcome)
@@ -118,14 +131,10 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     eval_loss = training.evaluate() if evaluate else None
     elastic = config.elastic
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
-        for straggler in clock.exchange(training, elastic.straggler_factor):
+        for straggler in parts.clock.exchange(training, elastic.straggler_factor):
             reporter.straggler(step + 1, straggler)
-    phases = [
-        trace.PhaseSpan(n, a, b)
-        for n, a, b in zip(TIMED_PHASES, starts[:-1], starts[1:], strict=True)
-    ]
     if outcome.usable:
-        reporter.step(step, outcome, lr, phases, times, eval_loss)
+        reporter.step(step, outcome, lr, timer.spans, times, eval_loss)
     if checkpoints.after_step(step + 1, outcome):
         reporter.checkpoint_skipped(step + 1)
     reporter.checkpoints(checkpoints.results())

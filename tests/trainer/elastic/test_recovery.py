@@ -10,21 +10,23 @@ from typing import Any
 
 import pytest
 
-from holdfast.elastic.generation import Identity
+from holdfast.elastic.generation import Generation, Identity, Member
 from holdfast.elastic.history import MembershipHistory, RecordedChange
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.parallel.errors import Minority, PeerLost, Stopped
-from holdfast.parallel.plan import plan_to_data
+from holdfast.parallel.plan import Plan, plan_to_data, would_move_layers
 from holdfast.trainer.config import RunConfig, load_config
 from holdfast.trainer.elastic.interruption import Interruption, await_word
-from holdfast.trainer.elastic.transition import BETWEEN_STEPS, WITHIN_STEP
+from holdfast.trainer.elastic.transition import BETWEEN_STEPS, WITHIN_STEP, plan_transition
 from holdfast.trainer.elastic.worker_status import (
     WorkerStatus,
+    plan_recovery,
     status_from_data,
     status_to_data,
 )
 from holdfast.trainer.step import Requests, rate_of
 from support.runs.fake_cluster import OUTCOME, FakeSession, FakeStore, Turn, worker
+from support.runs.plans import first_plan
 
 STEPS = 6
 CONFIG = """
@@ -93,6 +95,7 @@ def test_a_loss_before_the_vote_repeats_the_step_without_the_lost_rank(config: R
     assert made.recovery.training is made.session.training
     assert made.session.training.plan.stage_replicas.ranks == (0, 1, 2)
     assert made.transport.aborted  # what waits for the lost rank is freed
+    made.interruption.check()  # the new generation is not interrupted by the end of the old
     assert made.saves.log.index("abort") < len(made.saves.log) - 1 - made.saves.log[::-1].index(
         "cancel"
     )
@@ -322,6 +325,7 @@ def test_a_loss_while_the_state_after_a_change_is_compared_is_a_loss_like_any_ot
     made = worker(config, [Turn(lost(3)), Turn(lost(2))], session=session)
     made.loop.run()
     assert [call["urgent"] for call in made.membership.calls] == [False, True, True]
+    assert len(made.transport.aborted) == 2
     # The change that was not compared is recorded all the same, before the next.
     assert [(change.after.number, urgent) for change, urgent in session.recorded] == [
         (1, False),
@@ -354,6 +358,28 @@ def test_a_repeated_run_changes_at_the_steps_of_the_first_and_waits_for_those_wh
     assert naps == [1, 1, 1]  # before the second step, and no longer than until it wants to join
     assert [step for step, change, _ in session.steps if change] == [1, 4]
     assert [c.recovery.steps for c in session.changes] == [0, 2, 5]
+
+
+def test_layers_move_between_steps_only() -> None:
+    before = first_plan(data=2, pipeline=2)
+
+    def after(phase: str) -> Plan:
+        statuses = {r: WorkerStatus(active=1, decided=3, updated=3, updates=3) for r in (0, 1, 2)}
+        members = tuple(
+            Member(Identity(r), f"node-{r}", "h:1", 1, 3, phase, False, status_to_data(status))
+            for r, status in statuses.items()
+        )
+        generation = Generation(2, members)
+        recovery = plan_recovery(generation)
+        return plan_transition(generation, recovery, before, redundancy=1).after
+
+    chunks = range(len(before.placement))
+    layers = [before.layers_of(chunk) for chunk in chunks]
+    within, between = after(WITHIN_STEP), after(BETWEEN_STEPS)
+    assert [within.layers_of(chunk) for chunk in chunks] == layers
+    assert would_move_layers(within)
+    assert not within.incoming
+    assert between.incoming  # the state of layers that move to another stage comes beside the steps
 
 
 def test_a_word_is_waited_for_while_the_generation_stands_and_no_longer_than_a_minute() -> None:

@@ -120,6 +120,7 @@ def test_a_rank_that_aborts_costs_the_checkpoint_on_all_and_the_next_one_works(
     ranks.managers[0].save(_job(tmp_path, 2))
     ranks.managers[0].abort("the ranks change")
     assert ranks.managers[0].fence(0) == ALL
+    assert ranks.managers[0].wait(30), "it needs rank 1, and waits for it no longer"
     ranks.managers[1].save(_job(tmp_path, 2))
     assert all(ranks.all(lambda rank, manager: manager.finish()))
     for manager in ranks.managers:

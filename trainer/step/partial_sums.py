@@ -19,7 +19,7 @@ ParameterKey = tuple[int, int]
 Included = Mapping[ParameterKey, frozenset[int]]
 """The micro-batches that are in the sums of each parameter of one rank."""
 IncludedByShard = Mapping[int, Included]
-"""By tensor-parallel index: what the sums of all ranks hold together."""
+"""By shard index: what the sums of all ranks hold together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings, Want
 from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan
 from holdfast.checkpoint.stores import LocalStore, Retention, checkpoint_at, open_store
 from holdfast.checkpoint.tiers import RemoteTier, UploadResult
-from holdfast.parallel.comm import Communicator, GlooCommunicator, gloo_device
+from holdfast.parallel.comm import Communicator, separate_group
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.run import (
     RunDirectory,
@@ -223,12 +223,12 @@ class Checkpoints:
         if group.size == 1:
             return None
         members = self._manager.members
-        return GlooCommunicator(
+        return separate_group(
             members.store,
+            host,
             f"g{self._training.plan.generation}/join/{group.ranks[0]}",
             [self._ranks.index(rank) for rank in group.ranks],
             members.rank,
-            device=gloo_device(host),
             timeout_s=self._training.config.checkpoint.timeout_s,
         )
 

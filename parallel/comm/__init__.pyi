@@ -8,12 +8,10 @@ from .flight_recorder import (
     read_record as read_record,
 )
 from .groups import (
-    GlooCommunicator as GlooCommunicator,
-    GlooMesh as GlooMesh,
     Groups as Groups,
     build_groups as build_groups,
     edit_groups as edit_groups,
-    gloo_device as gloo_device,
+    separate_group as separate_group,
 )
 from .protocol import (
     Communicator as Communicator,

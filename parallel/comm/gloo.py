@@ -119,17 +119,20 @@ class GlooMesh:
                 connection.is_whole for connection in self._connections.values()
             )
 
-    def edit(self, change: MembershipChange, store: Store | None = None) -> None:
+    def edit(self, change: MembershipChange, signal: AbortSignal) -> None:
         """Enter the generation of `change`, once. Local.
 
-        Connections to ranks that changed, and those with messages under way, are dropped; about the others
-        peers ask each other whether they still have them, unless that is known (`change.kept`). When it
-        returns gloo writes to no buffer of the old generation any more.
+        Connections to ranks that changed, and those with messages under way, are dropped. About the
+        others peers ask each other whether they still have them, unless that is known
+        (`change.kept`). When it returns gloo writes to no buffer of the old generation any more.
+
+        Args:
+            signal: of the new generation.
         """
         if change.generation == self.signal.generation:
             return
-        if store is not None:
-            self._shared_store = store
+        if change.store is not None:
+            self._shared_store = change.store
             self.__dict__.pop("_store", None)
         handshakes: list[tuple[Connection, Handshake]] = []
         with self._lock:
@@ -149,7 +152,7 @@ class GlooMesh:
         for thread in ending:
             thread.join(_CONNECT_S)
         self.recorder.set_generation(change.generation)
-        self._enter(AbortSignal(change.generation))
+        self._enter(signal)
 
 
 class GlooCommunicator(PairwiseCommunicator):
@@ -219,9 +222,11 @@ class GlooCommunicator(PairwiseCommunicator):
             raise
         return message
 
-    def edit(self, ranks: Sequence[int], change: MembershipChange) -> GlooCommunicator:
+    def edit(
+        self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
+    ) -> GlooCommunicator:
         """See `Communicator.edit`. Local: connections are checked or made when they are next used."""
-        self.mesh.edit(change)
+        self.mesh.edit(change, signal)
         if tuple(ranks) != self._ranks or change.changed & set(ranks):
             return GlooCommunicator.over(self.mesh, self._name, ranks)
         self._connections.clear()

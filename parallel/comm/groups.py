@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,8 +17,6 @@ from holdfast.parallel.comm.protocol import AbortSignal, Communicator, Membershi
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from holdfast.parallel.comm.mpi import MpiCommunicator
-
 __all__ = [
     "GlooCommunicator",
     "Groups",
@@ -26,6 +24,7 @@ __all__ = [
     "build_groups",
     "edit_groups",
     "gloo_device",
+    "separate_group",
 ]
 
 Backend = Literal["gloo", "nccl", "mpi"]
@@ -42,6 +41,8 @@ class Groups:
     """By name of a mesh axis, the ranks that differ from this one along it."""
     signal: AbortSignal
     recorder: FlightRecorder
+    mesh: GlooMesh | None
+    """The connections over gloo, which carry the votes; None: everything goes over MPI."""
 
     def __getitem__(self, axis: str) -> Communicator:
         """The communicator of a mesh axis."""
@@ -58,6 +59,20 @@ class Groups:
     @property
     def generation(self) -> int:
         return self.signal.generation
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the connections of votes stand and carry nothing. Local."""
+        return self.mesh is not None and self.mesh.is_whole
+
+    def extra(self, name: str, ranks: Sequence[int]) -> Communicator:
+        """A further group of this rank over gloo, in this generation. Local: an edit leaves it out.
+
+        Args:
+            name: no other group's of this rank, the same on all `ranks`.
+        """
+        assert self.mesh is not None, "MPI alone has no further groups; set votes_over_gloo"
+        return GlooCommunicator.over(self.mesh, name, ranks)
 
     def abort(self, reason: str) -> None:
         """End the generation on this rank: see `Communicator.abort`."""
@@ -99,7 +114,7 @@ def build_groups(
     recorder = FlightRecorder(rank, generation=generation, path=record_path)
     signal = AbortSignal(generation)
 
-    def meshed() -> GlooMesh:
+    def connections() -> GlooMesh:
         device = gloo_device(host)
         return GlooMesh(
             store, rank, device=device, timeout_s=timeout_s, signal=signal, recorder=recorder
@@ -110,10 +125,10 @@ def build_groups(
         from holdfast.parallel.comm.mpi import build_mpi_groups
 
         everybody, along = build_mpi_groups(rank, world, axes, signal=signal, recorder=recorder)
-        votes = GlooCommunicator.over(meshed(), "control", world) if votes_over_gloo else everybody
-        return Groups(everybody, votes, along, signal, recorder)
-    mesh = meshed()
-    control = GlooCommunicator.over(mesh, "world" if backend == "gloo" else "control", world)
+        mesh = connections() if votes_over_gloo else None
+        votes = everybody if mesh is None else GlooCommunicator.over(mesh, "control", world)
+        return Groups(everybody, votes, along, signal, recorder, mesh)
+    mesh = connections()
 
     def group(kind: str, ranks: Sequence[int]) -> Communicator:
         if backend == "gloo":
@@ -122,13 +137,24 @@ def build_groups(
             store, kind, ranks, rank, timeout_s=timeout_s, signal=signal, recorder=recorder
         )
 
-    return Groups(
-        world=control if backend == "gloo" else group("world", world),
-        control=control,
-        axes={axis: group(axis, ranks) for axis, ranks in axes.items()},
-        signal=signal,
-        recorder=recorder,
-    )
+    everybody = group("world", world)
+    votes = everybody if backend == "gloo" else GlooCommunicator.over(mesh, "control", world)
+    along = {axis: group(axis, ranks) for axis, ranks in axes.items()}
+    return Groups(everybody, votes, along, signal, recorder, mesh)
+
+
+def separate_group(
+    store: Store, host: str, name: str, ranks: Sequence[int], rank: int, *, timeout_s: float
+) -> Communicator:
+    """A group over gloo that belongs to no generation: no membership change ends it. Local.
+
+    Args:
+        store: rendezvous store that all members reach, as `host`'s.
+        name: no other group's in `store`, the same on all `ranks`.
+        ranks: the members, in any numbering; `rank` is this process.
+        timeout_s: how long an operation may take before its waiters get `PeerLost`.
+    """
+    return GlooCommunicator(store, name, ranks, rank, device=gloo_device(host), timeout_s=timeout_s)
 
 
 def edit_groups(
@@ -136,8 +162,6 @@ def edit_groups(
     change: MembershipChange,
     world: Sequence[int],
     axes: Mapping[str, Sequence[int]],
-    *,
-    store: Store | None = None,
 ) -> Groups:
     """The groups of the generation of `change`; those whose members all stay are the same objects.
 
@@ -147,33 +171,19 @@ def edit_groups(
 
     Args:
         axes: as for `build_groups`, with the same axes.
-        store: where the new generation's ranks find each other; None: the old generation's.
     Raises:
         PeerLost: the new generation was aborted meanwhile (MPI, where editing is collective).
     """
-    over_gloo = isinstance(groups.control, GlooCommunicator)
-    if isinstance(groups.control, GlooCommunicator):
-        groups.control.mesh.edit(change, store)
-    control = groups.control.edit(world, change)
-    signal = control.signal
-    if over_gloo and not isinstance(groups.world, (GlooCommunicator, NcclCommunicator)):
-        # To edit MPI's groups all must know alike whether they are broken.
-        broken = torch.tensor([float(groups.signal.reason is not None)])
-        control.all_reduce(broken, "max").wait()
-        if broken.item():
-            groups.abort("another rank was interrupted")
-
-    def edited(group: Communicator, ranks: Sequence[int]) -> Communicator:
-        if over_gloo and not isinstance(group, GlooCommunicator):
-            return cast("MpiCommunicator | NcclCommunicator", group).edit_with(
-                ranks, change, signal
-            )
-        return group.edit(ranks, change)
-
-    return Groups(
-        world=control if groups.world is groups.control else edited(groups.world, world),
-        control=control,
-        axes={axis: edited(group, axes[axis]) for axis, group in groups.axes.items()},
-        signal=signal,
-        recorder=groups.recorder,
-    )
+    signal = AbortSignal(change.generation)
+    control = groups.control.edit(world, change, signal)
+    if groups.world is groups.control:
+        everybody = control
+    else:
+        if groups.world.edit_needs_agreement:
+            broken = torch.tensor([float(groups.signal.reason is not None)])
+            control.all_reduce(broken, "max").wait()
+            if broken.item():
+                groups.abort("another rank was interrupted")
+        everybody = groups.world.edit(world, change, signal)
+    along = {axis: group.edit(axes[axis], change, signal) for axis, group in groups.axes.items()}
+    return Groups(everybody, control, along, signal, groups.recorder, groups.mesh)

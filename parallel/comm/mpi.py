@@ -282,14 +282,14 @@ class MpiCommunicator(PairwiseCommunicator):
         family.recorder.started(number)
         return message
 
-    def edit(self, ranks: Sequence[int], change: MembershipChange) -> MpiCommunicator:
-        """See `Communicator.edit`. Collective over `ranks`; the world comes before its parts."""
-        return self.edit_with(ranks, change, AbortSignal(change.generation))
+    @property
+    def edit_needs_agreement(self) -> bool:
+        return True
 
-    def edit_with(
+    def edit(
         self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
     ) -> MpiCommunicator:
-        """`edit` in a generation that the rank's groups share. All of its ranks were aborted, or none."""
+        """See `Communicator.edit`. Collective over `ranks`: all of them were aborted, or none."""
         if self.name == "world":
             self.family.edit(ranks, change, signal)
             if self.channel is not self.family.world:

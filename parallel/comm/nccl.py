@@ -184,17 +184,15 @@ class NcclCommunicator(PairwiseCommunicator):
         self._note_completed()
         return super().history()
 
-    def edit(self, ranks: Sequence[int], change: MembershipChange) -> NcclCommunicator:
-        """See `Communicator.edit`. Alone, this group enters a generation of its own."""
-        return self.edit_with(ranks, change, AbortSignal(change.generation))
-
-    def edit_with(
+    def edit(
         self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
     ) -> NcclCommunicator:
-        """`edit` in a generation that the rank's groups share.
+        """See `Communicator.edit`. Local.
 
         After an abort nothing is left to keep. Otherwise pairs that stay keep their communicators.
         """
+        if change.store is not None:
+            self._store = change.store
         aborted = self._signal.reason is not None
         if not aborted and tuple(ranks) == self.ranks and not change.changed & set(ranks):
             self._enter(signal)

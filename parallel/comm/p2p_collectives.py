@@ -100,6 +100,10 @@ class PairwiseCommunicator:
     def signal(self) -> AbortSignal:
         return self._signal
 
+    @property
+    def edit_needs_agreement(self) -> bool:
+        return False
+
     @abstractmethod
     def _message(
         self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool

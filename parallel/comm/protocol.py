@@ -8,12 +8,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
 from holdfast.parallel.comm.flight_recorder import Operation
 from holdfast.parallel.errors import PeerLost
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 ReduceOp = Literal["sum", "max"]
 
@@ -40,7 +43,12 @@ class MembershipChange:
     left: frozenset[int] = field(default=frozenset())
     joined: frozenset[int] = field(default=frozenset())
     kept: bool = False
-    """Whether all ranks that stay have said that their connections stand and carry nothing: nobody asks then."""
+    """Whether all ranks that stay have said that their connections stand and carry nothing.
+
+    Peers then keep their connections without asking each other.
+    """
+    store: Store | None = None
+    """Where the ranks of the new generation find each other; None: where those of the old one did."""
 
     @property
     def changed(self) -> frozenset[int]:
@@ -143,12 +151,27 @@ class Communicator(Protocol):
         """
         ...
 
-    def edit(self, ranks: Sequence[int], change: MembershipChange) -> Communicator:
+    @property
+    def edit_needs_agreement(self) -> bool:
+        """Whether all ranks must know alike, before they edit, that the old generation was aborted."""
+        ...
+
+    def edit(
+        self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
+    ) -> Communicator:
         """The communicator over `ranks` in the generation of `change`.
 
-        Every rank of the new generation edits all its communicators, the same ones in the same order;
-        no operation is under way, unless the old generation was aborted. When no member has changed it is
-        this object, otherwise a new one, which takes over what connects members that stay.
+        Every rank of the new generation edits all its communicators, the same ones in the same
+        order, the world before its parts. No operation is under way, unless the old generation was
+        aborted. When no member has changed the result is this object; otherwise it is a new one,
+        which takes over the connections between members that stay. gloo and NCCL edit locally;
+        MPI's edit is collective over `ranks`.
+
+        Args:
+            signal: of the new generation, one for all communicators of the rank.
+        Raises:
+            PeerLost: the new generation was aborted meanwhile, or a member is gone (MPI).
+            ConfigError: ranks join that the transport cannot take in (MPI).
         """
         ...
 

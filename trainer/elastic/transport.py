@@ -11,8 +11,6 @@ from holdfast.elastic.generation import Identity
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.comm import (
     Communicator,
-    GlooCommunicator,
-    GlooMesh,
     Groups,
     MembershipChange,
     build_groups,
@@ -55,7 +53,7 @@ class GroupTransport:
     @property
     def is_whole(self) -> bool:
         """Whether the connections stand, and carry nothing."""
-        return self._groups is None or _mesh(self._groups).is_whole
+        return self._groups is None or self._groups.is_whole
 
     def connect(self, transition: Transition, store: Store) -> Connection:
         """Build or edit the groups for the new plan. Collective over all ranks of the generation.
@@ -87,29 +85,24 @@ class GroupTransport:
                 left=_differing(self._connected, members),
                 joined=_differing(members, self._connected),
                 kept=transition.recovery.connected,
+                store=store,
             )
-            groups = edit_groups(self._groups, change, world, axes, store=store)
+            groups = edit_groups(self._groups, change, world, axes)
         # Groups first, then the reason: `abort` is called after the reason is there.
         self._groups, self._connected = groups, members
         if (reason := self._interruption.reason) is not None:
             groups.abort(reason)
-        everybody, beside = (
-            GlooCommunicator.over(_mesh(groups), name, generation.ranks)
-            for name in ("generation", "beside")
+        return Connection(
+            groups,
+            everybody=groups.extra("generation", generation.ranks),
+            beside=groups.extra("beside", generation.ranks),
         )
-        return Connection(groups, everybody, beside)
 
     def abort(self, reason: str) -> None:
         """Free what waits in the groups, with `PeerLost`. From any thread; does not block."""
         groups = self._groups
         if groups is not None:
             groups.abort(reason)
-
-
-def _mesh(groups: Groups) -> GlooMesh:
-    """The connections of votes, which always are over gloo here."""
-    assert isinstance(groups.control, GlooCommunicator)
-    return groups.control.mesh
 
 
 def _differing(these: dict[int, Identity], those: dict[int, Identity]) -> frozenset[int]:

@@ -61,10 +61,8 @@ def _check_sums(groups: Groups, rank: int) -> None:
 
 
 def _connections(groups: Groups) -> dict[Any, int]:
-    assert isinstance(groups.control, GlooCommunicator)
-    return {
-        key: id(connection._group) for key, connection in groups.control.mesh._connections.items()
-    }
+    assert groups.mesh is not None
+    return {key: id(connection._group) for key, connection in groups.mesh._connections.items()}
 
 
 def one_leaves(rank: int, world_size: int, store: Any) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from holdfast.parallel.comm.groups import Groups, build_groups, edit_groups
-from holdfast.parallel.comm.protocol import MembershipChange
+from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange
 from holdfast.parallel.errors import ConfigError, PeerLost
 
 
@@ -105,7 +105,7 @@ def losses(rank: int, world_size: int) -> dict[str, Any] | None:
         groups = edited
         check_sums(groups, rank)
     try:
-        groups.world.edit(alive, MembershipChange(3, joined=frozenset({0})))
+        groups.world.edit(alive, MembershipChange(3, joined=frozenset({0})), AbortSignal(3))
         told.append("joined")
     except ConfigError as error:
         told.append(str(error))

@@ -1,8 +1,9 @@
-"""What a rank last said to whom: a ring of timed operations, in memory or in a file others can read.
+"""Flight recorder: a ring of a rank's newest communication operations, with their times.
 
-Every message of every communicator leaves one record. With a path the ring lies in a shared mapping of
-that file, so that an agent sees what a stopped or hung process did last without its help: the writer
-takes no lock and makes no system call. `read_record` is the reader, elastic/hang.py the judge.
+Every message of every communicator leaves one record. With a path the ring lies in a shared mapping
+of that file, so that an agent sees what a stopped or hung process did last without its help: the
+writer takes no lock and makes no system call. `read_record` reads it, elastic/hang.py finds
+hangs in it.
 
 Layout of a record: native-endian 64-bit words, all offsets in words.
 
@@ -62,7 +63,7 @@ SLOTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One message of a communicator. Times are seconds of the machine's monotonic clock; NaN: not yet."""
+    """One message of a communicator. Times are monotonic seconds; NaN: not yet."""
 
     number: int
     """Counts all operations of the rank from 1."""
@@ -118,8 +119,12 @@ class FlightRecorder:
     def __init__(
         self, rank: int, *, generation: int = 0, path: Path | None = None, slots: int = SLOTS
     ) -> None:
-        """Args:
-        path: of the shared file, replaced if it exists (best in memory, below /dev/shm); None: private.
+        """Local.
+
+        Args:
+            path: the shared file, replaced if it exists (best in memory, below /dev/shm); None: the
+                ring is private to the process.
+            slots: how many operations the ring holds.
         """
         size = 8 * (_RING_AT + _SLOT * slots)
         memory = mmap.mmap(-1, size) if path is None else _new_file(path, size)
@@ -130,7 +135,7 @@ class FlightRecorder:
         self._numbers = itertools.count(1)
         self._groups: dict[str, int] = {}
         self.blocked_s = 0.0
-        """Time that the thread that made the ring has waited for operations, where the wait is the host's."""
+        """Seconds that the thread that made the recorder has waited on the host for operations."""
         self._thread = threading.get_ident()
         words = self._words
         words[1], words[2], words[3], words[5] = _VERSION, rank, os.getpid(), slots
@@ -147,7 +152,7 @@ class FlightRecorder:
         self._words[7] = step
 
     def group(self, name: str) -> int:
-        """The code of a group's name; when the table is full the newest names share the last place."""
+        """The code of a group's name; once the table is full new names share the last code."""
         code = self._groups.get(name)
         if code is None:
             code = self._groups[name] = min(len(self._groups), _NAMES - 1)
@@ -243,8 +248,8 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
     """A record from its bytes. Pure.
 
     Args:
-        later: a copy taken afterwards; records whose number has changed by then were perhaps caught in
-            the middle of being replaced, and are left out.
+        later: a copy taken afterwards; records whose number has changed by then were perhaps caught
+            in the middle of being replaced, and are left out.
     Raises:
         ValueError: not a record of this version.
     """

@@ -1,7 +1,7 @@
 """Communicators over gloo (TCP): a mesh of connections, one per group and peer, made at first use.
 
-What each connection does for itself makes an abort and a change of membership cheap: an abort breaks only
-those on which something is under way, and an edit keeps the ones that were idle.
+Separate connections make aborts and changes of membership cheap: an abort closes only those with a
+message under way, and an edit keeps the idle ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _CONNECT_S = 20.0
-"""Limit of a TCP handshake between two ranks that both are there: longer means that one has given up."""
+"""Limit of a TCP handshake between two ranks that are both there; beyond it one has given up."""
 
 
 class GlooMesh:
@@ -65,13 +65,13 @@ class GlooMesh:
         self._device = device
         self._connections: dict[tuple[str, int], Connection] = {}
         self._lock = threading.Lock()
-        self.ending: list[threading.Thread] = []
-        """Each closes a connection; until it ends gloo may write to buffers that were receiving."""
+        self.closing: list[threading.Thread] = []
+        """Threads that close connections; until one ends gloo may write to its receive buffers."""
         self._enter(signal)
 
     def _enter(self, signal: AbortSignal) -> None:
         self.signal = signal
-        signal.listen(self._end_busy_links)
+        signal.listen(self._abort_busy)
 
     def connection(self, name: str, peer: int) -> Connection:
         with self._lock:
@@ -82,7 +82,7 @@ class GlooMesh:
 
     @functools.cached_property
     def _store(self) -> Store:
-        """A client of its own: whoever waits on the shared one would hold up every connection."""
+        """A client of its own: a wait on the shared client would hold up every connection."""
         shared: Any = self._shared_store
         return shared.clone()
 
@@ -104,12 +104,12 @@ class GlooMesh:
         rendezvous = Rendezvous(self._store, where, signal, self.timeout_s)
         return gloo(rendezvous, int(self.rank > peer), 2, options)
 
-    def _end_busy_links(self, reason: str) -> None:
+    def _abort_busy(self, reason: str) -> None:
         with self._lock:
             connections = tuple(self._connections.values())
         for connection in connections:
             if not connection.is_idle:
-                connection.end(reason)
+                connection.abort(reason)
 
     @property
     def is_whole(self) -> bool:
@@ -145,11 +145,13 @@ class GlooMesh:
                     handshakes.append((connection, handshake))
                 else:
                     del self._connections[(name, peer)]
-                    connection.end(f"rank {peer} is not in reach of generation {change.generation}")
+                    connection.abort(
+                        f"rank {peer} is not in reach of generation {change.generation}"
+                    )
         if handshakes:
             in_thread("handshake", await_handshakes, handshakes)
-        ending, self.ending = self.ending, []
-        for thread in ending:
+        closing, self.closing = self.closing, []
+        for thread in closing:
             thread.join(_CONNECT_S)
         self.recorder.set_generation(change.generation)
         self._enter(signal)
@@ -192,7 +194,7 @@ class GlooCommunicator(PairwiseCommunicator):
 
     @classmethod
     def over(cls, mesh: GlooMesh, name: str, ranks: Sequence[int]) -> GlooCommunicator:
-        """Another group of the rank whose mesh it is. Local."""
+        """A group over connections that a rank already has. Local."""
         store, device = mesh._shared_store, mesh._device
         return cls(
             store, name, ranks, mesh.rank, device=device, timeout_s=mesh.timeout_s, mesh=mesh
@@ -225,7 +227,7 @@ class GlooCommunicator(PairwiseCommunicator):
     def edit(
         self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
     ) -> GlooCommunicator:
-        """See `Communicator.edit`. Local: connections are checked or made when they are next used."""
+        """See `Communicator.edit`. Local: a connection is checked or made when it is next used."""
         self.mesh.edit(change, signal)
         if tuple(ranks) != self._ranks or change.changed & set(ranks):
             return GlooCommunicator.over(self.mesh, self._name, ranks)

@@ -1,9 +1,10 @@
-"""One connection over gloo to one peer: how it is made, kept over a change of membership, and ended.
+"""A gloo connection to one peer: made, kept over a change of membership, aborted.
 
-Each is a torch process group of two ranks, so that it can end without touching any other.
+Each is a torch process group of two ranks, so that it can be closed without touching any other.
 
 Measured on torch 2.13: gloo's own `abort()` does nothing, but a receive that is given up breaks its
-whole process group, which frees every other thread at once, also when the peer is stopped or cut off.
+whole process group, which frees every other thread at once, also when the peer is stopped or cut
+off.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ logger = logging.getLogger("holdfast.comm")
 
 
 class Rendezvous(dist.Store):
-    """The store that one process group forms on: nothing blocks it, an abort ends it, and it is left empty.
+    """The store that one process group forms on. It never blocks others and is left empty.
 
     gloo's threads would wait inside the client of the store, which serves one call at a time; so
-    waiting is done here. Each side publishes its address, and the other claims it by deleting it. Who
-    gives up first withdraws its own, and goes through with the connection when that has been claimed:
-    the peer, which then is connecting, would wait in vain otherwise.
+    waiting is done here, and an abort ends it. Each side publishes its address, and the other
+    claims it by deleting it. The side that gives up first withdraws its address. When the peer has
+    already claimed it, the peer is connecting, so this side goes through with the connection.
     """
 
     def __init__(self, store: Store, name: str, signal: AbortSignal, timeout_s: float) -> None:
@@ -91,14 +92,14 @@ class Rendezvous(dist.Store):
 
 
 class ConnectionOwner(Protocol):
-    """What a connection needs of the rank whose it is."""
+    """What a connection needs of its rank."""
 
     rank: int
     recorder: FlightRecorder
     signal: AbortSignal
     timeout: timedelta
-    ending: list[threading.Thread]
-    """Each closes a connection; until it ends gloo may write to buffers that were receiving."""
+    closing: list[threading.Thread]
+    """Threads that close connections; until one ends gloo may write to its receive buffers."""
 
     def connect(self, name: str, peer: int, signal: AbortSignal) -> Any:
         """A process group of this rank and `peer`. Collective over both."""
@@ -111,13 +112,13 @@ class Message:
     __slots__ = (
         "connection",
         "error",
+        "interruptible",
         "is_send",
         "number",
         "operation",
         "signal",
         "tag",
         "tensor",
-        "wait_beside",
         "work",
     )
 
@@ -139,8 +140,8 @@ class Message:
         self.number = number
         self.signal = connection.mesh.signal
         self.work: Work | None = None
-        self.wait_beside: InterruptibleWait | None = None
-        """Of a message that may be cut off in the middle, while it is waited for."""
+        self.interruptible: InterruptibleWait | None = None
+        """The wait for a message that may be cut off in the middle, once it has begun."""
         self.error: BaseException | None = None
 
     def wait(self) -> None:
@@ -154,12 +155,12 @@ class Message:
             if self.tensor.numel() * self.tensor.element_size() <= WHOLE_BYTES:
                 self.work.wait(self.connection.mesh.timeout)
             else:
-                self.wait_beside = InterruptibleWait(self.work, self.connection.mesh.timeout)
-                if (
-                    self.connection.is_closed
-                ):  # looked at after the line above: who closes it does the opposite
-                    self.wait_beside.free()
-                self.wait_beside.wait()
+                self.interruptible = InterruptibleWait(self.work, self.connection.mesh.timeout)
+                # Read after the line above: the thread that closes the connection sets `is_closed`
+                # first and then looks for waits.
+                if self.connection.is_closed:
+                    self.interruptible.cancel()
+                self.interruptible.wait()
         except (RuntimeError, PeerLost) as error:
             recorder.finished(self.number, failed=True, since=since)
             raise self._lost(error) from error
@@ -176,10 +177,13 @@ class Message:
 class Connection:
     """The connection to one peer for one group of ranks.
 
-    It is made by a thread of its own when the first message is posted, in whatever order ranks come to
-    need each other; messages posted before it stands follow then. At an edit both sides shake hands with each
-    other before anything else, so that no message of the new generation meets one of the old; when one
-    side has no longer got the connection, both make a new one at the next message.
+    A thread of its own makes it when the first message is posted, in whatever order ranks come to
+    need each other; messages posted before it is ready are queued. At an edit both sides shake
+    hands before anything else, so that no message of the new generation meets one of the old. When
+    one side no longer has the connection, both make a new one at the next message.
+
+    Its attributes are more than a dozen because one lock guards one state: what names the
+    connection (mesh, name, peer), the process group, how far it has come, and its messages.
     """
 
     def __init__(self, mesh: ConnectionOwner, name: str, peer: int) -> None:
@@ -200,10 +204,9 @@ class Connection:
         self._settled = threading.Event()
 
     def post(self, message: Message) -> None:
-        """Send or receive `message` now, or when the connection stands."""
-        self.open.add(
-            message
-        )  # before the check: an abort that comes after it breaks this connection
+        """Send or receive `message` now, or when the connection is ready. Does not block."""
+        # Before the check: an abort that comes after it closes this connection.
+        self.open.add(message)
         try:
             message.signal.check()
             if not self._is_ready:
@@ -259,10 +262,10 @@ class Connection:
             self._is_connecting = False
             self._settled.set()
         if self._failure is not None:
-            self.end(str(self._failure))  # what ended while it was being made is closed here
+            self.abort(str(self._failure))  # closes what was aborted while it was being made
 
     def _go_on(self) -> None:
-        """The connection stands: what has been waiting for it follows."""
+        """Mark the connection ready and post the queued messages."""
         for message in self._queue:
             try:
                 self._start(message)
@@ -272,7 +275,7 @@ class Connection:
         self._is_ready = True
 
     def await_handshake(self, handshake: Handshake) -> None:
-        """Go on once the peer has entered the generation too; on a new connection if it dropped this one."""
+        """Go on once the peer is in the generation too; anew if it has dropped the connection."""
         answered = handshake.wait()
         with self._lock:
             self._is_connecting = False
@@ -286,28 +289,28 @@ class Connection:
             if self._queue:
                 self._connect_in_background()
 
-    def end(self, reason: str) -> None:
-        """Free all waiters; nothing is sent or received any more. Local, at once."""
+    def abort(self, reason: str) -> None:
+        """Make all waits and posts raise `PeerLost`. From any thread; does not block."""
         with self._lock:
             self._failure = self._failure or PeerLost(reason)
             self._is_ready = False
             group, self._group = self._group, None
         self._settled.set()
         if group is not None:
-            self.mesh.ending.append(in_thread("end", self._break, group))
+            self.mesh.closing.append(in_thread("close", self._close, group))
 
-    def _break(self, group: Any) -> None:
-        """Give up a receive that nobody will answer: gloo closes the connection, freeing all waiters."""
+    def _close(self, group: Any) -> None:
+        """Give up a receive that has no sender: gloo then closes the connection and ends waits."""
         try:
             never = group.recv([torch.empty(1)], self._peer_index, BREAKING.tag(0))
             never.wait(timedelta(milliseconds=1))
         except RuntimeError as error:
-            logger.debug("ended connection with rank %d in %s: %s", self.peer, self.name, error)
+            logger.debug("closed connection with rank %d in %s: %s", self.peer, self.name, error)
         # Only now: gloo may write to the buffers of these messages until the connection is closed.
         self.is_closed = True
         for message in tuple(self.open):
-            if message.wait_beside is not None:
-                message.wait_beside.free()
+            if message.interruptible is not None:
+                message.interruptible.cancel()
         self.open.clear()
 
     @property
@@ -316,7 +319,7 @@ class Connection:
 
     @property
     def stands(self) -> bool:
-        """Whether messages can be posted on it, and none is under way."""
+        """Whether messages can be posted on it and none is under way."""
         return self._is_ready and self.is_idle
 
     @property
@@ -325,10 +328,10 @@ class Connection:
         return self.is_idle and self._failure is None
 
     def shake_hands(self, generation: int) -> Handshake | None:
-        """Keep an idle connection for `generation`: say so to the peer, and wait for nothing. Local.
+        """Tell the peer that this side keeps the idle connection for `generation`. Local.
 
         Returns:
-            What `await_handshake` is to be called with; None when this connection cannot serve on.
+            The argument of `await_handshake`; None when this connection cannot be kept.
         """
         with self._lock:
             group = self._group
@@ -345,7 +348,7 @@ class Connection:
 
 
 class Handshake:
-    """Both sides tell each other that they have entered a generation and still have the connection."""
+    """Two ranks tell each other that they are in a generation and still have the connection."""
 
     def __init__(self, group: Any, peer_index: int, generation: int) -> None:
         tag = HANDSHAKES.wrapped(generation)
@@ -367,7 +370,7 @@ class Handshake:
 
 
 def await_handshakes(handshakes: Sequence[tuple[Connection, Handshake]]) -> None:
-    """In turn: each depends on nothing but its peer's entering of the generation."""
+    """Await each handshake in turn: none depends on more than its own peer."""
     for connection, handshake in handshakes:
         connection.await_handshake(handshake)
 

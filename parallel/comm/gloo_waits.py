@@ -1,8 +1,9 @@
-"""Waits for gloo's works that another thread can end.
+"""Interruptible waits on gloo's Work objects.
 
-Measured on torch 2.13, and seen in gloo's source: when a connection ends, gloo frees those who wait for messages that
-have not begun, and nobody who waits for one that was cut off in the middle. So what may travel in parts is waited
-for in a thread beside, which is left to itself when the connection has ended.
+Measured on torch 2.13, and seen in gloo's source: when a connection is closed, gloo ends the waits
+for messages that have not begun, but not the wait for a message that was cut off in the middle. So
+a message that may travel in parts is waited for in a thread of its own, which is abandoned when the
+connection is closed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from datetime import timedelta
 from typing import Any
 
 WHOLE_BYTES = 1 << 14
-"""Messages up to here are taken to arrive whole or not at all: waiting beside costs some 50 us."""
+"""Messages up to this size arrive whole or not at all; a thread of its own costs some 50 us."""
 
 
 class InterruptibleWait:
-    """One wait for one work. The caller that needs the work calls `wait`; any thread may call `free`."""
+    """One wait for one Work. One thread calls `wait`; any thread may call `cancel`."""
 
     def __init__(self, work: Any, timeout: timedelta) -> None:
         self.work = work
@@ -27,8 +28,11 @@ class InterruptibleWait:
         self._error: BaseException | None = None
 
     def wait(self) -> None:
-        """Raises:
-        RuntimeError: the work failed, or the wait was ended: then the work may stay under way for good.
+        """Block until the work is done.
+
+        Raises:
+            RuntimeError: the work failed, or the wait was cancelled; in that case the work may stay
+                under way for good.
         """
         thread = _WaitingThread.take()
         thread.asked.put(self)
@@ -40,8 +44,8 @@ class InterruptibleWait:
             raise RuntimeError("the connection has ended")
         thread.give_back()
 
-    def free(self) -> None:
-        """End the wait. Nothing may write to the work's memory any more."""
+    def cancel(self) -> None:
+        """Give up the wait, once nothing can write to the work's memory any more."""
         self._over.set()
 
     def run(self) -> None:
@@ -68,9 +72,8 @@ class _WaitingThread:
     def take(cls) -> _WaitingThread:
         while cls._idle:
             thread = cls._idle.pop()
-            if (
-                thread._thread.is_alive()
-            ):  # else it was idle in the process that this one was forked from
+            # A thread that was idle when this process was forked does not live here.
+            if thread._thread.is_alive():
                 return thread
         return cls()
 

@@ -121,13 +121,13 @@ def build_groups(
         )
 
     if backend == "mpi":
-        # Imported here: to import MPI is to start it.
+        # Imported here: the import starts MPI.
         from holdfast.parallel.comm.mpi import build_mpi_groups
 
-        everybody, along = build_mpi_groups(rank, world, axes, signal=signal, recorder=recorder)
+        whole, along = build_mpi_groups(rank, world, axes, signal=signal, recorder=recorder)
         mesh = connections() if votes_over_gloo else None
-        votes = everybody if mesh is None else GlooCommunicator.over(mesh, "control", world)
-        return Groups(everybody, votes, along, signal, recorder, mesh)
+        votes = whole if mesh is None else GlooCommunicator.over(mesh, "control", world)
+        return Groups(whole, votes, along, signal, recorder, mesh)
     mesh = connections()
 
     def group(kind: str, ranks: Sequence[int]) -> Communicator:
@@ -137,10 +137,10 @@ def build_groups(
             store, kind, ranks, rank, timeout_s=timeout_s, signal=signal, recorder=recorder
         )
 
-    everybody = group("world", world)
-    votes = everybody if backend == "gloo" else GlooCommunicator.over(mesh, "control", world)
+    whole = group("world", world)
+    votes = whole if backend == "gloo" else GlooCommunicator.over(mesh, "control", world)
     along = {axis: group(axis, ranks) for axis, ranks in axes.items()}
-    return Groups(everybody, votes, along, signal, recorder, mesh)
+    return Groups(whole, votes, along, signal, recorder, mesh)
 
 
 def separate_group(
@@ -177,13 +177,13 @@ def edit_groups(
     signal = AbortSignal(change.generation)
     control = groups.control.edit(world, change, signal)
     if groups.world is groups.control:
-        everybody = control
+        whole = control
     else:
         if groups.world.edit_needs_agreement:
             broken = torch.tensor([float(groups.signal.reason is not None)])
             control.all_reduce(broken, "max").wait()
             if broken.item():
                 groups.abort("another rank was interrupted")
-        everybody = groups.world.edit(world, change, signal)
+        whole = groups.world.edit(world, change, signal)
     along = {axis: group.edit(axes[axis], change, signal) for axis, group in groups.axes.items()}
-    return Groups(everybody, control, along, signal, groups.recorder, groups.mesh)
+    return Groups(whole, control, along, signal, groups.recorder, groups.mesh)

@@ -1,12 +1,13 @@
 """Communicators over MPI (mpi4py), with Open MPI's fault tolerance (ULFM) for aborts and edits.
 
-Messages and sums are those of comm_pairwise.py, so training gives the same bits as over gloo. Waits test
-their request and the generation in turn, so an abort frees them even where the library would go on
-waiting; it also revokes what has messages under way, which frees the peers. MPI moves large messages
-only while some call is made; a send is completed by the waits that come after it.
+Messages and sums are those of p2p_collectives.py, so training gives the same bits as over gloo.
+Waits test their request and the generation in turn, so an abort ends them even where the library
+would go on waiting. An abort also revokes the communicators that have messages under way, which
+frees the peers. MPI moves large messages only while some call is made; a send is completed by the
+waits that come after it.
 
-Start workers with `mpirun --with-ft ulfm`. Without it everything works but `edit`. A process that has
-lived through a loss ends with `end_process`.
+Start workers with `mpirun --with-ft ulfm`. Without it everything works but `edit`. A process that
+has lived through a loss ends with `end_process`.
 """
 
 from __future__ import annotations
@@ -124,21 +125,21 @@ class MpiFamily:
         Raises:
             ConfigError: these processes were not started by MPI as `world`.
         """
-        everybody = MPI.COMM_WORLD
-        if tuple(world) != tuple(range(everybody.Get_size())) or rank != everybody.Get_rank():
+        job = MPI.COMM_WORLD
+        if tuple(world) != tuple(range(job.Get_size())) or rank != job.Get_rank():
             raise ConfigError(
                 f"parallel.backend = 'mpi', but rank {rank} of {len(world)} is rank "
-                f"{everybody.Get_rank()} of {everybody.Get_size()} to MPI; start the workers with "
+                f"{job.Get_rank()} of {job.Get_size()} to MPI; start the workers with "
                 "mpirun --with-ft ulfm, as many as the layout has ranks"
             )
         self.rank = rank
         self.recorder = recorder
         self._kinds = ("world", *kinds)
         self.ranks = tuple(world)
-        self.world = _Channel(everybody.Dup(), self.ranks)
+        self.world = _Channel(job.Dup(), self.ranks)
         self._channels: list[_Channel] = [self.world]
         self._abandoned: list[_Channel] = []
-        """Revoked, but MPI still holds buffers there: kept, so that the memory is not used again."""
+        """Revoked channels; MPI still holds their buffers, so they are kept from being reused."""
         self._enter(signal)
 
     def _enter(self, signal: AbortSignal) -> None:
@@ -173,14 +174,14 @@ class MpiFamily:
         Args:
             signal: of that generation.
         Raises:
-            ConfigError: ranks are to join, which an MPI job does not allow.
+            ConfigError: ranks join, which an MPI job does not allow.
             PeerLost: others than those that left are gone too, or ULFM is not switched on.
         """
         if change.generation == self.signal.generation:
             return
         if change.joined:
             raise ConfigError(
-                f"ranks {sorted(change.joined)} cannot join: the processes of an MPI job are fixed; "
+                f"ranks {sorted(change.joined)} cannot join: an MPI job keeps its processes; "
                 "use parallel.backend = 'gloo' for runs that grow"
             )
         broken = self.signal.reason is not None
@@ -197,7 +198,7 @@ class MpiFamily:
             self._replace(old, self.world)
 
     def _shrink(self, ranks: Sequence[int]) -> None:
-        """The living go on; blocks until those that left are dead, which fencing sees to."""
+        """Go on with the living ranks. Blocks until those that left are dead; fencing ends them."""
         old = self.world
         old.revoke()
         try:
@@ -259,8 +260,8 @@ class MpiCommunicator(PairwiseCommunicator):
     ) -> _Message:
         if tensor.device.type != "cpu":
             raise ConfigError(
-                f"parallel.backend = 'mpi' carries CPU tensors, and this one is on {tensor.device}; "
-                "set train.device = 'cpu' or use 'nccl'"
+                f"parallel.backend = 'mpi' carries CPU tensors, but this one is on "
+                f"{tensor.device}; set train.device = 'cpu' or use 'nccl'"
             )
         assert tensor.is_contiguous(), "messages are contiguous"
         family, channel = self.family, self.channel
@@ -302,10 +303,10 @@ class MpiCommunicator(PairwiseCommunicator):
 
 
 def end_process(code: int) -> NoReturn:
-    """Leave an MPI job that has lost ranks. Local; flushes the standard streams, runs no exit handler.
+    """Leave an MPI job that has lost ranks. Local; flushes the streams, runs no exit handler.
 
-    Open MPI 5's `MPI_Finalize`, which an interpreter's end calls, now and then waits for the dead for
-    ever. mpirun of a fault-tolerant job takes this exit, and its code, as an ordinary one.
+    Open MPI 5's `MPI_Finalize`, which an interpreter's end calls, now and then waits for the dead
+    for ever. mpirun of a fault-tolerant job takes this exit, and its code, as an ordinary one.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -328,5 +329,5 @@ def build_mpi_groups(
         ConfigError: these processes were not started by MPI as `world`.
     """
     family = MpiFamily(world, rank, tuple(axes), signal, recorder)
-    everybody = MpiCommunicator(family, "world", world)
-    return everybody, {a: MpiCommunicator(family, a, ranks) for a, ranks in axes.items()}
+    whole = MpiCommunicator(family, "world", world)
+    return whole, {a: MpiCommunicator(family, a, ranks) for a, ranks in axes.items()}

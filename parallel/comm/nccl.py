@@ -1,7 +1,7 @@
 """Communicators over NCCL, for CUDA tensors.
 
-Groups are built directly on a store, without torch's process-wide default group, so that one process
-can hold several generations of groups and drop one without touching another.
+Groups are built directly on a store, without torch's process-wide default group, so that one
+process can hold several generations of groups and drop one without touching another.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class _NcclHandle:
 class NcclCommunicator(PairwiseCommunicator):
     """A group of ranks over NCCL. Exact-mode safe for integer sums; NCCL_ALGO fixes float orders.
 
-    NCCL has no tags and runs the operations of one communicator in order, so each (sender, receiver)
-    pair gets a communicator of its own, made at first use; the callers post receives in the order of
-    the sends. Handles order the current stream after the operation; they do not block the host, so a
-    host that waits elsewhere (for the stream, for a value) goes on when an abort has ended the kernels,
-    with undefined contents, and gets `PeerLost` from the next call or wait.
+    NCCL has no tags and runs the operations of one communicator in order, so each (sender,
+    receiver) pair gets a communicator of its own, made at first use; the callers post receives in
+    the order of the sends. Handles order the current stream after the operation; they do not block
+    the host, so a host that waits elsewhere (for the stream, for a value) goes on when an abort has
+    ended the kernels, with undefined contents, and gets `PeerLost` from the next call or wait.
 
     Once one rank has aborted a NCCL communicator all must abort it, and none may destroy it (its
-    destruction waits for the others): `abort` therefore ends every communicator of the rank, and what
-    was aborted is never used again.
+    destruction waits for the others): `abort` therefore ends every communicator of the rank, and
+    what was aborted is never used again.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class NcclCommunicator(PairwiseCommunicator):
         return self._recorder.post(self._group_code, operation, direction, peer, size, tag)
 
     def _note_completed(self) -> None:
-        """Record the end of operations whose kernels have ended. Local; asks the device, waits for none."""
+        """Record operations whose kernels have ended. Local; asks the device and never waits."""
         while self._pending and self._pending[0][0].is_completed():
             self._recorder.finished(self._pending.popleft()[1])
 

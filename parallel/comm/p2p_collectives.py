@@ -1,7 +1,7 @@
 """Collectives made of point-to-point messages, the same for every transport, and so the same bits.
 
-Parts are added in member order on every member, so that all hold equal sums, whatever arrived first and
-whichever transport brought it. Sizes may be uneven; members share no state.
+Parts are added in member order on every member, so that all hold equal sums, whatever arrived first
+and whichever transport brought it. Sizes may be uneven; members share no state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from holdfast.parallel.comm.tags import COLLECTIVES
 from holdfast.parallel.errors import PeerLost
 
 SMALL_BYTES = 1 << 18
-"""Up to here everybody sends everything to everybody: one round of messages instead of two."""
+"""Up to this size each member sends its whole tensor to each other: one round instead of two."""
 DIRECT_MEMBERS: int = 8
 """Up to so many members; beyond, parts travel by doubling (Bruck et al. 1997): log2(n) rounds, and
 only 2 log2(n) connections per rank."""
@@ -38,7 +38,7 @@ class Handles:
 
 @dataclass(slots=True)
 class _ReduceInOrder:
-    """Receives every member's part, then combines the parts in member order: equal on each member."""
+    """Combines every member's part in member order once all have arrived: equal on each member."""
 
     received: Handle
     parts: Sequence[Tensor]
@@ -181,13 +181,13 @@ class PairwiseCommunicator:
         return self._recorder.history(self._name)
 
     def _enter(self, signal: AbortSignal) -> None:
-        """Go on unchanged in another generation, from the same count of collectives as all members."""
+        """Go on in another generation; all members count collectives from 0 again."""
         self._signal = signal
         self._collectives = 0
 
 
 class _ReduceThenGather:
-    """A large all_reduce: every member reduces one part, in member order, and then hands it round."""
+    """A large all_reduce: each member reduces one part, in member order, and sends it to all."""
 
     def __init__(self, comm: PairwiseCommunicator, tensor: Tensor, op: ReduceOp) -> None:
         self._comm = comm

@@ -1,6 +1,11 @@
 """The communicator protocol: everything that ranks say to each other goes through it.
 
 Nothing else in the project imports `torch.distributed` collectives or MPI directly.
+
+Work is stopped in three ways, each with one meaning. `abort(reason)` makes every wait and call of
+its object raise; any thread may call it, and it never blocks. `cancel()` gives up one piece of work
+whose result is not needed. `close()` releases what an object holds once its work has ended; its
+owner calls it, and it may block.
 """
 
 from __future__ import annotations
@@ -28,9 +33,9 @@ class Handle(Protocol):
         """Block until the operation is done.
 
         Raises:
-            PeerLost: a peer or the group is gone, or the generation was aborted, by whatever thread.
-                The buffers' contents are then undefined; buffers that were being received into must
-                be dropped, not used again, until the communicators have been edited.
+            PeerLost: a peer or the group is gone, or the generation was aborted. The buffers'
+                contents are then undefined. Receive buffers must be dropped, not used again, until
+                the communicators have been edited.
         """
         ...
 
@@ -48,7 +53,7 @@ class MembershipChange:
     Peers then keep their connections without asking each other.
     """
     store: Store | None = None
-    """Where the ranks of the new generation find each other; None: where those of the old one did."""
+    """Where the new generation's ranks find each other; None: where the old generation's did."""
 
     @property
     def changed(self) -> frozenset[int]:
@@ -56,7 +61,7 @@ class MembershipChange:
 
 
 class AbortSignal:
-    """Ends one generation on one rank: raised once, by any thread; the first reason stays."""
+    """Whether one generation has been aborted on one rank, and why: the first reason stays."""
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
@@ -65,7 +70,7 @@ class AbortSignal:
         self._listeners: list[Callable[[str], None]] = []
 
     def listen(self, listener: Callable[[str], None]) -> None:
-        """Have `listener(reason)` called by the thread that aborts; at once if that has happened."""
+        """Have the thread that aborts call `listener(reason)`; at once if it was aborted before."""
         with self._lock:
             self._listeners.append(listener)
             reason = self.reason
@@ -73,6 +78,7 @@ class AbortSignal:
             listener(reason)
 
     def abort(self, reason: str) -> None:
+        """Abort the generation. From any thread; blocks only as long as the listeners do."""
         with self._lock:
             if self.reason is not None:
                 return
@@ -116,7 +122,10 @@ class Communicator(Protocol):
         ...
 
     def reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor]) -> Handle:
-        """`output` becomes the sum over members m of m's `inputs[self.index]`; sizes may differ by member."""
+        """`output` becomes the sum over members m of m's `inputs[self.index]`.
+
+        Sizes may differ by member.
+        """
         ...
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> Handle:
@@ -124,14 +133,18 @@ class Communicator(Protocol):
         ...
 
     def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Handle:
-        """`outputs[m]` becomes member m's `inputs[self.index]`."""
+        """`outputs[m]` becomes member m's `inputs[self.index]`; sizes may differ by pair.
+
+        Expert parallelism sends tokens to their experts this way, and context parallelism
+        exchanges sequence parts for heads.
+        """
         ...
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Handle:
         """Send to the member with global rank `peer`; matched by (peer, tag).
 
-        `tag` is in [0, 2**30). Between one sender and one receiver, receives are posted in the order of
-        the sends, so that transports without tags (NCCL) match them too.
+        `tag` is in [0, 2**30). Between one sender and one receiver, receives are posted in the
+        order of the sends, so that transports without tags (NCCL) match them too.
         """
         ...
 
@@ -144,16 +157,16 @@ class Communicator(Protocol):
         ...
 
     def abort(self, reason: str) -> None:
-        """End the generation on this rank: waits and calls of all its communicators raise `PeerLost`.
+        """Abort the generation: waits and calls of all the rank's communicators raise `PeerLost`.
 
-        Local, callable from any thread, at most some milliseconds; it needs no answer from anybody, so a
-        peer may be dead, stopped or cut off. What comes next is `edit`, on every surviving rank.
+        Local, from any thread, at most some milliseconds. It needs no answer from a peer, which may
+        be dead, stopped or cut off. Every surviving rank calls `edit` next.
         """
         ...
 
     @property
     def edit_needs_agreement(self) -> bool:
-        """Whether all ranks must know alike, before they edit, that the old generation was aborted."""
+        """Whether ranks must agree, before they edit, that the old generation was aborted."""
         ...
 
     def edit(
@@ -176,5 +189,5 @@ class Communicator(Protocol):
         ...
 
     def history(self) -> tuple[Operation, ...]:
-        """The newest operations of this communicator, message by message, in the order of the calls."""
+        """The communicator's newest operations, one per message, in the order of the calls."""
         ...

@@ -1,7 +1,7 @@
 """The tags of messages: one range for each kind, so that no message is taken for another kind's.
 
-A tag tells the messages between two ranks of one group apart. Within a kind the sender and the receiver number the
-messages alike, from 0.
+A tag tells the messages between two ranks of one group apart. Within a kind the sender and the
+receiver number the messages alike, from 0.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ class TagRange:
         """
         if not 0 <= number < self.stop - self.first:
             raise ValueError(
-                f"message {number} of {self.kind}: there are tags for {self.stop - self.first} messages"
+                f"message {number} of {self.kind}: there are tags for {self.stop - self.first} "
+                "messages"
             )
         return self.first + number
 
     def wrapped(self, number: int) -> int:
-        """The tag of a message whose number grows without limit; the range is used over and over."""
+        """The tag of a message whose number grows without limit: the range is reused."""
         return self.first + number % (self.stop - self.first)
 
 

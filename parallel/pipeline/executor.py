@@ -1,8 +1,8 @@
 """The executor: runs one rank's program of a step over its model chunks.
 
 It knows neither the schedule nor the model: actions come as data, chunks behind a protocol. Every
-message carries its (direction, chunk, micro-batch) tag, receives are posted ahead of their use and in
-the order in which the peer sends, and sends are never waited for before the end of the step.
+message carries its (direction, chunk, micro-batch) tag, receives are posted ahead of their use and
+in the order in which the peer sends, and sends are never waited for before the end of the step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ChunkRunner(Protocol):
     """What the executor asks of one model chunk; `micro_batch` is the step's global number."""
 
     def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
-        """Compute the chunk from its input (None for the first); None from the last, which keeps its loss."""
+        """The chunk's output for its input (None: the first). The last keeps its loss: None."""
         ...
 
     def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
@@ -74,7 +74,7 @@ def message_tag(op: Op, chunk: int, micro_batch: int, micro_batches: int) -> int
 
 
 def receive_order(program: Program, peers: Mapping[int, Program], rank: int) -> dict[Action, int]:
-    """For each receive of `program`, its place in the order in which that peer sends to this rank."""
+    """For each receive of `program`, its place in the order of the sender's sends to this rank."""
     order: dict[Action, int] = {}
     for peer, peer_program in peers.items():
         sends = (a for a in peer_program if a.peer == rank and a.op in SENDS)
@@ -95,11 +95,15 @@ class Executor:
         micro_batches: int,
         offloader: Offloader | None = None,
     ) -> None:
-        """Args:
-        chunks: this rank's chunks by global chunk index.
-        last_chunk: the model's last chunk, whose output is the loss.
-        micro_batches: of the whole step, over all replicas.
-        offloader: takes what forward passes save, until their backward passes.
+        """Local.
+
+        Args:
+            chunks: this rank's chunks by global chunk index.
+            last_chunk: the model's last chunk, whose output is the loss.
+            message: the shape of every activation and gradient that chunks send each other.
+            comm: the group that contains the ranks of all chunks.
+            micro_batches: of the whole step, over all replicas.
+            offloader: takes what forward passes save, until their backward passes.
         """
         self._chunks = chunks
         self._last_chunk = last_chunk
@@ -108,10 +112,10 @@ class Executor:
         self._micro_batches = micro_batches
         self._offloader = offloader
         self._awaiting_weight_gradient: set[tuple[int, int]] = set()
-        """(chunk, micro-batch) pairs whose input gradient is computed and whose weight gradient is not."""
+        """(chunk, micro-batch) pairs whose input gradient alone has been computed."""
 
     def run_weight_parts(self) -> None:
-        """After an interrupted step: compute the weight gradients that are left; they need no message."""
+        """After an interrupted step, compute the weight gradients left; they need no message."""
         for chunk, micro_batch in sorted(self._awaiting_weight_gradient):
             self._chunks[chunk].backward_weight(micro_batch)
         self._awaiting_weight_gradient.clear()
@@ -174,7 +178,8 @@ class Executor:
                 values[key] = receives.wait(action)
             elif op is Op.RECEIVE_BACKWARD:
                 gradients[key] = receives.wait(action)
-                # Whoever answers has long received: this frees what was sent, and waits for nothing.
+                # The peer that answers has long received what was sent: this frees it and does
+                # not block.
                 sends.pop((Op.SEND_FORWARD, chunk, micro_batch)).wait()
             elif op is Op.SEND_FORWARD:
                 sends[(op, *key)] = self._send(action, values.pop((chunk + 1, micro_batch)))
@@ -238,7 +243,7 @@ class _Receives:
         return posted.buffer
 
     def post_ahead(self) -> None:
-        """Post what will be waited for soon; called after sends, where nothing waits for this rank."""
+        """Post the receives needed soon; called after sends, when no peer waits for this rank."""
         while self._next < min(self._waited + _POSTED_AHEAD, len(self._upcoming)):
             self._post_up_to(self._upcoming[self._next])
             self._next += 1

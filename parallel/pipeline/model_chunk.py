@@ -84,8 +84,8 @@ class WeightGradientQueue:
 class Chunk(nn.Module):
     """A contiguous part of a model that runs on one rank.
 
-    `forward(hidden, context)`: hidden is None for the first chunk, which embeds the context's tokens;
-    the last chunk gives the sum of its token losses, a float64 scalar; the others give
+    `forward(hidden, context)`: hidden is None for the first chunk, which embeds the context's
+    tokens; the last chunk gives the sum of its token losses, a float64 scalar; the others give
     float[seq (/ tensor), micro_batch, hidden].
     """
 
@@ -94,5 +94,5 @@ class Chunk(nn.Module):
         self.queue = WeightGradientQueue()
 
     def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
-        """(layer index, table row, the local parameter that holds it), in layer then table order."""
+        """(layer index, table row, parameter) of each parameter, in layer then table order."""
         raise NotImplementedError

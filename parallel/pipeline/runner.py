@@ -21,14 +21,18 @@ class _InputGradient:
 
 
 class _ChunkInput(torch.autograd.Function):
-    """Begins a chunk's graph with its input, which nothing but what uses it keeps in memory.
+    """Begins a chunk's graph with its input, without keeping the input in memory.
 
-    A leaf that requires a gradient would be held by its graph, and by whoever reads `grad`.
+    A leaf that requires a gradient would be held by its graph and by its `grad`.
     """
 
     @staticmethod
     def forward(ctx: Any, root: Tensor, value: list[Tensor], gradient: _InputGradient) -> Tensor:
-        """root: an empty tensor that requires a gradient, by which the output does; value: taken out."""
+        """The input, out of the list `value`.
+
+        Args:
+            root: an empty tensor that requires a gradient, so that the output does.
+        """
         ctx.gradient = gradient
         return value.pop()
 
@@ -42,8 +46,9 @@ class _ChunkInput(torch.autograd.Function):
 class ModelChunkRunner:
     """Keeps what lies between a micro-batch's forward and backward passes. Local; exact-mode safe.
 
-    Only the graph edge of an output is kept, so that the output itself is freed when it was sent, and of an
-    input only the place of its gradient, so that it may wait elsewhere for the backward pass.
+    Only the graph edge of an output is kept, so that the output itself is freed when it was sent,
+    and of an input only the place of its gradient, so that it may wait elsewhere for the backward
+    pass.
     """
 
     def __init__(
@@ -55,9 +60,12 @@ class ModelChunkRunner:
         loss_gradient: float,
         before_gradients: Callable[[int], None] = lambda micro_batch: None,
     ) -> None:
-        """Args:
-        context: gives a micro-batch's context for the running step.
-        loss_gradient: derivative of the step's loss by a token's loss: 1 / tokens of the step.
+        """Local.
+
+        Args:
+            context: gives a micro-batch's context for the running step.
+            loss_gradient: derivative of the step's loss by a token's loss: 1 / tokens of the step.
+            before_gradients: called with the micro-batch before its gradients are computed.
         """
         self.chunk = chunk
         self._is_last = is_last

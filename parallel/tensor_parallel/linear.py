@@ -1,7 +1,8 @@
 """Linear layers whose weight gradient goes through a queue, so that a backward pass can be split.
 
 The backward pass of each computes the input's gradient only and hands the weight's to the chunk's
-`WeightGradientQueue`, exactly once. Exact-mode safe: the same matrix products whatever the schedule.
+`WeightGradientQueue`, exactly once. Exact-mode safe: the same matrix
+products whatever the schedule.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def linear(value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue) -> T
 def gathered_linear(
     value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue, group: Communicator
 ) -> Tensor:
-    """A column-parallel linear layer on a sequence shard: float[seq / T, batch, in] -> float[seq, batch, out / T].
+    """A column-parallel linear layer on a sequence shard.
+
+    float[seq / T, batch, in] -> float[seq, batch, out / T].
 
     Gathers the sequence, forward and again backward, so that only the shard is kept (Korthikanti et
     al. 2022, section 4.2.2). The input's gradient is reduce-scattered. Collective over `group`.

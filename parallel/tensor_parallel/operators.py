@@ -1,8 +1,8 @@
-"""Tensor and sequence parallelism: what the ranks of a tensor-parallel group send each other.
+"""Tensor and sequence parallelism: the collectives within a tensor-parallel group.
 
-Shoeybi et al. 2019 (f and g operators) and Korthikanti et al. 2022 (sequence parallelism). A hidden state is
-float[seq, batch, hidden] on every rank or, with sequence parallelism, float[seq / T, batch, hidden].
-Exact-mode safe within one tensor-parallel size.
+Shoeybi et al. 2019 (f and g operators) and Korthikanti et al. 2022 (sequence parallelism). A hidden
+state is float[seq, batch, hidden] on every rank or, with sequence parallelism, float[seq / T,
+batch, hidden]. Exact-mode safe within one tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from holdfast.parallel.tensor_parallel.linear import (
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """How a chunk's layers are split: its group (None for one rank) and whether sequences are too."""
+    """How a chunk's layers are split: the group (None: one rank), and whether sequences are too."""
 
     group: Communicator | None
     sequence_parallel: bool

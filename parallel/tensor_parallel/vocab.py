@@ -1,7 +1,7 @@
 """The vocabulary split over tensor-parallel ranks: embedding and cross-entropy.
 
-Rank r holds rows [r * V // T, (r + 1) * V // T); V need not divide evenly. Exact-mode safe within one
-tensor-parallel size.
+Rank r holds rows [r * V // T, (r + 1) * V // T); V need not divide evenly. Exact-mode safe within
+one tensor-parallel size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ranks that are killed or stopped while others wait: an abort frees every thread of every group."""
+"""An abort ends every wait of every group while ranks are killed or stopped."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def cut_off_in_the_middle(rank: int, world_size: int, store: Any, *, sends: bool
     groups.world.barrier()
     handle = post(large, 1 - rank, 7)
     if rank == sends:
-        # Who receives sees the first bytes come.
+        # The receiver sees the first bytes come.
         _until(lambda: bool(large[0]))
         os.kill(peer if rank == 0 else os.getpid(), signal.SIGKILL)
     threads, told = _in_threads([handle.wait])
@@ -174,7 +174,7 @@ def test_abort_frees_every_waiter_and_survivors_go_on(cluster: Cluster, how: int
 
 
 def abort_before_connection(rank: int, world_size: int, store: Any) -> list[str]:
-    """Rank 0 stops before anybody ever connected with it."""
+    """Rank 0 stops before any rank has connected with it."""
     groups = _groups(rank, store)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)

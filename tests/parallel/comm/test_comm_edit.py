@@ -1,4 +1,4 @@
-"""Ranks leave and join: groups without them stay what they are, the others go on with new members."""
+"""Ranks leave and join: groups without them stay, the others go on with new members."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_ranks_come_and_go_without_leaving_anything_behind(cluster: Cluster, kep
 
 
 def _vote_in_vain(groups: Groups) -> None:
-    """Rank 0 knows already and does not come; the call fails at once if another has aborted before."""
+    """Rank 0 does not come; the call fails at once if another rank has aborted before."""
     vote = groups.control.all_reduce(torch.ones(1))
     groups.abort("rank 4 is gone")
     vote.wait()

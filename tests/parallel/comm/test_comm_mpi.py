@@ -1,4 +1,4 @@
-"""MPI's communicators under mpirun: the sums of the other transports, and life after killed ranks."""
+"""MPI communicators under mpirun: the sums of the other transports, also after killed ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tags of messages: ranges that share nothing, and nobody who makes up a tag of their own."""
+"""Message tags: the ranges are disjoint, and no module makes up a tag of its own."""
 
 from __future__ import annotations
 

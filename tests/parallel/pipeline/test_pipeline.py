@@ -1,4 +1,4 @@
-"""The executor over real processes: what comes out is what the chain of chunks gives, for any schedule."""
+"""The executor over real processes gives the chain of chunks' results, for any schedule."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -75,7 +75,7 @@ class Groups:
         return GlooCommunicator.over(self.mesh, name, ranks)
 
     def abort(self, reason: str) -> None:
-        """End the generation on this rank: see `Communicator.abort`."""
+        """Abort the generation on this rank: see `Communicator.abort`."""
         self.signal.abort(reason)
 
     def history(self) -> tuple[Operation, ...]:
@@ -110,6 +110,7 @@ def build_groups(
         record_path: file in which the rank's operations can be read from outside; see
             parallel/comm/flight_recorder.py.
     """
+    assert backend in get_args(Backend), f"{backend!r} is none of {get_args(Backend)}"
     assert timeout_s > 0
     recorder = FlightRecorder(rank, generation=generation, path=record_path)
     signal = AbortSignal(generation)

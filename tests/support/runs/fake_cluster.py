@@ -1,4 +1,4 @@
-"""The others of an elastic run as a script, so that one worker's loop and recovery run without processes."""
+"""A cluster of fakes: one worker's loop and recovery run in memory, the others are a script."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def worker(
     history: MembershipHistory | None = None,
     sleep: Callable[[float], None] = lambda seconds: None,
 ) -> Worker:
-    """A worker of a run of `config`; the first agreement, of all ranks without state, goes without saying."""
+    """A worker of a run of `config`; the script follows the first agreement, of all its ranks."""
     identity = Identity(rank, incarnation)
     membership = FakeMembership(identity, set(range(config.parallel.ranks)) | {rank}, script)
     failing = Failures()

@@ -22,6 +22,10 @@ BELOW = {
 }
 MOST_ROOMS = 18
 """Entries of one folder, its own `__init__` aside."""
+LONGEST_FUNCTION = 60
+"""Lines of a function, its docstring included."""
+WIDEST = 12
+"""Attributes of a class, or parameters of a function, that need no reason."""
 RENDEZVOUS = {"Store", "TCPStore", "PrefixStore", "HashStore"}
 # What tells a program's own group apart; none of them communicates.
 RENDEZVOUS |= {"get_rank", "get_world_size", "is_available", "is_initialized"}
@@ -168,6 +172,67 @@ def test_a_folder_shows_few_rooms(folder: str) -> None:
         if path.name not in ("__init__.py", "__init__.pyi", "py.typed", "__pycache__")
     }
     assert len(rooms) <= MOST_ROOMS, sorted(rooms)
+
+
+def functions_and_classes() -> Iterator[tuple[str, ast.AST]]:
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                yield f"{module}.{node.name}", node
+
+
+def test_functions_fit_on_a_screen() -> None:
+    wrong = {
+        name: lines
+        for name, node in functions_and_classes()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+    }
+    assert wrong == {}
+
+
+def _width(node: ast.AST) -> int:
+    """How many attributes a class sets or declares, or how many parameters a function takes."""
+    if isinstance(node, ast.ClassDef):
+        stored = {
+            inner.attr
+            for inner in ast.walk(node)
+            if isinstance(inner, ast.Attribute)
+            and isinstance(inner.ctx, ast.Store)
+            and isinstance(inner.value, ast.Name)
+            and inner.value.id == "self"
+        }
+        declared = {
+            statement.target.id
+            for statement in node.body
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        }
+        return len(stored | declared)
+    assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    given = node.args
+    return len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+
+
+def test_wide_classes_say_why() -> None:
+    """A class or function with many attributes or parameters gives a reason: `Wide: ...`."""
+    wrong = {
+        name: _width(node)
+        for name, node in functions_and_classes()
+        if _width(node) > WIDEST
+        and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and "Wide: " not in (ast.get_docstring(node) or "")
+    }
+    assert wrong == {}
+
+
+def test_docstrings_say_first_what_a_thing_is() -> None:
+    wrong = [
+        name
+        for name, node in functions_and_classes()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and (ast.get_docstring(node) or "").startswith(("Args:", "Raises:", "Returns:"))
+    ]
+    assert wrong == []
 
 
 def _distributed_names(path: Path) -> set[str]:

@@ -11,11 +11,13 @@ import contextlib
 import importlib
 import os
 import pickle
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Collection
 from multiprocessing.connection import Client, Connection, Listener
@@ -108,9 +110,25 @@ class Cluster:
                 )
                 connected = {}
                 for _ in range(self._workers):
-                    connection = listener.accept()
+                    connection = self._accept(listener, self._process)
                     connected[connection.recv()] = connection
         self._connections = [connected[rank] for rank in range(self._workers)]
+
+    @staticmethod
+    def _accept(listener: Listener, process: subprocess.Popen[bytes]) -> Connection:
+        """The next worker's connection.
+
+        Raises:
+            WorkerFailed: the process that forks the workers has ended before they were there.
+        """
+        accepted: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        threading.Thread(target=lambda: accepted.put(listener.accept()), daemon=True).start()
+        while process.poll() is None:
+            with contextlib.suppress(queue.Empty):
+                return accepted.get(timeout=0.5)
+        raise WorkerFailed(
+            f"the pool's process ended with {process.returncode} before it had workers"
+        )
 
 
 def _serve(address: str, workers: int) -> None:

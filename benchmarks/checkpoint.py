@@ -1,8 +1,9 @@
-"""Saving beside training, against what torch programs use for it; loading, cold and warm; raw throughput.
+"""Saving beside training, against what torch programs use for it; loading, cold and warm; raw
+throughput.
 
-Four ranks with a state of DTensors and AdamW's moments. Compute is emulated by sleeping (the cores are fewer
-than the ranks); updates, copies and writes are real. Three figures for each contestant: seconds that the
-training thread was blocked, of the loop, and of all including the last drain.
+Four ranks with a state of DTensors and AdamW's moments. Compute is emulated by sleeping (the cores
+are fewer than the ranks); updates, copies and writes are real. Three figures for each contestant:
+seconds that the training thread was blocked, of the loop, and of all including the last drain.
 
     python benchmarks/checkpoint.py [--gib 1.5] [--repetitions 3] [--json out.json]
 """
@@ -61,7 +62,8 @@ class Bench:
             **self._sizes(),
         )
         shutil.rmtree(place, ignore_errors=True)
-        # Every process of the pool keeps the memory of what ran before: a fresh pool tells the peak.
+        # Every process of the pool keeps the memory of what ran before: a fresh pool tells the
+        # peak.
         self.cluster.close()
         return {key: max(result[key] for result in found) for key in found[0]}
 
@@ -101,12 +103,15 @@ class Bench:
             return None
         place = self.folder / "fio"
         if operation == "write":
-            # New files each time, as a checkpoint's are: writing over old ones is a third faster here.
+            # New files each time, as a checkpoint's are: writing over old ones is a third faster
+            # here.
             shutil.rmtree(place, ignore_errors=True)
         place.mkdir(exist_ok=True)
         command = [
-            "fio", "--name=job", f"--directory={place}", f"--rw={operation}", "--bs=1M", "--direct=1",
-            "--ioengine=libaio", "--iodepth=16", f"--numjobs={RANKS}", f"--size={self.bytes // RANKS}",
+            "fio", "--name=job", f"--directory={place}", f"--rw={operation}",
+            "--bs=1M", "--direct=1",
+            "--ioengine=libaio", "--iodepth=16", f"--numjobs={RANKS}",
+            f"--size={self.bytes // RANKS}",
             "--end_fsync=1", "--group_reporting", "--output-format=json",
         ]  # fmt: skip
         began = time.perf_counter()

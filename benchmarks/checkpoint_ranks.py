@@ -1,4 +1,6 @@
-"""What each rank does in benchmarks/checkpoint.py: a training loop with a state, saved by one contestant."""
+"""What each rank does in benchmarks/checkpoint.py: a training loop with a state, saved by one
+contestant.
+"""
 
 from __future__ import annotations
 
@@ -194,13 +196,16 @@ def loop(
     every: int,
     compute_s: float,
 ) -> dict[str, float]:
-    """Train `steps` steps of emulated compute and real updates; seconds blocked, of the loop, and in all."""
+    """Train `steps` steps of emulated compute and real updates; seconds blocked, of the loop,
+    and in all.
+    """
     with default_group(rank, world_size, store) as mesh:
         module, optimizer = build(mesh, tensors, rows)
         share = 12 * tensors * rows * COLUMNS // world_size
         saving = contestant(name, Path(folder), module, optimizer, share)
         if saving is not None:
-            # The first save makes plans, processes and buffers; what is measured is the steady state.
+            # The first save makes plans, processes and buffers; what is measured is the steady
+            # state.
             saving.save(0)
             if hasattr(saving, "_checkpointer"):
                 saving._checkpointer.wait()
@@ -241,7 +246,9 @@ def load(
     dim: int,
     cold: bool,
 ) -> dict[str, float]:
-    """Load what `loop` or `make` has saved, into shards along `dim`; seconds and bytes read from storage."""
+    """Load what `loop` or `make` has saved, into shards along `dim`; seconds and bytes read from
+    storage.
+    """
     with default_group(rank, world_size, store) as mesh:
         module, optimizer = build(mesh, tensors, rows, dim)
         state = state_dict(module, optimizer)

@@ -1,7 +1,7 @@
 """Planning at scale, without tensors: the manifest of a trillion parameters over 3,072 ranks.
 
-The write plan and the manifest are built, written and read, and the read plan of one rank of another layout is
-made; one process, times in seconds.
+The write plan and the manifest are built, written and read, and the read plan of one rank of
+another layout is made; one process, times in seconds.
 
     python benchmarks/checkpoint_scale.py [--json out.json]
 """

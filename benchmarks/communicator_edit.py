@@ -1,13 +1,16 @@
-"""One rank of 8 or 16 is lost: editing the communicators against tearing all down and building them again.
+"""One rank of 8 or 16 is lost: editing the communicators against tearing all down and building them
+again.
 
-Layout: tensor 2 x pipeline 2, the rest data parallel. Timed on the survivors, from the moment at which
-all know the new membership until all have used every group: a vote of all ranks, a tensor all_reduce, a
-pipeline message, a message to each data-parallel peer. Rendezvous over one TCPStore.
+Layout: tensor 2 x pipeline 2, the rest data parallel. Timed on the survivors, from the moment at
+which all know the new membership until all have used every group: a vote of all ranks, a tensor
+all_reduce, a pipeline message, a message to each data-parallel peer. Rendezvous over one TCPStore.
 
-- torch, rebuilt: gloo process groups (world, tensor, pipeline) destroyed and made anew, full meshes.
+- torch, rebuilt: gloo process groups (world, tensor, pipeline) destroyed and made anew, full
+  meshes.
 - holdfast, rebuilt: `build_groups` from nothing.
 - holdfast, edit: nothing was under way, as when a rank leaves between two steps.
-- holdfast, abort + edit: the others waited for the lost rank, or for those who did; includes the abort.
+- holdfast, abort + edit: the others waited for the lost rank, or for those who did; includes the
+  abort.
 
     python benchmarks/communicator_edit.py [--repetitions 9] [--json out.json]
 """
@@ -130,8 +133,8 @@ class TorchGroups:
 def wait_in_vain(groups: Groups, mesh: Mesh, rank: int) -> list[Handle]:
     """What a rank has under way when another is lost in its pipeline's compute.
 
-    The lost rank's replica waits inside its tensor and pipeline groups; the other replicas are through
-    with theirs and wait for gradients of that replica.
+    The lost rank's replica waits inside its tensor and pipeline groups; the other replicas are
+    through with theirs and wait for gradients of that replica.
     """
     here, lost = mesh.coordinates(rank), mesh.coordinates(LOST)
     if here.data != lost.data:

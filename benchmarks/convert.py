@@ -1,12 +1,14 @@
 """Converting, against DeepSpeed's and torch's own converters and against copying the same bytes.
 
-Every contestant is a command of its own, from its start to its end, with cold files (dropped from the page
-cache before each), durable at the end. Ours reads back everything that it has written, which the others do not.
-There are two copies of the source's bytes, both with O_DIRECT: dd, one block at a time, and the file engine that
-conversions use, eight blocks at a time. Processor time is told too: on a machine with other work it says more
-than the clock. The last two contests are larger (--large-gib), so that what a command takes to start counts less.
+Every contestant is a command of its own, from its start to its end, with cold files (dropped from
+the page cache before each), durable at the end. Ours reads back everything that it has written,
+which the others do not. There are two copies of the source's bytes, both with O_DIRECT: dd, one
+block at a time, and the file engine that conversions use, eight blocks at a time. Processor time is
+told too: on a machine with other work it says more than the clock. The last two contests are larger
+(--large-gib), so that what a command takes to start counts less.
 
-    python benchmarks/convert.py [--layers 8] [--workers 2] [--repetitions 2] [--large-gib 3] [--only WORDS]
+    python benchmarks/convert.py [--layers 8] [--workers 2] [--repetitions 2] \\
+        [--large-gib 3] [--only WORDS]
         [--json out.json]
 """
 
@@ -179,7 +181,10 @@ def make_sources(folder: Path, layers: int) -> None:
         finally:
             pool.close()
     subprocess.run([*OURS, str(folder / "dcp"), str(folder / "hf"), "--to", "hf"], check=True)
-    torch_file = "import sys; from torch.distributed.checkpoint.format_utils import *; dcp_to_torch_save(*sys.argv[1:])"
+    torch_file = (
+        "import sys; from torch.distributed.checkpoint.format_utils import *; "
+        "dcp_to_torch_save(*sys.argv[1:])"
+    )
     subprocess.run(
         [PYTHON, "-c", torch_file, str(folder / "dcp"), str(folder / "torch.pt")], check=True
     )
@@ -314,8 +319,10 @@ def main() -> None:
             }
             peak, largest = peak_of_ours(folder / "zero2/global_step1", folder / "out")
             note += (
-                f"; GiB of the sources: {sizes}; a conversion in one process with --memory-limit 128M takes "
-                f"{peak / 2**20:.0f} MiB beside its imports, its largest tensor has {largest / 2**20:.0f} MiB"
+                f"; GiB of the sources: {sizes}; a conversion in one process with "
+                f"--memory-limit 128M takes "
+                f"{peak / 2**20:.0f} MiB beside its imports, "
+                f"its largest tensor has {largest / 2**20:.0f} MiB"
             )
         console.print(note)
         if options.json:

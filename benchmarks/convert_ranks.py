@@ -1,4 +1,6 @@
-"""Ranks for convert.py: DeepSpeed and torch.distributed.checkpoint save a state of the size that is asked for."""
+"""Ranks for convert.py: DeepSpeed and torch.distributed.checkpoint save a state of the size that
+is asked for.
+"""
 
 from __future__ import annotations
 

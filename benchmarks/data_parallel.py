@@ -1,7 +1,8 @@
-"""A whole training step, two replicas, beside DDP, FSDP2 and DeepSpeed; one process beside a plain loop.
+"""A whole training step, two replicas, beside DDP, FSDP2 and DeepSpeed; one process beside a plain
+loop.
 
-The same Llama (tests/support/oracles/plain_llama.py for the peers), batch, micro-batches, fused AdamW and clipping
-everywhere, over gloo, one thread per rank. Contestants alternate.
+The same Llama (tests/support/oracles/plain_llama.py for the peers), batch, micro-batches, fused
+AdamW and clipping everywhere, over gloo, one thread per rank. Contestants alternate.
 
     python benchmarks/data_parallel.py [--repetitions 5] [--json out.json]
 """

@@ -1,11 +1,13 @@
 """What `elastic.enabled` costs while nothing is lost: step times with and without it, in turn.
 
-Data-parallel workers on this machine through the whole command: agents, heartbeats, votes, gradients, updates and
-shadows are real; compute is emulated. A micro-batch's forward pass takes FORWARD_S and its backward pass twice
-that, whatever the machine does meanwhile: the small real passes are followed by sleeping. So the ranks' steps
-do not depend on how many share a core, and what is left is what the elastic layer takes of a step.
+Data-parallel workers on this machine through the whole command: agents, heartbeats, votes,
+gradients, updates and shadows are real; compute is emulated. A micro-batch's forward pass takes
+FORWARD_S and its backward pass twice that, whatever the machine does meanwhile: the small real
+passes are followed by sleeping. So the ranks' steps do not depend on how many share a core, and
+what is left is what the elastic layer takes of a step.
 
-    python benchmarks/elastic_overhead.py [--repetitions 5] [--steps 20] [--workers 2] [--json out.json]
+    python benchmarks/elastic_overhead.py [--repetitions 5] [--steps 20] [--workers 2] \\
+        [--json out.json]
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ WARM_UP = 3
 MICRO_BATCHES = 8
 """Of each worker."""
 FORWARD_S = 0.019
-"""As long as 512 tokens of this model take on one core; the real passes, of 32 tokens, take less."""
+"""As long as 512 tokens of this model take on one core; the real passes, of 32 tokens, take
+less.
+"""
 
 
 def lasting(seconds: float, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """Executor against the simulated ideal, and torch.distributed.pipelining's executor beside it.
 
-Four pipeline ranks, 16 micro-batches, gloo. A chunk's compute is a sleep (forward 20 ms / chunks per rank,
-or as told; backward twice that), which shows schedule and overhead honestly when ranks outnumber cores.
+Four pipeline ranks, 16 micro-batches, gloo. A chunk's compute is a sleep (forward 20 ms / chunks
+per rank, or as told; backward twice that), which shows schedule and overhead honestly when ranks
+outnumber cores.
 
     python benchmarks/executor.py [--repetitions 5] [--json out.json]
 """
@@ -61,7 +62,9 @@ def make_sleeps_exact() -> None:
 
 
 def sleep_until(deadline: float) -> None:
-    """Sleep, and spin for the last moment: waking up late would count against whoever is measured."""
+    """Sleep, and spin for the last moment: waking up late would count against whoever is
+    measured.
+    """
     remaining = deadline - time.perf_counter() - SPIN_S
     if remaining > 0:
         time.sleep(remaining)

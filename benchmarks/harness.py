@@ -34,7 +34,9 @@ class Measurement:
 def alternate(
     contestants: Mapping[str, Callable[[], float]], repetitions: int
 ) -> list[Measurement]:
-    """Run every contestant once per repetition, in turn, so that drifts of the machine hit all alike."""
+    """Run every contestant once per repetition, in turn, so that drifts of the machine hit all
+    alike.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repetitions):
         for name, run in contestants.items():

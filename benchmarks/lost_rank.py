@@ -1,19 +1,20 @@
 """Throughput after one of six ranks is lost, on emulated compute: what each way of going on gives.
 
-Data 3 x pipeline 2, 24 layers, 1F1B, the same global batch throughout, of 12 or 24 micro-batches; a rank of the
-first or of the second stage is lost. A layer's forward is a sleep of 1 ms and its backward one of 2 ms, under the
-real executor over gloo.
+Data 3 x pipeline 2, 24 layers, 1F1B, the same global batch throughout, of 12 or 24 micro-batches; a
+rank of the first or of the second stage is lost. A layer's forward is a sleep of 1 ms and its
+backward one of 2 ms, under the real executor over gloo.
 
 - nothing lost: six ranks;
-- pipeline dropped: the lost rank's whole pipeline stands still, and the other two share its micro-batches (what
-  replica-granular recovery does, torchft's);
+- pipeline dropped: the lost rank's whole pipeline stands still, and the other two share its
+  micro-batches (what replica-granular recovery does, torchft's);
 - re-routed: its micro-batches go to the other replicas of its stage (ReCycle's way, with its
   split backward);
-- holdfast: re-routed, layers moved between the stages, and the step list-scheduled with split backwards; ranks keep
-  elastic.activation_headroom = 0.3 more activations than the fullest did before, or as much again (1.0).
+- holdfast: re-routed, layers moved between the stages, and the step list-scheduled with split
+  backwards; ranks keep elastic.activation_headroom = 0.3 more activations than the fullest did
+  before, or as much again (1.0).
 
-Five ranks can do 5/4 of what four do, whatever the way: the work of a step does not change. More than that is a
-shorter bubble.
+Five ranks can do 5/4 of what four do, whatever the way: the work of a step does not change. More
+than that is a shorter bubble.
 
     python benchmarks/lost_rank.py [--repetitions 7] [--json out.json]
 """
@@ -149,7 +150,7 @@ def main() -> None:
         rows,
         baseline,
         json_path=given.json,
-        note="ratio: of step times, to dropping the pipeline; five busy ranks would give 0.8 of four",
+        note="ratio: of step times, to dropping the pipeline; five busy ranks give 0.8 of four",
     )
 
 

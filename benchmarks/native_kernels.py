@@ -1,8 +1,8 @@
 """Native kernels beside the torch operation that each stands for, one thread.
 
-Bytes are what the kernel itself has to read and write once (torch's own traffic may differ); the ratio is
-native time over torch time, below 1 where the native kernel is faster. HOLDFAST_NATIVE_ISA chooses
-the instruction set.
+Bytes are what the kernel itself has to read and write once (torch's own traffic may differ); the
+ratio is native time over torch time, below 1 where the native kernel is faster. HOLDFAST_NATIVE_ISA
+chooses the instruction set.
 
     python benchmarks/native_kernels.py [--elements 4194304] [--repetitions 15] [--json out.json]
 """
@@ -64,20 +64,25 @@ def cases(n: int) -> tuple[list[Case], list[torch.Tensor]]:
         Case("reduce_convert_f32", lambda: _native.reduce_convert_f32(s, fo, n, bits), 12 * n,
              "float().mul_(), norm", lambda: sums.float().mul_(2.0**-bits).norm(), 12 * n),
         Case("sum_squares_f32", lambda: _native.sum_squares_f32(f, n), 4 * n,
-             "norm in float64", lambda: torch.linalg.vector_norm(single, dtype=torch.float64), 4 * n),
+             "norm in float64",
+             lambda: torch.linalg.vector_norm(single, dtype=torch.float64), 4 * n),
         Case("crc32c", lambda: _native.crc32c(f, 4 * n), 4 * n,
              "zlib.crc32", lambda: zlib.crc32(text), 4 * n),
-        Case("dropout_scale_f32", lambda: _native.dropout_scale_f32(fo, f, n, key, stream, 0, 0.1), 8 * n,
+        Case("dropout_scale_f32",
+             lambda: _native.dropout_scale_f32(fo, f, n, key, stream, 0, 0.1), 8 * n,
              "dropout", lambda: dropout(single, 0.1), 8 * n),
-        Case("dropout_scale_bf16", lambda: _native.dropout_scale_bf16(ho, h, n, key, stream, 0, 0.1), 4 * n,
+        Case("dropout_scale_bf16",
+             lambda: _native.dropout_scale_bf16(ho, h, n, key, stream, 0, 0.1), 4 * n,
              "dropout bf16", lambda: dropout(half, 0.1), 4 * n),
         Case("philox_uint32", lambda: _native.philox_uint32(fo, n, key, stream, 0), 4 * n,
              "bernoulli_", lambda: single_out.bernoulli_(0.9), 4 * n),
         Case("philox_uniform_f32", lambda: _native.philox_uniform_f32(fo, n, key, stream, 0), 4 * n,
              "uniform_", lambda: single_out.uniform_(), 4 * n),
-        Case("philox_normal_f32", lambda: _native.philox_normal_f32(fo, n, key, stream, 0, 0.0, 0.02), 4 * n,
+        Case("philox_normal_f32",
+             lambda: _native.philox_normal_f32(fo, n, key, stream, 0, 0.0, 0.02), 4 * n,
              "normal_", lambda: single_out.normal_(0.0, 0.02), 4 * n),
-        Case("philox_normal_f64", lambda: _native.philox_normal_f64(d, n, key, stream, 0, 0.0, 0.02), 8 * n,
+        Case("philox_normal_f64",
+             lambda: _native.philox_normal_f64(d, n, key, stream, 0, 0.0, 0.02), 8 * n,
              "normal_ float64", lambda: double.normal_(0.0, 0.02), 8 * n),
     ]  # fmt: skip
     return listed, tensors

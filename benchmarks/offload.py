@@ -1,15 +1,17 @@
-"""Offloaded activations beside nothing, save_on_cpu, recomputation and a slow drive: memory and step time.
+"""Offloaded activations beside nothing, save_on_cpu, recomputation and a slow drive: memory and
+step time.
 
-One process per contestant, which take turns step by step; a Llama of 24 layers. Memory is what a step takes at
-most above what was taken before the first: in use (of the allocator, sampled every millisecond of a step that
-is not timed) and, on a CPU, the resident set; on a GPU what torch's allocator gave out. Before anything is
-timed, all contestants' gradients are compared bit by bit.
+One process per contestant, which take turns step by step; a Llama of 24 layers. Memory is what a
+step takes at most above what was taken before the first: in use (of the allocator, sampled every
+millisecond of a step that is not timed) and, on a CPU, the resident set; on a GPU what torch's
+allocator gave out. Before anything is timed, all contestants' gradients are compared bit by bit.
 
-Contestants that offload have the heap that `holdfast train` gives them (docs/offload.md), the others that of
-every process.
+Contestants that offload have the heap that `holdfast train` gives them (docs/offload.md), the
+others that of every process.
 
-Both shapes take about five minutes on a quiet machine. A second table says what a step costs the processor, by
-main thread, other threads (of the file engine) and system, with page faults and context switches.
+Both shapes take about five minutes on a quiet machine. A second table says what a step costs the
+processor, by main thread, other threads (of the file engine) and system, with page faults and
+context switches.
 
     python benchmarks/offload.py --folder /nvme [--device cuda] [--hidden 512] [--json out.json]
 """
@@ -243,7 +245,9 @@ def compare(args: argparse.Namespace, names: list[str], arguments: list[str]) ->
 
 
 def quarter_rate(sending: Contestant, nothing: Contestant) -> float:
-    """A quarter of what writing everything within a forward pass, a third of a step, takes; MiB/s."""
+    """A quarter of what writing everything within a forward pass, a third of a step, takes;
+    MiB/s.
+    """
     needed = sending.steps[-1]["eligible"] / (nothing.step()["seconds"] / 3)
     return needed / 4 / MIB
 
@@ -372,7 +376,9 @@ def main() -> None:
 
 
 def ratios_by_title(records: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """A process is a few per cent faster or slower than the next with the same work: every round's ratio."""
+    """A process is a few per cent faster or slower than the next with the same work: every
+    round's ratio.
+    """
     found: dict[str, list[float]] = {}
     for record in records:
         for row in record["rows"]:

@@ -1,15 +1,18 @@
-"""A worker of four is killed, or stopped, at random instants: how long until steps are committed again.
+"""A worker of four is killed, or stopped, at random instants: how long until steps are committed
+again.
 
 The same shape of model and batch under
 
 - holdfast, `elastic.enabled`: four data-parallel ranks, exact mode, one shadow per block;
-- torchft, `manager.allreduce` over gloo: four replicas, each restarted when it has died, with the same
-  heartbeat settings, and plain AdamW (its DDP wrapper fails on torch 2.13 when a peer dies);
-- torchrun --max-restarts: holdfast's plain workers with a checkpoint every 5 steps, loaded at each restart.
+- torchft, `manager.allreduce` over gloo: four replicas, each restarted when it has died, with the
+  same heartbeat settings, and plain AdamW (its DDP wrapper fails on torch 2.13 when a peer dies);
+- torchrun --max-restarts: holdfast's plain workers with a checkpoint every 5 steps, loaded at each
+  restart.
 
-An observer outside polls every 2 ms which step has been committed. What is reported of a fault is the longest
-of the three gaps that follow it (fault to next commit, then from commit to commit), less the median time of a
-step: so that a step that was as good as done when the fault came does not count as recovery.
+An observer outside polls every 2 ms which step has been committed. What is reported of a fault is
+the longest of the three gaps that follow it (fault to next commit, then from commit to commit),
+less the median time of a step: so that a step that was as good as done when the fault came does not
+count as recovery.
 
     python benchmarks/recovery.py [--faults 8] [--json out.json]
 """
@@ -40,8 +43,8 @@ from harness import Measurement, report
 RANKS = 4
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 100, 600
 TORCHFT_JOIN_TIMEOUT_MS = 1000
-"""With the 100 ms that holdfast uses, torchft's replicas, which ask for a quorum in every step, leave the slower
-of them out again and again."""
+"""With the 100 ms that holdfast uses, torchft's replicas, which ask for a quorum in every step,
+leave the slower of them out again and again."""
 HANG_TIMEOUT_S = 2.0
 MODEL = {"layers": 4, "hidden": 96, "intermediate": 256, "heads": 6, "kv_heads": 3, "vocab": 320}
 SEQ_LEN, MICRO_BATCH, MICRO_BATCHES = 128, 2, 8
@@ -427,7 +430,8 @@ def main() -> None:
         steps: dict[str, float] = {}
         for name, start in CONTESTANTS.items():
             if given.only not in name or (number == signal.SIGSTOP and name != "holdfast"):
-                continue  # torchrun waits for ever; torchft's replicas did not all come back in time
+                # torchrun waits for ever; torchft's replicas did not all come back in time
+                continue
             with tempfile.TemporaryDirectory() as folder, start(Path(folder)) as job:
                 lost, joined = measure(job, given.faults, number, seed=3)
                 rows.append(Measurement(name, lost))

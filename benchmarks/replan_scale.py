@@ -1,9 +1,9 @@
-"""Re-planning at 100,000 ranks, without tensors: what is computed and moved when one rank, or one node, dies,
-and what is computed when its replacement joins.
+"""Re-planning at 100,000 ranks, without tensors: what is computed and moved when one rank, or one
+node, dies, and what is computed when its replacement joins.
 
-The planning code is that of a run; one process, times in seconds. The lower bound of what must move: every
-block whose owner no longer computes its stage (a tensor-parallel group that lost a rank is out as a whole)
-and every copy that a lost rank kept, once each.
+The planning code is that of a run; one process, times in seconds. The lower bound of what must
+move: every block whose owner no longer computes its stage (a tensor-parallel group that lost a rank
+is out as a whole) and every copy that a lost rank kept, once each.
 
     python benchmarks/replan_scale.py [--json out.json]
 """

@@ -1,4 +1,6 @@
-"""Runs every benchmark and keeps the JSON beside benchmarks/RESULTS.md: python benchmarks/run_all.py"""
+"""Runs every benchmark and keeps the JSON beside benchmarks/RESULTS.md: python
+benchmarks/run_all.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From the command to the first committed step, 4 workers, beside torchrun with a bare torch script.
+"""From the command to the first committed step, 4 workers, beside torchrun with a bare torch
+script.
 
 The bare script imports torch, forms a gloo group and does one all-reduce and one backward pass.
 
@@ -49,7 +50,9 @@ pipeline = 2
 
 
 def seconds_until(path: Path, command: list[str], environment: dict[str, str]) -> float:
-    """From the start of a command until a file appears with something in it or empty as it is made."""
+    """From the start of a command until a file appears with something in it or empty as it is
+    made.
+    """
     start = time.perf_counter()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

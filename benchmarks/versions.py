@@ -1,13 +1,16 @@
-"""This version beside another one: is a step, the executor, starting or recovering slower than it was?
+"""This version beside another one: is a step, the executor, starting or recovering slower than it
+was?
 
 Both run the same configurations in turn, each from its own checkout with its own `.venv`:
 
-    python benchmarks/versions.py OTHER_CHECKOUT [--repetitions 5] [--only step,start] [--json out.json]
+    python benchmarks/versions.py OTHER_CHECKOUT [--repetitions 5] [--only step,start] \\
+        [--json out.json]
 
 - step: median seconds of a step of one process, exact mode;
 - step of 4 ranks: the same over two replicas of a pipeline of two;
 - start: from the command to the first committed step, 4 workers;
-- recovery: what a run writes of a worker that is killed in the midst of a step (`recovered.total_s`);
+- recovery: what a run writes of a worker that is killed in the midst of a step
+  (`recovered.total_s`);
 - executor: `executor.py`'s times of each checkout, where compute is a sleep.
 """
 

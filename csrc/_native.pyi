@@ -1,10 +1,10 @@
 """Native kernels of holdfast.
 
 Arrays are addresses (`tensor.data_ptr()`) of contiguous memory aligned to its element; counts and
-offsets are in elements. Every function is Local, releases the GIL, uses the calling thread alone and
-raises ValueError for a negative count or an argument outside its stated range. All are exact-mode
-safe: results have the same bits on every instruction set, for every alignment and for every way of
-cutting the elements into calls (sums of squares excepted: one call, one fixed order).
+offsets are in elements. Every function is Local, releases the GIL, uses the calling thread alone
+and raises ValueError for a negative count or an argument outside its stated range. All are
+exact-mode safe: results have the same bits on every instruction set, for every alignment and for
+every way of cutting the elements into calls (sums of squares excepted: one call, one fixed order).
 
 Flags: 1 = a gradient was not finite, 2 = a contribution or a sum left the int64 range.
 """
@@ -12,8 +12,8 @@ Flags: 1 = a gradient was not finite, 2 = a contribution or a sum left the int64
 def isa() -> str:
     """The instruction set in use: "portable", "avx2" or "avx512".
 
-    The best one of the machine, or the one that the environment variable HOLDFAST_NATIVE_ISA named at
-    import (importing fails if the machine cannot run it).
+    The best one of the machine, or the one that the environment variable HOLDFAST_NATIVE_ISA named
+    at import (importing fails if the machine cannot run it).
     """
 
 def accumulate_f32(accumulator: int, gradient: int, count: int, fraction_bits: int) -> int:
@@ -68,7 +68,9 @@ def accumulate_rows_f64(
     """As accumulate_rows_f32, gradient: float64."""
 
 def add_i64(accumulator: int, other: int, count: int) -> int:
-    """accumulator[i] += other[i], both int64[count]; returns flag 2 if any sum overflowed (wrapped)."""
+    """accumulator[i] += other[i], both int64[count]; returns flag 2 if any sum overflowed
+    (wrapped).
+    """
 
 def reduce_convert_f32(sums: int, output: int, count: int, fraction_bits: int) -> float:
     """output[i] = sums[i] * 2**-fraction_bits, rounded once to nearest; returns its sum of squares.
@@ -87,8 +89,8 @@ def reduce_convert_f64(sums: int, output: int, count: int, fraction_bits: int) -
 def sum_squares_f32(values: int, count: int) -> float:
     """Sum of squares of float32[count] in float64, in a fixed order.
 
-    Sixteen lanes: lane j adds elements j, j + 16, ... in turn; then lanes j and j + 8, j + 4, j + 2,
-    j + 1 are added.
+    Sixteen lanes: lane j adds elements j, j + 16, ... in turn; then lanes j and j + 8, j + 4, j +
+    2, j + 1 are added.
     """
 
 def sum_squares_f64(values: int, count: int) -> float:
@@ -107,10 +109,11 @@ class FileEngine:
     """Asynchronous reads and writes of files, for checkpoints and offloaded activations. Local.
 
     A request may have any address, offset and length. Whole 4 KiB blocks go past the page cache
-    (O_DIRECT) where address and offset are equally far from a multiple of 4096 and the filesystem allows
-    it; the rest goes through it. At most queue_depth pieces of 1 MiB are in flight; more wait in the call
-    that makes them. Every wait is without the GIL and ends with a signal's exception. Several threads may
-    use one engine. Memory must stay as it is until the ticket is done.
+    (O_DIRECT) where address and offset are equally far from a multiple of 4096 and the filesystem
+    allows it; the rest goes through it. At most queue_depth pieces of 1 MiB are in flight; more
+    wait in the call that makes them. Every wait is without the GIL and ends with a signal's
+    exception. Several threads may use one engine. Memory must stay as it is until the ticket is
+    done.
     """
 
     def __init__(
@@ -124,8 +127,8 @@ class FileEngine:
     ) -> None:
         """
         Args:
-            kind: "io_uring", "threads", or "auto": what the environment variable HOLDFAST_FILE_ENGINE
-                names, else io_uring where the kernel allows it, else threads.
+            kind: "io_uring", "threads", or "auto": what the environment variable
+                HOLDFAST_FILE_ENGINE names, else io_uring where the kernel allows it, else threads.
             threads: of the engine "threads".
             direct: whether O_DIRECT is used; None: unless HOLDFAST_FILE_DIRECT is 0.
             background: whether also the work of beginning direct requests (pinning memory) is done
@@ -143,7 +146,9 @@ class FileEngine:
         """Pieces that the kernel or a thread has now."""
 
     def register_buffer(self, address: int, nbytes: int) -> None:
-        """Announce memory that many requests use, so that the kernel pins it once, where it will."""
+        """Announce memory that many requests use, so that the kernel pins it once, where it
+        will.
+        """
 
     def unregister_buffers(self) -> None:
         """Forget all of them. Raises RuntimeError while requests are in flight."""
@@ -169,20 +174,25 @@ class FileEngine:
         """Begin to read; returns a ticket."""
 
     def submit(self, requests: list[tuple[bool, int, int, int, int]]) -> list[int]:
-        """Begin many at once: (is it a write, file, address, offset, nbytes); returns their tickets."""
+        """Begin many at once: (is it a write, file, address, offset, nbytes); returns their
+        tickets.
+        """
 
     def done(self, ticket: int) -> bool:
         """Whether it has ended, well or not."""
 
     def wait(self, ticket: int, timeout_s: float = -1.0) -> bool:
-        """Wait for one request; False when time is over first. The ticket is used up by True or an error.
+        """Wait for one request; False when time is over first. The ticket is used up by True or an
+        error.
 
         Raises:
             OSError: the request failed; with the file's name.
         """
 
     def wait_all(self, timeout_s: float = -1.0) -> bool:
-        """Wait for all requests and use up their tickets; raises the error of the first that failed."""
+        """Wait for all requests and use up their tickets; raises the error of the first that
+        failed.
+        """
 
     def sync(self, file: int) -> None:
         """Wait for the file's requests, then until its data are on the device. Raises OSError."""
@@ -222,7 +232,9 @@ def philox_uniform_f32(output: int, count: int, key: int, stream: int, offset: i
     """float32[count] in [0, 1): (word i >> 8) * 2**-24."""
 
 def philox_uniform_f64(output: int, count: int, key: int, stream: int, offset: int) -> None:
-    """float64[count] in [0, 1): the upper 53 bits of (word 2i << 32 | word 2i + 1), times 2**-53."""
+    """float64[count] in [0, 1): the upper 53 bits of (word 2i << 32 | word 2i + 1), times
+    2**-53.
+    """
 
 def philox_normal_f32(
     output: int, count: int, key: int, stream: int, offset: int, mean: float, std: float

@@ -22,7 +22,9 @@ class ConfigError(HoldfastError, ValueError):
 
 
 class DataError(ConfigError):
-    """Training data that cannot be used: unreadable, empty, too short, a token beyond the vocabulary."""
+    """Training data that cannot be used: unreadable, empty, too short, a token beyond the
+    vocabulary.
+    """
 
 
 class LayoutError(HoldfastError, ValueError):
@@ -44,7 +46,9 @@ class PeerLost(HoldfastError, ConnectionError):
 
 
 class CheckpointError(HoldfastError):
-    """A checkpoint that is damaged, incomplete, of another model, or could not be written or read."""
+    """A checkpoint that is damaged, incomplete, of another model, or could not be written or
+    read.
+    """
 
 
 class OffloadError(HoldfastError):
@@ -66,7 +70,9 @@ class MembershipError(HoldfastError):
 
 
 class Minority(MembershipError):
-    """Too few members of the last generation can be reached to go on without risking two runs in one."""
+    """Too few members of the last generation can be reached to go on without risking two runs in
+    one.
+    """
 
 
 class Superseded(MembershipError):

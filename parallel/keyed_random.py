@@ -1,7 +1,7 @@
 """Random numbers without state: every draw is a function of a key and an element's index.
 
-Philox4x32-10 (Salmon et al. 2011). Element i of a logical tensor depends on the key and on i alone, so
-a shard draws its own part and no layout changes a number. Exact-mode safe.
+Philox4x32-10 (Salmon et al. 2011). Element i of a logical tensor depends on the key and on i alone,
+so a shard draws its own part and no layout changes a number. Exact-mode safe.
 """
 
 from __future__ import annotations

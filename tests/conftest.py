@@ -1,4 +1,6 @@
-"""What all tests share: one pool of worker processes, one thread per process, and the order of files."""
+"""What all tests share: one pool of worker processes, one thread per process, and the order of
+files.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the longest tests come first, so that no worker is left with one of them at the end."""
+    """Files with the longest tests come first, so that no worker is left with one of them at the
+    end.
+    """
     weights: dict[Path, int] = {}
     for item in items:
         marks = [item.get_closest_marker(mark) is not None for mark in SLOWER]

@@ -1,7 +1,7 @@
 """Everything shown in the documentation runs, and everything named in it exists.
 
-Python blocks run as they stand, and so do commands that are marked. Paths, modules, test ids, commands and
-make targets that a page names are looked up in the checkout.
+Python blocks run as they stand, and so do commands that are marked. Paths, modules, test ids,
+commands and make targets that a page names are looked up in the checkout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The bits of training are those that are written down in tests/fixtures/golden/bits.json.
 
-tests/trainer/test_same_bits.py shows that all layouts give the bits of one process; this shows that one
-process, each precision and each tensor-parallel size give what they gave when the record was made.
+tests/trainer/test_same_bits.py shows that all layouts give the bits of one process; this shows that
+one process, each precision and each tensor-parallel size give what they gave when the record was
+made.
 """
 
 from __future__ import annotations

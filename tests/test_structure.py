@@ -1,4 +1,6 @@
-"""The floor plan: imports go one way, rooms are entered by their face, folders and files stay small."""
+"""The floor plan: imports go one way, rooms are entered by their face, folders and files stay
+small.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ FOLDERS = {name for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
 def imports(source: str) -> Iterator[tuple[str, str | None]]:
-    """Every import of this project in a module's source, as (module, name in it), anywhere in it."""
+    """Every import of this project in a module's source, as (module, name in it), anywhere in
+    it.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found: list[tuple[str, str | None]] = [(alias.name, None) for alias in node.names]

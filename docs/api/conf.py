@@ -1,4 +1,6 @@
-"""The API reference: made from docstrings by Sphinx (`make docs`), and every warning is an error."""
+"""The API reference: made from docstrings by Sphinx (`make docs`), and every warning is an
+error.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def picture() -> str:
                 fill = COLOURS[action.op][shade]
                 x, w = LEFT + start * UNIT, (stop - start) * UNIT
                 parts.append(
-                    f'<rect x="{x:g}" y="{y:g}" width="{w - 0.8:g}" height="{ROW - 2}" fill="{fill}"/>'
+                    f'<rect x="{x:g}" y="{y:g}" width="{w - 0.8:g}" height="{ROW - 2}" '
+                    f'fill="{fill}"/>'
                     f'<text x="{x + w / 2:g}" y="{y + 13:g}" font-size="9" text-anchor="middle" '
                     f'fill="#111">{action.micro_batch}</text>'
                 )

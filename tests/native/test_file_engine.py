@@ -1,4 +1,6 @@
-"""The file engine against plain reads and writes: both kinds, direct and not, on a disk and in memory."""
+"""The file engine against plain reads and writes: both kinds, direct and not, on a disk and in
+memory.
+"""
 
 from __future__ import annotations
 

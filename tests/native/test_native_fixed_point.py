@@ -139,7 +139,9 @@ def test_integer_addition_flags_overflow(pairs: list[tuple[int, int]]) -> None:
 
 
 def nearest_float32(value: Fraction) -> float:
-    """Rounded once: the nearest of the candidates around a first guess, ties to the even mantissa."""
+    """Rounded once: the nearest of the candidates around a first guess, ties to the even
+    mantissa.
+    """
     guess = np.float32(float(value))
     around = [
         np.nextafter(guess, np.float32(-np.inf)),

@@ -27,10 +27,11 @@ for count in (0, 1, 5, 16, 33, 1000, 5003):
                 values[shift + 5] = 4e30
             if count > 1000:
                 values[shift + 4000] = np.nan
-            source = values.astype(dtype) if name != "bf16" else (values.view(np.uint32) >> 16).astype(dtype)
-            source = source[shift:]
+            halves = values.view(np.uint32) >> 16
+            source = (halves if name == "bf16" else values).astype(dtype)[shift:]
             sums = draw.integers(-(2**62), 2**62, count + shift)[shift:]
-            flags = getattr(n, "accumulate_" + name)(sums.ctypes.data, source.ctypes.data, count, 44)
+            accumulate = getattr(n, "accumulate_" + name)
+            flags = accumulate(sums.ctypes.data, source.ctypes.data, count, 44)
             flags |= n.add_i64(sums.ctypes.data, sums.ctypes.data, count)
             target = np.zeros(count + shift, dtype)[shift:]
             dropout = getattr(n, "dropout_scale_" + name)
@@ -38,16 +39,19 @@ for count in (0, 1, 5, 16, 33, 1000, 5003):
             digest.update(sums.tobytes() + bytes([flags]) + target.tobytes())
             if name == "bf16":
                 continue
-            total = getattr(n, "reduce_convert_" + name)(sums.ctypes.data, target.ctypes.data, count, 44)
+            reduce_convert = getattr(n, "reduce_convert_" + name)
+            total = reduce_convert(sums.ctypes.data, target.ctypes.data, count, 44)
             digest.update(target.tobytes() + np.float64(total).tobytes())
-            digest.update(np.float64(getattr(n, "sum_squares_" + name)(target.ctypes.data, count)).tobytes())
+            squares = getattr(n, "sum_squares_" + name)(target.ctypes.data, count)
+            digest.update(np.float64(squares).tobytes())
             getattr(n, "philox_uniform_" + name)(target.ctypes.data, count, 5, 6, shift)
             digest.update(target.tobytes())
             getattr(n, "philox_normal_" + name)(target.ctypes.data, count, 5, 6, shift, 0.1, 0.7)
             digest.update(target.tobytes())
         words = np.zeros(count + shift, np.uint32)[shift:]
         n.philox_uint32(words.ctypes.data, count, 7, 8, shift)
-        digest.update(words.tobytes() + n.crc32c(words.ctypes.data, words.nbytes).to_bytes(4, "little"))
+        crc = n.crc32c(words.ctypes.data, words.nbytes)
+        digest.update(words.tobytes() + crc.to_bytes(4, "little"))
 print(n.isa(), digest.hexdigest())
 """
 

@@ -1,4 +1,6 @@
-"""Keyed random numbers against Random123's vectors, numpy's arithmetic and the normal distribution."""
+"""Keyed random numbers against Random123's vectors, numpy's arithmetic and the normal
+distribution.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def draw(
     ("counter", "key", "words"),
     [
         ((0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ((0x85A308D3243F6A88, 0x0370734413198A2E), 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        ((0x85A308D3243F6A88, 0x0370734413198A2E), 0x299F31D0A4093822,
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
         ((2**64 - 1, 2**64 - 1), 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ],
 )  # fmt: skip

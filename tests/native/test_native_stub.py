@@ -1,4 +1,6 @@
-"""The typed boundary: the stub and the compiled module name the same functions, methods and arguments."""
+"""The typed boundary: the stub and the compiled module name the same functions, methods and
+arguments.
+"""
 
 from __future__ import annotations
 

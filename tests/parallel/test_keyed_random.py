@@ -1,4 +1,6 @@
-"""Random numbers without state: named by keys and places, equal on every device and in every shard."""
+"""Random numbers without state: named by keys and places, equal on every device and in every
+shard.
+"""
 
 from __future__ import annotations
 

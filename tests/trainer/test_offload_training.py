@@ -103,7 +103,9 @@ def test_offload_gives_the_same_bits(
 
 
 def count_inputs(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:
-    """As `train_steps`, and which chunk inputs are in memory when the very first backward pass begins."""
+    """As `train_steps`, and which chunk inputs are in memory when the very first backward pass
+    begins.
+    """
     from torch import Tensor
     from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -295,7 +297,8 @@ def test_the_plan_says_what_is_saved_and_whether_the_drive_will_do() -> None:
     assert fast["share"] == unknown["share"] == 1.0
     assert (fast["fast_enough"], slow["fast_enough"], unknown["fast_enough"]) == (True, False, None)
     assert 0 < slow["saved"] < fast["saved"]
-    # What the drive is asked for is what it takes to write all within nine tenths of the forward passes.
+    # What the drive is asked for is what it takes to write all within nine tenths of the forward
+    # passes.
     assert slow["share"] == pytest.approx(0.5)
     assert slow["drive_years"] > fast["drive_years"] > 0
 

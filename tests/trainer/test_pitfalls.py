@@ -90,5 +90,5 @@ def test_messages_without_tags_are_found(cluster: Cluster) -> None:
     bug = "messages_in_order_without_tags"
     ranks = cluster.run("support.runs.small_runs:check_layout", 2, config=plain, bug=bug)
     assert compare(ranks, run_reference(config)) == [], (
-        "receives are posted in the order of the sends, so that even without tags nothing is mixed up"
+        "receives are posted in the order of the sends: nothing is mixed up even without tags"
     )

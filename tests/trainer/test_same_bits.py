@@ -1,4 +1,6 @@
-"""The first promise: after 20 steps, losses, norms and parameters are the same bits in any layout."""
+"""The first promise: after 20 steps, losses, norms and parameters are the same bits in any
+layout.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A long run with a failure every 20 seconds: equal bits at the end, and nothing leaks. See `make soak`."""
+"""A long run with a failure every 20 seconds: equal bits at the end, and nothing leaks. See
+`make soak`.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def footprint(pid: int) -> Footprint:
 
 
 def hit(run: ElasticRun, kind: str, rng: random.Random) -> None:
-    """One fault; never at rank 0, whose process is to live through all of them if the others let it."""
+    """One fault; never at rank 0, whose process is to live through all of them if the others let
+    it.
+    """
     living = run.living()
     victims = rng.sample([rank for rank in living if rank != 0], 2)
     if kind == "kill":

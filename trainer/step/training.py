@@ -119,7 +119,7 @@ class Training:
         return new_model(self.config, self.plan, self.rank, tensor, self.device, initial=initial)
 
     def _shadows_after(self, before: Training | None) -> ShadowState | None:
-        """Copies of other ranks' blocks; None in a run that is not elastic, where no plan has any."""
+        """Copies of other ranks' blocks; None in a run that is not elastic."""
         plan = self.plan
         if not (self.config.elastic.enabled or plan.shadows or plan.incoming):
             return None

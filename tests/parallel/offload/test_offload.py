@@ -1,4 +1,6 @@
-"""Offloaded activations: less memory, each storage sent once, and nothing wrong when drives fail."""
+"""Offloaded activations: less memory, each storage sent once, and nothing wrong when drives
+fail.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,8 @@ def test_what_belongs_to_others_stays(make: Callable[..., Offloader]) -> None:
         assert offloader._account.sent_bytes == BYTES
         offloader.settle()
         total.backward()
-    # The mask was sent, for nothing: it still is in memory, is not read back, and stays from now on.
+    # The mask was sent, for nothing: it still is in memory, is not read back, and stays from now
+    # on.
     assert offloader.last_step.read_bytes == 0
     with offloader:
         (weight[:ROWS] * mask).sum().backward()

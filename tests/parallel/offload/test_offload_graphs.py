@@ -1,4 +1,6 @@
-"""Random small autograd graphs: offloaded, they have the gradients, and the errors, of ordinary torch."""
+"""Random small autograd graphs: offloaded, they have the gradients, and the errors, of ordinary
+torch.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +89,9 @@ def test_any_graph_has_the_gradients_and_the_errors_of_torch(
     where: str, tmp_path: Path, program: list[tuple[str, int, int]], settled: bool, share: float
 ) -> None:
     plain = gradients(program, nullcontext(), lambda: None)
-    # Where a view's base was changed in place, hooks of any kind let torch make the view's node earlier,
-    # which changes the order, and the last bits, of sums: bits are compared with hooks that do nothing.
+    # Where a view's base was changed in place, hooks of any kind let torch make the view's node
+    # earlier, which changes the order, and the last bits, of sums: bits are compared with hooks
+    # that do nothing.
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     hooked = gradients(program, hooks, lambda: None)
     path = tmp_path if where == "ssd" else None

@@ -1,4 +1,6 @@
-"""The heap in which what is freed is used again: its settings, and that they hold in a real process."""
+"""The heap in which what is freed is used again: its settings, and that they hold in a real
+process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Jobs for the pool: FSDP2 trains a small model, and torch.distributed.checkpoint saves and loads it."""
+"""Jobs for the pool: FSDP2 trains a small model, and torch.distributed.checkpoint saves and
+loads it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def full_state(values: dict[str, Any]) -> dict[str, Tensor]:
 def run_fsdp(
     rank: int, world_size: int, store: Store, *, folder: str, load: str = "", steps: int = 3
 ) -> dict[str, Any]:
-    """Train (or load), save to `folder` where it is given, and tell every tensor and what came next."""
+    """Train (or load), save to `folder` where it is given, and tell every tensor and what came
+    next.
+    """
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

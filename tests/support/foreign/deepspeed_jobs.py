@@ -1,4 +1,6 @@
-"""Jobs for the pool: DeepSpeed trains a small model with ZeRO, saves, and goes on from what it is given."""
+"""Jobs for the pool: DeepSpeed trains a small model with ZeRO, saves, and goes on from what it
+is given.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def _open(rank: int, world_size: int, store: Store) -> None:
 def run_deepspeed(
     rank: int, world_size: int, store: Store, *, cases: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Train each case (see `_train`); DeepSpeed keeps the first process group for ever, so all use one."""
+    """Train each case (see `_train`); DeepSpeed keeps the first process group for ever, so all
+    use one.
+    """
     _open(rank, world_size, store)
     return [_train(rank, world_size, **case) for case in cases]
 
@@ -125,7 +129,9 @@ def _train(
 def run_tensor_parallel(
     rank: int, world_size: int, store: Store, *, stages: list[int], root: str
 ) -> None:
-    """Two steps of a transformers model on 2 tensor-parallel ranks x the rest, saved for each ZeRO stage."""
+    """Two steps of a transformers model on 2 tensor-parallel ranks x the rest, saved for each
+    ZeRO stage.
+    """
     _open(rank, world_size, store)
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM

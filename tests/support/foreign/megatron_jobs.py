@@ -265,10 +265,12 @@ def load(
     tie: bool = False,
     gpt2: bool = False,
 ) -> dict[str, Any]:
-    """Load a torch_dist folder into Megatron's model, and its distributed optimizer, as Megatron does.
+    """Load a torch_dist folder into Megatron's model, and its distributed optimizer, as Megatron
+    does.
 
     Returns:
-        This rank's place; its weights, and the optimizer's states of each, by their own names; its step.
+        This rank's place; its weights, and the optimizer's states of each, by their own names; its
+        step.
     """
     from megatron.core import dist_checkpointing
 

@@ -15,7 +15,9 @@ LAYERS_A_STAGE = SIZES["layers"] // 2
 def huggingface_weights(
     shards: list[dict[str, Any]], kind: str = "weights", expert: int = 1
 ) -> dict[str, Tensor]:
-    """Every weight under its Hugging Face name, from the ranks' own, as Megatron's code defines them."""
+    """Every weight under its Hugging Face name, from the ranks' own, as Megatron's code defines
+    them.
+    """
     place = {(shard["tp"], shard["pp"]): shard[kind] for shard in shards}
     heads, kv_heads = SIZES["heads"], SIZES["kv_heads"]
     dim = SIZES["hidden"] // heads
@@ -123,7 +125,9 @@ def expert_weights(
 
 
 def by_stage(shards: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Of 2 x 2 ranks, by names whose layers count across all stages: as two stages without chunks hold it."""
+    """Of 2 x 2 ranks, by names whose layers count across all stages: as two stages without
+    chunks hold it.
+    """
     held: dict[tuple[int, int], dict[str, Tensor]] = {
         (index, stage): {} for index in range(2) for stage in range(2)
     }

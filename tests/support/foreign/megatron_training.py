@@ -1,7 +1,9 @@
-"""Jobs for the pool: Megatron-Core's optimizers on CPU, saved and loaded as Megatron-LM does, a file a rank.
+"""Jobs for the pool: Megatron-Core's optimizers on CPU, saved and loaded as Megatron-LM does, a
+file a rank.
 
-The optimizers are Megatron's own, unchanged; its 16-bit one asks for types of CUDA, which tensors are made to say
-they have (`OnCpu`). Gradients are drawn, not computed: its model's forward pass needs CUDA.
+The optimizers are Megatron's own, unchanged; its 16-bit one asks for types of CUDA, which tensors
+are made to say they have (`OnCpu`). Gradients are drawn, not computed: its model's forward pass
+needs CUDA.
 """
 
 from __future__ import annotations
@@ -171,8 +173,8 @@ def train(
     """Train a few steps and save; train one more.
 
     Returns:
-        This rank's weights and states as they were saved, and its weights after that ("next"); layers
-        count across all stages.
+        This rank's weights and states as they were saved, and its weights after that ("next");
+        layers count across all stages.
     """
     with OnCpu():
         run = _Run(rank, world_size, store, how)

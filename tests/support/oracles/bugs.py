@@ -1,7 +1,7 @@
 """Published bugs of layouts, each as a context manager that puts it into the running project.
 
-The numbers are those of the collections they were published in; tests/trainer/test_pitfalls.py shows
-that `holdfast check` finds each of them.
+The numbers are those of the collections they were published in; tests/trainer/test_pitfalls.py
+shows that `holdfast check` finds each of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A pool of real worker processes that tests share: ranks that talk over gloo, forked once a session.
+"""A pool of real worker processes that tests share: ranks that talk over gloo, forked once a
+session.
 
-A job names a module-level function `function(rank, world_size, store, **arguments)` of a test module; it
-runs on the first `world_size` workers, each with a store of its own prefix, and what it returns (or
-raises) on every rank comes back.
+A job names a module-level function `function(rank, world_size, store, **arguments)` of a test
+module; it runs on the first `world_size` workers, each with a store of its own prefix, and what it
+returns (or raises) on every rank comes back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Saves in a loop in two processes that are killed at random instants, and looks at what is left.
 
-Run as `python crash_rounds.py FOLDER ROUNDS SEED`; prints one JSON line. What is saved says which step it is,
-so that a checkpoint of mixed steps is seen.
+Run as `python crash_rounds.py FOLDER ROUNDS SEED`; prints one JSON line. What is saved says which
+step it is, so that a checkpoint of mixed steps is seen.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class FakeSystem:
-    """Children that end when the test says so, and a clock that moves by the time-out of each wait."""
+    """Children that end when the test says so, and a clock that moves by the time-out of each
+    wait.
+    """
 
     time_s: float = 0.0
     codes: dict[int, int] = field(default_factory=dict)

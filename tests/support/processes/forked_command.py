@@ -1,7 +1,7 @@
 """The `holdfast` command in processes forked from one that has imported it.
 
-A run in a test is otherwise one third importing torch. What happens after the imports is what the command
-does; that it starts by itself is what tests/launch and the documentation's tests see.
+A run in a test is otherwise one third importing torch. What happens after the imports is what the
+command does; that it starts by itself is what tests/launch and the documentation's tests see.
 """
 
 from __future__ import annotations

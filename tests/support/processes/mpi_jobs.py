@@ -1,4 +1,6 @@
-"""What ranks do under mpirun in test_comm_mpi.py: `python mpi_jobs.py JOB FOLDER`; results as JSON by rank."""
+"""What ranks do under mpirun in test_comm_mpi.py: `python mpi_jobs.py JOB FOLDER`; results as
+JSON by rank.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run without training: agents whose workers count steps together, and write down what they did.
 
-A step is a meeting of all members in the generation's store. What each worker did lies in `RANK.jsonl` of the
-run's folder, so that tests look at it from outside.
+A step is a meeting of all members in the generation's store. What each worker did lies in
+`RANK.jsonl` of the run's folder, so that tests look at it from outside.
 """
 
 from __future__ import annotations
@@ -227,7 +227,9 @@ coordination()  # before the fork server forks, which imports this module
 
 
 class Run:
-    """A demonstration as a test drives it: nodes, a Lighthouse, faults, and what the workers wrote."""
+    """A demonstration as a test drives it: nodes, a Lighthouse, faults, and what the workers
+    wrote.
+    """
 
     def __init__(
         self, root: Path, world_size: int, hub: tuple[str, str] = ("127.0.0.1", ""), **demo: Any
@@ -297,7 +299,9 @@ class Run:
         return (self.records(rank, "generation") or [{"number": 0, "members": []}])[-1]
 
     def reach(self, rank: int, members: list[str], *, after: int = 0) -> dict[str, Any]:
-        """Wait until a rank has committed a step in a generation of these members, past a number."""
+        """Wait until a rank has committed a step in a generation of these members, past a
+        number.
+        """
 
         def there() -> dict[str, Any] | None:
             now = self.generation(rank)
@@ -333,7 +337,9 @@ class Run:
             process.join()
 
     def check_history(self, ranks: range) -> None:
-        """No generation had two memberships, numbers only went up, and every step is in one history."""
+        """No generation had two memberships, numbers only went up, and every step is in one
+        history.
+        """
         values: dict[int, str] = {}
         for rank in ranks:
             numbers: dict[str, int] = {}

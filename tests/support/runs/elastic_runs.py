@@ -1,4 +1,6 @@
-"""Elastic runs that tests start with the command itself, disturb from outside, and read afterwards."""
+"""Elastic runs that tests start with the command itself, disturb from outside, and read
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,13 @@ from support.runs.small_runs import make_config
 
 HOLDFAST = (sys.executable, "-m", "holdfast.launch.cli")
 PATIENT_MS = 2000
-"""Many processes share a few cores in these tests: one that is not scheduled for a while is not lost."""
+"""Many processes share a few cores in these tests: one that is not scheduled for a while is not
+lost.
+"""
 LONGEST_S = 120.0
-"""How long a run of these tests may take before it counts as hung; none depends on how fast it is."""
+"""How long a run of these tests may take before it counts as hung; none depends on how fast it
+is.
+"""
 
 Process = subprocess.Popen[str] | ForkedCommand
 
@@ -98,7 +104,9 @@ class ElasticRun:
             raise AssertionError(f"the run hangs:\n{self.output()}") from None
 
     def bits(self) -> dict[str, Any]:
-        """What must be equal: every step's loss and gradient norm, and the parameters at the end."""
+        """What must be equal: every step's loss and gradient norm, and the parameters at the
+        end.
+        """
         return {
             "steps": [(s["step"], s["loss_hex"], s["grad_norm_hex"]) for s in self.steps()],
             "digest": [e["parameter_digest"] for e in self.events("run_finished")],
@@ -202,7 +210,9 @@ def bits_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def pace(config: dict[str, Any], seconds: float, rank: int = 0) -> dict[str, Any]:
-    """The [elastic] keys that make every step take at least so long, so that others have time to join."""
+    """The [elastic] keys that make every step take at least so long, so that others have time to
+    join.
+    """
     slow = {"fault": "slow", "rank": rank, "step": 1, "seconds": seconds}
     return {**config, "chaos": [*config.get("chaos", []), slow]}
 
@@ -217,7 +227,9 @@ def undisturbed(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_kills(run: ElasticRun, seed: int, *, members: int, gap_s: float) -> Iterator[int]:
-    """Kill one random rank after the other, each time once all `members` take part again, until the end."""
+    """Kill one random rank after the other, each time once all `members` take part again, until
+    the end.
+    """
     rng = random.Random(seed)
     while run.process.poll() is None:
         time.sleep(gap_s * rng.random())

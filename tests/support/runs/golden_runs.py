@@ -1,7 +1,9 @@
-"""Runs whose bits are written down in tests/fixtures/golden/bits.json, and the processors they hold for.
+"""Runs whose bits are written down in tests/fixtures/golden/bits.json, and the processors they hold
+for.
 
-The same program gives the same bits on one kind of processor. Between kinds, or with another torch, the
-kernels of matrix products and of exp and sqrt may round otherwise; so a record is kept for each kind.
+The same program gives the same bits on one kind of processor. Between kinds, or with another torch,
+the kernels of matrix products and of exp and sqrt may round otherwise; so a record is kept for each
+kind.
 """
 
 from __future__ import annotations
@@ -59,11 +61,12 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "tensor run, 4": _tensor_parallel(4, sequence_parallel=False),
     "tensor run, 4, sequence parallel": _tensor_parallel(4, sequence_parallel=True),
 }
-"""By name: the sections by which a run differs from `small_runs.SMALL`. Those without a [parallel] table
-stand for every layout that tests/trainer/test_same_bits.py compares with them."""
+"""By name: the sections by which a run differs from `small_runs.SMALL`. Those without a [parallel]
+table stand for every layout that tests/trainer/test_same_bits.py compares with them."""
 TINY = "examples/tiny.toml"
 _TINY_OVERRIDES = (
-    # Its own data is the text of Python's standard library, which changes with every Python release.
+    # Its own data is the text of Python's standard library, which changes with every Python
+    # release.
     'data.kind="synthetic"',
     "train.steps=10",
     "train.eval_every=0",
@@ -122,7 +125,9 @@ def _processor() -> str:
 
 
 class GoldenRun(msgspec.Struct, frozen=True):
-    """What a run gave: exact hexadecimal floats by step, and a digest of the parameters at its end."""
+    """What a run gave: exact hexadecimal floats by step, and a digest of the parameters at its
+    end.
+    """
 
     losses: list[str]
     norms: list[str] = []
@@ -147,7 +152,9 @@ def runs_of_kind(records: list[Record], kind: Kind) -> dict[str, GoldenRun] | No
 
 
 def assert_near(run: GoldenRun, recorded: GoldenRun, precision: str) -> None:
-    """Whether two runs agree as well as two kinds of processor do: losses of all steps, not bits."""
+    """Whether two runs agree as well as two kinds of processor do: losses of all steps, not
+    bits.
+    """
     assert len(run.losses) == len(recorded.losses)
     for step, (ours, theirs) in enumerate(zip(run.losses, recorded.losses, strict=True), start=1):
         expected = pytest.approx(float.fromhex(theirs), rel=NEAR[precision])

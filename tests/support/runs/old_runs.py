@@ -28,15 +28,18 @@ RUNS = ("fp32", "bf16", "tied", "half-way")
 def expected_of(name: str) -> dict[str, Any]:
     """What the version that wrote a run said of its newest checkpoint.
 
-    `inspect` is the output of that command, `tensors` the SHA-256 of each tensor's bytes by name, `hf` the
-    dtype and SHA-256 of each tensor of the Hugging Face folder that it was converted to; of "half-way",
-    `changed since step 2` is how many elements of each tensor differ from the checkpoint before.
+    `inspect` is the output of that command, `tensors` the SHA-256 of each tensor's bytes by name,
+    `hf` the dtype and SHA-256 of each tensor of the Hugging Face folder that it was converted to;
+    of "half-way", `changed since step 2` is how many elements of each tensor differ from the
+    checkpoint before.
     """
     return json.loads((OLD / "expected.json").read_text())[name]
 
 
 def damages() -> list[dict[str, Any]]:
-    """What can happen to a file of a checkpoint, and the problems that `verify --json` lists then."""
+    """What can happen to a file of a checkpoint, and the problems that `verify --json` lists
+    then.
+    """
     return json.loads((OLD / "damages.json").read_text())
 
 
@@ -67,7 +70,9 @@ def do_damage(checkpoint: Path, damage: Mapping[str, Any]) -> None:
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Run `holdfast ARGUMENTS` to its end: exit code, and what it printed. Uses a file in `folder`."""
+    """Run `holdfast ARGUMENTS` to its end: exit code, and what it printed. Uses a file in
+    `folder`.
+    """
     output = folder / "output.txt"
     process = ForkedCommand(arguments, output, {**os.environ, "OMP_NUM_THREADS": "1"})
     return process.wait(60), process.printed()

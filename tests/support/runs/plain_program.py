@@ -1,7 +1,7 @@
 """A small program of plain torch whose whole state goes through the library's checkpoints.
 
-It has what such programs have: a buffer that changes in the forward pass, dropout, an optimizer with a
-schedule, the state of torch's random generator, and plain values.
+It has what such programs have: a buffer that changes in the forward pass, dropout, an optimizer
+with a schedule, the state of torch's random generator, and plain values.
 """
 
 from __future__ import annotations

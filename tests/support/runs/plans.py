@@ -1,4 +1,6 @@
-"""Plans that tests start from, and what must hold of every plan and of every move of state between two."""
+"""Plans that tests start from, and what must hold of every plan and of every move of state
+between two.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Configurations: every broken rule is one line that says what to change, and none is found too late."""
+"""Configurations: every broken rule is one line that says what to change, and none is found too
+late.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`holdfast plan --json` says of a configuration what it said when tests/fixtures/plans was written."""
+"""`holdfast plan --json` says of a configuration what it said when tests/fixtures/plans was
+written.
+"""
 
 from __future__ import annotations
 

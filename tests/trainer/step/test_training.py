@@ -1,4 +1,6 @@
-"""One rank's training in this process: its hooks, and what a run that is not elastic does without."""
+"""One rank's training in this process: its hooks, and what a run that is not elastic does
+without.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,10 @@ class AcceptorState:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one worker tells the others in a round."""
+    """What one worker tells the others in a round.
+
+    One message, so that a worker tells all of it or nothing: hence its many fields.
+    """
 
     identity: Identity
     acceptor: AcceptorState = AcceptorState()

@@ -50,6 +50,8 @@ class ShardedOptimizer:
     """The optimizer of one rank: reduce, (vote elsewhere), update, gather.
 
     Exact-mode safe. `reduce` and `gather` are collective over the ranks that hold a use of a block.
+    Its attributes are what the four phases share: where it stands, the buffers, the plan of the
+    reduction, the rule, and the sums that wait for the next phase.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class TrainConfig(Section, frozen=True):
-    """How much is trained, and how a micro-batch is computed."""
+    """How much is trained, and how a micro-batch is computed. A field for each key."""
 
     steps: int = 100
     stop_after: int = 0
@@ -102,7 +102,7 @@ class ParallelConfig(Section, frozen=True):
 
 
 class CheckpointConfig(Section, frozen=True):
-    """When state is saved, and where. The last step is always saved."""
+    """When state is saved, and where. The last step is always saved. A field for each key."""
 
     every: int = 0
     """Steps between checkpoints on the local disk; 0: only at the end."""
@@ -174,7 +174,7 @@ class ChaosConfig(Section, frozen=True):
 
 
 class ElasticConfig(Section, frozen=True):
-    """What happens when ranks are lost or come back."""
+    """What happens when ranks are lost or come back. A field for each key."""
 
     enabled: bool = False
     redundancy: int = 1

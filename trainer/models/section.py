@@ -6,7 +6,7 @@ import msgspec
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is trained. `family`, `layers` and `hidden` are required.
+    """What is trained. `family`, `layers` and `hidden` are required. A field for each key.
 
     A family with keys of its own derives its section from this one; see `Family.section`.
     """

@@ -39,7 +39,10 @@ class Strip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the source tensors whose names fit a pattern are."""
+    """What the source tensors whose names fit a pattern are.
+
+    It has a field for each word of a rule in the TOML files.
+    """
 
     source: str
     target: str = ""

@@ -92,7 +92,10 @@ class _At(Enum):
 
 
 class StagedCopy:
-    """A `StoredCopy` of a `StagedStore`."""
+    """A `StoredCopy` of a `StagedStore`.
+
+    It passes two stages, host memory and disk, in two directions, and has what each needs.
+    """
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ BELOW = {
 MOST_ROOMS = 18
 """Entries of one folder, its own `__init__` aside."""
 LONGEST_FUNCTION = 60
-"""Lines of a function, its docstring included."""
+"""Lines of a function, its docstring not counted."""
 WIDEST = 12
 """Attributes of a class, or parameters of a function, that need no reason."""
 WIDE = {
@@ -203,12 +203,19 @@ def functions_and_classes() -> Iterator[tuple[str, ast.AST]]:
                 yield f"{module}.{node.name}", node
 
 
+def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = node.body[0]
+    described = first if ast.get_docstring(node) is not None else None
+    spared = (described.end_lineno or 0) - described.lineno + 1 if described is not None else 0
+    return (node.end_lineno or 0) - node.lineno + 1 - spared
+
+
 def test_functions_fit_on_a_screen() -> None:
     wrong = {
         name: lines
         for name, node in functions_and_classes()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+        and (lines := _code_lines(node)) > LONGEST_FUNCTION
     }
     assert wrong == {}
 

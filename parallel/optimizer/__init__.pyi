@@ -5,6 +5,7 @@ from .accumulator import (
 )
 from .background_transfer import (
     BackgroundTransfer as BackgroundTransfer,
+    TransferPace as TransferPace,
 )
 from .fence import (
     BlockNumbers as BlockNumbers,

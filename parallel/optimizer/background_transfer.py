@@ -13,6 +13,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import Protocol
 
 from holdfast.parallel.comm import BACKGROUND_TRANSFER, Communicator, FlightRecorder, Handle
 from holdfast.parallel.optimizer.rule import StateFormat
@@ -35,6 +36,18 @@ def in_turn(block_transfers: Sequence[BlockTransfer]) -> list[BlockTransfer]:
     return [block_transfers[n] for n in order]
 
 
+class TransferPace(Protocol):
+    """Says at each vote whether a transfer must end there, or may."""
+
+    def must_end(self) -> bool | None:
+        """Whether all must have arrived at this vote, in a run that is repeated; else None."""
+        ...
+
+    def may_end(self) -> bool:
+        """Whether ranks can agree on the next plan now; asked when all has arrived."""
+        ...
+
+
 class BackgroundTransfer:
     """One rank's part in a background transfer.
 
@@ -51,6 +64,7 @@ class BackgroundTransfer:
         *,
         form: StateFormat,
         recorder: FlightRecorder,
+        pace: TransferPace,
     ) -> None:
         """Local.
 
@@ -60,6 +74,7 @@ class BackgroundTransfer:
             comm: carries CPU tensors; used by nothing else.
             read: a held block's state.
             write: takes in a block's state, in CPU memory that is not used again.
+            pace: asked at each vote.
         """
         self._rank, self._recorder = rank, recorder
         self._messages = BlockMessages(comm, form, BACKGROUND_TRANSFER)
@@ -70,10 +85,7 @@ class BackgroundTransfer:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.required: bool | None = None
-        """Where a run is repeated: whether the transfer must end at the next vote; else None."""
-        self.may_end: Callable[[], bool] = lambda: True
-        """Asked at the vote when all has arrived: whether ranks can agree on the next plan."""
+        self._pace = pace
 
     def start(self, begun: Callable[[], None] = lambda: None) -> None:
         """State stands still from now on until `pause` has returned. Local; does not wait.
@@ -96,16 +108,17 @@ class BackgroundTransfer:
         Raises:
             PeerLost: a peer is gone, or what it sent arrived damaged.
         """
-        if not self.required:
+        must_end = self._pace.must_end()
+        if not must_end:
             self._stopping.set()
         since = perf_counter()
         self.close()
         self._recorder.blocked_s += perf_counter() - since
         if self._error is not None:
             raise self._error
-        if self.required is not None:
-            return self.required and not self._left
-        return not self._left and self.may_end()
+        if must_end is not None:
+            return must_end and not self._left
+        return not self._left and self._pace.may_end()
 
     def close(self) -> None:
         """Wait for the thread, which ends by itself once the communicators are aborted."""

@@ -25,6 +25,7 @@ from holdfast.trainer.elastic.recovery import Change, Drives, Recovery
 from holdfast.trainer.elastic.saves import ElasticSaves
 from holdfast.trainer.elastic.session import ElasticSession
 from holdfast.trainer.elastic.state_recovery import TrainingBuilder
+from holdfast.trainer.elastic.transfer_pace import MembershipPace
 from holdfast.trainer.elastic.transport import GroupTransport
 from holdfast.trainer.reports import append_event
 from holdfast.trainer.run import RunDirectory
@@ -43,8 +44,6 @@ class Wishes(Protocol):
 
     @property
     def wanted(self) -> tuple[MembershipEvent, ...]: ...
-
-    def can_agree(self) -> bool: ...
 
 
 class Session(Protocol):
@@ -115,7 +114,6 @@ class ElasticLoop:
                     self._session.finish()
                     return
                 wanted, mine = self._wishes(training, step)
-                self._pace_background_transfer(training, step)
                 outcome = self._session.step(step, change=wanted, leave=mine)
                 sound = self._compare_when_due(step + 1)
                 if sound and self._stops(training, step + 1, outcome):
@@ -157,16 +155,6 @@ class ElasticLoop:
         mine = any(e.kind == "leaving" and e.identity == self._identity for e in wanted)
         tidy = self._tidy_from is not None and step >= self._tidy_from
         return bool(wanted) or tidy, mine
-
-    def _pace_background_transfer(self, training: Training, step: int) -> None:
-        """Let a transfer beside the steps take as many of them as in the run that is repeated."""
-        transfer = training.background_transfer
-        if transfer is None:
-            return
-        if self._history is not None:
-            transfer.required = self._history.filled_after(step + 1)
-        elif self._identity.rank == training.plan.stage_replicas.ranks[0]:
-            transfer.may_end = self._membership.can_agree
 
     def _await_joining(self, training: Training, ranks: frozenset[int]) -> None:
         """Wait for the ranks that joined at this point of the run that is repeated."""
@@ -255,10 +243,17 @@ def train_elastic_worker(
         session = ElasticSession(config, spec, membership, run, saves)
         held.callback(session.close)
         device = choose_device(config, spec.local_rank)
+        history = _history(run)
         drives = Drives(
             membership,
             GroupTransport(config, spec, device, interruption),
-            TrainingBuilder(config, spec.rank, device, saves),
+            TrainingBuilder(
+                config,
+                spec.rank,
+                device,
+                saves,
+                lambda training: MembershipPace(training, spec.rank, membership, history),
+            ),
             saves,
             interruption,
         )
@@ -266,7 +261,7 @@ def train_elastic_worker(
         saves.listen()
         held.callback(saves.close)
         ElasticLoop(
-            config, spec.identity, recovery, session, membership, interruption, _history(run)
+            config, spec.identity, recovery, session, membership, interruption, history
         ).run()
 
 

@@ -5,7 +5,7 @@ The active training is left as it is, so that what fails can begin again. Exact-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed import Store
 
 from holdfast.elastic.generation import Generation
 from holdfast.parallel.comm import Communicator
-from holdfast.parallel.optimizer import BackgroundTransfer, carried_bytes, move_blocks
+from holdfast.parallel.optimizer import BackgroundTransfer, TransferPace, carried_bytes, move_blocks
 from holdfast.parallel.plan import (
     Plan,
     held_blocks,
@@ -48,9 +48,20 @@ class TrainingBuilder:
     """Builds one rank's training for each new generation."""
 
     def __init__(
-        self, config: RunConfig, rank: int, device: torch.device, loader: CheckpointLoader
+        self,
+        config: RunConfig,
+        rank: int,
+        device: torch.device,
+        loader: CheckpointLoader,
+        pace_of: Callable[[Training], TransferPace],
     ) -> None:
-        self._config, self._rank, self._device, self._loader = config, rank, device, loader
+        """Local.
+
+        Args:
+            pace_of: the pace at which state comes to a training's newcomers, or to itself.
+        """
+        self._config, self._rank, self._device = config, rank, device
+        self._loader, self._pace_of = loader, pace_of
 
     def build(
         self,
@@ -121,6 +132,7 @@ class TrainingBuilder:
                 target.write,
                 form=form,
                 recorder=connection.groups.recorder,
+                pace=self._pace_of(training),
             )
         _take_step(training, transition, active)
         return Built(training, None, moved)

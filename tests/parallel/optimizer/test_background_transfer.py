@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -41,6 +42,20 @@ def first_state(key: BlockKey, size: int) -> dict[str, Tensor]:
     return {kind: torch.randn(size, generator=generator) for kind in FORM.held}
 
 
+@dataclass
+class StepPace:
+    """Ends where it is told to, or when all has arrived."""
+
+    required: int | None
+    step: int = 0
+
+    def must_end(self) -> bool | None:
+        return None if self.required is None else self.step == self.required
+
+    def may_end(self) -> bool:
+        return True
+
+
 def transfer_beside_steps(
     rank: int, world_size: int, store: Any, *, pause_s: Mapping[int, float], required: int | None
 ) -> tuple[int, bool]:
@@ -69,11 +84,11 @@ def transfer_beside_steps(
         write,
         form=FORM,
         recorder=comm.mesh.recorder,
+        pace=(pace := StepPace(required)),
     )
     needed = 0
     for step in range(1, STEPS + 1):
-        if required is not None:
-            transfer.required = step == required
+        pace.step = step
         transfer.start()
         time.sleep(pause_s.get(rank, 0.0))
         unfinished = torch.tensor([float(not transfer.pause())])

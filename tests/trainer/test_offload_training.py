@@ -125,7 +125,7 @@ def count_inputs(rank: int, world_size: int, store: Store, *, config: dict) -> d
 
     def count_and_go_back(self: Offloader, key: Any) -> None:
         if not alive:
-            self.settle()
+            self.drain()
             alive.append(sum(not seen.expired() for seen in inputs))
         backward(self, key)
 

@@ -1,10 +1,13 @@
+from .bigram import bigram_loss as bigram_loss
 from .dataset import (
     Dataset as Dataset,
 )
 from .opening import (
     DataConfig as DataConfig,
     open_dataset as open_dataset,
+    split_tokens as split_tokens,
 )
 from .prepare import (
     prepare as prepare,
 )
+from .synthetic import markov_samples as markov_samples

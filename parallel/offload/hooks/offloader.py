@@ -188,7 +188,7 @@ class Offloader:
                 record.clear()
             self._records.clear()
             self._prefetch.expect(())
-            self._settle()
+            self._drain()
 
     def abort(self, reason: str) -> None:
         """Send nothing from now on; what is away still comes back. Any thread; does not block."""
@@ -200,17 +200,17 @@ class Offloader:
         """Why less is sent than could be; empty while all is well."""
         return self._stopped or self._room.fault
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Wait until all that is on its way out is out, and its memory free."""
         with self._lock:
-            self._settle()
+            self._drain()
 
     def close(self) -> None:
         """End all transfers and give the room back; what is away is lost. May be called again."""
         with self._lock:
             self._room.close()
 
-    def _settle(self) -> None:
+    def _drain(self) -> None:
         while self._outgoing:
             self._tidy()
             if self._outgoing:

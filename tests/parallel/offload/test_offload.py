@@ -82,7 +82,7 @@ def steps(model: nn.Module, offloader: Offloader, count: int = 4) -> list[list[T
     for _ in range(count):
         with offloader:
             total = model(inputs())
-            offloader.settle()
+            offloader.drain()
             found.append(gradients(model, total))
     return found
 
@@ -94,7 +94,7 @@ def test_memory_is_free_between_the_passes(make: Callable[..., Offloader]) -> No
     with offloader:
         total = model(inputs())
         assert not all(reference.expired() for reference in model.seen)
-        offloader.settle()
+        offloader.drain()
         assert all(reference.expired() for reference in model.seen)
         found = gradients(model, total)
     assert equal(found, expected)
@@ -112,7 +112,7 @@ def test_a_storage_goes_out_once_and_comes_back_once(make: Callable[..., Offload
         total = (value * value).sum() + value.t().sigmoid().mul(value.t()).sum()
         total = total + (parts[0] * parts[1]).sum()
         del parts
-        offloader.settle()
+        offloader.drain()
         sent = offloader._statistics().written_bytes
         del value
         total.backward()
@@ -132,7 +132,7 @@ def test_what_belongs_to_others_stays(make: Callable[..., Offloader]) -> None:
         total = (weight.t()[:ROWS] * table).sum() + (weight[:ROWS] * mask).sum()
         total = total + (weight[0] * small).sum()
         assert offloader._account.sent_bytes == BYTES
-        offloader.settle()
+        offloader.drain()
         total.backward()
     # The mask was sent, for nothing: it still is in memory, is not read back, and stays from now
     # on.
@@ -158,7 +158,7 @@ def test_a_change_after_saving_is_an_error_even_when_the_bytes_are_away(
     with offloader:
         value = inputs() @ weight
         total = value.square().sum()
-        offloader.settle()
+        offloader.drain()
         value.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             total.backward()
@@ -195,19 +195,19 @@ def test_recomputation_and_offload_go_together(make: Callable[..., Offloader]) -
     expected = gradients(model, run())
     with offloader:
         total = run()
-        offloader.settle()
+        offloader.drain()
         assert equal(gradients(model, total), expected)
     # The inputs of the parts, and what the loss saves; not what the parts compute again.
     assert offloader.last_step.sent_bytes == (len(model.layers) + 1) * BYTES
 
 
 def test_graphs_can_be_used_again_and_differentiated_twice(make: Callable[..., Offloader]) -> None:
-    def run(settle: Callable[[], None]) -> list[Tensor]:
+    def run(drain: Callable[[], None]) -> list[Tensor]:
         value = inputs().requires_grad_()
         total = (value * 2).sigmoid().exp().sum()
-        settle()
+        drain()
         (first,) = torch.autograd.grad(total, value, create_graph=True)
-        settle()
+        drain()
         (again,) = torch.autograd.grad(total, value, retain_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), value)
         return [first.detach(), again, second]
@@ -215,7 +215,7 @@ def test_graphs_can_be_used_again_and_differentiated_twice(make: Callable[..., O
     expected = run(lambda: None)
     offloader = make()
     with offloader:
-        assert equal(run(offloader.settle), expected)
+        assert equal(run(offloader.drain), expected)
 
 
 def test_room_on_the_drive_is_used_again(make: Callable[..., Offloader]) -> None:
@@ -224,7 +224,7 @@ def test_room_on_the_drive_is_used_again(make: Callable[..., Offloader]) -> None
     for _ in range(5):
         steps(model, offloader, 1)
         rooms.append(offloader.last_step.room_bytes)
-        offloader.settle()
+        offloader.drain()
         assert offloader._statistics().used_bytes == 0
     assert len(set(rooms)) == 1
 
@@ -248,10 +248,10 @@ def test_two_runs_share_a_folder_that_is_deleted(
     one, other = make(folder), make(folder)
     with one, other:
         second = model(inputs())
-        other.settle()
+        other.drain()
     with one:
         first = model(inputs())
-        one.settle()
+        one.drain()
     assert list(folder.iterdir()) == []
     shutil.rmtree(folder)
     assert equal(gradients(model, first), expected)
@@ -268,7 +268,7 @@ offloader = Offloader(sys.argv[1], smallest_bytes=1)
 value = torch.randn(512, 512, requires_grad=True)
 with offloader:
     total = (value * 2).exp().sum()
-    offloader.settle()
+    offloader.drain()
 print(offloader._statistics().used_bytes, flush=True)
 time.sleep(60)
 """
@@ -290,7 +290,7 @@ def test_what_was_given_up_is_forgotten(make: Callable[..., Offloader]) -> None:
     expected = gradients(model, model(inputs()))
     with offloader:
         lost = model(inputs())
-        offloader.settle()
+        offloader.drain()
         assert offloader._statistics().used_bytes > 0
         offloader.cancel()
         assert offloader._statistics().used_bytes == 0
@@ -303,7 +303,7 @@ def test_a_closed_offloader_says_so(make: Callable[..., Offloader]) -> None:
     model, offloader = Stack(), make()
     with offloader:
         total = model(inputs())
-        offloader.settle()
+        offloader.drain()
     offloader.close()
     with pytest.raises(OffloadError, match="close it after"):
         total.backward()
@@ -333,7 +333,7 @@ def test_a_write_that_fails_keeps_the_tensor(
     assert faulty.told == [f"activations stay in memory: the drive failed ({os.strerror(error)})"]
     assert len(caplog.records) == 1
     assert faulty.offloader.last_step.sent_bytes == 0
-    faulty.offloader.settle()
+    faulty.offloader.drain()
     assert faulty.offloader._statistics().used_bytes == 0
 
 

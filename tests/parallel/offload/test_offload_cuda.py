@@ -56,7 +56,7 @@ def test_memory_is_free_between_the_passes(where: str, tmp_path: Path, model: nn
     with offloader:
         total = model(value).square().mean()
         torch.cuda.synchronize()
-        offloader.settle()
+        offloader.drain()
         kept = torch.cuda.memory_allocated() - before
         total.backward()
     assert kept < (LAYERS * ROWS * WIDTH * 4) // 2

@@ -55,12 +55,12 @@ def graph(program: list[tuple[str, int, int]]) -> tuple[Tensor, list[Tensor]]:
     return torch.stack([tensor.sum() for tensor in tensors]).sum(), leaves
 
 
-def gradients(program: list[tuple[str, int, int]], around: Any, settle: Any) -> list[Any] | str:
+def gradients(program: list[tuple[str, int, int]], around: Any, drain: Any) -> list[Any] | str:
     """What autograd gives, or how it refuses."""
     try:
         with around:
             total, leaves = graph(program)
-        settle()
+        drain()
         total.backward()
     except RuntimeError as error:
         changed = "modified by an inplace operation"
@@ -97,7 +97,7 @@ def test_any_graph_has_the_gradients_and_the_errors_of_torch(
     path = tmp_path if where == "ssd" else None
     offloader = Offloader(path, smallest_bytes=1, bounds=Bounds(share, share))
     try:
-        found = gradients(program, offloader, offloader.settle if settled else lambda: None)
+        found = gradients(program, offloader, offloader.drain if settled else lambda: None)
     finally:
         offloader.close()
     assert equal(found, plain if isinstance(plain, str) else hooked)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,17 @@ MODULES = {
 FOLDERS = {name for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
-def imports(source: str) -> Iterator[tuple[str, str | None]]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A module's syntax tree; many tests look at it."""
+    return ast.parse(path.read_text())
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
     """Every import of this project in a module's source, as (module, name in it), anywhere in
     it.
     """
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found: list[tuple[str, str | None]] = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -112,7 +119,7 @@ def test_house_imports_only_what_lies_below_it(house: str) -> None:
         f"{importer} imports {module}"
         for importer, path in MODULES.items()
         if importer.split(".")[1] == house
-        for module, _ in imports(path.read_text())
+        for module, _ in imports(tree_of(path))
         if module.split(".")[1] not in BELOW[house]
     ]
     assert wrong == []
@@ -120,14 +127,14 @@ def test_house_imports_only_what_lies_below_it(house: str) -> None:
 
 def test_an_import_against_the_direction_is_seen() -> None:
     source = "def f():\n    from holdfast.launch import cli\n"
-    assert list(imports(source)) == [("holdfast.launch", "cli")]
+    assert list(imports(ast.parse(source))) == [("holdfast.launch", "cli")]
 
 
 def test_other_folders_are_entered_by_their_face() -> None:
     wrong = [
         f"{importer} imports {module} ({name}): import it from {may_reach(module, importer)}"
         for importer, path in MODULES.items()
-        for module, name in imports(path.read_text())
+        for module, name in imports(tree_of(path))
         if reaches_inside(module, name, importer)
     ]
     assert wrong == []
@@ -145,7 +152,7 @@ def _room_arrows() -> dict[str, set[str]]:
     """Which folders and modules import which, as seen from the folder that holds both."""
     arrows: dict[str, set[str]] = {}
     for importer, path in MODULES.items():
-        for module, name in imports(path.read_text()):
+        for module, name in imports(tree_of(path)):
             inner = f"{module}.{name}"
             there = (inner if inner in MODULES else module).split(".")
             here = importer.split(".")
@@ -198,7 +205,7 @@ def test_a_folder_shows_few_rooms(folder: str) -> None:
 
 def functions_and_classes() -> Iterator[tuple[str, ast.AST]]:
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 yield f"{module}.{node.name}", node
 
@@ -261,7 +268,7 @@ def test_docstrings_say_first_what_a_thing_is() -> None:
 def _distributed_names(path: Path) -> set[str]:
     """What a module uses of torch.distributed beyond rendezvous, however it is spelled."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names if a.name.startswith("torch.distributed")}
         elif isinstance(node, ast.ImportFrom) and node.module == "torch.distributed":
@@ -296,7 +303,7 @@ def test_only_the_mpi_communicator_imports_mpi() -> None:
     wrong = [
         module
         for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if (isinstance(node, ast.ImportFrom) and node.module == "mpi4py")
         or (isinstance(node, ast.Import) and any(a.name == "mpi4py" for a in node.names))
     ]

@@ -5,6 +5,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALL := $(PIP) install --no-deps --no-compile
 SOURCES := pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.txt csrc/*.pyi)
 
+# Where bytecode is not written, every process compiles torch again, for longer than a small test takes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup setup-dev train test test-quick lint docs bench soak wheel-test clean
 
 setup: .venv/base.stamp

@@ -44,7 +44,7 @@ WAYS = ("torch, rebuilt", "holdfast, rebuilt", "holdfast, edit", "holdfast, abor
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankGroups:
     """One rank's groups, with the lost rank or without it."""
 
     rank: int
@@ -57,18 +57,18 @@ class Place:
     def axes(self) -> dict[str, tuple[int, ...]]:
         return {"tensor": self.tensor, "pipeline": self.pipeline}
 
-    def without(self, lost: int) -> Place:
+    def without(self, lost: int) -> RankGroups:
         def rest(ranks: Sequence[int]) -> tuple[int, ...]:
             return tuple(r for r in ranks if r != lost)
 
-        return Place(
+        return RankGroups(
             self.rank, *(rest(r) for r in (self.world, self.tensor, self.pipeline, self.data))
         )
 
 
-def place_of(mesh: Mesh, rank: int) -> Place:
+def groups_of(mesh: Mesh, rank: int) -> RankGroups:
     at = mesh.coordinates(rank)
-    return Place(
+    return RankGroups(
         rank,
         tuple(range(mesh.size)),
         tuple(mesh.rank(s, at.data, at.pipeline) for s in range(mesh.shards)),
@@ -77,7 +77,7 @@ def place_of(mesh: Mesh, rank: int) -> Place:
     )
 
 
-def use(groups: Groups, place: Place) -> None:
+def use(groups: Groups, place: RankGroups) -> None:
     """What a step says to whom, in small."""
     handles: list[Handle] = []
     for peer in place.data:
@@ -97,7 +97,7 @@ def use(groups: Groups, place: Place) -> None:
 class TorchGroups:
     """The same groups as torch has them: a full mesh of connections each."""
 
-    def __init__(self, store: Any, place: Place, generation: int, device: object) -> None:
+    def __init__(self, store: Any, place: RankGroups, generation: int, device: object) -> None:
         gloo: Any = dist.ProcessGroupGloo
 
         def group(kind: str, ranks: Sequence[int]) -> Any:
@@ -158,7 +158,7 @@ def lose_one(
 ) -> list[tuple[str, int, float, float]]:
     """(way, repetition, start, stop) of this rank for every way and repetition, in turn."""
     mesh = Mesh.of(tensor=2, data=data, pipeline=2)
-    before = place_of(mesh, rank)
+    before = groups_of(mesh, rank)
     after = before.without(LOST)
     change = {"left": frozenset({LOST})}
     device = gloo_device("127.0.0.1")
@@ -171,7 +171,7 @@ def lose_one(
             store.set(f"{what}/go", "1")
         store.wait([f"{what}/go"])
 
-    def build(place: Place) -> Groups:
+    def build(place: RankGroups) -> Groups:
         return build_groups(
             store,
             "127.0.0.1",

@@ -48,7 +48,7 @@ leave the slower of them out again and again."""
 HANG_TIMEOUT_S = 2.0
 MODEL = {"layers": 4, "hidden": 96, "intermediate": 256, "heads": 6, "kv_heads": 3, "vocab": 320}
 SEQ_LEN, MICRO_BATCH, MICRO_BATCHES = 128, 2, 8
-SETTLE_STEPS = 5
+UNDISTURBED_STEPS = 5
 LONGEST_S = 90.0
 
 
@@ -191,7 +191,7 @@ def holdfast(folder: Path) -> Iterator[Contestant]:
 
     with ended(process):
         observer = Observer(lambda: [run / "metrics.jsonl"], metrics_step)
-        observer.wait_for(SETTLE_STEPS)
+        observer.wait_for(UNDISTURBED_STEPS)
         try:
             yield Contestant(observer, workers)
         finally:
@@ -216,7 +216,7 @@ def torchrun(folder: Path) -> Iterator[Contestant]:
 
     with ended(process):
         observer = Observer(lambda: [run / "metrics.jsonl"], metrics_step)
-        observer.wait_for(SETTLE_STEPS)
+        observer.wait_for(UNDISTURBED_STEPS)
         try:
             yield Contestant(observer, workers)
         finally:
@@ -274,7 +274,7 @@ def torchft(folder: Path) -> Iterator[Contestant]:
         observer = Observer(
             lambda: list(folder.glob("commits-*")), lambda line: int(line.split()[0])
         )
-        observer.wait_for(SETTLE_STEPS)
+        observer.wait_for(UNDISTURBED_STEPS)
         try:
             yield Contestant(observer, workers, replace)
         finally:
@@ -385,7 +385,7 @@ def measure(
                 raise TimeoutError("not all workers take part again")
             time.sleep(0.05)
             continue
-        job.observer.wait_for(SETTLE_STEPS)
+        job.observer.wait_for(UNDISTURBED_STEPS)
         step_s = job.observer.step_s()
         if waiting_since is not None:
             gap = job.observer.longest_between(waiting_since, time.perf_counter())

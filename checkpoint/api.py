@@ -43,8 +43,8 @@ from holdfast.checkpoint.format import (
 from holdfast.checkpoint.loading import LoadStatistics, LoadTarget, Targets, boxes_of
 from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings, Wanted
 from holdfast.checkpoint.program_state import (
-    Entry,
     ProgramState,
+    ProgramTensor,
     entries_of,
     make_optimizer_state,
     parameter_names,
@@ -189,7 +189,7 @@ class Checkpointer:
     def _before_update(self, *_: object) -> None:
         self._manager.fence(ALL)
 
-    def _plan_of(self, entries: list[Entry]) -> WritePlan:
+    def _plan_of(self, entries: list[ProgramTensor]) -> WritePlan:
         """Who writes what; kept while names, shapes and boxes stay as they are."""
         mine = [(e.name, e.kind, e.dtype, e.shape, e.box.start, e.box.stop) for e in entries]
         if self._plan is None or self._plan[0] != mine:
@@ -288,15 +288,15 @@ def _world() -> tuple[int, int, Store]:
     return 0, 1, HashStore()
 
 
-def _held(entry: Entry) -> Entry:
+def _held(entry: ProgramTensor) -> ProgramTensor:
     """An entry whose memory stays as it is until the next step of the optimizer."""
     if entry.changes_in_forward or not entry.local.is_contiguous():
         local = entry.local.clone(memory_format=torch.contiguous_format)
-        return Entry(entry.name, entry.kind, entry.shape, entry.box, local, False)
+        return ProgramTensor(entry.name, entry.kind, entry.shape, entry.box, local, False)
     return entry
 
 
-def _view(entry: Entry, box: Box) -> Tensor:
+def _view(entry: ProgramTensor, box: Box) -> Tensor:
     return entry.local[box.relative_to(entry.box).slices]
 
 

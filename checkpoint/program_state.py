@@ -24,7 +24,7 @@ ProgramState = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ProgramTensor:
     """One tensor of a program on this rank."""
 
     name: str
@@ -42,13 +42,13 @@ class Entry:
         return DTYPE_NAMES[self.local.dtype]
 
 
-def entries_of(state: ProgramState) -> list[Entry]:
+def entries_of(state: ProgramState) -> list[ProgramTensor]:
     """Every tensor of a program's state. Local.
 
     Raises:
         CheckpointError: a tensor that cannot be saved, or two of one name.
     """
-    found: list[Entry] = []
+    found: list[ProgramTensor] = []
     parameters = parameter_names(state)
     for key, value in state.items():
         if isinstance(value, nn.Module):
@@ -56,7 +56,7 @@ def entries_of(state: ProgramState) -> list[Entry]:
         elif isinstance(value, Optimizer):
             found += _optimizer_entries(value, parameters)
         elif isinstance(value, Tensor):
-            found.append(_entry(key, "tensor", value, True))
+            found.append(_program_tensor(key, "tensor", value, True))
     names: set[str] = set()
     for entry in found:
         if entry.name in names:
@@ -104,32 +104,34 @@ def name_of_parameter(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]
         ) from None
 
 
-def _module_entries(key: str, module: nn.Module) -> Iterator[Entry]:
+def _module_entries(key: str, module: nn.Module) -> Iterator[ProgramTensor]:
     prefix = prefix_of(key)
     for name, parameter in module.named_parameters():
-        yield _entry(prefix + name, "weight", parameter, False)
+        yield _program_tensor(prefix + name, "weight", parameter, False)
     persistent = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
         if name in persistent:
-            yield _entry(prefix + name, "buffer", buffer, True)
+            yield _program_tensor(prefix + name, "buffer", buffer, True)
 
 
-def _optimizer_entries(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> Iterator[Entry]:
+def _optimizer_entries(
+    optimizer: Optimizer, names: Mapping[nn.Parameter, str]
+) -> Iterator[ProgramTensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = name_of_parameter(parameter, names)
             for kind, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    yield _entry(f"{kind}.{name}", kind, value, False)
+                    yield _program_tensor(f"{kind}.{name}", kind, value, False)
 
 
-def _entry(name: str, kind: str, value: Tensor, changes: bool) -> Entry:
+def _program_tensor(name: str, kind: str, value: Tensor, changes: bool) -> ProgramTensor:
     local, box = local_part(value, name)
     if local.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             f"{name} has dtype {local.dtype}, which safetensors files cannot hold"
         )
-    return Entry(name, kind, tuple(value.shape), box, local, changes)
+    return ProgramTensor(name, kind, tuple(value.shape), box, local, changes)
 
 
 def local_part(value: Tensor, name: str) -> tuple[Tensor, Box]:

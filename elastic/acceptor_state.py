@@ -17,35 +17,35 @@ from holdfast.elastic.generation import Identity
 class AcceptorFile:
     """The acceptor state of one worker in its node's memory or disk: written before it is acted on.
 
-    The process that votes as the worker holds a lock on it: the worker while it lives, afterwards
-    the process that votes on its behalf. The lock ends with the process, however that ends; forked
+    The process that reports as the worker holds a lock on it: the worker while it lives, afterwards
+    the agent that reports on its behalf. The lock ends with the process, however that ends. Forked
     children do not inherit it.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        """Local.
+        """Only set the paths; nothing is opened.
 
         Args:
-            folder: on the worker's node, and seen by its agent; need not survive the node.
+            folder: a folder on the worker's node that its agent sees; it need not survive the node.
         """
         self._path = folder / f"{identity}.acceptor"
         self._lock_path = folder / f"{identity}.lock"
 
     @contextlib.contextmanager
     def held(self, *, wait: bool = False) -> Iterator[None]:
-        """Hold the right to vote as this worker.
+        """Hold the right to report as this worker.
 
         Args:
-            wait: until another process gives it up.
+            wait: wait until another process gives the right up.
         Raises:
-            BlockingIOError: another process has it.
+            BlockingIOError: another process has the right, and `wait` is false.
         """
         with self._lock_path.open("w") as file:
             _lock(file, wait=wait)
             yield
 
     def read(self) -> AcceptorState:
-        """The last state written; that of a worker that knows nothing if there is none."""
+        """The state last written; without one, that of a worker that knows nothing."""
         try:
             text = self._path.read_text()
         except FileNotFoundError:

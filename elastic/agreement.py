@@ -1,14 +1,14 @@
 """The rule by which workers agree on their next generation. Pure: reports in, verdict out.
 
-A round of a Lighthouse hands the same set of reports to all who take part in it. What a worker
-makes of them is decided here, and is safe whatever a Lighthouse does: restart, forget, hand out old
-reports, reach only some, or run twice. It rests on one fact: a member of generation g accepts at
-most one membership for generation g + 1, ever, and that acceptance outlives its process (its agent
-speaks on for it, see `AcceptorFile`). A membership is chosen once a majority of generation g has
-accepted it; two majorities share a member, so at most one membership is ever chosen for g + 1:
-there is no split brain. A side that holds no majority waits, and does not train. (A write-once vote
-per slot: Paxos' acceptors without a second ballot number, Lamport 1998; the chain of configurations
-as in Lamport, Malkhi and Zhou 2009.)
+A round of a Lighthouse hands the same set of reports to all who take part in it. This module
+decides what a worker makes of them, and is safe whatever a Lighthouse does: restart, forget, hand
+out old reports, reach only some, or run twice. It rests on one fact: a member of generation g
+accepts at most one membership for generation g + 1, ever, and that acceptance outlives its process
+(its agent speaks on for it, see `AcceptorFile`). A membership is chosen once a majority of
+generation g has accepted it; two majorities share a member, so at most one membership is ever
+chosen for g + 1: there is no split brain. A side that holds no majority waits, and does not train.
+(A write-once vote per slot: Paxos' acceptors without a second ballot number, Lamport 1998; the
+chain of configurations as in Lamport, Malkhi and Zhou 2009.)
 
 Usually two rounds are enough: in the first all accept, in the second all see that all did.
 """
@@ -30,7 +30,7 @@ from holdfast.elastic.generation import (
 from holdfast.parallel.errors import MembershipError, Superseded
 
 Identities = frozenset[Identity]
-_NOBODY: Identities = frozenset()
+_NO_IDENTITIES: Identities = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class AcceptorState:
 
     generation: int = 0
     """The newest generation that it knows to be chosen; 0: none."""
-    members: Identities = _NOBODY
+    members: Identities = _NO_IDENTITIES
     """Of that generation; empty for 0."""
-    accepted: Identities = _NOBODY
+    accepted: Identities = _NO_IDENTITIES
     """The membership that it has accepted for the generation after that; empty: none yet."""
 
 
@@ -62,7 +62,7 @@ class Report:
     world_size: int = 1
     """Ranks that the first generation needs, one founder each."""
     min_ranks: int = 1
-    lost: Identities = _NOBODY
+    lost: Identities = _NO_IDENTITIES
     """Workers that are not waited for: their end, or their silence, has been noticed."""
     impatient: bool = False
     """It has waited long enough for those who are missing without anybody knowing why."""
@@ -237,7 +237,7 @@ def _accept(
         value, reason = _first(own, reports, accepted)
         minority = False
     elif acceptor.accepted:
-        return Verdict(acceptor, *_wait_for_votes(acceptor, reports))
+        return Verdict(acceptor, *_wait_for_reports(acceptor, reports))
     else:
         value, reason, minority = _next(own, acceptor, reports, accepted)
     if value is None:
@@ -247,7 +247,7 @@ def _accept(
     return Verdict(replace(acceptor, accepted=value), "again")
 
 
-def _wait_for_votes(
+def _wait_for_reports(
     acceptor: AcceptorState, reports: Mapping[Identity, Report]
 ) -> tuple[Literal["wait"], str, bool]:
     present = acceptor.members & reports.keys()
@@ -274,7 +274,7 @@ def _first(
     if missing:
         ranks = format_identities(Identity(rank) for rank in missing)
         return None, f"waiting for ranks {ranks} to start"
-    return _newest_incarnations(founders, _NOBODY), ""
+    return _newest_incarnations(founders, _NO_IDENTITIES), ""
 
 
 def _next(
@@ -283,9 +283,9 @@ def _next(
     reports: Mapping[Identity, Report],
     accepted: Mapping[Identity, Identities],
 ) -> tuple[Identities | None, str, bool]:
-    voters = acceptor.members & reports.keys()
-    if not is_majority(voters, acceptor.members):
-        return None, _too_few(voters, acceptor), True
+    reported = acceptor.members & reports.keys()
+    if not is_majority(reported, acceptor.members):
+        return None, _too_few(reported, acceptor), True
     bound = {value for identity, value in accepted.items() if identity in acceptor.members}
     if bound:
         return min(bound, key=sorted), "", False

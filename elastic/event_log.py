@@ -93,9 +93,9 @@ class EventLog:
             self._generation = generation or self._generation
             if self._generation is not None:
                 # A worker that is still silent is noticed again; one that wants to join asks again.
-                settled = ("silent", "joining")
+                outdated = ("silent", "joining")
                 self._events = [
-                    e for e in self._events if e.kind not in settled or not self._concerns(e)
+                    e for e in self._events if e.kind not in outdated or not self._concerns(e)
                 ]
             self._lost = {e.identity for e in self._events if e.lost}
             call = self._call

@@ -20,7 +20,7 @@ from holdfast.parallel.comm import FlightRecord, Operation
 
 LIMIT_STEPS = 5.0
 """A wait is too long only when it is longer than this many median steps, too."""
-SETTLE_S = 1.0
+COLLECT_S = 1.0
 """Time to collect further waits after the first: all ranks soon wait behind one that hangs."""
 
 PeerVerdict = Literal[
@@ -262,7 +262,7 @@ class HangJudge:
 
     def culprits(self, now_s: float) -> dict[int, str]:
         """The ranks that hang, and the reason for each, once all waits have had time to arrive."""
-        if self._since_s is None or now_s - self._since_s < SETTLE_S:
+        if self._since_s is None or now_s - self._since_s < COLLECT_S:
             return {}
         waits = {
             identity.rank: frozenset(i.rank for i in parse_identities(event.peers))

@@ -251,7 +251,7 @@ class Membership:
                 self._tell("joining")
 
     def _tell_all(self, event: MembershipEvent) -> None:
-        self._tell("notice", notice=event_to_data(replace(event, node=self.spec.node)))
+        self._tell("event", event=event_to_data(replace(event, node=self.spec.node)))
 
     def _tell(self, kind: str, **fields: Any) -> None:
         if self._channel is not None:
@@ -259,5 +259,5 @@ class Membership:
 
     def _hear(self, message: dict[str, Any]) -> None:
         """In the channel's thread."""
-        if message["kind"] == "notice":
-            self._log.hear(event_from_data(message["notice"]))
+        if message["kind"] == "event":
+            self._log.hear(event_from_data(message["event"]))

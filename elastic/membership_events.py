@@ -78,8 +78,8 @@ class Bulletin:
 
     def post(self, event: MembershipEvent) -> None:
         """Post an event for all. Raises RuntimeError when the store is gone."""
-        number = self._store.add("notices", 1)
-        self._store.set(f"notice/{number}", json.dumps(event_to_data(event)))
+        number = self._store.add("events", 1)
+        self._store.set(f"event/{number}", json.dumps(event_to_data(event)))
 
     def read(self) -> list[MembershipEvent]:
         """The events that have come since. Raises RuntimeError when the store is gone.
@@ -87,9 +87,9 @@ class Bulletin:
         It asks and does not wait: a wait of the store that ends for lack of news logs a warning.
         """
         events: list[MembershipEvent] = []
-        posted = self._store.add("notices", 0)
+        posted = self._store.add("events", 0)
         while self._read < posted:
-            key = f"notice/{self._read + 1}"
+            key = f"event/{self._read + 1}"
             if self._store.check([key]):
                 events.append(event_from_data(json.loads(self._store.get(key))))
             elif not self._is_hole():

@@ -1,4 +1,4 @@
-"""A client of the quorum: one worker's votes, and those on behalf of an ended worker."""
+"""A client of the Lighthouse's rounds: it reports as one worker, or on behalf of an ended one."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from holdfast.parallel.errors import MembershipError, Superseded
 logger = logging.getLogger("holdfast.membership")
 
 PAUSE_S = 0.02
-"""Between rounds that decide nothing; less than a round waits for those who are missing."""
+"""The pause between rounds that decide nothing; a round itself waits for missing workers."""
 _PAUSE_UNREACHABLE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class MembershipSettings:
-    """What all workers of a run have in common."""
+    """The settings that all workers of a run have in common."""
 
     lighthouse: str
-    """http://HOST:PORT."""
+    """The address, as http://HOST:PORT."""
     run: str
-    """Keeps runs apart that share a Lighthouse: letters, digits, dots, dashes."""
+    """The run's name, which separates runs at one Lighthouse: letters, digits, dots, dashes."""
     world_size: int
-    """Ranks that the run is started with."""
+    """The number of ranks that the run is started with."""
     min_ranks: int = 1
     heartbeat_ms: int = 100
     heartbeat_timeout_ms: int = 600
@@ -52,17 +52,17 @@ class MembershipSettings:
 
     @property
     def patience_s(self) -> float:
-        """How long missing members are waited for when the reason is not known."""
+        """How long missing members are waited for when no reason is known, in seconds."""
         return 2 * self.heartbeat_timeout_ms / 1000 + 1.0
 
     @property
     def call_s(self) -> float:
-        """How long one call waits for a round; a report is then sent anew."""
+        """How long one call waits for a round, in seconds; the report is sent again afterwards."""
         return min(0.5, self.heartbeat_timeout_ms / 1000)
 
 
 class QuorumClient:
-    """Votes as one worker. Its owner must hold the worker's acceptor file."""
+    """Reports as one worker. The caller must hold the worker's acceptor file."""
 
     def __init__(
         self, identity: Identity, settings: MembershipSettings, acceptor_file: AcceptorFile
@@ -79,8 +79,7 @@ class QuorumClient:
         """Take part in one round with `report` and the present acceptor state.
 
         Returns:
-            What follows from the round, which has been written to the acceptor file; and all
-            reports.
+            The verdict, already written to the acceptor file, and all reports by identity.
         Raises:
             Superseded: the run has gone on without this worker.
             LighthouseAway, RoundTimeout: see `RoundClient.round`.
@@ -107,7 +106,7 @@ class QuorumClient:
             self._said = reason
 
 
-def vote_on_behalf_of(
+def report_on_behalf_of(
     identity: Identity,
     settings: MembershipSettings,
     acceptor_file: AcceptorFile,
@@ -115,14 +114,14 @@ def vote_on_behalf_of(
     *,
     data: Mapping[str, Any] | None = None,
 ) -> None:
-    """Vote for a worker whose process has ended, until a generation without it is chosen.
+    """Report for a worker whose process has ended, until a generation without it is chosen.
 
-    Blocks; run it in a thread. It keeps what the worker has accepted, and so the rule holds; and it
-    makes rounds complete, so that no worker waits for the dead one's heartbeats to grow old.
+    Blocks; run it in a thread. It keeps what the worker has accepted, so the rule of agreement
+    holds. It also completes rounds, so no worker waits for the dead one's heartbeats to grow old.
 
     Args:
-        stop: ends it at the next round.
-        data: told to the members with its report, such as why the process ended.
+        stop: ends the reports at the next round.
+        data: values for the members, sent with the report, such as why the process ended.
     """
     with acceptor_file.held(wait=True):
         client = QuorumClient(identity, settings, acceptor_file)

@@ -20,11 +20,11 @@ from holdfast.parallel.errors import MembershipError, PeerLost
 logger = logging.getLogger("holdfast.agent")
 
 _POLL_S = 0.05
-_BOARD_TIMEOUT_S = 5.0
+_BULLETIN_TIMEOUT_S = 5.0
 _JOIN_AFTER = 2.0
 """An unknown worker counts as joining after this many heartbeat time-outs: a worker that has
 just been left out is heard of once more."""
-_SETTLE_S = 2.0
+_GRACE_S = 2.0
 """After the Lighthouse was away: the time before silence counts again."""
 
 
@@ -53,7 +53,7 @@ class BulletinFollower:
 
     def _run(self) -> None:
         try:
-            store = PrefixStore(self._prefix, connect_store(self._store, _BOARD_TIMEOUT_S))
+            store = PrefixStore(self._prefix, connect_store(self._store, _BULLETIN_TIMEOUT_S))
             bulletin = Bulletin(store)
             while True:
                 try:
@@ -124,7 +124,7 @@ class HeartbeatWatch:
                 continue
             if not self._reachable:
                 logger.warning("the Lighthouse at %s is back", self._settings.lighthouse)
-                judge_from_s = self._clock() + _SETTLE_S
+                judge_from_s = self._clock() + _GRACE_S
             self._reachable = True
             if self._clock() > judge_from_s:
                 for event in self.judge(ages, self._clock()):

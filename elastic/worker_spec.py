@@ -20,15 +20,15 @@ class WorkerSpec:
     rank: int
     incarnation: int
     local_rank: int
-    """Among the workers of its node."""
+    """The worker's number among the workers of its node."""
     node: str
-    """The failure domain that it runs in."""
+    """The failure domain of the worker."""
     store: str
-    """HOST:PORT of the store in its agent."""
+    """HOST:PORT of the rendezvous store in its agent."""
     founder: bool
-    """The run is started with it, or it replaces a founder that had not voted."""
+    """Whether it founds the run: it is a first worker, or replaces one that had not reported."""
     folder: str
-    """Where its acceptor state and its liveness timestamp lie; on its node, seen by its agent."""
+    """The folder of its acceptor state and liveness timestamp: on its node, seen by its agent."""
     settings: MembershipSettings
 
     @property
@@ -41,12 +41,12 @@ class WorkerSpec:
 
     @property
     def liveness(self) -> Path:
-        """Written by the worker's channel: when it last ran Python."""
+        """The file in which the worker's channel writes when it last ran Python."""
         return Path(self.folder) / f"{self.identity}.liveness"
 
     @property
     def flight_record(self) -> Path:
-        """The worker's flight record, which its agent reads for waits that last too long."""
+        """The worker's flight record. Its agent reads it for waits that last too long."""
         return Path(self.folder) / f"{self.identity}.page"
 
 

@@ -79,9 +79,9 @@ def _exchange(
     parts = [(mine, own)]
     for part in piece.sources:
         if part.holders != (rank,):
-            arriving = torch.empty(part.box.shape, dtype=own.dtype)
-            parts.append((part.box, arriving))
-            handles.append(comm.receive(_raw(arriving), part.holders[0], tag))
+            incoming = torch.empty(part.box.shape, dtype=own.dtype)
+            parts.append((part.box, incoming))
+            handles.append(comm.receive(_raw(incoming), part.holders[0], tag))
     return handles, torch.empty(piece.box.shape, dtype=own.dtype), parts
 
 

@@ -1,4 +1,4 @@
-"""The agent: one per node. Starts its node's workers, watches, fences, replaces and ends them.
+"""The agent: one per node. It starts, watches, kills, replaces and ends its workers.
 
 It also hosts what workers must not: a rendezvous store, and a Lighthouse where none is named. It
 has no part in training, so that a worker that dies or hangs takes nothing with it that others need.
@@ -106,7 +106,7 @@ class Agent:
                 on_event=self._main_thread.forwarding(self._deliver),
                 on_silence=self._main_thread.forwarding(self._publish),
             )
-            held.callback(lambda: self._others.close(over=self._shutdown.needs_no_vote))
+            held.callback(lambda: self._others.close(over=self._shutdown.needs_no_report))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
             for spec in self._specs(membership, address, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
@@ -163,7 +163,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.spec):
                 slot.start_at_s = None
-                slot.pid, slot.fenced, slot.is_member, slot.left_out_s = -1, "", False, None
+                slot.pid, slot.killed_for, slot.is_member, slot.left_out_s = -1, "", False, None
                 try:
                     log = self._settings.log(slot.spec.rank)
                     slot.channel = self._fork_server.start(slot.spec, log)
@@ -192,7 +192,7 @@ class Agent:
             if slot.pid:
                 age_s = liveness_age_s(slot.spec.liveness) or 0.0
                 self._publish(self._event("ended", slot, cause, age_s))
-                self._others.vote_on_behalf_of(slot.spec, cause)
+                self._others.report_on_behalf_of(slot.spec, cause)
             slot.pid, slot.start_at_s = 0, None
 
     def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
@@ -216,16 +216,16 @@ class Agent:
                 other.kill("the run has ended before it could join")
 
     def _replace(self, slot: WorkerSlot, end: Ended) -> None:
-        """Tell the others of a worker that failed, vote on its behalf, and start the next one."""
+        """Tell the others of a worker that failed, report on its behalf, and start the next one."""
         stopping = self._shutdown.kill_at_s is not None
-        cause = slot.fenced or describe_end(end.code)
+        cause = slot.killed_for or describe_end(end.code)
         logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
             self._shutdown.failed_with = end.code
         self._publish(self._event("ended", slot, cause, liveness_age_s(slot.spec.liveness) or 0.0))
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
-            self._others.vote_on_behalf_of(slot.spec, cause)
+            self._others.report_on_behalf_of(slot.spec, cause)
         if end.code == ConfigError.exit_code:
             self._abort(ConfigError.exit_code)
         elif self._settings.respawn and not stopping:
@@ -320,8 +320,8 @@ class Agent:
     def _on_message(self, slot: WorkerSlot, message: dict[str, Any]) -> None:
         if message["kind"] == "committed":
             self._restarts.committed(message["step"])
-        elif message["kind"] == "notice":
-            self._publish(event_from_data(message["notice"]))
+        elif message["kind"] == "event":
+            self._publish(event_from_data(message["event"]))
         elif message["kind"] == "generation":
             if message["number"] >= self._others.generation:
                 slot.is_member, slot.left_out_s = True, None
@@ -361,7 +361,7 @@ class Agent:
         """Tell this node's workers, and act on what is for this agent."""
         if event.kind == "waiting":
             self._judge.hear(event, time.monotonic())
-        message = {"kind": "notice", "notice": event_to_data(event)}
+        message = {"kind": "event", "event": event_to_data(event)}
         for slot in self._slots.values():
             if slot.channel is not None:
                 send_message(slot.channel, message)

@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.elastic.generation import parse_identities
 from holdfast.elastic.membership_events import MembershipEvent
-from holdfast.elastic.quorum_client import MembershipSettings, vote_on_behalf_of
+from holdfast.elastic.quorum_client import MembershipSettings, report_on_behalf_of
 from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 
@@ -62,10 +62,10 @@ class OtherNodes:
         for bulletin in self._bulletins:
             bulletin.post(event)
 
-    def vote_on_behalf_of(self, spec: WorkerSpec, cause: str) -> None:
-        """Have an ended worker's vote counted until the others go on without it."""
+    def report_on_behalf_of(self, spec: WorkerSpec, cause: str) -> None:
+        """Report for an ended worker, in a thread, until the other nodes go on without it."""
         thread = threading.Thread(
-            target=vote_on_behalf_of,
+            target=report_on_behalf_of,
             args=(spec.identity, self._membership, spec.acceptor, self._stop),
             kwargs={"data": {"cause": cause}},
             name=f"holdfast-proxy-{spec.identity}",

@@ -35,8 +35,8 @@ class Shutdown:
         return self.kill_at_s is not None and now_s > self.kill_at_s
 
     @property
-    def needs_no_vote(self) -> bool:
-        """Whether no other node waits for this one's workers."""
+    def needs_no_report(self) -> bool:
+        """Whether no other node waits for reports about this node's workers."""
         return self.finished or self.code in (ConfigError.exit_code, INTERRUPTED)
 
     @property

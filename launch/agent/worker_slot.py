@@ -33,7 +33,7 @@ class WorkerSlot:
     """Whether its worker has told of a generation, and is in the newest."""
     left_out_s: float | None = None
     """Since when the newest generation is without its worker, which was a member."""
-    fenced: str = ""
+    killed_for: str = ""
     """Why its worker was killed."""
 
     def signal(self, number: int) -> None:
@@ -43,9 +43,9 @@ class WorkerSlot:
                 signal.pidfd_send_signal(self.descriptor, number)
 
     def kill(self, why: str) -> None:
-        """Fence the worker: it does nothing more, whatever state it is in."""
-        if self.descriptor >= 0 and not self.fenced:
-            self.fenced = why
+        """Kill the worker, whatever state it is in, so that it does nothing more."""
+        if self.descriptor >= 0 and not self.killed_for:
+            self.killed_for = why
             logger.warning("rank %s is killed: %s", self.spec.identity, why)
             self.signal(signal.SIGKILL)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.generation import parse_identity
 from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
-from holdfast.elastic.quorum_client import MembershipSettings, vote_on_behalf_of
+from holdfast.elastic.quorum_client import MembershipSettings, report_on_behalf_of
 from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
 from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import Stopped
@@ -117,7 +117,7 @@ def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequ
 
 
 def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) -> int:
-    """Wait for all agents, by process id; vote on behalf of the workers of a killed one."""
+    """Wait for all agents, by process id; report on behalf of the workers of a killed one."""
     children = Supervisor(list(agents))
     forwarded: list[int] = []
     stop = threading.Event()
@@ -138,7 +138,7 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
                     node = agents[end.pid]
                     name = signal.Signals(-end.code).name
                     logger.warning("node %s is lost: its agent was killed by %s", node.node, name)
-                    _speak_for_node(node, membership, stop)
+                    _report_for_node(node, membership, stop)
         stop.set()
     if signal.SIGINT in forwarded:
         return 128 + signal.SIGINT
@@ -146,18 +146,18 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
     return 0 if 0 in given else next(iter(given), Stopped.exit_code)
 
 
-def _speak_for_node(
+def _report_for_node(
     node: AgentSettings, membership: MembershipSettings, stop: threading.Event
 ) -> None:
-    """Vote for all workers that a node has had.
+    """Report for all workers that a node has had.
 
-    Each once its process has ended and freed its acceptor state.
+    Each report begins once the worker's process has ended and freed its acceptor state.
     """
     folder = node.folder or Path()
     for path in sorted(folder.glob("*.acceptor")):
         identity = parse_identity(path.stem)
         threading.Thread(
-            target=vote_on_behalf_of,
+            target=report_on_behalf_of,
             args=(identity, membership, AcceptorFile(folder, identity), stop),
             kwargs={"data": {"cause": f"node {node.node} was lost"}},
             name=f"holdfast-proxy-{identity}",

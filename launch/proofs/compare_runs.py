@@ -13,7 +13,7 @@ from holdfast.trainer.run import RunDirectory
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class RunComparison:
     """Two runs step by step."""
 
     steps: int
@@ -51,11 +51,11 @@ def train_without_faults(run: RunDirectory) -> RunDirectory:
     return RunDirectory(folder)
 
 
-def compare_runs(run: RunDirectory, other: RunDirectory) -> Comparison:
+def compare_runs(run: RunDirectory, other: RunDirectory) -> RunComparison:
     """Losses, gradient norms and final parameters of two finished runs, bit by bit."""
     mine, others = bits_of(run.metrics), bits_of(other.metrics)
     differing = [s for s in sorted(mine.keys() | others.keys()) if mine.get(s) != others.get(s)]
-    return Comparison(len(mine), next(iter(differing), None), _digest(run) == _digest(other))
+    return RunComparison(len(mine), next(iter(differing), None), _digest(run) == _digest(other))
 
 
 def bits_of(metrics: Path) -> dict[int, tuple[str, str]]:
@@ -72,7 +72,7 @@ def _digest(run: RunDirectory) -> str:
     raise CheckpointError(f"{run.root} has not finished; there is nothing to compare")
 
 
-def describe_comparison(comparison: Comparison, lost: int) -> str:
+def describe_comparison(comparison: RunComparison, lost: int) -> str:
     """The result in one line."""
     if comparison.equal:
         return (

@@ -160,9 +160,9 @@ class PairwiseCommunicator:
         for distance in range(1, self.size):
             source = self._ranks[(self._index - distance) % self.size]
             target = self._ranks[(self._index + distance) % self.size]
-            arriving = outputs[(self._index - distance) % self.size]
+            incoming = outputs[(self._index - distance) % self.size]
             leaving = inputs[(self._index + distance) % self.size]
-            handles.append(self._message(arriving, source, tag, operation, is_send=False))
+            handles.append(self._message(incoming, source, tag, operation, is_send=False))
             handles.append(self._message(leaving, target, tag, operation, is_send=True))
         return Handles(handles)
 
@@ -226,12 +226,12 @@ class _AllReduceByDoubling:
         source = comm.ranks[(comm.index + distance) % comm.size]
         target = comm.ranks[(comm.index - distance) % comm.size]
         rows = min(distance, comm.size - distance)
-        arriving, leaving = self._parts[distance : distance + rows], self._parts[:rows]
+        incoming, outgoing = self._parts[distance : distance + rows], self._parts[:rows]
         post = comm._message
         return Handles(
             (
-                post(arriving, source, self._tag, self._operation, is_send=False),
-                post(leaving, target, self._tag, self._operation, is_send=True),
+                post(incoming, source, self._tag, self._operation, is_send=False),
+                post(outgoing, target, self._tag, self._operation, is_send=True),
             )
         )
 

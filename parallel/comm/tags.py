@@ -39,7 +39,7 @@ class TagRange:
 ACTIVATIONS: Final = TagRange("activations and their gradients", 0, 1 << 28)
 REDUCTION: Final = TagRange("gradient sums on their way to owners", 1 << 28, 5 << 26)
 STATE_TRANSFER: Final = TagRange("optimizer state after a change of ranks", 5 << 26, 3 << 27)
-SHADOWING: Final = TagRange("reduced gradients on their way to shadows", 3 << 27, 7 << 26)
+SHADOW_GRADIENTS: Final = TagRange("reduced gradients on their way to shadows", 3 << 27, 7 << 26)
 BACKGROUND_TRANSFER: Final = TagRange("optimizer state beside steps", 7 << 26, 1 << 29)
 GATHERING: Final = TagRange("updated parameters on their way to holders", 1 << 29, 1 << 30)
 COLLECTIVES: Final = TagRange("the parts of collectives", 1 << 30, (1 << 30) + (1 << 20))
@@ -52,7 +52,7 @@ RANGES: Final = (
     ACTIVATIONS,
     REDUCTION,
     STATE_TRANSFER,
-    SHADOWING,
+    SHADOW_GRADIENTS,
     BACKGROUND_TRANSFER,
     GATHERING,
     COLLECTIVES,

@@ -11,4 +11,4 @@ from .policy import (
     estimate_offload as estimate_offload,
     restart_with_compact_heap as restart_with_compact_heap,
 )
-from .stores import DiskFile as DiskFile, Transfer as Transfer
+from .stores import DiskFile as DiskFile, DriveRequest as DriveRequest

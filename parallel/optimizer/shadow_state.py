@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.parallel.comm import SHADOWING, Communicator, Handle
+from holdfast.parallel.comm import SHADOW_GRADIENTS, Communicator, Handle
 from holdfast.parallel.optimizer.fence import Fence
 from holdfast.parallel.optimizer.owned_state import block_update
 from holdfast.parallel.optimizer.reduction import LONGEST_SPAN_ELEMENTS, Span
@@ -226,12 +226,12 @@ class ShadowState:
         """
         comm, mine = self._comm, self._copies.gradients
         handles: list[Handle] = [
-            comm.receive(mine[span.start : span.stop], owner, SHADOWING.tag(number))
+            comm.receive(mine[span.start : span.stop], owner, SHADOW_GRADIENTS.tag(number))
             for owner, spans in self._incoming.items()
             for number, span in enumerate(spans)
         ]
         handles += [
-            comm.send(gradients[span.start : span.stop], shadow, SHADOWING.tag(number))
+            comm.send(gradients[span.start : span.stop], shadow, SHADOW_GRADIENTS.tag(number))
             for shadow, spans in self._outgoing.items()
             for number, span in enumerate(spans)
         ]

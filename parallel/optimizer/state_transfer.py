@@ -40,11 +40,11 @@ def move_blocks(
     under_way: list[tuple[BlockTransfer, list[Handle], list[Tensor]]] = []
 
     def finish() -> None:
-        transfer, handles, arriving = under_way.pop(0)
+        transfer, handles, incoming = under_way.pop(0)
         for handle in handles:
             handle.wait()
-        if arriving:
-            checksum, content = arriving
+        if incoming:
+            checksum, content = incoming
             for key, state in messages.unpacked(transfer, content, checksum):
                 write(key, state)
 

@@ -32,7 +32,7 @@ from .schedule import (
     Schedule as Schedule,
 )
 from .simulator import (
-    Span as Span,
+    ActionSpan as ActionSpan,
     Timeline as Timeline,
     simulate as simulate,
     unit_cost as unit_cost,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from holdfast.parallel.schedules.actions import Action
-from holdfast.parallel.schedules.simulator import Span, Timeline
+from holdfast.parallel.schedules.simulator import ActionSpan, Timeline
 
 _IDLE = "."
 
@@ -38,7 +38,7 @@ def draw(timeline: Timeline, *, width: int = 120) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(spans: tuple[Span, ...], columns: int, scale: float, several: bool) -> str:
+def _row(spans: tuple[ActionSpan, ...], columns: int, scale: float, several: bool) -> str:
     cells = [_IDLE] * columns
     for action, start, stop in spans:
         first, after = round(start * scale), round(stop * scale)

@@ -78,9 +78,9 @@ def list_schedule(
         ScheduleError: a cap is below the number of chunks that its rank owns.
     """
     work = _Work.of(chunks, micro_batches, owner_of, cost, message_cost, cap, split_backward)
-    best: _Run | None = None
+    best: _SchedulingPass | None = None
     for turn, forward in list(product(_Turn, _Forward))[: None if all_rules else 1]:
-        run = _Run(work, turn, forward)
+        run = _SchedulingPass(work, turn, forward)
         if run.finish(inf if best is None else best.makespan):
             best = run
     assert best is not None
@@ -246,7 +246,7 @@ class _RankState:
             self._live[self._level[action.chunk]] -= 1
 
 
-class _Run:
+class _SchedulingPass:
     """One pass of event-driven list scheduling under one pair of rules."""
 
     def __init__(self, work: _Work, turn: _Turn, forward: _Forward) -> None:

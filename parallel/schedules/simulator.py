@@ -22,7 +22,7 @@ _NAMED_RANKS = 4
 """Blocked ranks that a deadlock's message names; the others follow from them."""
 
 
-class Span(NamedTuple):
+class ActionSpan(NamedTuple):
     """A compute action and when it ran, in the unit of the costs."""
 
     action: Action
@@ -35,7 +35,7 @@ class Timeline:
     """A simulated step. Times are in the unit of the costs, from 0."""
 
     makespan: float
-    spans: Mapping[int, tuple[Span, ...]]
+    spans: Mapping[int, tuple[ActionSpan, ...]]
     """Compute actions by rank, in order."""
     busy: Mapping[int, float]
     """Time spent computing, by rank."""
@@ -100,7 +100,7 @@ def simulate(
     if all(action.op in COMPUTE for program in programs.values() for action in program):
         owner = owners(programs)
         programs = with_messages(programs, lambda chunk, micro_batch: owner[chunk, micro_batch])
-    run = _Run(programs, cost, message_cost)
+    run = _Simulation(programs, cost, message_cost)
     run.finish()
     return Timeline(
         makespan=max(run.clocks.values(), default=0.0),
@@ -111,7 +111,7 @@ def simulate(
     )
 
 
-class _Run:
+class _Simulation:
     """One simulation. Times follow from data dependencies; each rank runs as far as it can."""
 
     def __init__(
@@ -122,7 +122,7 @@ class _Run:
     ) -> None:
         self.clocks = dict.fromkeys(programs, 0.0)
         self.busy = dict.fromkeys(programs, 0.0)
-        self.spans: dict[int, list[Span]] = {rank: [] for rank in programs}
+        self.spans: dict[int, list[ActionSpan]] = {rank: [] for rank in programs}
         self._programs = programs
         self._cost = cost
         self._message_cost = message_cost
@@ -164,7 +164,7 @@ class _Run:
                     self._runnable.append(action.peer)
             else:
                 duration = self._cost(action)
-                spans.append(Span(action, clock, clock + duration))
+                spans.append(ActionSpan(action, clock, clock + duration))
                 clock += duration
                 busy += duration
             position += 1

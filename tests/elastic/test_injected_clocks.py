@@ -41,7 +41,7 @@ def test_a_missing_event_is_waited_for_a_second_and_then_passed() -> None:
     store: Any = Store()
     now = 100.0
     bulletin = Bulletin(store, clock=lambda: now)
-    store.add("notices", 1)  # its author dies before it sets the event
+    store.add("events", 1)  # its author dies before it sets the event
     event = MembershipEvent("ended", Identity(1), "killed")
     bulletin.post(event)
     assert bulletin.read() == []

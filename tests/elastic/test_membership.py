@@ -137,7 +137,7 @@ def test_events_arrive_in_one_order_and_a_hole_is_passed() -> None:
     writer, reader = Bulletin(store), Bulletin(store)
     events = [MembershipEvent("ended", Identity(rank), "killed") for rank in range(3)]
     writer.post(events[0])
-    store.add("notices", 1)  # an author that died between its number and its event
+    store.add("events", 1)  # an author that died between its number and its event
     writer.post(events[1])
     assert reader.read() == events[:1]
     assert wait_for(reader.read, "the event after the hole") == events[1:2]
@@ -164,8 +164,8 @@ def test_a_channel_carries_messages_and_a_liveness_timestamp(tmp_path: Path) -> 
     channel = WorkerChannel(theirs, tmp_path / "liveness", heard.append)
     assert channel.send("committed", step=3)
     assert receive_message(ours) == {"kind": "committed", "step": 3}
-    send_message(ours, {"kind": "notice"})
-    wait_for(lambda: heard == [{"kind": "notice"}], "the message")
+    send_message(ours, {"kind": "event"})
+    wait_for(lambda: heard == [{"kind": "event"}], "the message")
     age_s = liveness_age_s(tmp_path / "liveness")
     assert age_s is not None
     channel.close()

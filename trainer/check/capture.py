@@ -12,7 +12,7 @@ from holdfast.parallel.layout import ParameterSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class CapturedBox:
     """A box of a logical tensor as one rank has it."""
 
     name: str
@@ -36,22 +36,24 @@ class RankCapture:
     outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """(module, micro-batch) -> its output, float64[seq (/ tensor), micro_batch, hidden]."""
     output_gradients: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    partial_gradients: list[Piece] = field(default_factory=list)
+    partial_gradients: list[CapturedBox] = field(default_factory=list)
     """This rank's sums before any reduction, by segment."""
-    gradients: list[Piece] = field(default_factory=list)
+    gradients: list[CapturedBox] = field(default_factory=list)
     """The reduced gradients of the blocks this rank owns."""
-    parameters: list[Piece] = field(default_factory=list)
+    parameters: list[CapturedBox] = field(default_factory=list)
     """All parameters of this rank after the last step."""
 
 
-def piece_of(spec: ParameterSpec, values: Tensor, rows: tuple[int, int] | None = None) -> Piece:
+def captured_box(
+    spec: ParameterSpec, values: Tensor, rows: tuple[int, int] | None = None
+) -> CapturedBox:
     """The piece that a segment, or some of its rows, is."""
     first, last = rows if rows is not None else (0, spec.rows)
     start = (spec.box.start[0] + first, *spec.box.start[1:])
     stop = (spec.box.start[0] + last, *spec.box.stop[1:])
     shape = tuple(b - a for a, b in zip(start, stop, strict=True))
     copied = values.detach().cpu().double().reshape(shape).clone()
-    return Piece(spec.name, start, stop, spec.shape, spec.copies, copied)
+    return CapturedBox(spec.name, start, stop, spec.shape, spec.copies, copied)
 
 
 class ActivationRecorder:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.trainer.check.capture import Piece, RankCapture
+from holdfast.trainer.check.capture import CapturedBox, RankCapture
 
 LOSS_TOLERANCE = 1e-12
 TENSOR_TOLERANCE = 1e-10
@@ -167,11 +167,11 @@ def _scale_hint(actual: float, expected: float) -> str:
     return ""
 
 
-def _cut(piece: Piece, reference: dict[str, Tensor]) -> Tensor:
+def _cut(piece: CapturedBox, reference: dict[str, Tensor]) -> Tensor:
     return reference[piece.name][tuple(map(slice, piece.start, piece.stop))]
 
 
-def _whole(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+def _whole(pieces: Iterable[CapturedBox]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for piece in pieces:
         target = whole.setdefault(piece.name, torch.zeros(piece.shape, dtype=torch.float64))
@@ -197,7 +197,7 @@ def _gradients(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Fin
 
 
 def _gradient_hint(
-    piece: Piece, expected: Tensor, ranks: Sequence[RankCapture], owner: RankCapture
+    piece: CapturedBox, expected: Tensor, ranks: Sequence[RankCapture], owner: RankCapture
 ) -> str:
     """Which sum over which ranks would have given the right gradient."""
 
@@ -229,13 +229,13 @@ def _gradient_hint(
     return "no sum of the ranks' parts gives it: the computation itself differs"
 
 
-def _holds(outer: Piece, inner: Piece) -> bool:
+def _holds(outer: CapturedBox, inner: CapturedBox) -> bool:
     return all(a <= b for a, b in zip(outer.start, inner.start, strict=True)) and all(
         a >= b for a, b in zip(outer.stop, inner.stop, strict=True)
     )
 
 
-def _inside(inner: Piece, outer: Piece) -> tuple[slice, ...]:
+def _inside(inner: CapturedBox, outer: CapturedBox) -> tuple[slice, ...]:
     return tuple(
         slice(a - o, b - o) for a, b, o in zip(inner.start, inner.stop, outer.start, strict=True)
     )

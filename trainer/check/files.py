@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from holdfast.trainer.check.capture import Piece, RankCapture
+from holdfast.trainer.check.capture import CapturedBox, RankCapture
 
 _PIECES = ("partial_gradients", "gradients", "parameters")
 _ACTIVATIONS = ("outputs", "output_gradients")
@@ -29,7 +29,7 @@ def save_capture(capture: RankCapture, path: Path) -> None:
         index[kind] = [key for key, _ in entries]
         tensors |= {f"{kind}.{n}": value.contiguous() for n, (_, value) in enumerate(entries)}
     for kind in _PIECES:
-        pieces: list[Piece] = getattr(capture, kind)
+        pieces: list[CapturedBox] = getattr(capture, kind)
         index[kind] = [[p.name, p.start, p.stop, p.shape, p.tensor_copies] for p in pieces]
         tensors |= {f"{kind}.{n}": piece.values.contiguous() for n, piece in enumerate(pieces)}
     save_file(tensors, path, metadata={"index": json.dumps(index)})
@@ -52,5 +52,5 @@ def load_capture(path: Path) -> RankCapture:
             for number, (name, *bounds) in enumerate(index[kind]):
                 start, stop, shape, copies = (tuple(bound) for bound in bounds)
                 values = file.get_tensor(f"{kind}.{number}")
-                pieces.append(Piece(name, start, stop, shape, copies, values))
+                pieces.append(CapturedBox(name, start, stop, shape, copies, values))
     return capture

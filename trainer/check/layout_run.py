@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch.distributed import Store
 
-from holdfast.trainer.check.capture import ActivationRecorder, RankCapture, piece_of, watch_chunk
+from holdfast.trainer.check.capture import (
+    ActivationRecorder,
+    RankCapture,
+    captured_box,
+    watch_chunk,
+)
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step import open_training, rate_of
 from holdfast.trainer.world import WorldInfo
@@ -26,13 +31,13 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
             accumulator.finish()
             scale = 2.0**-accumulator.fraction_bits if accumulator.exact else 1.0
             capture.partial_gradients = [
-                piece_of(s.spec, buffer.view(accumulator.sums, s).double() * scale)
+                captured_box(s.spec, buffer.view(accumulator.sums, s).double() * scale)
                 for s in buffer.segments
             ]
         squares, flags = training.reduce()
         if step == 0:
             capture.gradients = [
-                piece_of(
+                captured_box(
                     owned.segment.spec, gradient, (owned.block.row_start, owned.block.row_stop)
                 )
                 for owned, gradient in training.optimizer.owned_gradients()
@@ -41,5 +46,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         capture.losses.append(outcome.loss)
         capture.grad_norms.append(outcome.grad_norm)
         training.apply(rate_of(config, step))
-    capture.parameters = [piece_of(s.spec, buffer.view(buffer.values, s)) for s in buffer.segments]
+    capture.parameters = [
+        captured_box(s.spec, buffer.view(buffer.values, s)) for s in buffer.segments
+    ]
     return capture

@@ -13,9 +13,9 @@ from holdfast.parallel.pipeline import Chunk, MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.check.capture import (
     ActivationRecorder,
-    Piece,
+    CapturedBox,
     RankCapture,
-    piece_of,
+    captured_box,
     watch_chunk,
 )
 from holdfast.trainer.config import RunConfig
@@ -128,7 +128,7 @@ def _tied(
 
 def _pieces(
     rows: list[tuple[ParameterSpec, nn.Parameter]], skipped: set[nn.Parameter], *, gradients: bool
-) -> list[Piece]:
+) -> list[CapturedBox]:
     """The pieces of all rows but second uses of tied weights: gradients, or parameters."""
     pieces = []
     for spec, parameter in rows:
@@ -137,5 +137,5 @@ def _pieces(
         values = parameter.grad if gradients else parameter
         assert values is not None
         matrix = values[spec.local_row : spec.local_row + spec.rows]
-        pieces.append(piece_of(spec, matrix))
+        pieces.append(captured_box(spec, matrix))
     return pieces

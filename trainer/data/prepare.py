@@ -19,7 +19,7 @@ from holdfast.trainer.data.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedCorpus:
     """What `prepare` wrote."""
 
     documents: int
@@ -37,7 +37,7 @@ def prepare(
     json_key: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Prepared:
+) -> PreparedCorpus:
     """Tokenise files into `OUTPUT_PREFIX.bin` and `.idx`, readable by Megatron.
 
     Every document ends with the tokenizer's separator. Both files are written under other names
@@ -93,7 +93,7 @@ def prepare(
     finally:
         partial_bin.unlink(missing_ok=True)
         partial_idx.unlink(missing_ok=True)
-    return Prepared(documents, tokens, encoder.vocab, bin_path, idx_path)
+    return PreparedCorpus(documents, tokens, encoder.vocab, bin_path, idx_path)
 
 
 def _add_all(builder: Any, encoded: Iterable[np.ndarray]) -> tuple[int, int]:

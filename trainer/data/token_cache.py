@@ -28,7 +28,7 @@ _ATTEMPTS = 3
 """Attempts to make an entry: without file locks, another process may take it for damaged."""
 
 
-class Entry(msgspec.Struct, frozen=True):
+class CacheEntry(msgspec.Struct, frozen=True):
     """What `entry.json` says about the tokens beside it."""
 
     count: int
@@ -82,14 +82,14 @@ class TokenWriter:
         self._file.write(content)
         self._count += len(tokens)
 
-    def finish(self) -> Entry:
+    def finish(self) -> CacheEntry:
         """Write the final header and put everything on the disk."""
         self._file.seek(0)
         # numpy pads headers so that a growing first dimension keeps their length
         assert self._write_header() == self._header_bytes
         self._file.flush()
         os.fsync(self._file.fileno())
-        return Entry(self._count, self._largest, self._hash.hexdigest())
+        return CacheEntry(self._count, self._largest, self._hash.hexdigest())
 
     def _write_header(self) -> int:
         description = {
@@ -168,7 +168,7 @@ def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter]
 def _open(path: Path, name: str) -> CachedTokens | None:
     """The entry, or None when it is missing or damaged."""
     try:
-        entry = msgspec.json.decode((path / "entry.json").read_bytes(), type=Entry)
+        entry = msgspec.json.decode((path / "entry.json").read_bytes(), type=CacheEntry)
         tokens = np.load(path / "tokens.npy", mmap_mode="r" if entry.count else None)
     except (OSError, ValueError, EOFError, msgspec.DecodeError):
         return None

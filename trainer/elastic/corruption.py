@@ -42,7 +42,7 @@ class Corruption:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class CopyComparison:
     """What comparing all copies of the state has given; equal on every rank."""
 
     corrupt: tuple[Corruption, ...]
@@ -50,7 +50,7 @@ class Comparison:
     """SHA-256 of the checksums of all copies of all blocks: names this state and its layout."""
 
 
-def compare_copies(training: Training, everybody: Communicator) -> Comparison:
+def compare_copies(training: Training, members: Communicator) -> CopyComparison:
     """Compare the checksums of every block on all its holders. Collective over all ranks."""
     plan = training.plan
     copies = 1 + max((len(s) for shadows in plan.shadows for s in shadows), default=0)
@@ -65,7 +65,7 @@ def compare_copies(training: Training, everybody: Communicator) -> Comparison:
                 sums = _checksums(states, (index, place))
                 table[first + place, holders.index(training.rank)] = sums
         first += len(blocks)
-    everybody.all_reduce(table).wait()
+    members.all_reduce(table).wait()
     found: list[Corruption] = []
     first = 0
     for index, blocks in enumerate(plan.blocks):
@@ -76,7 +76,7 @@ def compare_copies(training: Training, everybody: Communicator) -> Comparison:
                 found.append(_judge(plan, (index, place), holders, rows))
         first += len(blocks)
     digest = hashlib.sha256(table.numpy().tobytes()).hexdigest()
-    return Comparison(tuple(found), digest)
+    return CopyComparison(tuple(found), digest)
 
 
 def _holders(plan: Plan, key: BlockKey) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def _judge(
     return Corruption(key, f"{spec.name}{block_box(spec, block)}", tuple(wrong), good, holders[0])
 
 
-def repair(training: Training, found: Sequence[Corruption], everybody: Communicator) -> None:
+def repair(training: Training, found: Sequence[Corruption], members: Communicator) -> None:
     """Replace wrong copies by good ones. Collective over all ranks.
 
     Only for corruption that spares training: what was computed from a wrong value stays wrong.
@@ -119,7 +119,7 @@ def repair(training: Training, found: Sequence[Corruption], everybody: Communica
     move_blocks(
         block_transfers,
         training.rank,
-        everybody,
+        members,
         states.read,
         states.write,
         form=training.optimizer.form,

@@ -36,7 +36,7 @@ from holdfast.trainer.elastic.transition import (
     Transition,
     plan_transition,
 )
-from holdfast.trainer.elastic.transport import Connection
+from holdfast.trainer.elastic.transport import GenerationGroups
 from holdfast.trainer.elastic.worker_status import (
     RecoveryPlan,
     WorkerStatus,
@@ -75,7 +75,7 @@ class Transport(Protocol):
     @property
     def is_whole(self) -> bool: ...
 
-    def connect(self, transition: Transition, store: Store) -> Connection: ...
+    def connect(self, transition: Transition, store: Store) -> GenerationGroups: ...
 
     def abort(self, reason: str) -> None: ...
 
@@ -99,7 +99,7 @@ class Builder(Protocol):
         self,
         transition: Transition,
         active: Training | None,
-        connection: Connection,
+        connection: GenerationGroups,
         store: Store,
         *,
         sound_until: int | None,
@@ -127,7 +127,7 @@ class Drives:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class MembershipChange:
     """A change of membership that has come into force; times in seconds on this rank."""
 
     before: Generation | None
@@ -190,7 +190,7 @@ class Recovery:
         self._drives.transport.abort(reason)
         self._drives.saves.abort(reason)
 
-    def recover(self, *, urgent: bool) -> Change:
+    def recover(self, *, urgent: bool) -> MembershipChange:
         """Agree and rebuild until a generation stands. Collective over all live workers.
 
         Args:
@@ -206,7 +206,7 @@ class Recovery:
                 self.interrupt(str(error))
                 urgent = True
 
-    def _change(self, urgent: bool) -> Change:
+    def _change(self, urgent: bool) -> MembershipChange:
         drives = self._drives
         began = drives.clock()
         drives.saves.cancel()
@@ -239,11 +239,11 @@ class Recovery:
         )
         if built.training is not None:
             self._prepared = (generation, built.training)
-        connection.everybody.barrier()
+        connection.members.barrier()
         before, self.generation = self.generation, generation
         self.training, self._prepared, self.sound_until = built.training, None, None
         ended = drives.clock()
-        change = Change(
+        change = MembershipChange(
             before=before,
             after=generation,
             recovery=recovery,
@@ -317,7 +317,7 @@ class Recovery:
         return self.training.plan
 
 
-def _log(change: Change) -> None:
+def _log(change: MembershipChange) -> None:
     logger.info(
         "generation %d: ranks %s, agreed in %.3f s, connected in %.3f s, %d bytes moved in %.3f s",
         change.after.number,

@@ -25,7 +25,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.elastic.recovery import Built
 from holdfast.trainer.elastic.transition import Transition
-from holdfast.trainer.elastic.transport import Connection
+from holdfast.trainer.elastic.transport import GenerationGroups
 from holdfast.trainer.elastic.worker_status import RecoveryPlan
 from holdfast.trainer.step import (
     StepProgress,
@@ -67,7 +67,7 @@ class TrainingBuilder:
         self,
         transition: Transition,
         active: Training | None,
-        connection: Connection,
+        connection: GenerationGroups,
         store: Store,
         *,
         sound_until: int | None,
@@ -94,7 +94,7 @@ class TrainingBuilder:
         return Built(training, step, moved)
 
     def _from_holders(
-        self, transition: Transition, active: Training | None, connection: Connection
+        self, transition: Transition, active: Training | None, connection: GenerationGroups
     ) -> Built:
         """From live ranks: what is needed at once moves now, the rest beside the steps."""
         before, after, recovery = transition.before, transition.after, transition.recovery
@@ -118,7 +118,7 @@ class TrainingBuilder:
             target.write(key, source.read(key))
         transfers = plan_block_transfers(before, held, needed, transition.nodes)
         form = state_format(self._config)
-        move_blocks(transfers, rank, connection.everybody, source.read, target.write, form=form)
+        move_blocks(transfers, rank, connection.members, source.read, target.write, form=form)
         moved = carried_bytes(transfers, form)
         if training is None:
             return Built(None, None, moved)
@@ -156,7 +156,7 @@ def _take_step(training: Training, transition: Transition, active: Training | No
         training.resume_step(recovery.steps, included, active if kept else None)
 
 
-def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[int, str]) -> int:
+def fill_shadows(training: Training, members: Communicator, node_of: Mapping[int, str]) -> int:
     """Copy every owner's state to its shadows, once it has been loaded. Collective.
 
     Returns:
@@ -169,7 +169,7 @@ def fill_shadows(training: Training, everybody: Communicator, node_of: Mapping[i
     states = BlockStates(training)
     block_transfers = plan_block_transfers(plan, held, held_blocks(plan, ranks), node_of)
     form = training.optimizer.form
-    move_blocks(block_transfers, training.rank, everybody, states.read, states.write, form=form)
+    move_blocks(block_transfers, training.rank, members, states.read, states.write, form=form)
     return carried_bytes(block_transfers, form)
 
 

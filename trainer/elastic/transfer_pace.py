@@ -9,7 +9,7 @@ from holdfast.elastic.history import MembershipHistory
 from holdfast.trainer.step import Training
 
 
-class Agreement(Protocol):
+class AgreementCheck(Protocol):
     """Whether ranks can agree on a change; `holdfast.elastic.membership.Membership`."""
 
     def can_agree(self) -> bool: ...
@@ -21,7 +21,7 @@ class MembershipPace:
 
     training: Training
     rank: int
-    membership: Agreement
+    membership: AgreementCheck
     history: MembershipHistory | None = None
     """Of the run whose changes this one repeats, at the same steps."""
 

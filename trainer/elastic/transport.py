@@ -23,12 +23,12 @@ from holdfast.trainer.step import backend_of
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class GenerationGroups:
     """What a rank communicates with in one generation."""
 
     groups: Groups
     """Of the new plan."""
-    everybody: Communicator
+    members: Communicator
     """All ranks of the generation, for the change itself."""
     beside: Communicator
     """All ranks of the generation, for transfers beside the steps."""
@@ -55,7 +55,7 @@ class GroupTransport:
         """Whether the connections stand, and carry nothing."""
         return self._groups is None or self._groups.is_whole
 
-    def connect(self, transition: Transition, store: Store) -> Connection:
+    def connect(self, transition: Transition, store: Store) -> GenerationGroups:
         """Build or edit the groups for the new plan. Collective over all ranks of the generation.
 
         Raises:
@@ -92,9 +92,9 @@ class GroupTransport:
         self._groups, self._connected = groups, members
         if (reason := self._interruption.reason) is not None:
             groups.abort(reason)
-        return Connection(
+        return GenerationGroups(
             groups,
-            everybody=groups.extra("generation", generation.ranks),
+            members=groups.extra("generation", generation.ranks),
             beside=groups.extra("beside", generation.ranks),
         )
 

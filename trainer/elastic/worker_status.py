@@ -113,9 +113,9 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
     statuses = {m.rank: status_from_data(m.data) for m in generation.members}
     staying = tuple(m.rank for m in generation.members if not m.leaving)
     active = max(status.active for status in statuses.values())
-    everybody = frozenset(statuses)
+    everyone = frozenset(statuses)
     if not active or not all(status.trusted for status in statuses.values()):
-        return RecoveryPlan(0, (), staying, fresh=everybody)
+        return RecoveryPlan(0, (), staying, fresh=everyone)
     holders = {r: s for r, s in statuses.items() if active in (s.active, s.prepared)}
     furthest = max(holders.values(), key=lambda s: (s.decided, s.updated))
     outcome = furthest.outcome
@@ -130,7 +130,7 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
         complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
         # A rank that has only made prepared for the plan knows of no vote under it.
         filled=any(s.filled for s in holders.values() if s.active == active),
-        fresh=everybody - holders.keys(),
+        fresh=everyone - holders.keys(),
         connected=all(status.connected for status in statuses.values()),
         counted={
             rank: s.counted

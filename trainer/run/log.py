@@ -14,7 +14,7 @@ _FORMAT = (
 _ROOT = "holdfast"
 
 
-class _Place(logging.Filter):
+class _RunContext(logging.Filter):
     """Adds to every line where the worker is."""
 
     def __init__(self, rank: int) -> None:
@@ -33,7 +33,7 @@ def log_to_file(run: RunDirectory, rank: int) -> None:
     run.log(rank).parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run.log(rank))
     handler.setFormatter(logging.Formatter(_FORMAT))
-    handler.addFilter(_Place(rank))
+    handler.addFilter(_RunContext(rank))
     logger = logging.getLogger(_ROOT)
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -49,5 +49,5 @@ def locate_log(where: Callable[[], tuple[int, int]]) -> None:
     """
     for handler in logging.getLogger(_ROOT).handlers:
         for place in handler.filters:
-            if isinstance(place, _Place):
+            if isinstance(place, _RunContext):
                 place.where = where

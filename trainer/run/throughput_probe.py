@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from holdfast.parallel.errors import HoldfastError
-from holdfast.parallel.offload import DiskFile, Transfer
+from holdfast.parallel.offload import DiskFile, DriveRequest
 from holdfast.parallel.pipeline import Chunk, MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig, convert_config
@@ -102,7 +102,7 @@ def drive_rate(config: RunConfig) -> float:
 
 
 def _moved_s(
-    file: DiskFile, begin: Callable[[int, int, int], Transfer], offset: int, address: int
+    file: DiskFile, begin: Callable[[int, int, int], DriveRequest], offset: int, address: int
 ) -> float:
     start = perf_counter()
     places = range(0, _MOVED_BYTES, _PIECE_BYTES)

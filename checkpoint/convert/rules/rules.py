@@ -91,7 +91,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return tuple(dict.fromkeys(part.target for part in self.parts)) or (self.target,)
 
 
-class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StateRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the names of other tensors than weights are made from those of weights."""
 
     source: str
@@ -115,7 +115,7 @@ class RuleBook(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: tuple[str, ...] = ()
     """For `--from files`: patterns of file names, whose captures are the coordinates of a shard."""
     rules: tuple[Rule, ...] = msgspec.field(name="rule", default=())
-    states: tuple[State, ...] = msgspec.field(name="state", default=())
+    states: tuple[StateRule, ...] = msgspec.field(name="state", default=())
     skips: tuple[Skip, ...] = msgspec.field(name="skip", default=())
     values: dict[str, tuple[str, ...]] = {}
     """By name: where a number is found in what the source tells of itself (dotted paths, the first

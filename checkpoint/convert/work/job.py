@@ -22,7 +22,7 @@ from holdfast.checkpoint.convert.sources import DamagedEntry, EntryChecks, ReadO
 from holdfast.checkpoint.convert.work.journal import FOLDER, ConversionJournal, Done, Lock
 from holdfast.checkpoint.convert.work.request import (
     Conversion,
-    Prepared,
+    PreparedConversion,
     check,
     partial_of,
     prepare,
@@ -157,7 +157,7 @@ def _lead(
     )
 
 
-def _make_room(asked: Conversion, prepared: Prepared, journal: ConversionJournal) -> None:
+def _make_room(asked: Conversion, prepared: PreparedConversion, journal: ConversionJournal) -> None:
     """Make the output's files in full length, or find them as they were left."""
     partial, output = journal.partial, prepared.output
     if not journal.begun(prepared.fingerprint):
@@ -204,7 +204,7 @@ def _follow(asked: Conversion, rank: int, world: int) -> None:
         journal.close()
 
 
-def _ready(prepared: Prepared, journal: ConversionJournal) -> bool:
+def _ready(prepared: PreparedConversion, journal: ConversionJournal) -> bool:
     """Whether rank 0 has made all files."""
     if not journal.begun(prepared.fingerprint):
         return False
@@ -215,7 +215,9 @@ def _ready(prepared: Prepared, journal: ConversionJournal) -> bool:
     )
 
 
-def _await_others(prepared: Prepared, journal: ConversionJournal, progress: Progress) -> None:
+def _await_others(
+    prepared: PreparedConversion, journal: ConversionJournal, progress: Progress
+) -> None:
     """Wait until the journals of all processes together speak of every unit."""
     count = len(prepared.output.units)
     while True:
@@ -231,7 +233,7 @@ def _await_others(prepared: Prepared, journal: ConversionJournal, progress: Prog
 
 def _share_among_processes(
     asked: Conversion,
-    prepared: Prepared,
+    prepared: PreparedConversion,
     journal: ConversionJournal,
     done: Done,
     workers: int,
@@ -277,7 +279,7 @@ def _work(
     rank: int,
     world: int,
     counters: Any,
-    inherited: tuple[Prepared, Done] | None,
+    inherited: tuple[PreparedConversion, Done] | None,
 ) -> None:
     """A worker process."""
     use_one_thread()

@@ -56,7 +56,7 @@ def check(asked: Conversion) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedConversion:
     """A conversion that can begin."""
 
     catalog: Catalog
@@ -68,7 +68,7 @@ class Prepared:
         return sum(unit.bytes for unit in self.output.units)
 
 
-def prepare(asked: Conversion) -> Prepared:
+def prepare(asked: Conversion) -> PreparedConversion:
     """Open the source and plan the output.
 
     Raises:
@@ -90,7 +90,7 @@ def prepare(asked: Conversion) -> Prepared:
     options = ReadOptions(asked.rules, asked.values, asked.model_files)
     catalog: Catalog = format_named(name).read(asked.source, options)
     output: Output = format_named(asked.to).plan(catalog, WriteOptions(asked.dtype, asked.values))
-    return Prepared(catalog, output, _fingerprint(asked, catalog, output))
+    return PreparedConversion(catalog, output, _fingerprint(asked, catalog, output))
 
 
 def _fingerprint(asked: Conversion, catalog: Catalog, output: Output) -> dict[str, Any]:

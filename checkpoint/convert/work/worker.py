@@ -22,7 +22,7 @@ from holdfast.checkpoint.convert.sources import (
     Sums,
 )
 from holdfast.checkpoint.convert.work.journal import ConversionJournal, Done
-from holdfast.checkpoint.convert.work.request import Prepared
+from holdfast.checkpoint.convert.work.request import PreparedConversion
 from holdfast.checkpoint.convert.work.write_verifier import MEMORY_BYTES, WriteVerifier
 from holdfast.parallel.errors import CheckpointError
 
@@ -49,7 +49,7 @@ class Share:
 
 
 def do_share(
-    prepared: Prepared,
+    prepared: PreparedConversion,
     journal: ConversionJournal,
     done: Done,
     share: Share,

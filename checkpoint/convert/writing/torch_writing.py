@@ -69,7 +69,7 @@ def _with_storages(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class _ZipEntry:
     name: str
     offset: int
     """Of its local header."""
@@ -84,7 +84,7 @@ class _Record:
 class TorchLayout:
     """A file of torch.save before its tensors are there."""
 
-    records: tuple[_Record, ...]
+    records: tuple[_ZipEntry, ...]
     starts: tuple[int, ...]
     """First byte of each tensor, in the order of their numbers."""
     bytes: int
@@ -134,7 +134,7 @@ def lay_out(content: Any, tensors: Sequence[TensorToCome]) -> TorchLayout:
         # The padding is an extra field of its own, which takes 4 bytes at least.
         start = position + header + 4
         start = -(-start // STORAGE_ALIGNMENT) * STORAGE_ALIGNMENT
-        records.append(_Record(full, position, start, size, content_bytes))
+        records.append(_ZipEntry(full, position, start, size, content_bytes))
         position = start + size
     starts = tuple(record.start for record in records if record.content is None)
     central = sum(len(_central_header(record, 0)) for record in records)
@@ -159,7 +159,7 @@ def _zip64_bytes(size: int) -> int:
     return 20 if size >= _LIMIT else 0
 
 
-def _local_header(record: _Record, crc: int) -> bytes:
+def _local_header(record: _ZipEntry, crc: int) -> bytes:
     name, size = record.name.encode(), record.size
     large = size >= _LIMIT
     shown = _LIMIT if large else size
@@ -170,7 +170,7 @@ def _local_header(record: _Record, crc: int) -> bytes:
     return _LOCAL.pack(b"PK\x03\x04", *fields) + name + extra
 
 
-def _central_header(record: _Record, crc: int) -> bytes:
+def _central_header(record: _ZipEntry, crc: int) -> bytes:
     name = record.name.encode()
     wide = [value for value in (record.size, record.size, record.offset) if value >= _LIMIT]
     extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""

@@ -27,7 +27,7 @@ from holdfast.parallel.offload.hooks.fault_notice import FaultNotice
 from holdfast.parallel.offload.hooks.outgoing import Outgoing
 from holdfast.parallel.offload.hooks.pace import Pace
 from holdfast.parallel.offload.hooks.prefetch import Prefetch, Scope
-from holdfast.parallel.offload.hooks.record import Kept, Record, Saved
+from holdfast.parallel.offload.hooks.record import Kept, Record, SavedView
 from holdfast.parallel.offload.hooks.selection import Selection
 from holdfast.parallel.offload.policy import Bounds, OffloadReport
 from holdfast.parallel.offload.stores import StoreStatistics, is_past
@@ -226,7 +226,7 @@ class Offloader:
         hooks.__enter__()
         self._contexts.append(hooks)
 
-    def _pack(self, tensor: Tensor) -> Saved | Kept:
+    def _pack(self, tensor: Tensor) -> SavedView | Kept:
         if tensor.is_leaf and tensor.requires_grad:
             return Kept(tensor, tensor._version)
         storage = movable_storage(tensor, self._smallest)
@@ -240,9 +240,9 @@ class Offloader:
             record = self._records.get(storage._cdata)
             if record is None or not record.describes(tensor._version):
                 record = self._record(tensor, storage)
-            return Saved.of(tensor, record)
+            return SavedView.of(tensor, record)
 
-    def _unpack(self, saved: Saved | Kept) -> Tensor:
+    def _unpack(self, saved: SavedView | Kept) -> Tensor:
         if isinstance(saved, Kept):
             saved.check()
             return saved.tensor

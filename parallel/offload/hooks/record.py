@@ -111,7 +111,7 @@ class Dead:
     ahead_bytes: int
 
 
-class Saved(NamedTuple):
+class SavedView(NamedTuple):
     """One tensor on a record's storage: what autograd keeps instead of it."""
 
     record: Record
@@ -122,7 +122,7 @@ class Saved(NamedTuple):
     """In elements."""
 
     @classmethod
-    def of(cls, tensor: Tensor, record: Record) -> Saved:
+    def of(cls, tensor: Tensor, record: Record) -> SavedView:
         """What is kept of a tensor that lies on a record's storage."""
         offset = int(tensor.storage_offset())
         return cls(record, tensor.dtype, tensor.shape, tensor.stride(), offset)

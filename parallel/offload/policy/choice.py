@@ -31,7 +31,7 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class _Change:
+class _Switch:
     """One layer goes over to a way that keeps less."""
 
     flops_per_byte: float
@@ -90,11 +90,11 @@ def _kept_bytes(plan: Plan, rank: int, layers: Sequence[LayerSpec], rates: Rates
     ).activations
 
 
-def _changes(layer: int, ways: Mapping[str, LayerSpec]) -> list[_Change]:
+def _changes(layer: int, ways: Mapping[str, LayerSpec]) -> list[_Switch]:
     """The ways of one layer that are worth it, each from the one before: the lower convex hull."""
     left = sorted(ways.items(), key=lambda way: (way[1].recompute_flops, way[1].activation_bytes))
     _, current = left[0]
-    found: list[_Change] = []
+    found: list[_Switch] = []
     while True:
         nexts = [
             (
@@ -110,4 +110,4 @@ def _changes(layer: int, ways: Mapping[str, LayerSpec]) -> list[_Change]:
             return found
         flops_per_byte, _, name = min(nexts)
         current = ways[name]
-        found.append(_Change(flops_per_byte, layer, len(found), name))
+        found.append(_Switch(flops_per_byte, layer, len(found), name))

@@ -1,6 +1,6 @@
 from .disk_file import (
     DiskFile as DiskFile,
-    Transfer as Transfer,
+    DriveRequest as DriveRequest,
 )
 from .disk_store import (
     DiskStore as DiskStore,

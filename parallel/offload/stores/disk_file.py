@@ -22,7 +22,7 @@ _QUEUE_DEPTH = 1024
 """Requests of 1 MiB in flight before the one that makes another has to wait."""
 
 
-class Transfer(NamedTuple):
+class DriveRequest(NamedTuple):
     """A request to the drive."""
 
     ticket: int
@@ -83,19 +83,19 @@ class DiskFile:
         self._refused = True
         self.fault = f"the drive failed ({error.strerror or error})"
 
-    def write(self, offset: int, address: int, nbytes: int) -> Transfer:
+    def write(self, offset: int, address: int, nbytes: int) -> DriveRequest:
         """Begin to write memory, which must stay as it is until the transfer is done."""
         return self._transfer(self.engine.write(self._file, address, offset, nbytes), nbytes)
 
-    def read(self, offset: int, address: int, nbytes: int) -> Transfer:
+    def read(self, offset: int, address: int, nbytes: int) -> DriveRequest:
         """Begin to read into memory."""
         return self._transfer(self.engine.read(self._file, address, offset, nbytes), nbytes)
 
-    def done(self, transfer: Transfer) -> bool:
+    def done(self, transfer: DriveRequest) -> bool:
         """Whether it has ended, well or not; `wait` then returns at once."""
         return self.engine.done(transfer.ticket) and perf_counter() >= transfer.due_s
 
-    def wait(self, transfer: Transfer) -> None:
+    def wait(self, transfer: DriveRequest) -> None:
         """Wait for a transfer, once.
 
         Raises:
@@ -122,12 +122,12 @@ class DiskFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _transfer(self, ticket: int, nbytes: int) -> Transfer:
+    def _transfer(self, ticket: int, nbytes: int) -> DriveRequest:
         if not self._rate:
-            return Transfer(ticket, 0.0)
+            return DriveRequest(ticket, 0.0)
         self._rated_s += nbytes / self._rate
         self._due_s = max(self._due_s, perf_counter()) + nbytes / self._rate
-        return Transfer(ticket, self._due_s)
+        return DriveRequest(ticket, self._due_s)
 
     def _grow(self, missing: int) -> bool:
         """Take room from the drive before it is written to, so that a later write has it."""

@@ -6,7 +6,7 @@ import contextlib
 
 from torch import Tensor
 
-from holdfast.parallel.offload.stores.disk_file import DiskFile, Transfer, unreadable
+from holdfast.parallel.offload.stores.disk_file import DiskFile, DriveRequest, unreadable
 from holdfast.parallel.offload.stores.reused_memory import ReusedMemory
 from holdfast.parallel.offload.stores.slots import ALIGNMENT, rounded
 from holdfast.parallel.offload.stores.store import StoreStatistics
@@ -65,7 +65,9 @@ class DiskCopy:
         self._source: Tensor | None = source
         self._target: Tensor | None = None
         self._region = rounded(lead + self.nbytes)
-        self._transfer: Transfer | None = file.write(offset, source.data_ptr() - lead, self._region)
+        self._transfer: DriveRequest | None = file.write(
+            offset, source.data_ptr() - lead, self._region
+        )
 
     def advance(self) -> None:
         """Note the end of the write, when it has come."""

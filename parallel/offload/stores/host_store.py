@@ -80,7 +80,7 @@ def is_past(event: torch.cuda.Event | None) -> bool:
     return event is None or event.query()
 
 
-class Arena:
+class HostMemory:
     """Host memory in which room is taken and given back; grows, pinned for a GPU, and stays."""
 
     def __init__(self, *, pinned: bool, limit_bytes: int = 0, growth_bytes: int = _ARENA) -> None:
@@ -137,7 +137,7 @@ class HostStore:
             limit_bytes: the most host memory; 0: no limit.
         """
         pinned = device.type == "cuda"
-        self._arena = Arena(
+        self._arena = HostMemory(
             pinned=pinned, limit_bytes=limit_bytes, growth_bytes=_ARENA if pinned else 1 << 26
         )
         self._copier = Copier(device)
@@ -174,7 +174,7 @@ class HostCopy:
     def __init__(
         self,
         store: HostStore,
-        arena: Arena,
+        arena: HostMemory,
         copier: Copier,
         memory: Tensor,
         key: tuple[int, int],

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from holdfast.parallel.errors import OffloadError
-from holdfast.parallel.offload.stores.disk_file import DiskFile, Transfer, unreadable
-from holdfast.parallel.offload.stores.host_store import Arena, Copier, is_past
+from holdfast.parallel.offload.stores.disk_file import DiskFile, DriveRequest, unreadable
+from holdfast.parallel.offload.stores.host_store import Copier, HostMemory, is_past
 from holdfast.parallel.offload.stores.store import StoreStatistics
 
 _POLL_S = 5e-5
@@ -27,7 +27,7 @@ class StagedStore:
     def __init__(self, file: DiskFile, device: torch.device, *, staging_bytes: int) -> None:
         self.file = file
         self.copier = Copier(device)
-        self.staging = Arena(
+        self.staging = HostMemory(
             pinned=device.type == "cuda", limit_bytes=staging_bytes, growth_bytes=staging_bytes
         )
         self._registered = False
@@ -114,7 +114,7 @@ class StagedCopy:
         self._source: Tensor | None = source
         self._target: Tensor | None = None
         self._event = store.copier.out(source, piece)
-        self._transfer: Transfer | None = None
+        self._transfer: DriveRequest | None = None
         self._reads = 0
         self._wanted = False
         self._lost = OffloadError()
@@ -193,11 +193,11 @@ class StagedCopy:
         return True
 
     @property
-    def _waited_for(self) -> Transfer:
+    def _waited_for(self) -> DriveRequest:
         assert self._transfer is not None
         return self._transfer
 
-    def _request(self, begin: Callable[[int, int, int], Transfer]) -> Transfer:
+    def _request(self, begin: Callable[[int, int, int], DriveRequest]) -> DriveRequest:
         assert self._piece is not None
         return begin(self._offset, self._piece.data_ptr(), self.nbytes)
 

@@ -45,4 +45,4 @@ def test_a_decided_code_comes_first_then_the_end_of_the_run(shutdown: Shutdown, 
     ],
 )
 def test_the_others_are_voted_for_unless_the_run_is_over(shutdown: Shutdown, over: bool) -> None:
-    assert shutdown.needs_no_vote == over
+    assert shutdown.needs_no_report == over

@@ -83,10 +83,10 @@ _PROGRAMS = st.lists(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(program=_PROGRAMS, settled=st.booleans(), share=st.sampled_from([0.3, 1.0]))
+@given(program=_PROGRAMS, drained=st.booleans(), share=st.sampled_from([0.3, 1.0]))
 @pytest.mark.parametrize("where", ["ssd", "host"])
 def test_any_graph_has_the_gradients_and_the_errors_of_torch(
-    where: str, tmp_path: Path, program: list[tuple[str, int, int]], settled: bool, share: float
+    where: str, tmp_path: Path, program: list[tuple[str, int, int]], drained: bool, share: float
 ) -> None:
     plain = gradients(program, nullcontext(), lambda: None)
     # Where a view's base was changed in place, hooks of any kind let torch make the view's node
@@ -97,7 +97,7 @@ def test_any_graph_has_the_gradients_and_the_errors_of_torch(
     path = tmp_path if where == "ssd" else None
     offloader = Offloader(path, smallest_bytes=1, bounds=Bounds(share, share))
     try:
-        found = gradients(program, offloader, offloader.drain if settled else lambda: None)
+        found = gradients(program, offloader, offloader.drain if drained else lambda: None)
     finally:
         offloader.close()
     assert equal(found, plain if isinstance(plain, str) else hooked)

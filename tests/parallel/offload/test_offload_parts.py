@@ -269,7 +269,7 @@ SEEN = Measured(
 ALL = Bounds()
 
 
-def settled(seen: Callable[[Amount], Measured], bounds: Bounds = ALL) -> Amount:
+def converged(seen: Callable[[Amount], Measured], bounds: Bounds = ALL) -> Amount:
     """The amount after many steps."""
     amount = Amount(share=bounds.most_share)
     for _ in range(40):
@@ -297,23 +297,23 @@ def drive(
 
 
 def test_a_fast_drive_gets_everything() -> None:
-    assert settled(drive(0.5, 0.5)).share == 1.0
-    assert settled(drive(0.5, 0.5), Bounds(0.0, 0.6)).share == 0.6
+    assert converged(drive(0.5, 0.5)).share == 1.0
+    assert converged(drive(0.5, 0.5), Bounds(0.0, 0.6)).share == 0.6
 
 
 def test_a_slow_drive_gets_what_nine_tenths_of_the_time_can_carry() -> None:
-    assert settled(drive(4.0, 4.0)).share == pytest.approx(0.9 / 4)
-    assert settled(drive(0.5, 8.0)).share == pytest.approx(0.9 * 2 / 8)
-    assert settled(drive(4.0, 4.0), Bounds(0.5, 1.0)).share == 0.5
+    assert converged(drive(4.0, 4.0)).share == pytest.approx(0.9 / 4)
+    assert converged(drive(0.5, 8.0)).share == pytest.approx(0.9 * 2 / 8)
+    assert converged(drive(4.0, 4.0), Bounds(0.5, 1.0)).share == 0.5
 
 
 def test_waiting_lowers_the_amount_until_nothing_is_waited_for() -> None:
-    amount = settled(drive(0.1, 0.1, waits=lambda share: 1.0 if share > 0.5 else 0.0))
+    amount = converged(drive(0.1, 0.1, waits=lambda share: 1.0 if share > 0.5 else 0.0))
     assert 0.3 < amount.share <= 0.75
 
 
 def test_a_drive_that_recovers_is_noticed() -> None:
-    amount = settled(drive(1000.0, 1000.0))
+    amount = converged(drive(1000.0, 1000.0))
     assert amount.share == pytest.approx(0.02)
     for _ in range(12):
         amount = next_amount(amount, drive(0.5, 0.5)(amount), Bounds())

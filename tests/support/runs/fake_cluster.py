@@ -15,9 +15,9 @@ from holdfast.parallel.plan.plan import Plan
 from holdfast.trainer.config.sections import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.elastic.loop import ElasticLoop
-from holdfast.trainer.elastic.recovery import Built, Change, Drives, Recovery
+from holdfast.trainer.elastic.recovery import Built, Drives, MembershipChange, Recovery
 from holdfast.trainer.elastic.transition import Transition
-from holdfast.trainer.elastic.transport import Connection
+from holdfast.trainer.elastic.transport import GenerationGroups
 from holdfast.trainer.elastic.worker_status import (
     WorkerStatus,
     status_from_data,
@@ -156,12 +156,12 @@ class FakeTransport:
     transitions: list[Transition] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
-    def connect(self, transition: Transition, store: Any) -> Connection:
+    def connect(self, transition: Transition, store: Any) -> GenerationGroups:
         self.failures.maybe("connect")
         self.transitions.append(transition)
-        everybody: Any = SimpleNamespace(barrier=lambda: self.failures.maybe("barrier"))
+        members: Any = SimpleNamespace(barrier=lambda: self.failures.maybe("barrier"))
         groups: Any = None
-        return Connection(groups, everybody, everybody)
+        return GenerationGroups(groups, members, members)
 
     def abort(self, reason: str) -> None:
         self.aborted.append(reason)
@@ -182,7 +182,7 @@ class FakeBuilder:
         self,
         transition: Transition,
         active: Any,
-        connection: Connection,
+        connection: GenerationGroups,
         store: Any,
         *,
         sound_until: int | None,
@@ -230,9 +230,9 @@ class FakeSession:
     """How many comparisons end because a peer is lost."""
     requests: Callable[[int], Requests] = lambda step: Requests()
     steps: list[tuple[int, bool, bool]] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    recorded: list[tuple[Change, bool]] = field(default_factory=list)
-    reported: list[Change] = field(default_factory=list)
+    changes: list[MembershipChange] = field(default_factory=list)
+    recorded: list[tuple[MembershipChange, bool]] = field(default_factory=list)
+    reported: list[MembershipChange] = field(default_factory=list)
     compared: list[int] = field(default_factory=list)
     finished: bool = False
     stopped: list[tuple[int, bool]] = field(default_factory=list)
@@ -270,14 +270,14 @@ class FakeSession:
             return False
         return True
 
-    def go_on(self, change: Change, training: Any) -> None:
+    def go_on(self, change: MembershipChange, training: Any) -> None:
         self.changes.append(change)
         self.training = training
 
-    def record(self, change: Change, *, urgent: bool) -> None:
+    def record(self, change: MembershipChange, *, urgent: bool) -> None:
         self.recorded.append((change, urgent))
 
-    def report_interrupted_step(self, change: Change) -> None:
+    def report_interrupted_step(self, change: MembershipChange) -> None:
         self.reported.append(change)
 
 

@@ -62,12 +62,12 @@ class Lighthouse:
 
 @contextmanager
 def lighthouse(net: Network) -> Iterator[Lighthouse]:
-    keeper = Lighthouse(net)
-    keeper.start()
+    server = Lighthouse(net)
+    server.start()
     try:
-        yield keeper
+        yield server
     finally:
-        keeper.stop()
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_ranks_of_an_mpi_job_are_lost_and_messages_go_on_over_mpi(
 def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
     start: Starter, expected: dict[str, Any]
 ) -> None:
-    with network("abc") as net, lighthouse(net) as keeper:
+    with network("abc") as net, lighthouse(net) as server:
         path = start.write(
             "cut",
             train={"steps": STEPS},
@@ -201,9 +201,9 @@ def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
         run.wait_for_step(len(run.steps()) + 2)
         assert others[1].poll() is None  # it lives, and does not train
         run.wait_for_members(3)
-        keeper.stop()
+        server.stop()
         run.wait_for_step(len(run.steps()) + 3)
-        keeper.start()
+        server.start()
         run.kill(1)
         assert run.finish() == 0, run.output()
     assert run.bits() == expected

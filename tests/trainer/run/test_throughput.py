@@ -54,9 +54,9 @@ def test_recorded_rates_are_taken_before_measuring_again(tmp_path: Path) -> None
     (tmp_path / "rates.json").write_text('{"tflops": 7.0, "drive_gbytes": 5.0}\n')
     config = automatic(tmp_path)
     said: list[str] = []
-    settled = resolve_throughput(config, tmp_path, ranks_here=2, fresh=False, say=said.append)
-    assert (settled.train.tflops, settled.offload.drive_gbytes) == (7.0, 5.0)
-    assert settled == recorded_throughput(config, tmp_path)
+    resolved = resolve_throughput(config, tmp_path, ranks_here=2, fresh=False, say=said.append)
+    assert (resolved.train.tflops, resolved.offload.drive_gbytes) == (7.0, 5.0)
+    assert resolved == recorded_throughput(config, tmp_path)
     assert said == []
 
 

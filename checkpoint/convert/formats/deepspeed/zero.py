@@ -51,7 +51,7 @@ _Rank = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Save:
+class _RankFiles:
     """The files of a save, opened."""
 
     root: Path
@@ -127,7 +127,7 @@ def as_one_rank(described: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
     return described
 
 
-def _rules(save: _Save, options: ReadOptions) -> RuleBook | None:
+def _rules(save: _RankFiles, options: ReadOptions) -> RuleBook | None:
     """The format's rules, with those that the save itself gives where it is of several ranks."""
     if save.ranks[0] == 1 or options.rules is not None:
         return None
@@ -153,7 +153,7 @@ def describe(told: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _open(root: Path) -> _Save:
+def _open(root: Path) -> _RankFiles:
     models: dict[_Rank, TorchFile] = {}
     optimizers: dict[_Rank, TorchFile] = {}
     for pattern, found in ((MODEL, models), (ZERO_FILE, optimizers)):
@@ -187,10 +187,10 @@ def _open(root: Path) -> _Save:
                 f"{root} lacks the {kind}_states.pt of data-parallel rank {rank[1]}, "
                 f"tensor-parallel rank {rank[0]}; it was saved by {ranks[1]} x {ranks[0]}"
             )
-    return _Save(root, models, optimizers, stage, ranks)
+    return _RankFiles(root, models, optimizers, stage, ranks)
 
 
-def _model_tensors(save: _Save) -> Iterator[SourceTensor]:
+def _model_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
     """Weights (below ZeRO 3), buffers and frozen parameters."""
     told = save.told
     buffers = set(told.get("buffer_names") or ())
@@ -215,7 +215,7 @@ def _model_tensors(save: _Save) -> Iterator[SourceTensor]:
             yield model.source(name, fragment, shard=save.place(rank), full_shape=tuple(shape))
 
 
-def _optimizer_tensors(save: _Save) -> Iterator[SourceTensor]:
+def _optimizer_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
     for rank, file in save.optimizers.items():
         optimizer = file.content["optimizer_state_dict"]
         if save.stage == 3:
@@ -239,7 +239,7 @@ def _part(
 
 
 def _stages_1_and_2(
-    save: _Save, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
+    save: _RankFiles, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
 ) -> Iterator[SourceTensor]:
     shapes = {name: shape for group in save.shapes() for name, shape in group}
     mappings = optimizer.get("param_slice_mappings")
@@ -261,7 +261,7 @@ def _stages_1_and_2(
 
 
 def _stage_3(
-    save: _Save, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
+    save: _RankFiles, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
 ) -> Iterator[SourceTensor]:
     ranks = save.ranks[1]
     inner = optimizer["optimizer_state_dict"]["state"]
@@ -290,7 +290,7 @@ def _stage_3(
             position += count
 
 
-def _steps(save: _Save) -> int:
+def _steps(save: _RankFiles) -> int:
     """How many updates the optimizer has made."""
     file = save.optimizers[0, 0]
     optimizer = file.content["optimizer_state_dict"]

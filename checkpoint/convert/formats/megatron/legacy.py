@@ -103,7 +103,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class _RankGrid:
     """The ranks that are written for, and the form of their layers."""
 
     tensor: int
@@ -123,7 +123,7 @@ class _Layout:
         }
 
 
-def _layout(values: Mapping[str, int]) -> _Layout:
+def _layout(values: Mapping[str, int]) -> _RankGrid:
     tensor, pipeline, virtual = (_count(values, name) for name in ("tensor", "pipeline", "virtual"))
     if virtual > 1 and pipeline == 1:
         raise ConfigError(f"{_WHERE}: --value virtual={virtual} needs --value pipeline=2 or more")
@@ -132,7 +132,7 @@ def _layout(values: Mapping[str, int]) -> _Layout:
         raise ConfigError(
             f"{_WHERE}: --value transformer_engine is 1 (its layers) or 0 (local ones)"
         )
-    return _Layout(tensor, pipeline, virtual, form)
+    return _RankGrid(tensor, pipeline, virtual, form)
 
 
 def _count(values: Mapping[str, int], name: str) -> int:

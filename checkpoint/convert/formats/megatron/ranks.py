@@ -47,7 +47,7 @@ _Rank = tuple[int, int]
 
 
 @dataclass(slots=True)
-class Saved:
+class RankFolder:
     """What a folder of ranks holds."""
 
     tensors: list[SourceTensor]
@@ -67,7 +67,7 @@ class _Model:
     """By name across all stages, in the order of the chunks' state dicts."""
 
 
-def read_ranks(root: Path) -> Saved:
+def read_ranks(root: Path) -> RankFolder:
     """The tensors of every rank's file.
 
     The optimizer's only where it comes out what they belong to.
@@ -91,7 +91,7 @@ def read_ranks(root: Path) -> Saved:
         for (index, stage), model in models.items()
         for key, value in model.tensors
     ]
-    saved = Saved(tensors, {"args": told, "iteration": first.get("iteration", 0)})
+    saved = RankFolder(tensors, {"args": told, "iteration": first.get("iteration", 0)})
     schedule = plain(first.get("opt_param_scheduler", first.get("lr_scheduler")))
     if schedule:
         saved.common["opt_param_scheduler"] = schedule

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 from holdfast.checkpoint.format import Manifest
 from holdfast.checkpoint.loading import (
@@ -70,8 +69,6 @@ class CheckpointManager:
         self._settings = settings
         self._make_join = make_join
         self._saver: Saver | None = None
-        self.wait_s = 0.0
-        """Time that `save` waited for the saves before."""
 
     @property
     def busy(self) -> bool:
@@ -84,9 +81,7 @@ class CheckpointManager:
         The state must not change but behind `fence` until `fence` has let everything pass.
         """
         saver = self._open_saver(job)
-        began = perf_counter()
         saver.wait(self._settings.timeout_s + _PATIENCE_S)
-        self.wait_s += perf_counter() - began
         saver.start(job)
 
     def fence(self, number: int) -> int:

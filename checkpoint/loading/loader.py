@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -48,8 +48,6 @@ class LoadStatistics:
     node_bytes: int = 0
     """Read by all ranks of the node together."""
     seconds: float = 0.0
-    shared_bytes: int = field(default=0)
-    """Host memory of this rank beside its own state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,6 @@ def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatis
     else:
         assert meeting is not None, "ranks that load together need to meet"
         memory = NodeMemory(meeting, request.rank, sorted(request.wanted), plan.memory_bytes)
-        statistics.shared_bytes = 2 * memory.slot_bytes
         try:
             _load_together(request, plan, memory, statistics)
         except CheckpointError as error:
@@ -128,7 +125,6 @@ def _check_shapes(request: LoadRequest) -> None:
 def _load_alone(request: LoadRequest, plan: ReadPlan, statistics: LoadStatistics) -> None:
     slot = torch.empty(plan.memory_bytes + 4096, dtype=torch.uint8)
     slot = slot[-slot.data_ptr() % 4096 :]
-    statistics.shared_bytes = slot.numel()
     for pieces in plan.loads[request.rank]:
         _read(request, pieces, slot, statistics)
         _deliver(request, pieces, slot, own=True)

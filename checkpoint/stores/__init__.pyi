@@ -21,6 +21,3 @@ from .registry import (
     open_store as open_store,
     read_manifest as read_manifest,
 )
-from .remote import (
-    FsspecStore as FsspecStore,
-)

@@ -5,6 +5,5 @@ from .remote_tier import (
     RemoteTier as RemoteTier,
 )
 from .uploader import (
-    Uploader as Uploader,
     UploadResult as UploadResult,
 )

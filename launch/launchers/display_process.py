@@ -22,7 +22,6 @@ from holdfast.trainer.step import plan_of
 
 _POLL_S = 0.05
 _RECENT = 20
-_END_S = 5.0
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ from holdfast.launch.processes import (
 from holdfast.parallel.errors import CheckpointError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.world import WorldInfo, local_world
 
 GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
@@ -133,7 +133,7 @@ def start_workers(
         listening.close()
         if rank != 0:
             append_output(run.log(rank))
-        return main(WorldInfo(rank, world_size, rank, world_size, 0, "127.0.0.1", port, False))
+        return main(local_world(rank, world_size, port))
 
     ranks = {fork_child(partial(body, rank)): rank for rank in range(world_size)}
     store = _host_store(listening, port)

@@ -7,17 +7,16 @@ frees the peers. MPI moves large messages only while some call is made; a send i
 waits that come after it.
 
 Start workers with `mpirun --with-ft ulfm`. Without it everything works but `edit`. A process that
-has lived through a loss ends with `end_process`.
+has lived through a loss ends by `os._exit`, as workers of an agent do: Open MPI 5's `MPI_Finalize`,
+which an interpreter's end calls, now and then waits for the dead for ever.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import mpi4py
 
@@ -300,17 +299,6 @@ class MpiCommunicator(PairwiseCommunicator):
             return MpiCommunicator(self.family, self.name, ranks)
         self._enter(self.family.signal)
         return self
-
-
-def end_process(code: int) -> NoReturn:
-    """Leave an MPI job that has lost ranks. Local; flushes the streams, runs no exit handler.
-
-    Open MPI 5's `MPI_Finalize`, which an interpreter's end calls, now and then waits for the dead
-    for ever. mpirun of a fault-tolerant job takes this exit, and its code, as an ordinary one.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def build_mpi_groups(

@@ -22,7 +22,6 @@ from .registry import (
     OPTIMIZERS as OPTIMIZERS,
 )
 from .rule import (
-    MASTER as MASTER,
     OptimizerRule as OptimizerRule,
     StateFormat as StateFormat,
 )

@@ -138,9 +138,9 @@ def main() -> None:
     partial.write_text(json.dumps(result))
     partial.replace(folder / f"{rank}.json")
     if job == "losses":
-        from holdfast.parallel.comm.mpi import end_process
-
-        end_process(0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # MPI_Finalize may wait for the dead; see parallel/comm/mpi.py
 
 
 if __name__ == "__main__":

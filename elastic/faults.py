@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from holdfast.elastic.node_faults import FaultError, fill_disk
 from holdfast.parallel.errors import ConfigError
@@ -168,3 +168,5 @@ class FaultInjector:
                     fill_disk(self._disk, fault.seconds)
                 except FaultError as error:
                     logger.error("no fault: %s", error)
+            case unknown:
+                assert_never(unknown)

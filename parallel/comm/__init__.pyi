@@ -8,6 +8,7 @@ from .flight_recorder import (
     read_record as read_record,
 )
 from .groups import (
+    Backend as Backend,
     Groups as Groups,
     build_groups as build_groups,
     edit_groups as edit_groups,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, assert_never
 
 import torch
 
@@ -90,7 +90,7 @@ def build_groups(
     world: Sequence[int],
     axes: Mapping[str, Sequence[int]],
     *,
-    backend: str,
+    backend: Backend,
     generation: int,
     timeout_s: float = 600.0,
     record_path: Path | None = None,
@@ -110,7 +110,6 @@ def build_groups(
         record_path: file in which the rank's operations can be read from outside; see
             parallel/comm/flight_recorder.py.
     """
-    assert backend in get_args(Backend), f"{backend!r} is none of {get_args(Backend)}"
     assert timeout_s > 0
     recorder = FlightRecorder(rank, generation=generation, path=record_path)
     signal = AbortSignal(generation)
@@ -121,26 +120,31 @@ def build_groups(
             store, rank, device=device, timeout_s=timeout_s, signal=signal, recorder=recorder
         )
 
-    if backend == "mpi":
-        # Imported here: the import starts MPI.
-        from holdfast.parallel.comm.mpi import build_mpi_groups
-
-        whole, along = build_mpi_groups(rank, world, axes, signal=signal, recorder=recorder)
-        mesh = connections() if votes_over_gloo else None
-        votes = whole if mesh is None else GlooCommunicator.over(mesh, "control", world)
-        return Groups(whole, votes, along, signal, recorder, mesh)
-    mesh = connections()
-
-    def group(kind: str, ranks: Sequence[int]) -> Communicator:
-        if backend == "gloo":
-            return GlooCommunicator.over(mesh, kind, ranks)
+    def over_nccl(kind: str, ranks: Sequence[int]) -> Communicator:
         return NcclCommunicator(
             store, kind, ranks, rank, timeout_s=timeout_s, signal=signal, recorder=recorder
         )
 
-    whole = group("world", world)
-    votes = whole if backend == "gloo" else GlooCommunicator.over(mesh, "control", world)
-    along = {axis: group(axis, ranks) for axis, ranks in axes.items()}
+    mesh: GlooMesh | None
+    match backend:
+        case "gloo":
+            mesh = connections()
+            whole = votes = GlooCommunicator.over(mesh, "world", world)
+            along = {axis: GlooCommunicator.over(mesh, axis, axes[axis]) for axis in axes}
+        case "nccl":
+            mesh = connections()
+            whole = over_nccl("world", world)
+            votes = GlooCommunicator.over(mesh, "control", world)
+            along = {axis: over_nccl(axis, axes[axis]) for axis in axes}
+        case "mpi":
+            # Imported here: the import starts MPI.
+            from holdfast.parallel.comm.mpi import build_mpi_groups
+
+            whole, along = build_mpi_groups(rank, world, axes, signal=signal, recorder=recorder)
+            mesh = connections() if votes_over_gloo else None
+            votes = whole if mesh is None else GlooCommunicator.over(mesh, "control", world)
+        case unknown:
+            assert_never(unknown)
     return Groups(whole, votes, along, signal, recorder, mesh)
 
 

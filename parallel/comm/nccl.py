@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from holdfast.parallel.errors import PeerLost
 
 if TYPE_CHECKING:
     from torch.distributed import Store, Work
+
+_REDUCE_OPS: Mapping[ReduceOp, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 @dataclass(slots=True)
@@ -146,7 +148,7 @@ class NcclCommunicator(PairwiseCommunicator):
         self._collectives += 1
         number = self._record("all_reduce", "collective", -1, size, self._collectives)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        options.reduceOp = _REDUCE_OPS[op]
         try:
             work = self._group.allreduce([tensor], options)
         except RuntimeError as error:

@@ -7,7 +7,7 @@ and whichever transport brought it. Sizes may be uneven; members share no state.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ SMALL_BYTES = 1 << 18
 DIRECT_MEMBERS: int = 8
 """Up to so many members; beyond, parts travel by doubling (Bruck et al. 1997): log2(n) rounds, and
 only 2 log2(n) connections per rank."""
+
+
+_COMBINE: Mapping[ReduceOp, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum}
 
 
 @dataclass(slots=True)
@@ -48,11 +51,9 @@ class _ReduceInOrder:
     def wait(self) -> None:
         self.received.wait()
         self.output.copy_(self.parts[0])
+        combine = _COMBINE[self.op]
         for part in self.parts[1:]:
-            if self.op == "sum":
-                self.output.add_(part)
-            else:
-                torch.maximum(self.output, part, out=self.output)
+            combine(self.output, part, out=self.output)
 
 
 DONE = Handles(())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import numpy as np
 
 from holdfast.trainer.config import DataConfig, check_data_config
@@ -11,7 +13,13 @@ from holdfast.trainer.data.mixture import mixture_samples
 from holdfast.trainer.data.sampling import SampledDataset
 from holdfast.trainer.data.synthetic import markov_samples
 from holdfast.trainer.data.text import text_stream
-from holdfast.trainer.data.windows import StreamPart, TokenStream, split_part, window_samples
+from holdfast.trainer.data.windows import (
+    StreamPart,
+    TokenStream,
+    check_split,
+    split_part,
+    window_samples,
+)
 
 
 def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str) -> Samples:
@@ -22,8 +30,7 @@ def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split
         ValueError: a split of another name, or a sequence without a token.
     """
     check_data_config(data)
-    if split not in ("train", "eval"):
-        raise ValueError(f'split "{split}": allowed are "train" and "eval"')
+    check_split(split)
     if seq_len < 1:
         raise ValueError(f"seq_len = {seq_len}: a sequence has at least one token")
     if data.kind == "synthetic":
@@ -47,25 +54,31 @@ def split_tokens(data: DataConfig, *, vocab: int, seq_len: int, split: str) -> n
         DataError: data that cannot be used.
         ValueError: synthetic data, which has no stream.
     """
-    if data.kind == "synthetic":
-        raise ValueError("synthetic data is not a stream: take samples from open_dataset")
     check_data_config(data)
     parts = _parts(data, vocab=vocab, seq_len=seq_len, split=split)
     return np.concatenate([part.stream.read(part.start, part.stop) for part in parts])
 
 
 def _parts(data: DataConfig, *, vocab: int, seq_len: int, split: str) -> tuple[StreamPart, ...]:
-    """One part per corpus: text without weights is one corpus, else every path is one."""
-    streams: list[TokenStream]
-    if data.kind == "megatron":
-        streams = [megatron_stream(prefix) for prefix in data.path]
-    else:
-        corpora = [[path] for path in data.path] if data.weights else [data.path]
-        streams = [text_stream(paths, tokenizer=data.tokenizer, vocab=vocab) for paths in corpora]
+    """One part per corpus."""
     return tuple(
         split_part(stream, seq_len=seq_len, eval_fraction=data.eval_fraction, split=split)
-        for stream in streams
+        for stream in _streams(data, vocab)
     )
+
+
+def _streams(data: DataConfig, vocab: int) -> list[TokenStream]:
+    """One stream per corpus: text without weights is one corpus, else every path is one."""
+    match data.kind:
+        case "megatron":
+            return [megatron_stream(prefix) for prefix in data.path]
+        case "text":
+            corpora = [[path] for path in data.path] if data.weights else [data.path]
+            return [text_stream(c, tokenizer=data.tokenizer, vocab=vocab) for c in corpora]
+        case "synthetic":
+            raise ValueError("synthetic data is not a stream: take samples from open_dataset")
+        case unknown:
+            assert_never(unknown)
 
 
 def open_dataset(

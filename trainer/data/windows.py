@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from holdfast.parallel.errors import DataError
+from holdfast.parallel.errors import DataError, unknown_name
 from holdfast.trainer.data.permutation import EpochOrder
 
 
@@ -50,6 +50,15 @@ class StreamPart:
         return max(0, (self.stop - self.start - 1) // seq_len)
 
 
+SPLITS = ("train", "eval")
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError for the name of no split."""
+    if split not in SPLITS:
+        raise ValueError(unknown_name("split", split, SPLITS))
+
+
 def split_part(
     stream: TokenStream, *, seq_len: int, eval_fraction: float, split: str
 ) -> StreamPart:
@@ -77,6 +86,7 @@ def split_part(
         )
     if split == "train":
         return StreamPart(stream, 0, stream.count - held_out)
+    check_split(split)
     if held_out == 0:
         raise DataError(
             "data.eval_fraction = 0 holds nothing out to evaluate on: set it above 0, or "

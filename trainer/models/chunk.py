@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -127,12 +128,16 @@ def initialize(chunk: Chunk, seed: int) -> None:
 
 def initial_values(spec: ParameterSpec, seed: int, dtype: torch.dtype) -> Tensor:
     """The initial values of one segment: its box of the logical tensor, drawn in float32."""
-    shape = spec.box.shape
-    if spec.initial.kind == "constant":
-        return torch.full(shape, spec.initial.value, dtype=dtype)
-    values = torch.empty(shape, dtype=torch.float32)
-    key = stream_key(seed, "initial", spec.name)
-    row, column = spec.box.start
-    std = spec.initial.value
-    normal_box_(values, key, row=row, column=column, total_columns=spec.shape[1], std=std)
-    return values.to(dtype)
+    shape, initial = spec.box.shape, spec.initial
+    match initial.kind:
+        case "constant":
+            return torch.full(shape, initial.value, dtype=dtype)
+        case "normal":
+            values = torch.empty(shape, dtype=torch.float32)
+            key = stream_key(seed, "initial", spec.name)
+            row, column = spec.box.start
+            columns, std = spec.shape[1], initial.value
+            normal_box_(values, key, row=row, column=column, total_columns=columns, std=std)
+            return values.to(dtype)
+        case unknown:
+            assert_never(unknown)

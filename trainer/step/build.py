@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import assert_never
 
 import torch
 from torch.distributed import Store
 
-from holdfast.parallel.comm import build_groups
+from holdfast.parallel.comm import Backend, build_groups
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
@@ -33,7 +34,7 @@ def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training
     return Training(config, world.rank, device, plan, groups)
 
 
-def backend_of(config: RunConfig, device: torch.device) -> str:
+def backend_of(config: RunConfig, device: torch.device) -> Backend:
     """The communicators' transport."""
     if config.parallel.backend != "auto":
         return config.parallel.backend
@@ -52,7 +53,11 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
         torch.set_deterministic_debug_mode("error")
         # Every buffer here is written before it is read; filling them would cost a pass each.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
-    if wanted == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+    match wanted:
+        case "cpu":
+            return torch.device("cpu")
+        case "cuda":
+            torch.cuda.set_device(local_rank)
+            return torch.device("cuda", local_rank)
+        case unknown:
+            assert_never(unknown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from typing import assert_never
 
 import torch
 
@@ -20,13 +21,17 @@ def open_offloader(config: RunConfig, device: torch.device) -> Offloader | None:
         ConfigError: no file can be made in offload.path.
     """
     offload = config.offload
-    if offload.activations == "none":
-        return None
-    path = None
-    if offload.activations == "ssd":
-        path = offload.path or tempfile.gettempdir()
-    elif device.type == "cpu":
-        logger.warning("offload.activations = 'host' saves nothing on a CPU")
+    match offload.activations:
+        case "none":
+            return None
+        case "ssd":
+            path = offload.path or tempfile.gettempdir()
+        case "host":
+            path = None
+            if device.type == "cpu":
+                logger.warning("offload.activations = 'host' saves nothing on a CPU")
+        case unknown:
+            assert_never(unknown)
     return Offloader(
         path,
         limit_bytes=int(offload.limit_gib * 2**30),

@@ -281,5 +281,5 @@ def test_indices_that_do_not_exist_are_refused() -> None:
         data.sample(-1)
     with pytest.raises(ValueError, match="has 2 micro-batches"):
         data.batch(0, 2, global_batch=4, micro_batch_size=2)
-    with pytest.raises(ValueError, match='split "test"'):
+    with pytest.raises(ValueError, match="split = 'test': allowed are 'train', 'eval'"):
         open_dataset(SYNTHETIC, vocab=10, seq_len=8, seed=0, split="test")

@@ -88,6 +88,14 @@ def test_train_and_eval_are_the_two_ends_of_the_text(tmp_path: Path) -> None:
     assert np.concatenate(parts).tolist() == [*path.read_bytes(), 256]
 
 
+def test_a_split_of_another_name_is_refused_and_not_taken_for_one(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some text " * 100)
+    data = DataConfig(kind="text", path=[str(path)])
+    with pytest.raises(ValueError, match="split = 'test': allowed are 'train', 'eval'"):
+        split_tokens(data, vocab=257, seq_len=16, split="test")
+
+
 def test_default_corpus_is_the_standard_library_without_its_tests() -> None:
     files = library_documents()
     names = [file.path.as_posix() for file in files]

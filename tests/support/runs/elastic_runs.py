@@ -126,16 +126,16 @@ class Starter:
     _others: list[Process] = field(default_factory=list)
 
     def __call__(self, *, name: str = "", **sections: dict[str, Any]) -> ElasticRun:
-        own = {"local_nodes": 2, "heartbeat_timeout_ms": PATIENT_MS}
         sections = {"train": {"steps": 30}, **sections}
-        sections["elastic"] = {**own, **sections.get("elastic", {})}
+        sections["elastic"] = {"local_nodes": 2, **sections.get("elastic", {})}
         name = name or f"run-{len(self.runs)}"
         return self.start(self.write(name, **sections), name)
 
     def write(self, name: str, **sections: dict[str, Any]) -> Path:
         """The file of an elastic run's configuration."""
         quiet = {"tensorboard": False, "every": 1000}
-        elastic = {"enabled": True, **sections.pop("elastic", {})}
+        own = {"enabled": True, "heartbeat_timeout_ms": PATIENT_MS}
+        elastic = {**own, **sections.pop("elastic", {})}
         path = self.folder / f"{name}.toml"
         path.write_text(dump_toml(make_config(log=quiet, elastic=elastic, **sections)))
         return path

@@ -7,6 +7,9 @@ Fast mode adds in the gradient's accumulation dtype, in the order of computation
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -57,13 +60,33 @@ def add_integers(sums: Tensor, other: Tensor) -> int:
     return OUT_OF_RANGE if bool(overflow.any()) else 0
 
 
+class GradientSource(Protocol):
+    """What hands gradients over; `WeightGradientQueue`."""
+
+    def subscribe(self, sink: GradientAccumulator, /) -> None:
+        """Hand all gradients to `sink` from now on."""
+        ...
+
+
 class GradientAccumulator:
     """The `GradientSink` of one rank: a flat buffer of sums laid out like the rank's parameters.
 
     Local. `exact` states which arithmetic is used; see the module's docstring.
     """
 
-    def __init__(self, buffer: ParameterBuffer, *, exact: bool, fraction_bits: int) -> None:
+    def __init__(
+        self,
+        buffer: ParameterBuffer,
+        *,
+        exact: bool,
+        fraction_bits: int,
+        queues: Iterable[GradientSource] = (),
+    ) -> None:
+        """Local. From now on it takes the gradients of all parameters of `buffer`.
+
+        Args:
+            queues: what brings weight gradients here past autograd.
+        """
         self.exact = exact
         self.fraction_bits = fraction_bits
         self._buffer = buffer
@@ -71,10 +94,9 @@ class GradientAccumulator:
         dtype = torch.int64 if exact else precision_of(values.dtype).state.dtype
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
         self.flags = 0
-        self.skipped: frozenset[nn.Parameter] = frozenset()
-        """Parameters whose gradients of the micro-batch at hand are not added again."""
-        self.micro_batch = -1
-        """The micro-batch whose gradients are being added."""
+        self._micro_batch = -1
+        """Whose gradients are being added."""
+        self._skipped: frozenset[nn.Parameter] = frozenset()
         self.included: dict[nn.Parameter, set[int]] = {}
         """The micro-batches whose gradients have been added since `clear`."""
         self._device_flags: Tensor | None = None
@@ -90,6 +112,12 @@ class GradientAccumulator:
         }
         for parameter in buffer.parameters:
             parameter.register_post_accumulate_grad_hook(self._take_ordinary_gradient)
+        for queue in queues:
+            queue.subscribe(self)
+
+    def begin_gradients(self, micro_batch: int, skipped: frozenset[nn.Parameter]) -> None:
+        """Before a micro-batch's gradients; those of `skipped` parameters are not added again."""
+        self._micro_batch, self._skipped = micro_batch, skipped
 
     def clear(self) -> None:
         """Forget all sums and flags: the start of a step."""
@@ -112,11 +140,11 @@ class GradientAccumulator:
         return self.flags
 
     def _include(self, parameter: nn.Parameter) -> None:
-        self.included.setdefault(parameter, set()).add(self.micro_batch)
+        self.included.setdefault(parameter, set()).add(self._micro_batch)
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add a whole local parameter's gradient (its shape, any float dtype)."""
-        if parameter in self.skipped:
+        if parameter in self._skipped:
             return
         self._include(parameter)
         if self.exact:
@@ -129,7 +157,7 @@ class GradientAccumulator:
 
     def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
         """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype."""
-        if parameter in self.skipped:
+        if parameter in self._skipped:
             return
         self._include(parameter)
         transposed = grad_output.t()
@@ -147,7 +175,7 @@ class GradientAccumulator:
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
-        if parameter in self.skipped:
+        if parameter in self._skipped:
             return
         self._include(parameter)
         if not self.exact:

@@ -162,8 +162,6 @@ class ShadowState:
         self.blocks = shadowed_blocks(plan, rank)
         self._comm, self._form, self._settings = comm, form, settings
         self.in_host_memory = in_host_memory
-        self.fence: Fence | None = None
-        """Asked before a block changes, by its position in `blocks`, while a snapshot copies."""
         self._outgoing = shadow_spans(plan, rank)
         self._incoming = _incoming_spans(plan, rank, self.blocks)
         carried = before.carried_on(self.blocks) if before is not None else None
@@ -238,8 +236,12 @@ class ShadowState:
         for handle in handles:
             handle.wait()
 
-    def update(self, lr: float, factor: float) -> None:
-        """Apply the step that was voted for. Local."""
+    def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
+        """Apply the step that was voted for. Local.
+
+        Args:
+            fence: asked before a block changes, by its position in `blocks`.
+        """
         if not self.blocks:
             return
         copies = self.copies
@@ -247,19 +249,19 @@ class ShadowState:
             copies.gradients.mul_(factor)
         copies.step.add_(1)
         if self._staged is not None:
-            self._update_through(self._staged, copies, lr)
+            self._update_through(self._staged, copies, lr, fence)
             return
-        if self.fence is not None:
-            self.fence(len(self.blocks) - 1)
+        if fence is not None:
+            fence(len(self.blocks) - 1)
         self._form.rule.update_blocks(self._updates, copies.step, lr, self._settings)
 
     def _update_through(
-        self, staged: Mapping[str, Tensor], copies: ShadowCopies, lr: float
+        self, staged: Mapping[str, Tensor], copies: ShadowCopies, lr: float, fence: Fence | None
     ) -> None:
         """Update copies in host memory block by block, through device memory."""
         for number, block in enumerate(self.blocks):
-            if self.fence is not None:
-                self.fence(number)
+            if fence is not None:
+                fence(number)
             here, size = slice(block.start, block.stop), block.stop - block.start
             for kind, values in staged.items():
                 values[:size].copy_(copies.kinds[kind][here], non_blocking=True)

@@ -79,8 +79,6 @@ class ShardedOptimizer:
         self._accumulator = accumulator
         self._world, self._shards = world, shards
         self._settings = settings
-        self.fence: Fence | None = None
-        """Asked before an owned block changes, by position in `owned`, while a snapshot copies."""
         self._reduction: ReductionPlan = reduction_plan(plan, rank, buffer)
         self._shard_index = plan.stage_replicas.shard_index(rank)
         self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._shard_index])
@@ -118,7 +116,7 @@ class ShardedOptimizer:
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """State by saved kind, flat, in the order of `owned`. Live memory: see `fence`."""
+        """State by saved kind, flat, in the order of `owned`. Live memory: see `update`'s fence."""
         return self.owned_state.kinds
 
     @property
@@ -179,10 +177,13 @@ class ShardedOptimizer:
                 squares[self.slot(block)] = square
         return squares, flags
 
-    def update(self, lr: float, factor: float) -> None:
+    def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
         """Update the owned blocks with their gradients times `factor`. Local.
 
         Called only after the vote: every rank that calls it can finish.
+
+        Args:
+            fence: asked before a block changes, by its position in `owned`.
         """
         state = self.owned_state
         if factor != 1.0:
@@ -191,14 +192,14 @@ class ShardedOptimizer:
         count = len(self._updates)
         position = 0
         while position < count:
-            free = count if self.fence is None else min(count, self.fence(position) + 1)
+            free = count if fence is None else min(count, fence(position) + 1)
             self.form.rule.update_blocks(
                 self._updates[position:free], state.step, lr, self._settings
             )
             position = free
         state.round_masters()
-        if self.fence is not None:
-            self.fence(count)
+        if fence is not None:
+            fence(count)
 
     def round_masters(self) -> None:
         """Write the parameters of the owned blocks from master copies, if there are any. Local."""

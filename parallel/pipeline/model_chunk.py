@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -53,32 +54,46 @@ class WeightGradientQueue:
     """Takes every linear layer's weight gradient of one chunk: computed at once, or kept for later.
 
     Keeping them is what splits a backward pass into its input and weight parts (zero-bubble
-    schedules, Qi et al. 2023). Without a sink, layers return weight gradients to autograd.
+    schedules, Qi et al. 2023). Before a sink subscribes, layers return weight gradients to
+    autograd.
     """
 
     def __init__(self) -> None:
-        self.sink: GradientSink | None = None
-        self.deferred = False
-        self._kept: list[WeightGradientRecord] = []
+        self._sink: GradientSink | None = None
+        self._kept: list[WeightGradientRecord] | None = None
+
+    @property
+    def sink(self) -> GradientSink | None:
+        """What adds the gradients up."""
+        return self._sink
+
+    def subscribe(self, sink: GradientSink) -> None:
+        """Hand all gradients to `sink` from now on: it exists only once the parameters do."""
+        self._sink = sink
+
+    @contextmanager
+    def deferred(self) -> Iterator[list[WeightGradientRecord]]:
+        """Keep what is put meanwhile, in the list that this gives; `run` computes it later."""
+        kept: list[WeightGradientRecord] = []
+        self._kept = kept
+        try:
+            yield kept
+        finally:
+            self._kept = None
 
     def put(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
         """Hand over one weight gradient: float[tokens, out] and float[tokens, in]."""
         record = WeightGradientRecord(parameter, grad_output, value.detach())
-        if self.deferred:
-            self._kept.append(record)
-        else:
+        if self._kept is None:
             self.run((record,))
-
-    def take(self) -> list[WeightGradientRecord]:
-        """The kept records, which are forgotten here."""
-        kept, self._kept = self._kept, []
-        return kept
+        else:
+            self._kept.append(record)
 
     def run(self, records: Sequence[WeightGradientRecord]) -> None:
         """Compute and add the gradients of `records`, in their order."""
-        assert self.sink is not None
+        assert self._sink is not None
         for record in records:
-            self.sink.add_matmul(*record)
+            self._sink.add_matmul(*record)
 
 
 class Chunk(nn.Module):

@@ -99,15 +99,11 @@ class ModelChunkRunner:
         """Forget what an interrupted step has left; also before a new one begins."""
         for kept in (self._gradients, self._edges, self._deferred, self.losses):
             kept.clear()
-        self.chunk.queue.deferred = False
-        self.chunk.queue.take()
 
     def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
-        queue = self.chunk.queue
-        queue.deferred = True
-        gradient = self.backward(micro_batch, grad_output)
-        queue.deferred = False
-        self._deferred[micro_batch] = queue.take()
+        with self.chunk.queue.deferred() as kept:
+            gradient = self.backward(micro_batch, grad_output)
+        self._deferred[micro_batch] = kept
         return gradient
 
     def backward_weight(self, micro_batch: int) -> None:

@@ -106,9 +106,8 @@ def new_model(
         buffer,
         exact=config.numerics.reduction == "exact",
         fraction_bits=config.numerics.fraction_bits,
+        queues=[chunk.queue for chunk in chunks.values()],
     )
-    for chunk in chunks.values():
-        chunk.queue.sink = accumulator
     return ModelParts(chunks, buffer, accumulator)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.schedules import Action, Op
@@ -86,15 +86,14 @@ class StepInFlight:
         self._backwards += 1
         if self._backwards == self._half:
             self._at_half()
-        accumulator = self._accumulator
-        accumulator.micro_batch = micro_batch
-        accumulator.skipped = frozenset()
+        skipped: frozenset[nn.Parameter] = frozenset()
         if self._interrupted is not NOT_INTERRUPTED:
-            accumulator.skipped = frozenset(
+            skipped = frozenset(
                 part.parameter
                 for part in self._buffer.segments
                 if self._interrupted.has(self._shard, (part.layer, part.spec_index), micro_batch)
             )
+        self._accumulator.begin_gradients(micro_batch, skipped)
 
     def included(self, losses: Mapping[int, Tensor] | None) -> Included:
         """The micro-batches that each parameter's sums include, once the step is interrupted.

@@ -90,6 +90,8 @@ class Training:
         owned = None if before is None else before.optimizer.owned_state
         self.optimizer = new_optimizer(config, plan, rank, self.model, groups, owned)
         self._shadows = self._shadows_after(before)
+        self._fence: Fence | None = None
+        """Asked before a block changes, while a snapshot copies the state."""
         self.background_transfer: BackgroundTransfer | None = None
         """This rank's part in giving ranks what they will have under the next plan."""
         self._program = prepared(rank, lambda other: training_program(plan, other))
@@ -170,10 +172,7 @@ class Training:
 
         Blocks are numbered as by `state().before`; see `block_numbers`.
         """
-        numbers = block_numbers(self.optimizer, self._saved_shadows)
-        if self._shadows is not None:
-            self._shadows.fence = None if fence is None else numbers.fence_of_shadows(fence)
-        self.optimizer.fence = None if fence is None else numbers.fence_of_owned(fence)
+        self._fence = fence
 
     @property
     def current_micro_batch(self) -> int:
@@ -297,9 +296,10 @@ class Training:
         if outcome.usable:
             self.progress.complete = False
             factor = clipping_factor(outcome.grad_norm, self.config.train.clip_grad_norm)
+            fence, numbers = self._fence, block_numbers(self.optimizer, self._saved_shadows)
             if self._shadows is not None:
-                self._shadows.update(lr, factor)
-            self.optimizer.update(lr, factor)
+                self._shadows.update(lr, factor, fence and numbers.fence_of_shadows(fence))
+            self.optimizer.update(lr, factor, fence and numbers.fence_of_owned(fence))
         self.progress.updated = self.progress.decided
 
     def gather(self) -> None:

@@ -207,7 +207,7 @@ def weight_gradients_computed_twice() -> Iterator[None]:
 
     def twice(self: WeightGradientQueue, parameter: Any, grad_output: Any, value: Any) -> None:
         original(self, parameter, grad_output, value)
-        if self.deferred and self.sink is not None:
+        if self._kept is not None and self.sink is not None:
             self.sink.add_matmul(parameter, grad_output, value.detach())
 
     with mock.patch.object(WeightGradientQueue, "put", twice):

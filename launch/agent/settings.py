@@ -17,7 +17,7 @@ from holdfast.launch.agent.restarts import RestartPolicy
 class AgentSettings:
     """What an agent does, and for which ranks.
 
-    A flat table of seventeen values: each is given by name, and none is derived.
+    A flat table, a field for each value: each is given by name, and none is derived.
     """
 
     membership: MembershipSettings

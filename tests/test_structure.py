@@ -259,6 +259,46 @@ def test_no_class_is_wide_without_a_reason_in_its_docstring() -> None:
     assert [name for name, reason in WIDE.items() if reason not in said[name]] == []
 
 
+CALLED = {"AtPhase", "Callable", "Fence", "GradientSink"}
+"""Types of hooks: what is called when something happens."""
+
+
+def _hooks(tree: ast.Module) -> set[str]:
+    """The names of attributes that are annotated as hooks."""
+    return {
+        node.target.attr if isinstance(node.target, ast.Attribute) else node.target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, (ast.Attribute, ast.Name))
+        and any(isinstance(n, ast.Name) and n.id in CALLED for n in ast.walk(node.annotation))
+    }
+
+
+def _set_from_outside(tree: ast.Module) -> set[str]:
+    """The names of attributes that are assigned on another object than `self`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    }
+
+
+def test_hooks_are_given_and_never_set_from_outside() -> None:
+    trees = [tree_of(path) for path in MODULES.values()]
+    hooks = set().union(*map(_hooks, trees))
+    assert {"_at_half", "_fence", "_sink"} <= hooks, "attributes of other kinds do not count"
+    assert hooks & set().union(*map(_set_from_outside, trees)) == set()
+
+
+def test_a_hook_that_is_set_from_outside_is_seen() -> None:
+    tree = ast.parse(
+        "class A:\n    def f(self):\n        self.hook: Callable[[], None] = g\na.hook = g"
+    )
+    assert _hooks(tree) & _set_from_outside(tree) == {"hook"}
+
+
 def test_docstrings_say_first_what_a_thing_is() -> None:
     wrong = [
         name

@@ -15,16 +15,16 @@ _ROOT = "holdfast"
 
 
 class _RunContext(logging.Filter):
-    """Adds to every line where the worker is."""
+    """Adds to every line which rank the worker has, and where it is."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, where: Callable[[], tuple[int, int]]) -> None:
         super().__init__()
-        self._rank = rank
-        self.where: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self.rank = rank
+        self._where = where
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.rank = self._rank
-        record.generation, record.step = self.where()
+        record.rank = self.rank
+        record.generation, record.step = self._where()
         return True
 
 
@@ -33,7 +33,7 @@ def log_to_file(run: RunDirectory, rank: int) -> None:
     run.log(rank).parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run.log(rank))
     handler.setFormatter(logging.Formatter(_FORMAT))
-    handler.addFilter(_RunContext(rank))
+    handler.addFilter(_RunContext(rank, lambda: (0, 0)))
     logger = logging.getLogger(_ROOT)
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -48,6 +48,7 @@ def locate_log(where: Callable[[], tuple[int, int]]) -> None:
             thread.
     """
     for handler in logging.getLogger(_ROOT).handlers:
-        for place in handler.filters:
-            if isinstance(place, _RunContext):
-                place.where = where
+        for context in list(handler.filters):
+            if isinstance(context, _RunContext):
+                handler.removeFilter(context)
+                handler.addFilter(_RunContext(context.rank, where))

@@ -299,6 +299,33 @@ def test_a_hook_that_is_set_from_outside_is_seen() -> None:
     assert _hooks(tree) & _set_from_outside(tree) == {"hook"}
 
 
+OTHER_ENDS = {"abandon", "disturb", "give_up", "halt", "interrupt", "shutdown", "stop", "terminate"}
+"""Words for stopping that mean what `abort`, `cancel` or `close` means."""
+RUN_ENDS = {"Session.stop", "ElasticSession.stop"}
+"""A run stops when it was asked to: after a step, saved."""
+BOUNDS = {"OwnedBlock.stop"}
+"""Begin and end of a range."""
+
+
+def _methods() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for _, node in functions_and_classes():
+        if isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef):
+                    yield f"{node.name}.{inner.name}", inner
+
+
+def test_work_is_stopped_by_abort_cancel_or_close_each_with_one_meaning() -> None:
+    methods = list(_methods())
+    others = {name for name, method in methods if method.name in OTHER_ENDS}
+    assert others == RUN_ENDS | BOUNDS
+    aborts = {name: method for name, method in methods if method.name == "abort"}
+    first = {name: [a.arg for a in method.args.args[1:2]] for name, method in aborts.items()}
+    assert {name for name, arguments in first.items() if arguments != ["reason"]} == set()
+    blocking = (".join(", ".wait(", "sleep(")
+    assert [n for n, m in aborts.items() if any(b in ast.unparse(m) for b in blocking)] == []
+
+
 def test_docstrings_say_first_what_a_thing_is() -> None:
     wrong = [
         name

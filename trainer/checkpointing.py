@@ -291,7 +291,7 @@ class Checkpoints:
         self._training.protect(None)
         self._manager.cancel(reason)
         if self._remote is not None:
-            self._remote.abort()
+            self._remote.abort(reason)
 
     def close(self) -> None:
         """Release threads, files and memory. Local."""

@@ -97,7 +97,7 @@ class RemoteTier:
         if self._uploader is not None:
             self._uploader.wait()
 
-    def abort(self) -> None:
+    def abort(self, reason: str) -> None:
         """Give up what is under way and queued. From any thread; never blocks."""
         if self._uploader is not None:
-            self._uploader.abort()
+            self._uploader.abort(reason)

@@ -5,6 +5,7 @@ Files go in parts, with retries; the manifest goes last, so what has none is not
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import threading
@@ -18,6 +19,8 @@ from holdfast.checkpoint.format import MANIFEST, step_of
 from holdfast.checkpoint.saving import Cancelled, Coordination, Deadline, Members
 from holdfast.checkpoint.stores import CheckpointStore, Retention, commit, read_manifest
 from holdfast.parallel.errors import CheckpointError
+
+logger = logging.getLogger("holdfast.checkpoint")
 
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 10.0
@@ -93,11 +96,12 @@ class Uploader:
             ended = self._changed.wait_for(lambda: self._is_aborted or not self._pending, timeout_s)
             return ended and not self._pending
 
-    def abort(self) -> None:
+    def abort(self, reason: str) -> None:
         """Give up what is under way and queued. From any thread; never blocks.
 
         A file that is being sent may still arrive: it is what the next attempt sends there as well.
         """
+        logger.info("uploads are given up: %s", reason)
         self._is_aborted = True
         self._deadline.cancelled = True
         with self._changed:

@@ -77,7 +77,7 @@ def _follow(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) 
         except BlockingIOError:
             pass
         if over_since is not None and not lines:
-            view.display.stop()
+            view.display.close()
             return
         time.sleep(_POLL_S if over_since is None else 0.01)
 

@@ -2,10 +2,10 @@
 
 Nothing else in the project imports `torch.distributed` collectives or MPI directly.
 
-Work is stopped in three ways, each with one meaning. `abort(reason)` makes every wait and call of
-its object raise; any thread may call it, and it never blocks. `cancel()` gives up one piece of work
-whose result is not needed. `close()` releases what an object holds once its work has ended; its
-owner calls it, and it may block.
+Work is stopped in three ways, each with one meaning everywhere. `abort(reason)` gives up what is
+under way at once and frees what waits for it (here with `PeerLost`); any thread may call it, and it
+never blocks. `cancel()` gives it up too, and returns once nothing uses the memory of that work any
+more. `close()` releases threads, files and memory; the owner calls it, and it may block.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_what_an_abort_leaves_over_is_uploaded_by_the_ranks_that_follow(
     for name in NAMES[:3]:
         before.committed(name)
     assert stuck.asked.wait(30)
-    before.abort()
+    before.abort("the ranks change")
     assert before.pending == set(NAMES[:3]), "these must stay on the disk"
     before.wait()
     stuck.released.set()

@@ -82,7 +82,8 @@ class ActivationRecorder:
     def _keep_gradient(self, key: tuple[str, int], gradient: Tensor) -> None:
         self._capture.output_gradients[key] = gradient.detach().clone()
 
-    def stop(self) -> None:
+    def close(self) -> None:
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 

@@ -27,7 +27,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
     for step in range(config.train.steps):
         training.compute(step)
         if step == 0:
-            recorder.stop()
+            recorder.close()
             accumulator.finish()
             scale = 2.0**-accumulator.fraction_bits if accumulator.exact else 1.0
             capture.partial_gradients = [

@@ -51,7 +51,7 @@ def run_reference(config: RunConfig) -> RankCapture:
             first.grad += second.grad
             second.grad = None
         if step == 0:
-            recorder.stop()
+            recorder.close()
             capture.gradients = _pieces(rows, second_uses, gradients=True)
         clip = train.clip_grad_norm or float("inf")
         capture.grad_norms.append(float(nn.utils.clip_grad_norm_(list(parameters), clip)))

@@ -120,7 +120,7 @@ class ElasticLoop:
                     return
             except PeerLost as error:
                 logger.warning("step %d is interrupted: %s", training.progress.decided + 1, error)
-                self._recovery.interrupt(str(error))
+                self._recovery.abort(str(error))
                 training = self._recover(urgent=True)
                 continue
             if not sound:
@@ -197,7 +197,7 @@ class ElasticLoop:
                 sound = not had_state or self._is_sound(training.progress.decided)
             except PeerLost as error:
                 logger.warning("the state after a change was not compared: %s", error)
-                self._recovery.interrupt(str(error))
+                self._recovery.abort(str(error))
                 interrupted = True
             self._session.record(change, urgent=urgent)
             if sound:

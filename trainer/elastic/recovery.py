@@ -156,7 +156,7 @@ class MembershipChange:
 
 
 class Recovery:
-    """One worker's state across generations. One thread, but for `interrupt`."""
+    """One worker's state across generations. One thread, but for `abort`."""
 
     def __init__(self, rank: int, config: RunConfig, first_plan: Plan, drives: Drives) -> None:
         """Local.
@@ -182,10 +182,13 @@ class Recovery:
         leaving = self.generation.members if self.generation is not None else ()
         if any(m.leaving and m.identity == event.identity for m in leaving):
             return  # it has handed everything over, and goes
-        self.interrupt(f"rank {event.identity}: {event.cause}")
+        self.abort(f"rank {event.identity}: {event.cause}")
 
-    def interrupt(self, reason: str) -> None:
-        """End the generation on this rank: what waits gets `PeerLost`. From any thread."""
+    def abort(self, reason: str) -> None:
+        """End the generation on this rank: what waits gets `PeerLost`.
+
+        From any thread; never blocks.
+        """
         self._drives.interruption.begin(reason)
         self._drives.transport.abort(reason)
         self._drives.saves.abort(reason)
@@ -203,7 +206,7 @@ class Recovery:
                 return self._change(urgent)
             except PeerLost as error:
                 logger.info("the change of membership begins again: %s", error)
-                self.interrupt(str(error))
+                self.abort(str(error))
                 urgent = True
 
     def _change(self, urgent: bool) -> MembershipChange:

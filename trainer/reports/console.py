@@ -171,7 +171,7 @@ class Display:
 
     def finish(self, summary: Sequence[tuple[str, str]]) -> None:
         """Replace the live panel by a summary of (what, value) rows."""
-        self.stop()
+        self.close()
         table = Table(show_header=False, box=None, padding=(0, 1))
         table.add_column(style="dim")
         table.add_column(overflow="fold")
@@ -179,7 +179,7 @@ class Display:
             table.add_row(name, value)
         self._console.print(Panel(table, title=self._title, expand=False))
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Give the terminal back; safe to call more than once."""
         if self._live is not None:
             self._live.stop()

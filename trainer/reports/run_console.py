@@ -89,4 +89,4 @@ class RunConsole:
         self._display.finish(summary)
 
     def close(self) -> None:
-        self._display.stop()
+        self._display.close()

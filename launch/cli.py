@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Final, NoReturn
 
@@ -15,13 +16,13 @@ import typer
 
 from holdfast.parallel.errors import HoldfastError
 
-_MODULES: Final = {
+COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training"),
     "chaos": "chaos",
     **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
     "convert": "convert",
 }
-"""Which module of launch.commands adds which command."""
+"""By the name of a command, the module of launch.commands whose `register` adds it."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,7 +54,7 @@ def application(command: str) -> typer.Typer:
         help="Pretrain language models over many machines, in any layout, with the same bits.",
     )
     app.callback()(options)
-    for module in [_MODULES[command]] if command in _MODULES else dict.fromkeys(_MODULES.values()):
+    for module in [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values()):
         import_module(f"holdfast.launch.commands.{module}").register(app)
     return app
 

@@ -134,6 +134,8 @@ def test_the_map_of_rooms_is_complete() -> None:
     within = {room for room in rooms if any(room.startswith(f"{m}") for m in LISTS - {room})}
     halls = {f"{house}/" for house in houses} | {"parallel/offload/", "checkpoint/convert/"}
     assert rooms - mapped - within - halls == set()
+    rows = re.findall(r"^\| (`[^|]+) \|", page.read_text(), re.MULTILINE)
+    assert [row for row in set(rows) if rows.count(row) > 1] == [], "a room has one row"
 
 
 @IN_CHECKOUT

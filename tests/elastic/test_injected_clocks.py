@@ -5,14 +5,19 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from holdfast.elastic import faults
 from holdfast.elastic.faults import Fault, FaultInjector, ask_for
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import LighthouseAway
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.watch import HeartbeatWatch
+from holdfast.parallel.faults import FAULTS
 from holdfast.parallel.step_phases import StepPhase
 
 
@@ -125,3 +130,25 @@ def test_a_fault_that_is_asked_for_is_read_and_a_slow_rank_stays_slow(tmp_path: 
         ("cut", 7.0),
         ("sleep", 0.5),
     ]
+
+
+def test_every_kind_of_fault_is_told_and_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[Any] = []
+    monkeypatch.setattr("os._exit", lambda code: happened.append(("exit", code)))
+    monkeypatch.setattr(faults, "fill_disk", lambda disk, seconds: happened.append(("full", disk)))
+    monkeypatch.setattr("ctypes.PyDLL", lambda name: SimpleNamespace(usleep=happened.append))
+    for kind in FAULTS:
+        made, done = injector(tmp_path, Fault(kind, rank=1, step=1, seconds=0.5))
+        made.at(1, "compute")
+        made.at(2, "compute")
+        assert done[0] == f"note {kind}"
+        assert len(done) == 2 or happened, f"{kind} does nothing"
+        happened.clear()
+
+
+def test_a_kind_of_fault_without_an_action_is_an_error(tmp_path: Path) -> None:
+    made, _ = injector(tmp_path, Fault("burn", rank=1, step=1))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="burn"):
+        made.at(1, "compute")

@@ -1,4 +1,4 @@
-"""Activations that wait on an SSD, or in host memory, for their backward pass.
+"""Activation offload: saved tensors wait on an SSD or in host memory for their backward pass.
 
 May import `holdfast.parallel`'s errors, layout, schedules and plan, and `holdfast._native`.
 """

@@ -1,4 +1,4 @@
-"""What happens at each saved tensor: the offloader, its records, prefetch and pace.
+"""The hooks on saved tensors: the offloader, its records, prefetch and pace.
 
 May import parallel.offload.stores and policy.
 """

@@ -1,4 +1,4 @@
-"""What one step has sent and how long it took, as it is measured."""
+"""The measurements of one step: bytes sent, time by phase, time waited."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from holdfast.parallel.offload.stores import StoreStatistics
 
 @dataclass(slots=True)
 class Account:
-    """Of the step under way. Local."""
+    """The measurements of the step under way. Local."""
 
     phases: Phases = field(default_factory=Phases)
     eligible_bytes: int = 0
@@ -20,14 +20,14 @@ class Account:
     before: StoreStatistics = field(default_factory=StoreStatistics)
 
     def begin(self, store: StoreStatistics) -> None:
-        """A step begins."""
+        """Begin a step. `store` has the statistics so far."""
         self.eligible_bytes = self.sent_bytes = self.forwarded_bytes = 0
         self.waited_s = 0.0
         self.before = store
         self.phases.restart(store.busy_s)
 
     def measured(self, store: StoreStatistics, forward_bytes: int) -> Measured:
-        """The step has ended; `forward_bytes`: the eligible bytes of its largest forward pass."""
+        """End the step; `forward_bytes` is the most eligible bytes that one forward pass saved."""
         self.phases.finish(store.busy_s)
         seconds, busy_s = self.phases.seconds, self.phases.busy_s
         return Measured(
@@ -45,7 +45,7 @@ class Account:
     def report(
         self, seen: Measured, amount: Amount, store: StoreStatistics, fault: str
     ) -> OffloadReport:
-        """The same for people."""
+        """The measurements of the ended step as a report for people."""
         busy_s = seen.forward_busy_s + seen.backward_busy_s
         moved = seen.written_bytes + seen.read_bytes
         return OffloadReport(

@@ -1,4 +1,4 @@
-"""The store for the device whose tensors are saved first. Local."""
+"""A store that is opened for the device of the first saved tensor. Local."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DeviceStore:
     def __init__(
         self, path: str | Path | None, *, limit_bytes: int, bytes_per_s: float, staging_bytes: int
     ) -> None:
-        """Arguments as of `Offloader`."""
+        """Nothing is opened yet. The arguments are those of `Offloader`."""
         self.file: DiskFile | None = None
         if path is not None:
             self.file = DiskFile(path, limit_bytes=limit_bytes, bytes_per_s=bytes_per_s)
@@ -32,7 +32,7 @@ class DeviceStore:
         self._limit_bytes, self._staging_bytes = limit_bytes, staging_bytes
 
     def reaches(self, device: torch.device) -> bool:
-        """Whether tensors of a device can be sent; the first device asked for is the one."""
+        """Whether tensors of a device can be sent. The first device asked for is the only one."""
         if self.store is None:
             self.device = device
             if self.file is None:
@@ -49,7 +49,7 @@ class DeviceStore:
         return "" if self.store is None else self.store.fault
 
     def statistics(self) -> StoreStatistics:
-        """What has been moved so far."""
+        """Bytes moved and time busy since the store was opened."""
         return StoreStatistics() if self.store is None else self.store.statistics()
 
     def busy_s(self) -> float:
@@ -57,7 +57,7 @@ class DeviceStore:
         return self.statistics().busy_s
 
     def close(self) -> None:
-        """End all transfers and give the room back; a second call does nothing."""
+        """End all transfers and release the room; a second call does nothing."""
         self.is_closed = True
         if self.file is not None:
             self.file.close()

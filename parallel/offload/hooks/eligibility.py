@@ -1,4 +1,4 @@
-"""Which saved tensors may leave memory at all."""
+"""Eligibility: which saved tensors may leave memory at all."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 _DEVICES = ("cpu", "cuda")
 _KERNEL_ALIGNMENT = 64
-"""The alignment of torch's memory. What comes back has it too, so that kernels round alike."""
+"""torch's alignment in bytes. Restored tensors have it too, so kernels round alike."""
 
 
 def movable_storage(tensor: Tensor, smallest_bytes: int) -> torch.UntypedStorage | None:
-    """The storage of a saved tensor; None where it has to stay.
+    """The storage of a saved tensor; None where it must stay in memory.
 
-    Stay: leaves that require gradients and views of them, which belong to the user; tensors that
-    are more than their storage (sparse, quantized, conjugated, of a subclass); storages below
+    These stay: leaves that require gradients and views of them, which belong to the user; tensors
+    that are more than their storage (sparse, quantized, conjugated, of a subclass); storages below
     `smallest_bytes`.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""Tells the user, once, that less is sent than could be. Local."""
+"""A warning, given once, that less is sent than could be. Local."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ logger = logging.getLogger("holdfast.offload")
 
 
 class FaultNotice:
-    """One warning, and one call of the user's function."""
+    """Gives one warning and calls the user's function once."""
 
     def __init__(self, on_fault: Callable[[str], None] | None) -> None:
         """`on_fault` is called with the reason why activations stay in memory."""
         self._on_fault, self._is_told = on_fault, False
 
     def tell(self, fault: str) -> None:
-        """Say what is wrong, unless nothing is or it has been said."""
+        """Warn of `fault` unless it is empty or a warning was given before."""
         if not fault or self._is_told:
             return
         self._is_told = True

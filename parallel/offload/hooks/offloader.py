@@ -1,8 +1,8 @@
-"""Sends what autograd saves to an SSD or to host memory, and brings it back for the backward pass.
+"""The offloader: sends what autograd saves to an SSD or host memory, and back in time.
 
-SSDTrain (Wu et al. 2024) with torch's saved-tensor hooks alone: no patched modules, any device, any
-graph.
-Exact-mode safe: what comes back has the same bits and the same alignment.
+The method is SSDTrain's (Wu et al. 2024), with torch's saved-tensor hooks alone: no patched
+modules, any device, any graph. Exact-mode safe: restored tensors have the same bits and the same
+alignment.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from holdfast.parallel.offload.stores import StoreStatistics, is_past
 
 _POLL_S = 5e-5
 _TIDY_S = 1e-3
-"""How long what could be free may stay: writes of a MiB take longer."""
+"""The least time in seconds between two clean-ups: writing a MiB takes longer."""
 
 
 class Offloader:
-    """Saved tensors wait elsewhere between the forward and the backward pass. Local.
+    """Moves saved tensors out of memory between the forward and the backward pass. Local.
 
-    A context around forward passes (and, optionally, their backward passes)::
+    Use it as a context around forward passes and, optionally, their backward passes::
 
         offloader = Offloader("/nvme")
         for batch in batches:
             with offloader:
                 model(batch).backward()
 
-    A step ends when the outermost context is left; the amount is then adapted. These stay in
-    memory: leaves that require gradients, views of them, what `keep` names, storages below
+    A step ends when the outermost context is left; the amount to send is then adapted. These stay
+    in memory: leaves that require gradients, views of them, what `keep` names, storages below
     `smallest_bytes`, what the drive is too slow for, and what other references hold anyway. A
     storage is sent once, however many tensors on it are saved. Changes that autograd is not told of
     (`.data`) are not noticed.
@@ -69,17 +69,19 @@ class Offloader:
         staging_bytes: int = 1 << 30,
         on_fault: Callable[[str], None] | None = None,
     ) -> None:
-        """Local.
+        """Nothing is allocated before the first tensor is saved.
 
         Args:
-            path: folder on the drive; None: host memory (pinned, of use on a GPU only).
-            limit_bytes: the most that is away at once; 0: no limit.
-            bounds: of the share of the activations that is sent; equal ones fix it.
-            bytes_per_s: the most that goes to and from the drive; 0: no limit.
-            staging_bytes: host memory between a GPU and the drive; 1 GiB at most.
-            on_fault: called once, with the reason why less is sent from now on.
+            path: a folder on the drive; None: host memory (pinned, of use on a GPU only).
+            limit_bytes: the most bytes that are away at once; 0: no limit.
+            bounds: the limits of the share of the activations that is sent; equal limits fix it.
+                None: from 0 to 1.
+            bytes_per_s: the highest rate to and from the drive; 0: no limit.
+            staging_bytes: host memory between a GPU and the drive, in bytes; 1 GiB at most.
+            on_fault: called once, with the reason, when less is sent from then on.
+            smallest_bytes: smaller storages stay in memory.
         Raises:
-            ConfigError: no file can be made in the folder.
+            ConfigError: the folder does not allow a file to be made.
         """
         self._smallest = smallest_bytes
         self._room = DeviceStore(
@@ -124,10 +126,11 @@ class Offloader:
             self.end_step()
 
     def begin_step(self, backward_order: Iterable[Hashable] = ()) -> None:
-        """A step of a program begins. A step that has not ended is given up, as by `cancel`.
+        """Begin a step of a program. A step that has not ended is given up, as by `cancel`.
 
         Args:
-            backward_order: the keys of its forward passes, in the order of their backward passes.
+            backward_order: the keys of the step's forward passes, in the order of their backward
+                passes.
         """
         if self._in_step:
             self.cancel()
@@ -139,12 +142,12 @@ class Offloader:
 
     @contextmanager
     def forward(self, key: Hashable, kind: Hashable = None, *, at_once: bool) -> Iterator[None]:
-        """Around one forward pass of a program.
+        """A context around one forward pass of a program.
 
         Args:
-            key: names it, and its backward pass.
+            key: the name of the pass and of its backward pass.
             kind: passes of one kind save the same amount.
-            at_once: whether its backward pass is the next thing to come: its end then stays.
+            at_once: whether its backward pass follows directly; the end of the pass then stays.
         """
         self._open(key, kind, at_once=at_once)
         self._enter_hooks()
@@ -156,7 +159,7 @@ class Offloader:
         self._selection.complete(kind, self._scope.nbytes)
 
     def backward(self, key: Hashable) -> None:
-        """The backward pass of `key` begins."""
+        """Begin the backward pass of `key`."""
         with self._lock:
             self._account.phases.at("backward", self._room.busy_s)
             self._prefetch.backward(key)
@@ -164,7 +167,7 @@ class Offloader:
             self._tidy()
 
     def end_step(self) -> OffloadReport:
-        """A step ends: adapt the amount to what was measured. Returns what it has sent."""
+        """End a step and adapt the amount to its measurements. Returns a report of the step."""
         with self._lock:
             self._tidy()
             store = self._statistics()
@@ -179,7 +182,7 @@ class Offloader:
     def cancel(self) -> None:
         """Give up the step under way and forget what it stored; return when nothing reads it.
 
-        Its graphs cannot be used any more.
+        The step's graphs cannot be used any more.
         """
         with self._lock:
             for record in list(self._records.values()):
@@ -191,7 +194,7 @@ class Offloader:
             self._drain()
 
     def abort(self, reason: str) -> None:
-        """Send nothing from now on; what is away still comes back. Any thread; does not block."""
+        """Send nothing from now on; sent tensors still come back. From any thread; never blocks."""
         self._stopped = reason
         self._notice.tell(self.fault)
 
@@ -201,12 +204,15 @@ class Offloader:
         return self._stopped or self._room.fault
 
     def drain(self) -> None:
-        """Wait until all that is on its way out is out, and its memory free."""
+        """Wait until every transfer out has ended and its memory is free."""
         with self._lock:
             self._drain()
 
     def close(self) -> None:
-        """End all transfers and give the room back; what is away is lost. May be called again."""
+        """End all transfers and release the room; stored tensors are lost.
+
+        A second call does nothing.
+        """
         with self._lock:
             self._room.close()
 
@@ -299,14 +305,14 @@ class Offloader:
         self._tidy()
 
     def _tidy_at_times(self) -> None:
-        """`_tidy`, unless it has only just been: most tensors are saved in the wake of another."""
+        """Call `_tidy` unless it ran a moment ago: tensors are often saved in quick succession."""
         now = perf_counter()
         if now >= self._tidied_s + _TIDY_S:
             self._tidied_s = now
             self._tidy()
 
     def _tidy(self) -> None:
-        """Free what has left, and the room of what no graph needs any more."""
+        """Free the memory of sent storages, and the room of storages that no graph needs."""
         if self._room.store is None or not (self._outgoing or self._prefetch.ahead_bytes):
             return
         self._room.store.advance()
@@ -321,13 +327,13 @@ class Offloader:
         return record.copy is not None and record.copy.fetch()
 
     def _is_here(self, record: Record) -> bool:
-        """Whether a record is in memory, or still is where it was saved because others hold it."""
+        """Whether a record is in memory, or still where it was saved because others hold it."""
         if record.memory is None and record.revive():
             self._hold(record.original)
         return record.memory is not None
 
     def _bring(self, record: Record) -> None:
-        """Wait for a record that is away."""
+        """Wait until a record that is away is back."""
         assert record.copy is not None
         if self._room.is_closed:
             raise OffloadError(

@@ -1,4 +1,4 @@
-"""Storages on their way out, and room that is to be given back. Local."""
+"""Storages on their way out, and room that can be released. Local."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from holdfast.parallel.offload.stores import StoredCopy
 
 
 class Outgoing:
-    """Frees the memory of what has left, and the room of what no graph needs any more."""
+    """Frees the memory of sent storages, and the room of storages that no graph needs any more."""
 
     def __init__(self) -> None:
         self.dead: deque[Dead] = deque()
@@ -24,17 +24,17 @@ class Outgoing:
         return bool(self._leaving or self.dead)
 
     def add(self, record: Record, copy: StoredCopy) -> None:
-        """A record's bytes are on their way to `copy`."""
+        """Note that a record's bytes are on their way to `copy`."""
         record.copy = copy
         self._leaving.append(record)
         self._leaving_bytes += record.nbytes
 
     def fits(self, nbytes: int, window_bytes: int) -> bool:
-        """Whether so many bytes more may be on their way at once; one storage always may."""
+        """Whether `nbytes` more may be on their way at once; a single storage always may."""
         return not self._leaving_bytes or self._leaving_bytes + nbytes <= window_bytes
 
     def free_sent(self) -> bool:
-        """Free the memory of what has left. Returns whether any of it could not be written."""
+        """Free the memory of sent storages. Returns whether any of them could not be written."""
         failed = False
         leaving, self._leaving, self._leaving_bytes = self._leaving, [], 0
         for record in leaving:
@@ -51,7 +51,7 @@ class Outgoing:
         return failed
 
     def release_dead(self) -> int:
-        """Give room back. Returns the bytes brought back ahead that will not be asked for."""
+        """Release room. Returns the bytes brought back ahead that are not needed any more."""
         ahead_bytes = 0
         for _ in range(len(self.dead)):
             dead = self.dead.popleft()

@@ -1,6 +1,6 @@
 """Limits how far the host may run ahead of the GPU.
 
-Work is queued long before it runs, and memory is taken when it is queued.
+Work is queued long before it runs, and memory is allocated when work is queued.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 import torch
 
 _QUEUED = 4
-"""Saved storages whose computation stays queued, so that waiting for memory stalls nothing."""
+"""The saved storages whose computation stays queued, so that a wait for memory stalls nothing."""
 
 
 class Pace:
@@ -20,13 +20,13 @@ class Pace:
         self._events: deque[torch.cuda.Event] = deque(maxlen=_QUEUED)
 
     def note(self, device: torch.device) -> None:
-        """A storage was saved: mark where the device's queue is."""
+        """Mark the end of the device's queue: a storage was just saved."""
         event = self.mark(device)
         if event is not None:
             self._events.append(event)
 
     def mark(self, device: torch.device) -> torch.cuda.Event | None:
-        """Where the device's queue is now: when that is past, the device has nothing left to do."""
+        """The end of the device's queue now; once it is past, the device has nothing left to do."""
         if device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -34,5 +34,5 @@ class Pace:
         return event
 
     def is_ahead(self) -> bool:
-        """Whether enough is queued that the host may wait; never for the CPU."""
+        """Whether enough work is queued that the host may wait; always False for the CPU."""
         return len(self._events) == _QUEUED and not self._events[0].query()

@@ -1,4 +1,4 @@
-"""Brings back what the coming backward passes ask for, in the reverse order of saving."""
+"""Prefetch: brings storages back for the coming backward passes, in reverse order of saving."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from holdfast.parallel.offload.hooks.record import Record
 
 
 class Scope:
-    """What one forward pass has saved, in order."""
+    """The storages that one forward pass has saved, in order."""
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
@@ -28,19 +28,19 @@ class Scope:
         return len(self._records)
 
     def record(self, index: int) -> Record | None:
-        """The storage at a place; None when no graph needs it any more."""
+        """The storage at a position; None when no graph needs it any more."""
         return self._records[index]()
 
 
 class Prefetch:
-    """A place in the coming backward passes up to which everything has been asked back. Local."""
+    """The position in the coming backward passes that prefetching has reached. Local."""
 
     def __init__(self, fetch: Callable[[Record], bool | None]) -> None:
-        """Local.
+        """Nothing is expected yet.
 
         Args:
-            fetch: begins to bring a record back: True when that was begun, None when nothing has to
-                be done, False when there is no room for it now.
+            fetch: begins to bring a record back. Returns True when that was begun, None when
+                nothing has to be done, False when there is no room for it now.
         """
         self._fetch = fetch
         self._scopes: dict[Hashable, Scope] = {}
@@ -52,25 +52,25 @@ class Prefetch:
         """Brought back, or on the way, and not asked for yet."""
 
     def expect(self, keys: Iterable[Hashable]) -> None:
-        """The backward passes of a step, in their order; forgets those before."""
+        """Set the backward passes of a step, in their order; earlier ones are forgotten."""
         self._keys = list(keys)
         self._places = {key: place for place, key in enumerate(self._keys)}
         self._scopes.clear()
         self._scope = None
 
     def open(self, key: Hashable) -> Scope:
-        """A forward pass begins."""
+        """Begin a forward pass."""
         scope = self._scopes[key] = Scope(key)
         return scope
 
     def backward(self, key: Hashable) -> None:
-        """The backward pass of `key` begins."""
+        """Begin the backward pass of `key`."""
         scope = self._scopes.pop(key, None)
         if scope is not None and not self._is_past(scope):
             self._scope, self._next = scope, len(scope) - 1
 
     def asked(self, record: Record) -> None:
-        """A backward pass asks for a record: what was saved before it comes next."""
+        """Note that a backward pass needs a record; the storages saved before it come next."""
         if record.ahead:
             record.ahead = False
             self.ahead_bytes -= record.nbytes
@@ -81,14 +81,14 @@ class Prefetch:
             self._scope, self._next = scope, record.index - 1
 
     def _is_past(self, scope: Scope) -> bool:
-        """Whether this scope is where the place is, or the place is in one that comes after it."""
+        """Whether the position is in this scope or in a later one."""
         if self._scope is None or scope is self._scope:
             return scope is self._scope
         here, there = self._places.get(self._scope.key), self._places.get(scope.key)
         return here is not None and there is not None and there < here
 
     def advance(self, window_bytes: int) -> None:
-        """Bring back what comes next, up to `window_bytes` ahead of its use."""
+        """Bring back the next storages, up to `window_bytes` ahead of their use."""
         while self.ahead_bytes < window_bytes:
             if (self._scope is None or self._next < 0) and not self._enter_next():
                 return
@@ -104,7 +104,7 @@ class Prefetch:
             self._next -= 1
 
     def _enter_next(self) -> bool:
-        """Go to the backward pass after the one at hand, if its forward pass is over."""
+        """Go to the next backward pass if its forward pass is over."""
         place = -1
         if self._scope is not None:
             place = self._places.get(self._scope.key, len(self._keys))

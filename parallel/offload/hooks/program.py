@@ -1,4 +1,4 @@
-"""A step's program as an offloader sees it: which backward passes come when."""
+"""A step's program as an offloader sees it: the order of its backward passes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from holdfast.parallel.offload.hooks.offloader import Offloader
 from holdfast.parallel.schedules import COMPUTE, Op, Program
 
 Key = tuple[int, int]
-"""(chunk, micro-batch): what names a forward pass and its backward pass."""
+"""(chunk, micro-batch): the name of a forward pass and of its backward pass."""
 
 
 def backward_order(program: Program) -> list[Key]:
-    """In which order a program's forward passes are gone back through."""
+    """The keys of a program's forward passes, in the order of their backward passes."""
     starts = (Op.BACKWARD, Op.BACKWARD_INPUT)
     return [(a.chunk, a.micro_batch) for a in program if a.op in starts]
 
 
 def reversed_at_once(program: Program) -> set[Key]:
-    """The forward passes after which nothing is computed before their own backward pass."""
+    """The keys of the forward passes that their own backward pass follows directly."""
     computed = [action for action in program if action.op in COMPUTE]
     return {
         (one.chunk, one.micro_batch)
@@ -33,14 +33,14 @@ def reversed_at_once(program: Program) -> set[Key]:
 
 @dataclass(frozen=True, slots=True)
 class SavedOfProgram:
-    """Tells an offloader where in its program a step is; does nothing without one."""
+    """Tells an offloader how far a program is; does nothing without an offloader."""
 
     offloader: Offloader | None
     at_once: set[Key]
 
     @classmethod
     def of(cls, program: Program, offloader: Offloader | None) -> SavedOfProgram:
-        """A step begins; a program without backward passes needs no offloader."""
+        """Begin a step; a program without backward passes needs no offloader."""
         order = backward_order(program) if offloader is not None else []
         if offloader is None or not order:
             return cls(None, set())
@@ -48,17 +48,17 @@ class SavedOfProgram:
         return cls(offloader, reversed_at_once(program))
 
     def forward(self, key: Key) -> AbstractContextManager[None]:
-        """Around a forward pass."""
+        """A context around the forward pass of `key`."""
         if self.offloader is None:
             return nullcontext()
         return self.offloader.forward(key, kind=key[0], at_once=key in self.at_once)
 
     def backward(self, key: Key) -> None:
-        """Before a backward pass, or its first part."""
+        """Note that the backward pass of `key`, or its first part, begins."""
         if self.offloader is not None:
             self.offloader.backward(key)
 
     def end(self) -> None:
-        """The program has run."""
+        """End the step: the program has run."""
         if self.offloader is not None:
             self.offloader.end_step()

@@ -1,4 +1,4 @@
-"""One storage that autograd has saved, however many tensors on it were saved."""
+"""A record: one storage that autograd has saved, however many tensors on it were saved."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from holdfast.parallel.offload.stores import StoredCopy
 
 
 class Record:
-    """Where a saved storage is: in memory, on its way out, away, or back. Local.
+    """The state of a saved storage: in memory, on its way out, away, or back. Local.
 
-    Its memory is held by `memory` alone, so that letting that go frees it unless others use it.
+    Only `memory` holds the storage's memory. Releasing it frees the memory unless others use it.
     """
 
     __slots__ = (
@@ -61,22 +61,22 @@ class Record:
             self._dead.append(self.remains())
 
     def remains(self) -> Dead:
-        """What has to be given back for it: its copy is not its own any more."""
+        """The copy that must be released for it; the record does not own the copy any more."""
         dead = Dead(self.copy, self.nbytes if self.ahead else 0)
         self.copy, self.ahead = None, False
         return dead
 
     def describes(self, version: int) -> bool:
-        """Whether a tensor on this storage that has this version has the same content."""
+        """Whether a tensor of this version on the storage has the same content."""
         return self.version == version and not self.cleared
 
     def let_go(self) -> None:
-        """Free the memory: the bytes are stored, or given up."""
+        """Free the memory; its bytes are stored, or given up."""
         self.memory = None
         self._changes.data = _nothing(self._changes.dtype, self._changes.device)
 
     def clear(self) -> None:
-        """Give up what is saved."""
+        """Forget the saved bytes."""
         self.cleared = True
         self.let_go()
 
@@ -91,11 +91,14 @@ class Record:
 
     @property
     def original(self) -> StorageWeakRef:
-        """The storage that was saved; while this is kept, no other is mistaken for it."""
+        """The storage that was saved.
+
+        While this reference is kept, no other storage can take its place.
+        """
         return self._original
 
     def check(self) -> None:
-        """Check that the tensor was not changed since it was saved; else RuntimeError, as torch."""
+        """Raise RuntimeError, as torch does, if the tensor was changed since it was saved."""
         if self.cleared:
             raise OffloadError(
                 "activations of a step that was given up are asked for; run its forward pass again"
@@ -105,30 +108,30 @@ class Record:
 
 @dataclass(slots=True)
 class Dead:
-    """What a record leaves that has no reference any more."""
+    """The remains of a record that has no reference any more."""
 
     copy: StoredCopy | None
     ahead_bytes: int
 
 
 class SavedView(NamedTuple):
-    """One tensor on a record's storage: what autograd keeps instead of it."""
+    """One tensor on a record's storage, as autograd keeps it."""
 
     record: Record
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
-    """In elements."""
+    """The tensor's offset in the storage, in elements."""
 
     @classmethod
     def of(cls, tensor: Tensor, record: Record) -> SavedView:
-        """What is kept of a tensor that lies on a record's storage."""
+        """The view of a tensor that lies on a record's storage."""
         offset = int(tensor.storage_offset())
         return cls(record, tensor.dtype, tensor.shape, tensor.stride(), offset)
 
     def tensor(self) -> Tensor:
-        """The tensor as it was saved; its record's memory must be there."""
+        """The tensor as it was saved; the record's memory must be there."""
         memory = self.record.memory
         assert memory is not None
         start = memory.storage_offset() // self.dtype.itemsize
@@ -137,24 +140,24 @@ class SavedView(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A tensor that stays in memory: what autograd keeps of it."""
+    """A tensor that stays in memory, as autograd keeps it."""
 
     tensor: Tensor
     version: int
 
     def check(self) -> None:
-        """Check that the tensor was not changed since it was saved; else RuntimeError, as torch."""
+        """Raise RuntimeError, as torch does, if the tensor was changed since it was saved."""
         check_unchanged(self.tensor, self.version)
 
 
 @lru_cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor without memory, shared by all records: making one takes longer than sharing it."""
+    """A tensor without memory, shared by all records because making one takes longer."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
 def check_unchanged(tensor: Tensor, version: int) -> None:
-    """Check that a saved tensor has the version that it was saved with; else RuntimeError."""
+    """Raise RuntimeError if a saved tensor has another version than `version`."""
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "

@@ -1,4 +1,4 @@
-"""Which of the storages that forward passes save are sent. Pure but for its counters."""
+"""The selection of the saved storages that are sent. Pure but for its counters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from holdfast.parallel.offload.policy import Amount, Bounds, Measured, next_amou
 
 
 class Selection:
-    """Spreads the amount of a step evenly over its storages."""
+    """Spreads the amount of a step evenly over the step's storages."""
 
     def __init__(self, bounds: Bounds) -> None:
-        """The first step sends the most that `bounds` of the share allow."""
+        """The first step sends the largest share that `bounds` allow."""
         self.amount = Amount(share=bounds.most_share)
         """What this step sends."""
         self._bounds = bounds
@@ -22,11 +22,11 @@ class Selection:
         """The eligible bytes of a forward pass, by its kind."""
 
     def open(self, kind: Hashable, *, at_once: bool) -> None:
-        """A forward pass begins; see `Offloader.forward`."""
+        """Begin a forward pass; see `Offloader.forward`."""
         self._kind, self._at_once = kind, at_once
 
     def complete(self, kind: Hashable, nbytes: int) -> None:
-        """A forward pass of a kind has ended, with so many eligible bytes."""
+        """End a forward pass of `kind`, which has saved `nbytes` eligible bytes."""
         self._expected[kind] = nbytes
 
     @property
@@ -35,10 +35,10 @@ class Selection:
         return max(self._expected.values(), default=0)
 
     def wants(self, nbytes: int, saved_bytes: int) -> bool:
-        """Whether the amount has room for a storage of `nbytes`, which this asks once.
+        """Whether a storage of `nbytes` is sent. Asked once for each storage.
 
         Args:
-            saved_bytes: eligible bytes of the forward pass so far, this storage included.
+            saved_bytes: the eligible bytes of the forward pass so far, this storage included.
         """
         stays_from = self._expected.get(self._kind, 0) - self.amount.tail_bytes
         if self._at_once and self._kind in self._expected and saved_bytes > stays_from:
@@ -50,5 +50,5 @@ class Selection:
         return True
 
     def adapt(self, seen: Measured) -> None:
-        """Set the amount of the next step from what this one measured."""
+        """Set the amount of the next step from the measurements of this one."""
         self.amount = next_amount(self.amount, seen, self._bounds)

@@ -1,8 +1,8 @@
-"""How much of the activations a step sends out: as much as its drive hides under compute. Pure.
+"""The amount of activations that a step sends: as much as compute hides. Pure.
 
 SSDTrain (Wu et al. 2024, section 3.4) measures the write bandwidth and the forward time of a few
-steps and then fixes what stays. Here every step is measured, so that the amount follows a drive
-that slows down.
+steps and then fixes what stays. Here every step is measured, so the amount follows a drive that
+slows down.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from dataclasses import dataclass
 
 MIB = 1 << 20
 BUSY = 0.9
-"""The part of a phase's time that transfers may take."""
+"""The fraction of a phase's time that transfers may take."""
 _WAITED = 0.01
-"""The part of a step's time that may be waited before the amount falls."""
+"""The fraction of a step's time that may be spent waiting before the amount falls."""
 _LEAST_WINDOW, _MOST_WINDOW = 16 * MIB, 512 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """What the next step sends. Values."""
+    """The amount that the next step sends."""
 
     share: float = 1.0
-    """Of the bytes that could be sent, in [0, 1]."""
+    """The share of the eligible bytes that is sent, in [0, 1]."""
     tail_bytes: int = 0
-    """What stays at the end of a forward pass whose backward pass follows at once."""
+    """Bytes that stay at the end of a forward pass when its backward pass follows directly."""
     window_bytes: int = 64 * MIB
-    """The most that is on its way out at once."""
+    """The most bytes on their way out at once."""
 
     @property
     def ahead_bytes(self) -> int:
-        """The most brought back ahead of its use: the part of a window between what stays."""
+        """The most bytes brought back ahead of their use: a part of the window."""
         return int(self.window_bytes * self.share)
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the user allows."""
+    """The limits of the share that the user allows."""
 
     least_share: float = 0.0
     most_share: float = 1.0
@@ -44,29 +44,32 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one step took. Times in seconds."""
+    """The measurements of one step. Times are in seconds."""
 
     eligible_bytes: int
-    """That could have been sent, sent or not."""
+    """Bytes that could have been sent, sent or not."""
     forward_bytes: int
-    """Of these, the most of one forward pass."""
+    """The most eligible bytes of one forward pass."""
     written_bytes: int
     read_bytes: int
     forward_s: float
-    """In forward passes, and in which of them transfers were under way."""
+    """Time in forward passes."""
     forward_busy_s: float
+    """Time in forward passes during which transfers were under way."""
     backward_s: float
+    """Time in backward passes."""
     backward_busy_s: float
+    """Time in backward passes during which transfers were under way."""
     waited_s: float
-    """That backward passes stood still for what was not back yet."""
+    """Time that backward passes waited for storages on their way back."""
 
 
 def next_amount(before: Amount, seen: Measured, bounds: Bounds) -> Amount:
-    """What the step after the one that was `seen` sends. Pure.
+    """The amount for the step after the one measured in `seen`. Pure.
 
-    The share moves towards the one at which transfers take nine tenths of the time that hides them:
-    by a half of itself at most, and downwards when a backward pass had to wait. It never falls to
-    nothing by itself, or a drive that recovers would not be noticed.
+    The share moves towards the one at which transfers take nine tenths of the time that hides them.
+    It moves by at most half of itself, and falls when a backward pass had to wait. It never falls
+    to nothing by itself: a drive that recovers must be noticed.
     """
     least = max(bounds.least_share, min(0.02, bounds.most_share))
     factor = 1.5
@@ -84,12 +87,12 @@ def next_amount(before: Amount, seen: Measured, bounds: Bounds) -> Amount:
 
 
 def window_of(forward_bytes: int) -> int:
-    """What may be on its way at once, for forward passes that save so many bytes at most."""
+    """The most bytes on their way at once, if a forward pass saves `forward_bytes` at most."""
     return max(_LEAST_WINDOW, min(_MOST_WINDOW, forward_bytes // 16))
 
 
 def _tail(seen: Measured, window: int) -> int:
-    """The bytes whose backward passes last as long as writing out a window and reading one back."""
+    """The bytes whose backward passes take as long as writing a window out and reading one back."""
     if not (seen.written_bytes and seen.forward_busy_s and seen.backward_s):
         return 0
     write_rate = seen.written_bytes / seen.forward_busy_s
@@ -105,7 +108,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def drive_life_years(rated_bytes: float, bytes_per_s: float) -> float | None:
-    """How long a drive lasts at this mean rate of writes; None without a rating or a rate."""
+    """The years a drive lasts at this mean write rate; None without a rating or a rate."""
     if rated_bytes <= 0 or bytes_per_s <= 0:
         return None
     return rated_bytes / bytes_per_s / (365.25 * 86400)

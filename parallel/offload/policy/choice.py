@@ -1,9 +1,8 @@
-"""Which layers' activations are kept, sent out, or computed again in the backward pass. Pure.
+"""The choice for each layer: keep its activations, send them out, or recompute them. Pure.
 
-Sending costs nothing as long as the drive hides it under compute, so that is used first; what then
-does not fit in memory is computed again where an operation saves most bytes (Korthikanti et al.
-2022, section 5, chooses the attention core for every layer alike; here each layer has its own
-choice).
+Sending costs nothing as long as compute hides the drive, so it is used first. Activations that then
+do not fit in memory are recomputed, where an operation saves most bytes. Korthikanti et al. (2022,
+section 5) recompute the attention core of every layer alike; here each layer has its own choice.
 """
 
 from __future__ import annotations
@@ -17,45 +16,45 @@ from holdfast.parallel.offload.policy.estimate import estimate_offload
 from holdfast.parallel.plan import Plan
 
 Ways = Mapping[str, tuple[LayerSpec, ...]]
-"""By the name of a way to recompute: all layers of the model under it; equal in all else."""
+"""The ways to recompute, by name: all layers of the model under each; equal in all else."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a rank can do; 0: nothing, or not known."""
+    """The rates of a rank; 0: none, or unknown."""
 
     flops_per_s: float = 0.0
     drive_bytes_per_s: float = 0.0
     most_share: float = 0.0
-    """Of its activations that may be sent to the drive."""
+    """The largest share of the rank's activations that may be sent to the drive."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Switch:
-    """One layer goes over to a way that keeps less."""
+    """The switch of one layer to a way that keeps less."""
 
     flops_per_byte: float
     layer: int
     number: int
-    """Of the changes of this layer; later ones save less for their operations."""
+    """The number of the switch within its layer; later ones save less for their operations."""
     way: str
 
 
 def choose_layers(
     plan: Plan, ways: Ways, *, most_bytes: float, rates: Rates
 ) -> tuple[LayerSpec, ...]:
-    """The plan's layers, with as little recomputation as fits. Pure: equal on all ranks.
+    """The plan's layers with as little recomputation as fits. Pure: equal on all ranks.
 
-    Of each pipeline stage's rank with most micro-batches, changes are made in the order of
-    operations for a byte saved until the estimate of its activations (`estimate_offload`) fits. A
+    For the rank of each pipeline stage that has most micro-batches, switches are made in the order
+    of operations per byte saved, until the estimate of its activations (`estimate_offload`) fits. A
     faster drive or more memory never means more recomputation.
 
     Args:
-        plan: of the run's first layout; layers go on as chosen when others move.
-        ways: what each layer may be; plan.layers are among them.
-        most_bytes: that activations may take on a rank.
+        plan: the plan of the run's first layout. Layers keep their choice when layers move later.
+        ways: the choices for each layer; `plan.layers` are among them.
+        most_bytes: the bytes that activations may take on a rank.
     Raises:
-        ConfigError: even the least does not fit.
+        ConfigError: even the choice that keeps least does not fit.
     """
     layers = list(plan.layers)
     replica = max(range(plan.stage_replicas.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
@@ -91,7 +90,7 @@ def _kept_bytes(plan: Plan, rank: int, layers: Sequence[LayerSpec], rates: Rates
 
 
 def _changes(layer: int, ways: Mapping[str, LayerSpec]) -> list[_Switch]:
-    """The ways of one layer that are worth it, each from the one before: the lower convex hull."""
+    """The ways of one layer that are worth it, each relative to the last: a lower convex hull."""
     left = sorted(ways.items(), key=lambda way: (way[1].recompute_flops, way[1].activation_bytes))
     _, current = left[0]
     found: list[_Switch] = []

@@ -1,4 +1,4 @@
-"""What offloading will save and ask of a drive, before anything runs. Pure; estimates."""
+"""The estimate, before a run, of what offload saves and what it asks of a drive. Pure."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from holdfast.parallel.schedules import Op
 
 @dataclass(frozen=True, slots=True)
 class OffloadEstimate:
-    """For one rank."""
+    """The estimate for one rank."""
 
     share: float
     """The share of its activations that is sent: what is allowed, or what the drive can take."""
     activations: int
-    """Bytes kept in memory at the fullest moment of a step."""
+    """Bytes of activations kept in memory at the fullest moment of a step."""
     saved: int
-    """What that is less than without offload."""
+    """Bytes fewer than without offload, at that moment."""
     written_bytes: int
-    """In a step."""
+    """Bytes written in a step."""
     needed_bytes_per_s: float | None
-    """Write rate at which all that is allowed leaves in the forward passes; None without rates."""
+    """The write rate at which all allowed bytes leave during the forward passes; None: unknown."""
     fast_enough: bool | None
-    """Whether the drive has that rate; None when either is not known."""
+    """Whether the drive has that rate; None when either is unknown."""
 
 
 def estimate_offload(
     plan: Plan, rank: int, *, most_share: float, flops_per_s: float, drive_bytes_per_s: float
 ) -> OffloadEstimate:
-    """What offload does for one rank.
+    """Estimate the effect of offload for one rank.
 
-    Kept stay the share that is not sent, what is on its way out (a window) or ahead of its use, and
-    the layer that is being computed.
+    Memory keeps the share that is not sent, a window on its way out or back, and the layer that is
+    being computed.
 
     Args:
-        flops_per_s: what the rank computes; 0: not known.
-        drive_bytes_per_s: what it can write; 0: not known.
+        flops_per_s: the rank's compute rate; 0: unknown.
+        drive_bytes_per_s: the rate at which its drive writes; 0: unknown.
+        most_share: the largest share that may be sent, in [0, 1].
     """
     layers = {chunk: plan.layers_of(chunk) for chunk in plan.chunks_of(rank)}
     chunk_bytes = {chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in layers}

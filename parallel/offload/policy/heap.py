@@ -1,9 +1,9 @@
 """glibc malloc settings that return freed memory to the system.
 
-Aligned memory, which torch's tensors are, leaves remainders of less than 128 bytes around each
-block. glibc (seen with 2.36) keeps these in a cache for each thread (tcache, fastbins), where they
-hinder freed blocks from growing together, and a block does not fit where one of its size was.
-Without these caches it does. They can be switched off only when a process starts, by GLIBC_TUNABLES
+Torch's tensors are aligned, and aligned allocations leave remainders of less than 128 bytes around
+each block. glibc (seen with 2.36) keeps these remainders in caches per thread (tcache, fastbins).
+There they keep freed blocks from merging, so a new block does not fit where one of its size was.
+Without these caches it fits. They can be switched off only when a process starts, by GLIBC_TUNABLES
 (glibc manual, section 39.2).
 """
 
@@ -17,10 +17,10 @@ TUNABLES = "GLIBC_TUNABLES"
 _SETTINGS = {
     "glibc.malloc.tcache_count": "0",
     "glibc.malloc.mxfast": "0",
-    # Larger blocks come from the system page by page.
+    # The system provides larger blocks page by page.
     "glibc.malloc.mmap_threshold": str(32 << 20),
-    # The heap stays as large as a step needs it: what goes back is asked for again in the next one,
-    # as pages of zeros.
+    # The heap keeps the size that a step needs: returned memory is asked for again in the next
+    # step, as pages of zeros.
     "glibc.malloc.trim_threshold": str(1 << 40),
     # The heap in pages of 2 MiB (from 2.35 on): requests to a drive pin a page at a time.
     "glibc.malloc.hugetlb": "1",
@@ -32,9 +32,9 @@ _OLD_NAMES = {
 
 
 def compact_heap_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to an environment so that processes started in it have a compact heap. Pure.
+    """The variables to add to an environment, so that processes started in it have a compact heap.
 
-    Settings that are there already are left as they are; empty when there is nothing to add.
+    Existing settings stay as they are. The result is empty when there is nothing to add. Pure.
     """
     there = [part for part in environment.get(TUNABLES, "").split(":") if part]
     names = {part.split("=", 1)[0] for part in there}
@@ -46,9 +46,9 @@ def compact_heap_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def restart_with_compact_heap() -> None:
     """Replace this process by the same command with a compact heap; return if nothing changes.
 
-    Call it first in a program: what the process has done so far is done again. Does nothing where
-    the settings are made already, and with another C library than glibc. Child processes inherit
-    the settings. Local.
+    Call it first in a program: everything that the process has done so far is done again. It does
+    nothing where the settings are made already, or with another C library than glibc. Child
+    processes inherit the settings. Local.
     """
     added = compact_heap_environment(os.environ)
     if not added or not sys.executable or not _has_glibc():

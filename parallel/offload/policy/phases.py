@@ -1,4 +1,4 @@
-"""How long a step's forward and backward passes took, and how much of that the drive was busy."""
+"""Times of a step's forward and backward passes, and of the drive's transfers within them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Phase = Literal["forward", "backward"]
 
 
 class Phases:
-    """Times by phase, from the moments at which tensors are saved and asked for. Local."""
+    """Times by phase, from the moments at which tensors are saved and needed. Local."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
         self.restart(0.0)
 
     def restart(self, busy_s: float) -> None:
-        """A step begins. `busy_s`: how long the store has been busy since it was opened."""
+        """Begin a step. `busy_s`: seconds of transfers since the store was opened."""
         self.seconds: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
         self.busy_s: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
         self._phase: Phase = "forward"
@@ -25,7 +25,7 @@ class Phases:
         self._busy_before_s = busy_s
 
     def at(self, phase: Phase, busy_s: Callable[[], float]) -> None:
-        """Note that `phase` is under way; the time since the last note counts for that one."""
+        """Note that `phase` is under way; the time since the last note counts for `phase`."""
         now = self._clock()
         self.seconds[self._phase] += now - self._last_s
         self._last_s = now
@@ -34,7 +34,7 @@ class Phases:
             self._phase = phase
 
     def finish(self, busy_s: float) -> None:
-        """The step ends."""
+        """End the step."""
         self.seconds[self._phase] += self._clock() - self._last_s
         self._count_busy(busy_s)
 

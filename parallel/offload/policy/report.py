@@ -1,4 +1,4 @@
-"""What an offloader says of a step. Values."""
+"""The report of an offloader on one step."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class OffloadReport:
-    """One step of one rank. Bytes count every storage once."""
+    """One step of one rank. Every storage counts once."""
 
     eligible_bytes: int = 0
-    """That could have been sent out, sent or not."""
+    """Bytes that could have been sent out, sent or not."""
     sent_bytes: int = 0
     read_bytes: int = 0
     forwarded_bytes: int = 0
-    """Sent, but taken from memory because they were asked for before they had left it."""
+    """Bytes sent, but taken from memory because they were needed before they had left it."""
     waited_s: float = 0.0
-    """That backward passes stood still for what was not back yet."""
+    """Seconds that backward passes waited for storages on their way back."""
     bytes_per_s: float = 0.0
-    """Both ways, while transfers were under way; 0 when there were none."""
+    """Transfer rate in both directions while transfers were under way; 0 when there were none."""
     share: float = 0.0
-    """Of the eligible bytes that was aimed at."""
+    """The share of the eligible bytes that was the aim."""
     room_bytes: int = 0
-    """Taken on the drive, or in host memory."""
+    """Bytes of room taken on the drive or in host memory."""
     fault: str = ""
-    """Why less is sent than could be; empty while all is well."""
+    """The reason why less is sent than could be; empty while all is well."""

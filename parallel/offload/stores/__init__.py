@@ -1,4 +1,4 @@
-"""Where offloaded activations wait: on a disk, in host memory, or staged through it.
+"""The offload stores: places where activations wait, on a drive or in host memory.
 
 May import parallel.errors, holdfast._native.
 """

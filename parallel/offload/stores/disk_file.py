@@ -1,4 +1,4 @@
-"""A file without a name in which room is taken and given back; it ends with its process."""
+"""A nameless file on a drive that gives room and takes it back; it ends with its process."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from holdfast.parallel.offload.stores.slots import ALIGNMENT, Slots
 from holdfast.parallel.offload.stores.store import StoreStatistics
 
 _GROWTH = 64 << 20
-"""By how much the file grows at least, in bytes."""
+"""The least growth of the file at a time, in bytes."""
 _KEPT_FREE = 0.05
-"""Of the filesystem: other writers of the same drive, checkpoints first, must not find it full."""
+"""The fraction of the filesystem left free for other writers, checkpoints first."""
 _QUEUE_DEPTH = 1024
-"""Requests of 1 MiB in flight before the one that makes another has to wait."""
+"""Requests of 1 MiB in flight; the maker of one more has to wait."""
 
 
 class DriveRequest(NamedTuple):
-    """A request to the drive."""
+    """One request to the drive."""
 
     ticket: int
     due_s: float
-    """When it may count as done, on `perf_counter`'s clock: later than it is under a rate limit."""
+    """The time by `perf_counter` from which it may count as done; later under a rate limit."""
 
 
 class DiskFile:
@@ -44,9 +44,10 @@ class DiskFile:
 
         Args:
             limit_bytes: the most room on the drive; 0: all of it but a twentieth.
-            bytes_per_s: the most that is transferred; 0: no limit.
+            bytes_per_s: the highest transfer rate; 0: no limit.
+            folder: a folder on the drive.
         Raises:
-            ConfigError: no file can be made in the folder.
+            ConfigError: the folder does not allow a file to be made.
         """
         self._limit, self._rate = limit_bytes, bytes_per_s
         self._slots = Slots()
@@ -66,7 +67,7 @@ class DiskFile:
         self._file = self.engine.open(f"/proc/self/fd/{self._descriptor}", write=True)
 
     def take(self, nbytes: int) -> int | None:
-        """Room for `nbytes`: its offset, a multiple of 4096; None when there is none."""
+        """Take room. Returns its offset, a multiple of 4096; None when there is no room."""
         if self._refused:
             return None
         offset = self._slots.take(nbytes)
@@ -75,35 +76,35 @@ class DiskFile:
         return offset
 
     def give(self, offset: int) -> None:
-        """Give room back."""
+        """Release the room at `offset`."""
         self._slots.give(offset)
 
     def refuse(self, error: OSError) -> None:
-        """Give no more room, after a write has failed."""
+        """Give no more room, because a write has failed."""
         self._refused = True
         self.fault = f"the drive failed ({error.strerror or error})"
 
     def write(self, offset: int, address: int, nbytes: int) -> DriveRequest:
-        """Begin to write memory, which must stay as it is until the transfer is done."""
+        """Begin to write memory, which must not change until the request is done."""
         return self._transfer(self.engine.write(self._file, address, offset, nbytes), nbytes)
 
     def read(self, offset: int, address: int, nbytes: int) -> DriveRequest:
         """Begin to read into memory."""
         return self._transfer(self.engine.read(self._file, address, offset, nbytes), nbytes)
 
-    def done(self, transfer: DriveRequest) -> bool:
-        """Whether it has ended, well or not; `wait` then returns at once."""
-        return self.engine.done(transfer.ticket) and perf_counter() >= transfer.due_s
+    def done(self, request: DriveRequest) -> bool:
+        """Whether the request has ended, well or not; `wait` then returns at once."""
+        return self.engine.done(request.ticket) and perf_counter() >= request.due_s
 
-    def wait(self, transfer: DriveRequest) -> None:
-        """Wait for a transfer, once.
+    def wait(self, request: DriveRequest) -> None:
+        """Wait for a request, once.
 
         Raises:
-            OSError: it failed.
+            OSError: the request failed.
         """
-        self.engine.wait(transfer.ticket)
-        if transfer.due_s:
-            sleep(max(0.0, transfer.due_s - perf_counter()))
+        self.engine.wait(request.ticket)
+        if request.due_s:
+            sleep(max(0.0, request.due_s - perf_counter()))
 
     def statistics(self) -> StoreStatistics:
         counts = self.engine.statistics()
@@ -130,7 +131,7 @@ class DiskFile:
         return DriveRequest(ticket, self._due_s)
 
     def _grow(self, missing: int) -> bool:
-        """Take room from the drive before it is written to, so that a later write has it."""
+        """Reserve room on the drive ahead, so that a later write cannot lack it."""
         capacity = self._slots.capacity
         if self._limit and capacity + missing > self._limit:
             return False
@@ -156,7 +157,7 @@ class DiskFile:
 
 
 def unreadable(nbytes: int, error: OSError) -> OffloadError:
-    """What to raise when activations are lost."""
+    """The error to raise when activations are lost."""
     return OffloadError(
         f"{nbytes} bytes of activations cannot be read back from the drive "
         f"({error.strerror or error}); use another one, or set offload.activations = 'none'"

@@ -1,4 +1,4 @@
-"""Storages of host memory on a drive: written from where they lie, past the page cache."""
+"""Storages of host memory on a drive, written past the page cache from where they lie."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class DiskStore:
 class DiskCopy:
     """A `StoredCopy` on a drive.
 
-    Whole pages are transferred, as requests past the page cache must be: the first and the last
-    hold a few bytes of neighbours, which are written but never looked at.
+    Whole pages are transferred, as requests past the page cache must be. The first and the last
+    page hold a few bytes of neighbours, which are written but never used.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class DiskCopy:
         )
 
     def advance(self) -> None:
-        """Note the end of the write, when it has come."""
+        """Note the end of the write, once it has ended."""
         if self._source is None or self._transfer is None or not self._file.done(self._transfer):
             return
         transfer, self._transfer = self._transfer, None
         try:
             self._file.wait(transfer)
         except OSError as error:
-            # Without its traceback, whose frames would keep tensors alive.
+            # The traceback goes: its frames would keep tensors alive.
             self.failed = error.with_traceback(None)
             self._file.refuse(error)
         else:
@@ -110,7 +110,7 @@ class DiskCopy:
         return target
 
     def _read_again(self) -> Tensor:
-        """A second attempt: what was in the way may have passed."""
+        """Read a second time: the cause of the failure may have passed."""
         target = self._begin_to_read()
         transfer, self._transfer = self._transfer, None
         assert transfer is not None
@@ -122,7 +122,7 @@ class DiskCopy:
         return target
 
     def _begin_to_read(self) -> Tensor:
-        """Read into memory that is aligned as the source was, so that kernels round alike."""
+        """Begin to read into memory aligned as the source was, so that kernels round alike."""
         target = self._target = self._memory.take(self._lead, self.nbytes)
         address = target.data_ptr() - self._lead
         self._transfer = self._file.read(self._offset, address, self._region)
@@ -132,7 +132,7 @@ class DiskCopy:
         if self._transfer is not None:
             if not self._file.done(self._transfer):
                 return False
-            # Nobody needs these bytes any more; a later write meets the drive's trouble again.
+            # These bytes are not needed any more; a later write meets the drive's trouble again.
             with contextlib.suppress(OSError):
                 self._file.wait(self._transfer)
             self._transfer = None

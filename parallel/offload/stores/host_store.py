@@ -1,4 +1,4 @@
-"""Storages in host memory: pinned, and copied on a stream of their own, when from a GPU."""
+"""Storages in pinned host memory, copied from a GPU on a stream of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.parallel.offload.stores.slots import ALIGNMENT, Slots, rounded
 from holdfast.parallel.offload.stores.store import StoreStatistics
 
 _ARENA = 1 << 30
-"""Bytes pinned at a time: a power of two, as torch's host allocator rounds up to one."""
+"""Bytes pinned at a time: a power of two, to which torch's host allocator rounds up."""
 
 
 class Copier:
@@ -33,19 +33,22 @@ class Copier:
                 yield
 
     def out(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
-        """Copy to host memory what the work queued so far makes; an event that follows the copy."""
+        """Copy a tensor to host memory after the work queued so far.
+
+        Returns an event after the copy.
+        """
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         return self._copy(source, target)
 
     def back(self, source: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A copy on the device, and an event that follows it."""
+        """Copy to the device. Returns the tensor on the device, and an event after the copy."""
         with self._beside():
             target = torch.empty(source.shape, dtype=source.dtype, device=self.device)
         return target, self._copy(source, target)
 
     def arrive(self, target: Tensor, event: torch.cuda.Event | None) -> None:
-        """Let the work that is queued from now on find what `back` brings."""
+        """Have all work queued from now on wait for the copy that `back` began."""
         if event is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(event)
@@ -64,7 +67,7 @@ class Copier:
         return ended
 
     def busy_s(self) -> float:
-        """Time that the copies which have ended took; 0 for the CPU, which copies at once."""
+        """Seconds of the copies that have ended; 0 for the CPU, which copies at once."""
         open_marks = []
         for begun, ended in self._marks:
             if ended.query():
@@ -81,16 +84,16 @@ def is_past(event: torch.cuda.Event | None) -> bool:
 
 
 class HostMemory:
-    """Host memory in which room is taken and given back; grows, pinned for a GPU, and stays."""
+    """Host memory that gives room and takes it back. It is pinned for a GPU, and never shrinks."""
 
     def __init__(self, *, pinned: bool, limit_bytes: int = 0, growth_bytes: int = _ARENA) -> None:
         self._pinned, self._limit, self._growth = pinned, limit_bytes, growth_bytes
         self._parts: list[tuple[Tensor, Slots]] = []
 
     def take(self, nbytes: int, *, beyond: bool = False) -> tuple[Tensor, tuple[int, int]] | None:
-        """uint8[nbytes], and the key that gives it back.
+        """Take room. Returns uint8[nbytes], and the key that releases it.
 
-        None when the limit is reached, unless `beyond` it is allowed.
+        The result is None when the limit is reached, unless `beyond` allows more.
         """
         for number, (memory, slots) in enumerate(self._parts):
             start = slots.take(nbytes)
@@ -121,17 +124,17 @@ class HostMemory:
 
     @property
     def memory(self) -> list[Tensor]:
-        """All of it, for the caller that registers it."""
+        """All of the memory, for a caller that registers it."""
         return [memory for memory, _ in self._parts]
 
 
 class HostStore:
-    """A `Store` in host memory. For tensors of the CPU it saves nothing: they lie there already."""
+    """A `Store` in host memory. It saves nothing for CPU tensors, which lie there already."""
 
     fault = ""
 
     def __init__(self, device: torch.device, *, limit_bytes: int = 0) -> None:
-        """Local.
+        """Nothing is pinned yet.
 
         Args:
             limit_bytes: the most host memory; 0: no limit.
@@ -148,10 +151,10 @@ class HostStore:
         return None if room is None else HostCopy(self, self._arena, self._copier, *room, source)
 
     def advance(self) -> None:
-        """Nothing to do: copies go on by themselves."""
+        """Does nothing: copies go on by themselves."""
 
     def trim(self) -> None:
-        """Nothing to give back: pinned memory is dear to get, and stays."""
+        """Does nothing: pinned memory is slow to allocate, so it stays."""
 
     def statistics(self) -> StoreStatistics:
         return StoreStatistics(
@@ -163,7 +166,7 @@ class HostStore:
         )
 
     def close(self) -> None:
-        """Nothing to end: torch keeps memory alive for the copies that use it."""
+        """Does nothing: torch keeps memory alive for the copies that use it."""
 
 
 class HostCopy:

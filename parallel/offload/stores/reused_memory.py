@@ -1,4 +1,4 @@
-"""Memory that activations are read back into; its pages stay, as touching new ones costs more."""
+"""Memory that activations are read back into. Its pages stay, since new pages cost more."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from holdfast.parallel.offload.stores.slots import Slots, rounded
 
 _GROWTH = 16 << 20
-"""By how much it grows at least, in bytes."""
+"""The least growth at a time, in bytes."""
 
 
 class ReusedMemory:
-    """Page-aligned memory whose parts are used again when the last tensor on them is gone. Local.
+    """Page-aligned memory whose parts are reused when the last tensor on them is gone. Local.
 
-    torch's allocator on the CPU gives memory back to the system and gets it as new pages; and
-    buffers a little larger than what left would not fit where that was.
+    torch's CPU allocator returns memory to the system and gets it back as new pages. Buffers
+    slightly larger than the freed one would also not fit in its place.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class ReusedMemory:
         """Appended to when a tensor's memory is let go, in whatever thread that happens."""
 
     def take(self, lead: int, nbytes: int) -> Tensor:
-        """uint8[nbytes] that begins `lead` bytes (below a page) after the begin of a page."""
+        """Take uint8[nbytes] that begins `lead` bytes, less than a page, into a page."""
         self._collect()
         region = rounded(lead + nbytes)
         found = self._find(region)
@@ -51,7 +51,7 @@ class ReusedMemory:
         return torch.frombuffer(held, dtype=torch.uint8)
 
     def trim(self) -> None:
-        """Give back to the system what nothing was read into since the last time."""
+        """Return to the system the memory that nothing was read into since the last call."""
         self._collect()
         for number, (_, slots) in list(self._parts.items()):
             if number not in self._touched and slots.used == 0:
@@ -60,7 +60,7 @@ class ReusedMemory:
 
     @property
     def room_bytes(self) -> int:
-        """What is held, used or not."""
+        """The bytes held, used or not."""
         return sum(slots.capacity for _, slots in self._parts.values())
 
     def _find(self, region: int) -> tuple[int, int] | None:
@@ -78,7 +78,7 @@ class ReusedMemory:
 
 @lru_cache(maxsize=256)
 def _held_bytes(nbytes: int) -> Any:
-    """The type of `nbytes` bytes that put their name in `let_go`'s queue when they are unused."""
+    """The type of `nbytes` bytes that put their name in `let_go`'s queue once they are unused."""
 
     def let_go(self: Any) -> None:
         queue, name = self.let_go

@@ -1,11 +1,11 @@
-"""Slots in a file or a buffer: room is taken, given back and used again. Pure."""
+"""Slots in a file or a buffer: room is taken, released and reused. Pure."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
 ALIGNMENT = 4096
-"""Of every slot, in bytes: the unit in which files are read and written past the page cache."""
+"""The alignment of every slot, in bytes: the unit of reads and writes past the page cache."""
 
 
 def rounded(nbytes: int) -> int:
@@ -14,10 +14,10 @@ def rounded(nbytes: int) -> int:
 
 
 class Slots:
-    """A line of bytes from 0 to `capacity`, of which intervals are taken and given back.
+    """The bytes from 0 to `capacity`, of which intervals are taken and released.
 
-    The smallest gap that is large enough is taken, and gaps that touch become one, so that a step
-    that stores the same sizes in the same order finds the room of the step before.
+    The smallest gap that is large enough is taken, and neighbouring gaps merge. So a step that
+    stores the same sizes in the same order finds the room of the step before.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -34,7 +34,7 @@ class Slots:
         self._insert(start, self.capacity)
 
     def missing(self, nbytes: int) -> int:
-        """By how many bytes the line must grow before `take(nbytes)` succeeds; 0: it does now."""
+        """The bytes of growth that `take(nbytes)` needs to succeed; 0: none."""
         wanted = rounded(nbytes)
         if any(b - a >= wanted for a, b in zip(self._starts, self._stops, strict=True)):
             return 0
@@ -42,7 +42,7 @@ class Slots:
         return wanted - last
 
     def take(self, nbytes: int) -> int | None:
-        """Where `nbytes` (1 or more) now have their room; None when no gap is large enough."""
+        """Take room for 1 byte or more. Returns its start; None when no gap is large enough."""
         wanted = rounded(nbytes)
         best = -1
         smallest = 0
@@ -62,7 +62,7 @@ class Slots:
         return start
 
     def give(self, start: int) -> None:
-        """Give back what `take` has returned."""
+        """Release the room that begins at `start`, a result of `take`."""
         size = self._taken.pop(start)
         self.used -= size
         self._insert(start, start + size)

@@ -1,4 +1,4 @@
-"""Storages of a GPU on a drive, by way of a bounded, pinned piece of host memory."""
+"""Storages of a GPU on a drive, by way of a bounded, pinned part of host memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _POLL_S = 5e-5
 class StagedStore:
     """A `Store` on a drive whose storages pass through staging memory.
 
-    The staging memory is registered with the file engine. What could not be written stays there, so
-    that memory of the device which is free again is never needed back.
+    The staging memory is registered with the file engine. Bytes that could not be written stay in
+    staging memory, so freed device memory is never needed back.
     """
 
     def __init__(self, file: DiskFile, device: torch.device, *, staging_bytes: int) -> None:
@@ -54,7 +54,7 @@ class StagedStore:
         return copy
 
     def begin_read(self, copy: StagedCopy, *, must: bool) -> tuple[Tensor, tuple[int, int]] | None:
-        """Staging memory for a copy that comes back; beyond the limit where it must be."""
+        """Take staging memory for a copy that comes back, beyond the limit if `must`."""
         room = self.staging.take(copy.nbytes, beyond=must)
         if room is not None:
             self._moving.append(copy)
@@ -66,7 +66,7 @@ class StagedStore:
         self._moving = [copy for copy in self._moving if copy.moving]
 
     def trim(self) -> None:
-        """Nothing to give back: pinned memory is dear to get, and stays."""
+        """Does nothing: pinned memory is slow to allocate, so it stays."""
 
     def statistics(self) -> StoreStatistics:
         found = self.file.statistics()
@@ -80,7 +80,7 @@ class StagedStore:
 
 
 class _At(Enum):
-    """How far a copy is."""
+    """The position of a copy on its way."""
 
     LEAVING = "from the device to staging"
     WRITING = "from staging to the drive"
@@ -94,7 +94,7 @@ class _At(Enum):
 class StagedCopy:
     """A `StoredCopy` of a `StagedStore`.
 
-    It passes two stages, host memory and disk, in two directions, and has what each needs.
+    It passes through host memory and disk in both directions, and has the fields that both need.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class StagedCopy:
 
     @property
     def moving(self) -> bool:
-        """Whether there is something to wait for on its behalf."""
+        """Whether a transfer of this copy is under way."""
         arrived = self._at is _At.ARRIVING and self._piece is None
         return not (arrived or self._at in (_At.AWAY, _At.STRANDED, _At.LOST))
 

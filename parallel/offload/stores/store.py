@@ -1,4 +1,4 @@
-"""What the offloader asks of the places where activations wait."""
+"""The protocol of an offload store: a place where activations wait."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """Since the store was opened."""
+    """Totals since the store was opened."""
 
     written_bytes: int = 0
     read_bytes: int = 0
     busy_s: float = 0.0
-    """In which transfers were under way."""
+    """Seconds during which transfers were under way."""
     room_bytes: int = 0
-    """That the store takes on its drive, or in host memory."""
+    """Bytes that the store occupies on its drive or in host memory."""
     used_bytes: int = 0
-    """Of these, what is taken by activations now."""
+    """The part of `room_bytes` that activations take now."""
 
 
 class StoredCopy(Protocol):
-    """One storage's bytes on their way out, away, or on their way back. Local."""
+    """The bytes of one storage on their way out, away, or on their way back. Local."""
 
     nbytes: int
     failed: OSError | None
-    """Why they could not be written; their source is then still whole."""
+    """The reason why the bytes could not be written; their source is then still whole."""
 
     @property
     def source_free(self) -> bool:
-        """Whether the memory that they came from is needed no more."""
+        """Whether the source's memory is needed no more."""
         ...
 
     def fetch(self) -> bool:
-        """Begin to bring them back; False when there is no room for it now. Again is harmless."""
+        """Begin to bring the bytes back; False when there is no room now. May be called again."""
         ...
 
     def take(self) -> Tensor:
-        """The bytes, uint8[nbytes], on the device that they came from and equally aligned; waits.
+        """Wait for the bytes: uint8[nbytes], on their own device and aligned as their source was.
 
         Raises:
-            OffloadError: they cannot be read.
+            OffloadError: the bytes cannot be read.
         """
         ...
 
     def release(self) -> bool:
-        """Give their room back; False while a transfer still needs it: ask again later."""
+        """Release the room; False while a transfer still needs it: call again later."""
         ...
 
 
@@ -56,7 +56,7 @@ class Store(Protocol):
 
     @property
     def fault(self) -> str:
-        """Why it takes nothing more, or less than it could; empty while all is well."""
+        """The reason why the store takes less than it could; empty while all is well."""
         ...
 
     def put(self, source: Tensor) -> StoredCopy | None:
@@ -64,15 +64,15 @@ class Store(Protocol):
         ...
 
     def advance(self) -> None:
-        """Take the next steps of all that is under way, where they need no waiting."""
+        """Advance all copies under way as far as that needs no waiting."""
         ...
 
     def trim(self) -> None:
-        """A step has ended: give memory back that it had no use for."""
+        """End a step: release memory that the step had no use for."""
         ...
 
     def statistics(self) -> StoreStatistics: ...
 
     def close(self) -> None:
-        """End all transfers and give everything back; again is harmless."""
+        """End all transfers and release everything. May be called again."""
         ...

@@ -1,7 +1,7 @@
-"""Saving and loading state in any layout. May import `holdfast.parallel` and `holdfast._native`.
+"""Checkpoints: state is saved and loaded in any layout.
 
-For any torch program: `save`, `load` and `Checkpointer`. Below them, and below the
-trainer, `manager.CheckpointManager` saves and loads.
+`save`, `load` and `Checkpointer` serve any torch program. Below them, and below the trainer,
+`manager.CheckpointManager` saves and loads. May import `holdfast.parallel` and `holdfast._native`.
 """
 
 import lazy_loader

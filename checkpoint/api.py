@@ -1,4 +1,4 @@
-"""Checkpoints for any torch program without our trainer: plain modules, DDP, FSDP2 and DTensors.
+"""Checkpoints for any torch program without the trainer: modules, DDP, FSDP2 and DTensors.
 
 checkpointer = Checkpointer("checkpoints", {"model": model, "optimizer": optimizer})
 step = checkpointer.load() or 0
@@ -66,10 +66,10 @@ from holdfast.parallel.layout import Box
 class Checkpointer:
     """Saves and loads a program's state. All ranks of the default process group make and call it.
 
-    Parameters and optimizer state are copied while the next step computes. Before the optimizer
-    changes them, a hook on its `step` copies what is left. Buffers are copied at once. Without an
-    optimizer in the state nothing says when parameters change, so `save` copies everything before
-    it returns.
+    Parameters and optimizer state are copied while the next step computes. A hook on the
+    optimizer's `step` copies the rest before the update changes it. Buffers are copied at once.
+    Without an optimizer in the state, nothing tells when parameters change, so `save` copies
+    everything before it returns.
     """
 
     def __init__(
@@ -81,22 +81,22 @@ class Checkpointer:
         arena_bytes: int = 0,
         timeout_s: float = 600.0,
     ) -> None:
-        """Collective over all ranks of the default process group.
+        """Register the hooks and prepare the folder. Collective over the default process group.
 
         Args:
-            folder: where checkpoints go; on several machines one that all of them see.
-            state: what is saved, by key: modules ("model" keeps its own names), optimizers,
-                schedulers, tensors, and numbers or text (their values are taken at each save).
-            keep: checkpoints that stay; 0: all.
-            arena_bytes: host memory between the state and the disk; 0: enough for this rank's
-                share, 2 GiB at most.
-            timeout_s: after which a save is given up.
+            folder: the folder of checkpoints; on several machines, one that all of them see.
+            state: the values to save, by key: modules ("model" keeps its own names), optimizers,
+                schedulers, tensors, and numbers or text, which are read at each save.
+            keep: the number of newest checkpoints that stay; 0: all.
+            arena_bytes: host memory between the state and the disk; 0: enough for this rank's part
+                of the checkpoint, 2 GiB at most.
+            timeout_s: the time after which a save is given up, in seconds.
         """
         self.folder = Path(folder)
         self.state = state
         self._keep = keep
         rank, size, store = _world()
-        # Counted by the store, so that what this process did before in other groups does not count.
+        # The store does the counting, so that earlier groups of this process do not count.
         number = store.add(f"holdfast/checkpointers/{rank}", 1)
         self._meeting = _Meeting(rank, size, PrefixStore(f"holdfast/{number}", store))
         names = self._meeting.exchange("node", socket.gethostname())
@@ -114,14 +114,17 @@ class Checkpointer:
         ]
 
     def save(self, step: int, *, wait: bool = False) -> None:
-        """Begin to save the state as it is now; a save under way is finished first. Collective.
+        """Begin to save the present state; a save under way is finished first. Collective.
 
         Args:
-            wait: return only when it is committed; raises CheckpointError when it failed.
+            step: the number of steps done; it names the checkpoint.
+            wait: return only once the checkpoint is committed; raise CheckpointError if the save
+                fails.
         """
         entries = entries_of(self.state)
         plan = self._plan_of(entries)
-        # What changes in forward passes is copied at once, so the save before has to end first.
+        # Tensors that change in forward passes are copied at once, so the last save has to end
+        # first.
         self._manager.finish()
         held = {entry.name: _held(entry) for entry in entries}
         self._manager.save(
@@ -143,12 +146,13 @@ class Checkpointer:
             self.wait()
 
     def load(self, step: int | None = None) -> int | None:
-        """Fill the state from the newest checkpoint, or that of `step`. Collective.
+        """Load the newest checkpoint, or that of `step`, into the state. Collective.
 
         Returns:
-            The step of the checkpoint; None if there is none. `loaded` has the plain values.
+            The step of the checkpoint; None if there is no checkpoint. `loaded` has the plain
+            values.
         Raises:
-            CheckpointError: damaged, incomplete, or of other shapes.
+            CheckpointError: the checkpoint is damaged, incomplete, or has other shapes.
         """
         checkpoint = self._agreed_checkpoint(step)
         if checkpoint is None:
@@ -158,18 +162,18 @@ class Checkpointer:
         return found if found is not None else int(self.loaded.get("step", 0))
 
     def results(self) -> list[SaveResult]:
-        """Saves that have ended since the last call, with times and errors."""
+        """The saves that have ended since the last call, with times and errors. Local."""
         return self._manager.results()
 
     def wait(self) -> None:
-        """Wait for the save under way to be committed. Raises CheckpointError when it failed."""
+        """Wait until the save under way is committed. Raises CheckpointError if it failed."""
         self._manager.wait()
         for result in self.results():
             if result.error:
                 raise CheckpointError(f"step {result.step} could not be saved: {result.error}")
 
     def close(self) -> None:
-        """Finish the save under way, take the hooks off, release files and memory."""
+        """Finish the save under way, remove the hooks, release files and memory. Collective."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -182,15 +186,15 @@ class Checkpointer:
         self.close()
 
     loaded: Mapping[str, Any] = {}
-    """Plain values of the last load, by their keys."""
+    """The plain values of the last load, by their keys."""
     load_statistics: LoadStatistics | None = None
-    """What the last load took on this rank."""
+    """What the last load read, and how long it took, on this rank."""
 
     def _before_update(self, *_: object) -> None:
         self._manager.fence(ALL)
 
     def _plan_of(self, entries: list[ProgramTensor]) -> WritePlan:
-        """Who writes what; kept while names, shapes and boxes stay as they are."""
+        """The write plan; reused while names, shapes and boxes stay the same. Collective."""
         mine = [(e.name, e.kind, e.dtype, e.shape, e.box.start, e.box.stop) for e in entries]
         if self._plan is None or self._plan[0] != mine:
             described = self._meeting.exchange("entries", mine)
@@ -199,7 +203,7 @@ class Checkpointer:
         return self._plan[1]
 
     def _agreed_checkpoint(self, step: int | None) -> StoredCheckpoint | None:
-        """Rank 0's choice, so that all ranks load the same checkpoint."""
+        """The checkpoint that rank 0 chooses, so that all ranks load the same one. Collective."""
         store, choice = LocalStore(self.folder), ""
         if self._meeting.rank == 0:
             choice = name_of(step) if step is not None else newest(store) or ""
@@ -208,13 +212,16 @@ class Checkpointer:
 
     def _load_from(self, checkpoint: StoredCheckpoint) -> Mapping[str, Any]:
         name = f"{self._meeting.exchanges}"
+        """The targets of a checkpoint's tensors, and the boxes wanted on this node. Collective."""
         manifest, self.load_statistics = self._manager.load(checkpoint, name, self._prepare)
         return restore_scalars(self.state, manifest.scalars.get("state", {}))
 
     def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
-        """Where a checkpoint's tensors go, and what the ranks of this node want. Collective.
+        """The targets of a checkpoint's tensors, and the boxes that this node's ranks want.
 
-        Optimizers get the tensors that the checkpoint has for them.
+        Collective.
+
+        Optimizers first get empty tensors for the state that the checkpoint has for them.
         """
         names = parameter_names(self.state)
         shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
@@ -237,10 +244,10 @@ class Checkpointer:
 
 
 def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) -> Path:
-    """Save a program's state and wait for it; returns the checkpoint's folder. Collective.
+    """Save a program's state and wait for the commit. Returns the checkpoint's folder. Collective.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: the checkpoint could not be written.
     """
     with Checkpointer(folder, state, keep=0) as checkpointer:
         checkpointer.save(step, wait=True)
@@ -248,12 +255,12 @@ def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) 
 
 
 def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]:
-    """Fill a program's state from a checkpoint, a folder of them, or a run. Collective.
+    """Load a program's state from a checkpoint, a folder of checkpoints, or a run. Collective.
 
     Returns:
-        The plain values that were saved, by their keys.
+        The plain values that were saved, by key.
     Raises:
-        CheckpointError: there is none, or it is damaged, incomplete or of other shapes.
+        CheckpointError: there is no checkpoint, or it is damaged, incomplete, or has other shapes.
     """
     found = find_checkpoint(path)
     checkpointer = Checkpointer(path, state, keep=0)
@@ -264,7 +271,7 @@ def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]
 
 
 class _Meeting:
-    """Where the ranks of a program tell each other what they have. Every exchange is collective."""
+    """An exchange of values between the ranks of a program. Every exchange is collective."""
 
     def __init__(self, rank: int, size: int, store: Store) -> None:
         self.rank, self.size, self.store = rank, size, store
@@ -272,7 +279,7 @@ class _Meeting:
         """How many there were: the same number on all ranks."""
 
     def exchange(self, what: str, mine: Any) -> list[Any]:
-        """What every rank says, by rank."""
+        """The values of all ranks, by rank."""
         self.exchanges += 1
         key = f"{what}-{self.exchanges}"
         self.store.set(f"{key}/{self.rank}", msgspec.json.encode(mine).decode())
@@ -289,7 +296,7 @@ def _world() -> tuple[int, int, Store]:
 
 
 def _held(entry: ProgramTensor) -> ProgramTensor:
-    """An entry whose memory stays as it is until the next step of the optimizer."""
+    """A tensor whose memory does not change before the optimizer's next step."""
     if entry.changes_in_forward or not entry.local.is_contiguous():
         local = entry.local.clone(memory_format=torch.contiguous_format)
         return ProgramTensor(entry.name, entry.kind, entry.shape, entry.box, local, False)
@@ -301,7 +308,7 @@ def _view(entry: ProgramTensor, box: Box) -> Tensor:
 
 
 def _saved(described: list[list[Any]]) -> list[SavedTensor]:
-    """The tensors of all ranks: each box with the ranks that have it."""
+    """The tensors of all ranks: each box with the ranks that hold it."""
     holders: defaultdict[str, dict[Box, list[int]]] = defaultdict(dict)
     form: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     for rank, entries in enumerate(described):

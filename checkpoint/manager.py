@@ -1,7 +1,7 @@
-"""The one object that saves and loads the state of a rank, together with the other ranks.
+"""The checkpoint manager: saves and loads the state of a rank, together with the other ranks.
 
-The public API (`holdfast.checkpoint.Checkpointer`) and the trainer's `Checkpoints` stand on it:
-they decide what is saved and when, and the manager how it comes to the disk and back.
+The public API (`holdfast.checkpoint.Checkpointer`) and the trainer's `Checkpoints` are built on it.
+They decide what is saved and when; the manager moves the state to the disk and back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from holdfast.parallel.layout import Box
 LARGEST_ARENA_BYTES = 2 << 30
 _ARENA_SLACK_BYTES = 16 << 20
 _PATIENCE_S = 10.0
-"""How much longer than a save's deadline its end is waited for."""
+"""How long the end of a save is waited for beyond its deadline, in seconds."""
 
 Wanted = Mapping[int, Mapping[str, Sequence[Box]]]
 """The boxes that each rank of a node needs, by tensor."""
@@ -35,20 +35,20 @@ Wanted = Mapping[int, Mapping[str, Sequence[Box]]]
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """What saves and loads may take."""
+    """Limits of saves and loads."""
 
     arena_bytes: int = 0
-    """Host memory between the state and the disk; 0: enough for the share, 2 GiB at most."""
+    """Host memory between the state and the disk; 0: enough for this rank's part, 2 GiB at most."""
     timeout_s: float = 600.0
-    """After which a save is given up, and a load in which other ranks are waited for."""
+    """Seconds after which a save is given up, and a load that waits for other ranks."""
     verify: bool = True
-    """Whether each piece that is loaded is checked against its checksum."""
+    """Whether each loaded piece is checked against its checksum."""
 
 
 class CheckpointManager:
     """Saves and loads the state of one rank. One save at a time, in the background.
 
-    `save` and `load` are called by all members, in the same order; everything else is local.
+    All members call `save` and `load`, in the same order. Everything else is local.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class CheckpointManager:
         """Nothing is opened before the first save or load.
 
         Args:
-            members: the ranks that save and load together; equal on all but for `rank`.
-            make_join: called at the first save: the group whose members hold columns of the same
-                weights, over CPU tensors; None where there is none.
+            members: the ranks that save and load together; equal on all members but for `rank`.
+            make_join: called at the first save; returns the communicator over CPU tensors whose
+                members hold columns of the same weights, or None.
         """
         self.members = members
         self._settings = settings
@@ -76,28 +76,28 @@ class CheckpointManager:
         return self._saver is not None and self._saver.busy
 
     def save(self, job: SaveJob) -> None:
-        """Begin to save the state as it is now; a save under way is waited for first.
+        """Begin to save the present state; a save under way is waited for first. Collective.
 
-        The state must not change but behind `fence` until `fence` has let everything pass.
+        Until `fence` has let everything pass, the state must change only behind `fence`.
         """
         saver = self._open_saver(job)
         saver.wait(self._settings.timeout_s + _PATIENCE_S)
         saver.start(job)
 
     def fence(self, number: int) -> int:
-        """Wait until what `before` <= number protects is copied; see `Snapshot.fence`."""
+        """Wait until everything with `before` <= `number` is copied; see `Snapshot.fence`."""
         return self._saver.fence(number) if self._saver is not None else 1 << 62
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the save under way, if any, and for its commit; False when it takes longer."""
+        """Wait until the save under way, if any, is committed; False when that takes longer."""
         return self._saver is None or self._saver.wait(timeout_s)
 
     def finish(self) -> bool:
-        """Wait for the save under way as long as it may take; False when it takes longer."""
+        """Wait for the save under way as long as it may take; False when it takes longer still."""
         return self.wait(self._settings.timeout_s + _PATIENCE_S)
 
     def results(self) -> list[SaveResult]:
-        """Saves that have ended since the last call."""
+        """The saves that have ended since the last call."""
         return self._saver.results() if self._saver is not None else []
 
     def load(
@@ -108,15 +108,16 @@ class CheckpointManager:
         *,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[Manifest, LoadStatistics]:
-        """Fill this rank's state from a checkpoint; each byte is read once per node.
+        """Load this rank's state from a checkpoint; each byte is read once per node. Collective.
 
         Args:
-            name: of this load, never used before among these members.
-            prepare: given the manifest, says where this rank's boxes go, and what every rank of its
-                node wants. Called by all members before any tensor is read.
-            check: called while other ranks are waited for; what it raises ends the load.
+            name: the name of this load, never used before among these members.
+            prepare: given the manifest, returns the targets of this rank's boxes and the boxes that
+                every rank of its node wants. All members call it before any tensor is read.
+            check: called while other ranks are waited for; an exception from it ends the load.
         Raises:
-            CheckpointError: damaged, incomplete or of other shapes; on every rank of the node.
+            CheckpointError: the checkpoint is damaged, incomplete, or has other shapes; raised on
+                every rank of the node.
             PeerLost: a rank of the node died.
         """
         manifest = checkpoint.manifest()
@@ -148,7 +149,7 @@ class CheckpointManager:
             self._saver.abort(reason)
 
     def cancel(self, reason: str) -> None:
-        """Give up the save under way, and return once nothing reads the state any more."""
+        """Give up the save under way; return once nothing reads the state any more. Local."""
         if self._saver is not None:
             self._saver.cancel(reason)
 

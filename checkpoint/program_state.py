@@ -1,7 +1,7 @@
-"""The state of any torch program as tensors by name, and plain values beside them.
+"""The state of any torch program: tensors by name, and plain values beside them.
 
 DTensors (FSDP2, tensor parallelism) are saved as the boxes that each rank has. Everything else is
-taken to be equal on all ranks.
+assumed to be equal on all ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 ProgramState = Mapping[str, Any]
-"""By key: a module, an optimizer, a tensor, an object with state_dict, or what JSON can say."""
+"""By key: a module, an optimizer, a tensor, an object with state_dict, or a value that JSON has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class ProgramTensor:
     name: str
     kind: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     box: Box
-    """What this rank has; with no elements where it has none."""
+    """The box that this rank has; empty where it has no element."""
     local: Tensor
     changes_in_forward: bool
-    """Whether it may change before the optimizer's next step, as buffers may."""
+    """Whether the tensor may change before the optimizer's next step, as buffers may."""
 
     @property
     def dtype(self) -> str:
@@ -46,7 +46,7 @@ def entries_of(state: ProgramState) -> list[ProgramTensor]:
     """Every tensor of a program's state. Local.
 
     Raises:
-        CheckpointError: a tensor that cannot be saved, or two of one name.
+        CheckpointError: a tensor cannot be saved, or two have one name.
     """
     found: list[ProgramTensor] = []
     parameters = parameter_names(state)
@@ -79,7 +79,7 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def prefix_of(key: str) -> str:
-    """Names of the module under "model" are its own; others begin with their key."""
+    """The prefix of a module's names: none under "model", else its key."""
     return "" if key == "model" else f"{key}."
 
 
@@ -94,7 +94,10 @@ def parameter_names(state: ProgramState) -> dict[nn.Parameter, str]:
 
 
 def name_of_parameter(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]) -> str:
-    """Raises CheckpointError: an optimizer's parameter that no module in the state has."""
+    """The name of an optimizer's parameter.
+
+    Raises CheckpointError if no module in the state has it.
+    """
     try:
         return names[parameter]
     except KeyError:
@@ -135,10 +138,10 @@ def _program_tensor(name: str, kind: str, value: Tensor, changes: bool) -> Progr
 
 
 def local_part(value: Tensor, name: str) -> tuple[Tensor, Box]:
-    """This rank's values of a tensor, and the box that they are.
+    """This rank's part of a tensor: its values, and the box that they fill.
 
     Raises:
-        CheckpointError: a DTensor whose local part is no box, or only a partial sum.
+        CheckpointError: the local part of a DTensor is not a box, or is a partial sum.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -158,7 +161,7 @@ def local_part(value: Tensor, name: str) -> tuple[Tensor, Box]:
 
 @lru_cache(maxsize=65536)
 def _box_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Box:
-    """This rank's box of a DTensor of this form."""
+    """This rank's box of a DTensor with this shape, mesh and placements."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -166,7 +169,7 @@ def _box_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Box:
 
 
 def scalars_of(state: ProgramState) -> dict[str, Any]:
-    """What of a state is no tensor: hyperparameters, schedules, counters. As JSON can say it."""
+    """The values of a state that are no tensors, for JSON: hyperparameters, schedules, counters."""
     found: dict[str, Any] = {}
     names = parameter_names(state)
     for key, value in state.items():
@@ -202,7 +205,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def restore_scalars(state: ProgramState, scalars: Mapping[str, Any]) -> dict[str, Any]:
-    """Put saved hyperparameters and schedules back; returns the plain values by their keys."""
+    """Restore saved hyperparameters and schedules. Returns the plain values by their keys."""
     plain: dict[str, Any] = {}
     names = parameter_names(state)
     for key, saved in scalars.items():
@@ -230,10 +233,10 @@ def _restore_groups(
 def make_optimizer_state(
     optimizer: Optimizer, names: Mapping[nn.Parameter, str], saved: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Give a fresh optimizer the tensors that a checkpoint has for it, to be filled.
+    """Give a fresh optimizer empty tensors for the state that a checkpoint has for it.
 
     Args:
-        saved: shapes of the checkpoint's tensors, by name.
+        saved: the shapes of the checkpoint's tensors, by name.
     """
     suffixes = {name: parameter for parameter, name in names.items()}
     for group in optimizer.param_groups:

@@ -69,9 +69,9 @@ def run_worker(
     """Run `task` as one worker and return the process's exit code.
 
     Args:
-        store: the rendezvous store where the worker has it already.
         announce: print why the worker ended too, in one line: for a launcher that reads no error
             files. A rank that merely lost a peer stays silent when another has left its reason.
+        store: the rendezvous store where the worker has it already.
     """
 
     def body() -> None:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: safetensors with boxes, the manifest, folders and their names.
+"""The format of checkpoints: safetensors files with boxes, the manifest, folders and their names.
 
 May import parallel.errors and layout.
 """

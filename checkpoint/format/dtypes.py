@@ -1,4 +1,4 @@
-"""safetensors' names of element types and torch's."""
+"""The element types by safetensors' names and by torch's."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 ALIGNMENT = 4096
-"""Tensor data begin at a multiple of this many bytes, so that direct I/O needs no shifting."""
+"""The alignment of tensor data in bytes, so that direct I/O needs no shifting."""
 
 _ELEMENT_TYPES: dict[str, tuple[int, str]] = {
     **{known.stored: (known.bytes, known.torch_name) for known in PRECISIONS.values()},
@@ -41,16 +41,16 @@ _ELEMENT_TYPES: dict[str, tuple[int, str]] = {
     "C64": (8, "complex64"),
 }
 ELEMENT_BYTES = {name: size for name, (size, _) in _ELEMENT_TYPES.items()}
-"""safetensors' names of element types, and their sizes."""
+"""The size in bytes of safetensors' element types, by name."""
 TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _ELEMENT_TYPES.items()}
-"""torch's names of the same types."""
+"""torch's names of the same types, by safetensors' name."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
     """A logical tensor: [kind, dtype, shape]."""
 
     kind: str
-    """"weight", "master", "exp_avg", "exp_avg_sq", "buffer" or a name of the caller's."""
+    """"weight", "master", "exp_avg", "exp_avg_sq", "buffer" or a name that the caller chose."""
     dtype: str
     shape: tuple[int, ...]
 
@@ -63,7 +63,7 @@ class PieceEntry(msgspec.Struct, frozen=True, array_like=True):
     """A box of a tensor, contiguous in its file: [offset, length, start, stop, crc32c]."""
 
     offset: int
-    """From the beginning of the file, in bytes."""
+    """The first byte, from the beginning of the file."""
     length: int
     start: tuple[int, ...]
     stop: tuple[int, ...]
@@ -79,22 +79,23 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     bytes: int
     header_bytes: int = 0
-    """Of a tensor file: what lies before the data. 0 for a file that is checked as a whole."""
+    """The bytes before the data of a tensor file; 0 for a file that is checked as a whole."""
     crc32c: int
-    """Of the first `header_bytes` bytes of a tensor file; of the whole of any other."""
+    """The checksum of the first `header_bytes` bytes of a tensor file, or of any other file's
+    whole."""
     pieces: dict[str, tuple[PieceEntry, ...]] = msgspec.field(name="chunks", default_factory=dict)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a reader needs to know of a checkpoint."""
+    """Everything that a reader needs to know about a checkpoint."""
 
     format: str = "holdfast"
     format_version: int = FORMAT_VERSION
     id: str
-    """Of this save: random, the same in every file's header."""
+    """The random name of this save, the same in every file's header."""
     step: int
     created: float
-    """Unix seconds."""
+    """Seconds since 1970 (Unix time)."""
     versions: dict[str, str] = {}
     scalars: dict[str, Any] = {}
     config: dict[str, Any] = {}
@@ -103,17 +104,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes(self) -> int:
-        """Of all files, without the manifest."""
+        """The size of all files without the manifest."""
         return sum(entry.bytes for entry in self.files.values())
 
     def specs(self) -> list[TensorSpec]:
         return [TensorSpec(name, t.shape, t.dtype) for name, t in self.tensors.items()]
 
     def layout(self, names: Iterable[str] | None = None) -> Layout:
-        """Which piece holds which box; holders are (file, place in the file's list for the tensor).
+        """The layout of the pieces; a holder is (file, position in the file's list for the tensor).
 
         Args:
-            names: only these tensors; None for all.
+            names: only these tensors; None: all.
         """
         wanted = None if names is None else set(names)
         holdings: dict[tuple[str, str, int], dict[str, tuple[Box, ...]]] = {}
@@ -126,13 +127,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Version(msgspec.Struct):
-    """What is read first, whatever the rest looks like."""
+    """The part of a manifest that is read first, whatever the rest looks like."""
 
     format_version: int
 
 
 def crc32c_of(content: bytes | bytearray | memoryview, initial: int = 0) -> int:
-    """CRC-32C of bytes that follow data whose checksum is `initial`."""
+    """The CRC-32C of bytes that follow data with the checksum `initial`."""
     view = memoryview(content).cast("B")
     if not view.nbytes:
         return initial
@@ -149,7 +150,7 @@ _CLOSING = b',"crc32c":"'
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json: one JSON object whose last key is a checksum of all before it."""
+    """The bytes of manifest.json: one JSON object, whose last key is a checksum of the rest."""
     body = msgspec.json.encode(manifest)[:-1]
     return body + _CLOSING + f'{crc32c_of(body):08x}"}}\n'.encode()
 
@@ -158,7 +159,8 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
     """The manifest in `content`, which was read from `where`.
 
     Raises:
-        CheckpointError: not a manifest, of a newer version, or a byte of it changed.
+        CheckpointError: the content is not a manifest, has a newer version, or a byte of it
+            changed.
     """
     body, closing, check = content.rpartition(_CLOSING)
     if not closing or not check.endswith(b'"}\n'):
@@ -188,15 +190,15 @@ class FileTensor(msgspec.Struct, frozen=True):
 
     key: str
     name: str
-    """Of the logical tensor that it is, or is a part of."""
+    """The logical tensor that it is, or is a part of."""
     box: Box
     begin: int
-    """First byte, counted from the beginning of the data."""
+    """The first byte, counted from the beginning of the data."""
     end: int
 
 
 def key_of(name: str, box: Box, shape: Sequence[int]) -> str:
-    """How a tensor file names a box: the tensor's name, with the box where it is not the whole."""
+    """A box's name in a tensor file: the tensor's name, with the box unless that is the whole."""
     return name if box == Box.whole(shape) else f"{name}{box}".replace(", ", ",")
 
 
@@ -205,7 +207,7 @@ def header_capacity(
     entries: Mapping[str, TensorEntry],
     pieces: Mapping[str, Sequence[PieceEntry]],
 ) -> int:
-    """Bytes that are set aside before the data: room for any checksums, a multiple of ALIGNMENT."""
+    """The bytes reserved before the data: room for any checksums, a multiple of ALIGNMENT."""
     most = {
         name: [PieceEntry(1 << 40, p.length, p.start, p.stop, 0xFFFFFFFF) for p in listed]
         for name, listed in pieces.items()
@@ -258,7 +260,7 @@ def _header_text(
 
 
 class FileHeader(msgspec.Struct, frozen=True):
-    """What a tensor file says of itself."""
+    """The description that a tensor file has of itself."""
 
     format_version: int
     id: str
@@ -268,10 +270,10 @@ class FileHeader(msgspec.Struct, frozen=True):
 
 
 def decode_header(content: bytes, where: str) -> FileHeader:
-    """Our part of the header of a tensor file, `content` being all of the header.
+    """The part of a tensor file's header that this format adds; `content` is the whole header.
 
     Raises:
-        CheckpointError: not a safetensors header, or not one of ours.
+        CheckpointError: the content is not a safetensors header, or not one of this format.
     """
     try:
         header = json.loads(content[8:])
@@ -283,10 +285,10 @@ def decode_header(content: bytes, where: str) -> FileHeader:
 
 
 def header_bytes(first: bytes, size: int, where: str) -> int:
-    """How long a tensor file's header is, from its first 8 bytes and the file's size.
+    """The length of a tensor file's header, from the file's first 8 bytes and its size.
 
     Raises:
-        CheckpointError: no file of `size` bytes can begin so.
+        CheckpointError: a file of `size` bytes cannot begin like this.
     """
     length = 8 + int.from_bytes(first[:8], "little")
     if len(first) < 8 or not 10 <= length <= min(size, 8 + 100_000_000):
@@ -295,7 +297,7 @@ def header_bytes(first: bytes, size: int, where: str) -> int:
 
 
 def huggingface_index(manifest_files: Mapping[str, FileEntry], names: Iterable[str]) -> bytes:
-    """model.safetensors.index.json: where a loader of Hugging Face models finds each weight."""
+    """model.safetensors.index.json, by which Hugging Face loaders find each weight."""
     weights = set(names)
     mapped: dict[str, str] = {}
     total = 0

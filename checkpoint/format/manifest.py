@@ -1,4 +1,4 @@
-"""From a plan and what the ranks report to headers and the manifest. Pure; needs no torch."""
+"""Headers and the manifest, made from a write plan and the ranks' reports. Pure; needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from holdfast.checkpoint.format.plan_types import PlannedFile, WritePlan
 from holdfast.parallel.errors import CheckpointError
 
 Checksums = Mapping[int, Sequence[int]]
-"""By rank: CRC-32C of each piece that it writes, in the order of `WritePlan.written_by`."""
+"""By rank: the CRC-32C of each piece that it writes, in the order of `WritePlan.written_by`."""
 
 
 def _by_place(plan: WritePlan, checksums: Checksums) -> dict[tuple[str, int], int]:
@@ -58,8 +58,8 @@ def header_of(
     """The header of a file, and its CRC-32C.
 
     Args:
-        checksums: of all the file's writers.
-        id: of the save, as in the manifest.
+        checksums: of all ranks that write to the file.
+        id: the name of the save, as in the manifest.
     """
     pieces = _entries(file, _by_place(plan, checksums))
     header = encode_header(
@@ -70,12 +70,12 @@ def header_of(
 
 @dataclass(frozen=True, slots=True)
 class SaveFacts:
-    """What a manifest says of a save beside its tensors; see `Manifest`."""
+    """The facts of a save that its manifest lists beside tensors; see `Manifest`."""
 
     id: str
     step: int
     created: float
-    """Unix seconds."""
+    """Seconds since 1970 (Unix time)."""
     versions: Mapping[str, str]
     scalars: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -88,11 +88,11 @@ def build_manifest(
     facts: SaveFacts,
     extra_files: Mapping[str, bytes],
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """The manifest of a save, and the small files that go with it.
+    """The manifest of a save, and its small files by name.
 
     Args:
         checksums: of all ranks.
-        headers: CRC-32C of each tensor file's header.
+        headers: the CRC-32C of each tensor file's header.
         extra_files: contents of files that the caller adds.
     Raises:
         CheckpointError: a rank wrote more or fewer pieces than planned, or a header is missing.

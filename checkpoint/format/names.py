@@ -1,4 +1,4 @@
-"""Names in a folder of checkpoints, and of the places where such folders are. Pure."""
+"""The names in a folder of checkpoints, and the schemes of URLs. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 LATEST = "latest"
 """The file that names the newest checkpoint."""
 PARTIAL = ".partial"
-"""The end of the name of a folder that is not a checkpoint yet, or any more."""
+"""The end of the name of a folder that is not yet, or no longer, a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -17,7 +17,7 @@ def name_of(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a checkpoint's name says; None for any other name."""
+    """The step in a checkpoint's name; None for any other name."""
     found = _NAME.fullmatch(name)
     return int(found[1]) if found else None
 

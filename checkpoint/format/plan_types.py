@@ -1,7 +1,4 @@
-"""The data of a write plan: the tensors of a save, and their files, pieces and writers.
-
-Needs no torch.
-"""
+"""The types of a write plan: tensors of a save, files, pieces and writers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ class HeldBox:
     box: Box
     holders: tuple[int, ...]
     apart: tuple[int, ...] = ()
-    """Neighbours that differ in this lie apart in their holders' memory."""
+    """Neighbouring boxes that differ in this value lie apart in their holders' memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +27,12 @@ class SavedTensor:
     name: str
     kind: str
     dtype: str
-    """As safetensors names it: "F32", "BF16", …"""
+    """The name of the element type in safetensors: "F32", "BF16", …"""
     shape: tuple[int, ...]
     parts: tuple[HeldBox, ...]
-    """Disjoint, and the whole tensor together."""
+    """Disjoint boxes that together are the whole tensor."""
     whole: bool
-    """Whether it is written as one tensor in the files that Hugging Face loaders open."""
+    """Whether the tensor is written whole, into the files that Hugging Face loaders open."""
 
     @property
     def entry(self) -> TensorEntry:
@@ -47,7 +44,7 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPiece:
-    """Bytes that one rank writes, contiguous in one file."""
+    """A piece: bytes that one rank writes, contiguous in one file."""
 
     name: str
     box: Box
@@ -56,7 +53,8 @@ class PlannedPiece:
     length: int
     writer: int
     sources: tuple[HeldBox, ...] = ()
-    """Where the bytes come from when no single rank has them: parts of the box, one rank each."""
+    """The sources of the bytes when no single rank has them all: parts of the box, one rank
+    each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class WritePlan:
     _by_rank: dict[int, list[PlannedPiece]] = field(default_factory=dict, compare=False, repr=False)
 
     def pieces_of(self, rank: int) -> Sequence[PlannedPiece]:
-        """What a rank writes, or sends to a writer, in one order on all ranks."""
+        """The pieces that a rank writes, or sends to a writer, in one order on all ranks."""
         if not self._by_rank:
             found: defaultdict[int, list[PlannedPiece]] = defaultdict(list)
             for file in self.files:
@@ -100,7 +98,7 @@ class WritePlan:
         return self._by_rank.get(rank, ())
 
     def written_by(self, rank: int) -> list[PlannedPiece]:
-        """What a rank writes, in the order of the plan."""
+        """The pieces that a rank writes, in the order of the plan."""
         return [piece for piece in self.pieces_of(rank) if piece.writer == rank]
 
     @property
@@ -108,12 +106,12 @@ class WritePlan:
         return sum(file.bytes for file in self.files)
 
     def imbalance(self, ranks: int) -> float:
-        """Bytes of the rank that writes most over the mean of all ranks."""
+        """The bytes of the rank that writes most, over the mean of all ranks."""
         written = self.written_bytes()
         return max(written.values(), default=0) * ranks / max(1, sum(written.values()))
 
     def written_bytes(self) -> dict[int, int]:
-        """Tensor bytes by writing rank."""
+        """The bytes of tensors by writing rank."""
         written: defaultdict[int, int] = defaultdict(int)
         for file in self.files:
             for piece in file.pieces:

@@ -1,4 +1,4 @@
-"""Loading: each rank gets its boxes; a byte is read once per node and checked before its use."""
+"""Loading: each rank gets its boxes. A node reads every byte once and checks it before its use."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 LOAD_BYTES = 32 << 20
-"""What a rank reads and hands on at a time; it holds two of these beside its own state."""
+"""Bytes read and handed on at a time; a rank holds two such loads beside its own state."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """Where a box of a tensor goes."""
+    """The destination of a box of a tensor."""
 
     box: Box
     memory: Tensor
-    """In the box's shape, any strides, any device."""
+    """Memory in the box's shape, with any strides, on any device."""
 
 
 Targets = Mapping[str, Sequence[LoadTarget]]
-"""By tensor; a box that is wanted twice is read once."""
+"""The targets by tensor; a box with two targets is read once."""
 
 
 @dataclass(slots=True)
 class LoadStatistics:
-    """What loading took on this rank."""
+    """What loading read and took on this rank."""
 
     read_bytes: int = 0
     node_bytes: int = 0
-    """Read by all ranks of the node together."""
+    """Bytes read by all ranks of the node together."""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """What one rank loads."""
+    """The request of one rank: a checkpoint, its reader and the targets."""
 
     manifest: Manifest
     reader: ByteReader
     targets: Targets
     wanted: Mapping[int, Mapping[str, Sequence[Box]]]
-    """The boxes of every rank of the node; this rank's are those of `targets`."""
+    """The boxes that every rank of the node wants; this rank's are those of `targets`."""
     rank: int
     where: str = "checkpoint"
     """The checkpoint's path or URL, for messages."""
@@ -67,12 +67,15 @@ class LoadRequest:
 
 
 def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatistics:
-    """Fill this rank's targets. Collective over the ranks of the node, which `wanted` lists.
+    """Fill this rank's targets.
+
+    Collective over the ranks of the node, the keys of `request.wanted`.
 
     Args:
-        meeting: of the node's ranks; needed for more than one.
+        meeting: the meeting of the node's ranks; needed for more than one rank.
     Raises:
-        CheckpointError: damaged, incomplete or of other shapes; the same on every rank of the node.
+        CheckpointError: the checkpoint is damaged, incomplete, or has other shapes; raised on every
+            rank of the node.
         PeerLost: a rank of the node died.
     """
     began = perf_counter()
@@ -97,7 +100,7 @@ def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatis
 
 
 def boxes_of(targets: Targets) -> dict[str, tuple[Box, ...]]:
-    """What a rank asks for: see `load`."""
+    """The boxes of a rank's targets, by tensor."""
     return {name: tuple(dict.fromkeys(t.box for t in found)) for name, found in targets.items()}
 
 
@@ -133,7 +136,7 @@ def _load_alone(request: LoadRequest, plan: ReadPlan, statistics: LoadStatistics
 def _load_together(
     request: LoadRequest, plan: ReadPlan, memory: NodeMemory, statistics: LoadStatistics
 ) -> None:
-    """Round k: read my load k, then take what is mine from every rank's load k - 1."""
+    """Load in rounds: round k reads this rank's load k and takes boxes from every load k - 1."""
     rank, mine = memory.rank, plan.loads[memory.rank]
     for number in range(plan.rounds + 1):
         if number < len(mine):
@@ -149,7 +152,7 @@ def _load_together(
             slot = memory.slot(reading, number - 1)
             _deliver(request, pieces, slot, own=reading == rank)
             memory.took(reading, number - 1)
-    # The slots are unmapped by their owners only after every rank has taken the last loads.
+    # Owners unmap their slots only after every rank has taken the last loads.
     for number in range(max(0, len(mine) - 2), len(mine)):
         memory.wait_free(number + 2, plan.receivers(rank, number))
 
@@ -157,7 +160,7 @@ def _load_together(
 def _interesting(
     plan: ReadPlan, rank: int, number: int
 ) -> Iterator[tuple[int, tuple[PieceRead, ...]]]:
-    """The loads of a round that this rank takes something from: its own first."""
+    """The loads of a round that this rank takes boxes from, its own first."""
     for reading in sorted(plan.loads, key=lambda peer: (peer != rank, peer)):
         loads = plan.loads[reading]
         if number < len(loads) and rank in plan.receivers(reading, number):
@@ -165,7 +168,7 @@ def _interesting(
 
 
 def _own_memory(pieces: Sequence[PieceRead], targets: Targets, rank: int) -> dict[int, int]:
-    """By number: the pieces that only this rank wants, whole, and their address in its state."""
+    """The pieces that only this rank wants, whole: piece number -> address in its state."""
     found: dict[int, int] = {}
     for number, read in enumerate(pieces):
         if len(read.deliveries) != 1 or read.deliveries[0].box != read.piece.box:
@@ -181,12 +184,12 @@ def _own_memory(pieces: Sequence[PieceRead], targets: Targets, rank: int) -> dic
 def _read(
     request: LoadRequest, pieces: Sequence[PieceRead], slot: Tensor, statistics: LoadStatistics
 ) -> None:
-    """Bring a load into a slot, or where only this rank wants it, and check it."""
+    """Read a load into a slot, or directly into this rank's state, and check it."""
     own = _own_memory(pieces, request.targets, request.rank)
     requests, places, _ = requests_of(pieces, own)
     statistics.read_bytes += sum(asked.length for asked in requests)
     number = 0
-    # A piece is checked as soon as it is there, while it is in a cache and the next ones arrive.
+    # A piece is checked as soon as it is there, still in a cache, while the next ones arrive.
     for arrived in request.reader.read(requests, slot.data_ptr()):
         asked = requests[arrived]
         end = asked.offset + asked.length
@@ -215,7 +218,7 @@ def _check(read: PieceRead, found: int, where: str) -> None:
 
 
 def _deliver(request: LoadRequest, pieces: Sequence[PieceRead], slot: Tensor, own: bool) -> None:
-    """Take this rank's boxes out of a slot.
+    """Copy this rank's boxes out of a slot.
 
     Args:
         own: whether this rank has read the load itself.
@@ -238,7 +241,7 @@ def _deliver(request: LoadRequest, pieces: Sequence[PieceRead], slot: Tensor, ow
 
 
 def piece_values(content: Tensor, read: PieceRead) -> Tensor:
-    """A piece's bytes (uint8) as values in the shape of its box."""
+    """The bytes of a piece (uint8) as values in the shape of its box."""
     dtype = TORCH_DTYPES[read.dtype]
     if content.data_ptr() % dtype.itemsize or content.storage_offset() % dtype.itemsize:
         content = content.clone()

@@ -1,6 +1,6 @@
-"""Memory that the ranks of one node share while they load: one fills it, the others take from it.
+"""Memory that the ranks of one node share while loading: one rank fills it, the others copy.
 
-Each rank owns two slots and a page of counters, which only it writes; so nothing needs a lock.
+Each rank owns two slots and a page of counters that only it writes, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _FILLED, _FAILED, _ATTACHED, _FIRST_CONSUMED = 0, 1, 2, 8
 _PAUSE_S = 0.0002
 _LOOK_FOR_S = 0.002
 _LOOK_S = 0.5
-"""How often a rank that waits looks whether the others are alive."""
+"""The interval at which a waiting rank checks that the others are alive, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeMeeting:
-    """How the ranks of a node find each other to load together."""
+    """The means by which the ranks of a node meet to load together."""
 
     store: Store
     name: str
-    """Of this load, never used before on this store."""
+    """The name of this load, never used before on this store."""
     timeout_s: float = 600.0
-    """How long one wait for another rank may last."""
+    """The longest wait for another rank, in seconds."""
     check: Callable[[], None] = field(default=lambda: None)
-    """Called while waiting; what it raises ends the wait."""
+    """A function called while waiting; an exception from it ends the wait."""
 
 
 class NodeMemory:
@@ -49,8 +49,8 @@ class NodeMemory:
 
         Args:
             meeting: equal on all ranks of the node.
-            peers: all ranks of the node, this one included; equal on all.
-            slot_bytes: equal on all; rounded up to whole pages.
+            peers: all ranks of the node, this one included; equal on all ranks.
+            slot_bytes: the size of a slot; equal on all ranks, rounded up to whole pages.
         """
         self.rank, self.peers = rank, tuple(peers)
         self._index = {peer: place for place, peer in enumerate(self.peers)}
@@ -101,20 +101,20 @@ class NodeMemory:
         return whole[begin : begin + self.slot_bytes]
 
     def wait_free(self, number: int, receivers: Iterable[int]) -> None:
-        """Reader: wait until `receivers` have taken what they want of load `number` - 2."""
+        """As a reader, wait until `receivers` have taken their boxes of load `number` - 2."""
         for peer in receivers:
             self._wait_until(peer, _FIRST_CONSUMED + self._index[self.rank], number - 1)
 
     def publish(self, number: int) -> None:
-        """Reader: load `number` lies in its slot."""
+        """As a reader, publish load `number`, which lies in its slot."""
         self._counters[self.rank][_FILLED] = number + 1
 
     def wait_filled(self, reader: int, number: int) -> None:
-        """Receiver: wait until a reader has published load `number`."""
+        """As a receiver, wait until a reader has published load `number`."""
         self._wait_until(reader, _FILLED, number + 1)
 
     def took(self, reader: int, number: int) -> None:
-        """Receiver: load `number` of a reader is no longer needed here."""
+        """As a receiver, say that load `number` of a reader is no longer needed here."""
         self._counters[self.rank][_FIRST_CONSUMED + self._index[reader]] = number + 1
 
     def report_failure(self, reason: str) -> None:
@@ -123,13 +123,13 @@ class NodeMemory:
         self._counters[self.rank][_FAILED] = 1
 
     def close(self) -> None:
-        """Unmap; what was handed out must no longer be in use. Local."""
+        """Unmap the memory; tensors that were handed out must not be in use any more. Local."""
         self._store.delete_key(f"memory/{self.rank}")
         for view in self._counters.values():
             view.release()
         self._counters.clear()
         for mapped in self._maps.values():
-            # A tensor that still looks at it keeps it mapped until it is gone.
+            # A tensor that still uses the memory keeps it mapped until the tensor is gone.
             with contextlib.suppress(BufferError):
                 mapped.close()
         self._maps.clear()

@@ -1,8 +1,8 @@
-"""Which rank of a node reads which pieces, and which ranks get their boxes. Pure; needs no torch.
+"""The read plan: which rank of a node reads which pieces, and which ranks get their boxes. Pure.
 
-A piece that some rank of the node needs is read once, whole, so that it can be checked. The boxes
-in it are then handed to the ranks that want them. `transfers` says what moves: pieces are the
-holders of the source layout, ranks those of the target layout.
+A piece that some rank of the node needs is read once, whole, so that it can be checked. Its boxes
+are then handed to the ranks that want them. `transfers` computes the moves: pieces hold the source
+layout, ranks the target layout. Needs no torch.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class PieceRead:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """What the ranks of one node read: loads of at most `load_bytes`, in order, by reading rank."""
+    """The loads of the ranks of one node, by reading rank, in order: at most `load_bytes` each."""
 
     loads: Mapping[int, tuple[tuple[PieceRead, ...], ...]]
     load_bytes: int
 
     @property
     def bytes(self) -> int:
-        """What the node reads from storage."""
+        """The bytes that the node reads from storage."""
         return sum(
             read.piece.length for loads in self.loads.values() for load in loads for read in load
         )
 
     @property
     def memory_bytes(self) -> int:
-        """The largest load with the gaps that direct reads need."""
+        """The size of the largest load, with the gaps that direct reads need."""
         return max(
             (requests_of(load)[2] for loads in self.loads.values() for load in loads), default=0
         )
@@ -61,7 +61,7 @@ class ReadPlan:
         return max(map(len, self.loads.values()), default=0)
 
     def receivers(self, reader: int, number: int) -> frozenset[int]:
-        """The ranks that take something out of a load."""
+        """The ranks that take boxes out of a load."""
         return frozenset(d.rank for read in self.loads[reader][number] for d in read.deliveries)
 
 
@@ -69,7 +69,8 @@ def check_coverage(manifest: Manifest, where: str) -> None:
     """Check that the pieces of a manifest make up every tensor, each element once.
 
     Raises:
-        CheckpointError: a hole, an overlap, or a piece outside its tensor, named.
+        CheckpointError: a tensor has a hole or an overlap, or a piece lies outside it; the message
+            names it.
     """
     held: defaultdict[str, int] = defaultdict(int)
     for file, entry in manifest.files.items():
@@ -110,10 +111,10 @@ def make_read_plan(
     """Plan what the ranks of one node read. Pure.
 
     Args:
-        wanted: by rank of the node: the boxes that it needs, by tensor.
-        load_bytes: what is read and handed on at a time; one piece at least.
+        wanted: the boxes that each rank of the node needs, by rank and tensor.
+        load_bytes: the bytes read and handed on at a time; one piece at least.
     Raises:
-        CheckpointError: a tensor or a box that the checkpoint does not have.
+        CheckpointError: the checkpoint lacks a tensor or a box.
     """
     names = {name for boxes in wanted.values() for name in boxes}
     missing = sorted(names - manifest.tensors.keys())
@@ -143,7 +144,7 @@ def make_read_plan(
                 deliveries = taken.get((file, name, place))
                 if not deliveries:
                     continue
-                # A rank that needs it reads it, the least loaded one: most bytes then stay there.
+                # The least loaded rank that needs a piece reads it: most bytes then stay there.
                 reader = min({d.rank for d in deliveries}, key=lambda rank: (load[rank], rank))
                 load[reader] += piece.length
                 dtype = manifest.tensors[name].dtype
@@ -169,31 +170,31 @@ def _loads(reads: Sequence[PieceRead], limit: int) -> tuple[tuple[PieceRead, ...
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Bytes of one file that are read at once."""
+    """A range of one file that is read in one request."""
 
     file: str
     offset: int
     length: int
     place: int
-    """Where they go in the load's memory: as far from a multiple of ALIGNMENT as in the file."""
+    """The offset in the load's memory: as far from a multiple of ALIGNMENT as in the file."""
     target: int = 0
-    """The address where they go instead, if that is not 0."""
+    """The address of the bytes if they do not go to the load's memory; else 0."""
 
     def address(self, memory: int) -> int:
-        """Where they go, given the address of the load's memory."""
+        """The address of the bytes, given the address of the load's memory."""
         return self.target or memory + self.place
 
 
 def requests_of(
     reads: Sequence[PieceRead], targets: Mapping[int, int] | None = None
 ) -> tuple[list[ReadRequest], list[int], int]:
-    """How a load is read: (requests, the place of each piece, bytes of memory).
+    """The requests of a load: (requests, offset of each piece, bytes of memory).
 
-    Pieces that follow each other in a file are one request.
+    Pieces that follow each other in a file share one request.
 
     Args:
-        targets: by number, pieces that go to an address of their own. Their places stay empty, so
-            that places are the same on ranks that do not know of these addresses.
+        targets: piece number -> address, for pieces that do not go to the load's memory. Their room
+            stays empty, so that offsets are equal on ranks that do not know these addresses.
     """
     own = targets or {}
     requests: list[ReadRequest] = []

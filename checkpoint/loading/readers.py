@@ -1,4 +1,4 @@
-"""Readers of a load's pieces: of a local folder by the file engine, of a URL by byte ranges."""
+"""Readers of a load's pieces: a local folder by the file engine, a URL by byte ranges."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ class ByteReader(Protocol):
     """Reads the bytes of one checkpoint. Local."""
 
     def read(self, requests: Sequence[ReadRequest], address: int) -> Iterator[int]:
-        """Bring all requests to their places after `address`.
+        """Read all requests to their offsets after `address`. Yields their numbers as they arrive.
 
-        Yields their numbers, in order, as they arrive.
-
-        The memory must stay as it is until the iterator has ended, well or not.
+        The memory must stay allocated until the iterator has ended, well or not.
 
         Raises:
             CheckpointError: a file is missing, too short or cannot be read.
@@ -33,11 +31,11 @@ class ByteReader(Protocol):
         ...
 
     def read_file(self, name: str, length: int | None = None) -> bytes:
-        """A whole small file, or the first `length` bytes of one."""
+        """A whole small file, or its first `length` bytes."""
         ...
 
     def size(self, name: str) -> int:
-        """A file's length in bytes."""
+        """The length of a file in bytes."""
         ...
 
     def close(self) -> None: ...
@@ -46,8 +44,8 @@ class ByteReader(Protocol):
 class FolderReader:
     """A checkpoint in a local folder.
 
-    Read through the page cache. Where nothing is cached that is as fast as past it (measured), and
-    the next reader of the same files, an evaluation beside the training say, finds them in memory.
+    Reads go through the page cache. With nothing cached that is as fast as past it (measured), and
+    the next reader of the same files, such as an evaluation, finds them in memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +70,8 @@ class FolderReader:
                     self._engine.wait(ticket)
                     yield number
             finally:
-                # After a failure the rest is still in flight; its outcome no longer matters.
+                # After a failure the other reads are still in flight; their outcome no longer
+                # matters.
                 with contextlib.suppress(OSError):
                     self._engine.wait_all()
         except OSError as error:
@@ -139,7 +138,7 @@ class RemoteReader:
         return self._asked(name, lambda path: self._filesystem.cat_file(path, start=start, end=end))
 
     def _asked(self, name: str, ask: Callable[[str], _T]) -> _T:
-        # Each driver has its own kinds of errors; all of them mean the same here.
+        # Each driver has its own kinds of errors; they all mean the same here.
         try:
             return ask(f"{self._path}/{name}")
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Saving: the write plan, lazy snapshots, and the commit.
+"""Saving: the write plan, lazy snapshots, and the commit of a checkpoint.
 
 May import checkpoint.format, stores, parallel.
 """

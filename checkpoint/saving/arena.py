@@ -1,6 +1,6 @@
-"""Bounded memory between the state and the disk: aligned slabs that are filled, written and reused.
+"""The arena: bounded memory between state and disk, in aligned slabs that are filled and written.
 
-Exact-mode safe: it only copies bytes.
+Slabs are reused after their write. Exact-mode safe: bytes are only copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from holdfast.parallel.errors import CheckpointError
 
 SLAB_BYTES = 4 << 20
 _SLICE_S = 0.1
-"""How long a wait for the disk lasts before it looks whether it is still wanted."""
+"""The interval at which a wait for the disk checks that the save is still wanted, in seconds."""
 
 
 class Cancelled(Exception):
@@ -27,7 +27,7 @@ class Cancelled(Exception):
 
 
 class Deadline:
-    """When a save is given up, and whether it was."""
+    """The deadline of a save, and whether the save was given up before."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -35,7 +35,7 @@ class Deadline:
         self.cancelled = False
 
     def check(self) -> None:
-        """Raise `Cancelled` once the time is over or the save was given up."""
+        """Raise `Cancelled` once the deadline has passed or the save was given up."""
         if self.cancelled or time.monotonic() > self.at:
             self.cancelled = True
             raise Cancelled
@@ -46,14 +46,14 @@ class Deadline:
 
 
 class Arena:
-    """Slabs of one size: each is free, being filled, or being written. One save at a time."""
+    """Slabs of one size, each free, being filled, or being written. One save at a time."""
 
     def __init__(self, engine: _native.FileEngine, nbytes: int, *, pinned: bool = False) -> None:
-        """Set the memory aside and register it with the engine.
+        """Allocate the memory and register it with the engine.
 
         Args:
-            nbytes: rounded up to whole slabs, two at least.
-            pinned: page-locked memory, for copies from a GPU.
+            nbytes: the size, rounded up to whole slabs, two at least.
+            pinned: use page-locked memory, for copies from a GPU.
         """
         self._engine = engine
         count = max(2, -(-nbytes // SLAB_BYTES))
@@ -69,10 +69,10 @@ class Arena:
         self._writing: deque[tuple[int, int]] = deque()
 
     def take(self, deadline: Deadline) -> int:
-        """A free slab; waits for the oldest write when there is none.
+        """Take a free slab; wait for the oldest write when there is none.
 
         Raises:
-            OSError: that write failed.
+            OSError: the oldest write failed.
             Cancelled: the deadline passed.
         """
         self._collect()
@@ -89,7 +89,7 @@ class Arena:
         return self._memory.data_ptr() + slab * SLAB_BYTES
 
     def write(self, slab: int, file: int, offset: int, begin: int, nbytes: int) -> None:
-        """Write a part of a slab, which is free again once that is done."""
+        """Write a part of a slab to a file. The slab is free again once the write is done."""
         try:
             ticket = self._engine.write(file, self.address(slab) + begin, offset, nbytes)
         except OSError:
@@ -98,17 +98,17 @@ class Arena:
         self._writing.append((ticket, slab))
 
     def give_back(self, slab: int) -> None:
-        """Free a slab of which nothing was written."""
+        """Free a slab that nothing was written from."""
         self._free.append(slab)
 
     def drain(self, deadline: Deadline) -> None:
-        """Wait until nothing is being written; raises the first failure, as `take` does."""
+        """Wait until all writes have ended. Raises the first failure, as `take` does."""
         while self._writing:
             deadline.check()
             self._reap(_SLICE_S)
 
     def recover(self, seconds: float) -> None:
-        """After a failed save: let what is in flight end, whatever comes of it.
+        """Wait after a failed save until all writes have ended, whatever their outcome.
 
         Raises:
             CheckpointError: the device still holds on to a buffer after `seconds`.
@@ -127,7 +127,7 @@ class Arena:
             self._reap(0.0)
 
     def _reap(self, timeout_s: float) -> bool:
-        """Free the slab of the oldest write, if that ends in time; raises what it ended with."""
+        """Free the slab of the oldest write if it ends in time; raise the write's error."""
         ticket, slab = self._writing[0]
         finished = False
         try:
@@ -143,10 +143,10 @@ class Arena:
 
 
 class FileStream:
-    """Bytes on their way to one file: gathered in a slab, which is written when it is full.
+    """The bytes on their way to one file, gathered in a slab that is written when it is full.
 
-    The slab's bytes lie at the same distance from a multiple of ALIGNMENT as in the file, so that
-    the engine can write them directly.
+    The bytes in the slab are as far from a multiple of ALIGNMENT as in the file, so that the engine
+    can write them directly.
     """
 
     def __init__(self, arena: Arena, file: int) -> None:
@@ -159,7 +159,7 @@ class FileStream:
         """Of the slab's first used byte, in the file."""
 
     def room(self, offset: int, deadline: Deadline) -> Tensor:
-        """Where the bytes at `offset` of the file go: uint8, as many as have room."""
+        """The memory for the bytes from `offset` of the file on: uint8, as many as have room."""
         if self._slab >= 0 and (
             self._offset + self._fill - self._begin != offset or self._fill == SLAB_BYTES
         ):
@@ -171,11 +171,11 @@ class FileStream:
         return self._arena.tensor(self._slab)[self._fill :]
 
     def filled(self, nbytes: int) -> None:
-        """`nbytes` were put where `room` said."""
+        """Count `nbytes` that were put into the memory of `room`."""
         self._fill += nbytes
 
     def flush(self) -> None:
-        """Send what is in the slab to the file."""
+        """Write the content of the slab to the file."""
         if self._slab < 0:
             return
         slab, self._slab = self._slab, -1

@@ -1,4 +1,4 @@
-"""Weights that tensor parallelism splits along columns are joined to whole rows on their way."""
+"""The joining of weights that tensor parallelism splits along columns into whole rows."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def join_pieces(
     Collective over `comm`. A member that cannot write goes on sending, so that no other waits.
 
     Args:
-        pieces: what this rank writes or sends, in the order of the plan.
+        pieces: the pieces that this rank writes or sends, in the order of the plan.
         source: (tensor, box) -> this rank's live values of that box.
         comm: the tensor-parallel group, over CPU tensors.
-        snapshot: what writes the joined pieces; its files are open.
+        snapshot: writes the joined pieces; its files are open.
     Returns:
         CRC-32C of each joined piece written here, by (file, offset).
     Raises:

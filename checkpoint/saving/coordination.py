@@ -1,7 +1,7 @@
-"""Reports between the ranks of a save, over the control plane's store and with a deadline.
+"""The coordination of a save: reports between ranks over the rendezvous store, with a deadline.
 
-Nothing here is collective. A rank that is stuck does not report: it is named with its phase, and
-the save is given up. Training never waits for it.
+Nothing here is collective. A rank that is stuck does not report. It is then named with its phase,
+and the save is given up. Training never waits for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from holdfast.parallel.errors import CheckpointError
 _FIRST_POLL_S = 0.0005
 _LONGEST_POLL_S = 0.005
 _POLL_PER_RANK_S = 2e-5
-"""Many ranks look less often: together they ask the store 50,000 times a second at most."""
+"""With many ranks each asks less often: together at most 50,000 times a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Members:
 
     rank: int
     nodes: tuple[int, ...]
-    """The node of each rank; their number is that of the ranks."""
+    """The node of each rank; the length is the number of ranks."""
     store: Store
-    """Where they meet."""
+    """The rendezvous store where they meet."""
 
     @property
     def size(self) -> int:
@@ -43,7 +43,7 @@ class Members:
         return [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
 
     def with_own_connection(self) -> Members:
-        """The same for another thread, which needs a connection of its own where there is one."""
+        """The same members for another thread, with an own connection where that is possible."""
         try:
             return replace(self, store=self.store.clone())  # pyrefly: ignore
         except (RuntimeError, NotImplementedError):
@@ -51,14 +51,14 @@ class Members:
 
 
 class Coordination:
-    """What the ranks of one save have reported, by keys of the store. Every call is local."""
+    """The reports of the ranks of one save, as keys of the store. Every call is local."""
 
     def __init__(self, members: Members, name: str) -> None:
         """Begin to coordinate one save.
 
         Args:
-            members: with a connection of this thread's own.
-            name: of this save, never used before.
+            members: the ranks, with a connection that belongs to this thread.
+            name: the name of the save, never used before.
         """
         self.members = members
         self._store = PrefixStore(f"checkpoint/{name}", members.store)
@@ -86,7 +86,7 @@ class Coordination:
         return self.rank == self.coordinator
 
     def enter(self, phase: str) -> None:
-        """Say what this rank does now, for the message if it does not come out of it."""
+        """Set the phase of this rank, for the message if the rank gets stuck in it."""
         self.phase = phase
         self._store.set(f"phase/{self.rank}", phase)
 
@@ -101,15 +101,16 @@ class Coordination:
     def collect(
         self, kind: str, ranks: Sequence[int], deadline: Deadline, *, patience_s: float = 0.0
     ) -> dict[int, dict[str, Any]]:
-        """The `kind` of each of `ranks`.
+        """Wait for the reports of a `kind` from `ranks`. Returns them by rank.
 
         Args:
             kind: "begin", "written", "header" or "end".
-            deadline: of the save; a wait lasts no longer.
-            patience_s: after the deadline, so that the coordinator can say which rank is late.
+            deadline: the deadline of the save; a wait lasts no longer.
+            patience_s: the time to wait beyond the deadline, so that the coordinator can name the
+                late rank.
         Raises:
             CheckpointError: a rank failed, or did not report in time; it is named with its phase.
-            Cancelled: this rank's part was given up meanwhile.
+            Cancelled: the save was given up on this rank meanwhile.
         """
         keys = {rank: f"{kind}/{rank}" for rank in ranks}
         pause = _FIRST_POLL_S
@@ -125,14 +126,14 @@ class Coordination:
         return {rank: msgspec.json.decode(text) for rank, text in zip(keys, found, strict=True)}
 
     def clear(self) -> None:
-        """Remove this rank's keys; called once no rank waits for them."""
+        """Remove this rank's keys, once no rank waits for them."""
         for kind in ("phase", "begin", "written", "header", "end"):
             self._store.delete_key(f"{kind}/{self.rank}")
         if self.is_coordinator:
             self._store.delete_key("failed")
 
     def failure(self) -> str:
-        """Why this save has failed on some rank; empty when none has said so."""
+        """The reason why this save has failed on some rank; empty while none has reported one."""
         return self._store.get("failed").decode() if self._store.check(["failed"]) else ""
 
     def _raise_failure(self) -> None:

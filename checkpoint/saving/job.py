@@ -1,4 +1,4 @@
-"""What is asked of a save, and how it ended."""
+"""The job of a save, and its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Source = Callable[[str, Box], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SaveJob:
-    """What is saved, and where. Equal on every rank but for `source` and `before`."""
+    """What one save writes, and where. Equal on every rank but for `source` and `before`."""
 
     step: int
     store: LocalStore
@@ -29,20 +29,21 @@ class SaveJob:
     plan: WritePlan
     source: Source
     before: Callable[[PlannedPiece], int] = field(default=lambda piece: 0)
-    """The fence of each piece; see `Snapshot`."""
+    """The fence number of each piece; see `Snapshot`."""
     scalars: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
-    """Small files that are part of the checkpoint; the coordinator's are written."""
+    """Contents of small files of the checkpoint, by name; the coordinator writes them."""
     retention: Retention = field(default_factory=Retention)
+    """The older checkpoints that stay."""
     pinned: bool = False
-    """Whether page-locked memory helps: the state is on a GPU. The first save decides."""
+    """Whether page-locked memory helps, because the state is on a GPU. The first save decides."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
-    """How a save ended; on the coordinator with the times of all ranks."""
+    """The result of a save; on the coordinator it has the times of all ranks."""
 
     step: int
     tier: str
@@ -52,14 +53,14 @@ class SaveResult:
     bytes: int
     total_s: float
     times: Mapping[int, Mapping[str, float]]
-    """By rank: stall_s, copy_s, write_s, sync_s; this rank alone on others than the coordinator."""
+    """By rank: stall_s, copy_s, write_s, sync_s. Only the coordinator has other ranks' times."""
     commit_s: float = 0.0
     imbalance: float = 1.0
-    """Bytes of the rank that wrote most over the mean."""
+    """The bytes of the rank that wrote most, over the mean."""
 
     @property
     def slowest(self) -> tuple[int, str]:
-        """The rank that took longest, and the phase in which it did."""
+        """The rank that took longest, and its longest phase."""
         rank, phase, _ = max(
             ((r, p, s) for r, t in self.times.items() for p, s in t.items() if p != "stall_s"),
             key=lambda found: found[2],

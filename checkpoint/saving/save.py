@@ -1,7 +1,7 @@
-"""One save of one rank while it is under way, from the snapshot to the commit.
+"""One save of one rank, from the snapshot to the commit.
 
-Phases: begin (the coordinator makes the folder), copy, write, sync, commit. Ranks report to each
-other over the store.
+Its phases are begin (the coordinator makes the folder), copy, write, sync, commit. Ranks report to
+each other over the rendezvous store.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError
 
 PATIENCE_S = 5.0
-"""How long ranks wait after a deadline for the coordinator to say who is late."""
+"""How long ranks wait beyond a deadline for the coordinator to name the late rank, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaveResources:
-    """What the saves of one rank use, one after the other."""
+    """The resources that the saves of one rank use, one after the other."""
 
     engine: _native.FileEngine
     arena: Arena
     join: Communicator | None
-    """The tensor-parallel group, for weights split along columns; over CPU tensors."""
+    """The tensor-parallel group over CPU tensors, for weights split along columns."""
 
 
 @dataclass(slots=True)
 class PhaseSeconds:
-    """How long this rank's phases took."""
+    """The seconds that this rank spent in each phase."""
 
     stall_s: float = 0.0
     copy_s: float = 0.0
@@ -61,7 +61,7 @@ class PhaseSeconds:
 class Save:
     """One save of one rank. `run` is called once, in the background thread.
 
-    Its attributes are what the five phases leave to each other.
+    Its attributes are the results that the five phases hand to each other.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Save:
         deadline: Deadline,
         resources: SaveResources,
     ) -> None:
-        """Take note of the state as it is now, in the thread that trains; nothing is copied yet."""
+        """Note the present state, in the training thread; nothing is copied yet."""
         self.job, self.coordination, self.deadline = job, coordination, deadline
         self._resources = resources
         written = [p for p in job.plan.pieces_of(coordination.rank) if not p.sources]
@@ -109,7 +109,7 @@ class Save:
         return self.coordination.rank
 
     def run(self) -> SaveResult:
-        """Save; what goes wrong is in the result."""
+        """Save. Errors are in the result, never raised."""
         began = perf_counter()
         path, error = None, ""
         try:
@@ -141,7 +141,7 @@ class Save:
         )
 
     def _release(self, error: str) -> str:
-        """After a failure: tell the others, release files and buffers; returns the cause."""
+        """Tell the others of a failure, release files and buffers. Returns the cause."""
         with contextlib.suppress(RuntimeError):
             self.coordination.report_failure(error)
             error = self.coordination.failure() or error
@@ -190,7 +190,7 @@ class Save:
         return Path(told[leader]["path"])
 
     def _begin(self) -> None:
-        """The folder, the files and what needs other ranks' parts."""
+        """Prepare the folder and the files, and join the pieces that need other ranks' parts."""
         job, coordination = self.job, self.coordination
         self._resources.arena.recover(self.deadline.left_s)
         leader = coordination.coordinator
@@ -216,7 +216,7 @@ class Save:
             )
 
     def _sync_for_others(self) -> None:
-        """Sync files whose lead is on another node: it cannot sync what this node has cached."""
+        """Sync the files with a lead on another node, which cannot sync bytes cached here."""
         nodes = self.coordination.members.nodes
         leads = {f.name: f.lead for f in self.job.plan.files if f.pieces}
         for name, handle in self._handles.items():
@@ -224,7 +224,7 @@ class Save:
                 self._resources.engine.sync(handle)
 
     def _finish_file(self, file: PlannedFile) -> int:
-        """Write and sync the header of a file that this rank leads; returns its CRC-32C."""
+        """Write and sync the header of a file that this rank leads. Returns its CRC-32C."""
         others = [rank for rank in file.writers if rank != self.rank]
         reports = self.coordination.collect("written", others, self.deadline)
         found = {rank: report["crc32c"] for rank, report in reports.items()}
@@ -244,7 +244,7 @@ class Save:
         return crc
 
     def _commit(self) -> None:
-        """Coordinator: when every rank has written and synced, make the folder a checkpoint."""
+        """As the coordinator, commit the checkpoint when every rank has written and synced."""
         job, ranks = self.job, self.coordination.ranks
         written = self.coordination.collect("written", ranks, self.deadline)
         headers = self.coordination.collect("header", ranks, self.deadline)
@@ -259,7 +259,7 @@ class Save:
         self._commit_s = perf_counter() - began
 
     def _checksums(self) -> Sequence[int]:
-        """CRC-32C of this rank's pieces in the order of the plan."""
+        """CRC-32C of this rank's pieces, in the order of the plan."""
         found = dict(self._joined)
         for piece, crc in zip(self._local, self.snapshot.checksums, strict=True):
             found[piece.file, piece.offset] = crc
@@ -272,7 +272,7 @@ class Save:
 
 
 def _preflight(job: SaveJob) -> None:
-    """Refuse a save that the disk has no room for, before anything is written."""
+    """Refuse a save that the disk lacks room for, before anything is written."""
     free = job.store.free_bytes()
     if free < job.plan.bytes:
         raise CheckpointError(
@@ -282,7 +282,7 @@ def _preflight(job: SaveJob) -> None:
 
 
 def _said(failure: OSError, job: SaveJob) -> str:
-    """What a save that the file system refused is reported as."""
+    """The reported reason of a save that the file system refused."""
     place = f" ({failure.filename})" if failure.filename else ""
     said = f"{failure.strerror or failure}{place}"
     if failure.errno in (errno.ENOSPC, errno.EDQUOT):

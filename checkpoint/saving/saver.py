@@ -1,7 +1,7 @@
 """The saves of one rank, one at a time, each in a background thread.
 
-A save that fails or is late is given up, with the rank and the phase named, and leaves the last
-checkpoint as it was.
+A save that fails or is late is given up, with the rank and the phase named. The last checkpoint
+stays as it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STUCK = "the save before is still under way"
 
 
 class Saver:
-    """Saves of one rank, one at a time. The thread that trains calls `start` and `fence`."""
+    """Saves of one rank, one at a time. The training thread calls `start` and `fence`."""
 
     def __init__(
         self,
@@ -34,13 +34,13 @@ class Saver:
         join: Communicator | None = None,
         pinned: bool = False,
     ) -> None:
-        """Set aside the memory for saves.
+        """Allocate the arena and open the file engine.
 
         Args:
             arena_bytes: host memory between the state and the disk.
-            timeout_s: after which a save is given up.
-            join: the tensor-parallel group, for weights split along columns; over CPU tensors.
-            pinned: page-locked memory, when the state is on a GPU.
+            timeout_s: the time after which a save is given up.
+            join: the tensor-parallel group over CPU tensors, for weights split along columns.
+            pinned: use page-locked memory, because the state is on a GPU.
         """
         self._members = members.with_own_connection()
         self._timeout_s = timeout_s
@@ -61,15 +61,14 @@ class Saver:
 
     @property
     def engine(self) -> _native.FileEngine:
-        """What writes the files."""
+        """The engine that writes the files."""
         return self._resources.engine
 
     def start(self, job: SaveJob) -> None:
-        """Begin a save of the state as it is now. Called by all ranks.
+        """Begin a save of the present state. All ranks call this.
 
-        Where the save before is still under way, which `wait` avoids, this one fails on all ranks.
-
-        The state must not change but behind `fence` until `fence` has let everything pass.
+        If the last save is still under way, which `wait` prevents, this one fails on all ranks.
+        Until `fence` has let everything pass, the state must change only behind `fence`.
         """
         self._saves += 1
         coordination = Coordination(self._members, f"{self._saves}")
@@ -87,17 +86,17 @@ class Saver:
         self._thread.start()
 
     def fence(self, number: int) -> int:
-        """Wait until what `before` <= number protects is copied; see `Snapshot.fence`."""
+        """Wait until everything with `before` <= `number` is copied; see `Snapshot.fence`."""
         return self._save.snapshot.fence(number) if self._save is not None else ALL
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the save under way, if any, and for its commit; False when it takes longer."""
+        """Wait until the save under way, if any, is committed; False when that takes longer."""
         if self._thread is not None:
             self._thread.join(timeout_s)
         return not self.busy
 
     def results(self) -> list[SaveResult]:
-        """Saves that have ended since the last call."""
+        """The saves that have ended since the last call."""
         found = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -113,10 +112,10 @@ class Saver:
                 join.abort(reason)
 
     def cancel(self, reason: str, patience_s: float = PATIENCE_S) -> None:
-        """Give up the save under way, and return once nothing reads the state any more. Local.
+        """Give up the save under way; return once nothing reads the state any more. Local.
 
         Args:
-            patience_s: how long the thread's end is waited for; later it ends by itself.
+            patience_s: how long the thread's end is waited for; a later end comes by itself.
         """
         self.abort(reason)
         if self._thread is not None and self._save is not None:
@@ -132,7 +131,7 @@ class Saver:
         _lower_priority()
         result = save.run()
         if not result.error:
-            # All ranks take part in this save, so they have read all of the one before.
+            # All ranks take part in this save, so they have read all reports of the one before.
             with contextlib.suppress(RuntimeError):
                 if self._finished is not None:
                     self._finished.clear()
@@ -141,6 +140,6 @@ class Saver:
 
 
 def _lower_priority() -> None:
-    """Let threads that compute go first; a fence copies in its caller's thread."""
+    """Lower this thread's priority below computing threads; fences copy in their callers' threads."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -1,8 +1,8 @@
-"""The lazy snapshot: state is copied while the next step computes, and each block is fenced.
+"""The lazy snapshot: state is copied while the next step computes, with a fence for each block.
 
 State does not change from one optimizer update to the next, so the copy runs beside the following
-forward and backward passes (Maurya et al. 2024, DataStates-LLM). Before the optimizer overwrites
-something it calls `fence`, which copies in the caller's thread what is left. Exact-mode safe.
+forward and backward passes (Maurya et al. 2024, DataStates-LLM). Before the optimizer overwrites a
+block it calls `fence`, which copies the rest of that block in the caller's thread. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline, FileStr
 from holdfast.parallel.errors import CheckpointError
 
 ALL = 1 << 62
-"""A fence number behind which everything is copied."""
+"""The fence number that protects everything."""
 _COPY_BYTES = 1 << 20
-"""What is copied under the lock at a time: a fence waits for no more than this."""
+"""Bytes copied under the lock at a time; a fence waits for no more than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +34,19 @@ class SnapshotItem:
     file: str
     offset: int
     before: int
-    """The fence that must not be passed until this is copied."""
+    """The fence that must not open before this is copied."""
 
 
 @dataclass(slots=True)
 class _Cursor:
-    """How far the copy is: items before `item` are copied, and `done` bytes of that one."""
+    """The position of the copy: all items before `item`, and `done` bytes of it, are copied."""
 
     item: int = 0
     done: int = 0
     crc: int = 0
-    """CRC-32C of the bytes of the item that are copied."""
+    """CRC-32C of the copied bytes of the item."""
     checksums: list[int] = field(default_factory=list)
-    """Of the items that are copied."""
+    """CRC-32C of the copied items."""
 
     def advance(self, size: int, nbytes: int) -> None:
         """Count `size` bytes more of an item of `nbytes`."""
@@ -58,18 +58,18 @@ class _Cursor:
 
 
 class Snapshot:
-    """One save of one rank, from live state to the file engine.
+    """The snapshot of one save of one rank, from live state to the file engine.
 
-    `run` is called once, by a background thread; `fence` by the thread that trains; `abort` by any.
+    A background thread calls `run`, once. The training thread calls `fence`, any thread `abort`.
     """
 
     def __init__(self, items: Sequence[SnapshotItem], arena: Arena, deadline: Deadline) -> None:
-        """Take note of the items; copying begins with `open`.
+        """Note the items; copying begins with `open`.
 
         Args:
             items: in ascending order of `before`.
-            arena: no other save uses it meanwhile.
-            deadline: when the save is given up.
+            arena: the arena; no other save may use it meanwhile.
+            deadline: the deadline of the save.
         """
         self._items = items
         self._arena = arena
@@ -86,7 +86,7 @@ class Snapshot:
 
     @property
     def checksums(self) -> list[int]:
-        """CRC-32C of each item that is copied, in their order."""
+        """CRC-32C of each copied item, in their order."""
         return self._cursor.checksums
 
     @property
@@ -99,14 +99,14 @@ class Snapshot:
         return self._cursor.item == len(self._items)
 
     def use(self, files: Mapping[str, int]) -> None:
-        """Name the engine's handle of each file that is written; before anything is copied."""
+        """Set the engine's handle of each file, before anything is copied."""
         self._streams = {name: FileStream(self._arena, handle) for name, handle in files.items()}
 
     def open(self, prepare: Callable[[], None] | None = None) -> None:
-        """Let copying begin, from the background thread and from fences.
+        """Begin copying, from the background thread and from fences.
 
         Args:
-            prepare: runs first, in the calling thread; fences wait for it.
+            prepare: called first, in the calling thread; fences wait for it.
         """
         try:
             if prepare is not None:
@@ -118,10 +118,10 @@ class Snapshot:
             self._opened.set()
 
     def write_now(self, source: Tensor, file: str, offset: int) -> int:
-        """Copy bytes that are no item, in the calling thread; returns their CRC-32C.
+        """Copy bytes that are not an item, in the calling thread. Returns their CRC-32C.
 
         Raises:
-            OSError, Cancelled: as `run`.
+            OSError, Cancelled: as for `run`.
         """
         crc = done = 0
         address = source.data_ptr()
@@ -135,7 +135,7 @@ class Snapshot:
         return crc
 
     def run(self) -> None:
-        """Copy everything; in the background thread.
+        """Copy all items, in the background thread.
 
         Raises:
             OSError: a file could not be written.
@@ -151,10 +151,10 @@ class Snapshot:
             stream.flush()
 
     def fence(self, number: int) -> int:
-        """Return once everything with `before` <= number is copied; helps copying.
+        """Return once everything with `before` <= `number` is copied; copies in the calling thread.
 
         Returns:
-            The highest number whose fence is open as well.
+            The highest number of an open fence.
         """
         if self._behind(number):
             began = perf_counter()
@@ -172,7 +172,7 @@ class Snapshot:
         self._opened.set()
 
     def cancel(self, reason: str = "") -> None:
-        """Give the save up, and return once nothing reads the state any more."""
+        """Give the save up; return once nothing reads the state any more."""
         self.abort(reason)
         with self._lock:
             pass
@@ -200,7 +200,7 @@ class Snapshot:
                 self._lock.release()
 
     def _copy_next(self) -> None:
-        """Copy the next bytes; the caller holds the lock and knows that there are some."""
+        """Copy the next bytes. The caller holds the lock, and there are bytes to copy."""
         cursor = self._cursor
         item = self._items[cursor.item]
         nbytes = item.source.numel() * item.source.element_size()
@@ -226,12 +226,12 @@ def _copy_from_host(source: Tensor, begin: int, memory: Tensor, crc: int) -> int
 
 
 def _copier_of(items: Sequence[SnapshotItem]) -> _Copier:
-    """What copies from the items' device; beside the stream that computes, where it is a GPU."""
+    """The function that copies from the items' device; on a GPU, beside the computing stream."""
     device = next((item.source.device for item in items if item.source.is_cuda), None)
     if device is None:
         return _copy_from_host
     complete = torch.cuda.Event()
-    # The state is complete once the stream that computes has come here.
+    # The state is complete once the computing stream has reached this point.
     complete.record(torch.cuda.current_stream(device))
     stream = torch.cuda.Stream(device)
 

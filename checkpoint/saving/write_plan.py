@@ -1,9 +1,9 @@
-"""Which rank writes what to which file: a pure function of tensors, holders and nodes.
+"""The write plan: which rank writes which pieces to which file. Pure; needs no torch.
 
-Equal on every rank, computed without communication, and kept by its user while the layout stands.
-Weights are written whole, under the names that Hugging Face loaders read, each file by one node.
-Other state is written in boxes, each by a rank that holds it. No byte is written twice. Needs no
-torch.
+It is a function of tensors, holders and nodes, equal on every rank, computed without communication,
+and kept while the layout stands. Weights are written whole, under the names that Hugging Face
+loaders read, each file by one node. Other state is written in boxes, each by a rank that holds it.
+No byte is written twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LARGEST_FILE_BYTES = 4 << 30
 
 
 def piece_bytes_for(total: int) -> int:
-    """How large a piece may be: 8 MiB, doubled until at most 2^18 of them make the checkpoint."""
+    """The largest piece in bytes: 8 MiB, doubled until 2^18 pieces make the checkpoint."""
     size = SMALLEST_PIECE_BYTES
     while total > size * MOST_PIECES:
         size *= 2
@@ -47,10 +47,11 @@ def make_write_plan(tensors: Sequence[SavedTensor], nodes: Sequence[int]) -> Wri
     """Plan a checkpoint. Pure.
 
     Args:
-        tensors: in the order in which files list them.
+        tensors: the tensors in the order in which files list them.
         nodes: the node of each rank.
     Raises:
-        LayoutError: parts leave a hole, overlap or lie outside their tensor; a name comes twice.
+        LayoutError: parts leave a hole, overlap or lie outside their tensor, or two tensors have
+            one name.
     """
     names = {tensor.name for tensor in tensors}
     if len(names) != len(tensors):
@@ -98,7 +99,7 @@ def _row_boxes(box: Box, row_bytes: int, piece_bytes: int) -> Iterator[Box]:
 
 
 def _merged(parts: Sequence[HeldBox]) -> list[HeldBox]:
-    """Neighbouring rows with the same holders become one part."""
+    """The parts, with neighbouring rows of the same holders merged."""
     merged: list[HeldBox] = []
     for part in sorted(parts, key=lambda p: (p.box.start[1:], p.box.start[:1])):
         last = merged[-1] if merged else None
@@ -117,7 +118,7 @@ def _merged(parts: Sequence[HeldBox]) -> list[HeldBox]:
 
 
 _Groups = tuple[tuple[int, ...], ...]
-"""Ways to provide a piece: each is the ranks that hold its parts, one a part."""
+"""Ways to provide a piece; each is the ranks that hold its parts, one rank a part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class _Draft:
     tensor: SavedTensor
     box: Box
     parts: tuple[Box, ...]
-    """What each rank of a group has of it; the box itself, or columns of it."""
+    """The part that each rank of a group has: the box itself, or columns of it."""
     groups: _Groups
 
     @property
@@ -135,7 +136,7 @@ class _Draft:
         return self.tensor.nbytes(self.box)
 
     def sources(self, group: tuple[int, ...]) -> tuple[HeldBox, ...]:
-        """Where a writer gets the bytes, when it must ask other ranks."""
+        """The sources of the bytes for a writer that must ask other ranks."""
         if len(group) == 1:
             return ()
         return tuple(HeldBox(box, (rank,)) for box, rank in zip(self.parts, group, strict=True))
@@ -149,7 +150,7 @@ def _drafts(tensor: SavedTensor, piece_bytes: int) -> list[_Draft]:
 
 
 def _own_drafts(tensor: SavedTensor, merged: Sequence[HeldBox], piece_bytes: int) -> list[_Draft]:
-    """Drafts that one rank has."""
+    """Drafts of pieces that one rank has whole."""
     drafts = []
     for part in merged:
         row_bytes = prod(part.box.shape[1:]) * ELEMENT_BYTES[tensor.dtype]
@@ -198,12 +199,12 @@ def _weight_files(
     flat = [draft for content in contents for tensor in content for draft in drafts[tensor.name]]
     near = _Nearby(nodes)
     usable = [near.groups(draft.groups, writing[draft.tensor.name]) for draft in flat]
-    # Leads stand for their groups, so that drafts with the same candidates are shared out evenly.
+    # Leads stand for their groups, so that drafts with the same candidates spread evenly.
     chosen = assign_owners([p.bytes for p in flat], [found.leads for found in usable])
     placed: defaultdict[str, list[_Placed]] = defaultdict(list)
     for number, (draft, found, lead) in enumerate(zip(flat, usable, chosen, strict=True)):
         group = found.by_lead[lead]
-        # Where a box is joined, the members of the group take turns in writing.
+        # Where a box is joined, the members of the group write in turn.
         writer = group[number % len(group)]
         placed[draft.tensor.name].append(_Placed(draft, writer, draft.sources(group)))
     return [
@@ -226,7 +227,7 @@ class _Candidates:
 
 
 class _Nearby:
-    """Which groups of ranks lie on one node; looked up once for each set of groups."""
+    """The groups of ranks that lie on one node, looked up once for each set of groups."""
 
     def __init__(self, nodes: Sequence[int]) -> None:
         self._nodes = nodes
@@ -241,7 +242,7 @@ class _Nearby:
         return self._complete[groups]
 
     def groups(self, groups: _Groups, node: int) -> _Candidates:
-        """The groups on a node; all where it has none."""
+        """The groups on a node; all groups where it has none."""
         key = groups, node
         if key not in self._groups:
             there = [g for g in groups if all(self._nodes[rank] == node for rank in g)]
@@ -253,14 +254,14 @@ class _Nearby:
 def _writing_nodes(
     tensors: Sequence[SavedTensor], drafts: Mapping[str, Sequence[_Draft]], nodes: Sequence[int]
 ) -> dict[str, int]:
-    """The node that writes each tensor: the least loaded of those that have all of it."""
+    """The node that writes each tensor: the least loaded of the nodes that have all of it."""
     near = _Nearby(nodes)
     loads: defaultdict[int, int] = defaultdict(int)
     writing: dict[str, int] = {}
     for tensor in sorted(tensors, key=lambda t: (-t.entry.bytes, t.name)):
         ways = {draft.groups for draft in drafts[tensor.name]}
         able = frozenset.intersection(*(near.complete(groups) for groups in ways))
-        # Where no node has all of a tensor, several write the file.
+        # Where no node has all of a tensor, several nodes write the file.
         candidates = able or {nodes[group[0]] for groups in ways for group in groups}
         chosen = min(candidates, key=lambda node: (loads[node], node))
         loads[chosen] += tensor.entry.bytes
@@ -295,7 +296,7 @@ def _box_files(
 
 
 def _by_rows(placed: Sequence[_Placed]) -> list[_Placed]:
-    """All state of the same rows together, in the order of the first: one fence frees them all."""
+    """The pieces ordered so that all state of the same rows is together: one fence frees it all."""
     rank: dict[tuple[str, Box], int] = {}
     for item in placed:
         rank.setdefault((_base(item.draft.tensor), item.draft.box), len(rank))
@@ -316,7 +317,7 @@ class _Placed:
 def _file(
     name: str, placed: Sequence[_Placed], entries: Mapping[str, TensorEntry], *, merge: bool
 ) -> PlannedFile:
-    """Lay drafts out one after the other; with `merge`, the drafts of a tensor are one tensor."""
+    """Place drafts one after the other; with `merge`, the drafts of a tensor become one tensor."""
     tensors: list[FileTensor] = []
     spans: list[tuple[_Placed, int]] = []
     position = 0

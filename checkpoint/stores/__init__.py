@@ -1,4 +1,4 @@
-"""Stores of checkpoints: the protocol, local folders, URLs, and which of them serves a place.
+"""Checkpoint stores: the protocol, local folders, URLs, and the registry by scheme.
 
 May import checkpoint.format and loading.
 """

@@ -1,4 +1,4 @@
-"""Local files that outlive a power cut, and the room for them."""
+"""Local files that survive a power cut, and the free space for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file so that it is whole on the disk when this returns."""
+    """Write a small file; it is whole on the disk when this returns."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -24,7 +24,10 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """What an ordinary user may still write to the filesystem where `path` is, or will be."""
+    """The bytes an ordinary user may still write to the filesystem of `path`.
+
+    `path` need not exist yet.
+    """
     place = path
     while not place.exists():
         place = place.parent

@@ -1,4 +1,4 @@
-"""A folder of checkpoints on a local or shared file system: synced, and committed by rename."""
+"""A checkpoint store in a local or shared file system: files are synced, a rename commits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RENAME_EXCHANGE = 2
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
-    """Checkpoints in folders of `root`. A new one is written to `step-N.partial` first."""
+    """Checkpoints in subfolders of `root`. A new one is first written to `step-N.partial`."""
 
     root: Path
 
@@ -31,7 +31,7 @@ class LocalStore:
         return self.root / name
 
     def partial(self, name: str) -> Path:
-        """The folder that the files of a checkpoint go to until it is committed."""
+        """The folder that holds the files of a checkpoint until the commit."""
         return self.root / f"{name}{PARTIAL}"
 
     def place_of(self, name: str) -> str:
@@ -46,7 +46,7 @@ class LocalStore:
         return [name for _, name in sorted(steps) if self.has(name)]
 
     def paths(self) -> list[Path]:
-        """The folders of the committed checkpoints, the oldest first."""
+        """The folders of the committed checkpoints, oldest first."""
         return [self.path(name) for name in self.names()]
 
     def has(self, name: str) -> bool:
@@ -94,7 +94,7 @@ class LocalStore:
         write_synced(self.partial(name) / file, content)
 
     def discard(self, name: str) -> None:
-        """Remove what was written of a checkpoint that will not be committed."""
+        """Remove the files of a checkpoint that will not be committed."""
         shutil.rmtree(self.partial(name), ignore_errors=True)
 
     def publish(self, name: str, manifest: bytes) -> None:
@@ -129,11 +129,11 @@ class LocalStore:
         return removed
 
     def free_bytes(self) -> int:
-        """What an ordinary user may still write here."""
+        """The bytes an ordinary user may still write here."""
         return free_bytes(self.root)
 
     def _leftovers(self) -> Iterator[Path]:
-        """Folders of saves, or of removals, that did not finish."""
+        """The folders of saves or removals that did not finish."""
         for path in self.root.iterdir():
             unfinished = _UNFINISHED.fullmatch(path.name) is not None
             if unfinished or (step_of(path.name) is not None and not self.has(path.name)):
@@ -141,7 +141,7 @@ class LocalStore:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; False where the filesystem cannot."""
+    """Swap two folders in one step; False where the filesystem cannot do that."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False

@@ -1,4 +1,4 @@
-"""The protocol of a store of checkpoints, and the rules of a commit, equal for every store."""
+"""The protocol of a checkpoint store, and the rules of a commit, which all stores share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from holdfast.parallel.errors import CheckpointError
 class CheckpointStore(Protocol):
     """A folder of checkpoints, on a disk or behind a URL. Every call is local.
 
-    One process at a time writes to it. What has no manifest is not a checkpoint. Reading raises
-    CheckpointError; writing raises OSError or an error of the store's driver.
+    One process at a time writes to it. A folder without a manifest is not a checkpoint. Reading
+    raises CheckpointError; writing raises OSError or an error of the store's driver.
     """
 
     def place_of(self, name: str) -> str:
@@ -25,34 +25,34 @@ class CheckpointStore(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """The committed checkpoints of steps, the oldest first."""
+        """The names of the committed checkpoints, oldest first."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether `name`, which may be any name, is a committed checkpoint."""
+        """Whether `name`, which may be any text, is a committed checkpoint."""
         ...
 
     def latest(self) -> str:
-        """What the file `latest` says; empty without one."""
+        """The content of the file `latest`; empty without one."""
         ...
 
     def manifest(self, name: str) -> Manifest:
-        """Raises CheckpointError: there is none, or it is damaged."""
+        """The manifest. Raises CheckpointError if it is missing or damaged."""
         ...
 
     def files(self, name: str) -> dict[str, int]:
-        """The files that are there, with their sizes in bytes."""
+        """The files present, with their sizes in bytes."""
         ...
 
     def reader(self, name: str) -> ByteReader:
-        """What reads the bytes of a checkpoint; its user closes it."""
+        """A reader of the checkpoint's bytes; the caller closes it."""
         ...
 
     def begin(self, name: str) -> None:
-        """Make room for a new checkpoint.
+        """Prepare for a new checkpoint.
 
-        A store that is written by one save removes what others left unfinished; one that is
-        uploaded to keeps the files that an earlier upload of the same checkpoint has sent.
+        A store that one save writes removes leftovers of others. A store that is uploaded to keeps
+        the files that an earlier upload of the same checkpoint has sent.
         """
         ...
 
@@ -61,11 +61,11 @@ class CheckpointStore(Protocol):
         ...
 
     def write(self, name: str, file: str, content: bytes) -> None:
-        """Write a small file of a checkpoint that is not committed yet."""
+        """Write a small file into a checkpoint that is not committed yet."""
         ...
 
     def publish(self, name: str, manifest: bytes) -> None:
-        """Write the manifest, and with it make a checkpoint of what was written, at one instant."""
+        """Write the manifest, which turns the written files into a checkpoint at one instant."""
         ...
 
     def point_latest(self, name: str) -> None:
@@ -73,21 +73,22 @@ class CheckpointStore(Protocol):
         ...
 
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
-        """Remove all but the newest `keep` checkpoints (0: none) and `protected`; returns which.
+        """Remove all checkpoints but `protected` and the newest `keep`, 0 or more; return the
+        removed.
 
-        The manifest goes first, so that a folder half removed is not taken for a checkpoint.
+        The manifest is removed first, so that a half-removed folder is not taken for a checkpoint.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which checkpoints stay in a store."""
+    """The checkpoints that stay in a store."""
 
     keep: int = 0
-    """How many of the newest; 0: all."""
+    """The number of newest checkpoints that stay; 0: all."""
     protected: Callable[[], Collection[str]] = field(default=lambda: ())
-    """Names of others that must stay for now."""
+    """The names of other checkpoints that must stay for now."""
 
 
 def commit(
@@ -98,28 +99,28 @@ def commit(
     files: Mapping[str, bytes] | None = None,
     retention: Retention = Retention(),
 ) -> None:
-    """Make what was written to `name` a checkpoint.
+    """Make a checkpoint of the files that were written to `name`.
 
-    A crash at any instant leaves the old state or the new one. The order is the rule: every file is
-    there and synced before the manifest, the manifest before `latest`, and nothing is removed
-    before `latest` points to what replaces it.
+    A crash at any instant leaves the old state or the new one, because of the order: every file is
+    there and synced before the manifest, the manifest is written before `latest`, and nothing is
+    removed before `latest` names its replacement.
 
     Args:
         manifest: the bytes of manifest.json.
-        files: small files that are not written yet, by name.
-        retention: which older checkpoints stay.
+        files: contents of small files that are not written yet, by name.
+        retention: the older checkpoints that stay.
     """
     for file, content in (files or {}).items():
         store.write(name, file, content)
     store.publish(name, manifest)
     store.point_latest(name)
-    # The checkpoint stands; what could not be removed is removed by the next commit.
+    # The checkpoint stands; the next commit removes what could not be removed now.
     with contextlib.suppress(OSError):
         store.retain(retention.keep, retention.protected())
 
 
 def readable(store: CheckpointStore) -> Iterator[tuple[str, Manifest]]:
-    """The checkpoints with a readable manifest, and that, the newest first."""
+    """The checkpoints that have a readable manifest, with it, newest first."""
     for name in reversed(store.names()):
         try:
             yield name, store.manifest(name)
@@ -141,17 +142,17 @@ class StoredCheckpoint:
 
     @property
     def place(self) -> str:
-        """Its path or URL."""
+        """The checkpoint's path or URL."""
         return self.store.place_of(self.name)
 
     def manifest(self) -> Manifest:
-        """Raises CheckpointError: there is none, or it is damaged."""
+        """The manifest. Raises CheckpointError if it is missing or damaged."""
         return self.store.manifest(self.name)
 
     def reader(self) -> ByteReader:
-        """What reads its bytes; its user closes it."""
+        """A reader of the checkpoint's bytes; the caller closes it."""
         return self.store.reader(self.name)
 
     def files(self) -> dict[str, int]:
-        """The files that are there, with their sizes in bytes."""
+        """The files present, with their sizes in bytes."""
         return self.store.files(self.name)

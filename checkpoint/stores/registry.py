@@ -1,4 +1,4 @@
-"""Which store serves a place, and the checkpoint that a place names."""
+"""The checkpoint stores by scheme, and the search for a checkpoint at a path or URL."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PathOrUrl = str | os.PathLike[str]
 STORES: Mapping[str, Callable[[str], CheckpointStore]] = {
     "": lambda path: LocalStore(Path(path)),
 }
-"""By scheme; the empty one is that of a path. Other schemes are looked up in fsspec's registry."""
+"""Stores by scheme; the empty scheme is that of a path. fsspec's registry serves other schemes."""
 
 
 def open_store(place: PathOrUrl) -> CheckpointStore:
     """The store of the folder of checkpoints at a path or URL.
 
     Raises:
-        ConfigError: no store, and no driver of fsspec, serves its scheme.
+        ConfigError: neither a store nor a driver of fsspec serves the scheme.
     """
     text = os.fspath(place)
     return STORES.get(scheme_of(text), FsspecStore)(text)
 
 
 def checkpoint_at(place: PathOrUrl) -> StoredCheckpoint:
-    """The checkpoint that lies at a path or URL itself; whether there is one is not looked at."""
+    """The checkpoint at exactly this path or URL; its existence is not checked."""
     folder, name = _split(os.fspath(place))
     return StoredCheckpoint(open_store(folder), name)
 
@@ -41,16 +41,16 @@ def read_manifest(place: PathOrUrl) -> Manifest:
     """The manifest of the checkpoint at a path or URL.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the manifest is missing or damaged.
     """
     return checkpoint_at(place).manifest()
 
 
 def find_checkpoint(place: PathOrUrl) -> StoredCheckpoint:
-    """The checkpoint that a path or URL names: itself, what `latest` says, or the newest of a run.
+    """The checkpoint at a path or URL: the folder itself, its `latest`, or the newest of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     text = os.fspath(place)
     found = checkpoint_at(text)
@@ -70,7 +70,7 @@ def find_checkpoint(place: PathOrUrl) -> StoredCheckpoint:
 
 
 def _split(place: str) -> tuple[str, str]:
-    """(folder, name) of a checkpoint's path or URL; the name is empty where a URL has no folder."""
+    """The (folder, name) of a checkpoint's path or URL; a URL without a folder has no name."""
     scheme = scheme_of(place)
     if not scheme:
         path = Path(place)

@@ -1,6 +1,6 @@
-"""A folder of checkpoints behind an fsspec URL: the manifest, written last, is the commit.
+"""A checkpoint store behind an fsspec URL; the manifest, written last, is the commit.
 
-A driver (s3fs, gcsfs, …) has to be installed for each kind of URL.
+Each kind of URL needs its driver (s3fs, gcsfs, …) installed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _T = TypeVar("_T")
 
 
 class FsspecStore:
-    """Checkpoints under a URL. Objects appear whole, so none needs another name at first."""
+    """Checkpoints under a URL. Objects appear whole, so files need no temporary name."""
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
         """Open the folder at a URL; nothing is sent yet.
 
         Args:
-            url: of the folder, e.g. `s3://bucket/run`.
-            options: for the driver; credentials and end points are usually in its own environment.
+            url: the URL of the folder, e.g. `s3://bucket/run`.
+            options: options of the driver; credentials and end points are usually in its own
+                environment.
         Raises:
             ConfigError: no driver for this kind of URL is installed.
         """
@@ -113,11 +114,11 @@ class FsspecStore:
         return removed
 
     def _object(self, name: str) -> str:
-        """A name as the driver spells it."""
+        """An object's name in the driver's spelling."""
         return f"{self._path}/{name}"
 
     def _asked(self, name: str, ask: Callable[[str], _T]) -> _T:
-        # Each driver has its own kinds of errors; all of them mean the same here.
+        # Each driver has its own kinds of errors; they all mean the same here.
         try:
             return ask(self._object(name))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""From one tier to the next: memory to disk when a worker dies, disk to a URL beside the training.
+"""The way from one tier to the next: memory to disk when a worker dies, disk to a URL meanwhile.
 
 May import checkpoint.format, saving, stores, tools.
 """

@@ -1,4 +1,4 @@
-"""From memory to disk by plain copying, in the parent process of dead workers."""
+"""The flush of the memory tier to disk by plain copying, in the parent process of dead workers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from holdfast.parallel.errors import CheckpointError
 
 
 def flush(memory: Path, disk: Path) -> Path | None:
-    """Copy the newest checkpoint in `memory` to `disk` if that has none as new. Local.
+    """Copy the newest checkpoint in `memory` to `disk`, if it is newer than those there. Local.
 
     Returns:
-        Where it is now; None if there was nothing to copy.
+        The new folder; None if there was nothing to copy.
     Raises:
-        CheckpointError: the copy in memory is damaged, or the disk has no room for it.
-        OSError: the disk.
+        CheckpointError: the copy in memory is damaged, or the disk lacks room for it.
+        OSError: the disk failed.
     """
     source, target = LocalStore(memory), LocalStore(disk)
     name = newest(source)

@@ -15,7 +15,7 @@ from holdfast.parallel.comm import Communicator
 logger = logging.getLogger("holdfast.checkpoint")
 
 _CARRIED = 8
-"""Uploads that are begun again when the ranks change; older ones would be removed anyway soon."""
+"""Uploads that begin again after a change of ranks; older checkpoints would soon be removed."""
 
 
 class RemoteTier:
@@ -33,8 +33,8 @@ class RemoteTier:
         """Nothing is opened before the first upload.
 
         Args:
-            every: of how many commits one is uploaded, the first one included.
-            keep: checkpoints that stay in `target`; 0: all.
+            every: upload one of this many commits, the first included.
+            keep: the number of newest checkpoints that stay in `target`; 0: all.
         """
         self._source, self._target, self._members = source, target, members
         self._every, self._keep = every, keep
@@ -45,26 +45,29 @@ class RemoteTier:
 
     @property
     def pending(self) -> set[str]:
-        """Local checkpoints that are still needed for uploading, by name."""
+        """The names of local checkpoints that uploads still need."""
         return {path.name for path in self._uploader.pending} if self._uploader else set()
 
     def committed(self, name: str) -> None:
-        """Upload a checkpoint that was just committed, if its turn has come."""
+        """Count a commit, and upload the checkpoint if its turn has come."""
         self._commits += 1
         if (self._commits - 1) % self._every == 0:
             self.upload(name)
 
     def upload(self, name: str) -> None:
-        """Queue a local checkpoint. Called by all ranks, in the same order."""
+        """Queue a local checkpoint. All ranks call this in the same order."""
         if self._uploader is None:
             self._uploader = Uploader(self._target, self._members, keep=self._keep, sent=self._sent)
         self._uploader.start(self._source.path(name))
 
     def upload_missing(self, name: str, control: Communicator) -> None:
-        """Upload a local checkpoint that is not in the store: its run ended first. Collective."""
+        """Upload a local checkpoint that the store lacks, because its run ended first.
+
+        Collective.
+        """
         missing = torch.zeros(1, dtype=torch.float64)
         if self._members.rank == 0:
-            # A store that does not answer now, in whatever way, is asked again while uploading.
+            # A store that does not answer now, for whatever reason, is asked again while uploading.
             try:
                 missing += name not in self._target.names()
             except Exception as error:
@@ -75,7 +78,10 @@ class RemoteTier:
             self.upload(name)
 
     def take_over(self, before: RemoteTier | None, control: Communicator) -> None:
-        """Upload what the ranks of before had not uploaded yet. Collective over `control`."""
+        """Upload the checkpoints that the ranks before had not uploaded yet.
+
+        Collective over `control`.
+        """
         waiting: list[int] = []
         if before is not None:
             self._sent |= before._sent
@@ -89,15 +95,15 @@ class RemoteTier:
             self.upload(name_of(step))
 
     def results(self) -> list[UploadResult]:
-        """Uploads that have ended since the last call."""
+        """The uploads that have ended since the last call."""
         return self._uploader.results() if self._uploader is not None else []
 
     def wait(self) -> None:
-        """Wait for the uploads that are queued."""
+        """Wait for the queued uploads."""
         if self._uploader is not None:
             self._uploader.wait()
 
     def abort(self, reason: str) -> None:
-        """Give up what is under way and queued. From any thread; never blocks."""
+        """Give up the uploads under way and queued. From any thread; never blocks."""
         if self._uploader is not None:
             self._uploader.abort(reason)

@@ -1,6 +1,7 @@
-"""Uploads of committed checkpoints to a store, in the background, by all ranks together.
+"""The upload of committed checkpoints to a store, in the background, by all ranks together.
 
-Files go in parts, with retries; the manifest goes last, so what has none is not a checkpoint.
+Files are sent in parts, with retries. The manifest is sent last: a folder without one is not a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ class Uploader:
         timeout_s: float = 3600.0,
         sent: set[tuple[str, str]] | None = None,
     ) -> None:
-        """Start the thread that uploads.
+        """Start the uploading thread.
 
         Args:
-            target: where to; it keeps the files of an upload that ranks before these had begun.
-            keep: checkpoints that stay there; 0: all.
-            timeout_s: after which an upload is given up.
-            sent: (checkpoint, file) that this rank has sent before, and need not again; added to.
+            target: the store; it keeps the files of an upload that earlier ranks had begun.
+            keep: the number of newest checkpoints that stay there; 0: all.
+            timeout_s: the time after which an upload is given up.
+            sent: (checkpoint, file) pairs that this rank has sent before and need not send again;
+                the uploader adds to it.
         """
         self._target = target
         self._members = members.with_own_connection()
@@ -75,31 +77,31 @@ class Uploader:
 
     @property
     def pending(self) -> list[Path]:
-        """Local checkpoints that are still needed for uploading."""
+        """The local checkpoints that uploads still need."""
         with self._changed:
             return [path for path in self._pending if path is not None]
 
     def start(self, checkpoint: Path) -> None:
-        """Upload a committed checkpoint. Called by all ranks, in the same order."""
+        """Upload a committed checkpoint. All ranks call this in the same order."""
         self._append(checkpoint)
 
     def results(self) -> list[UploadResult]:
-        """Uploads that have ended since the last call."""
+        """The uploads that have ended since the last call."""
         found = []
         while not self._results.empty():
             found.append(self._results.get())
         return found
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the uploads that are queued; False when they take longer."""
+        """Wait for the queued uploads; False when they take longer."""
         with self._changed:
             ended = self._changed.wait_for(lambda: self._is_aborted or not self._pending, timeout_s)
             return ended and not self._pending
 
     def abort(self, reason: str) -> None:
-        """Give up what is under way and queued. From any thread; never blocks.
+        """Give up the uploads under way and queued. From any thread; never blocks.
 
-        A file that is being sent may still arrive: it is what the next attempt sends there as well.
+        A file on its way may still arrive. The next attempt sends the same file there as well.
         """
         logger.info("uploads are given up: %s", reason)
         self._is_aborted = True
@@ -108,7 +110,7 @@ class Uploader:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish the queued uploads and end the thread."""
         self._append(None)
         self._thread.join()
 
@@ -179,7 +181,7 @@ class Uploader:
 def upload_file(
     target: CheckpointStore, source: Path, name: str, file: str, deadline: Deadline
 ) -> None:
-    """Put one local file into a store, as `retry` does."""
+    """Put one local file into a store, with the retries of `retry`."""
     place = f"{target.place_of(name)}/{file}"
     retry(lambda: target.put(source, name, file), place, deadline)
 
@@ -188,11 +190,11 @@ def retry(attempt: Callable[[], None], place: str, deadline: Deadline) -> None:
     """Write to a store again and again until that succeeds.
 
     Args:
-        attempt: may be called any number of times, and fail with any error.
-        place: what is written, for the message.
+        attempt: may be called any number of times, and may raise any error.
+        place: the thing written, for messages.
     Raises:
-        CheckpointError: not before the deadline; with the last reason.
-        Cancelled: it was given up between two attempts.
+        CheckpointError: the deadline passed; the message has the last reason.
+        Cancelled: the upload was given up between two attempts.
     """
     pause = _FIRST_PAUSE_S
     while True:
@@ -212,7 +214,7 @@ def retry(attempt: Callable[[], None], place: str, deadline: Deadline) -> None:
 
 
 def share_of(sizes: dict[str, int], rank: int, world_size: int) -> Sequence[str]:
-    """The files that a rank uploads: the largest first, each to the rank with the least. Pure."""
+    """The files that a rank uploads: the largest first, each to the least loaded rank. Pure."""
     load = [0] * world_size
     mine = []
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):

@@ -1,4 +1,4 @@
-"""Inspecting, verifying and comparing checkpoints.
+"""Tools on checkpoints: inspect, verify and compare.
 
 May import checkpoint.format, loading and stores.
 """

@@ -1,4 +1,4 @@
-"""How two checkpoints differ, tensor by tensor, whatever layout each was saved in. Local."""
+"""The comparison of two checkpoints, tensor by tensor, whatever layout each was saved in. Local."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _PART_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """How a tensor that both have differs."""
+    """The difference of a tensor that both checkpoints have."""
 
     name: str
     elements: int
     differing: int
-    """Elements whose bits differ."""
+    """The number of elements with different bits."""
     largest: float
-    """Largest absolute difference; infinite or NaN where one side is."""
+    """The largest absolute difference; infinite or NaN where one side is."""
     relative: float
-    """Norm of the difference over the norm of the first's values."""
+    """The norm of the difference over the norm of the first's values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What differs between two checkpoints; equal when there is nothing."""
+    """The differences of two checkpoints; they are equal when there are none."""
 
     steps: tuple[int, int]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     other_form: tuple[str, ...]
-    """Tensors whose shape or dtype differ, with both."""
+    """The tensors with different shapes or dtypes, with both forms."""
     values: tuple[TensorDifference, ...]
     scalars: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     compared: int = 0
-    """Tensors that both have in the same form."""
+    """The number of tensors that both have in the same form."""
 
     @property
     def equal(self) -> bool:
@@ -52,7 +52,7 @@ class Difference:
         return not (self.only_first or self.only_second or self.other_form or self.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; numbers that JSON cannot say become text."""
+        """The difference as a dict for JSON; numbers that JSON lacks become text."""
         plain = asdict(self)
         for value in plain["values"]:
             for key in ("largest", "relative"):
@@ -69,7 +69,7 @@ def diff_checkpoints(
     """Compare two checkpoints, at paths or URLs, bit for bit; holds 64 MiB of each at a time.
 
     Raises:
-        CheckpointError: one of them is damaged or incomplete.
+        CheckpointError: a checkpoint is damaged or incomplete.
     """
     places = checkpoint_at(first), checkpoint_at(second)
     manifests = places[0].manifest(), places[1].manifest()
@@ -121,7 +121,7 @@ def diff_checkpoints(
 
 
 def _parts(manifest: Manifest, name: str) -> Iterator[Box]:
-    """A tensor in whole rows of at most `_PART_BYTES`."""
+    """A tensor as boxes of whole rows, of at most `_PART_BYTES` each."""
     entry = manifest.tensors[name]
     whole = Box.whole(entry.shape)
     if not entry.shape or entry.bytes <= _PART_BYTES:
@@ -142,7 +142,7 @@ def _values(manifest: Manifest, reader: ByteReader, name: str, box: Box, where: 
 
 @dataclass(slots=True)
 class _Counted:
-    """What has been seen of one tensor."""
+    """The running comparison of one tensor."""
 
     elements: int = 0
     differing: int = 0

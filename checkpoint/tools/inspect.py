@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its manifest alone: no tensor is read. Needs no torch."""
+"""The summary of a checkpoint, from its manifest alone: no tensor is read. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """A logical tensor and how it lies in files."""
+    """A logical tensor, and its pieces and files."""
 
     name: str
     kind: str
@@ -20,7 +20,7 @@ class TensorSummary:
     shape: tuple[int, ...]
     bytes: int
     chunks: int
-    """How many pieces the files hold of it."""
+    """The number of its pieces in the files."""
     files: tuple[str, ...]
 
 
@@ -33,15 +33,15 @@ class Summary:
     created: float
     bytes: int
     parameters: int
-    """Elements of all weights."""
+    """The number of elements of all weights."""
     kinds: dict[str, dict[str, Any]]
-    """By kind: tensors, bytes, dtypes."""
+    """By kind of tensor: the numbers of tensors and bytes, and the dtypes."""
     layout: dict[str, Any]
     """The [parallel] section of the run that saved it."""
     scalars: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, int]
-    """Bytes by file."""
+    """The size in bytes of each file."""
     tensors: tuple[TensorSummary, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,14 +52,14 @@ def inspect_checkpoint(place: PathOrUrl) -> Summary:
     """Summarise the checkpoint at a path or URL.
 
     Raises:
-        CheckpointError: there is no manifest, or it is damaged.
+        CheckpointError: the manifest is missing or damaged.
     """
     checkpoint = checkpoint_at(place)
     return summarise(checkpoint.manifest(), checkpoint.place)
 
 
 def summarise(manifest: Manifest, where: str) -> Summary:
-    """See `inspect_checkpoint`. Pure."""
+    """Summarise a manifest; see `inspect_checkpoint`. Pure."""
     pieces: defaultdict[str, int] = defaultdict(int)
     files: defaultdict[str, list[str]] = defaultdict(list)
     for file, entry in manifest.files.items():

@@ -1,4 +1,4 @@
-"""Verification: every byte against its checksum, and the files against the manifest."""
+"""Verification: every byte against its checksum, every file against the manifest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _READ_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is wrong with a checkpoint."""
+    """One thing that is wrong with a checkpoint."""
 
     file: str
     message: str
@@ -52,10 +52,10 @@ class Problem:
 
 
 def check_small_parts(manifest: Manifest, reader: ByteReader, files: Iterable[str]) -> None:
-    """Check the headers of tensor files, and other files as a whole, against the manifest.
+    """Check headers of tensor files, and other files as a whole, against the manifest.
 
     Raises:
-        CheckpointError: one is missing, of another checkpoint, or damaged.
+        CheckpointError: a file is missing, belongs to another checkpoint, or is damaged.
     """
     for name in files:
         problem = _small_part_problem(manifest, reader, name)
@@ -84,7 +84,7 @@ def _small_part_problem(manifest: Manifest, reader: ByteReader, name: str) -> Pr
 
 
 def _foreign(header: bytes, manifest: Manifest) -> str:
-    """What a header says of itself, where that helps."""
+    """The text about a header of another checkpoint; empty where it does not help."""
     try:
         found = decode_header(header, "")
     except CheckpointError:
@@ -97,12 +97,12 @@ def _foreign(header: bytes, manifest: Manifest) -> str:
 def verify_checkpoint(
     place: PathOrUrl, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Problem]:
-    """Everything that is wrong with the checkpoint at a path or URL: all its bytes are read. Local.
+    """All problems of the checkpoint at a path or URL; every byte is read. Local.
 
     Args:
         progress: called with (bytes read, bytes in all).
     Raises:
-        CheckpointError: there is no manifest, or it is damaged.
+        CheckpointError: the manifest is missing or damaged.
     """
     checkpoint = checkpoint_at(place)
     manifest = checkpoint.manifest()
@@ -150,7 +150,7 @@ def _file_problems(
 def checksums_of(
     manifest: Manifest, reader: ByteReader, file: str, *, limit: int
 ) -> Iterator[tuple[PieceRead, int]]:
-    """Read the pieces of a file that end within its first `limit` bytes; each with its CRC-32C."""
+    """Read the pieces that end within a file's first `limit` bytes; yield each with its CRC-32C."""
     entry = manifest.files[file]
     reads = [
         PieceRead(name, manifest.tensors[name].dtype, file, piece, ())
@@ -184,11 +184,11 @@ def _batches(reads: list[PieceRead]) -> Iterator[list[PieceRead]]:
 
 
 def rebuild_manifest(folder: Path) -> Manifest:
-    """Make a manifest from what the tensor files say of themselves, and write it. Local.
+    """Make a manifest from the headers of the tensor files, and write it. Local.
 
-    Lost with the old manifest are the configuration and the scalars but the step; weights and
-    optimizer state are all there. Checksums come from the headers, so that damage since they were
-    written is still found.
+    Weights and optimizer state are all restored. The configuration and the scalars other than the
+    step are lost with the old manifest. Checksums come from the headers, so later damage is still
+    found.
 
     Raises:
         CheckpointError: the files do not make up a checkpoint: a tensor is incomplete, or they are
@@ -241,7 +241,7 @@ def rebuild_manifest(folder: Path) -> Manifest:
 
 
 def _check_index(folder: Path, files: dict[str, FileEntry]) -> None:
-    """Refuse when the index of weights names a file that is not there."""
+    """Raise CheckpointError if the index of weights names a file that is missing."""
     path = folder / INDEX
     if not path.exists():
         return

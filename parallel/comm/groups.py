@@ -106,9 +106,9 @@ def build_groups(
         backend: "gloo", "nccl" or "mpi", for everything but votes.
         generation: part of every connection's name, so that those of two generations never meet.
         timeout_s: see `GlooCommunicator`; positive and finite.
-        votes_over_gloo: also where all else goes over MPI, which must be whole to carry anything.
         record_path: file in which the rank's operations can be read from outside; see
             parallel/comm/flight_recorder.py.
+        votes_over_gloo: also where all else goes over MPI, which must be whole to carry anything.
     """
     assert timeout_s > 0
     recorder = FlightRecorder(rank, generation=generation, path=record_path)

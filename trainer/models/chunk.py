@@ -97,8 +97,8 @@ def build_chunk(
     Args:
         layers: indices into the list of layers: 0 is the embedding, the last is the head.
         tensor: the tensor-parallel group; None for one rank.
-        recompute: "none", "full" or "selective", of all transformer layers or of each of them.
         sequence_parallel: whether hidden states are split over `tensor`.
+        recompute: "none", "full" or "selective", of all transformer layers or of each of them.
         seed: of the initial weights and of dropout.
         initial: False leaves the weights as they are, for one that is filled from elsewhere. Local.
     """

@@ -74,12 +74,12 @@ class Offloader:
         Args:
             path: a folder on the drive; None: host memory (pinned, of use on a GPU only).
             limit_bytes: the most bytes that are away at once; 0: no limit.
+            smallest_bytes: smaller storages stay in memory.
             bounds: the limits of the share of the activations that is sent; equal limits fix it.
                 None: from 0 to 1.
             bytes_per_s: the highest rate to and from the drive; 0: no limit.
             staging_bytes: host memory between a GPU and the drive, in bytes; 1 GiB at most.
             on_fault: called once, with the reason, when less is sent from then on.
-            smallest_bytes: smaller storages stay in memory.
         Raises:
             ConfigError: the folder does not allow a file to be made.
         """

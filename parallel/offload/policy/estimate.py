@@ -36,9 +36,9 @@ def estimate_offload(
     being computed.
 
     Args:
+        most_share: the largest share that may be sent, in [0, 1].
         flops_per_s: the rank's compute rate; 0: unknown.
         drive_bytes_per_s: the rate at which its drive writes; 0: unknown.
-        most_share: the largest share that may be sent, in [0, 1].
     """
     layers = {chunk: plan.layers_of(chunk) for chunk in plan.chunks_of(rank)}
     chunk_bytes = {chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in layers}

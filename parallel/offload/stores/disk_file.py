@@ -43,9 +43,9 @@ class DiskFile:
         """Open a file in a folder. Local.
 
         Args:
+            folder: a folder on the drive.
             limit_bytes: the most room on the drive; 0: all of it but a twentieth.
             bytes_per_s: the highest transfer rate; 0: no limit.
-            folder: a folder on the drive.
         Raises:
             ConfigError: the folder does not allow a file to be made.
         """

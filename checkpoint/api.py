@@ -173,7 +173,7 @@ class Checkpointer:
                 raise CheckpointError(f"step {result.step} could not be saved: {result.error}")
 
     def close(self) -> None:
-        """Finish the save under way, remove the hooks, release files and memory. Collective."""
+        """Finish the save under way, remove the hooks, release files and memory."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

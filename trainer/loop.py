@@ -131,7 +131,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     eval_loss = training.evaluate() if evaluate else None
     elastic = config.elastic
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
-        for straggler in parts.clock.exchange(training, elastic.straggler_factor):
+        for straggler in parts.clock.compare(training, elastic.straggler_factor):
             reporter.straggler(step + 1, straggler)
     if outcome.usable:
         reporter.step(step, outcome, lr, timer.spans, times, eval_loss)

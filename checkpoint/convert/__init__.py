@@ -1,4 +1,4 @@
-"""Checkpoints of other frameworks, to and from ours and each other.
+"""Conversion of checkpoints between this project's format and those of other frameworks.
 
 May import checkpoint and parallel.
 """

@@ -140,6 +140,6 @@ class Saver:
 
 
 def _lower_priority() -> None:
-    """Lower this thread's priority below computing threads; fences copy in their callers' threads."""
+    """Lower this thread's priority, so that computing threads go first; fences are unaffected."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

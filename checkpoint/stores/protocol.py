@@ -73,8 +73,7 @@ class CheckpointStore(Protocol):
         ...
 
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
-        """Remove all checkpoints but `protected` and the newest `keep`, 0 or more; return the
-        removed.
+        """Remove all checkpoints but the newest `keep` and `protected`. Returns their names.
 
         The manifest is removed first, so that a half-removed folder is not taken for a checkpoint.
         """

@@ -217,7 +217,7 @@ class ShadowState:
         """Go on from `step` updates, once `state` has been filled."""
         self._copies.step.fill_(step)
 
-    def exchange(self, gradients: Tensor) -> None:
+    def exchange_gradients(self, gradients: Tensor) -> None:
         """Send the owned gradients (flat) to their shadows, receive those of what is shadowed here.
 
         Collective over owners and their shadows; after it a rank may vote.

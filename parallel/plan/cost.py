@@ -76,7 +76,7 @@ def _message_bytes(plan: Plan, send: Action) -> int:
     return plan.layers[plan.layers_of(producer)[-1]].output_bytes
 
 
-def exchange_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool) -> float:
+def reduction_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool) -> float:
     """What a rank sends to its replicas in a step: gradient sums to owners, parameters from owners.
 
     With balanced owners each is (D - 1) / D of what the rank holds, for D replicas.
@@ -113,7 +113,7 @@ def step_time_s(
         for shard in range(plan.stage_replicas.shards)
         for stage in range(plan.stage_replicas.pipeline)
     )
-    widest = max(exchange_bytes(plan, r, precision=precision, exact=exact) for r in ranks)
+    widest = max(reduction_bytes(plan, r, precision=precision, exact=exact) for r in ranks)
     return computed + widest / link_bytes_per_s
 
 

@@ -109,12 +109,12 @@ def _rerouted(
     generate: _Generator,
 ) -> Program:
     """The compute actions of a stage replica where activations cross pipelines."""
-    rows = plan.micro_batches
+    by_replica = plan.micro_batches
     if only is not None:
-        rows = tuple(tuple(m for m in row if m in only) for row in rows)
-    pairs = len(plan.placement) * sum(map(len, rows))
+        by_replica = tuple(tuple(m for m in row if m in only) for row in by_replica)
+    pairs = len(plan.placement) * sum(map(len, by_replica))
     if kind == "train" and 0 < pairs <= SCHEDULED_PAIRS:
-        programs = plan.derived("scheduled programs", only, lambda: _scheduled(plan, rows))
+        programs = plan.derived("scheduled programs", only, lambda: _scheduled(plan, by_replica))
         return programs.get(at.pipeline * plan.stage_replicas.widest + at.data, ())
     places = plan.derived(
         "row places",
@@ -138,13 +138,13 @@ def _rerouted(
     return merged_program(wanted, places, timeline, at.pipeline)
 
 
-def _scheduled(plan: Plan, rows: tuple[tuple[int, ...], ...]) -> dict[int, Program]:
+def _scheduled(plan: Plan, by_replica: tuple[tuple[int, ...], ...]) -> dict[int, Program]:
     """The list-scheduled compute actions of all stage replicas, by stage x widest + replica."""
     replicas, widest = _computing_replicas(plan), plan.stage_replicas.widest
     return scheduled_programs(
         plan.placement,
         lambda stage, micro_batch: stage * widest + replicas[stage][micro_batch],
-        rows,
+        by_replica,
         [
             sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
             for chunk in range(len(plan.placement))

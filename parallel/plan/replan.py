@@ -60,7 +60,7 @@ def replan(
     else:
         placed = placement(plan.schedule, stage_replicas.pipeline, plan.virtual)
         chunk_layers = _even_chunks(plan, placed, stage_replicas)
-    rows = split_micro_batches(
+    by_replica = split_micro_batches(
         sum(map(len, plan.micro_batches)), stage_replicas.widest, plan.micro_batch_order
     )
     changed = plan.evolved(
@@ -68,8 +68,8 @@ def replan(
         stage_replicas=stage_replicas,
         placement=placed,
         chunk_layers=chunk_layers,
-        micro_batches=rows,
-        assignment=assign_micro_batches(stage_replicas, rows),
+        micro_batches=by_replica,
+        assignment=assign_micro_batches(stage_replicas, by_replica),
         given_owners=None,
         shadows=(),
         incoming=(),
@@ -181,20 +181,28 @@ def _level(stages: list[list[StageReplica]]) -> None:
 
 
 def assign_micro_batches(
-    stage_replicas: StageReplicas, rows: Sequence[tuple[int, ...]]
+    stage_replicas: StageReplicas, by_replica: Sequence[tuple[int, ...]]
 ) -> MicroBatchAssignment | None:
     """The micro-batches of each stage replica; None when every stage has a replica for each row."""
-    if all(stage_replicas.replicas(stage) == len(rows) for stage in range(stage_replicas.pipeline)):
+    if all(
+        stage_replicas.replicas(stage) == len(by_replica)
+        for stage in range(stage_replicas.pipeline)
+    ):
         return None
     return tuple(
-        _assign_in_stage(stage_replicas.replicas(s), rows) for s in range(stage_replicas.pipeline)
+        _assign_in_stage(stage_replicas.replicas(s), by_replica)
+        for s in range(stage_replicas.pipeline)
     )
 
 
-def _assign_in_stage(replicas: int, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+def _assign_in_stage(
+    replicas: int, by_replica: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, ...], ...]:
     """Each replica keeps its own row; the other rows are dealt out, so that counts are even."""
-    assigned = [list(row) for row in rows[:replicas]]
-    rest = sorted((place, number) for row in rows[replicas:] for place, number in enumerate(row))
+    assigned = [list(row) for row in by_replica[:replicas]]
+    rest = sorted(
+        (place, number) for row in by_replica[replicas:] for place, number in enumerate(row)
+    )
     for _, number in rest:
         min(assigned, key=len).append(number)
     return tuple(map(tuple, assigned))

@@ -24,11 +24,11 @@ SCHEDULED_PAIRS = 8192
 _THOROUGH_PAIRS = 1024
 """The same, up to which all rules of the list scheduler are tried."""
 
-Timeline = tuple[Mapping[int, Sequence[tuple[float, int, Op, int]]], ...]
+RegularTimeline = tuple[Mapping[int, Sequence[tuple[float, int, Op, int]]], ...]
 """By stage and place in the pipeline: actions as (start when regular, order, op, chunk)."""
 
 
-def regular_timeline(programs: Sequence[Program]) -> Timeline:
+def regular_timeline(programs: Sequence[Program]) -> RegularTimeline:
     """When a replica that computes all its micro-batches itself would run each action."""
     timeline = simulate(dict(enumerate(programs)), unit_cost())
     found: list[dict[int, list[tuple[float, int, Op, int]]]] = []
@@ -43,7 +43,7 @@ def regular_timeline(programs: Sequence[Program]) -> Timeline:
 
 
 def merged_program(
-    numbers: Sequence[int], places: Mapping[int, int], timeline: Timeline, stage: int
+    numbers: Sequence[int], places: Mapping[int, int], timeline: RegularTimeline, stage: int
 ) -> Program:
     """The compute actions of a stage replica whose micro-batches come from several replicas.
 
@@ -82,7 +82,7 @@ def stage_caps(
 def scheduled_programs(
     placement: Sequence[int],
     replica_of: Callable[[int, int], int],
-    rows: Sequence[Sequence[int]],
+    by_replica: Sequence[Sequence[int]],
     work: Sequence[float],
     caps: Mapping[int, int],
 ) -> dict[int, Program]:
@@ -97,8 +97,8 @@ def scheduled_programs(
         work: of one micro-batch's forward pass, by chunk.
         caps: the chunk activations that each stage replica may keep at once, by the same numbers.
     """
-    longest = max(map(len, rows))
-    entering = [row[place] for place in range(longest) for row in rows if place < len(row)]
+    longest = max(map(len, by_replica))
+    entering = [row[place] for place in range(longest) for row in by_replica if place < len(row)]
     times = {
         Op.FORWARD: 1,
         Op.BACKWARD: 2,

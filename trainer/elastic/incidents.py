@@ -13,7 +13,7 @@ from holdfast.elastic.generation import Generation
 from holdfast.elastic.history import CHANGES, newest_start
 from holdfast.elastic.membership_events import MembershipEvent, event_to_data
 from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
-from holdfast.trainer.elastic.recovery import MembershipChange
+from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.reports import append_events, read_events
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Training
@@ -23,7 +23,7 @@ from holdfast.trainer.step import Training
 class ChangeRecord:
     """A change of membership as one rank knows it once it is in force."""
 
-    change: MembershipChange
+    change: CompletedChange
     told: tuple[MembershipEvent, ...]
     plan: Plan
     """In force since then."""
@@ -38,7 +38,7 @@ class ChangeRecord:
 
 
 def record_of(
-    change: MembershipChange,
+    change: CompletedChange,
     told: Sequence[MembershipEvent],
     training: Training,
     *,
@@ -121,7 +121,7 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
 
 def _write_incident(
     run: RunDirectory,
-    change: MembershipChange,
+    change: CompletedChange,
     told: Sequence[MembershipEvent],
     fields: dict[str, Any],
     lost: list[dict[str, Any]],

@@ -21,7 +21,7 @@ from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.parallel.plan import would_move_layers
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
-from holdfast.trainer.elastic.recovery import Drives, MembershipChange, Recovery
+from holdfast.trainer.elastic.recovery import CompletedChange, Drives, Recovery
 from holdfast.trainer.elastic.saves import ElasticSaves
 from holdfast.trainer.elastic.session import ElasticSession
 from holdfast.trainer.elastic.state_recovery import TrainingBuilder
@@ -57,11 +57,11 @@ class Session(Protocol):
 
     def compare(self, step: int) -> bool: ...
 
-    def go_on(self, change: MembershipChange, training: Training) -> None: ...
+    def go_on(self, change: CompletedChange, training: Training) -> None: ...
 
-    def record(self, change: MembershipChange, *, urgent: bool) -> None: ...
+    def record(self, change: CompletedChange, *, urgent: bool) -> None: ...
 
-    def report_interrupted_step(self, change: MembershipChange) -> None: ...
+    def report_interrupted_step(self, change: CompletedChange) -> None: ...
 
 
 class ElasticLoop:
@@ -206,7 +206,7 @@ class ElasticLoop:
             urgent = interrupted
 
 
-def tidy_step(change: MembershipChange, training: Training, *, respawn: bool) -> int | None:
+def tidy_step(change: CompletedChange, training: Training, *, respawn: bool) -> int | None:
     """The step from which on another change is wanted; None for none. Pure.
 
     At once, to forget a rank that has left; a little later, to balance the stages.

@@ -127,7 +127,7 @@ class Drives:
 
 
 @dataclass(frozen=True, slots=True)
-class MembershipChange:
+class CompletedChange:
     """A change of membership that has come into force; times in seconds on this rank."""
 
     before: Generation | None
@@ -193,7 +193,7 @@ class Recovery:
         self._drives.transport.abort(reason)
         self._drives.saves.abort(reason)
 
-    def recover(self, *, urgent: bool) -> MembershipChange:
+    def recover(self, *, urgent: bool) -> CompletedChange:
         """Agree and rebuild until a generation stands. Collective over all live workers.
 
         Args:
@@ -209,7 +209,7 @@ class Recovery:
                 self.abort(str(error))
                 urgent = True
 
-    def _change(self, urgent: bool) -> MembershipChange:
+    def _change(self, urgent: bool) -> CompletedChange:
         drives = self._drives
         began = drives.clock()
         drives.saves.cancel()
@@ -246,7 +246,7 @@ class Recovery:
         before, self.generation = self.generation, generation
         self.training, self._prepared, self.sound_until = built.training, None, None
         ended = drives.clock()
-        change = MembershipChange(
+        change = CompletedChange(
             before=before,
             after=generation,
             recovery=recovery,
@@ -320,7 +320,7 @@ class Recovery:
         return self.training.plan
 
 
-def _log(change: MembershipChange) -> None:
+def _log(change: CompletedChange) -> None:
     logger.info(
         "generation %d: ranks %s, agreed in %.3f s, connected in %.3f s, %d bytes moved in %.3f s",
         change.after.number,

@@ -16,7 +16,7 @@ from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
-from holdfast.trainer.elastic.recovery import MembershipChange
+from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.run import Resume, RunDirectory, checkpoint_root, find_resume, set_aside_newer
 from holdfast.trainer.step import Training
 from holdfast.trainer.world import WorldInfo
@@ -101,7 +101,7 @@ class ElasticSaves:
         return checkpoints.resume(notes.append)
 
     def go_on(
-        self, training: Training, change: MembershipChange
+        self, training: Training, change: CompletedChange
     ) -> tuple[Checkpoints, Checkpoints | None, Sequence[str]]:
         """Make the checkpoints of the training that a change has activated current.
 

@@ -16,7 +16,7 @@ from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
 from holdfast.trainer.elastic.incidents import ChangeRecord, record_of, write_changes
-from holdfast.trainer.elastic.recovery import MembershipChange
+from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
 from holdfast.trainer.loop import Parts, finish, place_of, run_step, stop
 from holdfast.trainer.reports import PhaseClock, Reporter, append_event
@@ -107,7 +107,7 @@ class ElasticSession:
             logger.error("state is corrupt at step %d: %s", step, [c.tensor for c in found])
         return spared
 
-    def go_on(self, change: MembershipChange, training: Training) -> None:
+    def go_on(self, change: CompletedChange, training: Training) -> None:
         """Go on with the training that a change has activated. Local."""
         self._training, self._clock, self._digest = training, PhaseClock(), ""
         locate_log(lambda: place_of(training))
@@ -128,7 +128,7 @@ class ElasticSession:
         self._told = self._membership.drain_events()
         self._faults.at(training.progress.decided + 1, "change")
 
-    def record(self, change: MembershipChange, *, urgent: bool) -> None:
+    def record(self, change: CompletedChange, *, urgent: bool) -> None:
         """Write a change down on its recorder, and keep it on ranks with history. Local.
 
         Args:
@@ -141,7 +141,7 @@ class ElasticSession:
         if self._spec.rank == change.recorder:
             write_changes(self._run, self._changes)
 
-    def report_interrupted_step(self, change: MembershipChange) -> None:
+    def report_interrupted_step(self, change: CompletedChange) -> None:
         """Report, and save if it is due, the step before a change, as all ranks know it."""
         outcome, steps = _interrupted_step(change), change.recovery.steps
         if outcome is None:
@@ -177,6 +177,6 @@ class ElasticSession:
         values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)[0] ^= 1 << 20
 
 
-def _interrupted_step(change: MembershipChange) -> Outcome | None:
+def _interrupted_step(change: CompletedChange) -> Outcome | None:
     """The outcome of the step before a change; None where a checkpoint was loaded."""
     return change.recovery.outcome if change.from_checkpoint is None else None

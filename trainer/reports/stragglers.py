@@ -83,7 +83,7 @@ def find_stragglers(
 
 
 class PhaseClock:
-    """One rank's own time by phase, and the slow ranks. Local but for `exchange`."""
+    """One rank's own time by phase, and the slow ranks. Local but for `compare`."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
@@ -104,7 +104,7 @@ class PhaseClock:
         self._sums[phase] += max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
         self._mark = (now, blocked_s)
 
-    def exchange(self, training: Training, factor: float) -> list[Straggler]:
+    def compare(self, training: Training, factor: float) -> list[Straggler]:
         """Compare all ranks since the last exchange. Collective over all ranks.
 
         Returns:

@@ -259,7 +259,7 @@ class Training:
         """
         squares, flags = self.optimizer.reduce()
         if self._shadows is not None:
-            self._shadows.exchange(self.optimizer.gradients)
+            self._shadows.exchange_gradients(self.optimizer.gradients)
         return squares, flags
 
     def vote(self, squares: Tensor, flags: int, requests: Requests = NO_REQUESTS) -> Outcome:

@@ -1,4 +1,4 @@
-"""Elements of tensors on their way: pieces, regions, arrays of bits, units of output.
+"""The elements of a conversion: pieces, regions, arrays of bits, units of output.
 
 May import checkpoint.format, parallel.layout.
 """

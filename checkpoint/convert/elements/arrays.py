@@ -1,7 +1,6 @@
-"""Elements in memory as numpy has them: bits, moved, compared and rounded.
+"""Elements of tensors in memory as numpy arrays: moved, compared and rounded as bits.
 
-torch, which takes longer to import than a gibibyte to convert, is for the types that numpy does not
-have.
+torch takes longer to import than a gibibyte to convert, so it serves only types that numpy lacks.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ _NUMBERS: dict[str, Any] = {
     "U64": np.uint64,
     "F64": np.float64,
 }
-"""Types that numpy has too."""
+"""The types that numpy has too."""
 _WIDE = ("F32", "BF16", "F16")
-"""Types whose every number is one of float32."""
+"""The types whose numbers are all numbers of float32."""
 
 
 @dataclass(slots=True)
 class GrowingMemory:
-    """Host memory that grows to what is asked of it, and is used again."""
+    """Host memory that grows to the size asked for and is reused."""
 
     buffer: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
 
     def take(self, nbytes: int, misalignment: int = 0) -> NDArray[np.uint8]:
-        """`nbytes` that begin `misalignment` bytes after a multiple of ALIGNMENT."""
+        """Take `nbytes` that begin `misalignment` bytes after a multiple of ALIGNMENT."""
         if self.buffer.size < nbytes + 2 * ALIGNMENT:
             self.buffer = np.empty(0, np.uint8)
             self.buffer = np.empty(nbytes + 2 * ALIGNMENT, np.uint8)
@@ -58,12 +57,12 @@ class GrowingMemory:
 
 
 def bits(memory: NDArray[np.uint8], dtype: str) -> Bits:
-    """Memory uint8[n * element bytes] as elements [n]."""
+    """The memory uint8[n * element bytes] as elements [n]."""
     return memory.view(_BITS[ELEMENT_BYTES[dtype]])
 
 
 def strided(elements: Bits, shape: Sequence[int], strides: Sequence[int]) -> Bits:
-    """A view of `shape`; strides in elements."""
+    """A view of `elements` with this shape and these strides, in elements."""
     step = elements.itemsize
     return np.lib.stride_tricks.as_strided(
         elements, tuple(shape), tuple(stride * step for stride in strides), writeable=False
@@ -71,7 +70,7 @@ def strided(elements: Bits, shape: Sequence[int], strides: Sequence[int]) -> Bit
 
 
 def cast(values: Bits, source: str, target: str) -> Bits:
-    """Cast floats to another float type, to nearest, half to even; the same type: no change."""
+    """Cast floats to another float type, to nearest, half to even; no change for one type."""
     if source == target:
         return values
     if source in _WIDE and target in _WIDE:
@@ -80,7 +79,7 @@ def cast(values: Bits, source: str, target: str) -> Bits:
 
 
 def combine(values: Sequence[Bits], source: str, target: str, *, mean: bool) -> Bits:
-    """The sum of arrays of one shape, or their mean, in the source's type; then in the target's."""
+    """The sum of arrays of one shape, or their mean, in the source's type, cast to the target's."""
     if source == "F32" and target in _WIDE:
         first, *others = (value.view(np.float32) for value in values)
         total = sum(others, first)
@@ -91,39 +90,39 @@ def combine(values: Sequence[Bits], source: str, target: str, *, mean: bool) -> 
 
 
 def number(content: bytes, dtype: str) -> float | int | bool:
-    """The number that an element's bytes are."""
+    """The number that an element's bytes encode."""
     if dtype in _NUMBERS:
         return np.frombuffer(content, _NUMBERS[dtype])[0].item()
     return _tensor(bits(np.frombuffer(content, np.uint8), dtype), dtype).item()
 
 
 def needs_torch(source: str, target: str, *, combines: bool) -> bool:
-    """Whether `cast`, or `combine`, needs it for these types."""
+    """Whether `cast`, or `combine`, needs torch for these types."""
     if combines:
         return source != "F32" or target not in _WIDE
     return source != target and not (source in _WIDE and target in _WIDE)
 
 
 def load_torch() -> None:
-    """Import it, before processes are forked that would each do so."""
+    """Import torch before forking processes that would each import it."""
     import torch  # noqa: F401
 
 
 def use_one_thread() -> None:
-    """In this process, if it has torch."""
+    """Use one thread of torch in this process, if torch is loaded."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
 def _widen(values: Bits, dtype: str) -> NDArray[np.float32]:
-    """float32 of the same numbers."""
+    """float32 values of the same numbers."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.view(_NUMBERS[dtype]).astype(np.float32)
 
 
 def _narrow(values: NDArray[np.float32], dtype: str) -> Bits:
-    """Bits of float32 numbers in another type, to nearest, half to even."""
+    """float32 numbers as bits of another type, to nearest, half to even."""
     if dtype == "BF16":
         found = np.ascontiguousarray(values).view(np.uint32)
         rounded = found >> 16
@@ -147,7 +146,7 @@ def _torch_type(dtype: str) -> Any:
 def _tensor(values: Bits, dtype: str) -> Tensor:
     import torch
 
-    # numpy's unsigned types of more than a byte have few operations in torch; bytes have all that
+    # torch has few operations for numpy's unsigned types of more than a byte; bytes have all that
     # is needed.
     content = np.array(values, order="C", copy=True)
     flat = torch.from_numpy(content.reshape(-1).view(np.uint8))

@@ -1,4 +1,4 @@
-"""CRC-32 of joined stretches of bytes, without reading them again (the method of zlib)."""
+"""CRC-32 of joined byte ranges, without reading them again (zlib's method)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 
 def combine_crc32(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32 of two joined stretches of bytes, from those of each (as in zlib)."""
+    """The CRC-32 of two joined byte ranges, from the CRC-32 of each."""
     if not second_bytes:
         return first
     return _times(_zeros_operator(second_bytes), first) ^ second
@@ -15,7 +15,7 @@ def combine_crc32(first: int, second: int, second_bytes: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _zeros_operator(nbytes: int) -> tuple[int, ...]:
-    """What `nbytes` zero bytes do to a CRC-32: a 32 x 32 matrix over GF(2), as its columns."""
+    """The effect of `nbytes` zero bytes on a CRC-32: a 32 x 32 matrix over GF(2), by column."""
     power: tuple[int, ...] = (0xEDB88320, *(1 << bit for bit in range(31)))
     found: tuple[int, ...] = tuple(1 << bit for bit in range(32))
     bits = 8 * nbytes

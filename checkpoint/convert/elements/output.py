@@ -1,4 +1,4 @@
-"""What a conversion writes: files, the units of work that fill them, and how they are finished.
+"""The output of a conversion: files, the units of work that fill them, and the finishing touches.
 
 Pure.
 """
@@ -19,7 +19,7 @@ from holdfast.parallel.layout import Box
 Checksum = Literal["crc32c", "crc32"]
 UNIT_BYTES = 8 << 20
 FLOATS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
-"""Types of numbers that a conversion may change, and their bits."""
+"""The types that a conversion may change, and their bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Unit:
     tensor: LogicalTensor
     box: Box
     dtype: str
-    """In the output."""
+    """The element type in the output."""
     file: str
     offset: int
 
@@ -40,33 +40,32 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Everything that a conversion is to write."""
+    """The whole output of a conversion."""
 
     files: dict[str, int]
-    """Sizes in bytes, by name."""
+    """The size of each file in bytes, by name."""
     units: Sequence[Unit]
     finish: Callable[[Path, Sequence[int]], None]
-    """Writes what depends on checksums (headers, indices, small files): (folder, checksum of each
-    unit)."""
+    """Writes everything that depends on checksums (headers, indices, small files). Takes the folder
+    and the checksum of each unit."""
     expected: Sequence[tuple[LogicalTensor, str]]
-    """The tensors that its own format will find in it, each with its type."""
+    """The tensors that the output's own format must find in it, each with its type."""
     checksum: Checksum = "crc32c"
     added: frozenset[str] = frozenset()
-    """Full names of tensors that the source does not have, as a count of steps for each
-    parameter."""
+    """The full names of tensors that the source lacks, such as a step count per parameter."""
 
     @property
     def bytes(self) -> int:
         return sum(self.files.values())
 
     def rounded(self) -> Counter[tuple[str, str]]:
-        """How many tensors change their type: by (source's type, output's)."""
+        """The number of tensors that change their type, by (source's type, output's type)."""
         changed = ((t.dtype, out) for t, out in self.expected if t.dtype != out)
         return Counter(changed)
 
 
 def row_boxes(box: Box, element_bytes: int, unit_bytes: int = UNIT_BYTES) -> Iterator[Box]:
-    """Cut a box into contiguous ones of at most `unit_bytes`, or of one row of its last dims."""
+    """Cut a box into contiguous boxes of at most `unit_bytes`, or of one row of its last dims."""
     if not box.start or not box.elements:
         yield box
         return

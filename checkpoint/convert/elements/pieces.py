@@ -1,11 +1,9 @@
-"""Where the elements of tensors lie in files: boxes, each with an affine map to bytes.
+"""The places of tensor elements in files: boxes, each with an affine map to bytes.
 
-Pure; needs no torch.
-
-A location is an offset and a stride per dimension, which says everything that converting between
-frameworks asks of a tensor: cut, fused, interleaved, stacked, transposed and flattened tensors are
-all boxes with locations (after the pieces of DeepSpeed's affine maps). Nothing is copied until a
-box of the output is made.
+A location is an offset and a stride per dimension. That describes every tensor that a conversion
+between frameworks meets: cut, fused, interleaved, stacked, transposed and flattened tensors are all
+boxes with locations (after the pieces of DeepSpeed's affine maps). Nothing is copied before a box
+of the output is made. Pure; needs no torch.
 """
 
 from __future__ import annotations
@@ -21,29 +19,29 @@ from holdfast.parallel.layout import Box, without
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a box lies: element i is at byte `offset` + sum(i[d] * strides[d]) * element size."""
+    """The place of a box: element i is at byte `offset` + sum(i[d] * strides[d]) * element size."""
 
     file: str
-    """Relative to the folder of the source."""
+    """The file's path, relative to the folder of the source."""
     offset: int
     strides: tuple[int, ...]
-    """In elements, one a dimension of the box."""
+    """The stride of each dimension of the box, in elements."""
 
     def at(self, start: Sequence[int], element_bytes: int) -> Location:
-        """Of the box that begins at index `start` of this one."""
+        """The location of the box that begins at index `start` of this one."""
         skipped = sum(i * stride for i, stride in zip(start, self.strides, strict=True))
         return Location(self.file, self.offset + skipped * element_bytes, self.strides)
 
 
 @dataclass(frozen=True, slots=True)
 class SourcePiece:
-    """A box of a tensor and the locations that have it; no location: zeros."""
+    """A box of a tensor and the locations that hold it; without locations it is zeros."""
 
     box: Box
     locations: tuple[Location, ...]
 
     def part(self, box: Box, element_bytes: int) -> SourcePiece:
-        """A smaller box of this piece."""
+        """The part of this piece in a smaller box."""
         start = box.relative_to(self.box).start
         return SourcePiece(
             box, tuple(location.at(start, element_bytes) for location in self.locations)
@@ -63,48 +61,47 @@ class SourceTensor:
     """A tensor as a source keeps it, or one shard of it."""
 
     key: str
-    """As the source names it."""
+    """The tensor's name in the source."""
     dtype: str
-    """As safetensors names it."""
+    """The element type, by safetensors' name."""
     shape: tuple[int, ...]
     pieces: tuple[SourcePiece, ...]
     shard: tuple[tuple[str, int], ...] = ()
-    """Its coordinates among the source's shards: (("tp", 1), ("pp", 0))."""
+    """The coordinates among the source's shards, such as (("tp", 1), ("pp", 0))."""
     full_shape: tuple[int, ...] | None = None
-    """Of the tensor that this is a flat fragment of."""
+    """The shape of the whole tensor, if this is a flat fragment of one."""
     records: Mapping[tuple[str, int, int], ZipRecord] = field(default_factory=dict)
-    """What zip archives say of bytes that are just those of a piece: by (file, byte, length)."""
+    """The zip records of byte ranges that are exactly a piece, by (file, byte, length)."""
 
     def index(self, axis: str) -> int:
-        """The coordinate along an axis; 0 along one that it is not cut along."""
+        """The shard's coordinate along an axis; 0 along an axis that does not cut the tensor."""
         return dict(self.shard).get(axis, 0)
 
     @property
     def label(self) -> str:
-        """The key with the shard's coordinates, for people."""
+        """The key with the shard's coordinates, for messages."""
         coordinates = ", ".join(f"{axis} {index}" for axis, index in self.shard)
         return f"{self.key} ({coordinates})" if coordinates else self.key
 
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """A tensor of the model, and where its elements come from."""
+    """A tensor of the model, and the source of its elements."""
 
     name: str
-    """Without its kind."""
+    """The name without the kind."""
     kind: str
     """"weight", "master", "exp_avg", … as in `TensorEntry`."""
     dtype: str
-    """Of the source."""
+    """The element type in the source."""
     shape: tuple[int, ...]
     pieces: tuple[SourcePiece, ...]
     combine: str = "equal"
-    """How the locations of a piece combine: "equal" (all must hold the same bytes), "sum" or
-    "mean"."""
+    """How the locations of a piece combine: "equal" (all hold the same bytes), "sum" or "mean"."""
 
     @property
     def full_name(self) -> str:
-        """As a checkpoint lists it."""
+        """The tensor's name in a checkpoint's lists."""
         return self.name if self.kind in UNPREFIXED_KINDS else f"{self.kind}.{self.name}"
 
     @property
@@ -116,10 +113,10 @@ class LogicalTensor:
         return prod(self.shape) * self.element_bytes
 
     def within(self, box: Box) -> Iterator[SourcePiece]:
-        """What makes up a box of the tensor."""
+        """The pieces that make up a box of the tensor."""
         first, last = (box.start[0], box.stop[0]) if box.start else (0, 0)
         for piece in self.pieces:
-            # A tensor of many layers has many pieces; most are seen at once to be of others.
+            # A tensor of many layers has many pieces; most can be ruled out at once.
             if piece.box.start and (piece.box.start[0] >= last or piece.box.stop[0] <= first):
                 continue
             common = piece.box if not piece.box.start else piece.box.intersect(box)
@@ -131,7 +128,7 @@ UNPREFIXED_KINDS = ("weight", "buffer", "tensor")
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of a tensor without gaps."""
+    """The strides, in elements, of a tensor without gaps."""
     strides = [1] * len(shape)
     for dim in range(len(shape) - 2, -1, -1):
         strides[dim] = strides[dim + 1] * shape[dim + 1]
@@ -158,9 +155,9 @@ def stored(
 
 
 def flat_boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
-    """The boxes, in order, that a range of a row-major tensor's elements is made of.
+    """The boxes, in order, that make up a range of a row-major tensor's elements.
 
-    At most 2 * dimensions - 1 of them; each is contiguous.
+    There are at most 2 * dimensions - 1 boxes, each contiguous.
     """
     if not shape:
         if start < stop:
@@ -183,9 +180,9 @@ def flat_boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
 def fragment_pieces(
     fragment: SourceTensor, start: int, shape: Sequence[int]
 ) -> Iterator[SourcePiece]:
-    """A flat fragment as pieces of the tensor of which it holds the elements from `start` on.
+    """The pieces of a tensor that a flat fragment has; its first element is element `start`.
 
-    What lies beyond the tensor's end is padding.
+    Elements beyond the tensor's end are padding.
     """
     size, strides = ELEMENT_BYTES[fragment.dtype], row_major(shape)
     total = prod(shape)
@@ -204,7 +201,7 @@ def fragment_pieces(
 def overlay(
     first: Sequence[SourcePiece], second: Sequence[SourcePiece], element_bytes: int
 ) -> list[SourcePiece]:
-    """Two ways to provide the same tensor, as pieces with the locations of both."""
+    """The pieces of a tensor that two sources provide, with the locations of both."""
     both = []
     for one in first:
         for other in second:
@@ -231,7 +228,8 @@ def check_complete(tensor: LogicalTensor) -> None:
     """Check that the pieces hold each element exactly once.
 
     Raises:
-        CheckpointError: a hole, an overlap or a piece outside the tensor, named.
+        CheckpointError: there is a hole, an overlap or a piece outside the tensor; the message
+            names it.
     """
     whole = Box.whole(tensor.shape)
     for piece in tensor.pieces:

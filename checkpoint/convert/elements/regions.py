@@ -1,4 +1,4 @@
-"""How a box that lies anyhow in a file is read: few requests, little that is not needed. Pure."""
+"""The read of a box that lies anyhow in a file: few requests, few unneeded bytes. Pure."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from math import prod
 from holdfast.checkpoint.convert.elements.pieces import Location, row_major
 
 SMALLEST_RUN_BYTES = 32 << 10
-"""Shorter runs are read together with what lies between them."""
+"""Shorter runs are read together with the bytes between them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where the elements of a box are once read."""
+    """The requests for a box, and the place of its elements in memory."""
 
     requests: tuple[tuple[int, int, int], ...]
     """(byte in the file, byte in memory, length)."""
     strides: tuple[int, ...]
-    """In elements, of the box in memory."""
+    """The strides of the box in memory, in elements."""
     bytes: int
-    """Of memory."""
+    """The size of the memory."""
     dense: bool = True
-    """Whether nothing is read but the box."""
+    """Whether exactly the box is read."""
 
     def is_row_major(self, shape: Sequence[int]) -> bool:
-        """Whether memory then holds just the box, in order."""
+        """Whether the memory then holds exactly the box, in order."""
         return self.dense and all(
             extent == 1 or a == b
             for extent, a, b in zip(shape, self.strides, row_major(shape), strict=True)
@@ -37,15 +37,15 @@ class Region:
 def region_of(
     location: Location, shape: Sequence[int], element_bytes: int, most_bytes: int
 ) -> Region:
-    """Plan to read a box of `shape` that lies at `location`.
+    """Plan the read of a box of `shape` that lies at `location`.
 
     Args:
-        most_bytes: what may be read with gaps; beyond it each run is read by itself.
+        most_bytes: the most bytes read together with gaps; a larger region is read run by run.
     """
     elements = prod(shape)
     if not elements:
         return Region((), row_major(shape), 0)
-    # From the outermost to the innermost in the file; extents of 1 do not matter.
+    # From the outermost dimension in the file to the innermost; extents of 1 do not matter.
     order = sorted(
         (d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -location.strides[d]
     )
@@ -80,7 +80,7 @@ def _starts(shape: Sequence[int], strides: Sequence[int], outer: Sequence[int]) 
 
 
 def _packed(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Strides where all runs follow each other."""
+    """The strides of memory in which the runs follow each other."""
     strides, step = [1] * len(shape), 1
     for dim in reversed(order):
         strides[dim] = step

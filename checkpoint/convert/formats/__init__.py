@@ -1,4 +1,4 @@
-"""One module or folder for each format, and their registry.
+"""The formats: one module or folder each, and their registry.
 
 May import checkpoint.convert's elements, rules, sources and writing.
 """

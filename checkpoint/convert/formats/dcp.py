@@ -47,7 +47,7 @@ _ADAMW = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
-"""What torch.optim.AdamW keeps beside its hyperparameters, as it is by default."""
+"""The default values of torch.optim.AdamW's settings, which an output lists."""
 
 
 @dataclass(slots=True)
@@ -56,16 +56,15 @@ class Items:
 
     tensors: list[SourceTensor]
     objects: dict[str, Any]
-    """By path: what is no tensor, if it is plain values; `PickledObject`s and the like as they
-    are."""
+    """By path: the objects that are not tensors, as plain values, or as `PickledObject`s and the
+    like."""
 
 
 def read_items(path: Path) -> Items:
-    """Every tensor, with its shards put together, and every object of a folder.
+    """Read every tensor of a folder, with its shards joined, and every object.
 
     Raises:
-        CheckpointError: a file is missing, truncated or damaged, or asks for a type that is
-            refused.
+        CheckpointError: a file is missing, truncated or damaged, or names a type that is refused.
     """
     where = str(path / DCP_METADATA)
     try:
@@ -158,7 +157,7 @@ def _tensor(
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """The tensors of a folder; objects made of plain values go along.
+    """Read the tensors of a folder, and the objects made of plain values.
 
     Raises:
         CheckpointError: see `read_items`.
@@ -179,7 +178,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 
 def _step(catalog: Catalog, path: Path) -> int:
-    """Of the optimizer; else what the folder's name says."""
+    """The step of the optimizer; without one, the step in the folder's name."""
     counts = [tensor for tensor in catalog.of_kind("step") if not tensor.shape]
     if counts:
         with Engine(path, None) as engine:
@@ -190,7 +189,7 @@ def _step(catalog: Catalog, path: Path) -> int:
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A folder with {"model": ..., "optim": ...}, as torch's state_dict functions make it."""
+    """Plan a folder with {"model": ..., "optim": ...}, as torch's state_dict functions give it."""
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     folder = DistcpFolder()
     for tensor, out in typed:
@@ -217,7 +216,7 @@ def _path_of(tensor: LogicalTensor) -> tuple[Any, ...]:
 
 
 def _made_here(catalog: Catalog) -> tuple[dict[tuple[Any, ...], int], dict[tuple[Any, ...], Any]]:
-    """What an optimizer's state has beside tensors: (step by path, other values by path)."""
+    """The optimizer state that is no tensor: (step by path, other values by path)."""
     trained = [tensor.name for tensor in catalog.of_kind("exp_avg")]
     told = catalog.scalars.get("objects", {})
     objects = {_split(name): value for name, value in told.items()}

@@ -1,4 +1,4 @@
-"""Files of torch.save and safetensors that only the user's rules know (`files` in them)."""
+"""Files of torch.save and safetensors, described by `files` in the user's rules."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NAME = "files"
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """The tensors of all files that fit the rules' patterns, which tell the coordinates of each.
+    """Read the tensors of all files that fit the rules' patterns, which give their coordinates.
 
     Raises:
-        ConfigError: no rules, or none that names files.
-        CheckpointError: no file fits, or one is truncated or refused.
+        ConfigError: there are no rules, or they name no files.
+        CheckpointError: no file fits, or a file is truncated or refused.
     """
     if options.rules is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Checkpoints of holdfast itself."""
+"""Checkpoints in this project's own format."""
 
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ NAME = "holdfast"
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """The tensors of a checkpoint, with the checksums of its pieces.
+    """Read the tensors of a checkpoint, with the checksums of its pieces.
 
     Raises:
-        CheckpointError: there is none, or its manifest, a header or a small file is damaged.
+        CheckpointError: there is no checkpoint, or its manifest, a header or a small file is
+            damaged.
     """
     if options.rules is not None:
         raise ConfigError("--map is for foreign formats; the tensors of holdfast have their names")
@@ -103,7 +104,7 @@ def _tensors(manifest: Manifest) -> list[LogicalTensor]:
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A checkpoint with everything that the source has."""
+    """Plan a checkpoint with everything that the source has."""
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     total = sum(tensor.bytes for tensor, _ in typed)
     writers = tuple(range(max(1, -(-total // LARGEST_FILE_BYTES))))
@@ -146,10 +147,10 @@ def _write_metadata(
     catalog: Catalog,
     extra_files: dict[str, bytes],
 ) -> None:
-    """Write headers, small files and the manifest of a checkpoint whose tensors are written.
+    """Write the headers, small files and manifest of a checkpoint after its tensors.
 
     Args:
-        checksums: by rank, of the pieces that it was to write, in their order.
+        checksums: by rank, the checksums of the pieces that it wrote, in their order.
     """
     id = uuid.uuid4().hex
     headers: dict[str, int] = {}

@@ -37,14 +37,14 @@ from holdfast.parallel.layout import Box
 NAME = "hf"
 SINGLE = "model.safetensors"
 LARGEST_FILE_BYTES = 5_000_000_000
-"""Of a file of several; as transformers cuts them."""
+"""The largest file of several, as transformers cuts them."""
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """The tensors of a model folder.
+    """Read the tensors of a model folder.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or a tensor of the index is in none.
+        CheckpointError: a file is missing or truncated, or no file has a tensor of the index.
     """
     root = path.parent if path.is_file() else path
     names = [path.name] if path.is_file() else _files(root)
@@ -56,7 +56,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 
 def _files(root: Path) -> list[str]:
-    """The files of weights: safetensors, or those of torch.save where there are none."""
+    """The files of weights: safetensors, or those of torch.save if there are none."""
     for index, pattern in ((INDEX, "*.safetensors"), (BIN_INDEX, BIN_FILES)):
         if (root / index).is_file():
             return list(dict.fromkeys(_weight_map(root / index).values()))
@@ -91,10 +91,11 @@ def _check_index(root: Path, tensors: Sequence[SourceTensor], path: Path) -> Non
 
 
 def read_safetensors(root: Path, name: str) -> list[SourceTensor]:
-    """The tensors of one safetensors file, from its header.
+    """Read the tensors of one safetensors file from its header.
 
     Raises:
-        CheckpointError: missing, truncated, not such a file, or its tensors overlap.
+        CheckpointError: the file is missing, truncated or not a safetensors file, or its tensors
+            overlap.
     """
     path = root / name
     try:
@@ -128,7 +129,7 @@ def read_safetensors(root: Path, name: str) -> list[SourceTensor]:
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A model folder with the weights of the source."""
+    """Plan a model folder with the weights of the source."""
     chosen = [
         (tensor, out)
         for tensor, out in choose_output_dtypes(catalog, options.dtype, masters=False)
@@ -178,7 +179,7 @@ def _shelves(chosen: Sequence[tuple[LogicalTensor, str]]) -> list[list[tuple[Log
         shelves[-1].append((tensor, out))
         size += length
     for shelf in shelves:
-        # Wide types first: each tensor then begins at a multiple of its element's size.
+        # Wide types come first, so that each tensor begins at a multiple of its element's size.
         shelf.sort(key=lambda item: -ELEMENT_BYTES[item[1]])
     return shelves
 

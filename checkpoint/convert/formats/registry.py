@@ -1,4 +1,4 @@
-"""The formats by name."""
+"""The registry of formats, by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def format_named(name: str) -> Any:
     """The module of a format.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no format of this name.
     """
     if name not in _MODULES:
         raise ConfigError(f"the format {name} is not known; use one of {', '.join(SOURCES)}")

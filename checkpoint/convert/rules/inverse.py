@@ -1,4 +1,4 @@
-"""From the tensors of the model to those that a format keeps, by the same rules read backwards.
+"""The inverse of the mapping: from the model's tensors to a format's, by the rules read backwards.
 
 Pure.
 """
@@ -31,29 +31,29 @@ Typed = tuple[LogicalTensor, str]
 
 @dataclass(slots=True)
 class _Group:
-    """The tensors of the model that one tensor of the format is made of."""
+    """The tensors of the model that make up one tensor of the format."""
 
     rule: Rule
     key: str
-    """Of the format, without what its kind adds."""
+    """The key in the format, without the addition of its kind."""
     captured: dict[str, str]
     members: dict[str, Typed] = field(default_factory=dict)
-    """By name in the model."""
+    """The members by their name in the model."""
     indices: set[tuple[int, ...]] = field(default_factory=set)
-    """Along the stacked dimensions."""
+    """The indices along the stacked dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A tensor of a format: what its shards make up, one after the other."""
+    """A tensor of a format: its shards, one after the other."""
 
     rule: Rule
     tensor: LogicalTensor
-    """Under the format's name, of kind "tensor"; its pieces are those of the model's tensors."""
+    """The tensor under the format's name, of kind "tensor"; its pieces are the model's tensors'."""
     dtype: str
-    """In the output."""
+    """The element type in the output."""
     groups: int
-    """Stretches of equal length along the fused dimension that cannot be cut."""
+    """The number of equal parts along the fused dimension that cannot be cut."""
 
 
 def map_back(
@@ -65,20 +65,20 @@ def map_back(
     form: str = "",
     shards: int = 1,
 ) -> list[Joined]:
-    """Put the tensors of a model together as a format keeps them, each whole.
+    """Join the tensors of a model into those of a format, each whole.
 
     Args:
-        tensors: of kinds that `state_names` has names for.
-        values: what the rules need to know of the model.
-        where: who asks, for errors.
-        form: of the format, whose rules these are ("" for the usual one).
-        shards: into which `cut` will cut what the rules say is cut.
+        tensors: tensors of kinds that `state_names` has names for.
+        values: the sizes of the model that the rules use, by name.
+        where: the caller, for messages.
+        form: the form of the format whose rules apply ("" for the usual one).
+        shards: the number of parts into which `cut` will cut the tensors whose rules say so.
     Returns:
-        The tensors of the format; what is padding has no location.
+        The tensors of the format; padding has no location.
     Raises:
-        CheckpointError: a tensor that no rule gives, or one that is missing beside others, or of
-            another shape or type than these.
-        ConfigError: a value that a rule needs is not known.
+        CheckpointError: no rule gives a tensor, or a tensor is missing beside others, or differs
+            from them in shape or type.
+        ConfigError: a rule needs an unknown value.
     """
     present = {tensor.name for tensor, _ in tensors}
     names = state_names(book)
@@ -106,7 +106,7 @@ def map_back(
 
 
 def state_names(book: RuleBook) -> dict[str, Pattern]:
-    """By kind of tensor: how its name is made of that of the weight."""
+    """By kind of tensor: the pattern that makes its name from the weight's name."""
     found = {"weight": Pattern("{key}")}
     for state in book.states:
         if Pattern(state.source).captures == {"key"}:
@@ -115,7 +115,7 @@ def state_names(book: RuleBook) -> dict[str, Pattern]:
 
 
 def _target_patterns(rule: Rule) -> list[Pattern]:
-    """The rule's targets, whose numbers match only numbers."""
+    """The rule's targets, in which captures of numbers match only numbers."""
     digits = set(rule.stacked) | set(re.findall(r"\{([a-z0-9_]+):d\}", rule.source))
 
     def typed(found: re.Match[str]) -> str:
@@ -178,11 +178,11 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joine
 
 
 def cut(joined: Joined, index: int, shards: int, where: str) -> LogicalTensor:
-    """A shard of a tensor, as its rule says: a part of it, or a copy.
+    """A shard of a tensor by its rule: a part of the tensor, or a copy.
 
     Raises:
-        CheckpointError: it cannot be cut into so many equal parts, or the rule has no shards of
-            this form.
+        CheckpointError: the tensor cannot be cut into `shards` equal parts, or the rule has no
+            shards of this form.
     """
     rule, tensor = joined.rule, joined.tensor
     if shards == 1 or rule.form == "replicated":
@@ -207,7 +207,7 @@ def cut(joined: Joined, index: int, shards: int, where: str) -> LogicalTensor:
 
 
 def _extents(group: _Group, where: str) -> tuple[int, ...]:
-    """How many there are along each of the stacked dimensions."""
+    """The extent of each stacked dimension."""
     lead = tuple(
         1 + max(index[d] for index in group.indices) for d in range(len(group.rule.stacked))
     )
@@ -224,7 +224,7 @@ def _extents(group: _Group, where: str) -> tuple[int, ...]:
 
 
 def _inner_shape(group: _Group, values: Mapping[str, int], where: str) -> list[int]:
-    """The shape without the stacked dimensions, as its first members have it."""
+    """The shape without the stacked dimensions, as the first members have it."""
     rule = group.rule
     by_target: defaultdict[str, list[LogicalTensor]] = defaultdict(list)
     for target, pattern in zip(rule.targets, _target_patterns(rule), strict=True):
@@ -251,7 +251,7 @@ def _inner_shape(group: _Group, values: Mapping[str, int], where: str) -> list[i
 
 
 def _pieces(view: View, tensor: LogicalTensor, rank: int) -> list[SourcePiece]:
-    """A tensor's pieces in the coordinates of the tensor that it is a view of."""
+    """The pieces of a tensor, in the coordinates of the tensor that it is a view of."""
     found = []
     for box, origin in view.boxes:
         for part in tensor.within(box):

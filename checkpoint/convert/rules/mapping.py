@@ -1,4 +1,4 @@
-"""From what a source keeps to the tensors of the model, by rules. Pure; needs no torch."""
+"""The mapping by rules: from a source's tensors to the model's. Pure; needs no torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from holdfast.parallel.layout import Box
 
 @dataclass(slots=True)
 class Mapped:
-    """The tensors of a model, and what became of the source's."""
+    """The tensors of a model, and the fate of the source's tensors."""
 
     tensors: list[LogicalTensor]
     by_rule: Counter[str] = field(default_factory=Counter)
-    """Source tensors by the pattern that they fitted."""
+    """The number of source tensors that fitted each pattern."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why, by key."""
+    """The reason for each source tensor that is left out, by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,22 @@ class View:
     name: str
     shape: tuple[int, ...]
     dims: tuple[int, ...]
-    """For each of its dimensions, that of the other tensor."""
+    """For each dimension of this tensor, the matching dimension of the other tensor."""
     boxes: tuple[tuple[Box, tuple[int, ...]], ...]
-    """A box of it and the index in the other tensor at which it begins."""
+    """Each box of this tensor, with the index in the other tensor at which it begins."""
 
 
 def map_tensors(
     book: RuleBook, tensors: Sequence[SourceTensor], values: Mapping[str, int], where: str
 ) -> Mapped:
-    """Apply rules to all tensors of a source.
+    """Map all tensors of a source by rules.
 
+    Args:
+        values: the sizes of the model that the rules use, by name.
+        where: the source's path, for messages.
     Raises:
-        CheckpointError: a tensor that no rule fits, a missing shard, shapes that do not go
-            together.
-        ConfigError: a value that a rule needs is not known.
+        CheckpointError: no rule fits a tensor, a shard is missing, or shapes do not fit together.
+        ConfigError: a rule needs an unknown value.
     """
     mapped = Mapped([])
     states = [(Pattern(state.source), Pattern(state.kind)) for state in book.states]
@@ -205,7 +207,7 @@ def _check_indices(indices: Sequence[int], axis: str, where: str) -> None:
 
 
 def _join_fragments(axis: str, members: Sequence[SourceTensor], where: str) -> list[SourceTensor]:
-    """Flat fragments as the tensors that they make up, one for each position along the other axes.
+    """The tensors that flat fragments make up, one for each position along the other axes.
 
     A tensor without a position along `axis` is whole already.
     """
@@ -240,7 +242,7 @@ def make_views(
     values: Mapping[str, int],
     where: str,
 ) -> list[View]:
-    """The tensors of the model that a tensor of `shape` has, as the rule says."""
+    """The model's tensors in a tensor of `shape`, by its rule."""
     lead = len(rule.stacked)
     if len(shape) < lead:
         raise CheckpointError(
@@ -303,7 +305,9 @@ def _fused(
     values: Mapping[str, int],
     where: str,
 ) -> list[tuple[str, int, list[tuple[int, int, int]]]]:
-    """By target: size along the fused dimension, and spans (index in it, in the source, length)."""
+    """By target: its size along the fused dimension, and spans (index there, in the source,
+    length).
+    """
     if not rule.parts:
         return [(Pattern(rule.target).fill(captured), 0, [(0, 0, 0)])]
     groups = evaluate(rule.groups, values, where)
@@ -330,7 +334,7 @@ def _fused(
 
 
 def _lower(view: View, pieces: Sequence[SourcePiece], dtype: str) -> tuple[SourcePiece, ...]:
-    """A view's pieces, given those of the tensor that it is a view of."""
+    """The pieces of a view, from those of the tensor that it is a view of."""
     size = ELEMENT_BYTES[dtype]
     found = []
     for box, origin in view.boxes:

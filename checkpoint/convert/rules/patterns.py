@@ -1,4 +1,4 @@
-"""The small languages of mapping rules: name patterns with captures, and whole-number expressions.
+"""The small languages of mapping rules: name patterns with captures, and integer expressions.
 
 Pure.
 """
@@ -20,7 +20,7 @@ _FIELD = re.compile(r"\{([a-z_][a-z0-9_]*)(:d)?\}|\*")
 class Pattern:
     """A name with captures: `{word}` is one or more characters, `{word:d}` digits, `*` anything.
 
-    The same capture twice must be the same text both times.
+    A capture that occurs twice must match the same text both times.
     """
 
     text: str
@@ -45,26 +45,27 @@ class Pattern:
 
     @cached_property
     def captures(self) -> frozenset[str]:
-        """The names that a match binds."""
+        """The names of the captures."""
         return frozenset(f.group(1) for f in _FIELD.finditer(self.text) if f.group(1) is not None)
 
     def match(self, name: str) -> dict[str, str] | None:
-        """What the captures are in a name; None if it does not fit."""
+        """The captures of a name; None if it does not fit."""
         found = self._regex.fullmatch(name)
         return None if found is None else found.groupdict()
 
     def fill(self, captured: Mapping[str, str]) -> str:
-        """The name that captures make."""
+        """The name that results from the captures."""
         return _FIELD.sub(lambda field: captured[field.group(1)], self.text)
 
 
 def evaluate(expression: str | int, values: Mapping[str, int], where: str) -> int:
-    """A whole number: digits, names of values, + - * /, parentheses. Division must leave no rest.
+    """An integer from digits, names of values, + - * / and parentheses. Division must be exact.
 
     Args:
-        where: who asks, for errors.
+        where: the caller, for messages.
+        values: the values by name.
     Raises:
-        ConfigError: not such an expression, an unknown name, or a division with a rest.
+        ConfigError: the expression is invalid, has an unknown name, or a division has a remainder.
     """
     if isinstance(expression, int):
         return expression

@@ -1,7 +1,4 @@
-"""The rules that say what a source's tensors are, as TOML: see docs/convert.md.
-
-Pure; needs no torch.
-"""
+"""The rules of a format, read from TOML; docs/convert.md explains them. Pure; needs no torch."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ class RulePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of the tensors that are fused into a source tensor."""
 
     target: str
-    """The same target in several parts is these parts one after the other."""
+    """The tensor's name in the model. Equal targets of several parts are joined in order."""
     size: int | str
-    """Its indices along `fused_dim` in each group."""
+    """The number of its indices along `fused_dim` in each group."""
 
 
 class Strip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Padding: only the first `size` indices along `dim` are the tensor's."""
+    """Padding: only the first `size` indices along `dim` belong to the tensor."""
 
     size: int | str
     dim: int = 0
@@ -39,40 +36,40 @@ class Strip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the source tensors whose names fit a pattern are.
+    """A rule for the source tensors whose names fit a pattern.
 
     It has a field for each word of a rule in the TOML files.
     """
 
     source: str
     target: str = ""
-    """The tensor's name in the model; or `parts`."""
+    """The tensor's name in the model; `parts` replaces it for fused tensors."""
     form: Form = msgspec.field(name="is", default="whole")
     over: str = "tp"
-    """The axis of shards that `is` speaks of. Along other axes, copies must be equal."""
+    """The axis of the shards. Along other axes, copies must be equal."""
     dim: int = 0
-    """Of "shard": the dimension that is cut."""
+    """For shards, the dimension that is cut."""
     fragments: str = ""
-    """The axis along which the source has flat fragments, of each shard or of the whole."""
+    """The axis along which each shard, or the whole tensor, is kept as flat fragments."""
     stack: str | tuple[str, ...] = ()
-    """The first dimension (or dimensions) enumerates tensors: the capture that its index
-    becomes."""
+    """The captures that the indices of the first dimensions become: those dimensions enumerate
+    tensors."""
     strip: Strip | None = None
     parts: tuple[RulePart, ...] = ()
     groups: int | str = 1
-    """How often the parts follow each other along `fused_dim`; `shards` is the number of shards."""
+    """How often the parts repeat along `fused_dim`; `shards` is the number of shards."""
     fused_dim: int = 0
     transpose: bool = False
     """Swap the last two dimensions."""
     if_source: str = ""
-    """The rule holds only where the source has a tensor of this name too; captures are those of
+    """The rule holds only if the source has a tensor of this name; captures are those of
     `source`."""
     if_target: str = ""
-    """When the format is written, the rule holds only where the model has a tensor of this name
-    too; captures are those of the target."""
+    """When the format is written, the rule holds only if the model has a tensor of this name;
+    captures are those of the target."""
     written: bool | tuple[str, ...] = True
-    """Whether the format is written so, else the rule is for reading only; or the forms of it that
-    are ("" for the usual one)."""
+    """Whether the rule is used for writing; or the forms of the format in which it is ("" for the
+    usual one)."""
 
     def is_written(self, form: str) -> bool:
         """Whether the rule holds when a form of the format is written."""
@@ -82,33 +79,36 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """`stack` as the captures of the first dimensions."""
+        """`stack` as a tuple of captures, one per dimension."""
         return (self.stack,) if isinstance(self.stack, str) else self.stack
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The patterns of the tensors that it gives, each once."""
+        """The patterns of the tensors that the rule gives, each once."""
         return tuple(dict.fromkeys(part.target for part in self.parts)) or (self.target,)
 
 
 class StateRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the names of other tensors than weights are made from those of weights."""
+    """A rule for the names of other tensors than weights, made from the names of weights."""
 
     source: str
-    """With a capture {key}: the name of the weight, to which the rules apply."""
+    """A pattern with a capture {key}: the weight's name, to which the rules apply."""
     kind: str
     """"master", "exp_avg", "exp_avg_sq", "buffer", …, or with captures of the source."""
 
 
 class Skip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tensors that are left out."""
+    """Tensors that are left out, and the reason."""
 
     source: str
     because: str
 
 
 class RuleBook(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A file of rules. The first that fits a tensor is used; one that no rule fits is an error."""
+    """A file of rules.
+
+    The first rule that fits a tensor applies; a tensor without one is an error.
+    """
 
     format: str
     description: str = ""
@@ -118,15 +118,16 @@ class RuleBook(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     states: tuple[StateRule, ...] = msgspec.field(name="state", default=())
     skips: tuple[Skip, ...] = msgspec.field(name="skip", default=())
     values: dict[str, tuple[str, ...]] = {}
-    """By name: where a number is found in what the source tells of itself (dotted paths, the first
-    that is there), or "= EXPRESSION" of other values."""
+    """By name: where the source's description has a number (dotted paths; the first that exists
+    counts), or "= EXPRESSION" of other values."""
 
 
 def parse_rules(text: str, where: str) -> RuleBook:
     """The rules in a TOML text.
 
     Raises:
-        ConfigError: not TOML, an unknown key, or a rule that contradicts itself.
+        ConfigError: the text is not TOML, has an unknown key, or has a rule that contradicts
+            itself.
     """
     try:
         book = msgspec.convert(tomllib.loads(text), RuleBook)
@@ -179,7 +180,7 @@ def load_rules(path: Path) -> RuleBook:
     """The rules of a file.
 
     Raises:
-        ConfigError: it cannot be read, or is not a file of rules.
+        ConfigError: the file cannot be read, or is not a file of rules.
     """
     try:
         text = path.read_text()
@@ -189,7 +190,7 @@ def load_rules(path: Path) -> RuleBook:
 
 
 def builtin_rules(name: str) -> RuleBook:
-    """The rules that come with holdfast for a format."""
+    """The rules that holdfast has for a format."""
     text = files("holdfast.checkpoint.convert").joinpath("mappings", f"{name}.toml").read_text()
     return parse_rules(text, f"{name}.toml")
 
@@ -200,8 +201,8 @@ def find_values(
     """The values that rules may use.
 
     Args:
-        told: what the source tells of itself, nested.
-        given: by the user; these win.
+        told: the source's description of itself, nested.
+        given: values from the user, which take precedence.
     """
     found = dict(given)
     for name, paths in book.values.items():
@@ -209,7 +210,7 @@ def find_values(
         number = next((n for n in direct if isinstance(n, int) and not isinstance(n, bool)), None)
         if name not in found and number is not None:
             found[name] = number
-    # What is computed may need what is computed before it.
+    # A computed value may need one that is computed before it.
     for name, paths in book.values.items():
         for path in paths:
             if name not in found and path.startswith("="):

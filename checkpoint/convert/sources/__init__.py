@@ -1,4 +1,4 @@
-"""What is read: recognition, files, pickles, catalogs, and the engine that fetches pieces.
+"""Sources: recognition, files, pickles, catalogs, and the engine that fetches pieces.
 
 May import checkpoint.convert.elements and rules.
 """

@@ -1,4 +1,4 @@
-"""The content of a source of any format: tensors, their locations, and what else is known."""
+"""The catalog of a source of any format: tensors, their locations, and other knowledge."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ CARRIED = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-"""Files of a Hugging Face model folder that go with the weights."""
+"""The files of a Hugging Face model folder that accompany the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How a source is read."""
+    """Options for reading a source."""
 
     rules: Path | None = None
-    """Used instead of the format's own."""
+    """Rules to use instead of the format's own."""
     values: Mapping[str, int] = field(default_factory=dict)
     model_files: Path | None = None
-    """A folder with config.json and tokenizer files for a source that has none."""
+    """A folder with config.json and tokenizer files, for a source that has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """How an output is written."""
+    """Options for writing an output."""
 
     dtype: str = ""
-    """Of the weights, as safetensors names it; "" for the source's."""
+    """The type of the weights, by safetensors' name; "" for the source's."""
     values: Mapping[str, int] = field(default_factory=dict)
-    """For the rules of the target's format."""
+    """Values for the rules of the target's format."""
 
 
 @dataclass(slots=True)
@@ -65,27 +65,27 @@ class Catalog:
 
     format: str
     root: Path
-    """Locations are relative to it."""
+    """The folder that locations are relative to."""
     tensors: list[LogicalTensor]
     step: int = 0
     scalars: dict[str, Any] = field(default_factory=dict)
-    """As JSON can say it: optimizer_step and what the format has beside tensors."""
+    """JSON values: `optimizer_step`, and what the format has beside tensors."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Of a run of holdfast."""
+    """The configuration of a run of holdfast."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """Small files that go with the weights, by name."""
+    """Contents of small files that accompany the weights, by name."""
     checks: dict[tuple[str, int, int], int] = field(default_factory=dict)
-    """CRC-32C of (file, byte, length), where the source has checksums."""
+    """CRC-32C of byte ranges (file, byte, length), where the source has checksums."""
     records: dict[tuple[str, int, int], ZipRecord] = field(default_factory=dict)
-    """What zip archives say of what lies there."""
+    """The zip record of each byte range that has one."""
     by_rule: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why, by the source's key."""
+    """The reason for each source tensor that is left out, by its key."""
     precision: str = ""
-    """The type of the weights in training, where the source has only their master copies."""
+    """The type of the weights in training, if the source has only their master copies."""
 
     def of_kind(self, *kinds: str) -> list[LogicalTensor]:
-        """The tensors of some kinds, in the source's order."""
+        """The tensors of these kinds, in the source's order."""
         return [tensor for tensor in self.tensors if tensor.kind in kinds]
 
 
@@ -98,14 +98,15 @@ def make_catalog(
     told: Mapping[str, Any] | None = None,
     rules: RuleBook | None = None,
 ) -> Catalog:
-    """Map what a source keeps to the tensors of the model.
+    """Map the tensors of a source to those of the model.
 
     Args:
-        told: what the source tells of itself, for the values of rules.
-        rules: the format's own, unless the options name others; by default those that come with it.
+        told: the source's description of itself, for the values of rules.
+        rules: the rules unless the options name others; None: those that holdfast has for the
+            format.
     Raises:
-        CheckpointError: a tensor that no rule fits, or that is not complete.
-        ConfigError: wrong rules or values.
+        CheckpointError: no rule fits a tensor, or a tensor is incomplete.
+        ConfigError: the rules or values are wrong.
     """
     if options.rules is not None:
         rules = load_rules(options.rules)
@@ -127,15 +128,15 @@ def make_catalog(
 
 
 def carried_files(folder: Path) -> dict[str, bytes]:
-    """The files of a Hugging Face model folder that go with the weights."""
+    """The files of a Hugging Face model folder that accompany the weights, by name."""
     return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
 
 
 def given_files(options: ReadOptions) -> dict[str, bytes]:
-    """Those of the folder that the user names.
+    """The files of the folder that the user names.
 
     Raises:
-        ConfigError: it has no config.json.
+        ConfigError: the folder has no config.json.
     """
     if options.model_files is None:
         return {}
@@ -156,13 +157,13 @@ def _json(content: bytes, where: Path) -> dict[str, Any]:
 def choose_output_dtypes(
     catalog: Catalog, dtype: str, *, masters: bool
 ) -> list[tuple[LogicalTensor, str]]:
-    """The tensors that are written, each with its type in the output.
+    """The tensors to write, each with its type in the output.
 
-    Weights come from their master copies where these are nearer to what is asked for, and become
-    the master copies where they are finer than the weights are to be.
+    Weights come from their master copies if these are closer to the type asked for. They become the
+    master copies if they are finer than the weights will be.
 
     Args:
-        dtype: of the weights, as safetensors names it; "" for the source's.
+        dtype: the type of the weights, by safetensors' name; "" for the source's.
         masters: whether the target keeps master copies beside 16-bit weights.
     """
     weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
@@ -199,7 +200,7 @@ def _type_of(tensor: LogicalTensor, dtype: str) -> str:
 
 
 def files_for(catalog: Catalog, typed: Sequence[tuple[LogicalTensor, str]]) -> dict[str, bytes]:
-    """The small files beside the output; config.json names the new type of the weights."""
+    """The small files beside the output; config.json has the new type of the weights."""
     files = dict(catalog.files)
     described = _json(files.get("config.json", b"{}"), catalog.root)
     types = Counter(out for tensor, out in typed if tensor.kind == "weight" and out in FLOATS)

@@ -1,4 +1,4 @@
-"""The work itself: units are read, put together, checked and written, several under way at a time.
+"""The conversion engine: units are read, assembled, checked and written, several at a time.
 
 Local.
 """
@@ -44,22 +44,22 @@ from holdfast.parallel.errors import CheckpointError
 
 FEWEST_SLOTS, MOST_SLOTS = 2, 8
 SLOT_BYTES = 4 * UNIT_BYTES
-"""What a unit takes at most, unless one row of it is larger: itself, and what it is made of."""
+"""The most bytes of a unit and its parts, unless one row of it is larger."""
 
 Checks = Mapping[tuple[str, int, int], int]
-"""CRC-32C of what the source says lies at (file, byte, length)."""
+"""CRC-32C of byte ranges (file, byte, length) of the source."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """What is read of one location of a piece."""
+    """The read of one location of a piece."""
 
     location: Location
     region: Region
     memory: Memory
     """uint8[region.bytes]."""
     in_place: bool
-    """It lies in the unit already."""
+    """Whether it lies in the unit already."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class _Slot:
 
 
 class Engine:
-    """Carries out units. Made and used by one thread."""
+    """Converts units. One thread makes and uses it."""
 
     def __init__(
         self,
@@ -93,12 +93,11 @@ class Engine:
 
         Args:
             source: the folder that the locations of units are relative to.
-            target: the folder that units are written to; its files exist in full length. None to
-                read only.
-            memory_bytes: for units under way.
+            target: the folder that units are written to, with files of full length. None: only
+                read.
+            memory_bytes: the memory for units under way.
             checks: checksums of the source; a read of exactly such a range is checked.
-            entries: likewise of the entries of zip archives; told of everything that is read of
-                them.
+            entries: checks of the entries of zip archives; they get everything that is read.
         """
         self.source, self.target = source, target
         self._checksum: Checksum = checksum
@@ -117,7 +116,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Wait for what is under way and close all files."""
+        """Wait for the transfers under way and close all files."""
         self._closing.close()
 
     def __enter__(self) -> Engine:
@@ -131,13 +130,13 @@ class Engine:
         units: Iterable[tuple[int, Unit]],
         done: Callable[[int, Unit, Sums], None],
     ) -> None:
-        """Carry out units.
+        """Convert units.
 
         Args:
-            units: with their numbers.
-            done: called with (number, unit, checksums) after a unit has been written, in no order.
+            units: the units with their numbers.
+            done: called with (number, unit, checksums) after a unit has been written, in any order.
         Raises:
-            CheckpointError: the source cannot be read, is damaged, or disagrees with itself; the
+            CheckpointError: the source cannot be read, is damaged or contradicts itself, or the
                 target cannot be written.
         """
         free = [_Slot() for _ in range(self._slots)]
@@ -174,7 +173,7 @@ class Engine:
             self._drain()
 
     def content(self, unit: Unit) -> bytes:
-        """A unit's bytes as they would be written."""
+        """The bytes of a unit as they would be written."""
         slot = _Slot(unit=unit)
         self._start(slot, unit)
         self._assemble(slot)
@@ -182,7 +181,7 @@ class Engine:
         return slot.memory.tobytes()
 
     def _start(self, slot: _Slot, unit: Unit) -> None:
-        """Ask for everything that a unit is made of."""
+        """Begin all reads that a unit needs."""
         misalignment = unit.offset % ALIGNMENT
         if misalignment % ELEMENT_BYTES[unit.dtype]:
             misalignment = 0
@@ -204,8 +203,8 @@ class Engine:
             terms = []
             for location, region in found:
                 memory = inside
-                # Past the page cache, memory must be as far from a block's beginning as the file
-                # is.
+                # Past the page cache, memory and file must be equally far from the beginning of a
+                # block.
                 if memory is None or (
                     is_long(region) and (memory.ctypes.data - location.offset) % ALIGNMENT
                 ):
@@ -220,11 +219,11 @@ class Engine:
     def _place_in_unit(
         self, slot: _Slot, unit: Unit, piece: SourcePiece, found: Sequence[tuple[Location, Region]]
     ) -> Memory | None:
-        """The bytes of the unit that a piece is read into directly, where it needs no change."""
+        """The bytes of the unit that a piece is read into directly, if it needs no change."""
         if len(found) != 1 or unit.dtype != unit.tensor.dtype or slot.memory is None:
             return None
         inside = piece.box.relative_to(unit.box)
-        # Dimensions of extent 1 before the first that is cut do not matter.
+        # Dimensions of extent 1 before the first cut one do not matter.
         outer = next((d for d, n in enumerate(unit.box.shape) if n > 1), 0)
         if (
             inside.start[outer + 1 :] != (0,) * len(inside.start[outer + 1 :])
@@ -239,7 +238,7 @@ class Engine:
         return slot.memory[start : start + region.bytes]
 
     def _assemble(self, slot: _Slot) -> Sums:
-        """Wait for what a unit is made of and put it together; returns the unit's checksums."""
+        """Wait for the parts of a unit and assemble it. Returns the unit's checksums."""
         unit, memory = slot.unit, slot.memory
         assert unit is not None
         assert memory is not None
@@ -323,15 +322,14 @@ class Engine:
         )
 
     def _drain(self) -> None:
-        """After a failure the rest is still in flight, and the memory must outlive it."""
+        """After a failure, wait for all transfers in flight: the memory must outlive them."""
         self._reads.drain()
         with suppress(OSError):
             self._writes.wait_all()
 
 
 Sums = tuple[int, int]
-"""CRC-32C of a unit, for reading it back, and what the output's format has of it (0 for the
-same)."""
+"""CRC-32C of a unit, for reading it back, and the checksum of the output's format (0 if equal)."""
 
 
 def sums_of(memory: Memory, kind: Checksum) -> Sums:

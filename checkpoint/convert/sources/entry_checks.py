@@ -1,4 +1,4 @@
-"""Checksums of zip entries that are read in parts, combined as the parts come. Pure."""
+"""Checksums of zip entries that are read in parts, combined as the parts arrive. Pure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from holdfast.checkpoint.convert.elements import ZipRecord, combine_crc32
 from holdfast.parallel.errors import CheckpointError
 
 Entries = Mapping[tuple[str, int, int], ZipRecord]
-"""What zip archives say of what lies at (file, byte, length)."""
+"""The zip record of each byte range (file, byte, length)."""
 CheckedRange = tuple[str, int, int, int]
-"""File, first byte, byte after the last, and the CRC-32 of what lies there."""
+"""File, first byte, byte after the last, and the CRC-32 of the range."""
 
 
 class DamagedEntry(CheckpointError):
-    """An entry with a wrong checksum, of which parts may have been written already."""
+    """A wrong checksum of an entry, parts of which may have been written already."""
 
 
 class EntryChecks:
-    """Joins parts that follow each other; an entry whose parts are all there is compared.
+    """Joins adjacent parts of entries, and compares an entry once all its parts are there.
 
-    Nothing is read for it: entries of which something is not read stay unchecked.
+    It reads nothing itself: an entry with a part that is never read stays unchecked.
     """
 
     def __init__(self, root: Path, entries: Entries) -> None:
@@ -35,16 +35,16 @@ class EntryChecks:
             self._files[file].entries.append((start + length, entry))
 
     def wants(self, file: str, start: int, stop: int) -> bool:
-        """Whether a stretch of a file is part of an entry with a checksum."""
+        """Whether a byte range of a file is part of an entry with a checksum."""
         return file in self._files and self._files[file].entry_of(start, stop) is not None
 
     def add(self, parts: Iterable[CheckedRange], what: str = "") -> None:
-        """What has been read; a part that overlaps another does not count.
+        """Add parts that have been read; a part that overlaps another does not count.
 
         Args:
-            what: it is for, for errors.
+            what: the purpose of the read, for messages.
         Raises:
-            DamagedEntry: an entry is complete now, and has another checksum.
+            DamagedEntry: an entry became complete, and has another checksum.
         """
         for name, start, stop, crc in parts:
             if not self.wants(name, start, stop):
@@ -58,7 +58,7 @@ class EntryChecks:
                 )
 
     def rest(self) -> list[CheckedRange]:
-        """The stretches of entries that are not complete."""
+        """The ranges of entries that are not complete."""
         return [
             (name, start, *file.stretches[start])
             for name, file in self._files.items()
@@ -69,21 +69,21 @@ class EntryChecks:
 @dataclass(slots=True)
 class _File:
     starts: list[int] = field(default_factory=list)
-    """Of its entries, in order."""
+    """The first byte of each entry, in order."""
     entries: list[tuple[int, ZipRecord]] = field(default_factory=list)
-    """The byte after the last of each."""
+    """The byte after the last, and the record, of each entry."""
     begun: list[int] = field(default_factory=list)
-    """Where stretches begin that have been read of entries which are not complete, in order."""
+    """The first bytes of the ranges read so far of incomplete entries, in order."""
     stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By where it begins: the byte after its last, and its checksum."""
+    """By first byte: the byte after the last, and the checksum, of such a range."""
 
     def entry_of(self, start: int, stop: int) -> int | None:
-        """The number of the entry that has a stretch."""
+        """The number of the entry that contains a range."""
         number = bisect.bisect_right(self.starts, start) - 1
         return number if number >= 0 and stop <= self.entries[number][0] else None
 
     def join(self, start: int, stop: int, crc: int) -> tuple[int, ZipRecord] | None:
-        """Add a stretch of an entry; the entry, with its checksum, if that makes it complete."""
+        """Add a range of an entry. Returns the entry and its checksum once it is complete."""
         number = self.entry_of(start, stop)
         assert number is not None
         first, (end, entry) = self.starts[number], self.entries[number]

@@ -1,7 +1,7 @@
-"""Pickles are read without being executed: the unpickler makes inert objects, or refuses.
+"""An unpickler that executes nothing: it makes inert objects, or refuses.
 
-Nothing that a pickle names is imported. Containers, numbers and tensors become themselves, objects
-of the frameworks whose checkpoints are read become `PickledObject`s, and any other name is refused.
+Nothing that a pickle names is imported. Containers, numbers and tensors become themselves. Objects
+of the frameworks whose checkpoints are read become `PickledObject`s. Any other name is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from holdfast.checkpoint.format import TORCH_NAMES
 from holdfast.parallel.errors import CheckpointError
 
 INERT_MODULES = ("argparse", "deepspeed", "megatron", "torch.distributed", "numpy")
-"""Modules (with those below them) whose objects are read as records of their attributes."""
+"""Modules, with those below them, whose objects are read as records of their attributes."""
 INERT = {
     ("pathlib", "PosixPath"),
     ("pathlib", "PurePosixPath"),
@@ -31,7 +31,7 @@ INERT = {
     ("_codecs", "encode"),
     ("transformer_engine.common.recipe", "DelayedScaling"),
 }
-"""Single names that are read so."""
+"""Single classes that are read as records too."""
 _STORAGES = {
     "FloatStorage": "F32",
     "HalfStorage": "F16",
@@ -60,7 +60,7 @@ class PickledObject:
     """An object of another program: its arguments and attributes, without its code."""
 
     type_name: ClassVar[str] = ""
-    """As the pickle names it, with its module."""
+    """The name of its type in the pickle, with the module."""
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         self.args = args
@@ -73,7 +73,7 @@ class PickledObject:
         return made
 
     def __setstate__(self, state: Any) -> None:
-        # A class with slots has (attributes, slots).
+        # The state of a class with slots is (attributes, slots).
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, Mapping):
                 self.__dict__.update(part)
@@ -82,30 +82,30 @@ class PickledObject:
         self.items.append((key, value))
 
     def append(self, value: Any) -> None:
-        """For pickled lists of another type."""
+        """Append an element; for pickled lists of another type."""
         self.items.append(value)
 
     def extend(self, values: Any) -> None:
-        """For pickled lists of another type."""
+        """Append elements; for pickled lists of another type."""
         self.items.extend(values)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An attribute."""
+        """An attribute of the object, or `default`."""
         return self.__dict__.get(name, default)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a torch file: where in which of its storages."""
+    """A tensor of a torch file: its place in one of the storages."""
 
     storage: str
-    """The record's name in the file."""
+    """The name of the storage's record in the file."""
     dtype: str
-    """As safetensors names it."""
+    """The element type, by safetensors' name."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
-    """First element, in elements of the storage."""
+    """The first element, in elements of the storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A dtype, or a type of storage."""
+    """A dtype, or a type of storage, by its name."""
 
     dtype: str
 
@@ -145,7 +145,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 def _tensor_of_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
-    # A tensor with attributes, which are not needed; only what rebuilds tensors may be called.
+    # The attributes of a tensor are not needed; only functions that rebuild tensors may be called.
     if function not in (_tensor, _untyped_tensor, _parameter):
         raise CheckpointError("a tensor that is rebuilt by something else than a tensor's function")
     return function(*arguments)
@@ -175,7 +175,7 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Reader(pickle.Unpickler):
-    """See the module."""
+    """The unpickler of this module."""
 
     def __init__(self, content: bytes, where: str) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
@@ -208,26 +208,26 @@ class _Reader(pickle.Unpickler):
 
 
 def read_pickle(content: bytes, where: str) -> Any:
-    """What a pickle holds, without executing anything of it.
+    """The content of a pickle, read without executing it.
 
     Args:
-        where: the file, for errors.
+        where: the file, for messages.
     Raises:
-        CheckpointError: it names a type that is not allowed, or is damaged.
+        CheckpointError: the pickle names a type that is not allowed, or is damaged.
     """
     try:
         return _Reader(content, where).load()
     except CheckpointError:
         raise
     except Exception as error:
-        # A damaged pickle fails in any way that Python has.
+        # A damaged pickle can raise any exception.
         raise CheckpointError(
             f"{where} is damaged: its pickle cannot be read ({type(error).__name__}: {error})"
         ) from error
 
 
 def plain(value: Any) -> Any:
-    """What of a value JSON can say: numbers, text, lists and dicts; records as their attributes."""
+    """The JSON form of a value: numbers, text, lists, dicts; records become their attributes."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

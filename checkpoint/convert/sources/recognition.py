@@ -1,6 +1,6 @@
-"""Which format a path has, by the names of its files.
+"""The recognition of a path's format, by the names of its files.
 
-Imports no format: a conversion needs one or two of them.
+It imports no format module: a conversion needs only one or two of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BIN_FILES: Final = "pytorch_model*.bin"
 
 
 def recognise(path: Path) -> str | None:
-    """The name of the format that a path has; None for one of none."""
+    """The name of the format at a path; None if there is none."""
     return next((name for name, has in _HAS.items() if has(path)), None)
 
 
@@ -40,7 +40,7 @@ def _is_holdfast(path: Path) -> bool:
 
 
 def _is_megatron(path: Path) -> bool:
-    """A folder that Megatron has saved to, or one of its iterations, of either form."""
+    """Whether Megatron has saved to the folder, or the folder is one iteration, of either form."""
     if (path / MEGATRON_TRACKER).is_file() or is_torch_dist(path):
         return True
     return path.is_dir() and any(
@@ -59,7 +59,7 @@ def is_torch_dist(path: Path) -> bool:
 
 
 def _is_deepspeed(path: Path) -> bool:
-    """A folder that DeepSpeed has saved to, or one of its tags."""
+    """Whether DeepSpeed has saved to the folder, or the folder is one tag."""
     if not path.is_dir():
         return False
     folder = path
@@ -70,7 +70,7 @@ def _is_deepspeed(path: Path) -> bool:
 
 
 def _is_universal(path: Path) -> bool:
-    """A universal checkpoint of DeepSpeed, or a folder whose latest one is."""
+    """Whether the folder is a universal checkpoint of DeepSpeed, or its latest one is."""
     return (path / "zero").is_dir() or (path / "latest_universal").is_file()
 
 
@@ -79,7 +79,7 @@ def _is_dcp(path: Path) -> bool:
 
 
 def _is_hugging_face(path: Path) -> bool:
-    """A folder of safetensors or pytorch_model.bin, or one file of safetensors."""
+    """Whether the path is a folder of safetensors or pytorch_model.bin, or one safetensors file."""
     if path.is_file():
         return path.suffix == ".safetensors"
     return any((path / index).is_file() for index in (INDEX, BIN_INDEX)) or any(
@@ -95,4 +95,4 @@ _HAS: Final[dict[str, Callable[[Path], bool]]] = {
     "dcp": _is_dcp,
     "hf": _is_hugging_face,
 }
-"""In the order in which a path is tried: the most particular first."""
+"""The formats in the order in which a path is tried, the most specific first."""

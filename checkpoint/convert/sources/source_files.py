@@ -1,4 +1,4 @@
-"""A source's files, read by byte range: long stretches past the page cache, short ones through it.
+"""The files of a source: long byte ranges are read past the page cache, short ones through it.
 
 Local.
 """
@@ -19,8 +19,8 @@ from holdfast.checkpoint.format import ALIGNMENT
 from holdfast.parallel.errors import CheckpointError
 
 LONG_BYTES = 64 << 10
-"""Shorter stretches are read through the page cache, as is what has gaps, which other pieces then
-need."""
+"""Shorter ranges are read through the page cache, and so are ranges with gaps: other pieces need
+the bytes in the gaps."""
 
 
 Memory = NDArray[np.uint8]
@@ -36,9 +36,9 @@ class _File:
 
 
 class SourceFiles:
-    """The files of a folder. Made and used by one thread.
+    """The files of a folder. One thread makes and uses it.
 
-    What is wanted is collected, and begun together.
+    Reads are collected and begun together.
     """
 
     def __init__(self, root: Path) -> None:
@@ -51,15 +51,15 @@ class SourceFiles:
         self._requests: tuple[list[_Request], list[_Request]] = ([], [])
 
     def close(self) -> None:
-        """Wait for what is under way and close all files."""
+        """Wait for the reads under way and close all files."""
         self._closing.close()
 
     def want(self, location: Location, region: Region, memory: Memory, *, roomy: bool) -> None:
-        """Ask for a region.
+        """Ask for a region; `begin` starts the read.
 
         Args:
             memory: uint8[region.bytes]; written until its ticket has been waited for.
-            roomy: whether a block before it and one after it may be written too.
+            roomy: whether the block before it and the block after it may be written too.
         Raises:
             CheckpointError: the file cannot be opened.
         """
@@ -80,7 +80,7 @@ class SourceFiles:
         direct.append((False, file.direct, address, start, end - start))
 
     def begin(self) -> list[Ticket]:
-        """Begin to read what is wanted."""
+        """Begin the reads that were asked for. Returns their tickets."""
         cached, direct = self._requests
         self._requests = ([], [])
         tickets = [(self._direct, ticket) for ticket in self._direct.submit(direct)]
@@ -92,10 +92,10 @@ class SourceFiles:
         return tickets
 
     def wait(self, tickets: list[Ticket]) -> None:
-        """Wait until all has been read.
+        """Wait until all these reads have ended.
 
         Raises:
-            CheckpointError: something could not be.
+            CheckpointError: a read failed.
         """
         try:
             for engine, ticket in tickets:
@@ -104,7 +104,7 @@ class SourceFiles:
             raise self._failure(error) from error
 
     def drain(self) -> None:
-        """After a failure: wait for the rest, which the memory must outlive."""
+        """After a failure, wait for all other reads: the memory must outlive them."""
         for engine in (self._cached, self._direct):
             try:
                 engine.wait_all()
@@ -128,11 +128,11 @@ class SourceFiles:
 
 
 def is_long(region: Region) -> bool:
-    """Whether a region is one stretch without gaps that is worth to be read past the page cache."""
+    """Whether a region is one long range without gaps, worth a read past the page cache."""
     return len(region.requests) == 1 and region.dense and region.bytes >= LONG_BYTES
 
 
 def room_of(location: Location, region: Region) -> tuple[int, int]:
-    """How much aligned memory a read past the cache needs: (bytes, first byte of the region)."""
+    """The aligned memory of a read past the page cache: (bytes, first byte of the region)."""
     before = location.offset % ALIGNMENT if is_long(region) else 0
     return -(-(before + region.bytes) // ALIGNMENT) * ALIGNMENT, before

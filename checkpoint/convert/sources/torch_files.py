@@ -21,17 +21,17 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """The content of a file of torch.save; its tensors are `StoredTensor`s."""
+    """The content of a file of torch.save, with tensors as `StoredTensor`s."""
 
     content: Any
     file: str
-    """Relative to the source's folder."""
+    """The file's path, relative to the source's folder."""
     offsets: Mapping[str, int]
-    """First byte of each storage, in the file."""
+    """The first byte of each storage in the file."""
     sizes: Mapping[str, int]
-    """Bytes of each storage."""
+    """The bytes of each storage."""
     records: Mapping[str, ZipRecord] = field(default_factory=dict)
-    """Of storages whose checksum was written."""
+    """The zip records of storages that have a checksum."""
 
     def source(
         self,
@@ -44,7 +44,7 @@ class TorchFile:
         """A tensor of the file as a source tensor.
 
         Raises:
-            CheckpointError: it lies outside of its storage.
+            CheckpointError: the tensor lies outside of its storage.
         """
         size = ELEMENT_BYTES[tensor.dtype]
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
@@ -83,11 +83,11 @@ class TorchFile:
 
 
 def read_torch_file(root: Path, file: str) -> TorchFile:
-    """Read what a file of torch.save says of itself; no tensor is read.
+    """Read the description that a file of torch.save has of itself; no tensor is read.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, of torch before 1.6, or a pickle that is
-            refused.
+        CheckpointError: the file is missing, truncated, damaged, older than torch 1.6, or its
+            pickle is refused.
     """
     path = root / file
     try:
@@ -99,7 +99,7 @@ def read_torch_file(root: Path, file: str) -> TorchFile:
 
 
 def read_torch_item(opened: BinaryIO, offset: int, length: int, file: str, where: str) -> TorchFile:
-    """The same for what torch.save wrote at byte `offset` of an open file."""
+    """The content that torch.save wrote at byte `offset` of an open file."""
     try:
         with zipfile.ZipFile(_Window(opened, offset, length)) as archive:  # pyrefly: ignore
             return _read_archive(archive, opened, offset, length, file, where)
@@ -147,13 +147,13 @@ def _read_archive(
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     if not entry.CRC:
-        # torch.serialization.set_crc32_options(False): there is no checksum.
+        # torch.serialization.set_crc32_options(False) leaves out the checksum.
         del entry.CRC
     return archive.read(entry)
 
 
 def tensors_in(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All tensors of nested dicts and lists, with the path to each."""
+    """All tensors of nested dicts and lists, with their paths."""
     if isinstance(value, StoredTensor):
         yield prefix, value
     elif isinstance(value, Mapping):

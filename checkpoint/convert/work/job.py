@@ -1,4 +1,4 @@
-"""A conversion from beginning to end: open, plan, share out, check, name the output."""
+"""The whole of a conversion: open, plan, divide the work, check, name the output."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
 
 _POLL_S = 0.05
 _SYNCING = 16
-"""Files that are waited for at a time."""
+"""The number of files that are synced at a time."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What became of a conversion."""
+    """The result of a conversion."""
 
     target: Path
     source_format: str
     step: int
     tensors: Mapping[str, int]
-    """Tensors written, by kind."""
+    """The number of tensors written, by kind."""
     bytes: int
     by_rule: Counter[str]
-    """Tensors of the source, by the rule that they fitted."""
+    """The number of source tensors that fitted each rule."""
     left_out: Mapping[str, str]
-    """Why, by the source's name."""
+    """The reason for each source tensor that is left out, by its name."""
     rounded: Mapping[tuple[str, str], int]
-    """Tensors that changed their type, by (from, to)."""
+    """The number of tensors that changed their type, by (from, to)."""
     compared: int
-    """Elements of the output that were compared with the source's."""
+    """The number of elements of the output compared with the source."""
     resumed_bytes: int
-    """Written before, by a conversion that did not end."""
+    """The bytes that an earlier, interrupted conversion had written."""
     seconds: float
 
 
@@ -70,18 +70,18 @@ def convert(
     world: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Converted | None:
-    """Convert a checkpoint.
+    """Convert a checkpoint into another format.
 
-    Collective over `world` processes that see the same files and are started alike, by MPI say;
-    they talk through the journals beside the output. Each of them may have `workers` processes of
-    its own if it is alone.
+    Collective over `world` processes that see the same files and get the same arguments but for
+    `rank`, for example under MPI. They communicate by the journals beside the output. A single
+    process may have `workers` processes of its own.
 
     Args:
-        progress: called with (bytes written, bytes in all), by rank 0.
+        progress: called on rank 0 with (bytes written, bytes in all).
     Returns:
-        On rank 0 what was done, once the output is checked and has its name; None elsewhere.
+        On rank 0 the result, once the output is checked and has its name; None elsewhere.
     Raises:
-        ConfigError: something asked for is wrong.
+        ConfigError: an option is wrong.
         CheckpointError: the source is damaged or incomplete, or the output could not be written.
             What was written stays in TARGET.partial, and the same command goes on from there.
     """
@@ -122,7 +122,7 @@ def _lead(
         checksums = ended.checksums
         other = prepared.output.checksum != "crc32c"
         prepared.output.finish(partial, [checksums[i][other] for i in range(len(checksums))])
-        # Together: a filesystem writes its journal for all that wait.
+        # All at once: a filesystem writes its journal for all that wait.
         with ThreadPoolExecutor(_SYNCING) as threads:
             list(threads.map(sync, [partial / name for name in prepared.output.files]))
         output = format_named(asked.to).read(partial, ReadOptions())
@@ -158,7 +158,7 @@ def _lead(
 
 
 def _make_room(asked: Conversion, prepared: PreparedConversion, journal: ConversionJournal) -> None:
-    """Make the output's files in full length, or find them as they were left."""
+    """Create the output's files in full length, or keep those of an interrupted conversion."""
     partial, output = journal.partial, prepared.output
     if not journal.begun(prepared.fingerprint):
         free = free_bytes(partial)
@@ -189,7 +189,7 @@ def _adder(progress: Progress, total: int) -> Callable[[int], None]:
 
 
 def _follow(asked: Conversion, rank: int, world: int) -> None:
-    """A process of several that a launcher started, other than the first."""
+    """Run a process that a launcher started, other than the first."""
     prepared = prepare(asked)
     journal = ConversionJournal(partial_of(asked), rank)
     while not _ready(prepared, journal):
@@ -205,7 +205,7 @@ def _follow(asked: Conversion, rank: int, world: int) -> None:
 
 
 def _ready(prepared: PreparedConversion, journal: ConversionJournal) -> bool:
-    """Whether rank 0 has made all files."""
+    """Whether rank 0 has created all files."""
     if not journal.begun(prepared.fingerprint):
         return False
     sizes = prepared.output.files
@@ -218,7 +218,7 @@ def _ready(prepared: PreparedConversion, journal: ConversionJournal) -> bool:
 def _await_others(
     prepared: PreparedConversion, journal: ConversionJournal, progress: Progress
 ) -> None:
-    """Wait until the journals of all processes together speak of every unit."""
+    """Wait until the journals of all processes together list every unit."""
     count = len(prepared.output.units)
     while True:
         done = journal.read()
@@ -244,7 +244,7 @@ def _share_among_processes(
         for tensor, out in prepared.output.expected
     ):
         load_torch()
-    # A process with threads cannot be forked safely; a fresh one opens and plans for itself.
+    # A process with threads cannot be forked safely; a new process opens and plans by itself.
     forked = threading.active_count() == 1
     context: Any = multiprocessing.get_context("fork" if forked else "spawn")
     counters = context.RawArray("Q", workers)
@@ -281,7 +281,7 @@ def _work(
     counters: Any,
     inherited: tuple[PreparedConversion, Done] | None,
 ) -> None:
-    """A worker process."""
+    """Run a worker process."""
     use_one_thread()
     journal = ConversionJournal(partial_of(asked), rank)
 

@@ -1,6 +1,6 @@
-"""What of a conversion is done, on disk beside its output, so that it goes on after a kill. Local.
+"""The journal of a conversion beside its output, so that it resumes after a kill. Local.
 
-Every worker appends to a file of its own; a line is written only after what it speaks of is on the
+Every worker appends to a file of its own. A line is written only after the units in it are on the
 device. The same files tell the first worker when the others are ready, wherever they run.
 """
 
@@ -24,13 +24,13 @@ PARTIAL = ".partial"
 
 @dataclass(slots=True)
 class Done:
-    """What all workers have done so far."""
+    """The work that all workers have done so far."""
 
     checksums: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By number of the unit: CRC-32C, and what the output's format has of it."""
+    """By number of the unit: CRC-32C, and the checksum of the output's format."""
     verified: set[int] = field(default_factory=set)
     parts: list[CheckedRange] = field(default_factory=list)
-    """Of zip entries of which no worker has read all."""
+    """The read parts of zip entries that no worker has read whole."""
 
 
 class ConversionJournal:
@@ -42,10 +42,10 @@ class ConversionJournal:
         self._file: IO[str] | None = None
 
     def begin(self, fingerprint: Mapping[str, Any]) -> bool:
-        """Make the output's folder, or go on with one of the same conversion. By rank 0.
+        """Make the output's folder, or resume one of the same conversion. Called by rank 0.
 
         Returns:
-            Whether there was something to go on with.
+            Whether an interrupted conversion is resumed.
         """
         plan = self._folder / "plan.json"
         text = json.dumps(fingerprint, sort_keys=True)
@@ -66,7 +66,7 @@ class ConversionJournal:
         return plan.is_file() and plan.read_text() == json.dumps(fingerprint, sort_keys=True)
 
     def read(self) -> Done:
-        """What all workers have recorded; a torn last line does not count."""
+        """The records of all workers; a torn last line does not count."""
         done = Done()
         for path in sorted(self._folder.glob("journal-*.jsonl")):
             for line in path.read_text().splitlines():
@@ -86,7 +86,7 @@ class ConversionJournal:
         verified: Sequence[int] = (),
         parts: Sequence[CheckedRange] = (),
     ) -> None:
-        """Append what this worker has done."""
+        """Append the work that this worker has done."""
         if self._file is None:
             path = self._folder / f"journal-{self._rank:05d}.jsonl"
             self._file = path.open("a")
@@ -98,7 +98,7 @@ class ConversionJournal:
         os.fsync(self._file.fileno())
 
     def void(self) -> None:
-        """What has been written is not to be trusted: the next attempt starts over."""
+        """Mark the output as wrong: the next attempt starts over."""
         (self._folder / "plan.json").unlink(missing_ok=True)
 
     def fail(self, message: str) -> None:
@@ -106,7 +106,7 @@ class ConversionJournal:
         (self._folder / f"failed-{self._rank:05d}").write_text(message)
 
     def failure(self) -> str:
-        """Why a worker cannot go on; "" while all can."""
+        """The reason why a worker cannot go on; "" while all can."""
         for path in sorted(self._folder.glob("failed-*")):
             return path.read_text()
         return ""
@@ -117,13 +117,13 @@ class ConversionJournal:
             self._file = None
 
     def remove(self) -> None:
-        """Take the journals out of the finished output."""
+        """Remove the journals from the finished output."""
         self.close()
         shutil.rmtree(self._folder)
 
 
 class Lock:
-    """One conversion at a time writes to a folder."""
+    """The lock that lets one conversion at a time write to a folder."""
 
     def __init__(self, target: Path) -> None:
         self._path = target.with_name(f".{target.name}.lock")

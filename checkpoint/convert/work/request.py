@@ -20,27 +20,33 @@ MEMORY_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a user asks for."""
+    """The options of a conversion."""
 
     source: Path
+    """The path of the checkpoint to convert."""
     target: Path
-    """A folder that does not exist yet, or is empty."""
+    """The output's folder: one that does not exist yet, or is empty."""
     to: str
+    """The output's format: one of `formats.registry.TARGETS`."""
     source_format: str = "auto"
+    """The source's format; "auto" recognises it."""
     dtype: str = ""
-    """Of the weights, as safetensors names it; "" to leave it."""
+    """The type of the weights, by safetensors' name; "" leaves it."""
     rules: Path | None = None
+    """A TOML file of rules to use instead of the format's own."""
     values: Mapping[str, int] = field(default_factory=dict)
+    """Values for the rules, by name."""
     model_files: Path | None = None
+    """A folder with config.json and tokenizer files, for a source that has none."""
     memory_bytes: int = MEMORY_BYTES
-    """For what all workers have under way."""
+    """The memory for tensors under way in all workers, in bytes."""
 
 
 def check(asked: Conversion) -> None:
-    """Refuse what can be seen to be wrong at once.
+    """Refuse options that are wrong at first sight.
 
     Raises:
-        ConfigError: an unknown format or type, or an output folder that holds something.
+        ConfigError: a format or type is unknown, or the output folder is not empty.
     """
     if asked.to not in TARGETS:
         raise ConfigError(f"--to {asked.to}: use one of {', '.join(TARGETS)}")
@@ -57,7 +63,7 @@ def check(asked: Conversion) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PreparedConversion:
-    """A conversion that can begin."""
+    """A conversion with opened source and planned output."""
 
     catalog: Catalog
     output: Output
@@ -72,8 +78,8 @@ def prepare(asked: Conversion) -> PreparedConversion:
     """Open the source and plan the output.
 
     Raises:
-        ConfigError: the source does not exist, or is of no known format; wrong rules or values.
-        CheckpointError: it is damaged or incomplete, or cannot be written in the target's format.
+        ConfigError: the source is missing or has no known format, or rules or values are wrong.
+        CheckpointError: the source is damaged or incomplete, or the target's format cannot hold it.
     """
     name = asked.source_format
     if name == "auto" and asked.rules is not None and load_rules(asked.rules).files:
@@ -94,7 +100,7 @@ def prepare(asked: Conversion) -> PreparedConversion:
 
 
 def _fingerprint(asked: Conversion, catalog: Catalog, output: Output) -> dict[str, Any]:
-    """What must be equal for a conversion to go on from what another has left."""
+    """The description that two conversions must share for one to resume the other."""
     files = {
         location.file
         for tensor, _ in output.expected
@@ -118,5 +124,5 @@ def _fingerprint(asked: Conversion, catalog: Catalog, output: Output) -> dict[st
 
 
 def partial_of(asked: Conversion) -> Path:
-    """Where the output is until it is finished."""
+    """The output's folder until it is finished."""
     return asked.target.with_name(asked.target.name + PARTIAL)

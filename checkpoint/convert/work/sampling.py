@@ -1,9 +1,7 @@
-"""A sample of an output's values, read back through the output's own format, against the source's.
+"""The comparison of a sample: an output's values, read in its own format, against the source's.
 
+Elements are looked up one by one in the pieces of both sides, without the code that converted them.
 Local.
-
-Elements are looked up one by one in the pieces of both sides, by none of the code that converted
-them.
 """
 
 from __future__ import annotations
@@ -37,14 +35,14 @@ def compare_sample(
     output: Catalog,
     added: Collection[str] = (),
 ) -> int:
-    """Compare names, shapes, types and a sample of elements; returns how many elements.
+    """Compare names, shapes, types and a sample of elements. Returns the number of elements.
 
     Args:
-        source: what the locations of the expected tensors are relative to.
-        expected: the tensors that were to be written, each with its type in the output.
-        added: names of those that only the output has.
+        source: the folder that the locations of the expected tensors are relative to.
+        expected: the tensors that should be there, each with its type in the output.
+        added: the names of tensors that only the output has.
     Raises:
-        CheckpointError: a tensor is missing, of another form, or has another value.
+        CheckpointError: a tensor is missing, or differs in form or value.
     """
     found = {tensor.full_name: tensor for tensor in output.tensors}
     names = [tensor.full_name for tensor, _ in expected]
@@ -86,7 +84,7 @@ def _indices(tensor: LogicalTensor, count: int) -> set[tuple[int, ...]]:
 
 
 class _Elements:
-    """Single elements of a checkpoint's tensors."""
+    """A reader of single elements of a checkpoint's tensors."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -99,7 +97,7 @@ class _Elements:
         self._files.close()
 
     def find(self, tensor: LogicalTensor, index: tuple[int, ...]) -> list[Location]:
-        """Where an element is; the disk is asked for all of them before the first is read."""
+        """The locations of an element; the disk is asked for all of them first."""
         for piece in tensor.pieces:
             if all(
                 a <= i < b for a, i, b in zip(piece.box.start, index, piece.box.stop, strict=True)
@@ -116,7 +114,7 @@ class _Elements:
         raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
 
     def value(self, tensor: LogicalTensor, locations: Sequence[Location], dtype: str) -> bytes:
-        """The bytes of an element that lies at `locations`, in type `dtype`."""
+        """The bytes of an element at `locations`, in type `dtype`."""
         values = [self.read(location, tensor.dtype) for location in locations]
         if not values:
             return bytes(ELEMENT_BYTES[dtype])

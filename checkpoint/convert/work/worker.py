@@ -1,4 +1,4 @@
-"""One worker's share of a conversion: write its units, and read back what is on the disk meanwhile.
+"""One worker's share of a conversion: write its units, and read written ones back meanwhile.
 
 Local.
 """
@@ -29,22 +29,22 @@ from holdfast.parallel.errors import CheckpointError
 UNITS_IN_A_ROW = 8
 """Neighbouring units go to the same worker, so that files are written in long stretches."""
 RECORD_BYTES = 32 << 20
-"""Written between two lines of a worker's journal; a kill costs two such groups more, and what is
-under way."""
+"""Bytes written between two lines of a worker's journal. A kill costs two such groups at most, plus
+the work under way."""
 _READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which part of a conversion a worker does, and how much memory it may take."""
+    """The part of a conversion that a worker does, and its memory."""
 
     rank: int
     world: int
     memory_bytes: int
-    """For tensors under way in this worker."""
+    """The memory for tensors under way in this worker."""
 
     def of(self, count: int) -> list[int]:
-        """The numbers of this worker's units, of `count`."""
+        """The numbers of this worker's units, out of `count`."""
         return [i for i in range(count) if i // UNITS_IN_A_ROW % self.world == self.rank]
 
 
@@ -55,15 +55,15 @@ def do_share(
     share: Share,
     progress: Callable[[int], None],
 ) -> None:
-    """Do what is left of one worker's share.
+    """Do the rest of one worker's share.
 
     Args:
-        done: what was recorded before it began.
-        progress: called with bytes that have been written, or found written.
+        done: the work that was recorded before it began.
+        progress: called with a number of bytes that were written, or found written.
     Raises:
-        CheckpointError: the source is damaged or disagrees with itself, or the output cannot be
+        CheckpointError: the source is damaged or contradicts itself, or the output cannot be
             written.
-        DamagedEntry: the former, and the next attempt starts over.
+        DamagedEntry: the source is damaged, and the next attempt starts over.
     """
     catalog, output = prepared.catalog, prepared.output
     mine = share.of(len(output.units))
@@ -102,14 +102,14 @@ def do_share(
             verifier.add(pending)
             verifier.finish()
     except DamagedEntry:
-        # Other units may have been written from it, and are recorded as done.
+        # Other units may have used the damaged entry, and are recorded as done.
         journal.void()
         raise
     journal.record(verified=[*unseen, *(i for i, _ in open_units)], parts=entries.rest())
 
 
 def _check_source(catalog: Catalog, output: Output, share: Share) -> None:
-    """Check the source's checksums that reading units does not check: this worker's share."""
+    """Check this worker's share of the source's checksums that reading units does not check."""
     if not catalog.checks:
         return
     unread = sorted(_named(catalog, output) - _read_whole(output))
@@ -130,7 +130,7 @@ def _check_source(catalog: Catalog, output: Output, share: Share) -> None:
 
 
 def _named(catalog: Catalog, output: Output) -> set[tuple[str, int, int]]:
-    """The ranges with checksums (file, byte, length) that tensors of the output begin in."""
+    """The byte ranges with checksums (file, byte, length) that tensors of the output begin in."""
     starts = {(file, offset): (file, offset, length) for file, offset, length in catalog.checks}
     return {
         starts[location.file, location.offset]
@@ -142,7 +142,7 @@ def _named(catalog: Catalog, output: Output) -> set[tuple[str, int, int]]:
 
 
 def _read_whole(output: Output) -> set[tuple[str, int, int]]:
-    """The ranges that units read in one request, and so check where they have a checksum."""
+    """The byte ranges that units read in one request, and so check if they have a checksum."""
     found: set[tuple[str, int, int]] = set()
     for unit in output.units:
         size = unit.tensor.element_bytes

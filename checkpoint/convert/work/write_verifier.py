@@ -1,4 +1,4 @@
-"""Written units are flushed, recorded and read back while the next ones are converted. Local."""
+"""The write verifier: flushes, records and reads back units while the next ones are converted."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from holdfast.checkpoint.stores import sync
 from holdfast.parallel.errors import CheckpointError
 
 MEMORY_BYTES = 4 * (UNIT_BYTES + 2 * ALIGNMENT)
-"""For what is read back, unless a single unit takes more."""
+"""The memory for units that are read back, unless a single unit needs more."""
 MOST_WAITING = 2
-"""Groups of written units that may wait to be verified; with more the conversion waits."""
+"""The groups of written units that may wait; with more, the conversion waits."""
 
 
 class WriteVerifier:
-    """Flushes, records and reads back groups of written units, in order, in a thread of its own."""
+    """Flushes, records and reads back groups of written units, in order, in its own thread.
+
+    Local.
+    """
 
     def __init__(self, partial: Path, output: Output, journal: ConversionJournal) -> None:
         self._partial, self._output, self._journal = partial, output, journal
@@ -45,17 +48,17 @@ class WriteVerifier:
         """Queue a group of written units.
 
         Args:
-            sums: their checksums, by number.
-            recorded: they are durable, and the journal has them.
+            sums: the checksums of the units, by number.
+            recorded: whether they are durable and the journal has them.
         Raises:
-            CheckpointError: units given before could not be made durable, or read back otherwise.
+            CheckpointError: earlier units could not be made durable, or read back differently.
         """
         while len(self._waiting) >= MOST_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._flush_and_verify, dict(sums), recorded))
 
     def finish(self) -> None:
-        """Wait for everything; raises as `add` does."""
+        """Wait for all groups. Raises as `add` does."""
         while self._waiting:
             self._waiting.popleft().result()
 

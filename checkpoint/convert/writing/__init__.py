@@ -1,4 +1,4 @@
-"""What is written: torch.save archives, pickles, torch.distributed.checkpoint folders.
+"""The writers: torch.save archives, pickles, torch.distributed.checkpoint folders.
 
 May import checkpoint.convert.elements and sources.
 """

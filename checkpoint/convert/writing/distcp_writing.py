@@ -39,7 +39,7 @@ from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 ITEM_BYTES = 64 << 20
-"""A reader takes an item whole, so that items are not larger than this (or one row)."""
+"""The largest item, unless one row is larger: a reader takes an item whole."""
 LARGEST_FILE_BYTES = 4 << 30
 
 Key = tuple[Any, ...]
@@ -48,7 +48,7 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A chunk of a tensor, or an object, in the file that it will be in."""
+    """A box of a tensor, or an object, and its place in a file."""
 
     path: Key
     layout: TorchLayout
@@ -57,7 +57,7 @@ class _Item:
     box: Box | None = None
     units: range = range(0)
     content: bytes = b""
-    """Of a tensor that is made here."""
+    """The content of a tensor that is made here."""
 
 
 class DistcpFolder:
@@ -67,7 +67,7 @@ class DistcpFolder:
         """Start an empty folder.
 
         Args:
-            folder: inside of the output; "" for the output itself.
+            folder: the folder inside the output; "" for the output itself.
         """
         self._folder = Path(folder)
         self._items: list[_Item] = []
@@ -78,12 +78,12 @@ class DistcpFolder:
 
     @property
     def files(self) -> dict[str, int]:
-        """Sizes in bytes, by name in the output."""
+        """The size of each file in bytes, by name in the output."""
         sizes = {**self._full, self._name: self._position}
         return {self._path(name): size for name, size in sizes.items()}
 
     def add(self, path: Key, tensor: LogicalTensor, dtype: str) -> None:
-        """A tensor, of type `dtype` in the output.
+        """Add a tensor, of type `dtype` in the output.
 
         Raises:
             CheckpointError: files of torch.save have no such type.
@@ -103,7 +103,7 @@ class DistcpFolder:
             self._append(path, layout, box, range(first, len(self.units)))
 
     def add_number(self, path: Key, value: float) -> None:
-        """A tensor float32[] that is known now."""
+        """Add a tensor float32[] with a known value."""
         come = TensorToCome(0, "F32", ())
         layout = lay_out(come, [come])
         self._make_room(layout.bytes)
@@ -112,7 +112,7 @@ class DistcpFolder:
         self._append(path, layout, Box((), ()), range(0), content)
 
     def add_object(self, path: Key, value: Any) -> None:
-        """An object made of what torch.load's weights-only mode accepts."""
+        """Add an object that torch.load's weights-only mode accepts."""
         layout = lay_out(value, [])
         self._make_room(layout.bytes)
         self._append(path, layout)
@@ -140,10 +140,10 @@ class DistcpFolder:
         return str(self._folder / name)
 
     def write(self, root: Path, checksums: Sequence[int]) -> None:
-        """Everything but what units have written, `.metadata` last.
+        """Write everything but the units' bytes, `.metadata` last.
 
         Args:
-            checksums: CRC-32 of each unit.
+            checksums: the CRC-32 of each unit.
         """
         for item in self._items:
             with (root / self._path(item.file)).open("r+b") as opened:
@@ -157,7 +157,7 @@ class DistcpFolder:
         write_synced(root / self._path(DCP_METADATA), content)
 
     def _crc(self, item: _Item, checksums: Sequence[int]) -> int:
-        """CRC-32 of an item's tensor."""
+        """The CRC-32 of an item's tensor."""
         crc = zlib.crc32(item.content)
         for number in item.units:
             crc = combine_crc32(crc, checksums[number], self.units[number].bytes)
@@ -209,7 +209,7 @@ def _named(name: str) -> Named:
 
 
 def _properties(dtype: str) -> Instance:
-    """Of a contiguous tensor without gradient, as torch pickles them."""
+    """The properties of a contiguous tensor without gradient, as torch pickles them."""
     layout = Call(Named("torch.serialization", "_get_layout"), ("torch.strided",))
     contiguous = Call(_named("_MEM_FORMAT_ENCODING"), (0,))
     state = (Named("torch", TORCH_NAMES[dtype]), layout, False, contiguous, False)

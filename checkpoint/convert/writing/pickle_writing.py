@@ -1,6 +1,6 @@
-"""Pickles that torch reads, written without importing torch, which saves seconds.
+"""A writer of pickles that torch reads; it does not import torch, which saves seconds.
 
-Protocol 2 of Python's pickle, of what checkpoints are made of.
+It writes protocol 2 of Python's pickle, for the kinds of values that checkpoints have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A type or a function: what a module has under a name."""
+    """A type or function, by its module and name."""
 
     module: str
     name: str
@@ -23,7 +23,7 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a function gives."""
+    """The result of a function call."""
 
     function: Named
     arguments: tuple[Any, ...] = ()
@@ -31,7 +31,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An object that is made without its constructor, and given its state."""
+    """An object made without its constructor, from its state."""
 
     type: Named
     state: Any = None
@@ -46,7 +46,7 @@ class Persistent:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """A dict whose keys cannot be those of one here."""
+    """A dict with keys that a Python dict here cannot have."""
 
     items: tuple[tuple[Any, Any], ...]
 
@@ -63,7 +63,7 @@ def write_pickle(value: Any) -> bytes:
         value: numbers, text, lists, tuples, dicts, argparse.Namespace and the classes of this
             module.
     Raises:
-        TypeError: anything else.
+        TypeError: the value is anything else.
     """
     parts = [b"\x80\x02"]
     _write(value, parts)
@@ -109,7 +109,7 @@ def _write_items(before: bytes, items: Iterable[Any], after: bytes, parts: list[
 
 
 def _plain(value: Any) -> bytes:
-    """The opcodes of a value without parts; empty for any other."""
+    """The opcodes of a value without parts; empty for any other value."""
     match value:
         case None:
             return b"N"

@@ -1,4 +1,4 @@
-"""Folders of files of torch.save, laid out before any tensor is there."""
+"""Folders of torch.save files, laid out before any tensor's bytes are known."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from holdfast.parallel.layout import Box
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file of torch.save that is to be written."""
+    """A torch.save file that will be written."""
 
     name: str
     layout: TorchLayout
     units: tuple[range, ...]
-    """Of each of its tensors."""
+    """The units of each of its tensors."""
     constants: tuple[bytes, ...] = ()
-    """Of each of its tensors, where they are made here."""
+    """The contents of its tensors that are made here."""
 
 
 class TorchFolder:
@@ -39,17 +39,17 @@ class TorchFolder:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """In bytes, by name in the output."""
+        """The size of each file in bytes, by name in the output."""
         return {file.name: file.layout.bytes for file in self.files}
 
     def add(
         self, name: str, content: Any, tensors: Sequence[tuple[TensorToCome, LogicalTensor]]
     ) -> None:
-        """A file.
+        """Add a file.
 
         Args:
-            content: what torch.load gives, with the tensors to come in it.
-            tensors: these, in the order of their numbers, and where their bytes come from.
+            content: the value that torch.load will give, with `TensorToCome` for tensors.
+            tensors: these tensors in the order of their numbers, each with the source of its bytes.
         """
         layout = lay_out(content, [come for come, _ in tensors])
         spans = []
@@ -60,17 +60,17 @@ class TorchFolder:
         self.files.append(_File(name, layout, tuple(spans)))
 
     def add_number(self, name: str, value: float, wrap: Any = None) -> None:
-        """A file with a tensor of one number; `wrap` puts it into other content."""
+        """Add a file with a tensor of one number; `wrap` puts it into other content."""
         come = TensorToCome(0, "F32", ())
         layout = lay_out(come if wrap is None else wrap(come), [come])
         content = struct.pack("<f", value)
         self.files.append(_File(name, layout, (range(0),), (content,)))
 
     def write(self, folder: Path, checksums: Sequence[int]) -> None:
-        """Everything but what units have written.
+        """Write everything but the units' bytes.
 
         Args:
-            checksums: CRC-32 of each unit.
+            checksums: the CRC-32 of each unit.
         """
         for file in self.files:
             crcs = []

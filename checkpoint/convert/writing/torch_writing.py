@@ -1,7 +1,7 @@
-"""Files as torch.save writes them, laid out first, so that tensors are written in place.
+"""Files in the form of torch.save, laid out first, so that tensors are written in place.
 
 A file is a zip archive without compression: a pickle of everything but the tensors' bytes, and a
-record for each storage at a multiple of 64 bytes. Local; the bytes of tensors are written later.
+record for each storage at a multiple of 64 bytes. The bytes of tensors are written later. Local.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STORAGE_TYPES = {
     "C64": "ComplexFloatStorage",
 }
 TORCH_FILE_DTYPES = tuple(_STORAGE_TYPES)
-"""Types whose tensors can be written so."""
+"""The types of tensors that this form has."""
 _LIMIT = 0xFFFFFFFF
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -41,10 +41,10 @@ _FOLDER = "archive"
 
 @dataclass(frozen=True, slots=True)
 class TensorToCome:
-    """Stands in a file's content for a tensor whose bytes are written later."""
+    """A placeholder in a file's content for a tensor whose bytes are written later."""
 
     number: int
-    """Of its storage: 0, 1, … in the order of the file."""
+    """The number of its storage: 0, 1, … in the order of the file."""
     dtype: str
     shape: tuple[int, ...]
 
@@ -54,7 +54,7 @@ class TensorToCome:
 
 
 def _with_storages(value: Any) -> Any:
-    """Content with tensors as torch.save writes them."""
+    """The content, with tensors in the form of torch.save."""
     if isinstance(value, TensorToCome):
         kind = Named("torch", _STORAGE_TYPES[value.dtype])
         storage = ("storage", kind, str(value.number), "cpu", prod(value.shape))
@@ -72,9 +72,9 @@ def _with_storages(value: Any) -> Any:
 class _ZipEntry:
     name: str
     offset: int
-    """Of its local header."""
+    """The offset of its local header."""
     start: int
-    """Of its bytes."""
+    """The offset of its bytes."""
     size: int
     content: bytes | None
     """None for the bytes of a tensor."""
@@ -82,18 +82,18 @@ class _ZipEntry:
 
 @dataclass(frozen=True, slots=True)
 class TorchLayout:
-    """A file of torch.save before its tensors are there."""
+    """The layout of a torch.save file before its tensors' bytes are known."""
 
     records: tuple[_ZipEntry, ...]
     starts: tuple[int, ...]
-    """First byte of each tensor, in the order of their numbers."""
+    """The first byte of each tensor, in the order of their numbers."""
     bytes: int
 
     def parts(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Everything but the tensors: (byte in the file, content).
+        """Everything but the tensors, as (byte in the file, content).
 
         Args:
-            checksums: CRC-32 (that of zip) of each tensor's bytes.
+            checksums: the CRC-32 (zip's) of each tensor's bytes.
         """
         central, number = b"", 0
         for record in self.records:
@@ -113,9 +113,9 @@ def lay_out(content: Any, tensors: Sequence[TensorToCome]) -> TorchLayout:
     """Lay out a file of torch.save.
 
     Args:
-        content: what it holds, with `TensorToCome` for tensors; built of what torch.load's
+        content: the content, with `TensorToCome` for tensors, of kinds that torch.load's
             weights-only mode accepts.
-        tensors: those of the content, in the order of their numbers.
+        tensors: the tensors of the content, in the order of their numbers.
     """
     pickled = write_pickle(_with_storages(content))
     contents: list[tuple[str, bytes | None, int]] = [
@@ -143,10 +143,10 @@ def lay_out(content: Any, tensors: Sequence[TensorToCome]) -> TorchLayout:
 
 
 def torch_file(content: Any) -> bytes:
-    """A whole file of torch.save that holds no tensors.
+    """A whole torch.save file without tensors.
 
     Args:
-        content: built of what torch.load's weights-only mode accepts.
+        content: values of kinds that torch.load's weights-only mode accepts.
     """
     layout = lay_out(content, [])
     whole = bytearray(layout.bytes)

@@ -10,8 +10,8 @@ from holdfast.parallel.layout.parameters import Initial, LayerSpec, ParameterSpe
 from holdfast.parallel.optimizer.adamw import ADAMW
 from holdfast.parallel.optimizer.rule import StateFormat
 from holdfast.parallel.plan.cost import (
-    exchange_bytes,
     rank_memory,
+    reduction_bytes,
     replica_timeline,
     step_time_s,
 )
@@ -114,7 +114,7 @@ def test_a_step_ends_with_the_exchange_of_the_replica_with_most_micro_batches() 
         plan, precision=PRECISIONS["fp32"], exact=True, flops_per_s=1.0, link_bytes_per_s=10.0
     )
     held = 6 * ELEMENTS * (8 + 4)
-    assert exchange_bytes(plan, 0, precision=PRECISIONS["fp32"], exact=True) == pytest.approx(
+    assert reduction_bytes(plan, 0, precision=PRECISIONS["fp32"], exact=True) == pytest.approx(
         held / 2
     )
     assert estimate == pytest.approx(3 * 3 * 40.0 + held / 2 / 10.0)

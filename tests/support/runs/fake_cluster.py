@@ -15,7 +15,7 @@ from holdfast.parallel.plan.plan import Plan
 from holdfast.trainer.config.sections import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.elastic.loop import ElasticLoop
-from holdfast.trainer.elastic.recovery import Built, Drives, MembershipChange, Recovery
+from holdfast.trainer.elastic.recovery import Built, CompletedChange, Drives, Recovery
 from holdfast.trainer.elastic.transition import Transition
 from holdfast.trainer.elastic.transport import GenerationGroups
 from holdfast.trainer.elastic.worker_status import (
@@ -230,9 +230,9 @@ class FakeSession:
     """How many comparisons end because a peer is lost."""
     requests: Callable[[int], Requests] = lambda step: Requests()
     steps: list[tuple[int, bool, bool]] = field(default_factory=list)
-    changes: list[MembershipChange] = field(default_factory=list)
-    recorded: list[tuple[MembershipChange, bool]] = field(default_factory=list)
-    reported: list[MembershipChange] = field(default_factory=list)
+    changes: list[CompletedChange] = field(default_factory=list)
+    recorded: list[tuple[CompletedChange, bool]] = field(default_factory=list)
+    reported: list[CompletedChange] = field(default_factory=list)
     compared: list[int] = field(default_factory=list)
     finished: bool = False
     stopped: list[tuple[int, bool]] = field(default_factory=list)
@@ -270,14 +270,14 @@ class FakeSession:
             return False
         return True
 
-    def go_on(self, change: MembershipChange, training: Any) -> None:
+    def go_on(self, change: CompletedChange, training: Any) -> None:
         self.changes.append(change)
         self.training = training
 
-    def record(self, change: MembershipChange, *, urgent: bool) -> None:
+    def record(self, change: CompletedChange, *, urgent: bool) -> None:
         self.recorded.append((change, urgent))
 
-    def report_interrupted_step(self, change: MembershipChange) -> None:
+    def report_interrupted_step(self, change: CompletedChange) -> None:
         self.reported.append(change)
 
 

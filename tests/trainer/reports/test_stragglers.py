@@ -109,6 +109,6 @@ def test_a_slow_rank_is_reported_when_it_is_slow_twice_running_and_once() -> Non
         for phase in (1, 2, 3):
             now += 0.1
             clock.end(training, phase)
-        found = clock.exchange(training, 2.0)
+        found = clock.compare(training, 2.0)
         reported.append([(s.rank, s.phase, round(s.own_s, 6)) for s in found])
     assert reported == [[], [], [], [(0, "compute", 9.3)], []]

@@ -1,7 +1,4 @@
-"""DeepSpeed's own words for what tensor-parallel ranks hold (universal_checkpoint_info), as rules.
-
-Pure.
-"""
+"""DeepSpeed's description of tensor-parallel shards (universal_checkpoint_info), as rules. Pure."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ def tensor_parallel_rules(
     ranks: int,
     where: str,
 ) -> tuple[Rule, ...]:
-    """A rule for each parameter; one that no pattern speaks of is cut along its rows.
+    """A rule for each parameter; a parameter without a matching pattern is cut along its rows.
 
     Args:
-        info: universal_checkpoint_info of the model's state.
-        shapes: of each parameter on one tensor-parallel rank.
-        ranks: tensor-parallel ranks.
+        info: the universal_checkpoint_info of the model's state.
+        shapes: the shape of each parameter on one tensor-parallel rank.
+        ranks: the number of tensor-parallel ranks.
     Raises:
-        ConfigError: there is no such information, or it says what rules cannot.
+        ConfigError: the information is missing, or rules cannot express it.
     """
     if not info:
         raise ConfigError(
@@ -71,7 +68,7 @@ def _rule(
 def _sub_params(
     name: str, shape: tuple[int, ...], told: Mapping[str, Any], ranks: int, where: str
 ) -> Rule:
-    """A parameter of several that are fused along `partition_dim`, each cut over all ranks."""
+    """The rule of a parameter fused of several along `partition_dim`, each cut over all ranks."""
     logical, dim = plain(told["shape"]), int(told["partition_dim"])
     sizes = logical[dim] if len(logical) == len(shape) else None
     if not isinstance(sizes, list) or any(size % ranks for size in sizes):
@@ -83,10 +80,7 @@ def _sub_params(
 
 
 def _joined(name: str, sizes: Iterable[int], dim: int) -> Rule:
-    """Every rank has a share of each part, one after the other.
-
-    Together the parts follow each other.
-    """
+    """The rule of a parameter of which every rank has a slice of each part, one after the other."""
     return Rule(
         source=name,
         form="shard",

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints, from which a job of any size and ZeRO stage goes on."""
+"""DeepSpeed's universal checkpoints, from which a job of any size and ZeRO stage can resume."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from holdfast.parallel.errors import CheckpointError
 
 NAME = "deepspeed-universal"
 _STATES = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-"""Files of a parameter, and the kind of tensor that each holds."""
+"""The files of a parameter, and the kind of tensor in each."""
 _VERSION = "0.19.8"
-"""Of DeepSpeed, for checkpoints that were not its own: what is written was tested with it."""
+"""The DeepSpeed version written for checkpoints of other origin; the output was tested with it."""
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """Everything that a universal checkpoint has.
+    """Read everything in a universal checkpoint.
 
     Raises:
         CheckpointError: a file is missing, truncated or refused.
@@ -47,14 +47,14 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     models = sorted(p.name for p in root.iterdir() if MODEL.fullmatch(p.name))
     if not models or not (root / "zero").is_dir():
         raise CheckpointError(f"{root} lacks {'a model_states.pt' if not models else 'zero/'}")
-    # The one of a job without ZeRO 3 has the weights, where there are several.
+    # Among several files, that of a job without ZeRO 3 has the weights.
     model = read_torch_file(root, min(models, key=lambda name: (name.startswith("zero_"), name)))
     optimizer = read_torch_file(root, "zero/optimizer_state.pt")
     told = model.content
     shapes = {n: tuple(s) for group in told["param_shapes"] for n, s in group.items()}
     buffers = set(told.get("buffer_names") or ())
-    # With tensor parallelism the file has one rank's shards: weights then come from their master
-    # copies.
+    # With tensor parallelism the file has the shards of one rank; weights then come from their
+    # master copies.
     cut = int(told.get("mp_world_size") or 1) > 1
     tensors = [
         model.source(f"{'buffer' if name in buffers else 'module'}/{name}", tensor)
@@ -116,7 +116,7 @@ def _parameter(
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A universal checkpoint: a tag's folder, which DeepSpeed loads with `load_universal`."""
+    """Plan a universal checkpoint: a tag's folder, which DeepSpeed reads with `load_universal`."""
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     weights = [(t, out) for t, out in typed if t.kind in ("weight", "buffer", "tensor")]
     fine = {t.name: t for t, _ in typed if t.kind == "master"}
@@ -165,7 +165,7 @@ def _add_model_states(
     weights: Sequence[tuple[LogicalTensor, str]],
     masters: Sequence[LogicalTensor],
 ) -> None:
-    """The model's state, once as jobs below ZeRO 3 look for it and once as those of ZeRO 3 do."""
+    """Add the model's state twice: as jobs below ZeRO 3 look for it, and as jobs with ZeRO 3 do."""
     told: dict[str, Any] = dict(catalog.scalars.get(DEEPSPEED, {}).get("model_states", {}))
     step = catalog.step
     if not told:
@@ -177,7 +177,7 @@ def _add_model_states(
             "mp_world_size": 1,
             "buffer_names": [t.name for t, _ in weights if t.kind == "buffer"],
             "shared_params": {},
-            # What DeepSpeed's schedules read, and what torch's do.
+            # DeepSpeed's schedules and torch's read these.
             "lr_scheduler": {
                 "last_batch_iteration": step - 1,
                 "last_epoch": step,
@@ -206,7 +206,7 @@ def _add_model_states(
 
 
 def _add_optimizer_state(files: TorchFolder, catalog: Catalog, step: int) -> None:
-    """What the optimizer has beside tensors of parameters."""
+    """Add the optimizer's values that are not tensors of parameters."""
     told = catalog.scalars.get(DEEPSPEED, {})
     groups = told.get("param_groups")
     if not groups:

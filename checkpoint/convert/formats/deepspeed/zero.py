@@ -32,11 +32,11 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 NAME = "deepspeed"
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 TENSOR_STATES = ("module", "optimizer", "frozen_param_fragments")
-"""What of a model's state is tensors; the rest goes along as plain values."""
+"""The keys of a model's state that hold tensors; the other keys are carried as plain values."""
 
 
 def find_tag(path: Path, latest: str = "latest") -> Path:
-    """The folder of one save: the path itself, or what `latest` in it names."""
+    """The folder of one save: the path itself, or the folder that `latest` in it names."""
     named = path / latest
     if named.is_file():
         tag = named.read_text().strip()
@@ -47,30 +47,30 @@ def find_tag(path: Path, latest: str = "latest") -> Path:
 
 
 _Rank = tuple[int, int]
-"""(tensor-parallel, data-parallel)."""
+"""(tensor-parallel rank, data-parallel rank)."""
 
 
 @dataclass(frozen=True, slots=True)
 class _RankFiles:
-    """The files of a save, opened."""
+    """The opened files of a save."""
 
     root: Path
     models: Mapping[_Rank, TorchFile]
-    """Of data-parallel rank 0 only below ZeRO 3."""
+    """Below ZeRO 3, only the files of data-parallel rank 0."""
     optimizers: Mapping[_Rank, TorchFile]
     stage: int
     ranks: _Rank
-    """How many there are of each."""
+    """The number of ranks along each axis."""
 
     @property
     def told(self) -> Mapping[str, Any]:
-        """What rank 0 says of the model."""
+        """Rank 0's description of the model."""
         return self.models[0, 0].content
 
     def shapes(self) -> list[list[tuple[str, tuple[int, ...]]]]:
         """Names and shapes of the trained parameters on a tensor-parallel rank, by group.
 
-        In the order of flat partitions.
+        They are in the order of the flat partitions.
         """
         return [
             [(str(name), tuple(shape)) for name, shape in group.items()]
@@ -78,18 +78,19 @@ class _RankFiles:
         ]
 
     def place(self, rank: _Rank, *, fragment: bool = True) -> tuple[tuple[str, int], ...]:
-        """The coordinates of what a rank holds."""
+        """The coordinates of a rank's shard or fragment."""
         found = [("tp", rank[0])] if self.ranks[0] > 1 else []
         return (*found, ("dp", rank[1])) if fragment else tuple(found)
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """Weights, master copies and moments of a save.
+    """Read the weights, master copies and moments of a save.
 
     Raises:
-        CheckpointError: a file is missing, truncated or refused; partitions do not make up a
+        CheckpointError: a file is missing, truncated or refused, or partitions do not make up a
             tensor.
-        ConfigError: it was trained with pipeline parallelism, or does not say how tensors are cut.
+        ConfigError: the job used pipeline parallelism, or the save does not say how tensors are
+            cut.
     """
     root = find_tag(path)
     save = _open(root)
@@ -114,7 +115,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 
 def as_one_rank(described: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
-    """What a save has beside tensors, as if there had been one tensor-parallel rank."""
+    """The plain values of a save, as if there had been one tensor-parallel rank."""
     model = described["model_states"]
     if int(model.get("mp_world_size") or 1) > 1:
         shapes = {tensor.name: list(tensor.shape) for tensor in catalog.tensors}
@@ -128,7 +129,7 @@ def as_one_rank(described: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
 
 
 def _rules(save: _RankFiles, options: ReadOptions) -> RuleBook | None:
-    """The format's rules, with those that the save itself gives where it is of several ranks."""
+    """The format's rules, plus those that the save itself has if it is of several ranks."""
     if save.ranks[0] == 1 or options.rules is not None:
         return None
     own = builtin_rules(NAME)
@@ -139,7 +140,7 @@ def _rules(save: _RankFiles, options: ReadOptions) -> RuleBook | None:
 
 
 def describe(told: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a save has beside tensors, as plain values: DeepSpeed needs it to go on."""
+    """The plain values of a save that DeepSpeed needs to resume."""
     inner = optimizer.get("optimizer_state_dict", optimizer.get("base_optimizer_state", {}))
     groups = optimizer.get("param_groups")
     if groups is None and isinstance(inner, Mapping):
@@ -191,7 +192,7 @@ def _open(root: Path) -> _RankFiles:
 
 
 def _model_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
-    """Weights (below ZeRO 3), buffers and frozen parameters."""
+    """The weights (below ZeRO 3), buffers and frozen parameters."""
     told = save.told
     buffers = set(told.get("buffer_names") or ())
     shared = set(told.get("shared_params") or {})
@@ -202,7 +203,7 @@ def _model_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
             if name in shared or not isinstance(tensor, StoredTensor):
                 continue
             if name in buffers:
-                # Every rank has them; what they say is rank 0's.
+                # Every rank has them; rank 0's count.
                 if rank == (0, 0):
                     yield file.source(f"buffer/{name}", tensor)
             elif save.stage < 3:
@@ -233,7 +234,7 @@ def _part(
     place: tuple[tuple[str, int], ...],
     shape: tuple[int, ...],
 ) -> SourceTensor:
-    """`count` elements of a flat partition from `start` on."""
+    """`count` elements of a flat partition from element `start` on."""
     part = StoredTensor(flat.storage, flat.dtype, (count,), (1,), flat.start + start)
     return file.source(key, part, shard=place, full_shape=shape)
 
@@ -272,7 +273,7 @@ def _stage_3(
     for kind, flats in kinds.items():
         group, position = 0, 0
         for name, shape in (item for listed in save.shapes() for item in listed):
-            # Every rank has as many elements of a parameter, the last with padding.
+            # Every rank has equally many elements of a parameter, the last one with padding.
             count = -(-prod(shape) // ranks)
             while group < len(flats) and position + count > flats[group].shape[0]:
                 if position != flats[group].shape[0]:
@@ -291,7 +292,7 @@ def _stage_3(
 
 
 def _steps(save: _RankFiles) -> int:
-    """How many updates the optimizer has made."""
+    """The number of updates that the optimizer has made."""
     file = save.optimizers[0, 0]
     optimizer = file.content["optimizer_state_dict"]
     inner = optimizer.get("optimizer_state_dict", optimizer.get("base_optimizer_state", {}))

@@ -1,6 +1,6 @@
-"""Megatron-Core's older folders, of one file a rank (mp_rank_XX, mp_rank_XX_YYY): written.
+"""The writer of Megatron-Core's older folders: one file a rank (mp_rank_XX, mp_rank_XX_YYY).
 
-`megatron` reads them.
+The format `megatron` reads them.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ __all__ = ["NAME", "plan", "read"]
 NAME = "megatron-legacy"
 _WHERE = f"--to {NAME}"
 _FORMS = {1: "te", 0: "local"}
-"""Forms of Megatron's rules, by the value `transformer_engine`."""
+"""The forms of Megatron's rules, by the value `transformer_engine`."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _LINEAR = re.compile(r"(.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """One file per rank of the layout that `tensor`, `pipeline` and `virtual` give (1 by default).
+    """Plan one file per rank of the layout in `tensor`, `pipeline` and `virtual` (1 by default).
 
-    An iteration with the optimizer's state where the source has moments of every weight, else a
-    release.
+    The output is an iteration with the optimizer's state if the source has moments of every weight,
+    else a release.
 
     Raises:
-        CheckpointError: a tensor that Megatron's GPT model does not have, layers that differ,
-            moments of some weights only, or something that cannot be cut into as many equal parts.
-        ConfigError: the source does not tell a size of the model, or a value is out of its range.
+        CheckpointError: Megatron's GPT model lacks a tensor, layers differ, only some weights have
+            moments, or a tensor cannot be cut into so many equal parts.
+        ConfigError: a size of the model is unknown, or a value is out of its range.
     """
     layout = _layout(options.values)
     typed = choose_states(catalog, options, all_copies=False)
@@ -104,16 +104,16 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class _RankGrid:
-    """The ranks that are written for, and the form of their layers."""
+    """The numbers of ranks to write for, and the form of their layers."""
 
     tensor: int
     pipeline: int
     virtual: int
-    """Model chunks of each stage."""
+    """The number of model chunks of each stage."""
     form: str
 
     def arguments(self) -> dict[str, Any]:
-        """What Megatron's arguments say of it."""
+        """Megatron's arguments for this grid."""
         return {
             "tensor_model_parallel_size": self.tensor,
             "pipeline_model_parallel_size": self.pipeline,
@@ -136,7 +136,7 @@ def _layout(values: Mapping[str, int]) -> _RankGrid:
 
 
 def _count(values: Mapping[str, int], name: str) -> int:
-    """A number of ranks, or of model chunks."""
+    """The number of ranks, or of model chunks, that a value gives."""
     count = values.get(name, 1)
     if count < 1:
         raise ConfigError(f"{_WHERE}: --value {name}={count}: give a number, 1 or more")
@@ -144,11 +144,10 @@ def _count(values: Mapping[str, int], name: str) -> int:
 
 
 _Model = Mapping[tuple[str, str], Joined]
-"""The tensors of a model and its optimizer, whole, by kind and by the parameter's name across all
+"""The whole tensors of a model and its optimizer, by kind and by the parameter's name across all
 stages."""
 _Chunk = list[tuple[str, str]]
-"""The parameters of a model chunk in their order: names that they have there, and across all
-stages."""
+"""The parameters of a model chunk in order: (name in the chunk, name across all stages)."""
 
 
 def _model(joined: Sequence[Joined], book: RuleBook) -> _Model:
@@ -162,7 +161,7 @@ def _model(joined: Sequence[Joined], book: RuleBook) -> _Model:
 
 
 def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[list[_Chunk]]:
-    """What each pipeline stage has in each of its chunks, whose layers count from 0."""
+    """The parameters of each chunk of each pipeline stage; layers count from 0 in each chunk."""
     names = [key for kind, key in model if kind == "weight"]
     numbers = {int(found[1]) for name in names if (found := _LAYER.fullmatch(name))}
     layers, shares = max(numbers, default=-1) + 1, pipeline * virtual
@@ -173,8 +172,7 @@ def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[l
             f"equally by {by}; "
             f"choose another --value {'virtual' if layers % pipeline == 0 else 'pipeline'}"
         )
-    # In the order in which a micro-batch passes them: each stage's first chunk, then each one's
-    # second.
+    # The order is that of a micro-batch: the first chunk of each stage, then the second of each.
     each = layers // shares
     passed: list[_Chunk] = [[] for _ in range(shares)]
     for name in names:
@@ -185,7 +183,8 @@ def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[l
         else:
             passed[0 if name.startswith("embedding.") else -1].append((name, name))
         if name == _EMBEDDING and tied and pipeline > 1:
-            # The last stage computes its logits with a copy, which is trained like the first's.
+            # The last stage computes its logits with a copy, which is trained like the first
+            # stage's.
             passed[-1].append((_OUTPUT, name))
     for chunk in passed:
         chunk.sort(key=lambda member: order_of(member[0]))
@@ -193,7 +192,7 @@ def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[l
 
 
 class _Rank:
-    """Collects the tensors of a rank's file."""
+    """Collects the tensors of one rank's file."""
 
     def __init__(self, model: _Model, index: int, count: int) -> None:
         self.model = model
@@ -201,7 +200,7 @@ class _Rank:
         self._index, self._count = index, count
 
     def add(self, kind: str, key: str) -> TensorToCome:
-        """This rank's shard of a tensor."""
+        """Add this rank's shard of a tensor."""
         joined = self.model[kind, key]
         if joined.dtype not in TORCH_FILE_DTYPES:
             raise CheckpointError(f"{key} has dtype {joined.dtype}, which cannot be written so")
@@ -212,7 +211,7 @@ class _Rank:
 
 
 def _chunk_states(rank: _Rank, chunks: Sequence[_Chunk], *, kernels: bool) -> dict[str, Any]:
-    """State dicts of a rank's model chunks, by Megatron's names for them."""
+    """The state dicts of a rank's model chunks, by Megatron's names for them."""
     found = {}
     for number, members in enumerate(chunks):
         state: dict[str, Any] = {name: rank.add("weight", key) for name, key in members}
@@ -224,26 +223,25 @@ def _chunk_states(rank: _Rank, chunks: Sequence[_Chunk], *, kernels: bool) -> di
 
 @dataclass(frozen=True, slots=True)
 class _Keeping:
-    """How the optimizer's state is kept."""
+    """The form in which the optimizer's state is kept."""
 
     groups: list[dict[str, Any]]
-    """With weight decay and without."""
+    """The groups with weight decay and without."""
     query_key_norms: bool
-    """Whether the norms of queries and keys decay."""
+    """Whether the norms of queries and keys have weight decay."""
     states: Mapping[str, Any]
-    """What each parameter has beside tensors."""
+    """The values of each parameter that are not tensors."""
 
 
 def _keeping(catalog: Catalog, arguments: Mapping[str, Any], form: str) -> _Keeping:
-    # Transformer Engine's Adam counts steps by group, and takes nothing but tensors of each
-    # parameter.
+    # Transformer Engine's Adam counts steps by group, and accepts only tensors for each parameter.
     steps = {} if form == "te" else {"step": optimizer_step(catalog)}
     norms = bool(arguments.get("apply_wd_to_qk_layernorm"))
     return _Keeping(parameter_groups(catalog), norms, steps)
 
 
 def _optimizer(rank: _Rank, members: _Chunk, keeping: _Keeping) -> dict[str, Any]:
-    """What Megatron's optimizer saves: of 32-bit weights, or of 16-bit ones where there are any."""
+    """The state of Megatron's optimizer: of 32-bit weights, or of 16-bit ones if any."""
     states: dict[int, Any] = {}
     groups, masters = [], []
     for group in keeping.groups:
@@ -265,9 +263,9 @@ def _optimizer(rank: _Rank, members: _Chunk, keeping: _Keeping) -> dict[str, Any
 
 
 def _kernel_states(names: Iterable[str]) -> Iterator[str]:
-    """Keys of what layers keep of their kernels, which Transformer Engine asks for.
+    """The keys of the kernels' state in layers, which Transformer Engine asks for.
 
-    Empty without FP8.
+    The values are empty without FP8.
     """
     for name in names:
         found = _LINEAR.fullmatch(name)

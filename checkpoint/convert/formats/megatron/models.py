@@ -1,4 +1,4 @@
-"""config.json of Hugging Face from Megatron's arguments, and the other way. Pure."""
+"""Hugging Face's config.json from Megatron's arguments, and the reverse. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What Megatron's --use-rope-scaling has beside the factor."""
+"""The settings of Megatron's --use-rope-scaling beside the factor."""
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -20,14 +20,14 @@ FAMILIES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
-"""Model types that both sides know alike, and their classes in transformers."""
+"""The model types that both sides share, and their classes in transformers."""
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
-"""Names of the embedding in these."""
+"""The names of the embedding in these models."""
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 
 def family_of(arguments: Mapping[str, Any]) -> str:
-    """The model type that arguments describe; "" where it is none of FAMILIES."""
+    """The model type that arguments describe; "" if it is none of FAMILIES."""
     told = arguments.get
     if all(told(key) for key in _NEEDED) and _is_gpt2(arguments):
         return "gpt2"
@@ -68,11 +68,11 @@ def _is_gpt2(arguments: Mapping[str, Any]) -> bool:
 def describe(
     arguments: Mapping[str, Any], rows: int, names: Collection[str]
 ) -> dict[str, Any] | None:
-    """config.json of a model; None where its architecture is not one of FAMILIES.
+    """The config.json of a model; None if its architecture is none of FAMILIES.
 
     Args:
-        rows: of the embedding, without padding.
-        names: of its weights.
+        rows: the rows of the embedding, without padding.
+        names: the names of the model's weights.
     """
     family = family_of(arguments)
     if not family:
@@ -149,10 +149,10 @@ def _rope(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron's arguments for a model that config.json describes: what of them the file says.
+    """Megatron's arguments for the model in config.json, as far as that file describes it.
 
     Raises:
-        KeyError: it lacks a size.
+        KeyError: config.json lacks a size.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -228,7 +228,7 @@ def _gpt2_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unlike(config: Mapping[str, Any]) -> str:
-    """What of a model Megatron's arguments cannot say, in words; "" if nothing."""
+    """The properties of a model that Megatron's arguments cannot express, in words; "" if none."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     checks: dict[str, Callable[[], bool]] = {

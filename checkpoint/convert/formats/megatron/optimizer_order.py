@@ -1,9 +1,9 @@
-"""The order in which Megatron's optimizers keep the states of parameters, by group. Pure.
+"""The order of parameters in the states of Megatron's optimizers, by group. Pure.
 
 A group has the parameters that are treated alike, in the order of the model's `named_parameters()`,
 which is that of its state dict without buffers (Megatron-Core, `_get_param_groups`). Nothing in a
-file says which is which: it follows from names and dimensions, and is taken only where counts and
-every shape agree with it.
+file names the parameter of a state. It follows from names and dimensions, and is accepted only if
+counts and every shape agree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BUFFER = re.compile(r".*(\.inv_freq|\.expert_bias|_tokens_per_expert|_extra_sta
 _EXPERT = re.compile(r".*\.mlp\.experts\..*")
 _QUERY_KEY_NORM = re.compile(r".*\.[qk]_layernorm\..*")
 _ENDS = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""What --decoupled-lr gives a learning rate of its own."""
+"""The parameters that get a learning rate of their own from --decoupled-lr."""
 _MODULES = (
     "embedding.word_embeddings",
     "embedding.position_embeddings",
@@ -42,28 +42,28 @@ _LAYER_MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""In the order in which Megatron's GPT model and its layers make them."""
+"""The modules in the order in which Megatron's GPT model and its layers make them."""
 _PARTS = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
-"""In the order in which a module makes them."""
+"""The parameters in the order in which a module makes them."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])")
 
 
 class Unplaced(CheckpointError):
-    """The parameter of an optimizer state cannot be told, or the state is kept elsewhere."""
+    """The parameter of an optimizer state is unknown, or the state is kept elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of the model of one rank."""
+    """A parameter of the model on one rank."""
 
     key: str
-    """Its name, with layers counted across all stages."""
+    """The name, with layers counted across all stages."""
     dtype: str
     shape: tuple[int, ...]
 
     def decays(self, *, query_key_norms: bool = False) -> bool:
-        """Whether it has weight decay; `query_key_norms`: as --apply-wd-to-qk-layernorm says."""
+        """Whether it has weight decay; `query_key_norms` is --apply-wd-to-qk-layernorm."""
         if len(self.shape) != 1 and not self.key.endswith(".bias"):
             return True
         return query_key_norms and _QUERY_KEY_NORM.fullmatch(self.key) is not None
@@ -71,22 +71,21 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an optimizer keeps on one rank."""
+    """The optimizer state of one rank."""
 
     tensors: tuple[tuple[str, int, StoredTensor], ...]
-    """Kind ("exp_avg", "exp_avg_sq", "master"), number of the parameter, and its state."""
+    """The kind ("exp_avg", "exp_avg_sq", "master"), the parameter's number, and the state."""
     steps: tuple[Any, ...]
-    """How many steps have been done, wherever that is said: numbers, or tensors of one."""
+    """The step counts wherever the file has them: numbers, or tensors of one number."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
     label: tuple[bool, bool, bool]
-    """Whether it decays, is of experts that are cut otherwise, and has a learning rate of its
-    own."""
+    """Whether it decays, belongs to differently cut experts, and has its own learning rate."""
     states: tuple[Any, ...]
     masters: tuple[Any, ...] | None
-    """Of its 16-bit parameters; None where parameters are trained in 32 bits."""
+    """The master copies of 16-bit parameters; None if parameters are trained in 32 bits."""
 
 
 def is_parameter(name: str) -> bool:
@@ -95,7 +94,7 @@ def is_parameter(name: str) -> bool:
 
 
 def optimizers_of(kept: Any) -> list[Mapping[str, Any]]:
-    """The optimizers that were saved: one, or several that do a step one after the other."""
+    """The optimizers that were saved: one, or several that run one after the other."""
     if isinstance(kept, Mapping) and kept and all(str(key).isdigit() for key in kept):
         kept = [kept[key] for key in sorted(kept, key=int)]
     parts = kept if isinstance(kept, list | tuple) else [kept]
@@ -103,13 +102,13 @@ def optimizers_of(kept: Any) -> list[Mapping[str, Any]]:
 
 
 def torch_state(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What torch's optimizer saves, of the one around it."""
+    """The state of torch's optimizer inside the state of the optimizer around it."""
     inner = part.get("optimizer", part.get("optimizer_state_dict", part))
     return inner if isinstance(inner, Mapping) else {}
 
 
 def groups_of(kept: Any) -> list[dict[str, Any]]:
-    """What is said of the groups of parameters, without the parameters."""
+    """The settings of the parameter groups, without the parameters."""
     groups = (
         group
         for part in optimizers_of(kept)
@@ -122,13 +121,13 @@ def groups_of(kept: Any) -> list[dict[str, Any]]:
 
 
 def find_states(kept: Any, parameters: Sequence[Parameter]) -> Found:
-    """Tell the states of a rank's optimizer apart.
+    """Match the states of a rank's optimizer with parameters.
 
     Args:
         kept: `optimizer` of the rank's file.
-        parameters: of all its model chunks, in the order of their state dicts.
+        parameters: the parameters of all its model chunks, in the order of their state dicts.
     Raises:
-        Unplaced: why that cannot be done.
+        Unplaced: the states cannot be matched; the message says why.
     """
     groups: list[_Group] = []
     steps: list[Any] = []
@@ -250,7 +249,7 @@ def _check_state(state: Any, parameter: Parameter, what: str) -> None:
 
 
 def order_of(name: str) -> tuple[int, int, int, int, str, int]:
-    """Sorts the names of a model chunk's parameters as its `named_parameters()` does.
+    """A key that sorts the parameters of a model chunk as its `named_parameters()` does.
 
     Raises:
         CheckpointError: Megatron's GPT model has no such parameter.

@@ -1,4 +1,4 @@
-"""What Megatron-Core's older folders hold: one file per rank (mp_rank_XX, mp_rank_XX_YYY)."""
+"""The reader of Megatron-Core's older folders: one file per rank (mp_rank_XX, mp_rank_XX_YYY)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STATES = {
     "exp_avg_sq": "optimizer.state.exp_avg_sq.",
     "master": "optimizer.state.fp32_param.",
 }
-"""Names of states, as torch_dist has them, before that of the parameter."""
+"""The prefixes of states in torch_dist, before the parameter's name."""
 _NUMBERS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 _OTHERS = {
     "rng_state": "states of Megatron's random generators",
@@ -43,19 +43,19 @@ _OTHERS = {
 }
 
 _Rank = tuple[int, int]
-"""Tensor-parallel rank and pipeline stage."""
+"""(tensor-parallel rank, pipeline stage)."""
 
 
 @dataclass(slots=True)
 class RankFolder:
-    """What a folder of ranks holds."""
+    """The content of a folder of ranks."""
 
     tensors: list[SourceTensor]
     common: dict[str, Any]
-    """What torch_dist keeps beside tensors: args, iteration, optimizer (its groups),
+    """The values that torch_dist keeps beside tensors: args, iteration, optimizer (its groups),
     opt_param_scheduler."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why, by key."""
+    """The reason for each key that is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,16 @@ class _Model:
 
     file: TorchFile
     tensors: list[tuple[str, StoredTensor]]
-    """By name across all stages, in the order of the chunks' state dicts."""
+    """The tensors by name across all stages, in the order of the chunks' state dicts."""
 
 
 def read_ranks(root: Path) -> RankFolder:
-    """The tensors of every rank's file.
+    """Read the tensors of every rank's file.
 
-    The optimizer's only where it comes out what they belong to.
+    The optimizer's tensors are included only if their parameters can be found.
 
     Raises:
-        CheckpointError: a file is missing, truncated or refused, or holds experts apart.
+        CheckpointError: a file is missing, truncated or refused, or has experts of their own files.
     """
     files, (tensor, pipeline) = _open(root)
     first = files[0, 0].content
@@ -113,7 +113,7 @@ def read_ranks(root: Path) -> RankFolder:
 
 
 def _open(root: Path) -> tuple[dict[_Rank, TorchFile], _Rank]:
-    """Every rank's file, and how many ranks there are along both axes."""
+    """Every rank's file, and the number of ranks along both axes."""
     ranks: dict[_Rank, str] = {}
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         match = MEGATRON_RANK.fullmatch(folder.name)
@@ -142,7 +142,7 @@ def _open(root: Path) -> tuple[dict[_Rank, TorchFile], _Rank]:
 
 
 def _models(files: Mapping[_Rank, TorchFile], *, tied: bool) -> dict[_Rank, _Model]:
-    """Each rank's model; numbers of layers begin with 0 in each chunk, and here go on."""
+    """Each rank's model, with layers numbered across chunks: in a file each chunk begins at 0."""
     chunks = [str(key) for key in files[0, 0].content if _CHUNK.fullmatch(str(key))]
     chunks.sort(key=lambda key: int(key.removeprefix("model") or 0))
     depths = {
@@ -164,15 +164,15 @@ def _models(files: Mapping[_Rank, TorchFile], *, tied: bool) -> dict[_Rank, _Mod
 
 
 def _depth(model: Mapping[str, Any]) -> int:
-    """How many layers a model chunk has."""
+    """The number of layers of a model chunk."""
     layers = (_LAYER.fullmatch(str(name)) for name in model)
     return max((1 + int(layer[2]) for layer in layers if layer is not None), default=0)
 
 
 def _name(name: str, before: int, tied: bool) -> str:
-    """Of a tensor across all stages, given the layers before its chunk."""
+    """The name of a tensor across all stages, given the number of layers before its chunk."""
     if tied and name == "output_layer.weight":
-        # The last stage's copy of the embedding, which is trained like the first's.
+        # The last stage's copy of the embedding is trained like the first stage's.
         return "embedding.word_embeddings.weight"
     layer = _LAYER.fullmatch(name)
     return name if layer is None else f"{layer[1]}{int(layer[2]) + before}{layer[3]}"
@@ -181,10 +181,10 @@ def _name(name: str, before: int, tied: bool) -> str:
 def _optimizers(
     root: Path, models: Mapping[_Rank, _Model]
 ) -> tuple[list[SourceTensor], int | None]:
-    """The states of every rank's optimizer, and how many steps it has done.
+    """The states of every rank's optimizer, and the number of steps it has done.
 
     Raises:
-        Unplaced: they cannot be told apart on some rank, or ranks have done different numbers of
+        Unplaced: the states of a rank cannot be matched, or ranks have done different numbers of
             steps.
     """
     tensors: list[SourceTensor] = []

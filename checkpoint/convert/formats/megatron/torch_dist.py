@@ -1,4 +1,4 @@
-"""Megatron-Core's checkpoints: torch_dist folders, and older ones of one file per rank."""
+"""Megatron-Core's checkpoints: the reader of torch_dist folders and of older, per-rank ones."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _COMMON = re.compile(r"common_state(/shard_.*)?")
 
 
 def find_iteration(path: Path) -> Path:
-    """The folder of one save: the path itself, or what the tracker file in it names.
+    """The folder of one save: the path itself, or the folder that the tracker file in it names.
 
     Raises:
-        CheckpointError: the tracker names a folder that is not there.
+        CheckpointError: the tracker names a missing folder.
     """
     tracker = path / MEGATRON_TRACKER
     if not tracker.is_file():
@@ -51,11 +51,11 @@ def find_iteration(path: Path) -> Path:
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """The tensors of a save of either form.
+    """Read the tensors of a save of either form.
 
     Raises:
         CheckpointError: a file is missing, truncated or refused.
-        ConfigError: a size that the rules need is not told by the checkpoint's arguments.
+        ConfigError: the checkpoint's arguments lack a size that the rules need.
     """
     root = find_iteration(path)
     if is_torch_dist(root):
@@ -119,7 +119,7 @@ def _catalog(
 
 
 def _steps(optimizer: Any, iteration: int) -> int:
-    """How many steps an optimizer has done, which may be fewer than there were iterations."""
+    """The number of steps that an optimizer has done: it may be less than the iterations."""
     for part in optimizers_of(optimizer):
         inner = torch_state(part)
         states = inner.get("state")

@@ -1,4 +1,4 @@
-"""torch_dist folders of Megatron-Core, which its GPT model loads in any layout."""
+"""The writer of Megatron-Core's torch_dist folders, which its GPT model loads in any layout."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _CONTENT = {
     "chained_optim_avoid_prefix": True,
     "distrib_optim_sharding_type": "fully_reshardable",
 }
-"""Tells Megatron in which of its forms tensors are kept."""
+"""Tells Megatron the forms in which tensors are kept."""
 _LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
 _DISTRIBUTED_COPY, _PLAIN_COPY = "optimizer.state.param.", "optimizer.state.fp32_param."
-"""What names of master copies begin with, of the distributed optimizer and of the one without."""
+"""The prefixes of master copies, in the distributed optimizer and in the plain one."""
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
-"""Of torch's AdamW, where a source does not tell its own."""
+"""The values of torch's AdamW, for a source without its own."""
 DECAY_STYLES = {"cosine": "cosine", "constant": "constant", "wsd": "WSD"}
 """Megatron's `lr_decay_style` by the value of `optimizer.schedule`."""
 _VALUES = {
@@ -59,17 +59,17 @@ _VALUES = {
     "hidden_size": "hidden",
     "ffn_hidden_size": "intermediate",
 }
-"""Arguments that tell what rules need to know."""
+"""The arguments that tell the values of rules."""
 
 
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
-    """A tracker file and one iteration, named "release" where there is no optimizer state.
+    """Plan a tracker file and one iteration, or a release where there is no optimizer state.
 
     The state is for the distributed optimizer unless the value `distributed_optimizer` is 0.
 
     Raises:
-        CheckpointError: a tensor that Megatron's GPT model does not have, or layers that differ.
-        ConfigError: the source does not tell a size of the model, or a value is out of its range.
+        CheckpointError: Megatron's GPT model lacks a tensor, or layers differ.
+        ConfigError: a size of the model is unknown, or a value is out of its range.
     """
     distributed = options.values.get("distributed_optimizer", 1)
     if distributed not in (0, 1):
@@ -112,12 +112,12 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
 
 def choose_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) -> list[Typed]:
-    """Weights and, where the optimizer was saved, their master copies and moments, both in 32 bits.
+    """The weights to write and, if the optimizer was saved, master copies and moments in 32 bits.
 
     Args:
-        all_copies: of 32-bit weights too, as the distributed optimizer has them.
+        all_copies: include copies of 32-bit weights, as the distributed optimizer has them.
     Raises:
-        CheckpointError: there are no weights, or moments of some weights only.
+        CheckpointError: there are no weights, or only some weights have moments.
     """
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
     trained = {tensor.name for tensor in catalog.of_kind("exp_avg")}
@@ -146,9 +146,9 @@ def choose_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) 
 
 
 def _kernel_states(tensors: Sequence[LogicalTensor]) -> Iterator[str]:
-    """Keys of the kernels' extra state, one per layer (and expert): Megatron asks for all of them.
+    """The keys of the kernels' extra state, one per layer (and expert); Megatron needs all of them.
 
-    They hold nothing where there is no FP8; Transformer Engine has them for its attention too.
+    The values are empty without FP8. Transformer Engine has them for its attention too.
     """
     for tensor in tensors:
         found = _LINEAR.match(tensor.name)
@@ -171,12 +171,12 @@ def find_arguments(
     weights: Mapping[str, LogicalTensor],
     shards: int = 1,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """What is told of a model: (as Megatron's command line would say it, as the values of rules).
+    """The description of a model: (Megatron's command-line arguments, the values of rules).
 
     Args:
-        given: values that the user gives.
-        weights: by name.
-        shards: for how many ranks the vocabulary is padded.
+        given: values from the user.
+        weights: the weights by name.
+        shards: the number of ranks for which the vocabulary is padded.
     """
     config = json.loads(catalog.files.get("config.json", b"{}"))
     arguments: dict[str, Any] = dict(catalog.scalars.get(NAME, {}).get("args", {}))
@@ -197,7 +197,7 @@ def find_arguments(
     embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
     if embedding is not None and embedding.shape:
         values["vocab"] = arguments["vocab_size"] = embedding.shape[0]
-        # As Megatron does: each rank has a multiple of it.
+        # Each rank has a multiple of this, as in Megatron.
         multiple = values["vocab_multiple"] = values["vocab_multiple"] * shards
         arguments["padded_vocab_size"] = -(-embedding.shape[0] // multiple) * multiple
     arguments.pop("query_groups", None)
@@ -207,7 +207,7 @@ def find_arguments(
 def beside_tensors(
     catalog: Catalog, arguments: Mapping[str, Any], *, trained: bool
 ) -> dict[str, Any]:
-    """What Megatron keeps beside tensors, for one rank unless the arguments say otherwise."""
+    """The values that Megatron keeps beside tensors, for one rank unless the arguments differ."""
     samples = int(catalog.scalars.get("samples", 0))
     told = {
         "tensor_model_parallel_size": 1,
@@ -216,7 +216,7 @@ def beside_tensors(
         "iteration": catalog.step,
         "consumed_train_samples": samples,
         "no_save_optim": not trained,
-        # There are no states of random generators.
+        # The states of random generators are absent.
         "no_save_rng": True,
     }
     common: dict[str, Any] = {
@@ -232,10 +232,10 @@ def beside_tensors(
 
 
 def scheduler_state(catalog: Catalog, samples: int) -> dict[str, Any]:
-    """The state of Megatron's schedule (learning rate, weight decay): the source's or the run's.
+    """The state of Megatron's schedule (learning rate, weight decay), from the source or its run.
 
     Raises:
-        CheckpointError: the run's schedule has no counterpart in Megatron.
+        CheckpointError: Megatron has no counterpart of the run's schedule.
     """
     kept = catalog.scalars.get(NAME, {}).get("opt_param_scheduler")
     if kept:
@@ -264,14 +264,14 @@ def scheduler_state(catalog: Catalog, samples: int) -> dict[str, Any]:
 
 
 def optimizer_step(catalog: Catalog) -> int:
-    """How many steps the optimizer has done."""
+    """The number of steps that the optimizer has done."""
     return int(catalog.scalars.get("optimizer_step", catalog.step))
 
 
 def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
-    """The groups of parameters that Megatron makes, in its order: those that decay, and the others.
+    """Megatron's groups of parameters, in its order: those with weight decay, and the others.
 
-    Their settings are those of the source's groups, where it has them, or of its run.
+    Their settings come from the source's groups, or else from its run.
     """
     kept = [dict(group) for group in catalog.scalars.get(NAME, {}).get("param_groups") or ()]
     if any(group.get("default_config") is False or group.get("is_decoupled_lr") for group in kept):
@@ -311,9 +311,9 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
 
 
 def _torch_optimizer(catalog: Catalog, *, counted: bool) -> dict[str, Any]:
-    """What torch's optimizer keeps beside tensors.
+    """The values that torch's optimizer keeps beside tensors.
 
-    `counted`: steps are given to each parameter too.
+    `counted`: each parameter gets its step count too.
     """
     return {
         "param_groups": parameter_groups(catalog),

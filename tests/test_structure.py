@@ -31,12 +31,12 @@ WIDEST = 12
 """Attributes of a class, or parameters of a function, that need no reason."""
 WIDE = {
     "checkpoint.convert.rules.rules.Rule": "a field for each word of a rule",
-    "checkpoint.saving.save.Save": "what the five phases leave to each other",
+    "checkpoint.saving.save.Save": "the results that the five phases hand to each other",
     "elastic.agreement.Report": "so that a worker tells all of it or nothing",
     "launch.agent.settings.AgentSettings": "each is given by name, and none is derived",
     "parallel.comm.gloo_connection.Connection": "because one lock guards one state",
     "parallel.offload.hooks.offloader.Offloader": "one object that both hooks of autograd share",
-    "parallel.offload.stores.staged_store.StagedCopy": "and has what each needs",
+    "parallel.offload.stores.staged_store.StagedCopy": "and has the fields that both need",
     "parallel.plan.plan.Plan": "because they are all that ranks must agree on",
     "trainer.checkpointing.Checkpoints": "hence its many attributes",
     "trainer.config.sections.CheckpointConfig": "A field for each key",

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.config import load_config
+from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
     RunRequest,
@@ -125,6 +125,7 @@ def replay(
 
     Compare the bits.
     """
+    require_elastic("holdfast replay")
     _quiet_connections()
     from holdfast.launch.proofs import describe_replay, replay_run
 
@@ -140,6 +141,7 @@ def join(
     ranks: Annotated[int, typer.Option(help="Workers to add on this machine.", min=1)] = 1,
 ) -> None:
     """Add this machine's workers to a run; SIGTERM lets them hand over and leave."""
+    require_elastic("holdfast join")
     from holdfast.launch.launchers import take_ranks
 
     directory = RunDirectory(run)

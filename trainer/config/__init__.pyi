@@ -2,6 +2,9 @@ from .data_section import (
     DataConfig as DataConfig,
     check_data_config as check_data_config,
 )
+from .installation import (
+    require_elastic as require_elastic,
+)
 from .loading import (
     check_config as check_config,
     convert_config as convert_config,

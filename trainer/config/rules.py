@@ -11,6 +11,7 @@ from holdfast.parallel.layout import AXES
 from holdfast.parallel.schedules import placement
 from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
+from holdfast.trainer.config.installation import elastic_problem
 from holdfast.trainer.config.ranges import range_problems
 from holdfast.trainer.models import family_of
 
@@ -135,13 +136,8 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
 
 def _elastic(config: RunConfig) -> Iterator[str]:
     elastic, ranks = config.elastic, config.parallel.ranks
-    folders = ("holdfast.elastic", "holdfast.trainer.elastic")
-    missing = [f for f in folders if elastic.enabled and importlib.util.find_spec(f) is None]
-    if missing:
-        yield (
-            f"elastic.enabled = true: this installation has no {' and no '.join(missing)}; install "
-            "all of holdfast, or set elastic.enabled = false"
-        )
+    if elastic.enabled and (problem := elastic_problem("elastic.enabled = true")):
+        yield f"{problem}, or set elastic.enabled = false"
     if not 0 <= elastic.redundancy <= 2:
         yield f"elastic.redundancy = {elastic.redundancy}: must be 0, 1 or 2 shadows per block"
     if elastic.local_nodes < 1:

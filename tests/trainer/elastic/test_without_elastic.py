@@ -133,13 +133,25 @@ def test_a_run_without_elastic_imports_nothing_of_it_and_needs_nothing_of_it(
     assert len(bits(folder / "whole")) == 4
     assert bits(folder / "bare") == bits(folder / "whole")
     assert digest(folder / "bare") == digest(folder / "whole")
-    asked = holdfast(folder, str(tree), "--help")
-    assert asked.returncode == 0, asked.stderr
+    for arguments in (["--help"], ["plan", "run.toml", "--lost", "1"], ["verify", "bare"]):
+        asked = holdfast(folder, str(tree), *arguments)
+        assert asked.returncode == 0, asked.stderr
 
 
 @pytest.mark.mp
-def test_what_elastic_lacks_is_said_in_one_line(folder: Path, tree: Path) -> None:
-    refused = holdfast(folder, str(tree), "train", "run.toml", "--set", "elastic.enabled=true")
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["train", "run.toml", "--set", "elastic.enabled=true"], "elastic.enabled = true"),
+        (["replay", "runs/run-1"], "holdfast replay"),
+        (["join", "runs/run-1"], "holdfast join"),
+    ],
+    ids=["train", "replay", "join"],
+)
+def test_what_elastic_lacks_is_said_in_one_line(
+    folder: Path, tree: Path, arguments: list[str], what: str
+) -> None:
+    refused = holdfast(folder, str(tree), *arguments)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert line.startswith("holdfast: elastic.enabled = true: this installation has no holdfast.el")
+    assert line.startswith(f"holdfast: {what}: this installation has no holdfast.elastic and no ")

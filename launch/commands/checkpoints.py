@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.table import Table
 from holdfast.checkpoint.stores import checkpoint_at, find_checkpoint
 from holdfast.checkpoint.tools import Summary, inspect_checkpoint
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.layout import AXES, Mesh
 
 Checkpoint = Annotated[
     str,
@@ -62,14 +63,13 @@ def _overview(summary: Summary) -> Table:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(summary.created))
-    axes = ("tensor", "pipeline", "data", "virtual")
     rows = [
         ("checkpoint", summary.path),
         ("step", str(summary.step)),
         ("saved", created),
         ("size", f"{_size(summary.bytes)} in {len(summary.files)} files"),
         ("parameters", f"{summary.parameters:,}"),
-        ("saved by", " x ".join(f"{a} {summary.layout[a]}" for a in axes if a in summary.layout)),
+        ("saved by", _layout(summary.layout)),
         ("scalars", ", ".join(f"{key} {value}" for key, value in summary.scalars.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in summary.versions.items())),
     ]
@@ -80,6 +80,14 @@ def _overview(summary: Summary) -> Table:
         if value:
             table.add_row(name, value)
     return table
+
+
+def _layout(keys: Mapping[str, Any]) -> str:
+    """A run's section `parallel` in a few words; empty where a checkpoint has none."""
+    if not keys:
+        return ""
+    mesh = Mesh.of(**{axis: keys[axis] for axis in AXES if axis in keys})
+    return f"{mesh.text} x virtual {keys.get('virtual', 1)}"
 
 
 def _tensor_table(summary: Summary) -> Table:

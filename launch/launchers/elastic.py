@@ -87,7 +87,7 @@ def node_settings(
             token,
             config.parallel.ranks,
             # Fewer ranks than make up one stage cannot go on: they wait for others.
-            max(elastic.min_ranks, config.parallel.tensor),
+            max(elastic.min_ranks, config.parallel.mesh.shards),
             elastic.heartbeat_ms,
             elastic.heartbeat_timeout_ms,
         ),

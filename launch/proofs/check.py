@@ -73,8 +73,7 @@ def _print(config: RunConfig, findings: Sequence[Finding]) -> None:
     console = Console(highlight=False)
     p, model = config.parallel, config.model
     console.print(
-        f"layout: tensor {p.tensor} x pipeline {p.pipeline} x data {p.data}, {p.virtual} chunks "
-        "per rank, "
+        f"layout: {p.mesh.text}, {p.virtual} chunks per rank, "
         f"{p.schedule}; {p.ranks} ranks against one process, float64, {config.train.steps} steps, "
         f"{model.layers} blocks of width {model.hidden}",
         soft_wrap=True,

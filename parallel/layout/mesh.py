@@ -29,34 +29,37 @@ class Axis:
     """Whether its ranks together hold a stage once; else each holds what it holds alone."""
     splits_parameters: bool = False
     """Inside a stage replica: whether its ranks hold parts of the parameters, not copies."""
+    splits_work: bool = True
+    """Inside a stage replica: whether each of its ranks computes a part of a micro-batch. What they
+    hold copies of, has then a part of its gradient on each."""
     is_available: bool = True
     """Whether this version can give it more than one rank."""
 
 
-AXES = (
-    Axis(
+AXES: Mapping[str, Axis] = {
+    "tensor": Axis(
         "tensor",
         "the matrices of every layer",
         in_stage_replica=True,
         splits_parameters=True,
     ),
-    Axis(
+    "context": Axis(
         "context",
         "the tokens of every sequence",
         in_stage_replica=True,
         is_available=False,
     ),
-    Axis(
+    "expert": Axis(
         "expert",
         "the experts of every layer that has any",
         in_stage_replica=True,
         splits_parameters=True,
         is_available=False,
     ),
-    Axis("data", "the micro-batches of a step", in_stage_replica=False),
-    Axis("pipeline", "the layers of the model", in_stage_replica=False),
-)
-"""All axes, fastest first: those inside a stage replica, then "data", then "pipeline"."""
+    "data": Axis("data", "the micro-batches of a step", in_stage_replica=False),
+    "pipeline": Axis("pipeline", "the layers of the model", in_stage_replica=False),
+}
+"""All axes by name. Ranks are numbered along those inside a stage replica first, in this order."""
 
 
 class Coordinates(NamedTuple):
@@ -71,26 +74,38 @@ class Coordinates(NamedTuple):
 class Mesh:
     """How many ranks each axis has. `Mesh.of(tensor=2, data=4)` is the usual way to make one."""
 
+    axes: tuple[Axis, ...]
     sizes: tuple[int, ...]
     """By axis, in the order of `axes`."""
-    axes: tuple[Axis, ...] = AXES
 
     @staticmethod
-    def of(axes: tuple[Axis, ...] = AXES, **sizes: int) -> Mesh:
-        """The mesh of these sizes; an axis without one has a single rank.
+    def of(**sizes: int) -> Mesh:
+        """The mesh of these sizes along `AXES`; an axis without one has a single rank.
 
         Raises:
             ConfigError: an axis that does not exist, or a size below 1.
         """
-        known = [axis.name for axis in axes]
         for name, size in sizes.items():
-            if name not in known:
-                raise ConfigError(
-                    f"{name} is not an axis of the mesh; there are {', '.join(known)}"
-                )
+            if name not in AXES:
+                raise ConfigError(f"{name} is not an axis of the mesh; there are {', '.join(AXES)}")
             if size < 1:
                 raise ConfigError(f"parallel.{name} = {size} is too small; use 1 or more")
-        return Mesh(tuple(sizes.get(name, 1) for name in known), axes)
+        return Mesh(tuple(AXES.values()), tuple(sizes.get(name, 1) for name in AXES))
+
+    @property
+    def text(self) -> str:
+        """The axes in use, for people: e.g. "tensor 2 x pipeline 1 x data 4"."""
+        return f"{self.stage_replica_text} x pipeline {self.pipeline} x data {self.data}"
+
+    @property
+    def stage_replica_text(self) -> str:
+        """What divides a stage replica, for people: e.g. "tensor 2 x context 4"."""
+        return " x ".join(f"{axis} {self[axis]}" for axis in self.axes_inside)
+
+    def shard_text(self, shard_index: int) -> str:
+        """Where a shard stands in its stage replica, for people: e.g. "tensor 1, context 0"."""
+        here = self.along(shard_index)
+        return ", ".join(f"{axis} {here[axis]}" for axis in self.axes_inside)
 
     def __getitem__(self, axis: str) -> int:
         """The size of an axis."""
@@ -152,9 +167,33 @@ class Mesh:
         return part
 
     @cached_property
+    def first_holders(self) -> tuple[int, ...]:
+        """Of each part of the parameters, the lowest shard that holds it; ascending."""
+        first: dict[int, int] = {}
+        for shard in range(self.shards):
+            first.setdefault(self.part_of(shard), shard)
+        return tuple(sorted(first.values()))
+
+    @cached_property
+    def shares(self) -> int:
+        """Among how many ranks of a stage replica its computation is divided; others repeat it."""
+        return prod(size for axis, size in self._inside() if axis.splits_work)
+
+    def repeat_of(self, shard_index: int) -> tuple[int, ...]:
+        """A shard's index along each axis that divides nothing: equal where sums are shared."""
+        here = self.along(shard_index)
+        return tuple(here[axis.name] for axis, _ in self._inside() if not axis.splits_work)
+
+    @cached_property
+    def in_use(self) -> tuple[str, ...]:
+        """The axes that this version can use, or that have several ranks."""
+        return tuple(axis.name for axis in self.axes if axis.is_available or self[axis.name] > 1)
+
+    @cached_property
     def axes_inside(self) -> tuple[str, ...]:
-        """The axes of a stage replica that are in use: available, or with several ranks."""
-        return tuple(a.name for a, size in self._inside() if a.is_available or size > 1)
+        """Those of them that are inside a stage replica."""
+        inside = {axis.name for axis, _ in self._inside()}
+        return tuple(name for name in self.in_use if name in inside)
 
     def along(self, shard_index: int) -> Mapping[str, int]:
         """The index of a shard along each axis inside a stage replica."""
@@ -162,6 +201,11 @@ class Mesh:
         for axis, size in self._inside():
             shard_index, found[axis.name] = divmod(shard_index, size)
         return found
+
+    def place(self, rank: int) -> Mapping[str, int]:
+        """A rank's index along every axis."""
+        at = self.coordinates(rank)
+        return {**self.along(at.shard), "data": at.data, "pipeline": at.pipeline}
 
     def peers(self, axis: str, shard_index: int) -> tuple[int, ...]:
         """The shard indices that differ from one along an axis alone, with itself, ascending."""

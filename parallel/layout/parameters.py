@@ -42,8 +42,9 @@ class ParameterSpec:
     """Whether weight decay applies."""
     copies: tuple[int, ...]
     """Shard indices that hold the same box, ascending; one entry when every shard has another."""
-    sum_over_copies: bool = False
-    """Whether each copy sees only a part of the gradient, so that the copies' sums are added."""
+    summed: tuple[int, ...] = ()
+    """The copies that see a part of the gradient each, so that their sums are added; empty where
+    each copy sees all of it."""
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
 
@@ -76,7 +77,7 @@ class LayerSpec:
     parameters: tuple[tuple[ParameterSpec, ...], ...]
     """By shard index; equal structure at every index."""
     forward_flops: float
-    """Floating-point operations of one micro-batch's forward pass, over all shards."""
+    """Floating-point operations of one micro-batch's forward pass, repeated ones counted once."""
     activation_bytes: int
     """Bytes kept for one micro-batch's backward pass on one shard."""
     output_bytes: int
@@ -84,4 +85,4 @@ class LayerSpec:
     recompute: str = "none"
     """What of it is computed again in the backward pass, in the model's own words."""
     recompute_flops: float = 0.0
-    """Operations of that, of one micro-batch over all shards."""
+    """Operations of that, of one micro-batch, counted likewise."""

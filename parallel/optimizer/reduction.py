@@ -145,8 +145,8 @@ def _from_next(peers: Mapping[int, tuple[Span, ...]], rank: int) -> list[int]:
 
 
 def summed_segments(buffer: ParameterBuffer) -> tuple[Segment, ...]:
-    """The segments whose gradients tensor-parallel copies add up. Pure."""
-    return tuple(segment for segment in buffer.segments if segment.spec.sum_over_copies)
+    """The segments whose copies see a part of the gradient each. Pure."""
+    return tuple(segment for segment in buffer.segments if segment.spec.summed)
 
 
 def sum_over_copies(
@@ -169,9 +169,9 @@ def sum_over_copies(
     flags, start = 0, 0
     for segment in segments:
         stop = start + segment.spec.elements
-        copies = [parts[index][start:stop] for index in segment.spec.copies]
-        total = copies[0].clone()
-        for part in copies[1:]:
+        summed = [parts[index][start:stop] for index in segment.spec.summed]
+        total = summed[0].clone()
+        for part in summed[1:]:
             flags |= accumulator.add_to(total, part)
         buffer.view(sums, segment).copy_(total.view(segment.spec.box.shape))
         start = stop

@@ -40,7 +40,7 @@ def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], floa
     """The time of a compute action: its chunk's operations; a backward takes twice a forward."""
     chunk_flops = [
         sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
-        / plan.stage_replicas.shards
+        / plan.configured_mesh.shares
         for chunk in range(len(plan.placement))
     ]
     return lambda action: (
@@ -99,8 +99,8 @@ def step_time_s(
 ) -> float:
     """An estimate of a step's seconds: the slowest replica's pipeline, then its widest exchange.
 
-    Computation and exchange are not overlapped, and the tensor-parallel collectives, the
-    optimizer's update and recomputation are left out.
+    Computation and exchange are not overlapped, and the collectives inside a stage
+    replica, the optimizer's update and recomputation are left out.
 
     Args:
         flops_per_s: what a rank reaches, not the peak of its data sheet.
@@ -168,5 +168,5 @@ def rank_memory(
 
 
 def layer_elements(layer: LayerSpec, shard_index: int) -> int:
-    """Parameters of a layer on one tensor-parallel rank."""
+    """Parameters of a layer on one rank of a stage replica."""
     return sum(spec.elements for spec in layer.parameters[shard_index])

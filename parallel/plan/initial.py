@@ -6,7 +6,7 @@ Pure. Needs no torch.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -87,23 +87,39 @@ def make_plan(
 
 
 def by_shard(layers: Sequence[LayerSpec], mesh: Mesh) -> tuple[LayerSpec, ...]:
-    """The layers with their parameters by shard index.
+    """The layers with their parameters by shard index, and what one shard keeps and sends.
 
     Args:
-        layers: with their parameters by part: by the axes of the mesh that split parameters.
+        layers: with their parameters by part: by the axes of the mesh that split parameters. What
+            they keep and send is what the ranks of the other axes share.
     """
     part_of = [mesh.part_of(shard) for shard in range(mesh.shards)]
     if part_of == list(range(mesh.parts)):
         return tuple(layers)
+    repeat_of = [mesh.repeat_of(shard) for shard in range(mesh.shards)]
 
-    def held(spec: ParameterSpec) -> ParameterSpec:
-        copies = tuple(shard for shard, part in enumerate(part_of) if part in spec.copies)
-        return replace(spec, copies=copies)
+    def of_shard(spec: ParameterSpec, shard: int) -> ParameterSpec:
+        def with_part(parts: Sequence[int]) -> Iterator[int]:
+            return (other for other, part in enumerate(part_of) if part in parts)
 
+        parts = spec.summed or (part_of[shard],)
+        summed = tuple(s for s in with_part(parts) if repeat_of[s] == repeat_of[shard])
+        return replace(
+            spec,
+            copies=tuple(with_part(spec.copies)),
+            summed=summed if len(summed) > 1 else (),
+        )
+
+    sharing = mesh.shares // mesh.parts
     return tuple(
         replace(
             layer,
-            parameters=tuple(tuple(map(held, layer.parameters[part])) for part in part_of),
+            parameters=tuple(
+                tuple(of_shard(spec, shard) for spec in layer.parameters[part])
+                for shard, part in enumerate(part_of)
+            ),
+            activation_bytes=layer.activation_bytes // sharing,
+            output_bytes=layer.output_bytes // sharing,
         )
         for layer in layers
     )
@@ -118,8 +134,9 @@ def _check_sizes(
     for layer in layers:
         if len(layer.parameters) != mesh.parts:
             raise ConfigError(
-                f"layer {layer.name} is split over {len(layer.parameters)} tensor ranks, but "
-                f"parallel.tensor = {mesh.tensor}; describe the layers for that size"
+                f"layer {layer.name} is split into {len(layer.parameters)} parts, but a stage "
+                f"replica of {mesh.stage_replica_text} holds {mesh.parts}; describe the layers for "
+                "that many"
             )
     if block_elements < 1:
         raise ConfigError(

@@ -119,8 +119,8 @@ def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
     count = sum(map(len, kept)) + len(formed)
     if not count:
         raise ConfigError(
-            f"{len(present)} ranks are left, fewer than parallel.tensor = {size} of them that make "
-            "up one stage; bring ranks back"
+            f"{len(present)} ranks are left, but a stage replica takes {size} "
+            f"({plan.configured_mesh.stage_replica_text}); bring ranks back"
         )
     pipeline = min(plan.configured_mesh.pipeline, count)
     if pipeline != old.pipeline:

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.checkpoint import load
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.trainer.models.chunk import build_chunk
+from holdfast.trainer.models.chunk import build_whole_model
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, world_size_of
 
@@ -37,16 +37,12 @@ def test_transformers_gives_our_logits(
         config=msgspec.to_builtins(config),
         root=str(tmp_path),
     )
-    ours = build_chunk(
+    ours = build_whole_model(
         config.model,
-        range(config.model.layers + 2),
-        tensor=None,
-        sequence_parallel=False,
         dtype=torch.float32,
         device=torch.device("cpu"),
         seq_len=config.train.seq_len,
         micro_batch=3,
-        recompute="none",
         seed=1,
     )
     tokens = torch.randint(67, (3, 16), generator=torch.Generator().manual_seed(5))

@@ -14,7 +14,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.opening import split_tokens
-from holdfast.trainer.models.chunk import ModelChunk, build_chunk
+from holdfast.trainer.models.chunk import ModelChunk, build_whole_model
 from support.oracles.plain_llama import PlainLlama, Shape, train_plainly
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, run_training, world_size_of
@@ -22,16 +22,12 @@ from support.runs.small_runs import make_config, run_training, world_size_of
 
 def whole_model(config: RunConfig) -> ModelChunk:
     dtypes = {"fp32": torch.float32, "fp64": torch.float64}
-    return build_chunk(
+    return build_whole_model(
         config.model,
-        range(config.model.layers + 2),
-        tensor=None,
-        sequence_parallel=False,
         dtype=dtypes[config.train.precision],
         device=torch.device("cpu"),
         seq_len=config.train.seq_len,
         micro_batch=config.train.micro_batch,
-        recompute="none",
         seed=config.train.seed,
     )
 

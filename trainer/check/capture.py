@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,8 @@ class CapturedBox:
     stop: tuple[int, ...]
     shape: tuple[int, ...]
     """Of the whole logical tensor."""
-    tensor_copies: tuple[int, ...]
+    copies: tuple[int, ...]
+    """Shard indices that hold the same box."""
     values: Tensor
 
 
@@ -28,9 +29,10 @@ class CapturedBox:
 class RankCapture:
     """What one rank saw. Activations and gradients are those of the first step."""
 
-    tensor: int = 0
-    data: int = 0
-    pipeline: int = 0
+    place: Mapping[str, int] = field(default_factory=dict)
+    """The rank's index along each axis; empty for the reference."""
+    shard: int = 0
+    """Its shard index."""
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)

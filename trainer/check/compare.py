@@ -58,9 +58,11 @@ def compare(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Findin
     return findings
 
 
-def _tensor_group(ranks: Sequence[RankCapture], rank: RankCapture) -> list[RankCapture]:
-    members = [r for r in ranks if (r.data, r.pipeline) == (rank.data, rank.pipeline)]
-    return sorted(members, key=lambda r: r.tensor)
+def _along(axis: str, ranks: Iterable[RankCapture], rank: RankCapture) -> list[RankCapture]:
+    """The ranks that differ from one along an axis alone, with itself, in order."""
+    here = {**rank.place, axis: None}
+    members = [other for other in ranks if {**other.place, axis: None} == here]
+    return sorted(members, key=lambda other: other.place[axis])
 
 
 def _activations(
@@ -77,10 +79,10 @@ def _activations(
             if key not in values:
                 continue
             actual, part = values[key], expected
-            group = _tensor_group(ranks, rank)
+            group = _along("tensor", ranks, rank)
             if actual.shape[0] != expected.shape[0]:
-                rows = actual.shape[0]
-                part = expected[rank.tensor * rows : (rank.tensor + 1) * rows]
+                rows, index = actual.shape[0], rank.place["tensor"]
+                part = expected[index * rows : (index + 1) * rows]
             if same(actual, part):
                 continue
             partials = [
@@ -209,24 +211,36 @@ def _gradient_hint(
                     total += partial.values[_inside(piece, partial)]
         return total
 
-    own_tensor = [r for r in ranks if r.tensor == owner.tensor]
-    copies = [r for r in ranks if r.tensor in piece.tensor_copies]
-    over_replicas, over_copies = summed(own_tensor), summed(copies)
-    if same(over_replicas, expected):
-        if same(piece.values, over_copies):
-            return "it is summed over the tensor group, where each copy already has all of it"
+    of_shard = [r for r in ranks if r.shard == owner.shard]
+    right = same(summed(of_shard), expected)
+    for axis in _axes_inside(ranks):
+        along = {r.shard for r in _along(axis, ranks, owner)}
+        copies = [r for r in ranks if r.shard in along.intersection(piece.copies)]
+        if right and same(piece.values, summed(copies)):
+            return f"it is summed over the {axis} group, where each copy already has all of it"
+        if not right and same(summed(copies), expected):
+            return (
+                f"each copy along {axis} holds a part of it: the all_reduce over the {axis} group "
+                "is missing (ParameterSpec.summed)"
+            )
+        if not right and same(summed(r for r in ranks if r.shard in along), expected):
+            return (
+                f"all {axis} ranks hold a part of it: the all_reduce over the {axis} group is "
+                "missing"
+            )
+    if right:
         return "the sum over the data-parallel replicas (or tied uses) is missing or wrong"
-    if same(over_copies, expected):
-        return (
-            "each tensor-parallel copy holds a part of it: the all_reduce over the tensor group is "
-            "missing (ParameterSpec.sum_over_copies)"
-        )
-    if same(summed(ranks), expected):
-        return "all tensor ranks hold a part of it: the all_reduce over the tensor group is missing"
     ratio = float((piece.values * expected).sum() / (expected * expected).sum().clamp_min(1e-300))
     if abs(ratio - 1) > 1e-6 and same(piece.values, expected * ratio):
         return f"it is {ratio:.6g} times the reference: a wrong scale, or counted that many times"
     return "no sum of the ranks' parts gives it: the computation itself differs"
+
+
+def _axes_inside(ranks: Sequence[RankCapture]) -> list[str]:
+    """The axes inside a stage replica that have several ranks."""
+    outside = ("data", "pipeline")
+    axes = [axis for axis in ranks[0].place if axis not in outside]
+    return [axis for axis in axes if any(rank.place[axis] for rank in ranks)]
 
 
 def _holds(outer: CapturedBox, inner: CapturedBox) -> bool:

@@ -20,7 +20,8 @@ def save_capture(capture: RankCapture, path: Path) -> None:
     """Write what one rank saw."""
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {
-        "place": [capture.tensor, capture.data, capture.pipeline],
+        "place": dict(capture.place),
+        "shard": capture.shard,
         "losses": [value.hex() for value in capture.losses],
         "grad_norms": [value.hex() for value in capture.grad_norms],
     }
@@ -30,7 +31,7 @@ def save_capture(capture: RankCapture, path: Path) -> None:
         tensors |= {f"{kind}.{n}": value.contiguous() for n, (_, value) in enumerate(entries)}
     for kind in _PIECES:
         pieces: list[CapturedBox] = getattr(capture, kind)
-        index[kind] = [[p.name, p.start, p.stop, p.shape, p.tensor_copies] for p in pieces]
+        index[kind] = [[p.name, p.start, p.stop, p.shape, p.copies] for p in pieces]
         tensors |= {f"{kind}.{n}": piece.values.contiguous() for n, piece in enumerate(pieces)}
     save_file(tensors, path, metadata={"index": json.dumps(index)})
 
@@ -39,8 +40,7 @@ def load_capture(path: Path) -> RankCapture:
     """Read what `save_capture` wrote."""
     with safe_open(path, framework="pt") as file:
         index = json.loads(file.metadata()["index"])
-        tensor, data, pipeline = index["place"]
-        capture = RankCapture(tensor, data, pipeline)
+        capture = RankCapture(index["place"], index["shard"])
         capture.losses = [float.fromhex(value) for value in index["losses"]]
         capture.grad_norms = [float.fromhex(value) for value in index["grad_norms"]]
         for kind in _ACTIVATIONS:

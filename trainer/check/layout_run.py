@@ -18,8 +18,8 @@ from holdfast.trainer.world import WorldInfo
 def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture:
     """Train `config.train.steps` steps on this rank and return what it saw. Collective."""
     training = open_training(config, world, store)
-    coordinates = training.plan.stage_replicas.coordinates(world.rank)
-    capture = RankCapture(coordinates.shard, coordinates.data, coordinates.pipeline)
+    mesh = training.plan.configured_mesh
+    capture = RankCapture(mesh.place(world.rank), mesh.coordinates(world.rank).shard)
     recorder = ActivationRecorder(capture, lambda: training.current_micro_batch)
     for chunk in training.chunks:
         watch_chunk(recorder, chunk, config.model.hidden)

@@ -20,7 +20,7 @@ from holdfast.trainer.check.capture import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
-from holdfast.trainer.models import build_chunk
+from holdfast.trainer.models import build_whole_model
 from holdfast.trainer.step import open_split, rate_of
 
 
@@ -32,7 +32,14 @@ def run_reference(config: RunConfig) -> RankCapture:
     """
     train = config.train
     capture = RankCapture()
-    chunk = _whole_model(config)
+    chunk = build_whole_model(
+        config.model,
+        dtype=PRECISIONS[train.precision].dtype,
+        device=torch.device("cpu"),
+        seq_len=train.seq_len,
+        micro_batch=train.micro_batch,
+        seed=train.seed,
+    )
     rows = [(spec, parameter) for _, spec, parameter in chunk.named_specs()]
     tied = _tied(rows)
     second_uses = {second for _, second in tied}
@@ -62,23 +69,6 @@ def run_reference(config: RunConfig) -> RankCapture:
             second.data.copy_(first.data)
     capture.parameters = _pieces(rows, second_uses, gradients=False)
     return capture
-
-
-def _whole_model(config: RunConfig) -> Chunk:
-    """All layers as one chunk of one rank, with the initial weights of the run."""
-    train = config.train
-    return build_chunk(
-        config.model,
-        range(config.model.layers + 2),
-        tensor=None,
-        sequence_parallel=False,
-        dtype=PRECISIONS[train.precision].dtype,
-        device=torch.device("cpu"),
-        seq_len=train.seq_len,
-        micro_batch=train.micro_batch,
-        recompute="none",
-        seed=train.seed,
-    )
 
 
 def _optimizer(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from holdfast.parallel.layout import AXES
+
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
 
@@ -13,7 +15,7 @@ AT_LEAST_ONE: Mapping[str, tuple[str, ...]] = {
     "model": ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab", "max_seq_len"),
     "train": ("steps", "seq_len", "global_batch", "micro_batch", "threads_per_rank"),
     "optimizer": ("block_elements",),
-    "parallel": ("tensor", "pipeline", "data", "context", "expert", "virtual"),
+    "parallel": (*AXES, "virtual"),
     "checkpoint": ("memory_keep", "remote_every"),
     "offload": ("smallest_kib", "staging_mib"),
     "log": ("every",),

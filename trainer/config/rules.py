@@ -38,10 +38,10 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     )
     problems = [problem for rule in rules for problem in rule(config)]
     if world_size is not None and world_size != config.parallel.ranks:
-        p = config.parallel
+        mesh = config.parallel.mesh
         problems.append(
-            f"{world_size} workers were started, but tensor {p.tensor} x pipeline {p.pipeline} x "
-            f"data {p.data} needs {p.ranks}; change parallel.data, or start {p.ranks}"
+            f"{world_size} workers were started, but {mesh.text} needs {mesh.size}; change "
+            f"parallel.data, or start {mesh.size}"
         )
     return problems
 
@@ -203,10 +203,10 @@ def _recompute(config: RunConfig) -> Iterator[str]:
 
 def _not_in_this_version(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
-    for axis in AXES:
-        size = getattr(parallel, axis.name)
+    for name, axis in AXES.items():
+        size = getattr(parallel, name)
         if size > 1 and not axis.is_available:
-            yield f"parallel.{axis.name} = {size}: not available in this version; set it to 1"
+            yield f"parallel.{name} = {size}: not available in this version; set it to 1"
     if parallel.backend == "mpi" and importlib.util.find_spec("mpi4py") is None:
         yield "parallel.backend = 'mpi' needs mpi4py; pip install 'holdfast[mpi]'"
     if parallel.backend == "mpi" and config.train.device == "cuda":

@@ -11,6 +11,7 @@ import msgspec
 
 from holdfast.checkpoint.format import scheme_of
 from holdfast.parallel.faults import FaultKind
+from holdfast.parallel.layout import AXES, Mesh
 from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.config.data_section import DataConfig
 from holdfast.trainer.models import ModelConfig
@@ -76,7 +77,7 @@ class NumericsConfig(Section, frozen=True):
 
 
 class ParallelConfig(Section, frozen=True):
-    """The layout: tensor x pipeline x data ranks."""
+    """The layout: a key for each axis of the mesh (`AXES`), and how the work is cut and ordered."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -96,9 +97,14 @@ class ParallelConfig(Section, frozen=True):
     """A name of `MICRO_BATCH_ORDERS` (parallel/plan); results do not depend on it."""
 
     @property
+    def mesh(self) -> Mesh:
+        """The mesh of these sizes, which are not checked here."""
+        return Mesh(tuple(AXES.values()), tuple(getattr(self, axis) for axis in AXES))
+
+    @property
     def ranks(self) -> int:
         """Workers that this layout takes."""
-        return self.tensor * self.pipeline * self.data
+        return self.mesh.size
 
 
 class CheckpointConfig(Section, frozen=True):

@@ -1,5 +1,6 @@
 from .chunk import (
     build_chunk as build_chunk,
+    build_whole_model as build_whole_model,
 )
 from .family import (
     FAMILIES as FAMILIES,

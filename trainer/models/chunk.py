@@ -25,16 +25,17 @@ class ModelChunk(Chunk):
         self,
         model: ModelConfig,
         layers: range,
-        specs: tuple[LayerSpec, ...],
+        specs: Sequence[LayerSpec],
+        shard_index: int,
         tp: TensorParallel,
         seq_len: int,
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
     ) -> None:
-        """Local. Arguments as of `build_chunk`; `specs` are those of all layers of the model."""
+        """Local. Arguments as of `build_chunk`."""
         super().__init__()
-        self._specs, self._layers, self._tensor_index = specs, layers, tp.index
+        self._specs, self._layers, self._shard_index = specs, layers, shard_index
         shared = ChunkContext(tp, self.queue, seq_len, dtype, device, seed)
         build = family_of(model.family).modules(model, shared)
         self.layers = nn.ModuleDict(
@@ -73,7 +74,7 @@ class ModelChunk(Chunk):
             module = self.layers[spec_of_layer.name.replace(".", "_")]
             rows.extend(
                 (layer, spec, module.get_parameter(spec.local))
-                for spec in spec_of_layer.parameters[self._tensor_index]
+                for spec in spec_of_layer.parameters[self._shard_index]
             )
         return rows
 
@@ -81,42 +82,57 @@ class ModelChunk(Chunk):
 def build_chunk(
     model: ModelConfig,
     layers: range,
+    specs: Sequence[LayerSpec],
+    shard_index: int = 0,
     *,
-    tensor: Communicator | None,
-    sequence_parallel: bool,
+    tensor: Communicator | None = None,
+    sequence_parallel: bool = False,
     dtype: torch.dtype,
     device: torch.device,
     seq_len: int,
-    micro_batch: int,
-    recompute: str | Sequence[str],
     seed: int,
     initial: bool = True,
 ) -> ModelChunk:
-    """A chunk with its initial weights.
+    """A chunk with its initial weights. Local.
 
     Args:
-        layers: indices into the list of layers: 0 is the embedding, the last is the head.
+        layers: indices into `specs`: 0 is the embedding, the last is the head.
+        specs: of all layers of the model, with their parameters by shard index.
         tensor: the tensor-parallel group; None for one rank.
         sequence_parallel: whether hidden states are split over `tensor`.
         recompute: "none", "full" or "selective", of all transformer layers or of each of them.
         seed: of the initial weights and of dropout.
-        initial: False leaves the weights as they are, for one that is filled from elsewhere. Local.
+        initial: False leaves the weights as they are, for one that is filled from elsewhere.
     """
     tp = TensorParallel(tensor, sequence_parallel)
-    specs = layer_specs(
-        model,
-        tensor=tp.size,
-        sequence_parallel=sequence_parallel,
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        precision=precision_of(dtype).name,
-        recompute=recompute,
-    )
-    chunk = ModelChunk(model, layers, specs, tp, seq_len, dtype, device, seed)
+    chunk = ModelChunk(model, layers, specs, shard_index, tp, seq_len, dtype, device, seed)
     chunk.to(dtype=dtype)
     if initial:
         initialize(chunk, seed)
     return chunk.to(device)
+
+
+def build_whole_model(
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seq_len: int,
+    micro_batch: int,
+    seed: int,
+) -> ModelChunk:
+    """All layers as one chunk of one rank. Local. Arguments as of `build_chunk`."""
+    specs = layer_specs(
+        model,
+        tensor=1,
+        sequence_parallel=False,
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        precision=precision_of(dtype).name,
+        recompute="none",
+    )
+    layers = range(len(specs))
+    return build_chunk(model, layers, specs, dtype=dtype, device=device, seq_len=seq_len, seed=seed)
 
 
 def initialize(chunk: Chunk, seed: int) -> None:

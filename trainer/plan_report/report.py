@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.plan import (
     Plan,
@@ -59,7 +58,7 @@ class PlanReport:
         """A JSON-able form: the same facts as `renderable`."""
         plan = self.plan
         return {
-            "mesh": {a.name: plan.configured_mesh[a.name] for a in AXES if a.is_available},
+            "mesh": {axis: plan.configured_mesh[axis] for axis in plan.configured_mesh.in_use},
             "schedule": plan.schedule,
             "virtual": plan.virtual,
             "parameters": self.parameters,
@@ -98,10 +97,7 @@ class PlanReport:
         facts = Table.grid(padding=(0, 2))
         for name, value in (
             ("parameters", f"{self.parameters:,}"),
-            (
-                "ranks",
-                f"tensor {mesh.tensor} x pipeline {mesh.pipeline} x data {mesh.data} = {mesh.size}",
-            ),
+            ("ranks", f"{mesh.text} = {mesh.size}"),
             ("step", f"{config.train.global_batch} sequences of {config.train.seq_len} tokens"),
             ("operations", f"{self.step_flops:.3g} floating-point operations a step"),
             ("schedule", f"{plan.schedule}, {plan.virtual} chunks per rank"),

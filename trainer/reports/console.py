@@ -6,6 +6,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -64,10 +65,11 @@ def duration(seconds: float) -> str:
 
 
 def layout_grid(plan: Plan) -> Table:
-    """Pipeline stages down, data replicas across; each cell names its ranks and layers."""
+    """Pipeline stages down, data replicas across; each cell names the ranks of a stage replica."""
     grid = Table(show_header=True, box=None, padding=(0, 1))
-    grid.add_column("", style="dim", no_wrap=True)
     places = plan.stage_replicas
+    held_by = plan.configured_mesh.stage_replica_text if places.shards > 1 else ""
+    grid.add_column(held_by, style="dim", no_wrap=True)
     for replica in range(places.widest):
         grid.add_column(f"replica {replica}", no_wrap=True)
     for stage in range(places.pipeline):
@@ -75,7 +77,7 @@ def layout_grid(plan: Plan) -> Table:
         layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
         cells = []
         for replica, ranks in enumerate(places.stages[stage]):
-            name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+            name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_runs(ranks)}"
             share = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
             cells.append(Text(f"■ {name}{share}", style="green"))
         cells += [Text("□", style="red")] * (places.widest - len(cells))
@@ -91,6 +93,15 @@ def layout_grid(plan: Plan) -> Table:
     if places.spares:
         grid.add_row("spare", *(Text(f"rank {rank}", style="dim") for rank in places.spares[:1]))
     return grid
+
+
+def _runs(ranks: Sequence[int]) -> str:
+    """Ranks as runs of numbers, e.g. "0-3" or "1,4-6"."""
+    found = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(ranks), key=lambda item: item[1] - item[0])
+    ]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)
 
 
 def recompute_summary(layers: Sequence[LayerSpec]) -> str:

@@ -131,8 +131,11 @@ class Reporter:
         if times is None or step not in self._training.config.log.trace_steps:
             return
         rank = self._world.rank
-        at = self._training.plan.stage_replicas.find(rank)
-        place = f"stage {at.pipeline}, replica {at.data}, tensor {at.shard}" if at else "spare"
+        plan = self._training.plan
+        place, at = "spare", plan.stage_replicas.find(rank)
+        if at is not None:
+            shard = plan.configured_mesh.shard_text(at.shard)
+            place = f"stage {at.pipeline}, replica {at.data}, {shard}"
         write_trace(self._run.trace, rank, f"rank {rank} ({place})", step, phases, times)
 
     def _offloaded(self, step: int, step_s: float) -> OffloadMetrics | None:

@@ -41,18 +41,6 @@ def forward_rate(config: RunConfig, device: torch.device) -> float:
     train = config.train
     model = family_of(config.model.family).tensor_share(config.model, config.parallel.tensor)
     dtype = PRECISIONS[train.precision].dtype
-    layer = build_chunk(
-        model,
-        range(1, 2),
-        tensor=None,
-        sequence_parallel=False,
-        dtype=dtype,
-        device=device,
-        seq_len=train.seq_len,
-        micro_batch=train.micro_batch,
-        recompute="none",
-        seed=train.seed,
-    )
     specs = layer_specs(
         model,
         tensor=1,
@@ -61,6 +49,15 @@ def forward_rate(config: RunConfig, device: torch.device) -> float:
         micro_batch=train.micro_batch,
         precision=train.precision,
         recompute="none",
+    )
+    layer = build_chunk(
+        model,
+        range(1, 2),
+        specs,
+        dtype=dtype,
+        device=device,
+        seq_len=train.seq_len,
+        seed=train.seed,
     )
     shape = (train.seq_len, train.micro_batch, model.hidden)
     hidden = torch.ones(shape, dtype=dtype, device=device, requires_grad=True)

@@ -75,13 +75,13 @@ def new_chunks(
         index: build_chunk(
             config.model,
             plan.layers_of(index),
+            plan.layers,
+            plan.stage_replicas.shard_index(rank),
             tensor=group,
             sequence_parallel=config.parallel.sequence_parallel and group is not None,
             dtype=PRECISIONS[train.precision].dtype,
             device=device,
             seq_len=train.seq_len,
-            micro_batch=train.micro_batch,
-            recompute=[layer.recompute for layer in plan.layers[1:-1]],
             seed=train.seed,
             initial=initial,
         )

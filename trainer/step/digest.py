@@ -8,15 +8,16 @@ import torch
 
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer import ParameterBuffer, ShardedOptimizer
+from holdfast.parallel.plan import Plan
 
 
 def parameter_digest(
-    optimizer: ShardedOptimizer, buffer: ParameterBuffer, control: Communicator
+    plan: Plan, optimizer: ShardedOptimizer, buffer: ParameterBuffer, control: Communicator
 ) -> str:
-    """SHA-256 over all parameters, equal for equal bits in any layout of one tensor size.
+    """SHA-256 over all parameters, equal for equal bits in any layout with as many parts of them.
 
     Collective over `control`, the group of all ranks. Every owner hashes its blocks; the digest is
-    over all block hashes in block order.
+    over the hashes in block order, of one shard for each part of the parameters.
     """
     halves = torch.zeros(optimizer.slots, 4, dtype=torch.int64)
     for block in optimizer.owned:
@@ -25,4 +26,6 @@ def parameter_digest(
         words = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8, 16, 24)]
         halves[optimizer.slot(block)] = torch.tensor(words)
     control.all_reduce(halves).wait()
-    return hashlib.sha256(halves.numpy().tobytes()).hexdigest()
+    by_shard = halves.split([len(blocks) for blocks in plan.blocks])
+    once = torch.cat([by_shard[shard] for shard in plan.configured_mesh.first_holders])
+    return hashlib.sha256(once.numpy().tobytes()).hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from holdfast.parallel.layout import LayerSpec, Mesh
+from collections.abc import Sequence
+
+from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.offload import Rates, choose_layers
 from holdfast.parallel.plan import Plan, make_plan
 from holdfast.trainer.config import RunConfig
@@ -21,11 +23,11 @@ def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
     train, offload = config.train, config.offload
     if train.recompute != "auto":
         return _layers(config, train.recompute)
-    ways = {way: _layers(config, way) for way in WAYS}
+    plans = {way: _first_plan(config, _layers(config, way)) for way in WAYS}
     sends = offload.activations != "none"
-    return choose_layers(
-        _first_plan(config, ways["none"]),
-        ways,
+    chosen = choose_layers(
+        plans["none"],
+        {way: plan.layers for way, plan in plans.items()},
         most_bytes=train.activation_gib * 2**30,
         rates=Rates(
             flops_per_s=train.tflops * 1e12,
@@ -33,9 +35,10 @@ def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
             most_share=offload.most_share if sends else 0.0,
         ),
     )
+    return _layers(config, [layer.recompute for layer in chosen[1:-1]])
 
 
-def _layers(config: RunConfig, recompute: str) -> tuple[LayerSpec, ...]:
+def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpec, ...]:
     return layer_specs(
         config.model,
         tensor=config.parallel.tensor,
@@ -71,7 +74,7 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
     parallel, train = config.parallel, config.train
     return make_plan(
         layers,
-        Mesh.of(tensor=parallel.tensor, data=parallel.data, pipeline=parallel.pipeline),
+        parallel.mesh,
         virtual=parallel.virtual,
         schedule=parallel.schedule,
         micro_batches=train.global_batch // train.micro_batch,

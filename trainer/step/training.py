@@ -220,7 +220,8 @@ class Training:
     def _keep_activations(self, error: OffloadError) -> None:
         """Keep all activations in memory from now on, once some could not be read back.
 
-        With pipeline or tensor peers the step cannot be repeated here: the error propagates.
+        With peers in the pipeline or the stage replica the step cannot be repeated here: the error
+        propagates.
         """
         replicas = self.plan.stage_replicas
         if self.offloader is None or replicas.pipeline * replicas.shards > 1:
@@ -316,7 +317,7 @@ class Training:
 
     @property
     def _reported_losses(self) -> Mapping[int, Tensor] | None:
-        """The same on the one rank of a tensor group that reports them; None on the others."""
+        """The same on the one rank of a stage replica that reports them; None on the others."""
         return self._last_losses if self.groups.shards.index == 0 else None
 
     def evaluate(self) -> float:
@@ -343,4 +344,5 @@ class Training:
 
     def parameter_digest(self) -> str:
         """SHA-256 over all parameters; see `digest.parameter_digest`. Collective over all ranks."""
-        return parameter_digest(self.optimizer, self.parameter_buffer, self.groups.control)
+        control = self.groups.control
+        return parameter_digest(self.plan, self.optimizer, self.parameter_buffer, control)

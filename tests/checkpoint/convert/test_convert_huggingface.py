@@ -17,7 +17,7 @@ from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.models.chunk import build_chunk
+from holdfast.trainer.models.chunk import build_whole_model
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, world_size_of
 
@@ -127,16 +127,12 @@ def test_rounding_is_torchs_and_told(tmp_path: Path) -> None:
 def logits_of(config: RunConfig, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from holdfast.checkpoint import load
 
-    ours = build_chunk(
+    ours = build_whole_model(
         config.model,
-        range(config.model.layers + 2),
-        tensor=None,
-        sequence_parallel=False,
         dtype=torch.float32,
         device=torch.device("cpu"),
         seq_len=config.train.seq_len,
         micro_batch=3,
-        recompute="none",
         seed=1,
     )
     buffer = ParameterBuffer(ours.named_specs())

@@ -1,9 +1,14 @@
-"""An axis inside the stage replica is one entry of the table; plans and groups follow."""
+"""An axis inside the stage replica is one entry of the table; plans, estimates and groups follow.
+
+tests/trainer/test_new_axis.py trains with one.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +19,10 @@ from holdfast.parallel.comm.protocol import MembershipChange
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import AXES, Axis, Mesh
 from holdfast.parallel.plan import Plan, held_blocks, make_plan, replan, training_program
+from holdfast.parallel.plan.cost import action_cost, peak_activation_bytes, rank_memory
 from holdfast.parallel.plan.replan import Roster, with_shadows
+from holdfast.parallel.precision import PRECISIONS
+from holdfast.parallel.schedules import Action, Op
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.config.rules import problems_of
 from support.oracles.plan_layouts import optimizer_layout
@@ -22,20 +30,28 @@ from support.processes.cluster import Cluster
 from support.runs.plans import MICRO_BATCHES, NODES, check, first_plan
 from support.runs.small_runs import make_config
 
-DUMMY = Axis("dummy", "nothing: its ranks hold copies", in_stage_replica=True)
-PARTS = Axis("dummy", "a second split", in_stage_replica=True, splits_parameters=True)
+COPIES = Axis("dummy", "nothing: its ranks repeat each other", True, splits_work=False)
+TOKENS = Axis("dummy", "the tokens, say: its ranks hold copies", True)
+PARTS = Axis("dummy", "a second split", True, splits_parameters=True)
+KINDS = pytest.mark.parametrize(
+    "axis", [COPIES, TOKENS, PARTS], ids=["copies", "tokens", "parts"], indirect=True
+)
 
 
-def table(axis: Axis) -> tuple[Axis, ...]:
-    return (AXES[0], axis, *AXES[1:])
+@pytest.fixture
+def axis(request: pytest.FixtureRequest) -> Iterator[Axis]:
+    """An axis that is in the table while the test runs."""
+    first_plan.cache_clear()  # a plan's mesh has all axes of the table
+    with mock.patch.dict(AXES, dummy=request.param):  # pyrefly: ignore
+        yield request.param
+    first_plan.cache_clear()
 
 
-def plan_with(axis: Axis, size: int, *, tensor: int = 2, data: int = 2, pipeline: int = 2) -> Plan:
-    mesh = Mesh.of(table(axis), tensor=tensor, data=data, pipeline=pipeline, dummy=size)
-    parts = tensor * (size if axis.splits_parameters else 1)
-    layers = first_plan(tensor=parts).layers
+def plan_with(size: int, *, tensor: int = 2, data: int = 2, pipeline: int = 2) -> Plan:
+    """A plan with the dummy axis."""
+    mesh = Mesh.of(tensor=tensor, data=data, pipeline=pipeline, dummy=size)
     plan = make_plan(
-        layers,
+        first_plan(tensor=mesh.parts).layers,
         mesh,
         virtual=1,
         schedule="1f1b",
@@ -46,35 +62,36 @@ def plan_with(axis: Axis, size: int, *, tensor: int = 2, data: int = 2, pipeline
 
 
 def test_names_and_order_of_the_table() -> None:
-    names = [axis.name for axis in AXES]
-    assert len(set(names)) == len(names)
-    assert names[-2:] == ["data", "pipeline"]
-    assert [axis.in_stage_replica for axis in AXES] == [True] * (len(AXES) - 2) + [False] * 2
+    assert [axis.name for axis in AXES.values()] == list(AXES)
+    inside = [axis.in_stage_replica for axis in AXES.values()]
+    assert inside == [True] * (len(AXES) - 2) + [False] * 2
+    assert list(AXES)[-2:] == ["data", "pipeline"]
     with pytest.raises(ConfigError, match="depth is not an axis of the mesh"):
         Mesh.of(depth=2)
 
 
 def test_every_axis_is_a_key_and_one_that_is_not_available_is_refused() -> None:
-    for axis in AXES:
+    for axis in AXES.values():
         config: RunConfig = make_config(parallel={axis.name: 2})
         refused = f"parallel.{axis.name} = 2: not available in this version; set it to 1"
         assert (refused in problems_of(config)) is not axis.is_available
 
 
-@pytest.mark.parametrize("axis", [DUMMY, PARTS], ids=["copies", "parts"])
+@KINDS
 def test_a_new_axis_of_one_rank_changes_nothing(axis: Axis) -> None:
     without = first_plan(tensor=2)
-    plan = plan_with(axis, 1)
+    plan = plan_with(1)
     assert plan.stage_replicas == without.stage_replicas
+    assert plan.layers == without.layers
     assert plan.owners == without.owners
     assert plan.shadows == without.shadows
     for rank in plan.stage_replicas.ranks:
         assert training_program(plan, rank) == training_program(without, rank)
 
 
-@pytest.mark.parametrize("axis", [DUMMY, PARTS], ids=["copies", "parts"])
+@KINDS
 def test_a_new_axis_of_two_ranks_is_planned_and_survives_losses(axis: Axis) -> None:
-    plan = plan_with(axis, 2)
+    plan = plan_with(2)
     mesh = plan.configured_mesh
     assert mesh.size == plan.stage_replicas.size == 16
     assert plan.stage_replicas.shards == mesh.shards == len(plan.blocks) == 4
@@ -89,41 +106,131 @@ def test_a_new_axis_of_two_ranks_is_planned_and_survives_losses(axis: Axis) -> N
     }
 
 
-def test_ranks_of_a_copying_axis_hold_the_same_parts_and_of_a_splitting_one_others() -> None:
-    copies, parts = plan_with(DUMMY, 2), plan_with(PARTS, 2)
-    for layer in copies.layers:
+@KINDS
+def test_texts_name_the_axis(axis: Axis) -> None:
+    plan = plan_with(2)
+    assert plan.configured_mesh.text == "tensor 2 x dummy 2 x pipeline 2 x data 2"
+    assert plan.configured_mesh.shard_text(1) == "tensor 1, dummy 0"
+    needed = r"3 ranks are left, but a stage replica takes 4 \(tensor 2 x dummy 2\)"
+    with pytest.raises(ConfigError, match=needed):
+        replan(plan, Roster((0, 1, 2), NODES), generation=1)
+
+
+@pytest.mark.parametrize("axis", [TOKENS], indirect=True)
+def test_layers_of_another_number_of_parts_are_refused(axis: Axis) -> None:
+    layers, mesh = first_plan(tensor=4).layers, Mesh.of(tensor=2, dummy=2)
+    found = "split into 4 parts, but a stage replica of tensor 2 x dummy 2 holds 2"
+    with pytest.raises(ConfigError, match=found):
+        make_plan(layers, mesh, virtual=1, schedule="1f1b", micro_batches=2, block_elements=2000)
+
+
+def held_boxes(plan: Plan, layer: int) -> list[Any]:
+    return [[spec.box for spec in specs] for specs in plan.layers[layer].parameters]
+
+
+@pytest.mark.parametrize("axis", [COPIES, TOKENS], ids=["copies", "tokens"], indirect=True)
+def test_ranks_along_an_axis_that_splits_no_parameters_hold_copies(axis: Axis) -> None:
+    plan = plan_with(2)
+    for number, layer in enumerate(plan.layers):
+        boxes = held_boxes(plan, number)
+        assert boxes[:2] == boxes[2:]
+        assert boxes[0] != boxes[1]
         for shard, specs in enumerate(layer.parameters):
-            other = layer.parameters[(shard + 2) % 4]
-            assert [s.box for s in specs] == [s.box for s in other]
             for spec in specs:
                 assert {shard, (shard + 2) % 4} <= set(spec.copies)
                 assert [s for s in range(4) if spec.counts_in_norm(s)] == [spec.copies[0]]
     counted = Counter(
         spec.name
-        for layer in copies.layers
+        for layer in plan.layers
         for shard, specs in enumerate(layer.parameters)
         for spec in specs
         if spec.counts_in_norm(shard) and spec.name.endswith("q_proj.weight")
     )
     assert set(counted.values()) == {2}  # one for each tensor rank, whatever the copies
-    assert parts.layers == first_plan(tensor=4).layers
-    assert set(optimizer_layout(parts).holdings) == set(range(16))
+    assert plan.configured_mesh.first_holders == (0, 1)
 
 
-def test_groups_along_a_new_axis_are_found_and_edited() -> None:
-    plan = plan_with(DUMMY, 2)
+@pytest.mark.parametrize("axis", [PARTS], indirect=True)
+def test_ranks_along_an_axis_that_splits_parameters_hold_parts(axis: Axis) -> None:
+    plan = plan_with(2)
+    assert plan.layers == first_plan(tensor=4).layers
+    assert plan.configured_mesh.first_holders == (0, 1, 2, 3)
+    assert set(optimizer_layout(plan).holdings) == set(range(16))
+
+
+def summed_of(plan: Plan, name: str) -> list[tuple[int, ...]]:
+    """By shard index, the copies whose gradients of a parameter of the first block are added."""
+    return [
+        next(spec.summed for spec in specs if spec.name.endswith(name))
+        for specs in plan.layers[1].parameters
+    ]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("axis", [COPIES, TOKENS], ids=["copies", "tokens"], indirect=True)
+def test_gradients_are_summed_over_the_ranks_that_see_parts(
+    axis: Axis, sequence_parallel: bool
+) -> None:
+    layers = first_plan(tensor=2, sequence_parallel=sequence_parallel).layers
+    plan = make_plan(
+        layers,
+        Mesh.of(tensor=2, dummy=2),
+        virtual=1,
+        schedule="1f1b",
+        micro_batches=2,
+        block_elements=2000,
+    )
+    norms, projections = summed_of(plan, "input_layernorm.weight"), summed_of(plan, "q_proj.weight")
+    if axis.splits_work:
+        every, own = [(0, 1, 2, 3)] * 4, [(0, 2), (1, 3)] * 2
+        assert norms == (every if sequence_parallel else own)
+        assert projections == own
+    else:
+        assert norms == ([(0, 1), (0, 1), (2, 3), (2, 3)] if sequence_parallel else [()] * 4)
+        assert projections == [()] * 4
+
+
+@KINDS
+def test_estimates_divide_what_the_axis_divides(axis: Axis) -> None:
+    plan, without = plan_with(2), first_plan(tensor=2)
+
+    def seconds(of: Plan) -> float:
+        return action_cost(of)(Action(Op.FORWARD, 0, 0))
+
+    def memory(of: Plan) -> tuple[int, int]:
+        found = rank_memory(of, 0, precision=PRECISIONS["fp32"], copies=3, exact=True)
+        return found.parameters, found.optimizer
+
+    assert seconds(plan) == seconds(without) / (2 if axis.splits_work else 1)
+    if axis.splits_parameters:
+        return  # what its ranks keep is in the layers, which were made for four parts
+    kept = peak_activation_bytes(without, 0)
+    assert peak_activation_bytes(plan, 0) == kept // (2 if axis.splits_work else 1)
+    sent = [layer.output_bytes for layer in without.layers]
+    shares = 2 if axis.splits_work else 1
+    assert [layer.output_bytes for layer in plan.layers] == [size // shares for size in sent]
+    assert memory(plan) == memory(without)
+
+
+@pytest.mark.parametrize("axis", [COPIES], indirect=True)
+def test_groups_along_a_new_axis_are_found_and_edited(axis: Axis) -> None:
+    plan = plan_with(2)
     assert plan.axis_groups(5) == {"tensor": (4, 5), "dummy": (5, 7), "shards": (4, 5, 6, 7)}
     for rank in range(16):
         along = plan.axis_groups(rank)
         assert set(along["tensor"]) & set(along["dummy"]) == {rank}
-    assert first_plan(tensor=2).axis_groups(5) == {"tensor": (4, 5)}
     following = replan(plan, Roster(tuple(range(1, 16)), NODES), generation=1)
     assert following.axis_groups(1) == {"tensor": (1,), "dummy": (1,), "shards": (1,)}
 
 
+def test_groups_without_a_new_axis_are_those_of_the_tensor_axis_alone() -> None:
+    assert first_plan(tensor=2).axis_groups(5) == {"tensor": (4, 5)}
+
+
 def sums_along(rank: int, world_size: int, store: Store) -> dict[str, Any]:
     """The sum of 2^rank along each axis, before and after an edit that changes no member."""
-    plan = plan_with(DUMMY, 2, data=1, pipeline=1)
+    with mock.patch.dict(AXES, dummy=COPIES):  # pyrefly: ignore
+        plan = plan_with(2, data=1, pipeline=1)
     axes = {**plan.axis_groups(rank), "pipeline": (rank,)}
     world = range(world_size)
     groups = build_groups(store, "127.0.0.1", rank, world, axes, backend="gloo", generation=0)

@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused(changes: dict, message: str) -> None:
 
 
 def test_a_mesh_that_the_layers_were_not_cut_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"split over 1 tensor ranks.*parallel.tensor = 2"):
+    with pytest.raises(ConfigError, match=r"split into 1 parts, .*tensor 2 holds 2"):
         plan_of(Mesh.of(tensor=2, data=1, pipeline=2), layers_of(tensor=1))
     with pytest.raises(ConfigError, match=r"parallel.data = 0 is too small"):
         plan_of(Mesh.of(tensor=1, data=0, pipeline=2))

@@ -20,15 +20,14 @@ from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.pipeline import executor as pipeline
 from holdfast.parallel.pipeline.model_chunk import WeightGradientQueue
 from holdfast.parallel.tensor_parallel import operators as tensor, vocab as vocabulary
-from holdfast.trainer.models import chunk as build
 from holdfast.trainer.models.llama import modules as llama
-from holdfast.trainer.step import construction
+from holdfast.trainer.step import construction, planning
 from holdfast.trainer.step.training import Training
 
 
 def _patched_specs(change: Any) -> Any:
-    """Every parameter row passed through `change`, in the plan and in the model alike."""
-    original = build.layer_specs
+    """Every parameter row passed through `change`."""
+    original = planning.layer_specs
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         return tuple(
@@ -44,31 +43,21 @@ def _patched_specs(change: Any) -> Any:
 
 @contextmanager
 def _specs(change: Any) -> Iterator[None]:
-    from holdfast.trainer.step import planning
-
-    changed = _patched_specs(change)
-    with (
-        mock.patch.object(build, "layer_specs", changed),
-        mock.patch.object(planning, "layer_specs", changed),
-    ):
+    with mock.patch.object(planning, "layer_specs", _patched_specs(change)):
         yield
 
 
 @contextmanager
 def norm_weights_not_summed_over_tensor() -> Iterator[None]:
     """A replicated weight not flagged for sequence parallelism."""
-    with _specs(lambda s: replace(s, sum_over_copies=False) if len(s.shape) == 1 else s):
+    with _specs(lambda s: replace(s, summed=()) if len(s.shape) == 1 else s):
         yield
 
 
 @contextmanager
 def shared_kv_heads_not_summed() -> Iterator[None]:
     """Key and value heads replicated over tensor ranks drift apart."""
-    with _specs(
-        lambda s: (
-            replace(s, sum_over_copies=False) if "k_proj" in s.name or "v_proj" in s.name else s
-        )
-    ):
+    with _specs(lambda s: replace(s, summed=()) if "k_proj" in s.name or "v_proj" in s.name else s):
         yield
 
 

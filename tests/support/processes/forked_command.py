@@ -6,6 +6,7 @@ command does; that it starts by itself is what tests/launch and the documentatio
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -26,12 +27,21 @@ class ForkedCommand:
     """One command under way, with what `subprocess.Popen` has of it."""
 
     def __init__(
-        self, arguments: Sequence[str], output: Path, environment: Mapping[str, str]
+        self,
+        arguments: Sequence[str],
+        output: Path,
+        environment: Mapping[str, str],
+        *,
+        before: str = "",
     ) -> None:
-        """Start `holdfast ARGUMENTS`; what it prints goes to the file `output`."""
+        """Start `holdfast ARGUMENTS`; what it prints goes to the file `output`.
+
+        Args:
+            before: `module:function`, which its process calls first.
+        """
         self._output = output
         self._process: BaseProcess = FORK.Process(
-            target=_run, args=(list(arguments), str(output), dict(environment))
+            target=_run, args=(list(arguments), str(output), dict(environment), before)
         )
         self._process.start()
 
@@ -69,9 +79,12 @@ class ForkedCommand:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(arguments: list[str], output: str, environment: dict[str, str]) -> None:
+def _run(arguments: list[str], output: str, environment: dict[str, str], before: str) -> None:
     from holdfast.launch.cli import main
 
+    if before:
+        module, name = before.split(":")
+        getattr(importlib.import_module(module), name)()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -122,6 +122,8 @@ class Starter:
     """Starts runs below one folder, and ends what is left of them."""
 
     folder: Path
+    before: str = ""
+    """`module:function`, which each command's process calls first."""
     runs: list[ElasticRun] = field(default_factory=list)
     _others: list[Process] = field(default_factory=list)
 
@@ -183,7 +185,7 @@ class Starter:
     def _start(self, name: str, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Process:
         path, environment = self.folder / f"{name}.txt", {**os.environ, "OMP_NUM_THREADS": "1"}
         if not launcher:
-            return ForkedCommand(arguments, path, environment)
+            return ForkedCommand(arguments, path, environment, before=self.before)
         with path.open("w") as output:
             return subprocess.Popen(
                 [*launcher, *HOLDFAST, *arguments],

@@ -22,13 +22,19 @@ NODES = {rank: f"node-{rank % 3}" for rank in range(40)}
 
 @cache
 def first_plan(
-    schedule: str = "1f1b", virtual: int = 1, tensor: int = 1, data: int = 2, pipeline: int = 2
+    schedule: str = "1f1b",
+    virtual: int = 1,
+    tensor: int = 1,
+    data: int = 2,
+    pipeline: int = 2,
+    *,
+    sequence_parallel: bool = False,
 ) -> Plan:
     model = ModelConfig(family="llama", layers=12, hidden=32, heads=4, kv_heads=4, vocab=64)
     layers = layer_specs(
         model,
         tensor=tensor,
-        sequence_parallel=False,
+        sequence_parallel=sequence_parallel,
         seq_len=16,
         micro_batch=1,
         precision="fp32",

@@ -39,7 +39,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
 
 
 def world_size_of(config: RunConfig) -> int:
-    return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+    return config.parallel.ranks
 
 
 def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class _Table:
         return Initial("normal", self.model.init_std)
 
     def _norm(self, name: str, local: str) -> ParameterSpec:
-        shape = (self.model.hidden,)
+        shape, copies = (self.model.hidden,), tuple(range(self.tensor))
         return ParameterSpec(
             name=name,
             shape=shape,
@@ -116,8 +116,8 @@ class _Table:
             local_row=0,
             initial=Initial("constant", 1.0),
             decay=False,
-            copies=tuple(range(self.tensor)),
-            sum_over_copies=self.sequence_parallel,
+            copies=copies,
+            summed=copies if self.sequence_parallel and self.tensor > 1 else (),
         )
 
     def _split(self, size: int) -> tuple[int, int]:
@@ -163,7 +163,7 @@ class _Table:
             initial=self._normal(),
             decay=True,
             copies=copies,
-            sum_over_copies=len(copies) > 1,
+            summed=copies if len(copies) > 1 else (),
         )
 
     def _sharded(

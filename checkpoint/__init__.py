@@ -1,7 +1,7 @@
 """Checkpoints: state is saved and loaded in any layout.
 
 `save`, `load` and `Checkpointer` serve any torch program. Below them, and below the trainer,
-`manager.CheckpointManager` saves and loads. May import `holdfast.parallel` and `holdfast._native`.
+`manager.CheckpointManager` saves and loads. May import parallel and _native.
 """
 
 import lazy_loader

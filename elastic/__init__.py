@@ -1,1 +1,1 @@
-"""Membership, detection and recovery. May import `holdfast.parallel` and `holdfast._native`."""
+"""Membership, detection and recovery. May import parallel."""

@@ -1,4 +1,4 @@
 """One training run: its configuration, model, data, step loop and what it reports.
 
-May import `holdfast.parallel`, `holdfast.checkpoint`, `holdfast.elastic` and `holdfast._native`.
+May import checkpoint, elastic, parallel and _native.
 """

@@ -1,6 +1,6 @@
 """Conversion of checkpoints between this project's format and those of other frameworks.
 
-May import checkpoint and parallel.
+May import checkpoint, parallel and _native.
 """
 
 import lazy_loader

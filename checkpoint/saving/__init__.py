@@ -1,6 +1,6 @@
 """Saving: the write plan, lazy snapshots, and the commit of a checkpoint.
 
-May import checkpoint.format, stores, parallel.
+May import checkpoint.format, checkpoint.stores, parallel and _native.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """Checkpoint stores: the protocol, local folders, URLs, and the registry by scheme.
 
-May import checkpoint.format and loading.
+May import checkpoint.format, checkpoint.loading and parallel.errors.
 """
 
 import lazy_loader

@@ -1,6 +1,7 @@
 """The way from one tier to the next: memory to disk when a worker dies, disk to a URL meanwhile.
 
-May import checkpoint.format, saving, stores, tools.
+May import checkpoint.format, checkpoint.saving, checkpoint.stores, checkpoint.tools, parallel.comm
+and parallel.errors.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """The agent of a node: it starts, watches and replaces workers, and speaks for them.
 
-May import launch.launchers' join file, trainer, elastic.
+May import launch.processes, elastic and parallel.errors.
 """
 
 import lazy_loader

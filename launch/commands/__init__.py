@@ -1,4 +1,4 @@
 """The subcommands of `holdfast`, one module a group.
 
-May import everything below launch.
+May import launch, trainer, checkpoint, elastic and parallel.
 """

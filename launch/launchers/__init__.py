@@ -1,6 +1,6 @@
 """How the workers of a run are started: alone, on this machine, as nodes of a cluster.
 
-May import launch.agent, trainer, elastic.
+May import launch.agent, launch.processes, trainer, checkpoint.tiers, elastic and parallel.
 """
 
 import lazy_loader

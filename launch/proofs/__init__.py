@@ -1,6 +1,6 @@
 """Proofs that training was right: check, prove, replay, comparison of runs.
 
-May import launch.launchers, trainer, checkpoint.
+May import launch.agent, launch.launchers, trainer, checkpoint, elastic and parallel.errors.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """Activation offload: saved tensors wait on an SSD or in host memory for their backward pass.
 
-May import `holdfast.parallel`'s errors, layout, schedules and plan, and `holdfast._native`.
+May import parallel.errors, parallel.layout, parallel.plan, parallel.schedules and _native.
 """
 
 import lazy_loader

@@ -1,6 +1,7 @@
 """Gradient sums, their reduction, the sharded optimizer, its shadows and the transfer of its state.
 
-May import parallel.comm, layout and plan.
+May import parallel.comm, parallel.errors, parallel.layout, parallel.plan, parallel.precision and
+_native.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """The executor of programs, and the model chunks that it runs.
 
-May import parallel.comm, layout, offload and schedules.
+May import parallel.comm, parallel.layout, parallel.offload and parallel.schedules.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """The plan: which rank holds, computes, owns and shadows what; pure functions, no torch.
 
-May import parallel.layout, parallel.schedules.
+May import parallel.errors, parallel.layout, parallel.precision and parallel.schedules.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """Operators, linear layers and vocabulary of tensor-parallel groups.
 
-May import parallel.comm and layout.
+May import parallel.comm and parallel.pipeline.
 """
 
 import lazy_loader

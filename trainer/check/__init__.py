@@ -4,7 +4,7 @@ The layout runs on local CPU ranks in float64; the reference is the unsharded mo
 autograd loop with torch.optim.AdamW. What differs first is named, with the collective that is
 missing.
 
-May import what `holdfast.trainer` may.
+May import trainer and parallel.
 """
 
 import lazy_loader

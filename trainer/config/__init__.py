@@ -1,6 +1,6 @@
 """The configuration of a run: its sections, how a file is loaded, the rules between keys.
 
-Needs no torch. May import trainer.models, parallel.
+Needs no torch. May import trainer.learning_rates, trainer.models, checkpoint.format and parallel.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """Training data: what sample i holds is a pure function of the configuration, the seed and i.
 
-May import `holdfast.trainer.config`, `holdfast.parallel` and `holdfast._native`.
+May import trainer.config, parallel and _native.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """Training that goes on when ranks are lost or join: the loop, recovery, incidents.
 
-May import elastic, checkpoint, parallel, and the rest of trainer.
+May import trainer, elastic, parallel and _native.
 """
 
 import lazy_loader

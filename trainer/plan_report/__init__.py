@@ -1,6 +1,6 @@
 """What `holdfast plan` prints: layout, memory, losses of ranks, offload.
 
-May import trainer.config, run and step, parallel.
+May import trainer.config, trainer.reports, trainer.run, trainer.step and parallel.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """What a run tells: records, metrics, console, traces, slow ranks.
 
-May import trainer.config, run and step, checkpoint, parallel.
+May import trainer.config, trainer.run, trainer.step, trainer.world, checkpoint and parallel.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """A run's folder, where it goes on from, and what is settled before it starts.
 
-May import trainer.config, data and step, checkpoint, parallel.
+May import trainer.config, trainer.models, trainer.step, checkpoint and parallel.
 """
 
 import lazy_loader

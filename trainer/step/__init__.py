@@ -1,6 +1,7 @@
 """One step of one rank: compute, reduce, vote, apply, and the state that it changes.
 
-May import trainer.config, data and models, checkpoint, parallel.
+May import trainer.config, trainer.data, trainer.learning_rates, trainer.models, trainer.world,
+checkpoint and parallel.
 """
 
 import lazy_loader

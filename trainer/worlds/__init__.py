@@ -1,6 +1,6 @@
 """How the world of a worker is read from the environment that its launcher gives it.
 
-A launcher is one file here and one line of LAUNCHERS. May import trainer.world, parallel.errors.
+A launcher is one file here and one line of LAUNCHERS. May import trainer.world and parallel.errors.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """The elements of a conversion: pieces, regions, arrays of bits, units of output.
 
-May import checkpoint.format, parallel.layout.
+May import checkpoint.format, parallel.errors and parallel.layout.
 """
 
 import lazy_loader

@@ -1,6 +1,8 @@
 """The formats: one module or folder each, and their registry.
 
-May import checkpoint.convert's elements, rules, sources and writing.
+May import checkpoint.convert.elements, checkpoint.convert.rules, checkpoint.convert.sources,
+checkpoint.convert.writing, checkpoint.format, checkpoint.loading, checkpoint.saving,
+checkpoint.stores, checkpoint.tools, parallel.errors and parallel.layout.
 """
 
 import lazy_loader

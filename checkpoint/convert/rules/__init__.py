@@ -1,6 +1,6 @@
 """Formats as rules: patterns, mappings and their inverse.
 
-May import checkpoint.convert.elements.
+May import checkpoint.convert.elements, checkpoint.format, parallel.errors and parallel.layout.
 """
 
 import lazy_loader

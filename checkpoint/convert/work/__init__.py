@@ -1,6 +1,6 @@
 """A conversion: the request, its workers, the journal, and the sample that is compared.
 
-May import the rest of checkpoint.convert.
+May import checkpoint.convert, checkpoint.format, checkpoint.stores, parallel.errors and _native.
 """
 
 import lazy_loader

@@ -1,6 +1,7 @@
 """The writers: torch.save archives, pickles, torch.distributed.checkpoint folders.
 
-May import checkpoint.convert.elements and sources.
+May import checkpoint.convert.elements, checkpoint.convert.sources, checkpoint.format,
+checkpoint.stores, parallel.errors and parallel.layout.
 """
 
 import lazy_loader

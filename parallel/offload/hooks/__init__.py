@@ -1,6 +1,6 @@
 """The hooks on saved tensors: the offloader, its records, prefetch and pace.
 
-May import parallel.offload.stores and policy.
+May import parallel.offload.policy, parallel.offload.stores, parallel.errors and parallel.schedules.
 """
 
 import lazy_loader

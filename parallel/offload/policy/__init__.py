@@ -1,6 +1,6 @@
 """How much is offloaded: measured amounts, the choice per layer, estimates for plans.
 
-May import parallel.plan and layout.
+May import parallel.errors, parallel.layout, parallel.plan and parallel.schedules.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """The offload stores: places where activations wait, on a drive or in host memory.
 
-May import parallel.errors, holdfast._native.
+May import parallel.errors and _native.
 """
 
 import lazy_loader

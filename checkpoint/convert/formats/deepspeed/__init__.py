@@ -1,4 +1,4 @@
 """DeepSpeed: ZeRO folders, tensor parallelism, universal checkpoints.
 
-May import as formats.
+May import checkpoint.convert, checkpoint.format, checkpoint.stores and parallel.errors.
 """

@@ -1,4 +1,4 @@
 """Megatron-LM and Megatron-Core: torch_dist, legacy folders, models, the order of optimizer states.
 
-May import as formats.
+May import checkpoint.convert, checkpoint.stores and parallel.errors.
 """

@@ -1,1 +1,4 @@
-"""Membership, detection and recovery. May import parallel."""
+"""Membership of a run: agreement on generations, detection of losses and hangs, faults.
+
+May import parallel.
+"""

@@ -1,16 +1,17 @@
 """The rule by which workers agree on their next generation. Pure: reports in, verdict out.
 
-A round of a Lighthouse hands the same set of reports to all who take part in it. This module
-decides what a worker makes of them, and is safe whatever a Lighthouse does: restart, forget, hand
-out old reports, reach only some, or run twice. It rests on one fact: a member of generation g
-accepts at most one membership for generation g + 1, ever, and that acceptance outlives its process
-(its agent speaks on for it, see `AcceptorFile`). A membership is chosen once a majority of
-generation g has accepted it; two majorities share a member, so at most one membership is ever
-chosen for g + 1: there is no split brain. A side that holds no majority waits, and does not train.
-(A write-once vote per slot: Paxos' acceptors without a second ballot number, Lamport 1998; the
-chain of configurations as in Lamport, Malkhi and Zhou 2009.)
+A round of a Lighthouse hands the same set of reports to all participants. This module decides what
+a worker concludes from them. The rule is safe whatever a Lighthouse does: restart, forget, hand out
+old reports, reach only some workers, or run twice.
 
-Usually two rounds are enough: in the first all accept, in the second all see that all did.
+It rests on one fact: a member of generation g accepts at most one membership for generation g + 1,
+ever, and that acceptance outlives its process (its agent reports it on, see `AcceptorFile`). A
+membership is chosen once a majority of generation g has accepted it. Two majorities share a member,
+so at most one membership is ever chosen for g + 1, and a run never splits. A side without a
+majority waits and does not train. (These are Paxos' acceptors without a second ballot number,
+Lamport 1998; the chain of configurations is as in Lamport, Malkhi and Zhou 2009.)
+
+Two rounds are usually enough: in the first all accept, in the second all see that all did.
 """
 
 from __future__ import annotations
@@ -35,48 +36,59 @@ _NO_IDENTITIES: Identities = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class AcceptorState:
-    """What a worker knows to be decided, and what it has accepted next. It only moves forward."""
+    """The knowledge of a worker: the chosen generation, and the next one it has accepted.
+
+    It only moves forward.
+    """
 
     generation: int = 0
     """The newest generation that it knows to be chosen; 0: none."""
     members: Identities = _NO_IDENTITIES
-    """Of that generation; empty for 0."""
+    """The members of that generation; empty for 0."""
     accepted: Identities = _NO_IDENTITIES
-    """The membership that it has accepted for the generation after that; empty: none yet."""
+    """The membership that it has accepted for the next generation; empty: none yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one worker tells the others in a round.
+    """The report of one worker to the others in a round.
 
-    One message, so that a worker tells all of it or nothing: hence its many fields.
+    All of it is one message, so that a worker tells all of it or nothing: hence its many fields.
     """
 
     identity: Identity
     acceptor: AcceptorState = AcceptorState()
     alive: bool = True
-    """False: its process has ended, and its agent speaks for it."""
+    """False: its process has ended, and its agent reports for it."""
     founder: bool = False
-    """It may take part in founding the first generation: the run was started with it, or it
-    replaces a worker that was and had not voted."""
+    """Whether it may take part in founding the first generation: the run was started with it, or it
+    replaces such a worker that had not reported."""
     world_size: int = 1
-    """Ranks that the first generation needs, one founder each."""
+    """The number of ranks that the first generation needs, one founder each."""
     min_ranks: int = 1
+    """The least number of ranks that a generation may have."""
     lost: Identities = _NO_IDENTITIES
-    """Workers that are not waited for: their end, or their silence, has been noticed."""
+    """Workers that are not waited for: their end or silence has been noticed."""
     impatient: bool = False
-    """It has waited long enough for those who are missing without anybody knowing why."""
+    """Whether it has waited long enough for workers that are missing for no known reason."""
     node: str = ""
+    """Its node."""
     store: str = ""
+    """The rendezvous store of its agent, HOST:PORT."""
     held: int = 0
+    """The generation of its training state; 0: it has none."""
     step: int = 0
+    """The number of steps that it has committed."""
     phase: str = ""
+    """The phase of the step that it was in."""
     leaving: bool = False
+    """Whether it hands its state over and leaves."""
     data: Mapping[str, Any] = field(default_factory=dict)
+    """Other values of the caller, as JSON values."""
 
 
 def report_to_data(report: Report) -> dict[str, Any]:
-    """A report as JSON values."""
+    """The report as JSON values."""
     plain = {name: getattr(report, name) for name in Report.__slots__}
     plain["identity"] = str(report.identity)
     plain["ballot"] = acceptor_to_data(plain.pop("acceptor"))
@@ -88,7 +100,8 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
     """The report that `report_to_data` wrote.
 
     Raises:
-        MembershipError: something else, such as what another version of holdfast wrote.
+        MembershipError: the values are not a report, for example one of another version of
+            holdfast.
     """
     try:
         fields = dict(plain)
@@ -104,7 +117,7 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
 
 
 def acceptor_to_data(acceptor: AcceptorState) -> list[Any]:
-    """An acceptor state as JSON values."""
+    """The acceptor state as JSON values."""
     members, accepted = format_identities(acceptor.members), format_identities(acceptor.accepted)
     return [acceptor.generation, members, accepted]
 
@@ -117,20 +130,20 @@ def acceptor_from_data(plain: list[Any]) -> AcceptorState:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a round means for one worker."""
+    """The conclusion of one worker from a round."""
 
     acceptor: AcceptorState
     outcome: Literal["agreed", "again", "wait"]
-    """agreed: the new generation stands; again: take part in the next round at once; wait: in a
-    later one, because a member is missing."""
+    """"agreed": the new generation stands. "again": take part in the next round at once. "wait": a
+    member is missing; take part in a later round."""
     reason: str = ""
-    """Why it waits, for a person."""
+    """The reason to wait, for a person."""
     minority: bool = False
-    """It waits because too few members of the last generation take part."""
+    """Whether it waits because too few members of the last generation take part."""
 
 
 def is_majority(side: Collection[Identity], whole: Collection[Identity]) -> bool:
-    """More than half of `whole`, or half of it with its lowest identity, the tie-breaker."""
+    """Whether `side` is more than half of `whole`, or half of it with its lowest identity."""
     count = sum(identity in side for identity in whole)
     return 2 * count > len(whole) or (
         2 * count == len(whole) > 0 and min(whole) in side  # two halves cannot both hold it
@@ -138,14 +151,14 @@ def is_majority(side: Collection[Identity], whole: Collection[Identity]) -> bool
 
 
 def advance(own: Report, reports: Mapping[Identity, Report]) -> Verdict:
-    """What a round with these reports means for the worker that sent `own`.
+    """The verdict of a round for the worker that sent `own`.
 
     Args:
-        reports: by identity; all that the round has, whether or not `own` (or an older one of the
-            same worker) is among them.
+        reports: all reports of the round by identity, with or without `own` (or an older one of the
+            same worker).
     Raises:
-        Superseded: generations have been chosen since, without this worker.
-        MembershipError: members disagree on what was chosen, which the rule excludes.
+        Superseded: later generations were chosen without this worker.
+        MembershipError: members disagree on the chosen membership, which the rule excludes.
     """
     acceptor = _newest(own, reports)
     while True:
@@ -165,7 +178,7 @@ def advance(own: Report, reports: Mapping[Identity, Report]) -> Verdict:
 
 
 def generation_of(acceptor: AcceptorState, reports: Mapping[Identity, Report]) -> Generation:
-    """The value that members return from the round in which they agreed."""
+    """The generation of a verdict "agreed", from that round's reports; equal on all members."""
     members = (reports[identity] for identity in sorted(acceptor.members))
     return Generation(
         acceptor.generation,
@@ -181,7 +194,7 @@ def _live(reports: Mapping[Identity, Report]) -> Identities:
 
 
 def _newest(own: Report, reports: Mapping[Identity, Report]) -> AcceptorState:
-    """The worker's acceptor state, moved on to the newest generation that anybody knows."""
+    """The worker's acceptor state, advanced to the newest generation that any report has."""
     newest = max(
         (r.acceptor for r in reports.values()), key=lambda b: b.generation, default=own.acceptor
     )
@@ -213,7 +226,7 @@ def _moved(
 
 
 def _chosen(acceptor: AcceptorState, accepted: Mapping[Identity, Identities]) -> Identities | None:
-    """The membership of the next generation if these acceptances choose one."""
+    """The membership of the next generation, if these acceptances choose one."""
     for value in set(accepted.values()):
         supporters = {identity for identity, own in accepted.items() if own == value}
         if acceptor.generation == 0:
@@ -230,7 +243,7 @@ def _accept(
     reports: Mapping[Identity, Report],
     accepted: Mapping[Identity, Identities],
 ) -> Verdict:
-    """Accept a membership for the next generation where the rule allows one."""
+    """Accept a membership for the next generation if the rule allows one."""
     if acceptor.generation == 0:
         if acceptor.accepted:
             return Verdict(acceptor, "wait", "not every rank has accepted the first generation yet")
@@ -265,7 +278,10 @@ def _wait_for_reports(
 def _first(
     own: Report, reports: Mapping[Identity, Report], accepted: Mapping[Identity, Identities]
 ) -> tuple[Identities | None, str]:
-    """The first generation has every rank that the run was started with, and needs all of them."""
+    """The membership of the first generation: every rank that the run was started with.
+
+    All of them are needed.
+    """
     bound = {value for identity, value in accepted.items() if reports[identity].founder}
     if bound:
         return min(bound, key=sorted), ""
@@ -300,7 +316,7 @@ def _next(
 
 
 def _newest_incarnations(live: Identities, members: Identities) -> Identities:
-    """One worker per rank: the member, else the newest."""
+    """One worker per rank: the member, or else the newest incarnation."""
     by_rank: dict[int, Identity] = {}
     for identity in sorted(live, key=lambda i: (i in members, i)):
         by_rank[identity.rank] = identity

@@ -1,9 +1,9 @@
-"""The channel between a worker and its agent: messages both ways, and a liveness timestamp.
+"""The channel between a worker and its agent: messages in both directions, and liveness.
 
-Messages are JSON objects in packets of a Unix socket pair that the agent made before the worker
-began. The liveness timestamp is a file in memory that the worker's Python thread writes ten times a
-second: it stops when the process is stopped, or when its interpreter lock is held, and can be read
-without the worker's help.
+Messages are JSON objects in packets of a Unix socket pair, which the agent made before it started
+the worker. The liveness timestamp is a file in memory. A Python thread of the worker writes it ten
+times a second, so it stops when the process is stopped or its interpreter lock is held, and the
+agent can read it without the worker's help.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def liveness_age_s(path: Path) -> float | None:
 
 
 def send_message(channel: socket.socket, message: dict[str, Any]) -> bool:
-    """Send without waiting; False if the other end is gone, or does not read."""
+    """Send a message without waiting; False if the other end is gone or does not read."""
     try:
         channel.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except OSError:
@@ -65,7 +65,7 @@ def send_message(channel: socket.socket, message: dict[str, Any]) -> bool:
 
 
 def receive_message(channel: socket.socket) -> dict[str, Any] | None:
-    """The next message; None if the other end is gone, or if there is none yet. Does not wait."""
+    """The next message; None if the other end is gone or there is no message yet. Does not wait."""
     try:
         packet = channel.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
     except (ConnectionError, BlockingIOError):
@@ -74,7 +74,10 @@ def receive_message(channel: socket.socket) -> dict[str, Any] | None:
 
 
 class WorkerChannel:
-    """A worker's end: a thread refreshes the liveness timestamp and receives messages. Local."""
+    """A worker's end of the channel; its thread writes the liveness and receives messages.
+
+    Local.
+    """
 
     def __init__(
         self, channel: socket.socket, liveness: Path, receive: Callable[[dict[str, Any]], None]
@@ -93,7 +96,7 @@ class WorkerChannel:
         self._thread.start()
 
     def send(self, kind: str, **fields: Any) -> bool:
-        """Tell the agent something; False if it is gone or does not listen."""
+        """Send a message to the agent; False if the agent is gone or does not read."""
         return send_message(self._channel, {"kind": kind, **fields})
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The membership events that one worker has heard of, and what they mean to its generation."""
+"""The membership events that one worker has heard of, and their meaning for its generation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from holdfast.elastic.membership_events import MembershipEvent
 
 
 class EventLog:
-    """Keeps events until they are settled, and calls for urgent ones. Shared between threads."""
+    """Keeps events until they are outdated, and reports urgent ones. Shared between threads."""
 
     def __init__(self, identity: Identity) -> None:
-        """Local.
+        """Nothing has been heard yet.
 
         Args:
-            identity: of the worker that hears.
+            identity: the identity of the worker that keeps the log.
         """
         self._identity = identity
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class EventLog:
         self._generation: Generation | None = None
 
     def hear(self, event: MembershipEvent) -> None:
-        """Take in an event; call for it at once if a member is lost and none is being agreed on."""
+        """Add an event; report it at once if a member is lost and no agreement is under way."""
         with self._lock:
             if event in self._events:
                 return
@@ -43,7 +43,7 @@ class EventLog:
             call(event)
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
-        """Have `call` called for each urgent event, in another thread; now for those known."""
+        """Set the function that gets each urgent event, in another thread; known ones come now."""
         with self._lock:
             self._call = call
             missed = [e for e in self._events if e.urgent and self._concerns(e)]
@@ -53,7 +53,7 @@ class EventLog:
 
     @property
     def wanted(self) -> tuple[MembershipEvent, ...]:
-        """Arrivals and departures that wait for the end of a step."""
+        """The joining and leaving workers, which wait for the end of a step."""
         with self._lock:
             return tuple(
                 e for e in self._events if e.kind in ("joining", "leaving") and self._concerns(e)
@@ -61,32 +61,33 @@ class EventLog:
 
     @property
     def lost(self) -> frozenset[Identity]:
-        """Workers that an agreement does not wait for."""
+        """The workers that an agreement does not wait for."""
         with self._lock:
             return frozenset(self._lost)
 
     def forget_silence(self) -> None:
-        """Wait again for workers that were merely not heard of."""
+        """Wait again for workers that were only silent."""
         with self._lock:
             self._lost = {e.identity for e in self._events if e.kind == "ended"}
 
     def drain(self) -> tuple[MembershipEvent, ...]:
-        """All events since the last call, for the record. Those that are settled are removed."""
+        """All events since the last call, for the records; outdated ones are removed."""
         with self._lock:
             events = tuple(self._events)
             self._events = [e for e in self._events if self._concerns(e)]
         return events
 
     def begin_agreement(self) -> None:
-        """Call for no event until `end_agreement`."""
+        """Report no event until `end_agreement`."""
         with self._lock:
             self._agreeing = True
 
     def end_agreement(self, generation: Generation | None) -> None:
-        """Forget what a new generation has settled, and call for what was lost meanwhile.
+        """Remove the events that a new generation has outdated, and report losses since then.
 
         Args:
-            generation: that was agreed on; None where the agreement failed, and the last one stays.
+            generation: the generation agreed on; None if the agreement failed and the last one
+                stays.
         """
         with self._lock:
             self._agreeing = False

@@ -1,8 +1,8 @@
-"""The lines of events.jsonl that a change of generation gives. Pure.
+"""The lines of events.jsonl for a change of generation. Pure.
 
 Every worker hears every membership event, and every member of a generation has the same value of
-it. So one member, the recorder, writes the lines for all; agents write none. The end of all
-workers, which no member can know, is told by the exit codes of the agents.
+it. So one member, the recorder, writes the lines for all, and agents write none. No member can know
+the end of all workers; the agents' exit codes tell it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def change_events(
     """The events `rank_lost`, `rank_left` and `rank_joined` of a change, by rank. Pure.
 
     Args:
-        before: that the writer was in; None for its first, which has no such events.
-        told: the membership events that the writer has had (`Membership.drain_events`): they say
-            why.
+        before: the writer's last generation; None for its first, which has no such events.
+        told: the membership events that the writer has heard (`Membership.drain_events`), which
+            give the causes.
     Returns:
         `rank_lost` has the fields rank, incarnation, node, cause, and detected_s: seconds between
         the rank's last sign of life and the event of its loss; null if none was published.

@@ -1,8 +1,8 @@
 """Faults on purpose, at a chosen step and phase, to show or test that a run survives.
 
-A fault happens in the worker that it names, or to that worker's node, is real (a signal, a held
-lock, a flipped bit, packets dropped, a disk without room), and is written down. A process that
-replaces another does not repeat the faults that the first was told of.
+A fault happens in the worker that it names, or to that worker's node. It is real (a signal, a held
+lock, a flipped bit, dropped packets, a full disk), and it is recorded. A process that replaces
+another does not repeat the faults of the first.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class Fault:
     fault: FaultKind
     rank: int
     step: int
-    """Counted from 1."""
+    """The step, counted from 1."""
     phase: StepPhase = "compute"
-    """The fault comes at its beginning; "backward": when half of the step's backward passes are
-    done; "fill": when state is on its way to a newcomer, or to this rank, for the first time
-    from that step on; "change": when ranks have changed before that step, or within it."""
+    """The phase at whose beginning the fault happens. "backward": when half of the step's backward
+    passes are done. "fill": when state is first on its way to a newcomer, or to this rank, from
+    that step on. "change": when ranks have changed before or within that step."""
     seconds: float = 60.0
-    """How long the lock is held, the node is cut off or the disk is full, or by how much a slow
-    step is longer."""
+    """The seconds for which the lock is held, the node is cut off or the disk is full, or by which
+    a slow step is longer."""
     incarnation: int = 0
-    """Which process of the rank: 0 is the one that the run began with."""
+    """The process of the rank: 0 is the one that the run began with."""
 
 
 def fault_from_data(plain: dict[str, Any]) -> Fault:
-    """A fault from JSON values.
+    """The fault in JSON values.
 
     Raises:
-        ConfigError: a kind, a phase or a field that does not exist.
+        ConfigError: a kind, a phase or a field does not exist.
     """
     try:
         fault = Fault(**plain)
@@ -68,7 +68,7 @@ def fault_from_data(plain: dict[str, Any]) -> Fault:
 
 
 def ask_for(path: Path, fault: Fault) -> None:
-    """Add a fault to those that a run's workers read from `path` at the beginning of each step."""
+    """Add a fault to the file that a run's workers read at the beginning of each step."""
     with path.open("ab", buffering=0) as file:
         file.write(f"{json.dumps(asdict(fault))}\n".encode())
 
@@ -78,7 +78,10 @@ def _is_due(fault: Fault, step: int) -> bool:
 
 
 class FaultInjector:
-    """The faults of one worker. What they touch is passed in, so that tests do not suffer."""
+    """Causes the faults of one worker.
+
+    Its effects are passed in, so that tests can replace them.
+    """
 
     def __init__(
         self,
@@ -94,14 +97,14 @@ class FaultInjector:
         signal_self: Callable[[int], None] = lambda number: os.kill(os.getpid(), number),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Local.
+        """Only the worker's own faults are kept.
 
         Args:
-            faults: of the configuration.
-            asked: where further ones are asked for while the run goes on; see `ask_for`.
-            note: writes a fault down, before it happens.
+            faults: the faults of the configuration.
+            asked: the file of further faults that are asked for during the run; see `ask_for`.
+            note: records a fault, before it happens.
             corrupt: flips a bit of this worker's state.
-            cut: cuts this worker's node off for so many seconds.
+            cut: cuts this worker's node off for a number of seconds.
             disk: the folder that checkpoints are written to.
             signal_self: sends a signal to this process.
         """
@@ -115,10 +118,10 @@ class FaultInjector:
         self._slow_s = 0.0
 
     def at(self, step: int, phase: StepPhase) -> None:
-        """Do what is due. Called at the beginning of each phase.
+        """Cause the faults that are due. Called at the beginning of each phase.
 
         Args:
-            step: counted from 1.
+            step: the step, counted from 1.
         """
         if phase == "compute":
             self._read()

@@ -1,4 +1,4 @@
-"""The participants of a run as values: identities, members, and their generation."""
+"""The participants of a run: identities, members, and their generation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.parallel.errors import MembershipError
 
 @dataclass(frozen=True, slots=True, order=True)
 class Identity:
-    """One worker process: its rank, and which process in that place it is. Never used twice."""
+    """One worker process: its rank, and its incarnation. Never used twice."""
 
     rank: int
     incarnation: int = 0
@@ -25,10 +25,10 @@ class Identity:
 
 
 def parse_identity(text: str) -> Identity:
-    """The identity that `str` wrote: `3`, or `3.2` for a replacement.
+    """The identity in a text of `str`: `3`, or `3.2` for a replacement.
 
     Raises:
-        MembershipError: another text.
+        MembershipError: the text is not an identity.
     """
     found = re.fullmatch(r"(\d+)(?:\.(\d+))?", text)
     if found is None:
@@ -39,7 +39,7 @@ def parse_identity(text: str) -> Identity:
 
 
 def format_identities(identities: Iterable[Identity]) -> str:
-    """A set of identities in one short line: `0-3,4.1,5-7`. Only replacements make it longer."""
+    """A set of identities in one line: `0-3,4.1,5-7`. Only replacements make it longer."""
     parts: list[str] = []
     first: int | None = None
     ordered = sorted(set(identities))
@@ -56,10 +56,10 @@ def format_identities(identities: Iterable[Identity]) -> str:
 
 
 def parse_identities(text: str) -> frozenset[Identity]:
-    """The set that `format_identities` wrote.
+    """The set in a text of `format_identities`.
 
     Raises:
-        MembershipError: another text.
+        MembershipError: the text is not a set of identities.
     """
     identities: set[Identity] = set()
     for part in text.split(",") if text else ():
@@ -72,23 +72,23 @@ def parse_identities(text: str) -> frozenset[Identity]:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What one member reported of itself when its generation was agreed on."""
+    """The report of one member when its generation was agreed on."""
 
     identity: Identity
     node: str
-    """The failure domain that it runs in."""
+    """The failure domain of the worker."""
     store: str
     """The rendezvous store of its node's agent, HOST:PORT."""
     held: int
-    """The generation whose training state it holds; 0: none, it has just been started."""
+    """The generation of its training state; 0: none, because it has just been started."""
     step: int
-    """Steps that it has committed."""
+    """The number of steps that it has committed."""
     phase: str
-    """Where in the step it was when it came to agree; the caller's own word."""
+    """The phase of the step in which it came to agree; the caller's own word."""
     leaving: bool
-    """It has announced its departure: its state is moved away, and it is given none."""
+    """Whether it is leaving: its state moves to others, and it gets none."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """What else the caller reported, as JSON values."""
+    """Other values that the caller reported, as JSON values."""
 
     @property
     def rank(self) -> int:
@@ -100,9 +100,9 @@ class Generation:
     """A set of ranks that train together; equal on every member."""
 
     number: int
-    """Goes up each time that membership is agreed on; never back."""
+    """A number that grows with each agreement and never goes back."""
     members: tuple[Member, ...]
-    """By rank."""
+    """The members by rank."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -114,18 +114,19 @@ class Generation:
 
     @property
     def store(self) -> str:
-        """Where this generation meets, HOST:PORT.
+        """The address of this generation's rendezvous store, HOST:PORT.
 
-        The agent's store of the lowest rank that holds state and stays; else of the lowest rank.
+        It is the agent's store of the lowest rank that holds state and stays, or else of the lowest
+        rank.
         """
         ordered = sorted(self.members, key=lambda m: (m.leaving, not m.held, m.rank))
         return ordered[0].store
 
     @property
     def prefix(self) -> str:
-        """Under which this generation's keys lie in its store.
+        """The prefix of this generation's keys in its store.
 
-        It contains a digest of the whole value: members that disagreed would not meet.
+        It has a digest of the whole value, so that members that disagreed would not meet.
         """
         fields = [
             (str(m.identity), m.node, m.store, m.held, m.step, m.phase, m.leaving, m.data)
@@ -135,18 +136,18 @@ class Generation:
         return f"generation-{self.number}-{digest[:8]}"
 
     def member(self, rank: int) -> Member:
-        """The member with a rank; KeyError if there is none."""
+        """The member with a rank. Raises KeyError if there is none."""
         for member in self.members:
             if member.rank == rank:
                 return member
         raise KeyError(rank)
 
     def lost_since(self, before: Generation | None) -> tuple[Identity, ...]:
-        """Members of an earlier generation that are not in this one."""
+        """The members of an earlier generation that are not in this one."""
         known = before.identities if before is not None else frozenset()
         return tuple(sorted(known - self.identities))
 
     def joined_since(self, before: Generation | None) -> tuple[Identity, ...]:
-        """Members that an earlier generation did not have."""
+        """The members that an earlier generation did not have."""
         known = before.identities if before is not None else frozenset()
         return tuple(sorted(self.identities - known))

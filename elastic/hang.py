@@ -1,9 +1,9 @@
-"""Which rank hangs: the limit, the evidence, and the blame. Pure.
+"""The hang rule: the limit of a wait, the evidence, and the rank to blame. Pure.
 
-A stopped rank cannot watch itself, and a rank that waits for a message cannot tell a peer that
-hangs from one that itself waits for a third. So agents read the flight records of their workers
+A stopped rank cannot watch itself. A rank that waits for a message cannot tell a hanging peer from
+one that itself waits for a third. So agents read the flight records of their workers
 (parallel/comm/flight_recorder.py) from outside, and tell each other of waits that last too long.
-All waits together show it: at the end of the chain is the rank that others wait for, and that waits
+All waits together show the culprit: it is at the end of the chain, others wait for it, and it waits
 for none.
 """
 
@@ -19,9 +19,9 @@ from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.parallel.comm import FlightRecord, Operation
 
 LIMIT_STEPS = 5.0
-"""A wait is too long only when it is longer than this many median steps, too."""
+"""A wait is too long only if it is also longer than this many median steps."""
 COLLECT_S = 1.0
-"""Time to collect further waits after the first: all ranks soon wait behind one that hangs."""
+"""Seconds to collect further waits after the first: all ranks soon wait behind one that hangs."""
 
 PeerVerdict = Literal[
     "the peer never started it",
@@ -34,13 +34,13 @@ _COUNTERPART = {"send": "receive", "receive": "send"}
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """One worker has waited for longer than is normal; what its flight record says."""
+    """One worker's wait that is longer than normal, from its flight record."""
 
     peers: frozenset[int]
     """The ranks that it waits for."""
     seconds: float
     operation: str
-    """Which operation, and whether the peer never started or never finished it; for a person."""
+    """The operation, and whether the peer never started or never finished it; for a person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class SilentOperation:
     step: int
     operation: Operation
     silent_s: float
-    """How long the rank has waited for it."""
+    """Seconds that the rank has waited for it."""
     verdict: PeerVerdict
     suspects: tuple[int, ...]
     """The ranks to blame for this wait, as far as the records that were read show it."""
 
     def describe(self) -> str:
-        """One line for logs and incident records."""
+        """The operation in one line, for logs and incident records."""
         operation = self.operation
         preposition = {"send": "to", "receive": "from", "collective": "with"}[operation.direction]
         name = operation.operation
@@ -76,7 +76,7 @@ class SilentOperation:
 
 
 def limit_s(record: FlightRecord, hang_timeout_s: float) -> float:
-    """How long a worker may wait for one operation."""
+    """Seconds that a worker may wait for one operation."""
     return max(hang_timeout_s, LIMIT_STEPS * record.median_step_s)
 
 
@@ -98,10 +98,10 @@ def late_operations(
 def wait_of(
     own: FlightRecord, others: Iterable[FlightRecord], now_s: float, *, hang_timeout_s: float
 ) -> Wait | None:
-    """What a worker has waited for too long; None if it has not.
+    """The wait of a worker that has lasted too long; None if there is none.
 
     Args:
-        others: the records of further workers that can be read, for the description.
+        others: the readable records of further workers, for the description.
     """
     late = [o for o in late_operations(own, now_s, hang_timeout_s=hang_timeout_s) if o.peer >= 0]
     if not late:
@@ -115,14 +115,14 @@ def wait_of(
 def silent_operations(
     records: Iterable[FlightRecord], now_s: float, *, hang_timeout_s: float
 ) -> list[SilentOperation]:
-    """The longest operation of each rank that has waited for one too long, by rank.
+    """The longest overdue operation of each rank that has one, by rank.
 
     Args:
-        records: of all ranks that can be read; those of other machines with their clocks shifted
-            (`FlightRecord.unix_offset_s`).
+        records: the readable records of all ranks; those of other machines with their clocks
+            shifted (`FlightRecord.unix_offset_s`).
         now_s: the monotonic clock's time when the records were read.
     """
-    # Of a rank that was replaced the newest record counts.
+    # If a rank was replaced, its newest record counts.
     by_rank = {r.rank: r for r in sorted(records, key=lambda record: record.generation)}
     waits = {
         rank: peers
@@ -150,7 +150,7 @@ def silent_operations(
 
 
 def _waited_on(operation: Operation, records: Mapping[int, FlightRecord]) -> set[int]:
-    """The ranks that must act before an operation ends; none for one that is not waited for."""
+    """The ranks that must act before an operation ends; none if no rank waits for it."""
     if not operation.is_waited_for:
         return set()
     if operation.direction == "collective":
@@ -176,7 +176,8 @@ def _verdict(rank: int, operation: Operation, records: Mapping[int, FlightRecord
         and (o.group, o.direction, o.peer, o.tag)
         == (operation.group, operation.direction, operation.peer, operation.tag)
     ]
-    # Tags come again in every step: what matched an earlier message of this rank does not count.
+    # Tags repeat in every step: operations that matched an earlier message of this rank do not
+    # count.
     if not matching or (earlier and matching[-1].posted_s <= earlier[-1].finished_s):
         return "the peer never started it"
     if matching[-1].outcome == "done":
@@ -194,7 +195,7 @@ def _matches(other: Operation, rank: int, operation: Operation) -> bool:
 
 
 def _missing(operation: Operation, records: Mapping[int, FlightRecord]) -> list[int]:
-    """Members of the group that have not come to a collective; its tag counts them."""
+    """The members of the group that have not come to a collective, whose tag counts them."""
     newest = {
         rank: max(tags)
         for rank, record in records.items()
@@ -213,10 +214,11 @@ def _missing(operation: Operation, records: Mapping[int, FlightRecord]) -> list[
 
 
 def blame(waits: Mapping[int, frozenset[int]]) -> frozenset[int]:
-    """The ranks that hang, given for which ranks each waiting rank waits.
+    """The ranks that hang, from the ranks that each waiting rank waits for.
 
-    Those that are waited for and do not wait. Where all wait in a circle (a lost message, or
-    programs that do not fit together), the one that most wait for, so that the circle is broken.
+    These are the ranks that are waited for and do not wait. If all wait in a circle (after a lost
+    message, or with programs that do not fit together), it is the rank that most wait for, so that
+    the circle is broken.
     """
     waited_for = Counter(peer for peers in waits.values() for peer in peers)
     idle = frozenset(waited_for) - waits.keys()
@@ -240,18 +242,21 @@ def _chain(rank: int, waits: Mapping[int, frozenset[int]]) -> dict[int, frozense
 
 @dataclass(slots=True)
 class HangJudge:
-    """Collects the `waiting` events of one generation; equal on all agents. Not tied to a clock."""
+    """Collects the `waiting` events of one generation.
+
+    Equal on all agents; the clock is passed in.
+    """
 
     generation: int = 0
     _waits: dict[Identity, MembershipEvent] = field(default_factory=dict)
     _since_s: float | None = None
 
     def enter(self, generation: int) -> None:
-        """A new generation: no worker waits in it yet."""
+        """Enter a new generation, in which no worker waits yet."""
         self.generation, self._waits, self._since_s = generation, {}, None
 
     def hear(self, event: MembershipEvent, now_s: float) -> None:
-        """Take in an event of kind `waiting`; of another generation it is passed over."""
+        """Add an event of kind `waiting`; events of other generations are ignored."""
         if event.generation == self.generation:
             self._waits[event.identity] = event
             self._since_s = now_s if self._since_s is None else self._since_s
@@ -261,7 +266,7 @@ class HangJudge:
         return identity in self._waits
 
     def culprits(self, now_s: float) -> dict[int, str]:
-        """The ranks that hang, and the reason for each, once all waits have had time to arrive."""
+        """The ranks that hang, with reasons, once all waits have had time to arrive."""
         if self._since_s is None or now_s - self._since_s < COLLECT_S:
             return {}
         waits = {

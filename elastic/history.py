@@ -1,4 +1,4 @@
-"""The changes of membership of a run, from its events, for a run that repeats them. Pure."""
+"""The membership changes of a run, read from its events, for a run that repeats them. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from holdfast.elastic.faults import Fault, fault_from_data
 from holdfast.parallel.errors import ConfigError
 
 CHANGES = ("generation", "recovered")
-"""The events that tell of a change, once each."""
+"""The events that each tell of one change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +18,21 @@ class RecordedChange:
     """One change, as it came into force."""
 
     step: int
-    """Committed by then."""
+    """The number of steps committed at that time."""
     within_step: bool
-    """It interrupted a step."""
+    """Whether it interrupted a step."""
     committed: bool
-    """The step that it interrupted was committed by it."""
+    """Whether the interrupted step was committed by the change."""
     lost: tuple[int, ...]
     leaving: tuple[int, ...]
     joined: tuple[int, ...]
     plan: Mapping[str, Any]
     filled: bool = True
-    """Whether all was there by then that was incoming under the plan before."""
+    """Whether all state that was incoming under the plan before had arrived."""
 
     @property
     def after(self) -> int:
-        """The steps that were committed when the last undisturbed moment before it was."""
+        """The number of steps committed at the last undisturbed moment before the change."""
         return self.step if self.within_step and not self.committed else self.step - 1
 
 
@@ -41,19 +41,19 @@ class MembershipHistory:
     """One start of a run, from its first generation on."""
 
     first_step: int
-    """Committed when it began: of the checkpoint that was loaded, or 0."""
+    """The number of steps committed at the start: that of the loaded checkpoint, or 0."""
     nodes: Mapping[str, tuple[int, ...]]
     """The ranks that each node has had."""
     changes: tuple[RecordedChange, ...]
     last_step: int | None
-    """After which it went back to a checkpoint, so that the rest is not repeated; None: it never
-    did."""
+    """The step after which it went back to a checkpoint, so that the rest is not repeated; None: it
+    never did."""
     faults: tuple[Fault, ...]
-    """What makes a new run go through the same losses: kills, and bits that were flipped on
+    """The faults that lead a new run through the same losses: kills, and bits flipped on
     purpose."""
 
     def awaited(self, committed: int) -> frozenset[int]:
-        """Ranks that must be ready to join before the step after `committed` begins."""
+        """The ranks that must be ready to join before the step after `committed` begins."""
         return frozenset(
             rank for change in self.changes if change.after == committed for rank in change.joined
         )
@@ -63,7 +63,7 @@ class MembershipHistory:
         return any(c.step == step and not c.within_step for c in self.changes)
 
     def filled_after(self, step: int) -> bool:
-        """Whether the vote of `step` said that all that was incoming is there."""
+        """Whether the vote of `step` said that all incoming state had arrived."""
         return any(
             c.filled and c.step == step and (c.committed or not c.within_step) for c in self.changes
         )
@@ -73,7 +73,7 @@ class MembershipHistory:
         return any(c.step == step and not c.within_step and rank in c.leaving for c in self.changes)
 
     def may_start(self, rank: int, incarnation: int, committed: int, *, founder: bool) -> bool:
-        """Whether a worker may start, so that it joins no sooner than the one whose part it has."""
+        """Whether a worker may start, so that it joins no sooner than the worker it repeats."""
         joins = [c for c in self.changes if rank in c.joined]
         number = incarnation - (1 if founder else 0)
         if number < 0:
@@ -82,16 +82,16 @@ class MembershipHistory:
 
 
 def newest_start(events: Sequence[Mapping[str, Any]]) -> int | None:
-    """The index of the change that began a run's newest start; None if it was not elastic."""
+    """The index of the change that began a run's newest start; None if the run was not elastic."""
     starts = [n for n, e in enumerate(events) if e["event"] in CHANGES and e["generation"] == 1]
     return starts[-1] if starts else None
 
 
 def history_of(events: Sequence[Mapping[str, Any]]) -> MembershipHistory:
-    """The history of the newest start of a run, from the lines of its events.jsonl.
+    """The history of a run's newest start, from the lines of its events.jsonl.
 
     Raises:
-        ConfigError: the run has no changes to tell of.
+        ConfigError: the run's events have no changes.
     """
     begun = newest_start(events)
     if begun is None:

@@ -1,10 +1,10 @@
-"""torchft's Lighthouse: the server in this process, heartbeats to it, and what it knows of workers.
+"""torchft's Lighthouse: the server in this process, heartbeats, rounds and ages of workers.
 
-torchft 0.2.0 was measured and read for what is relied on here: `ManagerServer` sends its heartbeats
-from a native thread that needs no interpreter lock (the oldest age seen while a worker held the
-lock for 2 s was 0.10 s at an interval of 0.10 s), and connects again when the Lighthouse is back; a
-Lighthouse that has restarted counts from 0 and knows no worker, so that its own counter is not used
-as a generation here.
+torchft 0.2.0 was measured and read for two facts used here. `ManagerServer` sends its heartbeats
+from a native thread that needs no interpreter lock (the oldest age was 0.10 s at an interval of
+0.10 s while a worker held the lock for 2 s), and it reconnects when the Lighthouse is back. A
+restarted Lighthouse counts from 0 and knows no worker, so its counter does not serve as a
+generation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from holdfast.elastic.generation import Identity, parse_identity
 from holdfast.parallel.errors import MembershipError
 
 JOIN_TIMEOUT_MS = 100
-"""How long a round waits for workers that it has heard of and that do not take part."""
+"""Milliseconds that a round waits for workers that are alive and do not take part."""
 _TICK_MS = 10
 _CONNECT_S = 1.0
 _ANSWER_S = 0.2
@@ -30,7 +30,7 @@ _SEEN = re.compile(r"^\s*([\w.-]+):(\d+(?:\.\d+)?): seen ([\d.e-]+)s ago", re.MU
 
 
 def coordination() -> Any:
-    """torchft's coordination module, told to log warnings only and to use one thread per client."""
+    """torchft's coordination module, set to log warnings only and to use one thread per client."""
     os.environ.setdefault("RUST_LOG", "warn")
     os.environ.setdefault("TOKIO_WORKER_THREADS", "1")
     import torchft.coordination
@@ -43,19 +43,19 @@ class LighthouseAway(MembershipError):
 
 
 class RoundTimeout(MembershipError):
-    """A Lighthouse, if it is there, is waiting for others to take part."""
+    """No round came in time; a Lighthouse, if there is one, waits for others to take part."""
 
 
 class Lighthouse:
-    """A Lighthouse in this process. Its threads are native. Local; use after the last fork."""
+    """A Lighthouse in this process. Its threads are native. Local; make it after the last fork."""
 
     def __init__(self, host: str, port: int = 0, *, heartbeat_timeout_ms: int = 600) -> None:
         """Start the server.
 
         Args:
             host: the address to listen on, as workers reach it.
-            port: 0 for a free one.
-            heartbeat_timeout_ms: after which silence a worker counts as gone.
+            port: the port; 0: a free one.
+            heartbeat_timeout_ms: the silence after which a worker counts as gone.
         Raises:
             MembershipError: the address cannot be listened on.
         """
@@ -79,29 +79,29 @@ class Lighthouse:
 
 
 def lighthouse_url(address: str) -> str:
-    """`elastic.lighthouse` as a URL: HOST:PORT may be given without http://."""
+    """`elastic.lighthouse` as a URL; HOST:PORT may be given without http://."""
     return address if "://" in address else f"http://{address}"
 
 
 def replica_id(run: str, identity: Identity) -> str:
-    """The name of a worker at a Lighthouse. Runs that share one by mistake keep apart."""
+    """The name of a worker at a Lighthouse, which keeps runs apart that share it by mistake."""
     return f"{run}:{identity}"
 
 
 def identity_of(replica: str, run: str) -> Identity | None:
-    """The worker of `run` that a name stands for; None if it is of another run."""
+    """The worker of `run` with a name; None if the name is of another run."""
     name, _, identity = replica.partition(":")
     return parse_identity(identity) if name == run else None
 
 
 class Heartbeats:
-    """Heartbeats of this process to a Lighthouse, whatever its interpreter does. Local."""
+    """The heartbeats of this process to a Lighthouse, whatever its interpreter does. Local."""
 
     def __init__(self, address: str, replica: str, interval_ms: int) -> None:
         """Begin the heartbeats.
 
         Raises:
-            LighthouseAway: it cannot be reached now.
+            LighthouseAway: the Lighthouse cannot be reached now.
         """
         try:
             self._server = coordination().ManagerServer(
@@ -123,7 +123,7 @@ class Heartbeats:
 
 
 class RoundClient:
-    """Takes part in rounds of a Lighthouse. Connects when first used, and again when needed."""
+    """Takes part in rounds of a Lighthouse. It connects at first use, and again when needed."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -132,11 +132,13 @@ class RoundClient:
     def round(
         self, replica: str, report: dict[str, Any], timeout_s: float
     ) -> Sequence[tuple[str, dict[str, Any]]]:
-        """Take part in the next round: the name and report of all that did. Releases the GIL.
+        """Take part in the next round. Returns the name and report of each participant.
+
+        Releases the interpreter's lock.
 
         Raises:
-            LighthouseAway: it cannot be reached.
-            RoundTimeout: there was no round in time.
+            LighthouseAway: the Lighthouse cannot be reached.
+            RoundTimeout: no round came in time.
         """
         try:
             if self._client is None:
@@ -159,7 +161,7 @@ def _away(address: str, error: Exception) -> LighthouseAway:
 
 
 def answers(address: str) -> bool:
-    """Whether a Lighthouse can be connected to now. Waits for 0.2 s at most."""
+    """Whether a Lighthouse can be connected to now. Waits 0.2 s at most."""
     url = urllib.parse.urlsplit(address)
     try:
         socket.create_connection((url.hostname or "", url.port or 80), _ANSWER_S).close()
@@ -169,10 +171,10 @@ def answers(address: str) -> bool:
 
 
 def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Identity, float]:
-    """Seconds since the Lighthouse heard of each worker of a run. It forgets none.
+    """Seconds since the Lighthouse last heard of each worker of a run; it forgets none.
 
     Raises:
-        LighthouseAway: it cannot be reached.
+        LighthouseAway: the Lighthouse cannot be reached.
     """
     try:
         with urllib.request.urlopen(f"{address}/status", timeout=timeout_s) as answer:

@@ -33,17 +33,17 @@ from holdfast.parallel.errors import MembershipError, Minority
 
 _PAUSE_UNREACHABLE_S = 0.1
 _ASK_AGAIN_S = 1.0
-"""How often a worker that is not a member yet asks to join."""
+"""The interval at which a worker that is not a member yet asks to join."""
 
 
 class Membership:
     """One worker's part in the membership of its run.
 
     A worker calls `agree` once to begin, and again whenever the set of ranks changes: at once after
-    a loss (`on_urgent`, or an operation that raises `PeerLost`), at the end of a step for arrivals
-    and departures (`wanted`). Between these calls it exchanges nothing with the Lighthouse but
-    heartbeats, so that training goes on while that is away. Not safe to share between threads,
-    apart from `wanted`.
+    a loss (`on_urgent`, or an operation that raises `PeerLost`), and at the end of a step when
+    ranks join or leave (`wanted`). Between these calls it only sends heartbeats to the Lighthouse,
+    so training goes on while the Lighthouse is away. Only `wanted` may be called from other
+    threads.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Membership:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Take the right to vote as this worker. Local.
+        """Take the right to report as this worker. Local.
 
         Args:
-            channel: to this worker's agent; None without one.
-            store_timeout_s: how long an operation of `store` may take.
+            channel: the channel to this worker's agent; None without an agent.
+            store_timeout_s: the time-out of operations on `store`.
         Raises:
-            MembershipError: another process votes as this worker.
+            MembershipError: another process reports as this worker.
         """
         self.spec, self._clock, self._sleep = spec, clock, sleep
         self.generation: Generation | None = None
@@ -94,17 +94,18 @@ class Membership:
     ) -> Generation:
         """Agree with the other workers on the next generation. Collective over all live workers.
 
-        When it raises, the worker must not go on, unless it had called with `urgent` false: it may
-        then go on in its old generation, in which no step can be committed if some have left it.
+        If it raises, the worker must not go on, except after a call with `urgent` false: the worker
+        may then go on in its old generation, in which no step can be committed once some have left
+        it.
 
         Args:
-            step: steps that this worker has committed.
-            phase: where in the step it is; told to the others as it is.
-            urgent: the step cannot be finished: the others are told, and leave theirs too. False at
-                the end of a step after which all call this.
-            leaving: it hands its state over with this change, and then goes.
-            data: more to tell the others, as JSON values.
-            timeout_s: after which it gives up.
+            step: the number of steps that this worker has committed.
+            phase: the phase of the step; passed on to the others unchanged.
+            urgent: True: the step cannot be finished, and the others are told to leave theirs too.
+                False: all call this at the end of the same step.
+            leaving: whether this worker hands its state over with this change and then leaves.
+            data: further values for the others, as JSON values.
+            timeout_s: the time after which this worker gives up.
         Returns:
             The new generation, equal on every member.
         Raises:
@@ -156,7 +157,7 @@ class Membership:
         trouble: MembershipError | None = None
         while (left_s := deadline - self._clock()) > 0:
             if trouble is not None or (last is not None and last.minority):
-                # Cut off: who is missing may be back as soon as this worker is.
+                # This worker was cut off: the missing ones may be back as soon as it is.
                 patient_since = self._clock()
                 self._log.forget_silence()
             if not held and self._clock() > asked + _ASK_AGAIN_S:
@@ -191,30 +192,29 @@ class Membership:
         raise MembershipError(f"{where}: {reason}")
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
-        """Have `call` called, in another thread, as soon as a member of the generation is lost.
+        """Set the function that is called, in another thread, as soon as a member is lost.
 
-        It is to release what the worker waits for (abort its communicators), and must not block. It
-        is not called from the beginning of `agree` until that returns, and then for what was lost
-        meanwhile.
+        It should release the worker's waits (abort its communicators), and must not block. It is
+        not called during `agree`, and afterwards it is called for members lost meanwhile.
         """
         self._log.on_urgent(call)
 
     @property
     def wanted(self) -> tuple[MembershipEvent, ...]:
-        """Arrivals and departures that wait for the end of a step, heard of since the last `agree`.
+        """The joining and leaving workers since the last `agree`, which wait for the end of a step.
 
-        Workers hear of one at different steps: combine `bool(wanted)` over all of them, for
-        instance in the all-reduce that is the step's vote, and call `agree` after the step where
-        it is true.
+        Workers hear of one at different steps. So combine `bool(wanted)` over all of them, for
+        example in the all-reduce of the step's vote, and call `agree` after the step in which it is
+        true.
         """
         return self._log.wanted
 
     def can_agree(self) -> bool:
-        """Whether the Lighthouse is there: a change that can wait is put off until it is."""
+        """Whether the Lighthouse is there; until then a change that can wait is put off."""
         return answers(self.spec.settings.lighthouse)
 
     def drain_events(self) -> tuple[MembershipEvent, ...]:
-        """All events since the last call, for the record. Those that are settled are removed."""
+        """All events since the last call, for the records; outdated ones are removed."""
         return self._log.drain()
 
     def committed(self, step: int) -> None:
@@ -226,10 +226,10 @@ class Membership:
         self._tell("cut", seconds=seconds)
 
     def store(self) -> Store:
-        """A client of the present generation's store, below its prefix. Its connection is kept.
+        """A client of the present generation's store, below its prefix. The connection is kept.
 
         Raises:
-            PeerLost: its host is gone.
+            PeerLost: the store's host is gone.
             MembershipError: there is no generation yet.
         """
         if self.generation is None:
@@ -237,7 +237,7 @@ class Membership:
         return self._stores.at(self.generation.store, self.generation.prefix)
 
     def close(self) -> None:
-        """Stop the heartbeats, and give up the right to vote."""
+        """Stop the heartbeats, and give up the right to report."""
         if self._heartbeats is not None:
             self._heartbeats.close()
         self._resources.close()
@@ -258,6 +258,6 @@ class Membership:
             self._channel.send(kind, **fields)
 
     def _hear(self, message: dict[str, Any]) -> None:
-        """In the channel's thread."""
+        """Handle a message of the agent, in the channel's thread."""
         if message["kind"] == "event":
             self._log.hear(event_from_data(message["event"]))

@@ -1,4 +1,4 @@
-"""Membership events: what nodes tell each other about workers, through a bulletin in the store."""
+"""Membership events: nodes tell each other about workers, through a bulletin in the store."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ from holdfast.elastic.generation import Identity, parse_identity
 MembershipEventKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "waiting"]
 _URGENT = ("ended", "silent", "disturbed")
 _HOLE_S = 1.0
-"""How long an event that was numbered may take to arrive; its author may have died in between."""
+"""Seconds that a numbered event may take to arrive; its author may have died in between."""
 
 
 @dataclass(frozen=True, slots=True)
 class MembershipEvent:
-    """Something that one node has noticed about a worker, for all others."""
+    """An observation of one node about a worker, for all other nodes."""
 
     kind: MembershipEventKind
     """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot
-    go on with its step, and has come to agree. joining: it waits to be taken in. leaving: it
-    wants to be let go. waiting: it has waited for `peers` for too long."""
+    finish its step, and has come to agree. joining: it waits to be admitted. leaving: it wants to
+    hand its state over and leave. waiting: it has waited for `peers` too long."""
     identity: Identity
     cause: str
-    """For a person."""
+    """The cause, for a person."""
     age_s: float = 0.0
-    """Seconds between the worker's last sign of life and this event; for `leaving`, until it
-    must go."""
+    """Seconds between the worker's last sign of life and this event; for `leaving`, until it must
+    have left."""
     node: str = ""
-    """The node that noticed."""
+    """The node that made the observation."""
     generation: int = 0
-    """Of which it is news; 0: of whichever has this worker."""
+    """The generation that the event is about; 0: any generation with this worker."""
     peers: str = ""
     """The ranks that a waiting worker waits for, as `format_identities` writes them."""
 
     @property
     def urgent(self) -> bool:
-        """Whether the current step cannot be finished, so that the change does not wait for its
-        end."""
+        """Whether the current step cannot be finished, so that the change must not wait."""
         return self.kind in _URGENT
 
     @property
@@ -52,7 +51,7 @@ class MembershipEvent:
 
 
 def event_to_data(event: MembershipEvent) -> dict[str, Any]:
-    """An event as JSON values."""
+    """The event as JSON values."""
     return {**asdict(event), "identity": str(event.identity)}
 
 
@@ -64,27 +63,27 @@ def event_from_data(plain: Mapping[str, Any]) -> MembershipEvent:
 
 
 class Bulletin:
-    """Events of one generation, in the same order for every reader. One per thread."""
+    """The events of one generation, in the same order for every reader. Make one per thread."""
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
-        """Local.
+        """Reading begins with the first event.
 
         Args:
-            store: under the generation's prefix.
+            store: the rendezvous store, below the generation's prefix.
         """
         self._store, self._clock = store, clock
         self._read = 0
         self._hole_since: float | None = None
 
     def post(self, event: MembershipEvent) -> None:
-        """Post an event for all. Raises RuntimeError when the store is gone."""
+        """Post an event for all nodes. Raises RuntimeError if the store is gone."""
         number = self._store.add("events", 1)
         self._store.set(f"event/{number}", json.dumps(event_to_data(event)))
 
     def read(self) -> list[MembershipEvent]:
-        """The events that have come since. Raises RuntimeError when the store is gone.
+        """The events since the last call. Raises RuntimeError if the store is gone.
 
-        It asks and does not wait: a wait of the store that ends for lack of news logs a warning.
+        It polls and does not wait, because a wait of the store that times out logs a warning.
         """
         events: list[MembershipEvent] = []
         posted = self._store.add("events", 0)

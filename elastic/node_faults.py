@@ -1,4 +1,4 @@
-"""Faults of a whole node, for a time: its network cut off, its disk full. Local."""
+"""Faults of a whole node, for a time: the network is cut off, the disk is full. Local."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from holdfast.parallel.errors import HoldfastError
 
 _RULE = ("priority", "1", "blackhole")
-"""Comes after the rule for the machine's own addresses: its processes still reach each other."""
+"""The priority after the rule for the machine's own addresses, so its processes reach each
+other."""
 _SMALLEST_BYTES = 4096
 
 
@@ -20,12 +21,12 @@ class FaultError(HoldfastError):
 
 
 def cut_network(seconds: float) -> None:
-    """Drop what this machine (or network namespace) sends to others; undone after `seconds`.
+    """Drop the packets that this machine (or network namespace) sends; undone after `seconds`.
 
-    A process of its own undoes it, whatever becomes of the caller.
+    Another process undoes it, even if the caller dies.
 
     Raises:
-        FaultError: without iproute2, or without the right to change the network.
+        FaultError: iproute2 or the right to change the network is missing.
     """
     undo = "; ".join(f"ip {family} rule del {' '.join(_RULE)}" for family in ("-4", "-6"))
     for family in ("-4", "-6"):
@@ -51,10 +52,10 @@ def cut_network(seconds: float) -> None:
 
 
 def fill_disk(folder: Path, seconds: float) -> None:
-    """Take all room of a folder's file system, for `seconds` or until this process ends.
+    """Fill a folder's file system for `seconds`, or until this process ends.
 
     Raises:
-        FaultError: nothing can be written there anyway.
+        FaultError: nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

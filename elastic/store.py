@@ -14,8 +14,8 @@ from holdfast.parallel.errors import PeerLost
 
 STORE_TIMEOUT_S = 60.0
 _CONNECT_S = 2.0
-"""A store is there before its address is told: who does not answer soon is gone, and others wait
-meanwhile."""
+"""Seconds to connect. A store exists before its address is told, so one that does not answer soon
+is gone."""
 _SILENCE = (
     (socket.TCP_USER_TIMEOUT, 3000),  # ms that what was sent may stay unacknowledged
     (socket.TCP_KEEPIDLE, 1),  # s
@@ -34,7 +34,7 @@ def connect_store(address: str, timeout_s: float = STORE_TIMEOUT_S) -> Store:
     """A client of the store at HOST:PORT.
 
     Raises:
-        PeerLost: no store answers there.
+        PeerLost: no store answers at the address.
     """
     host, _, port = address.rpartition(":")
     patience = timedelta(seconds=min(_CONNECT_S, timeout_s))
@@ -53,8 +53,8 @@ def connect_store(address: str, timeout_s: float = STORE_TIMEOUT_S) -> Store:
 def _end_when_silent(port: int) -> None:
     """Have the kernel end connections to a port when the other machine stops answering.
 
-    torch waits without limit for the answer of a store whose machine is cut off: the time-out of
-    `TCPStore` does not cover it (seen with torch 2.13).
+    torch waits without limit for the answer of a store on a machine that is cut off: the time-out
+    of `TCPStore` does not cover this (seen with torch 2.13).
     """
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile, or not connected
@@ -75,7 +75,7 @@ class StoreClients:
     """Clients of the stores that generations use, one connection to each. For one thread at a time.
 
     A connection is kept from one generation to the next. The server looks up the name of each
-    client that connects, and a slow name service then stops it for all (5 s were seen).
+    client that connects, and a slow name service then blocks it for all clients (5 s were seen).
     """
 
     def __init__(self, timeout_s: float = STORE_TIMEOUT_S) -> None:
@@ -86,7 +86,7 @@ class StoreClients:
         """The store at HOST:PORT, below a prefix.
 
         Raises:
-            PeerLost: no store answers there.
+            PeerLost: no store answers at the address.
         """
         client = self._clients.get(address)
         if client is None or not _answers(client):
@@ -95,7 +95,7 @@ class StoreClients:
 
 
 def _answers(client: Store) -> bool:
-    """Whether a connection made earlier still serves."""
+    """Whether an earlier connection still works."""
     try:
         client.add("asked", 0)
     except RuntimeError:

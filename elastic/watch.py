@@ -22,21 +22,21 @@ logger = logging.getLogger("holdfast.agent")
 _POLL_S = 0.05
 _BULLETIN_TIMEOUT_S = 5.0
 _JOIN_AFTER = 2.0
-"""An unknown worker counts as joining after this many heartbeat time-outs: a worker that has
-just been left out is heard of once more."""
+"""The heartbeat time-outs after which an unknown worker counts as joining: a worker that was just
+left out is heard of once more."""
 _GRACE_S = 2.0
-"""After the Lighthouse was away: the time before silence counts again."""
+"""Seconds after the Lighthouse was away before silence counts again."""
 
 
 class BulletinFollower:
-    """Posts to one generation's bulletin, and receives what others post there."""
+    """Posts to the bulletin of one generation, and receives the posts of others."""
 
     def __init__(self, store: str, prefix: str, receive: Callable[[MembershipEvent], None]) -> None:
         """Start the thread, which ends with the store.
 
         Args:
-            store: HOST:PORT.
-            receive: called in that thread with each event, one's own included.
+            store: the address of the store, HOST:PORT.
+            receive: called in that thread with each event, also with one's own.
         """
         self._store, self._prefix, self._receive = store, prefix, receive
         self._outgoing: queue.SimpleQueue[MembershipEvent | None] = queue.SimpleQueue()
@@ -44,11 +44,11 @@ class BulletinFollower:
         self._thread.start()
 
     def post(self, event: MembershipEvent) -> None:
-        """Post an event soon. Lost if the store is gone."""
+        """Post an event soon. It is lost if the store is gone."""
         self._outgoing.put(event)
 
     def close(self) -> None:
-        """Post what is left, and end; not waited for, as the store may not answer."""
+        """Post the remaining events and end, without waiting, since the store may not answer."""
         self._outgoing.put(None)
 
     def _run(self) -> None:
@@ -71,9 +71,9 @@ class BulletinFollower:
 
 
 class HeartbeatWatch:
-    """Reports members of which the Lighthouse has not heard in time, and workers that want to join.
+    """Reports members that the Lighthouse has not heard in time, and workers that want to join.
 
-    A few agents watch for all; while the Lighthouse is away no member is suspected.
+    A few agents watch for all. While the Lighthouse is away, no member is suspected.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class HeartbeatWatch:
 
         Args:
             receive: called in that thread with each event.
-            ages: seconds since each worker was heard of, given the Lighthouse and the run.
+            ages: returns seconds since each worker was heard of, given the Lighthouse and the run.
         """
         self._settings, self._receive = settings, receive
         self._ages, self._clock = ages, clock
@@ -132,7 +132,7 @@ class HeartbeatWatch:
                     self._receive(event)
 
     def judge(self, ages: dict[Identity, float], now_s: float) -> list[MembershipEvent]:
-        """The events that heartbeats of these ages give: a silence once, newcomers repeatedly."""
+        """The events for heartbeats of these ages: a silence once, newcomers repeatedly."""
         generation, members = self._generation, self._members
         timeout_s = self._settings.heartbeat_timeout_ms / 1000
         alive = {identity for identity, age_s in ages.items() if age_s < timeout_s}

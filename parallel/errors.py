@@ -1,4 +1,4 @@
-"""The errors that this project raises: one small tree, messages that say what to do."""
+"""The error tree of this project; messages say what to do."""
 
 from __future__ import annotations
 
@@ -16,39 +16,35 @@ class HoldfastError(Exception):
 
 
 class ConfigError(HoldfastError, ValueError):
-    """A value that the user gave is wrong: message = key, value, what is allowed."""
+    """A wrong value from the user. The message has the key, the value and what is allowed."""
 
     exit_code = 2
 
 
 class DataError(ConfigError):
-    """Training data that cannot be used: unreadable, empty, too short, a token beyond the
-    vocabulary.
-    """
+    """Unusable training data: unreadable, empty, too short, or a token beyond the vocabulary."""
 
 
 class LayoutError(HoldfastError, ValueError):
-    """Boxes that leave a hole, overlap where they must not, or lie outside their tensor."""
+    """Boxes leave a hole, overlap where they must not, or lie outside their tensor."""
 
 
 class ScheduleError(HoldfastError, ValueError):
-    """A set of programs that deadlocks, loses a micro-batch, or sends what nobody receives."""
+    """A set of programs deadlocks, loses a micro-batch, or has a send without a receive."""
 
 
 class NumericsError(HoldfastError, ArithmeticError):
-    """A gradient or loss that is not finite or not representable; the step was not applied."""
+    """A gradient or loss is not finite or not representable; the step was not applied."""
 
 
 class PeerLost(HoldfastError, ConnectionError):
-    """A rank of this generation is gone; a restart (or recovery) can cure it."""
+    """A rank of this generation is gone; a restart or recovery can cure it."""
 
     exit_code = 3
 
 
 class CheckpointError(HoldfastError):
-    """A checkpoint that is damaged, incomplete, of another model, or could not be written or
-    read.
-    """
+    """A checkpoint is damaged, incomplete or of another model, or its reading or writing failed."""
 
 
 class OffloadError(HoldfastError):
@@ -58,32 +54,31 @@ class OffloadError(HoldfastError):
 
 
 class Stopped(HoldfastError):
-    """The run was asked to end before its last step; starting it again goes on."""
+    """The run was asked to end before its last step; the same command continues it."""
 
     exit_code = 3
 
 
 class MembershipError(HoldfastError):
-    """This process cannot be a member of the run, or not at present; a restart can cure it."""
+    """This process cannot be a member of the run, at least at present; a restart can cure it."""
 
     exit_code = 3
 
 
 class Minority(MembershipError):
-    """Too few members of the last generation can be reached to go on without risking two runs in
-    one.
-    """
+    """Too few members of the last generation can be reached to go on: a run must never split."""
 
 
 class Superseded(MembershipError):
-    """The run has gone on without this process, whose state is therefore out of date."""
+    """The run has gone on without this process, so its state is out of date."""
 
 
 def unknown_name(key: str, name: str, allowed: Iterable[str]) -> str:
-    """The message for a name that a registry does not have: the allowed ones and the nearest.
+    """The message for a name that a registry lacks: the allowed names and the nearest one.
 
     Args:
-        key: what has the name for its value, e.g. `parallel.schedule`.
+        key: the key that has the name for its value, e.g. `parallel.schedule`.
+        name: the unknown name.
         allowed: the names of the registry, in the order of the message.
     """
     names = list(allowed)

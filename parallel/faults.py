@@ -1,4 +1,4 @@
-"""Kinds of faults on purpose, as a configuration and `holdfast chaos` name them."""
+"""The kinds of faults on purpose, as the configuration and `holdfast chaos` name them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Literal, get_args
 FaultKind = Literal[
     "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
 ]
-"""kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every step from
-then on takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state
-flips. cut: the worker's node reaches no other node. fill-disk: there is no room where checkpoints
-are written."""
+"""kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every later step
+takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips.
+cut: the worker's node reaches no other node. fill-disk: the checkpoints' disk is full."""
 FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)

@@ -1,7 +1,7 @@
 """Random numbers without state: every draw is a function of a key and an element's index.
 
-Philox4x32-10 (Salmon et al. 2011). Element i of a logical tensor depends on the key and on i alone,
-so a shard draws its own part and no layout changes a number. Exact-mode safe.
+The generator is Philox4x32-10 (Salmon et al. 2011). Element i of a logical tensor depends only on
+the key and on i. So a shard draws its own part, and no layout changes a number. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DROPOUT = {
 
 
 class StreamKey(NamedTuple):
-    """128 bits that name one stream of numbers."""
+    """The 128 bits that name one stream of numbers."""
 
     key: int
     stream: int
@@ -45,7 +45,8 @@ def normal_box_(
 
     Args:
         tensor: float32 or float64 [rows, columns] on CPU, contiguous.
-        row, column: where it starts in the logical matrix, which has `total_columns` columns.
+        row, column: the first row and column in the logical matrix, which has `total_columns`
+            columns.
     """
     fill = (
         _native.philox_normal_box_f64
@@ -86,7 +87,7 @@ def dropout(value: Tensor, key: StreamKey, *, offset: int, probability: float) -
 def philox_uint32(count: int, key: StreamKey, offset: int, device: torch.device) -> Tensor:
     """Elements [offset, offset + count) of a stream as int64 in [0, 2**32), by torch operations.
 
-    For devices and dtypes without the native kernel; equal to it.
+    It serves devices and dtypes without the native kernel, and gives the same numbers.
     """
     first, last = offset // 4, (offset + count + 3) // 4
     index = torch.arange(first, last, dtype=torch.int64, device=device)
@@ -107,7 +108,7 @@ def philox_uint32(count: int, key: StreamKey, offset: int, device: torch.device)
 
 
 def _multiply(value: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product, within int64."""
+    """The high and low words of a 32 x 32 bit product, within int64."""
     low_product = value * (constant & 0xFFFF)
     high_product = value * (constant >> 16)
     middle = high_product + (low_product >> 16)

@@ -1,7 +1,7 @@
-"""Precisions of training: what parameters are kept in, and what the optimizer keeps its state in.
+"""Precisions of training: the element types of parameters and of the optimizer's state.
 
-The one table of them: element sizes, names in files and torch's dtypes are read from it, and the
-values that `train.precision` allows are its keys. Importing it needs no torch.
+This is their only table: element sizes, names in files and torch's dtypes come from it, and its
+keys are the allowed values of `train.precision`. Importing it needs no torch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Precision:
     """One element type that a model is trained in."""
 
     name: str
-    """In configurations: "bf16"."""
+    """The name in configurations: "bf16"."""
     torch_name: str
-    """Of torch's dtype, which is also what a Hugging Face config.json says: "bfloat16"."""
+    """The name of torch's dtype, also used in a Hugging Face config.json: "bfloat16"."""
     stored: str
-    """safetensors' name of the element type: "BF16"."""
+    """The name of the element type in safetensors: "BF16"."""
     bytes: int
-    """Of one element."""
+    """The bytes of one element."""
     state_name: str
-    """The precision of the optimizer's state and of gradients in fast mode."""
+    """The name of the precision of the optimizer's state, and of gradients in fast mode."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,7 +43,7 @@ class Precision:
 
     @property
     def has_master(self) -> bool:
-        """Whether the optimizer keeps a copy of the parameters with more bits, and updates that."""
+        """Whether the optimizer keeps and updates a copy of the parameters with more bits."""
         return self.state_name != self.name
 
 
@@ -55,14 +55,14 @@ PRECISIONS: Mapping[str, Precision] = {
         Precision("fp64", "float64", "F64", 8, state_name="fp64"),
     )
 }
-"""By the name that `train.precision` gives."""
+"""The precisions by the value of `train.precision`."""
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
-    """The precision whose parameters have a dtype.
+    """The precision with this dtype of parameters.
 
     Raises:
-        ValueError: none has; the message names those there are.
+        ValueError: no precision has the dtype; the message lists those that exist.
     """
     for precision in PRECISIONS.values():
         if precision.dtype == dtype:

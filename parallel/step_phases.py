@@ -1,4 +1,4 @@
-"""The phases of a training step, as faults, traces and reports of slow ranks name them."""
+"""The phases of a training step, named in faults, traces and reports of slow ranks."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ passes of compute are done. fill: state is copied to a rank beside the step. cha
 change."""
 STEP_PHASES: tuple[StepPhase, ...] = get_args(StepPhase)
 TIMED_PHASES: tuple[StepPhase, ...] = ("compute", "reduce", "vote", "apply")
-"""The phases that every step has, in their order."""
+"""The phases that every step has, in order."""

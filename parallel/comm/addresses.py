@@ -1,4 +1,4 @@
-"""By which of its addresses this machine is reached. Needs no torch."""
+"""The network addresses of this machine. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def own_address_towards(host: str, port: int = 9) -> str:
     """The address of this machine as `host` sees it. Local; nothing is sent.
 
     Raises:
-        OSError: the name is not known, or there is no way to it.
+        OSError: the name is unknown, or there is no route to it.
     """
     kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(kind, socket.SOCK_DGRAM) as probe:
@@ -21,5 +21,5 @@ def own_address_towards(host: str, port: int = 9) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches an address, given as numbers."""
+    """Whether an address, given as numbers, is reached by this machine only."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -1,9 +1,9 @@
 """Flight recorder: a ring of a rank's newest communication operations, with their times.
 
-Every message of every communicator leaves one record. With a path the ring lies in a shared mapping
-of that file, so that an agent sees what a stopped or hung process did last without its help: the
-writer takes no lock and makes no system call. `read_record` reads it, elastic/hang.py finds
-hangs in it.
+Every message of every communicator leaves one record. With a path the ring is a shared mapping of
+that file. An agent can then see the last operations of a stopped or hung process without its help:
+the writer takes no lock and makes no system call. `read_record` reads the ring, and elastic/hang.py
+finds hangs in it.
 
 Layout of a record: native-endian 64-bit words, all offsets in words.
 
@@ -58,7 +58,8 @@ _OUTCOME, _STARTED, _WAITED, _FINISHED = 7, 9, 10, 11
 _RECORD = struct.Struct("@qqqqqqqdddd")
 _NAN = math.nan
 SLOTS = 512
-"""More than the messages that a rank has in flight, so that open ones are not overwritten."""
+"""The ring's size: more than the messages a rank has in flight, so open ones are not
+overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +67,24 @@ class Operation:
     """One message of a communicator. Times are monotonic seconds; NaN: not yet."""
 
     number: int
-    """Counts all operations of the rank from 1."""
+    """The operation's number among all of the rank, from 1."""
     group: str
     operation: str
-    """The call it belongs to: one of `OPERATIONS`; a collective is recorded message by message."""
+    """The call of the message, one of `OPERATIONS`; a collective is recorded message by message."""
     direction: Direction
     peer: int
-    """Global rank; -1 for a collective that the transport carries out as a whole."""
+    """The global rank; -1 for a collective that the transport runs as a whole."""
     bytes: int
     tag: int
     outcome: Outcome
     posted_s: float
-    """When it was called."""
+    """The time of the call."""
     started_s: float
-    """When the transport took it, connected with the peer."""
+    """The time at which the transport took it, connected with the peer."""
     waited_s: float
-    """When the rank began to wait for it."""
+    """The time at which the rank began to wait for it."""
     finished_s: float
-    """When the rank saw its end."""
+    """The time at which the rank saw its end."""
 
     @property
     def is_waited_for(self) -> bool:
@@ -92,29 +93,29 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class FlightRecord:
-    """A copy of what a rank's record held at one moment."""
+    """A copy of a rank's record at one moment."""
 
     rank: int
     pid: int
     generation: int
     step: int
     unix_offset_s: float
-    """Unix time = monotonic time + this, on the rank's machine."""
+    """Unix time less monotonic time on the rank's machine, in seconds."""
     operations: tuple[Operation, ...]
-    """In the order in which they were called."""
+    """The operations in the order of their calls."""
     step_starts_s: tuple[float, ...] = field(default=())
-    """When the newest steps began, oldest first; at most 16."""
+    """The times at which the newest steps began, oldest first; at most 16."""
 
     @property
     def median_step_s(self) -> float:
-        """Median duration of the newest steps; 0 while fewer than two have begun."""
+        """The median duration of the newest steps; 0 while fewer than two have begun."""
         starts = self.step_starts_s
         spans = [after - before for before, after in itertools.pairwise(starts)]
         return statistics.median(spans) if spans else 0.0
 
 
 class FlightRecorder:
-    """The writer's side of a rank's record. Threads may post at the same time."""
+    """The writer of a rank's record. Threads may post at the same time."""
 
     def __init__(
         self, rank: int, *, generation: int = 0, path: Path | None = None, slots: int = SLOTS
@@ -124,7 +125,7 @@ class FlightRecorder:
         Args:
             path: the shared file, replaced if it exists (best in memory, below /dev/shm); None: the
                 ring is private to the process.
-            slots: how many operations the ring holds.
+            slots: the number of operations in the ring.
         """
         size = 8 * (_RING_AT + _SLOT * slots)
         memory = mmap.mmap(-1, size) if path is None else _new_file(path, size)
@@ -147,12 +148,12 @@ class FlightRecorder:
         self._words[4] = generation
 
     def note_step(self, step: int) -> None:
-        """Write that `step` begins; watchers take the usual length of a step from these marks."""
+        """Note that `step` begins; readers compute the usual length of a step from these marks."""
         self._times[_STEPS_AT + step % _STEPS] = time.monotonic()
         self._words[7] = step
 
     def group(self, name: str) -> int:
-        """The code of a group's name; once the table is full new names share the last code."""
+        """The code of a group's name; once the table is full, new names share the last code."""
         code = self._groups.get(name)
         if code is None:
             code = self._groups[name] = min(len(self._groups), _NAMES - 1)
@@ -164,7 +165,7 @@ class FlightRecorder:
     def post(
         self, group: int, operation: str, direction: Direction, peer: int, size: int, tag: int
     ) -> int:
-        """Record a call; returns its number."""
+        """Record a call. Returns its number."""
         number = next(self._numbers)
         at = _RING_AT + number % self._slots * _SLOT
         self._words[at] = 0
@@ -192,7 +193,7 @@ class FlightRecorder:
             self._times[at + _STARTED] = time.monotonic()
 
     def waiting(self, number: int) -> float:
-        """Record that the rank waits from now on; returns the time, for `finished`."""
+        """Record that the rank waits from now on. Returns the time, for `finished`."""
         now = time.monotonic()
         at = _RING_AT + number % self._slots * _SLOT
         if self._words[at] == number:
@@ -200,10 +201,10 @@ class FlightRecorder:
         return now
 
     def finished(self, number: int, *, failed: bool = False, since: float = _NAN) -> None:
-        """Record an operation's end.
+        """Record the end of an operation.
 
         Args:
-            since: when the rank began to wait, if it did nothing else meanwhile.
+            since: the time at which the rank began to wait, if it did nothing else meanwhile.
         """
         now = time.monotonic()
         if since == since and threading.get_ident() == self._thread:
@@ -214,7 +215,7 @@ class FlightRecorder:
             self._words[at + _OUTCOME] = 2 if failed else 1
 
     def record(self) -> FlightRecord:
-        """What the ring holds now. Local."""
+        """The present content of the ring. Local."""
         return parse_record(bytes(self._memory))
 
     def history(self, group: str | None = None) -> tuple[Operation, ...]:
@@ -224,7 +225,7 @@ class FlightRecorder:
 
 
 def _new_file(path: Path, size: int) -> mmap.mmap:
-    """A mapping of a file that appears under its name only when it has its full size."""
+    """A mapping of a new file, which appears under its name only in its full size."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with partial.open("wb+") as file:
         file.truncate(size)
@@ -234,24 +235,24 @@ def _new_file(path: Path, size: int) -> mmap.mmap:
 
 
 def read_record(path: Path) -> FlightRecord:
-    """Read another process's record. Local; the writer takes no notice.
+    """Read another process's record. Local; the writer is not disturbed.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is not a record of this version.
+        OSError: the file does not exist.
+        ValueError: the file is not a record of this version.
     """
     before = path.read_bytes()
     return parse_record(before, path.read_bytes())
 
 
 def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
-    """A record from its bytes. Pure.
+    """The record in some bytes. Pure.
 
     Args:
-        later: a copy taken afterwards; records whose number has changed by then were perhaps caught
-            in the middle of being replaced, and are left out.
+        later: a later copy. Operations whose number has changed by then may be half replaced, and
+            are left out.
     Raises:
-        ValueError: not a record of this version.
+        ValueError: the bytes are not a record of this version.
     """
     if len(data) < 8 * _RING_AT or len(data) % 8:
         raise ValueError(f"{len(data)} bytes are not a record of operations; the file is cut off")

@@ -1,6 +1,6 @@
-"""Communicators over gloo (TCP): a mesh of connections, one per group and peer, made at first use.
+"""Communicators over gloo (TCP): one connection per group and peer, made at first use.
 
-Separate connections make aborts and changes of membership cheap: an abort closes only those with a
+Separate connections make aborts and membership changes cheap: an abort closes only those with a
 message under way, and an edit keeps the idle ones.
 """
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _CONNECT_S = 20.0
-"""Limit of a TCP handshake between two ranks that are both there; beyond it one has given up."""
+"""Seconds for a TCP handshake between two present ranks; after that, one of them has given up."""
 
 
 class GlooMesh:
-    """All connections of one rank, and what its communicators over gloo share."""
+    """All connections of one rank, and the parts that its gloo communicators share."""
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class GlooMesh:
         signal: AbortSignal,
         recorder: FlightRecorder,
     ) -> None:
-        """Local.
+        """No connection is made yet.
 
         Args:
-            store: rendezvous store that all ranks reach.
-            device: made by `gloo_device`.
-            timeout_s: how long an operation may take before its waiters get `PeerLost`.
+            store: the rendezvous store that all ranks reach.
+            device: the result of `gloo_device`.
+            timeout_s: the time after which waiters of an operation get `PeerLost`.
         """
         self.rank = rank
         self.recorder = recorder
@@ -82,7 +82,7 @@ class GlooMesh:
 
     @functools.cached_property
     def _store(self) -> Store:
-        """A client of its own: a wait on the shared client would hold up every connection."""
+        """A client of its own, since a wait on the shared client would block every connection."""
         shared: Any = self._shared_store
         return shared.clone()
 
@@ -91,7 +91,7 @@ class GlooMesh:
 
         Raises:
             PeerLost: the generation was aborted.
-            RuntimeError: the peer did not come, or the store is gone.
+            RuntimeError: the peer did not connect, or the store is gone.
         """
         low, high = sorted((self.rank, peer))
         where = f"{name}/{low}-{high}/{signal.generation}"
@@ -99,7 +99,7 @@ class GlooMesh:
         options = gloo._Options()
         options._devices = [self._device]
         options._threads = 0  # they run gloo's collectives; only messages are used
-        # Of connecting alone, once the peer is there; each wait brings its own limit.
+        # The limit of connecting alone, once the peer is there; each wait has its own limit.
         options._timeout = timedelta(seconds=min(self.timeout_s, _CONNECT_S))
         rendezvous = Rendezvous(self._store, where, signal, self.timeout_s)
         return gloo(rendezvous, int(self.rank > peer), 2, options)
@@ -113,7 +113,7 @@ class GlooMesh:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all connections can be used on, as for `MembershipChange.kept`. Local."""
+        """Whether all connections stay usable, as `MembershipChange.kept` requires. Local."""
         with self._lock:
             return self.signal.reason is None and all(
                 connection.is_whole for connection in self._connections.values()
@@ -122,12 +122,12 @@ class GlooMesh:
     def edit(self, change: MembershipChange, signal: AbortSignal) -> None:
         """Enter the generation of `change`, once. Local.
 
-        Connections to ranks that changed, and those with messages under way, are dropped. About the
-        others peers ask each other whether they still have them, unless that is known
-        (`change.kept`). When it returns gloo writes to no buffer of the old generation any more.
+        Connections to ranks that changed, and those with messages under way, are dropped. For each
+        other connection the peers ask each other whether both still have it, unless that is known
+        (`change.kept`). After the return, gloo writes to no buffer of the old generation.
 
         Args:
-            signal: of the new generation.
+            signal: the abort signal of the new generation.
         """
         if change.generation == self.signal.generation:
             return
@@ -171,13 +171,14 @@ class GlooCommunicator(PairwiseCommunicator):
         timeout_s: float,
         mesh: GlooMesh | None = None,
     ) -> None:
-        """Local: members connect when they first need each other, under the `name` that all give.
+        """Local: members connect at first need, under the `name` that all of them give.
 
         Args:
-            store: rendezvous store that all members reach.
-            device: made by `gloo_device`; groups of one process may share it.
-            timeout_s: how long an operation may take before its waiters get `PeerLost`.
-            mesh: the connections of a rank that has several groups; None: this one's own.
+            store: the rendezvous store that all members reach.
+            device: the result of `gloo_device`; groups of one process may share it.
+            timeout_s: the time after which waiters of an operation get `PeerLost`.
+            mesh: the connections of a rank with several groups; None: connections of this group
+                alone.
         """
         if mesh is None:
             mesh = GlooMesh(
@@ -227,7 +228,7 @@ class GlooCommunicator(PairwiseCommunicator):
     def edit(
         self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
     ) -> GlooCommunicator:
-        """See `Communicator.edit`. Local: a connection is checked or made when it is next used."""
+        """See `Communicator.edit`. Local: a connection is checked or made at its next use."""
         self.mesh.edit(change, signal)
         if tuple(ranks) != self._ranks or change.changed & set(ranks):
             return GlooCommunicator.over(self.mesh, self._name, ranks)
@@ -237,9 +238,9 @@ class GlooCommunicator(PairwiseCommunicator):
 
 
 def gloo_device(host: str) -> object:
-    """A gloo transport bound to the address by which this machine is seen from `host`, the store's.
+    """A gloo transport bound to the address of this machine that `host`, the store's machine, sees.
 
-    GLOO_SOCKET_IFNAME, where it is set, names another network interface.
+    GLOO_SOCKET_IFNAME, if set, names another network interface.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if interface:

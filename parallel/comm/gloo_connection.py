@@ -1,10 +1,10 @@
-"""A gloo connection to one peer: made, kept over a change of membership, aborted.
+"""A gloo connection to one peer: made, kept over a membership change, aborted.
 
-Each is a torch process group of two ranks, so that it can be closed without touching any other.
+Each connection is a torch process group of two ranks, so that it can be closed without touching any
+other.
 
-Measured on torch 2.13: gloo's own `abort()` does nothing, but a receive that is given up breaks its
-whole process group, which frees every other thread at once, also when the peer is stopped or cut
-off.
+Measured on torch 2.13: gloo's own `abort()` does nothing. But giving up a receive breaks its whole
+process group, which frees every other thread at once, even if the peer is stopped or cut off.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ logger = logging.getLogger("holdfast.comm")
 
 
 class Rendezvous(dist.Store):
-    """The store that one process group forms on. It never blocks others and is left empty.
+    """The store in which one process group forms. It never blocks other threads and is left empty.
 
-    gloo's threads would wait inside the client of the store, which serves one call at a time; so
-    waiting is done here, and an abort ends it. Each side publishes its address, and the other
-    claims it by deleting it. The side that gives up first withdraws its address. When the peer has
-    already claimed it, the peer is connecting, so this side goes through with the connection.
+    gloo's threads would wait inside the client of the store, which serves one call at a time. So
+    the wait happens here, and an abort ends it. Each side publishes its address, and the other side
+    claims it by deleting it. The side that gives up first withdraws its address. If the peer has
+    already claimed it, the peer is connecting, so this side completes the connection.
     """
 
     def __init__(self, store: Store, name: str, signal: AbortSignal, timeout_s: float) -> None:
@@ -77,7 +77,7 @@ class Rendezvous(dist.Store):
 
     def _claim(self, key: str) -> bool:
         full = f"{self._name}/{key}"
-        # Unlike `get` this does not wait: it gives what was expected when there is no such key.
+        # `get` would wait; this returns the expected value if there is no such key.
         value = self._store.compare_set(full, _NOTHING, _NOTHING)
         if value == _NOTHING.encode() or not self._store.delete_key(full):
             return False
@@ -92,14 +92,14 @@ class Rendezvous(dist.Store):
 
 
 class ConnectionOwner(Protocol):
-    """What a connection needs of its rank."""
+    """The parts of a rank that its connections need."""
 
     rank: int
     recorder: FlightRecorder
     signal: AbortSignal
     timeout: timedelta
     closing: list[threading.Thread]
-    """Threads that close connections; until one ends gloo may write to its receive buffers."""
+    """Threads that close connections; until one ends, gloo may write to its receive buffers."""
 
     def connect(self, name: str, peer: int, signal: AbortSignal) -> Any:
         """A process group of this rank and `peer`. Collective over both."""
@@ -177,13 +177,13 @@ class Message:
 class Connection:
     """The connection to one peer for one group of ranks.
 
-    A thread of its own makes it when the first message is posted, in whatever order ranks come to
-    need each other; messages posted before it is ready are queued. At an edit both sides shake
-    hands before anything else, so that no message of the new generation meets one of the old. When
-    one side no longer has the connection, both make a new one at the next message.
+    A thread of its own makes it when the first message is posted, in whatever order ranks first
+    need each other. Messages posted before it is ready are queued. At an edit, both sides shake
+    hands before anything else, so that no message of the new generation meets one of the old. If
+    one side has dropped the connection, both make a new one at the next message.
 
-    Its attributes are more than a dozen because one lock guards one state: what names the
-    connection (mesh, name, peer), the process group, how far it has come, and its messages.
+    Its attributes are more than a dozen because one lock guards one state: the names of the
+    connection (mesh, name, peer), the process group, its progress, and its messages.
     """
 
     def __init__(self, mesh: ConnectionOwner, name: str, peer: int) -> None:
@@ -204,7 +204,7 @@ class Connection:
         self._settled = threading.Event()
 
     def post(self, message: Message) -> None:
-        """Send or receive `message` now, or when the connection is ready. Does not block."""
+        """Send or receive `message` now, or once the connection is ready. Does not block."""
         # Before the check: an abort that comes after it closes this connection.
         self.open.add(message)
         try:
@@ -275,7 +275,7 @@ class Connection:
         self._is_ready = True
 
     def await_handshake(self, handshake: Handshake) -> None:
-        """Go on once the peer is in the generation too; anew if it has dropped the connection."""
+        """Continue once the peer is in the generation too; reconnect if it dropped the connection."""
         answered = handshake.wait()
         with self._lock:
             self._is_connecting = False
@@ -300,13 +300,14 @@ class Connection:
             self.mesh.closing.append(in_thread("close", self._close, group))
 
     def _close(self, group: Any) -> None:
-        """Give up a receive that has no sender: gloo then closes the connection and ends waits."""
+        """Give up a receive without a sender: gloo then closes the connection and ends waits."""
         try:
             never = group.recv([torch.empty(1)], self._peer_index, BREAKING.tag(0))
             never.wait(timedelta(milliseconds=1))
         except RuntimeError as error:
             logger.debug("closed connection with rank %d in %s: %s", self.peer, self.name, error)
-        # Only now: gloo may write to the buffers of these messages until the connection is closed.
+        # Not before: gloo may write to the buffers of these messages until the connection is
+        # closed.
         self.is_closed = True
         for message in tuple(self.open):
             if message.interruptible is not None:
@@ -324,14 +325,14 @@ class Connection:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is under way on it, and it has not been given up."""
+        """Whether no message is under way on it and it has not been given up."""
         return self.is_idle and self._failure is None
 
     def shake_hands(self, generation: int) -> Handshake | None:
         """Tell the peer that this side keeps the idle connection for `generation`. Local.
 
         Returns:
-            The argument of `await_handshake`; None when this connection cannot be kept.
+            The argument of `await_handshake`; None if this connection cannot be kept.
         """
         with self._lock:
             group = self._group
@@ -348,7 +349,7 @@ class Connection:
 
 
 class Handshake:
-    """Two ranks tell each other that they are in a generation and still have the connection."""
+    """The handshake of two ranks: both are in a generation and still have the connection."""
 
     def __init__(self, group: Any, peer_index: int, generation: int) -> None:
         tag = HANDSHAKES.wrapped(generation)
@@ -360,7 +361,7 @@ class Handshake:
         )
 
     def wait(self) -> bool:
-        """Whether the peer has answered; False when it no longer has the connection."""
+        """Wait for the peer's answer; False if the peer has dropped the connection."""
         try:
             for work in self._works:
                 work.wait()
@@ -370,7 +371,7 @@ class Handshake:
 
 
 def await_handshakes(handshakes: Sequence[tuple[Connection, Handshake]]) -> None:
-    """Await each handshake in turn: none depends on more than its own peer."""
+    """Await each handshake in turn; each depends only on its own peer."""
     for connection, handshake in handshakes:
         connection.await_handshake(handshake)
 

@@ -2,8 +2,8 @@
 
 Measured on torch 2.13, and seen in gloo's source: when a connection is closed, gloo ends the waits
 for messages that have not begun, but not the wait for a message that was cut off in the middle. So
-a message that may travel in parts is waited for in a thread of its own, which is abandoned when the
-connection is closed.
+a message that may travel in parts is waited for in a thread of its own. The thread is abandoned
+when the connection is closed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from datetime import timedelta
 from typing import Any
 
 WHOLE_BYTES = 1 << 14
-"""Messages up to this size arrive whole or not at all; a thread of its own costs some 50 us."""
+"""Messages up to this size arrive whole or not at all. A thread of its own would cost some 50
+us."""
 
 
 class InterruptibleWait:
@@ -31,8 +32,8 @@ class InterruptibleWait:
         """Block until the work is done.
 
         Raises:
-            RuntimeError: the work failed, or the wait was cancelled; in that case the work may stay
-                under way for good.
+            RuntimeError: the work failed, or the wait was cancelled; the work may then stay under
+                way for ever.
         """
         thread = _WaitingThread.take()
         thread.asked.put(self)
@@ -49,7 +50,7 @@ class InterruptibleWait:
         self._over.set()
 
     def run(self) -> None:
-        """Wait for the work, in the thread that was taken for it."""
+        """Wait for the work, in the thread taken for it."""
         try:
             self.work.wait(self.timeout)
             self._is_done = True
@@ -59,7 +60,7 @@ class InterruptibleWait:
 
 
 class _WaitingThread:
-    """A thread that waits for one work after another; one wait at a time takes it."""
+    """A thread that waits for one work after another."""
 
     _idle: list[_WaitingThread] = []  # noqa: RUF012  (of the process)
 
@@ -72,7 +73,7 @@ class _WaitingThread:
     def take(cls) -> _WaitingThread:
         while cls._idle:
             thread = cls._idle.pop()
-            # A thread that was idle when this process was forked does not live here.
+            # A thread that was idle when this process was forked does not exist here.
             if thread._thread.is_alive():
                 return thread
         return cls()

@@ -1,4 +1,4 @@
-"""The groups that one rank belongs to in one generation, over torch's process groups or MPI."""
+"""The communicators of one rank in one generation, over torch's process groups or MPI."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Backend = Literal["gloo", "nccl", "mpi"]
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """The groups one rank belongs to in one generation."""
+    """The communicators of one rank in one generation."""
 
     world: Communicator
     control: Communicator
-    """All ranks, for CPU tensors: votes are CPU tensors whatever the device."""
+    """The communicator of all ranks for CPU tensors: votes are CPU tensors on any device."""
     axes: Mapping[str, Communicator]
-    """By name of a mesh axis, the ranks that differ from this one along it."""
+    """By mesh axis, the communicator of the ranks that differ from this one along it."""
     signal: AbortSignal
     recorder: FlightRecorder
     mesh: GlooMesh | None
-    """The connections over gloo, which carry the votes; None: everything goes over MPI."""
+    """The gloo connections, which carry the votes; None: everything goes over MPI."""
 
     def __getitem__(self, axis: str) -> Communicator:
         """The communicator of a mesh axis."""
@@ -52,7 +52,7 @@ class Groups:
     def shards(self) -> Communicator:
         """The ranks of this rank's stage replica; a member's index is its shard index.
 
-        Where tensor parallelism is all that divides a stage replica, it is that axis' communicator.
+        If tensor parallelism alone divides a stage replica, it is that axis' communicator.
         """
         return self.axes.get("shards", self.axes["tensor"])
 
@@ -62,20 +62,22 @@ class Groups:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the connections of votes stand and carry nothing. Local."""
+        """Whether the connections of votes are intact and idle. Local."""
         return self.mesh is not None and self.mesh.is_whole
 
     def extra(self, name: str, ranks: Sequence[int]) -> Communicator:
-        """A further group of this rank over gloo, in this generation. Local: an edit leaves it out.
+        """A further gloo communicator of this rank, in this generation.
+
+        Local: an edit leaves it out.
 
         Args:
-            name: no other group's of this rank, the same on all `ranks`.
+            name: a name that no other group of this rank has, the same on all `ranks`.
         """
         assert self.mesh is not None, "MPI alone has no further groups; set votes_over_gloo"
         return GlooCommunicator.over(self.mesh, name, ranks)
 
     def abort(self, reason: str) -> None:
-        """Abort the generation on this rank: see `Communicator.abort`."""
+        """Abort the generation on this rank; see `Communicator.abort`."""
         self.signal.abort(reason)
 
     def history(self) -> tuple[Operation, ...]:
@@ -96,19 +98,20 @@ def build_groups(
     record_path: Path | None = None,
     votes_over_gloo: bool = False,
 ) -> Groups:
-    """Form this rank's groups. Collective over `world`; a rank that joins forms its own.
+    """Form this rank's communicators. Collective over `world`; a joining rank forms its own.
 
-    Over gloo ranks connect when they first need each other; nothing is waited for here.
+    Over gloo, ranks connect when they first need each other; nothing is waited for here.
 
     Args:
         axes: the ranks of this rank's group along each mesh axis, and under "shards" those of its
-            stage replica where several axes divide it; the same names on every rank.
+            stage replica if several axes divide it; the same names on every rank.
         backend: "gloo", "nccl" or "mpi", for everything but votes.
-        generation: part of every connection's name, so that those of two generations never meet.
+        generation: a part of every connection's name, so that two generations never meet.
         timeout_s: see `GlooCommunicator`; positive and finite.
-        record_path: file in which the rank's operations can be read from outside; see
+        record_path: the file in which the rank's operations can be read from outside; see
             parallel/comm/flight_recorder.py.
-        votes_over_gloo: also where all else goes over MPI, which must be whole to carry anything.
+        votes_over_gloo: use gloo for votes even if everything else goes over MPI, which must be
+            whole to carry anything.
     """
     assert timeout_s > 0
     recorder = FlightRecorder(rank, generation=generation, path=record_path)
@@ -137,7 +140,7 @@ def build_groups(
             votes = GlooCommunicator.over(mesh, "control", world)
             along = {axis: over_nccl(axis, axes[axis]) for axis in axes}
         case "mpi":
-            # Imported here: the import starts MPI.
+            # Imported here because the import starts MPI.
             from holdfast.parallel.comm.mpi import build_mpi_groups
 
             whole, along = build_mpi_groups(rank, world, axes, signal=signal, recorder=recorder)
@@ -151,13 +154,13 @@ def build_groups(
 def separate_group(
     store: Store, host: str, name: str, ranks: Sequence[int], rank: int, *, timeout_s: float
 ) -> Communicator:
-    """A group over gloo that belongs to no generation: no membership change ends it. Local.
+    """A gloo communicator outside all generations: no membership change ends it. Local.
 
     Args:
-        store: rendezvous store that all members reach, as `host`'s.
-        name: no other group's in `store`, the same on all `ranks`.
+        store: the rendezvous store that all members reach, as `host`'s.
+        name: a name that no other group in `store` has, the same on all `ranks`.
         ranks: the members, in any numbering; `rank` is this process.
-        timeout_s: how long an operation may take before its waiters get `PeerLost`.
+        timeout_s: the time after which waiters of an operation get `PeerLost`.
     """
     return GlooCommunicator(store, name, ranks, rank, device=gloo_device(host), timeout_s=timeout_s)
 
@@ -168,16 +171,16 @@ def edit_groups(
     world: Sequence[int],
     axes: Mapping[str, Sequence[int]],
 ) -> Groups:
-    """The groups of the generation of `change`; those whose members all stay are the same objects.
+    """The communicators of the generation of `change`; a group that keeps its members is unchanged.
 
-    Every rank that stays calls it, with nothing under way unless the old generation was aborted;
-    ranks that join call `build_groups` with the same generation. Over gloo it is local and instant;
-    connections are checked, or made anew, when they are next used.
+    Every rank that stays calls it, with no operation under way unless the old generation was
+    aborted. Ranks that join call `build_groups` with the same generation. Over gloo it is local and
+    instant: connections are checked, or made anew, at their next use.
 
     Args:
         axes: as for `build_groups`, with the same axes.
     Raises:
-        PeerLost: the new generation was aborted meanwhile (MPI, where editing is collective).
+        PeerLost: the new generation was aborted meanwhile (MPI only, whose edits are collective).
     """
     signal = AbortSignal(change.generation)
     control = groups.control.edit(world, change, signal)

@@ -1,14 +1,12 @@
 """Communicators over MPI (mpi4py), with Open MPI's fault tolerance (ULFM) for aborts and edits.
 
 Messages and sums are those of p2p_collectives.py, so training gives the same bits as over gloo.
-Waits test their request and the generation in turn, so an abort ends them even where the library
-would go on waiting. An abort also revokes the communicators that have messages under way, which
-frees the peers. MPI moves large messages only while some call is made; a send is completed by the
-waits that come after it.
+Waits test their request and the generation in turn, so an abort ends them even if the library would
+go on waiting. An abort also revokes the communicators with messages under way, which frees the
+peers. MPI moves large messages only during its calls; later waits complete a send.
 
 Start workers with `mpirun --with-ft ulfm`. Without it everything works but `edit`. A process that
-has lived through a loss ends by `os._exit`, as workers of an agent do: Open MPI 5's `MPI_Finalize`,
-which an interpreter's end calls, now and then waits for the dead for ever.
+has survived a loss ends with `end_process`.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ logger = logging.getLogger("holdfast.comm")
 
 
 class _Channel:
-    """One MPI communicator and what is under way on it."""
+    """One MPI communicator and its operations under way."""
 
     def __init__(self, comm: MPI.Intracomm, ranks: Sequence[int]) -> None:
         comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -49,7 +47,7 @@ class _Channel:
         self.is_broken = False
 
     def revoke(self) -> None:
-        """Have every operation on it fail, here and on all members. Local, at once."""
+        """Make every operation on it fail, here and on all members. Local, at once."""
         self.is_broken = True
         try:
             self.comm.Revoke()
@@ -57,7 +55,7 @@ class _Channel:
             logger.warning("a communicator cannot be revoked (mpirun --with-ft ulfm): %s", error)
 
     def drain(self) -> None:
-        """Let go of buffers that MPI has let go of, now that the communicator is revoked."""
+        """Release the buffers that MPI has released, once the communicator is revoked."""
         deadline = time.monotonic() + _DRAIN_S
         while self.open and time.monotonic() < deadline:
             self.open = {message for message in self.open if not message.has_ended()}
@@ -106,7 +104,7 @@ class _Message:
 
 
 class MpiFamily:
-    """What the communicators of one rank share; takes the place that `GlooMesh` has over gloo."""
+    """The parts that the MPI communicators of one rank share, as `GlooMesh` does over gloo."""
 
     def __init__(
         self,
@@ -119,10 +117,10 @@ class MpiFamily:
         """Collective over all processes of the MPI job.
 
         Args:
-            kinds: the names of the groups that will be formed, equal on all ranks; a group's place
-                among them keeps its forming apart from the others'.
+            kinds: the names of the groups that will be formed, equal on all ranks; the position of
+                a name keeps the forming of groups apart.
         Raises:
-            ConfigError: these processes were not started by MPI as `world`.
+            ConfigError: MPI did not start these processes as `world`.
         """
         job = MPI.COMM_WORLD
         if tuple(world) != tuple(range(job.Get_size())) or rank != job.Get_rank():
@@ -151,10 +149,10 @@ class MpiFamily:
                 channel.revoke()
 
     def form(self, ranks: Sequence[int], kind: str) -> _Channel:
-        """A communicator over some of the living. Collective over `ranks`.
+        """A communicator over some of the live ranks. Collective over `ranks`.
 
         Raises:
-            PeerLost: one of them is gone.
+            PeerLost: one of the ranks is gone.
         """
         if tuple(ranks) == self.ranks and kind == "world":
             return self.world
@@ -171,10 +169,10 @@ class MpiFamily:
         """Enter the generation of `change`, once. Collective over `ranks`.
 
         Args:
-            signal: of that generation.
+            signal: the abort signal of that generation.
         Raises:
             ConfigError: ranks join, which an MPI job does not allow.
-            PeerLost: others than those that left are gone too, or ULFM is not switched on.
+            PeerLost: further ranks are gone, or ULFM is not switched on.
         """
         if change.generation == self.signal.generation:
             return
@@ -197,7 +195,10 @@ class MpiFamily:
             self._replace(old, self.world)
 
     def _shrink(self, ranks: Sequence[int]) -> None:
-        """Go on with the living ranks. Blocks until those that left are dead; fencing ends them."""
+        """Continue with the live ranks.
+
+        Blocks until the ranks that left are dead; agents kill them.
+        """
         old = self.world
         old.revoke()
         try:
@@ -225,7 +226,10 @@ class MpiFamily:
             self._channels.append(new)
 
     def keeps(self, channel: _Channel) -> bool:
-        """Whether every member still has it in order. Collective over its members, all alive."""
+        """Whether every member still has the channel intact.
+
+        Collective over its members, all alive.
+        """
         try:
             agreed = channel.comm.Agree(int(not (channel.is_broken or channel.open)))
         except MPI.Exception:
@@ -233,7 +237,7 @@ class MpiFamily:
         return bool(agreed)
 
     def drop(self, channel: _Channel) -> None:
-        """Leave a communicator behind. It is not freed: that would wait for all its members."""
+        """Abandon a communicator without freeing it: that would wait for all its members."""
         if channel is not self.world:
             if not channel.is_broken:
                 channel.revoke()
@@ -247,7 +251,7 @@ class MpiCommunicator(PairwiseCommunicator):
         """Collective over `ranks`.
 
         Args:
-            name: its kind: "world" or a mesh axis.
+            name: the group's kind: "world" or a mesh axis.
         """
         super().__init__(name, ranks, family.rank, family.signal, family.recorder)
         self.family = family
@@ -289,7 +293,10 @@ class MpiCommunicator(PairwiseCommunicator):
     def edit(
         self, ranks: Sequence[int], change: MembershipChange, signal: AbortSignal
     ) -> MpiCommunicator:
-        """See `Communicator.edit`. Collective over `ranks`: all of them were aborted, or none."""
+        """See `Communicator.edit`.
+
+        Collective over `ranks`: either all of them were aborted or none.
+        """
         if self.name == "world":
             self.family.edit(ranks, change, signal)
             if self.channel is not self.family.world:
@@ -309,12 +316,14 @@ def build_mpi_groups(
     signal: AbortSignal,
     recorder: FlightRecorder,
 ) -> tuple[MpiCommunicator, dict[str, MpiCommunicator]]:
-    """The world of this rank, and its group along each axis. Collective over all of the MPI job.
+    """The world communicator of this rank, and its communicator along each axis.
+
+    Collective over the whole MPI job.
 
     Args:
         axes: the ranks of each group; the same axes on every rank.
     Raises:
-        ConfigError: these processes were not started by MPI as `world`.
+        ConfigError: MPI did not start these processes as `world`.
     """
     family = MpiFamily(world, rank, tuple(axes), signal, recorder)
     whole = MpiCommunicator(family, "world", world)

@@ -1,7 +1,7 @@
 """Communicators over NCCL, for CUDA tensors.
 
-Groups are built directly on a store, without torch's process-wide default group, so that one
-process can hold several generations of groups and drop one without touching another.
+Communicators are built directly on a store, without torch's process-wide default group. So one
+process can hold several generations of them and drop one without touching another.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ class _NcclHandle:
 class NcclCommunicator(PairwiseCommunicator):
     """A group of ranks over NCCL. Exact-mode safe for integer sums; NCCL_ALGO fixes float orders.
 
-    NCCL has no tags and runs the operations of one communicator in order, so each (sender,
-    receiver) pair gets a communicator of its own, made at first use; the callers post receives in
-    the order of the sends. Handles order the current stream after the operation; they do not block
-    the host, so a host that waits elsewhere (for the stream, for a value) goes on when an abort has
-    ended the kernels, with undefined contents, and gets `PeerLost` from the next call or wait.
+    NCCL has no tags and runs the operations of one communicator in order. So each (sender,
+    receiver) pair gets a communicator of its own, made at first use, and callers post receives in
+    the order of the sends. Handles order the current stream after the operation and do not block
+    the host. A host that waits elsewhere (for the stream, for a value) therefore goes on, with
+    undefined contents, when an abort has ended the kernels, and gets `PeerLost` from the next call
+    or wait.
 
-    Once one rank has aborted a NCCL communicator all must abort it, and none may destroy it (its
-    destruction waits for the others): `abort` therefore ends every communicator of the rank, and
-    what was aborted is never used again.
+    Once one rank has aborted an NCCL communicator, all ranks must abort it, and none may destroy
+    it, because destruction waits for the others. So `abort` ends every communicator of the rank,
+    and aborted ones are never used again.
     """
 
     def __init__(
@@ -77,14 +78,15 @@ class NcclCommunicator(PairwiseCommunicator):
         signal: AbortSignal | None = None,
         recorder: FlightRecorder | None = None,
     ) -> None:
-        """Collective over `ranks`: every member constructs the group under the same `name`.
+        """Collective over `ranks`: every member constructs the communicator under the same `name`.
 
         Args:
-            signal: of the generation, shared by the groups of the rank; None: this group's own.
-            recorder: where operations are recorded; None: this group's own.
+            signal: the abort signal of the generation, shared by the rank's communicators; None:
+                one of its own.
+            recorder: the flight recorder; None: one of its own.
         """
         signal = signal or AbortSignal(0)
-        # Several groups of one kind are told apart in the record, which has no members.
+        # Several groups of one kind need different names in the record, which has no members.
         recorded = f"{name}/{min(ranks)}"
         super().__init__(recorded, ranks, rank, signal, recorder or FlightRecorder(rank))
         self.name = name
@@ -102,7 +104,7 @@ class NcclCommunicator(PairwiseCommunicator):
     def _new_group(self, where: str, index: int, size: int) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self._timeout_s)
-        # Calls that do not block can be aborted while the communicator is still being set up.
+        # Non-blocking calls can be aborted while the communicator is still being set up.
         options.config.blocking = 0
         prefix = f"{where}/{self._signal.generation}"
         return dist.ProcessGroupNCCL(dist.PrefixStore(prefix, self._store), index, size, options)
@@ -121,7 +123,7 @@ class NcclCommunicator(PairwiseCommunicator):
         if self._group is not None:
             groups.append(self._group)
         for group in groups:
-            # Each waits for its own kernels to end, and the caller for none of them.
+            # Each thread waits for its own kernels to end; the caller waits for none.
             threading.Thread(target=group.abort, name="holdfast-comm-abort", daemon=True).start()
 
     def _record(self, operation: str, direction: Direction, peer: int, size: int, tag: int) -> int:
@@ -130,7 +132,10 @@ class NcclCommunicator(PairwiseCommunicator):
         return self._recorder.post(self._group_code, operation, direction, peer, size, tag)
 
     def _note_completed(self) -> None:
-        """Record operations whose kernels have ended. Local; asks the device and never waits."""
+        """Record the operations whose kernels have ended.
+
+        Local; asks the device and never waits.
+        """
         while self._pending and self._pending[0][0].is_completed():
             self._recorder.finished(self._pending.popleft()[1])
 
@@ -191,7 +196,7 @@ class NcclCommunicator(PairwiseCommunicator):
     ) -> NcclCommunicator:
         """See `Communicator.edit`. Local.
 
-        After an abort nothing is left to keep. Otherwise pairs that stay keep their communicators.
+        After an abort, nothing is kept. Otherwise, pairs that stay keep their communicators.
         """
         if change.store is not None:
             self._store = change.store
@@ -219,7 +224,7 @@ class NcclCommunicator(PairwiseCommunicator):
         return renewed
 
     def _abort_unused(self, renewed: NcclCommunicator) -> None:
-        """End what the renewed communicator has not taken over; the members that stay do so too."""
+        """End the parts that the renewed communicator did not take over, as all staying members do."""
         self._channels = {
             pair: channel
             for pair, channel in self._channels.items()

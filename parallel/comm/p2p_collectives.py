@@ -1,7 +1,7 @@
-"""Collectives made of point-to-point messages, the same for every transport, and so the same bits.
+"""Collectives made of point-to-point messages: the same bits on every transport.
 
-Parts are added in member order on every member, so that all hold equal sums, whatever arrived first
-and whichever transport brought it. Sizes may be uneven; members share no state.
+Every member adds parts in member order. So all hold equal sums, whichever part arrived first and
+whichever transport carried it. Sizes may be uneven. Members share no state.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from holdfast.parallel.errors import PeerLost
 SMALL_BYTES = 1 << 18
 """Up to this size each member sends its whole tensor to each other: one round instead of two."""
 DIRECT_MEMBERS: int = 8
-"""Up to so many members; beyond, parts travel by doubling (Bruck et al. 1997): log2(n) rounds, and
-only 2 log2(n) connections per rank."""
+"""The largest group that uses direct messages. In larger groups, parts travel by doubling (Bruck et
+al. 1997): log2(n) rounds, and only 2 log2(n) connections per rank."""
 
 
 _COMBINE: Mapping[ReduceOp, Callable[..., Tensor]] = {"sum": torch.add, "max": torch.maximum}
@@ -41,7 +41,7 @@ class Handles:
 
 @dataclass(slots=True)
 class _ReduceInOrder:
-    """Combines every member's part in member order once all have arrived: equal on each member."""
+    """Combines all members' parts in member order, once all have arrived: equal on each member."""
 
     received: Handle
     parts: Sequence[Tensor]
@@ -67,7 +67,7 @@ def lost(operation: str, group: str, peer: int | None, error: BaseException) -> 
 
 
 class PairwiseCommunicator:
-    """The part of a communicator that is the same for all transports; subclasses carry messages."""
+    """The part of a communicator that all transports share; subclasses carry messages."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class PairwiseCommunicator:
         return self._recorder.history(self._name)
 
     def _enter(self, signal: AbortSignal) -> None:
-        """Go on in another generation; all members count collectives from 0 again."""
+        """Continue in another generation; all members count collectives from 0 again."""
         self._signal = signal
         self._collectives = 0
 
@@ -207,7 +207,7 @@ class _ReduceThenGather:
 
 
 class _AllReduceByDoubling:
-    """A small all_reduce among many: after round k each member holds the parts of 2**k members."""
+    """A small all_reduce in a large group: after round k, each member holds 2**k members' parts."""
 
     def __init__(
         self, comm: PairwiseCommunicator, own: Tensor, output: Tensor, op: ReduceOp, operation: str

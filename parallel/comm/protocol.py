@@ -1,11 +1,11 @@
-"""The communicator protocol: everything that ranks say to each other goes through it.
+"""The communicator protocol: all messages between ranks go through it.
 
 Nothing else in the project imports `torch.distributed` collectives or MPI directly.
 
-Work is stopped in three ways, each with one meaning everywhere. `abort(reason)` gives up what is
-under way at once and frees what waits for it (here with `PeerLost`); any thread may call it, and it
-never blocks. `cancel()` gives it up too, and returns once nothing uses the memory of that work any
-more. `close()` releases threads, files and memory; the owner calls it, and it may block.
+Work is stopped in three ways, each with one meaning. `abort(reason)` makes every wait and call of
+its object raise; any thread may call it, and it never blocks. `cancel()` gives up one piece of work
+whose result is not needed. `close()` releases the resources of an object once its work has ended;
+its owner calls it, and it may block.
 """
 
 from __future__ import annotations
@@ -42,18 +42,22 @@ class Handle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MembershipChange:
-    """What is new about the ranks of a generation. A replaced rank has both left and joined."""
+    """The differences of a generation's ranks from the last.
+
+    A replaced rank has left and joined.
+    """
 
     generation: int
     left: frozenset[int] = field(default=frozenset())
     joined: frozenset[int] = field(default=frozenset())
     kept: bool = False
-    """Whether all ranks that stay have said that their connections stand and carry nothing.
+    """Whether all ranks that stay have reported their connections intact and idle.
 
     Peers then keep their connections without asking each other.
-    """
+
+    Peers then keep their connections without asking each other."""
     store: Store | None = None
-    """Where the new generation's ranks find each other; None: where the old generation's did."""
+    """The store where the new generation's ranks meet; None: the store of the old generation."""
 
     @property
     def changed(self) -> frozenset[int]:
@@ -61,7 +65,7 @@ class MembershipChange:
 
 
 class AbortSignal:
-    """Whether one generation has been aborted on one rank, and why: the first reason stays."""
+    """Whether one generation has been aborted on one rank, and the first reason."""
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
@@ -70,7 +74,7 @@ class AbortSignal:
         self._listeners: list[Callable[[str], None]] = []
 
     def listen(self, listener: Callable[[str], None]) -> None:
-        """Have the thread that aborts call `listener(reason)`; at once if it was aborted before."""
+        """Have the aborting thread call `listener(reason)`; at once if it was aborted before."""
         with self._lock:
             self._listeners.append(listener)
             reason = self.reason
@@ -88,25 +92,25 @@ class AbortSignal:
             listener(reason)
 
     def check(self) -> None:
-        """Raises `PeerLost` when the generation is aborted."""
+        """Raise `PeerLost` if the generation was aborted."""
         if self.reason is not None:
             raise PeerLost(f"generation {self.generation} was aborted: {self.reason}")
 
 
 class Communicator(Protocol):
-    """A group of ranks. Collective calls are made by every member in the same order.
+    """A group of ranks. All members make the collective calls, in the same order.
 
     Exact-mode safe: sums are taken in member order, whatever arrives first.
     """
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Global ranks of the members, in member order."""
+        """The global ranks of the members, in member order."""
         ...
 
     @property
     def index(self) -> int:
-        """This process's place in `ranks`."""
+        """This process's position in `ranks`."""
         ...
 
     @property
@@ -114,26 +118,26 @@ class Communicator(Protocol):
 
     @property
     def signal(self) -> AbortSignal:
-        """The generation that this communicator is in, and how it ends."""
+        """The abort signal of this communicator's generation."""
         ...
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = "sum") -> Handle:
-        """Reduce `tensor` in place over all members."""
+        """Reduce `tensor` in place over all members. Collective."""
         ...
 
     def reduce_scatter(self, output: Tensor, inputs: Sequence[Tensor]) -> Handle:
-        """`output` becomes the sum over members m of m's `inputs[self.index]`.
+        """Set `output` to the sum over members m of m's `inputs[self.index]`. Collective.
 
         Sizes may differ by member.
         """
         ...
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> Handle:
-        """`outputs[m]` becomes member m's `tensor`; sizes may differ by member."""
+        """Set `outputs[m]` to member m's `tensor`; sizes may differ by member. Collective."""
         ...
 
     def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Handle:
-        """`outputs[m]` becomes member m's `inputs[self.index]`; sizes may differ by pair.
+        """Set `outputs[m]` to member m's `inputs[self.index]`; sizes may differ. Collective.
 
         Expert parallelism sends tokens to their experts this way, and context parallelism
         exchanges sequence parts for heads.
@@ -153,13 +157,13 @@ class Communicator(Protocol):
         ...
 
     def barrier(self) -> None:
-        """Return when every member has called it."""
+        """Return once every member has called it. Collective."""
         ...
 
     def abort(self, reason: str) -> None:
         """Abort the generation: waits and calls of all the rank's communicators raise `PeerLost`.
 
-        Local, from any thread, at most some milliseconds. It needs no answer from a peer, which may
+        Local, from any thread, within some milliseconds. It needs no answer from a peer, which may
         be dead, stopped or cut off. Every surviving rank calls `edit` next.
         """
         ...
@@ -175,16 +179,16 @@ class Communicator(Protocol):
         """The communicator over `ranks` in the generation of `change`.
 
         Every rank of the new generation edits all its communicators, the same ones in the same
-        order, the world before its parts. No operation is under way, unless the old generation was
-        aborted. When no member has changed the result is this object; otherwise it is a new one,
+        order, the world before its parts. No operation may be under way, unless the old generation
+        was aborted. If no member has changed, the result is this object. Otherwise it is a new one,
         which takes over the connections between members that stay. gloo and NCCL edit locally;
         MPI's edit is collective over `ranks`.
 
         Args:
-            signal: of the new generation, one for all communicators of the rank.
+            signal: the abort signal of the new generation, one for all communicators of the rank.
         Raises:
             PeerLost: the new generation was aborted meanwhile, or a member is gone (MPI).
-            ConfigError: ranks join that the transport cannot take in (MPI).
+            ConfigError: ranks join and the transport cannot admit them (MPI).
         """
         ...
 

@@ -1,6 +1,6 @@
-"""The tags of messages: one range for each kind, so that no message is taken for another kind's.
+"""The tags of messages: one range for each kind, so that two kinds are never confused.
 
-A tag tells the messages between two ranks of one group apart. Within a kind the sender and the
+A tag tells the messages between two ranks of one group apart. Within a kind, the sender and the
 receiver number the messages alike, from 0.
 """
 
@@ -12,7 +12,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class TagRange:
-    """The tags of one kind of message: `first` up to before `stop`."""
+    """The tags of one kind of message: from `first` up to, not including, `stop`."""
 
     kind: str
     first: int
@@ -22,7 +22,7 @@ class TagRange:
         """The tag of the kind's message with this number.
 
         Raises:
-            ValueError: the range has no such number; the messages of two kinds would be mixed up.
+            ValueError: the range has no such number; messages of two kinds would be confused.
         """
         if not 0 <= number < self.stop - self.first:
             raise ValueError(
@@ -32,7 +32,7 @@ class TagRange:
         return self.first + number
 
     def wrapped(self, number: int) -> int:
-        """The tag of a message whose number grows without limit: the range is reused."""
+        """The tag of a message with an unbounded number: the range is reused."""
         return self.first + number % (self.stop - self.first)
 
 
@@ -59,4 +59,4 @@ RANGES: Final = (
     HANDSHAKES,
     BREAKING,
 )
-"""Every kind that is in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""
+"""Every kind in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""

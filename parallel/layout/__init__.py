@@ -1,4 +1,4 @@
-"""What lies where: boxes, parameters, the mesh and stage replicas, as pure values.
+"""Layout: boxes, parameters, the mesh and stage replicas, as pure values.
 
 May import parallel.errors.
 """

@@ -1,8 +1,7 @@
-"""The layout algebra: which holder has which part of which logical tensor, and how to get from one
-layout to another.
+"""The layout algebra: the boxes that each holder has, and the moves from one layout to another.
 
-Every shard is a box, a half-open interval per dimension, never a flat range. Holders are opaque:
-the same code serves ranks and files. Pure; needs no torch.
+Every shard is a box, a half-open interval per dim, never a flat range. Holders are opaque: the
+same code serves ranks and files. Pure; needs no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Holder = Hashable
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A half-open interval per dimension of a logical tensor; a scalar's box has no dimension."""
+    """A half-open interval per dim of a logical tensor; a scalar's box has no dim."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
@@ -51,11 +50,11 @@ class Box:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What indexes the logical tensor to get this box."""
+        """The index of this box in the logical tensor."""
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The elements in both; None if there are none."""
+        """The elements in both boxes; None if there are none."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
         if any(a >= b for a, b in zip(start, stop, strict=True)):
@@ -77,7 +76,7 @@ class Box:
         )
 
     def minus(self, other: Box) -> tuple[Box, ...]:
-        """What is left of this box without `other`: disjoint boxes, at most two per dimension."""
+        """The rest of this box without `other`: disjoint boxes, at most two per dim."""
         common = self.intersect(other)
         if common is None:
             return (self,)
@@ -100,7 +99,7 @@ class Box:
 
 
 def even_range(size: int, parts: int, index: int) -> tuple[int, int]:
-    """The half-open part `index` of `size` rows cut into `parts` that differ by one at most."""
+    """The half-open part `index` of `size` rows cut into `parts`, which differ by one at most."""
     return index * size // parts, (index + 1) * size // parts
 
 
@@ -116,12 +115,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which boxes of which tensors each holder has."""
+    """The boxes of each tensor that each holder has."""
 
     holdings: Mapping[Any, Mapping[str, tuple[Box, ...]]]
 
     def by_name(self) -> dict[str, list[tuple[Holder, Box]]]:
-        """The same, by tensor: every (holder, box), in the order of the holders."""
+        """The same by tensor: every (holder, box), in the order of the holders."""
         found: dict[str, list[tuple[Holder, Box]]] = {}
         for holder, tensors in self.holdings.items():
             for name, boxes in tensors.items():
@@ -140,7 +139,7 @@ class Transfer:
 
 
 def without(boxes: Iterable[Box], taken: Iterable[Box]) -> list[Box]:
-    """What is left of `boxes` without `taken`: disjoint if `boxes` are."""
+    """The rest of `boxes` without `taken`; disjoint if `boxes` are."""
     left = [box for box in boxes if box.elements]
     for hole in taken:
         left = [rest for box in left for rest in box.minus(hole)]
@@ -151,14 +150,15 @@ def covers(specs: Iterable[TensorSpec], layout: Layout) -> None:
     """Check that every element of every tensor is held at least once.
 
     Raises:
-        LayoutError: a hole, named by tensor and box; a box outside its tensor; an unknown tensor.
+        LayoutError: there is a hole (the message names tensor and box), a box lies outside its
+            tensor, or a tensor is unknown.
     """
     held = layout.by_name()
     known = set()
     for spec in specs:
         known.add(spec.name)
         whole = Box.whole(spec.shape)
-        # In order, so that what is left stays a few boxes however many are held.
+        # Taken in order, so that the rest stays a few boxes however many are held.
         boxes = sorted({box for _, box in held.get(spec.name, [])}, key=lambda box: box.start)
         for box in boxes:
             if len(box.start) != len(spec.shape) or not whole.contains(box):
@@ -181,9 +181,9 @@ def transfers(
 ) -> list[Transfer]:
     """The moves that turn `source` into `target`.
 
-    Only what a target holder lacks is moved, each element from the cheapest source that has it;
-    among equally cheap ones the one that has sent the least so far sends next. A holder's own parts
-    cost nothing and are not listed. Deterministic: equal inputs give equal lists on every rank.
+    Only elements that a target holder lacks are moved, each from the cheapest source that has it.
+    Among equally cheap sources, the one that has sent least sends next. A holder's own elements
+    cost nothing and are not listed. Equal inputs give equal lists on every rank.
 
     Args:
         cost: (source holder, target holder) -> relative cost of an element, e.g. 1 in a node, 10
@@ -191,7 +191,7 @@ def transfers(
     Returns:
         Disjoint boxes per target, in the target's order.
     Raises:
-        LayoutError: an element that no source holds.
+        LayoutError: no source holds an element.
     """
     held = {name: _BoxIndex(boxes) for name, boxes in source.by_name().items()}
     nothing = _BoxIndex([])
@@ -204,7 +204,8 @@ def transfers(
             asked = _BoxIndex(enumerate(boxes))
             for place, box in enumerate(boxes):
                 taken = [part for part, _ in had.overlaps(box)]
-                # What an earlier box of the same target asks for is not asked for again.
+                # An earlier box of the same target may ask for a part already; it is not asked for
+                # again.
                 taken += [part for part, by in asked.overlaps(box) if by[0][0] < place]
                 for wanted in without([box], taken):
                     moves += _fetch(name, wanted, holder, held.get(name, nothing), cost, sent)
@@ -212,7 +213,7 @@ def transfers(
 
 
 class _BoxIndex:
-    """Who holds which boxes of one tensor, found by rows: each distinct box is kept once."""
+    """The holders of the boxes of one tensor, found by rows; each distinct box is kept once."""
 
     def __init__(self, held: Iterable[tuple[Holder, Box]]) -> None:
         holders: dict[Box, list[tuple[int, Holder]]] = {}
@@ -247,7 +248,7 @@ def _fetch(
     cost: Callable[[Holder, Holder], float],
     sent: dict[Holder, int],
 ) -> list[Transfer]:
-    """Moves that bring one box, largest pieces of the cheapest sources first."""
+    """The moves that bring one box: largest parts of the cheapest sources first."""
     offers = [
         (cost(holder, target), sent.get(holder, 0), -common.elements, order, holder, common)
         for common, holders in held.overlaps(wanted)

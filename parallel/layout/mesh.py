@@ -1,7 +1,8 @@
-"""The axes of the mesh, and which rank stands where in it.
+"""The axes of the mesh, and the coordinates of each rank in it.
 
-The axes are one table. Those inside a stage replica come first: their ranks together hold a stage
-once, and a rank's place among them is its *shard index*. Then come the replicas and the stages:
+The axes are one table. The axes inside a stage replica come first: their ranks together hold a
+stage once, and a rank's position among them is its *shard index*. The replicas and the stages
+follow:
 
     rank = shard + shards * (data + data_size * pipeline)
 """
@@ -19,21 +20,21 @@ from holdfast.parallel.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One direction of the mesh: a way of sharing the work between ranks."""
+    """One dimension of the mesh: a way of dividing the work between ranks."""
 
     name: str
-    """Also the key of its size in the section `parallel` of a configuration."""
+    """The axis' name, also the key of its degree in the section `parallel` of a configuration."""
     meaning: str
-    """What its ranks divide."""
+    """What the ranks of the axis divide."""
     in_stage_replica: bool
-    """Whether its ranks together hold a stage once; else each holds what it holds alone."""
+    """Whether its ranks together hold a stage once; otherwise each holds a copy."""
     splits_parameters: bool = False
-    """Inside a stage replica: whether its ranks hold parts of the parameters, not copies."""
+    """Inside a stage replica, whether its ranks hold parts of the parameters rather than copies."""
     splits_work: bool = True
-    """Inside a stage replica: whether each of its ranks computes a part of a micro-batch. What they
-    hold copies of, has then a part of its gradient on each."""
+    """Inside a stage replica, whether each of its ranks computes a part of a micro-batch. Copies of
+    parameters then see a part of the gradient each."""
     is_available: bool = True
-    """Whether this version can give it more than one rank."""
+    """Whether this version can give the axis more than one rank."""
 
 
 AXES: Mapping[str, Axis] = {
@@ -63,7 +64,7 @@ AXES: Mapping[str, Axis] = {
 
 
 class Coordinates(NamedTuple):
-    """A rank's index in its stage replica, among its stage's replicas, and in the pipeline."""
+    """A rank's index in its stage replica, among the replicas of its stage, and in the pipeline."""
 
     shard: int
     data: int
@@ -72,18 +73,19 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Mesh:
-    """How many ranks each axis has. `Mesh.of(tensor=2, data=4)` is the usual way to make one."""
+    """The degree of each axis. `Mesh.of(tensor=2, data=4)` is the usual way to make one."""
 
     axes: tuple[Axis, ...]
     sizes: tuple[int, ...]
-    """By axis, in the order of `axes`."""
+    """The degrees in the order of `axes`."""
 
     @staticmethod
     def of(**sizes: int) -> Mesh:
-        """The mesh of these sizes along `AXES`; an axis without one has a single rank.
+        """The mesh of these degrees along `AXES`; an axis without one has a single rank.
+
 
         Raises:
-            ConfigError: an axis that does not exist, or a size below 1.
+            ConfigError: an axis does not exist, or a degree is below 1.
         """
         for name, size in sizes.items():
             if name not in AXES:
@@ -108,12 +110,12 @@ class Mesh:
         return ", ".join(f"{axis} {here[axis]}" for axis in self.axes_inside)
 
     def __getitem__(self, axis: str) -> int:
-        """The size of an axis."""
+        """The degree of an axis."""
         return self.by_axis[axis]
 
     @cached_property
     def by_axis(self) -> Mapping[str, int]:
-        """The size of each axis by its name."""
+        """The degree of each axis by its name."""
         return {axis.name: size for axis, size in zip(self.axes, self.sizes, strict=True)}
 
     @cached_property
@@ -134,14 +136,14 @@ class Mesh:
 
     @cached_property
     def shards(self) -> int:
-        """Ranks of a stage replica."""
+        """The number of ranks of a stage replica."""
         return prod(size for _, size in self._inside())
 
     def rank(self, shard_index: int, data_index: int, pipeline_index: int) -> int:
         return shard_index + self.shards * (data_index + self.data * pipeline_index)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a rank stands.
+        """The coordinates of a rank.
 
         Raises:
             ConfigError: the mesh has no such rank.
@@ -154,11 +156,11 @@ class Mesh:
 
     @cached_property
     def parts(self) -> int:
-        """Into how many parts the parameters of a stage are split; the other shards hold copies."""
+        """The number of parts that a stage's parameters are split into; other shards are copies."""
         return prod(size for axis, size in self._inside() if axis.splits_parameters)
 
     def part_of(self, shard_index: int) -> int:
-        """Which part of the parameters a shard holds."""
+        """The part of the parameters that a shard holds."""
         here, part, step = self.along(shard_index), 0, 1
         for axis, size in self._inside():
             if axis.splits_parameters:
@@ -191,7 +193,7 @@ class Mesh:
 
     @cached_property
     def axes_inside(self) -> tuple[str, ...]:
-        """Those of them that are inside a stage replica."""
+        """The axes in use that are inside a stage replica."""
         inside = {axis.name for axis, _ in self._inside()}
         return tuple(name for name in self.in_use if name in inside)
 
@@ -208,18 +210,18 @@ class Mesh:
         return {**self.along(at.shard), "data": at.data, "pipeline": at.pipeline}
 
     def peers(self, axis: str, shard_index: int) -> tuple[int, ...]:
-        """The shard indices that differ from one along an axis alone, with itself, ascending."""
+        """The shard indices that differ from one along one axis only, with itself, ascending."""
         here = {**self.along(shard_index), axis: None}
         return tuple(
             other for other in range(self.shards) if {**self.along(other), axis: None} == here
         )
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks of all stages at a rank's place in its stage."""
+        """The ranks of all stages with a rank's coordinates within its stage."""
         at = self.coordinates(rank)
         return tuple(self.rank(at.shard, at.data, stage) for stage in range(self.pipeline))
 
     def _inside(self) -> list[tuple[Axis, int]]:
-        """The axes of a stage replica and their sizes."""
+        """The axes of a stage replica and their degrees."""
         sized = zip(self.axes, self.sizes, strict=True)
         return [(axis, size) for axis, size in sized if axis.in_stage_replica]

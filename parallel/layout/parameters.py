@@ -1,8 +1,8 @@
-"""The table of parameters, whose rows gradient synchronisation, clipping, sharding and saving read.
+"""The parameter table, read by gradient reduction, clipping, sharding and saving.
 
 A local parameter (one tensor of a rank's module) is made of one or more *segments*: whole-row
-ranges that each hold a box of one logical tensor, named as Hugging Face names it. Nothing about a
-parameter is decided anywhere else.
+ranges that each hold a box of one logical tensor, under its Hugging Face name. Every rule about a
+parameter is in its row here.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from holdfast.parallel.layout.boxes import Box
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """How a parameter starts: independent normal draws, or a constant."""
+    """The initial values of a parameter: independent normal draws, or a constant."""
 
     kind: Literal["normal", "constant"]
     value: float
-    """Standard deviation for "normal", the constant for "constant"."""
+    """The standard deviation for "normal", or the constant."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One segment of a local parameter: which part of which logical tensor it is, and its rules."""
+    """One segment of a local parameter: its part of a logical tensor, and its rules."""
 
     name: str
-    """Logical name, e.g. `model.layers.3.self_attn.q_proj.weight`."""
+    """The logical name, e.g. `model.layers.3.self_attn.q_proj.weight`."""
     shape: tuple[int, ...]
-    """Shape of the whole logical tensor."""
+    """The shape of the whole logical tensor."""
     box: Box
-    """The part of the logical tensor that this segment holds."""
+    """The box of the logical tensor that this segment holds."""
     local: str
-    """Name of the local parameter inside its layer's module, e.g. `attention.qkv.weight`."""
+    """The local parameter's name inside its layer's module, e.g. `attention.qkv.weight`."""
     local_row: int
-    """First row of the segment in the local parameter's dimension 0."""
+    """The segment's first row in dim 0 of the local parameter."""
     initial: Initial
     decay: bool
     """Whether weight decay applies."""
     copies: tuple[int, ...]
-    """Shard indices that hold the same box, ascending; one entry when every shard has another."""
+    """The shard indices that hold the same box, ascending; a single one if every shard differs."""
     summed: tuple[int, ...] = ()
-    """The copies that see a part of the gradient each, so that their sums are added; empty where
-    each copy sees all of it."""
+    """The copies that see a part of the gradient each, so that their sums are added; empty if each
+    copy sees all of it."""
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
 
@@ -67,15 +67,15 @@ class ParameterSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One layer of the model as the plan sees it: its parameters and what it costs.
+    """One layer of the model as the plan sees it: its parameters and costs.
 
     Stages are cut between layers: the embedding, each transformer layer, the head.
     """
 
     name: str
-    """E.g. `embedding`, `block.3`, `head`."""
+    """The layer's name, e.g. `embedding`, `block.3`, `head`."""
     parameters: tuple[tuple[ParameterSpec, ...], ...]
-    """By shard index; equal structure at every index."""
+    """The segments by shard index; equal structure at every index."""
     forward_flops: float
     """Floating-point operations of one micro-batch's forward pass, repeated ones counted once."""
     activation_bytes: int
@@ -83,6 +83,6 @@ class LayerSpec:
     output_bytes: int
     """Bytes of the layer's output for one micro-batch on one shard (what a stage sends)."""
     recompute: str = "none"
-    """What of it is computed again in the backward pass, in the model's own words."""
+    """The part that is recomputed in the backward pass, in the model's own words."""
     recompute_flops: float = 0.0
-    """Operations of that, of one micro-batch, counted likewise."""
+    """Operations of that recomputation for one micro-batch, counted likewise."""

@@ -1,8 +1,8 @@
-"""Which rank stands where, regular or not.
+"""Stage replicas: the rank at each shard index, replica and stage, regular or not.
 
 A stage replica is a group of ranks that hold one stage once. A run begins with the stage replicas
-of its mesh. When ranks are lost, stages are left with different numbers of them, and ranks that
-make no whole stage replica stand aside as spares.
+of its mesh. After losses, stages can have different numbers of replicas, and ranks that make no
+whole stage replica become spares.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout.mesh import Coordinates, Mesh
 
 StageReplica = tuple[int, ...]
-"""Ranks by shard index."""
+"""The ranks of a stage replica, by shard index."""
 
 
 @dataclass(frozen=True)
 class StageReplicas:
-    """The places of all ranks; `rank` and `coordinates` turn one into the other."""
+    """The coordinates of all ranks; `rank` and `coordinates` are inverse to each other."""
 
     stages: tuple[tuple[StageReplica, ...], ...]
     """Stage -> replica -> its ranks."""
     spares: tuple[int, ...] = field(default=())
-    """Ranks without a place: they hold copies of others' state, and compute nothing."""
+    """Ranks without coordinates: they hold copies of others' state, and compute nothing."""
 
     @staticmethod
     def of_mesh(mesh: Mesh) -> StageReplicas:
@@ -40,21 +40,21 @@ class StageReplicas:
 
     @cached_property
     def shards(self) -> int:
-        """Ranks of a stage replica."""
+        """The number of ranks of a stage replica."""
         return len(self.stages[0][0])
 
     @property
     def pipeline(self) -> int:
-        """Number of stages."""
+        """The number of stages."""
         return len(self.stages)
 
     def replicas(self, stage: int) -> int:
-        """Stage replicas that hold a stage."""
+        """The number of replicas of a stage."""
         return len(self.stages[stage])
 
     @cached_property
     def widest(self) -> int:
-        """Replicas of the stage that has most."""
+        """The number of replicas of the stage that has most."""
         return max(map(len, self.stages))
 
     @cached_property
@@ -80,14 +80,14 @@ class StageReplicas:
         }
 
     def find(self, rank: int) -> Coordinates | None:
-        """A rank's place; None for a spare and for an unknown rank."""
+        """A rank's coordinates; None for a spare and for an unknown rank."""
         return self._places.get(rank)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """A rank's place.
+        """A rank's coordinates.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: the rank has none.
         """
         place = self._places.get(rank)
         if place is None:
@@ -95,7 +95,7 @@ class StageReplicas:
         return place
 
     def shard_index(self, rank: int) -> int:
-        """A rank's place in its stage replica; 0 for a spare."""
+        """A rank's index in its stage replica; 0 for a spare."""
         place = self._places.get(rank)
         return place.shard if place is not None else 0
 

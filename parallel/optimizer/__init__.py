@@ -1,4 +1,4 @@
-"""Gradient sums, their reduction, the sharded optimizer, its shadows and the transfer of its state.
+"""The optimizer: gradient sums, their reduction, sharded state, shadows and state transfer.
 
 May import parallel.comm, parallel.errors, parallel.layout, parallel.plan, parallel.precision and
 _native.

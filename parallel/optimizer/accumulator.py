@@ -1,7 +1,7 @@
 """Gradient sums over micro-batches: integers in exact mode, floats in fast mode.
 
-Exact mode adds round(g * 2**fraction_bits) to an int64 accumulator; integer addition is
-associative, so the sum does not depend on which rank computed which micro-batch, nor on the order.
+Exact mode adds round(g * 2**fraction_bits) to an int64 accumulator. Integer addition is
+associative, so the sum depends neither on the rank that computed a micro-batch nor on the order.
 Fast mode adds in the gradient's accumulation dtype, in the order of computation.
 """
 
@@ -51,7 +51,7 @@ def fixed_point(gradient: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
 
 
 def add_integers(sums: Tensor, other: Tensor) -> int:
-    """sums += other for int64 buffers of one shape; returns OUT_OF_RANGE if any sum overflowed."""
+    """Add `other` to `sums`, int64 of one shape. Returns OUT_OF_RANGE if any sum overflowed."""
     if sums.device.type == "cpu":
         return _native.add_i64(sums.data_ptr(), other.data_ptr(), sums.numel())
     before = sums.clone()
@@ -71,7 +71,7 @@ class GradientSource(Protocol):
 class GradientAccumulator:
     """The `GradientSink` of one rank: a flat buffer of sums laid out like the rank's parameters.
 
-    Local. `exact` states which arithmetic is used; see the module's docstring.
+    `exact` selects the arithmetic; see the module's docstring. Local.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class GradientAccumulator:
         self._micro_batch, self._skipped = micro_batch, skipped
 
     def clear(self) -> None:
-        """Forget all sums and flags: the start of a step."""
+        """Clear all sums and flags at the start of a step."""
         self.flags = 0
         self.included.clear()
         if self._device_flags is not None:
@@ -131,7 +131,7 @@ class GradientAccumulator:
             self._empty = set(self._buffer.parameters)
 
     def finish(self) -> int:
-        """Make `sums` complete and return the flags: the end of a step's last backward."""
+        """Complete `sums` after a step's last backward. Returns the flags."""
         for parameter in self._empty if not self.exact else ():
             self._views[parameter].zero_()
         self._empty = set()
@@ -143,7 +143,7 @@ class GradientAccumulator:
         self.included.setdefault(parameter, set()).add(self._micro_batch)
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add a whole local parameter's gradient (its shape, any float dtype)."""
+        """Add a whole local parameter's gradient (of its shape, any float dtype)."""
         if parameter in self._skipped:
             return
         self._include(parameter)
@@ -205,7 +205,7 @@ class GradientAccumulator:
             self._note(flags, selected, integers, total)
 
     def add_to(self, total: Tensor, other: Tensor) -> int:
-        """total += other for two parts of sums of one shape; returns OUT_OF_RANGE on overflow."""
+        """Add `other` to `total`, parts of sums of one shape. Returns OUT_OF_RANGE on overflow."""
         if self.exact:
             return add_integers(total, other)
         total.add_(other)

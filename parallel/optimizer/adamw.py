@@ -26,7 +26,7 @@ class AdamWSettings:
 
 
 def _settings(section: Any) -> AdamWSettings:
-    """From the `[optimizer]` section, which has fields of these names."""
+    """The constants from the `[optimizer]` section, which has fields of these names."""
     betas = (section.betas[0], section.betas[1])
     return AdamWSettings(betas, section.eps, section.weight_decay)
 
@@ -85,4 +85,4 @@ ADAMW = OptimizerRule(
     update_blocks=_update_blocks,
     reference=_reference,
 )
-"""Loshchilov and Hutter 2019: two moments."""
+"""AdamW (Loshchilov and Hutter 2019), with two moments."""

@@ -1,10 +1,10 @@
 """Background transfer of optimizer state to joining ranks, paused at every commit vote.
 
-Between two updates state stands still, so that it can be read while gradients are computed. From
-the beginning of a step until its vote a thread sends blocks; what is left follows after the next
-update. A rank enters the vote only when it has sent, or taken in, all that was begun. A rank that
-has a block has it as its owner has it, and follows its updates as a shadow does. Blocks that have
-not come yet are updated in vain, and written over when they come. Exact-mode safe.
+State does not change between two updates, so it can be read while gradients are computed. From the
+beginning of a step until its vote, a thread sends blocks; the rest follows after the next update. A
+rank enters the vote only when it has sent, or received, every transfer that was begun. A rank that
+has received a block holds its owner's state, and follows its updates as a shadow does. Updates to
+blocks that have not arrived have no effect: the arriving state overwrites them. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from holdfast.parallel.optimizer.transfer_messages import BlockMessages, BlockSt
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 
 _WINDOW = 2
-"""Block transfers that a rank has on their way at once."""
+"""The block transfers that a rank has on their way at once."""
 
 
 def in_turn(block_transfers: Sequence[BlockTransfer]) -> list[BlockTransfer]:
-    """The same transfers, by turns over pairs of ranks, so that no rank waits for long. Pure."""
+    """The same transfers in turns over pairs of ranks, so that no rank waits for long. Pure."""
     before: Counter[tuple[int, int]] = Counter()
     places = []
     for transfer in block_transfers:
@@ -37,21 +37,21 @@ def in_turn(block_transfers: Sequence[BlockTransfer]) -> list[BlockTransfer]:
 
 
 class TransferPace(Protocol):
-    """Says at each vote whether a transfer must end there, or may."""
+    """Decides at each vote whether a transfer must end there, or may."""
 
     def must_end(self) -> bool | None:
-        """Whether all must have arrived at this vote, in a run that is repeated; else None."""
+        """Whether all must have arrived at this vote, in a run that is repeated; otherwise None."""
         ...
 
     def may_end(self) -> bool:
-        """Whether ranks can agree on the next plan now; asked when all has arrived."""
+        """Whether ranks can agree on the next plan now; asked once all has arrived."""
         ...
 
 
 class BackgroundTransfer:
     """One rank's part in a background transfer.
 
-    The training thread calls `start` and `pause` in turns; all ranks call `pause` in the same step.
+    The training thread calls `start` and `pause` in turn. All ranks call `pause` in the same step.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class BackgroundTransfer:
         recorder: FlightRecorder,
         pace: TransferPace,
     ) -> None:
-        """Local.
+        """Nothing is sent yet.
 
         Args:
-            block_transfers: of all ranks, equal on all. Every rank goes through its own in the
-                order of `in_turn`, so that none waits in a circle.
-            comm: carries CPU tensors; used by nothing else.
-            read: a held block's state.
-            write: takes in a block's state, in CPU memory that is not used again.
+            block_transfers: the transfers of all ranks, equal on all. Every rank processes its own
+                in the order of `in_turn`, so that none waits in a circle.
+            comm: carries CPU tensors; nothing else uses it.
+            read: returns a held block's state.
+            write: stores a block's state, which lies in CPU memory that is not used again.
             pace: asked at each vote.
         """
         self._rank, self._recorder = rank, recorder
@@ -88,10 +88,12 @@ class BackgroundTransfer:
         self._pace = pace
 
     def start(self, begun: Callable[[], None] = lambda: None) -> None:
-        """State stands still from now on until `pause` has returned. Local; does not wait.
+        """Begin to transfer; state must not change until `pause` has returned.
+
+        Local; does not wait.
 
         Args:
-            begun: called in another thread when something is on its way.
+            begun: called in another thread once a transfer is on its way.
         """
         if self._thread is None and self._left:
             self._stopping.clear()
@@ -101,12 +103,14 @@ class BackgroundTransfer:
             self._thread.start()
 
     def pause(self) -> bool:
-        """Wait until nothing is under way; returns whether this rank is ready for the next plan.
+        """Wait until no transfer is under way.
 
-        It is when it has sent, and has received, all of its transfers.
+        Returns whether this rank is ready for the next plan.
+
+        It is ready when it has sent and received all of its transfers.
 
         Raises:
-            PeerLost: a peer is gone, or what it sent arrived damaged.
+            PeerLost: a peer is gone, or its state arrived damaged.
         """
         must_end = self._pace.must_end()
         if not must_end:
@@ -163,7 +167,7 @@ class BackgroundTransfer:
         self._left = [(n, p) for n, p in self._left if n not in done]
 
     def _receive(self, number: int, transfer: BlockTransfer) -> bool:
-        """Whether the transfer came: else its source goes on with it after the vote."""
+        """Receive a transfer; False if its source will send it after the vote."""
         handle, checksum = self._messages.receive_checksum(number, transfer)
         handle.wait()
         if is_pause(checksum):

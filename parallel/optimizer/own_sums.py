@@ -1,4 +1,7 @@
-"""This rank's own gradient sums, kept so that an interrupted reduction can be undone. Local."""
+"""A copy of this rank's own gradient sums, so that an interrupted reduction can be undone.
+
+Local.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from holdfast.parallel.optimizer.reduction import Span
 
 
 class OwnSums:
-    """Copies of the sums that a reduction changes, taken before it.
+    """Copies of the sums that a reduction changes, made before it.
 
-    Costs memory and a copy of the size of the spans.
+    The cost is memory and a copy of the size of the spans.
     """
 
     def __init__(self, accumulator: GradientAccumulator, changed: Iterable[Span]) -> None:
-        """Local.
+        """Allocate the copies.
 
         Args:
-            changed: spans that a reduction changes, in any order; they may overlap.
+            changed: the spans that a reduction changes, in any order; they may overlap.
         """
         joined: list[Span] = []
         for span in sorted(set(changed), key=lambda s: s.start):
@@ -34,17 +37,17 @@ class OwnSums:
         self._are_kept = False
 
     def begin_step(self) -> None:
-        """Sums are being added anew: there is nothing to undo."""
+        """Begin a step: sums are added anew, and there is nothing to undo."""
         self._are_kept = False
 
     def keep(self) -> None:
-        """Copy the sums: a reduction begins."""
+        """Copy the sums, because a reduction begins."""
         for span, own in self._kept:
             own.copy_(self._accumulator.sums[span.start : span.stop])
         self._are_kept = True
 
     def restore(self) -> None:
-        """Undo a reduction that has begun, if one has: the sums are this rank's own again."""
+        """Undo a reduction that has begun, if any: the sums are this rank's own again."""
         if self._are_kept:
             for span, own in self._kept:
                 self._accumulator.sums[span.start : span.stop].copy_(own)

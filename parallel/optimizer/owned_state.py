@@ -1,4 +1,4 @@
-"""The optimizer state of a rank's own blocks, flat. Local; exact-mode safe."""
+"""The optimizer state of a rank's own blocks, in flat tensors. Local; exact-mode safe."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
 
 @dataclass(frozen=True, slots=True)
 class OwnedState:
-    """Tensors of a rank's own blocks, flat in the order of `blocks`: [elements of all of them].
+    """The tensors of a rank's own blocks, flat in the order of `blocks`: [elements of all blocks].
 
-    A change of plan that leaves a rank its blocks leaves it these tensors: see `carried_on`.
+    A rank that keeps its blocks in a change of plan keeps these tensors; see `carried_on`.
     """
 
     form: StateFormat
     buffer: ParameterBuffer
     blocks: tuple[OwnedBlock, ...]
     step: Tensor
-    """float32 scalar: how many updates have been applied."""
+    """float32 scalar: the number of updates applied."""
     gradients: Tensor
-    """Reduced gradients, valid between reduction and update."""
+    """The reduced gradients, valid between reduction and update."""
     kinds: Mapping[str, Tensor]
-    """`form.saved` kinds; live memory."""
+    """The tensors of the `form.saved` kinds; live memory."""
     spans: tuple[Span, ...]
-    """Of each block in these tensors."""
+    """The span of each block in these tensors."""
 
     @classmethod
     def new(
@@ -62,24 +62,23 @@ class OwnedState:
     def carried_on(
         self, buffer: ParameterBuffer, blocks: tuple[OwnedBlock, ...]
     ) -> OwnedState | None:
-        """The same tensors for the next plan, if it has the same blocks in the same buffer.
+        """The same tensors for the next plan; None if it has other blocks or another buffer.
 
-        The step counter is a copy, so that this state stays as it is until the next plan is in
-        force.
+        The step counter is a copy, so that this state stays valid until the next plan is active.
         """
         if buffer is not self.buffer or blocks != self.blocks:
             return None
         return replace(self, step=self.step.clone())
 
     def restart(self) -> None:
-        """Set the state before the first update, for the parameters as they are now."""
+        """Reset to the state before the first update, for the present parameters."""
         self.step.zero_()
         for kind in self.form.rule.kinds:
             self.kinds[kind.name].fill_(kind.initial)
         self.copy_masters()
 
     def copy_masters(self) -> None:
-        """Write the master copies from the parameters of the blocks, where there are any."""
+        """Set the master copies, if any, from the parameters of the blocks."""
         master = self.kinds.get(MASTER)
         if master is not None:
             for block, span in zip(self.blocks, self.spans, strict=True):
@@ -87,7 +86,7 @@ class OwnedState:
                 master[span.start : span.stop].copy_(values)
 
     def round_masters(self) -> None:
-        """Write the parameters of the blocks from their master copies, where there are any."""
+        """Set the parameters of the blocks from their master copies, if any."""
         master = self.kinds.get(MASTER)
         if master is not None:
             for block, span in zip(self.blocks, self.spans, strict=True):
@@ -101,7 +100,7 @@ class OwnedState:
         return {MASTER: self.buffer.values[block.start : block.stop], **found}
 
     def updates(self) -> list[BlockUpdate]:
-        """What the rule's update takes of each block."""
+        """The input of the rule's update, for each block."""
         return [
             block_update(
                 self.form,
@@ -116,6 +115,6 @@ class OwnedState:
 def block_update(
     form: StateFormat, state: Mapping[str, Tensor], gradient: Tensor, *, decays: bool
 ) -> BlockUpdate:
-    """What the rule's update takes of a block with this state by kind. Pure."""
+    """The input of the rule's update for a block with this state by kind. Pure."""
     kinds = tuple(state[kind.name] for kind in form.rule.kinds)
     return BlockUpdate(state[MASTER], gradient, kinds, decays)

@@ -16,23 +16,23 @@ ALIGNMENT_ELEMENTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where one segment of a local parameter lies in the flat buffer."""
+    """The position of one segment of a local parameter in the flat buffer."""
 
     layer: int
     spec_index: int
-    """Place in its layer's parameter table."""
+    """The row in its layer's parameter table."""
     spec: ParameterSpec
     offset: int
-    """First element in the flat buffer."""
+    """The first element in the flat buffer."""
     parameter: nn.Parameter = field(compare=False, repr=False)
-    """The local parameter that it is a part of."""
+    """The local parameter with this segment."""
 
 
 class ParameterBuffer:
     """Moves a rank's parameters into one flat buffer; the modules keep working on views of it.
 
-    Every local parameter starts at a 64-byte boundary: torch's CPU matrix products differ in the
-    last bits for small shapes whose operands do not. Local; exact-mode safe.
+    Every local parameter starts at a 64-byte boundary: for small shapes, torch's CPU matrix
+    products of unaligned operands differ in the last bits. Local; exact-mode safe.
     """
 
     def __init__(
@@ -42,12 +42,11 @@ class ParameterBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Local.
+        """Move the parameters.
 
         Args:
-            rows: (layer index, table row, the local parameter that holds it), in layer then table
-                order.
-            dtype, device: of the buffer of a rank that holds no parameter.
+            rows: (layer index, table row, the local parameter with it), in layer then table order.
+            dtype, device: the type and device of the buffer if the rank holds no parameter.
         """
         self._place: dict[nn.Parameter, tuple[int, int]] = {}
         end = 0
@@ -74,7 +73,7 @@ class ParameterBuffer:
 
     @property
     def elements(self) -> int:
-        """Length of the flat buffer, padding included."""
+        """The length of the flat buffer, padding included."""
         return self.values.numel()
 
     @property

@@ -1,8 +1,7 @@
 """The reduction of gradients to their owners and the gather of updated parameters, by spans.
 
-Both directions are pairwise messages between the ranks that hold a use of the block. A span is a
-stretch of blocks that lie side by side in the buffers of sender and receiver alike, so it travels
-without packing.
+Both are pairwise messages between the ranks that hold a use of the block. A span is a run of blocks
+that are neighbours in the buffers of sender and receiver alike, so it travels without packing.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segmen
 from holdfast.parallel.plan import Block, BlockKey, Plan
 
 LONGEST_SPAN_ELEMENTS = 1 << 22
-"""Spans are cut here, so that a receiver adds one part while the next one arrives."""
+"""The longest span, so that a receiver adds one part while the next one arrives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +45,25 @@ class OwnedBlock:
 
 @dataclass(frozen=True, slots=True)
 class ReductionPlan:
-    """What one rank owns and exchanges; the same spans serve gradients (in) and values (out)."""
+    """The blocks that one rank owns, and the spans that it sends and receives.
+
+    The same spans serve gradients (towards owners) and parameters (from owners).
+    """
 
     owned: tuple[OwnedBlock, ...]
     outgoing: Mapping[int, tuple[Span, ...]]
-    """Owner rank -> spans here of blocks that it owns."""
+    """Owner rank -> the spans here of blocks that it owns."""
     incoming: Mapping[int, tuple[Span, ...]]
-    """Contributor rank -> spans here of owned blocks that it holds too."""
+    """Contributor rank -> the spans here of owned blocks that it holds too."""
     tied: tuple[tuple[Span, Span], ...]
-    """(first use, second use) of tied weights where both lie on this rank."""
+    """(first use, second use) of tied weights with both on this rank."""
 
 
 def reduction_plan(plan: Plan, rank: int, buffer: ParameterBuffer) -> ReductionPlan:
-    """Where this rank's blocks go to and come from. Pure given the plan; equal on both ends.
+    """The spans that this rank sends and receives. Pure; equal on both ends.
 
-    Blocks of the same use lie in the same order on every rank of a stage, so neighbours join into
-    one span; a tied weight's second use lies elsewhere in its stage and travels block by block.
+    Blocks of the same use have the same order on every rank of a stage, so neighbours join into one
+    span. A tied weight's second use has another place in its stage and travels block by block.
     """
     shard_index = plan.stage_replicas.shard_index(rank)
     owners = plan.owners[shard_index]
@@ -124,7 +126,7 @@ def _span_of(block: Block, segment: Segment) -> Span:
 
 
 def _joined(spans: Sequence[tuple[Span, bool]]) -> tuple[Span, ...]:
-    """Neighbours that may join become one span, cut at `LONGEST_SPAN_ELEMENTS`."""
+    """Neighbouring spans joined where that is allowed, cut at `LONGEST_SPAN_ELEMENTS`."""
     joined: list[tuple[Span, bool]] = []
     for span, may_join in spans:
         if joined and may_join and joined[-1][1] and joined[-1][0].stop == span.start:
@@ -140,7 +142,7 @@ def _pieces(span: Span) -> Iterator[Span]:
 
 
 def _from_next(peers: Mapping[int, tuple[Span, ...]], rank: int) -> list[int]:
-    """Peers in cyclic order from this rank on, so that not all ranks send to one at first."""
+    """The peers in cyclic order from this rank on, so that not all ranks send to one at first."""
     return sorted(peers, key=lambda peer: (peer <= rank, peer))
 
 
@@ -183,7 +185,7 @@ def reduce_to_owners(
 ) -> int:
     """Add every contributor's sums into the owner's. Collective over all contributors.
 
-    Afterwards `accumulator.sums` holds complete sums for the blocks this rank owns.
+    Afterwards `accumulator.sums` holds complete sums for the blocks that this rank owns.
 
     Returns:
         Flags raised while adding (integer overflow).
@@ -227,7 +229,7 @@ def reduce_to_owners(
 def gather_from_owners(
     reduction: ReductionPlan, values: Tensor, rank: int, comm: Communicator
 ) -> None:
-    """Bring every block's new value from its owner to its holders. Collective over these."""
+    """Send every block's new parameters from its owner to its holders. Collective over these."""
     receives = [
         comm.receive(values[span.start : span.stop], peer, GATHERING.tag(number))
         for peer in reversed(_from_next(reduction.outgoing, rank))

@@ -1,4 +1,4 @@
-"""The optimizers there are, by name. Needs no torch."""
+"""The registry of optimizers by name. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from holdfast.parallel.optimizer.adamw import ADAMW
 from holdfast.parallel.optimizer.rule import OptimizerRule
 
 OPTIMIZERS: Mapping[str, OptimizerRule[Any]] = {rule.name: rule for rule in (ADAMW,)}
-"""By the name that `optimizer.name` gives."""
+"""The optimizers by the value of `optimizer.name`."""

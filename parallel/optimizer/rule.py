@@ -1,7 +1,8 @@
-"""What an optimizer is: the kinds of state it keeps of a parameter, and its update. Needs no torch.
+"""The definition of an optimizer: its kinds of state for a parameter, and its update.
 
 An optimizer is an `OptimizerRule` in a file of its own and one line in registry.py. The sharded
-optimizer, shadows, state transfer, checkpoints and memory estimates iterate over its kinds.
+optimizer, shadows, state transfer, checkpoints and memory estimates iterate over its kinds. Needs
+no torch.
 """
 
 from __future__ import annotations
@@ -21,31 +22,32 @@ MASTER = "master"
 """The kind of the values that an update changes, in the precision of the optimizer's state.
 
 They are the parameters themselves, or a copy of them where the parameters have fewer bits.
-"""
+
+They are the parameters themselves, or a copy if the parameters have fewer bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateKind:
-    """A tensor that the optimizer keeps of each parameter, of its shape, in the state's precision.
+    """A tensor that the optimizer keeps for each parameter, of its shape, in the state's precision.
 
-    Shadows carry every kind: they apply each update, as owners do.
+    Shadows keep every kind: they apply each update, as owners do.
     """
 
     name: str
-    """As saved: "exp_avg"."""
+    """The name in files: "exp_avg"."""
     initial: float = 0.0
     """The value of each element before the first update."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """What an update takes of one block: flat tensors of equal length and dtype."""
+    """The input of an update for one block: flat tensors of equal length and dtype."""
 
     master: Tensor
-    """Changed in place."""
+    """The master values, changed in place."""
     gradient: Tensor
     state: tuple[Tensor, ...]
-    """One per kind, in the rule's order; changed in place."""
+    """One tensor per kind, in the rule's order; changed in place."""
     decays: bool
     """Whether weight decay applies."""
 
@@ -58,7 +60,7 @@ class OptimizerRule(Generic[S]):
     """The value of `optimizer.name`."""
     kinds: tuple[StateKind, ...]
     settings: Callable[[Any], S]
-    """The constants, from the `[optimizer]` section."""
+    """Makes the constants from the `[optimizer]` section."""
     update_blocks: Callable[[Sequence[BlockUpdate], Tensor, float, S], None]
     """(blocks, number of this update as float32 scalar, counted from 1; learning rate; constants).
 
@@ -66,37 +68,36 @@ class OptimizerRule(Generic[S]):
     owners and shadows group them differently and must get the same bits. Local.
     """
     reference: Callable[[Sequence[tuple[list[nn.Parameter], bool]], S], torch.optim.Optimizer]
-    """An independent implementation that `holdfast check` compares with.
+    """Makes an independent implementation that `holdfast check` compares with.
 
     From groups of (parameters, whether weight decay applies). The learning rate is set before each
-    step.
-    """
+    step."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateFormat:
-    """The optimizer state that a run keeps: the kinds of a rule, in the precision of the state."""
+    """The optimizer state of a run: the kinds of a rule, in the precision of the state."""
 
     rule: OptimizerRule[Any]
     precision: Precision
-    """Of training."""
+    """The precision of training."""
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The kinds of a block wherever it is held, in the order in which they travel."""
+        """The kinds of a held block, in the order in which they are sent."""
         return (MASTER, *(kind.name for kind in self.rule.kinds))
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """The kinds in a checkpoint beside the weights: master values only where these differ."""
+        """The kinds in a checkpoint beside the weights; master values only if these differ."""
         return self.held if self.precision.has_master else self.held[1:]
 
     @property
     def copies(self) -> int:
-        """Values that an optimizer keeps per owned parameter: the reduced gradient and `saved`."""
+        """The number of values kept per owned parameter: the reduced gradient and `saved`."""
         return 1 + len(self.saved)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all kinds."""
+        """The dtype of all kinds."""
         return self.precision.state.dtype

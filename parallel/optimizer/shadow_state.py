@@ -1,9 +1,9 @@
 """Shadows: copies of other ranks' optimizer blocks that follow every update.
 
 With them a run survives the loss of a rank. Owners send the reduced gradients of a step before its
-vote. A shadow then applies the same update to its copy, so it holds the state of the block after
-every step that is committed. Copies may lie in host memory: they are updated through a small buffer
-on the device, by the kernel that their owner uses. Exact-mode safe.
+vote. A shadow then applies the same update to its copy, so it holds the block's state after every
+committed step. Copies may lie in host memory: they are updated through a small buffer on the
+device, by the kernel that their owner uses. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from holdfast.parallel.plan import BlockKey, Plan
 
 @dataclass(frozen=True, slots=True)
 class ShadowedBlock:
-    """A block that this rank follows, as a shadow or before it becomes its owner."""
+    """A block that this rank follows, as a shadow or before it becomes the owner."""
 
     key: BlockKey
     owner: int
     decays: bool
     """Whether weight decay applies."""
     start: int
-    """The block is elements [start, stop) of the flat copies."""
+    """The first element of the block in the flat copies."""
     stop: int
+    """The element after the last."""
 
 
 def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
-    """The blocks that a rank follows, by owner and block: each owner's lie together. Pure."""
+    """The blocks that a rank follows, by owner and block, each owner's together. Pure."""
     mine = sorted(
         (plan.owners[index][place], index, place)
         for followers in (plan.shadows, plan.incoming)
@@ -57,7 +58,10 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
 
 
 def shadow_spans(plan: Plan, owner: int) -> dict[int, tuple[Span, ...]]:
-    """Shadow rank -> spans of an owner's flat gradients that it follows, in block order. Pure."""
+    """Shadow rank -> the spans of an owner's flat gradients that it follows, in block order.
+
+    Pure.
+    """
     spans: dict[int, list[Span]] = {}
     start = 0
     for index, place in plan.owned_blocks(owner):
@@ -74,20 +78,21 @@ def shadow_spans(plan: Plan, owner: int) -> dict[int, tuple[Span, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class ShadowCopies:
-    """The tensors of shadowed blocks, flat in the order of `blocks`: [elements of all of them].
+    """The tensors of shadowed blocks, flat in the order of `blocks`: [elements of all blocks].
 
-    A change of plan that leaves a rank the blocks it shadows leaves it these tensors.
+    A rank that keeps its shadowed blocks in a change of plan keeps these tensors.
     """
 
     blocks: tuple[ShadowedBlock, ...]
     step: Tensor
-    """float32 scalar on the device: how many updates have been applied."""
+    """float32 scalar on the device: the number of updates applied."""
     gradients: Tensor
-    """On the device."""
+    """The reduced gradients, on the device."""
     kinds: Mapping[str, Tensor]
-    """The `held` kinds, on the device or in host memory."""
+    """The tensors of the `held` kinds, on the device or in host memory."""
     rounded: Tensor | None
-    """The masters as parameters, where these have fewer bits and are saved from here."""
+    """The master values rounded to parameters, if parameters have fewer bits and are saved from
+    here."""
 
     @classmethod
     def new(
@@ -98,7 +103,7 @@ class ShadowCopies:
         *,
         in_host_memory: bool,
     ) -> ShadowCopies:
-        """Copies that are zero until they are filled; page-locked in host memory beside a GPU."""
+        """Copies of zeros, to be filled; page-locked if they lie in host memory beside a GPU."""
         elements = blocks[-1].stop if blocks else 0
         place = torch.device("cpu") if in_host_memory else device
         pinned = in_host_memory and device.type == "cuda"
@@ -116,19 +121,22 @@ class ShadowCopies:
         )
 
     def carried_on(self, blocks: tuple[ShadowedBlock, ...]) -> ShadowCopies | None:
-        """The same tensors for the next plan, if it has these blocks; the step is a copy."""
+        """The same tensors for the next plan, if it has these blocks; the step is a copy.
+
+        Else None.
+        """
         return replace(self, step=self.step.clone()) if blocks == self.blocks else None
 
     @property
     def bytes(self) -> int:
-        """Memory of the copies, gradients included."""
+        """The memory of the copies in bytes, gradients included."""
         held = sum(values.nbytes for values in self.kinds.values())
         return self.gradients.nbytes + held + (0 if self.rounded is None else self.rounded.nbytes)
 
     def update_of(
         self, form: StateFormat, block: ShadowedBlock, kinds: Mapping[str, Tensor], start: int
     ) -> BlockUpdate:
-        """One block's update, with its state at `start` of the tensors given."""
+        """One block's update, with its state at `start` of the given tensors."""
         stop = start + block.stop - block.start
         state = {kind: values[start:stop] for kind, values in kinds.items()}
         gradient = self.gradients[block.start : block.stop]
@@ -136,7 +144,7 @@ class ShadowCopies:
 
 
 class ShadowState:
-    """The copies of one rank, and what it sends to the shadows of its own blocks."""
+    """The copies on one rank, and the gradients that it sends to the shadows of its own blocks."""
 
     def __init__(
         self,
@@ -150,14 +158,14 @@ class ShadowState:
         in_host_memory: bool = False,
         before: ShadowCopies | None = None,
     ) -> None:
-        """Local. The copies are zero until they are filled.
+        """The copies are zero until they are filled. Local.
 
         Args:
-            form: the rule and what it keeps; `settings` are the rule's constants.
-            in_host_memory: keep the copies there, page-locked beside a GPU; gradients stay on the
-                device.
-            before: of the plan before; its tensors are taken over where the same blocks are
-                shadowed.
+            form: the rule and its kinds of state; `settings` are the rule's constants.
+            in_host_memory: keep the copies in host memory, page-locked beside a GPU; gradients stay
+                on the device.
+            before: the shadow state of the plan before; its tensors are reused if the same blocks
+                are shadowed.
         """
         self.blocks = shadowed_blocks(plan, rank)
         self._comm, self._form, self._settings = comm, form, settings
@@ -202,25 +210,25 @@ class ShadowState:
 
     @property
     def weights(self) -> Tensor:
-        """The parameters of `blocks` in host memory, flat, with the bits of their owners' ones."""
+        """The parameters of `blocks` in host memory, flat, bit-equal to those of their owners."""
         copies = self.copies
         return copies.kinds[MASTER] if copies.rounded is None else copies.rounded
 
     def round_weights(self, block: ShadowedBlock) -> None:
-        """Make `weights` follow the block's master values, once these have been written."""
+        """Set `weights` from the block's master values, once these have been written."""
         copies = self.copies
         if copies.rounded is not None:
             here = slice(block.start, block.stop)
             copies.rounded[here].copy_(copies.kinds[MASTER][here])
 
     def restore(self, step: int) -> None:
-        """Go on from `step` updates, once `state` has been filled."""
+        """Continue after `step` updates, once `state` has been filled."""
         self._copies.step.fill_(step)
 
     def exchange_gradients(self, gradients: Tensor) -> None:
-        """Send the owned gradients (flat) to their shadows, receive those of what is shadowed here.
+        """Send the owned gradients (flat) to their shadows, and receive those of shadowed blocks.
 
-        Collective over owners and their shadows; after it a rank may vote.
+        Collective over owners and their shadows; afterwards a rank may vote.
         """
         comm, mine = self._comm, self._copies.gradients
         handles: list[Handle] = [
@@ -237,7 +245,7 @@ class ShadowState:
             handle.wait()
 
     def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
-        """Apply the step that was voted for. Local.
+        """Apply the update of the committed step. Local.
 
         Args:
             fence: asked before a block changes, by its position in `blocks`.
@@ -280,7 +288,7 @@ class ShadowState:
 def _incoming_spans(
     plan: Plan, rank: int, blocks: Sequence[ShadowedBlock]
 ) -> dict[int, tuple[Span, ...]]:
-    """Owner rank -> spans of the flat gradients here that it sends. Pure."""
+    """Owner rank -> the spans of the flat gradients here that it sends. Pure."""
     incoming: dict[int, tuple[Span, ...]] = {}
     start = 0
     for owner in dict.fromkeys(block.owner for block in blocks):

@@ -1,7 +1,8 @@
 """The sharded optimizer (ZeRO-1): state in whole-row blocks, each updated by its owner.
 
-Rajbhandari et al. 2020, section 5.1, for what is sharded; blocks and owners come from the plan. The
-rule's update is applied block by block, so its bits do not depend on how blocks are shared out.
+The state is sharded as in Rajbhandari et al. 2020, section 5.1; blocks and owners come from the
+plan. The rule's update is applied block by block, so its bits do not depend on the owners of
+blocks.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from holdfast.parallel.plan import Plan
 
 
 def clipping_factor(gradient_norm: float, clip_norm: float) -> float:
-    """The factor of gradients by torch.nn.utils.clip_grad_norm_'s rule; 1.0 when clip_norm is 0."""
+    """The factor of gradients by torch.nn.utils.clip_grad_norm_'s rule; 1.0 if clip_norm is 0."""
     return min(1.0, clip_norm / (gradient_norm + 1e-6)) if clip_norm > 0 else 1.0
 
 
 def norm_from_squares(squares: Sequence[float]) -> float:
     """The global gradient norm from every block's sum of squares.
 
-    The exact sum, rounded once (math.fsum): independent of the order, hence of who owns what.
+    It is the exact sum, rounded once (math.fsum), so it depends neither on the order nor on owners.
     """
     return math.sqrt(math.fsum(squares))
 
@@ -50,7 +51,7 @@ class ShardedOptimizer:
     """The optimizer of one rank: reduce, (vote elsewhere), update, gather.
 
     Exact-mode safe. `reduce` and `gather` are collective over the ranks that hold a use of a block.
-    Its attributes are what the four phases share: where it stands, the buffers, the plan of the
+    The four phases share its attributes: the rank's position, the buffers, the plan of the
     reduction, the rule, and the sums that wait for the next phase.
     """
 
@@ -70,10 +71,10 @@ class ShardedOptimizer:
         """Local.
 
         Args:
-            buffer: this rank's parameters; `accumulator` sums their gradients.
-            world, shards: groups of all ranks, and of the ranks of this stage replica.
-            form: the rule and what it keeps; `settings` are the rule's constants.
-            before: of the plan before; its tensors are taken over where they serve.
+            buffer: the rank's parameters; `accumulator` sums their gradients.
+            world, shards: the communicators of all ranks, and of the ranks of this stage replica.
+            form: the rule and its kinds of state; `settings` are the rule's constants.
+            before: the optimizer of the plan before; its tensors are reused where possible.
         """
         self._rank = rank
         self._accumulator = accumulator
@@ -97,11 +98,11 @@ class ShardedOptimizer:
 
     @property
     def form(self) -> StateFormat:
-        """The rule, and the state that it keeps."""
+        """The rule and its kinds of state."""
         return self.owned_state.form
 
     def owned_gradients(self) -> Iterator[tuple[OwnedBlock, Tensor]]:
-        """Owned blocks with their reduced gradients (flat), valid between reduce and update."""
+        """The owned blocks with their reduced gradients (flat), valid between reduce and update."""
         for block, span in zip(self.owned, self.owned_state.spans, strict=True):
             yield block, self.gradients[span.start : span.stop]
 
@@ -111,7 +112,7 @@ class ShardedOptimizer:
 
     @property
     def step(self) -> int:
-        """How many updates have been applied."""
+        """The number of updates applied."""
         return int(self.owned_state.step)
 
     @property
@@ -121,7 +122,7 @@ class ShardedOptimizer:
 
     @property
     def gradients(self) -> Tensor:
-        """The owned blocks' reduced gradients, flat, in the order of `owned`."""
+        """The reduced gradients of the owned blocks, flat, in the order of `owned`."""
         return self.owned_state.gradients
 
     def block_state(self, number: int) -> dict[str, Tensor]:
@@ -129,15 +130,15 @@ class ShardedOptimizer:
         return self.owned_state.block(number)
 
     def restore(self, step: int) -> None:
-        """Go on from `step` updates, once parameters and `state` have been filled. Local."""
+        """Continue after `step` updates, once parameters and `state` have been filled. Local."""
         self.owned_state.step.fill_(step)
 
     def restart(self) -> None:
-        """Begin anew from the parameters as they are now: initial state, no updates. Local."""
+        """Start again from the present parameters: initial state, no updates. Local."""
         self.owned_state.restart()
 
     def keep_own_sums(self) -> None:
-        """From now on copy what `reduce` changes, so that `restore_own_sums` can undo it."""
+        """Copy the sums that `reduce` changes from now on, for `restore_own_sums`."""
         changed = [Span(block.start, block.stop) for block in self.owned]
         changed += [first for first, _ in self._reduction.tied]
         changed += [
@@ -147,17 +148,17 @@ class ShardedOptimizer:
         self._own_sums = OwnSums(self._accumulator, changed)
 
     def begin_step(self) -> None:
-        """Sums are being added anew: there is no `reduce` to undo. Local."""
+        """Begin a step: sums are added anew, and there is no `reduce` to undo. Local."""
         if self._own_sums is not None:
             self._own_sums.begin_step()
 
     def restore_own_sums(self) -> None:
-        """Undo a `reduce` that was interrupted: the sums are this rank's own again. Local."""
+        """Undo an interrupted `reduce`: the sums are this rank's own again. Local."""
         if self._own_sums is not None:
             self._own_sums.restore()
 
     def reduce(self) -> tuple[Tensor, int]:
-        """Bring every owned block's complete gradient here.
+        """Complete the gradient of every owned block here.
 
         Returns:
             squares: float64[slots] on CPU: each counted block's sum of squares in its slot if this
@@ -180,7 +181,7 @@ class ShardedOptimizer:
     def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
         """Update the owned blocks with their gradients times `factor`. Local.
 
-        Called only after the vote: every rank that calls it can finish.
+        It is called only after the vote: every rank that calls it can finish.
 
         Args:
             fence: asked before a block changes, by its position in `owned`.
@@ -202,10 +203,10 @@ class ShardedOptimizer:
             fence(count)
 
     def round_masters(self) -> None:
-        """Write the parameters of the owned blocks from master copies, if there are any. Local."""
+        """Set the parameters of the owned blocks from master copies, if there are any. Local."""
         self.owned_state.round_masters()
 
     def gather(self) -> None:
-        """Bring every block's parameters from its owner to its holders. Collective over these."""
+        """Send every block's parameters from its owner to its holders. Collective over these."""
         values = self.owned_state.buffer.values
         gather_from_owners(self._reduction, values, self._rank, self._world)

@@ -1,4 +1,4 @@
-"""Live optimizer state from rank to rank, by block transfers. Exact-mode safe."""
+"""The transfer of live optimizer state between ranks, by block transfers. Exact-mode safe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.parallel.optimizer.transfer_messages import BlockMessages, BlockSt
 from holdfast.parallel.plan import BlockKey, BlockTransfer
 
 _WINDOW = 4
-"""Messages under way at once, each way."""
+"""Messages under way at once, in each direction."""
 
 
 def move_blocks(
@@ -26,15 +26,15 @@ def move_blocks(
 ) -> None:
     """Send and receive this rank's transfers. Collective over their sources and targets.
 
-    Every rank goes through its transfers in the order of the list, so that none waits in a circle.
+    Every rank processes its transfers in the order of the list, so that none waits in a circle.
 
     Args:
         comm: carries CPU tensors.
-        read: a held block's state.
-        write: takes in a needed block's state, in CPU memory that is not used again.
-        form: of the blocks' state.
+        read: returns a held block's state.
+        write: stores a needed block's state, which lies in CPU memory that is not used again.
+        form: the format of the blocks' state.
     Raises:
-        PeerLost: a peer is gone, or what it sent arrived damaged.
+        PeerLost: a peer is gone, or its state arrived damaged.
     """
     messages = BlockMessages(comm, form, STATE_TRANSFER)
     under_way: list[tuple[BlockTransfer, list[Handle], list[Tensor]]] = []

@@ -1,7 +1,6 @@
-"""Block transfers as messages: the state of the blocks, flat, after its CRC-32C.
+"""Block transfers as messages: a CRC-32C, then the state of the blocks in one flat tensor.
 
-A transfer has a number that is equal on both ends. What arrives damaged is not taken in. Exact-mode
-safe.
+A transfer has a number that is equal on both ends. Damaged state is rejected. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from holdfast.parallel.plan import BlockKey, BlockTransfer
 BlockState = Mapping[str, Tensor]
 """A block's tensors by kind (`StateFormat.held`), flat."""
 _PAUSE = -1
-"""In place of a checksum: nothing more is sent for now."""
+"""A message in place of a checksum: nothing more is sent for now."""
 
 
 def carried_bytes(block_transfers: Sequence[BlockTransfer], form: StateFormat) -> int:
-    """What some transfers carry together. Pure."""
+    """The bytes that some transfers carry together. Pure."""
     elements = sum(sum(transfer.sizes) for transfer in block_transfers)
     return len(form.held) * form.precision.state.bytes * elements
 
@@ -37,12 +36,12 @@ class BlockMessages:
     comm: Communicator
     form: StateFormat
     tags: TagRange
-    """Transfer n uses messages 2n (checksum) and 2n + 1 (content) of this kind."""
+    """The tags: transfer n uses messages 2n (checksum) and 2n + 1 (content)."""
 
     def send(
         self, number: int, transfer: BlockTransfer, read: Callable[[BlockKey], BlockState]
     ) -> list[Handle]:
-        """Begin to send a transfer; `read` gives a held block's state."""
+        """Begin to send a transfer; `read` returns a held block's state."""
         states = [read(key) for key in transfer.keys]
         content = torch.cat(
             [state[kind].reshape(-1).cpu() for state in states for kind in self.form.held]
@@ -54,7 +53,7 @@ class BlockMessages:
         ]
 
     def send_pause(self, number: int, target: int) -> Handle:
-        """Tell a rank, where it expects transfer `number`, that it comes later."""
+        """Tell a rank that expects transfer `number` that it will come later."""
         pause = torch.tensor([_PAUSE], dtype=torch.int64)
         return self.comm.send(pause, target, self.tags.tag(2 * number))
 
@@ -77,7 +76,7 @@ class BlockMessages:
         """The blocks of a transfer that has arrived.
 
         Raises:
-            PeerLost: it arrived damaged.
+            PeerLost: the transfer arrived damaged.
         """
         if _checksum(content) != int(checksum):
             raise PeerLost(
@@ -92,7 +91,7 @@ class BlockMessages:
 
 
 def is_pause(checksum: Tensor) -> bool:
-    """Whether a pause came instead of a checksum: int64[1]."""
+    """Whether a received checksum, int64[1], is a pause."""
     return int(checksum) == _PAUSE
 
 

@@ -1,8 +1,8 @@
 """The executor: runs one rank's program of a step over its model chunks.
 
 It knows neither the schedule nor the model: actions come as data, chunks behind a protocol. Every
-message carries its (direction, chunk, micro-batch) tag, receives are posted ahead of their use and
-in the order in which the peer sends, and sends are never waited for before the end of the step.
+message has its (direction, chunk, micro-batch) tag. Receives are posted ahead of their use, in the
+order in which the peer sends. Sends are waited for only at the end of the step.
 """
 
 from __future__ import annotations
@@ -26,18 +26,24 @@ few enough to keep their buffers small."""
 
 
 class ChunkRunner(Protocol):
-    """What the executor asks of one model chunk; `micro_batch` is the step's global number."""
+    """The operations of one model chunk; `micro_batch` is the step's global number."""
 
     def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
-        """The chunk's output for its input (None: the first). The last keeps its loss: None."""
+        """The chunk's output for its input (None for the first).
+
+        The last chunk keeps its loss: None.
+        """
         ...
 
     def backward(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
-        """Input and weight gradients; gives the input's gradient (None from the first chunk)."""
+        """Compute input and weight gradients.
+
+        Returns the input's gradient (None from the first chunk).
+        """
         ...
 
     def backward_input(self, micro_batch: int, grad_output: Tensor | None) -> Tensor | None:
-        """The input's gradient only; weight gradients are left for `backward_weight`."""
+        """Compute and return the input's gradient only; `backward_weight` computes the others."""
         ...
 
     def backward_weight(self, micro_batch: int) -> None: ...
@@ -45,7 +51,7 @@ class ChunkRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MessageShape:
-    """What every message between two chunks looks like."""
+    """The form of every message between two chunks."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -54,7 +60,7 @@ class MessageShape:
 
 @dataclass(slots=True)
 class ActionTimes:
-    """When each action of a step ran; seconds on `time.perf_counter`'s clock."""
+    """The times of each action of a step, in seconds of `time.perf_counter`."""
 
     actions: list[Action] = field(default_factory=list)
     starts_s: list[float] = field(default_factory=list)
@@ -68,13 +74,13 @@ class _Posted:
 
 
 def message_tag(op: Op, chunk: int, micro_batch: int, micro_batches: int) -> int:
-    """The tag of the message that a receive action waits for; unique within a step."""
+    """The tag of the message for a receive action; unique within a step."""
     direction = 0 if op is Op.RECEIVE_FORWARD else 1
     return ACTIVATIONS.tag((chunk * micro_batches + micro_batch) * 2 + direction)
 
 
 def receive_order(program: Program, peers: Mapping[int, Program], rank: int) -> dict[Action, int]:
-    """For each receive of `program`, its place in the order of the sender's sends to this rank."""
+    """For each receive of `program`, its position among the sender's sends to this rank."""
     order: dict[Action, int] = {}
     for peer, peer_program in peers.items():
         sends = (a for a in peer_program if a.peer == rank and a.op in SENDS)
@@ -84,7 +90,7 @@ def receive_order(program: Program, peers: Mapping[int, Program], rank: int) -> 
 
 
 class Executor:
-    """Runs programs over chunks. Local, apart from the messages that the program names."""
+    """Runs programs over chunks. Local, apart from the messages in the program."""
 
     def __init__(
         self,
@@ -95,15 +101,16 @@ class Executor:
         micro_batches: int,
         offloader: Offloader | None = None,
     ) -> None:
-        """Local.
+        """Nothing is run yet.
 
         Args:
             chunks: this rank's chunks by global chunk index.
             last_chunk: the model's last chunk, whose output is the loss.
-            message: the shape of every activation and gradient that chunks send each other.
+            message: the form of every activation and gradient that chunks send each other.
             comm: the group that contains the ranks of all chunks.
-            micro_batches: of the whole step, over all replicas.
-            offloader: takes what forward passes save, until their backward passes.
+            micro_batches: the number of micro-batches of the whole step, over all replicas.
+            offloader: stores the tensors that forward passes save until their backward passes;
+                None: none.
         """
         self._chunks = chunks
         self._last_chunk = last_chunk
@@ -115,7 +122,7 @@ class Executor:
         """(chunk, micro-batch) pairs whose input gradient alone has been computed."""
 
     def run_weight_parts(self) -> None:
-        """After an interrupted step, compute the weight gradients left; they need no message."""
+        """Compute the weight gradients that an interrupted step left; they need no message."""
         for chunk, micro_batch in sorted(self._awaiting_weight_gradient):
             self._chunks[chunk].backward_weight(micro_batch)
         self._awaiting_weight_gradient.clear()
@@ -125,8 +132,8 @@ class Executor:
 
         Args:
             program: this rank's actions.
-            order: from `receive_order`; receives of one peer are posted in this order. Without it
-                they are posted in program order, which tagged transports allow.
+            order: the result of `receive_order`; the receives of one peer are posted in this order.
+                None: in program order, which tagged transports allow.
         Returns:
             The times of the compute and message actions, for traces and metrics.
         Raises:
@@ -178,7 +185,7 @@ class Executor:
                 values[key] = receives.wait(action)
             elif op is Op.RECEIVE_BACKWARD:
                 gradients[key] = receives.wait(action)
-                # The peer that answers has long received what was sent: this frees it and does
+                # A peer that answers has long received the earlier sends: this frees them and does
                 # not block.
                 sends.pop((Op.SEND_FORWARD, chunk, micro_batch)).wait()
             elif op is Op.SEND_FORWARD:
@@ -203,7 +210,7 @@ class Executor:
         return self._comm.send(tensor.detach().contiguous(), action.peer, tag)
 
     def post(self, action: Action) -> _Posted:
-        """Start receiving what `action` will wait for."""
+        """Begin to receive the message of `action`."""
         assert action.peer is not None
         message = self._message
         buffer = torch.empty(message.shape, dtype=message.dtype, device=message.device)
@@ -234,7 +241,7 @@ class _Receives:
         self.post_ahead()
 
     def wait(self, action: Action) -> Tensor:
-        """The message that `action` waits for."""
+        """The message that `action` needs; waits for it."""
         self._waited += 1
         if action not in self._posted:
             self.post_ahead()
@@ -249,7 +256,7 @@ class _Receives:
             self._next += 1
 
     def _post_up_to(self, action: Action) -> None:
-        """Post `action` and all that its peer sends before it."""
+        """Post `action` and all receives that its peer sends before it."""
         assert action.peer is not None
         queue = self._by_peer[action.peer]
         while action not in self._posted and self._done_by_peer[action.peer] < len(queue):

@@ -1,4 +1,4 @@
-"""What the executor, the gradient accumulator and a model family know of each other."""
+"""The protocols between the executor, the gradient accumulator and a model family."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from holdfast.parallel.layout import ParameterSpec
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchContext:
-    """What a chunk knows of the micro-batch it computes."""
+    """The properties of the micro-batch that a chunk computes."""
 
     step: int
     micro_batch: int
     """The step's global number, whatever rank computes it."""
     training: bool
     tokens: Tensor | None
-    """int64[micro_batch, seq_len + 1]; only where the first or the last chunk is."""
+    """int64[micro_batch, seq_len + 1]; None except for the first and the last chunk."""
 
 
 class GradientSink(Protocol):
-    """Where micro-batch gradients are added up."""
+    """The place where micro-batch gradients are summed."""
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add a gradient of the whole local parameter."""
@@ -51,11 +51,10 @@ class WeightGradientRecord(NamedTuple):
 
 
 class WeightGradientQueue:
-    """Takes every linear layer's weight gradient of one chunk: computed at once, or kept for later.
+    """The weight gradients of one chunk's linear layers: computed at once, or kept for later.
 
-    Keeping them is what splits a backward pass into its input and weight parts (zero-bubble
-    schedules, Qi et al. 2023). Before a sink subscribes, layers return weight gradients to
-    autograd.
+    Keeping them splits a backward pass into its input and weight parts (zero-bubble schedules, Qi
+    et al. 2023). Without a sink, layers return weight gradients to autograd.
     """
 
     def __init__(self) -> None:
@@ -82,7 +81,7 @@ class WeightGradientQueue:
             self._kept = None
 
     def put(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
-        """Hand over one weight gradient: float[tokens, out] and float[tokens, in]."""
+        """Add one weight gradient: float[tokens, out] and float[tokens, in]."""
         record = WeightGradientRecord(parameter, grad_output, value.detach())
         if self._kept is None:
             self.run((record,))
@@ -90,7 +89,7 @@ class WeightGradientQueue:
             self._kept.append(record)
 
     def run(self, records: Sequence[WeightGradientRecord]) -> None:
-        """Compute and add the gradients of `records`, in their order."""
+        """Compute and add the gradients of `records`, in order."""
         assert self._sink is not None
         for record in records:
             self._sink.add_matmul(*record)
@@ -99,8 +98,8 @@ class WeightGradientQueue:
 class Chunk(nn.Module):
     """A contiguous part of a model that runs on one rank.
 
-    `forward(hidden, context)`: hidden is None for the first chunk, which embeds the context's
-    tokens; the last chunk gives the sum of its token losses, a float64 scalar; the others give
+    `forward(hidden, context)`: `hidden` is None for the first chunk, which embeds the context's
+    tokens. The last chunk returns the sum of its token losses, a float64 scalar. The others return
     float[seq (/ tensor), micro_batch, hidden].
     """
 

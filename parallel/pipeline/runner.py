@@ -1,4 +1,4 @@
-"""Runs one model chunk under autograd for the executor: the only place where backward is called."""
+"""The runner of one model chunk under autograd: the only place that calls backward."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from holdfast.parallel.pipeline.model_chunk import Chunk, MicroBatchContext, Wei
 
 @dataclass(slots=True)
 class _InputGradient:
-    """Where a backward pass leaves the gradient of a chunk's input."""
+    """The gradient of a chunk's input, set by a backward pass."""
 
     value: Tensor | None = None
 
 
 class _ChunkInput(torch.autograd.Function):
-    """Begins a chunk's graph with its input, without keeping the input in memory.
+    """The beginning of a chunk's graph, which does not keep the input in memory.
 
     A leaf that requires a gradient would be held by its graph and by its `grad`.
     """
 
     @staticmethod
     def forward(ctx: Any, root: Tensor, value: list[Tensor], gradient: _InputGradient) -> Tensor:
-        """The input, out of the list `value`.
+        """The input, taken out of the list `value`.
 
         Args:
             root: an empty tensor that requires a gradient, so that the output does.
@@ -44,11 +44,11 @@ class _ChunkInput(torch.autograd.Function):
 
 
 class ModelChunkRunner:
-    """Keeps what lies between a micro-batch's forward and backward passes. Local; exact-mode safe.
+    """Runs a chunk's forward and backward passes, and keeps the state between them. Local.
 
-    Only the graph edge of an output is kept, so that the output itself is freed when it was sent,
-    and of an input only the place of its gradient, so that it may wait elsewhere for the backward
-    pass.
+    It keeps only the graph edge of an output, so the output is freed once it was sent. Of an input
+    it keeps only the place of its gradient, so the input may wait elsewhere for the backward pass.
+    Exact-mode safe.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class ModelChunkRunner:
         """Local.
 
         Args:
-            context: gives a micro-batch's context for the running step.
-            loss_gradient: derivative of the step's loss by a token's loss: 1 / tokens of the step.
+            context: returns a micro-batch's context for the running step.
+            loss_gradient: the derivative of the step's loss by a token's loss: 1 / tokens of the
+                step.
             before_gradients: called with the micro-batch before its gradients are computed.
         """
         self.chunk = chunk
@@ -96,7 +97,7 @@ class ModelChunkRunner:
         return output.detach()
 
     def clear(self) -> None:
-        """Forget what an interrupted step has left; also before a new one begins."""
+        """Remove the remains of an interrupted step; also called before a new step."""
         for kept in (self._gradients, self._edges, self._deferred, self.losses):
             kept.clear()
 

@@ -1,4 +1,4 @@
-"""The plan: which rank holds, computes, owns and shadows what; pure functions, no torch.
+"""The plan: which rank holds, computes, owns and shadows what. Pure functions, no torch.
 
 May import parallel.errors, parallel.layout, parallel.precision and parallel.schedules.
 """

@@ -1,11 +1,11 @@
 """Admission of new ranks: they get state in the background, and own blocks once it is complete.
 
-A change of plan then has two parts. In the first the work of all ranks stays as it is. Ranks that
-will need blocks that they do not hold, newcomers above all, are named in `Plan.incoming`: they
+A change of plan then has two parts. In the first, the work of all ranks stays as it is. Ranks that
+will need blocks that they do not hold, newcomers above all, are listed in `Plan.incoming`: they
 follow the updates of these blocks, and get their state while training goes on. The second part
-activates the plan that this was done for; by then no optimizer state has to move (the asynchronous
-migration of ElasWave, 2025, with shadows in place of replayed updates). Pure and equal on every
-rank. Needs no torch.
+activates the intended plan; by then no optimizer state has to move (the asynchronous migration of
+ElasWave, 2025, with shadows in place of replayed updates). Pure and equal on every rank. Needs no
+torch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def next_plan(
     redundancy: int = 0,
     move_layers: bool = True,
 ) -> Plan:
-    """The plan of the next generation: of all ranks, or the one that prepares some of them.
+    """The plan of the next generation: the final one, or one that first prepares some ranks.
 
-    All ranks get their places at once where a stage has no other rank left.
+    All ranks get their coordinates at once if a stage has no other rank left.
 
     Args:
-        roster: the ranks that may have places; those that are `fresh` have no state yet.
-        filled: whether all blocks that are incoming under `plan` have come.
+        roster: the ranks that may be in the plan; its `fresh` ranks have no state yet.
+        filled: whether all blocks that are incoming under `plan` have arrived.
         redundancy, move_layers: as for `replan`.
     Raises:
-        ConfigError: too few ranks for a single stage replica.
+        ConfigError: there are too few ranks for a single stage replica.
     """
     lasting = plan.evolved(incoming=())
     present = frozenset(roster.ranks)
@@ -84,7 +84,7 @@ def next_plan(
 
 
 def state_of(plan: Plan, ranks: Collection[int], *, filled: bool) -> dict[int, set[BlockKey]]:
-    """The blocks whose state ranks have; with what was incoming once it is there. Pure."""
+    """The blocks whose state ranks have, incoming ones included if `filled`. Pure."""
     held = held_blocks(plan, ranks)
     if filled:
         for rank, keys in incoming_blocks(plan, ranks).items():
@@ -93,7 +93,7 @@ def state_of(plan: Plan, ranks: Collection[int], *, filled: bool) -> dict[int, s
 
 
 def _empty(plan: Plan) -> frozenset[int]:
-    """Ranks that have nothing but what is incoming."""
+    """The ranks that have only incoming blocks."""
     coming = incoming_blocks(plan, plan.stage_replicas.ranks)
     held = held_blocks(plan, plan.stage_replicas.ranks)
     return frozenset(rank for rank, keys in coming.items() if keys and not held[rank])
@@ -113,7 +113,7 @@ def _with_spares(plan: Plan, ranks: Collection[int]) -> Plan:
 
 
 def _coming(now: Plan, following: Plan) -> dict[int, set[BlockKey]]:
-    """What ranks will need that they do not hold under the plan before."""
+    """The blocks that ranks will need and do not hold under the plan before."""
     found: defaultdict[int, set[BlockKey]] = defaultdict(set)
     for index, (before, after) in enumerate(zip(_holders(now), _holders(following), strict=True)):
         for place, (held, needed) in enumerate(zip(before, after, strict=True)):
@@ -133,7 +133,7 @@ def _holders(plan: Plan) -> list[list[tuple[int, ...]]]:
 
 
 def _have(plan: Plan, wanted: Mapping[int, Set[BlockKey]], filled: bool) -> bool:
-    """Whether ranks have all these blocks, with what was incoming once it is there."""
+    """Whether ranks have all these blocks, incoming ones included if `filled`."""
     return all(
         rank == plan.owners[index][place]
         or (plan.shadows and rank in plan.shadows[index][place])

@@ -1,4 +1,4 @@
-"""Which optimizer blocks travel from which rank to which, as `layout.transfers` decides.
+"""Block transfers: which optimizer blocks go from which rank to which, by `layout.transfers`.
 
 Pure; needs no torch.
 """
@@ -21,24 +21,24 @@ Holdings = Mapping[int, Collection[BlockKey]]
 
 @dataclass(frozen=True, slots=True)
 class BlockTransfer:
-    """Blocks that travel from one rank to another in one message."""
+    """The blocks that one rank sends to another in one message."""
 
     source: int
     target: int
     keys: tuple[BlockKey, ...]
     sizes: tuple[int, ...]
-    """Elements of each block, in one kind of state."""
+    """The number of elements of each block, in one kind of state."""
 
 
 def held_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
-    """What ranks hold under a plan, as owners and as shadows. Pure."""
+    """The blocks that ranks hold under a plan, as owners and as shadows. Pure."""
     found: dict[int, set[BlockKey]] = {rank: set(plan.owned_blocks(rank)) for rank in ranks}
     _add_followed(found, plan.shadows)
     return found
 
 
 def incoming_blocks(plan: Plan, ranks: Iterable[int]) -> dict[int, set[BlockKey]]:
-    """What ranks are being given under a plan. Pure."""
+    """The blocks that are incoming on ranks under a plan. Pure."""
     found: dict[int, set[BlockKey]] = {rank: set() for rank in ranks}
     _add_followed(found, plan.incoming)
     return found
@@ -53,7 +53,7 @@ def _add_followed(found: dict[int, set[BlockKey]], followers: Sequence[Shadows])
 
 
 def missing_blocks(plan: Plan, held: Holdings) -> list[BlockKey]:
-    """Blocks that no rank holds any more. Pure."""
+    """The blocks that no rank holds any more. Pure."""
     known: set[BlockKey] = set().union(*held.values())
     return [
         (index, place)
@@ -69,9 +69,12 @@ def plan_block_transfers(
     """The messages that give every rank the blocks it needs. Pure; equal on every rank.
 
     Args:
-        plan: for the blocks' sizes; these are the same in every generation.
+        plan: the plan with the blocks' sizes, which are the same in every generation.
+        held: the blocks that ranks have.
+        needed: the blocks that ranks must have.
+        node_of: the failure domain of each rank.
     Raises:
-        LayoutError: a block that no rank holds.
+        LayoutError: no rank holds a block.
     """
     wanted = {rank: set(keys) - set(held.get(rank, ())) for rank, keys in needed.items()}
     asked = set().union(*wanted.values())
@@ -112,7 +115,7 @@ def _name(key: BlockKey) -> str:
 
 
 def _cut(plan: Plan, source: int, target: int, keys: Sequence[BlockKey]) -> Iterable[BlockTransfer]:
-    """Messages of a bounded size, and of one block at least."""
+    """The transfers of a bounded size, each of one block at least."""
     batch: list[tuple[BlockKey, int]] = []
     for key in keys:
         size = plan.blocks[key[0]][key[1]].elements

@@ -1,4 +1,4 @@
-"""What a plan costs: memory by rank, bubble and step time, estimated before it runs."""
+"""The costs of a plan, estimated before it runs: memory by rank, bubble and step time."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _BACKWARD_SHARE = {
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes that one rank keeps."""
+    """The bytes that one rank keeps."""
 
     parameters: int
     gradients: int
     """The accumulator: int64 in exact mode."""
     optimizer: int
-    """Reduced gradients and the optimizer's kinds of state of the blocks that this rank owns."""
+    """Reduced gradients, and the optimizer's kinds of state, of the blocks that this rank owns."""
     activations: int
-    """At the fullest moment of a step."""
+    """Activations at the fullest moment of a step."""
 
     @property
     def total(self) -> int:
@@ -37,7 +37,7 @@ class RankMemory:
 
 
 def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], float]:
-    """The time of a compute action: its chunk's operations; a backward takes twice a forward."""
+    """The time of a compute action, by its chunk's operations; a backward takes two forwards."""
     chunk_flops = [
         sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
         / plan.configured_mesh.shares
@@ -54,8 +54,10 @@ def replica_timeline(
     flops_per_s: float = 1.0,
     link_bytes_per_s: float | None = None,
 ) -> Timeline:
-    """The simulated step of one replica's pipeline, by rank; without a link rate messages are
-    free."""
+    """The simulated step of one replica's pipeline, by rank.
+
+    Without `link_bytes_per_s`, messages take no time.
+    """
     ranks = [
         plan.stage_replicas.rank(0, replica, stage) for stage in range(plan.stage_replicas.pipeline)
     ]
@@ -71,15 +73,15 @@ def replica_timeline(
 
 
 def _message_bytes(plan: Plan, send: Action) -> int:
-    """What a send carries: its chunk's output, or the gradient of its input."""
+    """The bytes of a send: its chunk's output, or the gradient of its input."""
     producer = send.chunk if send.op is Op.SEND_FORWARD else send.chunk - 1
     return plan.layers[plan.layers_of(producer)[-1]].output_bytes
 
 
 def reduction_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool) -> float:
-    """What a rank sends to its replicas in a step: gradient sums to owners, parameters from owners.
+    """The bytes a rank sends to its replicas in a step: gradient sums out, parameters back.
 
-    With balanced owners each is (D - 1) / D of what the rank holds, for D replicas.
+    With balanced owners each direction is (D - 1) / D of the rank's parameters, for D replicas.
     """
     place = plan.stage_replicas.find(rank)
     if place is None:
@@ -97,14 +99,14 @@ def step_time_s(
     flops_per_s: float,
     link_bytes_per_s: float,
 ) -> float:
-    """An estimate of a step's seconds: the slowest replica's pipeline, then its widest exchange.
+    """An estimate of a step's seconds: the slowest replica's pipeline, then the widest reduction.
 
-    Computation and exchange are not overlapped, and the collectives inside a stage
-    replica, the optimizer's update and recomputation are left out.
+    Computation and reduction are assumed not to overlap. The collectives inside a stage replica,
+    the optimizer's update and recomputation are left out.
 
     Args:
-        flops_per_s: what a rank reaches, not the peak of its data sheet.
-        link_bytes_per_s: of one rank, each way.
+        flops_per_s: the rate that a rank reaches, not the peak of its data sheet.
+        link_bytes_per_s: the rate of one rank's link, in each direction.
     """
     slowest = max(range(plan.stage_replicas.widest), key=lambda d: (len(plan.micro_batches[d]), -d))
     computed = replica_timeline(plan, slowest, flops_per_s, link_bytes_per_s).makespan
@@ -121,7 +123,7 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
     """The most bytes of activations that a rank's program keeps at once.
 
     A chunk's activations of a micro-batch are kept from its forward to its backward, or to its
-    weight part where the backward is split.
+    weight part if the backward is split.
     """
     chunk_bytes = {
         chunk: plan.activation_bytes(plan.chunk_layers[chunk]) for chunk in plan.chunks_of(rank)
@@ -130,7 +132,7 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
 
 
 def held_elements(plan: Plan, rank: int) -> int:
-    """Parameters that a rank holds, in all of its chunks."""
+    """The number of parameters that a rank holds, in all of its chunks."""
     index = plan.stage_replicas.shard_index(rank)
     return sum(
         layer_elements(plan.layers[layer], index)
@@ -149,7 +151,8 @@ def rank_memory(
     """The memory of one rank. Pure.
 
     Args:
-        copies: values per owned parameter that the optimizer keeps, its reduced gradient included.
+        copies: the values that the optimizer keeps per owned parameter, the reduced gradient
+            included.
         exact: whether gradients are summed as int64.
     """
     index = plan.stage_replicas.shard_index(rank)
@@ -168,5 +171,5 @@ def rank_memory(
 
 
 def layer_elements(layer: LayerSpec, shard_index: int) -> int:
-    """Parameters of a layer on one rank of a stage replica."""
+    """The number of parameters of a layer on one rank of a stage replica."""
     return sum(spec.elements for spec in layer.parameters[shard_index])

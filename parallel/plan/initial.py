@@ -27,8 +27,8 @@ MICRO_BATCH_ORDERS: Mapping[str, Callable[[list[int], int], list[int]]] = {
     "descending": lambda numbers, _: numbers[::-1],
     "shuffled": _shuffled,
 }
-"""(micro-batches of a replica, its index) -> the order in which it takes them; the allowed values
-of `parallel.micro_batch_order`."""
+"""By name, a function from (micro-batches of a replica, its index) to the order in which it takes
+them; the keys are the allowed values of `parallel.micro_batch_order`."""
 
 
 def make_plan(
@@ -44,18 +44,22 @@ def make_plan(
     activation_headroom: float = 0.3,
     generation: int = 0,
 ) -> Plan:
-    """The plan of a generation. Pure.
+    """The first plan of a run. Pure.
 
     Args:
-        layers: the embedding, every transformer layer, the head; parameters by part of the mesh.
+        layers: the embedding, every transformer layer, the head; with their parameters by part of
+            the mesh.
         virtual: model chunks per pipeline rank.
-        micro_batches: of a step, over all replicas; shared out in contiguous runs that differ by
-            one.
-        blocks_per_chunk: an uneven split of the transformer layers; None for an even one.
-        micro_batch_order: "ascending", "descending" or "shuffled"; results do not depend on it.
+        schedule: a name in the registry of schedules.
+        micro_batches: the micro-batches of a step over all replicas, divided into contiguous runs
+            that differ by one.
+        block_elements: the size of an optimizer block, in elements.
+        blocks_per_chunk: the transformer layers of each chunk, for an uneven split; None for an
+            even one.
+        micro_batch_order: a name in `MICRO_BATCH_ORDERS`; results do not depend on it.
         activation_headroom: see `Plan`; 0 or more.
     Raises:
-        ConfigError: the layout does not fit the layers, the batch or the schedule; the line says
+        ConfigError: the layout does not fit the layers, the batch or the schedule; the message says
             what to change.
     """
     _check_sizes(layers, mesh, block_elements, micro_batch_order)
@@ -90,8 +94,8 @@ def by_shard(layers: Sequence[LayerSpec], mesh: Mesh) -> tuple[LayerSpec, ...]:
     """The layers with their parameters by shard index, and what one shard keeps and sends.
 
     Args:
-        layers: with their parameters by part: by the axes of the mesh that split parameters. What
-            they keep and send is what the ranks of the other axes share.
+        layers: the layers with their parameters by part, that is by the axes that split parameters.
+            Their activations and messages are what the ranks of the other axes share.
     """
     part_of = [mesh.part_of(shard) for shard in range(mesh.shards)]
     if part_of == list(range(mesh.parts)):
@@ -178,10 +182,10 @@ def _chunk_edges(count: int, chunks: int, given: Sequence[int] | None) -> list[i
 
 
 def split_micro_batches(count: int, replicas: int, order: str) -> tuple[tuple[int, ...], ...]:
-    """Contiguous runs of micro-batch numbers, one per replica, that differ by one at most.
+    """Contiguous runs of micro-batch numbers, one per replica, which differ by one at most.
 
     Args:
-        order: one of `MICRO_BATCH_ORDERS`, within each run.
+        order: a name in `MICRO_BATCH_ORDERS`, for the order within each run.
     """
     base, extra = divmod(count, replicas)
     runs, start = [], 0

@@ -1,4 +1,4 @@
-"""Blocks of optimizer state, and which ranks own them. Pure; needs no torch."""
+"""Blocks of optimizer state, and the ranks that own them. Pure; needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from holdfast.parallel.layout import LayerSpec
 
 BlockKey = tuple[int, int]
-"""(shard index, place among the blocks of that index): names a block of the whole run."""
+"""(shard index, position among its blocks): the name of a block in the whole run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +17,12 @@ class Block:
     """Whole rows of one segment of a parameter: the unit of optimizer ownership."""
 
     index: int
-    """Place among the blocks of its shard index."""
+    """The position among the blocks of its shard index."""
     layer: int
     spec_index: int
-    """Place of its segment in the layer's parameter table."""
+    """The row of its segment in the layer's parameter table."""
     row_start: int
-    """First row, counted in the segment."""
+    """The first row, counted in the segment."""
     row_stop: int
     elements: int
 
@@ -30,9 +30,9 @@ class Block:
 def blocks(layers: Sequence[LayerSpec], shard_index: int, block_elements: int) -> tuple[Block, ...]:
     """All blocks of one shard index, in layer, table and row order.
 
-    A block is as many whole rows as fit into `block_elements`, and one at least. It depends on the
-    model and the parts that it is split into alone. The second use of a tied weight has none: it
-    shares the first's.
+    A block has as many whole rows as fit into `block_elements`, and one at least. Blocks depend
+    only on the model and its split into parts. The second use of a tied weight has none: it shares
+    those of the first.
     """
     found: list[Block] = []
     for layer, layer_spec in enumerate(layers):
@@ -52,12 +52,12 @@ def assign_owners(
     candidates: Sequence[tuple[int, ...]],
     previous: Sequence[int | None] | None = None,
 ) -> tuple[int, ...]:
-    """The owner of every block: balanced, and moving as little as balance allows.
+    """The owner of every block: balanced, with as few moves as balance allows.
 
-    Blocks with equal candidates are shared out among these. Without `previous` each candidate gets
-    one contiguous run. With it, blocks stay where they are; orphans (whose owner is None or no
-    candidate) go to the least loaded, largest first; then blocks leave the fullest candidates only
-    while one of them holds more than the mean and the largest block together.
+    Blocks with equal candidates are divided among these. Without `previous`, each candidate gets
+    one contiguous run. With it, blocks keep their owners. Orphans (blocks whose owner is None or no
+    candidate) go to the least loaded candidates, largest first. Then blocks leave the fullest
+    candidates only while one holds more than the mean and the largest block together.
 
     Returns:
         One rank per block. The largest load of a group of candidates is at most the mean load plus
@@ -82,7 +82,7 @@ def assign_owners(
 
 
 def _contiguous(sizes: Sequence[int], group: tuple[int, ...]) -> list[int]:
-    """Each block goes to the candidate on whose equal share of the whole its middle lies."""
+    """Each block's candidate: the one with the block's middle in its equal share of the whole."""
     total = sum(sizes)
     chosen, before = [], 0
     for size in sizes:

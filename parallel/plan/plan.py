@@ -1,7 +1,8 @@
 """The plan: which rank holds which layers, computes which micro-batches and owns which blocks.
 
-A pure function of layers, mesh and batch: equal on every rank, computed without communication, and
-lazily, so that the plan of 100,000 ranks costs what is asked of it. Needs no torch.
+A plan is a pure function of layers, mesh and batch: equal on every rank and computed without
+communication. Derived values are computed lazily, so that a plan of 100,000 ranks costs only what
+is asked of it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ exactly where none of these change."""
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that follows from the live ranks, the model and the batch.
+    """The plan of a generation: everything that follows from live ranks, model and batch.
 
-    It has this many fields because they are all that ranks must agree on, and one value that is
-    compared, sent and kept whole cannot be half new. What one rank does with it (programs, costs,
-    transfers) are functions in the other modules of this folder.
+    It has this many fields because they are all that ranks must agree on; one value that is
+    compared, sent and kept whole cannot be half new. The other modules of this folder have the
+    functions of one rank's part in it: programs, costs, transfers.
     """
 
     generation: int
     stage_replicas: StageReplicas
     layers: tuple[LayerSpec, ...]
     virtual: int
-    """Model chunks per pipeline rank."""
+    """The number of model chunks per pipeline rank."""
     schedule: str
     """A name in the registry of schedules."""
     chunk_layers: tuple[tuple[int, int], ...]
@@ -61,24 +62,27 @@ class Plan:
     micro_batches: tuple[tuple[int, ...], ...]
     """The global micro-batch numbers of each data replica, in the order in which it takes them."""
     block_elements: int
+    """The size of an optimizer block, in elements."""
     configured_mesh: Mesh
     """The mesh that the run is configured with."""
     configured_layers: tuple[tuple[int, int], ...]
-    """`chunk_layers` of that mesh."""
+    """`chunk_layers` of the configured mesh."""
     micro_batch_order: str = "ascending"
+    """A name in `MICRO_BATCH_ORDERS`."""
     activation_headroom: float = 0.3
-    """How much more memory for activations a rank may use where stages differ, as a share of the
-    fullest rank's of the configured mesh."""
+    """The additional memory for activations that a rank may use if stages differ, as a share of the
+    fullest rank's in the configured mesh."""
     assignment: MicroBatchAssignment | None = None
-    """The micro-batches of each stage replica where stages differ; None: each replica's own."""
+    """The micro-batches of each stage replica if stages differ; None: each replica computes its
+    own."""
     given_owners: tuple[tuple[int, ...], ...] | None = None
-    """By shard index, the owner of each block where it follows from the plan before; None: the even
+    """By shard index, the owner of each block if it follows from the plan before; None: the even
     split of a first plan."""
     shadows: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """By shard index, the ranks that shadow each block; empty without redundancy."""
     incoming: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """By shard index, the ranks that are being given each block for the next plan, and follow its
-    updates meanwhile; empty where no state is on its way. See admission.py."""
+    """By shard index, the ranks that each block is incoming on: they get it for the next plan and
+    follow its updates meanwhile. Empty if no state is on its way. See admission.py."""
     _derived: dict[str, dict[Any, Any]] = field(
         default_factory=lambda: {name: {} for name in DERIVED_FROM},
         init=False,
@@ -87,10 +91,10 @@ class Plan:
     )
 
     def evolved(self, **changes: Any) -> Plan:
-        """The plan with other values of some fields. Pure; the one way from a plan to the next.
+        """The plan with other values of some fields. Pure; the only way from one plan to the next.
 
         Derived values that depend on no changed field are shared with this plan, also those that
-        either works out later.
+        either plan computes later.
         """
         changed = {name for name, value in changes.items() if self._differs(name, value)}
         plan = replace(self, **changes)
@@ -102,7 +106,7 @@ class Plan:
         return plan
 
     def _differs(self, name: str, value: Any) -> bool:
-        """Whether a new value of a field can change what is derived from it."""
+        """Whether a new value of a field can change the values derived from it."""
         if name == "stage_replicas":
             return value.stages != self.stage_replicas.stages  # nothing depends on spares
         if name == "given_owners" and self.given_owners is None and value is not None:
@@ -134,7 +138,7 @@ class Plan:
 
     @property
     def owners(self) -> tuple[tuple[int, ...], ...]:
-        """The owner's rank of each block, by shard index."""
+        """The rank that owns each block, by shard index."""
         if self.given_owners is not None:
             return self.given_owners
         return self.derived(
@@ -150,8 +154,10 @@ class Plan:
         )
 
     def followers(self, shard_index: int, place: int) -> tuple[int, ...]:
-        """The ranks that get a block's gradients beside its owner: its shadows, and the ranks that
-        it is being given to."""
+        """The ranks beside the owner that get a block's gradients.
+
+        These are its shadows, and the ranks that the block is incoming on.
+        """
         shadows = self.shadows[shard_index][place] if self.shadows else ()
         return shadows + (self.incoming[shard_index][place] if self.incoming else ())
 
@@ -168,10 +174,10 @@ class Plan:
         return self.derived("owned blocks", None, find).get(rank, ())
 
     def axis_groups(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """By axis inside a stage replica, the ranks that differ from one along it alone.
+        """By axis inside a stage replica, the ranks that differ from one along that axis only.
 
-        Where there are several axes, "shards" has all ranks of the stage replica. Axes that no run
-        can use yet are left out while they have a single rank.
+        With several axes, "shards" has all ranks of the stage replica. Axes that are not available
+        yet are left out if they have a single rank.
         """
         mesh, replica = self.configured_mesh, self.stage_replicas.stage_replica(rank)
         shard = self.stage_replicas.shard_index(rank)
@@ -208,7 +214,7 @@ class Plan:
         return tuple(sorted(ranks))
 
     def _tied_layers(self) -> dict[str, tuple[int, ...]]:
-        """Layers that hold a second use, by the logical name of the weight."""
+        """The layers with a second use of a tied weight, by the weight's logical name."""
 
         def find() -> dict[str, tuple[int, ...]]:
             found: dict[str, tuple[int, ...]] = {}
@@ -232,16 +238,16 @@ class Plan:
         return range(*self.chunk_layers[chunk])
 
     def activation_bytes(self, layers: tuple[int, int]) -> int:
-        """What the layers from the first up to before the second keep of one micro-batch."""
+        """The bytes that layers [first, second) keep of one micro-batch."""
         return sum(layer.activation_bytes for layer in self.layers[slice(*layers)])
 
     def derived(self, name: str, key: Any, make: Callable[[], _T]) -> _T:
-        """A value that follows from the fields, made once.
+        """A value that is computed from the fields once.
 
         Args:
-            name: of the kind of value, in `DERIVED_FROM`.
-            key: tells apart values of one kind; hashable.
-            make: gives the value from the fields that `DERIVED_FROM` names, and from `key`.
+            name: the kind of value, a key of `DERIVED_FROM`.
+            key: distinguishes values of one kind; hashable.
+            make: computes the value from the fields in `DERIVED_FROM`, and from `key`.
         """
         known = self._derived[name]
         if key not in known:
@@ -250,7 +256,7 @@ class Plan:
 
 
 def block_box(spec: ParameterSpec, block: Block) -> Box:
-    """The box of its logical tensor that a block is."""
+    """The box of a block in its logical tensor."""
     first = spec.box.start[0]
     return Box(
         (first + block.row_start, *spec.box.start[1:]), (first + block.row_stop, *spec.box.stop[1:])

@@ -1,8 +1,8 @@
-"""The program of a rank: what it computes, receives and sends in a step, in order.
+"""The program of a rank: the actions of a step, in order.
 
-Pure; needs no torch. A regular plan takes the schedule's order for each replica's own pipeline.
-Where stages differ in their number of replicas, activations cross pipelines and the order is that
-of rerouting.py.
+A regular plan takes the schedule's order for each replica's own pipeline. If stages differ in their
+number of replicas, activations cross pipelines, and rerouting.py gives the order. Pure; needs no
+torch.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _Generator = Callable[[str, int, int, int], tuple[Program, ...]]
 
 
 def training_program(plan: Plan, rank: int, only: frozenset[int] | None = None) -> Program:
-    """What a rank does in a training step, with global micro-batch numbers and peers' ranks.
+    """The program of a rank in a training step, with global micro-batch numbers and peers' ranks.
 
     Args:
-        only: leave all other micro-batches out.
+        only: the micro-batches to compute; None: all.
     """
     return _program(plan, "train", rank, compute_programs, only)
 
 
 def evaluation_program(plan: Plan, rank: int) -> Program:
-    """What a rank does to evaluate one global batch: forwards alone."""
+    """The program of a rank that evaluates one global batch: forwards only."""
     return _program(plan, "forward", rank, forward_only)
 
 
@@ -77,7 +77,7 @@ def _program(
 def _regular_programs(
     plan: Plan, kind: str, generate: _Generator, micro_batches: int
 ) -> tuple[Program, ...]:
-    """Of a replica with so many micro-batches, by pipeline index, numbered from 0."""
+    """The programs of a replica with this many micro-batches from 0 on, by pipeline index."""
     return plan.derived(
         "regular programs",
         (kind, micro_batches),
@@ -108,7 +108,7 @@ def _rerouted(
     only: frozenset[int] | None,
     generate: _Generator,
 ) -> Program:
-    """The compute actions of a stage replica where activations cross pipelines."""
+    """The compute actions of a stage replica when activations cross pipelines."""
     by_replica = plan.micro_batches
     if only is not None:
         by_replica = tuple(tuple(m for m in row if m in only) for row in by_replica)
@@ -158,7 +158,7 @@ def _scheduled(plan: Plan, by_replica: tuple[tuple[int, ...], ...]) -> dict[int,
 
 
 def _caps(plan: Plan) -> tuple[int, ...]:
-    """By stage, the chunk activations that a stage replica may keep at once where stages differ."""
+    """By stage, the most chunk activations that a stage replica may keep if stages differ."""
     regular = list(map(plan.activation_bytes, plan.configured_layers))
     longest = -(-sum(map(len, plan.micro_batches)) // plan.configured_mesh.data)
     fullest = max(

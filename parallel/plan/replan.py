@@ -1,10 +1,10 @@
-"""From one plan to the next when ranks are lost or join: move little, compute every stage.
+"""The next plan after ranks are lost or join: every stage computed, little moved.
 
-Whole stage replicas stay where they are. The remaining ranks form new ones, which go to the stages
-with the fewest. The micro-batches of a lost stage replica go to the other replicas of its stage, so
-that activations cross pipelines (ReCycle, Gandhi et al. 2024). Where stages are then out of
-balance, layers move between them (the minimax partition of ElasWave, 2025). Only blocks of lost
-ranks, and of layers that moved, get another owner. Pure and equal on every rank. Needs no torch.
+Whole stage replicas stay as they are. The other ranks form new ones, which go to the stages with
+the fewest. The micro-batches of a lost stage replica go to the other replicas of its stage, so
+activations cross pipelines (ReCycle, Gandhi et al. 2024). If stages are then out of balance, layers
+move between them (the minimax partition of ElasWave, 2025). Only blocks of lost ranks, and of
+layers that moved, get another owner. Pure and equal on every rank. Needs no torch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from holdfast.parallel.plan.shadow_placement import assign_shadows
 from holdfast.parallel.schedules import placement
 
 _WORTH = 0.05
-"""Layers move when the slowest stage becomes faster by more than this share of its time."""
+"""Layers move if the slowest stage becomes faster by more than this share of its time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """The ranks that may have places in the next plan."""
+    """The ranks that may be in the next plan."""
 
     ranks: tuple[int, ...]
     node_of: Mapping[int, str]
@@ -44,13 +44,13 @@ def replan(
     redundancy: int = 0,
     move_layers: bool = True,
 ) -> Plan:
-    """The plan of the next generation, in which every rank has its place at once.
+    """The plan of the next generation, in which every rank has its final coordinates.
 
     Args:
-        redundancy: shadows per block.
-        move_layers: whether layers may move between stages that are all still held.
+        redundancy: the number of shadows per block.
+        move_layers: whether layers may move between stages that all still have holders.
     Raises:
-        ConfigError: too few ranks for a single stage replica.
+        ConfigError: there are too few ranks for a single stage replica.
     """
     stage_replicas = _stage_replicas(plan, roster)
     if stage_replicas.pipeline == plan.stage_replicas.pipeline:
@@ -80,14 +80,14 @@ def replan(
 
 
 def would_move_layers(plan: Plan) -> bool:
-    """Whether moving layers between stages is worth it, though ranks stay as they are."""
+    """Whether moving layers between stages is worth it, with the ranks as they are."""
     return plan.virtual == 1 and _moved_layers(plan, plan.stage_replicas) != plan.chunk_layers
 
 
 def with_shadows(
     plan: Plan, roster: Roster, redundancy: int, *, previous: Plan | None = None
 ) -> Plan:
-    """The plan with shadows for all its blocks; those of a plan before stay where they can."""
+    """The plan with shadows for all its blocks; shadows of a previous plan stay if they can."""
     if not redundancy:
         return plan
     before = previous.shadows if previous is not None else ()
@@ -140,7 +140,7 @@ def _stage_replicas(plan: Plan, roster: Roster) -> StageReplicas:
 def _formed(
     pool: set[int], size: int, plan: Plan, roster: Roster
 ) -> tuple[list[StageReplica], list[int]]:
-    """New stage replicas from ranks without one, and the ranks that are left over."""
+    """New stage replicas from ranks without one, and the ranks left over."""
     stage_replicas: list[StageReplica] = []
     left = set(pool)
     for first in sorted(rank for rank in pool if rank % size == 0):
@@ -159,7 +159,7 @@ def _formed(
 
 
 def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) -> None:
-    """Give a stage replica to the stage with the fewest, among equals to its configured one."""
+    """Add a stage replica to the stage with the fewest; among equals, to its configured stage."""
     configured = (
         plan.configured_mesh.coordinates(replica[0]).pipeline
         if replica[0] < plan.configured_mesh.size
@@ -171,7 +171,7 @@ def _place(replica: StageReplica, stages: list[list[StageReplica]], plan: Plan) 
 
 
 def _level(stages: list[list[StageReplica]]) -> None:
-    """Move stage replicas from full stages to others, until their numbers differ by one at most."""
+    """Move stage replicas from full stages to others until their numbers differ by one at most."""
     while True:
         most = max(range(len(stages)), key=lambda s: (len(stages[s]), s))
         fewest = min(range(len(stages)), key=lambda s: (len(stages[s]), s))
@@ -183,7 +183,7 @@ def _level(stages: list[list[StageReplica]]) -> None:
 def assign_micro_batches(
     stage_replicas: StageReplicas, by_replica: Sequence[tuple[int, ...]]
 ) -> MicroBatchAssignment | None:
-    """The micro-batches of each stage replica; None when every stage has a replica for each row."""
+    """The micro-batches of each stage replica; None if every stage has all its replicas."""
     if all(
         stage_replicas.replicas(stage) == len(by_replica)
         for stage in range(stage_replicas.pipeline)
@@ -198,7 +198,7 @@ def assign_micro_batches(
 def _assign_in_stage(
     replicas: int, by_replica: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...]:
-    """Each replica keeps its own row; the other rows are dealt out, so that counts are even."""
+    """The micro-batches of each replica: its own, and an even part of those of missing replicas."""
     assigned = [list(row) for row in by_replica[:replicas]]
     rest = sorted(
         (place, number) for row in by_replica[replicas:] for place, number in enumerate(row)
@@ -213,7 +213,7 @@ def _stage_weights(plan: Plan) -> list[float]:
 
 
 def _moved_layers(plan: Plan, stage_replicas: StageReplicas) -> tuple[tuple[int, int], ...]:
-    """The layers of each stage: as they are, or in balance if that is worth moving them."""
+    """The layers of each stage: unchanged, or balanced if that is worth moving them."""
     weights = _stage_weights(plan)
     capacity = [stage_replicas.replicas(stage) for stage in plan.placement]
     if min(capacity) == max(capacity) and _is_configured(plan, stage_replicas):
@@ -232,7 +232,7 @@ def _is_configured(plan: Plan, stage_replicas: StageReplicas) -> bool:
 def _even_chunks(
     plan: Plan, placed: Sequence[int], stage_replicas: StageReplicas
 ) -> tuple[tuple[int, int], ...]:
-    """The layers of each chunk when the number of stages changes."""
+    """The layers of each chunk after a change of the number of stages."""
     if stage_replicas.pipeline == plan.configured_mesh.pipeline:
         return plan.configured_layers
     if len(placed) == 1:
@@ -252,10 +252,10 @@ def _slowest(
 def minimax_partition(
     weights: Sequence[float], capacity: Sequence[float]
 ) -> tuple[tuple[int, int], ...]:
-    """Contiguous parts, one per capacity, each with an item, whose largest weight / capacity is
-    least.
+    """Contiguous parts, one per capacity, with the least largest weight / capacity.
 
-    Dynamic programming over prefix sums: items squared times parts.
+    Each part has one item at least. Dynamic programming over prefix sums: items squared times
+    parts.
     """
     count, parts = len(weights), len(capacity)
     if parts > count:
@@ -282,7 +282,7 @@ def minimax_partition(
 
 
 def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...], ...]:
-    """A block gets another owner only where its owner is lost or no longer holds the layer."""
+    """The owners of blocks: a block changes its owner only if that is lost or lacks the layer."""
     staying = set(after.stage_replicas.ranks) - roster.fresh
     touched = _touched_stages(before, after, roster)
     stages = [after.placement[after.chunk_of_layer(k)] for k in range(len(after.layers))]
@@ -302,7 +302,7 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
 
 
 def _touched_stages(before: Plan, after: Plan, roster: Roster) -> set[int]:
-    """The stages whose replicas or layers have changed, or that have a rank without state."""
+    """The stages with changed replicas or layers, or with a rank without state."""
     pipeline = after.stage_replicas.pipeline
     if (before.placement, before.chunk_layers) != (after.placement, after.chunk_layers):
         return set(range(pipeline))

@@ -1,9 +1,9 @@
-"""The order of work where stages differ in their replicas, so that activations cross pipelines.
+"""The order of work if stages differ in their replicas, so that activations cross pipelines.
 
-Small plans are list-scheduled as a whole with split backwards, so that weight gradients fill what
-would be idle time (the decoupled backward of ReCycle, Gandhi et al. 2024); for large ones every
-stage replica merges what it computes in the order of the regular schedule, which needs no knowledge
-of the others. Pure; needs no torch.
+Small plans are list-scheduled as a whole with split backwards: weight gradients fill idle time (the
+decoupled backward of ReCycle, Gandhi et al. 2024). In large plans, every stage replica merges its
+micro-batches in the order of the regular schedule, without knowledge of the others. Pure; needs no
+torch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from holdfast.parallel.schedules import (
 )
 
 SCHEDULED_PAIRS = 8192
-"""Chunks times micro-batches up to which a step is list-scheduled: some 0.2 s, once a change."""
+"""The chunks times micro-batches up to which a step is list-scheduled: some 0.2 s per change."""
 _THOROUGH_PAIRS = 1024
-"""The same, up to which all rules of the list scheduler are tried."""
+"""The chunks times micro-batches up to which all rules of the list scheduler are tried."""
 
 RegularTimeline = tuple[Mapping[int, Sequence[tuple[float, int, Op, int]]], ...]
-"""By stage and place in the pipeline: actions as (start when regular, order, op, chunk)."""
+"""By stage and index in the pipeline: actions as (start in the regular schedule, order, op,
+chunk)."""
 
 
 def regular_timeline(programs: Sequence[Program]) -> RegularTimeline:
-    """When a replica that computes all its micro-batches itself would run each action."""
+    """The time of each action in a replica that computes all its micro-batches itself."""
     timeline = simulate(dict(enumerate(programs)), unit_cost())
     found: list[dict[int, list[tuple[float, int, Op, int]]]] = []
     for stage in range(len(programs)):
@@ -45,15 +46,16 @@ def regular_timeline(programs: Sequence[Program]) -> RegularTimeline:
 def merged_program(
     numbers: Sequence[int], places: Mapping[int, int], timeline: RegularTimeline, stage: int
 ) -> Program:
-    """The compute actions of a stage replica whose micro-batches come from several replicas.
+    """The compute actions of a stage replica with micro-batches of several replicas.
 
-    Each micro-batch keeps its place in the pipeline that it began in, and every rank takes its
-    actions in the order in which that regular schedule would run them. Since an action's time there
-    lies after those of all that it needs, ranks cannot wait in a circle, whatever the assignment.
+    Each micro-batch keeps its index in the pipeline that it began in, and every rank takes its
+    actions in the order in which the regular schedule would run them. An action's time there is
+    later than those of all actions it needs, so ranks cannot wait in a circle, whatever the
+    assignment.
 
     Args:
         numbers: the stage replica's micro-batches.
-        places: of each micro-batch in its row.
+        places: the position of each micro-batch among those of its replica.
     """
     found = [
         (start, number, order, op, chunk)
@@ -70,7 +72,8 @@ def stage_caps(
 
     Args:
         placement: the stage of each chunk.
-        chunk_bytes: of one micro-batch's activations, by chunk.
+        chunk_bytes: the bytes of one micro-batch's activations, by chunk.
+        most_bytes: the bytes of the memory.
     """
     found = []
     for stage in range(max(placement) + 1):
@@ -86,16 +89,15 @@ def scheduled_programs(
     work: Sequence[float],
     caps: Mapping[int, int],
 ) -> dict[int, Program]:
-    """The compute actions of all stage replicas, by number, in as little time as the list scheduler
-    finds.
+    """The compute actions of all stage replicas, by number, in the shortest order found.
 
     Args:
         placement: the stage of each chunk.
-        replica_of: (stage, micro-batch) -> the stage replica that computes it, by any number.
-        rows: the micro-batches of each replica that a full mesh would have, in order; those left
-            out are not computed.
-        work: of one micro-batch's forward pass, by chunk.
-        caps: the chunk activations that each stage replica may keep at once, by the same numbers.
+        replica_of: (stage, micro-batch) -> the number of the stage replica that computes it.
+        by_replica: the micro-batches of each replica of a full mesh, in order; those left out are
+            not computed.
+        work: the operations of one micro-batch's forward pass, by chunk.
+        caps: the most chunk activations of each stage replica at once, by the same numbers.
     """
     longest = max(map(len, by_replica))
     entering = [row[place] for place in range(longest) for row in by_replica if place < len(row)]

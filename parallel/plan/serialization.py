@@ -1,4 +1,4 @@
-"""Plans as JSON values, for ranks that join and for programs beside the run. Pure."""
+"""Plans as JSON values, for joining ranks and for programs beside the run. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.parallel.plan.replan import assign_micro_batches
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
-    """What distinguishes a plan from the first plan of its configuration."""
+    """The values by which a plan differs from the first plan of its configuration."""
     return {
         "generation": plan.generation,
         "stages": plan.stage_replicas.stages,
@@ -27,10 +27,10 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
 
 
 def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
-    """The plan that `plan_to_data` described.
+    """The plan of values that `plan_to_data` made.
 
     Args:
-        first: of the same configuration.
+        first: the first plan of the same configuration.
     """
     stage_replicas = StageReplicas(
         tuple(tuple(tuple(replica) for replica in stage) for stage in data["stages"]),

@@ -1,8 +1,8 @@
-"""Which ranks keep copies of which blocks: outside the owner's node and, where possible, its
-groups.
+"""Shadow placement: which ranks keep copies of which blocks.
 
-A copy outside all groups of its owner survives what takes a whole group (a node, a switch, a stage
-replica), as in ByteRobust (2025). Pure; needs no torch.
+Copies lie outside the owner's node and, if possible, outside all its groups. Such a copy survives
+the loss of a whole group (a node, a switch, a stage replica), as in ByteRobust (2025). Pure; needs
+no torch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from itertools import islice
 from holdfast.parallel.layout import StageReplicas
 
 _CONSIDERED = 128
-"""Ranks looked at for one owner: all of a small run, enough of a large one."""
+"""Ranks considered for one owner: all of a small run, enough of a large one."""
 _ENOUGH = 16
-"""Ranks without a flaw after which no more are looked at."""
+"""Ranks without a flaw after which no more are considered."""
 
 Shadows = tuple[tuple[int, ...], ...]
-"""The shadows of each block, by place among the blocks of its shard index."""
+"""The shadows of each block, by position among the blocks of its shard index."""
 
 
 def assign_shadows(
@@ -35,15 +35,15 @@ def assign_shadows(
 ) -> Shadows:
     """The shadows of every block of one shard index.
 
-    Shadows of before stay where they still serve; for the rest the least loaded of the best places
-    is taken. On a single node shadows lie with another rank of it; a rank that is alone has none.
+    Earlier shadows stay while they still serve; the others go to the least loaded of the best
+    ranks. On a single node, shadows lie on another rank of it; a rank that is alone has none.
 
     Args:
         owners: the owner of each block.
         node_of: the failure domain of each rank.
-        redundancy: shadows per block.
-        load: elements that each rank shadows already; added to.
-        previous: shadows of each block before; only those in `with_state` still have a copy.
+        redundancy: the number of shadows per block.
+        load: the number of elements that each rank shadows already; updated in place.
+        previous: the earlier shadows of each block; only those in `with_state` still have a copy.
     """
     found: list[tuple[int, ...]] = []
     ranked: dict[int, list[tuple[int, int]]] = {}
@@ -77,7 +77,7 @@ def assign_shadows(
 
 
 def _acceptable(places: Sequence[tuple[int, int]], redundancy: int) -> set[int]:
-    """The ranks on other nodes; all where too few are."""
+    """The ranks on other nodes; all ranks if these are too few."""
     elsewhere = {rank for penalty, rank in places if penalty < _SAME_NODE}
     return elsewhere if len(elsewhere) >= redundancy else {rank for _, rank in places}
 
@@ -88,7 +88,7 @@ _SAME_NODE = 8
 def _places(
     owner: int, stage_replicas: StageReplicas, node_of: Mapping[int, str]
 ) -> list[tuple[int, int]]:
-    """(penalty, rank): other nodes first, then outside the owner's stage replica, stage, row."""
+    """(penalty, rank): other nodes first, then outside its owner's stage replica and stage."""
     ranks = stage_replicas.ranks
     at = stage_replicas.find(owner)
     begin = bisect_left(ranks, owner) + max(1, len(ranks) // 2)

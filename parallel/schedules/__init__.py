@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: orders, messages, checker, simulator, list scheduler, text form.
+"""Pipeline schedules as data: programs are made, checked, simulated and drawn.
 
 May import parallel.errors.
 """

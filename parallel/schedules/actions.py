@@ -1,8 +1,7 @@
-"""What a rank can be told to do, and the text form of programs.
+"""The actions of a rank, and the text form of programs.
 
-A program is the ordered list of one rank's actions of one step. Programs are data: they are
-generated, checked, simulated, printed and kept in golden files by the other modules of this
-package.
+A program is the ordered list of one rank's actions of one step. Programs are data: the other
+modules of this package generate, check, simulate and print them.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ class Op(StrEnum):
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
     SEND_FORWARD = "SEND_F"
-    """Send the output of the chunk to where the next chunk of this micro-batch is computed."""
+    """Send the chunk's output to the rank that computes the next chunk of this micro-batch."""
     RECEIVE_FORWARD = "RECV_F"
     """Receive the input of the chunk."""
     SEND_BACKWARD = "SEND_B"
-    """Send the gradient of the chunk's input to where the previous chunk was computed."""
+    """Send the gradient of the chunk's input to the rank that computed the previous chunk."""
     RECEIVE_BACKWARD = "RECV_B"
     """Receive the gradient of the chunk's output."""
 
@@ -44,13 +43,13 @@ _TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)(?:([<>])(\d
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing to do: `2F0` is chunk 2's forward for micro-batch 0, `2SEND_F0>1` sends it to 1."""
+    """One action: `2F0` is chunk 2's forward for micro-batch 0, `2SEND_F0>1` sends it to rank 1."""
 
     op: Op
     chunk: int
     micro_batch: int
     peer: int | None = None
-    """Rank at the other end; None for compute actions."""
+    """The rank at the other end; None for compute actions."""
 
     def __str__(self) -> str:
         text = f"{self.chunk}{self.op.value}{self.micro_batch}"
@@ -60,7 +59,7 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """The action that `str` wrote.
+        """The action in a text of `str`.
 
         Raises:
             ScheduleError: the text is not an action, or its peer does not fit its kind.
@@ -89,10 +88,10 @@ def render_programs(programs: Mapping[int, Program]) -> str:
 
 
 def parse_programs(text: str) -> dict[int, Program]:
-    """The programs that `render_programs` wrote; blank lines and lines starting with # are skipped.
+    """The programs in a text of `render_programs`; blank lines and # lines are skipped.
 
     Raises:
-        ScheduleError: a line has no rank, repeats one, or holds what is not an action.
+        ScheduleError: a line has no rank, repeats a rank, or holds something that is not an action.
     """
     programs: dict[int, Program] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -121,10 +120,10 @@ def peak_in_flight(
 
     Args:
         program: one rank's actions; messages are ignored.
-        until: what frees a chunk's activations: "input", the backward of the input (B or I);
-            "weight", the backward of the weights (B or W), which is what memory follows, since the
+        until: the action that frees a chunk's activations. "input": the backward of the input (B or
+            I). "weight": the backward of the weights (B or W); memory follows this one, since the
             saved tensors of a split backward stay until its W.
-        size: of one micro-batch's activations by chunk, in any unit; None counts chunks.
+        size: the size of one micro-batch's activations by chunk, in any unit; None counts chunks.
     Returns:
         The peak, in the unit of `size`.
     """

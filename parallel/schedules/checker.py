@@ -1,4 +1,4 @@
-"""Proof that programs compute a step: nothing missing, doubled, misplaced, unmatched or stuck."""
+"""Checks that programs compute a step: nothing missing, doubled, misplaced, unmatched or stuck."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from holdfast.parallel.schedules.actions import (
 from holdfast.parallel.schedules.simulator import simulate
 
 _Place = tuple[int, int]
-"""Rank and position."""
+"""Rank and position in its program."""
 _Places = Mapping[tuple[Op, int, int], _Place]
 
 
@@ -29,21 +29,24 @@ def check_programs(
     forward_only: bool = False,
     cap: Mapping[int, int] | int | None = None,
 ) -> None:
-    """Check programs with messages, of all ranks that exchange any.
+    """Check programs with messages, of all ranks that communicate.
 
-    What is proved: every micro-batch passes every chunk forward once and, after its forward and on
-    the same rank, backward once (B, or I then W), in chunk order; every value that crosses ranks
-    has exactly one send after it is made and one receive before it is used, each naming the other's
-    rank; nothing else is sent; and the programs end when receives block and sends do not.
+    The check proves the following. Every micro-batch passes every chunk forward once and, after its
+    forward and on the same rank, backward once (B, or I then W), in chunk order. Every value that
+    crosses ranks has exactly one send after it is made and one receive before it is used, each
+    naming the other's rank. Nothing else is sent. The programs end when receives block and sends do
+    not.
 
     Args:
-        programs: by rank.
-        chunks: of the whole model.
-        micro_batches: ids that the programs compute.
-        forward_only: the programs are for evaluation and have no backward.
-        cap: most chunk activations that a rank may keep until their B or W, for all or by rank.
+        programs: the programs by rank.
+        chunks: the number of chunks of the whole model.
+        micro_batches: the ids that the programs compute.
+        forward_only: whether the programs are for evaluation and have no backward.
+        cap: the most chunk activations that a rank may keep until their B or W, for all ranks or by
+            rank.
     Raises:
-        ScheduleError: names the rank, the position and the action of the first thing wrong.
+        ScheduleError: a check fails; the message names the rank, the position and the action of the
+            first problem.
     """
     places = _index(programs, chunks, frozenset(micro_batches), forward_only)
     pairs = [(chunk, m) for chunk in range(chunks) for m in micro_batches]
@@ -72,7 +75,7 @@ def check_programs(
 def _index(
     programs: Mapping[int, Program], chunks: int, known: frozenset[int], forward_only: bool
 ) -> dict[tuple[Op, int, int], _Place]:
-    """Where each action is; every one is in range and there once."""
+    """The place of each action; every action is in range and occurs once."""
     places: dict[tuple[Op, int, int], _Place] = {}
     for rank, program in programs.items():
         for position, action in enumerate(program):
@@ -98,7 +101,7 @@ _FORWARD_OPS = frozenset({Op.FORWARD, Op.SEND_FORWARD, Op.RECEIVE_FORWARD})
 
 
 def _check_compute(places: _Places, chunk: int, micro_batch: int, forward_only: bool) -> None:
-    """One forward, then one backward on the same rank."""
+    """Check for one forward, then one backward on the same rank."""
     forward = places.get((Op.FORWARD, chunk, micro_batch))
     if forward is None:
         raise ScheduleError(f"no rank computes {chunk}F{micro_batch}")
@@ -135,7 +138,7 @@ def _check_compute(places: _Places, chunk: int, micro_batch: int, forward_only: 
 
 
 def _check_address(places: _Places, rank: int, position: int, action: Action) -> None:
-    """A message between the ranks that compute its two chunks, and these are not the same."""
+    """Check that a message goes between the ranks of its two chunks, and that these differ."""
     neighbour = action.chunk + (1 if action.op in (Op.SEND_FORWARD, Op.RECEIVE_BACKWARD) else -1)
     own = places[Op.FORWARD, action.chunk, action.micro_batch][0]
     other = places.get((Op.FORWARD, neighbour, action.micro_batch))
@@ -153,7 +156,7 @@ def _check_address(places: _Places, rank: int, position: int, action: Action) ->
 
 
 def _check_flow(places: _Places, direction: Op, source: int, target: int, micro_batch: int) -> None:
-    """What `source` gives to `target` is made, sent, received and used, in this order."""
+    """Check that a value is made, sent, received and used, in this order."""
     made_op, made = _computed(places, direction, source, micro_batch)
     used_op, used = _computed(places, direction, target, micro_batch)
     if made[0] == used[0]:
@@ -182,7 +185,7 @@ def _check_flow(places: _Places, direction: Op, source: int, target: int, micro_
 def _check_order(
     first: tuple[Op, int], before: _Place, second: tuple[Op, int], after: _Place, micro_batch: int
 ) -> None:
-    """Two actions of one rank, given as (op, chunk), come in this order."""
+    """Check that two actions of one rank, given as (op, chunk), come in this order."""
     if before[1] > after[1]:
         raise ScheduleError(
             f"{_at(after, Action(*second, micro_batch))}: comes before "

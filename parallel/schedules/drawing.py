@@ -11,11 +11,12 @@ _IDLE = "."
 def draw(timeline: Timeline, *, width: int = 120) -> str:
     """A chart with one row per rank and time to the right.
 
-    A compute action is its label where that fits (`F3`, or `2F3` when a rank has several chunks),
-    filled up with its small letter; where it does not fit, its letter alone. Dots are idle time.
+    A compute action is drawn as its label if that fits (`F3`, or `2F3` on a rank with several
+    chunks), filled up with its small letter, or else as its letter alone. Dots are idle time.
 
     Args:
-        width: columns for the whole step; fewer are used when two columns per shortest action do.
+        width: the columns of the whole step; fewer are used if two columns per shortest action
+            suffice.
     Returns:
         The chart, then a line with the makespan and the bubble; ends in a newline.
     """

@@ -1,11 +1,11 @@
 """A greedy scheduler for uneven plans: any rank per (chunk, micro-batch), any costs, a memory cap.
 
-When a rank is free it starts the best of what is ready. A few rules for "best" are tried and the
-shortest result is kept. Backpressure makes every cap from the minimum up safe: a rank with k chunks
-admits the forward of its i-th (i = 1..k) only while its first j chunks keep fewer than cap - (k -
-j) activations, for every j from i to k. So one place is always left for each later chunk,
-activations of the last chunk can always be freed, and by induction from the last chunk to the first
-so can all.
+A free rank starts the best of its ready actions. A few rules for "best" are tried, and the shortest
+result is kept. Backpressure makes every cap from the minimum up safe: a rank with k chunks admits
+the forward of its i-th chunk (i = 1..k) only while its first j chunks keep fewer than cap - (k - j)
+activations, for every j from i to k. So one place is always left for each later chunk. Activations
+of the last chunk can always be freed, and by induction from the last chunk to the first all others
+can.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from holdfast.parallel.schedules.actions import Action, Op, Program
 
 
 class _Turn(Enum):
-    """Whose turn it is when a rank could start a forward and a backward."""
+    """The choice of a rank that could start a forward and a backward."""
 
     ALTERNATE = auto()
     """The kind that did not run last."""
@@ -33,17 +33,19 @@ class _Turn(Enum):
 
 
 class _Forward(Enum):
-    """Which of the forwards that are ready comes first; of backwards, the lowest chunk does."""
+    """The order of ready forwards; of ready backwards, the lowest chunk comes first."""
 
     DEEPEST = auto()
-    """The latest chunk."""
+    """The latest chunk first."""
     LONGEST = auto()
-    """The longest path to the end of the step."""
+    """The longest path to the end of the step first."""
 
 
 class MessageCost(Protocol):
+    """The cost of a message between two ranks."""
+
     def __call__(self, source: int, target: int, /) -> float:
-        """Time from a send on rank `source` to its arrival on rank `target`."""
+        """The time from a send on rank `source` to its arrival on rank `target`."""
         ...
 
 
@@ -58,22 +60,23 @@ def list_schedule(
     split_backward: bool = False,
     all_rules: bool = True,
 ) -> dict[int, Program]:
-    """Compute actions for a given assignment of work; `with_messages(result, owner_of)` completes
-    them.
+    """The compute actions for a given assignment of work; `with_messages` completes them.
 
     Args:
-        chunks: of the whole model.
-        micro_batches: ids of the step, in the order in which they should enter.
+        chunks: the number of chunks of the whole model.
+        micro_batches: the ids of the step, in the order in which they should enter.
         owner_of: (chunk, micro-batch) -> the rank that computes it.
-        cost: time of each action F, B (or I and W); must be above 0.
-        message_cost: time from a send to its arrival, or a function of the two ranks.
-        cap: most chunk activations that a rank keeps until their B or W, for all or by rank; None,
-            or a rank left out, is no limit.
+        cost: the time of each action F, B (or I and W); must be above 0.
+        message_cost: the time from a send to its arrival, or a function of the two ranks.
+        cap: the most chunk activations that a rank keeps until their B or W, for all ranks or by
+            rank;
+            None, or a rank left out, is no limit.
         split_backward: use I and W instead of B; W fills idle time. Chunk 0, whose input gradient
-            goes nowhere, keeps whole backwards.
-        all_rules: try all rules for what is best; else only the one that is best most often.
+            is
+            not needed, keeps whole backwards.
+        all_rules: try all rules for the best action; otherwise only the one that wins most often.
     Returns:
-        Program by rank, for every rank that owns something.
+        The program by rank, for every rank that owns an action.
     Raises:
         ScheduleError: a cap is below the number of chunks that its rank owns.
     """
@@ -89,16 +92,16 @@ def list_schedule(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """The assignment, its costs, and how far each action is from the end of the step."""
+    """The assignment, its costs, and the distance of each action from the end of the step."""
 
     chunks: int
     owner: Mapping[tuple[int, int], int]
     order: Mapping[int, int]
-    """Place of each micro-batch in the given order."""
+    """The position of each micro-batch in the given order."""
     cost: Callable[[Action], float]
     message_cost: float | MessageCost
     owned: Mapping[int, tuple[int, ...]]
-    """Chunks by rank, ascending."""
+    """The chunks of each rank, ascending."""
     caps: Mapping[int, int | None]
     split_backward: bool
     path: Mapping[tuple[int, int], float]
@@ -153,7 +156,7 @@ class _Work:
         return work
 
     def following(self, action: Action) -> Action | None:
-        """What can run once an action has, of the same micro-batch; None after the last."""
+        """The action of the same micro-batch that can run after `action`; None after the last."""
         chunk, micro_batch = action.chunk, action.micro_batch
         if action.op is Op.FORWARD:
             if chunk + 1 < self.chunks:
@@ -175,7 +178,10 @@ class _Work:
         return self.message_cost(source, target)
 
     def priority(self, forward: _Forward, action: Action) -> tuple[float, int, int]:
-        """Smaller is sooner; never equal for two actions of one kind."""
+        """The priority of an action; a smaller one is sooner.
+
+        Never equal for two actions of one kind.
+        """
         chunk, place = action.chunk, self.order[action.micro_batch]
         if action.op is not Op.FORWARD:
             return (chunk, place, chunk)
@@ -188,7 +194,7 @@ _Ready = tuple[tuple[float, int, int], Action]
 
 
 class _RankState:
-    """What one rank has done, keeps, and could start."""
+    """The actions of one rank: done, kept, and ready to start."""
 
     def __init__(self, chunks: tuple[int, ...], cap: int | None, turn: _Turn) -> None:
         self.program: list[Action] = []
@@ -262,7 +268,7 @@ class _SchedulingPass:
             self._add(0.0, work.owner[0, micro_batch], False, Action(Op.FORWARD, 0, micro_batch))
 
     def finish(self, limit: float) -> bool:
-        """Run to the end; False when that comes no sooner than `limit`."""
+        """Run to the end; False if the end is no sooner than `limit`."""
         events, work = self._events, self._work
         while events:
             now = events[0][0]

@@ -1,4 +1,4 @@
-"""Messages between the ranks that compute neighbouring chunks of a micro-batch."""
+"""The messages between the ranks that compute neighbouring chunks of a micro-batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def with_messages(
     *,
     chunks: int | None = None,
 ) -> dict[int, Program]:
-    """Programs with a send right after what makes a message and a receive right before its use.
+    """The programs with a send right after each value is made and a receive right before its use.
 
     Args:
-        programs: compute actions by rank.
-        owner_of: (chunk, micro-batch) -> the rank that computes it; different micro-batches of a
-            chunk may have different ranks. Neighbouring chunks on one rank need no message.
-        chunks: of the whole model; None takes the highest chunk of `programs`, which is right when
-            they hold every rank.
+        programs: the compute actions by rank.
+        owner_of: (chunk, micro-batch) -> the rank that computes it. Micro-batches of a chunk may
+            have different ranks. Neighbouring chunks on one rank need no message.
+        chunks: the number of chunks of the whole model; None takes the highest chunk of `programs`,
+            which is right if they have every rank.
     Returns:
         The complete programs by rank.
     """
@@ -59,7 +59,7 @@ def _rank_with_messages(
 
 
 def owners(programs: Mapping[int, Program]) -> dict[tuple[int, int], int]:
-    """(chunk, micro-batch) -> the rank whose program has its forward."""
+    """(chunk, micro-batch) -> the rank that computes its forward."""
     return {
         (action.chunk, action.micro_batch): rank
         for rank, program in programs.items()

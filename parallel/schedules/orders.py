@@ -1,6 +1,6 @@
 """Orders with whole backwards: GPipe, 1F1B, interleaved 1F1B, and forward only.
 
-Every order gives the compute actions of one pipeline index for local micro-batches 0..m-1.
+Every function gives the compute actions of one pipeline index for local micro-batches 0..m-1.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def interleaved(index: int, pipeline: int, virtual: int, micro_batches: int) -> 
     """Interleaved 1F1B (Narayanan et al. 2021, section 2.2) for any number of micro-batches.
 
     Micro-batches go through the chunks in groups of `pipeline`. The published warm-up deadlocks
-    after a smaller group (Megatron and torch refuse such numbers). Here what is left over joins the
-    groups, one micro-batch each, when there are groups enough (at most one more micro-batch is then
-    in flight, and the bubble stays that of full groups); else it is a smaller first group in the
-    order of a full one with the missing micro-batches left out, as what is left of a sound order is
-    sound.
+    after a smaller group (Megatron and torch refuse such numbers). Here the remaining micro-batches
+    join the groups, one each, if there are enough groups: at most one more micro-batch is then in
+    flight, and the bubble stays that of full groups. Otherwise they form a smaller first group, in
+    the order of a full one without the missing micro-batches: leaving actions out of a sound order
+    keeps it sound.
     """
     if virtual == 1:
         return one_forward_one_backward(index, pipeline, micro_batches)
@@ -58,7 +58,7 @@ def forward_sequence(
     """The forwards of one pipeline index, for evaluation.
 
     Args:
-        placement: pipeline index of each chunk.
+        placement: the pipeline index of each chunk.
     """
     chunks = tuple(c for c, holder in enumerate(placement) if holder == index)
     looped = all(holder == c % pipeline for c, holder in enumerate(placement))
@@ -86,7 +86,7 @@ def _grouped(chunks: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[in
 
 
 def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) -> Iterator[Action]:
-    """`warm_up` forwards, then forward and backward in turn, then the backwards that are left."""
+    """`warm_up` forwards, then forward and backward in turn, then the remaining backwards."""
     warm_up = min(warm_up, len(forwards))
     yield from forwards[:warm_up]
     steady = len(forwards) - warm_up

@@ -40,8 +40,8 @@ def placement(schedule: str, pipeline: int, virtual: int) -> tuple[int, ...]:
 
     Args:
         schedule: a name in `SCHEDULES`.
-        pipeline: ranks of the pipeline, 1 or more.
-        virtual: model chunks per pipeline rank, as many as the schedule allows.
+        pipeline: the number of ranks of the pipeline, 1 or more.
+        virtual: the number of model chunks per pipeline rank, as many as the schedule allows.
     Raises:
         ScheduleError: the schedule does not exist or cannot have this many chunks.
     """
@@ -55,7 +55,8 @@ def compute_programs(
 
     Args:
         schedule, pipeline, virtual: as for `placement`.
-        micro_batches: of one replica, 1 or more; actions name them 0 to micro_batches - 1.
+        micro_batches: the number of micro-batches of one replica, 1 or more; actions name them 0 to
+            micro_batches - 1.
     Returns:
         One program per pipeline index.
     Raises:
@@ -71,7 +72,7 @@ def forward_only(
 ) -> tuple[Program, ...]:
     """The forwards of each pipeline index, without messages, for evaluation.
 
-    Arguments and errors are those of `compute_programs`; chunks lie where `schedule` places them.
+    Arguments and errors are those of `compute_programs`. Chunks lie where `schedule` places them.
     """
     placed = placement(schedule, pipeline, virtual)
     _check_count("micro_batches", micro_batches)
@@ -79,7 +80,7 @@ def forward_only(
 
 
 def _checked(name: str, pipeline: int, virtual: int) -> Schedule:
-    """The schedule of a name, once it is known to allow these numbers."""
+    """The schedule of a name, checked to allow these numbers."""
     found = SCHEDULES.get(name)
     if found is None:
         raise ScheduleError(unknown_name("parallel.schedule", name, SCHEDULES))

@@ -1,4 +1,4 @@
-"""What a pipeline schedule is: where chunks lie and in which order each pipeline index works."""
+"""The type of a pipeline schedule: where chunks lie, and the order of each pipeline index."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from holdfast.parallel.schedules.actions import Program
 
 
 def round_robin(pipeline: int, virtual: int) -> tuple[int, ...]:
-    """The pipeline index of every chunk, in forward order, when chunks go round `virtual` times."""
+    """The pipeline index of every chunk, in forward order, if chunks go round `virtual` times."""
     return tuple(range(pipeline)) * virtual
 
 
@@ -23,6 +23,6 @@ class Schedule:
     chunks_per_rank: int | None = None
     """The only allowed `parallel.virtual`; None: any."""
     alternative: str = ""
-    """The schedule for another number of chunks per rank, as an error recommends it."""
+    """The schedule for another number of chunks per rank, which an error recommends."""
     placement: Callable[[int, int], tuple[int, ...]] = round_robin
     """(pipeline, virtual) -> the pipeline index of every chunk, in forward order."""

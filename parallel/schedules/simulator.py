@@ -1,4 +1,6 @@
-"""When every action of a set of programs runs, given what actions and messages cost."""
+"""The simulator: when every action of a set of programs runs, from the costs of actions and
+messages.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ from holdfast.parallel.schedules.actions import (
 from holdfast.parallel.schedules.messages import matching_receive, owners, with_messages
 
 _NAMED_RANKS = 4
-"""Blocked ranks that a deadlock's message names; the others follow from them."""
+"""Blocked ranks that the message of a deadlock names; the others follow from them."""
 
 
 class ActionSpan(NamedTuple):
-    """A compute action and when it ran, in the unit of the costs."""
+    """A compute action and its start and end, in the unit of the costs."""
 
     action: Action
     start: float
@@ -38,20 +40,20 @@ class Timeline:
     spans: Mapping[int, tuple[ActionSpan, ...]]
     """Compute actions by rank, in order."""
     busy: Mapping[int, float]
-    """Time spent computing, by rank."""
+    """The time that each rank computes."""
     peak_in_flight: Mapping[int, int]
-    """Most chunk activations kept at once by rank, each freed by its B or I."""
+    """The most chunk activations that each rank keeps at once, each freed by its B or I."""
     peak_saved: Mapping[int, int]
     """The same, each freed by its B or W, as memory is."""
 
     @property
     def bubble(self) -> float:
-        """What the step takes beyond its busiest rank's work, as a fraction of that work."""
+        """The time of the step beyond its busiest rank's work, as a fraction of that work."""
         busiest = max(self.busy.values(), default=0.0)
         return self.makespan / busiest - 1 if busiest > 0 else 0.0
 
     def idle(self, rank: int) -> float:
-        """Time in which a rank waits between its first and its last compute action."""
+        """The time that a rank waits between its first and its last compute action."""
         spans = self.spans[rank]
         return spans[-1].stop - spans[0].start - self.busy[rank] if spans else 0.0
 
@@ -63,12 +65,12 @@ def unit_cost(
     *,
     virtual: int = 1,
 ) -> Callable[[Action], float]:
-    """Costs that depend on the kind of action only; a whole backward costs both of its parts.
+    """Costs that depend only on the kind of action; a whole backward costs both of its parts.
 
     Args:
-        forward: time of a rank's share of the model for one micro-batch, over all its chunks.
-        backward_input, backward_weight: likewise.
-        virtual: chunks per rank, over which each share is divided.
+        forward: the time of a rank's part of the model for one micro-batch, over all its chunks.
+        backward_input, backward_weight: likewise, for the two parts of a backward.
+        virtual: the number of chunks per rank, among which these times are divided.
     """
     costs = {
         Op.FORWARD: forward / virtual,
@@ -87,15 +89,15 @@ def simulate(
     """Run the programs in order on every rank: sends never wait, receives wait for their message.
 
     Args:
-        programs: by rank, with messages, or all of them without: then messages are put where
-            `with_messages` puts them.
-        cost: time of a compute action.
-        message_cost: time from a send to the message's arrival, or a function of the send. Messages
-            do not share a link's bandwidth.
+        programs: by rank, all with messages or all without: then `with_messages` adds them.
+        cost: the time of a compute action.
+        message_cost: the time from a send to the message's arrival, or a function of the send.
+            Messages do not share a link's bandwidth.
     Returns:
         The timeline.
     Raises:
-        ScheduleError: the programs deadlock; names the blocked ranks, positions and actions.
+        ScheduleError: the programs deadlock; the message names the blocked ranks, positions and
+            actions.
     """
     if all(action.op in COMPUTE for program in programs.values() for action in program):
         owner = owners(programs)
@@ -127,8 +129,7 @@ class _Simulation:
         self._cost = cost
         self._message_cost = message_cost
         self._positions = dict.fromkeys(programs, 0)
-        # Messages are known by (op, chunk, micro-batch, sender, receiver), as the receiver names
-        # them.
+        # Messages are named (op, chunk, micro-batch, sender, receiver), from the receiver's side.
         self._arrivals: dict[tuple[Op, int, int, int | None, int | None], float] = {}
         self._waiting: set[tuple[Op, int, int, int | None, int | None]] = set()
         self._runnable = list(programs)

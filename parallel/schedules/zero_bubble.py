@@ -1,8 +1,8 @@
 """Orders that split the backward to fill the bubble: ZB-H1 and ZB-V (Qi et al. 2024).
 
-The input gradient (I) is what other stages wait for; the weight gradient (W) runs where a rank
-would be idle. Chunk 0 sends no input gradient, so its I and W are joined to a whole backward (B)
-where they are adjacent, which is cheaper and delays no other rank.
+Other stages wait for the input gradient (I); the weight gradient (W) runs when a rank would be
+idle. Chunk 0 sends no input gradient, so its I and W are joined to a whole backward (B) if they are
+adjacent, which is cheaper and delays no other rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from holdfast.parallel.schedules.schedule import Schedule
 def zb_h1(index: int, pipeline: int, micro_batches: int) -> Program:
     """ZB-H1 (Qi et al. 2024, section 2.2): 1F1B's activations, about a third of its bubble.
 
-    Each W comes `index` micro-batches after its I, so that every rank keeps at most `pipeline`
+    Each W comes `index` micro-batches after its I. So every rank keeps at most `pipeline`
     micro-batches until their W, as many as 1F1B keeps on its first rank.
     """
     warm_up = min(pipeline - index - 1, micro_batches)
@@ -42,8 +42,8 @@ def v_placement(pipeline: int) -> tuple[int, ...]:
 def zb_v(pipeline: int, micro_batches: int) -> tuple[Program, ...]:
     """ZB-V (Qi et al. 2024, section 6): two chunks per rank placed as a V, no bubble but the start.
 
-    The published order needs 2 * pipeline - 1 micro-batches; fewer are list-scheduled with the same
-    limit of 2 * pipeline chunk activations, which beats leaving the missing ones out of the order.
+    The published order needs 2 * pipeline - 1 micro-batches. Fewer are list-scheduled with the same
+    limit of 2 * pipeline chunk activations, which is better than leaving the missing ones out.
 
     Returns:
         One program per pipeline index.
@@ -91,7 +91,7 @@ def _zb_v_order(index: int, pipeline: int, micro_batches: int) -> Program:
 
 
 class _VOrder:
-    """Writes down the actions of one rank's two chunks, counting the micro-batches of each."""
+    """The actions of one rank's two chunks, with a count of the micro-batches of each."""
 
     def __init__(self, descending_chunk: int, ascending_chunk: int) -> None:
         self.order: list[Action] = []

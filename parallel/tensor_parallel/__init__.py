@@ -1,4 +1,4 @@
-"""Operators, linear layers and vocabulary of tensor-parallel groups.
+"""Tensor parallelism: operators, linear layers and vocabulary.
 
 May import parallel.comm and parallel.pipeline.
 """

@@ -1,8 +1,8 @@
-"""Linear layers whose weight gradient goes through a queue, so that a backward pass can be split.
+"""Linear layers with a queue for weight gradients, so that a backward pass can be split.
 
-The backward pass of each computes the input's gradient only and hands the weight's to the chunk's
-`WeightGradientQueue`, exactly once. Exact-mode safe: the same matrix
-products whatever the schedule.
+The backward pass of each layer computes only the input's gradient, and hands the weight's to the
+chunk's `WeightGradientQueue`, exactly once. Exact-mode safe: the matrix products are the same in
+every schedule.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ def gathered_linear(
 ) -> Tensor:
     """A column-parallel linear layer on a sequence shard.
 
-    float[seq / T, batch, in] -> float[seq, batch, out / T].
-
-    Gathers the sequence, forward and again backward, so that only the shard is kept (Korthikanti et
-    al. 2022, section 4.2.2). The input's gradient is reduce-scattered. Collective over `group`.
+    Input float[seq / T, batch, in], output float[seq, batch, out / T]. It gathers the sequence,
+    forward and again backward, so that only the shard is kept (Korthikanti et al. 2022, section
+    4.2.2). The input's gradient is reduce-scattered. Collective over `group`.
     """
     return _GatheredLinear.apply(value, weight, queue, group)  # pyrefly: ignore[bad-return]
 
@@ -67,7 +66,7 @@ class _Linear(torch.autograd.Function):
 
 
 def gather_rows(value: Tensor, group: Communicator) -> Tensor:
-    """All members' `value` one after the other along dimension 0, without autograd. Collective."""
+    """The members' `value`, one after the other along dim 0, without autograd. Collective."""
     value = value.contiguous()
     gathered = value.new_empty(group.size * value.shape[0], *value.shape[1:])
     group.all_gather(list(gathered.chunk(group.size)), value).wait()
@@ -75,7 +74,7 @@ def gather_rows(value: Tensor, group: Communicator) -> Tensor:
 
 
 def sum_scatter_rows(value: Tensor, group: Communicator) -> Tensor:
-    """This member's share of dimension 0 of the members' sum, without autograd. Collective."""
+    """This member's part of dim 0 of the members' sum, without autograd. Collective."""
     parts = list(value.contiguous().chunk(group.size))
     output = torch.empty_like(parts[group.index])
     group.reduce_scatter(output, parts).wait()

@@ -1,8 +1,8 @@
 """Tensor and sequence parallelism: the collectives within a tensor-parallel group.
 
-Shoeybi et al. 2019 (f and g operators) and Korthikanti et al. 2022 (sequence parallelism). A hidden
-state is float[seq, batch, hidden] on every rank or, with sequence parallelism, float[seq / T,
-batch, hidden]. Exact-mode safe within one tensor-parallel size.
+The operators are f and g of Shoeybi et al. 2019, and those of Korthikanti et al. 2022 for sequence
+parallelism. A hidden state is float[seq, batch, hidden] on every rank or, with sequence
+parallelism, float[seq / T, batch, hidden]. Exact-mode safe within one tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from holdfast.parallel.tensor_parallel.linear import (
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """How a chunk's layers are split: the group (None: one rank), and whether sequences are too."""
+    """The split of a chunk's layers: the group (None: one rank), and whether sequences are split."""
 
     group: Communicator | None
     sequence_parallel: bool
@@ -41,7 +41,7 @@ class TensorParallel:
     def column_linear(
         self, value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue
     ) -> Tensor:
-        """A layer whose output features are split: every rank sees the whole sequence after it."""
+        """A layer with split output features; every rank then has the whole sequence."""
         if self.group is None:
             return linear(value, weight, queue)
         if self.sequence_parallel:
@@ -49,7 +49,7 @@ class TensorParallel:
         return linear(copy_to_group(value, self.group), weight, queue)
 
     def row_linear(self, value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue) -> Tensor:
-        """A layer whose input features are split: the ranks' partial outputs are summed."""
+        """A layer with split input features; the ranks' partial outputs are summed."""
         return self.sum_partials(linear(value, weight, queue))
 
     def sum_partials(self, value: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class TensorParallel:
         return sum_over_group(value, self.group)
 
     def element_offset(self, value: Tensor) -> int:
-        """Where a hidden state's elements start in the logical [seq, batch, hidden] tensor."""
+        """The index of a hidden state's first element in the logical [seq, batch, hidden] tensor."""
         return self.index * value.numel() if self.sequence_parallel else 0
 
 
@@ -71,12 +71,12 @@ def copy_to_group(value: Tensor, group: Communicator) -> Tensor:
 
 
 def sum_over_group(value: Tensor, group: Communicator) -> Tensor:
-    """Sum over the group; the gradient passes as it is. Collective in forward."""
+    """Sum over the group; the gradient passes unchanged. Collective in forward."""
     return _SumOverGroup.apply(value, group)  # pyrefly: ignore[bad-return]
 
 
 def scatter_sum(value: Tensor, group: Communicator) -> Tensor:
-    """Sum over the group, split along dimension 0; the gradient is gathered. Collective."""
+    """Sum over the group, split along dim 0; the gradient is gathered. Collective."""
     return _ScatterSum.apply(value, group)  # pyrefly: ignore[bad-return]
 
 

@@ -18,7 +18,7 @@ from holdfast.parallel.pipeline import WeightGradientQueue
 def embed(
     tokens: Tensor, weight: nn.Parameter, queue: WeightGradientQueue, first_row: int
 ) -> Tensor:
-    """Rows of a vocabulary shard; zeros for tokens that other ranks hold.
+    """Rows of a vocabulary shard; zeros for tokens of other shards.
 
     Args:
         tokens: int64[seq, batch].
@@ -32,9 +32,9 @@ def embed(
 def cross_entropy_sum(
     logits: Tensor, targets: Tensor, first_row: int, group: Communicator | None
 ) -> Tensor:
-    """Sum over tokens of the cross-entropy of logits that are split along the vocabulary.
+    """The sum over tokens of the cross-entropy, with logits split along the vocabulary.
 
-    Computed in float32 (float64 for float64 logits).
+    It is computed in float32 (float64 for float64 logits).
 
     Args:
         logits: float[seq, batch, rows], this rank's part of the vocabulary, from `first_row` on.

@@ -275,7 +275,7 @@ class Connection:
         self._is_ready = True
 
     def await_handshake(self, handshake: Handshake) -> None:
-        """Continue once the peer is in the generation too; reconnect if it dropped the connection."""
+        """Continue once the peer is in the generation too; reconnect if it must."""
         answered = handshake.wait()
         with self._lock:
             self._is_connecting = False

@@ -224,7 +224,7 @@ class NcclCommunicator(PairwiseCommunicator):
         return renewed
 
     def _abort_unused(self, renewed: NcclCommunicator) -> None:
-        """End the parts that the renewed communicator did not take over, as all staying members do."""
+        """End the parts that the renewed communicator did not take over; all members do so."""
         self._channels = {
             pair: channel
             for pair, channel in self._channels.items()

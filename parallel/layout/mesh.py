@@ -83,7 +83,6 @@ class Mesh:
     def of(**sizes: int) -> Mesh:
         """The mesh of these degrees along `AXES`; an axis without one has a single rank.
 
-
         Raises:
             ConfigError: an axis does not exist, or a degree is below 1.
         """

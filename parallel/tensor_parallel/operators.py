@@ -25,7 +25,7 @@ from holdfast.parallel.tensor_parallel.linear import (
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """The split of a chunk's layers: the group (None: one rank), and whether sequences are split."""
+    """The split of a chunk's layers: the group (None: one rank), and of sequences or not."""
 
     group: Communicator | None
     sequence_parallel: bool
@@ -61,7 +61,7 @@ class TensorParallel:
         return sum_over_group(value, self.group)
 
     def element_offset(self, value: Tensor) -> int:
-        """The index of a hidden state's first element in the logical [seq, batch, hidden] tensor."""
+        """The index of a hidden state's first element in the logical [seq, batch, hidden]."""
         return self.index * value.numel() if self.sequence_parallel else 0
 
 

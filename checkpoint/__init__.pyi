@@ -3,3 +3,8 @@ from .api import (
     load as load,
     save as save,
 )
+from .manager import (
+    CheckpointManager as CheckpointManager,
+    ManagerSettings as ManagerSettings,
+    Wanted as Wanted,
+)

@@ -24,6 +24,11 @@ BELOW = {
     "trainer": {"trainer", "checkpoint", "elastic", "parallel", "_native"},
     "launch": {"launch", "trainer", "checkpoint", "elastic", "parallel", "_native"},
 }
+OPEN = {
+    f"holdfast.parallel.{name}"
+    for name in ("errors", "faults", "keyed_random", "precision", "step_phases")
+}
+"""Modules beside the rooms of a house that other houses name; all else is entered by a face."""
 MOST_ROOMS = 18
 """Entries of one folder, its own `__init__` aside."""
 LONGEST_FUNCTION = 60
@@ -96,13 +101,15 @@ def folder_of(module: str) -> str:
 def may_reach(module: str, importer: str) -> str:
     """The deepest prefix of `module` that `importer` may name: one step below what both share.
 
-    What lies directly in a house (holdfast.parallel.errors, holdfast.parallel.plan) is open to all.
+    Of another house it may name the rooms, and the modules in `OPEN`.
     """
     there, here = module.split("."), folder_of(importer).split(".")
     shared = 0
     while shared < min(len(there), len(here)) and there[shared] == here[shared]:
         shared += 1
-    return ".".join(there[: max(shared + 1, 3)])
+    room = ".".join(there[:3])
+    open_to_all = room in FOLDERS or room in OPEN
+    return ".".join(there[: max(shared + 1, 3 if open_to_all else 2)])
 
 
 def reaches_inside(module: str, name: str | None, importer: str) -> bool:
@@ -146,6 +153,10 @@ def test_an_import_past_the_face_is_seen() -> None:
     assert not reaches_inside("holdfast.parallel.layout", "Box", importer)
     assert not reaches_inside(inside, "Box", "holdfast.parallel.layout.mesh")
     assert reaches_inside(inside, "Box", "holdfast.parallel.plan.plan")
+    assert reaches_inside("holdfast.elastic.membership", "Membership", importer)
+    assert not reaches_inside("holdfast.elastic.membership", "Membership", "holdfast.elastic.watch")
+    assert not reaches_inside("holdfast.elastic", "Membership", importer)
+    assert not reaches_inside("holdfast.parallel.errors", "PeerLost", importer)
 
 
 def _room_arrows() -> dict[str, set[str]]:

@@ -17,9 +17,9 @@ import msgspec
 import torch
 from torch.distributed import Store
 
+from holdfast.checkpoint import CheckpointManager, ManagerSettings, Wanted
 from holdfast.checkpoint.format import Manifest, WritePlan
 from holdfast.checkpoint.loading import LoadStatistics, Targets
-from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings, Wanted
 from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan
 from holdfast.checkpoint.stores import LocalStore, Retention, checkpoint_at, open_store
 from holdfast.checkpoint.tiers import RemoteTier, UploadResult

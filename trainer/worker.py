@@ -23,7 +23,7 @@ from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_erro
 from holdfast.trainer.world import WorldInfo
 
 if TYPE_CHECKING:
-    from holdfast.elastic.worker_spec import WorkerSpec
+    from holdfast.elastic import WorkerSpec
 
 STORE_TIMEOUT_S = 300.0
 _PEER_REASON_S = 2.0

@@ -18,21 +18,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.elastic.agreement import AcceptorState
-from holdfast.elastic.channel import liveness_age_s, receive_message, send_message
-from holdfast.elastic.generation import Identity, format_identities, parse_identities
-from holdfast.elastic.hang import HangJudge
-from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
-from holdfast.elastic.membership_events import (
+from holdfast.elastic import (
+    AcceptorState,
+    FaultError,
+    HangJudge,
+    Identity,
+    Lighthouse,
     MembershipEvent,
     MembershipEventKind,
+    MembershipSettings,
+    WorkerSpec,
+    coordination,
+    cut_network,
     event_from_data,
     event_to_data,
+    format_identities,
+    host_store,
+    lighthouse_url,
+    liveness_age_s,
+    parse_identities,
+    receive_message,
+    send_message,
 )
-from holdfast.elastic.node_faults import FaultError, cut_network
-from holdfast.elastic.quorum_client import MembershipSettings
-from holdfast.elastic.store import host_store
-from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.liveness import timestamp_check
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.elastic.channel import send_message
-from holdfast.elastic.worker_spec import WorkerSpec, worker_spec_from_data, worker_spec_to_data
+from holdfast.elastic import WorkerSpec, send_message, worker_spec_from_data, worker_spec_to_data
 from holdfast.launch.processes import Supervisor, append_output, fork_child
 
 _PACKET_BYTES = 1 << 16

@@ -8,7 +8,7 @@ import select
 import time
 from collections.abc import Iterator
 
-from holdfast.elastic.lighthouse import Lighthouse, LighthouseAway, heartbeat_ages
+from holdfast.elastic import Lighthouse, LighthouseAway, heartbeat_ages
 from holdfast.launch.processes import fork_child
 from holdfast.parallel.errors import MembershipError
 

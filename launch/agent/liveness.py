@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from holdfast.elastic.channel import liveness_age_s
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import WorkerSpec, liveness_age_s
 
 LivenessCheck = Callable[[WorkerSpec, int], str | None]
 """Why the worker of this specification and process id counts as hung; None if it does not."""

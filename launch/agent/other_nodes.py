@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from holdfast.elastic.generation import parse_identities
-from holdfast.elastic.membership_events import MembershipEvent
-from holdfast.elastic.quorum_client import MembershipSettings, report_on_behalf_of
-from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import (
+    BulletinFollower,
+    HeartbeatWatch,
+    MembershipEvent,
+    MembershipSettings,
+    WorkerSpec,
+    parse_identities,
+    report_on_behalf_of,
+)
 
 _WATCHERS = 3
 """Agents that watch heartbeats for all: those of the first nodes of a generation."""

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from holdfast.elastic.hang import Wait
-from holdfast.elastic.quorum_client import MembershipSettings
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import MembershipSettings, Wait, WorkerSpec
 from holdfast.launch.agent.liveness import LivenessCheck
 from holdfast.launch.agent.restarts import RestartPolicy
 

@@ -8,8 +8,7 @@ import signal
 import socket
 from dataclasses import dataclass
 
-from holdfast.elastic.channel import liveness_age_s
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import WorkerSpec, liveness_age_s
 
 logger = logging.getLogger("holdfast.agent")
 

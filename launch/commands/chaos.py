@@ -22,7 +22,7 @@ from holdfast.trainer.reports import append_event, last_step
 from holdfast.trainer.run import RunDirectory
 
 if TYPE_CHECKING:
-    from holdfast.elastic.faults import Fault
+    from holdfast.elastic import Fault
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _SOON_STEPS = 2
@@ -83,7 +83,7 @@ class FaultRequest:
 
 def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
     """Cause one fault in one worker, or ask the worker for it; returns what was caused."""
-    from holdfast.elastic.faults import ask_for, fault_from_data
+    from holdfast.elastic import ask_for, fault_from_data
 
     at = request.step or last_step(run.metrics) + _SOON_STEPS
     fault = fault_from_data(

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.trainer import WorldInfo
 from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
@@ -23,7 +24,6 @@ from holdfast.trainer.run import (
     opened_run,
     with_throughput,
 )
-from holdfast.trainer.world import WorldInfo
 from holdfast.trainer.worlds import world_from_environment
 
 Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
@@ -76,7 +76,7 @@ def train(
         raise typer.Exit(_train_here(request, nproc, prove=prove))
     if world.job and request.config.elastic.enabled:
         raise typer.Exit(_run_task(request, world))
-    from holdfast.trainer.external_launcher import run_external_worker
+    from holdfast.trainer import run_external_worker
 
     raise typer.Exit(run_external_worker(request, world))
 

@@ -21,15 +21,15 @@ from typing import Any
 
 import msgspec
 
-from holdfast.elastic.lighthouse import lighthouse_url
+from holdfast.elastic import lighthouse_url
 from holdfast.launch.agent import Agent, AgentSettings, detached_lighthouse
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.elastic import explained, log_agents, node_settings, worker_main
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
+from holdfast.trainer import WorldInfo
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import Resume, RunDirectory, RunRequest, opened_run, recorded_throughput
-from holdfast.trainer.world import WorldInfo
 
 _MEET_S = 120.0
 """How long the tasks of a job wait for each other."""

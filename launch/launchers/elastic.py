@@ -11,9 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from holdfast.elastic.hang import Wait, wait_of
-from holdfast.elastic.quorum_client import MembershipSettings
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import MembershipSettings, Wait, WorkerSpec, wait_of
 from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
@@ -62,8 +60,8 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
 
 def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
     """What the workers of an elastic run do; imports, before they are forked, what they need."""
+    from holdfast.trainer import run_elastic_worker
     from holdfast.trainer.elastic import train_elastic_worker  # noqa: F401
-    from holdfast.trainer.worker import run_elastic_worker
 
     def main(spec: WorkerSpec, channel: socket.socket) -> int:
         return run_elastic_worker(config, spec, channel, run)
@@ -104,7 +102,7 @@ def node_settings(
 
 def explained(code: int, run: RunDirectory, ranks: Iterable[int]) -> int:
     """The exit code of a node, after a line for the person who started it where it is an error."""
-    from holdfast.trainer.worker import describe, root_cause
+    from holdfast.trainer import describe, root_cause
 
     if code not in (0, 130):
         cause = root_cause(run, ranks)

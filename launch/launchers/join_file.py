@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from holdfast.elastic.lighthouse import lighthouse_url
-from holdfast.elastic.quorum_client import MembershipSettings
+from holdfast.elastic import MembershipSettings, lighthouse_url
 from holdfast.parallel.comm import own_address_towards
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.run import RunDirectory

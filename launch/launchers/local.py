@@ -26,9 +26,9 @@ from holdfast.launch.processes import (
     on_signals,
 )
 from holdfast.parallel.errors import CheckpointError
+from holdfast.trainer import WorldInfo, local_world
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
-from holdfast.trainer.world import WorldInfo, local_world
 
 GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
@@ -53,7 +53,7 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
 
     Prints one line when a worker fails: the reason of the first that failed by itself.
     """
-    from holdfast.trainer.worker import describe, root_cause, run_worker
+    from holdfast.trainer import describe, root_cause, run_worker
 
     def main(world: WorldInfo) -> int:
         return run_worker(config, world, run, announce=False)

@@ -12,10 +12,15 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from holdfast.elastic.acceptor_state import AcceptorFile
-from holdfast.elastic.generation import parse_identity
-from holdfast.elastic.lighthouse import Lighthouse, coordination, lighthouse_url
-from holdfast.elastic.quorum_client import MembershipSettings, report_on_behalf_of
+from holdfast.elastic import (
+    AcceptorFile,
+    Lighthouse,
+    MembershipSettings,
+    coordination,
+    lighthouse_url,
+    parse_identity,
+    report_on_behalf_of,
+)
 from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
 from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import Stopped

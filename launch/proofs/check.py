@@ -14,6 +14,7 @@ from rich.table import Table
 from torch.distributed import Store
 
 from holdfast.launch.launchers import start_workers
+from holdfast.trainer import WorldInfo, describe, root_cause, run_worker
 from holdfast.trainer.check import (
     Finding,
     compare,
@@ -25,8 +26,6 @@ from holdfast.trainer.check import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, RunRequest, opened_run
-from holdfast.trainer.worker import describe, root_cause, run_worker
-from holdfast.trainer.world import WorldInfo
 
 _SHOWN = 8
 _KINDS = (

@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from holdfast.elastic.history import MembershipHistory, history_of
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import MembershipHistory, WorkerSpec, history_of
 from holdfast.launch.agent import AgentSettings
 from holdfast.launch.launchers import (
     explained,

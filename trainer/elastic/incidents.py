@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from holdfast.elastic.events import change_events
-from holdfast.elastic.generation import Generation
-from holdfast.elastic.history import CHANGES, newest_start
-from holdfast.elastic.membership_events import MembershipEvent, event_to_data
+from holdfast.elastic import (
+    CHANGES,
+    Generation,
+    MembershipEvent,
+    change_events,
+    event_to_data,
+    newest_start,
+)
 from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.reports import append_events, read_events

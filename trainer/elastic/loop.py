@@ -12,11 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from holdfast.elastic.generation import Identity
-from holdfast.elastic.history import MembershipHistory
-from holdfast.elastic.membership import Membership
-from holdfast.elastic.membership_events import MembershipEvent
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
 from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.parallel.plan import would_move_layers
 from holdfast.trainer.config import RunConfig

@@ -23,8 +23,7 @@ from typing import Any, Protocol
 
 from torch.distributed import Store
 
-from holdfast.elastic.generation import Generation
-from holdfast.elastic.membership_events import MembershipEvent
+from holdfast.elastic import Generation, MembershipEvent
 from holdfast.parallel.comm import Operation
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.plan import Plan, plan_from_data, plan_to_data

@@ -10,9 +10,7 @@ from pathlib import Path
 import msgspec
 from torch.distributed import Store
 
-from holdfast.elastic.generation import Generation
-from holdfast.elastic.membership import Membership
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import Generation, Membership, WorkerSpec
 from holdfast.trainer.checkpointing import Checkpoints, Signals
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word

@@ -9,10 +9,14 @@ from dataclasses import asdict
 import msgspec
 import torch
 
-from holdfast.elastic.faults import Fault, FaultInjector, fault_from_data
-from holdfast.elastic.membership import Membership
-from holdfast.elastic.membership_events import MembershipEvent
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import (
+    Fault,
+    FaultInjector,
+    Membership,
+    MembershipEvent,
+    WorkerSpec,
+    fault_from_data,
+)
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
 from holdfast.trainer.elastic.incidents import ChangeRecord, record_of, write_changes

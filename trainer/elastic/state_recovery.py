@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch.distributed import Store
 
-from holdfast.elastic.generation import Generation
+from holdfast.elastic import Generation
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer import BackgroundTransfer, TransferPace, carried_bytes, move_blocks
 from holdfast.parallel.plan import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from holdfast.elastic.history import MembershipHistory
+from holdfast.elastic import MembershipHistory
 from holdfast.trainer.step import Training
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from holdfast.elastic.generation import Generation
+from holdfast.elastic import Generation
 from holdfast.parallel.plan import (
     Plan,
     Roster,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import Store
 
-from holdfast.elastic.generation import Identity
-from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.elastic import Identity, WorkerSpec
 from holdfast.parallel.comm import (
     Communicator,
     Groups,

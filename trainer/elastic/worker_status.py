@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from holdfast.elastic.generation import Generation
+from holdfast.elastic import Generation
 from holdfast.trainer.step import Included, Outcome, Requests, included_from_data, included_to_data
 
 

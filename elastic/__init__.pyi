@@ -1,0 +1,74 @@
+from .acceptor_state import (
+    AcceptorFile as AcceptorFile,
+)
+from .agreement import (
+    AcceptorState as AcceptorState,
+)
+from .channel import (
+    liveness_age_s as liveness_age_s,
+    receive_message as receive_message,
+    send_message as send_message,
+)
+from .events import (
+    change_events as change_events,
+)
+from .faults import (
+    Fault as Fault,
+    FaultInjector as FaultInjector,
+    ask_for as ask_for,
+    fault_from_data as fault_from_data,
+)
+from .generation import (
+    Generation as Generation,
+    Identity as Identity,
+    format_identities as format_identities,
+    parse_identities as parse_identities,
+    parse_identity as parse_identity,
+)
+from .hang import (
+    HangJudge as HangJudge,
+    Wait as Wait,
+    wait_of as wait_of,
+)
+from .history import (
+    CHANGES as CHANGES,
+    MembershipHistory as MembershipHistory,
+    history_of as history_of,
+    newest_start as newest_start,
+)
+from .lighthouse import (
+    Lighthouse as Lighthouse,
+    LighthouseAway as LighthouseAway,
+    coordination as coordination,
+    heartbeat_ages as heartbeat_ages,
+    lighthouse_url as lighthouse_url,
+)
+from .membership import (
+    Membership as Membership,
+)
+from .membership_events import (
+    MembershipEvent as MembershipEvent,
+    MembershipEventKind as MembershipEventKind,
+    event_from_data as event_from_data,
+    event_to_data as event_to_data,
+)
+from .node_faults import (
+    FaultError as FaultError,
+    cut_network as cut_network,
+)
+from .quorum_client import (
+    MembershipSettings as MembershipSettings,
+    report_on_behalf_of as report_on_behalf_of,
+)
+from .store import (
+    host_store as host_store,
+)
+from .watch import (
+    BulletinFollower as BulletinFollower,
+    HeartbeatWatch as HeartbeatWatch,
+)
+from .worker_spec import (
+    WorkerSpec as WorkerSpec,
+    worker_spec_from_data as worker_spec_from_data,
+    worker_spec_to_data as worker_spec_to_data,
+)

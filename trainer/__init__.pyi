@@ -1,0 +1,13 @@
+from .external_launcher import (
+    run_external_worker as run_external_worker,
+)
+from .worker import (
+    describe as describe,
+    root_cause as root_cause,
+    run_elastic_worker as run_elastic_worker,
+    run_worker as run_worker,
+)
+from .world import (
+    WorldInfo as WorldInfo,
+    local_world as local_world,
+)

@@ -33,6 +33,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from holdfast.checkpoint.format import (
+    BUFFER,
+    WEIGHT,
     HeldBox,
     Manifest,
     SavedTensor,
@@ -328,6 +330,6 @@ def _saved(described: list[list[Any]]) -> list[SavedTensor]:
         rows = all(part.box.start[1:] == (0,) * len(shape[1:]) for part in parts) and all(
             part.box.stop[1:] == shape[1:] for part in parts
         )
-        whole = kind in ("weight", "buffer") and rows
+        whole = kind in (WEIGHT, BUFFER) and rows
         tensors.append(SavedTensor(name, kind, dtype, shape, parts, whole))
     return tensors

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.checkpoint.format import DTYPE_NAMES
+from holdfast.checkpoint.format import BUFFER, DTYPE_NAMES, TENSOR, WEIGHT, full_name
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
@@ -56,7 +56,7 @@ def entries_of(state: ProgramState) -> list[ProgramTensor]:
         elif isinstance(value, Optimizer):
             found += _optimizer_entries(value, parameters)
         elif isinstance(value, Tensor):
-            found.append(_program_tensor(key, "tensor", value, True))
+            found.append(_program_tensor(key, TENSOR, value, True))
     names: set[str] = set()
     for entry in found:
         if entry.name in names:
@@ -110,11 +110,11 @@ def name_of_parameter(parameter: nn.Parameter, names: Mapping[nn.Parameter, str]
 def _module_entries(key: str, module: nn.Module) -> Iterator[ProgramTensor]:
     prefix = prefix_of(key)
     for name, parameter in module.named_parameters():
-        yield _program_tensor(prefix + name, "weight", parameter, False)
+        yield _program_tensor(prefix + name, WEIGHT, parameter, False)
     persistent = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
         if name in persistent:
-            yield _program_tensor(prefix + name, "buffer", buffer, True)
+            yield _program_tensor(prefix + name, BUFFER, buffer, True)
 
 
 def _optimizer_entries(
@@ -125,7 +125,7 @@ def _optimizer_entries(
             name = name_of_parameter(parameter, names)
             for kind, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    yield _program_tensor(f"{kind}.{name}", kind, value, False)
+                    yield _program_tensor(full_name(kind, name), kind, value, False)
 
 
 def _program_tensor(name: str, kind: str, value: Tensor, changes: bool) -> ProgramTensor:

@@ -23,6 +23,15 @@ from .files import (
     header_capacity as header_capacity,
     key_of as key_of,
 )
+from .kinds import (
+    BUFFER as BUFFER,
+    STEP as STEP,
+    TENSOR as TENSOR,
+    UNPREFIXED_KINDS as UNPREFIXED_KINDS,
+    WEIGHT as WEIGHT,
+    base_name as base_name,
+    full_name as full_name,
+)
 from .manifest import (
     SaveFacts as SaveFacts,
     build_manifest as build_manifest,

@@ -50,7 +50,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
     """A logical tensor: [kind, dtype, shape]."""
 
     kind: str
-    """"weight", "master", "exp_avg", "exp_avg_sq", "buffer" or a name that the caller chose."""
+    """The kind: a constant of kinds.py, a kind of optimizer state, or the caller's own."""
     dtype: str
     shape: tuple[int, ...]
 

@@ -23,6 +23,7 @@ from holdfast.checkpoint.format import (
     SavedTensor,
     TensorEntry,
     WritePlan,
+    base_name,
     header_capacity,
     key_of,
 )
@@ -304,7 +305,7 @@ def _by_rows(placed: Sequence[_Placed]) -> list[_Placed]:
 
 
 def _base(tensor: SavedTensor) -> str:
-    return tensor.name.removeprefix(f"{tensor.kind}.")
+    return base_name(tensor.kind, tensor.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from holdfast.checkpoint.format import ELEMENT_BYTES, Manifest
+from holdfast.checkpoint.format import ELEMENT_BYTES, WEIGHT, Manifest
 from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at
 
 
@@ -85,7 +85,7 @@ def summarise(manifest: Manifest, where: str) -> Summary:
                 tuple(files[name]),
             )
         )
-    elements = [t.bytes // ELEMENT_BYTES[t.dtype] for t in tensors if t.kind == "weight"]
+    elements = [t.bytes // ELEMENT_BYTES[t.dtype] for t in tensors if t.kind == WEIGHT]
     return Summary(
         path=where,
         step=manifest.step,

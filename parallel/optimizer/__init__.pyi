@@ -22,6 +22,7 @@ from .registry import (
     OPTIMIZERS as OPTIMIZERS,
 )
 from .rule import (
+    MASTER as MASTER,
     OptimizerRule as OptimizerRule,
     StateFormat as StateFormat,
 )

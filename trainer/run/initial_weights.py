@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import Manifest
+from holdfast.checkpoint.format import WEIGHT, Manifest
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.precision import PRECISIONS
@@ -39,7 +39,7 @@ def check_converted(
     """
     precision = config.train.precision
     wanted = PRECISIONS[precision].stored
-    weights = {name: e for name, e in manifest.tensors.items() if e.kind == "weight"}
+    weights = {name: e for name, e in manifest.tensors.items() if e.kind == WEIGHT}
     for name, entry in weights.items():
         if entry.dtype != wanted:
             raise ConfigError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from holdfast.checkpoint.format import HeldBox, Manifest, SavedTensor
+from holdfast.checkpoint.format import WEIGHT, HeldBox, Manifest, SavedTensor, full_name
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import OPTIMIZERS, StateFormat
 from holdfast.parallel.plan import Plan, block_box
@@ -51,7 +51,7 @@ def saved_tensors(
     weights = [
         SavedTensor(
             name,
-            "weight",
+            WEIGHT,
             form.precision.stored,
             shape,
             kept[name] if from_shadows else _parts(holders[name], {}),
@@ -61,7 +61,7 @@ def saved_tensors(
     ]
     state = [
         SavedTensor(
-            f"{kind}.{name}", kind, form.precision.state.stored, shape, kept[name], whole=False
+            full_name(kind, name), kind, form.precision.state.stored, shape, kept[name], whole=False
         )
         for name, shape in shapes.items()
         for kind in form.saved
@@ -106,7 +106,7 @@ def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Bo
         if owner == rank:
             spec = plan.layers[block.layer].parameters[index][block.spec_index]
             for kind in form.saved:
-                _join(found[f"{kind}.{spec.name}"], block_box(spec, block))
+                _join(found[full_name(kind, spec.name)], block_box(spec, block))
     return {name: tuple(boxes) for name, boxes in found.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.checkpoint.format import PlannedPiece
+from holdfast.checkpoint.format import WEIGHT, PlannedPiece
 from holdfast.checkpoint.loading import LoadTarget
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import (
@@ -102,7 +102,7 @@ class TrainingState:
         """The kind and the block of the copy that is saved of a box; None if not shadowed here."""
         kind, _, base = name.partition(".")
         if kind not in self._state:
-            kind, base = "weight", name
+            kind, base = WEIGHT, name
         rows = self._shadowed_rows.get((base, _columns(box)), [])
         place = bisect_right(rows, box.start[0], key=lambda found: found.first) - 1
         if place < 0 or rows[place].last <= box.start[0]:
@@ -133,7 +133,7 @@ class TrainingState:
         assert self._shadows is not None
         kind, rows = found
         start = rows.place + (box.start[0] - rows.first) * (box.elements // box.shape[0])
-        copies = self._shadows.weights if kind == "weight" else self._shadows.state[kind]
+        copies = self._shadows.weights if kind == WEIGHT else self._shadows.state[kind]
         return copies[start : start + box.elements].view(box.shape)
 
     def before(self, chunk: PlannedPiece) -> int:

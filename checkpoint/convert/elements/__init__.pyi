@@ -23,7 +23,6 @@ from .output import (
     units_of as units_of,
 )
 from .pieces import (
-    UNPREFIXED_KINDS as UNPREFIXED_KINDS,
     Location as Location,
     LogicalTensor as LogicalTensor,
     SourcePiece as SourcePiece,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.checkpoint.format import ELEMENT_BYTES, full_name
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box, without
 
@@ -91,7 +91,7 @@ class LogicalTensor:
     name: str
     """The name without the kind."""
     kind: str
-    """"weight", "master", "exp_avg", … as in `TensorEntry`."""
+    """As in `TensorEntry`."""
     dtype: str
     """The element type in the source."""
     shape: tuple[int, ...]
@@ -102,7 +102,7 @@ class LogicalTensor:
     @property
     def full_name(self) -> str:
         """The tensor's name in a checkpoint's lists."""
-        return self.name if self.kind in UNPREFIXED_KINDS else f"{self.kind}.{self.name}"
+        return full_name(self.kind, self.name)
 
     @property
     def element_bytes(self) -> int:
@@ -122,9 +122,6 @@ class LogicalTensor:
             common = piece.box if not piece.box.start else piece.box.intersect(box)
             if common is not None:
                 yield piece.part(common, self.element_bytes)
-
-
-UNPREFIXED_KINDS = ("weight", "buffer", "tensor")
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 May import checkpoint.convert.elements, checkpoint.convert.rules, checkpoint.convert.sources,
 checkpoint.convert.writing, checkpoint.format, checkpoint.loading, checkpoint.saving,
-checkpoint.stores, checkpoint.tools, parallel.errors and parallel.layout.
+checkpoint.stores, checkpoint.tools, parallel.errors, parallel.layout and parallel.optimizer.
 """
 
 import lazy_loader

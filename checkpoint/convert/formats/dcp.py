@@ -33,6 +33,7 @@ from holdfast.checkpoint.convert.sources import (
     read_torch_item,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder
+from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, full_name
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
@@ -48,6 +49,8 @@ _ADAMW = {
     "decoupled_weight_decay": True,
 }
 """The default values of torch.optim.AdamW's settings, which an output lists."""
+_ADAM_STATES = {"exp_avg", "exp_avg_sq"}
+"""The names of the states that torch.optim's Adam and AdamW keep of each parameter."""
 
 
 @dataclass(slots=True)
@@ -172,14 +175,14 @@ def read(path: Path, options: ReadOptions) -> Catalog:
             catalog.left_out[name] = "an object that is not made of numbers, text, lists and dicts"
     catalog.scalars["objects"] = objects
     catalog.step = _step(catalog, path)
-    if catalog.of_kind("exp_avg"):
+    if catalog.state_kinds():
         catalog.scalars["optimizer_step"] = catalog.step
     return catalog
 
 
 def _step(catalog: Catalog, path: Path) -> int:
     """The step of the optimizer; without one, the step in the folder's name."""
-    counts = [tensor for tensor in catalog.of_kind("step") if not tensor.shape]
+    counts = [tensor for tensor in catalog.of_kind(STEP) if not tensor.shape]
     if counts:
         with Engine(path, None) as engine:
             unit = Unit(counts[0], Box((), ()), counts[0].dtype, "", 0)
@@ -205,39 +208,52 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             write_synced(root / carried, content)
         folder.write(root, checksums)
 
-    added = frozenset(f"step.{path[2]}" for path in steps)
+    added = frozenset(full_name(STEP, path[2]) for path in steps)
     return Output(folder.files, folder.units, finish, typed, "crc32", added)
 
 
 def _path_of(tensor: LogicalTensor) -> tuple[Any, ...]:
-    if tensor.kind in ("weight", "buffer", "tensor"):
+    if tensor.kind in UNPREFIXED_KINDS:
         return "model", tensor.name
     return "optim", "state", tensor.name, tensor.kind
 
 
 def _made_here(catalog: Catalog) -> tuple[dict[tuple[Any, ...], int], dict[tuple[Any, ...], Any]]:
     """The optimizer state that is no tensor: (step by path, other values by path)."""
-    trained = [tensor.name for tensor in catalog.of_kind("exp_avg")]
+    trained = catalog.trained()
     told = catalog.scalars.get("objects", {})
     objects = {_split(name): value for name, value in told.items()}
     if not trained:
         return {}, objects
     steps: dict[tuple[Any, ...], int] = {}
-    if not catalog.of_kind("step"):
+    if not catalog.of_kind(STEP):
         count = int(catalog.scalars.get("optimizer_step", catalog.step))
-        steps = {("optim", "state", name, "step"): count for name in trained}
+        steps = {("optim", "state", name, STEP): count for name in trained}
     if not objects:
-        optimizer = catalog.config.get("optimizer", {})
-        group = {
-            "lr": optimizer.get("lr", 1e-3),
-            "betas": tuple(optimizer.get("betas", (0.9, 0.999))),
-            "eps": optimizer.get("eps", 1e-8),
-            "weight_decay": optimizer.get("weight_decay", 0.01),
-            "params": trained,
-            **_ADAMW,
-        }
+        group = _parameter_group(catalog, trained)
         objects = {("optim", "param_groups", 0, key): value for key, value in group.items()}
     return steps, objects
+
+
+def _parameter_group(catalog: Catalog, trained: Sequence[str]) -> dict[str, Any]:
+    """The settings of a run under torch.optim's names; AdamW's defaults for other sources."""
+    optimizer = catalog.config.get("optimizer", {})
+    rate, decay = optimizer.get("lr", 1e-3), optimizer.get("weight_decay", 0.01)
+    kinds = catalog.state_kinds()
+    if not _ADAM_STATES.issubset(kinds):
+        catalog.left_out["param_groups"] = (
+            f"settings beside lr and weight_decay: of the optimizer that keeps {', '.join(kinds)}, "
+            "torch's names are not known"
+        )
+        return {"lr": rate, "weight_decay": decay, "params": trained}
+    return {
+        "lr": rate,
+        "betas": tuple(optimizer.get("betas", (0.9, 0.999))),
+        "eps": optimizer.get("eps", 1e-8),
+        "weight_decay": decay,
+        "params": trained,
+        **_ADAMW,
+    }
 
 
 def _split(name: str) -> tuple[Any, ...]:

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from holdfast.checkpoint.convert.elements import (
-    UNPREFIXED_KINDS,
     Location,
     LogicalTensor,
     Output,
@@ -28,13 +27,16 @@ from holdfast.checkpoint.convert.sources import (
     given_files,
 )
 from holdfast.checkpoint.format import (
+    BUFFER,
     INDEX,
     MANIFEST,
+    WEIGHT,
     HeldBox,
     Manifest,
     SavedTensor,
     SaveFacts,
     WritePlan,
+    base_name,
     build_manifest,
     encode_manifest,
     header_of,
@@ -96,7 +98,7 @@ def _tensors(manifest: Manifest) -> list[LogicalTensor]:
                 pieces[name].append(SourcePiece(piece.box, (location,)))
     tensors = []
     for name, entry in manifest.tensors.items():
-        base = name if entry.kind in UNPREFIXED_KINDS else name.removeprefix(f"{entry.kind}.")
+        base = base_name(entry.kind, name)
         tensor = LogicalTensor(base, entry.kind, entry.dtype, entry.shape, tuple(pieces[name]))
         check_complete(tensor)
         tensors.append(tensor)
@@ -115,7 +117,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             out,
             tensor.shape,
             (HeldBox(Box.whole(tensor.shape), writers),),
-            whole=tensor.kind in ("weight", "buffer"),
+            whole=tensor.kind in (WEIGHT, BUFFER),
         )
         for tensor, out in typed
     ]

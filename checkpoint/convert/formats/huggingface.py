@@ -29,10 +29,17 @@ from holdfast.checkpoint.convert.sources import (
     read_torch_file,
     tensors_in,
 )
-from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES, INDEX, header_bytes
+from holdfast.checkpoint.format import (
+    ALIGNMENT,
+    ELEMENT_BYTES,
+    INDEX,
+    UNPREFIXED_KINDS,
+    header_bytes,
+)
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
+from holdfast.parallel.optimizer import MASTER
 
 NAME = "hf"
 SINGLE = "model.safetensors"
@@ -133,12 +140,12 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     chosen = [
         (tensor, out)
         for tensor, out in choose_output_dtypes(catalog, options.dtype, masters=False)
-        if tensor.kind in ("weight", "buffer", "tensor")
+        if tensor.kind in UNPREFIXED_KINDS
     ]
     if not chosen:
         raise CheckpointError(f"{catalog.root} holds no weights")
     for tensor in catalog.tensors:
-        if tensor.kind not in ("weight", "master", "buffer", "tensor"):
+        if tensor.kind not in (*UNPREFIXED_KINDS, MASTER):
             catalog.left_out[tensor.full_name] = "Hugging Face folders hold weights only"
     shelves = _shelves(chosen)
     files: dict[str, int] = {}

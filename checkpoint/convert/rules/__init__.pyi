@@ -3,7 +3,7 @@ from .inverse import (
     Typed as Typed,
     cut as cut,
     map_back as map_back,
-    state_names as state_names,
+    state_name as state_name,
 )
 from .mapping import (
     map_tensors as map_tensors,
@@ -15,6 +15,7 @@ from .rules import (
     Rule as Rule,
     RuleBook as RuleBook,
     RulePart as RulePart,
+    StateRule as StateRule,
     Strip as Strip,
     builtin_rules as builtin_rules,
     find_values as find_values,

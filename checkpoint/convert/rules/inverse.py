@@ -19,9 +19,10 @@ from holdfast.checkpoint.convert.elements import (
     check_complete,
     moved,
 )
-from holdfast.checkpoint.convert.rules.mapping import View, make_views
+from holdfast.checkpoint.convert.rules.mapping import View, kind_of, make_views
 from holdfast.checkpoint.convert.rules.patterns import Pattern, evaluate
 from holdfast.checkpoint.convert.rules.rules import Rule, RuleBook
+from holdfast.checkpoint.format import TENSOR, WEIGHT
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box, without
 
@@ -34,8 +35,11 @@ class _Group:
     """The tensors of the model that make up one tensor of the format."""
 
     rule: Rule
+    kind: str
+    weight: str
+    """The format's name of the weight."""
     key: str
-    """The key in the format, without the addition of its kind."""
+    """The name in the format, with the addition of the kind."""
     captured: dict[str, str]
     members: dict[str, Typed] = field(default_factory=dict)
     """The members by their name in the model."""
@@ -50,6 +54,10 @@ class Joined:
     rule: Rule
     tensor: LogicalTensor
     """The tensor under the format's name, of kind "tensor"; its pieces are the model's tensors'."""
+    kind: str
+    """The kind of the model's tensors."""
+    weight: str
+    """The format's name of the weight."""
     dtype: str
     """The element type in the output."""
     groups: int
@@ -68,7 +76,6 @@ def map_back(
     """Join the tensors of a model into those of a format, each whole.
 
     Args:
-        tensors: tensors of kinds that `state_names` has names for.
         values: the sizes of the model that the rules use, by name.
         where: the caller, for messages.
         form: the form of the format whose rules apply ("" for the usual one).
@@ -77,11 +84,11 @@ def map_back(
         The tensors of the format; padding has no location.
     Raises:
         CheckpointError: no rule gives a tensor, or a tensor is missing beside others, or differs
-            from them in shape or type.
+            from them in shape or type; or the format has no name for a kind.
         ConfigError: a rule needs an unknown value.
     """
     present = {tensor.name for tensor, _ in tensors}
-    names = state_names(book)
+    names = _state_names(book, tensors, where)
     found: dict[tuple[str, int, str], _Group] = {}
     rules = [(rule, _target_patterns(rule)) for rule in book.rules if rule.is_written(form)]
     values = {**values, "shards": shards}
@@ -91,8 +98,10 @@ def map_back(
             if captured is None:
                 continue
             index = tuple(int(captured.pop(name)) for name in rule.stacked)
-            key = names[tensor.kind].fill({"key": Pattern(rule.source).fill(captured)})
-            group = found.setdefault((tensor.kind, number, key), _Group(rule, key, captured))
+            weight = Pattern(rule.source).fill(captured)
+            key = names[tensor.kind].fill({"key": weight})
+            group = _Group(rule, tensor.kind, weight, key, captured)
+            group = found.setdefault((tensor.kind, number, key), group)
             group.members[tensor.name] = tensor, out
             group.indices.add(index)
             break
@@ -105,13 +114,34 @@ def map_back(
     return [_put_together(group, values, where) for group in found.values()]
 
 
-def state_names(book: RuleBook) -> dict[str, Pattern]:
-    """By kind of tensor: the pattern that makes its name from the weight's name."""
-    found = {"weight": Pattern("{key}")}
-    for state in book.states:
-        if Pattern(state.source).captures == {"key"}:
-            found.setdefault(state.kind, Pattern(state.source))
-    return found
+def state_name(book: RuleBook, kind: str) -> Pattern | None:
+    """The pattern that makes the name of a kind's tensor from the weight's name, its {key}.
+
+    None if the format has no name for the kind, or would read that name as another kind.
+    """
+    if kind == WEIGHT:
+        return Pattern("{key}")
+    states = [(Pattern(state.source), Pattern(state.kind)) for state in book.states]
+    for source, kinds in states:
+        captured = kinds.match(kind)
+        if captured is not None and source.captures == {"key", *captured}:
+            name = Pattern(source.fill({**captured, "key": "{key}"}))
+            return name if kind_of(name.fill({"key": "w"}), states)[0] == kind else None
+    return None
+
+
+def _state_names(book: RuleBook, tensors: Sequence[Typed], where: str) -> dict[str, Pattern]:
+    """The patterns of `state_name` by kind, for all kinds of some tensors."""
+    names: dict[str, Pattern] = {}
+    for tensor, _ in tensors:
+        name = names.get(tensor.kind) or state_name(book, tensor.kind)
+        if name is None:
+            raise CheckpointError(
+                f"{where}: {book.format} has no name for states of the kind {tensor.kind}, such as "
+                f"{tensor.full_name}"
+            )
+        names[tensor.kind] = name
+    return names
 
 
 def _target_patterns(rule: Rule) -> list[Pattern]:
@@ -172,9 +202,10 @@ def _put_together(group: _Group, values: Mapping[str, int], where: str) -> Joine
     if rule.strip is not None:
         held = [piece.box for piece in pieces]
         pieces += [SourcePiece(box, ()) for box in without([Box.whole(shape)], held)]
-    made = LogicalTensor(group.key, "tensor", first.dtype, shape, tuple(pieces), first.combine)
+    made = LogicalTensor(group.key, TENSOR, first.dtype, shape, tuple(pieces), first.combine)
     check_complete(made)
-    return Joined(rule, made, out, evaluate(rule.groups, values, where) if rule.parts else 1)
+    groups = evaluate(rule.groups, values, where) if rule.parts else 1
+    return Joined(rule, made, group.kind, group.weight, out, groups)
 
 
 def cut(joined: Joined, index: int, shards: int, where: str) -> LogicalTensor:

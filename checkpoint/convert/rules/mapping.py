@@ -19,7 +19,7 @@ from holdfast.checkpoint.convert.elements import (
 )
 from holdfast.checkpoint.convert.rules.patterns import Pattern, evaluate
 from holdfast.checkpoint.convert.rules.rules import Rule, RuleBook
-from holdfast.checkpoint.format import ELEMENT_BYTES
+from holdfast.checkpoint.format import ELEMENT_BYTES, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.layout import Box
 
@@ -65,13 +65,13 @@ def map_tensors(
     groups: defaultdict[tuple[str, str, int], list[SourceTensor]] = defaultdict(list)
     captured: dict[tuple[str, str, int], dict[str, str]] = {}
     skips = [(Pattern(skip.source), skip.because) for skip in book.skips]
-    present = {_kind_of(tensor.key, states)[1] for tensor in tensors}
+    present = {kind_of(tensor.key, states)[1] for tensor in tensors}
     for tensor in tensors:
         reason = next((why for skip, why in skips if skip.match(tensor.key) is not None), None)
         if reason is not None:
             mapped.left_out[tensor.key] = reason
             continue
-        kind, key = _kind_of(tensor.key, states)
+        kind, key = kind_of(tensor.key, states)
         for number, (pattern, rule) in enumerate(rules):
             found = pattern.match(key)
             if found is not None and rule.if_source:
@@ -99,12 +99,17 @@ def map_tensors(
     return mapped
 
 
-def _kind_of(key: str, states: Sequence[tuple[Pattern, Pattern]]) -> tuple[str, str]:
+def kind_of(key: str, states: Sequence[tuple[Pattern, Pattern]]) -> tuple[str, str]:
+    """The kind of a source's tensor, and the name of its weight.
+
+    Args:
+        states: the patterns of the names of other tensors than weights, and of their kinds.
+    """
     for pattern, kind in states:
         found = pattern.match(key)
         if found is not None:
             return kind.fill(found), found["key"]
-    return "weight", key
+    return WEIGHT, key
 
 
 def _apply(

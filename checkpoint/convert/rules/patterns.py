@@ -13,14 +13,16 @@ from functools import cached_property
 
 from holdfast.parallel.errors import ConfigError
 
-_FIELD = re.compile(r"\{([a-z_][a-z0-9_]*)(:d)?\}|\*")
+_FIELD = re.compile(r"\{([a-z_][a-z0-9_]*)(:[dw])?\}|\*")
+_CHARACTERS = {None: ".+", ":d": "[0-9]+", ":w": "[A-Za-z0-9_]+"}
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A name with captures: `{word}` is one or more characters, `{word:d}` digits, `*` anything.
+    """A name with captures.
 
-    A capture that occurs twice must match the same text both times.
+    `{word}` is one or more characters, `{word:d}` digits, `{word:w}` letters, digits and
+    underscores, `*` anything. A capture that occurs twice must match the same text both times.
     """
 
     text: str
@@ -32,13 +34,13 @@ class Pattern:
         for field in _FIELD.finditer(self.text):
             parts.append(re.escape(self.text[end : field.start()]))
             end = field.end()
-            name, digits = field.groups()
+            name, form = field.groups()
             if name is None:
                 parts.append(".*")
             elif name in seen:
                 parts.append(f"(?P={name})")
             else:
-                parts.append(f"(?P<{name}>{'[0-9]+' if digits else '.+'})")
+                parts.append(f"(?P<{name}>{_CHARACTERS[form]})")
                 seen.add(name)
         parts.append(re.escape(self.text[end:]))
         return re.compile("".join(parts))

@@ -94,7 +94,7 @@ class StateRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     """A pattern with a capture {key}: the weight's name, to which the rules apply."""
     kind: str
-    """"master", "exp_avg", "exp_avg_sq", "buffer", …, or with captures of the source."""
+    """The kind of those tensors, with captures of the source if it is of many kinds."""
 
 
 class Skip(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,7 +17,9 @@ from holdfast.checkpoint.convert.rules import (
     load_rules,
     map_tensors,
 )
+from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.optimizer import MASTER, OPTIMIZERS
 
 CARRIED = (
     "config.json",
@@ -59,6 +61,9 @@ class WriteOptions:
     """Values for the rules of the target's format."""
 
 
+_NO_STATE = (*UNPREFIXED_KINDS, MASTER, STEP)
+
+
 @dataclass(slots=True)
 class Catalog:
     """A checkpoint as a conversion sees it."""
@@ -87,6 +92,36 @@ class Catalog:
     def of_kind(self, *kinds: str) -> list[LogicalTensor]:
         """The tensors of these kinds, in the source's order."""
         return [tensor for tensor in self.tensors if tensor.kind in kinds]
+
+    def states(self) -> list[LogicalTensor]:
+        """The optimizer states: tensors with the name and the shape of a weight.
+
+        Master copies and counts of steps are no states.
+        """
+        shapes = {tensor.name: tensor.shape for tensor in self.of_kind(WEIGHT, MASTER)}
+        return [
+            tensor
+            for tensor in self.tensors
+            if tensor.kind not in _NO_STATE and shapes.get(tensor.name) == tensor.shape
+        ]
+
+    def state_kinds(self) -> tuple[str, ...]:
+        """The kinds of the optimizer states; none if there are no states.
+
+        First come the kinds of the run's rule, in its order, then the kinds of other tensors, as
+        other programs save them.
+        """
+        found = dict.fromkeys(tensor.kind for tensor in self.states())
+        rule = OPTIMIZERS.get(self.config.get("optimizer", {}).get("name", ""))
+        told = [kind.name for kind in rule.kinds] if rule is not None else []
+        return tuple(dict.fromkeys((*told, *found))) if found else ()
+
+    def trained(self) -> list[str]:
+        """The names of the weights with optimizer state."""
+        by_kind: dict[str, list[str]] = {kind: [] for kind in self.state_kinds()}
+        for tensor in self.states():
+            by_kind[tensor.kind].append(tensor.name)
+        return list(dict.fromkeys(name for names in by_kind.values() for name in names))
 
 
 def make_catalog(
@@ -166,9 +201,9 @@ def choose_output_dtypes(
         dtype: the type of the weights, by safetensors' name; "" for the source's.
         masters: whether the target keeps master copies beside 16-bit weights.
     """
-    weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
-    fine = {tensor.name: tensor for tensor in catalog.of_kind("master")}
-    trained = bool(catalog.of_kind("exp_avg", "exp_avg_sq")) or bool(fine)
+    weights = {tensor.name: tensor for tensor in catalog.of_kind(WEIGHT)}
+    fine = {tensor.name: tensor for tensor in catalog.of_kind(MASTER)}
+    trained = bool(catalog.states()) or bool(fine)
     typed: list[tuple[LogicalTensor, str]] = []
     kept: list[tuple[LogicalTensor, str]] = []
     for name in _in_order(weights, fine):
@@ -178,15 +213,13 @@ def choose_output_dtypes(
         out = _type_of(first, dtype or ("" if weight else catalog.precision))
         exact = master is not None and (weight is None or FLOATS[out] > FLOATS[weight.dtype])
         chosen = master if exact and master is not None else first
-        typed.append((replace(chosen, kind="weight"), out))
+        typed.append((replace(chosen, kind=WEIGHT), out))
         finest = master or weight
         keeps = masters and trained and finest is not None and finest.dtype in FLOATS
         if keeps and finest is not None and FLOATS[out] < FLOATS[finest.dtype]:
-            kept.append((replace(finest, kind="master"), finest.dtype))
+            kept.append((replace(finest, kind=MASTER), finest.dtype))
     others = [
-        (tensor, tensor.dtype)
-        for tensor in catalog.tensors
-        if tensor.kind not in ("weight", "master")
+        (tensor, tensor.dtype) for tensor in catalog.tensors if tensor.kind not in (WEIGHT, MASTER)
     ]
     return typed + kept + others
 
@@ -203,7 +236,7 @@ def files_for(catalog: Catalog, typed: Sequence[tuple[LogicalTensor, str]]) -> d
     """The small files beside the output; config.json has the new type of the weights."""
     files = dict(catalog.files)
     described = _json(files.get("config.json", b"{}"), catalog.root)
-    types = Counter(out for tensor, out in typed if tensor.kind == "weight" and out in FLOATS)
+    types = Counter(out for tensor, out in typed if tensor.kind == WEIGHT and out in FLOATS)
     for key in ("dtype", "torch_dtype"):
         if key in described and types:
             described[key] = _CONFIG_TYPES[types.most_common(1)[0][0]]

@@ -277,3 +277,32 @@ def test_what_is_missing_truncated_or_malicious_is_named(
         converted(evil, tmp_path / "out", "holdfast")
     assert not marker.exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", [(2, "fp32"), (3, "bf16")])
+def test_states_of_other_optimizers_are_read_under_their_own_names(
+    tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]], case: tuple[int, str]
+) -> None:
+    folder = shutil.copytree(trained[case][0] / TAG, tmp_path / "other")
+    for file in folder.glob("*optim_states.pt"):
+        content = torch.load(file, weights_only=False)
+        kept = content["optimizer_state_dict"]
+        state = kept.get("base_optimizer_state") or kept["optimizer_state_dict"]
+        for one in state["state"].values():
+            one["momentum"], one["peak"] = one.pop("exp_avg"), one["exp_avg_sq"] + 1
+            one["scale"] = torch.ones(())
+        torch.save(content, file)
+    converted(trained[case][0] / TAG, tmp_path / "adam", "holdfast")
+    adam = tensors_of(tmp_path / "adam")
+    done = converted(folder, tmp_path / "ours", "holdfast")
+    assert list(done.left_out) == ["optimizer state scale"]
+    found = tensors_of(tmp_path / "ours")
+    expected = {n.replace("exp_avg.", "momentum."): value for n, value in adam.items()}
+    expected |= {
+        n.replace("exp_avg_sq.", "peak."): value + 1
+        for n, value in adam.items()
+        if n.startswith("exp_avg_sq.")
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

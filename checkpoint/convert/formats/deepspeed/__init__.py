@@ -1,4 +1,5 @@
 """DeepSpeed: ZeRO folders, tensor parallelism, universal checkpoints.
 
-May import checkpoint.convert, checkpoint.format, checkpoint.stores and parallel.errors.
+May import checkpoint.convert, checkpoint.format, checkpoint.stores, parallel.errors and
+parallel.optimizer.
 """

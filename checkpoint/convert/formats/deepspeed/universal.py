@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import LogicalTensor, Output, SourceTensor
+from holdfast.checkpoint.convert.elements import FLOATS, LogicalTensor, Output, SourceTensor
+from holdfast.checkpoint.convert.formats.deepspeed.states import COUNT, FP32, KINDS, with_states
 from holdfast.checkpoint.convert.formats.deepspeed.zero import (
     MODEL,
     NAME as DEEPSPEED,
@@ -16,6 +18,7 @@ from holdfast.checkpoint.convert.formats.deepspeed.zero import (
     find_tag,
     scalar,
 )
+from holdfast.checkpoint.convert.rules import Typed, builtin_rules
 from holdfast.checkpoint.convert.sources import (
     Catalog,
     ReadOptions,
@@ -27,12 +30,12 @@ from holdfast.checkpoint.convert.sources import (
     tensors_in,
 )
 from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder, size
+from holdfast.checkpoint.format import BUFFER, UNPREFIXED_KINDS, WEIGHT
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.optimizer import MASTER
 
 NAME = "deepspeed-universal"
-_STATES = {"fp32": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-"""The files of a parameter, and the kind of tensor in each."""
 _VERSION = "0.19.8"
 """The DeepSpeed version written for checkpoints of other origin; the output was tested with it."""
 
@@ -64,9 +67,13 @@ def read(path: Path, options: ReadOptions) -> Catalog:
         if name not in (told.get("shared_params") or {}) and (name in buffers or not cut)
     ]
     steps: dict[str, float] = {}
+    kinds: dict[str, None] = {}
     for folder in sorted(p for p in (root / "zero").iterdir() if p.is_dir()):
-        tensors += _parameter(root, folder.name, shapes, steps)
-    catalog = make_catalog(NAME, root, tensors, options)
+        names = sorted(p.stem for p in folder.glob("*.pt"))
+        kinds |= dict.fromkeys(name for name in names if name not in KINDS)
+        tensors += _parameter(root, folder.name, names, shapes, steps)
+    rules = with_states(builtin_rules(NAME), kinds)
+    catalog = make_catalog(NAME, root, tensors, options, rules=rules)
     config = told.get("ds_config") or {}
     for key, name in (("bf16", "BF16"), ("fp16", "F16")):
         if (config.get(key) or {}).get("enabled"):
@@ -85,19 +92,22 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 
 def _parameter(
-    root: Path, name: str, shapes: dict[str, tuple[int, ...]], steps: dict[str, float]
+    root: Path,
+    name: str,
+    states: Sequence[str],
+    shapes: dict[str, tuple[int, ...]],
+    steps: dict[str, float],
 ) -> list[SourceTensor]:
+    """The tensors in the folder of a parameter: its master copy and its states."""
     found = []
-    for state in (*_STATES, "step"):
-        if not (root / "zero" / name / f"{state}.pt").is_file():
-            if state == "fp32":
-                raise CheckpointError(f"{root}/zero/{name} lacks fp32.pt")
-            continue
+    if FP32 not in states:
+        raise CheckpointError(f"{root}/zero/{name} lacks {FP32}.pt")
+    for state in sorted(states, key=lambda state: state != FP32):
         file = read_torch_file(root, f"zero/{name}/{state}.pt")
         [(_, tensor)] = list(tensors_in(file.content)) or [(None, None)]
         if not isinstance(tensor, StoredTensor):
             raise CheckpointError(f"{root / file.file} holds no tensor")
-        if state == "step":
+        if state == COUNT:
             steps[name] = scalar(file, root, tensor)
         elif name not in shapes:
             found.append(file.source(f"zero_buffer/{name}/{state}", tensor))
@@ -118,38 +128,23 @@ def _parameter(
 def plan(catalog: Catalog, options: WriteOptions) -> Output:
     """Plan a universal checkpoint: a tag's folder, which DeepSpeed reads with `load_universal`."""
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
-    weights = [(t, out) for t, out in typed if t.kind in ("weight", "buffer", "tensor")]
-    fine = {t.name: t for t, _ in typed if t.kind == "master"}
-    trained = {t.name for t in catalog.of_kind("exp_avg")}
-    masters: list[LogicalTensor] = []
-    for tensor, out in weights:
-        if tensor.kind != "weight" or (trained and tensor.name not in trained):
-            continue
-        finest = fine.get(tensor.name, tensor)
-        masters.append(
-            LogicalTensor(
-                tensor.name, "master", finest.dtype, tensor.shape, finest.pieces, finest.combine
-            )
-        )
-        if out not in TORCH_FILE_DTYPES:
-            raise CheckpointError(f"{tensor.name} has dtype {out}, which cannot be written so")
-    moments = [t for t, _ in typed if t.kind in ("exp_avg", "exp_avg_sq")]
-    for tensor, _ in typed:
-        if tensor.kind not in ("weight", "buffer", "tensor", "master", "exp_avg", "exp_avg_sq"):
-            catalog.left_out[tensor.full_name] = "the universal format has no place for it"
+    weights = [(t, out) for t, out in typed if t.kind in UNPREFIXED_KINDS]
+    trained = set(catalog.trained())
+    masters = _masters(typed, trained)
+    states = _states(catalog, typed)
     files = TorchFolder()
     _add_model_states(files, catalog, weights, masters)
     step = int(catalog.scalars.get("optimizer_step", catalog.step))
     _add_optimizer_state(files, catalog, step)
     expected = list(weights)
-    names = {kind: state for state, kind in _STATES.items()}
-    for tensor in [*masters, *moments]:
+    names = {kind: name for name, kind in KINDS.items()}
+    for tensor in [*masters, *states]:
         come = TensorToCome(0, "F32", tensor.shape)
-        name = f"zero/{tensor.name}/{names[tensor.kind]}.pt"
+        name = f"zero/{tensor.name}/{names.get(tensor.kind, tensor.kind)}.pt"
         files.add(name, {"cat_dim": 0, "param": come}, [(come, tensor)])
         expected.append((tensor, "F32"))
     for tensor in masters if trained else ():
-        files.add_number(f"zero/{tensor.name}/step.pt", step)
+        files.add_number(f"zero/{tensor.name}/{COUNT}.pt", step)
 
     def finish(folder: Path, checksums: Sequence[int]) -> None:
         files.write(folder, checksums)
@@ -157,6 +152,37 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             write_synced(folder / name, content)
 
     return Output(files.sizes, files.units, finish, expected, "crc32")
+
+
+def _masters(typed: Sequence[Typed], trained: set[str]) -> list[LogicalTensor]:
+    """The master copies, in 32 bits: of all weights, or of the trained ones if there are any."""
+    fine = {t.name: t for t, _ in typed if t.kind == MASTER}
+    masters: list[LogicalTensor] = []
+    for tensor, out in typed:
+        if tensor.kind != WEIGHT or (trained and tensor.name not in trained):
+            continue
+        masters.append(replace(fine.get(tensor.name, tensor), kind=MASTER))
+        if out not in TORCH_FILE_DTYPES:
+            raise CheckpointError(f"{tensor.name} has dtype {out}, which cannot be written so")
+    return masters
+
+
+def _states(catalog: Catalog, typed: Sequence[Typed]) -> list[LogicalTensor]:
+    """The optimizer states to write; `catalog.left_out` gets the others."""
+    kept = {tensor.full_name for tensor in catalog.states()}
+    states: list[LogicalTensor] = []
+    for tensor, _ in typed:
+        if tensor.kind in (*UNPREFIXED_KINDS, MASTER):
+            continue
+        if tensor.kind in KINDS or tensor.full_name not in kept:
+            catalog.left_out[tensor.full_name] = "the universal format has no place for it"
+        elif tensor.dtype not in FLOATS:
+            catalog.left_out[tensor.full_name] = (
+                f"the universal format keeps states in F32, and it is {tensor.dtype}"
+            )
+        else:
+            states.append(tensor)
+    return states
 
 
 def _add_model_states(
@@ -175,7 +201,7 @@ def _add_model_states(
             "skipped_steps": 0,
             "dp_world_size": 1,
             "mp_world_size": 1,
-            "buffer_names": [t.name for t, _ in weights if t.kind == "buffer"],
+            "buffer_names": [t.name for t, _ in weights if t.kind == BUFFER],
             "shared_params": {},
             # DeepSpeed's schedules and torch's read these.
             "lr_scheduler": {
@@ -194,7 +220,7 @@ def _add_model_states(
         ("mp_rank_00_model_states.pt", weights),
         (
             "zero_pp_rank_0_mp_rank_00_model_states.pt",
-            [w for w in weights if w[0].kind == "buffer"],
+            [w for w in weights if w[0].kind == BUFFER],
         ),
     ):
         comes = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -13,6 +13,12 @@ from typing import Any
 import msgspec
 
 from holdfast.checkpoint.convert.elements import SourceTensor, number as number_of
+from holdfast.checkpoint.convert.formats.deepspeed.states import (
+    FP32,
+    KINDS,
+    partitions,
+    with_states,
+)
 from holdfast.checkpoint.convert.formats.deepspeed.tensor_parallel import tensor_parallel_rules
 from holdfast.checkpoint.convert.rules import RuleBook, builtin_rules
 from holdfast.checkpoint.convert.sources import (
@@ -84,7 +90,7 @@ class _RankFiles:
 
 
 def read(path: Path, options: ReadOptions) -> Catalog:
-    """Read the weights, master copies and moments of a save.
+    """Read the weights, master copies and optimizer states of a save.
 
     Raises:
         CheckpointError: a file is missing, truncated or refused, or partitions do not make up a
@@ -94,9 +100,13 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     """
     root = find_tag(path)
     save = _open(root)
-    tensors = [*_model_tensors(save), *_optimizer_tensors(save)]
+    left_out: dict[str, str] = {}
+    states = list(_optimizer_tensors(save, left_out))
+    tensors = [*_model_tensors(save), *states]
     told = save.told
-    catalog = make_catalog(NAME, root, tensors, options, rules=_rules(save, options))
+    names = dict.fromkeys(tensor.key.partition("/")[0] for tensor in states)
+    catalog = make_catalog(NAME, root, tensors, options, rules=_rules(save, names, options))
+    catalog.left_out |= left_out
     config = told.get("ds_config", {})
     for key, name in (("bf16", "BF16"), ("fp16", "F16")):
         if isinstance(config.get(key), Mapping) and config[key].get("enabled"):
@@ -128,11 +138,16 @@ def as_one_rank(described: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
     return described
 
 
-def _rules(save: _RankFiles, options: ReadOptions) -> RuleBook | None:
-    """The format's rules, plus those that the save itself has if it is of several ranks."""
-    if save.ranks[0] == 1 or options.rules is not None:
+def _rules(save: _RankFiles, names: Iterable[str], options: ReadOptions) -> RuleBook | None:
+    """The format's rules for the states of these names; None if the user's rules replace them.
+
+    The save's own rules come first if it is of several tensor-parallel ranks.
+    """
+    if options.rules is not None:
         return None
-    own = builtin_rules(NAME)
+    own = with_states(builtin_rules(NAME), (name for name in names if name not in KINDS))
+    if save.ranks[0] == 1:
+        return own
     shapes = {name: shape for group in save.shapes() for name, shape in group}
     info = save.told.get("universal_checkpoint_info")
     given = tensor_parallel_rules(info, shapes, save.ranks[0], str(save.root))
@@ -216,13 +231,14 @@ def _model_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
             yield model.source(name, fragment, shard=save.place(rank), full_shape=tuple(shape))
 
 
-def _optimizer_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
+def _optimizer_tensors(save: _RankFiles, left_out: dict[str, str]) -> Iterator[SourceTensor]:
+    """The master copies and states; `left_out` gets the rest, with the reason."""
     for rank, file in save.optimizers.items():
         optimizer = file.content["optimizer_state_dict"]
         if save.stage == 3:
-            yield from _stage_3(save, rank, file, optimizer)
+            yield from _stage_3(save, rank, file, optimizer, left_out)
         else:
-            yield from _stages_1_and_2(save, rank, file, optimizer)
+            yield from _stages_1_and_2(save, rank, file, optimizer, left_out)
 
 
 def _part(
@@ -240,7 +256,11 @@ def _part(
 
 
 def _stages_1_and_2(
-    save: _RankFiles, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
+    save: _RankFiles,
+    rank: _Rank,
+    file: TorchFile,
+    optimizer: Mapping[str, Any],
+    left_out: dict[str, str],
 ) -> Iterator[SourceTensor]:
     shapes = {name: shape for group in save.shapes() for name, shape in group}
     mappings = optimizer.get("param_slice_mappings")
@@ -251,25 +271,36 @@ def _stages_1_and_2(
             "is of DeepSpeed before 0.8, or was saved as an elastic checkpoint: save it again"
         )
     for number, mapping in enumerate(mappings):
-        flats = {"fp32": optimizer["single_partition_of_fp32_groups"][number]}
-        kept = state["state"].get(number, {})
-        flats |= {kind: kept[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in kept}
-        for name, address in mapping.items():
-            start, count = int(address.get("start")), int(address.get("numel"))
+        fp32 = optimizer["single_partition_of_fp32_groups"][number]
+        spans = {n: (int(a.get("start")), int(a.get("numel"))) for n, a in mapping.items()}
+        elements = max((start + count for start, count in spans.values()), default=0)
+        flats = {FP32: fp32, **partitions(state["state"].get(number, {}), elements, left_out)}
+        for name, (start, count) in spans.items():
             for kind, flat in flats.items():
                 key = f"{kind}/{name}"
                 yield _part(file, flat, start, count, key, save.place(rank), shapes[name])
 
 
 def _stage_3(
-    save: _RankFiles, rank: _Rank, file: TorchFile, optimizer: Mapping[str, Any]
+    save: _RankFiles,
+    rank: _Rank,
+    file: TorchFile,
+    optimizer: Mapping[str, Any],
+    left_out: dict[str, str],
 ) -> Iterator[SourceTensor]:
     ranks = save.ranks[1]
     inner = optimizer["optimizer_state_dict"]["state"]
-    kinds = {"fp32": list(optimizer["fp32_flat_groups"])}
-    for kind in ("exp_avg", "exp_avg_sq"):
-        if inner and all(kind in kept for kept in inner.values()):
-            kinds[kind] = [inner[number][kind] for number in sorted(inner)]
+    groups = list(optimizer["fp32_flat_groups"])
+    kept = [
+        partitions(inner[number], flat.shape[0], left_out)
+        for number, flat in zip(sorted(inner), groups, strict=False)
+    ]
+    kinds = {FP32: groups}
+    for kind in dict.fromkeys(kind for states in kept for kind in states):
+        if all(kind in states for states in kept) and len(kept) == len(groups):
+            kinds[kind] = [states[kind] for states in kept]
+        else:
+            left_out[f"optimizer state {kind}"] = "only some of the flat groups have it"
     for kind, flats in kinds.items():
         group, position = 0, 0
         for name, shape in (item for listed in save.shapes() for item in listed):

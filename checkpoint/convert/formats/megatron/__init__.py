@@ -1,4 +1,5 @@
 """Megatron-LM and Megatron-Core: torch_dist, legacy folders, models, the order of optimizer states.
 
-May import checkpoint.convert, checkpoint.stores and parallel.errors.
+May import checkpoint.convert, checkpoint.format, checkpoint.stores, parallel.errors and
+parallel.optimizer.
 """

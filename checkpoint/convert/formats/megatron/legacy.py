@@ -14,7 +14,6 @@ from typing import Any
 from holdfast.checkpoint.convert.elements import LogicalTensor, Output
 from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     HALVES,
-    MOMENTS,
     Parameter,
     order_of,
 )
@@ -22,18 +21,16 @@ from holdfast.checkpoint.convert.formats.megatron.torch_dist import read
 from holdfast.checkpoint.convert.formats.megatron.writing import (
     NAME as RULES,
     beside_tensors,
-    choose_states,
+    choose_tensors,
     find_arguments,
     optimizer_step,
     parameter_groups,
 )
 from holdfast.checkpoint.convert.rules import (
     Joined,
-    RuleBook,
     builtin_rules,
     cut,
     map_back,
-    state_names,
 )
 from holdfast.checkpoint.convert.sources import (
     MEGATRON_TRACKER,
@@ -42,8 +39,10 @@ from holdfast.checkpoint.convert.sources import (
     files_for,
 )
 from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder
+from holdfast.checkpoint.format import STEP, WEIGHT
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.optimizer import MASTER
 
 __all__ = ["NAME", "plan", "read"]
 NAME = "megatron-legacy"
@@ -67,17 +66,17 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         ConfigError: a size of the model is unknown, or a value is out of its range.
     """
     layout = _layout(options.values)
-    typed = choose_states(catalog, options, all_copies=False)
     book = builtin_rules(RULES)
-    weights = {item.name: item for item, _ in typed if item.kind == "weight"}
+    chosen = choose_tensors(catalog, options, book, all_copies=False)
+    typed, weights = chosen.tensors, chosen.weights()
     arguments, values = find_arguments(catalog, book, options.values, weights, shards=layout.tensor)
     tied = "lm_head.weight" not in weights
     told = {**arguments, **layout.arguments(), "untie_embeddings_and_output_weights": not tied}
     joined = map_back(book, typed, values, _WHERE, form=layout.form, shards=layout.tensor)
-    model = _model(joined, book)
-    trained = any(kind == "exp_avg" for kind, _ in model)
+    model = {(one.kind, one.weight): one for one in joined}
+    trained = bool(chosen.kinds)
     common = beside_tensors(catalog, told, trained=trained)
-    keeping = _keeping(catalog, told, layout.form) if trained else None
+    keeping = _keeping(catalog, told, chosen.kinds, layout.form) if trained else None
     chunks = _chunks(model, layout.pipeline, layout.virtual, tied=tied)
     root = f"iter_{catalog.step:07d}" if trained else "release"
     folder = TorchFolder()
@@ -150,19 +149,9 @@ _Chunk = list[tuple[str, str]]
 """The parameters of a model chunk in order: (name in the chunk, name across all stages)."""
 
 
-def _model(joined: Sequence[Joined], book: RuleBook) -> _Model:
-    states = [(kind, name) for kind, name in state_names(book).items() if kind != "weight"]
-    found: dict[tuple[str, str], Joined] = {}
-    for one in joined:
-        matches = ((kind, pattern.match(one.tensor.name)) for kind, pattern in states)
-        kind, captured = next(((k, c) for k, c in matches if c is not None), ("weight", None))
-        found[kind, captured["key"] if captured else one.tensor.name] = one
-    return found
-
-
 def _chunks(model: _Model, pipeline: int, virtual: int, *, tied: bool) -> list[list[_Chunk]]:
     """The parameters of each chunk of each pipeline stage; layers count from 0 in each chunk."""
-    names = [key for kind, key in model if kind == "weight"]
+    names = [key for kind, key in model if kind == WEIGHT]
     numbers = {int(found[1]) for name in names if (found := _LAYER.fullmatch(name))}
     layers, shares = max(numbers, default=-1) + 1, pipeline * virtual
     if layers % shares or layers != len(numbers):
@@ -214,7 +203,7 @@ def _chunk_states(rank: _Rank, chunks: Sequence[_Chunk], *, kernels: bool) -> di
     """The state dicts of a rank's model chunks, by Megatron's names for them."""
     found = {}
     for number, members in enumerate(chunks):
-        state: dict[str, Any] = {name: rank.add("weight", key) for name, key in members}
+        state: dict[str, Any] = {name: rank.add(WEIGHT, key) for name, key in members}
         if kernels:
             state |= dict.fromkeys(_kernel_states(name for name, _ in members))
         found["model" if len(chunks) == 1 else f"model{number}"] = state
@@ -225,6 +214,8 @@ def _chunk_states(rank: _Rank, chunks: Sequence[_Chunk], *, kernels: bool) -> di
 class _Keeping:
     """The form in which the optimizer's state is kept."""
 
+    kinds: tuple[str, ...]
+    """The kinds of the states of each parameter."""
     groups: list[dict[str, Any]]
     """The groups with weight decay and without."""
     query_key_norms: bool
@@ -233,11 +224,13 @@ class _Keeping:
     """The values of each parameter that are not tensors."""
 
 
-def _keeping(catalog: Catalog, arguments: Mapping[str, Any], form: str) -> _Keeping:
+def _keeping(
+    catalog: Catalog, arguments: Mapping[str, Any], kinds: tuple[str, ...], form: str
+) -> _Keeping:
     # Transformer Engine's Adam counts steps by group, and accepts only tensors for each parameter.
-    steps = {} if form == "te" else {"step": optimizer_step(catalog)}
+    steps = {} if form == "te" else {STEP: optimizer_step(catalog)}
     norms = bool(arguments.get("apply_wd_to_qk_layernorm"))
-    return _Keeping(parameter_groups(catalog), norms, steps)
+    return _Keeping(kinds, parameter_groups(catalog), norms, steps)
 
 
 def _optimizer(rank: _Rank, members: _Chunk, keeping: _Keeping) -> dict[str, Any]:
@@ -247,18 +240,18 @@ def _optimizer(rank: _Rank, members: _Chunk, keeping: _Keeping) -> dict[str, Any
     for group in keeping.groups:
         first, copies = len(states), []
         for _, key in members:
-            joined = rank.model["weight", key]
+            joined = rank.model[WEIGHT, key]
             parameter = Parameter(key, joined.dtype, joined.tensor.shape)
             if parameter.decays(query_key_norms=keeping.query_key_norms) != bool(group["wd_mult"]):
                 continue
-            moments = {kind: rank.add(kind, key) for kind in MOMENTS}
-            states[len(states)] = {**keeping.states, **moments}
+            tensors = {kind: rank.add(kind, key) for kind in keeping.kinds}
+            states[len(states)] = {**keeping.states, **tensors}
             if joined.dtype in HALVES:
-                copies.append(rank.add("master", key))
+                copies.append(rank.add(MASTER, key))
         groups.append({**group, "params": list(range(first, len(states)))})
         masters.append(copies)
     kept = {"state": states, "param_groups": groups}
-    halves = any(one.dtype in HALVES for (kind, _), one in rank.model.items() if kind == "weight")
+    halves = any(one.dtype in HALVES for (kind, _), one in rank.model.items() if kind == WEIGHT)
     return {"optimizer": kept, "fp32_from_fp16_params": masters} if halves else kept
 
 

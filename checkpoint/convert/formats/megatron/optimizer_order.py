@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.checkpoint.convert.sources import StoredTensor, plain
+from holdfast.checkpoint.format import STEP
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.optimizer import MASTER
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 HALVES = ("BF16", "F16")
 _BUFFER = re.compile(r".*(\.inv_freq|\.expert_bias|_tokens_per_expert|_extra_state)")
 _EXPERT = re.compile(r".*\.mlp\.experts\..*")
@@ -74,7 +75,7 @@ class Found:
     """The optimizer state of one rank."""
 
     tensors: tuple[tuple[str, int, StoredTensor], ...]
-    """The kind ("exp_avg", "exp_avg_sq", "master"), the parameter's number, and the state."""
+    """The kind, the parameter's number, and the state or master copy."""
     steps: tuple[Any, ...]
     """The step counts wherever the file has them: numbers, or tensors of one number."""
 
@@ -183,7 +184,7 @@ def _groups(part: Mapping[str, Any], before: int) -> tuple[list[_Group], list[An
         own = copied[number]
         own = None if own is None else _items(own, f"master copies of {name}")
         groups.append(_Group(label, members, own))
-        steps += [state["step"] for state in members if "step" in state]
+        steps += [state[STEP] for state in members if STEP in state]
         if group.get("step") is not None and members:
             steps.append(group["step"])
     return groups, steps
@@ -195,9 +196,18 @@ def _items(value: Any, what: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _kinds_of(groups: Sequence[_Group]) -> tuple[str, ...]:
+    """The names of the tensors that the optimizers keep of parameters, without counts of steps."""
+    states = (state for group in groups for state in group.states)
+    kept = ((name, value) for state in states for name, value in state.items())
+    names = (str(name) for name, value in kept if isinstance(value, StoredTensor))
+    return tuple(dict.fromkeys(name for name in names if name != STEP))
+
+
 def _place(
     groups: Sequence[_Group], parameters: Sequence[Parameter], query_key_norms: bool
 ) -> Iterator[tuple[str, int, StoredTensor]]:
+    kinds = _kinds_of(groups)
     apart = any(group.label[2] for group in groups if group.states)
     experts = any(group.label[1] for group in groups if group.states)
     wanted: dict[tuple[bool, bool, bool], list[int]] = {}
@@ -219,7 +229,7 @@ def _place(
                 f"{len(members or ())} of its kind that are not in groups before it"
             )
         for number, state in zip(members, group.states, strict=True):
-            for kind in MOMENTS:
+            for kind in kinds:
                 _check_state(state.get(kind), parameters[number], f"{kind} in {name}")
                 yield kind, number, state[kind]
         if group.masters is None:
@@ -232,7 +242,7 @@ def _place(
             )
         for number, master in zip(halves, group.masters, strict=True):
             _check_state(master, parameters[number], f"master copy in {name}")
-            yield "master", number, master
+            yield MASTER, number, master
     if wanted:
         first = parameters[next(iter(wanted.values()))[0]].key
         raise Unplaced(f"no group has parameters like {first}")

@@ -18,6 +18,7 @@ from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     is_parameter,
     optimizers_of,
 )
+from holdfast.checkpoint.convert.formats.megatron.state_names import key_of_state
 from holdfast.checkpoint.convert.sources import (
     MEGATRON_FILE,
     MEGATRON_RANK,
@@ -30,12 +31,6 @@ from holdfast.parallel.errors import CheckpointError
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..*)")
 _CHUNK = re.compile(r"model\d*")
-_STATES = {
-    "exp_avg": "optimizer.state.exp_avg.",
-    "exp_avg_sq": "optimizer.state.exp_avg_sq.",
-    "master": "optimizer.state.fp32_param.",
-}
-"""The prefixes of states in torch_dist, before the parameter's name."""
 _NUMBERS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 _OTHERS = {
     "rng_state": "states of Megatron's random generators",
@@ -201,7 +196,7 @@ def _optimizers(
             raise Unplaced(f"{file.file}: {error}") from error
         counts |= {_number(root, file, step) for step in found.steps}
         for kind, number, value in found.tensors:
-            key = _STATES[kind] + members[number][0]
+            key = key_of_state(kind, members[number][0])
             tensors.append(file.source(key, value, shard=(("tp", index), ("pp", stage))))
     if len(counts) > 1:
         shown = " and ".join(map(str, sorted(counts)))

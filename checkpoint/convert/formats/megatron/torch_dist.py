@@ -28,6 +28,7 @@ from holdfast.checkpoint.convert.sources import (
     plain,
     read_torch_file,
 )
+from holdfast.checkpoint.format import WEIGHT
 from holdfast.parallel.errors import CheckpointError
 
 __all__ = ["NAME", "plan", "read"]
@@ -98,7 +99,7 @@ def _catalog(
     catalog = make_catalog(NAME, root, tensors, options, told={"args": arguments})
     catalog.step = int(common.get("iteration", arguments.get("iteration") or 0))
     if "config.json" not in catalog.files:
-        weights = {tensor.name: tensor for tensor in catalog.of_kind("weight")}
+        weights = {tensor.name: tensor for tensor in catalog.of_kind(WEIGHT)}
         embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
         rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
         described = describe(arguments, rows, weights) if rows else None

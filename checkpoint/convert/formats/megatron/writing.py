@@ -6,19 +6,27 @@ import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import LogicalTensor, Output
+from holdfast.checkpoint.convert.elements import FLOATS, LogicalTensor, Output
 from holdfast.checkpoint.convert.formats.megatron.models import (
     EMBEDDINGS,
     arguments_of,
     unlike,
 )
 from holdfast.checkpoint.convert.formats.megatron.optimizer_order import HALVES
-from holdfast.checkpoint.convert.rules import RuleBook, Typed, builtin_rules, find_values, map_back
+from holdfast.checkpoint.convert.formats.megatron.state_names import key_of_state
+from holdfast.checkpoint.convert.rules import (
+    RuleBook,
+    Typed,
+    builtin_rules,
+    find_values,
+    map_back,
+    state_name,
+)
 from holdfast.checkpoint.convert.sources import (
     MEGATRON_TRACKER,
     Catalog,
@@ -27,8 +35,10 @@ from holdfast.checkpoint.convert.sources import (
     files_for,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file
+from holdfast.checkpoint.format import WEIGHT, full_name
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
+from holdfast.parallel.optimizer import MASTER
 
 NAME = "megatron"
 _BACKEND = {
@@ -45,8 +55,8 @@ _CONTENT = {
 }
 """Tells Megatron the forms in which tensors are kept."""
 _LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
-_DISTRIBUTED_COPY, _PLAIN_COPY = "optimizer.state.param.", "optimizer.state.fp32_param."
-"""The prefixes of master copies, in the distributed optimizer and in the plain one."""
+_ADAM_STATES = {"exp_avg", "exp_avg_sq"}
+"""The names of the states that Megatron's Adam keeps of each parameter."""
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
 """The values of torch's AdamW, for a source without its own."""
@@ -75,17 +85,16 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     if distributed not in (0, 1):
         raise ConfigError("--to megatron: --value distributed_optimizer is 1 (it is used) or 0")
     book = builtin_rules(NAME)
-    typed = choose_states(catalog, options, all_copies=bool(distributed))
-    weights = {tensor.name: tensor for tensor, _ in typed if tensor.kind == "weight"}
-    trained = any(tensor.kind == "exp_avg" for tensor, _ in typed)
-    arguments, values = find_arguments(catalog, book, options.values, weights)
+    chosen = choose_tensors(catalog, options, book, all_copies=bool(distributed))
+    typed, trained = chosen.tensors, bool(chosen.kinds)
+    arguments, values = find_arguments(catalog, book, options.values, chosen.weights())
     iteration = f"iter_{catalog.step:07d}" if trained else "release"
     folder = DistcpFolder(iteration)
     joined = map_back(book, typed, values, "--to megatron")
     for made in joined:
         name = made.tensor.name
-        if not distributed and name.startswith(_DISTRIBUTED_COPY):
-            name = _PLAIN_COPY + name.removeprefix(_DISTRIBUTED_COPY)
+        if made.kind == MASTER and not distributed:
+            name = key_of_state(MASTER, made.weight)
         folder.add((name,), made.tensor, made.dtype)
     for key in _kernel_states([made.tensor for made in joined]):
         folder.add_object((key,), [None])
@@ -93,7 +102,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     if trained and distributed:
         common["optimizer"] = _distributed_optimizer(catalog)
     elif trained:
-        halves = any(t.kind == "weight" and out in HALVES for t, out in typed)
+        halves = any(t.kind == WEIGHT and out in HALVES for t, out in typed)
         fused = options.values.get("transformer_engine", 1) == 1
         kept = _torch_optimizer(catalog, counted=not fused)
         common["optimizer"] = {"optimizer": kept} if halves else kept
@@ -111,38 +120,58 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     return Output(folder.files, folder.units, finish, typed, "crc32")
 
 
-def choose_states(catalog: Catalog, options: WriteOptions, *, all_copies: bool) -> list[Typed]:
-    """The weights to write and, if the optimizer was saved, master copies and moments in 32 bits.
+@dataclass(frozen=True, slots=True)
+class ChosenTensors:
+    """The tensors of a source that Megatron gets."""
+
+    tensors: list[Typed]
+    """The weights and, if the optimizer was saved, master copies and states in 32 bits."""
+    kinds: tuple[str, ...]
+    """The kinds of the states; none if the optimizer was not saved."""
+
+    def weights(self) -> dict[str, LogicalTensor]:
+        """The weights by name."""
+        return {tensor.name: tensor for tensor, _ in self.tensors if tensor.kind == WEIGHT}
+
+
+def choose_tensors(
+    catalog: Catalog, options: WriteOptions, book: RuleBook, *, all_copies: bool
+) -> ChosenTensors:
+    """Choose the tensors to write; `catalog.left_out` gets the others.
 
     Args:
         all_copies: include copies of 32-bit weights, as the distributed optimizer has them.
     Raises:
-        CheckpointError: there are no weights, or only some weights have moments.
+        CheckpointError: there are no weights, or only some weights have a kind of state.
     """
     typed = choose_output_dtypes(catalog, options.dtype, masters=True)
-    trained = {tensor.name for tensor in catalog.of_kind("exp_avg")}
-    trained &= {tensor.name for tensor in catalog.of_kind("exp_avg_sq")}
-    fine = {tensor.name: tensor for tensor, _ in typed if tensor.kind == "master"}
+    unfit = {tensor.kind for tensor in catalog.states() if tensor.dtype not in FLOATS}
+    named = (kind for kind in catalog.state_kinds() if state_name(book, kind) is not None)
+    kinds = tuple(kind for kind in named if kind not in unfit)
+    states = {tensor.full_name for tensor in catalog.states()}
+    fine = {tensor.name: tensor for tensor, _ in typed if tensor.kind == MASTER}
     kept: list[Typed] = []
     for tensor, out in typed:
-        if tensor.kind == "weight":
+        if tensor.kind == WEIGHT:
             kept.append((tensor, out))
-            if tensor.name in trained and (all_copies or out in HALVES):
+            if kinds and (all_copies or out in HALVES):
                 finest = fine.get(tensor.name, tensor)
-                kept.append((replace(finest, kind="master"), "F32"))
-        elif tensor.kind in ("exp_avg", "exp_avg_sq") and tensor.name in trained:
+                kept.append((replace(finest, kind=MASTER), "F32"))
+        elif tensor.kind in kinds and tensor.full_name in states:
             kept.append((tensor, "F32"))
-        elif tensor.kind != "master":
+        elif tensor.kind != MASTER:
             catalog.left_out[tensor.full_name] = f"{NAME} has no place for it"
-    if not any(tensor.kind == "weight" for tensor, _ in kept):
+    chosen = ChosenTensors(kept, kinds)
+    if not chosen.weights():
         raise CheckpointError(f"{catalog.root} holds no weights")
-    missing = [t.name for t, _ in kept if t.kind == "weight" and t.name not in trained]
-    if trained and missing:
-        raise CheckpointError(
-            f"{catalog.root} has moments of some weights, and none of {missing[0]}; Megatron's "
-            "optimizers keep them of every weight. Convert it to hf first, which leaves them out"
-        )
-    return kept
+    for kind, name in product(kinds, chosen.weights()):
+        if full_name(kind, name) not in states:
+            raise CheckpointError(
+                f"{catalog.root} has {kind} of some weights, and none of {name}; Megatron's "
+                "optimizers keep the same of every weight. Convert it to hf first, which leaves "
+                "them out"
+            )
+    return chosen
 
 
 def _kernel_states(tensors: Sequence[LogicalTensor]) -> Iterator[str]:
@@ -281,18 +310,25 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
         )
     config = catalog.config.get("optimizer", {})
     decay, rate = config.get("weight_decay", _DECAY), config.get("lr", _RATE)
-    usual: dict[str, Any] = {
-        "lr": rate,
-        "betas": config.get("betas", (0.9, 0.999)),
-        "eps": config.get("eps", 1e-8),
+    adam = _ADAM_STATES.issubset(catalog.state_kinds())
+    usual: dict[str, Any] = {"lr": rate}
+    if adam:
+        usual |= {"betas": config.get("betas", (0.9, 0.999)), "eps": config.get("eps", 1e-8)}
+    usual |= {
         "lr_mult": 1.0,
         "is_expert_parallel": False,
         "is_decoupled_lr": False,
         "default_config": True,
         "max_lr": rate,
         "min_lr": config.get("min_lr", 0.0),
-        "bias_correction": True,
     }
+    if adam:
+        usual["bias_correction"] = True
+    elif not kept:
+        catalog.left_out["param_groups"] = (
+            "settings of the optimizer beside lr and weight_decay: Megatron's names of them are "
+            "not known"
+        )
     groups = []
     for multiple in (1.0, 0.0):
         own = next(
@@ -305,8 +341,9 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
         )
         group: dict[str, Any] = {"wd_mult": multiple, "weight_decay": decay * multiple}
         group |= {**usual, **own}
-        group |= {"betas": tuple(group["betas"]), "step": optimizer_step(catalog)}
-        groups.append(group)
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+        groups.append({**group, "step": optimizer_step(catalog)})
     return groups
 
 

@@ -1,5 +1,6 @@
 from .registry import (
-    SOURCES as SOURCES,
-    TARGETS as TARGETS,
     format_named as format_named,
+    recognise as recognise,
+    sources as sources,
+    targets as targets,
 )

@@ -1,32 +1,89 @@
-"""The registry of formats, by name."""
+"""The registry of formats: one line each says where its module is and how a path is recognised."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Final, Protocol, cast
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.checkpoint.convert.elements import Output
+from holdfast.checkpoint.convert.sources import (
+    Catalog,
+    ReadOptions,
+    WriteOptions,
+    is_dcp,
+    is_deepspeed,
+    is_holdfast,
+    is_hugging_face,
+    is_megatron,
+    is_universal,
+)
+from holdfast.parallel.errors import ConfigError, unknown_name
 
-_MODULES = {
-    "holdfast": "holdfast",
-    "megatron": "megatron.torch_dist",
-    "megatron-legacy": "megatron.legacy",
-    "deepspeed": "deepspeed.zero",
-    "deepspeed-universal": "deepspeed.universal",
-    "dcp": "dcp",
-    "hf": "huggingface",
-    "files": "files",
+
+class FormatModule(Protocol):
+    """The module of a format. One that is only read has no `plan`."""
+
+    def read(self, path: Path, options: ReadOptions) -> Catalog:
+        """What a checkpoint of the format holds; content is read later."""
+        ...
+
+    def plan(self, catalog: Catalog, options: WriteOptions) -> Output:
+        """The files of a checkpoint of the format with what a catalog has."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format of checkpoints."""
+
+    module: str
+    """Its module in this folder, imported when it is needed: a conversion needs one or two."""
+    recognises: Callable[[Path], bool] | None = None
+    """Whether a path holds one; None: the user names the format."""
+    is_written: bool = True
+    """Whether it can be the format of an output."""
+
+
+FORMATS: Final[Mapping[str, Format]] = {
+    "holdfast": Format("holdfast", is_holdfast),
+    "megatron": Format("megatron.torch_dist", is_megatron),
+    "megatron-legacy": Format("megatron.legacy"),
+    "deepspeed": Format("deepspeed.zero", is_deepspeed, is_written=False),
+    "deepspeed-universal": Format("deepspeed.universal", is_universal),
+    "dcp": Format("dcp", is_dcp),
+    "hf": Format("huggingface", is_hugging_face),
+    "files": Format("files", is_written=False),
 }
-SOURCES = tuple(_MODULES)
-TARGETS = ("holdfast", "hf", "dcp", "deepspeed-universal", "megatron", "megatron-legacy")
+"""By the name that --from and --to give, in the order in which a path is tried: the most specific
+first."""
 
 
-def format_named(name: str) -> Any:
+def sources() -> tuple[str, ...]:
+    """The formats that are read."""
+    return tuple(FORMATS)
+
+
+def targets() -> tuple[str, ...]:
+    """The formats that are written."""
+    return tuple(name for name, form in FORMATS.items() if form.is_written)
+
+
+def recognise(path: Path) -> str | None:
+    """The name of the format at a path; None if there is none."""
+    found = ((name, form.recognises) for name, form in FORMATS.items())
+    return next((name for name, recognises in found if recognises and recognises(path)), None)
+
+
+def format_named(name: str) -> FormatModule:
     """The module of a format.
 
     Raises:
-        ConfigError: there is no format of this name.
+        ConfigError: there is none of this name.
     """
-    if name not in _MODULES:
-        raise ConfigError(f"the format {name} is not known; use one of {', '.join(SOURCES)}")
-    return import_module(f"holdfast.checkpoint.convert.formats.{_MODULES[name]}")
+    if name not in FORMATS:
+        raise ConfigError(unknown_name("--from", name, FORMATS))
+    module = import_module(f"holdfast.checkpoint.convert.formats.{FORMATS[name].module}")
+    return cast("FormatModule", module)

@@ -34,8 +34,13 @@ from .recognition import (
     MEGATRON_RANK as MEGATRON_RANK,
     MEGATRON_TRACKER as MEGATRON_TRACKER,
     ZERO_FILE as ZERO_FILE,
+    is_dcp as is_dcp,
+    is_deepspeed as is_deepspeed,
+    is_holdfast as is_holdfast,
+    is_hugging_face as is_hugging_face,
+    is_megatron as is_megatron,
     is_torch_dist as is_torch_dist,
-    recognise as recognise,
+    is_universal as is_universal,
 )
 from .torch_files import (
     TorchFile as TorchFile,

@@ -1,13 +1,9 @@
-"""The recognition of a path's format, by the names of its files.
-
-It imports no format module: a conversion needs only one or two of them.
-"""
+"""The recognition of formats by the names of files; `formats.registry` says which is which."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -26,12 +22,8 @@ BIN_INDEX: Final = "pytorch_model.bin.index.json"
 BIN_FILES: Final = "pytorch_model*.bin"
 
 
-def recognise(path: Path) -> str | None:
-    """The name of the format at a path; None if there is none."""
-    return next((name for name, has in _HAS.items() if has(path)), None)
-
-
-def _is_holdfast(path: Path) -> bool:
+def is_holdfast(path: Path) -> bool:
+    """Whether the path is a checkpoint of ours, or a folder or run that has some."""
     try:
         find_checkpoint(path)
     except (CheckpointError, OSError):
@@ -39,7 +31,7 @@ def _is_holdfast(path: Path) -> bool:
     return True
 
 
-def _is_megatron(path: Path) -> bool:
+def is_megatron(path: Path) -> bool:
     """Whether Megatron has saved to the folder, or the folder is one iteration, of either form."""
     if (path / MEGATRON_TRACKER).is_file() or is_torch_dist(path):
         return True
@@ -58,7 +50,7 @@ def is_torch_dist(path: Path) -> bool:
     return isinstance(described, dict) and "sharded_backend" in described
 
 
-def _is_deepspeed(path: Path) -> bool:
+def is_deepspeed(path: Path) -> bool:
     """Whether DeepSpeed has saved to the folder, or the folder is one tag."""
     if not path.is_dir():
         return False
@@ -69,30 +61,20 @@ def _is_deepspeed(path: Path) -> bool:
     return folder.is_dir() and any(ZERO_FILE.fullmatch(f.name) for f in folder.iterdir())
 
 
-def _is_universal(path: Path) -> bool:
+def is_universal(path: Path) -> bool:
     """Whether the folder is a universal checkpoint of DeepSpeed, or its latest one is."""
     return (path / "zero").is_dir() or (path / "latest_universal").is_file()
 
 
-def _is_dcp(path: Path) -> bool:
+def is_dcp(path: Path) -> bool:
+    """Whether torch.distributed.checkpoint has saved to the folder."""
     return (path / DCP_METADATA).is_file()
 
 
-def _is_hugging_face(path: Path) -> bool:
+def is_hugging_face(path: Path) -> bool:
     """Whether the path is a folder of safetensors or pytorch_model.bin, or one safetensors file."""
     if path.is_file():
         return path.suffix == ".safetensors"
     return any((path / index).is_file() for index in (INDEX, BIN_INDEX)) or any(
         any(path.glob(pattern)) for pattern in ("*.safetensors", BIN_FILES)
     )
-
-
-_HAS: Final[dict[str, Callable[[Path], bool]]] = {
-    "holdfast": _is_holdfast,
-    "megatron": _is_megatron,
-    "deepspeed": _is_deepspeed,
-    "deepspeed-universal": _is_universal,
-    "dcp": _is_dcp,
-    "hf": _is_hugging_face,
-}
-"""The formats in the order in which a path is tried, the most specific first."""

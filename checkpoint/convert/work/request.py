@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import FLOATS, Output
-from holdfast.checkpoint.convert.formats import SOURCES, TARGETS, format_named
+from holdfast.checkpoint.convert.formats import format_named, recognise, sources, targets
 from holdfast.checkpoint.convert.rules import load_rules
-from holdfast.checkpoint.convert.sources import Catalog, ReadOptions, WriteOptions, recognise
+from holdfast.checkpoint.convert.sources import Catalog, ReadOptions, WriteOptions
 from holdfast.checkpoint.convert.work.journal import PARTIAL
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, unknown_name
 
 MEMORY_BYTES = 512 << 20
 
@@ -27,7 +27,7 @@ class Conversion:
     target: Path
     """The output's folder: one that does not exist yet, or is empty."""
     to: str
-    """The output's format: one of `formats.registry.TARGETS`."""
+    """The output's format: one of `formats.registry.targets`."""
     source_format: str = "auto"
     """The source's format; "auto" recognises it."""
     dtype: str = ""
@@ -48,8 +48,8 @@ def check(asked: Conversion) -> None:
     Raises:
         ConfigError: a format or type is unknown, or the output folder is not empty.
     """
-    if asked.to not in TARGETS:
-        raise ConfigError(f"--to {asked.to}: use one of {', '.join(TARGETS)}")
+    if asked.to not in targets():
+        raise ConfigError(unknown_name("--to", asked.to, targets()))
     if asked.dtype and asked.dtype not in FLOATS:
         raise ConfigError(f"the type {asked.dtype} is not known; use one of {', '.join(FLOATS)}")
     if asked.target.exists() and (not asked.target.is_dir() or any(asked.target.iterdir())):
@@ -90,12 +90,12 @@ def prepare(asked: Conversion) -> PreparedConversion:
         name = recognise(asked.source) or ""
     if not name:
         raise ConfigError(
-            f"{asked.source} is no checkpoint of a known format ({', '.join(SOURCES)}); name its "
+            f"{asked.source} is no checkpoint of a known format ({', '.join(sources())}); name its "
             "format with --from"
         )
     options = ReadOptions(asked.rules, asked.values, asked.model_files)
-    catalog: Catalog = format_named(name).read(asked.source, options)
-    output: Output = format_named(asked.to).plan(catalog, WriteOptions(asked.dtype, asked.values))
+    catalog = format_named(name).read(asked.source, options)
+    output = format_named(asked.to).plan(catalog, WriteOptions(asked.dtype, asked.values))
     return PreparedConversion(catalog, output, _fingerprint(asked, catalog, output))
 
 

@@ -1,6 +1,9 @@
 from .elements import (
     FLOATS as FLOATS,
 )
+from .formats import (
+    targets as targets,
+)
 from .work import (
     Conversion as Conversion,
     Converted as Converted,

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from holdfast.checkpoint.convert import FLOATS
+from holdfast.checkpoint.convert import FLOATS, targets
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.worlds import world_from_environment
@@ -38,7 +38,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="A folder that is made.", metavar="DST")],
     to: Annotated[
         str,
-        typer.Option(help="holdfast, hf, dcp, deepspeed-universal, megatron or megatron-legacy."),
+        typer.Option(help=", ".join(targets())),
     ],
     source_format: Annotated[
         str, typer.Option("--from", help="The source's format; auto looks at the files.")

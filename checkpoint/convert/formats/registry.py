@@ -6,13 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from holdfast.checkpoint.convert.elements import Output
 from holdfast.checkpoint.convert.sources import (
-    Catalog,
-    ReadOptions,
-    WriteOptions,
     is_dcp,
     is_deepspeed,
     is_holdfast,
@@ -21,6 +17,10 @@ from holdfast.checkpoint.convert.sources import (
     is_universal,
 )
 from holdfast.parallel.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.convert.elements import Output
+    from holdfast.checkpoint.convert.sources import Catalog, ReadOptions, WriteOptions
 
 
 class FormatModule(Protocol):

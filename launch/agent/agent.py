@@ -13,7 +13,7 @@ import selectors
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from typing import Any
 from holdfast.elastic import (
     AcceptorState,
     FaultError,
-    HangJudge,
-    Identity,
     Lighthouse,
     MembershipEvent,
     MembershipEventKind,
@@ -32,7 +30,6 @@ from holdfast.elastic import (
     cut_network,
     event_from_data,
     event_to_data,
-    format_identities,
     host_store,
     lighthouse_url,
     liveness_age_s,
@@ -41,7 +38,7 @@ from holdfast.elastic import (
     send_message,
 )
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
-from holdfast.launch.agent.liveness import timestamp_check
+from holdfast.launch.agent.liveness import HangWatch, timestamp_check
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.other_nodes import OtherNodes
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
@@ -55,8 +52,6 @@ logger = logging.getLogger("holdfast.agent")
 
 _GRACE_S = 3.0
 """How long workers have to end after SIGINT."""
-_LEFT_OUT_S = 10.0
-"""How long a worker may live that the others went on without: it ends by itself once it knows."""
 _TICK_S = 0.1
 _ASK_S = 0.5
 
@@ -67,18 +62,29 @@ class Agent:
     _others: OtherNodes
     """From `run` on."""
 
-    def __init__(self, settings: AgentSettings, main: WorkerMain) -> None:
-        """Fork the fork server. Workers will call `main` with what is imported by now."""
-        self._settings = settings
+    def __init__(
+        self,
+        settings: AgentSettings,
+        main: WorkerMain,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Fork the fork server. Workers will call `main` with what is imported by now.
+
+        Args:
+            clock: seconds since any moment, for restarts, deadlines and hangs.
+        """
+        self._settings, self._clock = settings, clock
         coordination()  # imported once here, not by every worker
         self._fork_server = ForkServer(main)
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
-        own = timestamp_check(silence_s, settings.hang_timeout_s)
-        self._liveness_checks = [own] if settings.liveness is None else [own, settings.liveness]
+        checks = [timestamp_check(silence_s, settings.hang_timeout_s)]
+        if settings.liveness is not None:
+            checks.append(settings.liveness)
+        self._hangs = HangWatch(settings.node, checks, settings.waits)
         self._main_thread = MainThreadQueue()
-        self._judge = HangJudge()
         self._shutdown = Shutdown()
         self._ask_at_s = 0.0
         self._selector = selectors.DefaultSelector()
@@ -158,14 +164,14 @@ class Agent:
                 key.data(key.fileobj)
             self._look_for_hangs()
             self._look_for_the_end()
-            if self._shutdown.is_due(time.monotonic()):
+            if self._shutdown.is_due(self._clock()):
                 for slot in self._slots.values():
                     slot.kill("did not end in time")
 
     # Workers: start, end, replace.
 
     def _start_due(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         may = self._settings.may_start or (lambda _: True)
         for slot in self._slots.values():
             if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.spec):
@@ -249,7 +255,7 @@ class Agent:
                 return
             incarnation = slot.spec.incarnation + 1
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
-            slot.start_at_s = time.monotonic() + delay_s
+            slot.start_at_s = self._clock() + delay_s
 
     def _event(
         self, kind: MembershipEventKind, slot: WorkerSlot, cause: str, seconds: float
@@ -263,54 +269,31 @@ class Agent:
 
     def _stop_within(self, seconds: float) -> None:
         """Start no more workers, and kill those that live after this time."""
-        self._shutdown.within(seconds, time.monotonic())
+        self._shutdown.within(seconds, self._clock())
         for slot in self._slots.values():
             slot.start_at_s = None
 
     def _look_for_hangs(self) -> None:
-        culprits = self._judge.culprits(time.monotonic())
-        for slot in self._slots.values():
-            if slot.descriptor < 0:
-                continue
-            causes = (judge(slot.spec, slot.pid) for judge in self._liveness_checks)
-            cause = next((found for found in causes if found), None)
-            if cause is None and slot.is_member:
-                cause = culprits.get(slot.spec.rank)
-            left_out_s = time.monotonic() - (slot.left_out_s or time.monotonic())
-            if left_out_s > _LEFT_OUT_S and not self._shutdown.draining:
-                cause = cause or "the others went on without it, and it has not ended"
-            if cause is not None:
-                slot.kill(cause)
-            elif slot.is_member and not self._judge.has(slot.spec.identity):
-                self._tell_of_wait(slot.spec)
+        slots = self._slots.values()
+        causes = self._hangs.causes(slots, self._clock(), draining=self._shutdown.draining)
+        for rank, cause in causes.items():
+            self._slots[rank].kill(cause)
+        others = [slot for slot in slots if slot.spec.rank not in causes]
+        for event in self._hangs.new_waits(others, self._others.generation):
+            logger.warning("rank %s %s", event.identity, event.cause)
+            self._publish(event)
 
     def _look_for_the_end(self) -> None:
         """A node that none of the others has taken in yet leaves when the run has ended."""
         is_over = self._settings.is_over
         if is_over is None or self._shutdown.finished or self._shutdown.draining:
             return
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s >= self._ask_at_s and not any(slot.is_member for slot in self._slots.values()):
             self._ask_at_s = now_s + _ASK_S
             if is_over():
                 self._shutdown.finished = True
                 self._stop_within(0.0)
-
-    def _tell_of_wait(self, spec: WorkerSpec) -> None:
-        wait = self._settings.waits(spec) if self._settings.waits is not None else None
-        if wait is not None:
-            peers = ", ".join(str(rank) for rank in sorted(wait.peers))
-            event = MembershipEvent(
-                "waiting",
-                spec.identity,
-                f"has waited {wait.seconds:.1f} s for rank {peers} ({wait.operation})",
-                wait.seconds,
-                self._settings.node,
-                self._others.generation,
-                format_identities(Identity(rank) for rank in wait.peers),
-            )
-            logger.warning("rank %s %s", spec.identity, event.cause)
-            self._publish(event)
 
     # Messages of workers, and events of all nodes.
 
@@ -352,11 +335,11 @@ class Agent:
         """A worker has told of a generation: meet the other agents there."""
         if message["number"] <= self._others.generation:
             return
-        self._judge.enter(message["number"])
+        self._hangs.enter(message["number"])
         members = parse_identities(message["members"])
         for slot in self._slots.values():
             if slot.is_member and slot.spec.identity not in members:
-                slot.is_member, slot.left_out_s = False, time.monotonic()
+                slot.is_member, slot.left_out_s = False, self._clock()
         self._others.enter(message)
 
     def _publish(self, event: MembershipEvent) -> None:
@@ -367,7 +350,7 @@ class Agent:
     def _deliver(self, event: MembershipEvent) -> None:
         """Tell this node's workers, and act on what is for this agent."""
         if event.kind == "waiting":
-            self._judge.hear(event, time.monotonic())
+            self._hangs.hear(event, self._clock())
         message = {"kind": "event", "event": event_to_data(event)}
         for slot in self._slots.values():
             if slot.channel is not None:

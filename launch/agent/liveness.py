@@ -1,11 +1,23 @@
-"""How an agent decides, from outside a worker, that the worker hangs."""
+"""How an agent decides, from outside a worker, that the worker hangs. Time is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from holdfast.elastic import WorkerSpec, liveness_age_s
+from holdfast.elastic import (
+    HangJudge,
+    Identity,
+    MembershipEvent,
+    Wait,
+    WorkerSpec,
+    format_identities,
+    liveness_age_s,
+)
+from holdfast.launch.agent.worker_slot import WorkerSlot
+
+LEFT_OUT_S = 10.0
+"""How long a worker may live that the others went on without: it ends by itself once it knows."""
 
 LivenessCheck = Callable[[WorkerSpec, int], str | None]
 """Why the worker of this specification and process id counts as hung; None if it does not."""
@@ -43,3 +55,74 @@ def _is_stopped(pid: int) -> bool:
     except OSError:
         return False
     return line.rpartition(")")[2].split()[0] == "T"
+
+
+class HangWatch:
+    """Which workers of a node hang, and which of them wait for others for too long."""
+
+    def __init__(
+        self,
+        node: str,
+        checks: Sequence[LivenessCheck],
+        waits: Callable[[WorkerSpec], Wait | None] | None,
+    ) -> None:
+        """Watch the workers of a node.
+
+        Args:
+            waits: what a worker has waited for too long; None: it is not asked.
+        """
+        self._node, self._checks, self._waits = node, checks, waits
+        self._judge = HangJudge()
+
+    def enter(self, generation: int) -> None:
+        """Waits of generations before this one no longer count."""
+        self._judge.enter(generation)
+
+    def hear(self, event: MembershipEvent, now_s: float) -> None:
+        """Take in that some worker waits for others for too long."""
+        self._judge.hear(event, now_s)
+
+    def causes(
+        self, slots: Iterable[WorkerSlot], now_s: float, *, draining: bool
+    ) -> dict[int, str]:
+        """By rank, why running workers are to be killed.
+
+        Args:
+            draining: the node leaves the run, so that the others are expected to go on without it.
+        """
+        culprits = self._judge.culprits(now_s)
+        found: dict[int, str] = {}
+        for slot in slots:
+            if slot.descriptor < 0:
+                continue
+            causes = [cause for check in self._checks if (cause := check(slot.spec, slot.pid))]
+            if slot.is_member and slot.spec.rank in culprits:
+                causes.append(culprits[slot.spec.rank])
+            left_out = slot.left_out_s is not None and now_s - slot.left_out_s > LEFT_OUT_S
+            if left_out and not draining:
+                causes.append("the others went on without it, and it has not ended")
+            if causes:
+                found[slot.spec.rank] = causes[0]
+        return found
+
+    def new_waits(self, slots: Iterable[WorkerSlot], generation: int) -> list[MembershipEvent]:
+        """The events of members that have waited for too long, and have not been heard of yet."""
+        if self._waits is None:
+            return []
+        return [
+            MembershipEvent(
+                "waiting",
+                slot.spec.identity,
+                f"has waited {wait.seconds:.1f} s for rank "
+                f"{', '.join(map(str, sorted(wait.peers)))} ({wait.operation})",
+                wait.seconds,
+                self._node,
+                generation,
+                format_identities(Identity(rank) for rank in wait.peers),
+            )
+            for slot in slots
+            if slot.descriptor >= 0
+            and slot.is_member
+            and not self._judge.has(slot.spec.identity)
+            and (wait := self._waits(slot.spec)) is not None
+        ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -143,4 +142,4 @@ def report_on_behalf_of(
             if verdict.acceptor.generation and identity not in verdict.acceptor.members:
                 return
             if verdict.outcome == "wait":
-                time.sleep(PAUSE_S)
+                stop.wait(PAUSE_S)

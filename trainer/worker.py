@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from holdfast.elastic import WorkerSpec
 
 STORE_TIMEOUT_S = 300.0
-_PEER_REASON_S = 2.0
+PEER_REASON_S = 2.0
 """How long a rank that lost a peer waits for the peer's own reason before it gives its own."""
 
 logger = logging.getLogger("holdfast")
@@ -79,7 +79,7 @@ def run_worker(
         task(config, world, store or connect(world), run)
 
     def tell(reason: RankError) -> None:
-        if not (reason.kind == PeerLost.__name__ and _another_rank_tells(run, world)):
+        if not (reason.kind == PeerLost.__name__ and another_rank_tells(run, world)):
             print(describe(reason, run), file=sys.stderr, flush=True)  # noqa: T201
 
     log_to_file(run, world.rank)
@@ -140,12 +140,19 @@ def root_cause(run: RunDirectory, ranks: Iterable[int]) -> RankError | None:
     return next(iter(own or reasons), None)
 
 
-def _another_rank_tells(run: RunDirectory, world: WorldInfo) -> bool:
-    deadline = time.monotonic() + _PEER_REASON_S
-    while time.monotonic() < deadline:
+def another_rank_tells(
+    run: RunDirectory,
+    world: WorldInfo,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Whether a rank that lost a peer can be silent, since another one tells the reason."""
+    deadline = clock() + PEER_REASON_S
+    while clock() < deadline:
         cause = root_cause(run, range(world.world_size))
         if cause is not None and cause.kind != PeerLost.__name__:
             return True
-        time.sleep(0.05)
+        sleep(0.05)
     first = root_cause(run, range(world.world_size))
     return first is not None and first.rank < world.rank

@@ -37,6 +37,8 @@ class NodeMeeting:
     """The longest wait for another rank, in seconds."""
     check: Callable[[], None] = field(default=lambda: None)
     """A function called while waiting; an exception from it ends the wait."""
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
 
 class NodeMemory:
@@ -54,7 +56,7 @@ class NodeMemory:
         """
         self.rank, self.peers = rank, tuple(peers)
         self._index = {peer: place for place, peer in enumerate(self.peers)}
-        self._timeout_s, self._check = meeting.timeout_s, meeting.check
+        self._meeting = meeting
         self.slot_bytes = -(-max(slot_bytes, 1) // _PAGE) * _PAGE
         counters = -(-8 * (_FIRST_CONSUMED + len(peers)) // _PAGE) * _PAGE
         self._data = counters
@@ -77,12 +79,13 @@ class NodeMemory:
             os.close(own)
 
     def _attach(self, peer: int, own: int, size: int, counters: int) -> None:
-        key, give_up = f"memory/{peer}", time.monotonic() + self._timeout_s
+        meeting, key = self._meeting, f"memory/{peer}"
+        give_up = meeting.clock() + meeting.timeout_s
         while not self._store.check([key]):
-            self._check()
-            if time.monotonic() > give_up:
-                raise PeerLost(f"rank {peer} did not begin to load within {self._timeout_s:g} s")
-            time.sleep(_LOOK_FOR_S)
+            meeting.check()
+            if meeting.clock() > give_up:
+                raise PeerLost(f"rank {peer} did not begin to load within {meeting.timeout_s:g} s")
+            meeting.sleep(_LOOK_FOR_S)
         text = self._store.get(key).decode()
         pid, descriptor = map(int, text.split())
         self._pids[peer] = pid
@@ -135,22 +138,24 @@ class NodeMemory:
         self._maps.clear()
 
     def _wait_until(self, peer: int, counter: int, value: int) -> None:
-        counters = self._counters[peer]
+        counters, meeting = self._counters[peer], self._meeting
         if counters[counter] >= value:
             return
-        now = time.monotonic()
-        give_up, look = now + self._timeout_s, now + _LOOK_S
+        now = meeting.clock()
+        give_up, look = now + meeting.timeout_s, now + _LOOK_S
         while counters[counter] < value:
-            time.sleep(_PAUSE_S)
-            now = time.monotonic()
+            meeting.sleep(_PAUSE_S)
+            now = meeting.clock()
             if any(self._counters[p][_FAILED] for p in self.peers):
                 self._raise_failure()
             if now > look:
                 look = now + _LOOK_S
-                self._check()
+                meeting.check()
                 _check_alive(self._pids[peer], peer)
             if now > give_up:
-                raise PeerLost(f"rank {peer} did not go on with loading for {self._timeout_s:g} s")
+                raise PeerLost(
+                    f"rank {peer} did not go on with loading for {meeting.timeout_s:g} s"
+                )
 
     def _raise_failure(self) -> None:
         for peer in self.peers:

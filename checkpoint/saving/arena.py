@@ -9,6 +9,7 @@ import contextlib
 import mmap
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,20 +30,37 @@ class Cancelled(Exception):
 class Deadline:
     """The deadline of a save, and whether the save was given up before."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            clock: seconds since any moment; `pause` waits for so many of them.
+        """
         self.seconds = seconds
-        self.at = time.monotonic() + seconds
         self.cancelled = False
+        self.pause = pause
+        """For those that look again and again until the deadline."""
+        self._clock, self._at = clock, clock() + seconds
 
     def check(self) -> None:
         """Raise `Cancelled` once the deadline has passed or the save was given up."""
-        if self.cancelled or time.monotonic() > self.at:
+        if self.cancelled or self.is_over():
             self.cancelled = True
             raise Cancelled
 
+    def is_over(self, patience_s: float = 0.0) -> bool:
+        """Whether the deadline passed longer ago than `patience_s`."""
+        return self._clock() > self._at + patience_s
+
     @property
     def left_s(self) -> float:
-        return max(0.0, self.at - time.monotonic())
+        return max(0.0, self._at - self._clock())
 
 
 class Arena:
@@ -113,10 +131,10 @@ class Arena:
         Raises:
             CheckpointError: the device still holds on to a buffer after `seconds`.
         """
-        until = time.monotonic() + seconds
+        deadline = Deadline(seconds)
         while self._writing:
             with contextlib.suppress(OSError):
-                if not self._reap(max(0.0, until - time.monotonic())):
+                if not self._reap(deadline.left_s):
                     raise CheckpointError(
                         "a write of the previous checkpoint has not come back from the device; no "
                         "checkpoint can be written until it does"

@@ -6,7 +6,6 @@ and the save is given up. Training never waits for it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,9 +117,9 @@ class Coordination:
             self._raise_failure()
             if deadline.cancelled:
                 raise Cancelled
-            if time.monotonic() > deadline.at + patience_s:
+            if deadline.is_over(patience_s):
                 raise CheckpointError(self._missing(keys))
-            time.sleep(pause)
+            deadline.pause(pause)
             pause = min(2 * pause, max(_LONGEST_POLL_S, _POLL_PER_RANK_S * len(self.ranks)))
         found = self._store.multi_get(list(keys.values()))
         return {rank: msgspec.json.decode(text) for rank, text in zip(keys, found, strict=True)}

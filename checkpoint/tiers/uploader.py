@@ -10,7 +10,6 @@ import logging
 import queue
 import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +208,7 @@ def retry(attempt: Callable[[], None], place: str, deadline: Deadline) -> None:
                 raise CheckpointError(
                     f"{place} could not be uploaded: {type(error).__name__}: {error}"
                 ) from error
-        time.sleep(pause * random.uniform(0.5, 1.0))
+        deadline.pause(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 

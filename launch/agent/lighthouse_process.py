@@ -6,14 +6,14 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from holdfast.elastic import Lighthouse, LighthouseAway, heartbeat_ages
+from holdfast.elastic import Identity, Lighthouse, LighthouseAway, heartbeat_ages
 from holdfast.launch.processes import fork_child
 from holdfast.parallel.errors import MembershipError
 
 _LOOK_S = 0.5
-_SILENCE_S = 5.0
+SILENCE_S = 5.0
 """How long after the last heartbeat of any worker a run counts as over."""
 
 
@@ -69,11 +69,26 @@ def _serve(host: str, run: str, timeout_ms: int, tell: int, gone: int) -> int:
     os.write(tell, server.address.encode())
     os.close(tell)
     select.select([gone], [], [])  # readable once the process that started it has ended
-    heard_at_s = time.monotonic()
-    while time.monotonic() - heard_at_s < _SILENCE_S:
-        with contextlib.suppress(LighthouseAway):
-            ages = heartbeat_ages(server.address, run)
-            if min(ages.values(), default=_SILENCE_S) < 2 * timeout_ms / 1000:
-                heard_at_s = time.monotonic()
-        time.sleep(_LOOK_S)
+    wait_for_silence(lambda: heartbeat_ages(server.address, run), 2 * timeout_ms / 1000)
     return 0
+
+
+def wait_for_silence(
+    ages: Callable[[], Mapping[Identity, float]],
+    recent_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until no worker of a run has sent heartbeats for a while.
+
+    Args:
+        ages: the seconds since the last heartbeat of each worker, which may raise `LighthouseAway`.
+        recent_s: a worker with a younger heartbeat lives.
+    """
+    heard_at_s = clock()
+    while clock() - heard_at_s < SILENCE_S:
+        with contextlib.suppress(LighthouseAway):
+            if min(ages().values(), default=recent_s) < recent_s:
+                heard_at_s = clock()
+        sleep(_LOOK_S)

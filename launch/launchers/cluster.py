@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from holdfast.trainer import WorldInfo
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import Resume, RunDirectory, RunRequest, opened_run, recorded_throughput
 
-_MEET_S = 120.0
+MEET_S = 120.0
 """How long the tasks of a job wait for each other."""
 _RETRY_S = 0.2
 
@@ -67,7 +67,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
             node = _task_settings(request.config, world)
             opened = held.enter_context(opened_run(request))
         except HoldfastError as error:
-            _tell(listening, world, {"error": str(error)})
+            tell_others(listening, world, {"error": str(error)})
             raise
         config, run = opened.config, opened.directory
         log_agents(run.agent_log)
@@ -82,7 +82,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
             "resume": msgspec.to_builtins(run.resume),
             "lighthouse": lighthouse,
         }
-        _tell(listening, world, told)
+        tell_others(listening, world, told)
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = explained(agent.run(lighthouse), run, node.ranks)
     return _end_of_task(request.config, code)
@@ -96,7 +96,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     Raises:
         ConfigError: the first task cannot be reached, or has told of an error.
     """
-    told, host = _ask(world)
+    told, host = ask_first(world)
     run = RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))
     config = recorded_throughput(config, run.root)
     node = replace(_task_settings(config, world), log=run.log, host=host)
@@ -183,23 +183,29 @@ def _listen(world: WorldInfo) -> Iterator[socket.socket]:
         ) from error
 
 
-def _tell(listening: socket.socket, world: WorldInfo, told: dict[str, Any]) -> None:
+def tell_others(
+    listening: socket.socket,
+    world: WorldInfo,
+    told: dict[str, Any],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
     """Answer each other task once; all of them must have come first.
 
     Raises:
         ConfigError: one has not come in time.
     """
-    deadline = time.monotonic() + _MEET_S
+    deadline = clock() + MEET_S
     come: dict[int, socket.socket] = {}
     try:
         while len(come) < world.world_size - 1:
-            listening.settimeout(max(0.01, deadline - time.monotonic()))
+            listening.settimeout(max(0.01, deadline - clock()))
             try:
                 connection, _ = listening.accept()
             except TimeoutError:
                 missing = sorted(set(range(1, world.world_size)) - set(come))
                 raise ConfigError(
-                    f"tasks {missing} have not come within {_MEET_S:g} s; see their logs, and "
+                    f"tasks {missing} have not come within {MEET_S:g} s; see their logs, and "
                     f"whether they reach {world.store_host}:{world.store_port}"
                 ) from None
             hello = _received(connection)
@@ -216,14 +222,23 @@ def _tell(listening: socket.socket, world: WorldInfo, told: dict[str, Any]) -> N
             connection.close()
 
 
-def _ask(world: WorldInfo) -> tuple[dict[str, Any], str]:
-    """What the first task tells, and this machine's address on the way to it."""
-    deadline = time.monotonic() + _MEET_S
+def ask_first(
+    world: WorldInfo,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[dict[str, Any], str]:
+    """What the first task tells, and this machine's address on the way to it.
+
+    Raises:
+        ConfigError: it has not answered in time, or says that the run cannot begin.
+    """
+    deadline = clock() + MEET_S
     reason = ""
-    while time.monotonic() < deadline:
+    while clock() < deadline:
         try:
             with socket.create_connection(
-                (world.store_host, world.store_port), timeout=_MEET_S
+                (world.store_host, world.store_port), timeout=MEET_S
             ) as line:
                 hello = {"task": world.rank, "job": world.job, "pid": os.getpid()}
                 line.sendall(json.dumps(hello).encode() + b"\n")
@@ -235,16 +250,16 @@ def _ask(world: WorldInfo) -> tuple[dict[str, Any], str]:
                 reason = "it hung up"
         except OSError as error:
             reason = str(error)
-        time.sleep(_RETRY_S)
+        sleep(_RETRY_S)
     raise ConfigError(
         f"the first task at {world.store_host}:{world.store_port} did not answer within "
-        f"{_MEET_S:g} s: {reason}; set MASTER_ADDR and MASTER_PORT alike on all nodes"
+        f"{MEET_S:g} s: {reason}; set MASTER_ADDR and MASTER_PORT alike on all nodes"
     )
 
 
 def _received(connection: socket.socket) -> dict[str, Any]:
     """One line of JSON; empty when there is none."""
-    connection.settimeout(_MEET_S)
+    connection.settimeout(MEET_S)
     try:
         with connection.makefile("rb") as lines:
             found = json.loads(lines.readline())

@@ -58,7 +58,7 @@ def _follow(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) 
     os.set_blocking(ended, False)
     view = _RunView(config, run, plan_of(config))
     events, metrics = _Follower(run.events, begin[0]), _Follower(run.metrics, begin[1])
-    over_since: float | None = None
+    is_over = False
     while True:
         lines = sorted(
             [(line.get("time", 0.0), "event", line) for line in events.lines()], key=lambda e: e[0]
@@ -73,13 +73,13 @@ def _follow(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) 
                 view.event(line)
         try:
             if os.read(ended, 1) == b"":
-                over_since = over_since or time.monotonic()
+                is_over = True
         except BlockingIOError:
             pass
-        if over_since is not None and not lines:
+        if is_over and not lines:
             view.display.close()
             return
-        time.sleep(_POLL_S if over_since is None else 0.01)
+        time.sleep(0.01 if is_over else _POLL_S)
 
 
 class _Follower:

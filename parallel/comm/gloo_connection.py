@@ -45,12 +45,27 @@ class Rendezvous(dist.Store):
     already claimed it, the peer is connecting, so this side completes the connection.
     """
 
-    def __init__(self, store: Store, name: str, signal: AbortSignal, timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        signal: AbortSignal,
+        timeout_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Local.
+
+        Args:
+            name: of the connection, the same on both sides.
+            timeout_s: how long the other side may take to come, by `clock`.
+        """
         super().__init__()
         self._store: Any = store
         self._name = name
         self._signal = signal
-        self._timeout_s = timeout_s
+        self._timeout_s, self._clock, self._sleep = timeout_s, clock, sleep
         self._published: dict[str, bytes] = {}
         self._claimed: dict[str, bytes] = {}
 
@@ -62,17 +77,17 @@ class Rendezvous(dist.Store):
         return self._published.get(key) or self._claimed[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._clock() + self._timeout_s
         for key in keys:
             if key in self._published or key in self._claimed:
                 continue
             pause_s = _SHORTEST_POLL_S
             while not self._claim(key):
-                late = time.monotonic() > deadline
+                late = self._clock() > deadline
                 if (late or self._signal.reason is not None) and self._withdraw():
                     self._signal.check()
                     raise RuntimeError(f"the peer did not come within {self._timeout_s:g} s")
-                time.sleep(pause_s)
+                self._sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_POLL_S)
 
     def _claim(self, key: str) -> bool:

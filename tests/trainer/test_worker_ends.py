@@ -14,6 +14,7 @@ from holdfast.parallel.errors import ConfigError, PeerLost, Stopped
 from holdfast.trainer import elastic, worker
 from holdfast.trainer.run import RunDirectory, read_error, write_error
 from holdfast.trainer.world import local_world
+from support.processes.fake_clock import FakeClock
 from support.runs.small_runs import make_config
 
 ENDS = [
@@ -104,3 +105,23 @@ def test_a_worker_that_only_lost_a_peer_stays_silent(
     )
     assert code == PeerLost.exit_code
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("told_after_s", [0.0, 1.0, None])
+def test_a_rank_that_lost_a_peer_waits_a_while_for_the_reason_that_another_tells(
+    tmp_path: Path, told_after_s: float | None
+) -> None:
+    run, clock = RunDirectory(tmp_path), FakeClock()
+    begin = clock()
+    run.error(1).parent.mkdir(parents=True)
+    write_error(run, 1, PeerLost("rank 0 is gone"))
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if told_after_s is not None and clock() >= begin + told_after_s:
+            write_error(run, 0, ValueError("the reason"))
+
+    told = worker.another_rank_tells(run, local_world(1, 2), clock=clock, sleep=sleep)
+    assert told is (told_after_s is not None)
+    waited_s = worker.PEER_REASON_S if told_after_s is None else told_after_s
+    assert clock() - begin == pytest.approx(waited_s, abs=0.1)

@@ -337,6 +337,29 @@ def test_a_hook_that_is_set_from_outside_is_seen() -> None:
     assert _hooks(tree) & _set_from_outside(tree) == {"hook"}
 
 
+WALL_CLOCK = {
+    "checkpoint.convert.formats.holdfast",
+    "checkpoint.saving.save",
+    "checkpoint.tools.verify",
+    "parallel.comm.flight_recorder",
+    "trainer.elastic.incidents",
+    "trainer.reports.metrics",
+    "trainer.reports.trace",
+}
+"""What writes the time of day into a record."""
+
+
+def test_the_time_of_day_goes_into_records_and_decides_nothing() -> None:
+    reads = {
+        name.removeprefix("holdfast.")
+        for name, path in MODULES.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in ("time.time", "time.time_ns", "datetime.now", "datetime.utcnow")
+    }
+    assert reads == WALL_CLOCK
+
+
 OTHER_ENDS = {"abandon", "disturb", "give_up", "halt", "interrupt", "shutdown", "stop", "terminate"}
 """Words for stopping that mean what `abort`, `cancel` or `close` means."""
 RUN_ENDS = {"Session.stop", "ElasticSession.stop"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter, sleep
+from time import monotonic, sleep
 from typing import NamedTuple
 
 from holdfast import _native
@@ -27,7 +28,46 @@ class DriveRequest(NamedTuple):
 
     ticket: int
     due_s: float
-    """The time by `perf_counter` from which it may count as done; later under a rate limit."""
+    """The time of the rate limit's clock from which it may count as done."""
+
+
+class RateLimit:
+    """When transfers may count as done, so that a rate is kept. Local."""
+
+    def __init__(
+        self,
+        bytes_per_s: float,
+        *,
+        clock: Callable[[], float] = monotonic,
+        pause: Callable[[float], None] = sleep,
+    ) -> None:
+        """Nothing is under way.
+
+        Args:
+            bytes_per_s: the highest rate; 0: no limit.
+        """
+        self.busy_s = 0.0
+        """The time that all transfers took at the rate."""
+        self._bytes_per_s, self._clock, self._pause = bytes_per_s, clock, pause
+        self._due_s = 0.0
+
+    def due_s(self, nbytes: int) -> float:
+        """The time from which a transfer that begins now may count as done; 0.0: any."""
+        if not self._bytes_per_s:
+            return 0.0
+        took_s = nbytes / self._bytes_per_s
+        self.busy_s += took_s
+        self._due_s = max(self._due_s, self._clock()) + took_s
+        return self._due_s
+
+    def is_past(self, due_s: float) -> bool:
+        """Whether that time has come."""
+        return not due_s or self._clock() >= due_s
+
+    def wait(self, due_s: float) -> None:
+        """Wait until that time."""
+        if due_s:
+            self._pause(max(0.0, due_s - self._clock()))
 
 
 class DiskFile:
@@ -49,9 +89,8 @@ class DiskFile:
         Raises:
             ConfigError: the folder does not allow a file to be made.
         """
-        self._limit, self._rate = limit_bytes, bytes_per_s
+        self._limit, self._rate = limit_bytes, RateLimit(bytes_per_s)
         self._slots = Slots()
-        self._due_s = self._rated_s = 0.0
         self._refused = False
         self.fault = ""
         """Why no more room is taken from the drive; taken room serves on unless a write failed."""
@@ -94,7 +133,7 @@ class DiskFile:
 
     def done(self, request: DriveRequest) -> bool:
         """Whether the request has ended, well or not; `wait` then returns at once."""
-        return self.engine.done(request.ticket) and perf_counter() >= request.due_s
+        return self.engine.done(request.ticket) and self._rate.is_past(request.due_s)
 
     def wait(self, request: DriveRequest) -> None:
         """Wait for a request, once.
@@ -103,15 +142,14 @@ class DiskFile:
             OSError: the request failed.
         """
         self.engine.wait(request.ticket)
-        if request.due_s:
-            sleep(max(0.0, request.due_s - perf_counter()))
+        self._rate.wait(request.due_s)
 
     def statistics(self) -> StoreStatistics:
         counts = self.engine.statistics()
         return StoreStatistics(
             written_bytes=counts["bytes_written"],
             read_bytes=counts["bytes_read"],
-            busy_s=max(counts["busy_ns"] / 1e9, self._rated_s),
+            busy_s=max(counts["busy_ns"] / 1e9, self._rate.busy_s),
             room_bytes=self._slots.capacity,
             used_bytes=self._slots.used,
         )
@@ -124,11 +162,7 @@ class DiskFile:
             self._descriptor = -1
 
     def _transfer(self, ticket: int, nbytes: int) -> DriveRequest:
-        if not self._rate:
-            return DriveRequest(ticket, 0.0)
-        self._rated_s += nbytes / self._rate
-        self._due_s = max(self._due_s, perf_counter()) + nbytes / self._rate
-        return DriveRequest(ticket, self._due_s)
+        return DriveRequest(ticket, self._rate.due_s(nbytes))
 
     def _grow(self, missing: int) -> bool:
         """Reserve room on the drive ahead, so that a later write cannot lack it."""

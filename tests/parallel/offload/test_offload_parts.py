@@ -27,13 +27,14 @@ from holdfast.parallel.offload.policy.amount import (
     next_amount,
 )
 from holdfast.parallel.offload.policy.phases import Phase, Phases
-from holdfast.parallel.offload.stores.disk_file import DiskFile
+from holdfast.parallel.offload.stores.disk_file import DiskFile, RateLimit
 from holdfast.parallel.offload.stores.disk_store import DiskStore
 from holdfast.parallel.offload.stores.host_store import HostStore
 from holdfast.parallel.offload.stores.reused_memory import ReusedMemory
 from holdfast.parallel.offload.stores.staged_store import StagedStore
 from holdfast.parallel.offload.stores.store import Store, StoredCopy
 from holdfast.parallel.schedules import Action
+from support.processes.fake_clock import FakeClock
 
 CPU = torch.device("cpu")
 STAGING = 1 << 18
@@ -183,6 +184,24 @@ def test_a_kept_rate_is_kept(tmp_path: Path) -> None:
     assert statistics.busy_s == pytest.approx(statistics.written_bytes / 1e6)
     store.close()
     store.close()
+
+
+def test_transfers_are_due_one_after_the_other_and_a_rest_is_not_made_up_for() -> None:
+    clock = FakeClock(now_s=100.0)
+    rate = RateLimit(1e6, clock=clock, pause=clock.sleep)
+    dues = [rate.due_s(2_000_000) for _ in range(3)]
+    assert dues == [102.0, 104.0, 106.0]
+    assert not rate.is_past(dues[0])
+    rate.wait(dues[1])
+    assert clock() == 104.0
+    assert rate.is_past(dues[1])
+    assert not rate.is_past(dues[2])
+    clock.sleep(100.0)
+    assert rate.due_s(1_000_000) == 205.0
+    assert rate.busy_s == 7.0
+    without = RateLimit(0.0, clock=clock, pause=clock.sleep)
+    assert without.is_past(without.due_s(1 << 40))
+    assert without.busy_s == 0.0
 
 
 class Order:

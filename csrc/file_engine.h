@@ -25,6 +25,9 @@ struct FileError {
   std::string path;
 };
 
+// The error of a system call, by its errno.
+FileError error_of(int code, const std::string& path);
+
 struct EngineFile {
   std::string path;
   int buffered = -1;

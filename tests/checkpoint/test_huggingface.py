@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -13,7 +12,7 @@ from holdfast.checkpoint import load
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.trainer.models.chunk import build_whole_model
 from support.processes.cluster import Cluster
-from support.runs.small_runs import make_config, world_size_of
+from support.runs.small_runs import make_config, run_in
 
 
 @pytest.mark.mp
@@ -31,12 +30,7 @@ def test_transformers_gives_our_logits(
         checkpoint={"every": 2, "keep": 0},
         parallel={"tensor": tensor, "data": 2},
     )
-    cluster.run(
-        "support.runs.small_runs:train_in",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-        root=str(tmp_path),
-    )
+    run_in(cluster, config, tmp_path)
     ours = build_whole_model(
         config.model,
         dtype=torch.float32,

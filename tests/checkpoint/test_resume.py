@@ -13,7 +13,7 @@ from torch.distributed import Store
 
 from holdfast.trainer.config import RunConfig
 from support.processes.cluster import Cluster, WorkerFailed
-from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
+from support.runs.small_runs import events_of, make_config, metrics_of, run_in, world_size_of
 
 STEPS = 40
 
@@ -22,17 +22,6 @@ def _config(**sections: dict[str, Any]) -> RunConfig:
     train = {"steps": STEPS, **sections.pop("train", {})}
     checkpoint = {"every": 7, **sections.pop("checkpoint", {})}
     return make_config(train=train, checkpoint=checkpoint, **sections)
-
-
-def _train(cluster: Cluster, config: RunConfig, root: Path, **arguments: Any) -> None:
-    plain = msgspec.to_builtins(config)
-    cluster.run(
-        "support.runs.small_runs:train_in",
-        world_size_of(config),
-        config=plain,
-        root=str(root),
-        **arguments,
-    )
 
 
 def _exact(root: Path) -> tuple[list[str], list[str], str]:
@@ -49,7 +38,7 @@ def _exact(root: Path) -> tuple[list[str], list[str], str]:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("undisturbed")
-    _train(cluster, _config(), root)
+    run_in(cluster, _config(), root)
     return _exact(root)
 
 
@@ -77,9 +66,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_a_stopped_run_goes_on_with_the_same_bits(
     cluster: Cluster, tmp_path: Path, undisturbed: Any, first: str, second: str
 ) -> None:
-    _train(cluster, _config(parallel=LAYOUTS[first], train={"stop_after": 23}), tmp_path)
+    run_in(cluster, _config(parallel=LAYOUTS[first], train={"stop_after": 23}), tmp_path)
     assert len(metrics_of(tmp_path)) == 23
-    _train(cluster, _config(parallel=LAYOUTS[second]), tmp_path)
+    run_in(cluster, _config(parallel=LAYOUTS[second]), tmp_path)
     assert _exact(tmp_path) == undisturbed
     [resumed] = events_of(tmp_path, "resumed")
     assert resumed["step"] == 23
@@ -100,9 +89,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     config = _config(parallel=first)
     kill = chance.randrange(world_size_of(config)), chance.randrange(2, STEPS)
     with pytest.raises(WorkerFailed):
-        _train(cluster, config, tmp_path, kill=kill)
+        run_in(cluster, config, tmp_path, kill=kill)
     assert len(metrics_of(tmp_path)) <= kill[1]
-    _train(cluster, _config(parallel=second), tmp_path)
+    run_in(cluster, _config(parallel=second), tmp_path)
     assert _exact(tmp_path) == undisturbed
 
 
@@ -112,13 +101,13 @@ def test_bf16_with_tied_embeddings_goes_on_with_the_same_bits(
 ) -> None:
     sections: dict[str, Any] = {"model": {"tie_embeddings": True}}
     train = {"precision": "bf16", "steps": 16}
-    _train(cluster, _config(**sections, train=train), tmp_path / "a")
-    _train(
+    run_in(cluster, _config(**sections, train=train), tmp_path / "a")
+    run_in(
         cluster,
         _config(**sections, train={**train, "stop_after": 9}, parallel={"pipeline": 3}),
         tmp_path / "b",
     )
-    _train(cluster, _config(**sections, train=train, parallel={"data": 2}), tmp_path / "b")
+    run_in(cluster, _config(**sections, train=train, parallel={"data": 2}), tmp_path / "b")
     assert _exact(tmp_path / "b") == _exact(tmp_path / "a")
 
 
@@ -207,7 +196,7 @@ def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
     model = {"heads": 4, "kv_heads": 4, "tie_embeddings": tie}
     train = {"steps": 3}
     start = _config(model=model, train=train, parallel={"tensor": 2, "data": 2})
-    _train(cluster, start, tmp_path / "first")
+    run_in(cluster, start, tmp_path / "first")
     source = tmp_path / "first/checkpoints/step-00000003"
     wide = _config(model=model, train=train, parallel={"tensor": 4, "pipeline": 2})
     for config, root, place in (
@@ -254,17 +243,17 @@ def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
 
 @pytest.mark.mp
 def test_what_cannot_be_resumed_is_refused_with_its_keys(cluster: Cluster, tmp_path: Path) -> None:
-    _train(cluster, _config(train={"steps": 2}), tmp_path)
+    run_in(cluster, _config(train={"steps": 2}), tmp_path)
     changed = _config(train={"steps": 4, "seed": 5}, model={"dropout": 0.2})
     with pytest.raises(WorkerFailed, match=r"model.dropout = 0.2 .* train.seed = 5"):
-        _train(cluster, changed, tmp_path)
-    _train(cluster, changed, tmp_path, allow_change=True)
+        run_in(cluster, changed, tmp_path)
+    run_in(cluster, changed, tmp_path, allow_change=True)
     assert len(metrics_of(tmp_path)) == 4
     notes = [event["message"] for event in events_of(tmp_path, "resume_note")]
     assert any("train.seed = 5" in note for note in notes)
     other_shape = _config(train={"steps": 6, "seed": 5}, model={"dropout": 0.2, "hidden": 64})
     with pytest.raises(WorkerFailed, match=r"has shape"):
-        _train(cluster, other_shape, tmp_path, allow_change=True)
+        run_in(cluster, other_shape, tmp_path, allow_change=True)
 
 
 @pytest.mark.mp
@@ -272,8 +261,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     config = _config(train={"steps": 12}, parallel={"data": 2}, checkpoint={"every": 4})
-    _train(cluster, config, tmp_path / "a")
-    _train(
+    run_in(cluster, config, tmp_path / "a")
+    run_in(
         cluster,
         _config(train={"steps": 12, "stop_after": 8}, checkpoint={"every": 4}),
         tmp_path / "b",
@@ -282,7 +271,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     content = bytearray(file.read_bytes())
     content[-7] ^= 1
     file.write_bytes(content)
-    _train(cluster, config, tmp_path / "b")
+    run_in(cluster, config, tmp_path / "b")
     assert _exact(tmp_path / "b") == _exact(tmp_path / "a")
     [resumed] = events_of(tmp_path / "b", "resumed")
     assert resumed["step"] == 4

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -18,7 +17,7 @@ from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
 from support.processes.cluster import Cluster
-from support.runs.small_runs import make_config, world_size_of
+from support.runs.small_runs import make_config, run_in
 
 
 def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
@@ -66,12 +65,7 @@ def test_a_run_of_ours_is_read_by_torch(cluster: Cluster, tmp_path: Path) -> Non
     config = make_config(
         train={"steps": 2, "precision": "bf16"}, checkpoint={"every": 2}, parallel={"data": 2}
     )
-    cluster.run(
-        "support.runs.small_runs:train_in",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-        root=str(tmp_path / "run"),
-    )
+    run_in(cluster, config, tmp_path / "run")
     converted(tmp_path / "run", tmp_path / "dcp", "dcp")
     manifest = read_manifest(tmp_path / "run/checkpoints/step-00000002")
     ours = {

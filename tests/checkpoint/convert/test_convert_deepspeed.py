@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -22,7 +21,7 @@ from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
 from support.foreign.deepspeed_jobs import consolidated
 from support.processes.cluster import Cluster
-from support.runs.small_runs import make_config, world_size_of
+from support.runs.small_runs import make_config, run_in
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
@@ -225,12 +224,7 @@ def test_a_run_of_ours_goes_to_universal_and_back(cluster: Cluster, tmp_path: Pa
     config = make_config(
         train={"steps": 2, "precision": "bf16"}, checkpoint={"every": 2}, parallel={"data": 2}
     )
-    cluster.run(
-        "support.runs.small_runs:train_in",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-        root=str(tmp_path / "run"),
-    )
+    run_in(cluster, config, tmp_path / "run")
     converted(tmp_path / "run", tmp_path / "universal", "deepspeed-universal")
     converted(tmp_path / "universal", tmp_path / "back", "holdfast")
     first = tensors_of(tmp_path / "run/checkpoints/step-00000002")

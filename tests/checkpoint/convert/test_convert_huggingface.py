@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models.chunk import build_whole_model
 from support.processes.cluster import Cluster
-from support.runs.small_runs import make_config, world_size_of
+from support.runs.small_runs import make_config, run_in
 
 
 def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
@@ -159,13 +158,7 @@ def test_a_converted_model_trains_and_goes_back(cluster: Cluster, tmp_path: Path
     tokens = torch.randint(67, (3, 16), generator=torch.Generator().manual_seed(5))
     before = logits_of(config, tmp_path / "start", tokens)
     torch.testing.assert_close(before, model(tokens).logits, rtol=0, atol=1e-5)
-    cluster.run(
-        "support.runs.small_runs:train_in",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-        root=str(tmp_path / "run"),
-        resume=str(tmp_path / "start"),
-    )
+    run_in(cluster, config, tmp_path / "run", resume=str(tmp_path / "start"))
     trained = tmp_path / "run/checkpoints/step-00000002"
     made = converted(tmp_path / "run", tmp_path / "out", "hf")
     assert made.step == 2

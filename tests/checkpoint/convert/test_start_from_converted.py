@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -21,7 +20,7 @@ from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.resume import find_resume
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, fault
-from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
+from support.runs.small_runs import events_of, make_config, metrics_of, run_in
 
 MODEL = {"layers": 2, "dropout": 0.0}
 
@@ -61,13 +60,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def train(cluster: Cluster, config: RunConfig, root: Path, start: Path) -> None:
-    cluster.run(
-        "support.runs.small_runs:train_in",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-        root=str(root),
-        resume=str(start),
-    )
+    run_in(cluster, config, root, resume=str(start))
 
 
 @pytest.mark.mp

@@ -123,6 +123,20 @@ def run_training(cluster: Any, config: RunConfig, *, timeout_s: float = 90.0) ->
     return results[0]
 
 
+def run_in(
+    cluster: Any, config: RunConfig, root: Path, *, timeout_s: float = 90.0, **arguments: Any
+) -> None:
+    """Train `config` on the pool in a run's folder. Arguments as of `train_in`."""
+    cluster.run(
+        "support.runs.small_runs:train_in",
+        world_size_of(config),
+        timeout_s=timeout_s,
+        config=msgspec.to_builtins(config),
+        root=str(root),
+        **arguments,
+    )
+
+
 def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug: str = "") -> Any:
     """What one rank of a checked layout saw, with a bug put in first if one is named."""
     from holdfast.trainer.check.layout_run import run_layout

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from holdfast.trainer.config.loading import load_config
@@ -23,7 +22,7 @@ from support.runs.golden_runs import (
     this_kind,
 )
 from support.runs.old_runs import OLD, STOPPED, copy_of, do_damage
-from support.runs.small_runs import events_of, metrics_of, world_size_of
+from support.runs.small_runs import events_of, metrics_of, run_in
 
 pytestmark = [pytest.mark.mp]
 ONE_PROCESS = (
@@ -97,12 +96,7 @@ def test_an_old_run_goes_on_with_the_recorded_bits(
     sets = ["train.stop_after=0", "elastic.enabled=false"]
     sets += [f"parallel.{key}={value}" for key, value in layout.items()]
     config = load_config(root / "config.toml", sets)
-    cluster.run(
-        "support.runs.small_runs:train_in",
-        world_size_of(config),
-        config=msgspec.to_builtins(config),
-        root=str(root),
-    )
+    run_in(cluster, config, root)
     _check(root, name)
 
 

@@ -279,7 +279,7 @@ class Recovery:
             complete=progress.complete,
             filled=progress.filled,
             outcome=progress.outcome,
-            counted=training.included(),
+            included=training.included(),
             connected=connected,
             trusted=self.sound_until is None,
             operations=last_operations(training.groups.history()) if urgent else (),

@@ -149,10 +149,10 @@ def _take_step(training: Training, transition: Transition, active: Training | No
     training.progress = StepProgress(
         recovery.steps, recovery.outcome, recovery.steps, filled=not after.incoming
     )
-    included = included_after_change(before, after, recovery.counted, recovery.fresh)
+    included = included_after_change(before, after, recovery.included, recovery.fresh)
     if included:
         rank = training.rank
-        kept = rank in recovery.counted and keeps_sums(before, after, rank, recovery.fresh)
+        kept = rank in recovery.included and keeps_sums(before, after, rank, recovery.fresh)
         training.resume_step(recovery.steps, included, active if kept else None)
 
 

@@ -30,7 +30,7 @@ class WorkerStatus:
     """Whether it knows by a vote that no rank lacks anything that was incoming under its plan."""
     outcome: Outcome | None = None
     """Of the last vote."""
-    counted: Included = field(default_factory=dict)
+    included: Included = field(default_factory=dict)
     """What its sums hold of the step after the last that was decided."""
     operations: Sequence[str] = ()
     """Its last operations, for a person who reads the incident."""
@@ -40,14 +40,14 @@ class WorkerStatus:
     """False: state was found to be corrupt, and no rank's is used."""
 
 
-_KEYS = {"active": "installed", "prepared": "ready"}
+_KEYS = {"active": "installed", "prepared": "ready", "included": "counted"}
 """Fields whose key in messages and incident records is another word."""
 
 
 def status_to_data(status: WorkerStatus) -> dict[str, Any]:
     """A status as JSON values; floats keep all their bits."""
     plain = {_KEYS.get(name, name): getattr(status, name) for name in WorkerStatus.__slots__}
-    plain["counted"] = included_to_data(status.counted)
+    plain["counted"] = included_to_data(status.included)
     outcome = status.outcome
     if outcome is not None:
         plain["outcome"] = asdict(outcome) | {
@@ -62,7 +62,7 @@ def status_from_data(plain: Mapping[str, Any]) -> WorkerStatus:
     fields = dict(plain) | {name: plain[key] for name, key in _KEYS.items()}
     for key in _KEYS.values():
         del fields[key]
-    fields["counted"] = included_from_data(fields["counted"])
+    fields["included"] = included_from_data(fields["included"])
     outcome = fields.get("outcome")
     if outcome is not None:
         fields["outcome"] = Outcome(
@@ -100,7 +100,7 @@ class RecoveryPlan:
     """Members without state."""
     connected: bool = False
     """Whether the connections of all members stand."""
-    counted: Mapping[int, Included] = field(default_factory=dict)
+    included: Mapping[int, Included] = field(default_factory=dict)
     """By holder, what its sums hold of the step to come."""
 
 
@@ -132,9 +132,9 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
         filled=any(s.filled for s in holders.values() if s.active == active),
         fresh=everyone - holders.keys(),
         connected=all(status.connected for status in statuses.values()),
-        counted={
-            rank: s.counted
+        included={
+            rank: s.included
             for rank, s in sorted(holders.items())
-            if s.counted and s.decided == furthest.decided
+            if s.included and s.decided == furthest.decided
         },
     )

@@ -105,25 +105,24 @@ def _runs(ranks: Sequence[int]) -> str:
 
 
 def recompute_summary(layers: Sequence[LayerSpec]) -> str:
-    """How many blocks are recomputed how, and what that adds to a step; empty where none is."""
+    """The layers recomputed in each way, and the operations that adds; empty if none is."""
     counts = Counter(layer.recompute for layer in layers if layer.recompute != "none")
     if not counts:
         return ""
-    blocks = sum(layer.name.startswith("block.") for layer in layers)
+    transformer = sum(layer.name.startswith("block.") for layer in layers)
     again = sum(layer.recompute_flops for layer in layers)
     added = again / (3 * sum(layer.forward_flops for layer in layers))
     parts = ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
-    return f"{parts} of {blocks} blocks ({added:.1%} more operations)"
+    return f"{parts} of {transformer} layers ({added:.1%} more operations)"
 
 
 def _layers(plan: Plan, chunk: int) -> str:
     names = [plan.layers[layer].name for layer in plan.layers_of(chunk)]
-    blocks = [name.removeprefix("block.") for name in names if name.startswith("block.")]
+    numbers = [name.removeprefix("block.") for name in names if name.startswith("block.")]
     parts = [name for name in names if name == "embedding"]
-    if blocks:
-        parts.append(
-            f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
-        )
+    if numbers:
+        last = numbers[-1]
+        parts.append(f"layer {last}" if len(numbers) == 1 else f"layers {numbers[0]}-{last}")
     parts += [name for name in names if name == "head"]
     return " + ".join(parts)
 

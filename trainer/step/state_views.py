@@ -136,17 +136,17 @@ class TrainingState:
         copies = self._shadows.weights if kind == WEIGHT else self._shadows.state[kind]
         return copies[start : start + box.elements].view(box.shape)
 
-    def before(self, chunk: PlannedPiece) -> int:
-        """The first block whose update overwrites a chunk; the number of all if none does.
+    def before(self, piece: PlannedPiece) -> int:
+        """The first block whose update overwrites a piece; the number of all if none does.
 
         Numbered as `block_numbers` says.
         """
-        shadow = self._shadow(chunk.name, chunk.box)
+        shadow = self._shadow(piece.name, piece.box)
         if shadow is not None:
             return shadow[1].number
-        kind, _, base = chunk.name.partition(".")
-        rows = self._rows.get(base if kind in self._state else chunk.name, [])
-        first, last = chunk.box.start[0], chunk.box.stop[0]
+        kind, _, base = piece.name.partition(".")
+        rows = self._rows.get(base if kind in self._state else piece.name, [])
+        first, last = piece.box.start[0], piece.box.stop[0]
         overlapping = (found.number for found in rows if found.first < last and found.last > first)
         return self._numbers.of_owned(min(overlapping, default=self._numbers.owned))
 

@@ -1,4 +1,4 @@
-"""One training run: its configuration, model, data, step loop and what it reports.
+"""One training run: configuration, model, data, step loop and reports.
 
 May import checkpoint, elastic, parallel and _native.
 """

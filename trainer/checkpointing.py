@@ -1,4 +1,4 @@
-"""The checkpoints of one rank's run, in memory, on disk and at a URL, and what it resumes from."""
+"""The checkpoints of one rank's run, in memory, on disk and at a URL, and the way to resume."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ logger = logging.getLogger("holdfast.checkpoint")
 
 
 class Signals:
-    """SIGUSR1 asks for a save, SIGTERM for a save and the end; both at the end of a step."""
+    """Signals: SIGUSR1 asks for a save, SIGTERM for a save and the end, at the end of a step."""
 
     def __init__(self) -> None:
         self.save = False
@@ -58,7 +58,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Take the signals; only the main thread of a process can."""
+        """Install the handlers; only the main thread of a process can."""
 
         def asked(number: int, _: FrameType | None) -> None:
             if number == signal.SIGTERM:
@@ -69,7 +69,7 @@ class Signals:
             self._before[number] = signal.signal(number, asked)
 
     def close(self) -> None:
-        """Give the signals back to the handlers of before."""
+        """Restore the earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -77,21 +77,21 @@ class Signals:
 
 @dataclass(slots=True)
 class SaveProgress:
-    """How far a rank's saves are."""
+    """The progress of a rank's saves."""
 
     saved_s: float
-    """The instant at which the last save to the disk began."""
+    """The time at which the last save to the disk began."""
     saved_step: int = -1
     """The step of that save; -1: none."""
     committed_step: int = -1
-    """The newest step that is known to be on the disk; -1: none."""
+    """The newest step known to be on the disk; -1: none."""
 
 
 class Checkpoints:
-    """The checkpoints of one rank's run. Every method is called by all ranks at the same step.
+    """The checkpoints of one rank's run. All ranks call every method at the same step.
 
-    It binds the run's state, policy and folders to what saves and loads (`CheckpointManager`) and
-    what uploads (`RemoteTier`): hence its many attributes.
+    It connects the run's state, policy and folders with saving and loading (`CheckpointManager`)
+    and uploading (`RemoteTier`): hence its many attributes.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class Checkpoints:
         """Nothing is opened before the first save or load.
 
         Args:
-            store: of the ranks of this generation.
-            nodes: the node of each rank that takes part, in ascending order of these.
-            clock: seconds since any instant, for saves that are due by time.
+            store: the rendezvous store of this generation.
+            nodes: the node of each participating rank, in ascending order of ranks.
+            clock: the seconds since some fixed moment, for saves that are due by time.
         """
         config = training.config.checkpoint
         if config.memory_every and len(set(nodes)) > 1:
@@ -120,7 +120,7 @@ class Checkpoints:
             )
         self._training, self._run, self._signals, self._clock = training, run, signals, clock
         self._state = training.state()
-        # The ranks that take part are counted from 0 here.
+        # The participating ranks are numbered from 0 here.
         self._ranks = training.plan.stage_replicas.ranks
         members = Members(self._ranks.index(world.rank), tuple(nodes), store)
         settings = ManagerSettings(config.arena_mib << 20, config.timeout_s, config.verify)
@@ -140,7 +140,7 @@ class Checkpoints:
 
     @property
     def committed_step(self) -> int:
-        """The newest step that is known to be on the disk; -1: none."""
+        """The newest step known to be on the disk; -1: none."""
         return self._progress.committed_step
 
     @property
@@ -149,7 +149,7 @@ class Checkpoints:
 
     @property
     def plan(self) -> WritePlan:
-        """The plan of what each rank writes; made once while the layout stands."""
+        """The write plan; made once and kept while the layout stands."""
         if self._plan is None:
             training = self._training
             tensors = saved_tensors(
@@ -162,14 +162,14 @@ class Checkpoints:
         return self._plan
 
     def requests(self) -> Requests:
-        """What this rank asks for at the vote."""
+        """The requests of this rank for the vote."""
         overdue = self._is_first and self._policy.is_overdue(self._clock(), self._progress.saved_s)
         return Requests(
             save=self._signals.save or overdue, stop=self._signals.stop, busy=self._manager.busy
         )
 
     def after_step(self, step: int, outcome: Outcome) -> bool:
-        """Begin a save if one is due after `step` steps; returns whether one was skipped."""
+        """Begin a save if one is due after `step` steps. Returns whether one was skipped."""
         asked = outcome.requests
         if asked.save and not asked.stop:
             self._signals.save = False
@@ -179,7 +179,7 @@ class Checkpoints:
         return decision is SaveDecision.SKIPPED
 
     def save(self, step: int, *, in_memory: bool = False) -> None:
-        """Begin to save the state after `step` steps; waits for the save before."""
+        """Begin to save the state after `step` steps; waits for the last save."""
         if step == self._progress.saved_step and not in_memory:
             return
         if not in_memory:
@@ -218,7 +218,10 @@ class Checkpoints:
         return self._remote.pending if self._remote is not None else set()
 
     def _join_group(self, host: str) -> Communicator | None:
-        """The stage replica's group once more, for weights split along columns. Collective."""
+        """A second communicator of the stage replica, for weights split along columns.
+
+        Collective.
+        """
         group = self._training.groups.shards
         if group.size == 1:
             return None
@@ -233,7 +236,7 @@ class Checkpoints:
         )
 
     def results(self) -> list[SaveResult | UploadResult]:
-        """Saves and uploads that have ended since the last call."""
+        """The saves and uploads that have ended since the last call."""
         found: list[SaveResult | UploadResult] = []
         for result in self._manager.results():
             found.append(result)
@@ -248,7 +251,7 @@ class Checkpoints:
         return found
 
     def finish(self) -> list[SaveResult | UploadResult]:
-        """Wait for what is being saved and uploaded; returns how it ended."""
+        """Wait for all saves and uploads. Returns their results."""
         self._manager.finish()
         found = self.results()
         if self._remote is not None:
@@ -265,7 +268,7 @@ class Checkpoints:
         """Agree on the newest committed step after a change of the ranks. Collective.
 
         Args:
-            before: the checkpoints of this rank before the change; None where it has just joined.
+            before: the checkpoints of this rank before the change; None if it has just joined.
         """
         progress, control = self._progress, self._training.groups.control
         known = progress.committed_step
@@ -284,9 +287,9 @@ class Checkpoints:
         self._manager.abort(reason)
 
     def cancel(self, reason: str) -> None:
-        """Give up what is under way, and return once nothing reads the training's state. Local.
+        """Give up all saves; return once nothing reads the training's state. Local.
 
-        What is committed stays.
+        Committed checkpoints stay.
         """
         self._training.protect(None)
         self._manager.cancel(reason)
@@ -300,12 +303,12 @@ class Checkpoints:
             self._manager.close()
 
     def resume(self, note: Callable[[str], None]) -> int:
-        """Load the best checkpoint that can be read; returns its step, 0 if there is none.
+        """Load the best readable checkpoint. Returns its step, 0 if there is none.
 
-        A damaged one is passed over for the one before, on every rank alike.
+        A damaged checkpoint is skipped for the one before it, on every rank alike.
 
         Raises:
-            CheckpointError: there are checkpoints, and none can be read.
+            CheckpointError: there are checkpoints, but none can be read.
         """
         reason = ""
         for number, place in enumerate(self._run.resume.candidates):
@@ -327,7 +330,7 @@ class Checkpoints:
         return 0
 
     def _try(self, place: str, number: int) -> tuple[int, str]:
-        """Load from one place: (the step it was saved after, why it cannot be used on any rank)."""
+        """Load from one place. Returns the step, and the reason if it failed on any rank."""
         step, mine = 0, ""
         try:
             step = self._load(place, f"resume-{number}")
@@ -352,7 +355,7 @@ class Checkpoints:
         return manifest.step
 
     def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
-        """Where the tensors of a checkpoint go; weights alone where it has no more."""
+        """The targets of a checkpoint's tensors; weights only if it has no more."""
         plan, form = self._training.plan, state_format(self._training.config)
         wanted = {
             peer: wanted_boxes(plan, self._ranks[peer], form)

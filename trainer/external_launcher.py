@@ -1,4 +1,4 @@
-"""A worker that some other launcher started: torchrun, srun, mpirun."""
+"""A worker that another launcher started: torchrun, srun, mpirun."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _RESTARTS_ONLY = (
 
 
 def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
-    """Run one worker of a world that exists already; returns the process's exit code.
+    """Run one worker of an existing world. Returns the process's exit code.
 
-    Rank 0 opens the run and tells the others where it is.
+    Rank 0 opens the run and tells the others its folder.
     """
     config = request.config
     try:
         check_config(config, world.world_size)
         if config.elastic.enabled and world.rank == 0:
             print(_RESTARTS_ONLY, file=sys.stderr, flush=True)  # noqa: T201
-        # Imported here: a configuration error is told without waiting for torch.
+        # Imported here, so that a configuration error is reported without waiting for torch.
         from torch.distributed import PrefixStore
 
         from holdfast.trainer.worker import connect, run_worker
@@ -66,7 +66,7 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
 
 
 def _announced(request: RunRequest, store: Store, held: contextlib.ExitStack) -> OpenedRun:
-    """Rank 0: open the run, keep it locked, and tell the others where it is, or of the error."""
+    """As rank 0, open and lock the run, and tell the others its folder or the error."""
     try:
         opened = held.enter_context(opened_run(request))
     except HoldfastError as error:

@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions of the step number, and their registry.
 
-Adding one is a function and a line of `LEARNING_RATES`. May import nothing.
+A new one is a function and a line of `LEARNING_RATES`. May import nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 _DECAY_FRACTION = 0.2
-"""The last part of a "wsd" run that decays."""
+"""The fraction of a "wsd" run, at its end, that decays."""
 
 
 class LearningRate(Protocol):
@@ -24,20 +24,20 @@ class LearningRate(Protocol):
 
 
 def cosine(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int) -> float:
-    """Falls from `lr` to `min_lr`, reached at the last step, by half a cosine."""
+    """Fall from `lr` to `min_lr`, reached at the last step, by half a cosine."""
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def constant(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int) -> float:
-    """Stays at `lr`."""
+    """Stay at `lr`."""
     return lr
 
 
 def warmup_stable_decay(
     step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int
 ) -> float:
-    """Stays at `lr`; falls linearly to `min_lr` over the last fifth (Hu et al. 2024)."""
+    """Stay at `lr`, then fall linearly to `min_lr` over the last fifth (Hu et al. 2024)."""
     first_decay = steps - max(1, round(steps * _DECAY_FRACTION))
     if step < first_decay:
         return lr
@@ -50,7 +50,7 @@ LEARNING_RATES: Mapping[str, LearningRate] = {
     "constant": constant,
     "wsd": warmup_stable_decay,
 }
-"""By the name that `optimizer.schedule` gives."""
+"""The schedules by the value of `optimizer.schedule`."""
 
 
 def learning_rate(

@@ -31,13 +31,13 @@ logger = logging.getLogger("holdfast.loop")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a step of one rank works with."""
+    """The parts that a step of one rank works with."""
 
     training: Training
     checkpoints: Checkpoints
     reporter: Reporter
     at: AtPhase = no_hook
-    """Called at each phase of a step: where faults are injected."""
+    """Called at each phase of a step; faults are injected here."""
     clock: PhaseClock = field(default_factory=PhaseClock)
 
 
@@ -45,7 +45,7 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     """Train all steps of `config` on this rank. Collective over all workers.
 
     Raises:
-        NumericsError: a step's gradients were not usable, and numerics.nonfinite is "error".
+        NumericsError: a step's gradients were unusable, and numerics.nonfinite is "error".
         PeerLost: another worker is gone.
         Stopped: a signal ended the run early; its state is saved.
     """
@@ -76,13 +76,13 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
 
 
 def place_of(training: Training) -> tuple[int, int]:
-    """The generation, and the step under way, counted from 1, at most the last. Local."""
+    """The generation, and the step under way, counted from 1 and limited to the last. Local."""
     step = min(training.progress.decided + 1, training.config.train.steps)
     return training.plan.generation, step
 
 
 class StepTimer:
-    """Times the phases of one step, and tells hooks of their beginnings. Local."""
+    """Measures the phases of one step, and calls hooks at their beginnings. Local."""
 
     def __init__(self, parts: Parts, step: int) -> None:
         """Begin to measure `step`, counted from 0."""
@@ -94,7 +94,7 @@ class StepTimer:
 
     @contextmanager
     def phase(self, phase: StepPhase) -> Iterator[None]:
-        """Measure one phase; one that raises leaves no span."""
+        """Measure one phase; a phase that raises leaves no span."""
         self._parts.at(self._step + 1, phase)
         yield
         self._parts.clock.end(self._parts.training, len(self.spans))
@@ -104,10 +104,10 @@ class StepTimer:
 
 
 def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = False) -> Outcome:
-    """One step: compute, reduce, vote, apply, report, save. Collective over all ranks.
+    """Run one step: compute, reduce, vote, apply, report, save. Collective over all ranks.
 
     Args:
-        change: whether this rank knows of ranks that wait to be taken in or let go.
+        change: whether this rank knows of ranks that wait to join or leave.
         leave: whether this rank leaves at the next change.
     """
     training, checkpoints, reporter = parts.training, parts.checkpoints, parts.reporter
@@ -142,7 +142,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
 
 
 def finish(parts: Parts) -> None:
-    """After the last step: save it, and report the end. Collective over all ranks.
+    """Save the last step and report the end. Collective over all ranks.
 
     Raises:
         CheckpointError: the last step could not be saved.
@@ -183,7 +183,7 @@ def stop(parts: Parts, step: int, *, asked: bool) -> None:
 
 
 def refuse(config: RunConfig, step: int, outcome: Outcome) -> None:
-    """Raise for a step that may not be applied, unless numerics.nonfinite is "skip"."""
+    """Raise NumericsError for an unusable step, unless numerics.nonfinite is "skip"."""
     if outcome.nonfinite_ranks or outcome.grad_norm != outcome.grad_norm:
         reason = "a gradient or the loss is not finite"
     elif outcome.out_of_range_ranks:

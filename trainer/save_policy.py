@@ -1,4 +1,4 @@
-"""When a run saves: a value made from its configuration. Pure."""
+"""The save policy: when a run saves, as a value from its configuration. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from holdfast.trainer.config import RunConfig
 
 
 class SaveDecision(Enum):
-    """What is saved after a step."""
+    """The kind of save after a step."""
 
     NOTHING = auto()
     DISK = auto()
     MEMORY = auto()
     SKIPPED = auto()
-    """One was due, and is left out since the save before is still under way."""
+    """A save was due, and is skipped because the last one is still under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class SavePolicy:
     """When a run saves."""
 
     last_step: int
-    """The run's last step, which is saved in any case."""
+    """The run's last step, which is always saved."""
     every: int = 0
     """Steps between checkpoints on the disk; 0: none by steps."""
     every_seconds: float = 0.0
@@ -31,11 +31,11 @@ class SavePolicy:
     memory_every: int = 0
     """Steps between copies in memory; 0: none."""
     skips_when_busy: bool = False
-    """Whether a save that is due too soon is left out instead of waiting for the one before."""
+    """Whether a save that is due too soon is skipped instead of waiting for the last one."""
 
     @staticmethod
     def of(config: RunConfig) -> SavePolicy:
-        """The policy that a run's configuration says."""
+        """The policy of a run's configuration."""
         section = config.checkpoint
         return SavePolicy(
             last_step=config.train.steps,
@@ -46,16 +46,16 @@ class SavePolicy:
         )
 
     def is_overdue(self, now_s: float, saved_s: float) -> bool:
-        """Whether a save is due by time at instant `now_s`; the last one began at `saved_s`."""
+        """Whether a save is due by time at `now_s`; the last one began at `saved_s`."""
         return self.every_seconds > 0 and now_s - saved_s >= self.every_seconds
 
     def decide(self, step: int, *, asked: bool, stopping: bool, busy: bool) -> SaveDecision:
-        """What is saved after `step` steps.
+        """The kind of save after `step` steps.
 
         Args:
-            asked: a rank asked for a save: by a signal, or since one is overdue.
-            stopping: the run ends after this step.
-            busy: the save before is still under way on some rank.
+            asked: whether a rank asked for a save: by a signal, or because one is overdue.
+            stopping: whether the run ends after this step.
+            busy: whether the last save is still under way on some rank.
         """
         wanted = asked or stopping
         due = wanted or (self.every > 0 and step % self.every == 0)

@@ -1,4 +1,4 @@
-"""One worker process: logging, store, training, and how its end is reported."""
+"""One worker process: logging, store, training, and the report of its end."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 STORE_TIMEOUT_S = 300.0
 PEER_REASON_S = 2.0
-"""How long a rank that lost a peer waits for the peer's own reason before it gives its own."""
+"""How long a rank that lost a peer waits for the peer's own reason, in seconds."""
 
 logger = logging.getLogger("holdfast")
 
 WorkerTask = Callable[[RunConfig, WorldInfo, Store, RunDirectory], None]
-"""What a worker does once it has its store."""
+"""The work of a worker once it has its store."""
 
 
 def connect(world: WorldInfo) -> Store:
     """The rendezvous store of the run; hosted here if the launcher says so.
 
     Raises:
-        PeerLost: nothing answers at its address, or another program has its port.
+        PeerLost: nothing answers at the address, or another program has its port.
     """
     try:
         return TCPStore(
@@ -69,9 +69,11 @@ def run_worker(
     """Run `task` as one worker and return the process's exit code.
 
     Args:
-        announce: print why the worker ended too, in one line: for a launcher that reads no error
-            files. A rank that merely lost a peer stays silent when another has left its reason.
-        store: the rendezvous store where the worker has it already.
+        announce: also print the reason for the worker's end in one line, for a launcher that reads
+            no error files. A rank that only lost a peer is silent if another rank has left its
+            reason.
+        store: the rendezvous store, if the worker has it already.
+        task: the work of the worker.
     """
 
     def body() -> None:
@@ -105,7 +107,7 @@ def _exit_code_of(
 ) -> int:
     """Call `body` and return the exit code of the process.
 
-    What ends it is written to the log with a traceback, and to the rank's error file in one line.
+    A failure is written to the log with a traceback, and to the rank's error file in one line.
 
     Args:
         tell: called with the reason of a failure, after it was written.
@@ -129,12 +131,12 @@ def _exit_code_of(
 
 
 def describe(reason: RankError, run: RunDirectory) -> str:
-    """The one line (or one per configuration problem) that a person is shown."""
+    """The line for a person (or one line per configuration problem)."""
     return f"holdfast: rank {reason.rank}: {reason.message} (log: {run.log(reason.rank)})"
 
 
 def root_cause(run: RunDirectory, ranks: Iterable[int]) -> RankError | None:
-    """The reason that explains the others: the first rank that failed by itself, else any."""
+    """The reason that explains the others: of the first rank that failed by itself, else of any."""
     reasons = [found for rank in ranks if (found := read_error(run, rank)) is not None]
     own = [reason for reason in reasons if reason.kind != PeerLost.__name__]
     return next(iter(own or reasons), None)

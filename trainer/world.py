@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class WorldInfo:
-    """What a launcher tells a worker."""
+    """The description of the world that a launcher gives a worker."""
 
     rank: int
     world_size: int
@@ -20,16 +20,16 @@ class WorldInfo:
     store_host: str
     store_port: int
     store_is_server: bool
-    """Whether this worker hosts the rendezvous store itself, for lack of an agent that does."""
+    """Whether this worker hosts the rendezvous store itself, because no agent does."""
     attempt: int = 0
-    """How often a launcher has restarted the workers; keeps their rendezvous apart."""
+    """How often a launcher has restarted the workers; each attempt has its own rendezvous."""
     job: str = ""
-    """Names the launcher's job where its tasks may be agents; empty under torchrun, which has its
-    own."""
+    """The launcher's job if its tasks may be agents; empty under torchrun, which has its own
+    agents."""
 
 
 def local_world(rank: int, world_size: int, port: int = 0) -> WorldInfo:
-    """The world of workers that share one machine, and a store that another process hosts."""
+    """The world of workers on one machine, with a store that another process hosts."""
     return WorldInfo(
         rank=rank,
         world_size=world_size,

@@ -1,4 +1,4 @@
-"""What a run is compared by: activations, gradients, parameters, under names layouts share."""
+"""The capture of a run for comparison: activations, gradients, parameters, by common names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CapturedBox:
     start: tuple[int, ...]
     stop: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of the whole logical tensor."""
+    """The shape of the whole logical tensor."""
     copies: tuple[int, ...]
     """Shard indices that hold the same box."""
     values: Tensor
@@ -27,7 +27,7 @@ class CapturedBox:
 
 @dataclass(slots=True)
 class RankCapture:
-    """What one rank saw. Activations and gradients are those of the first step."""
+    """The capture of one rank. Activations and gradients are those of the first step."""
 
     place: Mapping[str, int] = field(default_factory=dict)
     """The rank's index along each axis; empty for the reference."""
@@ -41,7 +41,7 @@ class RankCapture:
     partial_gradients: list[CapturedBox] = field(default_factory=list)
     """This rank's sums before any reduction, by segment."""
     gradients: list[CapturedBox] = field(default_factory=list)
-    """The reduced gradients of the blocks this rank owns."""
+    """The reduced gradients of the blocks that this rank owns."""
     parameters: list[CapturedBox] = field(default_factory=list)
     """All parameters of this rank after the last step."""
 
@@ -49,7 +49,7 @@ class RankCapture:
 def captured_box(
     spec: ParameterSpec, values: Tensor, rows: tuple[int, int] | None = None
 ) -> CapturedBox:
-    """The piece that a segment, or some of its rows, is."""
+    """The box of a segment, or of some of its rows, with its values."""
     first, last = rows if rows is not None else (0, spec.rows)
     start = (spec.box.start[0] + first, *spec.box.start[1:])
     stop = (spec.box.start[0] + last, *spec.box.stop[1:])
@@ -59,7 +59,7 @@ def captured_box(
 
 
 class ActivationRecorder:
-    """Hooks every module of a chunk whose output is a hidden state. Local."""
+    """Records every module of a chunk whose output is a hidden state. Local."""
 
     def __init__(self, capture: RankCapture, current_micro_batch: Callable[[], int]) -> None:
         self._capture = capture
@@ -85,7 +85,7 @@ class ActivationRecorder:
         self._capture.output_gradients[key] = gradient.detach().clone()
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 

@@ -1,4 +1,4 @@
-"""Compares what ranks saw with the reference, and says which collective a difference points to."""
+"""The comparison of captures with the reference, and the collective that a difference points to."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ TENSOR_TOLERANCE = 1e-10
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that differs from the reference."""
+    """One difference from the reference."""
 
     kind: str
     """"activation", "activation gradient", "loss", "gradient", "gradient norm" or "parameter"."""
     name: str
     rank: int
     difference: float
-    """Largest absolute difference, relative to the largest reference value where that exceeds 1."""
+    """The largest absolute difference, relative to the largest reference value if that exceeds
+    1."""
     hint: str
 
     def __str__(self) -> str:
@@ -32,7 +33,7 @@ class Finding:
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over max(1, largest expected magnitude); infinite if NaN."""
+    """The largest absolute difference over max(1, largest expected magnitude); infinite if NaN."""
     if not actual.numel():
         return 0.0
     scale = max(1.0, float(expected.abs().max()))
@@ -45,7 +46,7 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 
 
 def compare(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Finding]:
-    """All findings, the one that comes first in the order of computation first."""
+    """All findings, in the order of computation."""
     steps = range(len(reference.losses))
     findings = _activations(ranks, reference, forward=True)
     findings += _losses(ranks, reference, steps[:1])
@@ -201,7 +202,7 @@ def _gradients(ranks: Sequence[RankCapture], reference: RankCapture) -> list[Fin
 def _gradient_hint(
     piece: CapturedBox, expected: Tensor, ranks: Sequence[RankCapture], owner: RankCapture
 ) -> str:
-    """Which sum over which ranks would have given the right gradient."""
+    """The sum over ranks that would have given the right gradient, as a hint."""
 
     def summed(members: Iterable[RankCapture]) -> Tensor:
         total = torch.zeros_like(piece.values)

@@ -1,4 +1,4 @@
-"""A rank's capture as a safetensors file, so that ranks hand it over without pickling."""
+"""A rank's capture as a safetensors file, which ranks can hand over without pickling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ACTIVATIONS = ("outputs", "output_gradients")
 
 
 def save_capture(capture: RankCapture, path: Path) -> None:
-    """Write what one rank saw."""
+    """Write a capture."""
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {
         "place": dict(capture.place),
@@ -37,7 +37,7 @@ def save_capture(capture: RankCapture, path: Path) -> None:
 
 
 def load_capture(path: Path) -> RankCapture:
-    """Read what `save_capture` wrote."""
+    """Read the capture that `save_capture` wrote."""
     with safe_open(path, framework="pt") as file:
         index = json.loads(file.metadata()["index"])
         capture = RankCapture(index["place"], index["shard"])

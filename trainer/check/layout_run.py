@@ -1,4 +1,4 @@
-"""One rank of the layout under check: the real trainer, watched."""
+"""One rank of the checked layout: the real trainer, with a capture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.trainer.world import WorldInfo
 
 
 def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture:
-    """Train `config.train.steps` steps on this rank and return what it saw. Collective."""
+    """Train `config.train.steps` steps on this rank. Returns the capture. Collective."""
     training = open_training(config, world, store)
     mesh = training.plan.configured_mesh
     capture = RankCapture(mesh.place(world.rank), mesh.coordinates(world.rank).shard)

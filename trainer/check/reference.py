@@ -1,4 +1,4 @@
-"""The reference that layouts are held against: the unsharded model under a plain autograd loop."""
+"""The reference for layouts: the unsharded model under a plain autograd loop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from holdfast.trainer.step import open_split, rate_of
 def run_reference(config: RunConfig) -> RankCapture:
     """Train all steps in this process: autograd, clip_grad_norm_, the rule's reference. Local.
 
-    Every weight's gradient comes from autograd itself; none of the accumulators, reductions,
-    optimizer shards or schedules of a run takes part.
+    Every gradient comes from autograd itself: no accumulator, reduction, optimizer shard or
+    schedule of a run is involved.
     """
     train = config.train
     capture = RankCapture()
@@ -74,7 +74,7 @@ def run_reference(config: RunConfig) -> RankCapture:
 def _optimizer(
     config: RunConfig, parameters: Mapping[nn.Parameter, ParameterSpec]
 ) -> torch.optim.Optimizer:
-    """The rule's reference, with a group of parameters that decay and one of those that do not."""
+    """The rule's reference, with one group of parameters that decay and one of the others."""
     rule = OPTIMIZERS[config.optimizer.name]
     groups = [
         ([p for p, spec in parameters.items() if spec.decay is decays], decays)
@@ -86,10 +86,10 @@ def _optimizer(
 def _backward_passes(
     config: RunConfig, chunk: Chunk, data: Dataset, step: int, running: list[int]
 ) -> float:
-    """Add the gradients of a step's mean loss to `grad`; returns that loss.
+    """Add the gradients of a step's mean loss to `grad`. Returns that loss.
 
     Args:
-        running: takes the number of the micro-batch that is computed, as its one item.
+        running: gets the number of the computed micro-batch as its one item.
     """
     train = config.train
     tokens_of_step = train.global_batch * train.seq_len
@@ -119,7 +119,7 @@ def _tied(
 def _pieces(
     rows: list[tuple[ParameterSpec, nn.Parameter]], skipped: set[nn.Parameter], *, gradients: bool
 ) -> list[CapturedBox]:
-    """The pieces of all rows but second uses of tied weights: gradients, or parameters."""
+    """The boxes of all rows but second uses of tied weights: gradients, or parameters."""
     pieces = []
     for spec, parameter in rows:
         if parameter in skipped:

@@ -1,4 +1,4 @@
-"""The same layout with a tiny model: every divisibility that matters is kept, every size is not."""
+"""The same layout with a tiny model: sizes shrink, the divisibility that matters stays."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import family_of
 
 FRACTION_BITS = 54
-"""Resolution 5.6e-17, range +-512: what exact mode rounds stays below float64's own rounding, which
-AdamW magnifies where a gradient is nearly zero."""
+"""The resolution is 5.6e-17, the range +-512. So the rounding of exact mode stays below that of
+float64, which AdamW magnifies where a gradient is nearly zero."""
 
 
 def tiny_config(config: RunConfig, steps: int) -> RunConfig:
-    """`config` at a size that a laptop replays in seconds, in float64.
+    """The configuration at a size that a laptop replays in seconds, in float64. Pure.
 
-    Kept: the layout and schedule, head grouping and how kv heads fall on tensor ranks, whether the
-    vocabulary divides evenly, tied embeddings, dropout, recompute, optimizer settings, an uneven
-    share of micro-batches. Pure.
+    These stay: the layout and schedule, head grouping, the distribution of kv heads over tensor
+    ranks, whether the vocabulary divides evenly, tied embeddings, dropout, recompute, optimizer
+    settings, an uneven number of micro-batches.
     """
     parallel, model, train = config.parallel, config.model, config.train
     chunks = parallel.pipeline * parallel.virtual

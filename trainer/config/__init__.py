@@ -1,4 +1,4 @@
-"""The configuration of a run: its sections, how a file is loaded, the rules between keys.
+"""The configuration of a run: its sections, the loading of a file, the rules between keys.
 
 Needs no torch. May import trainer.learning_rates, trainer.models, checkpoint.format and parallel.
 """

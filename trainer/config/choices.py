@@ -1,4 +1,4 @@
-"""The allowed values of keys that name an entry of a registry, asked of the registry itself."""
+"""The allowed values of keys that name an entry of a registry, read from the registry."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def registries() -> Mapping[str, Collection[str]]:
 
 
 def choice_problem(key: str, value: object, allowed: Collection[str]) -> str:
-    """What is wrong with a value: key, value, allowed, nearest; empty if it is allowed. Pure."""
+    """The problem of a value: key, value, allowed, nearest; empty if it is allowed. Pure."""
     return "" if value in allowed else unknown_name(key, str(value), allowed)

@@ -11,7 +11,7 @@ from holdfast.parallel.errors import DataError
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the tokens come from.
+    """The source of the tokens.
 
     Attributes:
         kind: "synthetic" (a seeded Markov chain), "text" (UTF-8 files and folders) or "megatron"
@@ -32,10 +32,10 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def check_data_config(data: DataConfig) -> None:
-    """Check what can be checked without touching a file.
+    """Check the values that can be checked without touching a file.
 
     Raises:
-        DataError: with the key, its value and what is allowed.
+        DataError: a value is wrong; the message has the key, its value and what is allowed.
     """
     if not 0 <= data.eval_fraction < 1:
         raise DataError(

@@ -1,4 +1,4 @@
-"""A run's configuration: read from TOML, overridden, checked, and written back as resolved."""
+"""The configuration of a run: read from TOML, overridden, checked, written back as resolved."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override and check a configuration. Local; needs no torch.
 
     Args:
-        overrides: "section.key=value", the value as TOML, or as plain text where it is not TOML.
+        path: the TOML file.
+        overrides: "section.key=value", with the value as TOML or else as plain text.
     Raises:
-        ConfigError: one line per problem: the key, its value, what is allowed.
+        ConfigError: the configuration is wrong; the message has one line per problem: the key, its
+            value, what is allowed.
     """
     source = Path(path)
     try:
@@ -43,10 +45,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def convert_config(table: Mapping[str, Any]) -> RunConfig:
-    """The typed form of a nested table of sections.
+    """The configuration in a nested table of sections.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a wrong type, a missing key.
+        ConfigError: a key is unknown (the message has the nearest known one) or missing, or a type
+            is wrong.
     """
     sections = {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
     sections["model"] = _model_section(table)
@@ -66,7 +69,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
 
 
 def _model_section(table: Mapping[str, Any]) -> type[ModelConfig]:
-    """The struct of `[model]`, which the family decides.
+    """The struct of `[model]`, which depends on the family.
 
     Raises:
         ConfigError: no family has this name.
@@ -81,7 +84,7 @@ def _model_section(table: Mapping[str, Any]) -> type[ModelConfig]:
 
 
 def _converted(table: Mapping[str, Any], section: type[ModelConfig]) -> RunConfig:
-    """The typed form, with `[model]` as a `section`."""
+    """The configuration, with `[model]` as a `section`."""
     if section is ModelConfig:
         return msgspec.convert(table, RunConfig)
     shared = {field.name for field in msgspec.structs.fields(ModelConfig)}
@@ -93,12 +96,12 @@ def _converted(table: Mapping[str, Any], section: type[ModelConfig]) -> RunConfi
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:
-    """Every rule that needs no file and no other process, on every rank alike.
+    """Check every rule that needs no file and no other process; equal on every rank.
 
     Args:
-        world_size: the number of workers, where it is known.
+        world_size: the number of workers, if it is known.
     Raises:
-        ConfigError: all problems, one line each.
+        ConfigError: rules are broken; the message has one line for each.
     """
     problems = problems_of(config, world_size)
     if problems:
@@ -152,7 +155,7 @@ def _nearest(name: str, known: Collection[str], section: str = "") -> str:
 
 
 def _explained(table: Mapping[str, Any], message: str) -> str:
-    """msgspec's message with the key in the file's spelling and the value that was given."""
+    """msgspec's message with the key in the file's spelling and the given value."""
     found = re.search(r" - at `\$\.?([^`]*)`", message)
     reason = message[: found.start()] if found else message
     path = found.group(1) if found else ""

@@ -1,4 +1,4 @@
-"""The range of every number of a configuration, one line per number that lies outside."""
+"""The range of every number in a configuration; one line per number outside it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ABOVE_ZERO: Mapping[str, tuple[str, ...]] = {
 
 
 def range_problems(config: RunConfig) -> Iterator[str]:
-    """One line per number outside of its range: the key, its value, what is allowed. Pure."""
+    """One line per number outside its range: the key, its value, what is allowed. Pure."""
     for least, table in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
         for key, value in _values(config, table):
             if not value >= least:

@@ -1,4 +1,4 @@
-"""The rules that keys must keep, one line per broken rule: the key, its value, what to change."""
+"""The rules between keys; one line per broken rule: the key, its value, what to change."""
 
 from __future__ import annotations
 

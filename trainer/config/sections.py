@@ -1,6 +1,6 @@
-"""A configuration as typed values: the sections that belong to no other folder, and the whole.
+"""The configuration as typed values: the sections of no other folder, and the whole.
 
-`RunConfig` holds them all. Keys are a contract (docs/configuration.md): added, never renamed.
+`RunConfig` holds all sections. Keys are a contract (docs/configuration.md): added, never renamed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class TrainConfig(Section, frozen=True):
-    """How much is trained, and how a micro-batch is computed. A field for each key."""
+    """The length of the training, and the computation of a micro-batch. A field for each key."""
 
     steps: int = 100
     stop_after: int = 0
-    """Save and end after this step, though the schedule is that of `steps`; 0: do not."""
+    """Save and end after this step, with the learning rates of `steps` steps; 0: never."""
     seq_len: int = 128
     global_batch: int = 16
     """Sequences per step, over all replicas; never changes with the number of ranks."""
@@ -37,12 +37,13 @@ class TrainConfig(Section, frozen=True):
     clip_grad_norm: float = 1.0
     """0: no clipping."""
     recompute: Literal["none", "full", "selective", "auto"] = "none"
-    """"selective": the attention core; "full": whole layers; "auto": of each layer what
-    `activation_gib` asks."""
+    """"selective": recompute the attention core; "full": whole layers; "auto": the least per layer
+    that keeps activations within `activation_gib`."""
     activation_gib: float = 0.0
-    """With recompute = "auto": what activations may take on a rank."""
+    """With recompute = "auto", the memory for activations on a rank."""
     tflops: float = 0.0
-    """Speed of a rank in 10^12 operations a second, for "auto" beside offload; 0: measured."""
+    """The compute rate of a rank in 10^12 operations a second, for "auto" beside offload; 0:
+    measured."""
     threads_per_rank: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 0
@@ -64,12 +65,12 @@ class OptimizerConfig(Section, frozen=True):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Of matrices; norm weights do not decay."""
+    """Applies to matrices; norm weights do not decay."""
     block_elements: int = 1048576
 
 
 class NumericsConfig(Section, frozen=True):
-    """How gradients are summed."""
+    """The summation of gradients."""
 
     reduction: Literal["exact", "fast"] = "exact"
     fraction_bits: int = 44
@@ -103,7 +104,7 @@ class ParallelConfig(Section, frozen=True):
 
     @property
     def ranks(self) -> int:
-        """Workers that this layout takes."""
+        """The number of workers in this layout."""
         return self.mesh.size
 
 
@@ -113,32 +114,33 @@ class CheckpointConfig(Section, frozen=True):
     every: int = 0
     """Steps between checkpoints on the local disk; 0: only at the end."""
     every_seconds: float = 0.0
-    """Also after so many seconds without one; 0: by steps alone."""
+    """Seconds without a checkpoint after which one is made; 0: by steps alone."""
     keep: int = 3
-    """Checkpoints that stay; 0: all."""
+    """The number of checkpoints that stay; 0: all."""
     path: str = ""
-    """Folder of the checkpoints, RUN/checkpoints by default; a URL (s3://…) is a second tier."""
+    """The folder of the checkpoints, RUN/checkpoints by default; a URL (s3://…) is a second
+    tier."""
     policy: Literal["wait", "skip"] = "wait"
-    """What happens when one is due while the one before is still being written."""
+    """The action when a save is due while the last one is still being written."""
     verify: bool = True
     """Whether checksums are checked on loading."""
     memory_every: int = 0
     """Steps between copies in shared memory, which survive a worker's crash; 0: none."""
     memory_keep: int = 1
     remote_every: int = 1
-    """With a URL: every how many local checkpoints one goes there."""
+    """With a URL, upload one of this many local checkpoints."""
     remote_keep: int = 0
-    """Checkpoints that stay at the URL; 0: all."""
+    """The number of checkpoints that stay at the URL; 0: all."""
     arena_mib: int = 0
-    """Host memory of a rank between state and disk; 0: its share of a checkpoint, at most 2048."""
+    """Host memory of a rank between state and disk; 0: its part of a checkpoint, at most 2048."""
     timeout_s: float = 600.0
-    """After which a save is given up."""
+    """The time after which a save is given up."""
     exit_s: float = 60.0
-    """How long a run that gets SIGTERM may take to finish its step and save it."""
+    """The time that a run may take after SIGTERM to finish its step and save it."""
 
     @property
     def url(self) -> str:
-        """The remote tier; empty when there is none."""
+        """The URL of the remote tier; empty if there is none."""
         return self.path if scheme_of(self.path) else ""
 
 
@@ -148,28 +150,30 @@ class OffloadConfig(Section, frozen=True):
     activations: Literal["none", "ssd", "host"] = "none"
     """"ssd": on a drive; "host": in pinned host memory, for models on a GPU."""
     path: str = ""
-    """Folder on the drive; empty: that of temporary files (TMPDIR)."""
+    """The folder on the drive; empty: that of temporary files (TMPDIR)."""
     limit_gib: float = 0.0
     """The most that a rank has away at once; 0: no limit but the drive's room."""
     least_share: float = 0.0
-    """Least and most share of the eligible activations that are sent; equal ones fix it."""
+    """The least and the most share of the eligible activations that is sent; equal values fix
+    it."""
     most_share: float = 1.0
     smallest_kib: int = 256
-    """Tensors below this stay in memory."""
+    """Smaller tensors stay in memory."""
     limit_mib_per_s: float = 0.0
-    """The most that a rank writes and reads; 0: what the drive can do."""
+    """The highest rate at which a rank writes and reads; 0: no limit."""
     staging_mib: int = 1024
     """Pinned host memory of a rank between a GPU and the drive."""
     compact_heap: bool = True
-    """On a CPU: start again with glibc settings that return freed memory to the system."""
+    """On a CPU, restart with glibc settings that return freed memory to the system."""
     drive_gbytes: float = 0.0
-    """Speed of a rank's drive in 10^9 bytes a second, for train.recompute = "auto"; 0: measured."""
+    """The rate of a rank's drive in 10^9 bytes a second, for train.recompute = "auto"; 0:
+    measured."""
     drive_tbw: float = 0.0
-    """Terabytes that may be written to the drive in its life, by its data sheet; 0: not known."""
+    """The rated endurance of the drive, in terabytes written; 0: unknown."""
 
 
 class ChaosConfig(Section, frozen=True):
-    """A fault that a run does to itself; see `holdfast.elastic.faults.Fault`."""
+    """A fault that a run causes on purpose; see `holdfast.elastic.faults.Fault`."""
 
     fault: FaultKind
     rank: int
@@ -180,12 +184,12 @@ class ChaosConfig(Section, frozen=True):
 
 
 class ElasticConfig(Section, frozen=True):
-    """What happens when ranks are lost or come back. A field for each key."""
+    """The reaction to ranks that are lost or come back. A field for each key."""
 
     enabled: bool = False
     redundancy: int = 1
     shadow_memory: Literal["auto", "device", "host"] = "auto"
-    """Where shadows keep their copies; auto: in host memory beside a GPU."""
+    """The place of the shadows' copies; auto: host memory beside a GPU."""
     min_ranks: int = 1
     heartbeat_ms: int = 100
     heartbeat_timeout_ms: int = 600
@@ -195,17 +199,18 @@ class ElasticConfig(Section, frozen=True):
     local_nodes: int = 1
     lighthouse: str = ""
     activation_headroom: float = 0.3
-    """Share by which activation memory may exceed the fullest rank's after a loss, to idle less."""
+    """The share by which activation memory may exceed the fullest rank's after a loss, to idle
+    less."""
     straggler_every: int = 10
-    """Steps from one comparison of all ranks' own times to the next; 0: never."""
+    """Steps between two comparisons of all ranks' own times; 0: never."""
     straggler_factor: float = 2.0
-    """A rank is reported as slow when its own time is twice running so many times the usual."""
+    """A rank is reported as slow if its own time is twice in a row this many times the usual."""
     chaos: list[ChaosConfig] = []
     """Faults on purpose, to try what a run survives: [[elastic.chaos]] tables."""
 
 
 class LogConfig(Section, frozen=True):
-    """What is reported."""
+    """The reports of a run."""
 
     every: int = 1
     """Steps between progress lines; metrics.jsonl has every step."""

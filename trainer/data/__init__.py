@@ -1,4 +1,4 @@
-"""Training data: what sample i holds is a pure function of the configuration, the seed and i.
+"""Training data: the content of sample i is a pure function of the configuration, the seed and i.
 
 May import trainer.config, parallel and _native.
 """

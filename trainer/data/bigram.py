@@ -1,4 +1,4 @@
-"""A bigram model by counting: what a trained model has to beat."""
+"""A bigram model by counting: the baseline that a trained model has to beat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer sees of data (`Dataset`), and what each kind of data provides (`Samples`)."""
+"""The protocols of data: `Dataset` for the trainer, `Samples` for each kind of data."""
 
 from __future__ import annotations
 

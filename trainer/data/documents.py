@@ -1,4 +1,4 @@
-"""Which files make up a text corpus, in which order, and what is read from them."""
+"""The files of a text corpus, their order, and the reading of documents."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ class DocumentFile:
 def list_documents(paths: Sequence[str], *, key: str = "data.path") -> tuple[DocumentFile, ...]:
     """The files of a corpus: named files as they come, folders recursively in sorted order.
 
-    Hidden files and folders (whose name starts with a dot) within a folder are left out. No path
-    at all means the Python standard library, see `library_documents`. Errors call them `key`.
+    Hidden files and folders (whose name starts with a dot) within a folder are left out. Without
+    paths the corpus is the Python standard library, see `library_documents`. `key` is the name of
+    the paths in messages.
 
     Raises:
-        DataError: a path that does not exist or is neither a file nor a folder.
+        DataError: a path does not exist, or is neither a file nor a folder.
     """
     if not paths:
         return library_documents()
@@ -92,7 +93,7 @@ def read_documents(files: Iterable[DocumentFile], *, key: str = "data.path") -> 
     at the end counts them.
 
     Raises:
-        DataError: a named file that is not UTF-8, or any file that cannot be read.
+        DataError: a named file is not UTF-8, or a file cannot be read.
     """
     left_out: list[Path] = []
     for file in files:

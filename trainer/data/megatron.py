@@ -2,9 +2,9 @@
 
 `PREFIX.idx` holds a header of 34 bytes (magic, version, dtype code, number of sequences, number of
 document boundaries), then the length (int32), byte offset (int64) of every sequence and the
-document boundaries (int64); `PREFIX.bin` holds the tokens. Written in order, as Megatron's tools
-and ours do, the `.bin` file is the concatenation of all documents, so a window is one read at a
-known offset and nothing has to be built or searched, whatever the size.
+document boundaries (int64); `PREFIX.bin` holds the tokens. Megatron's tools and this project write
+documents in order, so the `.bin` file is their concatenation. A window is then one read at a known
+offset; nothing has to be built or searched, whatever the size.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def indexed_dataset_module() -> ModuleType:
     """
     try:
         with warnings.catch_warnings():
-            # on import it lists the optional accelerators that are missing: of no use here
+            # On import, megatron-core lists missing optional accelerators, which do not matter
+            # here.
             warnings.simplefilter("ignore")
             from megatron.core.datasets import indexed_dataset
     except ImportError as error:
@@ -77,11 +78,11 @@ def indexed_dataset_module() -> ModuleType:
 
 
 def megatron_stream(prefix: str) -> MegatronStream:
-    """Open the pair `PREFIX.bin`, `PREFIX.idx`; either file's name is taken as the prefix too.
+    """Open the pair `PREFIX.bin`, `PREFIX.idx`; the name of either file also serves as the prefix.
 
     Raises:
-        DataError: missing, damaged or not Megatron's format, not integers, or not in order;
-            or megatron-core is not installed.
+        DataError: the pair is missing, damaged, not in Megatron's format, not of integers or not in
+            order, or megatron-core is not installed.
     """
     base = prefix.removesuffix(".bin").removesuffix(".idx")
     name = f'data.path "{prefix}"'
@@ -105,7 +106,7 @@ def megatron_stream(prefix: str) -> MegatronStream:
 
 
 def _check_index(path: Path, name: str) -> None:
-    """Check the header and the length, which megatron-core asserts or takes on trust."""
+    """Check the header and the length, which megatron-core asserts or trusts."""
     with path.open("rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
@@ -124,7 +125,7 @@ def _check_index(path: Path, name: str) -> None:
 
 
 def _check_order(dataset: IndexedDataset, size_bytes: int, itemsize: int, name: str) -> None:
-    """Raise unless the sequences lie one after another and fill the `.bin` file."""
+    """Raise DataError unless the sequences follow one another and fill the `.bin` file."""
     lengths, pointers = dataset.index.sequence_lengths, dataset.index.sequence_pointers
     expected = 0
     for start in range(0, len(lengths), CHECKED_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Weighted mixtures: which corpus sample i comes from, and which of its samples it is.
+"""Weighted mixtures: the corpus of sample i, and the number of the sample within that corpus.
 
 The method is the quota method of Balinski and Young 1975 over a fixed period. Weights are taken
 as exact fractions of their decimal text: [0.7, 0.3] has a period of 10, of which 7 are the first
@@ -26,10 +26,10 @@ LONGEST_PERIOD = 2**16
 
 
 def period_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers in the proportion of the weights: how often each is chosen in a period.
+    """Whole numbers in proportion to the weights: how often each corpus is chosen in a period.
 
     Raises:
-        DataError: a weight too small to be chosen once in the longest period.
+        DataError: a weight is too small to be chosen once in the longest period.
     """
     exact = [Fraction(repr(float(weight))) for weight in weights]
     total = sum(exact)
@@ -111,7 +111,7 @@ def mixture_samples(sources: tuple[Samples, ...], weights: Sequence[float]) -> M
     """Mix corpora by weight; over any prefix each is within one sample of its share.
 
     Raises:
-        DataError: a weight too small to be chosen once in the longest period.
+        DataError: a weight is too small to be chosen once in the longest period.
     """
     shares = period_shares(weights)
     choices = period_choices(shares)

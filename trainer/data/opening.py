@@ -1,4 +1,4 @@
-"""Opens the samples that a configuration names."""
+"""Opens the samples in a configuration."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split
     """The samples of one split; see `holdfast.trainer.data.open_dataset`.
 
     Raises:
-        DataError: data that cannot be used.
-        ValueError: a split of another name, or a sequence without a token.
+        DataError: the data cannot be used.
+        ValueError: the split is unknown, or `seq_len` is below 1.
     """
     check_data_config(data)
     check_split(split)
@@ -48,11 +48,11 @@ def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split
 def split_tokens(data: DataConfig, *, vocab: int, seq_len: int, split: str) -> np.ndarray:
     """All tokens of one split of a corpus in their order: int64[tokens], in memory.
 
-    For statistics of corpora that fit, such as `bigram_loss`.
+    It serves statistics of corpora that fit in memory, such as `bigram_loss`.
 
     Raises:
-        DataError: data that cannot be used.
-        ValueError: synthetic data, which has no stream.
+        DataError: the data cannot be used.
+        ValueError: the data is synthetic and has no stream.
     """
     check_data_config(data)
     parts = _parts(data, vocab=vocab, seq_len=seq_len, split=split)
@@ -84,16 +84,16 @@ def _streams(data: DataConfig, vocab: int) -> list[TokenStream]:
 def open_dataset(
     data: DataConfig, *, vocab: int, seq_len: int, seed: int, split: str = "train"
 ) -> Dataset:
-    """The samples of one split, equal on every rank. Local: no rank talks to another.
+    """The samples of one split, equal on every rank. Local; no communication.
 
     Args:
-        data: the `[data]` section. Its `seed` is not looked at: the caller resolves it.
-        vocab: number of token ids of the model; every token is below it.
+        data: the `[data]` section. Its `seed` is ignored: the caller resolves it.
+        vocab: the number of token ids of the model; every token is below it.
         seq_len: tokens per training sequence; a sample has one more, the last target.
-        seed: keys the order of the samples (and, for synthetic data, their content).
+        seed: the key of the order of samples (and, for synthetic data, of their content).
         split: "train" or "eval"; the two share no token.
 
     Raises:
-        DataError: data that is missing, unreadable, empty, too short, or beyond the vocabulary.
+        DataError: the data is missing, unreadable, empty, too short, or beyond the vocabulary.
     """
     return SampledDataset(open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split=split))

@@ -12,13 +12,13 @@ from holdfast.parallel.keyed_random import stream_key
 class EpochOrder:
     """A bijection of 0..size-1 for every epoch, keyed by (seed, name, epoch).
 
-    Nothing is stored and nothing is shuffled: any position of any epoch costs the same, so that
-    resuming needs only the number of the sample.
+    Nothing is stored and nothing is shuffled: any position of any epoch costs the same, so a
+    resumed run needs only the number of the sample.
 
     Attributes:
-        size: number of items, at least 1.
-        seed: of the run's data.
-        name: tells apart the orders of one seed: split and corpus.
+        size: the number of items, at least 1.
+        seed: the seed of the run's data.
+        name: distinguishes the orders of one seed: split and corpus.
     """
 
     size: int
@@ -26,7 +26,7 @@ class EpochOrder:
     name: str
 
     def item(self, index: int) -> int:
-        """The item at place `index` ≥ 0 of the endless sequence of epochs."""
+        """The item at position `index` ≥ 0 of the endless sequence of epochs."""
         epoch, position = divmod(index, self.size)
         key = stream_key(self.seed, "data order", self.name, epoch).key
         return _native.permute_index(position, self.size, key)

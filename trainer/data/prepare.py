@@ -1,4 +1,4 @@
-"""Writes `.bin`/`.idx` pairs from text, through megatron-core's IndexedDatasetBuilder."""
+"""A writer of `.bin`/`.idx` pairs from text, through megatron-core's IndexedDatasetBuilder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from holdfast.trainer.data.tokenizer import load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class PreparedCorpus:
-    """What `prepare` wrote."""
+    """The result of `prepare`."""
 
     documents: int
     tokens: int
@@ -80,7 +80,7 @@ def prepare(
         builder.finalize(str(partial_idx))
         for path in (partial_bin, partial_idx):
             _sync(path)
-        # a reader needs both: without the index the pair does not exist
+        # A reader needs both files: without the index the pair does not exist.
         idx_path.unlink(missing_ok=True)
         partial_bin.rename(bin_path)
         partial_idx.rename(idx_path)
@@ -97,7 +97,10 @@ def prepare(
 
 
 def _add_all(builder: Any, encoded: Iterable[np.ndarray]) -> tuple[int, int]:
-    """Add documents (token ids) to Megatron's builder; returns how many, and their tokens."""
+    """Add documents (token ids) to Megatron's builder.
+
+    Returns their number, and that of their tokens.
+    """
     documents = tokens = 0
     try:
         for ids in encoded:

@@ -1,4 +1,4 @@
-"""From step and micro-batch to sample indices: the one place where they are counted."""
+"""The sample indices of a step and micro-batch: the only place that computes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SampledDataset:
         """Sample `index`: int64[seq_len + 1].
 
         Raises:
-            ValueError: a negative index.
+            ValueError: the index is negative.
         """
         if index < 0:
             raise ValueError(f"sample index {index}: samples are counted from 0")
@@ -42,7 +42,7 @@ class SampledDataset:
         """One micro-batch: int64[micro_batch_size, seq_len + 1], on the CPU.
 
         Raises:
-            ValueError: a negative step, or a micro-batch that the step does not have.
+            ValueError: the step is negative, or has no such micro-batch.
         """
         if step < 0 or not 0 <= micro_batch < global_batch // micro_batch_size:
             raise ValueError(

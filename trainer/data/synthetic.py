@@ -26,7 +26,7 @@ SIZE = 2**40
 
 @dataclass(frozen=True, slots=True)
 class MarkovSamples:
-    """Sample i of a split: a pure function of (seed, split, i).
+    """The samples of a split: sample i is a pure function of (seed, split, i).
 
     Attributes:
         successors: int64[4 * vocab]: successor k of token v stands at k * vocab + v.
@@ -85,7 +85,7 @@ def markov_samples(*, vocab: int, seq_len: int, seed: int, split: str) -> Markov
     """The chain of a seed: the same for both splits, whose samples are drawn independently.
 
     Raises:
-        DataError: a vocabulary of fewer than two tokens.
+        DataError: the vocabulary has fewer than two tokens.
     """
     if vocab < 2:
         raise DataError(

@@ -21,16 +21,17 @@ GROUP_BYTES = 4 * 2**20
 def text_stream(paths: Sequence[str], *, tokenizer: str, vocab: int) -> CachedTokens:
     """The documents of the paths as one stream, each followed by the tokenizer's separator.
 
-    Tokens are cached by the paths, sizes and modification times of the files and by the content of
+    Tokens are cached under the paths, sizes and modification times of the files and the content of
     the tokenizer.
 
     Args:
         paths: files and folders; none: the Python standard library.
         tokenizer: "bytes" or the path of a `tokenizer.json`.
-        vocab: of the model; every token has to be below it.
+        vocab: the vocabulary of the model; every token has to be below it.
 
     Raises:
-        DataError: unreadable or not UTF-8, a bad tokenizer, or a token beyond the vocabulary.
+        DataError: a file is unreadable or not UTF-8, the tokenizer is bad, or a token lies beyond
+            the vocabulary.
     """
     encoder = load_tokenizer(tokenizer)
     if tokenizer == "bytes" and vocab < encoder.vocab:
@@ -67,7 +68,7 @@ def encode_documents(documents: Iterable[bytes], tokenizer: Tokenizer) -> Iterat
 
 
 def stream_name(paths: Sequence[str]) -> str:
-    """What messages call the corpus of these paths."""
+    """The name of the corpus of these paths in messages."""
     if not paths:
         return "data.path [] (the Python standard library)"
     return f'data.path "{paths[0]}"' + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

@@ -1,9 +1,9 @@
-"""Token streams kept on disk: made once per machine, shared by its ranks through memory mapping.
+"""The token cache on disk: made once per machine, shared by its ranks through memory mapping.
 
 An entry is a folder `KEY/` with `tokens.npy` (uint16 or uint32, one dimension) and `entry.json`
-(count, largest id, fingerprint). It is written under another name and renamed, so an entry that
-can be seen is whole; a lock keeps several ranks from doing the same work, but correctness does not
-depend on it (some network file systems have none).
+(count, largest id, fingerprint). It is written under another name and then renamed, so a visible
+entry is whole. A lock keeps ranks from doing the same work twice; correctness does not depend on it
+(some network file systems have none).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ATTEMPTS = 3
 
 
 class CacheEntry(msgspec.Struct, frozen=True):
-    """What `entry.json` says about the tokens beside it."""
+    """The description in `entry.json` of the tokens beside it."""
 
     count: int
     largest: int
@@ -62,7 +62,7 @@ class CachedTokens:
 
 
 class TokenWriter:
-    """Writes `tokens.npy` piece by piece, in constant memory."""
+    """Writes `tokens.npy` part by part, in constant memory."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
         self._file = file
@@ -83,7 +83,7 @@ class TokenWriter:
         self._count += len(tokens)
 
     def finish(self) -> CacheEntry:
-        """Write the final header and put everything on the disk."""
+        """Write the final header and sync the file."""
         self._file.seek(0)
         # numpy pads headers so that a growing first dimension keeps their length
         assert self._write_header() == self._header_bytes
@@ -113,16 +113,17 @@ def cache_folder() -> Path:
 def cached_tokens(
     key: str, *, name: str, vocab: int, write: Callable[[TokenWriter], None]
 ) -> CachedTokens:
-    """The tokens of an entry, made by `write` when it does not exist (or is damaged).
+    """The tokens of an entry, made by `write` if it is missing or damaged.
 
     Args:
-        key: names the entry; a digest of everything the tokens depend on.
-        name: what messages call the stream.
-        vocab: ids are below it; decides the dtype on disk.
-        write: adds all tokens. May be called by several processes at once, never usefully.
+        key: the name of the entry; a digest of everything that the tokens depend on.
+        name: the name of the stream in messages.
+        vocab: ids are below it; it decides the dtype on disk.
+        write: adds all tokens. Several processes may call it at once.
 
     Raises:
-        DataError: the cache folder cannot be written; or what `write` raises, with nothing left.
+        DataError: the cache folder cannot be written. Errors of `write` pass, and leave nothing
+            behind.
     """
     folder = cache_folder()
     try:
@@ -166,7 +167,7 @@ def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter]
 
 
 def _open(path: Path, name: str) -> CachedTokens | None:
-    """The entry, or None when it is missing or damaged."""
+    """The entry; None if it is missing or damaged."""
     try:
         entry = msgspec.json.decode((path / "entry.json").read_bytes(), type=CacheEntry)
         tokens = np.load(path / "tokens.npy", mmap_mode="r" if entry.count else None)

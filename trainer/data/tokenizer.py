@@ -1,4 +1,4 @@
-"""Tokenizers: bytes as they are, or any `tokenizer.json`."""
+"""Tokenizers: plain bytes, or any `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Tokenizer(Protocol):
 
     @property
     def vocab(self) -> int:
-        """One more than the largest id it can give, the separator included."""
+        """One more than the largest id that it gives, the separator included."""
         ...
 
     @property
     def separator(self) -> int | None:
-        """The id that ends every document; None: the tokenizer has none."""
+        """The id that ends every document; None if the tokenizer has none."""
         ...
 
     @property
@@ -73,10 +73,10 @@ class FileTokenizer:
 
 
 def load_tokenizer(name: str, *, key: str = "data.tokenizer") -> Tokenizer:
-    """The tokenizer called "bytes", or that of a `tokenizer.json` file. Errors call it `key`.
+    """The tokenizer "bytes", or that of a `tokenizer.json` file; `key` is its name in messages.
 
     Raises:
-        DataError: a file that is missing or is no tokenizer.
+        DataError: the file is missing or is not a tokenizer.
     """
     if name == "bytes":
         return ByteTokenizer()

@@ -19,7 +19,7 @@ class TokenStream(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it: the key and the path."""
+        """The stream's name in messages: the key and the path."""
         ...
 
     @property
@@ -39,14 +39,14 @@ class TokenStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamPart:
-    """Tokens start..stop-1 of a stream: what belongs to one split."""
+    """Tokens start..stop-1 of a stream: the part that belongs to one split."""
 
     stream: TokenStream
     start: int
     stop: int
 
     def windows(self, seq_len: int) -> int:
-        """Whole windows: each shares its last token with the first of the next."""
+        """The number of whole windows; each shares its last token with the first of the next."""
         return max(0, (self.stop - self.start - 1) // seq_len)
 
 
@@ -54,7 +54,7 @@ SPLITS = ("train", "eval")
 
 
 def check_split(split: str) -> None:
-    """Raise ValueError for the name of no split."""
+    """Raise ValueError unless `split` is the name of a split."""
     if split not in SPLITS:
         raise ValueError(unknown_name("split", split, SPLITS))
 
@@ -62,12 +62,12 @@ def check_split(split: str) -> None:
 def split_part(
     stream: TokenStream, *, seq_len: int, eval_fraction: float, split: str
 ) -> StreamPart:
-    """The part of a stream that is trained on, or the part at its end that is held out.
+    """The part of a stream for training, or the held-out part at its end.
 
-    The held-out part has at least one window; the two share no token.
+    The held-out part has at least one window. The two parts share no token.
 
     Raises:
-        DataError: an empty stream, or one too short for a window of every split.
+        DataError: the stream is empty, or too short for a window of every split.
     """
     if stream.count == 0:
         raise DataError(f"{stream.name}: holds no tokens; name files that are not empty")
@@ -97,7 +97,7 @@ def split_part(
 
 @dataclass(frozen=True, slots=True)
 class WindowSamples:
-    """The windows of one or more corpora taken as one, in a fresh order every epoch.
+    """The windows of one or more corpora taken as one, in a new order every epoch.
 
     Attributes:
         parts: one per corpus.
@@ -127,7 +127,7 @@ class WindowSamples:
         """Window `number`, counted through the parts in their order: int64[seq_len + 1].
 
         Raises:
-            DataError: a token outside the vocabulary.
+            DataError: a token lies outside the vocabulary.
         """
         which = bisect_right(self.first_windows, number) - 1
         part = self.parts[which]
@@ -151,7 +151,7 @@ def window_samples(
 
 
 def check_tokens(tokens: np.ndarray, vocab: int, *, name: str, start: int = 0) -> None:
-    """Raise DataError for the first token outside 0..vocab-1; `start` is where `tokens` begin."""
+    """Raise DataError at a token outside 0..vocab-1; `start` is the position of `tokens`."""
     # one pass: seen as unsigned, a negative id is larger than any vocabulary
     wrong = tokens.view(np.uint64) >= vocab
     if wrong.any():

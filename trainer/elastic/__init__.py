@@ -1,4 +1,4 @@
-"""Training that goes on when ranks are lost or join: the loop, recovery, incidents.
+"""Elastic training: it continues when ranks are lost or join. The loop, recovery, incidents.
 
 May import trainer, elastic, parallel and _native.
 """

@@ -1,4 +1,4 @@
-"""The optimizer blocks of one training by key, wherever they lie: owned or shadowed. Local."""
+"""The optimizer blocks of one training by key, owned or shadowed. Local."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from holdfast.trainer.step import Training
 
 
 class BlockStates:
-    """Reads blocks from a training's live state, and takes blocks in."""
+    """Reads blocks from a training's live state, and writes received blocks into it."""
 
     def __init__(self, training: Training | None) -> None:
-        """Local.
+        """No state is read yet.
 
         Args:
             training: None for a rank that has none, and so no block.
@@ -32,7 +32,7 @@ class BlockStates:
         return self._shadows.block_state(self._shadowed[key])
 
     def write(self, key: BlockKey, state: BlockState) -> None:
-        """Fill a block in every place where this training keeps it."""
+        """Write a block's state in every place where this training keeps it."""
         number = self._owned.get(key)
         if number is not None:
             _fill(self._optimizer.block_state(number), state)

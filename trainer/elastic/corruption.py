@@ -1,7 +1,7 @@
-"""Silent corruption: checksums of all copies of every block are compared.
+"""Silent corruption: found by comparing checksums of all copies of every block.
 
-CRC-32C, which sees order and single bits, of value and both moments: computed by every holder,
-shared by one all_reduce, and compared on every rank alike.
+CRC-32C, which detects order and single bits, of value and both moments. Every holder computes it,
+one all_reduce shares it, and every rank compares.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from holdfast.trainer.step import Training
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """Copies of one block that should be equal and are not."""
+    """Copies of one block that should be equal and differ."""
 
     key: BlockKey
     tensor: str
     """The block's logical tensor and box."""
     suspects: tuple[int, ...]
-    """Ranks whose copy is wrong; all holders where no majority says which."""
+    """The ranks with a wrong copy; all holders if no majority decides."""
     good: int | None
-    """A rank whose copy the majority has."""
+    """A rank with the majority's copy; None without a majority."""
     owner: int
 
     @property
     def spares_training(self) -> bool:
-        """Whether only shadows are wrong, so that no step has been computed from a wrong value."""
+        """Whether only shadows are wrong, so that no step used a wrong value."""
         return self.good is not None and self.owner not in self.suspects
 
 
 @dataclass(frozen=True, slots=True)
 class CopyComparison:
-    """What comparing all copies of the state has given; equal on every rank."""
+    """The result of comparing all copies of the state; equal on every rank."""
 
     corrupt: tuple[Corruption, ...]
     digest: str
-    """SHA-256 of the checksums of all copies of all blocks: names this state and its layout."""
+    """SHA-256 of the checksums of all copies of all blocks: the name of this state and layout."""
 
 
 def compare_copies(training: Training, members: Communicator) -> CopyComparison:
@@ -107,7 +107,7 @@ def _judge(
 def repair(training: Training, found: Sequence[Corruption], members: Communicator) -> None:
     """Replace wrong copies by good ones. Collective over all ranks.
 
-    Only for corruption that spares training: what was computed from a wrong value stays wrong.
+    It serves only corruption that spares training: results of a wrong value stay wrong.
     """
     plan, states = training.plan, BlockStates(training)
     block_transfers = [

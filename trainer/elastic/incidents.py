@@ -1,4 +1,4 @@
-"""The record of a change of membership: events, and one file for each incident."""
+"""The record of a membership change: events, and one file for each incident."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from holdfast.trainer.step import Training
 
 @dataclass(frozen=True, slots=True)
 class ChangeRecord:
-    """A change of membership as one rank knows it once it is in force."""
+    """A completed membership change, as one rank knows it."""
 
     change: CompletedChange
     told: tuple[MembershipEvent, ...]
     plan: Plan
-    """In force since then."""
+    """The plan in force since then."""
     step: int
-    """Committed by then."""
+    """The number of steps committed at that time."""
     urgent: bool
-    """Whether it came within a step."""
+    """Whether it interrupted a step."""
     recomputed: int
-    """Micro-batches of the interrupted step that are computed again, over all ranks."""
+    """The micro-batches of the interrupted step that are recomputed, over all ranks."""
     digest: str
-    """Of the state after it; see `holdfast.trainer.elastic.corruption`."""
+    """The digest of the state after it; see `holdfast.trainer.elastic.corruption`."""
 
 
 def record_of(
@@ -49,7 +49,7 @@ def record_of(
     urgent: bool,
     digest: str,
 ) -> ChangeRecord:
-    """What there is to write of a change, before the next step changes it. Local."""
+    """The record of a change, made before the next step changes the state. Local."""
     replayed = urgent and change.recovery.complete
     return ChangeRecord(
         change=change,
@@ -63,10 +63,10 @@ def record_of(
 
 
 def write_changes(run: RunDirectory, records: Sequence[ChangeRecord]) -> None:
-    """Write the events and incidents of changes that are not written yet. Called by one rank.
+    """Write the events and incidents of changes that are not written yet. One rank calls it.
 
-    The newest, which is the last, is this rank's to write; those before it were another's,
-    which may have died before it wrote them.
+    The newest change, which is the last, is for this rank to write. Those before it were for other
+    ranks, which may have died before they wrote them.
     """
     *earlier, newest = records
     written = _written(run) if earlier else set()
@@ -77,7 +77,7 @@ def write_changes(run: RunDirectory, records: Sequence[ChangeRecord]) -> None:
 
 
 def _written(run: RunDirectory) -> set[int]:
-    """The generations of this start of the run that its events tell of."""
+    """The generations of this start of the run that have events."""
     events = read_events(run.events)
     since = events[newest_start(events) or 0 :]
     return {event["generation"] for event in since if event["event"] in CHANGES}
@@ -132,7 +132,7 @@ def _write_incident(
     plan: dict[str, Any],
     digest: str,
 ) -> None:
-    """One file with all that is known; it appears whole."""
+    """Write the incident file with all that is known; it appears whole."""
     recovery = change.recovery
     record = {
         "time": time.time(),
@@ -161,7 +161,7 @@ def _write_incident(
 
 
 def _given(plan: Plan) -> set[int]:
-    """Ranks that compute nothing yet, and are being given state."""
+    """The ranks that compute nothing yet, and get state in the background."""
     coming = incoming_blocks(plan, plan.stage_replicas.spares)
     return {rank for rank, keys in coming.items() if keys}
 
@@ -171,7 +171,7 @@ def _placed(plan: Plan) -> set[int]:
 
 
 def _members(generation: Generation | None) -> list[dict[str, Any]]:
-    """Every member with what it reported: how far it was, and its last operations."""
+    """Every member with its report: its progress, and its last operations."""
     if generation is None:
         return []
     return [

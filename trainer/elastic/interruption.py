@@ -1,4 +1,4 @@
-"""Why the generation of this rank has ended, and waits that heed it."""
+"""The reason for the end of this rank's generation, and waits that stop for it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from holdfast.parallel.errors import PeerLost
 
 _POLL_S = 0.002
 _KEY_S = 60.0
-"""How long `await_word` waits for another rank of a new generation."""
+"""Seconds that `await_word` waits for another rank of a new generation."""
 
 
 class Interruption:
-    """The first reason for which the generation ended, once it has. Shared between threads."""
+    """The first reason for the end of the generation, if it has ended. Shared between threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,12 +27,12 @@ class Interruption:
         return self._reason
 
     def begin(self, reason: str) -> None:
-        """The generation ends. A reason that is there already stays."""
+        """End the generation; an earlier reason stays."""
         with self._lock:
             self._reason = self._reason or reason
 
     def clear(self) -> None:
-        """A new generation is about to be agreed on."""
+        """Clear the reason, because a new generation will be agreed on."""
         with self._lock:
             self._reason = None
 
@@ -50,10 +50,10 @@ def await_word(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bytes:
-    """The value of a key that another rank of this generation sets.
+    """Wait for the value of a key that another rank of this generation sets.
 
     Raises:
-        PeerLost: the generation has ended, or the key is not set within a minute.
+        PeerLost: the generation ended, or the key was not set within a minute.
     """
     deadline_s = clock() + _KEY_S
     while not store.check([key]):

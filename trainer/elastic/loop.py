@@ -1,4 +1,4 @@
-"""The training loop of one worker of an elastic run: steps, and changes between them."""
+"""The training loop of one worker of an elastic run: steps, and membership changes between them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ logger = logging.getLogger("holdfast.elastic")
 _POLL_S = 0.01
 _JOINING_S = 60.0
 _AWAITED_STEPS = 20
-"""For how many steps a replacement is awaited before layers move to make up for its lack."""
+"""Steps for which a replacement is awaited before layers move instead."""
 
 
 class Wishes(Protocol):
-    """Who waits to be taken in or let go; `holdfast.elastic.membership.Membership`."""
+    """Workers that wait to join or leave; `holdfast.elastic.membership.Membership`."""
 
     @property
     def wanted(self) -> tuple[MembershipEvent, ...]: ...
 
 
 class Session(Protocol):
-    """What is done under the active plan; `holdfast.trainer.elastic.session.ElasticSession`."""
+    """The work under the active plan; `holdfast.trainer.elastic.session.ElasticSession`."""
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome: ...
 
@@ -63,8 +63,8 @@ class Session(Protocol):
 class ElasticLoop:
     """Trains as one worker until the run's last step, while ranks come and go.
 
-    It decides when to step, when to change, and when to end; `Recovery` does the changes and the
-    session the rest. All that it asks or drives is passed in, so that it runs in a test alone.
+    It decides when to step, when to change, and when to end. `Recovery` makes the changes, and the
+    session does the rest. All its partners are passed in, so it runs alone in a test.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class ElasticLoop:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Local.
+        """Nothing is trained yet.
 
         Args:
-            history: of a run whose changes this one repeats, at the same steps.
+            history: the changes of a run that this one repeats, at the same steps; None: none.
         """
         self._config, self._identity = config, identity
         self._recovery, self._session = recovery, session
@@ -98,9 +98,9 @@ class ElasticLoop:
         """Train. Collective over all workers.
 
         Raises:
-            Stopped: this worker has handed its state over and goes, or a signal ended the run.
+            Stopped: this worker has handed its state over and leaves, or a signal ended the run.
             MembershipError: this worker must not go on.
-            NumericsError, CheckpointError: as `holdfast.trainer.loop.train`.
+            NumericsError, CheckpointError: as for `holdfast.trainer.loop.train`.
         """
         training = self._recover(urgent=False)
         while True:
@@ -136,7 +136,7 @@ class ElasticLoop:
             return True
         return False
 
-    # What is wanted of a step.
+    # The wishes for a step.
 
     def _wishes(self, training: Training, step: int) -> tuple[bool, bool]:
         """Whether the ranks change after the next step, and whether this one leaves then."""
@@ -146,14 +146,14 @@ class ElasticLoop:
             return self._history.changes_after(step + 1), leaves
         wanted = self._membership.wanted
         if training.plan.incoming:
-            # A newcomer waits for those that are on their way: a change would begin that again.
+            # A newcomer waits for state on its way, because a change would restart that transfer.
             wanted = tuple(event for event in wanted if event.kind != "joining")
         mine = any(e.kind == "leaving" and e.identity == self._identity for e in wanted)
         tidy = self._tidy_from is not None and step >= self._tidy_from
         return bool(wanted) or tidy, mine
 
     def _await_joining(self, training: Training, ranks: frozenset[int]) -> None:
-        """Wait for the ranks that joined at this point of the run that is repeated."""
+        """Wait for the ranks that joined at this point of the repeated run."""
         deadline_s = self._clock() + _JOINING_S
         missing = set(ranks) - set(training.plan.stage_replicas.ranks)
         while missing and self._clock() < deadline_s:
@@ -179,7 +179,7 @@ class ElasticLoop:
     # Changes of membership.
 
     def _recover(self, *, urgent: bool) -> Training:
-        """Agree and recover until there is a sound state; the training to go on with."""
+        """Agree and recover until there is a sound state. Returns the training to continue with."""
         while True:
             change = self._recovery.recover(urgent=urgent)
             training = self._recovery.training
@@ -203,11 +203,10 @@ class ElasticLoop:
 
 
 def tidy_step(change: CompletedChange, training: Training, *, respawn: bool) -> int | None:
-    """The step from which on another change is wanted; None for none. Pure.
+    """The step from which on a further change is wanted; None if there is none. Pure.
 
-    At once, to forget a rank that has left; a little later, to balance the stages.
-
-    A replacement for a lost worker is awaited first: moving layers twice is dearer.
+    It is wanted at once, to forget a rank that has left, or later, to balance the stages. A
+    replacement for a lost worker is awaited first, because moving layers twice costs more.
     """
     step = training.progress.decided
     if training.plan.incoming:
@@ -222,7 +221,7 @@ def tidy_step(change: CompletedChange, training: Training, *, respawn: bool) -> 
 def train_elastic_worker(
     config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> None:
-    """What a worker of an elastic run does with its spec. Raises as `ElasticLoop.run`."""
+    """Train as the worker of a spec. Raises as `ElasticLoop.run` does."""
     append_event(
         run.events,
         "worker_started",
@@ -262,7 +261,7 @@ def train_elastic_worker(
 
 
 def _history(run: RunDirectory) -> MembershipHistory | None:
-    """The changes of the run that this one repeats, if it repeats one."""
+    """The membership changes that this run repeats, if it repeats a run."""
     if not run.journal.exists():
         return None
     return msgspec.json.decode(run.journal.read_bytes(), type=MembershipHistory)

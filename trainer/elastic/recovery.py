@@ -1,15 +1,15 @@
-"""The recovery of one worker: it agrees with the others, re-plans, takes its state, and goes on.
+"""The recovery of one worker: agreement, next plan, state, and continuation.
 
-A change of membership is a transaction, like a step. The survivors first finish the step whose vote
-any of them has come out of. Then every rank prepares its training under the next plan beside the
-active one, state moves from its holders to the ranks that need it at once, and a last barrier of
-all ranks activates the plan. When that fails, the active state is still there, and the next
-agreement begins from it. What can wait, such as all that a newcomer will own, moves beside the
-steps that follow, and a second change takes it into use (parallel/plan/admission.py). Exact-mode
-safe: no value changes on its way.
+A membership change is a transaction, like a step. The survivors first finish the step that is
+committed if any of them has the result of its vote. Then every rank prepares its training under the
+next plan beside the active one, state that is needed at once moves from its holders to the ranks
+that need it, and a last barrier of all ranks activates the plan. If that fails, the active state is
+still there, and the next agreement begins from it. State that can wait, such as all that a newcomer
+will own, moves beside the following steps, and a second change activates it
+(parallel/plan/admission.py). Exact-mode safe: no value changes on its way.
 
-Inputs are the events of the membership, the errors of the transport, and the statuses that all
-members report when they agree. What is driven is given at construction, behind protocols.
+Inputs are membership events, errors of the transport, and the statuses that all members report when
+they agree. The driven parts are given at construction, behind protocols.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from holdfast.trainer.step import Training, rate_of
 logger = logging.getLogger("holdfast.elastic")
 
 _NAMED_OPERATIONS = 4
-"""Unfinished operations that a rank tells of when a step is interrupted."""
+"""The number of unfinished operations that a rank reports when a step is interrupted."""
 
 
 class Agreement(Protocol):
-    """How workers agree on a generation; `holdfast.elastic.membership.Membership`."""
+    """The agreement on a generation; `holdfast.elastic.membership.Membership`."""
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None: ...
 
@@ -69,7 +69,7 @@ class Agreement(Protocol):
 
 
 class Transport(Protocol):
-    """How ranks are connected; `holdfast.trainer.elastic.transport.GroupTransport`."""
+    """The connections of ranks; `holdfast.trainer.elastic.transport.GroupTransport`."""
 
     @property
     def is_whole(self) -> bool: ...
@@ -84,15 +84,15 @@ class Built:
     """This rank's part of a change."""
 
     training: Training | None
-    """Under the next plan, with all its state; None for a rank that leaves."""
+    """The training under the next plan, with all its state; None for a rank that leaves."""
     from_checkpoint: int | None
-    """The step that was loaded, when no live rank held all state."""
+    """The step that was loaded if no live rank held all state; else None."""
     moved_bytes: int
-    """Of the optimizer's state, received by all ranks before the plan was activated."""
+    """Bytes of optimizer state that all ranks received before the plan was activated."""
 
 
 class Builder(Protocol):
-    """Builds the next training; `holdfast.trainer.elastic.state_recovery.TrainingBuilder`."""
+    """The builder of a training; `holdfast.trainer.elastic.state_recovery.TrainingBuilder`."""
 
     def build(
         self,
@@ -106,7 +106,7 @@ class Builder(Protocol):
 
 
 class Saves(Protocol):
-    """Saves that are under way; `holdfast.trainer.elastic.saves.ElasticSaves`."""
+    """The saves under way; `holdfast.trainer.elastic.saves.ElasticSaves`."""
 
     def abort(self, reason: str) -> None: ...
 
@@ -115,7 +115,7 @@ class Saves(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Drives:
-    """What a recovery drives, and what interrupts it."""
+    """The parts that a recovery drives, and the interruption."""
 
     membership: Agreement
     transport: Transport
@@ -127,41 +127,41 @@ class Drives:
 
 @dataclass(frozen=True, slots=True)
 class CompletedChange:
-    """A change of membership that has come into force; times in seconds on this rank."""
+    """A membership change that has come into force; times in seconds on this rank."""
 
     before: Generation | None
     after: Generation
     recovery: RecoveryPlan
     from_checkpoint: int | None
-    """The step that was loaded, when no live rank held all state."""
+    """The step that was loaded if no live rank held all state; else None."""
     agree_s: float
     edit_s: float
     move_s: float
     total_s: float
     moved_bytes: int
-    """Of the optimizer's state, received by all ranks before the plan came into force."""
+    """Bytes of optimizer state that all ranks received before the plan came into force."""
     plan_before: Plan
-    """That was in force; the first plan of the configuration where none was."""
+    """The plan before; the first plan of the configuration if there was none."""
 
     @property
     def ranks_with_history(self) -> Collection[int]:
-        """The ranks that know what was before."""
+        """The ranks that know the plan and state before."""
         return self.recovery.holders or self.recovery.staying
 
     @property
     def recorder(self) -> int:
-        """The rank with history that records it."""
+        """The rank with history that records the change."""
         return min(self.ranks_with_history)
 
 
 class Recovery:
-    """One worker's state across generations. One thread, but for `abort`."""
+    """The state of one worker across generations. One thread, but for `abort`."""
 
     def __init__(self, rank: int, config: RunConfig, first_plan: Plan, drives: Drives) -> None:
-        """Local.
+        """No generation is agreed on yet.
 
         Args:
-            first_plan: of the configuration, for a run that has no state yet.
+            first_plan: the plan of the configuration, for a run without state.
         """
         self._rank, self._config, self._first_plan, self._drives = rank, config, first_plan, drives
         self.leaving = False
@@ -184,7 +184,7 @@ class Recovery:
         self.abort(f"rank {event.identity}: {event.cause}")
 
     def abort(self, reason: str) -> None:
-        """End the generation on this rank: what waits gets `PeerLost`.
+        """End the generation on this rank: waits raise `PeerLost`.
 
         From any thread; never blocks.
         """
@@ -196,7 +196,7 @@ class Recovery:
         """Agree and rebuild until a generation stands. Collective over all live workers.
 
         Args:
-            urgent: the current step cannot be finished.
+            urgent: whether the current step cannot be finished.
         Raises:
             Minority, Superseded, MembershipError: this worker must not go on.
         """
@@ -292,11 +292,11 @@ class Recovery:
         if prepared is not None and recovery.active == prepared[0].number > active:
             self.generation, self.training = prepared
         elif recovery.active != active:
-            # What others have activated has gone past this worker's state.
+            # The other ranks have activated a plan that this worker's state does not reach.
             self.generation, self.training = None, None
 
     def _finish_step(self, recovery: RecoveryPlan) -> None:
-        """Bring this rank's own blocks to the newest step whose vote any holder has come out of."""
+        """Update this rank's own blocks to the newest committed step."""
         training = self.training
         if training is None:
             return
@@ -308,7 +308,7 @@ class Recovery:
             training.update(rate_of(self._config, progress.decided - 1))
 
     def _active_plan(self, recovery: RecoveryPlan, store: Store) -> Plan:
-        """The plan of the holders, which the first of them tells to ranks without state."""
+        """The plan of the holders, which the first of them tells the ranks without state."""
         if not recovery.holders:
             return self._first_plan
         if self.training is None:

@@ -43,26 +43,26 @@ class ElasticSaves:
 
     @property
     def current(self) -> Checkpoints:
-        """Of the active training."""
+        """The checkpoints of the active training."""
         assert self._current is not None
         return self._current
 
     def listen(self) -> None:
-        """Heed signals that ask for a save or an end."""
+        """Listen to signals that ask for a save or the end."""
         self._signals.listen()
 
     def abort(self, reason: str) -> None:
-        """Free what waits for a save of an ended generation. From any thread; does not block."""
+        """Release waits for a save of an ended generation. From any thread; does not block."""
         if self._current is not None and not self._ended:
             self._current.abort(reason)
 
     def cancel(self) -> None:
-        """Give up the save that is under way: the state that it copies is about to change."""
+        """Give up the save under way, because the state that it copies will change."""
         if self._current is not None:
             self._current.cancel("the ranks of the run change; it is begun again")
 
     def end(self) -> None:
-        """The run has ended: from here on the loss of a rank is no concern of its saves."""
+        """Note the end of the run: later losses of ranks do not matter to its saves."""
         self._ended = True
 
     def close(self) -> None:
@@ -73,12 +73,13 @@ class ElasticSaves:
     def load(
         self, training: Training, store: Store, generation: Generation, *, sound_until: int | None
     ) -> int:
-        """Fill a new training from the newest checkpoint there is now; returns its step.
+        """Fill a new training from the newest checkpoint. Returns its step.
 
         Collective over the ranks of the training's plan.
 
         Args:
-            sound_until: newer checkpoints are set aside first, as they may hold corrupt state.
+            sound_until: newer checkpoints are set aside first, as they may hold corrupt state;
+                None: none are.
         """
         if self._spec.rank == training.plan.stage_replicas.ranks[0]:
             found = self._run.resume
@@ -101,10 +102,10 @@ class ElasticSaves:
     def go_on(
         self, training: Training, change: CompletedChange
     ) -> tuple[Checkpoints, Checkpoints | None, Sequence[str]]:
-        """Make the checkpoints of the training that a change has activated current.
+        """Make the checkpoints of the newly activated training current.
 
         Returns:
-            They; those before, if there were any; and what there is to say of a load.
+            The current checkpoints, the earlier ones if any, and notes on a load.
         """
         found, self._loaded = self._loaded, None
         loaded = found is not None and found[0] is training
@@ -128,7 +129,7 @@ class ElasticSaves:
 
 
 def world_of(generation: Generation, spec: WorkerSpec) -> WorldInfo:
-    """A generation as one worker of it sees the world."""
+    """The world of a generation, as one of its workers sees it."""
     host, _, port = generation.store.rpartition(":")
     own = generation.member(spec.rank).node
     return WorldInfo(

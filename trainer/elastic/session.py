@@ -31,7 +31,7 @@ logger = logging.getLogger("holdfast.elastic")
 
 
 class ElasticSession:
-    """Trains, compares and records as one worker. `go_on` first, and after each change."""
+    """Trains, compares and records as one worker. Call `go_on` first, and after each change."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ElasticSession:
         )
 
     def step(self, step: int, *, change: bool, leave: bool) -> Outcome:
-        """One step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
+        """Run one step, counted from 0. Collective; as `holdfast.trainer.loop.run_step`."""
         outcome = run_step(self._parts(), step, change=change, leave=leave)
         self._membership.committed(step + 1)
         self._changes.clear()
@@ -78,7 +78,10 @@ class ElasticSession:
         self._saves.end()
 
     def stop(self, step: int, *, asked: bool) -> None:
-        """Save and end before the last step. Collective; raises `Stopped` if a signal asked."""
+        """Save and end before the last step.
+
+        Collective; raises `Stopped` if a signal asked for it.
+        """
         parts = self._parts()
         stop(parts, step, asked=asked)
         parts.training.groups.control.barrier()
@@ -87,7 +90,7 @@ class ElasticSession:
         """Compare all copies of the state, and repair shadows. Collective over all ranks.
 
         Returns:
-            Whether training can go on from it.
+            Whether training can continue from the state.
         """
         training = self._parts().training
         control = training.groups.control
@@ -112,14 +115,13 @@ class ElasticSession:
         return spared
 
     def go_on(self, change: CompletedChange, training: Training) -> None:
-        """Go on with the training that a change has activated. Local."""
+        """Continue with the training that a change has activated. Local."""
         self._training, self._clock, self._digest = training, PhaseClock(), ""
         locate_log(lambda: place_of(training))
         following, before, notes = self._saves.go_on(training, change)
         world = world_of(change.after, self._spec)
         if self._reporter is None:
-            # The last step may be missing in the records; then this rank writes it, if it is the
-            # lowest.
+            # The last step may be missing in the records; this rank writes it if it is the lowest.
             first = training.progress.decided - (_interrupted_step(change) is not None)
             self._reporter = Reporter(training, world, self._run, [], first, shown=False)
         elif change.from_checkpoint is not None:
@@ -133,10 +135,10 @@ class ElasticSession:
         self._faults.at(training.progress.decided + 1, "change")
 
     def record(self, change: CompletedChange, *, urgent: bool) -> None:
-        """Write a change down on its recorder, and keep it on ranks with history. Local.
+        """Record a change on its recorder, and keep it on ranks with history. Local.
 
         Args:
-            urgent: the change came within a step.
+            urgent: whether the change interrupted a step.
         """
         if self._spec.rank in change.ranks_with_history:
             training = self._parts().training
@@ -146,7 +148,7 @@ class ElasticSession:
             write_changes(self._run, self._changes)
 
     def report_interrupted_step(self, change: CompletedChange) -> None:
-        """Report, and save if it is due, the step before a change, as all ranks know it."""
+        """Report the step before a change, as all ranks know it, and save it if that is due."""
         outcome, steps = _interrupted_step(change), change.recovery.steps
         if outcome is None:
             return
@@ -173,7 +175,7 @@ class ElasticSession:
         logger.warning("on purpose: %s", fields)
 
     def _corrupt(self) -> None:
-        """Flip one bit of what this rank owns, else shadows."""
+        """Flip one bit of a block that this rank owns, or else shadows."""
         training = self._parts().training
         kind = training.optimizer.form.rule.kinds[0].name
         own = training.optimizer.state[kind]
@@ -182,5 +184,5 @@ class ElasticSession:
 
 
 def _interrupted_step(change: CompletedChange) -> Outcome | None:
-    """The outcome of the step before a change; None where a checkpoint was loaded."""
+    """The outcome of the step before a change; None if a checkpoint was loaded."""
     return change.recovery.outcome if change.from_checkpoint is None else None

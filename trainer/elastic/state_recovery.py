@@ -1,6 +1,6 @@
-"""One rank's state under the next plan: from live holders, or from a checkpoint.
+"""The state of one rank under the next plan: from live holders, or from a checkpoint.
 
-The active training is left as it is, so that what fails can begin again. Exact-mode safe.
+The active training stays unchanged, so that a failed attempt can begin again. Exact-mode safe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from holdfast.trainer.step import (
 
 
 class CheckpointLoader(Protocol):
-    """Loads the newest checkpoint; `holdfast.trainer.elastic.saves.ElasticSaves`."""
+    """The loader of the newest checkpoint; `holdfast.trainer.elastic.saves.ElasticSaves`."""
 
     def load(
         self, training: Training, store: Store, generation: Generation, *, sound_until: int | None
@@ -55,10 +55,10 @@ class TrainingBuilder:
         loader: CheckpointLoader,
         pace_of: Callable[[Training], TransferPace],
     ) -> None:
-        """Local.
+        """No training is built yet.
 
         Args:
-            pace_of: the pace at which state comes to a training's newcomers, or to itself.
+            pace_of: returns the pace of background transfers in a training.
         """
         self._config, self._rank, self._device = config, rank, device
         self._loader, self._pace_of = loader, pace_of
@@ -78,7 +78,7 @@ class TrainingBuilder:
 
         Args:
             active: this rank's training under `transition.before`; None without state.
-            sound_until: where live state is corrupt, the last step of which a checkpoint may be.
+            sound_until: if live state is corrupt, the last step that a loaded checkpoint may have.
         Raises:
             PeerLost: a rank is gone, or state arrived damaged.
         """
@@ -96,7 +96,7 @@ class TrainingBuilder:
     def _from_holders(
         self, transition: Transition, active: Training | None, connection: GenerationGroups
     ) -> Built:
-        """From live ranks: what is needed at once moves now, the rest beside the steps."""
+        """Build from live ranks: state needed at once moves now, the rest beside the steps."""
         before, after, recovery = transition.before, transition.after, transition.recovery
         rank, ranks = self._rank, after.stage_replicas.ranks
         training = None
@@ -139,7 +139,7 @@ class TrainingBuilder:
 
 
 def _take_step(training: Training, transition: Transition, active: Training | None) -> None:
-    """Set a training, whose blocks are there, to the step that all holders have had. Collective."""
+    """Set a training, whose blocks are there, to the step of all holders. Collective."""
     before, after, recovery = transition.before, transition.after, transition.recovery
     training.optimizer.restore(recovery.updates)
     training.shadows.restore(recovery.updates)
@@ -157,7 +157,7 @@ def _take_step(training: Training, transition: Transition, active: Training | No
 
 
 def fill_shadows(training: Training, members: Communicator, node_of: Mapping[int, str]) -> int:
-    """Copy every owner's state to its shadows, once it has been loaded. Collective.
+    """Copy every owner's state to its shadows after a load. Collective.
 
     Returns:
         The bytes that all ranks received.

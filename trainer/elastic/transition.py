@@ -1,4 +1,4 @@
-"""The plan that follows a change of membership. Pure; equal on every rank."""
+"""The transition: the plan after a membership change. Pure; equal on every rank."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ BETWEEN_STEPS = "between steps"
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A change of membership as it is planned."""
+    """A membership change as it is planned."""
 
     generation: Generation
-    """The new one."""
+    """The new generation."""
     recovery: RecoveryPlan
     before: Plan
-    """By which the holders' state is laid out; the configured plan where no rank holds state."""
+    """The plan by which the holders' state is laid out; the configured plan if no rank holds
+    state."""
     after: Plan
 
     @property
@@ -55,12 +56,12 @@ def plan_transition(
     """Plan for the ranks of a new generation.
 
     Args:
-        redundancy: shadows of each block.
+        redundancy: the number of shadows of each block.
     """
     nodes = {member.rank: member.node for member in generation.members}
     roster = Roster(recovery.staying, nodes, recovery.fresh)
     number = generation.number
-    # Within a step layers stay: the sums of those that moved would have to be computed again.
+    # Within a step, layers stay: the sums of moved layers would have to be recomputed.
     move_layers = all(member.phase != WITHIN_STEP for member in generation.members)
     if not recovery.holders and recovery.staying == before.stage_replicas.ranks:
         numbered = before.evolved(generation=number)

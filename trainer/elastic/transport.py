@@ -1,4 +1,4 @@
-"""This rank's communicators, made and edited from one generation to the next."""
+"""The communicators of this rank, made and edited from one generation to the next."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from holdfast.trainer.step import backend_of
 
 @dataclass(frozen=True, slots=True)
 class GenerationGroups:
-    """What a rank communicates with in one generation."""
+    """The communicators of one rank in one generation."""
 
     groups: Groups
-    """Of the new plan."""
+    """The communicators of the new plan."""
     members: Communicator
     """All ranks of the generation, for the change itself."""
     beside: Communicator
@@ -51,7 +51,7 @@ class GroupTransport:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the connections stand, and carry nothing."""
+        """Whether the connections are intact and idle."""
         return self._groups is None or self._groups.is_whole
 
     def connect(self, transition: Transition, store: Store) -> GenerationGroups:
@@ -87,7 +87,7 @@ class GroupTransport:
                 store=store,
             )
             groups = edit_groups(self._groups, change, world, axes)
-        # Groups first, then the reason: `abort` is called after the reason is there.
+        # The groups come first, then the reason: `abort` is called after the reason is there.
         self._groups, self._connected = groups, members
         if (reason := self._interruption.reason) is not None:
             groups.abort(reason)
@@ -98,12 +98,12 @@ class GroupTransport:
         )
 
     def abort(self, reason: str) -> None:
-        """Free what waits in the groups, with `PeerLost`. From any thread; does not block."""
+        """Release all waits in the groups, with `PeerLost`. From any thread; does not block."""
         groups = self._groups
         if groups is not None:
             groups.abort(reason)
 
 
 def _differing(these: dict[int, Identity], those: dict[int, Identity]) -> frozenset[int]:
-    """Ranks whose process is not the same in the other set."""
+    """The ranks whose process differs between two sets."""
     return frozenset(rank for rank, identity in these.items() if those.get(rank) != identity)

@@ -1,4 +1,4 @@
-"""The statuses that workers report when they agree, and what follows from them. Pure."""
+"""The statuses that workers report when they agree, and the recovery plan from them. Pure."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from holdfast.trainer.step import Included, Outcome, Requests, included_from_dat
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """The status of one worker: how far it is, and what it can go on from."""
+    """The status of one worker: its progress, and the state it can continue from."""
 
     active: int = 0
-    """The generation whose plan is in force here; 0: it has no state."""
+    """The generation of the plan in force here; 0: it has no state."""
     prepared: int = 0
-    """The generation whose plan could be put in force here: its state is complete."""
+    """The generation of the plan that can be activated here, because its state is complete."""
     decided: int = 0
-    """Steps whose vote it has come out of."""
+    """The number of steps whose vote has a result here."""
     updated: int = 0
-    """Steps whose update its own blocks have had."""
+    """The number of steps whose update its own blocks have had."""
     updates: int = 0
-    """Updates of the optimizer among them: steps that were skipped have none."""
+    """The updates of the optimizer among them: skipped steps have none."""
     complete: bool = True
-    """Whether it has all parameters as they are after these."""
+    """Whether it has all parameters after these updates."""
     filled: bool = True
-    """Whether it knows by a vote that no rank lacks anything that was incoming under its plan."""
+    """Whether it knows by a vote that all state incoming under its plan has arrived."""
     outcome: Outcome | None = None
-    """Of the last vote."""
+    """The outcome of the last vote."""
     included: Included = field(default_factory=dict)
-    """What its sums hold of the step after the last that was decided."""
+    """The micro-batches that its sums include of the step after the last decided one."""
     operations: Sequence[str] = ()
-    """Its last operations, for a person who reads the incident."""
+    """Its last operations, for a reader of the incident."""
     connected: bool = True
-    """Whether its connections stand, and carry nothing."""
+    """Whether its connections are intact and idle."""
     trusted: bool = True
-    """False: state was found to be corrupt, and no rank's is used."""
+    """False: state was found to be corrupt, and no rank's state is used."""
 
 
 _KEYS = {"active": "installed", "prepared": "ready", "included": "counted"}
-"""Fields whose key in messages and incident records is another word."""
+"""The fields that have another key in messages and incident records."""
 
 
 def status_to_data(status: WorkerStatus) -> dict[str, Any]:
-    """A status as JSON values; floats keep all their bits."""
+    """The status as JSON values; floats keep all their bits."""
     plain = {_KEYS.get(name, name): getattr(status, name) for name in WorkerStatus.__slots__}
     plain["counted"] = included_to_data(status.included)
     outcome = status.outcome
@@ -78,37 +78,38 @@ def status_from_data(plain: Mapping[str, Any]) -> WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPlan:
-    """What all members conclude from each other's statuses."""
+    """The conclusion of all members from their statuses."""
 
     active: int
-    """The newest plan that is active anywhere; 0: no rank has state."""
+    """The newest plan that is active anywhere, by its generation; 0: no rank has state."""
     holders: tuple[int, ...]
-    """Ranks that have, or can at once have, the state of that plan."""
+    """The ranks that have, or can at once have, the state of that plan."""
     staying: tuple[int, ...]
-    """Ranks that get places."""
+    """The ranks that are in the next plan."""
     steps: int = 0
-    """That every holder must have had: some member has come out of the vote of the last."""
+    """The number of steps that every holder must finish: some member has the last one's vote."""
     updates: int = 0
-    """Of the optimizer, after these steps."""
+    """The updates of the optimizer after these steps."""
     outcome: Outcome | None = None
-    """Of the last of these."""
+    """The outcome of the last of these steps."""
     complete: bool = True
     """Whether all holders have all parameters."""
     filled: bool = True
-    """Whether what was incoming under the plan is there; else it does not count as state."""
+    """Whether the state incoming under the plan has arrived; otherwise it does not count as
+    state."""
     fresh: frozenset[int] = field(default=frozenset())
-    """Members without state."""
+    """The members without state."""
     connected: bool = False
-    """Whether the connections of all members stand."""
+    """Whether the connections of all members are intact."""
     included: Mapping[int, Included] = field(default_factory=dict)
-    """By holder, what its sums hold of the step to come."""
+    """By holder, the micro-batches that its sums include of the next step."""
 
 
 def plan_recovery(generation: Generation) -> RecoveryPlan:
     """The plan and the step to recover; equal on every member.
 
-    A plan that any member has put in force was complete on all of its ranks; a step whose vote any
-    member has come out of can be finished by all (DESIGN: a step is a transaction).
+    A plan that any member has activated was complete on all of its ranks. A step is committed if
+    any member has the result of its vote, and then all can finish it.
     """
     statuses = {m.rank: status_from_data(m.data) for m in generation.members}
     staying = tuple(m.rank for m in generation.members if not m.leaving)
@@ -128,7 +129,7 @@ def plan_recovery(generation: Generation) -> RecoveryPlan:
         updates=furthest.updates + bool(behind and outcome is not None and outcome.usable),
         outcome=outcome,
         complete=all(s.complete and s.updated == furthest.decided for s in holders.values()),
-        # A rank that has only made prepared for the plan knows of no vote under it.
+        # A rank that has only prepared the plan knows of no vote under it.
         filled=any(s.filled for s in holders.values() if s.active == active),
         fresh=everyone - holders.keys(),
         connected=all(status.connected for status in statuses.values()),

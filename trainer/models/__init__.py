@@ -1,4 +1,4 @@
-"""Models as layers that a plan can place: the registry of families and the chunk builder.
+"""Models as layers for a plan: the registry of families and the chunk builder.
 
 One folder per family. May import parallel.
 """

@@ -1,4 +1,4 @@
-"""Builds one rank's model chunk from its layers, with weights that no layout changes."""
+"""The builder of one rank's model chunk, with weights that no layout changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ModelChunk(Chunk):
         device: torch.device,
         seed: int,
     ) -> None:
-        """Local. Arguments as of `build_chunk`."""
+        """The arguments are those of `build_chunk`; `specs` has all layers of the model. Local."""
         super().__init__()
         self._specs, self._layers, self._shard_index = specs, layers, shard_index
         shared = ChunkContext(tp, self.queue, seq_len, dtype, device, seed)
@@ -50,7 +50,7 @@ class ModelChunk(Chunk):
         return value
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Scores of the next token at every position, from a chunk that is a whole model.
+        """The scores of the next token at every position, from a chunk that is a whole model.
 
         Args:
             tokens: int64[batch, seq].
@@ -100,9 +100,9 @@ def build_chunk(
         specs: of all layers of the model, with their parameters by shard index.
         tensor: the tensor-parallel group; None for one rank.
         sequence_parallel: whether hidden states are split over `tensor`.
-        recompute: "none", "full" or "selective", of all transformer layers or of each of them.
-        seed: of the initial weights and of dropout.
-        initial: False leaves the weights as they are, for one that is filled from elsewhere.
+        recompute: "none", "full" or "selective", for all transformer layers or for each of them.
+        seed: the seed of the initial weights and of dropout.
+        initial: False leaves the weights uninitialised, for a chunk that is filled from elsewhere.
     """
     tp = TensorParallel(tensor, sequence_parallel)
     chunk = ModelChunk(model, layers, specs, shard_index, tp, seq_len, dtype, device, seed)
@@ -136,7 +136,7 @@ def build_whole_model(
 
 
 def initialize(chunk: Chunk, seed: int) -> None:
-    """Fill all parameters: element i of a logical tensor is a function of (seed, name, i)."""
+    """Draw all parameters: element i of a logical tensor is a function of (seed, name, i)."""
     for _, spec, parameter in chunk.named_specs():
         segment = parameter.data[spec.local_row : spec.local_row + spec.rows]
         segment.copy_(initial_values(spec, seed, parameter.dtype))

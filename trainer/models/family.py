@@ -1,8 +1,8 @@
-"""What a model family is, and the registry of families. Needs no torch.
+"""The definition of a model family, and the registry of families. Needs no torch.
 
 A family is one folder beside this file: its configuration section and rules, the table of its
 layers (parameters under their Hugging Face names, shapes, shards, operations), its modules, its
-`config.json`. Adding one is that folder and one line of `FAMILIES`.
+`config.json`. A new one is that folder and one line of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
 FAMILIES: Mapping[str, str] = {
     "llama": "holdfast.trainer.models.llama",
 }
-"""By the name that `model.family` gives: the module that has the family as `FAMILY`."""
+"""By the value of `model.family`: the module that has the family as `FAMILY`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkContext:
-    """What the modules of one model chunk share."""
+    """The values that the modules of one model chunk share."""
 
     tensor_parallel: TensorParallel
     queue: WeightGradientQueue
     """Takes the weight gradients of the chunk's linear layers."""
     seq_len: int
     dtype: torch.dtype
-    """Of the parameters and hidden states."""
+    """The dtype of the parameters and hidden states."""
     device: torch.device
     seed: int
-    """Of dropout."""
+    """The seed of dropout."""
 
 
 class LayerTable(Protocol[M_contra]):
-    """Every layer of a model, from the embedding to the head."""
+    """The layers of a model, from the embedding to the head."""
 
     def __call__(
         self,
@@ -82,20 +82,19 @@ class Family(Generic[M]):
     layer_specs: LayerTable[M]
     """The table of layers. Rows have Hugging Face's names, so checkpoints need no renaming."""
     modules: Callable[[M, ChunkContext], Callable[[int, LayerSpec], nn.Module]]
-    """Gives the builder of a chunk's modules: (layer index, row of the table) -> module.
+    """Returns the builder of a chunk's modules: (layer index, row of the table) -> module.
 
     Module `forward(value, context)` takes and gives float[seq (/ tensor), micro_batch, hidden]; the
     embedding takes None, and the head gives the sum of token losses and has `logits(value)`.
-    Parameters have the local names of the table.
-    """
+    Parameters have the local names of the table."""
     config_json: Callable[[M, int, str], Mapping[str, Any]]
     """(section, sequence length, torch's name of the dtype) -> Hugging Face's `config.json`."""
     differences: Callable[[M, Mapping[str, Any]], Iterator[tuple[str, Any, Any]]]
-    """What a `config.json` tells otherwise: (key, its value, the section's value)."""
+    """The differences of a `config.json`: (key, its value, the section's value)."""
     tiny: Callable[[M, int, int], M]
     """(section, tensor degree, layers) -> a section of small sizes that divide as before."""
     tensor_share: Callable[[M, int], M]
-    """(section, tensor degree) -> a one-layer section of the size of one tensor rank's share."""
+    """(section, tensor degree) -> a one-layer section of the size of one tensor rank's part."""
 
 
 def family_of(name: str) -> Family[Any]:

@@ -1,4 +1,4 @@
-"""What `holdfast plan` prints: layout, memory, losses of ranks, offload.
+"""The report of `holdfast plan`: layout, memory, losses of ranks, offload.
 
 May import trainer.config, trainer.reports, trainer.run, trainer.step and parallel.
 """

@@ -1,4 +1,4 @@
-"""What `holdfast plan` says of shadows, and of the plan after a loss. Needs no torch."""
+"""The part of the plan report on shadows, and on the plan after a loss. Needs no torch."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from holdfast.trainer.step import shadows_in_host_memory, state_format
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """What follows when ranks are lost."""
+    """The consequences of a loss of ranks."""
 
     lost: tuple[int, ...]
     plan: Plan
-    """Of those that are left."""
+    """The plan of the remaining ranks."""
     without_copy: int
-    """Blocks of which no copy is left; with any, the newest checkpoint is loaded."""
+    """The number of blocks without a copy; if there are any, the newest checkpoint is loaded."""
     moved_bytes: int
-    """Optimizer state that is sent, over all ranks."""
+    """The bytes of optimizer state that all ranks send."""
     slowdown: float
-    """The busiest rank's computation over what it was; 1 is as fast as before."""
+    """The busiest rank's computation relative to before; 1 is as fast as before."""
 
     def as_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
+        """The report as JSON values."""
         return {
             "ranks": list(self.lost),
             "blocks_without_copy": self.without_copy,
@@ -61,20 +61,20 @@ class LossReport:
 
 @dataclass(frozen=True, slots=True)
 class ElasticReport:
-    """Shadows of a configuration: what they cost, by the rank that bears most."""
+    """The shadows of a configuration and their cost on the rank that bears most."""
 
     redundancy: int
     nodes: int
     shadow_bytes: int
-    """Memory of one rank's copies, with the gradients that it receives for them."""
+    """The memory of one rank's copies, with the gradients that it receives for them."""
     traffic_bytes: int
-    """What one rank sends to shadows in a step."""
+    """The bytes that one rank sends to shadows in a step."""
     unsafe_blocks: int
-    """Blocks all of whose copies lie on one node."""
+    """The number of blocks with all copies on one node."""
     loss: LossReport | None
 
     def as_dict(self) -> dict[str, Any]:
-        """A JSON-able form: the same facts as `renderable`."""
+        """The report as JSON values: the same facts as `renderable`."""
         return {
             "redundancy": self.redundancy,
             "nodes": self.nodes,
@@ -85,7 +85,7 @@ class ElasticReport:
         }
 
     def renderable(self) -> RenderableType:
-        """For a terminal."""
+        """The report for a terminal."""
         facts = Table.grid(padding=(0, 2))
         if self.redundancy:
             value = (
@@ -123,13 +123,13 @@ class ElasticReport:
 def elastic_report(
     config: RunConfig, plan: Plan, *, ranks_per_node: int = 0, lost: Collection[int] = ()
 ) -> ElasticReport:
-    """What shadows cost, and what would follow a loss. Pure.
+    """The cost of shadows, and the consequences of a loss. Pure.
 
     Args:
-        ranks_per_node: 0 for what `elastic.local_nodes` gives.
-        lost: ranks that are gone.
+        ranks_per_node: 0: the value from `elastic.local_nodes`.
+        lost: the ranks that are lost.
     Raises:
-        ConfigError: ranks that are not in the layout, or too few left.
+        ConfigError: `lost` has ranks outside the layout, or leaves too few.
     """
     ranks = plan.stage_replicas.ranks
     wrong = sorted(set(lost) - set(ranks))
@@ -160,7 +160,7 @@ def elastic_report(
 
 
 def _rounded_width(config: RunConfig, form: StateFormat) -> int:
-    """Bytes per element of the parameters that shadows in host memory keep for checkpoints."""
+    """The bytes per element of parameters that shadows in host memory keep for checkpoints."""
     rounds = form.precision.has_master and shadows_in_host_memory(config, config.train.device)
     return form.precision.bytes if rounds else 0
 
@@ -201,7 +201,7 @@ def _loss(
 
 
 def _busiest(plan: Plan) -> float:
-    """Operations of the forward passes of the rank that has most."""
+    """The operations of the forward passes of the rank that has most."""
     work = [0.0] * plan.stage_replicas.pipeline
     for chunk, stage in enumerate(plan.placement):
         work[stage] += sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))

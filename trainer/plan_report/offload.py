@@ -1,4 +1,4 @@
-"""What `holdfast plan` says of offloaded activations: memory, bandwidth, the drive's life."""
+"""The part of the plan report on offloaded activations: memory, bandwidth, the drive's life."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from holdfast.trainer.config import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class OffloadPlan:
-    """Estimates for a rank of each pipeline stage."""
+    """The estimates for a rank of each pipeline stage."""
 
     where: str
     stages: tuple[OffloadEstimate, ...]
     drive_years: tuple[float | None, ...]
-    """How long a drive of each rank's own lasts; None without offload.drive_tbw and a step time."""
+    """The years that each rank's own drive lasts; None without offload.drive_tbw and a step
+    time."""
 
     def as_dict(self) -> dict[str, Any]:
-        """A JSON-able form: the same facts as `renderable`."""
+        """The report as JSON values: the same facts as `renderable`."""
         return {
             "activations": self.where,
             "stages": [
@@ -66,12 +67,12 @@ def offload_plan(
     drive_bytes_per_s: float,
     step_s: float | None,
 ) -> OffloadPlan | None:
-    """The estimates; None where nothing is offloaded. Pure.
+    """The estimates; None if nothing is offloaded. Pure.
 
     Args:
-        flops_per_s: what a rank computes; 0: not known.
-        drive_bytes_per_s: what a rank can write; 0: not known.
-        step_s: the time of a step, where it is estimated.
+        flops_per_s: the rank's compute rate; 0: unknown.
+        drive_bytes_per_s: the rate at which a rank can write; 0: unknown.
+        step_s: the estimated time of a step; None: unknown.
     """
     offload = config.offload
     if offload.activations == "none":

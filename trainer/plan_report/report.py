@@ -1,4 +1,4 @@
-"""What `holdfast plan` says of a configuration, for people and for programs. Needs no torch."""
+"""The report of `holdfast plan` on a configuration, for people and for programs. Needs no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from holdfast.trainer.step import plan_of, state_format
 
 _SHOWN_ACTIONS = 24
 _CHART_MARGIN = 28
-"""Columns that a chart's labels take."""
+"""The columns of a chart's labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +39,23 @@ class PlanReport:
     config: RunConfig
     plan: Plan
     timeline: Timeline
-    """Of the replica with the most micro-batches."""
+    """The timeline of the replica with the most micro-batches."""
     memory: tuple[RankMemory, ...]
     """The fullest rank of each pipeline stage."""
     parameters: int
     step_flops: float
     step_s: float | None
-    """The estimate of a step's time, where rates were given."""
+    """The estimated time of a step; None without rates."""
     checkpoint_bytes: int
     checkpoint_imbalance: float
-    """What the rank that owns most optimizer state, and so writes most, has over the mean."""
+    """The bytes of the rank that owns, and so writes, most optimizer state, over the mean."""
     elastic: ElasticReport | None
-    """Where `elastic.enabled`, or a loss was asked about."""
+    """Given if `elastic.enabled`, or if a loss was asked about."""
     offload: OffloadPlan | None
-    """Where activations are offloaded."""
+    """Given if activations are offloaded."""
 
     def as_dict(self) -> dict[str, Any]:
-        """A JSON-able form: the same facts as `renderable`."""
+        """The report as JSON values: the same facts as `renderable`."""
         plan = self.plan
         return {
             "mesh": {axis: plan.configured_mesh[axis] for axis in plan.configured_mesh.in_use},
@@ -167,17 +167,17 @@ def plan_report(
     ranks_per_node: int = 0,
     lost: Collection[int] = (),
 ) -> PlanReport:
-    """Plan a configuration and estimate what it costs. Pure; starts nothing.
+    """Plan a configuration and estimate its costs. Pure; starts nothing.
 
     Args:
-        flops_per_s, link_bytes_per_s: what a rank computes and sends; both give a step time. 0 for
-            the first: train.tflops.
-        drive_bytes_per_s: what a rank can write to the drive of offloaded activations; 0:
+        flops_per_s, link_bytes_per_s: the rates at which a rank computes and sends; both together
+            give a step time. 0 for the first: train.tflops.
+        drive_bytes_per_s: the rate at which a rank writes offloaded activations; 0:
             offload.drive_gbytes.
-        ranks_per_node: 0 for what `elastic.local_nodes` gives.
+        ranks_per_node: 0: the value from `elastic.local_nodes`.
         lost: ranks whose loss is planned for as well.
     Raises:
-        ConfigError: lost ranks that are not in the layout, or too few left.
+        ConfigError: `lost` has ranks outside the layout, or leaves too few.
     """
     given = Throughput(flops_per_s / 1e12, drive_bytes_per_s / 1e9)
     config = with_throughput(config, given, instead=True)
@@ -227,7 +227,7 @@ def _fullest_ranks(
     """The memory of the fullest rank of each stage.
 
     Args:
-        busiest: the replica with the most micro-batches; looked at beside the first and the last.
+        busiest: the replica with the most micro-batches, considered beside the first and the last.
     """
     mesh = plan.configured_mesh
     return tuple(
@@ -250,7 +250,7 @@ def _fullest_ranks(
 
 
 def _parameters(plan: Plan) -> int:
-    """Elements of all logical tensors, each counted once."""
+    """The number of elements of all logical tensors, each counted once."""
     return sum(
         spec.elements
         for layer in plan.layers
@@ -261,7 +261,7 @@ def _parameters(plan: Plan) -> int:
 
 
 def _imbalance(plan: Plan) -> float:
-    """What the rank that owns most optimizer state owns, over the mean."""
+    """The elements of the rank that owns most optimizer state, over the mean."""
     owned = [0] * plan.configured_mesh.size
     for blocks, owners in zip(plan.blocks, plan.owners, strict=True):
         for block, owner in zip(blocks, owners, strict=True):

@@ -1,4 +1,4 @@
-"""What a run tells: records, metrics, console, traces, slow ranks.
+"""The reports of a run: records, metrics, console, traces, slow ranks.
 
 May import trainer.config, trainer.run, trainer.step, trainer.world, checkpoint and parallel.
 """

@@ -1,4 +1,4 @@
-"""Saves and uploads that have ended, as events and in words. Pure."""
+"""Ended saves and uploads as events and in words. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live panel on a terminal, one line per step elsewhere."""
+"""The console of a run: a live panel on a terminal, one line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ProgressLine:
     eval_loss: float | None
     mfu: float | None
     offload: str = ""
-    """What of activations was sent out, in words."""
+    """The offloaded part of the activations, in words."""
 
     def line(self) -> str:
         """The step in one line of text."""
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def layout_grid(plan: Plan) -> Table:
-    """Pipeline stages down, data replicas across; each cell names the ranks of a stage replica."""
+    """The grid of stages (down) and replicas (across); each cell names its ranks and layers."""
     grid = Table(show_header=True, box=None, padding=(0, 1))
     places = plan.stage_replicas
     held_by = plan.configured_mesh.stage_replica_text if places.shards > 1 else ""
@@ -152,7 +152,7 @@ class Display:
             self._console.print(layout_grid(self._plan))
 
     def note(self, text: str) -> None:
-        """Show a line beside the progress: something that happened."""
+        """Show a line beside the progress."""
         if self._live is not None:
             self._notes.append(text)
             self._live.update(self._panel(self._progress))
@@ -190,7 +190,7 @@ class Display:
         self._console.print(Panel(table, title=self._title, expand=False))
 
     def close(self) -> None:
-        """Give the terminal back; safe to call more than once."""
+        """Release the terminal; may be called again."""
         if self._live is not None:
             self._live.stop()
             self._live = None

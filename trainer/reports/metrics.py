@@ -1,4 +1,4 @@
-"""metrics.jsonl, events.jsonl and TensorBoard: what other programs read of a run."""
+"""metrics.jsonl, events.jsonl and TensorBoard: the records that other programs read."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class StepMetrics:
     grad_norm_hex: str
     lr: float
     tokens: int
-    """Trained on since the run began, this step included."""
+    """The tokens trained on since the run began, this step included."""
     step_s: float
     tokens_per_s: float
     world: int
     generation: int
     offload: OffloadMetrics | None = None
-    """Where activations are offloaded; else the line has no such key."""
+    """Given if activations are offloaded; otherwise the line has no such key."""
 
 
 class JsonLines:
-    """A file of one JSON object per line, whole lines only. Written by one process."""
+    """A file of one JSON object per line, in whole lines. One process writes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -45,7 +45,7 @@ class JsonLines:
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one line; numbers that JSON cannot say become null."""
+        """Add one line; numbers that JSON lacks become null."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
@@ -70,7 +70,7 @@ def append_events(path: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run; none without a file. Torn lines are left out."""
+    """The events of a run; empty without a file. Torn lines are left out."""
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -79,7 +79,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Drop what follows the last line end: a writer that died left it."""
+    """Remove the text after the last line end, which a dead writer left."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -103,7 +103,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def last_step(path: Path) -> int:
-    """The step of the last whole line of metrics.jsonl; 0 without one."""
+    """The step of the last whole line of metrics.jsonl; 0 without a line."""
     if not path.exists():
         return 0
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -123,7 +123,7 @@ class RunRecords:
         """Record a committed step.
 
         Args:
-            extra: further scalars for TensorBoard, by their names there.
+            extra: further scalars for TensorBoard, by name.
         """
         line: dict[str, Any] = asdict(metrics)
         if metrics.offload is None:
@@ -156,7 +156,7 @@ class RunRecords:
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self._tensorboard_folder is None:
             return
-        # Imported here: it takes longer than the first steps of a small run.
+        # Imported here: the import takes longer than the first steps of a small run.
         from tensorboard.compat.proto.event_pb2 import Event  # pyrefly: ignore
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore
         from tensorboard.summary.writer.event_file_writer import EventFileWriter

@@ -9,30 +9,30 @@ from holdfast.parallel.offload import OffloadReport, drive_life_years
 
 @dataclass(frozen=True, slots=True)
 class OffloadMetrics:
-    """Of one step of the rank that writes the records."""
+    """The offload metrics of one step, of the rank that writes the records."""
 
     sent_bytes: int
     eligible_bytes: int
-    """That could have been sent."""
+    """Bytes that could have been sent."""
     read_bytes: int
     bytes_per_s: float
-    """Of the drive, both ways, while it was at work; 0 when it was not."""
+    """The drive's rate in both directions while it was busy; 0 if it was not."""
     waited_s: float
-    """That backward passes stood still for it."""
+    """Seconds that backward passes waited for the drive."""
     share: float
-    """Of the eligible bytes that was aimed at."""
+    """The share of the eligible bytes that was the aim."""
     drive_years: float | None
-    """How long the drive lasts at this rate; None without offload.drive_tbw."""
+    """The years the drive lasts at this rate; None without offload.drive_tbw."""
 
 
 def offload_metrics(
     report: OffloadReport, *, step_s: float, ranks_on_drive: int, drive_tbw: float
 ) -> OffloadMetrics:
-    """A step's report as it is recorded.
+    """The metrics of a step's report.
 
     Args:
-        ranks_on_drive: that write to the same drive, each as much as this one.
-        drive_tbw: what the drive's maker rates it for, in terabytes written.
+        ranks_on_drive: the ranks that write to the same drive, each as much as this one.
+        drive_tbw: the drive's rated endurance, in terabytes written.
     """
     written_per_s = report.sent_bytes * ranks_on_drive / step_s if step_s > 0 else 0.0
     return OffloadMetrics(
@@ -47,7 +47,7 @@ def offload_metrics(
 
 
 def scalars(metrics: OffloadMetrics) -> dict[str, float]:
-    """By their names in TensorBoard."""
+    """The metrics by their names in TensorBoard."""
     found = {
         "offload/sent(GiB)": metrics.sent_bytes / 2**30,
         "offload/read(GiB)": metrics.read_bytes / 2**30,
@@ -61,7 +61,7 @@ def scalars(metrics: OffloadMetrics) -> dict[str, float]:
 
 
 def described(metrics: OffloadMetrics) -> str:
-    """A few words for the line of a step."""
+    """The metrics in a few words, for the line of a step."""
     parts = [
         f"offload {metrics.sent_bytes / 2**20:,.0f} of {metrics.eligible_bytes / 2**20:,.0f} MiB"
     ]

@@ -1,4 +1,4 @@
-"""The records of a run, complete whichever rank writes them."""
+"""The record keeper: the records of a run stay complete whichever rank writes them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from holdfast.trainer.reports.metrics import RunRecords, StepMetrics, drop_after
 from holdfast.trainer.run import RunDirectory
 
 _KEPT = 8
-"""Steps that every rank keeps, to complete what a lost writer has left."""
+"""Steps that every rank keeps, to complete the records of a lost writer."""
 
 
 class RecordKeeper:
-    """One rank's part in the records: the writer writes, the others are ready to. Local."""
+    """One rank's part in the records: the writer writes, the others stand by. Local."""
 
     def __init__(self, run: RunDirectory, *, tensorboard: bool, first: int, writes: bool) -> None:
         """Open the records on the rank that writes them.
 
         Args:
-            first: the steps that are done already; what the records hold of later ones is dropped.
+            first: the number of steps done already; records of later steps are dropped.
         """
         self._run, self._tensorboard = run, tensorboard
         self._recent: deque[tuple[StepMetrics, dict[str, float]]] = deque(maxlen=_KEPT)
@@ -38,7 +38,7 @@ class RecordKeeper:
         return self._records is not None
 
     def change(self, *, writes: bool) -> None:
-        """Begin or end to write. A new writer completes what the one before has left."""
+        """Begin or end to write. A new writer completes the records of the last one."""
         if writes and self._records is None:
             self._open()
             self._written = last_step(self._run.metrics)
@@ -48,7 +48,7 @@ class RecordKeeper:
             self.close()
 
     def roll_back(self, step: int) -> None:
-        """Forget the steps after `step`: the run repeats them."""
+        """Forget the steps after `step`, which the run repeats."""
         self._recent.clear()
         self._written = min(self._written, step)
         if self._records is not None:
@@ -60,18 +60,18 @@ class RecordKeeper:
         """Record a committed step.
 
         Args:
-            extra: further scalars for TensorBoard, by their names there.
+            extra: further scalars for TensorBoard, by name.
         """
         self._recent.append((metrics, extra))
         self._write(metrics, extra)
 
     def event(self, event: str, **fields: Any) -> None:
-        """Record an event, on the rank that writes."""
+        """Record an event, on the writing rank."""
         if self._records is not None:
             self._records.event(event, **fields)
 
     def close(self) -> None:
-        """Close the files; safe to call more than once."""
+        """Close the files; may be called again."""
         if self._records is not None:
             self._records.close()
             self._records = None

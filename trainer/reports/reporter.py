@@ -1,4 +1,4 @@
-"""What one rank reports of its run: it hands committed steps to records, console and traces."""
+"""The reporter of one rank: it hands committed steps to records, console and traces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from holdfast.trainer.world import WorldInfo
 
 
 class Reporter:
-    """What one rank reports of its run; the lowest rank writes the records. Local."""
+    """Reports the run on one rank; the lowest rank writes the records. Local."""
 
     def __init__(
         self,
@@ -40,12 +40,12 @@ class Reporter:
         shown: bool = True,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """Open what this rank reports to.
+        """Open the records, console and traces of this rank.
 
         Args:
-            workers: of which the records tell that they have started.
-            first: the steps that are done already; what the records hold of later ones is dropped.
-            shown: False where another process shows the records.
+            workers: the workers whose start is recorded.
+            first: the number of steps done already; records of later steps are dropped.
+            shown: False if another process shows the records.
         """
         self._training, self._world, self._run, self._clock = training, world, run, clock
         config = training.config
@@ -65,12 +65,12 @@ class Reporter:
             self._console = RunConsole(run.root, config, training.plan, step_tokens=tokens)
 
     def change(self, training: Training, world: WorldInfo) -> None:
-        """Go on under another plan; a rank that becomes the writer completes the records."""
+        """Continue under another plan; a rank that becomes the writer completes the records."""
         self._training, self._world = training, world
         self._records.change(writes=_is_writer(training, world))
 
     def roll_back(self, step: int) -> None:
-        """Forget the steps after `step`: the run repeats them."""
+        """Forget the steps after `step`, which the run repeats."""
         self._reported = step
         self._records.roll_back(step)
 
@@ -86,7 +86,7 @@ class Reporter:
         """Report one committed step, counted from 0; once only.
 
         Args:
-            times: of the program; None where a recovery finished the step.
+            times: the action times of the program; None if a recovery finished the step.
         """
         if step < self._reported:
             return
@@ -109,7 +109,7 @@ class Reporter:
             self._console.step(metrics, memory_gib=memory_gib, mfu=mfu, eval_loss=eval_loss)
 
     def _metrics(self, step: int, outcome: Outcome, lr: float, step_s: float) -> StepMetrics:
-        """The line of metrics.jsonl of a step, counted from 1."""
+        """The line of metrics.jsonl for a step, counted from 1."""
         tokens, plan = self._training.step_tokens, self._training.plan
         return StepMetrics(
             step=step,
@@ -139,7 +139,7 @@ class Reporter:
         write_trace(self._run.trace, rank, f"rank {rank} ({place})", step, phases, times)
 
     def _offloaded(self, step: int, step_s: float) -> OffloadMetrics | None:
-        """What was sent out; any rank records it once when its drive fails."""
+        """The offload metrics of a step; any rank records once that its drive failed."""
         offloader = self._training.offloader
         if offloader is None:
             return None
@@ -183,7 +183,7 @@ class Reporter:
         )
 
     def resumed(self, step: int, loaded: LoadStatistics | None, notes: Sequence[str]) -> None:
-        """Record and show where the run goes on from."""
+        """Record and show where the run continues from."""
         for note in notes:
             self._note(note)
             self._records.event("resume_note", message=note)
@@ -202,12 +202,12 @@ class Reporter:
         )
 
     def checkpoint_skipped(self, step: int) -> None:
-        """Record that the save before was still under way (checkpoint.policy)."""
+        """Record that a save was skipped, as the last one was under way (checkpoint.policy)."""
         self._records.event("checkpoint_skipped", step=step)
         self._note(f"checkpoint of step {step} left out: the one before is being written")
 
     def checkpoints(self, ended: Sequence[SaveResult | UploadResult]) -> None:
-        """Record and show saves and uploads that have ended."""
+        """Record and show ended saves and uploads."""
         for result in ended:
             fields = checkpoint_fields(result)
             if result.error:
@@ -244,12 +244,12 @@ class Reporter:
 
 
 def _is_writer(training: Training, world: WorldInfo) -> bool:
-    """Whether this rank writes the records: the lowest does."""
+    """Whether this rank, as the lowest, writes the records."""
     return world.rank == training.plan.stage_replicas.ranks[0]
 
 
 def _peak_memory_gib(device: torch.device) -> float:
-    """Peak of torch's allocator on a GPU, of resident memory on CPU; of this rank."""
+    """This rank's peak memory: of torch's allocator on a GPU, resident memory on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

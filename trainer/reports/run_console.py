@@ -1,4 +1,4 @@
-"""What a person sees of a run while its steps are committed, and at its end."""
+"""The console of a run that shows committed steps, notes and the final summary."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.offload_metrics import described
 
 _RECENT = 20
-"""Steps that the shown rate and time left are taken over."""
+"""The number of steps for the shown rate and time left."""
 
 
 class RunConsole:
     """Shows committed steps, notes and a summary. Local, on the rank that shows."""
 
     def __init__(self, root: Path, config: RunConfig, plan: Plan, *, step_tokens: int) -> None:
-        """Start to show.
+        """Start the display.
 
         Args:
-            step_tokens: that one step trains on, over all ranks.
+            step_tokens: the tokens of one step, over all ranks.
         """
         self._root, self._steps, self._step_tokens = root, config.train.steps, step_tokens
         self._losses: list[float] = []
@@ -32,7 +32,7 @@ class RunConsole:
         self._display.start()
 
     def note(self, text: str) -> None:
-        """Show a line beside the progress: something that happened."""
+        """Show a line beside the progress."""
         self._display.note(text)
 
     def step(
@@ -46,8 +46,8 @@ class RunConsole:
         """Show a committed step.
 
         Args:
-            memory_gib: peak of this rank.
-            mfu: model FLOPs utilisation in [0, 1]; None where it is not known.
+            memory_gib: the peak of this rank.
+            mfu: the model FLOPs utilisation in [0, 1]; None: unknown.
         """
         self._losses.append(metrics.loss)
         self._step_times.append(metrics.step_s)
@@ -73,7 +73,7 @@ class RunConsole:
         """Show the summary of a run that has reached its last step.
 
         Args:
-            digest: of all parameters, in hexadecimal digits.
+            digest: the digest of all parameters, in hexadecimal digits.
         """
         losses = self._losses or [float("nan")]
         median_s = statistics.median(self._step_times) if self._step_times else float("nan")

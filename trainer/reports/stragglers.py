@@ -1,8 +1,8 @@
 """Slow ranks: every rank's own time by phase, compared with ranks of the same work.
 
-A rank's own time is what a phase took less what it waited for others, so that one slow rank, for
-which all others wait, is told from them. Slow ranks are reported, and nothing else is done about
-them.
+A rank's own time is the time of a phase without waits for other ranks. So one slow rank is
+distinguished from the others, which all wait for it. Slow ranks are reported; nothing else is done
+about them.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from holdfast.parallel.step_phases import TIMED_PHASES, StepPhase
 from holdfast.trainer.step import Training
 
 _PEERS = 3
-"""Ranks of the same work that are enough to say what is usual; else all ranks are asked."""
+"""Ranks of the same work that suffice for the usual time; with fewer, all ranks count."""
 _LEAST_S = 0.002
-"""A step that is longer by less than this is not slow, however short the others' are."""
+"""A step that is longer by less than this, in seconds, is not slow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """A rank that takes longer than others for its work. Seconds of a step, in the mean."""
+    """A rank that takes longer than others for its work. Mean seconds of a step."""
 
     rank: int
     own_s: float
     usual_s: float
-    """What its work takes on the median rank."""
+    """The time of the same work on the median rank."""
     phase: StepPhase
-    """Where most of the difference is."""
+    """The phase with most of the difference."""
 
     @property
     def ratio(self) -> float:
@@ -59,7 +59,7 @@ def find_stragglers(
     """The ranks above `factor` times the usual time of their work, slowest first. Pure.
 
     Args:
-        times: by rank, seconds of each of `TIMED_PHASES` in a step.
+        times: by rank, the seconds of each of `TIMED_PHASES` in a step.
     """
     work = {rank: work_of(plan, rank) for rank in times}
     busy = [rank for rank in times if work[rank] > 0]
@@ -83,7 +83,7 @@ def find_stragglers(
 
 
 class PhaseClock:
-    """One rank's own time by phase, and the slow ranks. Local but for `compare`."""
+    """The own time of one rank by phase, and the slow ranks. Local but for `compare`."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self._clock = clock
@@ -94,22 +94,22 @@ class PhaseClock:
         self._told: frozenset[int] = frozenset()
 
     def start(self, training: Training) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._mark = (self._clock(), training.groups.recorder.blocked_s)
         self._steps += 1
 
     def end(self, training: Training, phase: int) -> None:
-        """A phase, by its place in `TIMED_PHASES`, has ended; the next begins."""
+        """End a phase, given by its position in `TIMED_PHASES`; the next one begins."""
         now, blocked_s = self._clock(), training.groups.recorder.blocked_s
         self._sums[phase] += max(0.0, now - self._mark[0] - (blocked_s - self._mark[1]))
         self._mark = (now, blocked_s)
 
     def compare(self, training: Training, factor: float) -> list[Straggler]:
-        """Compare all ranks since the last exchange. Collective over all ranks.
+        """Compare all ranks since the last comparison. Collective over all ranks.
 
         Returns:
-            The ranks that have been slow twice running and were not reported before; the same
-            on every rank that has taken part in both exchanges.
+            The ranks that were slow in two comparisons in a row and were not reported before; equal
+            on every rank that took part in both.
         """
         ranks = training.plan.stage_replicas.ranks
         matrix = torch.zeros(len(ranks), len(TIMED_PHASES), dtype=torch.float64)

@@ -27,7 +27,7 @@ class PhaseSpan:
 
 
 def bubble_of(times: ActionTimes, phase: PhaseSpan) -> float:
-    """The share of a rank's compute phase in which it computed nothing."""
+    """The share of a rank's compute phase without computation."""
     busy = sum(
         stop - start
         for action, start, stop in zip(times.actions, times.starts_s, times.stops_s, strict=True)
@@ -48,8 +48,8 @@ def trace_events(
     """Complete events ("ph": "X") in microseconds: phases, compute and messages on a lane each.
 
     Args:
-        label: what the rank is called, e.g. "rank 3 (stage 1, replica 0)".
-        clock_s: unix time minus `time.perf_counter`, which puts machines on one time axis.
+        label: the name of the rank, e.g. "rank 3 (stage 1, replica 0)".
+        clock_s: Unix time minus `time.perf_counter`, which gives all machines one time axis.
     """
     events: list[dict[str, Any]] = [
         _named("process_name", rank, 0, label),
@@ -77,7 +77,7 @@ def trace_events(
 def write_trace(
     folder: Path, rank: int, label: str, step: int, phases: Sequence[PhaseSpan], times: ActionTimes
 ) -> Path:
-    """Write one rank's trace of one step; returns the file. Local."""
+    """Write one rank's trace of one step. Returns the file. Local."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.rank-{rank}.json.gz"
     clock_s = time.time() - time.perf_counter()

@@ -14,13 +14,13 @@ from holdfast.trainer.world import WorldInfo
 
 
 def introduce(store: Store, world: WorldInfo) -> None:
-    """Tell the store who this worker is."""
+    """Publish this worker's description in the store."""
     worker = {"rank": world.rank, "pid": os.getpid(), "node": socket.gethostname()}
     store.set(f"worker/{world.rank}", json.dumps(worker))
 
 
 def workers_of(store: Store, world: WorldInfo) -> list[dict[str, Any]]:
-    """All workers, by rank, once they have introduced themselves."""
+    """The descriptions of all workers, by rank, once they are all there."""
     keys = [f"worker/{rank}" for rank in range(world.world_size)]
     store.wait(keys)
     return [json.loads(text) for text in store.multi_get(keys)]

@@ -1,4 +1,4 @@
-"""A run's folder, where it goes on from, and what is settled before it starts.
+"""The folder of a run, the point from which it resumes, and the values resolved before it starts.
 
 May import trainer.config, trainer.models, trainer.step, checkpoint and parallel.
 """

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint that no run has saved: one that was converted. Needs no torch."""
+"""The start from a checkpoint that no run has saved, such as a converted one. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def has_state(manifest: Manifest, form: StateFormat) -> bool:
 
 
 def is_converted(manifest: Manifest) -> bool:
-    """Whether a checkpoint knows of no run: it was converted, or saved by another program."""
+    """Whether a checkpoint belongs to no run: it was converted, or another program saved it."""
     return not manifest.config
 
 
 def check_converted(
     manifest: Manifest, config: RunConfig, where: str, *, allow_change: bool
 ) -> tuple[str, ...]:
-    """Check a configuration against a converted checkpoint; returns what it starts from.
+    """Check a configuration against a converted checkpoint. Returns notes on the start.
 
     Args:
         where: the checkpoint's folder or URL; config.json is read where it is a folder.
     Raises:
-        ConfigError: its weights are not of train.precision; or config.json tells of another model,
-            and `allow_change` is not given.
+        ConfigError: the weights have another precision than train.precision, or config.json
+            describes another model and `allow_change` is false.
     """
     precision = config.train.precision
     wanted = PRECISIONS[precision].stored
@@ -72,7 +72,7 @@ def check_converted(
 
 
 def _described(where: str) -> dict[str, Any]:
-    """config.json of a folder; nothing where there is none that can be read."""
+    """The config.json of a folder; empty if it cannot be read."""
     try:
         found = json.loads((Path(where) / "config.json").read_bytes())
     except (OSError, ValueError):

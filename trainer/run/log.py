@@ -1,4 +1,4 @@
-"""The log file of one worker, in which every line says its rank, generation and step."""
+"""The log file of one worker; every line has its rank, generation and step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROOT = "holdfast"
 
 
 class _RunContext(logging.Filter):
-    """Adds to every line which rank the worker has, and where it is."""
+    """Adds the worker's rank, generation and step to every line."""
 
     def __init__(self, rank: int, where: Callable[[], tuple[int, int]]) -> None:
         super().__init__()
@@ -41,11 +41,11 @@ def log_to_file(run: RunDirectory, rank: int) -> None:
 
 
 def locate_log(where: Callable[[], tuple[int, int]]) -> None:
-    """Have lines of this process's log file say where the worker is; without such a file, nothing.
+    """Set the function that gives each line of this process's log file its generation and step.
 
     Args:
-        where: the generation, and the step under way, counted from 1; asked at every line, in any
-            thread.
+        where: returns the generation, and the step under way, counted from 1; called for every
+            line, in any thread.
     """
     for handler in logging.getLogger(_ROOT).handlers:
         for context in list(handler.filters):

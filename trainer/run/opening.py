@@ -1,4 +1,4 @@
-"""The one opening sequence of a run, for every command that trains.
+"""The opening sequence of a run, shared by every command that trains.
 
 Read, check, choose a folder, lock it, resolve throughput, make it.
 
@@ -20,38 +20,38 @@ from holdfast.trainer.run.throughput import resolve_throughput
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """The run that a command asks for, and which steps of the opening it leaves out."""
+    """The run that a command asks for, and the steps of the opening that it leaves out."""
 
     path: Path
-    """The file of the configuration; a new folder below runs/ is named after it."""
+    """The file of the configuration; a new folder below runs/ gets its name."""
     config: RunConfig
     out: Path | None = None
     """The run's folder; None: one below runs/ is chosen."""
     resume: str = "auto"
     """"auto", "none" or the path of a checkpoint."""
     allow_change: bool = False
-    """Whether a checkpoint of another model, other data or another batch will do."""
+    """Whether a checkpoint of another model, other data or another batch is accepted."""
     world_size: int | None = None
-    """Workers that there will be; None: their number is not checked."""
+    """The number of workers; None: it is not checked."""
     ranks_here: int = 0
-    """Workers of this machine: so many processes measure its throughput at once; 0: none."""
+    """The workers of this machine, as many of which measure its throughput at once; 0: none."""
     attempt: int = 0
     """How often a launcher has restarted the workers; only the first attempt starts over."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
-    """A run whose folder is there and locked."""
+    """A run whose folder exists and is locked."""
 
     config: RunConfig
-    """As resolved: what the workers train with, and what the folder keeps."""
+    """The resolved configuration, which the workers use and the folder keeps."""
     directory: RunDirectory
 
 
 def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:
-    """Read a run's configuration; the process starts again where its run wants a compact heap.
+    """Read a run's configuration; restart the process if its run needs a compact heap.
 
-    Called once, before a command does anything else.
+    It is called once, before a command does anything else.
 
     Raises:
         ConfigError: the configuration cannot be read, or breaks a rule.
@@ -63,9 +63,9 @@ def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 @contextlib.contextmanager
 def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
-    """The run that is asked for, locked for as long as the block lasts.
+    """Open the requested run; it stays locked for the duration of the block.
 
-    A line about what was measured is printed.
+    A line about measured throughput is printed.
 
     Raises:
         ConfigError: the number of workers, the folder or the checkpoint does not fit; another

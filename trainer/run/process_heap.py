@@ -1,4 +1,4 @@
-"""The heap that a run with offloaded activations wants for its processes; needs no torch."""
+"""The heap settings of a run with offloaded activations. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from holdfast.trainer.config import RunConfig
 
 
 def wants_compact_heap(config: RunConfig) -> bool:
-    """Whether activations leave host memory, so that freed memory must leave it too. Pure."""
+    """Whether activations leave host memory, so that freed memory must be returned. Pure."""
     offload = config.offload
     on_host = config.train.device != "cuda"
     return offload.activations == "ssd" and offload.compact_heap and on_host
 
 
 def prepare_heap(config: RunConfig) -> None:
-    """Start the command again with a compact heap where its run wants one. Local; call it first."""
+    """Restart the command with a compact heap if its run needs one. Local; call it first."""
     if wants_compact_heap(config):
         restart_with_compact_heap()

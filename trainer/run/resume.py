@@ -1,6 +1,6 @@
-"""Resuming: the checkpoints that could serve, and whether the configuration fits them.
+"""Resuming: the checkpoints to resume from, and the check that the configuration fits them.
 
-Needs no torch. Called by one process, before the workers start.
+One process calls it, before the workers start. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ MUST_MATCH = (
     "train.seed",
     "train.precision",
 )
-"""Keys that may not change, or the run would not be the same run."""
+"""The keys that must not change, because the run would be another run."""
 WORTH_SAYING = ("train.steps", "train.clip_grad_norm", "optimizer.", "numerics.")
-"""Keys that may change and have an effect on what is computed."""
+"""The keys that may change and affect the computation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """From which checkpoints a run may go on: the best first; none to start at step 0."""
+    """The checkpoints from which a run may resume, the best first; none to start at step 0."""
 
     candidates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    """Notes for a person, a line each."""
+    """Notes for a person, one line each."""
     allow_change: bool = False
-    """Whether a checkpoint of another model, other data or another batch will do."""
+    """Whether a checkpoint of another model, other data or another batch is accepted."""
 
 
 def checkpoint_root(root: Path, config: RunConfig) -> Path:
@@ -59,15 +59,15 @@ def memory_root(root: Path) -> Path:
 
 
 def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: bool) -> Resume:
-    """Decide where a run goes on from.
+    """Find the checkpoints from which a run resumes.
 
     Args:
-        wanted: "auto" (the newest of this run's own, in memory or on disk, or at its URL), "none",
-            or a path or URL. Converted weights are where a run begins: once it has checkpoints of
-            its own, the same command goes on from these.
+        wanted: "auto" (the newest of this run's own, in memory, on disk or at its URL), "none", or
+            a path or URL. A run can begin with converted weights; once it has checkpoints of its
+            own, the same command resumes from these.
     Raises:
-        ConfigError: the configuration differs from the checkpoint's in a key that may not change,
-            or the path is no checkpoint.
+        ConfigError: the configuration differs from the checkpoint's in a key that must not change,
+            or the path is not a checkpoint.
     """
     if wanted == "none":
         return Resume()
@@ -103,10 +103,10 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
 def check_same_run(
     manifest: Manifest, config: RunConfig, where: str, *, allow_change: bool
 ) -> tuple[str, ...]:
-    """Compare a configuration with that of a checkpoint; returns notes on harmless changes.
+    """Compare a configuration with that of a checkpoint. Returns notes on harmless changes.
 
     Raises:
-        ConfigError: keys that may not change differ, and `allow_change` is not given.
+        ConfigError: keys that must not change differ, and `allow_change` is false.
     """
     if is_converted(manifest):
         return check_converted(manifest, config, where, allow_change=allow_change)
@@ -127,8 +127,8 @@ def check_same_run(
 def differing_keys(
     saved: dict[str, Any], now: dict[str, Any], prefixes: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:
-    """Keys of two configurations (nested dicts) that differ: (key, saved value, value now)."""
-    # As a manifest holds them: JSON has no tuples.
+    """The keys of two configurations (nested dicts) that differ: (key, saved value, value now)."""
+    # In the form of a manifest: JSON has no tuples.
     plain = msgspec.json.decode(msgspec.json.encode((saved, now)))
     flat_saved, flat_now = _flat(plain[0]), _flat(plain[1])
     return [
@@ -149,7 +149,7 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def set_aside_newer(root: Path, step: int) -> list[Path]:
-    """Rename checkpoints after `step`: the run goes on from there on another course."""
+    """Rename the checkpoints after `step`, because the run takes another course from there."""
     moved = []
     for path in LocalStore(root).paths():
         found = step_of(path.name)
@@ -160,7 +160,7 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
 
 
 def set_aside_all(root: Path) -> None:
-    """Rename a folder of checkpoints that the run does not go on from."""
+    """Rename a folder of checkpoints that the run does not resume from."""
     if LocalStore(root).names():
         root.rename(_free_name(root.with_name(f"superseded-{root.name}")))
 

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: who may write into it, and what it starts with."""
+"""The folder of a run: its files, its lock, and its creation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunDirectory:
 
     root: Path
     resume: Resume = field(default_factory=Resume)
-    """The checkpoints that the run can go on from."""
+    """The checkpoints that the run can resume from."""
 
     @property
     def config(self) -> Path:
@@ -60,32 +60,32 @@ class RunDirectory:
 
     @property
     def chaos(self) -> Path:
-        """Faults that the workers are asked for while the run goes on."""
+        """The faults that the workers are asked to cause during the run."""
         return self.root / "chaos.jsonl"
 
     @property
     def journal(self) -> Path:
-        """Of another run, whose changes of membership this one repeats."""
+        """The membership changes of another run, which this one repeats."""
         return self.root / "replay.json"
 
     @property
     def incidents(self) -> Path:
-        """One record of each change that a loss made necessary."""
+        """The records of the changes that losses made necessary, one file each."""
         return self.root / "incidents"
 
     @property
     def agent_log(self) -> Path:
-        """Of what starts and watches the workers."""
+        """The log of the process that starts and watches the workers."""
         return self.root / "logs" / "agent.log"
 
     def error(self, rank: int) -> Path:
-        """What ended a rank, for the process that started it; see `write_error`."""
+        """The reason for a rank's end, for the process that started it; see `write_error`."""
         return self.root / "logs" / f"rank-{rank}.error.json"
 
 
 @dataclass(frozen=True, slots=True)
 class RankError:
-    """Why a rank ended."""
+    """The reason for a rank's end."""
 
     rank: int
     kind: str
@@ -94,7 +94,7 @@ class RankError:
 
 
 def write_error(run: RunDirectory, rank: int, error: BaseException) -> RankError:
-    """Leave the reason for a rank's end beside its log."""
+    """Write the reason for a rank's end beside its log."""
     known = isinstance(error, HoldfastError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     exit_code = error.exit_code if isinstance(error, HoldfastError) else 1
@@ -105,7 +105,7 @@ def write_error(run: RunDirectory, rank: int, error: BaseException) -> RankError
 
 
 def read_error(run: RunDirectory, rank: int) -> RankError | None:
-    """The reason that a rank left, if it did."""
+    """The written reason for a rank's end; None if there is none."""
     try:
         found = json.loads(run.error(rank).read_text())
     except (OSError, ValueError):
@@ -123,8 +123,8 @@ def choose_root(
 ) -> Path:
     """`out`; else the configuration's newest run in runs/ if it can go on; else a new folder.
 
-    A run that is finished, that another process works on, or whose configuration does not fit,
-    cannot.
+    A run cannot be resumed if it is finished, if another process works on it, or if its
+    configuration does not fit.
     """
     if out is not None:
         return out
@@ -148,10 +148,10 @@ def choose_root(
 
 @contextlib.contextmanager
 def lock_run(root: Path) -> Iterator[None]:
-    """Keep other processes from writing to a run's folder meanwhile.
+    """Keep other processes from writing to a run's folder during the block.
 
     Raises:
-        ConfigError: another process does, or the folder cannot be written.
+        ConfigError: another process writes to the folder, or it cannot be written.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -176,11 +176,11 @@ def lock_run(root: Path) -> Iterator[None]:
 def open_run(
     root: Path, config: RunConfig, resume: str = "auto", *, allow_change: bool = False
 ) -> RunDirectory:
-    """Make the run's folder with the resolved configuration in it. Called by one process, locked.
+    """Create the run's folder with its resolved configuration. One process calls it, with the lock.
 
     Args:
         resume: "auto", "none" or the path of a checkpoint.
-        allow_change: go on from a checkpoint whose model, data or batch differ.
+        allow_change: whether a checkpoint with another model, data or batch is accepted.
     Raises:
         ConfigError: the folder cannot be written, or the checkpoint does not fit.
     """
@@ -205,7 +205,7 @@ def open_run(
 
 
 def _check_own(run: RunDirectory, config: RunConfig) -> None:
-    """Refuse to start over what another run has left, which had no checkpoint to go on from."""
+    """Refuse to overwrite another run that had no checkpoint to resume from."""
     if not run.metrics.exists() or not run.metrics.stat().st_size:
         return
     try:

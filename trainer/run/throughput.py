@@ -1,7 +1,7 @@
-"""Measured throughput of a rank and of its drive, from which train.recompute = "auto" is chosen.
+"""The measured throughput of a rank and its drive, for train.recompute = "auto".
 
 One process measures before the workers start, so that every rank has the same figures and makes the
-same plan; the run's folder keeps them for processes that resume or join the run. Needs no torch.
+same plan. The run's folder keeps them for processes that resume or join the run. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig
 
 _PROBE_S = 180.0
-"""How long a measurement may take, once its processes have started."""
+"""The longest time of a measurement, once its processes have started."""
 
 
 class Throughput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of one rank while the others of its machine do the same."""
+    """The throughput of one rank while the other ranks of its machine measure too."""
 
     tflops: float
-    """10^12 operations a second in the forward pass of one block."""
+    """10^12 operations a second in the forward pass of one transformer layer."""
     drive_gbytes: float
-    """10^9 bytes a second to the place of offloaded activations and, where that is slower, back."""
+    """10^9 bytes a second to the place of offloaded activations or back, whichever is slower."""
 
 
 def needs_throughput(config: RunConfig) -> bool:
-    """Whether the plan depends on rates that the configuration leaves open. Pure."""
+    """Whether the plan depends on rates that the configuration does not give. Pure."""
     train, offload = config.train, config.offload
     if train.recompute != "auto" or offload.activations == "none":
         return False
@@ -39,9 +39,9 @@ def needs_throughput(config: RunConfig) -> bool:
 
 
 def with_throughput(config: RunConfig, rates: Throughput, *, instead: bool = False) -> RunConfig:
-    """The configuration with these rates where it names none, or `instead` of what it names. Pure.
+    """The configuration with these rates: where it has none, or with `instead` everywhere. Pure.
 
-    A rate of 0 is one that is not known, here as there.
+    A rate of 0 is unknown.
     """
     pairs = [(config.train.tflops, rates.tflops), (config.offload.drive_gbytes, rates.drive_gbytes)]
     tflops, drive_gbytes = (new or old if instead else old or new for old, new in pairs)
@@ -53,10 +53,10 @@ def with_throughput(config: RunConfig, rates: Throughput, *, instead: bool = Fal
 
 
 def recorded_throughput(config: RunConfig, root: Path) -> RunConfig:
-    """The configuration with the rates that a run's folder keeps, where it needs any. Local.
+    """The configuration with the rates in a run's folder, if it needs any. Local.
 
     Raises:
-        ConfigError: this machine does not find them there.
+        ConfigError: the rates are not there.
     """
     if not needs_throughput(config):
         return config
@@ -79,14 +79,14 @@ def resolve_throughput(
 ) -> RunConfig:
     """The configuration with all rates that its plan needs, recorded or measured now.
 
-    Called by the one process that opens a run, for its folder, which it has locked.
+    The process that opens the run calls it, with the folder locked.
 
     Args:
-        ranks_here: that share this machine: as many processes measure at once.
-        fresh: measure although the folder has rates, since the run starts over.
-        say: is told, in a line, what was measured.
+        ranks_here: the ranks of this machine; as many processes measure at once.
+        fresh: measure even if the folder has rates, because the run starts over.
+        say: gets a line about the measurement.
     Raises:
-        ConfigError: they cannot be measured.
+        ConfigError: the rates cannot be measured.
     """
     if not needs_throughput(config):
         return config
@@ -105,10 +105,10 @@ def resolve_throughput(
 
 
 def measure_throughput(config: RunConfig, ranks_here: int) -> Throughput:
-    """What the slowest of `ranks_here` processes measures while all of them measure at once. Local.
+    """The rates of the slowest of `ranks_here` processes that measure at once. Local.
 
     Raises:
-        ConfigError: one of them fails, or none ends in time.
+        ConfigError: a process fails, or does not end in time.
     """
     text = msgspec.json.encode(config).decode()
     probes = [
@@ -146,7 +146,7 @@ def measure_throughput(config: RunConfig, ranks_here: int) -> Throughput:
 
 
 def assumed(config: RunConfig) -> str:
-    """With which rates a plan was chosen that depends on them; empty for others. Pure."""
+    """The rates on which the choice of a plan depended, in words; empty for other plans. Pure."""
     train, offload = config.train, config.offload
     if train.recompute != "auto" or offload.activations == "none":
         return ""
@@ -159,7 +159,7 @@ def assumed(config: RunConfig) -> str:
 
 
 def described(rates: Throughput) -> str:
-    """For a person."""
+    """The rates in words."""
     return (
         f"{rates.tflops:.3g} TFLOP/s and {rates.drive_gbytes:.3g} GB/s to the drive, each rank "
         "(train.tflops, offload.drive_gbytes)"
@@ -176,7 +176,7 @@ def _write(probe: subprocess.Popen[str], line: str) -> None:
 
 
 def _expect(probe: subprocess.Popen[str], answer: str, errors: str = "") -> None:
-    """Raises ConfigError where a probe has ended without an answer."""
+    """Raise ConfigError if a probe has ended without an answer."""
     if not answer:
         reason = errors or (probe.stderr.read() if probe.stderr is not None else "")
         raise _unmeasured(reason.strip().rpartition("\n")[2] or "a process ended without an answer")
@@ -194,7 +194,7 @@ def _path(root: Path) -> Path:
 
 
 def _recorded(root: Path) -> Throughput | None:
-    """None where there are none, or none that can be read: they are measured again."""
+    """The recorded rates; None if there are none that can be read."""
     try:
         return msgspec.json.decode(_path(root).read_bytes(), type=Throughput)
     except (OSError, msgspec.DecodeError):

@@ -1,8 +1,8 @@
 """`python -m holdfast.trainer.run.throughput_probe LOCAL_RANK`: measures one rank and its drive.
 
-Reads the configuration as a line of JSON, says that it is ready, and measures at the next line; its
-answer is `Throughput` as JSON. A process of its own: the one that asks must not have threads or a
-GPU's context.
+It reads the configuration as a line of JSON, says that it is ready, and measures at the next line.
+Its answer is `Throughput` as JSON. It is a process of its own because its caller must have neither
+threads nor a GPU context.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _ALIGNMENT = 4096
 
 
 def forward_rate(config: RunConfig, device: torch.device) -> float:
-    """Operations a second of one rank's share of a transformer layer in the forward pass. Local.
+    """The operations a second of one rank's part of a transformer layer, forward. Local.
 
-    A tensor-parallel rank's share is measured as a layer with as many heads and features; messages
+    A tensor-parallel rank's part is measured as a layer with as many heads and features. Messages
     are not measured. The first pass warms up and does not count.
     """
     train = config.train
@@ -74,10 +74,10 @@ def _forward_s(layer: Chunk, hidden: Tensor) -> float:
 
 
 def drive_rate(config: RunConfig) -> float:
-    """Bytes a second that are written to the drive or read back, whichever is slower. Local.
+    """The bytes a second written to the drive or read back, whichever is slower. Local.
 
     Raises:
-        ConfigError: no file can be made in offload.path.
+        ConfigError: offload.path does not allow a file to be made.
         OSError: the drive has no room, or fails.
     """
     offload = config.offload
@@ -110,7 +110,7 @@ def _moved_s(
 
 
 def host_rate(device: torch.device) -> float:
-    """Bytes a second that are copied to host memory or back, whichever is slower. Local."""
+    """The bytes a second copied to host memory or back, whichever is slower. Local."""
     here = torch.ones(_MOVED_BYTES, dtype=torch.uint8, device=device)
     there = torch.ones(_MOVED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     seconds = 0.0

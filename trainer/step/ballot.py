@@ -1,7 +1,7 @@
-"""What a rank says at the vote of a step, as one float64 tensor that is summed over all ranks.
+"""The ballot: a rank's part in the vote of a step, a float64 tensor that is summed over all ranks.
 
-The tensor is: each block's square sum in its slot, each micro-batch's loss sum in its slot, and one
-count per entry of `MARKS`. A slot is filled by one rank and zero on all others, so sums are exact.
+The tensor has each block's square sum in its slot, each micro-batch's loss sum in its slot, and one
+count per entry of `MARKS`. One rank fills a slot and all others have zero there, so sums are exact.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squar
 from holdfast.trainer.step.progress import Outcome, Requests
 
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
-"""Bits of the flags that a reduction gives, by mark."""
+"""The bits of a reduction's flags, by mark."""
 REQUESTS = ("save", "stop", "busy", "change", "filling", "leave")
-"""Fields of `Requests`, each of which is a mark."""
+"""The fields of `Requests`, each of which is a mark."""
 MARKS = (*FLAGS, *REQUESTS)
-"""Order of the counts at the end of the tensor: the wire format of the vote."""
+"""The order of the counts at the end of the tensor: the wire format of the vote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class BallotFormat:
     """The lengths of the parts of the tensor, equal on all ranks."""
 
     squares: int
-    """Blocks, over all tensor-parallel indices."""
+    """The number of blocks, over all shard indices."""
     losses: int
-    """Micro-batches of a step."""
+    """The number of micro-batches of a step."""
 
     def pack(self, squares: Tensor, losses: Tensor, flags: int, requests: Requests) -> Tensor:
         """This rank's tensor: float64[squares + losses + len(MARKS)].
@@ -46,10 +46,10 @@ class BallotFormat:
         return torch.cat([squares, losses, counts])
 
     def outcome(self, summed: Tensor, tokens: int) -> Outcome:
-        """What the sum of all ranks' tensors decides; equal on all ranks, bit for bit.
+        """The outcome of the sum of all ranks' tensors; equal on all ranks, bit for bit.
 
         Args:
-            tokens: of a step, by which the sum of the losses is divided.
+            tokens: the tokens of a step, by which the sum of the losses is divided.
         """
         values = summed.tolist()
         squares, rest = values[: self.squares], values[self.squares :]
@@ -74,7 +74,7 @@ def loss_slots(losses: Mapping[int, Tensor], micro_batches: int) -> Tensor:
 
 
 def mean_loss(sums: Sequence[float], tokens: int) -> float:
-    """Micro-batch loss sums added in micro-batch order in float64, divided once."""
+    """The micro-batches' loss sums, added in micro-batch order in float64 and divided once."""
     total = 0.0
     for value in sums:
         total += value

@@ -1,4 +1,4 @@
-"""Opens the training of a run: its device, its transport, its groups."""
+"""The opening of a run's training: its device, its transport, its communicators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.trainer.world import WorldInfo
 
 
 def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training:
-    """The training of a run whose ranks stay as they are. Collective over all workers."""
+    """The training of a run with fixed ranks. Collective over all workers."""
     plan = plan_of(config)
     device = choose_device(config, world.local_rank)
     groups = build_groups(
@@ -35,7 +35,7 @@ def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training
 
 
 def backend_of(config: RunConfig, device: torch.device) -> Backend:
-    """The communicators' transport."""
+    """The transport of the communicators."""
     if config.parallel.backend != "auto":
         return config.parallel.backend
     return "nccl" if device.type == "cuda" else "gloo"
@@ -51,7 +51,7 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # As use_deterministic_algorithms(True), which imports the compiler: a second per worker.
         torch.set_deterministic_debug_mode("error")
-        # Every buffer here is written before it is read; filling them would cost a pass each.
+        # Every buffer here is written before it is read; filling them first would cost a pass each.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
     match wanted:
         case "cpu":

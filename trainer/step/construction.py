@@ -1,4 +1,4 @@
-"""Builds the parts of one rank's training from its configuration and plan. Local."""
+"""The construction of one rank's training from its configuration and plan. Local."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from holdfast.trainer.step.planning import shadows_in_host_memory
 from holdfast.trainer.step.saved_tensors import state_format
 
 PreparedProgram = tuple[Program, Mapping[Action, int]]
-"""A rank's program, and the order in which its peers send to it; see `receive_order`."""
+"""A rank's program, and the order of its peers' sends to it; see `receive_order`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class ModelParts:
     """The modules of one rank, and the buffers of their parameters and gradient sums."""
 
     chunks: Mapping[int, Chunk]
-    """By chunk index, in forward order."""
+    """The chunks by chunk index, in forward order."""
     buffer: ParameterBuffer
     accumulator: GradientAccumulator
 
 
 def open_split(config: RunConfig, split: str) -> Dataset:
-    """A run's data: `split` is "train" or "eval"."""
+    """The data of a split of a run, "train" or "eval"."""
     return open_dataset(
         config.data,
         vocab=config.model.vocab,
@@ -68,7 +68,7 @@ def new_chunks(
     *,
     initial: bool,
 ) -> dict[int, Chunk]:
-    """The model chunks of one rank of a run, by chunk index. Arguments as of `build_chunk`."""
+    """The model chunks of one rank, by chunk index. The arguments are those of `build_chunk`."""
     train = config.train
     group = tensor if tensor.size > 1 else None
     return {
@@ -98,7 +98,7 @@ def new_model(
     *,
     initial: bool,
 ) -> ModelParts:
-    """A rank's chunks with their buffers. Arguments as of `build_chunk`."""
+    """A rank's chunks with their buffers. The arguments are those of `build_chunk`."""
     chunks = new_chunks(config, plan, rank, tensor, device, initial=initial)
     rows = [row for chunk in chunks.values() for row in chunk.named_specs()]
     buffer = ParameterBuffer(rows, dtype=PRECISIONS[config.train.precision].dtype, device=device)
@@ -112,7 +112,7 @@ def new_model(
 
 
 def carried_model(model: ModelParts, before: Plan, plan: Plan, rank: int) -> ModelParts | None:
-    """A rank's model under the next plan, if it has the same layers there; else None. Pure."""
+    """A rank's model under the next plan, if its layers stay; else None. Pure."""
     old, new = (
         [found.chunk_layers[chunk] for chunk in found.chunks_of(rank)] for found in (before, plan)
     )
@@ -130,7 +130,7 @@ def new_runners(
     before_gradients: Callable[[int], None],
     loss_gradient: float,
 ) -> dict[int, ModelChunkRunner]:
-    """The runner of each chunk. Arguments as of `ModelChunkRunner`."""
+    """The runner of each chunk. The arguments are those of `ModelChunkRunner`."""
     return {
         index: ModelChunkRunner(
             chunk,
@@ -168,7 +168,7 @@ def new_optimizer(
     groups: Groups,
     before: OwnedState | None,
 ) -> ShardedOptimizer:
-    """The optimizer of a rank's blocks; state that serves is taken over from `before`."""
+    """The optimizer of a rank's blocks; usable state of `before` is reused."""
     form = state_format(config)
     optimizer = ShardedOptimizer(
         plan,
@@ -194,7 +194,7 @@ def new_shadows(
     groups: Groups,
     before: ShadowCopies | None,
 ) -> ShadowState:
-    """A rank's copies of other ranks' blocks; those that serve are taken over from `before`."""
+    """A rank's copies of other ranks' blocks; usable ones of `before` are reused."""
     form = state_format(config)
     return ShadowState(
         plan,
@@ -209,10 +209,10 @@ def new_shadows(
 
 
 def prepared(rank: int, program_of: Callable[[int], Program]) -> PreparedProgram:
-    """A rank's program, and the order in which its peers send to it. Pure.
+    """A rank's program, and the order of its peers' sends to it. Pure.
 
     Args:
-        program_of: each rank's program of one step.
+        program_of: returns each rank's program of one step.
     """
     program = program_of(rank)
     peers = {action.peer for action in program if action.peer is not None}

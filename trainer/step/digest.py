@@ -1,4 +1,4 @@
-"""A digest of all parameters of a run, whatever its layout."""
+"""The digest of all parameters of a run, equal in every layout."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def parameter_digest(
 ) -> str:
     """SHA-256 over all parameters, equal for equal bits in any layout with as many parts of them.
 
-    Collective over `control`, the group of all ranks. Every owner hashes its blocks; the digest is
-    over the hashes in block order, of one shard for each part of the parameters.
+    Collective over `control`, all ranks. Every owner hashes its blocks, and the digest is over all
+    block hashes in block order.
     """
     halves = torch.zeros(optimizer.slots, 4, dtype=torch.int64)
     for block in optimizer.owned:

@@ -21,8 +21,8 @@ def mean_held_out_loss(
     """The mean of the losses of `batches` global batches. Collective over `control`, all ranks.
 
     Args:
-        losses_of: computes a global batch forward, and gives the loss sums that this rank reports,
-            by micro-batch.
+        losses_of: computes a global batch forward. Returns the loss sums that this rank reports, by
+            micro-batch.
         micro_batches, tokens: of one global batch.
     """
     total = 0.0

@@ -1,4 +1,4 @@
-"""Points of a step at which a caller is told how far a rank is."""
+"""Hooks: points of a step at which a caller learns a rank's progress."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from holdfast.parallel.step_phases import StepPhase
 
 
 class AtPhase(Protocol):
-    """Called when a rank reaches a phase of a step: the place where faults are injected."""
+    """A function that is called when a rank reaches a phase of a step; faults are injected here."""
 
     def __call__(self, step: int, phase: StepPhase, /) -> None:
-        """May be called in any thread.
+        """Handle a phase; may be called in any thread.
 
         Args:
             step: counted from 1.
             phase: "fill" when state begins to be copied beside the step, "backward" when half of
-                the backward passes have begun, else the phase that begins.
+                the backward passes have begun, otherwise the phase that begins.
         """
         ...
 

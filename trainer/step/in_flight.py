@@ -1,4 +1,4 @@
-"""The step that one rank is computing: which gradients its sums include, and what it leaves out.
+"""The step in flight on one rank: the gradients that its sums include, and those it skips.
 
 An interrupted step is resumed: parameters whose sums include a micro-batch skip its gradient.
 """
@@ -34,11 +34,11 @@ class StepInFlight:
         program: Iterable[Action],
         step: int,
     ) -> None:
-        """Local.
+        """Nothing is computed yet.
 
         Args:
             program: this rank's actions of a whole step.
-            step: counted from 0; that comes next, or was interrupted under the plan before.
+            step: the next step, counted from 0, or the one interrupted under the plan before.
         """
         self.step = step
         self._plan, self._buffer, self._accumulator = plan, model.buffer, model.accumulator
@@ -51,7 +51,7 @@ class StepInFlight:
         self._at_half: Callable[[], None] = lambda: None
 
     def begin(self, step: int, at_half: Callable[[], None]) -> bool:
-        """Begin `step`; returns whether it is one that was interrupted, whose sums go on.
+        """Begin `step`. Returns whether it is an interrupted step whose sums continue.
 
         Args:
             at_half: called when half of a whole step's backward passes have begun.
@@ -65,10 +65,10 @@ class StepInFlight:
         return False
 
     def resume(self, step: int, included: IncludedByShard, before: StepInFlight | None) -> None:
-        """Have only what `included` lacks computed when `step` begins.
+        """Have only the micro-batches missing in `included` computed when `step` begins.
 
         Args:
-            before: this rank's interrupted step; None where its sums are no longer valid.
+            before: this rank's interrupted step; None if its sums are no longer valid.
         """
         self._interrupted = InterruptedStep(step, included)
         if before is None:
@@ -77,12 +77,12 @@ class StepInFlight:
             self._own_losses = before._own_losses
 
     def missing(self, step: int, micro_batches: int) -> frozenset[int]:
-        """The micro-batches of `step` that some rank's sums lack when it begins."""
+        """The micro-batches that some rank's sums lack when `step` begins."""
         interrupted = self._interrupted if self._interrupted.step == step else NOT_INTERRUPTED
         return interrupted.missing(self._plan, micro_batches)
 
     def before_gradients(self, micro_batch: int) -> None:
-        """Before a micro-batch's gradients: skip the parameters whose sums include them."""
+        """Before a micro-batch's gradients, skip the parameters whose sums include them."""
         self._backwards += 1
         if self._backwards == self._half:
             self._at_half()
@@ -96,10 +96,11 @@ class StepInFlight:
         self._accumulator.begin_gradients(micro_batch, skipped)
 
     def included(self, losses: Mapping[int, Tensor] | None) -> Included:
-        """The micro-batches that each parameter's sums include, once the step is interrupted.
+        """The micro-batches that each parameter's sums include, after an interruption.
 
         Args:
-            losses: by micro-batch, of the model's last chunk; None where it is on another rank.
+            losses: the losses by micro-batch, of the model's last chunk; None if another rank has
+                it.
         """
         included = {
             (part.layer, part.spec_index): frozenset(
@@ -113,7 +114,7 @@ class StepInFlight:
         return included
 
     def reported(self, losses: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The loss sums that this rank reports, by micro-batch; no other rank reports them."""
+        """The loss sums that only this rank reports, by micro-batch."""
         own = self._own_losses if self._interrupted is not NOT_INTERRUPTED else {}
         return own | {
             micro_batch: loss
@@ -123,5 +124,5 @@ class StepInFlight:
 
     @property
     def _loss_parameter(self) -> ParameterKey:
-        """The parameter whose sums decide which rank reports a loss: the head's first row."""
+        """The parameter that decides which rank reports a loss: the head's first row."""
         return len(self._plan.layers) - 1, 0

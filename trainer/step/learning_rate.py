@@ -7,7 +7,7 @@ from holdfast.trainer.learning_rates import learning_rate
 
 
 def rate_of(config: RunConfig, step: int) -> float:
-    """The learning rate of a step of this run, counted from 0. Pure."""
+    """The learning rate of a step, counted from 0, of this run. Pure."""
     optimizer = config.optimizer
     return learning_rate(
         step,

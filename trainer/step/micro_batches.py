@@ -1,4 +1,4 @@
-"""The micro-batches of the running step, as the model chunks of one rank are given them."""
+"""The micro-batches of the running step, for the model chunks of one rank."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from holdfast.trainer.data import Dataset
 
 
 class MicroBatches:
-    """Gives each micro-batch its context, with tokens where this rank's chunks read them. Local."""
+    """The context of each micro-batch, with tokens if this rank's chunks read them. Local."""
 
     def __init__(
         self, config: RunConfig, data: Dataset, device: torch.device, *, reads_tokens: bool
     ) -> None:
-        """Local.
+        """Begin with the first step.
 
         Args:
-            data: of the first step.
+            data: the data of the first step.
             reads_tokens: whether this rank has the first or the last chunk.
         """
         self._train, self._device, self._reads_tokens = config.train, device, reads_tokens
@@ -28,19 +28,19 @@ class MicroBatches:
         self.begin(0, data, training=True)
 
     def begin(self, step: int, data: Dataset, *, training: bool) -> None:
-        """Go on with another step (counted from 0), or another batch of an evaluation."""
+        """Begin another step (counted from 0), or another batch of an evaluation."""
         self.step, self.training, self._data = step, training, data
         self.current = 0
         self._tokens: dict[int, Tensor] = {}
 
     def context(self, micro_batch: int) -> MicroBatchContext:
-        """What a chunk knows of the micro-batch that it computes next."""
+        """The context of the micro-batch that a chunk computes next."""
         self.current = micro_batch
         tokens = self._tokens_of(micro_batch) if self._reads_tokens else None
         return MicroBatchContext(self.step, micro_batch, self.training, tokens)
 
     def _tokens_of(self, micro_batch: int) -> Tensor:
-        """int64[micro_batch, seq_len + 1]; read once, for the first and the last chunk alike."""
+        """int64[micro_batch, seq_len + 1]; read once for both the first and the last chunk."""
         tokens = self._tokens.get(micro_batch)
         if tokens is None:
             tokens = self._data.batch(

@@ -1,4 +1,4 @@
-"""The offloader of a run, as its configuration asks for it."""
+"""The offloader of a run, by its configuration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger("holdfast.offload")
 
 
 def open_offloader(config: RunConfig, device: torch.device) -> Offloader | None:
-    """What takes this rank's activations; None where they stay in memory. Local.
+    """The offloader of this rank's activations; None if they stay in memory. Local.
 
     Raises:
-        ConfigError: no file can be made in offload.path.
+        ConfigError: offload.path does not allow a file to be made.
     """
     offload = config.offload
     match offload.activations:

@@ -1,10 +1,10 @@
-"""Partial gradient sums: what an interrupted step leaves, and which micro-batches are missing.
+"""Partial gradient sums of an interrupted step, and the micro-batches they lack. Pure.
 
-Pure. Integer sums do not depend on the order of addition, so the sums of the surviving ranks stay
-valid under any plan. Only micro-batches that some parameter lacks are computed again, and a
-parameter that includes one already adds nothing (ReCoVer, 2026, keeps micro-batch gradients
-likewise). The unit is the parameter, not the layer: the ranks of a tensor group may be interrupted
-at different points of one backward pass.
+Integer sums do not depend on the order of addition, so the sums of the surviving ranks stay valid
+under any plan. Only micro-batches that some parameter lacks are recomputed, and a parameter that
+includes one already skips it (ReCoVer, 2026, also keeps micro-batch gradients). The unit is the
+parameter, not the layer: the ranks of a tensor group may be interrupted at different points of one
+backward pass.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from holdfast.parallel.plan import Plan
 ParameterKey = tuple[int, int]
 """A parameter: its layer, and its row in the layer's table."""
 Included = Mapping[ParameterKey, frozenset[int]]
-"""The micro-batches that are in the sums of each parameter of one rank."""
+"""The micro-batches in the sums of each parameter of one rank."""
 IncludedByShard = Mapping[int, Included]
-"""By shard index: what the sums of all ranks hold together."""
+"""By shard index: the micro-batches in the sums of all ranks together."""
 
 
 @dataclass(frozen=True, slots=True)
 class InterruptedStep:
-    """A step that was interrupted, and what the sums of the surviving ranks include of it."""
+    """An interrupted step, and the micro-batches in the sums of the surviving ranks."""
 
     step: int
-    """Counted from 0."""
+    """The step, counted from 0."""
     included: IncludedByShard
 
     def missing(self, plan: Plan, micro_batches: int) -> frozenset[int]:
@@ -41,7 +41,7 @@ class InterruptedStep:
         return frozenset(range(micro_batches)) - done
 
     def has(self, shard_index: int, key: ParameterKey, micro_batch: int) -> bool:
-        """Whether a parameter has a micro-batch's gradient already."""
+        """Whether a parameter's sums include a micro-batch already."""
         return micro_batch in self.included.get(shard_index, {}).get(key, ())
 
 
@@ -53,7 +53,7 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
     """Whether a rank's sums are valid under the next plan: same layers, same tensor group.
 
     Args:
-        fresh: ranks whose process is new, including a new process under an old number.
+        fresh: the ranks with a new process, also one under an old rank number.
     """
     was, now = plan.stage_replicas.find(rank), following.stage_replicas.find(rank)
     if was is None or now is None:
@@ -70,10 +70,10 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
 def included_after_change(
     plan: Plan, following: Plan, included: Mapping[int, Included], fresh: frozenset[int]
 ) -> IncludedByShard:
-    """What the sums that stay valid under the next plan include.
+    """The micro-batches in the sums that stay valid under the next plan.
 
     Args:
-        included: by rank, for the ranks that were in the same step.
+        included: the micro-batches by rank, for the ranks that were in the same step.
         fresh: as for `keeps_sums`.
     """
     found: dict[int, dict[ParameterKey, frozenset[int]]] = {}
@@ -86,7 +86,7 @@ def included_after_change(
 
 
 def included_to_data(included: Included) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """JSON values: by layer, pairs of table rows and the micro-batches that their sums include."""
+    """JSON values: by layer, pairs of table rows and the micro-batches in their sums."""
     found: dict[str, dict[frozenset[int], list[int]]] = {}
     for (layer, row), numbers in sorted(included.items()):
         if numbers:

@@ -1,4 +1,4 @@
-"""From a configuration to the plan of its run; needs no torch."""
+"""The plan of a run, from its configuration. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import layer_specs
 
 WAYS = ("none", "selective", "full")
-"""What may be recomputed of a transformer layer, from nothing to all of it."""
+"""The recomputed parts of a transformer layer, from nothing to all of it."""
 
 
 def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
@@ -64,7 +64,7 @@ def shadows_in_host_memory(config: RunConfig, device: str) -> bool:
     """Whether copies of other ranks' optimizer state lie in host memory. Pure.
 
     Args:
-        device: "cpu" or "cuda"; "auto", where it is not known yet, may be the latter.
+        device: "cpu" or "cuda"; "auto", for an unknown device, counts as "cuda".
     """
     wanted = config.elastic.shadow_memory
     return wanted == "host" or (wanted == "auto" and device != "cpu")

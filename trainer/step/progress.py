@@ -1,4 +1,4 @@
-"""Values: what the vote of a step has decided, and how far a rank has come."""
+"""The values of a vote's outcome and of a rank's progress."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Requests of one rank to all for the end of a step; the vote tells every rank of them.
+    """The requests of one rank for the end of a step; the vote tells all ranks.
 
     Field names are marks of the vote; see ballot.py.
     """
 
     save: bool = False
-    """A checkpoint."""
+    """Asks for a checkpoint."""
     stop: bool = False
-    """A checkpoint, and the end of the run."""
+    """Asks for a checkpoint, and the end of the run."""
     busy: bool = False
     """Whether this rank's last save is still under way."""
     change: bool = False
-    """Whether ranks wait to be taken in or let go."""
+    """Whether ranks wait to join or leave."""
     filling: bool = False
-    """Whether state of the next plan still goes to or from this rank; see BackgroundTransfer."""
+    """Whether state of the next plan is still on its way to or from this rank; see
+    BackgroundTransfer."""
     leave: bool = False
     """Whether this rank leaves at the next change."""
 
@@ -31,19 +32,19 @@ NO_REQUESTS = Requests()
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Decision of the vote of a step: equal on all ranks, bit for bit."""
+    """The outcome of a step's vote: equal on all ranks, bit for bit."""
 
     loss: float
-    """Mean over the step's tokens, before the update."""
+    """The mean over the step's tokens, before the update."""
     grad_norm: float
-    """Before clipping; NaN when a gradient is not finite."""
+    """The norm before clipping; NaN if a gradient is not finite."""
     nonfinite_ranks: int
-    """Ranks that saw a gradient that is not finite."""
+    """The number of ranks with a gradient that is not finite."""
     out_of_range_ranks: int
-    """Ranks where a fixed-point sum overflowed."""
+    """The number of ranks with an overflow of a fixed-point sum."""
     requests: Requests = NO_REQUESTS
     leaving_ranks: int = 0
-    """How many ranks leave at the next change."""
+    """The number of ranks that leave at the next change."""
 
     @property
     def usable(self) -> bool:
@@ -53,14 +54,14 @@ class Outcome:
 
 @dataclass(slots=True)
 class StepProgress:
-    """How far one rank is; ranks exchange it when a step was interrupted."""
+    """The progress of one rank, shared between ranks after an interrupted step."""
 
     decided: int = 0
-    """Steps whose vote is over on this rank."""
+    """The number of steps whose vote is over on this rank."""
     outcome: Outcome | None = None
-    """Of the last of these votes."""
+    """The outcome of the last of these votes."""
     updated: int = 0
-    """Steps whose update its own blocks have."""
+    """The number of steps whose update its own blocks have."""
     complete: bool = True
     """Whether its parameters are those after `updated` steps: all blocks have been gathered."""
     filled: bool = True

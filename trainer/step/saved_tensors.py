@@ -1,4 +1,4 @@
-"""What of a run is saved: every tensor by logical name, and which rank has which boxes of it.
+"""The saved tensors of a run: every tensor by logical name, and the boxes that each rank has.
 
 Pure; needs no torch.
 """
@@ -28,10 +28,10 @@ def state_format(config: RunConfig) -> StateFormat:
 def saved_tensors(
     plan: Plan, form: StateFormat, *, from_shadows: bool = False
 ) -> list[SavedTensor]:
-    """Every logical tensor of a run and who holds which part of it. Pure; equal on every rank.
+    """Every logical tensor of a run, and the holders of its boxes. Pure; equal on every rank.
 
     Args:
-        from_shadows: weights too are taken from each block's first shadow, where it has one.
+        from_shadows: take weights, too, from each block's first shadow if it has one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     holders: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
@@ -70,7 +70,7 @@ def saved_tensors(
 
 
 def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[SavedTensor]:
-    """The same with every rank's place in `ranks` instead of its number. Pure."""
+    """The same tensors, with positions in `ranks` instead of ranks. Pure."""
     if list(ranks) == list(range(len(ranks))):
         return list(tensors)
     places = {rank: place for place, rank in enumerate(ranks)}
@@ -94,7 +94,7 @@ def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tupl
 
 
 def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Box, ...]]:
-    """The boxes of every saved tensor that a rank needs to go on. Pure."""
+    """The boxes of every saved tensor that a rank needs to resume. Pure."""
     index = plan.stage_replicas.shard_index(rank)
     found: defaultdict[str, list[Box]] = defaultdict(list)
     for chunk in plan.chunks_of(rank):
@@ -111,7 +111,7 @@ def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Bo
 
 
 def _join(boxes: list[Box], box: Box) -> None:
-    """Append rows, to the last box where they follow it."""
+    """Append rows, joined to the last box if they follow it."""
     last = boxes[-1] if boxes else None
     if last is not None and last.stop[0] == box.start[0] and last.start[1:] == box.start[1:]:
         boxes[-1] = Box(last.start, box.stop)
@@ -120,7 +120,7 @@ def _join(boxes: list[Box], box: Box) -> None:
 
 
 def weights_only(found: Mapping[str, T], manifest: Manifest, form: StateFormat) -> dict[str, T]:
-    """What a checkpoint without optimizer state can give of what a rank keeps. Pure."""
+    """The part of a rank's state that a checkpoint without optimizer state has. Pure."""
     return {
         name: value
         for name, value in found.items()

@@ -1,4 +1,4 @@
-"""Where one rank keeps what is saved of a run, and the small files that go with it."""
+"""The views of a rank's live state for checkpoints, and the small files beside it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class _KeptRows:
     first: int
     last: int
     number: int
-    """Of the block, among those owned or those shadowed."""
+    """The number of the block among the owned or the shadowed blocks."""
     place: int
-    """Of its first element in the flat state."""
+    """The position of its first element in the flat state."""
 
 
 def block_numbers(optimizer: ShardedOptimizer, shadows: ShadowState | None) -> BlockNumbers:
-    """How a rank's blocks are numbered for the fence of a snapshot. Pure.
+    """The numbers of a rank's blocks for the fence of a snapshot. Pure.
 
     Args:
-        shadows: whose copies are saved instead of what this rank owns; None where none are.
+        shadows: the copies that are saved instead of the owned state; None: owners save.
     """
     return BlockNumbers(0 if shadows is None else len(shadows.blocks), len(optimizer.owned))
 
@@ -53,7 +53,7 @@ _Columns = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class TrainingState:
-    """Where one rank keeps its part of the saved tensors. Local; hands out views of live memory."""
+    """The place of one rank's part of the saved tensors. Local; returns views of live memory."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class TrainingState:
         optimizer: ShardedOptimizer,
         shadows: ShadowState | None = None,
     ) -> None:
-        """Local.
+        """The views follow the plan; nothing is copied.
 
         Args:
             plan, rank: say which boxes this rank has; `precision` which kinds of state.
             buffer, optimizer: hold its parameters and the state of the blocks that it owns.
-            shadows: the copies that are saved instead of what their owners have; None: owners save.
+            shadows: the copies that are saved instead of their owners' state; None: owners save.
         """
         self._plan, self._rank, self._form = plan, rank, optimizer.form
         self._buffer = buffer
@@ -99,7 +99,7 @@ class TrainingState:
             rows.sort(key=lambda found: found.first)
 
     def _shadow(self, name: str, box: Box) -> tuple[str, _KeptRows] | None:
-        """The kind and the block of the copy that is saved of a box; None if not shadowed here."""
+        """The kind and the block of a box's saved copy; None if the box is not shadowed here."""
         kind, _, base = name.partition(".")
         if kind not in self._state:
             kind, base = WEIGHT, name
@@ -137,9 +137,9 @@ class TrainingState:
         return copies[start : start + box.elements].view(box.shape)
 
     def before(self, piece: PlannedPiece) -> int:
-        """The first block whose update overwrites a piece; the number of all if none does.
+        """The first block whose update overwrites a piece; the number of all blocks if none does.
 
-        Numbered as `block_numbers` says.
+        Blocks are numbered as by `block_numbers`.
         """
         shadow = self._shadow(piece.name, piece.box)
         if shadow is not None:
@@ -151,7 +151,7 @@ class TrainingState:
         return self._numbers.of_owned(min(overlapping, default=self._numbers.owned))
 
     def targets(self) -> dict[str, list[LoadTarget]]:
-        """Where everything that this rank loads goes."""
+        """The targets of everything that this rank loads."""
         wanted = wanted_boxes(self._plan, self._rank, self._form)
         return {
             name: [LoadTarget(box, view) for box in boxes for view in self.views(name, box)]
@@ -164,7 +164,7 @@ def _columns(box: Box) -> _Columns:
 
 
 def huggingface_files(config: RunConfig) -> dict[str, bytes]:
-    """config.json and what else makes a checkpoint folder a Hugging Face model folder."""
+    """config.json and the other files of a Hugging Face model folder."""
     model, train = config.model, config.train
     dtype = PRECISIONS[train.precision].torch_name
     described = family_of(model.family).config_json(model, train.seq_len, dtype)

@@ -1,7 +1,7 @@
-"""One rank's training: its plan, model, optimizer and data, and the four parts of a step.
+"""The training of one rank: its plan, model, optimizer and data, and the four parts of a step.
 
 A step is a transaction: `compute` and `reduce` change nothing durable, `vote` tells every rank that
-all can finish, `apply` updates the state. trainer/loop.py is the order in which they are called.
+all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class Training:
         before: Training | None = None,
         initial: bool = True,
     ) -> None:
-        """Local.
+        """Build the parts, or reuse those of `before`.
 
         Args:
-            before: this rank's training under the plan before; what the change leaves as it is, is
-                taken over from it.
-            initial: whether to draw initial weights; not where they are filled from elsewhere.
+            before: this rank's training under the plan before; the parts that the change leaves
+                unchanged are reused.
+            initial: whether to draw initial weights; False if they are filled from elsewhere.
         """
         self.config, self.rank, self.device = config, rank, device
         self.plan, self.groups = plan, groups
@@ -112,7 +112,7 @@ class Training:
         self._start(self.progress.decided, self.data, training=True)
 
     def _model_after(self, before: Training | None, *, initial: bool) -> ModelParts:
-        """The model of the plan before where it serves; else a new one."""
+        """The model of the plan before if it can be reused; otherwise a new one."""
         tensor = self.groups["tensor"]
         if before is not None and before.groups["tensor"] is tensor:
             carried = carried_model(before.model, before.plan, self.plan, self.rank)
@@ -121,7 +121,7 @@ class Training:
         return new_model(self.config, self.plan, self.rank, tensor, self.device, initial=initial)
 
     def _shadows_after(self, before: Training | None) -> ShadowState | None:
-        """Copies of other ranks' blocks; None in a run that is not elastic."""
+        """The copies of other ranks' blocks; None in a run that is not elastic."""
         plan = self.plan
         if not (self.config.elastic.enabled or plan.shadows or plan.incoming):
             return None
@@ -146,19 +146,19 @@ class Training:
 
     @property
     def shadows(self) -> ShadowState:
-        """The copies of other ranks' blocks. An elastic run has them, and no other asks."""
+        """The copies of other ranks' blocks. Only an elastic run has them."""
         assert self._shadows is not None
         return self._shadows
 
     def state(self) -> TrainingState:
-        """Where this rank keeps what is saved. Local."""
+        """The place of this rank's saved state. Local."""
         return TrainingState(
             self.plan, self.rank, self.parameter_buffer, self.optimizer, self._saved_shadows
         )
 
     @property
     def saves_from_shadows(self) -> bool:
-        """Whether checkpoints are taken from the copies that shadows have in host memory."""
+        """Whether checkpoints are taken from the shadows' copies in host memory."""
         return self._saved_shadows is not None
 
     @property
@@ -181,12 +181,12 @@ class Training:
 
     @property
     def step_micro_batches(self) -> int:
-        """Micro-batches of one step over all replicas."""
+        """The number of micro-batches of one step over all replicas."""
         return self.config.train.global_batch // self.config.train.micro_batch
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of one step over all replicas."""
+        """The number of tokens of one step over all replicas."""
         return self.config.train.global_batch * self.config.train.seq_len
 
     def _start(self, step: int, data: Dataset, *, training: bool) -> None:
@@ -201,7 +201,7 @@ class Training:
 
         Args:
             step: counted from 0.
-            at: called in the midst of the phase; see `AtPhase`.
+            at: called during the phase; see `AtPhase`.
         """
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
@@ -218,10 +218,9 @@ class Training:
         return self.compute(step, at)
 
     def _keep_activations(self, error: OffloadError) -> None:
-        """Keep all activations in memory from now on, once some could not be read back.
+        """Keep all activations in memory from now on, because some could not be read back.
 
-        With peers in the pipeline or the stage replica the step cannot be repeated here: the error
-        propagates.
+        With pipeline or tensor peers the step cannot be repeated here, and the error propagates.
         """
         replicas = self.plan.stage_replicas
         if self.offloader is None or replicas.pipeline * replicas.shards > 1:
@@ -233,9 +232,9 @@ class Training:
         return self._in_flight.missing(step, self.step_micro_batches)
 
     def included(self) -> Included:
-        """After an interrupted step: the micro-batches in each parameter's sums here. Local.
+        """After an interrupted step, the micro-batches in each parameter's sums here. Local.
 
-        Empty when the step is decided.
+        The result is empty if the step is decided.
         """
         step = self._in_flight.step
         if not self._micro_batches.training or self.progress.decided != step:
@@ -245,15 +244,15 @@ class Training:
         return self._in_flight.included(self._last_losses)
 
     def resume_step(self, step: int, included: IncludedByShard, before: Training | None) -> None:
-        """Compute only what `included` lacks when `step` is computed next. Local.
+        """Compute only the micro-batches missing in `included` when `step` is computed next. Local.
 
         Args:
-            before: this rank's training that was interrupted; None where its sums are not valid.
+            before: this rank's interrupted training; None if its sums are not valid.
         """
         self._in_flight.resume(step, included, None if before is None else before._in_flight)
 
     def reduce(self) -> tuple[Tensor, int]:
-        """B: every block's sum arrives at its owner and its shadows. Collective over these.
+        """B: add every block's sum at its owner and send it to its shadows. Collective over these.
 
         Returns:
             Each block's square sum, and flags; see `ShardedOptimizer.reduce`.
@@ -264,10 +263,10 @@ class Training:
         return squares, flags
 
     def vote(self, squares: Tensor, flags: int, requests: Requests = NO_REQUESTS) -> Outcome:
-        """C: the all-reduce that carries the gradient norm and the loss. Collective over all ranks.
+        """C: all-reduce the gradient norm and the loss. Collective over all ranks.
 
-        A rank votes only with all the gradients that it owns, and with no state under way: any rank
-        that comes out of the vote knows that all ranks can apply.
+        A rank votes only with all the gradients that it owns, and with no state under way. So any
+        rank with the result of the vote knows that all ranks can apply the step.
         """
         if self.background_transfer is not None:
             requests = replace(requests, filling=not self.background_transfer.pause())
@@ -283,15 +282,15 @@ class Training:
         return outcome
 
     def apply(self, lr: float) -> None:
-        """D: owners update, parameters are gathered. Collective over the replicas of a stage.
+        """D: update by owners, gather parameters. Collective over the replicas of a stage.
 
-        A step that may not be applied changes nothing.
+        A step that must not be applied changes nothing.
         """
         self.update(lr)
         self.gather()
 
     def update(self, lr: float) -> None:
-        """Owners and shadows update their blocks as the last vote has decided. Local."""
+        """Update the owned and shadowed blocks as the last vote decided. Local."""
         outcome = self.progress.outcome
         assert outcome is not None
         if outcome.usable:
@@ -304,14 +303,14 @@ class Training:
         self.progress.updated = self.progress.decided
 
     def gather(self) -> None:
-        """Bring updated parameters to all their holders. Collective over a stage's replicas."""
+        """Send updated parameters to all their holders. Collective over a stage's replicas."""
         if not self.progress.complete:
             self.optimizer.gather()
             self.progress.complete = True
 
     @property
     def _last_losses(self) -> Mapping[int, Tensor] | None:
-        """Loss sums by micro-batch, from the model's last chunk; None where another rank has it."""
+        """The loss sums by micro-batch, of the model's last chunk; None if it is elsewhere."""
         last = self._runners.get(len(self.plan.placement) - 1)
         return None if last is None else last.losses
 
@@ -321,7 +320,10 @@ class Training:
         return self._last_losses if self.groups.shards.index == 0 else None
 
     def evaluate(self) -> float:
-        """Mean held-out loss of `train.eval_batches` global batches. Collective over all ranks."""
+        """The mean held-out loss of `train.eval_batches` global batches.
+
+        Collective over all ranks.
+        """
         if self._held_out is None:
             self._held_out = open_split(self.config, "eval")
         return mean_held_out_loss(

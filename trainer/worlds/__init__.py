@@ -1,4 +1,4 @@
-"""How the world of a worker is read from the environment that its launcher gives it.
+"""The world of a worker, read from its launcher's environment variables.
 
 A launcher is one file here and one line of LAUNCHERS. May import trainer.world and parallel.errors.
 """

@@ -1,4 +1,4 @@
-"""What a launcher is: how its environment is recognised, and how a world is read from it. Pure."""
+"""The definition of a launcher: how it is recognised, and how a world is read. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Environment:
 
     variables: Mapping[str, str]
     launcher: str
-    """Its name, and by what it was recognised, for errors."""
+    """The launcher's name and the recognised variable, for messages."""
 
     def text(self, *names: str, default: str = "") -> str:
         """The first of these variables that is set and not empty."""
@@ -27,7 +27,8 @@ class Environment:
         """The first of these variables that is set, as a whole number.
 
         Raises:
-            ConfigError: none is set and there is no default; or it does not begin with a number.
+            ConfigError: no variable is set and there is no default, or its value does not begin
+                with a number.
         """
         name = next((name for name in names if name in self.variables), None)
         if name is None:
@@ -50,27 +51,28 @@ class Launcher:
     """A kind of launcher: torchrun, Slurm, an MPI."""
 
     name: str
-    """As people know it."""
+    """The name that people use."""
     marks: tuple[str, ...]
-    """Variables that are all set in what it starts, and nowhere else."""
+    """Variables that are all set in processes of this launcher, and nowhere else."""
     read: Callable[[Environment], WorldInfo]
 
     def recognises(self, variables: Mapping[str, str]) -> bool:
-        """Whether it has started a process with these environment variables."""
+        """Whether this launcher has started a process with these environment variables."""
         return all(name in variables for name in self.marks)
 
     def world(self, variables: Mapping[str, str]) -> WorldInfo:
-        """The world that it describes.
+        """The world in these environment variables.
 
         Raises:
-            ConfigError: a variable is missing or not a number; names the launcher and the variable.
+            ConfigError: a variable is missing or not a number; the message names the launcher and
+                the variable.
         """
         found = f"the environment is that of {self.name} ({', '.join(self.marks)})"
         return self.read(Environment(variables, found))
 
 
 def port_of(job: str) -> int:
-    """A port that all workers of a job agree on: 20000 to 29999, below the ephemeral range."""
+    """A port on which all workers of a job agree: 20000 to 29999, below the ephemeral range."""
     number = int(job) if job.isdigit() else zlib.crc32(job.encode())
     return 20000 + number % 10000
 

@@ -1,4 +1,4 @@
-"""mpirun of Open MPI (OMPI_*), and launchers that speak PMI, as MPICH's."""
+"""Open MPI's mpirun (OMPI_*), and launchers with PMI, such as MPICH's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.trainer.worlds.launcher import Environment, Launcher, port_of
 def _reader(
     rank: str, size: str, local_rank: str, local_size: str
 ) -> Callable[[Environment], WorldInfo]:
-    """What reads a world from variables of these names."""
+    """The reader of a world from variables of these names."""
 
     def read(found: Environment) -> WorldInfo:
         own, world_size = found.number(rank), found.number(size)

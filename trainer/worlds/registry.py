@@ -1,4 +1,4 @@
-"""The launchers that are known, and which of them has started this process."""
+"""The known launchers, and the one that has started this process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from holdfast.trainer.worlds.slurm import SLURM
 from holdfast.trainer.worlds.torchrun import TORCHRUN
 
 LAUNCHERS: Final = (TORCHRUN, SLURM, OPEN_MPI, PMI)
-"""In the order in which they are looked for: torchrun may run inside a job of Slurm."""
+"""In the order of the search: torchrun may run inside a job of Slurm."""
 
 
 def world_from_environment(
     environment: Mapping[str, str], launchers: Sequence[Launcher] = LAUNCHERS
 ) -> WorldInfo | None:
-    """The world that the first launcher to be recognised describes; None where there is none.
+    """The world from the first recognised launcher; None if there is none.
 
-    MASTER_ADDR and MASTER_PORT, where they are set, name the store in every case.
+    MASTER_ADDR and MASTER_PORT, if they are set, always name the store.
 
     Raises:
-        ConfigError: a description that is incomplete or not a number.
+        ConfigError: a variable is missing or not a number.
     """
     found = next((one for one in launchers if one.recognises(environment)), None)
     return None if found is None else found.world(environment)

@@ -28,7 +28,7 @@ def _read(found: Environment) -> WorldInfo:
 
 
 def _tasks_here(found: Environment) -> int:
-    """Tasks of the first node: `2(x3),1` begins with 2."""
+    """The tasks of the first node: `2(x3),1` begins with 2."""
     text = found.text("SLURM_STEP_TASKS_PER_NODE", default="1")
     matched = re.match(r"\d+", text)
     if matched is None:

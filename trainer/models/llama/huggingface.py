@@ -1,4 +1,4 @@
-"""A Llama model in the words of Hugging Face's `config.json`, and back."""
+"""A Llama model as Hugging Face's `config.json`, and the comparison with one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def config_json(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
     """The `config.json` of LlamaForCausalLM. Pure.
 
     Args:
-        seq_len: of the sequences it is trained on, in tokens.
-        dtype: of its weights, by torch's name.
+        seq_len: the length of its training sequences, in tokens.
+        dtype: the dtype of its weights, by torch's name.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -44,9 +44,9 @@ def config_json(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
 
 
 def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys that a `config.json` tells otherwise: (key, its value, the model's). Pure.
+    """The keys that differ in a `config.json`: (key, its value, the model's). Pure.
 
-    Keys that it leaves out count as equal.
+    Missing keys count as equal.
     """
     rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type")

@@ -1,9 +1,9 @@
 """The Llama family's modules, for one tensor-parallel rank.
 
-Touvron et al. 2023: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021, in the
-half-rotation form of Hugging Face), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer
-2020). Hidden states are float[seq, micro_batch, hidden], or [seq / T, ...] with sequence
-parallelism. Exact-mode safe: a layer's arithmetic does not depend on the chunk it lies in.
+The architecture is Touvron et al. 2023: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et
+al. 2021, in Hugging Face's half-rotation form), grouped-query attention (Ainslie et al. 2023),
+SwiGLU (Shazeer 2020). Hidden states are float[seq, micro_batch, hidden], or [seq / T, ...] with
+sequence parallelism. Exact-mode safe: a layer's arithmetic does not depend on its chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from holdfast.trainer.models.section import ModelConfig
 
 
 class _Dropout(torch.autograd.Function):
-    """Keyed dropout; the mask is drawn again in backward instead of being kept."""
+    """Keyed dropout; backward draws the mask again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, key: Any, offset: int, probability: float) -> Tensor:
@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding:
-    """cos and sin tables, float[seq, head_dim / 2] in float32 (float64 for a float64 model)."""
+    """The cos and sin tables, float[seq, head_dim / 2] in float32 (float64 for a float64 model)."""
 
     def __init__(
         self, model: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device
@@ -89,7 +89,7 @@ class RotaryEmbedding:
         self._cos, self._sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def rotate(self, value: Tensor) -> Tensor:
-        """value: float[batch, heads, seq, head_dim], positions 0 to seq - 1."""
+        """Rotate `value`: float[batch, heads, seq, head_dim], positions 0 to seq - 1."""
         first, second = value.chunk(2, -1)
         cos, sin = self._cos[: value.shape[-2]], self._sin[: value.shape[-2]]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU over this rank's share of the intermediate features."""
+    """SwiGLU over this rank's part of the intermediate features."""
 
     def __init__(self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class MLP(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding; its output starts the chain of hidden states."""
+    """Token embedding; its output is the first hidden state."""
 
     def __init__(
         self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue, seed: int
@@ -219,7 +219,7 @@ class Head(nn.Module):
         self.projection = nn.Parameter(torch.empty(stop - self._first, model.hidden))
 
     def logits(self, value: Tensor) -> Tensor:
-        """float[seq, batch, vocab / T], this rank's part of the vocabulary. Collective."""
+        """This rank's part of the scores: float[seq, batch, vocab / T]. Collective."""
         return self._tp.column_linear(self.norm(value), self.projection, self._queue)
 
     def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:

@@ -1,4 +1,4 @@
-"""The rules that the keys of a Llama model must keep."""
+"""The rules between the keys of a Llama model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama models of other sizes with the same structure: tiny ones, and a tensor rank's share."""
+"""Llama models of other sizes with the same structure: tiny ones, and a tensor rank's part."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _HEAD_DIM = 4
 
 
 def tiny(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
-    """A model of `layers` layers whose sizes are small and divide by `tensor` as before. Pure.
+    """A model of `layers` layers with small sizes that divide by `tensor` as before. Pure.
 
-    Kept: head grouping, how key and value heads fall on tensor ranks, whether the vocabulary
-    divides evenly, tied embeddings, dropout.
+    These stay: head grouping, the distribution of key and value heads over tensor ranks, whether
+    the vocabulary divides evenly, tied embeddings, dropout.
     """
     kv_heads = _fewest_kv_heads(model.kv_heads, tensor)
     group = min(model.heads // model.kv_heads, 2)
@@ -36,7 +36,7 @@ def tiny(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
 
 
 def _fewest_kv_heads(kv_heads: int, tensor: int) -> int:
-    """The smallest count that tensor ranks split, or share, as they do `kv_heads`."""
+    """The smallest count that tensor ranks split, or share, in the same way as `kv_heads`."""
     if kv_heads % tensor == 0:
         return tensor * min(kv_heads // tensor, 2)
     return gcd(kv_heads, tensor)

@@ -140,7 +140,7 @@ class _Table:
         return self._sharded(name, (rows, columns), box, local, 0, initial=output)
 
     def _kv_rows(self) -> tuple[int, int]:
-        """Rows of the key (or value) projection: a share of the heads, or one shared head."""
+        """The rows of the key (or value) projection: a part of the heads, or one shared head."""
         model, dim = self.model, self.model.dim_per_head
         if model.kv_heads % self.tensor == 0:
             return self._split(model.kv_heads * dim)
@@ -190,10 +190,11 @@ class _Table:
 
 
 class _Costs:
-    """What one micro-batch costs: floating-point operations, and bytes kept for its backward pass.
+    """The costs of one micro-batch: floating-point operations, and bytes kept for backward.
 
     Matrix products count 2 operations per multiply-add, causal attention half of its square. Bytes
-    follow what the modules save (Korthikanti et al. 2022, section 4, counts a standard layer).
+    follow the tensors that the modules save (Korthikanti et al. 2022, section 4, counts a standard
+    layer).
     """
 
     def __init__(

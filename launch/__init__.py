@@ -1,4 +1,4 @@
-"""The `holdfast` command, and how its workers are started on one machine, torchrun, Slurm or MPI.
+"""The `holdfast` command, and the start of workers on one machine or under torchrun, Slurm or MPI.
 
 May import trainer, checkpoint, elastic and parallel. Nothing imports it.
 """

@@ -1,6 +1,6 @@
 """The `holdfast` command.
 
-A command imports what it needs and no more; torch, only what computes.
+A command imports only what it needs; only commands that compute import torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def options(
 
 
 def application(command: str) -> typer.Typer:
-    """The application with this command; with all of them where it has no such one."""
+    """The application with this command, or with all commands if there is no such one."""
     app = typer.Typer(
         name="holdfast",
         no_args_is_help=True,
@@ -72,8 +72,7 @@ def main() -> NoReturn:
             raise
         code = end.code
     if any(thread.daemon for thread in threading.enumerate()):
-        # One that is in native code when the interpreter ends would take the process with it
-        # (SIGABRT).
+        # A thread in native code at the end of the interpreter would end the process with SIGABRT.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

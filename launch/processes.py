@@ -1,7 +1,7 @@
 """Child processes: they end with their parent, are watched by pidfd, and are killed in time.
 
-Local. Nothing here knows what a child does. `System` is what it asks of the operating system, so
-that tests of the rules need no process.
+Nothing here knows the work of a child. `System` has the needed parts of the operating system, so
+that tests of the rules need no process. Local.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NoReturn, Protocol
 
 _PR_SET_PDEATHSIG = 1
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that a process with children passes on to them."""
+"""The signals that a process passes on to its children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,34 +29,34 @@ class End:
 
     pid: int
     code: int
-    """Its exit code, or the negative number of the signal that killed it."""
+    """The exit code, or the negative number of the signal that killed it."""
 
 
 class System(Protocol):
-    """The operating system and the clock, as far as a supervisor uses them."""
+    """The parts of the operating system and the clock that a supervisor uses."""
 
     def now_s(self) -> float:
         """Seconds since some fixed moment."""
         ...
 
     def open(self, pid: int) -> int:
-        """A descriptor of a child, which is readable once the child has ended."""
+        """Open a descriptor of a child, which is readable once the child has ended."""
         ...
 
     def wait(self, descriptors: Sequence[int], timeout_s: float | None) -> list[int]:
-        """The descriptors that are readable; waits for the first one, at most `timeout_s`."""
+        """Wait at most `timeout_s` for the first readable descriptor. Returns the readable ones."""
         ...
 
     def signal(self, descriptor: int, number: int) -> None:
-        """Send a signal to a child; without effect where it has ended."""
+        """Send a signal to a child; no effect if it has ended."""
         ...
 
     def kill_group(self, pid: int) -> None:
-        """SIGKILL to every process in the group that a child leads."""
+        """Send SIGKILL to every process in the group that a child leads."""
         ...
 
     def reap(self, descriptor: int, pid: int) -> int:
-        """Close the descriptor of a child that has ended, and free its number.
+        """Close the descriptor of an ended child, and free its process id.
 
         Returns its exit code.
         """
@@ -91,7 +91,7 @@ class Linux:
 class Supervisor:
     """The living children of this process.
 
-    Used by one thread; its signal handlers may call `signal`.
+    One thread uses it; its signal handlers may call `signal`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Supervisor:
         """Watch children.
 
         Args:
-            groups: each leads a process group, of which nothing may outlive it.
+            groups: whether each child leads a process group, none of which may outlive it.
         """
         self._system: System = Linux() if system is None else system
         self._groups = groups
@@ -110,7 +110,7 @@ class Supervisor:
             self.add(pid)
 
     def __len__(self) -> int:
-        """How many children live."""
+        """The number of living children."""
         return len(self._children)
 
     @property
@@ -118,10 +118,7 @@ class Supervisor:
         return list(self._children.values())
 
     def add(self, pid: int) -> int:
-        """Watch one more child.
-
-        Returns its pidfd, which the supervisor closes when the child ends.
-        """
+        """Watch one more child. Returns its pidfd, which is closed when the child ends."""
         descriptor = self._system.open(pid)
         self._children[descriptor] = pid
         return descriptor
@@ -132,11 +129,11 @@ class Supervisor:
             self._system.signal(descriptor, number)
 
     def kill_at(self, moment_s: float | None) -> None:
-        """From this moment of the system's clock on, `wait` kills what still lives; None: never."""
+        """Have `wait` kill the living children from this time of the clock on; None: never."""
         self._kill_at_s = moment_s
 
     def wait(self, timeout_s: float | None = None, also: Sequence[int] = ()) -> list[End]:
-        """Wait until a child ends, a descriptor of `also` is readable, or time is up.
+        """Wait until a child ends, a descriptor of `also` is readable, or the time is over.
 
         Returns:
             The children that have ended, in the order in which they were added.
@@ -151,7 +148,7 @@ class Supervisor:
         return [self._reap(found) for found in list(self._children) if found in ready]
 
     def kill_groups(self) -> None:
-        """SIGKILL to the process groups of all children."""
+        """Send SIGKILL to the process groups of all children."""
         for pid in self._children.values():
             self._system.kill_group(pid)
 
@@ -163,13 +160,14 @@ class Supervisor:
 
 
 def fork_child(body: Callable[[], int], *, outlives: bool = False) -> int:
-    """Fork a process that calls `body` and exits with what it returns; returns its process id.
+    """Fork a process that calls `body` and exits with its result. Returns the process id.
 
-    An exception in it is printed with its traceback, and makes the exit code 1. Call in the main
-    thread of a process that has no other.
+    An exception in the child is printed with its traceback and makes the exit code 1. Call it in
+    the main thread of a process without other threads.
 
     Args:
-        outlives: the child goes on when this process ends; otherwise the kernel kills it then.
+        outlives: whether the child outlives this process; otherwise the kernel kills it with its
+            parent.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -199,14 +197,14 @@ def _live(body: Callable[[], int], parent: int | None) -> NoReturn:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent` ends, which forked it in its main thread."""
+    """Have the kernel kill this process when `parent`, which forked it in its main thread, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def append_output(path: os.PathLike[str]) -> None:
-    """Send this process's standard output and errors to the end of a file; makes its folder."""
+    """Append this process's standard output and errors to a file, whose folder is made."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
@@ -218,7 +216,7 @@ def append_output(path: os.PathLike[str]) -> None:
 def on_signals(
     call: Callable[[int], None], numbers: Sequence[signal.Signals] = PASSED_ON
 ) -> Iterator[None]:
-    """Have `call(number)` called for these signals meanwhile, in place of their handlers."""
+    """Call `call(number)` for these signals during the block, in place of their handlers."""
 
     def handle(number: int, _: FrameType | None) -> None:
         call(number)

@@ -1,4 +1,4 @@
-"""The agent of a node: it starts, watches and replaces workers, and speaks for them.
+"""The agent of a node: it starts, watches and replaces workers, and reports for ended ones.
 
 May import launch.processes, elastic and parallel.errors.
 """

@@ -1,7 +1,8 @@
 """The agent: one per node. It starts, watches, kills, replaces and ends its workers.
 
-It also hosts what workers must not: a rendezvous store, and a Lighthouse where none is named. It
-has no part in training, so that a worker that dies or hangs takes nothing with it that others need.
+It also hosts the services that workers must not host: a rendezvous store, and a Lighthouse if none
+is named. It takes no part in training, so a worker that dies or hangs takes no shared service with
+it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from holdfast.parallel.errors import ConfigError, Stopped
 logger = logging.getLogger("holdfast.agent")
 
 _GRACE_S = 3.0
-"""How long workers have to end after SIGINT."""
+"""Seconds that workers have to end after SIGINT."""
 _TICK_S = 0.1
 _ASK_S = 0.5
 
@@ -60,7 +61,7 @@ class Agent:
     """One node's agent. Construct before the process has threads; `run` in the main thread."""
 
     _others: OtherNodes
-    """From `run` on."""
+    """Set by `run`."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Agent:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Fork the fork server. Workers will call `main` with what is imported by now.
+        """Fork the fork server. Workers will call `main` with all modules imported by now.
 
         Args:
             clock: seconds since any moment, for restarts, deadlines and hangs.
@@ -93,12 +94,12 @@ class Agent:
         """Run the node until its workers have finished or cannot go on.
 
         Args:
-            lighthouse: where it is, if that was not known when the agent was constructed.
+            lighthouse: the address of the Lighthouse, if it was unknown at construction.
         Returns:
-            0 when a worker reached the end of the run; 2 when one refused its configuration; 3
-            after SIGTERM, or when workers were killed and are not replaced; `NO_PROGRESS_EXIT` when
-            replacing them has become pointless; 130 after SIGINT; else the exit code of the last
-            that failed.
+            0 if a worker reached the end of the run; 2 if one refused its configuration; 3 after
+            SIGTERM, or if workers were killed and are not replaced; `NO_PROGRESS_EXIT` if replacing
+            them is pointless; 130 after SIGINT; otherwise the exit code of the last worker that
+            failed.
         """
         with contextlib.ExitStack() as held:
             held.callback(self._fork_server.close)
@@ -128,7 +129,7 @@ class Agent:
         return self._shutdown.exit_code
 
     def _membership(self, lighthouse: str, held: contextlib.ExitStack) -> MembershipSettings:
-        """The settings with the Lighthouse's URL; starts one here where none is named."""
+        """The settings with the Lighthouse's URL; starts a Lighthouse here if none is named."""
         membership = self._settings.membership
         where = lighthouse or membership.lighthouse
         if not where:
@@ -141,7 +142,7 @@ class Agent:
     def _specs(
         self, membership: MembershipSettings, store: str, folder: Path
     ) -> Iterator[WorkerSpec]:
-        """What the first workers of this node are told."""
+        """The specifications of the first workers of this node."""
         settings = self._settings
         for local_rank, rank in enumerate(settings.ranks, settings.first_local_rank):
             yield WorkerSpec(
@@ -197,7 +198,7 @@ class Agent:
             self._on_end(self._slots[report.rank], report)
 
     def _lose_fork_server(self) -> None:
-        """The fork server was killed, and its workers with it: this node is lost."""
+        """End the node: the fork server was killed, and its workers with it."""
         cause = f"node {self._settings.node}: the process that starts its workers is gone"
         logger.error("%s, and with it all workers", cause)
         self._shutdown.code = Stopped.exit_code
@@ -220,7 +221,7 @@ class Agent:
             self._replace(slot, end)
 
     def _finish(self, slot: WorkerSlot) -> None:
-        """A worker has reached the end of the run."""
+        """Handle a worker that reached the end of the run."""
         logger.info("rank %s has finished", slot.spec.identity)
         self._shutdown.finished = True
         self._stop_within(self._settings.exit_s)
@@ -229,7 +230,7 @@ class Agent:
                 other.kill("the run has ended before it could join")
 
     def _replace(self, slot: WorkerSlot, end: Ended) -> None:
-        """Tell the others of a worker that failed, report on its behalf, and start the next one."""
+        """Report a failed worker to the others and on its behalf, and start the next one."""
         stopping = self._shutdown.kill_at_s is not None
         cause = slot.killed_for or describe_end(end.code)
         logger.warning("rank %s: %s", slot.spec.identity, cause)
@@ -284,7 +285,7 @@ class Agent:
             self._publish(event)
 
     def _look_for_the_end(self) -> None:
-        """A node that none of the others has taken in yet leaves when the run has ended."""
+        """Leave if the run has ended and no other node has admitted this one yet."""
         is_over = self._settings.is_over
         if is_over is None or self._shutdown.finished or self._shutdown.draining:
             return
@@ -332,7 +333,7 @@ class Agent:
             slot.channel = None
 
     def _enter(self, message: dict[str, Any]) -> None:
-        """A worker has told of a generation: meet the other agents there."""
+        """Meet the other agents in the generation that a worker has reported."""
         if message["number"] <= self._others.generation:
             return
         self._hangs.enter(message["number"])
@@ -343,12 +344,12 @@ class Agent:
         self._others.enter(message)
 
     def _publish(self, event: MembershipEvent) -> None:
-        """Tell this node's workers at once, and all other nodes."""
+        """Send an event to this node's workers at once, and to all other nodes."""
         self._deliver(event)
         self._others.post(event)
 
     def _deliver(self, event: MembershipEvent) -> None:
-        """Tell this node's workers, and act on what is for this agent."""
+        """Send an event to this node's workers, and act on events for this agent."""
         if event.kind == "waiting":
             self._hangs.hear(event, self._clock())
         message = {"kind": "event", "event": event_to_data(event)}
@@ -357,7 +358,7 @@ class Agent:
                 send_message(slot.channel, message)
             if slot.spec.identity != event.identity:
                 continue
-            # One that others do not hear of and that runs here is cut off, not hung.
+            # A worker that runs here and that others do not hear of is cut off, not hung.
             silence_s = self._settings.membership.heartbeat_timeout_ms / 1000
             if event.kind == "silent" and slot.is_still(silence_s):
                 slot.kill(event.cause)
@@ -377,7 +378,7 @@ class Agent:
     def _drain(self) -> None:
         """Announce that this node leaves.
 
-        Its workers are let go by the others, or killed at the deadline.
+        The other nodes let its workers leave; workers that still live at the deadline are killed.
         """
         if self._shutdown.draining:
             return

@@ -1,9 +1,9 @@
-"""The fork server: a process that stays single-threaded and forks workers at any time.
+"""The fork server: a process that stays single-threaded and can fork workers at any time.
 
 The agent has threads (a store, a Lighthouse, watches), and a fork of a process with threads may
-copy a lock that is never released. So the agent forks this process before it starts any, and
-asks it for workers. Agent, fork server and workers are a chain in which each dies with the one
-before it (PR_SET_PDEATHSIG).
+copy a lock that is never released. So the agent forks this process before it starts any thread, and
+asks it for workers. Agent, fork server and workers are a chain in which each process dies with the
+one before it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from holdfast.launch.processes import Supervisor, append_output, fork_child
 _PACKET_BYTES = 1 << 16
 
 WorkerMain = Callable[[WorkerSpec, socket.socket], int]
-"""What a worker does with its spec and its channel to the agent; returns its exit code."""
+"""The work of a worker, given its spec and its channel to the agent; returns its exit code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,12 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A worker has ended, and what it left in its process group has been killed."""
+    """A worker has ended, and the rest of its process group has been killed."""
 
     rank: int
     pid: int
     code: int
-    """Its exit code, or the negative number of the signal that killed it."""
+    """The exit code, or the negative number of the signal that killed it."""
 
 
 class ForkServer:
@@ -68,14 +68,14 @@ class ForkServer:
         theirs.close()
 
     def fileno(self) -> int:
-        """Readable when `receive` has something."""
+        """The descriptor that is readable when `receive` has a report."""
         return self._control.fileno()
 
     def start(self, spec: WorkerSpec, log: Path) -> socket.socket:
         """Ask for a worker; `Started` follows. Returns the agent's end of the channel to it.
 
         Args:
-            log: where its output is appended.
+            log: the file that its output is appended to.
         Raises:
             BrokenPipeError: the fork server is gone.
         """
@@ -86,7 +86,7 @@ class ForkServer:
         return ours
 
     def receive(self) -> Started | Ended | None:
-        """The next report; None if the fork server, and so every worker, is gone. Waits for one."""
+        """Wait for the next report; None if the fork server, and so every worker, is gone."""
         try:
             packet, descriptors, _, _ = socket.recv_fds(self._control, _PACKET_BYTES, 1)
         except ConnectionError:
@@ -99,14 +99,14 @@ class ForkServer:
         return Ended(report["rank"], report["pid"], report["code"])
 
     def close(self) -> None:
-        """Kill what is left of the workers, and the fork server."""
+        """Kill the remaining workers and the fork server."""
         self._control.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
 
 def _serve(control: socket.socket, main: WorkerMain) -> int:
-    """Fork workers as the agent asks for them, and report their ends, until the agent is gone."""
+    """Fork workers on request, and report their ends, until the agent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     workers = Supervisor(groups=True)

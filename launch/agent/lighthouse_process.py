@@ -1,4 +1,4 @@
-"""A Lighthouse in a process of its own, which outlives the node that has started it."""
+"""A Lighthouse in a process of its own, which outlives the node that started it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ SILENCE_S = 5.0
 def detached_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Iterator[str]:
     """The URL of a new Lighthouse for a run. Call it in a process without threads.
 
-    It outlives this process, however that ends, for as long as workers of the run send heartbeats.
+    The Lighthouse outlives this process, however that ends, as long as workers of the run send
+    heartbeats.
 
     Args:
         host: the address to listen on, as all nodes reach it.
     Raises:
-        MembershipError: that address cannot be listened on.
+        MembershipError: the address cannot be listened on.
     """
     told, tell = os.pipe()
     gone, here = os.pipe()
@@ -50,7 +51,7 @@ def detached_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Itera
 
 
 def _close_all_but(descriptors: set[int]) -> None:
-    """Close all other descriptors, so that no pipe stays open because of this process."""
+    """Close all other descriptors, so that this process keeps no pipe open."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)

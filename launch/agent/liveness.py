@@ -1,4 +1,4 @@
-"""How an agent decides, from outside a worker, that the worker hangs. Time is given."""
+"""The liveness check: how an agent decides, from outside a worker, that the worker hangs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ LEFT_OUT_S = 10.0
 """How long a worker may live that the others went on without: it ends by itself once it knows."""
 
 LivenessCheck = Callable[[WorkerSpec, int], str | None]
-"""Why the worker of this specification and process id counts as hung; None if it does not."""
+"""The reason why the worker with a specification and process id counts as hung; None if it does
+not."""
 
 
 def timestamp_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
     """A check of the liveness timestamp, which the worker's Python writes ten times a second.
 
     Args:
-        stopped_s: how long a signal may stop a process.
-        hang_timeout_s: how long something, such as a held lock, may keep an interpreter from
+        stopped_s: seconds that a signal may stop a process.
+        hang_timeout_s: seconds that something, such as a held lock, may keep an interpreter from
             running.
     """
 
@@ -48,7 +49,7 @@ def timestamp_check(stopped_s: float, hang_timeout_s: float) -> LivenessCheck:
 def _is_stopped(pid: int) -> bool:
     """Whether a process is in state T.
 
-    What follows the last `)` of its line begins with the state.
+    The state follows the last `)` of the line in its stat file.
     """
     try:
         line = Path(f"/proc/{pid}/stat").read_text()

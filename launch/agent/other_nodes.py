@@ -1,4 +1,4 @@
-"""What an agent tells other nodes of a run, and hears of them."""
+"""The link of an agent to the other nodes of a run: events sent and received."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from holdfast.elastic import (
 )
 
 _WATCHERS = 3
-"""Agents that watch heartbeats for all: those of the first nodes of a generation."""
+"""The number of agents that watch heartbeats for all: those of a generation's first nodes."""
 _BULLETINS = 2
-"""Generations whose bulletins are followed: others may still be in the one before."""
+"""The number of generations whose bulletins are followed: others may still be in the last one."""
 
 
 class OtherNodes:
-    """The other nodes of a run, as one agent reaches them. Used by the agent's main thread."""
+    """The other nodes of a run, as one agent reaches them. The agent's main thread uses it."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class OtherNodes:
         """Start to watch the heartbeats at the Lighthouse.
 
         Args:
-            node: the own one.
-            on_event: called in other threads with each event that a node posts, the own included.
-            on_silence: called in another thread with what the watch of heartbeats finds.
+            node: this agent's own node.
+            on_event: called in other threads with each event that a node posts, also this one.
+            on_silence: called in another thread with the events of the heartbeat watch.
         """
         self.generation = 0
         """The newest that a worker of this node has told of; 0 before the first."""
@@ -50,7 +50,7 @@ class OtherNodes:
         self._watch = HeartbeatWatch(membership, on_silence)
 
     def enter(self, message: Mapping[str, Any]) -> None:
-        """Meet the other agents in the generation that a worker has told of."""
+        """Meet the other agents in the generation that a worker has reported."""
         self.generation = message["number"]
         self._bulletins.append(
             BulletinFollower(message["store"], message["prefix"], self._on_event)
@@ -62,7 +62,7 @@ class OtherNodes:
         self._watch.watch(self.generation, members)
 
     def post(self, event: MembershipEvent) -> None:
-        """Tell all other nodes of an event."""
+        """Post an event to all other nodes."""
         for bulletin in self._bulletins:
             bulletin.post(event)
 
@@ -83,8 +83,8 @@ class OtherNodes:
         """End all threads.
 
         Args:
-            over: the run has ended; otherwise the others are first given the time to go on without
-                the workers of this node, if they are there.
+            over: whether the run has ended; otherwise the others, if there are any, first get the
+                time to go on without the workers of this node.
         """
         deadline_s = time.monotonic() + 2 * self._membership.heartbeat_timeout_ms / 1000
         for thread in () if over else self._proxies:

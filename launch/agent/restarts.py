@@ -1,28 +1,29 @@
-"""When a lost worker is started again, and when that has become pointless."""
+"""The rule for restarts: when a lost worker starts again, and when that has become pointless."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 NO_PROGRESS_EXIT = 30
-"""Exit code of an agent whose workers keep ending with no step committed in between. Of the family
-of 3: the run's state is sound and can be resumed, but starting it again without a change will not
-help."""
+"""The exit code of an agent whose workers keep ending with no step committed in between. It belongs
+to the family of 3: the run's state is sound and can be resumed, but starting it again without a
+change will not help."""
 
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """How patient an agent is."""
+    """The patience of an agent."""
 
     limit: int = 5
-    """Restarts of one rank in a row without a step committed between them."""
+    """The most restarts of one rank in a row without a committed step between them."""
     first_s: float = 0.25
-    """Delay of the second restart in a row; the first has none. Doubles with each after that."""
+    """The delay of the second restart in a row; the first has none. It doubles with each further
+    one."""
     longest_s: float = 30.0
 
 
 class Restarts:
-    """Counts restarts since the last progress. Not tied to a clock."""
+    """Counts restarts since the last progress. The clock is the caller's."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
@@ -30,13 +31,13 @@ class Restarts:
         self._step = -1
 
     def committed(self, step: int) -> None:
-        """The run has committed `step` steps; one that it had committed before is no progress."""
+        """Note that the run has committed `step` steps; only an increase is progress."""
         if step > self._step:
             self._step = step
             self._in_a_row.clear()
 
     def delay_s(self, rank: int) -> float | None:
-        """How long to wait before starting a rank that has just ended; None: do not any more."""
+        """Seconds to wait before restarting a rank that has just ended; None: do not restart."""
         policy, before = self._policy, self._in_a_row.get(rank, 0)
         if before >= policy.limit:
             return None

@@ -1,4 +1,4 @@
-"""How an agent comes to its end, and with which exit code. Pure: time is given."""
+"""The end of an agent, and its exit code. Pure: the time is passed in."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 from holdfast.parallel.errors import ConfigError, Stopped
 
 INTERRUPTED = 130
-"""Exit code after SIGINT."""
+"""The exit code after SIGINT."""
 
 
 @dataclass(slots=True)
 class Shutdown:
-    """Whether, why and until when the workers of a node are to end."""
+    """Whether, why and by when the workers of a node end."""
 
     finished: bool = False
-    """The run has reached its end."""
+    """Whether the run has reached its end."""
     draining: bool = False
-    """The node leaves the run."""
+    """Whether the node leaves the run."""
     code: int | None = None
-    """The exit code, where it is decided."""
+    """The exit code, once it is decided."""
     failed_with: int = Stopped.exit_code
     """The exit code of the last worker that failed."""
     kill_at_s: float | None = None
-    """When workers that still live are killed; None: the node goes on."""
+    """The time at which living workers are killed; None: the node goes on."""
 
     def within(self, seconds: float, now_s: float) -> None:
-        """Give the workers this long; the earliest deadline counts."""
+        """Give the workers this many seconds; the earliest deadline counts."""
         deadline_s = now_s + seconds
         self.kill_at_s = deadline_s if self.kill_at_s is None else min(deadline_s, self.kill_at_s)
 
     def is_due(self, now_s: float) -> bool:
-        """Whether workers that still live are to be killed."""
+        """Whether it is time to kill the living workers."""
         return self.kill_at_s is not None and now_s > self.kill_at_s
 
     @property
@@ -41,7 +41,7 @@ class Shutdown:
 
     @property
     def exit_code(self) -> int:
-        """The agent's; see `Agent.run`."""
+        """The agent's exit code; see `Agent.run`."""
         if self.code is not None:
             return self.code
         if self.finished:

@@ -1,4 +1,4 @@
-"""A rank of this node, and the process that has it now."""
+"""A worker slot: a rank of this node, and the process that fills it now."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ logger = logging.getLogger("holdfast.agent")
 class WorkerSlot:
     """A rank that this node starts again when it is lost.
 
-    Changed by the agent's main thread alone.
+    Only the agent's main thread changes it.
     """
 
     spec: WorkerSpec
     channel: socket.socket | None = None
     descriptor: int = -1
-    """The worker's pidfd; -1 when no process runs."""
+    """The worker's pidfd; -1 if no process runs."""
     pid: int = 0
-    """0: no process; -1: one has been asked for."""
+    """The process id; 0: no process; -1: one has been asked for."""
     start_at_s: float | None = None
-    """When its next worker is to start."""
+    """The time at which its next worker starts."""
     is_member: bool = False
-    """Whether its worker has told of a generation, and is in the newest."""
+    """Whether its worker has reported a generation and is in the newest one."""
     left_out_s: float | None = None
-    """Since when the newest generation is without its worker, which was a member."""
+    """The time since which the newest generation lacks its worker, which was a member."""
     killed_for: str = ""
-    """Why its worker was killed."""
+    """The reason for which its worker was killed."""
 
     def signal(self, number: int) -> None:
         """Send a signal to exactly this worker, if it runs."""
@@ -49,11 +49,11 @@ class WorkerSlot:
             self.signal(signal.SIGKILL)
 
     def is_still(self, seconds: float) -> bool:
-        """Whether the worker's interpreter has not run for longer than this."""
+        """Whether the worker's interpreter has not run for longer than `seconds`."""
         age_s = liveness_age_s(self.spec.liveness)
         return age_s is not None and age_s > seconds
 
 
 def describe_end(code: int) -> str:
-    """How a process ended, for a person: from its exit code, or the negative number of a signal."""
+    """The end of a process in words, from its exit code or the negative number of a signal."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _SOON_STEPS = 2
-"""How many steps ahead a fault is asked for that is to come at once: a step may be under way."""
+"""Steps ahead for which an immediate fault is asked, because a step may be under way."""
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker of a run that lives on this machine."""
+    """A worker of a run on this machine."""
 
     rank: int
     incarnation: int
@@ -44,7 +44,7 @@ class Worker:
 
 
 def living_workers(run: RunDirectory) -> list[Worker]:
-    """The newest worker of each rank, if its process is on this machine and lives. Local."""
+    """The newest worker of each rank whose process lives on this machine. Local."""
     newest: dict[int, Worker] = {}
     for line in run.events.read_text().splitlines() if run.events.exists() else ():
         event = json.loads(line)
@@ -55,7 +55,7 @@ def living_workers(run: RunDirectory) -> list[Worker]:
 
 
 def _is_of_holdfast(pid: int) -> bool:
-    """Whether this process lives and is ours: the number may have been given to another since."""
+    """Whether the process lives and is a worker: its number may have been reused."""
     with contextlib.suppress(OSError):
         return b"holdfast" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
@@ -67,22 +67,22 @@ class FaultRequest:
 
     kind: str
     rank: int | None
-    """None: a random one each time."""
+    """The rank; None: a random one each time."""
     step: int
-    """At which the worker causes it, counted from 1; 0: at once."""
+    """The step, counted from 1, at which the worker causes the fault; 0: at once."""
     phase: str
     seconds: float
-    """How long the fault lasts, or how much slower the worker becomes."""
+    """The seconds that the fault lasts, or by which the worker slows down."""
     every_s: float
-    """Between two faults, about."""
+    """The approximate seconds between two faults."""
     count: int
-    """0: until the run ends."""
+    """The number of faults; 0: until the run ends."""
     seed: int
-    """Of what is chosen at random; 0: another one each time."""
+    """The seed of random choices; 0: a new one each time."""
 
 
 def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
-    """Cause one fault in one worker, or ask the worker for it; returns what was caused."""
+    """Cause one fault in one worker, or ask the worker for it. Returns the fault."""
     from holdfast.elastic import ask_for, fault_from_data
 
     at = request.step or last_step(run.metrics) + _SOON_STEPS
@@ -107,7 +107,7 @@ def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
 
 
 def faults(run: RunDirectory, request: FaultRequest) -> Iterator[Fault]:
-    """Cause one fault, or one about every `every_s` seconds up to `count` or the end of the run."""
+    """Cause one fault, or one about every `every_s` seconds, up to `count` or the run's end."""
     rng = random.Random(request.seed or None)
     caused = 0
     while request.count == 0 or caused < request.count:

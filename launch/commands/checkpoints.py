@@ -1,4 +1,4 @@
-"""`holdfast inspect`, `verify`, `diff` and `prove`: what a person asks of checkpoints."""
+"""`holdfast inspect`, `verify`, `diff` and `prove`: the commands on checkpoints."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def convert(
     world = world_from_environment(os.environ)
     rank, size = (0, 1) if world is None else (world.rank, world.world_size)
     columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    # Without a thread of its own, so that workers can be forked.
+    # It has no thread of its own, so that workers can be forked.
     bar = Progress(*columns, transient=True, auto_refresh=False, console=Console(stderr=True))
     with bar:
         task = bar.add_task("converting", total=None)
@@ -98,7 +98,7 @@ def parse_bytes(text: str) -> int:
     """A number of bytes: 512M, 2G, 1073741824.
 
     Raises:
-        ConfigError: not such a number.
+        ConfigError: the text is not a number of bytes.
     """
     found = re.fullmatch(r"(\d+) ?([KMGT]?)(?:iB|B)?", text.strip())
     if found is None:
@@ -115,7 +115,7 @@ def _value(text: str) -> tuple[str, int]:
 
 
 def summary_lines(converted: Converted) -> list[str]:
-    """What a person should know of a conversion that has ended, a line each."""
+    """The notes for a person on a finished conversion, one line each."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in converted.tensors.items())
     rate = converted.bytes / max(converted.seconds, 1e-9)
     lines = [

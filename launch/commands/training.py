@@ -82,7 +82,7 @@ def train(
 
 
 def _train_here(request: RunRequest, nproc: int, *, prove: bool) -> int:
-    """Train with workers that this command starts; returns its exit code."""
+    """Train with workers that this command starts. Returns its exit code."""
     workers = nproc or request.config.parallel.ranks
     with opened_run(replace(request, world_size=workers, ranks_here=workers)) as opened:
         if opened.config.elastic.enabled:
@@ -100,7 +100,7 @@ def _train_here(request: RunRequest, nproc: int, *, prove: bool) -> int:
 
 
 def _run_task(request: RunRequest, world: WorldInfo) -> int:
-    """Be the agent of one task of srun or mpirun; returns the command's exit code."""
+    """Run the agent of one task of srun or mpirun. Returns the command's exit code."""
     _quiet_connections()
     from holdfast.launch.launchers import run_first_task, run_other_task
 
@@ -219,7 +219,7 @@ def plan(
 
 
 def _ranks(text: str) -> list[int]:
-    """Ranks from numbers and ranges with commas between them."""
+    """The ranks in a text of numbers and ranges with commas between them."""
     found: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")

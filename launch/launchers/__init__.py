@@ -1,4 +1,4 @@
-"""How the workers of a run are started: alone, on this machine, as nodes of a cluster.
+"""The start of a run's workers: on this machine, or as nodes of a cluster.
 
 May import launch.agent, launch.processes, trainer, checkpoint.tiers, elastic and parallel.
 """

@@ -1,8 +1,7 @@
 """Elastic runs over several machines: each task of srun or mpirun is an agent; others may join.
 
-The first task opens the run's folder, which all nodes share, and hosts the Lighthouse where
-`elastic.lighthouse` names none. The other tasks learn of both from it, over one short connection
-each.
+The first task opens the run's folder, which all nodes share, and hosts the Lighthouse if
+`elastic.lighthouse` names none. The other tasks learn both from it, over one short connection each.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _RETRY_S = 0.2
 
 
 def task_ranks(task: int, tasks: int, ranks: int) -> tuple[int, ...]:
-    """The ranks of a task: contiguous, and as even as they can be. Pure.
+    """The ranks of a task: contiguous, and as even as possible. Pure.
 
     Raises:
-        ConfigError: more tasks than ranks.
+        ConfigError: there are more tasks than ranks.
     """
     if tasks > ranks:
         raise ConfigError(
@@ -51,15 +50,15 @@ def task_ranks(task: int, tasks: int, ranks: int) -> tuple[int, ...]:
 
 
 def run_first_task(request: RunRequest, world: WorldInfo) -> int:
-    """Be the agent of a job's first task until the run ends; returns the exit code.
+    """Run the agent of a job's first task until the run ends. Returns the exit code.
 
     Call it in a process without threads.
 
     Args:
-        world: of tasks, as the launcher tells it.
+        world: the world of tasks from the launcher.
     Raises:
-        HoldfastError: the run cannot be opened; tasks that do not fit, or that do not come. The
-            other tasks are told.
+        HoldfastError: the run cannot be opened, or tasks do not fit or do not connect. The other
+            tasks get the error.
     """
     with contextlib.ExitStack() as held:
         listening = held.enter_context(_listen(world))
@@ -89,12 +88,12 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
 
 
 def run_other_task(config: RunConfig, world: WorldInfo) -> int:
-    """Be the agent of another task of the job until the run ends; returns the exit code.
+    """Run the agent of another task of the job until the run ends. Returns the exit code.
 
     Call it in a process without threads.
 
     Raises:
-        ConfigError: the first task cannot be reached, or has told of an error.
+        ConfigError: the first task cannot be reached, or reported an error.
     """
     told, host = ask_first(world)
     run = RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))
@@ -106,7 +105,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
 
 
 def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
-    """The Lighthouse that is named, or one that stays when this task is lost."""
+    """The named Lighthouse, or a new one that survives the loss of this task."""
     membership = node.membership
     if membership.lighthouse:
         return contextlib.nullcontext(lighthouse_url(membership.lighthouse))
@@ -114,10 +113,10 @@ def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
 
 
 def _end_of_task(config: RunConfig, code: int) -> int:
-    """The exit code of a task; one whose MPI process was lost ends as that did.
+    """The exit code of a task; a task that lost its MPI process gets that code.
 
-    mpirun tells the other processes of an end by a signal, and not of one with an exit code (Open
-    MPI 5); those wait in `Shrink` until they are told.
+    mpirun (Open MPI 5) tells other processes of an end by a signal, but not of an end with an exit
+    code. They then wait in `Shrink` until they are told.
     """
     if config.parallel.backend == "mpi" and code not in (0, ConfigError.exit_code, 130):
         sys.stdout.flush()
@@ -127,13 +126,14 @@ def _end_of_task(config: RunConfig, code: int) -> int:
 
 
 def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[int, ...]) -> int:
-    """Take part in a run that is under way, with new ranks on this machine; returns the exit code.
+    """Join a run under way with new ranks on this machine. Returns the exit code.
 
     Call it in a process without threads.
 
     Args:
-        run, config: its folder, which this machine shares with the others, and what that holds.
-        info, ranks: what `take_ranks` gave.
+        run, config: the run's folder, which this machine shares with the others, and the
+            configuration in it.
+        info, ranks: the result of `take_ranks`.
     Raises:
         ConfigError: the run cannot grow.
     """
@@ -156,7 +156,7 @@ def _log_of(run: RunDirectory, node: AgentSettings) -> Path:
 
 
 def _task_settings(config: RunConfig, world: WorldInfo) -> AgentSettings:
-    """What a task's agent is told; `log` and `host` are not known yet."""
+    """The settings of a task's agent; `log` and `host` are not known yet."""
     tasks, ranks = world.world_size, config.parallel.ranks
     if config.parallel.backend == "mpi" and tasks != ranks:
         raise ConfigError(
@@ -258,7 +258,7 @@ def ask_first(
 
 
 def _received(connection: socket.socket) -> dict[str, Any]:
-    """One line of JSON; empty when there is none."""
+    """One line of JSON; empty if there is none."""
     connection.settimeout(MEET_S)
     try:
         with connection.makefile("rb") as lines:

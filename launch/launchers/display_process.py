@@ -32,13 +32,13 @@ class DisplayProcess:
     pipe: int
 
     def close(self) -> None:
-        """Let it show what is left, and wait for its end."""
+        """Show the remaining records, and wait for the process to end."""
         os.close(self.pipe)
         os.waitpid(self.pid, 0)
 
 
 def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:
-    """Fork the process that shows a run's records from now on. The caller must not have threads."""
+    """Fork the display process of a run. The caller must not have threads."""
     begin = [path.stat().st_size if path.exists() else 0 for path in (run.events, run.metrics)]
     reader, writer = os.pipe()
 
@@ -90,9 +90,9 @@ class _Follower:
         self._inode = path.stat().st_ino if path.exists() else 0
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines since the last call.
+        """The whole lines since the last call.
 
-        Where the file was rewritten, from about as far in it.
+        If the file was rewritten, they begin at about the same position in it.
         """
         if not self._path.exists():
             return
@@ -186,7 +186,7 @@ class _RunView:
 
 
 def describe_change(line: dict[str, Any]) -> str:
-    """One line about a change of membership, from its event."""
+    """A membership change in one line, from its event."""
     who = []
     if line["lost"]:
         who.append(f"without rank {', '.join(map(str, line['lost']))}")

@@ -1,4 +1,4 @@
-"""Starts an elastic run on this machine: its agents, and what they read of workers' waits."""
+"""The start of an elastic run on this machine: its agents, and their check of workers' waits."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
 
 
 def run_elastic(config: RunConfig, run: RunDirectory) -> int:
-    """Train on this machine, on `elastic.local_nodes` nodes; returns the exit code for the command.
+    """Train on this machine, on `elastic.local_nodes` nodes. Returns the command's exit code.
 
-    Called in the main thread of a process that has no other.
+    It is called in the main thread of a process without other threads.
 
     Raises:
         ConfigError: the run needs MPI.
@@ -59,7 +59,7 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
 
 
 def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
-    """What the workers of an elastic run do; imports, before they are forked, what they need."""
+    """The work of an elastic run's workers; it imports their modules before they are forked."""
     from holdfast.trainer import run_elastic_worker
     from holdfast.trainer.elastic import train_elastic_worker  # noqa: F401
 
@@ -72,11 +72,11 @@ def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
 def node_settings(
     config: RunConfig, run: RunDirectory, *, token: str, ranks: tuple[int, ...]
 ) -> AgentSettings:
-    """What the agent of this machine is told.
+    """The settings of this machine's agent.
 
     Args:
-        token: names this start of the run at its Lighthouse; another one for each start.
-        ranks: of this node.
+        token: the name of this start of the run at its Lighthouse; each start has another.
+        ranks: the ranks of this node.
     """
     elastic = config.elastic
     return AgentSettings(
@@ -84,7 +84,7 @@ def node_settings(
             elastic.lighthouse,
             token,
             config.parallel.ranks,
-            # Fewer ranks than make up one stage cannot go on: they wait for others.
+            # Fewer ranks than one stage needs cannot go on: they wait for others.
             max(elastic.min_ranks, config.parallel.mesh.shards),
             elastic.heartbeat_ms,
             elastic.heartbeat_timeout_ms,
@@ -101,7 +101,7 @@ def node_settings(
 
 
 def explained(code: int, run: RunDirectory, ranks: Iterable[int]) -> int:
-    """The exit code of a node, after a line for the person who started it where it is an error."""
+    """The exit code of a node, after a line for the person who started it if it is an error."""
     from holdfast.trainer import describe, root_cause
 
     if code not in (0, 130):
@@ -112,7 +112,7 @@ def explained(code: int, run: RunDirectory, ranks: Iterable[int]) -> int:
 
 
 def log_agents(path: Path) -> None:
-    """Send this process's log, and that of what it forks, to a file."""
+    """Send the log of this process, and of the processes it forks, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""RUN/elastic.json, the join file: where a run is joined, and which ranks it gave out."""
+"""The join file RUN/elastic.json: how to join a run, and which ranks have been given out."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _CONNECT_S = 3.0
 
 
 class JoinInfo(msgspec.Struct, frozen=True):
-    """The content of a join file: what a node needs to know to join the run."""
+    """The content of a join file."""
 
     lighthouse: str
-    """Its URL."""
+    """The URL of the Lighthouse."""
     token: str
-    """Names this start of the run there."""
+    """The name of this start of the run at the Lighthouse."""
     world_size: int
-    """Ranks that it was started with."""
+    """The number of ranks that the run was started with."""
     next_rank: int
     """The lowest rank that was never given out."""
 
     @staticmethod
     def begun(membership: MembershipSettings, lighthouse: str) -> JoinInfo:
-        """A run that starts now."""
+        """The content for a run that starts now."""
         ranks = membership.world_size
         return JoinInfo(lighthouse, membership.run, ranks, ranks)
 
 
 @contextlib.contextmanager
 def published_join_file(run: RunDirectory) -> Iterator[Callable[[JoinInfo], None]]:
-    """Yields the function that writes the join file.
+    """Yield the function that writes the join file.
 
     The file is removed at the end of the block.
     """
@@ -53,7 +53,7 @@ def published_join_file(run: RunDirectory) -> Iterator[Callable[[JoinInfo], None
 
 
 def take_ranks(run: RunDirectory, count: int) -> tuple[JoinInfo, tuple[int, ...]]:
-    """Reserve `count` ranks for a node that joins; no other call returns the same ones.
+    """Reserve `count` ranks for a joining node; no other call returns the same ones.
 
     Raises:
         ConfigError: the run is not under way, or cannot be reached from here.
@@ -78,7 +78,7 @@ def own_address(lighthouse: str) -> str:
     """The address of this machine as a Lighthouse sees it.
 
     Raises:
-        ConfigError: there is no way to it from here.
+        ConfigError: the Lighthouse cannot be reached from here.
     """
     at = urlsplit(lighthouse_url(lighthouse))
     try:

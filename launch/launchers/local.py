@@ -1,7 +1,7 @@
-"""Starts a run's workers on this machine: imports once, forks all, and watches them.
+"""The start of a run's workers on this machine: import once, fork all, watch them.
 
-The parent stays single-threaded until the workers are forked, so that a fork copies a process that
-holds no locks; torch is imported once instead of once per worker.
+The parent stays single-threaded until the workers are forked, so that no lock is held in the
+copies. torch is imported once instead of once per worker.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
 
 GRACE_S = 3.0
-"""How long workers have to end after SIGINT."""
+"""Seconds that workers have to end after SIGINT."""
 _COLLECT_S = 0.5
-"""How long the reasons of workers that fail together are collected."""
+"""Seconds to collect the reasons of workers that fail together."""
 _TICK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnd:
-    """How a worker process ended: an exit code, or the negative number of a signal."""
+    """The end of a worker process: an exit code, or the negative number of a signal."""
 
     rank: int
     code: int
@@ -49,9 +49,9 @@ Main = Callable[[WorldInfo], int]
 
 
 def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
-    """Train on `world_size` local workers; returns the exit code for the command.
+    """Train on `world_size` local workers. Returns the command's exit code.
 
-    Prints one line when a worker fails: the reason of the first that failed by itself.
+    If a worker fails, one line is printed: the reason of the first that failed by itself.
     """
     from holdfast.trainer import describe, root_cause, run_worker
 
@@ -90,9 +90,9 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
 
 
 def keep_memory(memory: Path, disk: Path) -> None:
-    """Flush the newest copy in shared memory to the disk where it is newer, and free the memory.
+    """Flush the newest copy in shared memory to the disk if it is newer, and free the memory.
 
-    This process has outlived the workers, so what they had committed there survives their crash.
+    This process outlives the workers, so copies that they had committed survive their crash.
     """
     if not memory.exists():
         return
@@ -114,14 +114,14 @@ def start_workers(
 ) -> list[WorkerEnd]:
     """Fork `world_size` workers that call `main`, and wait for them all.
 
-    When one fails, the others get SIGKILL a moment later. SIGINT, SIGTERM and SIGUSR1 to this
-    process go to the workers. A worker dies with this process, however that ends.
+    If one fails, the others get SIGKILL a moment later. SIGINT, SIGTERM and SIGUSR1 to this process
+    are passed on to the workers. A worker dies with this process, however that ends.
 
     Args:
-        exit_s: how long workers that were told to end by SIGTERM may take.
+        exit_s: seconds that workers may take to end after SIGTERM.
     Returns:
-        Ends in the order in which they happened. Workers that were killed because another failed
-        have code 0; after SIGINT to this process all have its negative number.
+        The ends in order of time. Workers that were killed because another failed have code 0;
+        after SIGINT to this process all have its negative number.
     """
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -185,7 +185,7 @@ def watch_workers(
 
 
 def _patience_s(forwarded: Sequence[int], exit_s: float) -> float:
-    """How long workers may live from the moment on in which one failed or a signal came."""
+    """Seconds that workers may live after one failed or a signal came."""
     if not forwarded:
         return _COLLECT_S
     return exit_s if forwarded[-1] == signal.SIGTERM else _COLLECT_S + GRACE_S

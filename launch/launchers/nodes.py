@@ -1,4 +1,4 @@
-"""Several agents on this machine, each a node of its own: for trials and tests of failing nodes."""
+"""Several agents on this machine, each a node of its own, to try and test the failure of nodes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ logger = logging.getLogger("holdfast.agent")
 
 
 def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
-    """A node's ranks shared out in order over several of them.
+    """Divide a node's ranks in order among several nodes.
 
-    A node for each rank where these are fewer.
+    If there are fewer ranks than nodes, each rank gets a node.
     """
     ranks = node.ranks
     nodes = min(nodes, len(ranks))
@@ -50,17 +50,17 @@ def run_nodes(
     folder: Path,
     announce: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Run one agent per node, and a Lighthouse for all where none is named.
+    """Run one agent per node, and a Lighthouse for all if none is named.
 
-    Call it in the main thread of a process that has no other. When an agent is killed, its workers
-    die with it; the others go on, since this process then speaks for the dead.
+    Call it in the main thread of a process without other threads. If an agent is killed, its
+    workers die with it. The others go on, because this process then reports for the dead workers.
 
     Args:
-        folder: for acceptor states and liveness timestamps; on this machine.
-        announce: told where the Lighthouse is, once it is there.
+        folder: the folder of acceptor states and liveness timestamps, on this machine.
+        announce: called with the Lighthouse's URL, once it runs.
     Returns:
-        0 when a worker of any node reached the end of the run; 130 after SIGINT; else the exit code
-        of the agent that gave one first, or 3 when all were killed.
+        0 if a worker of any node reached the end of the run; 130 after SIGINT; otherwise the first
+        exit code of an agent, or 3 if all were killed.
     """
     nodes = [replace(node, folder=folder / node.node) for node in nodes]
     if len(nodes) == 1:
@@ -88,9 +88,9 @@ def run_nodes(
 
 @contextlib.contextmanager
 def hosted_lighthouse(node: AgentSettings) -> Iterator[str]:
-    """The URL of the Lighthouse of a run: the one that is named, or one in this process meanwhile.
+    """The URL of a run's Lighthouse: the named one, or one in this process during the block.
 
-    Use after the last fork.
+    Use it after the last fork.
     """
     if node.membership.lighthouse:
         yield lighthouse_url(node.membership.lighthouse)
@@ -104,10 +104,10 @@ def hosted_lighthouse(node: AgentSettings) -> Iterator[str]:
 
 
 def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequence[int]) -> int:
-    """Fork an agent, which learns the Lighthouse's address from a pipe of its own.
+    """Fork an agent, which gets the Lighthouse's address from a pipe of its own.
 
     Args:
-        others: descriptors that it must not keep open, so that its pipe ends with this process.
+        others: the descriptors that it must close, so that its pipe ends with this process.
     """
 
     def body() -> int:
@@ -137,7 +137,7 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
             for end in children.wait():
                 codes.append(end.code)
                 if end.code == 0:
-                    # The run is over; a node that still waits to take part in it need not.
+                    # The run is over; a node that still waits to join it can end.
                     children.signal(signal.SIGTERM)
                 if end.code < 0:
                     node = agents[end.pid]

@@ -1,4 +1,4 @@
-"""Proofs that training was right: check, prove, replay, comparison of runs.
+"""Proofs of correct training: check, prove, replay, comparison of runs.
 
 May import launch.agent, launch.launchers, trainer, checkpoint, elastic and parallel.errors.
 """

@@ -1,4 +1,4 @@
-"""`holdfast check`: starts the layout at tiny size on local CPU ranks and reports what differs."""
+"""`holdfast check`: runs the layout at tiny size on local CPU ranks and reports differences."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _KINDS = (
 def check_layout(config: RunConfig, steps: int) -> int:
     """Run the check and print its result.
 
-    0 when the layout agrees with one process, 1 otherwise.
+    Returns 0 if the layout agrees with one process, else 1.
     """
     tiny = tiny_config(config, steps)
     ranks = tiny.parallel.ranks

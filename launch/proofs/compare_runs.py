@@ -1,4 +1,4 @@
-"""Compares a run that lost ranks with a fault-free run of the same configuration, bit by bit."""
+"""The comparison of a run that lost ranks with a fault-free run, bit by bit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from holdfast.trainer.run import RunDirectory
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """Two runs step by step."""
+    """Two runs, compared step by step."""
 
     steps: int
     first_difference: int | None
-    """The first step whose loss or gradient norm differs in any bit."""
+    """The first step with any different bit in loss or gradient norm; None if there is none."""
     equal_parameters: bool
 
     @property
@@ -30,7 +30,7 @@ def train_without_faults(run: RunDirectory) -> RunDirectory:
     """Train the same configuration in a folder of the run's, with fixed ranks and no faults.
 
     Raises:
-        CheckpointError: that run did not finish.
+        CheckpointError: the fault-free run did not finish.
     """
     folder = run.root / "undisturbed"
     done = subprocess.run(
@@ -59,7 +59,7 @@ def compare_runs(run: RunDirectory, other: RunDirectory) -> RunComparison:
 
 
 def bits_of(metrics: Path) -> dict[int, tuple[str, str]]:
-    """By step, loss and gradient norm as exact hexadecimal numbers."""
+    """By step, the loss and gradient norm as exact hexadecimal numbers."""
     lines = (json.loads(line) for line in metrics.read_text().splitlines())
     return {line["step"]: (line["loss_hex"], line["grad_norm_hex"]) for line in lines}
 
@@ -73,7 +73,7 @@ def _digest(run: RunDirectory) -> str:
 
 
 def describe_comparison(comparison: RunComparison, lost: int) -> str:
-    """The result in one line."""
+    """The comparison in one line."""
     if comparison.equal:
         return (
             f"{comparison.steps} steps, {lost} ranks lost on the way: every loss and gradient "
@@ -85,6 +85,6 @@ def describe_comparison(comparison: RunComparison, lost: int) -> str:
 
 
 def lost_ranks(run: RunDirectory) -> int:
-    """How many times a rank was lost."""
+    """The number of times that a rank was lost."""
     lines = run.events.read_text().splitlines()
     return sum(json.loads(line)["event"] == "rank_lost" for line in lines)

@@ -1,4 +1,4 @@
-"""Repeats the steps between two checkpoints of a run and compares what comes out."""
+"""The proof of a checkpoint: the steps since an earlier one are repeated and compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from holdfast.trainer.run import RunRequest, opened_run
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What repeating gave."""
+    """The result of the repetition."""
 
     steps: tuple[int, int]
     difference: Difference
@@ -28,7 +28,7 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
     """Train from `first` to the step of `second` in a scratch folder, and compare. Starts workers.
 
     Args:
-        overrides: `section.key=value` of the configuration, e.g. another layout.
+        overrides: `section.key=value` for the configuration, e.g. another layout.
     Raises:
         CheckpointError: the checkpoints are not of one run in this order, or training failed.
     """

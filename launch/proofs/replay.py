@@ -1,4 +1,4 @@
-"""`holdfast replay RUN`: the same changes of membership again on one machine, and the same bits."""
+"""`holdfast replay RUN`: repeats a run's membership changes on one machine, and its bits."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, open
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """How a repeated run compares with the first."""
+    """The comparison of a repeated run with the first."""
 
     steps: int
     first_difference: int | None
-    """The first step whose loss or gradient norm differs in any bit."""
+    """The first step with any different bit in loss or gradient norm; None if there is none."""
     changes: int
     different_plan: int | None
-    """The first change after which another plan was in force."""
+    """The first change followed by another plan; None if there is none."""
 
     @property
     def equal(self) -> bool:
@@ -49,7 +49,7 @@ def read_history(run: RunDirectory) -> MembershipHistory:
     """The history of a run's newest start.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the run has no history.
     """
     if not run.events.exists():
         raise ConfigError(f"{run.root} has no events.jsonl; name the folder of a run")
@@ -60,12 +60,12 @@ def read_history(run: RunDirectory) -> MembershipHistory:
 def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
     """Train in `out` with the losses, departures and arrivals of `source`, at the same steps.
 
-    Call it in the main thread of a process that has no other.
+    Call it in the main thread of a process without other threads.
 
     Returns:
-        The exit code of the run, and the comparison if it came to its end.
+        The exit code of the run, and the comparison if the run finished.
     Raises:
-        ConfigError: nothing to repeat, or the checkpoint that the run began from is gone.
+        ConfigError: there is nothing to repeat, or the checkpoint that the run began from is gone.
     """
     history = read_history(source)
     last = last_step(source.metrics) if history.last_step is None else history.last_step
@@ -92,7 +92,7 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
         finally:
             display.close()
     code = explained(code, run, (rank for ranks in history.nodes.values() for rank in ranks))
-    # A run that stops before its last step says so with exit code 3.
+    # A run that stops before its last step ends with exit code 3.
     if last_step(run.metrics) < last:
         return code or 1, None
     return 0, _compare(source, run, history)
@@ -111,10 +111,7 @@ def _config(config: RunConfig, history: MembershipHistory, last: int, out: Path)
 
 
 def _nodes(config: RunConfig, run: RunDirectory, history: MembershipHistory) -> list[AgentSettings]:
-    """An agent for each node that the run has had.
-
-    Another for those of its ranks that joined later.
-    """
+    """The settings of an agent for each node of the run, and for each rank that joined later."""
     token = uuid.uuid4().hex
     founders = config.parallel.ranks
 
@@ -152,12 +149,12 @@ def _compare(source: RunDirectory, run: RunDirectory, history: MembershipHistory
 
 
 def _shape(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan without the number of its generation, which counts failed attempts too."""
+    """A plan without its generation's number, which counts failed attempts too."""
     return {key: value for key, value in plan.items() if key != "generation"}
 
 
 def describe_replay(replay: Replay) -> str:
-    """The result in one line."""
+    """The comparison in one line."""
     if replay.different_plan is not None:
         change = f"change {replay.different_plan} of {replay.changes}"
         return f"{change} led to another plan than in the run"

@@ -14,7 +14,7 @@ from holdfast.parallel.errors import MembershipError
 
 _LOOK_S = 0.5
 SILENCE_S = 5.0
-"""How long after the last heartbeat of any worker a run counts as over."""
+"""Seconds after the last heartbeat of any worker after which a run counts as over."""
 
 
 @contextlib.contextmanager

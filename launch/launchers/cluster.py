@@ -31,7 +31,7 @@ from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import Resume, RunDirectory, RunRequest, opened_run, recorded_throughput
 
 MEET_S = 120.0
-"""How long the tasks of a job wait for each other."""
+"""Seconds that the tasks of a job wait for each other."""
 _RETRY_S = 0.2
 
 
@@ -190,7 +190,7 @@ def tell_others(
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Answer each other task once; all of them must have come first.
+    """Answer each other task once, after all of them have connected.
 
     Raises:
         ConfigError: one has not come in time.
@@ -228,7 +228,7 @@ def ask_first(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[dict[str, Any], str]:
-    """What the first task tells, and this machine's address on the way to it.
+    """The answer of the first task, and this machine's address towards it.
 
     Raises:
         ConfigError: it has not answered in time, or says that the run cannot begin.

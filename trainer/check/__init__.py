@@ -1,10 +1,10 @@
-"""Is a layout computed right? Replays a few steps of it at tiny size against one process.
+"""The check of a layout: a few steps of it at tiny size are compared with one process.
 
-It replays a few steps of a layout at tiny size against one process. The layout runs on local CPU
-ranks in float64. The reference is the unsharded model under a plain autograd loop with
-torch.optim.AdamW. The first difference is named, with the collective that is missing.
+The layout runs on local CPU ranks in float64. The reference is the unsharded model under a plain
+autograd loop with torch.optim.AdamW. The first difference is named, with the collective that is
+missing.
 
-May import what `holdfast.trainer` may.
+May import trainer and parallel.
 """
 
 import lazy_loader

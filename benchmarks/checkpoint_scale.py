@@ -21,6 +21,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from harness import TRILLION
 from holdfast.checkpoint.format.files import decode_manifest, encode_manifest
 from holdfast.checkpoint.format.manifest import SaveFacts, build_manifest
 from holdfast.checkpoint.loading.read_plan import check_coverage, make_read_plan
@@ -30,22 +31,12 @@ from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.saved_tensors import saved_tensors, state_format, wanted_boxes
 
 T = TypeVar("T")
-MODEL = {
-    "family": "llama",
-    "layers": 160,
-    "hidden": 25600,
-    "intermediate": 68608,
-    "heads": 200,
-    "kv_heads": 8,
-    "vocab": 131072,
-    "max_seq_len": 4096,
-}
 
 
 def config(tensor: int, pipeline: int, data: int) -> RunConfig:
     return msgspec.convert(
         {
-            "model": MODEL,
+            "model": TRILLION,
             "train": {"precision": "bf16", "seq_len": 4096, "global_batch": 3072, "micro_batch": 1},
             "parallel": {"tensor": tensor, "pipeline": pipeline, "data": data},
             "optimizer": {"block_elements": 1 << 24},

@@ -14,6 +14,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+TRILLION: Mapping[str, object] = {
+    "family": "llama",
+    "layers": 160,
+    "hidden": 25600,
+    "intermediate": 68608,
+    "heads": 200,
+    "kv_heads": 8,
+    "vocab": 131072,
+    "max_seq_len": 4096,
+}
+"""The `[model]` section of a trillion parameters, for what is planned without tensors."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:

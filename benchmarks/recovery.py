@@ -167,6 +167,20 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def undisturbed(
+    process: subprocess.Popen[bytes], run: Path, workers: Callable[[], list[int]]
+) -> Iterator[Contestant]:
+    """A run that writes metrics.jsonl, once it has trained for a while; ended afterwards."""
+    with ended(process):
+        observer = Observer(lambda: [run / "metrics.jsonl"], metrics_step)
+        observer.wait_for(UNDISTURBED_STEPS)
+        try:
+            yield Contestant(observer, workers)
+        finally:
+            observer.close()
+
+
+@contextlib.contextmanager
 def holdfast(folder: Path) -> Iterator[Contestant]:
     path, run = folder / "run.toml", folder / "run"
     path.write_text(config_text(elastic=True, checkpoint_every=0))
@@ -189,13 +203,8 @@ def holdfast(folder: Path) -> Iterator[Contestant]:
         newest = {e["rank"]: e["pid"] for e in events if e["event"] == "worker_started"}
         return [newest[rank] for rank in range(1, RANKS)] if len(placed) == RANKS else []
 
-    with ended(process):
-        observer = Observer(lambda: [run / "metrics.jsonl"], metrics_step)
-        observer.wait_for(UNDISTURBED_STEPS)
-        try:
-            yield Contestant(observer, workers)
-        finally:
-            observer.close()
+    with undisturbed(process, run, workers) as contestant:
+        yield contestant
 
 
 @contextlib.contextmanager
@@ -214,13 +223,8 @@ def torchrun(folder: Path) -> Iterator[Contestant]:
     def workers() -> list[int]:
         return children(process.pid)[1:]
 
-    with ended(process):
-        observer = Observer(lambda: [run / "metrics.jsonl"], metrics_step)
-        observer.wait_for(UNDISTURBED_STEPS)
-        try:
-            yield Contestant(observer, workers)
-        finally:
-            observer.close()
+    with undisturbed(process, run, workers) as contestant:
+        yield contestant
 
 
 @contextlib.contextmanager

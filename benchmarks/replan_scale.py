@@ -22,6 +22,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from harness import TRILLION
 from holdfast.parallel.plan.admission import next_plan
 from holdfast.parallel.plan.block_transfers import held_blocks, plan_block_transfers
 from holdfast.parallel.plan.plan import Plan
@@ -32,23 +33,13 @@ from holdfast.trainer.step.planning import plan_of
 TENSOR, PIPELINE, DATA = 8, 16, 782
 RANKS = TENSOR * PIPELINE * DATA
 NODE = 8
-MODEL = {
-    "family": "llama",
-    "layers": 160,
-    "hidden": 25600,
-    "intermediate": 68608,
-    "heads": 200,
-    "kv_heads": 8,
-    "vocab": 131072,
-    "max_seq_len": 4096,
-}
 
 
 def first_plan() -> Plan:
     """A trillion parameters over 100,096 ranks, with one shadow per block."""
     config = msgspec.convert(
         {
-            "model": MODEL,
+            "model": TRILLION,
             "train": {
                 "precision": "bf16",
                 "seq_len": 4096,

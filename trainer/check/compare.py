@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,32 +126,37 @@ def _activation_hint(
 
 
 def _losses(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) -> list[Finding]:
-    findings = []
-    for step in steps:
-        expected = reference.losses[step]
-        for number, rank in enumerate(ranks):
-            apart = abs(rank.losses[step] - expected) / max(1.0, abs(expected))
-            if not apart <= LOSS_TOLERANCE:
-                hint = _scale_hint(rank.losses[step], expected)
-                findings.append(Finding("loss", f"of step {step + 1}", number, apart, hint))
-                break
-    return findings
+    of_ranks = [rank.losses for rank in ranks]
+    return _scalars("loss", of_ranks, reference.losses, steps, LOSS_TOLERANCE, _scale_hint)
 
 
 def _norms(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) -> list[Finding]:
+    of_ranks, expected = [rank.grad_norms for rank in ranks], reference.grad_norms
+    hint = (
+        "if the gradients agree, a parameter is counted too often or not at all "
+        "(ParameterSpec.counts_in_norm), or some rank's share of the squares is missing"
+    )
+    tolerance = TENSOR_TOLERANCE
+    return _scalars("gradient norm", of_ranks, expected, steps, tolerance, lambda *_: hint)
+
+
+def _scalars(
+    what: str,
+    of_ranks: Sequence[Sequence[float]],
+    expected: Sequence[float],
+    steps: range,
+    tolerance: float,
+    hint: Callable[[float, float], str],
+) -> list[Finding]:
+    """The first rank of each step whose number is too far from the reference's."""
     findings = []
     for step in steps:
-        expected = reference.grad_norms[step]
-        for number, rank in enumerate(ranks):
-            apart = abs(rank.grad_norms[step] - expected) / max(1.0, abs(expected))
-            if not apart <= TENSOR_TOLERANCE:
-                hint = (
-                    "if the gradients agree, a parameter is counted too often or not at all "
-                    "(ParameterSpec.counts_in_norm), or some rank's share of the squares is missing"
-                )
-                findings.append(
-                    Finding("gradient norm", f"of step {step + 1}", number, apart, hint)
-                )
+        for number, values in enumerate(of_ranks):
+            actual, wanted = values[step], expected[step]
+            apart = abs(actual - wanted) / max(1.0, abs(wanted))
+            if not apart <= tolerance:
+                said = hint(actual, wanted)
+                findings.append(Finding(what, f"of step {step + 1}", number, apart, said))
                 break
     return findings
 

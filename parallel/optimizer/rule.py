@@ -1,8 +1,8 @@
 """The definition of an optimizer: its kinds of state for a parameter, and its update.
 
 An optimizer is an `OptimizerRule` in a file of its own and one line in registry.py. The sharded
-optimizer, shadows, state transfer, checkpoints and memory estimates iterate over its kinds. Needs
-no torch.
+optimizer, shadows, state transfer, checkpoints, converters and memory estimates iterate over its
+kinds. Needs no torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ S = TypeVar("S")
 MASTER = "master"
 """The kind of the values that an update changes, in the precision of the optimizer's state.
 
-They are the parameters themselves, or a copy of them where the parameters have fewer bits.
-
-They are the parameters themselves, or a copy if the parameters have fewer bits."""
+They are the parameters themselves, or a copy if the parameters have fewer bits.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,13 @@ class StateKind:
     """The name in files: "exp_avg"."""
     initial: float = 0.0
     """The value of each element before the first update."""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or self.name == MASTER:
+            raise ValueError(
+                f"a kind of state is named {self.name!r}; names of tensors and of files are made "
+                f"of it: use letters, digits and underscores, and not {MASTER!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from holdfast.elastic import (
     WorkerSpec,
     fault_from_data,
 )
+from holdfast.parallel.optimizer import MASTER
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
 from holdfast.trainer.elastic.incidents import ChangeRecord, record_of, write_changes
@@ -177,9 +178,9 @@ class ElasticSession:
     def _corrupt(self) -> None:
         """Flip one bit of a block that this rank owns, or else shadows."""
         training = self._parts().training
-        kind = training.optimizer.form.rule.kinds[0].name
-        own = training.optimizer.state[kind]
-        values = own if own.numel() else training.shadows.state[kind]
+        optimizer, shadows = training.optimizer, training.shadows
+        kind = (*optimizer.form.held[1:], MASTER)[0]
+        values = optimizer.block_state(0)[kind] if optimizer.owned else shadows.state[kind]
         values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)[0] ^= 1 << 20
 
 

@@ -18,6 +18,8 @@ from holdfast.trainer.step import state_format
 def has_state(manifest: Manifest, form: StateFormat) -> bool:
     """Whether a checkpoint holds optimizer state; one converted from weights alone does not."""
     kinds = {kind.name for kind in form.rule.kinds}
+    if not kinds:
+        return not is_converted(manifest)
     return any(entry.kind in kinds for entry in manifest.tensors.values())
 
 

@@ -34,6 +34,7 @@ from holdfast.checkpoint.format import (
     ELEMENT_BYTES,
     INDEX,
     UNPREFIXED_KINDS,
+    WEIGHT,
     header_bytes,
 )
 from holdfast.checkpoint.stores import write_synced
@@ -144,9 +145,13 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     ]
     if not chosen:
         raise CheckpointError(f"{catalog.root} holds no weights")
+    types = {tensor.name: out for tensor, out in chosen if tensor.kind == WEIGHT}
     for tensor in catalog.tensors:
-        if tensor.kind not in (*UNPREFIXED_KINDS, MASTER):
-            catalog.left_out[tensor.full_name] = "Hugging Face folders hold weights only"
+        same = tensor.kind == MASTER and types[tensor.name] == tensor.dtype
+        if not same and tensor.kind not in UNPREFIXED_KINDS:
+            catalog.left_out[tensor.full_name] = (
+                f"Hugging Face folders hold weights only, and no {tensor.kind}"
+            )
     shelves = _shelves(chosen)
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}

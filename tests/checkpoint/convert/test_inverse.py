@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from holdfast.checkpoint.convert.elements.pieces import LogicalTensor, SourceTensor
-from holdfast.checkpoint.convert.rules.inverse import cut, map_back
+from holdfast.checkpoint.convert.rules.inverse import cut, map_back, state_name
 from holdfast.checkpoint.convert.rules.mapping import map_tensors
-from holdfast.checkpoint.convert.rules.rules import RuleBook, parse_rules
+from holdfast.checkpoint.convert.rules.rules import RuleBook, builtin_rules, parse_rules
 from holdfast.parallel.errors import CheckpointError
 from support.foreign.source_in_memory import Source, numbers
 
@@ -247,3 +247,18 @@ def test_parts_combine_alike() -> None:
     mixed = [tensors[0], replace(tensors[1], combine="sum")]
     with pytest.raises(CheckpointError, match="combine"):
         theirs(parse_rules(RULES, "rules.toml"), mixed)
+
+
+def test_states_are_named_as_they_will_be_read() -> None:
+    book = builtin_rules("megatron")
+
+    def name(kind: str) -> str | None:
+        found = state_name(book, kind)
+        return None if found is None else found.fill({"key": "decoder.norm"})
+
+    assert name("weight") == "decoder.norm"
+    assert name("master") == "optimizer.state.param.decoder.norm"
+    assert name("momentum") == "optimizer.state.momentum.decoder.norm"
+    # These would come back as master copies, and as a weight's name that begins with "b.".
+    assert name("param") is None
+    assert name("a.b") is None

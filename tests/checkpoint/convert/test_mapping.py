@@ -270,6 +270,10 @@ def test_patterns_capture_and_fill() -> None:
     assert Pattern("a.{x}.{x}").match("a.1.2") is None
     assert Pattern("a+b*").match("aab") is None
     assert pattern.fill({"layer": "3", "rest": "w"}) == "model.layers.3.w"
+    state = Pattern("state.{kind:w}.{key}")
+    assert state.match("state.exp_avg.layers.0.w") == {"kind": "exp_avg", "key": "layers.0.w"}
+    assert state.match("state.a-b.w") is None
+    assert state.fill({"kind": "momentum", "key": "w"}) == "state.momentum.w"
 
 
 def test_expressions() -> None:

@@ -65,17 +65,37 @@ SIGN = OptimizerRule(
 )
 
 
+def _update_without_state(
+    updates: Sequence[BlockUpdate], step: Tensor, lr: float, decay: float
+) -> None:
+    for update in updates:
+        update.master.sub_(update.gradient.sign(), alpha=lr * float(step))
+
+
+STATELESS = OptimizerRule(
+    name="sign",
+    kinds=(),
+    settings=lambda section: section.weight_decay,
+    update_blocks=_update_without_state,
+    reference=_reference,
+)
+"""Its updates grow with their number, so that a lost count is seen."""
+
+
 @contextmanager
 def registered() -> Iterator[None]:
-    with mock.patch.dict(OPTIMIZERS, {SIGN.name: SIGN}):  # type: ignore[arg-type]
+    rules = {rule.name: rule for rule in (SIGN, STATELESS)}
+    with mock.patch.dict(OPTIMIZERS, rules):  # type: ignore[arg-type]
         yield
 
 
-def config(train: dict[str, Any] | None = None, **parallel: int) -> RunConfig:
+def config(
+    train: dict[str, Any] | None = None, name: str = SIGN.name, **parallel: int
+) -> RunConfig:
     return make_config(
         model={"layers": 2, "dropout": 0.0},
         train={"steps": STEPS, "global_batch": 4, **(train or {})},
-        optimizer={"name": SIGN.name, "lr": 1e-3},
+        optimizer={"name": name, "lr": 1e-3},
         parallel=dict(parallel),
     )
 
@@ -164,6 +184,30 @@ def test_the_state_of_a_new_rule_is_saved_and_goes_on_in_another_layout(
     assert [line["loss_hex"] for line in metrics_of(tmp_path)] == alone["losses"]
     [finished] = events_of(tmp_path, "run_finished")
     assert finished["parameter_digest"] == alone["digest"], json.dumps(finished)
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_rule_without_state_goes_on_at_its_step(
+    cluster: Cluster, tmp_path: Path, precision: str
+) -> None:
+    whole = config({"precision": precision}, name=STATELESS.name)
+    run(cluster, "train_in", whole, root=str(tmp_path / "whole"))
+    first = config({"precision": precision, "stop_after": 3}, name=STATELESS.name)
+    run(cluster, "train_in", first, root=str(tmp_path / "halves"))
+    run(cluster, "train_in", whole, root=str(tmp_path / "halves"))
+    expected, found = (
+        [(line["step"], line["loss_hex"]) for line in metrics_of(tmp_path / name)]
+        for name in ("whole", "halves")
+    )
+    assert found == expected
+    assert len(expected) == STEPS
+
+
+@pytest.mark.parametrize("name", ["", "exp.avg", "a/b", "master"])
+def test_a_kind_of_state_has_a_name_that_tensors_and_files_can_have(name: str) -> None:
+    with pytest.raises(ValueError, match="letters, digits and underscores"):
+        StateKind(name)
 
 
 @pytest.mark.mp

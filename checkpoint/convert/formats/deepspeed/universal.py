@@ -175,10 +175,12 @@ def _states(catalog: Catalog, typed: Sequence[Typed]) -> list[LogicalTensor]:
         if tensor.kind in (*UNPREFIXED_KINDS, MASTER):
             continue
         if tensor.kind in KINDS or tensor.full_name not in kept:
-            catalog.left_out[tensor.full_name] = "the universal format has no place for it"
+            catalog.left_out[tensor.full_name] = (
+                f"the universal format has no place for {tensor.kind}"
+            )
         elif tensor.dtype not in FLOATS:
             catalog.left_out[tensor.full_name] = (
-                f"the universal format keeps states in F32, and it is {tensor.dtype}"
+                f"the universal format keeps states in F32; {tensor.kind} is {tensor.dtype}"
             )
         else:
             states.append(tensor)

@@ -160,7 +160,11 @@ def choose_tensors(
         elif tensor.kind in kinds and tensor.full_name in states:
             kept.append((tensor, "F32"))
         elif tensor.kind != MASTER:
-            catalog.left_out[tensor.full_name] = f"{NAME} has no place for it"
+            catalog.left_out[tensor.full_name] = f"{NAME} has no place for {tensor.kind}"
+    written = {tensor.full_name for tensor, _ in kept}
+    for tensor in fine.values():
+        if tensor.full_name not in written:
+            catalog.left_out[tensor.full_name] = f"{NAME} has {MASTER} values beside states only"
     chosen = ChosenTensors(kept, kinds)
     if not chosen.weights():
         raise CheckpointError(f"{catalog.root} holds no weights")

@@ -92,7 +92,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 def ours(reduction: str, rank: int, ranks: int, batch: int, store: Any) -> Callable[[], None]:
     from holdfast.trainer.step.build import open_training
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     config = msgspec.convert(our_config(reduction, ranks, batch), RunConfig)
     training = open_training(config, local_world(rank, ranks), store)

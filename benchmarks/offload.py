@@ -43,7 +43,7 @@ from holdfast.parallel.offload import compact_heap_environment
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.build import open_training
 from holdfast.trainer.step.training import Training
-from holdfast.trainer.world import local_world
+from holdfast.trainer.worlds.world import local_world
 from offload_memory import Memory
 from support.runs.small_runs import make_config
 

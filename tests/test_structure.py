@@ -9,7 +9,7 @@ import pytest
 
 from support.source_tree import FOLDERS, MODULES, functions_and_classes, tree_of
 
-MOST_ROOMS = 18
+MOST_ROOMS = 17
 """Entries of one folder, its own `__init__` aside."""
 LONGEST_FUNCTION = 60
 """Lines of a function, its docstring not counted."""

@@ -7,7 +7,3 @@ from .worker import (
     run_elastic_worker as run_elastic_worker,
     run_worker as run_worker,
 )
-from .world import (
-    WorldInfo as WorldInfo,
-    local_world as local_world,
-)

@@ -10,8 +10,7 @@ from pathlib import Path
 from holdfast.parallel.errors import HoldfastError
 from holdfast.trainer.external_launcher import run_external_worker
 from holdfast.trainer.run import RunRequest, load_run_config
-from holdfast.trainer.world import WorldInfo
-from holdfast.trainer.worlds import world_from_environment
+from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 
 def main() -> int:

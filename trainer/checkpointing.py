@@ -44,7 +44,7 @@ from holdfast.trainer.step import (
     wanted_boxes,
     weights_only,
 )
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")
 

@@ -21,7 +21,7 @@ from holdfast.trainer.run import (
     opened_run,
     recorded_throughput,
 )
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -24,7 +24,7 @@ from holdfast.trainer.reports import (
 )
 from holdfast.trainer.run import RunDirectory, locate_log
 from holdfast.trainer.step import AtPhase, Outcome, Training, no_hook, open_training, rate_of
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")
 

@@ -20,7 +20,7 @@ from holdfast.parallel.errors import PeerLost, Stopped
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_error, write_error
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 if TYPE_CHECKING:
     from holdfast.elastic import WorkerSpec

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer import WorldInfo
 from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
@@ -24,7 +23,7 @@ from holdfast.trainer.run import (
     opened_run,
     with_throughput,
 )
-from holdfast.trainer.worlds import world_from_environment
+from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
 Overrides = Annotated[

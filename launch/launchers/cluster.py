@@ -26,9 +26,9 @@ from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.elastic import explained, log_agents, node_settings, worker_main
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
-from holdfast.trainer import WorldInfo
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import Resume, RunDirectory, RunRequest, opened_run, recorded_throughput
+from holdfast.trainer.worlds import WorldInfo
 
 MEET_S = 120.0
 """Seconds that the tasks of a job wait for each other."""

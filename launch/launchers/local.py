@@ -26,9 +26,9 @@ from holdfast.launch.processes import (
     on_signals,
 )
 from holdfast.parallel.errors import CheckpointError
-from holdfast.trainer import WorldInfo, local_world
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
+from holdfast.trainer.worlds import WorldInfo, local_world
 
 GRACE_S = 3.0
 """Seconds that workers have to end after SIGINT."""

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch.distributed import Store
 
 from holdfast.launch.launchers import start_workers
-from holdfast.trainer import WorldInfo, describe, root_cause, run_worker
+from holdfast.trainer import describe, root_cause, run_worker
 from holdfast.trainer.check import (
     Finding,
     compare,
@@ -26,6 +26,7 @@ from holdfast.trainer.check import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, RunRequest, opened_run
+from holdfast.trainer.worlds import WorldInfo
 
 _SHOWN = 8
 _KINDS = (

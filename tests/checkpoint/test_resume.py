@@ -164,7 +164,7 @@ def save_and_load_elsewhere(
     from holdfast.trainer.run.resume import Resume
     from holdfast.trainer.run.run_directory import RunDirectory
     from holdfast.trainer.step.build import open_training
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)
     world = local_world(rank, world_size)

@@ -9,7 +9,7 @@ from holdfast.parallel.keyed_random import dropout, stream_key
 from holdfast.parallel.optimizer.accumulator import fixed_point
 from holdfast.trainer.step.build import open_training
 from holdfast.trainer.step.learning_rate import rate_of
-from holdfast.trainer.world import local_world
+from holdfast.trainer.worlds.world import local_world
 from support.runs.small_runs import make_config
 
 pytestmark = [

@@ -74,7 +74,7 @@ def test_another_precision_is_saved_and_estimated_by_its_entry() -> None:
 def train_in_half(rank: int, world_size: int, store: Store, *, data: int) -> Any:
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.step.learning_rate import rate_of
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     config = half_config(data=data)
     with half_precision():

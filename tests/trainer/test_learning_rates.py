@@ -17,7 +17,7 @@ from holdfast.trainer.config.loading import load_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run.run_directory import RunDirectory
 from holdfast.trainer.step.learning_rate import rate_of
-from holdfast.trainer.world import local_world
+from holdfast.trainer.worlds.world import local_world
 from support.runs.small_runs import make_config, metrics_of
 
 TABLE = """

@@ -156,7 +156,7 @@ def test_fifty_steps_equal_a_plain_loop(
 def losses_on_held_out_text(rank: int, world_size: int, store: Any, *, config: dict) -> float:
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.step.learning_rate import rate_of
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     run_config = msgspec.convert(config, RunConfig)
     training = open_training(run_config, local_world(rank, world_size), store)

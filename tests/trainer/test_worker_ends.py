@@ -13,7 +13,7 @@ import pytest
 from holdfast.parallel.errors import ConfigError, PeerLost, Stopped
 from holdfast.trainer import elastic, worker
 from holdfast.trainer.run import RunDirectory, read_error, write_error
-from holdfast.trainer.world import local_world
+from holdfast.trainer.worlds.world import local_world
 from support.processes.fake_clock import FakeClock
 from support.runs.small_runs import make_config
 

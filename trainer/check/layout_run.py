@@ -12,7 +12,7 @@ from holdfast.trainer.check.capture import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step import open_training, rate_of
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 
 def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture:

@@ -17,7 +17,7 @@ from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.run import Resume, RunDirectory, checkpoint_root, find_resume, set_aside_newer
 from holdfast.trainer.step import Training
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 
 class ElasticSaves:

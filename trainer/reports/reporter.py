@@ -23,7 +23,7 @@ from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Outcome, Training
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 
 class Reporter:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 
 def introduce(store: Store, world: WorldInfo) -> None:

@@ -12,7 +12,7 @@ from holdfast.parallel.comm import Backend, build_groups
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds import WorldInfo
 
 
 def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training:

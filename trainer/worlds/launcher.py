@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds.world import WorldInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.world import WorldInfo
 from holdfast.trainer.worlds.launcher import Environment, Launcher, port_of
+from holdfast.trainer.worlds.world import WorldInfo
 
 
 def _reader(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from holdfast.trainer.world import WorldInfo
 from holdfast.trainer.worlds.launcher import Launcher
 from holdfast.trainer.worlds.mpi import OPEN_MPI, PMI
 from holdfast.trainer.worlds.slurm import SLURM
 from holdfast.trainer.worlds.torchrun import TORCHRUN
+from holdfast.trainer.worlds.world import WorldInfo
 
 LAUNCHERS: Final = (TORCHRUN, SLURM, OPEN_MPI, PMI)
 """In the order of the search: torchrun may run inside a job of Slurm."""

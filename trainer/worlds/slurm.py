@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.world import WorldInfo
 from holdfast.trainer.worlds.launcher import Environment, Launcher, first_host, port_of
+from holdfast.trainer.worlds.world import WorldInfo
 
 
 def _read(found: Environment) -> WorldInfo:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from holdfast.trainer.world import WorldInfo
 from holdfast.trainer.worlds.launcher import Environment, Launcher
+from holdfast.trainer.worlds.world import WorldInfo
 
 
 def _read(found: Environment) -> WorldInfo:

@@ -18,7 +18,7 @@ from holdfast.launch.launchers.join_file import JoinInfo
 from holdfast.trainer import external_launcher
 from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run import RunDirectory, RunRequest
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds.world import WorldInfo
 from support.runs.small_runs import make_config
 
 LOCAL: dict[str, str] = {}

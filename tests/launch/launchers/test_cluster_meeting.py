@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.launch.launchers.cluster import MEET_S, ask_first, tell_others
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.world import WorldInfo, local_world
+from holdfast.trainer.worlds.world import WorldInfo, local_world
 from support.processes.fake_clock import FakeClock
 
 

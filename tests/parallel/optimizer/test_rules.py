@@ -120,7 +120,7 @@ def train_with_shadows(rank: int, world_size: int, store: Store, *, config: dict
     from holdfast.trainer.elastic.state_recovery import fill_shadows
     from holdfast.trainer.step import build
     from holdfast.trainer.step.learning_rate import rate_of
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     nodes = {r: f"node{r}" for r in range(world_size)}
     roster = Roster(tuple(range(world_size)), nodes)

@@ -46,7 +46,7 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
     """Train all steps on this rank: exact losses and norms, and a digest of the parameters."""
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.step.learning_rate import rate_of
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)
     training = open_training(run_config, local_world(rank, world_size), store)
@@ -80,7 +80,7 @@ def train_in(
     from holdfast.trainer.run.resume import find_resume
     from holdfast.trainer.run.run_directory import RunDirectory
     from holdfast.trainer.step.training import Training
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)
     path = Path(root)
@@ -140,7 +140,7 @@ def run_in(
 def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug: str = "") -> Any:
     """What one rank of a checked layout saw, with a bug put in first if one is named."""
     from holdfast.trainer.check.layout_run import run_layout
-    from holdfast.trainer.world import local_world
+    from holdfast.trainer.worlds.world import local_world
 
     run_config = convert_config(config)
     if not bug:

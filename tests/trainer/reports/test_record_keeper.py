@@ -14,7 +14,7 @@ from holdfast.trainer.reports.record_keeper import RecordKeeper
 from holdfast.trainer.reports.reporter import Reporter
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Outcome
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds.world import WorldInfo
 
 
 def metrics(step: int, world: int = 2) -> StepMetrics:

@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.step.build import open_training
 from holdfast.trainer.step.training import Training
-from holdfast.trainer.world import local_world
+from holdfast.trainer.worlds.world import local_world
 from support.runs.small_runs import make_config
 
 

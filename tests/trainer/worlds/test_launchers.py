@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.world import WorldInfo
 from holdfast.trainer.worlds import LAUNCHERS, world_from_environment
 from holdfast.trainer.worlds.launcher import first_host
+from holdfast.trainer.worlds.world import WorldInfo
 
 TORCHRUN = {
     "RANK": "3",
@@ -47,7 +47,7 @@ PMI = {
 FLUX = '''
 """Flux: tasks of `flux run`."""
 
-from holdfast.trainer.world import WorldInfo
+from holdfast.trainer.worlds.world import WorldInfo
 from holdfast.trainer.worlds.launcher import Environment, Launcher
 
 

@@ -1,6 +1,6 @@
 """The place of a process among the workers of a run.
 
-Pure; see trainer.worlds for how it is read.
+Pure; registry.py says how it is read.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""Signals and killed processes: how the command ends, and what it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.runs.commands import HOLDFAST, environment, lines_of
+
+
+def descendants(pid: int) -> set[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = {int(child) for child in children}
+    return found.union(*(descendants(child) for child in found)) if found else set()
+
+
+def wait_until(condition: object, timeout_s: float = 40.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # pyrefly: ignore[not-callable]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+@pytest.fixture
+def long_run(config: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run that would take minutes, past its first steps."""
+    run = config.parent / "long"
+    process = subprocess.Popen(
+        [*HOLDFAST, "train", str(config), "--out", str(run), "--set", "train.steps=100000"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = run / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+    yield process, run
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_a_killed_worker_ends_the_run_and_is_named(
+    long_run: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, run = long_run
+    started = {
+        event["rank"]: event["pid"]
+        for event in lines_of(run / "events.jsonl")
+        if event["event"] == "worker_started"
+    }
+    workers = descendants(process.pid)
+    assert set(started.values()) == workers
+    os.kill(started[2], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "rank 2 was killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+    content = (run / "metrics.jsonl").read_text()
+    assert content.endswith("\n")
+    steps = [line["step"] for line in lines_of(run / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_no_worker_outlives_a_killed_command(
+    long_run: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, _ = long_run
+    workers = descendants(process.pid)
+    assert len(workers) == 4
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_an_interrupt_ends_all_workers_at_once(
+    long_run: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, _ = long_run
+    workers = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_termination_saves_the_last_step_and_ends(
+    long_run: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, run = long_run
+    workers = descendants(process.pid)
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: (run / "checkpoints" / "latest").exists())
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "Traceback" not in errors
+    last = lines_of(run / "metrics.jsonl")[-1]["step"]
+    assert f"stopped by a signal after step {last}, which is saved" in errors
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
+    wait_until(lambda: not any(alive(pid) for pid in workers))

@@ -26,7 +26,34 @@ from holdfast.trainer.elastic.worker_status import (
 from holdfast.trainer.step import plan_of
 from holdfast.trainer.step.progress import Outcome, Requests, StepProgress
 
+STEPS = 6
+CONFIG = """
+[model]
+family = "llama"
+layers = 2
+hidden = 32
+intermediate = 48
+heads = 4
+kv_heads = 2
+vocab = 64
+[train]
+steps = 6
+seq_len = 16
+global_batch = 12
+micro_batch = 1
+[optimizer]
+block_elements = 256
+[parallel]
+data = 4
+[elastic]
+enabled = true
+verify_every = 0
+"""
 OUTCOME = Outcome(loss=2.0, grad_norm=1.0, nonfinite_ranks=0, out_of_range_ranks=0)
+
+
+def lost(*ranks: int) -> frozenset[int]:
+    return frozenset(ranks)
 
 
 class FakeStore:
@@ -335,3 +362,8 @@ def worker(
     )
     failing.at.extend(failures or [])
     return made
+
+
+def numbers(session: FakeSession) -> list[int]:
+    """The steps that were begun, counted from 0."""
+    return [step for step, _, _ in session.steps]

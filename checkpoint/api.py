@@ -108,7 +108,7 @@ class Checkpointer:
         self._manager = CheckpointManager(members, ManagerSettings(arena_bytes, timeout_s))
         self._plan: tuple[object, WritePlan] | None = None
         self._is_on_gpu = False
-        """Whether some of what the plan saves is on a GPU."""
+        """Whether a tensor of the plan is on a GPU."""
         self._hooks = [
             value.register_step_pre_hook(self._before_update)
             for value in state.values()
@@ -214,14 +214,11 @@ class Checkpointer:
 
     def _load_from(self, checkpoint: StoredCheckpoint) -> Mapping[str, Any]:
         name = f"{self._meeting.exchanges}"
-        """The targets of a checkpoint's tensors, and the boxes wanted on this node. Collective."""
         manifest, self.load_statistics = self._manager.load(checkpoint, name, self._prepare)
         return restore_scalars(self.state, manifest.scalars.get("state", {}))
 
     def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
-        """The targets of a checkpoint's tensors, and the boxes that this node's ranks want.
-
-        Collective.
+        """The targets of a checkpoint's tensors, and the boxes wanted on this node. Collective.
 
         Optimizers first get empty tensors for the state that the checkpoint has for them.
         """
@@ -278,7 +275,7 @@ class _Meeting:
     def __init__(self, rank: int, size: int, store: Store) -> None:
         self.rank, self.size, self.store = rank, size, store
         self.exchanges = 0
-        """How many there were: the same number on all ranks."""
+        """The number of exchanges so far, equal on all ranks."""
 
     def exchange(self, what: str, mine: Any) -> list[Any]:
         """The values of all ranks, by rank."""

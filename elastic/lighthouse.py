@@ -72,7 +72,7 @@ class Lighthouse:
                 f"no Lighthouse can listen on {host}:{port}: {error}; free the port or name another"
             ) from error
         self.address = f"http://{host}:{self._server.address().rsplit(':', 1)[1]}"
-        """Where its clients connect."""
+        """The URL for clients."""
 
     def close(self) -> None:
         self._server.shutdown()

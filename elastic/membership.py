@@ -65,7 +65,7 @@ class Membership:
         """
         self.spec, self._clock, self._sleep = spec, clock, sleep
         self.generation: Generation | None = None
-        """The newest that `agree` has returned."""
+        """The newest generation that `agree` has returned."""
         self._log = EventLog(spec.identity)
         self._heartbeats: Heartbeats | None = None
         self._stores = StoreClients(store_timeout_s)

@@ -136,7 +136,7 @@ class Checkpoints:
         self._progress = SaveProgress(saved_s=clock())
         self._plan: WritePlan | None = None
         self.loaded: LoadStatistics | None = None
-        """What loading took, where the run was resumed."""
+        """The statistics of the load, if the run was resumed."""
 
     @property
     def committed_step(self) -> int:

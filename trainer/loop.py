@@ -88,7 +88,7 @@ class StepTimer:
         """Begin to measure `step`, counted from 0."""
         self._parts, self._step = parts, step
         self.spans: list[trace.PhaseSpan] = []
-        """Of the phases that are over, in seconds of `perf_counter`."""
+        """The spans of the ended phases, in seconds of `perf_counter`."""
         self._start = perf_counter()
         parts.clock.start(parts.training)
 

@@ -45,7 +45,7 @@ class Deadline:
         self.seconds = seconds
         self.cancelled = False
         self.pause = pause
-        """For those that look again and again until the deadline."""
+        """The pause between two looks of a wait that polls until the deadline."""
         self._clock, self._at = clock, clock() + seconds
 
     def check(self) -> None:
@@ -174,7 +174,7 @@ class FileStream:
         self._begin = 0
         self._fill = 0
         self._offset = 0
-        """Of the slab's first used byte, in the file."""
+        """The offset of the slab's first used byte in the file."""
 
     def room(self, offset: int, deadline: Deadline) -> Tensor:
         """The memory for the bytes from `offset` of the file on: uint8, as many as have room."""

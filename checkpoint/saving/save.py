@@ -76,7 +76,7 @@ class Save:
         self._resources = resources
         written = [p for p in job.plan.pieces_of(coordination.rank) if not p.sources]
         self._local = sorted(written, key=job.before)
-        """What the snapshot copies, in its order."""
+        """The pieces that the snapshot copies, in its order."""
         items = [
             SnapshotItem(job.source(p.name, p.box), p.file, p.offset, job.before(p))
             for p in self._local
@@ -91,7 +91,7 @@ class Save:
             config=job.config,
         )
         self._owns_partial = False
-        """Whether this rank has made the folder that is not a checkpoint yet."""
+        """Whether this rank has made the folder of the uncommitted checkpoint."""
         self._handles: dict[str, int] = {}
         """The engine's handle of each file that is open."""
         self._joined: Mapping[tuple[str, int], int] = {}

@@ -52,7 +52,7 @@ class Saver:
         self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._saves = 0
         self._finished: Coordination | None = None
-        """Of the newest save that succeeded, until its keys are removed."""
+        """The coordination of the newest successful save, until its keys are removed."""
 
     @property
     def busy(self) -> bool:

@@ -82,7 +82,7 @@ class Snapshot:
         self._copy = _copier_of(items)
         self.error: Exception | None = None
         self.stall_s = 0.0
-        """Time that fences kept the training thread."""
+        """Seconds that fences held up the training thread."""
 
     @property
     def checksums(self) -> list[int]:

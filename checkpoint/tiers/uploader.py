@@ -64,10 +64,10 @@ class Uploader:
         self._keep, self._timeout_s = keep, timeout_s
         self._sent = set() if sent is None else sent
         self._deadline = Deadline(timeout_s)
-        """Of the upload under way."""
+        """The deadline of the upload under way."""
         self._uploads = 0
         self._pending: list[Path | None] = []
-        """The queue, the upload under way included; None: nothing follows."""
+        """The queue, with the upload under way; None marks its end."""
         self._is_aborted = False
         self._changed = threading.Condition()
         self._results: queue.SimpleQueue[UploadResult] = queue.SimpleQueue()

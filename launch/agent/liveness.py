@@ -17,7 +17,7 @@ from holdfast.elastic import (
 from holdfast.launch.agent.worker_slot import WorkerSlot
 
 LEFT_OUT_S = 10.0
-"""How long a worker may live that the others went on without: it ends by itself once it knows."""
+"""Seconds that a worker may live after the others went on without it; it ends by itself."""
 
 LivenessCheck = Callable[[WorkerSpec, int], str | None]
 """The reason why the worker with a specification and process id counts as hung; None if it does
@@ -86,7 +86,7 @@ class HangWatch:
     def causes(
         self, slots: Iterable[WorkerSlot], now_s: float, *, draining: bool
     ) -> dict[int, str]:
-        """By rank, why running workers are to be killed.
+        """The running workers to kill: rank -> reason.
 
         Args:
             draining: the node leaves the run, so that the others are expected to go on without it.

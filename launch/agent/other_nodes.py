@@ -42,7 +42,7 @@ class OtherNodes:
             on_silence: called in another thread with the events of the heartbeat watch.
         """
         self.generation = 0
-        """The newest that a worker of this node has told of; 0 before the first."""
+        """The newest generation that a worker of this node has reported; 0 before the first."""
         self._membership, self._node, self._on_event = membership, node, on_event
         self._bulletins: list[BulletinFollower] = []
         self._proxies: list[threading.Thread] = []

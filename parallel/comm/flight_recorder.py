@@ -136,7 +136,7 @@ class FlightRecorder:
         self._numbers = itertools.count(1)
         self._groups: dict[str, int] = {}
         self.blocked_s = 0.0
-        """Seconds that the thread that made the recorder has waited on the host for operations."""
+        """Seconds that the recorder's own thread has waited on the host for operations."""
         self._thread = threading.get_ident()
         words = self._words
         words[1], words[2], words[3], words[5] = _VERSION, rank, os.getpid(), slots

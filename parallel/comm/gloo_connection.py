@@ -206,9 +206,9 @@ class Connection:
         self.name = name
         self.peer = peer
         self.open: set[Message] = set()
-        """Posted and not yet seen to end. Outlives an abort: gloo may still hold these buffers."""
+        """Messages without a known end. They survive an abort: gloo may hold their buffers."""
         self.is_closed = False
-        """Whether gloo writes and reads nothing any more."""
+        """Whether gloo has stopped writing and reading."""
         self._peer_index = int(mesh.rank < peer)
         self._group: Any = None
         self._is_ready = False

@@ -43,7 +43,7 @@ class _Channel:
         self.comm = comm
         self.place = {rank: place for place, rank in enumerate(ranks)}
         self.open: set[_Message] = set()
-        """Posted and not yet seen to end. Outlives an abort: MPI may still hold these buffers."""
+        """Messages without a known end. They survive an abort: MPI may hold their buffers."""
         self.is_broken = False
 
     def revoke(self) -> None:
@@ -136,7 +136,7 @@ class MpiFamily:
         self.world = _Channel(job.Dup(), self.ranks)
         self._channels: list[_Channel] = [self.world]
         self._abandoned: list[_Channel] = []
-        """Revoked channels; MPI still holds their buffers, so they are kept from being reused."""
+        """Revoked channels. MPI still holds their buffers, so these must not be reused."""
         self._enter(signal)
 
     def _enter(self, signal: AbortSignal) -> None:

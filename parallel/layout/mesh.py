@@ -100,11 +100,11 @@ class Mesh:
 
     @property
     def stage_replica_text(self) -> str:
-        """What divides a stage replica, for people: e.g. "tensor 2 x context 4"."""
+        """The axes that divide a stage replica, for people: e.g. "tensor 2 x context 4"."""
         return " x ".join(f"{axis} {self[axis]}" for axis in self.axes_inside)
 
     def shard_text(self, shard_index: int) -> str:
-        """Where a shard stands in its stage replica, for people: e.g. "tensor 1, context 0"."""
+        """A shard's coordinates in its stage replica, for people: e.g. "tensor 1, context 0"."""
         here = self.along(shard_index)
         return ", ".join(f"{axis} {here[axis]}" for axis in self.axes_inside)
 
@@ -169,7 +169,7 @@ class Mesh:
 
     @cached_property
     def first_holders(self) -> tuple[int, ...]:
-        """Of each part of the parameters, the lowest shard that holds it; ascending."""
+        """The lowest shard that holds each part of the parameters; ascending."""
         first: dict[int, int] = {}
         for shard in range(self.shards):
             first.setdefault(self.part_of(shard), shard)
@@ -177,7 +177,7 @@ class Mesh:
 
     @cached_property
     def shares(self) -> int:
-        """Among how many ranks of a stage replica its computation is divided; others repeat it."""
+        """The number of ranks of a stage replica that divide its computation; others repeat it."""
         return prod(size for axis, size in self._inside() if axis.splits_work)
 
     def repeat_of(self, shard_index: int) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ def add_integers(sums: Tensor, other: Tensor) -> int:
 
 
 class GradientSource(Protocol):
-    """What hands gradients over; `WeightGradientQueue`."""
+    """The source of gradients; `WeightGradientQueue`."""
 
     def subscribe(self, sink: GradientAccumulator, /) -> None:
         """Hand all gradients to `sink` from now on."""
@@ -95,7 +95,7 @@ class GradientAccumulator:
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
         self.flags = 0
         self._micro_batch = -1
-        """Whose gradients are being added."""
+        """The micro-batch whose gradients are being added."""
         self._skipped: frozenset[nn.Parameter] = frozenset()
         self.included: dict[nn.Parameter, set[int]] = {}
         """The micro-batches whose gradients have been added since `clear`."""

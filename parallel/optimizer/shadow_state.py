@@ -177,7 +177,7 @@ class ShadowState:
             self.blocks, form, device, in_host_memory=in_host_memory
         )
         self._staged: dict[str, Tensor] | None = None
-        """On the device, of the largest block's size; where copies lie in host memory."""
+        """Device tensors of the largest block's size, if copies lie in host memory; else None."""
         if in_host_memory:
             largest = max((block.stop - block.start for block in self.blocks), default=0)
             self._staged = {
@@ -188,7 +188,7 @@ class ShadowState:
             for block in (self.blocks if self._staged is None else ())
         ]
         self._copied: torch.cuda.Event | None = None
-        """When the last update has reached host memory."""
+        """The event after which the last update is in host memory."""
 
     @property
     def copies(self) -> ShadowCopies:

@@ -63,7 +63,7 @@ class WeightGradientQueue:
 
     @property
     def sink(self) -> GradientSink | None:
-        """What adds the gradients up."""
+        """The sink that sums the gradients."""
         return self._sink
 
     def subscribe(self, sink: GradientSink) -> None:

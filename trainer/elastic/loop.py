@@ -92,7 +92,7 @@ class ElasticLoop:
         self._verified = 0
         """The last step at which all copies of the state were equal."""
         self._tidy_from: int | None = None
-        """From this step on a change is wanted though no rank comes or goes; see `tidy_step`."""
+        """The step from which on a change without joining ranks is wanted; see `tidy_step`."""
 
     def run(self) -> None:
         """Train. Collective over all workers.

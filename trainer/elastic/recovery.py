@@ -170,11 +170,11 @@ class Recovery:
         """Where the state is known to be corrupt, the last step at which it was sound: the next
         change loads a checkpoint that is no newer."""
         self.generation: Generation | None = None
-        """Of the active plan."""
+        """The generation of the active plan."""
         self.training: Training | None = None
-        """Under the active plan."""
+        """The training under the active plan."""
         self._prepared: tuple[Generation, Training] | None = None
-        """Complete, but not known to be active anywhere."""
+        """A complete training that is not known to be active anywhere."""
         drives.membership.on_urgent(self._on_urgent)
 
     def _on_urgent(self, event: MembershipEvent) -> None:

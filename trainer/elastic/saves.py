@@ -36,9 +36,9 @@ class ElasticSaves:
         self._signals = Signals()
         self._current: Checkpoints | None = None
         self._loaded: tuple[Training, Checkpoints] | None = None
-        """A loaded training, which need not have become active, and its checkpoints."""
+        """A loaded training, active or not, and its checkpoints."""
         self._notes: Sequence[str] = ()
-        """What there is to say of the newest load."""
+        """The notes on the newest load."""
         self._ended = False
 
     @property

@@ -48,11 +48,11 @@ class ElasticSession:
         self._reporter: Reporter | None = None
         self._clock = PhaseClock()
         self._digest = ""
-        """Of the state at the newest comparison since the last change."""
+        """The digest of the state at the newest comparison since the last change."""
         self._told: Sequence[MembershipEvent] = ()
         """The membership events that led to the last change."""
         self._changes: list[ChangeRecord] = []
-        """Since the last vote: their recorders wrote them before they voted, or have died."""
+        """The changes since the last vote; recorders write theirs before they vote."""
         self._faults = FaultInjector(
             spec.rank,
             spec.incarnation,

@@ -45,7 +45,7 @@ class StepInFlight:
         self._shard = plan.stage_replicas.shard_index(rank)
         self._interrupted = NOT_INTERRUPTED
         self._own_losses: dict[int, Tensor] = {}
-        """Of an interrupted step: loss sums by micro-batch that this rank reports again."""
+        """The loss sums of an interrupted step that this rank reports again, by micro-batch."""
         self._backwards = 0
         self._half = sum(action.op in _BACKWARDS for action in program) // 2
         self._at_half: Callable[[], None] = lambda: None

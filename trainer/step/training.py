@@ -91,9 +91,9 @@ class Training:
         self.optimizer = new_optimizer(config, plan, rank, self.model, groups, owned)
         self._shadows = self._shadows_after(before)
         self._fence: Fence | None = None
-        """Asked before a block changes, while a snapshot copies the state."""
+        """The fence that is called before a block changes, while a snapshot copies the state."""
         self.background_transfer: BackgroundTransfer | None = None
-        """This rank's part in giving ranks what they will have under the next plan."""
+        """This rank's part in the background transfer to the next plan."""
         self._program = prepared(rank, lambda other: training_program(plan, other))
         self._in_flight = StepInFlight(
             plan, rank, self.model, self._program[0], self.progress.decided

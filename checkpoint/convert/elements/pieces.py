@@ -91,7 +91,7 @@ class LogicalTensor:
     name: str
     """The name without the kind."""
     kind: str
-    """As in `TensorEntry`."""
+    """The kind, as in `TensorEntry`."""
     dtype: str
     """The element type in the source."""
     shape: tuple[int, ...]

@@ -27,7 +27,7 @@ class FormatModule(Protocol):
     """The module of a format. One that is only read has no `plan`."""
 
     def read(self, path: Path, options: ReadOptions) -> Catalog:
-        """What a checkpoint of the format holds; content is read later."""
+        """The catalog of a checkpoint in this format; content is read later."""
         ...
 
     def plan(self, catalog: Catalog, options: WriteOptions) -> Output:

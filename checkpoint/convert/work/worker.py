@@ -124,7 +124,7 @@ def _check_source(catalog: Catalog, output: Output, share: Share) -> None:
                 crc = _native.crc32c(part.ctypes.data, part.size, crc)
         if crc != catalog.checks[file, offset, length]:
             raise CheckpointError(
-                f"{catalog.root / file} is damaged: the chunk at byte {offset} has checksum "
+                f"{catalog.root / file} is damaged: the piece at byte {offset} has checksum "
                 f"{crc:08x}, not {catalog.checks[file, offset, length]:08x}"
             )
 

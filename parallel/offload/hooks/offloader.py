@@ -92,7 +92,7 @@ class Offloader:
         self._lock = threading.RLock()
         self._records: weakref.WeakValueDictionary[int, Record] = weakref.WeakValueDictionary()
         self._held: dict[int, StorageWeakRef] = {}
-        """Storages that leave no memory free when they are sent: others hold them."""
+        """Storages that others hold, so that sending them frees no memory."""
         self._outgoing = Outgoing()
         self._prefetch = Prefetch(self._fetch)
         self._scope = Scope(None)
@@ -103,7 +103,7 @@ class Offloader:
         self._in_step = False
         self._tidied_s = 0.0
         self.last_step = OffloadReport()
-        """What the step before the one that is under way has sent."""
+        """The report of the last ended step."""
 
     def keep(self, *what: nn.Module | Tensor) -> None:
         """Leave these tensors, or a module's parameters and buffers, in memory while they live."""

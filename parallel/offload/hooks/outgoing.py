@@ -13,7 +13,7 @@ class Outgoing:
 
     def __init__(self) -> None:
         self.dead: deque[Dead] = deque()
-        """Remains of records, which are appended when they are collected as garbage."""
+        """The remains of records that the garbage collector has removed."""
         self._leaving: list[Record] = []
         self._leaving_bytes = 0
 

@@ -15,7 +15,7 @@ class Scope:
         self.key = key
         self.complete = False
         self.nbytes = 0
-        """That could have been sent out, sent or not."""
+        """The bytes that could have been sent out, sent or not."""
         self._records: list[weakref.ref[Record]] = []
 
     def add(self, record: Record) -> None:
@@ -49,7 +49,7 @@ class Prefetch:
         self._scope: Scope | None = None
         self._next = -1
         self.ahead_bytes = 0
-        """Brought back, or on the way, and not asked for yet."""
+        """The bytes brought back or on their way back, and not asked for yet."""
 
     def expect(self, keys: Iterable[Hashable]) -> None:
         """Set the backward passes of a step, in their order; earlier ones are forgotten."""

@@ -40,7 +40,7 @@ class Record:
     def __init__(self, tensor: Tensor, storage: torch.UntypedStorage, dead: deque[Dead]) -> None:
         self._original = StorageWeakRef(storage)
         self._changes = tensor.detach()
-        """Shares the tensor's version counter; its own memory is let go with `memory`."""
+        """Shares the tensor's version counter; its memory is freed with `memory`."""
         self._dead = dead
         self.version = tensor._version
         self.nbytes = storage.nbytes()
@@ -50,7 +50,7 @@ class Record:
         self.copy: StoredCopy | None = None
         self.scope: object = None
         self.index = 0
-        """Its place among the storages that one forward pass has saved."""
+        """Its position among the storages that one forward pass has saved."""
         self.ahead = False
         """Whether it was brought back before it was asked for."""
         self.asked = False

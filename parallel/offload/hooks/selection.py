@@ -13,7 +13,7 @@ class Selection:
     def __init__(self, bounds: Bounds) -> None:
         """The first step sends the largest share that `bounds` allow."""
         self.amount = Amount(share=bounds.most_share)
-        """What this step sends."""
+        """The amount that this step sends."""
         self._bounds = bounds
         self._credit = 0.0
         self._kind: Hashable = None

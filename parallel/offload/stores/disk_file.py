@@ -93,7 +93,7 @@ class DiskFile:
         self._slots = Slots()
         self._refused = False
         self.fault = ""
-        """Why no more room is taken from the drive; taken room serves on unless a write failed."""
+        """The reason to take no more room; taken room stays in use unless a write failed."""
         self.engine = _native.FileEngine(queue_depth=_QUEUE_DEPTH, background=True)
         """The requests' engine; tests inject faults into it."""
         try:

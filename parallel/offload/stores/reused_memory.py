@@ -30,7 +30,7 @@ class ReusedMemory:
         self._made = 0
         self._touched: set[int] = set()
         self._unused: deque[tuple[int, int]] = deque()
-        """Appended to when a tensor's memory is let go, in whatever thread that happens."""
+        """The memory of freed tensors, appended in any thread."""
 
     def take(self, lead: int, nbytes: int) -> Tensor:
         """Take uint8[nbytes] that begins `lead` bytes, less than a page, into a page."""

@@ -110,7 +110,7 @@ class StagedCopy:
         self._key = key
         self.nbytes = source.numel()
         self.failed: OSError | None = None
-        """Always None: what cannot be written stays in staging; the file refuses what follows."""
+        """Always None: unwritable bytes stay in staging, and the file refuses later ones."""
         self._source: Tensor | None = source
         self._target: Tensor | None = None
         self._event = store.copier.out(source, piece)

@@ -59,7 +59,7 @@ def main() -> None:
 
     before, after = config(8, 16, 24), config(8, 32, 8)
     plan, form = plan_of(before), state_format(before)
-    tensors = timed("who holds what", lambda: saved_tensors(plan, form))
+    tensors = timed("the holders of all boxes", lambda: saved_tensors(plan, form))
     nodes = [rank // 8 for rank in range(before.parallel.ranks)]
     write_plan = timed("write plan", lambda: make_write_plan(tensors, nodes))
     crcs = {

@@ -78,7 +78,7 @@ def groups_of(mesh: Mesh, rank: int) -> RankGroups:
 
 
 def use(groups: Groups, place: RankGroups) -> None:
-    """What a step says to whom, in small."""
+    """The messages of a step, in small."""
     handles: list[Handle] = []
     for peer in place.data:
         if peer != place.rank:

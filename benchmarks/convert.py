@@ -109,7 +109,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def drop(path: Path) -> None:
-    """Put a folder's files out of the page cache, so that everybody reads them from the disk."""
+    """Drop a folder's files from the page cache, so that every contestant reads the disk."""
     os.sync()
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():

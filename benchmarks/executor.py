@@ -62,9 +62,7 @@ def make_sleeps_exact() -> None:
 
 
 def sleep_until(deadline: float) -> None:
-    """Sleep, and spin for the last moment: waking up late would count against whoever is
-    measured.
-    """
+    """Sleep, then spin for the last moment: a late wake-up would falsify the measurement."""
     remaining = deadline - time.perf_counter() - SPIN_S
     if remaining > 0:
         time.sleep(remaining)
@@ -223,10 +221,10 @@ def main() -> None:
         common = {"virtual": virtual, "repetitions": arguments.repetitions, "forward_s": forward_s}
         contestants = [("holdfast", "executor:run_ours", schedule)]
         contestants.append(("torch.pipelining", "executor:run_torch", peer))
-        for who, function, name in contestants:
+        for contestant, function, name in contestants:
             times = cluster.run(function, RANKS, schedule=name, timeout_s=300, **common)[0]
-            rows.append(Measurement(f"{title}: {who}", tuple(times)))
-            baseline[f"{title}: {who}"] = ideal
+            rows.append(Measurement(f"{title}: {contestant}", tuple(times)))
+            baseline[f"{title}: {contestant}"] = ideal
     cluster.close()
     report(
         f"pipeline step over simulated ideal, {RANKS} ranks, {MICRO_BATCHES} micro-batches, "

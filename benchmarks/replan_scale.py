@@ -129,7 +129,7 @@ def main() -> None:
         "lost",
         "replan",
         "a replacement joins",
-        "who sends what",
+        "the block transfers",
         "state moved / lower bound",
     ):
         table.add_column(head)

@@ -21,7 +21,8 @@ def accumulate_f32(accumulator: int, gradient: int, count: int, fraction_bits: i
 
     Args:
         accumulator: int64[count]; an overflowing sum wraps and sets flag 2.
-        gradient: float32[count]; what is not finite or not below 2**63 once scaled adds nothing.
+        gradient: float32[count]; an element that is not finite, or not below 2**63 once scaled,
+            adds nothing.
         fraction_bits: 0 to 62.
     """
 
@@ -68,9 +69,7 @@ def accumulate_rows_f64(
     """As accumulate_rows_f32, gradient: float64."""
 
 def add_i64(accumulator: int, other: int, count: int) -> int:
-    """accumulator[i] += other[i], both int64[count]; returns flag 2 if any sum overflowed
-    (wrapped).
-    """
+    """accumulator[i] += other[i], both int64[count]; returns flag 2 if a sum wrapped."""
 
 def reduce_convert_f32(sums: int, output: int, count: int, fraction_bits: int) -> float:
     """output[i] = sums[i] * 2**-fraction_bits, rounded once to nearest; returns its sum of squares.
@@ -110,10 +109,9 @@ class FileEngine:
 
     A request may have any address, offset and length. Whole 4 KiB blocks go past the page cache
     (O_DIRECT) where address and offset are equally far from a multiple of 4096 and the filesystem
-    allows it; the rest goes through it. At most queue_depth pieces of 1 MiB are in flight; more
-    wait in the call that makes them. Every wait is without the GIL and ends with a signal's
-    exception. Several threads may use one engine. Memory must stay as it is until the ticket is
-    done.
+    allows it; other bytes go through the cache. At most queue_depth pieces of 1 MiB are in flight;
+    a call with more pieces waits. Every wait releases the GIL and ends with a signal's exception.
+    Several threads may use one engine. Memory must not change until its ticket is done.
     """
 
     def __init__(
@@ -127,14 +125,15 @@ class FileEngine:
     ) -> None:
         """
         Args:
-            kind: "io_uring", "threads", or "auto": what the environment variable
-                HOLDFAST_FILE_ENGINE names, else io_uring where the kernel allows it, else threads.
-            threads: of the engine "threads".
+            kind: "io_uring", "threads", or "auto": the kind in the environment variable
+                HOLDFAST_FILE_ENGINE, else io_uring where the kernel allows it, else threads.
+            queue_depth: the most pieces in flight.
+            threads: the number of threads of the kind "threads".
             direct: whether O_DIRECT is used; None: unless HOLDFAST_FILE_DIRECT is 0.
-            background: whether also the work of beginning direct requests (pinning memory) is done
-                beside the caller; later begun, but in a tenth of its time.
+            background: whether another thread also begins direct requests (pins their memory). They
+                begin later, but cost the caller a tenth of the time.
         Raises:
-            RuntimeError: a kind that this machine cannot do.
+            RuntimeError: this machine cannot run the kind.
         """
 
     @property
@@ -143,15 +142,13 @@ class FileEngine:
 
     @property
     def in_flight(self) -> int:
-        """Pieces that the kernel or a thread has now."""
+        """The number of pieces that the kernel or a thread has now."""
 
     def register_buffer(self, address: int, nbytes: int) -> None:
-        """Announce memory that many requests use, so that the kernel pins it once, where it
-        will.
-        """
+        """Announce memory that many requests use; the kernel then pins it once, if it can."""
 
     def unregister_buffers(self) -> None:
-        """Forget all of them. Raises RuntimeError while requests are in flight."""
+        """Forget all announced memory. Raises RuntimeError while requests are in flight."""
 
     def open(
         self,
@@ -162,37 +159,32 @@ class FileEngine:
         truncate: bool = False,
         size: int = -1,
     ) -> int:
-        """Open a file; size >= 0 sets its length and takes the room for it. Raises OSError."""
+        """Open a file; size >= 0 sets its length and reserves its room. Raises OSError."""
 
     def direct(self, file: int) -> bool:
-        """Whether the filesystem takes direct requests for this file."""
+        """Whether the filesystem accepts direct requests for this file."""
 
     def write(self, file: int, address: int, offset: int, nbytes: int) -> int:
-        """Begin to write; returns a ticket."""
+        """Begin to write nbytes at offset of the file. Returns a ticket."""
 
     def read(self, file: int, address: int, offset: int, nbytes: int) -> int:
-        """Begin to read; returns a ticket."""
+        """Begin to read nbytes at offset of the file. Returns a ticket."""
 
     def submit(self, requests: list[tuple[bool, int, int, int, int]]) -> list[int]:
-        """Begin many at once: (is it a write, file, address, offset, nbytes); returns their
-        tickets.
-        """
+        """Begin many requests: (is a write, file, address, offset, nbytes). Returns tickets."""
 
     def done(self, ticket: int) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the request has ended, well or not."""
 
     def wait(self, ticket: int, timeout_s: float = -1.0) -> bool:
-        """Wait for one request; False when time is over first. The ticket is used up by True or an
-        error.
+        """Wait for one request; False if the time is over first. True or an error ends the ticket.
 
         Raises:
-            OSError: the request failed; with the file's name.
+            OSError: the request failed; the error has the file's name.
         """
 
     def wait_all(self, timeout_s: float = -1.0) -> bool:
-        """Wait for all requests and use up their tickets; raises the error of the first that
-        failed.
-        """
+        """Wait for all requests and end their tickets. Raises the first error."""
 
     def sync(self, file: int) -> None:
         """Wait for the file's requests, then until its data are on the device. Raises OSError."""
@@ -201,14 +193,14 @@ class FileEngine:
         """Wait for the file's requests and close it."""
 
     def close(self) -> None:
-        """Wait for everything and close all files. Again is harmless."""
+        """Wait for all requests and close all files. May be called again."""
 
     def inject(self, operation: str, after: int, error: int, count: int = 1) -> None:
-        """For tests: let `count` pieces fail after `after` more that do not.
+        """For tests: let `count` pieces fail, after `after` more pieces that succeed.
 
         Args:
             operation: "read", "write", "sync" or "open".
-            error: the errno; 0 lets a piece be transferred by halves instead.
+            error: the errno; 0 splits a piece into two transfers instead.
         """
 
     def statistics(self) -> dict[str, int]:
@@ -303,7 +295,7 @@ def dropout_scale_f64(
     """As dropout_scale_f32 for float64[count] (factor in float64)."""
 
 def permute_index(index: int, size: int, key: int) -> int:
-    """Where a keyed bijection of [0, size) sends index; key: unsigned 64 bits."""
+    """The image of index under a keyed bijection of [0, size); key: unsigned 64 bits."""
 
 def permute_indices(output: int, start: int, count: int, size: int, key: int) -> None:
     """output[i] = permute_index(start + i, size, key), output: int64[count]."""

@@ -18,7 +18,7 @@
 
 namespace holdfast {
 
-// What went wrong with a file.
+// An error of a file.
 struct FileError {
   int code = 0;
   std::string message;
@@ -45,7 +45,7 @@ struct EngineRequest {
   FileError error;
 };
 
-// What a backend transfers at a time.
+// The bytes that a backend transfers at a time.
 struct EnginePiece {
   std::shared_ptr<EngineRequest> request;
   char* address = nullptr;
@@ -62,7 +62,7 @@ class FileBackend {
  public:
   virtual ~FileBackend() = default;
   virtual const char* name() const = 0;
-  // Take pieces over; each is given back through FileEngineCore::finished.
+  // Take over pieces; each comes back through FileEngineCore::finished.
   virtual void submit(std::vector<EnginePiece*> pieces) = 0;
   virtual void register_buffers(const std::vector<std::pair<char*, std::size_t>>&) {}
   virtual void opened(EngineFile&) {}
@@ -79,7 +79,7 @@ class FileEngineCore {
   static constexpr std::size_t kBlock = 4096;
   static constexpr std::size_t kPiece = 1 << 20;
 
-  // `direct`: nothing leaves it to the environment variable HOLDFAST_FILE_DIRECT.
+  // Without `direct`, the environment variable HOLDFAST_FILE_DIRECT decides.
   FileEngineCore(const std::string& kind, unsigned queue_depth, int threads,
                  std::optional<bool> direct, bool background);
   ~FileEngineCore();

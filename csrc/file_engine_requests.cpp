@@ -1,4 +1,4 @@
-// The way of a request: cut into pieces, handed to the backend, concluded, waited for.
+// A request: it is cut into pieces, handed to the backend, concluded and waited for.
 #include <algorithm>
 #include <cerrno>
 #include <stdexcept>
@@ -122,7 +122,7 @@ void FileEngineCore::finished(EnginePiece* piece, std::int64_t result) {
     return;
   }
   if (result == -EINVAL && piece->direct) {
-    // This filesystem opens files for direct I/O and then refuses it.
+    // Some filesystems open files for direct I/O and then refuse it.
     piece->direct = false;
     backend_->submit({piece});
     return;

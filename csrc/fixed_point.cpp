@@ -25,7 +25,7 @@ inline std::int64_t wrapping_add(std::int64_t a, std::int64_t b) {
   return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) + static_cast<std::uint64_t>(b));
 }
 
-// Any gradient at all, one by one: for the rare block that holds a large or non-finite one.
+// Handles any gradient, one by one: for the rare block with a large or non-finite one.
 template <class Gradient>
 int add_any(std::int64_t* sums, const Gradient* gradient, std::int64_t count, double scale) {
   int flags = 0;

@@ -13,8 +13,8 @@ constexpr int nonfinite_flag = 1;
 constexpr int out_of_range_flag = 2;
 constexpr int largest_fraction_bits = 62;
 
-// sums[i] += rint(gradient[i] * 2^fraction_bits), half to even; returns flags. What is not finite, or
-// not below 2^63 in size, adds nothing; an overflowing sum wraps. Both are flagged.
+// sums[i] += rint(gradient[i] * 2^fraction_bits), half to even; returns flags. An element that is
+// not finite, or not below 2^63 in size, adds nothing; an overflowing sum wraps. Both are flagged.
 template <class Gradient>
 int accumulate(std::int64_t* sums, const Gradient* gradient, std::int64_t count, int fraction_bits);
 

@@ -23,7 +23,7 @@ template <class Value>
 void philox_uniform(Value* output, std::int64_t count, const Draw& draw);
 
 // Box-Muller in float64 on the two 53-bit uniforms of block i / 2: cosine for even i, sine for odd.
-// Logarithm, sine and cosine are our own: a C library's differ between versions and processors.
+// Logarithm, sine and cosine are implemented here: those of C libraries differ between versions and processors.
 template <class Value>
 void philox_normal(Value* output, std::int64_t count, const Draw& draw, double mean, double std);
 

@@ -143,7 +143,7 @@ def test_harm_to_whole_files_is_found(
     if path.exists() and path.read_bytes() == before:
         pytest.skip("the other save's file is the same byte for byte")
     if name == MANIFEST and harm is _foreign:
-        # A whole manifest of another save: every header belongs to somebody else.
+        # A whole manifest of another save: every header belongs to another one.
         assert {problem.file for problem in verify_checkpoint(checkpoint)} >= {
             "model-00001-of-00001.safetensors"
         }

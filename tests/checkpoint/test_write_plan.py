@@ -1,4 +1,4 @@
-"""Who writes what: every byte once, evenly, each file by one node."""
+"""The write plan: every byte is written once, evenly, each file by one node."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_of_two_halves_the_one_with_the_lowest_rank_goes_on() -> None:
     assert (low.outcome, high.outcome) == ("again", "wait")
 
 
-def test_a_dead_worker_votes_through_its_agent_and_is_left_out() -> None:
+def test_a_dead_worker_reports_through_its_agent_and_is_left_out() -> None:
     dead = member("0", of("0-1"), alive=False)
     assert outcome("1", of("0-1"), dead) == Verdict(of("0-1", 1, "1"), "again")
 
@@ -190,7 +190,7 @@ def test_no_order_of_events_splits_a_run(data: st.DataObject) -> None:
             before = workers[some]
             founder = before.founder and before.acceptor == AcceptorState()
             if founder:
-                superseded.add(some)  # nobody speaks for a founder that had not voted
+                superseded.add(some)  # no agent reports for a founder without a report
             workers[new] = Report(new, world_size=size, founder=founder)
             sent[new] = [workers[new]]
         elif event == "round":

@@ -1,4 +1,4 @@
-"""Who hangs is told by one rule: how long is too long, what is waited for, and who is to blame."""
+"""The hang rule: the limit of a wait, the awaited operation, and the rank to blame."""
 
 from __future__ import annotations
 

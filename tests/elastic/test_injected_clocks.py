@@ -77,7 +77,7 @@ def test_silence_counts_only_a_while_after_the_lighthouse_is_back() -> None:
     try:
         watch.watch(1, parse_identities("0-1"))
         assert judged.wait(10)
-        assert events == []  # who is silent may not have had the time to be heard of again
+        assert events == []  # a silent worker may not have had time for a heartbeat
         state["now"] += 2.5
         assert told.wait(10)
     finally:

@@ -1,4 +1,4 @@
-"""Membership at a real Lighthouse: heartbeats, its death and return, events, and who may vote."""
+"""Membership at a real Lighthouse: heartbeats, its death and return, events, reports."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:
     lighthouse.close()
 
 
-def test_two_processes_cannot_vote_as_one_worker(tmp_path: Path) -> None:
+def test_two_processes_cannot_report_as_one_worker(tmp_path: Path) -> None:
     acceptor_file = AcceptorFile(tmp_path, Identity(3))
     child = os.fork()
     if child == 0:

@@ -44,5 +44,5 @@ def test_a_decided_code_comes_first_then_the_end_of_the_run(shutdown: Shutdown, 
         (Shutdown(code=30), False),
     ],
 )
-def test_the_others_are_voted_for_unless_the_run_is_over(shutdown: Shutdown, over: bool) -> None:
+def test_agents_report_for_workers_unless_the_run_is_over(shutdown: Shutdown, over: bool) -> None:
     assert shutdown.needs_no_report == over

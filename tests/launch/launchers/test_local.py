@@ -1,4 +1,4 @@
-"""How the workers of one machine are watched: who is killed, when, and what is told of it."""
+"""The watch over the workers of one machine: which are killed, when, and the report of it."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_abort_frees_every_waiter_and_survivors_go_on(cluster: Cluster, how: int
     for rank, (told, total, own) in enumerate(results[1:], 1):
         assert len(told) == (6 if rank == 2 else 5)
         assert "returned" not in told
-        # Some may be freed by the connection's end first: a dead peer's, or one who aborted sooner.
+        # Some may be freed by the connection's end first: a dead or aborted peer's.
         assert any(REASON in message for message in told) or how == signal.SIGKILL
         assert total == 6.0
         assert own == (1.0 if rank == 1 else 5.0)

@@ -59,7 +59,7 @@ class StepPace:
 def transfer_beside_steps(
     rank: int, world_size: int, store: Any, *, pause_s: Mapping[int, float], required: int | None
 ) -> tuple[int, bool]:
-    """How many votes passed before all was there, and whether the state is that of its source."""
+    """The number of votes until all blocks had arrived, and whether their state is equal."""
     device = gloo_device("127.0.0.1")
     world = range(world_size)
     comm = GlooCommunicator(store, "steps", world, rank, device=device, timeout_s=30.0)

@@ -139,7 +139,7 @@ def train_plainly(
     clip_norm: float = 1.0,
     fused: bool = False,
 ) -> list[StepRecord]:
-    """The loop everybody writes: autograd, clip_grad_norm_, torch.optim.AdamW.
+    """The usual training loop: autograd, clip_grad_norm_, torch.optim.AdamW.
 
     Args:
         batches: step -> int64[global_batch, seq + 1].

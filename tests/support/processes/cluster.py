@@ -159,7 +159,7 @@ def _serve(address: str, workers: int) -> None:
         master_listen_fd=listening.detach(),
     )
     with contextlib.suppress(ChildProcessError):
-        while True:  # a worker that is killed on purpose takes the store from nobody
+        while True:  # a worker that is killed on purpose leaves the store to the others
             os.wait()
     del server
 

@@ -115,7 +115,7 @@ def losses(rank: int, world_size: int) -> dict[str, Any] | None:
 
 
 def _wait_in_vain(groups: Groups, victim: int, alive: tuple[int, ...], rank: int) -> str:
-    """Wait for the victim or for somebody who lives but sends nothing; abort, as an agent would."""
+    """Wait for the victim or for a live rank that sends nothing; abort, as an agent would."""
     living = next(r for r in alive if r not in (rank, victim))
     peer = victim if rank % 2 else living
     timer = threading.Timer(0.3, groups.abort, (f"rank {victim} is gone",))

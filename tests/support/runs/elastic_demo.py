@@ -222,7 +222,7 @@ def run_lighthouse(host: str, port: int, network: str) -> None:
     signal.pause()
 
 
-os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # stores look up who connects to them
+os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # stores look up the names of clients
 coordination()  # before the fork server forks, which imports this module
 
 

@@ -82,7 +82,7 @@ def check(plan: Plan, ranks: set[int]) -> None:
 
 
 def check_moves(plan: Plan, held: dict, needed: dict) -> None:
-    """Everybody gets what it lacks, once, from somebody who has it."""
+    """Every rank gets the blocks it lacks, once, from a rank that has them."""
     block_transfers = plan_block_transfers(plan, held, needed, NODES)
     brought: dict[int, list] = {}
     for transfer in block_transfers:

@@ -1,5 +1,4 @@
-"""A rank that joins is given its state beside the steps, whoever dies meanwhile, and no bit
-changes."""
+"""A joining rank gets its state beside the steps, with losses meanwhile, and no bit changes."""
 
 from __future__ import annotations
 

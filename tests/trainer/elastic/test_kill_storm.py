@@ -31,7 +31,7 @@ MOST_KILLS = 15
 STEPS = 100
 PACE_S = 0.4
 RESTED_STEPS = 10
-"""Before the end nobody is killed, so that every run ends with all its ranks."""
+"""No rank is killed near the end, so that every run ends with all its ranks."""
 LAYOUTS = [
     (data, pipeline, tensor)
     for data in (1, 2, 3, 4)

@@ -1,4 +1,4 @@
-"""When state that comes beside the steps may be complete: what is asked, and by whom."""
+"""When a background transfer may end: the question, and the rank that asks it."""
 
 from __future__ import annotations
 

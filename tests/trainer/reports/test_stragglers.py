@@ -1,4 +1,4 @@
-"""Who is slow: told by pure rules, from what every rank says of itself."""
+"""Slow ranks are found by pure rules, from the times that all ranks report."""
 
 from __future__ import annotations
 

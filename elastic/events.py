@@ -24,13 +24,13 @@ class RunEvent:
 
 
 def change_events(
-    before: Generation | None, after: Generation, told: Iterable[MembershipEvent]
+    before: Generation | None, after: Generation, heard: Iterable[MembershipEvent]
 ) -> list[RunEvent]:
     """The events `rank_lost`, `rank_left` and `rank_joined` of a change, by rank. Pure.
 
     Args:
         before: the writer's last generation; None for its first, which has no such events.
-        told: the membership events that the writer has heard (`Membership.drain_events`), which
+        heard: the membership events that the writer has heard (`Membership.drain_events`), which
             give the causes.
     Returns:
         `rank_lost` has the fields rank, incarnation, node, cause, and detected_s: seconds between
@@ -41,7 +41,7 @@ def change_events(
     if before is None:
         return []
     losses: dict[Identity, MembershipEvent] = {}
-    for event in told:
+    for event in heard:
         if event.lost and (event.kind == "ended" or event.identity not in losses):
             losses[event.identity] = event
     events: list[tuple[Identity, RunEvent]] = []

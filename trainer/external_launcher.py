@@ -73,13 +73,13 @@ def _announced(request: RunRequest, store: Store, held: contextlib.ExitStack) ->
         store.set(_RUN_KEY, json.dumps({"error": str(error)}))
         raise
     run = opened.directory
-    told = {"root": str(run.root.absolute()), "resume": msgspec.to_builtins(run.resume)}
-    store.set(_RUN_KEY, json.dumps(told))
+    answer = {"root": str(run.root.absolute()), "resume": msgspec.to_builtins(run.resume)}
+    store.set(_RUN_KEY, json.dumps(answer))
     return opened
 
 
 def _told_run(store: Store) -> RunDirectory:
-    told = json.loads(store.get(_RUN_KEY))
-    if "error" in told:
-        raise ConfigError(told["error"])
-    return RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))
+    answer = json.loads(store.get(_RUN_KEY))
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return RunDirectory(Path(answer["root"]), msgspec.convert(answer["resume"], Resume))

@@ -76,12 +76,12 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         agent = Agent(node, worker_main(config, run))
         announce = held.enter_context(published_join_file(run))
         lighthouse = held.enter_context(_lighthouse(node))
-        told = {
+        answer = {
             "root": str(run.root.absolute()),
             "resume": msgspec.to_builtins(run.resume),
             "lighthouse": lighthouse,
         }
-        tell_others(listening, world, told)
+        tell_others(listening, world, answer)
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = explained(agent.run(lighthouse), run, node.ranks)
     return _end_of_task(request.config, code)
@@ -95,13 +95,13 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     Raises:
         ConfigError: the first task cannot be reached, or reported an error.
     """
-    told, host = ask_first(world)
-    run = RunDirectory(Path(told["root"]), msgspec.convert(told["resume"], Resume))
+    answer, host = ask_first(world)
+    run = RunDirectory(Path(answer["root"]), msgspec.convert(answer["resume"], Resume))
     config = recorded_throughput(config, run.root)
     node = replace(_task_settings(config, world), log=run.log, host=host)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
-    return _end_of_task(config, explained(agent.run(told["lighthouse"]), run, node.ranks))
+    return _end_of_task(config, explained(agent.run(answer["lighthouse"]), run, node.ranks))
 
 
 def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
@@ -186,7 +186,7 @@ def _listen(world: WorldInfo) -> Iterator[socket.socket]:
 def tell_others(
     listening: socket.socket,
     world: WorldInfo,
-    told: dict[str, Any],
+    answer: dict[str, Any],
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -216,7 +216,7 @@ def tell_others(
             come[task] = connection
         for connection in come.values():
             with contextlib.suppress(OSError):
-                connection.sendall(json.dumps(told).encode() + b"\n")
+                connection.sendall(json.dumps(answer).encode() + b"\n")
     finally:
         for connection in come.values():
             connection.close()
@@ -242,11 +242,11 @@ def ask_first(
             ) as line:
                 hello = {"task": world.rank, "job": world.job, "pid": os.getpid()}
                 line.sendall(json.dumps(hello).encode() + b"\n")
-                told = _received(line)
-                if "error" in told:
-                    raise ConfigError(told["error"])
-                if told:
-                    return told, str(line.getsockname()[0])
+                answer = _received(line)
+                if "error" in answer:
+                    raise ConfigError(answer["error"])
+                if answer:
+                    return answer, str(line.getsockname()[0])
                 reason = "it hung up"
         except OSError as error:
             reason = str(error)

@@ -28,7 +28,7 @@ class ChangeRecord:
     """A completed membership change, as one rank knows it."""
 
     change: CompletedChange
-    told: tuple[MembershipEvent, ...]
+    heard: tuple[MembershipEvent, ...]
     plan: Plan
     """The plan in force since then."""
     step: int
@@ -43,7 +43,7 @@ class ChangeRecord:
 
 def record_of(
     change: CompletedChange,
-    told: Sequence[MembershipEvent],
+    heard: Sequence[MembershipEvent],
     training: Training,
     *,
     urgent: bool,
@@ -53,7 +53,7 @@ def record_of(
     replayed = urgent and change.recovery.complete
     return ChangeRecord(
         change=change,
-        told=tuple(told),
+        heard=tuple(heard),
         plan=training.plan,
         step=training.progress.decided,
         urgent=urgent,
@@ -85,7 +85,7 @@ def _written(run: RunDirectory) -> set[int]:
 
 def _write(run: RunDirectory, record: ChangeRecord) -> None:
     change, urgent = record.change, record.urgent
-    events = change_events(change.before, change.after, record.told)
+    events = change_events(change.before, change.after, record.heard)
     lost = [event.fields for event in events if event.name == "rank_lost"]
     first = change.before is None
     steps = change.recovery.steps
@@ -115,7 +115,7 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
     }
     plan = plan_to_data(record.plan)
     if lost:
-        _write_incident(run, change, record.told, fields, lost, plan, record.digest)
+        _write_incident(run, change, record.heard, fields, lost, plan, record.digest)
     name = "recovered" if lost else "generation"
     append_events(
         run.events,
@@ -126,7 +126,7 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
 def _write_incident(
     run: RunDirectory,
     change: CompletedChange,
-    told: Sequence[MembershipEvent],
+    heard: Sequence[MembershipEvent],
     fields: dict[str, Any],
     lost: list[dict[str, Any]],
     plan: dict[str, Any],
@@ -138,7 +138,7 @@ def _write_incident(
         "time": time.time(),
         **fields,
         "losses": lost,
-        "notices": [event_to_data(event) for event in told],
+        "notices": [event_to_data(event) for event in heard],
         "before": _members(change.before),
         "after": _members(change.after),
         "agreed": {

@@ -312,8 +312,8 @@ class Recovery:
         if not recovery.holders:
             return self._first_plan
         if self.training is None:
-            told = json.loads(await_word(store, "plan", self._drives.interruption))
-            return plan_from_data(self._first_plan, told)
+            data = json.loads(await_word(store, "plan", self._drives.interruption))
+            return plan_from_data(self._first_plan, data)
         if self._rank == recovery.holders[0] and recovery.fresh:
             store.set("plan", json.dumps(plan_to_data(self.training.plan)))
         return self.training.plan

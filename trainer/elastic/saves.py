@@ -91,8 +91,8 @@ class ElasticSaves:
                 kept = [c for c in found.candidates if Path(c).is_dir()]
                 found = replace(found, candidates=tuple(kept))
             store.set("resume", json.dumps(msgspec.to_builtins(found)))
-        told = json.loads(await_word(store, "resume", self._interruption))
-        run = replace(self._run, resume=msgspec.convert(told, Resume))
+        data = json.loads(await_word(store, "resume", self._interruption))
+        run = replace(self._run, resume=msgspec.convert(data, Resume))
         notes = list(run.resume.notes)
         self._notes = notes
         checkpoints = self._checkpoints_of(training, generation, run)

@@ -49,7 +49,7 @@ class ElasticSession:
         self._clock = PhaseClock()
         self._digest = ""
         """The digest of the state at the newest comparison since the last change."""
-        self._told: Sequence[MembershipEvent] = ()
+        self._heard: Sequence[MembershipEvent] = ()
         """The membership events that led to the last change."""
         self._changes: list[ChangeRecord] = []
         """The changes since the last vote; recorders write theirs before they vote."""
@@ -132,7 +132,7 @@ class ElasticSession:
             self._reporter.resumed(training.progress.decided, following.loaded, notes)
         if before is not None:
             self._reporter.checkpoints(before.results())
-        self._told = self._membership.drain_events()
+        self._heard = self._membership.drain_events()
         self._faults.at(training.progress.decided + 1, "change")
 
     def record(self, change: CompletedChange, *, urgent: bool) -> None:
@@ -143,7 +143,7 @@ class ElasticSession:
         """
         if self._spec.rank in change.ranks_with_history:
             training = self._parts().training
-            record = record_of(change, self._told, training, urgent=urgent, digest=self._digest)
+            record = record_of(change, self._heard, training, urgent=urgent, digest=self._digest)
             self._changes.append(record)
         if self._spec.rank == change.recorder:
             write_changes(self._run, self._changes)

@@ -63,7 +63,7 @@ class Converted:
 
 
 def convert(
-    asked: Conversion,
+    conversion: Conversion,
     *,
     workers: int = 1,
     rank: int = 0,
@@ -86,35 +86,35 @@ def convert(
             What was written stays in TARGET.partial, and the same command goes on from there.
     """
     began = time.perf_counter()
-    check(asked)
+    check(conversion)
     if world > 1 and workers > 1:
         raise ConfigError(
             f"--workers {workers} under a launcher with {world} processes: use one of the two"
         )
     if rank:
-        _follow(asked, rank, world)
+        _follow(conversion, rank, world)
         return None
-    lock = Lock(asked.target)
+    lock = Lock(conversion.target)
     try:
-        return _lead(asked, workers, world, progress, began)
+        return _lead(conversion, workers, world, progress, began)
     finally:
         lock.release()
 
 
 def _lead(
-    asked: Conversion, workers: int, world: int, progress: Progress, began: float
+    conversion: Conversion, workers: int, world: int, progress: Progress, began: float
 ) -> Converted:
-    prepared = prepare(asked)
-    partial = partial_of(asked)
+    prepared = prepare(conversion)
+    partial = partial_of(conversion)
     journal = ConversionJournal(partial, 0)
     try:
-        _make_room(asked, prepared, journal)
+        _make_room(conversion, prepared, journal)
         done = journal.read()
         resumed = sum(prepared.output.units[i].bytes for i in done.checksums)
         if workers > 1:
-            _share_among_processes(asked, prepared, journal, done, workers, progress)
+            _share_among_processes(conversion, prepared, journal, done, workers, progress)
         else:
-            share = Share(0, world, asked.memory_bytes)
+            share = Share(0, world, conversion.memory_bytes)
             do_share(prepared, journal, done, share, _adder(progress, prepared.total))
             _await_others(prepared, journal, progress)
         ended = journal.read()
@@ -125,7 +125,7 @@ def _lead(
         # All at once: a filesystem writes its journal for all that wait.
         with ThreadPoolExecutor(_SYNCING) as threads:
             list(threads.map(sync, [partial / name for name in prepared.output.files]))
-        output = format_named(asked.to).read(partial, ReadOptions())
+        output = format_named(conversion.to).read(partial, ReadOptions())
         compared = compare_sample(
             prepared.catalog.root, prepared.output.expected, output, prepared.output.added
         )
@@ -140,10 +140,10 @@ def _lead(
     finally:
         journal.close()
     journal.remove()
-    _commit(partial, asked.target)
+    _commit(partial, conversion.target)
     catalog = prepared.catalog
     return Converted(
-        target=asked.target,
+        target=conversion.target,
         source_format=catalog.format,
         step=catalog.step,
         tensors=Counter(tensor.kind for tensor, _ in prepared.output.expected),
@@ -157,7 +157,9 @@ def _lead(
     )
 
 
-def _make_room(asked: Conversion, prepared: PreparedConversion, journal: ConversionJournal) -> None:
+def _make_room(
+    conversion: Conversion, prepared: PreparedConversion, journal: ConversionJournal
+) -> None:
     """Create the output's files in full length, or keep those of an interrupted conversion."""
     partial, output = journal.partial, prepared.output
     if not journal.begun(prepared.fingerprint):
@@ -166,7 +168,7 @@ def _make_room(asked: Conversion, prepared: PreparedConversion, journal: Convers
             free += sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
         if free < output.bytes:
             raise CheckpointError(
-                f"{asked.target.parent} has {free / 2**30:.2f} GiB free and the output takes "
+                f"{conversion.target.parent} has {free / 2**30:.2f} GiB free and the output takes "
                 f"{output.bytes / 2**30:.2f} GiB; free space, or name a folder on another disk"
             )
     journal.begin(prepared.fingerprint)
@@ -188,14 +190,14 @@ def _adder(progress: Progress, total: int) -> Callable[[int], None]:
     return add
 
 
-def _follow(asked: Conversion, rank: int, world: int) -> None:
+def _follow(conversion: Conversion, rank: int, world: int) -> None:
     """Run a process that a launcher started, other than the first."""
-    prepared = prepare(asked)
-    journal = ConversionJournal(partial_of(asked), rank)
+    prepared = prepare(conversion)
+    journal = ConversionJournal(partial_of(conversion), rank)
     while not _ready(prepared, journal):
         time.sleep(_POLL_S)
     try:
-        share = Share(rank, world, asked.memory_bytes)
+        share = Share(rank, world, conversion.memory_bytes)
         do_share(prepared, journal, journal.read(), share, lambda nbytes: None)
     except HoldfastError as error:
         journal.fail(str(error))
@@ -232,7 +234,7 @@ def _await_others(
 
 
 def _share_among_processes(
-    asked: Conversion,
+    conversion: Conversion,
     prepared: PreparedConversion,
     journal: ConversionJournal,
     done: Done,
@@ -250,7 +252,9 @@ def _share_among_processes(
     counters = context.RawArray("Q", workers)
     inherited = (prepared, done) if forked else None
     processes = [
-        context.Process(target=_work, args=(asked, rank, workers, counters, inherited), daemon=True)
+        context.Process(
+            target=_work, args=(conversion, rank, workers, counters, inherited), daemon=True
+        )
         for rank in range(workers)
     ]
     with ExitStack() as ending:
@@ -275,7 +279,7 @@ def _share_among_processes(
 
 
 def _work(
-    asked: Conversion,
+    conversion: Conversion,
     rank: int,
     world: int,
     counters: Any,
@@ -283,14 +287,14 @@ def _work(
 ) -> None:
     """Run a worker process."""
     use_one_thread()
-    journal = ConversionJournal(partial_of(asked), rank)
+    journal = ConversionJournal(partial_of(conversion), rank)
 
     def add(nbytes: int) -> None:
         counters[rank] += nbytes
 
     try:
-        prepared, done = inherited or (prepare(asked), journal.read())
-        do_share(prepared, journal, done, Share(rank, world, asked.memory_bytes // world), add)
+        prepared, done = inherited or (prepare(conversion), journal.read())
+        do_share(prepared, journal, done, Share(rank, world, conversion.memory_bytes // world), add)
     except HoldfastError as error:
         journal.fail(str(error))
         os._exit(1)

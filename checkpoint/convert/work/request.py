@@ -42,23 +42,27 @@ class Conversion:
     """The memory for tensors under way in all workers, in bytes."""
 
 
-def check(asked: Conversion) -> None:
+def check(conversion: Conversion) -> None:
     """Refuse options that are wrong at first sight.
 
     Raises:
         ConfigError: a format or type is unknown, or the output folder is not empty.
     """
-    if asked.to not in targets():
-        raise ConfigError(unknown_name("--to", asked.to, targets()))
-    if asked.dtype and asked.dtype not in FLOATS:
-        raise ConfigError(f"the type {asked.dtype} is not known; use one of {', '.join(FLOATS)}")
-    if asked.target.exists() and (not asked.target.is_dir() or any(asked.target.iterdir())):
+    if conversion.to not in targets():
+        raise ConfigError(unknown_name("--to", conversion.to, targets()))
+    if conversion.dtype and conversion.dtype not in FLOATS:
         raise ConfigError(
-            f"{asked.target} exists and is not empty; name another folder, or remove it"
+            f"the type {conversion.dtype} is not known; use one of {', '.join(FLOATS)}"
         )
-    source, target = asked.source.resolve(), asked.target.resolve()
+    if conversion.target.exists() and (
+        not conversion.target.is_dir() or any(conversion.target.iterdir())
+    ):
+        raise ConfigError(
+            f"{conversion.target} exists and is not empty; name another folder, or remove it"
+        )
+    source, target = conversion.source.resolve(), conversion.target.resolve()
     if target == source or (target.is_relative_to(source) and source.is_file()):
-        raise ConfigError(f"{asked.target} lies in the source")
+        raise ConfigError(f"{conversion.target} lies in the source")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,32 +78,34 @@ class PreparedConversion:
         return sum(unit.bytes for unit in self.output.units)
 
 
-def prepare(asked: Conversion) -> PreparedConversion:
+def prepare(conversion: Conversion) -> PreparedConversion:
     """Open the source and plan the output.
 
     Raises:
         ConfigError: the source is missing or has no known format, or rules or values are wrong.
         CheckpointError: the source is damaged or incomplete, or the target's format cannot hold it.
     """
-    name = asked.source_format
-    if name == "auto" and asked.rules is not None and load_rules(asked.rules).files:
+    name = conversion.source_format
+    if name == "auto" and conversion.rules is not None and load_rules(conversion.rules).files:
         name = "files"
-    if not asked.source.exists():
-        raise ConfigError(f"{asked.source} does not exist")
+    if not conversion.source.exists():
+        raise ConfigError(f"{conversion.source} does not exist")
     if name == "auto":
-        name = recognise(asked.source) or ""
+        name = recognise(conversion.source) or ""
     if not name:
         raise ConfigError(
-            f"{asked.source} is no checkpoint of a known format ({', '.join(sources())}); name its "
-            "format with --from"
+            f"{conversion.source} is no checkpoint of a known format ({', '.join(sources())}); name "
+            "its format with --from"
         )
-    options = ReadOptions(asked.rules, asked.values, asked.model_files)
-    catalog = format_named(name).read(asked.source, options)
-    output = format_named(asked.to).plan(catalog, WriteOptions(asked.dtype, asked.values))
-    return PreparedConversion(catalog, output, _fingerprint(asked, catalog, output))
+    options = ReadOptions(conversion.rules, conversion.values, conversion.model_files)
+    catalog = format_named(name).read(conversion.source, options)
+    output = format_named(conversion.to).plan(
+        catalog, WriteOptions(conversion.dtype, conversion.values)
+    )
+    return PreparedConversion(catalog, output, _fingerprint(conversion, catalog, output))
 
 
-def _fingerprint(asked: Conversion, catalog: Catalog, output: Output) -> dict[str, Any]:
+def _fingerprint(conversion: Conversion, catalog: Catalog, output: Output) -> dict[str, Any]:
     """The description that two conversions must share for one to resume the other."""
     files = {
         location.file
@@ -112,17 +118,17 @@ def _fingerprint(asked: Conversion, catalog: Catalog, output: Output) -> dict[st
         "version": version("holdfast"),
         "source": str(catalog.root.resolve()),
         "from": catalog.format,
-        "to": asked.to,
-        "dtype": asked.dtype,
-        "values": dict(asked.values),
-        "model_files": str(asked.model_files or ""),
-        "rules": asked.rules.read_text() if asked.rules is not None else "",
+        "to": conversion.to,
+        "dtype": conversion.dtype,
+        "values": dict(conversion.values),
+        "model_files": str(conversion.model_files or ""),
+        "rules": conversion.rules.read_text() if conversion.rules is not None else "",
         "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
         "output": output.files,
         "units": len(output.units),
     }
 
 
-def partial_of(asked: Conversion) -> Path:
+def partial_of(conversion: Conversion) -> Path:
     """The output's folder until it is finished."""
-    return asked.target.with_name(asked.target.name + PARTIAL)
+    return conversion.target.with_name(conversion.target.name + PARTIAL)

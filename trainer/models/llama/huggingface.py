@@ -50,7 +50,7 @@ def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[tu
     """
     rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type")
-    told = {
+    pairs = {
         "family": (described.get("model_type"), model.family),
         "layers": (described.get("num_hidden_layers"), model.layers),
         "hidden": (described.get("hidden_size"), model.hidden),
@@ -64,6 +64,6 @@ def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[tu
         "tie_embeddings": (described.get("tie_word_embeddings"), model.tie_embeddings),
         "rope scaling": (kind, "default"),
     }
-    for key, (theirs, mine) in told.items():
+    for key, (theirs, mine) in pairs.items():
         if theirs not in (None, mine):
             yield key, theirs, mine

@@ -149,7 +149,7 @@ def another_rank_tells(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Whether a rank that lost a peer can be silent, since another one tells the reason."""
+    """Whether a rank that lost a peer can be silent, because another one reports the reason."""
     deadline = clock() + PEER_REASON_S
     while clock() < deadline:
         cause = root_cause(run, range(world.world_size))

@@ -59,7 +59,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 class HangWatch:
-    """Which workers of a node hang, and which of them wait for others for too long."""
+    """Finds the workers of a node that hang, and those that wait for others too long."""
 
     def __init__(
         self,
@@ -70,17 +70,17 @@ class HangWatch:
         """Watch the workers of a node.
 
         Args:
-            waits: what a worker has waited for too long; None: it is not asked.
+            waits: returns the wait of a worker that has lasted too long, if any; None: no check.
         """
         self._node, self._checks, self._waits = node, checks, waits
         self._judge = HangJudge()
 
     def enter(self, generation: int) -> None:
-        """Waits of generations before this one no longer count."""
+        """Enter a generation; waits of earlier ones no longer count."""
         self._judge.enter(generation)
 
     def hear(self, event: MembershipEvent, now_s: float) -> None:
-        """Take in that some worker waits for others for too long."""
+        """Note the event of a worker that waits for others too long."""
         self._judge.hear(event, now_s)
 
     def causes(
@@ -89,7 +89,7 @@ class HangWatch:
         """The running workers to kill: rank -> reason.
 
         Args:
-            draining: the node leaves the run, so that the others are expected to go on without it.
+            draining: whether the node leaves the run, and the others will go on without it.
         """
         culprits = self._judge.culprits(now_s)
         found: dict[int, str] = {}
@@ -107,7 +107,7 @@ class HangWatch:
         return found
 
     def new_waits(self, slots: Iterable[WorkerSlot], generation: int) -> list[MembershipEvent]:
-        """The events of members that have waited for too long, and have not been heard of yet."""
+        """The new events of members that have waited too long."""
         if self._waits is None:
             return []
         return [

@@ -231,7 +231,7 @@ def ask_first(
     """The answer of the first task, and this machine's address towards it.
 
     Raises:
-        ConfigError: it has not answered in time, or says that the run cannot begin.
+        ConfigError: the first task has not answered in time, or the run cannot begin.
     """
     deadline = clock() + MEET_S
     reason = ""

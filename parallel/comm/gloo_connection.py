@@ -58,7 +58,7 @@ class Rendezvous(dist.Store):
         """Local.
 
         Args:
-            name: of the connection, the same on both sides.
+            name: the name of the connection, the same on both sides.
             timeout_s: how long the other side may take to come, by `clock`.
         """
         super().__init__()

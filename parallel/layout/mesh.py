@@ -181,7 +181,7 @@ class Mesh:
         return prod(size for axis, size in self._inside() if axis.splits_work)
 
     def repeat_of(self, shard_index: int) -> tuple[int, ...]:
-        """A shard's index along each axis that divides nothing: equal where sums are shared."""
+        """A shard's index along each axis that repeats work: equal for shards that share sums."""
         here = self.along(shard_index)
         return tuple(here[axis.name] for axis, _ in self._inside() if not axis.splits_work)
 

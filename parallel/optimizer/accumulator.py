@@ -82,10 +82,10 @@ class GradientAccumulator:
         fraction_bits: int,
         queues: Iterable[GradientSource] = (),
     ) -> None:
-        """Local. From now on it takes the gradients of all parameters of `buffer`.
+        """Subscribe to the gradients of all parameters of `buffer`. Local.
 
         Args:
-            queues: what brings weight gradients here past autograd.
+            queues: the queues that bring weight gradients here past autograd.
         """
         self.exact = exact
         self.fraction_bits = fraction_bits

@@ -248,7 +248,7 @@ class ShadowState:
         """Apply the update of the committed step. Local.
 
         Args:
-            fence: asked before a block changes, by its position in `blocks`.
+            fence: called before a block changes, with its position in `blocks`.
         """
         if not self.blocks:
             return

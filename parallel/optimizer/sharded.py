@@ -184,7 +184,7 @@ class ShardedOptimizer:
         It is called only after the vote: every rank that calls it can finish.
 
         Args:
-            fence: asked before a block changes, by its position in `owned`.
+            fence: called before a block changes, with its position in `owned`.
         """
         state = self.owned_state
         if factor != 1.0:

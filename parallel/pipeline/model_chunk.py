@@ -72,7 +72,7 @@ class WeightGradientQueue:
 
     @contextmanager
     def deferred(self) -> Iterator[list[WeightGradientRecord]]:
-        """Keep what is put meanwhile, in the list that this gives; `run` computes it later."""
+        """Keep gradients put during the block in the yielded list; `run` computes them later."""
         kept: list[WeightGradientRecord] = []
         self._kept = kept
         try:

@@ -1,4 +1,4 @@
-"""Which parts of holdfast an installation has: the elastic ones can be taken off."""
+"""The parts of holdfast in an installation: the elastic folders can be removed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ELASTIC = ("holdfast.elastic", "holdfast.trainer.elastic")
 
 
 def elastic_problem(what: str) -> str:
-    """What is wrong with asking for `what`, which needs all of `ELASTIC`; empty if all is here."""
+    """The problem with `what`, which needs all of `ELASTIC`; empty if there is none."""
     missing = [folder for folder in ELASTIC if importlib.util.find_spec(folder) is None]
     if not missing:
         return ""
@@ -19,6 +19,6 @@ def elastic_problem(what: str) -> str:
 
 
 def require_elastic(what: str) -> None:
-    """Raise `ConfigError` where `what` needs folders that are not installed."""
+    """Raise `ConfigError` if folders that `what` needs are not installed."""
     if problem := elastic_problem(what):
         raise ConfigError(problem)

@@ -78,7 +78,7 @@ class NumericsConfig(Section, frozen=True):
 
 
 class ParallelConfig(Section, frozen=True):
-    """The layout: a key for each axis of the mesh (`AXES`), and how the work is cut and ordered."""
+    """The layout: a key for each axis of the mesh (`AXES`), and the cut and order of the work."""
 
     tensor: int = 1
     pipeline: int = 1

@@ -97,7 +97,7 @@ def build_chunk(
 
     Args:
         layers: indices into `specs`: 0 is the embedding, the last is the head.
-        specs: of all layers of the model, with their parameters by shard index.
+        specs: all layers of the model, with their parameters by shard index.
         tensor: the tensor-parallel group; None for one rank.
         sequence_parallel: whether hidden states are split over `tensor`.
         recompute: "none", "full" or "selective", for all transformer layers or for each of them.

@@ -1,6 +1,6 @@
 """The place of a process among the workers of a run.
 
-Pure; registry.py says how it is read.
+Pure; registry.py reads it.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ class Format:
     """A format of checkpoints."""
 
     module: str
-    """Its module in this folder, imported when it is needed: a conversion needs one or two."""
+    """Its module in this folder, imported on demand: a conversion needs one or two."""
     recognises: Callable[[Path], bool] | None = None
-    """Whether a path holds one; None: the user names the format."""
+    """Whether a path holds a checkpoint of the format; None: the user names the format."""
     is_written: bool = True
     """Whether it can be the format of an output."""
 

@@ -94,8 +94,8 @@ def prepare(conversion: Conversion) -> PreparedConversion:
         name = recognise(conversion.source) or ""
     if not name:
         raise ConfigError(
-            f"{conversion.source} is no checkpoint of a known format ({', '.join(sources())}); name "
-            "its format with --from"
+            f"{conversion.source} is no checkpoint of a known format ({', '.join(sources())}); "
+            "name its format with --from"
         )
     options = ReadOptions(conversion.rules, conversion.values, conversion.model_files)
     catalog = format_named(name).read(conversion.source, options)

@@ -32,7 +32,7 @@ class DriveRequest(NamedTuple):
 
 
 class RateLimit:
-    """When transfers may count as done, so that a rate is kept. Local."""
+    """The times from which transfers count as done, to keep to a rate. Local."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class RateLimit:
         return self._due_s
 
     def is_past(self, due_s: float) -> bool:
-        """Whether that time has come."""
+        """Whether a time of `due_s` has come."""
         return not due_s or self._clock() >= due_s
 
     def wait(self, due_s: float) -> None:
-        """Wait until that time."""
+        """Wait until a time of `due_s`."""
         if due_s:
             self._pause(max(0.0, due_s - self._clock()))
 

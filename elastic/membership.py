@@ -259,5 +259,5 @@ class Membership:
 
     def _hear(self, message: dict[str, Any]) -> None:
         """Handle a message of the agent, in the channel's thread."""
-        if message["kind"] == "event":
-            self._log.hear(event_from_data(message["event"]))
+        assert message["kind"] == "event", f"an agent sent a message {message['kind']!r}"
+        self._log.hear(event_from_data(message["event"]))

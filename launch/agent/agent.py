@@ -309,22 +309,26 @@ class Agent:
             self._on_message(slot, message)
 
     def _on_message(self, slot: WorkerSlot, message: dict[str, Any]) -> None:
-        if message["kind"] == "committed":
-            self._restarts.committed(message["step"])
-        elif message["kind"] == "event":
-            self._publish(event_from_data(message["event"]))
-        elif message["kind"] == "generation":
-            if message["number"] >= self._others.generation:
-                slot.is_member, slot.left_out_s = True, None
-            self._enter(message)
-        elif message["kind"] == "joining" and self._others.generation:
-            cause = "a new worker wants to take part"
-            self._publish(self._event("joining", slot, cause, 0.0))
-        elif message["kind"] == "cut":
-            try:
-                cut_network(message["seconds"])
-            except FaultError as error:
-                logger.error("no fault: %s", error)
+        match message["kind"]:
+            case "committed":
+                self._restarts.committed(message["step"])
+            case "event":
+                self._publish(event_from_data(message["event"]))
+            case "generation":
+                if message["number"] >= self._others.generation:
+                    slot.is_member, slot.left_out_s = True, None
+                self._enter(message)
+            case "joining":
+                if self._others.generation:
+                    cause = "a new worker wants to take part"
+                    self._publish(self._event("joining", slot, cause, 0.0))
+            case "cut":
+                try:
+                    cut_network(message["seconds"])
+                except FaultError as error:
+                    logger.error("no fault: %s", error)
+            case unknown:
+                raise AssertionError(f"rank {slot.spec.identity} sent a message {unknown!r}")
 
     def _hang_up(self, slot: WorkerSlot) -> None:
         if slot.channel is not None:

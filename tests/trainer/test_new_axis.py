@@ -193,16 +193,16 @@ def register() -> None:
 @pytest.mark.chaos
 def test_a_loss_with_the_axis_changes_no_bit(cluster: Cluster, start: Starter) -> None:
     train = {"steps": 8, "global_batch": 4}
-    expected = bits_of(run_training(cluster, config_of({}, train=train)))
+    expected = bits_of(run_training(cluster, config_of(WITHOUT, train=train)))
     start.before = "test_new_axis:register"
     run = start(
         model=SECTIONS["model"],
         train=train,
-        parallel={"context": 2, "data": 2},
-        elastic={"respawn": False, "chaos": [fault("kill", 3, 4, "reduce")]},
+        parallel={"tensor": 2, "context": 2, "data": 2},
+        elastic={"respawn": False, "chaos": [fault("kill", 6, 4, "reduce")]},
     )
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     (recovered,) = run.events("recovered")
-    assert recovered["plan"]["stages"] == [[[0, 1]]]
-    assert recovered["plan"]["spares"] == [2]
+    assert recovered["plan"]["stages"] == [[[0, 1, 2, 3]]]
+    assert recovered["plan"]["spares"] == [4, 5, 7]

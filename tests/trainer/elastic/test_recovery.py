@@ -24,6 +24,7 @@ from holdfast.trainer.elastic.worker_status import (
     status_to_data,
 )
 from holdfast.trainer.step import Requests, rate_of
+from support.processes.fake_clock import FakeClock
 from support.runs.fake_cluster import (
     OUTCOME,
     STEPS,
@@ -272,18 +273,14 @@ def test_layers_move_between_steps_only() -> None:
 
 
 def test_a_word_is_waited_for_while_the_generation_stands_and_no_longer_than_a_minute() -> None:
-    store, interruption = FakeStore(), Interruption()
-    now = [0.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
+    store, interruption, clock = FakeStore(), Interruption(), FakeClock(now_s=0.0)
 
     def wait() -> bytes:
-        return await_word(store, "plan", interruption, clock=lambda: now[0], sleep=sleep)  # type: ignore[arg-type]
+        return await_word(store, "plan", interruption, clock=clock, sleep=clock.sleep)  # type: ignore[arg-type]
 
     with pytest.raises(PeerLost, match="no rank has given its plan within 60 s"):
         wait()
-    assert now[0] == pytest.approx(60.0, abs=0.1)
+    assert clock() == pytest.approx(60.0, abs=0.1)
     interruption.begin("rank 1: killed")
     interruption.begin("rank 2: killed")
     with pytest.raises(PeerLost, match="rank 1: killed"):

@@ -150,6 +150,8 @@ class Checkpointer:
     def load(self, step: int | None = None) -> int | None:
         """Load the newest checkpoint, or that of `step`, into the state. Collective.
 
+        Args:
+            step: the checkpoint's number of steps; None: the newest checkpoint.
         Returns:
             The step of the checkpoint; None if there is no checkpoint. `loaded` has the plain
             values.
@@ -245,6 +247,10 @@ class Checkpointer:
 def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) -> Path:
     """Save a program's state and wait for the commit. Returns the checkpoint's folder. Collective.
 
+    Args:
+        folder: the folder of checkpoints.
+        state: the values to save, by key; see `Checkpointer`.
+        step: the number of steps done; it names the checkpoint.
     Raises:
         CheckpointError: the checkpoint could not be written.
     """
@@ -256,6 +262,9 @@ def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) 
 def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]:
     """Load a program's state from a checkpoint, a folder of checkpoints, or a run. Collective.
 
+    Args:
+        path: a checkpoint, a folder of checkpoints, or the folder of a run.
+        state: the values to restore, by the keys of the save; see `Checkpointer`.
     Returns:
         The plain values that were saved, by key.
     Raises:

@@ -69,11 +69,9 @@ def list_schedule(
         cost: the time of each action F, B (or I and W); must be above 0.
         message_cost: the time from a send to its arrival, or a function of the two ranks.
         cap: the most chunk activations that a rank keeps until their B or W, for all ranks or by
-            rank;
-            None, or a rank left out, is no limit.
+            rank; None, or a rank left out, is no limit.
         split_backward: use I and W instead of B; W fills idle time. Chunk 0, whose input gradient
-            is
-            not needed, keeps whole backwards.
+            is not needed, keeps whole backwards.
         all_rules: try all rules for the best action; otherwise only the one that wins most often.
     Returns:
         The program by rank, for every rank that owns an action.

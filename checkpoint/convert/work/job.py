@@ -77,6 +77,9 @@ def convert(
     process may have `workers` processes of its own.
 
     Args:
+        conversion: source, target, format and options.
+        workers: the number of processes that this process starts; only with `world` = 1.
+        rank, world: the index of this process, and the number of processes that share the work.
         progress: called on rank 0 with (bytes written, bytes in all).
     Returns:
         On rank 0 the result, once the output is checked and has its name; None elsewhere.

@@ -108,7 +108,13 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def drive_life_years(rated_bytes: float, bytes_per_s: float) -> float | None:
-    """The years a drive lasts at this mean write rate; None without a rating or a rate."""
+    """The years a drive lasts at this mean write rate; None without a rating or a rate.
+
+    Args:
+        rated_bytes: the bytes that the drive may be written in its life, by its data sheet; 0:
+            unknown.
+        bytes_per_s: the mean rate of writes.
+    """
     if rated_bytes <= 0 or bytes_per_s <= 0:
         return None
     return rated_bytes / bytes_per_s / (365.25 * 86400)

@@ -75,13 +75,13 @@ def layout_grid(plan: Plan) -> Table:
     for stage in range(places.pipeline):
         first = places.rank(0, 0, stage)
         layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
-        cells = []
+        squares = []
         for replica, ranks in enumerate(places.stages[stage]):
             name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_runs(ranks)}"
-            share = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
-            cells.append(Text(f"■ {name}{share}", style="green"))
-        cells += [Text("□", style="red")] * (places.widest - len(cells))
-        grid.add_row(f"stage {stage}: {layers}", *cells)
+            suffix = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
+            squares.append(Text(f"■ {name}{suffix}", style="green"))
+        squares += [Text("□", style="red")] * (places.widest - len(squares))
+        grid.add_row(f"stage {stage}: {layers}", *squares)
     if plan.is_regular:
         counts = [Text(str(len(numbers)), style="dim") for numbers in plan.micro_batches]
         grid.add_row("micro-batches of a step", *counts)

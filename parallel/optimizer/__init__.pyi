@@ -24,6 +24,7 @@ from .registry import (
 from .rule import (
     MASTER as MASTER,
     OptimizerRule as OptimizerRule,
+    OwnKey as OwnKey,
     StateFormat as StateFormat,
 )
 from .shadow_state import (

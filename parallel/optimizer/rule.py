@@ -7,7 +7,7 @@ kinds. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -59,6 +59,21 @@ class BlockUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnKey:
+    """A key of `[optimizer]` that one optimizer has beside those of all."""
+
+    name: str
+    type: Any
+    """The type of its values, as msgspec reads it."""
+    default: Any
+
+
+def no_problems(section: Any) -> Iterator[str]:
+    """No rule beside those of all optimizers. Pure."""
+    return iter(())
+
+
+@dataclass(frozen=True, slots=True)
 class OptimizerRule(Generic[S]):
     """An optimizer. `S` is the type of its constants."""
 
@@ -78,6 +93,9 @@ class OptimizerRule(Generic[S]):
 
     From groups of (parameters, whether weight decay applies). The learning rate is set before each
     step."""
+    own_keys: tuple[OwnKey, ...] = ()
+    problems: Callable[[Any], Iterator[str]] = no_problems
+    """(`[optimizer]` section) -> the broken rules of its own keys, one line each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 import msgspec
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
-from holdfast.trainer.config.sections import RunConfig
+from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
 from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
 
@@ -52,7 +54,8 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
             is wrong.
     """
     sections = {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
-    sections["model"] = _model_section(table)
+    chosen = {"model": _model_section(table), "optimizer": _optimizer_section(table)}
+    sections |= chosen
     for name, keys in table.items():
         if name not in sections:
             raise ConfigError(f"[{name}] is not a section{_nearest(name, sections)}")
@@ -63,7 +66,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
             if key not in known:
                 raise ConfigError(f"{name}.{key} is not a key{_nearest(key, known, name)}")
     try:
-        return _converted(table, sections["model"])
+        return _converted(table, chosen)
     except msgspec.ValidationError as error:
         raise ConfigError(_explained(table, str(error))) from error
 
@@ -83,16 +86,43 @@ def _model_section(table: Mapping[str, Any]) -> type[ModelConfig]:
     return family_of(name).section
 
 
-def _converted(table: Mapping[str, Any], section: type[ModelConfig]) -> RunConfig:
-    """The configuration, with `[model]` as a `section`."""
-    if section is ModelConfig:
-        return msgspec.convert(table, RunConfig)
-    shared = {field.name for field in msgspec.structs.fields(ModelConfig)}
-    of_all = {key: value for key, value in table["model"].items() if key in shared}
-    config = msgspec.convert({**table, "model": of_all}, RunConfig)
-    whole: Any = msgspec.defstruct("Whole", [("model", section)])
-    model = msgspec.convert({"model": table["model"]}, whole).model
-    return msgspec.structs.replace(config, model=model)
+def _optimizer_section(table: Mapping[str, Any]) -> type[OptimizerConfig]:
+    """The struct of `[optimizer]`, with the own keys of the optimizer that it names."""
+    section = table.get("optimizer")
+    name = section.get("name", OptimizerConfig().name) if isinstance(section, Mapping) else None
+    rule = OPTIMIZERS.get(name) if isinstance(name, str) else None
+    return OptimizerConfig if rule is None else _with_keys(rule.own_keys)
+
+
+@functools.cache
+def _with_keys(keys: tuple[OwnKey, ...]) -> type[OptimizerConfig]:
+    if not keys:
+        return OptimizerConfig
+    fields = [(key.name, key.type, key.default) for key in keys]
+    made: Any = msgspec.defstruct(
+        OptimizerConfig.__name__, fields, bases=(OptimizerConfig,), frozen=True, kw_only=True
+    )
+    return made
+
+
+def _converted(table: Mapping[str, Any], chosen: Mapping[str, type[Any]]) -> RunConfig:
+    """The typed form.
+
+    Args:
+        chosen: by name, the sections whose struct depends on one of their own keys.
+    """
+    bases: Mapping[str, type[Any]] = {"model": ModelConfig, "optimizer": OptimizerConfig}
+    plain = dict(table)
+    for name in chosen.keys() & table.keys():
+        shared = {field.name for field in msgspec.structs.fields(bases[name])}
+        plain[name] = {key: value for key, value in table[name].items() if key in shared}
+    config = msgspec.convert(plain, RunConfig)
+    for name in chosen.keys() & table.keys():
+        if chosen[name] is not bases[name]:
+            whole: Any = msgspec.defstruct("Whole", [(name, chosen[name])])
+            found = getattr(msgspec.convert({name: table[name]}, whole), name)
+            config = msgspec.structs.replace(config, **{name: found})
+    return config
 
 
 def check_config(config: RunConfig, world_size: int | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from holdfast.parallel.errors import ConfigError, ScheduleError
 from holdfast.parallel.layout import AXES
+from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.schedules import placement
 from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
@@ -27,6 +28,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
         range_problems,
         _model,
+        _optimizer,
         _data,
         _batch,
         _tensor,
@@ -56,6 +58,10 @@ def _choices(config: RunConfig) -> Iterator[str]:
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     yield from family_of(model.family).problems(model, config.parallel.tensor)
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    yield from OPTIMIZERS[config.optimizer.name].problems(config.optimizer)
 
 
 def _data(config: RunConfig) -> Iterator[str]:

@@ -18,9 +18,9 @@ from torch.distributed import Store
 from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.optimizer.registry import OPTIMIZERS
-from holdfast.parallel.optimizer.rule import BlockUpdate, OptimizerRule, StateKind
+from holdfast.parallel.optimizer.rule import BlockUpdate, OptimizerRule, OwnKey, StateKind
 from holdfast.trainer.check.reference import run_reference
-from holdfast.trainer.config import RunConfig, check_config
+from holdfast.trainer.config import RunConfig, check_config, dump_toml, load_config
 from holdfast.trainer.plan_report import plan_report
 from support.processes.cluster import Cluster
 from support.runs import small_runs
@@ -29,10 +29,13 @@ from support.runs.small_runs import events_of, make_config, metrics_of, world_si
 STEPS = 6
 
 
-def _update(updates: Sequence[BlockUpdate], step: Tensor, lr: float, decay: float) -> None:
+def _update(
+    updates: Sequence[BlockUpdate], step: Tensor, lr: float, settings: tuple[float, float]
+) -> None:
+    decay, kept = settings
     for update in updates:
         [momentum] = update.state
-        momentum.mul_(0.9).add_(update.gradient)
+        momentum.mul_(kept).add_(update.gradient)
         if update.decays:
             update.master.mul_(1.0 - lr * decay)
         update.master.sub_(momentum.sign(), alpha=lr)
@@ -46,22 +49,32 @@ class _Reference(torch.optim.Optimizer):
             for parameter in group["params"]:
                 state = self.state[parameter]
                 before = state.get("momentum", torch.full_like(parameter, 1e-3))
-                state["momentum"] = 0.9 * before + parameter.grad
+                state["momentum"] = group["kept"] * before + parameter.grad
                 decayed = parameter.data * (1.0 - group["lr"] * group["weight_decay"])
                 parameter.data = decayed - group["lr"] * torch.sign(state["momentum"])
 
 
-def _reference(groups: Sequence[tuple[list[nn.Parameter], bool]], decay: float) -> _Reference:
+def _reference(
+    groups: Sequence[tuple[list[nn.Parameter], bool]], settings: tuple[float, float]
+) -> _Reference:
+    decay, kept = settings
     found = [{"params": p, "weight_decay": decay if decays else 0.0} for p, decays in groups]
-    return _Reference(found, {"lr": 0.0})
+    return _Reference(found, {"lr": 0.0, "kept": kept})
+
+
+def _problems(section: Any) -> Iterator[str]:
+    if not 0 <= section.momentum < 1:
+        yield f"optimizer.momentum = {section.momentum}: must be at least 0 and less than 1"
 
 
 SIGN = OptimizerRule(
     name="sign-momentum",
     kinds=(StateKind("momentum", initial=1e-3),),
-    settings=lambda section: section.weight_decay,
+    settings=lambda section: (section.weight_decay, section.momentum),
     update_blocks=_update,
     reference=_reference,
+    own_keys=(OwnKey("momentum", float, 0.9),),
+    problems=_problems,
 )
 
 
@@ -92,12 +105,14 @@ def registered() -> Iterator[None]:
 def config(
     train: dict[str, Any] | None = None, name: str = SIGN.name, **parallel: int
 ) -> RunConfig:
-    return make_config(
-        model={"layers": 2, "dropout": 0.0},
-        train={"steps": STEPS, "global_batch": 4, **(train or {})},
-        optimizer={"name": name, "lr": 1e-3},
-        parallel=dict(parallel),
-    )
+    own = {"momentum": 0.8} if name == SIGN.name else {}
+    with registered():
+        return make_config(
+            model={"layers": 2, "dropout": 0.0},
+            train={"steps": STEPS, "global_batch": 4, **(train or {})},
+            optimizer={"name": name, "lr": 1e-3, **own},
+            parallel=dict(parallel),
+        )
 
 
 def with_rule(rank: int, world_size: int, store: Store, *, job: str, **arguments: Any) -> Any:
@@ -151,6 +166,23 @@ def test_the_registry_says_which_names_a_configuration_may_give() -> None:
         check_config(config())
     with registered():
         check_config(config())
+
+
+def test_an_optimizer_brings_its_own_keys_and_rules(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(dump_toml(config()))
+    with registered():
+        assert load_config(path) == config()
+        assert load_config(path).optimizer.momentum == 0.8  # type: ignore[attr-defined]
+        for override, said in (
+            ("optimizer.momentum=1", "optimizer.momentum = 1.0: must be at least 0 and less than"),
+            ("optimizer.momentum=much", "optimizer.momentum = 'much': expected `float`"),
+            ("optimizer.momentun=0.5", "did you mean optimizer.momentum?"),
+            ("optimizer.name=adamw", "optimizer.momentum is not a key"),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                load_config(path, [override])
+            assert said in str(caught.value)
 
 
 def test_the_memory_estimate_counts_the_kinds_of_the_rule() -> None:

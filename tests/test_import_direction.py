@@ -6,11 +6,12 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from support.source_tree import FOLDERS, HOUSES, MODULES, tree_of
+from support.source_tree import FOLDERS, HOUSES, MODULES, ROOT, tree_of
 
 BELOW = {
     "parallel": {"parallel", "_native"},
@@ -154,6 +155,22 @@ def test_a_face_exports_what_exists(folder: str) -> None:
     assert (face.__doc__ or "").strip(), f"{folder} does not say what it is for"
     for name in getattr(face, "__all__", ()):
         assert getattr(face, name) is not None
+
+
+@cache
+def _words_outside(folder: str) -> frozenset[str]:
+    """The words of the code outside of a folder, and of the pages for users."""
+    place = MODULES[folder].parent
+    code = [path for house in HOUSES for path in (ROOT / house).rglob("*.py*")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.rst")]
+    texts = [path for path in code if path.suffix in (".py", ".pyi") and place not in path.parents]
+    return frozenset(re.findall(r"\w+", " ".join(path.read_text() for path in [*texts, *pages])))
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_a_face_lists_what_is_used_outside_and_no_more(folder: str) -> None:
+    names = set(getattr(importlib.import_module(folder), "__all__", ()))
+    assert names - _words_outside(folder) == set()
 
 
 def _said_to_be_imported(folder: str) -> list[str]:

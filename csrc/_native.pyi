@@ -123,7 +123,8 @@ class FileEngine:
         direct: bool | None = None,
         background: bool = False,
     ) -> None:
-        """
+        """Start the engine.
+
         Args:
             kind: "io_uring", "threads", or "auto": the kind in the environment variable
                 HOLDFAST_FILE_ENGINE, else io_uring where the kernel allows it, else threads.

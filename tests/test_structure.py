@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -93,6 +94,24 @@ def test_no_class_is_wide_without_a_reason_in_its_docstring() -> None:
     }
     assert said.keys() == WIDE.keys()
     assert [name for name, reason in WIDE.items() if reason not in said[name]] == []
+
+
+PERSONS = re.compile(r"\b(who|whom|whoever|nobody|somebody|everybody)\b", re.IGNORECASE)
+"""Words that a docstring does not use for ranks, workers and other things."""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_say_what_a_thing_is_and_name_it(module: str) -> None:
+    texts = [
+        node.value.value.strip()
+        for node in ast.walk(tree_of(MODULES[module]))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    headless = [text for text in texts if text.startswith(("Args:", "Returns:", "Raises:"))]
+    assert headless == []
+    assert [text for text in texts if PERSONS.search(text)] == []
 
 
 CALLED = {"AtPhase", "Callable", "Fence", "GradientSink"}

@@ -101,7 +101,7 @@ def node_settings(
 
 
 def explained(code: int, run: RunDirectory, ranks: Iterable[int]) -> int:
-    """The exit code of a node, after a line for the person who started it if it is an error."""
+    """The exit code of a node, after a line for the user if it is an error."""
     from holdfast.trainer import describe, root_cause
 
     if code not in (0, 130):

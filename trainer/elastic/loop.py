@@ -124,8 +124,7 @@ class ElasticLoop:
                 continue
             arrived = bool(training.plan.incoming) and not outcome.requests.filling
             if outcome.requests.change or (arrived and self._history is None):
-                self._recovery.leaving = mine
-                training = self._recover(urgent=False)
+                training = self._recover(urgent=False, leaving=mine)
 
     def _stops(self, training: Training, step: int, outcome: Outcome) -> bool:
         """Whether the run ends after this step, counted from 1; it is saved then."""
@@ -173,15 +172,15 @@ class ElasticLoop:
         if sound:
             self._verified = step
         else:
-            self._recovery.sound_until = self._verified
+            self._recovery.distrust(self._verified)
         return sound
 
     # Changes of membership.
 
-    def _recover(self, *, urgent: bool) -> Training:
+    def _recover(self, *, urgent: bool, leaving: bool = False) -> Training:
         """Agree and recover until there is a sound state. Returns the training to continue with."""
         while True:
-            change = self._recovery.recover(urgent=urgent)
+            change = self._recovery.recover(urgent=urgent, leaving=leaving)
             training = self._recovery.training
             if training is None:
                 raise Stopped("this rank has handed its state over and leaves; the others go on")

@@ -164,8 +164,6 @@ class Recovery:
             first_plan: the plan of the configuration, for a run without state.
         """
         self._rank, self._config, self._first_plan, self._drives = rank, config, first_plan, drives
-        self.leaving = False
-        """Whether this worker hands its state over at the next change."""
         self.sound_until: int | None = None
         """Where the state is known to be corrupt, the last step at which it was sound: the next
         change loads a checkpoint that is no newer."""
@@ -192,23 +190,28 @@ class Recovery:
         self._drives.transport.abort(reason)
         self._drives.saves.abort(reason)
 
-    def recover(self, *, urgent: bool) -> CompletedChange:
+    def distrust(self, sound_until: int) -> None:
+        """Have the next change load a checkpoint, no newer than the last step that was sound."""
+        self.sound_until = sound_until
+
+    def recover(self, *, urgent: bool, leaving: bool = False) -> CompletedChange:
         """Agree and rebuild until a generation stands. Collective over all live workers.
 
         Args:
             urgent: whether the current step cannot be finished.
+            leaving: this worker hands its state over, and goes.
         Raises:
             Minority, Superseded, MembershipError: this worker must not go on.
         """
         while True:
             try:
-                return self._change(urgent)
+                return self._change(urgent, leaving)
             except PeerLost as error:
                 logger.info("the change of membership begins again: %s", error)
                 self.abort(str(error))
                 urgent = True
 
-    def _change(self, urgent: bool) -> CompletedChange:
+    def _change(self, urgent: bool, leaving: bool) -> CompletedChange:
         drives = self._drives
         began = drives.clock()
         drives.saves.cancel()
@@ -219,7 +222,7 @@ class Recovery:
             step=self.training.progress.decided if self.training is not None else 0,
             phase=WITHIN_STEP if urgent else BETWEEN_STEPS,
             urgent=urgent,
-            leaving=self.leaving,
+            leaving=leaving,
             data=status_to_data(self._status(urgent=urgent)),
         )
         agreed = drives.clock()

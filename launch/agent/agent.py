@@ -125,7 +125,8 @@ class Agent:
             for spec in self._specs(membership, address, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
             self._loop()
-            del store
+        # Not before the other nodes go on: what was posted last may be in this node's store.
+        del store
         return self._shutdown.exit_code
 
     def _membership(self, lighthouse: str, held: contextlib.ExitStack) -> MembershipSettings:

@@ -80,6 +80,14 @@ def test_a_worker_that_the_others_went_on_without_may_end_by_itself_and_is_kille
     assert moment - begin - LEFT_OUT_S == pytest.approx(0.3, abs=0.3)
 
 
+def test_a_store_is_hosted_until_the_others_have_heard_how_its_node_ended(tmp_path: Path) -> None:
+    node = FakeNode(tmp_path)
+    node.on_start = lambda spec: node.end(spec.rank, -9)
+    node.run(respawn=False, founder=False)
+    assert [event.cause for event in node.others.posted] == ["killed by SIGKILL"]
+    assert node.others.store_at_close is not None  # what was posted lies in it
+
+
 def test_a_node_that_is_not_taken_in_asks_now_and_then_whether_the_run_is_over(
     tmp_path: Path,
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -28,12 +29,19 @@ from support.processes.fake_clock import FakeClock
 SETTINGS = MembershipSettings("127.0.0.1:1", "run", 2, 1, 100, 600)
 
 
+class FakeStore:
+    """A store that is hosted for as long as something refers to it."""
+
+
 @dataclass
 class FakeOthers:
     """The other nodes: they hear what is posted, and are met in generations."""
 
     generation: int = 0
     posted: list[MembershipEvent] = field(default_factory=list)
+    store_at_close: FakeStore | None = None
+    """This node's store, if it is still hosted while the others are given time to go on."""
+    hosted: weakref.WeakSet[FakeStore] = field(default_factory=weakref.WeakSet)
 
     def enter(self, message: dict[str, Any]) -> None:
         self.generation = message["number"]
@@ -45,7 +53,12 @@ class FakeOthers:
         pass
 
     def close(self, *, over: bool) -> None:
-        pass
+        self.store_at_close = next(iter(self.hosted), None)
+
+    def host_store(self, host: str) -> tuple[FakeStore, str]:
+        store = FakeStore()
+        self.hosted.add(store)
+        return store, "127.0.0.1:1"
 
 
 @dataclass
@@ -142,7 +155,7 @@ class FakeNode:
                 agent,
                 ForkServer=lambda main: self,
                 OtherNodes=lambda *_, **__: self.others,
-                host_store=lambda host: (None, "127.0.0.1:1"),
+                host_store=self.others.host_store,
                 coordination=lambda: None,
             ),
             mock.patch.object(agent.selectors, "DefaultSelector", return_value=self),

@@ -11,19 +11,12 @@ import pytest
 import torch
 
 from holdfast.checkpoint import load
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
+from support.foreign.conversions import converted
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, run_in
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
 
 
 @pytest.fixture(scope="module")

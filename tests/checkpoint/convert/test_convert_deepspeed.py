@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import load
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
 from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
+from support.foreign.conversions import converted, tensors_of
 from support.foreign.deepspeed_jobs import consolidated
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, run_in
@@ -31,22 +28,6 @@ CASES = [(1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
 
 OWN_TOO = [(1, "bf16"), (3, "bf16")]
 """Where what DeepSpeed's own converter makes is tried beside ours."""
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    manifest = read_manifest(folder)
-    found = {
-        name: torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        for name, entry in manifest.tensors.items()
-    }
-    load(folder, found)
-    return found
 
 
 @pytest.fixture(scope="module")

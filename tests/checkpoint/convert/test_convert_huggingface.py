@@ -10,21 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models.chunk import build_whole_model
+from support.foreign.conversions import converted
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, run_in
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
 
 
 def save_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **keys: Any) -> Any:

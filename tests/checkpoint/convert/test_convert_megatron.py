@@ -12,23 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from holdfast.checkpoint import load
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from support.foreign.conversions import converted
 from support.foreign.megatron_jobs import ITERATION, SIZES
 from support.foreign.megatron_shards import huggingface_weights
 from support.processes.cluster import Cluster
 
 pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
 
 
 @pytest.fixture(scope="module")

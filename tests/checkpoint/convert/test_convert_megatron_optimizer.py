@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoint import load
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
+from support.foreign.conversions import converted
 from support.foreign.megatron_jobs import ITERATION
 from support.foreign.megatron_shards import by_stage, gpt2_weights, huggingface_weights
 from support.foreign.megatron_training import SCHEDULE, STEPS, Training
@@ -34,12 +33,6 @@ KINDS = {
     "decoupled": Training(decoupled=True),
     "experts": Training(experts=4),
 }
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
 
 
 Trained = tuple[Training, Path, list[dict[str, Any]]]

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from holdfast.checkpoint import load, save
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
+from holdfast.checkpoint import save
 from holdfast.checkpoint.format.kinds import STEP, TENSOR, UNPREFIXED_KINDS
 from holdfast.checkpoint.stores.registry import find_checkpoint
 from holdfast.checkpoint.tools import diff_checkpoints, inspect_checkpoint, rebuild_manifest
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.optimizer.registry import OPTIMIZERS
 from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, OptimizerRule, StateKind
+from support.foreign.conversions import assert_equal, converted, tensors_of
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, train_in
 from support.runs.tiny_models import make_model
@@ -64,29 +62,6 @@ def registered() -> Iterator[None]:
 def train_with_rule(rank: int, world_size: int, store: Store, **arguments: Any) -> None:
     with registered():
         train_in(rank, world_size, store, **arguments)
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    manifest = find_checkpoint(folder).manifest()
-    found = {
-        name: torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        for name, entry in manifest.tensors.items()
-    }
-    load(folder, found)
-    return found
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert torch.equal(found[name], value), name
 
 
 @pytest.fixture(scope="module")

@@ -10,22 +10,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from holdfast.checkpoint import load, save
+from holdfast.checkpoint import save
 from holdfast.checkpoint.convert.elements.output import Unit
 from holdfast.checkpoint.convert.elements.pieces import Location, LogicalTensor, SourcePiece
 from holdfast.checkpoint.convert.sources.engine import Engine
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
-from holdfast.checkpoint.stores.registry import find_checkpoint
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout.boxes import Box
-
-
-def converted(source: Path, target: Path, to: str) -> Converted:
-    found = convert(Conversion(source, target, to))
-    assert found is not None
-    return found
+from support.foreign.conversions import converted, tensors_of
 
 
 class Model(nn.Module):
@@ -40,16 +32,6 @@ class Model(nn.Module):
 def values(engine: Engine, unit: Unit) -> Tensor:
     content = bytearray(engine.content(unit))
     return torch.frombuffer(content, dtype=TORCH_DTYPES[unit.dtype]).view(unit.box.shape)
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    manifest = find_checkpoint(folder).manifest()
-    found = {
-        name: torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        for name, entry in manifest.tensors.items()
-    }
-    load(folder, found)
-    return found
 
 
 shapes = st.lists(st.integers(1, 9), max_size=3).map(tuple)

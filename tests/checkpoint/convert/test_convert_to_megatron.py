@@ -12,27 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdfast.checkpoint import save
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from support.foreign.conversions import assert_equal, converted
 from support.foreign.megatron_jobs import SIZES
 from support.foreign.megatron_shards import huggingface_weights
 from support.processes.cluster import Cluster
 from support.runs.tiny_models import EXPERTS, GPT2, make_model, weights_of
 
 PADDED = {"vocab_multiple": 16}
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.mp

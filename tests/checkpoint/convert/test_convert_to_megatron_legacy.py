@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from holdfast.checkpoint import load, save
-from holdfast.checkpoint.convert.work.job import Converted, convert
-from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from support.foreign.conversions import converted
 from support.foreign.megatron_jobs import SIZES
 from support.foreign.megatron_shards import gpt2_weights, huggingface_weights
 from support.processes.cluster import Cluster
@@ -33,12 +32,6 @@ KINDS = [
 ]
 
 OF_KIND = dict(KINDS)
-
-
-def converted(source: Path, target: Path, to: str, **keys: Any) -> Converted:
-    found = convert(Conversion(source, target, to, **keys))
-    assert found is not None
-    return found
 
 
 @pytest.mark.mp

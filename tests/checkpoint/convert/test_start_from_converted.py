@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import load
 from holdfast.checkpoint.convert.work.job import convert
 from holdfast.checkpoint.convert.work.request import Conversion
-from holdfast.checkpoint.format.dtypes import TORCH_DTYPES
-from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.resume import find_resume
+from support.foreign.conversions import tensors_of
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, fault
 from support.runs.small_runs import events_of, make_config, metrics_of, run_in
@@ -48,15 +46,6 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(source: Path, target: Path, dtype: str = "") -> Path:
     assert convert(Conversion(source, target, "holdfast", dtype=dtype)) is not None
     return target
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = {
-        name: torch.zeros(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        for name, entry in read_manifest(folder).tensors.items()
-    }
-    load(folder, found)
-    return found
 
 
 def train(cluster: Cluster, config: RunConfig, root: Path, start: Path) -> None:

@@ -96,14 +96,15 @@ class HangWatch:
         for slot in slots:
             if slot.descriptor < 0:
                 continue
-            causes = [cause for check in self._checks if (cause := check(slot.spec, slot.pid))]
-            if slot.is_member and slot.spec.rank in culprits:
-                causes.append(culprits[slot.spec.rank])
+            causes = (check(slot.spec, slot.pid) for check in self._checks)
+            cause = next((cause for cause in causes if cause), None)
+            if cause is None and slot.is_member:
+                cause = culprits.get(slot.spec.rank)
             left_out = slot.left_out_s is not None and now_s - slot.left_out_s > LEFT_OUT_S
-            if left_out and not draining:
-                causes.append("the others went on without it, and it has not ended")
-            if causes:
-                found[slot.spec.rank] = causes[0]
+            if cause is None and left_out and not draining:
+                cause = "the others went on without it, and it has not ended"
+            if cause is not None:
+                found[slot.spec.rank] = cause
         return found
 
     def new_waits(self, slots: Iterable[WorkerSlot], generation: int) -> list[MembershipEvent]:

@@ -19,6 +19,7 @@ from .cost import (
 )
 from .initial import (
     MICRO_BATCH_ORDERS as MICRO_BATCH_ORDERS,
+    by_shard as by_shard,
     make_plan as make_plan,
 )
 from .ownership import (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.offload import Rates, choose_layers
-from holdfast.parallel.plan import Plan, make_plan
+from holdfast.parallel.plan import Plan, by_shard, make_plan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import layer_specs
 
@@ -23,11 +23,12 @@ def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
     train, offload = config.train, config.offload
     if train.recompute != "auto":
         return _layers(config, train.recompute)
-    plans = {way: _first_plan(config, _layers(config, way)) for way in WAYS}
+    ways = {way: _layers(config, way) for way in WAYS}
+    plan = _first_plan(config, ways["none"])
     sends = offload.activations != "none"
     chosen = choose_layers(
-        plans["none"],
-        {way: plan.layers for way, plan in plans.items()},
+        plan,
+        {way: by_shard(layers, plan.configured_mesh) for way, layers in ways.items()},
         most_bytes=train.activation_gib * 2**30,
         rates=Rates(
             flops_per_s=train.tflops * 1e12,

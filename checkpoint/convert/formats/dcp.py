@@ -37,6 +37,7 @@ from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, full_name
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
+from holdfast.parallel.optimizer import OPTIMIZERS
 
 NAME = "dcp"
 _ADAMW = {
@@ -49,8 +50,6 @@ _ADAMW = {
     "decoupled_weight_decay": True,
 }
 """The default values of torch.optim.AdamW's settings, which an output lists."""
-_ADAM_STATES = {"exp_avg", "exp_avg_sq"}
-"""The names of the states that torch.optim's Adam and AdamW keep of each parameter."""
 
 
 @dataclass(slots=True)
@@ -240,7 +239,7 @@ def _parameter_group(catalog: Catalog, trained: Sequence[str]) -> dict[str, Any]
     optimizer = catalog.config.get("optimizer", {})
     rate, decay = optimizer.get("lr", 1e-3), optimizer.get("weight_decay", 0.01)
     kinds = catalog.state_kinds()
-    if not _ADAM_STATES.issubset(kinds):
+    if not catalog.has_states_of(OPTIMIZERS["adamw"]):
         catalog.left_out["param_groups"] = (
             f"settings beside lr and weight_decay: of the optimizer that keeps {', '.join(kinds)}, "
             "torch's names are not known"

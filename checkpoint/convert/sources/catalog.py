@@ -19,7 +19,7 @@ from holdfast.checkpoint.convert.rules import (
 )
 from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.parallel.optimizer import MASTER, OPTIMIZERS
+from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, OptimizerRule
 
 CARRIED = (
     "config.json",
@@ -115,6 +115,10 @@ class Catalog:
         rule = OPTIMIZERS.get(self.config.get("optimizer", {}).get("name", ""))
         told = [kind.name for kind in rule.kinds] if rule is not None else []
         return tuple(dict.fromkeys((*told, *found))) if found else ()
+
+    def has_states_of(self, rule: OptimizerRule[Any]) -> bool:
+        """Whether there are states of all kinds that an optimizer keeps, maybe beside others."""
+        return {kind.name for kind in rule.kinds}.issubset(self.state_kinds())
 
     def trained(self) -> list[str]:
         """The names of the weights with optimizer state."""

@@ -38,7 +38,7 @@ from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file
 from holdfast.checkpoint.format import WEIGHT, full_name
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
-from holdfast.parallel.optimizer import MASTER
+from holdfast.parallel.optimizer import MASTER, OPTIMIZERS
 
 NAME = "megatron"
 _BACKEND = {
@@ -55,8 +55,6 @@ _CONTENT = {
 }
 """Tells Megatron the forms in which tensors are kept."""
 _LINEAR = re.compile(r"decoder\.layers\.(?P<module>.*\.linear_(?:qkv|proj|fc1|fc2))\.weight")
-_ADAM_STATES = {"exp_avg", "exp_avg_sq"}
-"""The names of the states that Megatron's Adam keeps of each parameter."""
 _CHECKPOINT_VERSION = 3.0
 _RATE, _DECAY = 1e-3, 0.01
 """The values of torch's AdamW, for a source without its own."""
@@ -314,7 +312,7 @@ def parameter_groups(catalog: Catalog) -> list[dict[str, Any]]:
         )
     config = catalog.config.get("optimizer", {})
     decay, rate = config.get("weight_decay", _DECAY), config.get("lr", _RATE)
-    adam = _ADAM_STATES.issubset(catalog.state_kinds())
+    adam = catalog.has_states_of(OPTIMIZERS["adamw"])
     usual: dict[str, Any] = {"lr": rate}
     if adam:
         usual |= {"betas": config.get("betas", (0.9, 0.999)), "eps": config.get("eps", 1e-8)}

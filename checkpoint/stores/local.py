@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -38,12 +39,16 @@ class LocalStore:
         return str(self.path(name))
 
     def names(self) -> list[str]:
+        return [name for name in self.folders() if self.has(name)]
+
+    def folders(self) -> list[str]:
+        """The entries with a checkpoint's name, oldest first, with or without a manifest."""
         try:
             found = [path.name for path in self.root.iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return []
         steps = [(step, name) for name in found if (step := step_of(name)) is not None]
-        return [name for _, name in sorted(steps) if self.has(name)]
+        return [name for _, name in sorted(steps)]
 
     def paths(self) -> list[Path]:
         """The folders of the committed checkpoints, oldest first."""
@@ -82,7 +87,7 @@ class LocalStore:
     def begin(self, name: str) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self._leftovers():
-            shutil.rmtree(leftover)
+            remove_entry(leftover)
         self.partial(name).mkdir()
 
     def put(self, source: Path, name: str, file: str) -> None:
@@ -95,22 +100,25 @@ class LocalStore:
 
     def discard(self, name: str) -> None:
         """Remove the files of a checkpoint that will not be committed."""
-        shutil.rmtree(self.partial(name), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_entry(self.partial(name))
 
     def publish(self, name: str, manifest: bytes) -> None:
         partial, final = self.partial(name), self.path(name)
         write_synced(partial / MANIFEST, manifest)
         sync(partial)
-        if not final.exists():
+        if os.path.lexists(final) and not self.has(name):
+            self.set_aside(name)
+        if not os.path.lexists(final):
             partial.rename(final)
         elif _exchange(partial, final):
             sync(self.root)
-            shutil.rmtree(partial)
+            remove_entry(partial)
         else:
-            replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
+            replaced = self._removed(name)
             final.rename(replaced)
             partial.rename(final)
-            shutil.rmtree(replaced)
+            remove_entry(replaced)
         sync(self.root)
 
     def point_latest(self, name: str) -> None:
@@ -124,20 +132,39 @@ class LocalStore:
             return []
         removed = [name for name in self.names()[:-keep] if name not in protected]
         for name in removed:
-            (self.path(name) / MANIFEST).unlink()
-            shutil.rmtree(self.path(name))
+            self.path(name).rename(self._removed(name))
+            remove_entry(self._removed(name))
         return removed
+
+    def set_aside(self, name: str) -> Path:
+        """Rename a folder with a checkpoint's name, whose files stay. Returns the new name."""
+        free = wanted = self.root / f"superseded-{name}"
+        number = 1
+        while os.path.lexists(free):
+            number += 1
+            free = wanted.with_name(f"{wanted.name}-{number}")
+        self.path(name).rename(free)
+        return free
 
     def free_bytes(self) -> int:
         """The bytes an ordinary user may still write here."""
         return free_bytes(self.root)
 
+    def _removed(self, name: str) -> Path:
+        """The name of a checkpoint's folder while it is removed."""
+        return self.root / f"{name}.replaced{PARTIAL}"
+
     def _leftovers(self) -> Iterator[Path]:
         """The folders of saves or removals that did not finish."""
-        for path in self.root.iterdir():
-            unfinished = _UNFINISHED.fullmatch(path.name) is not None
-            if unfinished or (step_of(path.name) is not None and not self.has(path.name)):
-                yield path
+        return (path for path in self.root.iterdir() if _UNFINISHED.fullmatch(path.name))
+
+
+def remove_entry(path: Path) -> None:
+    """Remove a folder with its content. Of a link, only the link: its target is not ours."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _exchange(first: Path, second: Path) -> bool:

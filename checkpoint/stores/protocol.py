@@ -51,8 +51,9 @@ class CheckpointStore(Protocol):
     def begin(self, name: str) -> None:
         """Prepare for a new checkpoint.
 
-        A store that one save writes removes leftovers of others. A store that is uploaded to keeps
-        the files that an earlier upload of the same checkpoint has sent.
+        A store that one save writes removes leftovers of others, which bear names of their own: a
+        folder with a checkpoint's name stays, with or without a manifest. A store that is uploaded
+        to keeps the files that an earlier upload of the same checkpoint has sent.
         """
         ...
 
@@ -75,7 +76,8 @@ class CheckpointStore(Protocol):
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
         """Remove all checkpoints but the newest `keep` and `protected`. Returns their names.
 
-        The manifest is removed first, so that a half-removed folder is not taken for a checkpoint.
+        A checkpoint loses its name or its manifest first, so that a half-removed folder is not
+        taken for one.
         """
         ...
 

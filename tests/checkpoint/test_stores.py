@@ -27,7 +27,7 @@ from holdfast.checkpoint.stores.remote import FsspecStore
 from holdfast.checkpoint.tiers.uploader import Uploader
 from holdfast.checkpoint.tools.diff import diff_checkpoints
 from holdfast.checkpoint.tools.inspect import inspect_checkpoint
-from holdfast.checkpoint.tools.verify import verify_checkpoint
+from holdfast.checkpoint.tools.verify import rebuild_manifest, verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
 
@@ -173,6 +173,58 @@ def test_retention_spares_what_is_protected(tmp_path: Path) -> None:
     assert store.retain(0) == []
     assert store.retain(1, {"step-00000002"}) == ["step-00000001", "step-00000003"]
     assert store.names() == ["step-00000002", "step-00000004"]
+
+
+def _moved_to_another_disk(folder: Path, name: str, disk: Path) -> Path:
+    """Move a checkpoint away and leave a link in its place, as people do who need room."""
+    disk.mkdir(exist_ok=True)
+    (folder / name).rename(disk / name)
+    (folder / name).symlink_to(disk / name)
+    return disk / name
+
+
+def test_of_a_checkpoint_that_is_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    for step in (1, 2):
+        save(folder, _state(step), step=step)
+    moved = [_moved_to_another_disk(folder, f"step-0000000{n}", tmp_path / "disk") for n in (1, 2)]
+    before = [sorted(path.name for path in place.iterdir()) for place in moved]
+    (folder / "step-00000006").symlink_to(tmp_path / "away")  # to a disk that is not mounted
+    for step in (3, 4, 5):
+        save(folder, _state(step), step=step)
+        LocalStore(folder).retain(2)
+    (folder / "step-00000006").unlink()
+    assert [path.name for path in folder.iterdir() if path.is_symlink()] == []
+    assert LocalStore(folder).names() == ["step-00000004", "step-00000005"]
+    assert [sorted(path.name for path in place.iterdir()) for place in moved] == before
+    assert [verify_checkpoint(place) for place in moved] == [[], []]
+
+
+def test_a_folder_that_lost_its_manifest_is_never_removed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        path = save(tmp_path, _state(step), step=step)
+        (path / MANIFEST).unlink()
+    save(tmp_path, _state(7), step=2)
+    save(tmp_path, _state(3), step=3)
+    LocalStore(tmp_path).retain(1)
+    assert LocalStore(tmp_path).names() == ["step-00000003"]
+    for name, step in (("step-00000001", 1), ("superseded-step-00000002", 2)):
+        rebuild_manifest(tmp_path / name)
+        state = {key: value for key, value in _state(0).items() if key != "note"}
+        load(tmp_path / name, state)
+        assert torch.equal(state["a"], _state(step)["a"])
+
+
+@pytest.mark.parametrize("left", ["step-00000001.partial", "step-00000001.replaced.partial"])
+def test_what_an_interrupted_save_or_removal_left_goes_with_the_next_save(
+    tmp_path: Path, left: str
+) -> None:
+    path = save(tmp_path, _state(1), step=1)
+    path.rename(tmp_path / left)
+    (tmp_path / "notes.partial").mkdir()
+    save(tmp_path, _state(2), step=2)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"step-00000002", "latest", "notes.partial"}
 
 
 class DictReader:

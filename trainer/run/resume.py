@@ -150,13 +150,8 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def set_aside_newer(root: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, because the run takes another course from there."""
-    moved = []
-    for path in LocalStore(root).paths():
-        found = step_of(path.name)
-        if found is not None and found > step:
-            moved.append(_free_name(path.with_name(f"superseded-{path.name}")))
-            path.rename(moved[-1])
-    return moved
+    store = LocalStore(root)
+    return [store.set_aside(name) for name in store.folders() if (step_of(name) or 0) > step]
 
 
 def set_aside_all(root: Path) -> None:

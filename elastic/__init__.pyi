@@ -39,6 +39,7 @@ from .history import (
 from .lighthouse import (
     Lighthouse as Lighthouse,
     LighthouseAway as LighthouseAway,
+    await_lighthouse as await_lighthouse,
     coordination as coordination,
     heartbeat_ages as heartbeat_ages,
     lighthouse_url as lighthouse_url,

@@ -9,23 +9,31 @@ generation.
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import socket
+import time
+import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 from holdfast.elastic.generation import Identity, parse_identity
-from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.errors import ConfigError, MembershipError
+from holdfast.parallel.waiting import Waiting
 
 JOIN_TIMEOUT_MS = 100
 """Milliseconds that a round waits for workers that are alive and do not take part."""
 _TICK_MS = 10
 _CONNECT_S = 1.0
 _ANSWER_S = 0.2
+_PAUSE_S = 0.2
+_PAGE_BYTES = 1 << 24
+_IS_ONE = "Next quorum status"
+"""The text by which a Lighthouse's status page is known."""
 _SEEN = re.compile(r"^\s*([\w.-]+):(\d+(?:\.\d+)?): seen ([\d.e-]+)s ago", re.MULTILINE)
 
 
@@ -80,7 +88,7 @@ class Lighthouse:
 
 def lighthouse_url(address: str) -> str:
     """`elastic.lighthouse` as a URL; HOST:PORT may be given without http://."""
-    return address if "://" in address else f"http://{address}"
+    return (address if "://" in address else f"http://{address}").rstrip("/")
 
 
 def replica_id(run: str, identity: Identity) -> str:
@@ -177,12 +185,57 @@ def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Ident
         LighthouseAway: the Lighthouse cannot be reached.
     """
     try:
-        with urllib.request.urlopen(f"{address}/status", timeout=timeout_s) as answer:
-            text = answer.read().decode()
-    except OSError as error:
+        text = _status(address, timeout_s)
+    except (OSError, http.client.HTTPException) as error:
         raise _away(address, error) from error
     return {
         parse_identity(identity): float(age)
         for name, identity, age in _SEEN.findall(text)
         if name == run
     }
+
+
+def await_lighthouse(
+    address: str, waiting: Waiting, *, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Wait until a Lighthouse answers at an address.
+
+    Raises:
+        ConfigError: another program answers there.
+        LighthouseAway: none answers in time.
+    """
+    reason = ""
+    while waiting.left_s(reason) > 0:
+        try:
+            if _IS_ONE in _status(address, _CONNECT_S):
+                return
+            found = "its status page is another's"
+        except (urllib.error.HTTPError, http.client.HTTPException) as error:
+            found = str(error) or type(error).__name__
+        except OSError as error:
+            reason = str(getattr(error, "reason", error))
+            sleep(_PAUSE_S)
+            continue
+        raise ConfigError(
+            f"elastic.lighthouse: what answers at {address} is no Lighthouse ({found}); give "
+            "HOST:PORT of torchft_lighthouse, or leave the key empty"
+        )
+    raise _away(address, OSError(reason or "no answer in time"))
+
+
+def _status(address: str, timeout_s: float) -> str:
+    """The status page of the server at an address.
+
+    Raises:
+        OSError, HTTPException: there is none within twice the time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    page = bytearray()
+    # Environment variables name proxies for other servers, not for one that nodes share.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"{address}/status", timeout=timeout_s) as answer:
+        while part := answer.read1(_PAGE_BYTES):
+            page += part
+            if time.monotonic() > deadline_s or len(page) > _PAGE_BYTES:
+                raise TimeoutError("its status page does not end")
+    return page.decode(errors="replace")

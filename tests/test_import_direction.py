@@ -22,7 +22,7 @@ BELOW = {
 }
 OPEN = {
     f"holdfast.parallel.{name}"
-    for name in ("errors", "faults", "keyed_random", "precision", "step_phases")
+    for name in ("errors", "faults", "keyed_random", "precision", "step_phases", "waiting")
 }
 """Modules beside the rooms of a house that other houses name; all else is entered by a face."""
 RENDEZVOUS = {"Store", "TCPStore", "PrefixStore", "HashStore"}

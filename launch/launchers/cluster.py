@@ -23,9 +23,16 @@ import msgspec
 from holdfast.elastic import lighthouse_url
 from holdfast.launch.agent import Agent, AgentSettings, detached_lighthouse
 from holdfast.launch.launchers.display_process import start_display
-from holdfast.launch.launchers.elastic import explained, log_agents, node_settings, worker_main
+from holdfast.launch.launchers.elastic import (
+    check_lighthouse,
+    explained,
+    log_agents,
+    node_settings,
+    worker_main,
+)
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
+from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import Resume, RunDirectory, RunRequest, opened_run, recorded_throughput
 from holdfast.trainer.worlds import WorldInfo
@@ -33,6 +40,9 @@ from holdfast.trainer.worlds import WorldInfo
 MEET_S = 120.0
 """Seconds that the tasks of a job wait for each other."""
 _RETRY_S = 0.2
+_LOOK_S = 1.0
+_HELLO_S = 5.0
+"""Seconds for one connection, and for the first line over it."""
 
 
 def task_ranks(task: int, tasks: int, ranks: int) -> tuple[int, ...]:
@@ -64,6 +74,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         listening = held.enter_context(_listen(world))
         try:
             node = _task_settings(request.config, world)
+            check_lighthouse(request.config.elastic.lighthouse)
             opened = held.enter_context(opened_run(request))
         except HoldfastError as error:
             tell_others(listening, world, {"error": str(error)})
@@ -96,6 +107,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
         ConfigError: the first task cannot be reached, or reported an error.
     """
     answer, host = ask_first(world)
+    check_lighthouse(answer["lighthouse"])
     run = RunDirectory(Path(answer["root"]), msgspec.convert(answer["resume"], Resume))
     config = recorded_throughput(config, run.root)
     node = replace(_task_settings(config, world), log=run.log, host=host)
@@ -195,20 +207,23 @@ def tell_others(
     Raises:
         ConfigError: one has not come in time.
     """
-    deadline = clock() + MEET_S
+    here = f"{world.store_host}:{world.store_port}"
+    waiting = Waiting(f"the other tasks of the job to come to {here}", MEET_S, clock=clock)
     come: dict[int, socket.socket] = {}
     try:
         while len(come) < world.world_size - 1:
-            listening.settimeout(max(0.01, deadline - clock()))
+            missing = sorted(set(range(1, world.world_size)) - set(come))
+            if (left_s := waiting.left_s(f"tasks {missing} have not come")) <= 0:
+                raise ConfigError(
+                    f"tasks {missing} have not come within {MEET_S:g} s; see their logs, and "
+                    f"whether they reach {here}"
+                )
+            listening.settimeout(min(left_s, _LOOK_S))
             try:
                 connection, _ = listening.accept()
             except TimeoutError:
-                missing = sorted(set(range(1, world.world_size)) - set(come))
-                raise ConfigError(
-                    f"tasks {missing} have not come within {MEET_S:g} s; see their logs, and "
-                    f"whether they reach {world.store_host}:{world.store_port}"
-                ) from None
-            hello = _received(connection)
+                continue
+            hello = _received(connection, min(left_s, _HELLO_S))
             task = hello.get("task")
             if hello.get("job") != world.job or not isinstance(task, int):
                 connection.close()
@@ -233,16 +248,16 @@ def ask_first(
     Raises:
         ConfigError: the first task has not answered in time, or the run cannot begin.
     """
-    deadline = clock() + MEET_S
+    there = (world.store_host, world.store_port)
+    waiting = Waiting(f"the first task at {there[0]}:{there[1]}", MEET_S, clock=clock)
     reason = ""
-    while clock() < deadline:
+    while (left_s := waiting.left_s(reason)) > 0:
         try:
-            with socket.create_connection(
-                (world.store_host, world.store_port), timeout=MEET_S
-            ) as line:
+            with socket.create_connection(there, timeout=min(left_s, _HELLO_S)) as line:
                 hello = {"task": world.rank, "job": world.job, "pid": os.getpid()}
                 line.sendall(json.dumps(hello).encode() + b"\n")
-                answer = _received(line)
+                with waiting.in_a_call():  # the others may not all have come
+                    answer = _received(line, left_s)
                 if "error" in answer:
                     raise ConfigError(answer["error"])
                 if answer:
@@ -252,14 +267,14 @@ def ask_first(
             reason = str(error)
         sleep(_RETRY_S)
     raise ConfigError(
-        f"the first task at {world.store_host}:{world.store_port} did not answer within "
+        f"the first task at {there[0]}:{there[1]} did not answer within "
         f"{MEET_S:g} s: {reason}; set MASTER_ADDR and MASTER_PORT alike on all nodes"
     )
 
 
-def _received(connection: socket.socket) -> dict[str, Any]:
-    """One line of JSON; empty if there is none."""
-    connection.settimeout(MEET_S)
+def _received(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
+    """One line of JSON; empty if there is none in time."""
+    connection.settimeout(timeout_s)
     try:
         with connection.makefile("rb") as lines:
             found = json.loads(lines.readline())

@@ -11,7 +11,14 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from holdfast.elastic import MembershipSettings, Wait, WorkerSpec, wait_of
+from holdfast.elastic import (
+    MembershipSettings,
+    Wait,
+    WorkerSpec,
+    await_lighthouse,
+    lighthouse_url,
+    wait_of,
+)
 from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
@@ -19,8 +26,12 @@ from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
 from holdfast.parallel.comm import FlightRecord, read_record
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
+
+LIGHTHOUSE_S = 60.0
+"""Seconds that a start waits for the Lighthouse that `elastic.lighthouse` names."""
 
 
 def run_elastic(config: RunConfig, run: RunDirectory) -> int:
@@ -29,13 +40,15 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     It is called in the main thread of a process without other threads.
 
     Raises:
-        ConfigError: the run needs MPI.
+        ConfigError: the run needs MPI, or another program answers instead of the Lighthouse.
+        LighthouseAway: no Lighthouse answers.
     """
     if config.parallel.backend == "mpi":
         raise ConfigError(
             "parallel.backend = 'mpi' with elastic.enabled: start the run with mpirun --with-ft "
             "ulfm, one task per rank"
         )
+    check_lighthouse(config.elastic.lighthouse)
     log_agents(run.agent_log)
     ranks = tuple(range(config.parallel.ranks))
     node = node_settings(config, run, token=uuid.uuid4().hex, ranks=ranks)
@@ -56,6 +69,18 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
         display.close()
         keep_memory(memory, checkpoint_root(run.root, config))
     return explained(code, run, ranks)
+
+
+def check_lighthouse(address: str) -> None:
+    """Wait for the named Lighthouse before anything is started; an empty address names none.
+
+    Raises:
+        ConfigError: another program answers there.
+        LighthouseAway: none answers in time.
+    """
+    if address:
+        what = f"the Lighthouse at {address} to answer"
+        await_lighthouse(lighthouse_url(address), Waiting(what, LIGHTHOUSE_S))
 
 
 def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,12 @@ from holdfast.trainer.models import family_of
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
+
+_PORT = r"(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_LIGHTHOUSE = re.compile(
+    rf"(?:http://)?(?:\[[0-9A-Fa-f:.]+\]|{_LABEL}(?:\.{_LABEL})*\.?):{_PORT}/?"
+)
 
 
 def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
@@ -155,6 +162,11 @@ def _elastic(config: RunConfig) -> Iterator[str]:
             f"elastic.heartbeat_ms = {elastic.heartbeat_ms}, heartbeat_timeout_ms = "
             f"{elastic.heartbeat_timeout_ms}: use 10 or more, and at least three heartbeats for "
             "the time-out"
+        )
+    if elastic.lighthouse and not _LIGHTHOUSE.fullmatch(elastic.lighthouse):
+        yield (
+            f"elastic.lighthouse = {elastic.lighthouse!r}: must be HOST:PORT or http://HOST:PORT, "
+            "with a port of 1 to 65535; or leave it empty"
         )
     if elastic.hang_timeout_s <= 0:
         yield f"elastic.hang_timeout_s = {elastic.hang_timeout_s}: must be above 0"

@@ -79,6 +79,10 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("train.recompute=auto", "say how much memory activations may take"),
         ("elastic.activation_headroom=-0.1", "must be 0 or more, as a share"),
         ("elastic.redundancy=3", "must be 0, 1 or 2 shadows"),
+        *(
+            (f"elastic.lighthouse='{address}'", "must be HOST:PORT or http://HOST:PORT")
+            for address in ("../..", "1", "h:0", "h:65536", "h:1/x", "ftp://h:1", "a b:1", "-h:1")
+        ),
     ],
 )
 def test_a_broken_rule_says_what_to_change(smallest: Path, override: str, said: str) -> None:
@@ -122,3 +126,10 @@ def test_required_keys_are_named(tmp_path: Path) -> None:
     path.write_text("[train]\nsteps = 2\n")
     with pytest.raises(ConfigError, match=r"\[model\] is missing"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "address", ["node0:29510", "http://10.0.0.1:1", "[::1]:65535", "a.b-c.d:80"]
+)
+def test_a_lighthouse_may_be_named_by_host_and_port(smallest: Path, address: str) -> None:
+    assert load_config(smallest, [f"elastic.lighthouse='{address}'"]).elastic.lighthouse == address

@@ -64,10 +64,13 @@ def assign_owners(
         the group's largest block.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
+    known: dict[int, list[int]] = {}  # a tuple of 100,000 ranks is hashed once, not for each block
     for block, group in enumerate(candidates):
         if not group:
             raise ValueError(f"block {block} has no candidate to own it")
-        groups.setdefault(group, []).append(block)
+        if id(group) not in known:
+            known[id(group)] = groups.setdefault(group, [])
+        known[id(group)].append(block)
     owners: list[int] = [0] * len(sizes)
     for group, members in groups.items():
         if previous is None:

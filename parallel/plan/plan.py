@@ -7,6 +7,7 @@ is asked of it. Needs no torch.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -191,7 +192,7 @@ class Plan:
 
     def chunk_of_layer(self, layer: int) -> int:
         """The model chunk that has a layer."""
-        return next(c for c, (a, b) in enumerate(self.chunk_layers) if a <= layer < b)
+        return bisect_right(self.chunk_layers, (layer, len(self.layers))) - 1
 
     def holders_of_layer(self, shard_index: int, layer: int) -> tuple[int, ...]:
         """The ranks, one per data replica, that hold a layer at a shard index."""

@@ -17,7 +17,11 @@ from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
+from holdfast.trainer.config.shown import shown
 from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
+
+_MOST_BYTES = 2**20
+"""The largest file that is read as a configuration."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -30,20 +34,29 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the configuration is wrong; the message has one line per problem: the key, its
             value, what is allowed.
     """
-    source = Path(path)
-    try:
-        table = tomllib.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{source} cannot be read: {error.strerror}; name a TOML file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} is not UTF-8 text at byte {error.start}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    table = _read_table(Path(path))
     for override in overrides:
         _override(table, override)
     config = convert_config(table)
     check_config(config)
     return config
+
+
+def _read_table(source: Path) -> dict[str, Any]:
+    try:
+        with source.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(
+                f"{source} has more than {_MOST_BYTES // 2**20} MiB; name the run's TOML file"
+            )
+        return tomllib.loads(content.decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror}; name a TOML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8 text at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:  # numbers of 5,000 digits, brackets 5,000 deep
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
 
 
 def convert_config(table: Mapping[str, Any]) -> RunConfig:
@@ -60,7 +73,9 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
         if name not in sections:
             raise ConfigError(f"[{name}] is not a section{_nearest(name, sections)}")
         if not isinstance(keys, Mapping):
-            raise ConfigError(f"{name} = {keys!r} is a key outside a section; write it as [{name}]")
+            raise ConfigError(
+                f"{name} = {shown(keys)} is a key outside a section; write it as [{name}]"
+            )
         known = [field.name for field in msgspec.structs.fields(sections[name])]
         for key in keys:
             if key not in known:
@@ -168,7 +183,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: write it as --set section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     table.setdefault(section, {})
     if not isinstance(table[section], dict):
@@ -203,4 +218,4 @@ def _explained(table: Mapping[str, Any], message: str) -> str:
         if choices := getattr(kinds.get(key), "__args__", ()):
             return choice_problem(path, value, choices)
         reason = "not one of the choices"
-    return f"{path} = {value!r}: {reason[0].lower()}{reason[1:]}"
+    return f"{path} = {shown(value)}: {reason[0].lower()}{reason[1:]}"

@@ -1,71 +1,179 @@
-"""The range of every number in a configuration; one line per number outside it."""
+"""The range of every number in a configuration; one line per number outside it.
+
+Upper bounds are far above what is trained today. They keep a slip of the pen, such as 10^18 layers,
+from taking a machine's memory before it is noticed.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from holdfast.parallel.layout import AXES
+from holdfast.trainer.config.shown import shown
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
 
-AT_LEAST_ONE: Mapping[str, tuple[str, ...]] = {
-    "model": ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab", "max_seq_len"),
-    "train": ("steps", "seq_len", "global_batch", "micro_batch", "threads_per_rank"),
-    "optimizer": ("block_elements",),
-    "parallel": (*AXES, "virtual"),
-    "checkpoint": ("memory_keep", "remote_every"),
-    "offload": ("smallest_kib", "staging_mib"),
-    "log": ("every",),
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The allowed values of a number."""
+
+    least: float
+    most: float
+    is_open: bool = False
+    """Whether `least` itself is not allowed."""
+    or_zero: bool = False
+    """Whether 0 is allowed too, with a meaning of its own."""
+    of: str = ""
+    """What is counted, where the key's name does not say it."""
+
+
+_COUNT = 2**53
+"""Larger counts are not exact as the floating-point numbers of other programs' JSON."""
+_DAY_S = 86400.0
+_STEPS = Range(0, _COUNT)
+_DURATION_S = Range(0, 366 * _DAY_S, is_open=True)
+_RATE = Range(1e-6, 1e9, or_zero=True)
+"""TFLOP/s, GB/s or MiB/s; a smaller rate makes times that no computer counts."""
+_GIB = Range(0, 2**30)
+
+RANGES: Mapping[str, Mapping[str, Range]] = {
+    "model": {
+        "layers": Range(1, 4096),
+        "hidden": Range(1, 2**20),
+        "intermediate": Range(1, 2**22),
+        "heads": Range(1, 2**16),
+        "kv_heads": Range(1, 2**16),
+        "head_dim": Range(0, 2**16),
+        "vocab": Range(1, 2**27),
+        "max_seq_len": Range(1, 2**31),
+        "dropout": Range(0, 1),
+        "norm_eps": Range(0, 1, is_open=True),
+        "rope_theta": Range(0, 1e15, is_open=True),
+        "init_std": Range(0, 1e3),
+    },
+    "data": {"seed": Range(0, 2**63 - 1)},
+    "train": {
+        "steps": Range(1, _COUNT),
+        "stop_after": _STEPS,
+        "seq_len": Range(1, 2**31),
+        "global_batch": Range(1, 2**24),
+        "micro_batch": Range(1, 2**20),
+        "seed": Range(0, 2**63 - 1),
+        "clip_grad_norm": Range(0, 1e30),
+        "activation_gib": _GIB,
+        "tflops": _RATE,
+        "threads_per_rank": Range(1, 4096),
+        "eval_every": _STEPS,
+        "eval_batches": Range(0, 2**31),
+    },
+    "optimizer": {
+        "lr": Range(0, 1e30, is_open=True),
+        "min_lr": Range(0, 1e30),
+        "warmup_steps": _STEPS,
+        "eps": Range(0, 1e30, is_open=True),
+        "weight_decay": Range(0, 1e30),
+        "block_elements": Range(1, 2**40),
+    },
+    "numerics": {"fraction_bits": Range(8, 60)},
+    "parallel": {axis: Range(1, 2**20) for axis in AXES} | {"virtual": Range(1, 4096)},
+    "checkpoint": {
+        "every": _STEPS,
+        "every_seconds": Range(0, 366 * _DAY_S),
+        "keep": Range(0, 2**31),
+        "memory_every": _STEPS,
+        "memory_keep": Range(1, 2**31),
+        "remote_every": Range(1, _COUNT),
+        "remote_keep": Range(0, 2**31),
+        "arena_mib": Range(0, 2**20),
+        "timeout_s": _DURATION_S,
+        "exit_s": _DURATION_S,
+    },
+    "offload": {
+        "limit_gib": _GIB,
+        "least_share": Range(0, 1),
+        "most_share": Range(0, 1),
+        "smallest_kib": Range(1, 2**30),
+        "limit_mib_per_s": _RATE,
+        "staging_mib": Range(1, 1024),
+        "drive_gbytes": _RATE,
+        "drive_tbw": Range(0, 1e9),
+    },
+    "elastic": {
+        "redundancy": Range(0, 2, of="shadows per block"),
+        "min_ranks": Range(1, 2**20),
+        "heartbeat_ms": Range(10, 60_000),
+        "heartbeat_timeout_ms": Range(30, 3_600_000),
+        "hang_timeout_s": _DURATION_S,
+        "verify_every": _STEPS,
+        "local_nodes": Range(1, 2**20),
+        "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),
+        "straggler_every": _STEPS,
+        "straggler_factor": Range(1, 1e6, is_open=True),
+    },
+    "log": {"every": Range(1, _COUNT)},
 }
-AT_LEAST_ZERO: Mapping[str, tuple[str, ...]] = {
-    "model": ("head_dim", "init_std"),
-    "train": ("seed", "clip_grad_norm", "eval_every", "stop_after", "activation_gib", "tflops"),
-    "optimizer": ("min_lr", "warmup_steps", "weight_decay"),
-    "checkpoint": ("every", "every_seconds", "keep", "memory_every", "remote_keep", "arena_mib"),
-    "offload": ("limit_gib", "least_share", "limit_mib_per_s", "drive_gbytes", "drive_tbw"),
-    "data": ("seed",),
-}
-ABOVE_ZERO: Mapping[str, tuple[str, ...]] = {
-    "optimizer": ("lr", "eps"),
-    "model": ("norm_eps",),
-    "checkpoint": ("timeout_s", "exit_s"),
+"""By section and key. A number without an entry must be finite: `data.eval_fraction`, which
+check_data_config checks, and the own key of an optimizer."""
+
+_FAULT: Mapping[str, Range] = {
+    "rank": Range(0, 2**20),
+    "step": Range(1, _COUNT),
+    "seconds": Range(0, 366 * _DAY_S),
+    "incarnation": Range(0, 2**31),
 }
 
 
 def range_problems(config: RunConfig) -> Iterator[str]:
     """One line per number outside its range: the key, its value, what is allowed. Pure."""
-    for least, table in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
-        for key, value in _values(config, table):
-            if not value >= least:
-                yield f"{key} = {value}: must be {least} or more"
-    for key, value in _values(config, ABOVE_ZERO):
-        if not (value > 0 and math.isfinite(value)):
-            yield f"{key} = {value}: must be greater than 0"
+    for section in msgspec.structs.fields(type(config)):
+        values = getattr(config, section.name)
+        table = RANGES.get(section.name, {})
+        for field in msgspec.structs.fields(type(values)):
+            name, value = f"{section.name}.{field.name}", getattr(values, field.name)
+            yield from _problems(name, value, table.get(field.name, Range(-math.inf, math.inf)))
+    for number, fault in enumerate(config.elastic.chaos):
+        for key, allowed in _FAULT.items():
+            yield from _problems(f"elastic.chaos[{number}].{key}", getattr(fault, key), allowed)
     yield from _other_ranges(config)
 
 
-def _values(config: RunConfig, table: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, float]]:
-    for section, keys in table.items():
-        for key in keys:
-            yield f"{section}.{key}", getattr(getattr(config, section), key)
+def _problems(name: str, value: Any, allowed: Range) -> Iterator[str]:
+    """The problem of one key, if its value is a number. Pure."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if value == 0 and allowed.or_zero:
+        return
+    of = f" {allowed.of}" if allowed.of else ""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} = {value}: must be a finite number"
+    elif allowed.is_open and value <= allowed.least:
+        yield f"{name} = {shown(value)}: must be greater than {allowed.least:g}"
+    elif value < allowed.least:
+        zero = "0, or " if allowed.or_zero else ""
+        yield f"{name} = {shown(value)}: must be {zero}{allowed.least:g} or more{of}"
+    elif value > allowed.most:
+        yield f"{name} = {shown(value)}: must be at most {_shown(allowed.most)}{of}"
+
+
+def _shown(most: float) -> str:
+    return str(most) if isinstance(most, int) else f"{most:g}"
 
 
 def _other_ranges(config: RunConfig) -> Iterator[str]:
     for number, beta in enumerate(config.optimizer.betas):
         if not 0 <= beta < 1:
             yield f"optimizer.betas[{number}] = {beta}: must be at least 0 and less than 1"
-    if not 0 <= config.model.dropout < 1:
+    if config.model.dropout == 1:
         yield f"model.dropout = {config.model.dropout}: must be at least 0 and less than 1"
-    if not 8 <= config.numerics.fraction_bits <= 60:
-        yield (
-            f"numerics.fraction_bits = {config.numerics.fraction_bits}: must be 8 to 60; the range "
-            "of a gradient sum is 2**(63 - fraction_bits)"
-        )
     if config.train.eval_every and config.train.eval_batches < 1:
         yield f"train.eval_batches = {config.train.eval_batches}: must be 1 or more with eval_every"
     for step in config.log.trace_steps:
-        if step < 1:
-            yield f"log.trace_steps has {step}: steps are counted from 1"
+        if not 1 <= step <= _COUNT:
+            yield f"log.trace_steps has {shown(step)}: steps are counted from 1"

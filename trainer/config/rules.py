@@ -13,8 +13,10 @@ from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.schedules import placement
 from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
+from holdfast.trainer.config.extent import extent_problems
 from holdfast.trainer.config.installation import elastic_problem
 from holdfast.trainer.config.ranges import range_problems
+from holdfast.trainer.config.texts import text_problems
 from holdfast.trainer.models import family_of
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         return unknown  # the other rules ask the registries what these names stand for
     rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
         range_problems,
+        text_problems,
         _model,
         _optimizer,
         _data,
@@ -46,6 +49,8 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _not_in_this_version,
     )
     problems = [problem for rule in rules for problem in rule(config)]
+    if not problems:
+        problems = list(extent_problems(config))
     if world_size is not None and world_size != config.parallel.ranks:
         mesh = config.parallel.mesh
         problems.append(
@@ -151,57 +156,32 @@ def _elastic(config: RunConfig) -> Iterator[str]:
     elastic, ranks = config.elastic, config.parallel.ranks
     if elastic.enabled and (problem := elastic_problem("elastic.enabled = true")):
         yield f"{problem}, or set elastic.enabled = false"
-    if not 0 <= elastic.redundancy <= 2:
-        yield f"elastic.redundancy = {elastic.redundancy}: must be 0, 1 or 2 shadows per block"
-    if elastic.local_nodes < 1:
-        yield f"elastic.local_nodes = {elastic.local_nodes}: must be 1 or more"
     if not 1 <= elastic.min_ranks <= max(1, ranks):
         yield f"elastic.min_ranks = {elastic.min_ranks}: must be 1 to {ranks}, the number of ranks"
-    if elastic.heartbeat_ms < 10 or elastic.heartbeat_timeout_ms < 3 * elastic.heartbeat_ms:
+    if elastic.heartbeat_timeout_ms < 3 * elastic.heartbeat_ms:
         yield (
             f"elastic.heartbeat_ms = {elastic.heartbeat_ms}, heartbeat_timeout_ms = "
-            f"{elastic.heartbeat_timeout_ms}: use 10 or more, and at least three heartbeats for "
-            "the time-out"
+            f"{elastic.heartbeat_timeout_ms}: the time-out must be at least three heartbeats"
         )
     if elastic.lighthouse and not _LIGHTHOUSE.fullmatch(elastic.lighthouse):
         yield (
             f"elastic.lighthouse = {elastic.lighthouse!r}: must be HOST:PORT or http://HOST:PORT, "
             "with a port of 1 to 65535; or leave it empty"
         )
-    if elastic.hang_timeout_s <= 0:
-        yield f"elastic.hang_timeout_s = {elastic.hang_timeout_s}: must be above 0"
     if elastic.enabled and config.parallel.backend == "mpi" and elastic.respawn:
         yield (
             "elastic.respawn = true with parallel.backend = 'mpi': the processes of an MPI job "
             "are fixed; set elastic.respawn = false, or use 'gloo' or 'nccl'"
         )
-    if elastic.activation_headroom < 0:
-        yield (
-            f"elastic.activation_headroom = {elastic.activation_headroom}: must be 0 or more, as a "
-            "share of the activation memory of the fullest rank"
-        )
-    if elastic.straggler_every < 0 or elastic.straggler_factor <= 1:
-        yield (
-            f"elastic.straggler_every = {elastic.straggler_every}, straggler_factor = "
-            f"{elastic.straggler_factor}: the first must be 0 or more, the second above 1"
-        )
-    for fault in elastic.chaos:
-        if fault.rank < 0 or fault.step < 1:
-            yield (
-                f"elastic.chaos: rank {fault.rank}, step {fault.step}: ranks count from 0, steps "
-                "from 1"
-            )
 
 
 def _offload(config: RunConfig) -> Iterator[str]:
     offload = config.offload
-    if not offload.least_share <= offload.most_share <= 1:
+    if offload.least_share > offload.most_share:
         yield (
             f"offload.least_share = {offload.least_share}, most_share = {offload.most_share}: "
-            "shares are 0 to 1, the least not above the most"
+            "the least must not be above the most"
         )
-    if offload.staging_mib > 1024:
-        yield f"offload.staging_mib = {offload.staging_mib}: must be 1 to 1024"
     if offload.activations == "host" and config.train.device == "cpu":
         yield (
             "offload.activations = 'host' with train.device = 'cpu': activations are in host "

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_MOST_SHOWN = 120
+"""The most characters of a value in a message."""
 
 
 class HoldfastError(Exception):
@@ -13,6 +18,10 @@ class HoldfastError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message as a terminal can show it, whatever names of files or keys are in it."""
+        return printable(super().__str__())
 
 
 class ConfigError(HoldfastError, ValueError):
@@ -73,6 +82,25 @@ class Superseded(MembershipError):
     """The run has gone on without this process, so its state is out of date."""
 
 
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped; line breaks stay. Pure.
+
+    Names that come from files could otherwise steer the terminal on which they are shown.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut where it is long. Pure."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1} and more"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a table with such a number in it, or nested too deeply
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 1] + "…"
+
+
 def unknown_name(key: str, name: str, allowed: Iterable[str]) -> str:
     """The message for a name that a registry lacks: the allowed names and the nearest one.
 
@@ -82,6 +110,6 @@ def unknown_name(key: str, name: str, allowed: Iterable[str]) -> str:
         allowed: the names of the registry, in the order of the message.
     """
     names = list(allowed)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name[:_MOST_SHOWN], names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{key} = {name!r}: allowed are {', '.join(map(repr, names))}{hint}"
+    return f"{key} = {shown(name)}: allowed are {', '.join(map(repr, names))}{hint}"

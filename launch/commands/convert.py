@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from holdfast.checkpoint.convert import FLOATS, targets
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
+from holdfast.trainer.run import require_processes
 from holdfast.trainer.worlds import world_from_environment
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def convert(
         model_files=model_files,
         memory_bytes=parse_bytes(memory_limit),
     )
+    require_processes(workers, f"--workers {workers}")
     world = world_from_environment(os.environ)
     rank, size = (0, 1) if world is None else (world.rank, world.world_size)
     columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn()

@@ -21,6 +21,7 @@ from holdfast.trainer.run import (
     load_run_config,
     measure_throughput,
     opened_run,
+    require_processes,
     with_throughput,
 )
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
@@ -143,6 +144,7 @@ def join(
     require_elastic("holdfast join")
     from holdfast.launch.launchers import take_ranks
 
+    require_processes(ranks, f"--ranks {ranks}")
     directory = RunDirectory(run)
     config = load_run_config(directory.config, []) if directory.config.exists() else None
     info, numbers = take_ranks(directory, ranks)
@@ -172,11 +174,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     tflops: Annotated[
         float,
-        typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time.", min=0),
+        typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time."),
     ] = 0.0,
-    gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.", min=0)] = 0.0,
+    gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.")] = 0.0,
     drive_gbytes: Annotated[
-        float, typer.Option(help="What a rank can write to offload.path, in GB/s.", min=0)
+        float, typer.Option(help="What a rank can write to offload.path, in GB/s.")
     ] = 0.0,
     measure: Annotated[
         int,
@@ -197,7 +199,11 @@ def plan(
     """Print layout, memory by rank, bubble, program and shadows, without starting a worker."""
     from holdfast.trainer.plan_report import plan_report
 
+    for name, value in (("tflops", tflops), ("gbytes", gbytes), ("drive-gbytes", drive_gbytes)):
+        if not 0 <= value <= _MOST_RATE:
+            raise ConfigError(f"--{name} {value}: must be 0 (unknown) to {_MOST_RATE:g}")
     run_config = load_config(config, overrides)
+    ranks = _ranks(lost, run_config.parallel.ranks)
     if measure:
         rates = measure_throughput(run_config, measure)
         typer.echo(f"measured {described(rates)}", err=as_json)
@@ -208,7 +214,7 @@ def plan(
         link_bytes_per_s=gbytes * 1e9,
         drive_bytes_per_s=drive_gbytes * 1e9,
         ranks_per_node=ranks_per_node,
-        lost=_ranks(lost),
+        lost=ranks,
     )
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
@@ -217,15 +223,26 @@ def plan(
         console.print(report.renderable(console.width))
 
 
-def _ranks(text: str) -> list[int]:
-    """The ranks in a text of numbers and ranges with commas between them."""
+_MOST_RATE = 1e9
+"""TFLOP/s of a rank, or GB/s: more than there will be."""
+
+
+def _ranks(text: str, count: int) -> list[int]:
+    """The ranks in a text of numbers and ranges with commas between them.
+
+    Args:
+        count: the ranks of the layout.
+    """
     found: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
             raise ConfigError(f"--lost {text}: give ranks as 2 or 2,5-7")
+        for number in (first, last or first):
+            if len(number) > len(str(count)) or int(number) >= count:
+                raise ConfigError(f"--lost {number}: the layout has ranks 0 to {count - 1}")
         found.extend(range(int(first), int(last or first) + 1))
-    return found
+    return sorted(set(found))
 
 
 def check(
@@ -235,6 +252,8 @@ def check(
 ) -> None:
     """Replay this layout at tiny size in float64 against one process; name what is wrong."""
     run_config = load_config(config, overrides)
+    layout = run_config.parallel
+    require_processes(layout.ranks, f"the layout {layout.mesh.text}")
     from holdfast.launch.proofs import check_layout
 
     raise typer.Exit(check_layout(run_config, steps))

@@ -157,11 +157,7 @@ def rank_memory(
     """
     index = plan.stage_replicas.shard_index(rank)
     held = held_elements(plan, rank)
-    owned = sum(
-        block.elements
-        for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True)
-        if owner == rank
-    )
+    owned = sum(plan.blocks[index][place].elements for _, place in plan.owned_blocks(rank))
     return RankMemory(
         parameters=held * precision.bytes,
         gradients=held * _gradient_bytes(precision, exact),

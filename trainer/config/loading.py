@@ -12,16 +12,17 @@ from typing import Any
 
 import msgspec
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, shown
 from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
-from holdfast.trainer.config.shown import shown
 from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
 _MOST_BYTES = 2**20
 """The largest file that is read as a configuration."""
+_LONGEST_NAME = 60
+"""The most characters of an unknown key's name that are shown."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -71,7 +72,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
     sections |= chosen
     for name, keys in table.items():
         if name not in sections:
-            raise ConfigError(f"[{name}] is not a section{_nearest(name, sections)}")
+            raise ConfigError(f"[{_cut(name)}] is not a section{_nearest(name, sections)}")
         if not isinstance(keys, Mapping):
             raise ConfigError(
                 f"{name} = {shown(keys)} is a key outside a section; write it as [{name}]"
@@ -79,7 +80,7 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
         known = [field.name for field in msgspec.structs.fields(sections[name])]
         for key in keys:
             if key not in known:
-                raise ConfigError(f"{name}.{key} is not a key{_nearest(key, known, name)}")
+                raise ConfigError(f"{name}.{_cut(key)} is not a key{_nearest(key, known, name)}")
     try:
         return _converted(table, chosen)
     except msgspec.ValidationError as error:
@@ -178,22 +179,28 @@ def _toml(value: Any) -> str:
 
 def _override(table: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
+    if len(override) > _MOST_BYTES or re.search("[\ud800-\udfff]", override):
+        raise ConfigError(f"--set {_cut(override)}: is not UTF-8 text, or more than 1 MiB")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
-        raise ConfigError(f"--set {override}: write it as --set section.key=value")
+        raise ConfigError(f"--set {_cut(override)}: write it as --set section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
     table.setdefault(section, {})
     if not isinstance(table[section], dict):
-        raise ConfigError(f"--set {override}: {section} is not a section")
+        raise ConfigError(f"--set {_cut(override)}: {_cut(section)} is not a section")
     table[section] = {**table[section], key: value}
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
 
 
 def _nearest(name: str, known: Collection[str], section: str = "") -> str:
     prefix = f"{section}." if section else ""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(_cut(name), list(known), n=1, cutoff=0.4)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
     return f"; known are {', '.join(known)}"

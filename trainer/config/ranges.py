@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from holdfast.parallel.errors import shown
 from holdfast.parallel.layout import AXES
-from holdfast.trainer.config.shown import shown
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig

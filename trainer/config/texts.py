@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.trainer.config.shown import shown
+from holdfast.parallel.errors import shown
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig

@@ -64,8 +64,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+_MOST_COLUMNS = 16
+"""The most replicas that have a column each; a table of more is wider than any terminal."""
+
+
 def layout_grid(plan: Plan) -> Table:
-    """The grid of stages (down) and replicas (across); each cell names its ranks and layers."""
+    """The grid of stages (down) and replicas (across); each cell names its ranks and layers.
+
+    With many replicas, a stage has one cell that counts its replicas and names their ranks.
+    """
+    if plan.stage_replicas.widest > _MOST_COLUMNS:
+        return _layout_summary(plan)
     grid = Table(show_header=True, box=None, padding=(0, 1))
     places = plan.stage_replicas
     held_by = plan.configured_mesh.stage_replica_text if places.shards > 1 else ""
@@ -95,13 +104,46 @@ def layout_grid(plan: Plan) -> Table:
     return grid
 
 
-def _runs(ranks: Sequence[int]) -> str:
-    """Ranks as runs of numbers, e.g. "0-3" or "1,4-6"."""
+def _layout_summary(plan: Plan) -> Table:
+    """The stages of a layout with many replicas, a row each."""
+    grid = Table(show_header=True, box=None, padding=(0, 1))
+    places = plan.stage_replicas
+    for name in (
+        "",
+        f"replicas of {plan.configured_mesh.stage_replica_text}",
+        "micro-batches of each",
+        "ranks",
+    ):
+        grid.add_column(name)
+    for stage, replicas in enumerate(places.stages):
+        first = places.rank(0, 0, stage)
+        layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
+        counts = {len(plan.micro_batches_of(stage, number)) for number in range(len(replicas))}
+        work = str(min(counts)) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
+        ranks = _runs(sorted(rank for held in replicas for rank in held), most=_SHOWN_RUNS)
+        grid.add_row(f"stage {stage}: {layers}", str(len(replicas)), work, ranks)
+    captions = [f"recomputed: {text}"] if (text := recompute_summary(plan.layers)) else []
+    captions += [f"{len(places.spares)} spare ranks"] if places.spares else []
+    grid.caption, grid.caption_justify = "; ".join(captions) or None, "left"
+    return grid
+
+
+_SHOWN_RUNS = 4
+
+
+def _runs(ranks: Sequence[int], most: int | None = None) -> str:
+    """Ranks as runs of numbers, e.g. "0-3" or "1,4-6".
+
+    Args:
+        most: how many runs are shown; None: all.
+    """
     found = [
         [number for _, number in run]
         for _, run in groupby(enumerate(ranks), key=lambda item: item[1] - item[0])
     ]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)
+    shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found[:most]]
+    rest = len(found) - len(shown)
+    return ",".join([*shown, *([f"… {rest} more runs"] if rest else [])])
 
 
 def recompute_summary(layers: Sequence[LayerSpec]) -> str:

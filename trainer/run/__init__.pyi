@@ -5,6 +5,10 @@ from .log import (
     locate_log as locate_log,
     log_to_file as log_to_file,
 )
+from .machine import (
+    require_processes as require_processes,
+    require_room as require_room,
+)
 from .opening import (
     OpenedRun as OpenedRun,
     RunRequest as RunRequest,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.run.machine import require_room
 from holdfast.trainer.run.process_heap import prepare_heap
 from holdfast.trainer.run.run_directory import RunDirectory, choose_root, lock_run, open_run
 from holdfast.trainer.run.throughput import resolve_throughput
@@ -68,12 +69,15 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     A line about measured throughput is printed.
 
     Raises:
-        ConfigError: the number of workers, the folder or the checkpoint does not fit; another
-            process works on the run; the throughput cannot be measured.
+        ConfigError: the number of workers, the folder or the checkpoint does not fit; the machine
+            has no room for its ranks; another process works on the run; the throughput cannot be
+            measured.
     """
     config, resume, allow_change = request.config, request.resume, request.allow_change
     if request.world_size is not None:
         check_config(config, request.world_size)
+    if request.ranks_here:
+        require_room(config, request.ranks_here)
     root = choose_root(request.path, request.out, config, resume, allow_change=allow_change)
     with lock_run(root):
         if request.ranks_here:

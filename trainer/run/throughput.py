@@ -16,6 +16,7 @@ import msgspec
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.run.machine import require_processes
 
 _PROBE_S = 180.0
 """The longest time of a measurement, once its processes have started."""
@@ -108,8 +109,9 @@ def measure_throughput(config: RunConfig, ranks_here: int) -> Throughput:
     """The rates of the slowest of `ranks_here` processes that measure at once. Local.
 
     Raises:
-        ConfigError: a process fails, or does not end in time.
+        ConfigError: a process fails, or does not end in time; the machine has no room for so many.
     """
+    require_processes(ranks_here, f"measuring with {ranks_here} ranks")
     text = msgspec.json.encode(config).decode()
     probes = [
         subprocess.Popen(

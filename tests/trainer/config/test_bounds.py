@@ -1,0 +1,195 @@
+"""A number in a configuration, however large, takes neither the machine's memory nor its time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config.extent import block_count
+from holdfast.trainer.config.loading import load_config
+from holdfast.trainer.config.ranges import RANGES
+from holdfast.trainer.config.sections import RunConfig
+from holdfast.trainer.plan_report import plan_report
+from holdfast.trainer.run.machine import Machine, require_processes, require_room, this_machine
+from holdfast.trainer.run.throughput import measure_throughput
+from holdfast.trainer.step import plan_of
+from support.runs.commands import environment, holdfast
+
+SMALLEST = '[model]\nfamily = "llama"\nlayers = 8\nhidden = 96\n'
+FUZZED = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 300
+CHECKED_ELSEWHERE = {"data.eval_fraction"}
+"""Numbers with a check of their own; see test_config.py."""
+BIG = Machine(cores=64, memory_bytes=1 << 40)
+SMALL = Machine(cores=2, memory_bytes=8 << 30)
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def test_every_number_of_a_configuration_has_a_range(smallest: Path) -> None:
+    config = load_config(smallest)
+    numbers = {
+        f"{section.name}.{key}"
+        for section in msgspec.structs.fields(RunConfig)
+        for key, value in msgspec.to_builtins(getattr(config, section.name)).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    ranged = {f"{section}.{key}" for section, keys in RANGES.items() for key in keys}
+    assert numbers - ranged == CHECKED_ELSEWHERE
+    assert ranged <= numbers
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.layers=9223372036854775808", "must be at most 4096"),
+        (f"model.layers=1{'0' * 4000}", "model.layers = 2**13287 and more: must be at most 4096"),
+        ("model.rope_theta=nan", "model.rope_theta = nan: must be a finite number"),
+        ("model.rope_theta=0", "must be greater than 0"),
+        ("model.init_std=inf", "must be a finite number"),
+        ("offload.limit_gib=inf", "must be a finite number"),
+        ("offload.limit_mib_per_s=1e-300", "must be 0, or 1e-06 or more"),
+        ("checkpoint.timeout_s=1e308", "must be at most"),
+        ("elastic.straggler_factor=nan", "must be a finite number"),
+        ("elastic.verify_every=-1", "must be 0 or more"),
+        ("parallel.data=1048577", "must be at most 1048576"),
+        ("train.global_batch=1000000", "at most 131072; raise train.micro_batch"),
+        ("parallel.data=1048576 and train.global_batch=4194304", "2097152 micro-batches: at most"),
+        ("optimizer.block_elements=1 and model.vocab=1000000", "set it to 8 or more"),
+        ("parallel.tensor=1024 and model.heads=1024 and model.hidden=2048 and model.kv_heads=1024"
+         " and model.intermediate=1024 and model.vocab=1024 and train.seq_len=1024",
+         "the square of the tensor degree"),
+        ("checkpoint.path=a\x00b", "must not have control characters"),
+        (f"offload.path={'a' * 5000}", "has 5000 bytes; at most 4096"),
+        ('data.path=["a\\u001bb"]', "must not have control characters"),
+        ("model.\x1b[31m=1", "model.\\x1b[31m is not a key"),
+        ("train.steps=\udcff", "is not UTF-8 text"),
+    ],
+    ids=lambda value: value[:40].encode("ascii", "replace").decode(),
+)  # fmt: skip
+def test_what_no_machine_can_train_is_one_line(smallest: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(smallest, override.split(" and "))
+    lines = [line for line in str(caught.value).splitlines() if said in line]
+    assert len(lines) == 1, str(caught.value)
+    assert len(lines[0]) < 300
+    assert lines[0].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "is not valid TOML"),
+        (f"[train]\nsteps = 1{'0' * 5000}\n", "is not valid TOML"),
+        ("x" * (1 << 20) + "x", "has more than 1 MiB"),
+        ("train = 1\n", "train = 1 is a key outside a section"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_file_that_no_parser_takes_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.toml")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_blocks_that_are_counted_are_those_of_the_plan(smallest: Path) -> None:
+    for tied in ("true", "false"):
+        config = load_config(
+            smallest,
+            [f"model.tie_embeddings={tied}", "parallel.tensor=3", "parallel.pipeline=2",
+             "parallel.sequence_parallel=false", "optimizer.block_elements=1000"],
+        )  # fmt: skip
+        assert block_count(config) == sum(map(len, plan_of(config).blocks))
+
+
+def test_a_layout_of_thousands_of_ranks_is_planned_without_starting_a_process(
+    smallest: Path,
+) -> None:
+    """The test is not marked mp: a process that is started fails it (conftest.py)."""
+    overrides = ["parallel.data=5000", "parallel.pipeline=4", "train.global_batch=20000",
+                 "train.recompute=auto", "train.activation_gib=1", "offload.activations=ssd",
+                 "elastic.enabled=true"]  # fmt: skip
+    config = load_config(smallest, overrides)
+    report = plan_report(config, lost=range(64))
+    assert sum(len(numbers) for numbers in report.plan.micro_batches) == 10_000
+    for refused in (
+        lambda: require_room(config, config.parallel.ranks, BIG),
+        lambda: measure_throughput(config, config.parallel.ranks),
+    ):
+        with pytest.raises(ConfigError, match="20000 processes, but this machine"):
+            refused()
+
+
+def test_the_machine_has_room_for_what_fits_and_no_more(smallest: Path) -> None:
+    config = load_config(smallest, ["parallel.data=8"])
+    require_room(config, 8, SMALL)
+    require_room(config, 8)
+    with pytest.raises(ConfigError, match="--workers 65: 65 processes, but this machine"):
+        require_processes(65, "--workers 65", SMALL)
+    threads = load_config(smallest, ["train.threads_per_rank=100"])
+    with pytest.raises(ConfigError, match="at most 32 a core"):
+        require_room(threads, 1, SMALL)
+    large = load_config(
+        smallest,
+        ["model.hidden=8192", "model.intermediate=28672", "model.heads=64", "model.kv_heads=8",
+         "model.layers=80", "optimizer.block_elements=33554432"],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"need about 1,\d\d\d\.\d GiB, and this machine has 8.0"):
+        require_room(large, 1, SMALL)
+    assert this_machine().cores >= 1
+    assert this_machine().memory_bytes > 1 << 28
+
+
+@pytest.mark.mp
+def test_a_fuzzed_configuration_is_planned_or_refused(tmp_path: Path) -> None:
+    """Within 1 GiB and 30 s of processor time each; see support/runs/fuzzed_configs.py."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.runs.fuzzed_configs", "0", str(FUZZED), str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *wrong, counts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert not wrong, wrong[0]
+    assert counts["accepted"] > FUZZED // 20, counts
+    assert counts["accepted"] + counts["refused"] == FUZZED, counts
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("plan", ["--lost", "0-1000000000"], "--lost 1000000000: the layout has ranks 0 to 0"),
+        ("plan", ["--lost", "1" * 5000], "the layout has ranks 0 to 0"),
+        ("plan", ["--tflops", "1e400", "--gbytes", "inf"], "--tflops inf: must be 0 (unknown)"),
+        ("plan", ["--gbytes", "nan"], "--gbytes nan: must be 0 (unknown)"),
+        ("plan", ["--measure", "100000"], "100000 processes, but this machine"),
+        ("train", ["--set", "parallel.data=4096", "--set", "train.global_batch=8192"],
+         "4096 processes, but this machine"),
+        ("check", ["--set", "parallel.data=4096", "--set", "train.global_batch=8192"],
+         "4096 processes, but this machine"),
+    ],
+)  # fmt: skip
+def test_a_command_refuses_what_the_machine_cannot_hold(
+    smallest: Path, command: str, arguments: list[str], said: str
+) -> None:
+    done = holdfast(smallest.parent, command, str(smallest), *arguments, timeout_s=120)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(smallest.parent.glob("runs/*"))

@@ -7,7 +7,6 @@ from .log import (
 )
 from .machine import (
     require_processes as require_processes,
-    require_room as require_room,
 )
 from .opening import (
     OpenedRun as OpenedRun,

@@ -24,7 +24,7 @@ from rich.console import Console
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config.loading import convert_config, dump_toml, load_config
 from holdfast.trainer.plan_report import plan_report
-from holdfast.trainer.run import require_room
+from holdfast.trainer.run.machine import require_room
 
 MOST_BYTES = 1 << 30
 """The address space of a process that plans."""

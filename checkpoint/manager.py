@@ -71,6 +71,11 @@ class CheckpointManager:
         self._saver: Saver | None = None
 
     @property
+    def longest_wait_s(self) -> float:
+        """How long a call may wait for the disk or for other ranks, in seconds."""
+        return self._settings.timeout_s + _PATIENCE_S
+
+    @property
     def busy(self) -> bool:
         """Whether a save is under way on this rank."""
         return self._saver is not None and self._saver.busy
@@ -81,7 +86,7 @@ class CheckpointManager:
         Until `fence` has let everything pass, the state must change only behind `fence`.
         """
         saver = self._open_saver(job)
-        saver.wait(self._settings.timeout_s + _PATIENCE_S)
+        saver.wait(self.longest_wait_s)
         saver.start(job)
 
     def fence(self, number: int) -> int:
@@ -94,7 +99,7 @@ class CheckpointManager:
 
     def finish(self) -> bool:
         """Wait for the save under way as long as it may take; False when it takes longer still."""
-        return self.wait(self._settings.timeout_s + _PATIENCE_S)
+        return self.wait(self.longest_wait_s)
 
     def results(self) -> list[SaveResult]:
         """The saves that have ended since the last call."""

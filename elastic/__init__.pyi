@@ -5,7 +5,9 @@ from .agreement import (
     AcceptorState as AcceptorState,
 )
 from .channel import (
+    FairClock as FairClock,
     liveness_age_s as liveness_age_s,
+    liveness_s as liveness_s,
     receive_message as receive_message,
     send_message as send_message,
 )
@@ -27,7 +29,10 @@ from .generation import (
 )
 from .hang import (
     HangJudge as HangJudge,
+    HangLimits as HangLimits,
+    Suspicion as Suspicion,
     Wait as Wait,
+    is_excused as is_excused,
     wait_of as wait_of,
 )
 from .history import (

@@ -3,7 +3,7 @@
 Messages are JSON objects in packets of a Unix socket pair, which the agent made before it started
 the worker. The liveness timestamp is a file in memory. A Python thread of the worker writes it ten
 times a second, so it stops when the process is stopped or its interpreter lock is held, and the
-agent can read it without the worker's help.
+agent can read it without the worker's help. `FairClock` says how much of its age counts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ from typing import Any
 LIVENESS_S = 0.1
 _TIMESTAMP = struct.Struct("<q")
 _PACKET_BYTES = 1 << 16
+USUAL_S = 0.5
+"""Seconds between two looks of a watcher that runs as it should."""
+STARVED_SHARE = 0.75
+"""The largest share of the time that a lack of processor time excuses: a busy process that hangs is
+found on an overloaded machine too, after four times the limit."""
+_KEPT = 1 << 12
+"""The number of losses that are remembered; older ones count as if there had been none."""
 
 
 class LivenessWriter:
@@ -44,15 +52,65 @@ class LivenessWriter:
         self._page.close()
 
 
-def liveness_age_s(path: Path) -> float | None:
-    """Seconds since a worker on this machine last ran Python; None if it never has."""
+def liveness_s(path: Path) -> float | None:
+    """The monotonic time at which a process of this machine last ran Python; None if it never has.
+
+    Local.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     if len(content) < _TIMESTAMP.size or not (beat_ns := _TIMESTAMP.unpack_from(content)[0]):
         return None
-    return (time.monotonic_ns() - beat_ns) / 1e9
+    return beat_ns / 1e9
+
+
+def liveness_age_s(path: Path) -> float | None:
+    """Seconds since a worker on this machine last ran Python; None if it never has."""
+    beat_s = liveness_s(path)
+    return None if beat_s is None else time.monotonic() - beat_s
+
+
+class FairClock:
+    """Counts the seconds in which a watcher looked and the watched process could run.
+
+    A watcher that was itself stopped, or did not get a processor, cannot say that another was
+    silent meanwhile. Nor is a process hung that waited for a processor.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked_s = clock()
+        self._losses: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        """The times of looks, and the seconds before each that do not count."""
+
+    def look(self, starved_s: float = 0.0) -> None:
+        """Note that the watcher runs now.
+
+        Args:
+            starved_s: seconds since the last look in which the process was ready to run and did
+                not get a processor.
+        """
+        now_s = self._clock()
+        passed_s, self._looked_s = now_s - self._looked_s, now_s
+        late_s = max(0.0, passed_s - USUAL_S)
+        lost_s = late_s + min(starved_s, STARVED_SHARE * (passed_s - late_s))
+        if lost_s > 0.0:
+            self._losses.append((now_s, lost_s))
+
+    def since(self, moment_s: float) -> float:
+        """The seconds that count since a time of the clock."""
+        return self._clock() - moment_s - self.lost_since(moment_s)
+
+    def lost_since(self, moment_s: float) -> float:
+        """The seconds since a time of the clock that do not count."""
+        lost_s = 0.0
+        for at_s, seconds in reversed(self._losses):
+            if at_s <= moment_s:
+                break
+            lost_s += min(seconds, at_s - moment_s)
+        return lost_s
 
 
 def send_message(channel: socket.socket, message: dict[str, Any]) -> bool:

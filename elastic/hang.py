@@ -1,16 +1,21 @@
-"""The hang rule: the limit of a wait, the evidence, and the rank to blame. Pure.
+"""The hang rule: the limit of a wait, the evidence, the rank to blame, and its excuses. Pure.
 
 A stopped rank cannot watch itself. A rank that waits for a message cannot tell a hanging peer from
 one that itself waits for a third. So agents read the flight records of their workers
 (parallel/comm/flight_recorder.py) from outside, and tell each other of waits that last too long.
 All waits together show the culprit: it is at the end of the chain, others wait for it, and it waits
 for none.
+
+The agent of that rank decides, because it alone can read the rank's own record: a rank that is
+busy, was busy a short time ago, or itself waits for a message, is excused. So times of different
+machines are never compared: agents tell each other durations.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -65,62 +70,70 @@ class SilentOperation:
             name = f"{name}, {operation.direction}"
         peer = "its group" if operation.peer < 0 else f"rank {operation.peer}"
         suspects = ", ".join(map(str, self.suspects))
+        step = f"in step {self.step}" if self.step else "before its first step"
         return (
             f"rank {self.rank}: {name} {preposition} {peer} ({operation.group}, "
-            f"tag {operation.tag}, {operation.bytes} bytes) silent for {self.silent_s:.1f} s in "
-            f"step {self.step}: {self.verdict}; suspected: rank {suspects}"
+            f"tag {operation.tag}, {operation.bytes} bytes) silent for {self.silent_s:.1f} s "
+            f"{step}: {self.verdict}; suspected: rank {suspects}"
         )
 
 
 # The limit.
 
 
-def limit_s(record: FlightRecord, hang_timeout_s: float) -> float:
-    """Seconds that a worker may wait for one operation."""
-    return max(hang_timeout_s, LIMIT_STEPS * record.median_step_s)
+@dataclass(frozen=True, slots=True)
+class HangLimits:
+    """The patience of the hang rule."""
+
+    hang_timeout_s: float = 10.0
+    startup_grace_s: float = 120.0
+    """The patience while the usual length of a step is unknown."""
+
+    def of(self, record: FlightRecord) -> float:
+        """Seconds that a rank may wait for one operation, or keep others waiting."""
+        if not record.median_step_s:
+            return max(self.hang_timeout_s, self.startup_grace_s)
+        return max(self.hang_timeout_s, LIMIT_STEPS * record.median_step_s)
 
 
-def late_operations(
-    record: FlightRecord, now_s: float, *, hang_timeout_s: float
-) -> list[Operation]:
-    """The operations that a worker has waited for too long.
+Since = Callable[[float], float]
+"""The seconds that count since a time of the monotonic clock; see `FairClock.since`."""
 
-    Args:
-        now_s: the monotonic clock's time when the record was read.
-    """
-    limit = limit_s(record, hang_timeout_s)
-    return [o for o in record.operations if o.is_waited_for and now_s - o.waited_s > limit]
+
+def late_operations(record: FlightRecord, since: Since, limits: HangLimits) -> list[Operation]:
+    """The operations that a worker has waited for too long."""
+    limit_s = limits.of(record)
+    return [o for o in record.operations if o.is_waited_for and since(o.waited_s) > limit_s]
 
 
 # The evidence.
 
 
 def wait_of(
-    own: FlightRecord, others: Iterable[FlightRecord], now_s: float, *, hang_timeout_s: float
+    own: FlightRecord, others: Iterable[FlightRecord], since: Since, limits: HangLimits
 ) -> Wait | None:
     """The wait of a worker that has lasted too long; None if there is none.
 
     Args:
         others: the readable records of further workers, for the description.
     """
-    late = [o for o in late_operations(own, now_s, hang_timeout_s=hang_timeout_s) if o.peer >= 0]
+    late = [o for o in late_operations(own, since, limits) if o.peer >= 0]
     if not late:
         return None
-    found = silent_operations([*others, own], now_s, hang_timeout_s=hang_timeout_s)
+    found = silent_operations([*others, own], since, limits)
     described = next((s.describe() for s in found if s.rank == own.rank), "")
-    longest_s = max(now_s - operation.waited_s for operation in late)
+    longest_s = max(since(operation.waited_s) for operation in late)
     return Wait(frozenset(operation.peer for operation in late), longest_s, described)
 
 
 def silent_operations(
-    records: Iterable[FlightRecord], now_s: float, *, hang_timeout_s: float
+    records: Iterable[FlightRecord], since: Since, limits: HangLimits
 ) -> list[SilentOperation]:
     """The longest overdue operation of each rank that has one, by rank.
 
     Args:
         records: the readable records of all ranks; those of other machines with their clocks
             shifted (`FlightRecord.unix_offset_s`).
-        now_s: the monotonic clock's time when the records were read.
     """
     # If a rank was replaced, its newest record counts.
     by_rank = {r.rank: r for r in sorted(records, key=lambda record: record.generation)}
@@ -131,7 +144,7 @@ def silent_operations(
     }
     found = []
     for rank, record in sorted(by_rank.items()):
-        late = late_operations(record, now_s, hang_timeout_s=hang_timeout_s)
+        late = late_operations(record, since, limits)
         if not late:
             continue
         longest = min(late, key=lambda operation: operation.waited_s)
@@ -141,7 +154,7 @@ def silent_operations(
                 rank=rank,
                 step=record.step,
                 operation=longest,
-                silent_s=now_s - longest.waited_s,
+                silent_s=since(longest.waited_s),
                 verdict=_verdict(rank, longest, by_rank),
                 suspects=tuple(sorted(blame(_chain(rank, waits | {rank: peers})))),
             )
@@ -240,6 +253,45 @@ def _chain(rank: int, waits: Mapping[int, frozenset[int]]) -> dict[int, frozense
     return found
 
 
+# The excuses.
+
+
+def is_excused(
+    accused: FlightRecord, waited_s: float, now_s: float, since: Since, limits: HangLimits
+) -> bool:
+    """Whether a rank that others wait for does not hang, by its own record.
+
+    Args:
+        waited_s: the longest time that others have waited for it.
+        now_s: the monotonic clock's time when the record was read.
+    """
+    limit_s = limits.of(accused)
+    if waited_s <= limit_s:
+        return True
+    if accused.busy is not None:
+        return now_s <= accused.busy_until_s
+    return since(accused.busy_ended_s) <= limit_s if accused.busy_ended_s else False
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """A rank that the waits of one generation point at."""
+
+    rank: int
+    waited_s: float
+    """The longest time that a rank has waited for it."""
+    reason: str
+    """The reason, for a person."""
+    in_circle: bool
+    """Whether it waits too: all wait in a circle, which its end breaks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _HeardWait:
+    event: MembershipEvent
+    at_s: float
+
+
 @dataclass(slots=True)
 class HangJudge:
     """Collects the `waiting` events of one generation.
@@ -248,36 +300,42 @@ class HangJudge:
     """
 
     generation: int = 0
-    _waits: dict[Identity, MembershipEvent] = field(default_factory=dict)
-    _since_s: float | None = None
+    _waits: dict[Identity, _HeardWait] = field(default_factory=dict)
 
     def enter(self, generation: int) -> None:
         """Enter a new generation, in which no worker waits yet."""
-        self.generation, self._waits, self._since_s = generation, {}, None
+        self.generation, self._waits = generation, {}
 
     def hear(self, event: MembershipEvent, now_s: float) -> None:
-        """Add an event of kind `waiting`; events of other generations are ignored."""
-        if event.generation == self.generation:
-            self._waits[event.identity] = event
-            self._since_s = now_s if self._since_s is None else self._since_s
+        """Add an event of kind `waiting`, or end that wait if the event names no peers.
 
-    def has(self, identity: Identity) -> bool:
-        """Whether this worker's wait is known."""
-        return identity in self._waits
+        Events of other generations are ignored.
+        """
+        if event.generation != self.generation:
+            return
+        if event.peers:
+            self._waits[event.identity] = _HeardWait(event, now_s)
+        else:
+            self._waits.pop(event.identity, None)
 
-    def culprits(self, now_s: float) -> dict[int, str]:
-        """The ranks that hang, with reasons, once all waits have had time to arrive."""
-        if self._since_s is None or now_s - self._since_s < COLLECT_S:
-            return {}
+    def suspicions(self, now_s: float) -> list[Suspicion]:
+        """The ranks that the waits point at, once all waits have had time to arrive."""
+        first_s = min((wait.at_s for wait in self._waits.values()), default=math.inf)
+        if now_s - first_s < COLLECT_S:
+            return []
         waits = {
-            identity.rank: frozenset(i.rank for i in parse_identities(event.peers))
-            for identity, event in self._waits.items()
+            identity.rank: frozenset(i.rank for i in parse_identities(wait.event.peers))
+            for identity, wait in self._waits.items()
         }
-        found: dict[int, str] = {}
-        for rank in blame(waits):
-            first = min(
-                (e for i, e in self._waits.items() if rank in waits[i.rank]),
-                key=lambda e: e.identity,
-            )
-            found[rank] = f"hung: rank {first.identity} {first.cause}"
-        return found
+        return [self._suspicion(rank, waits, now_s) for rank in sorted(blame(waits))]
+
+    def _suspicion(self, rank: int, waits: Mapping[int, frozenset[int]], now_s: float) -> Suspicion:
+        by_age = [
+            (wait.event.age_s + now_s - wait.at_s, wait.event)
+            for identity, wait in sorted(self._waits.items())
+            if rank in waits[identity.rank]
+        ]
+        longest_s = max(seconds for seconds, _ in by_age)
+        first = by_age[0][1]
+        reason = f"hung: rank {first.identity} {first.cause}"
+        return Suspicion(rank, longest_s, reason, in_circle=rank in waits)

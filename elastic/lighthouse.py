@@ -57,7 +57,7 @@ class RoundTimeout(MembershipError):
 class Lighthouse:
     """A Lighthouse in this process. Its threads are native. Local; make it after the last fork."""
 
-    def __init__(self, host: str, port: int = 0, *, heartbeat_timeout_ms: int = 600) -> None:
+    def __init__(self, host: str, port: int = 0, *, heartbeat_timeout_ms: int = 3000) -> None:
         """Start the server.
 
         Args:

@@ -40,7 +40,7 @@ class MembershipSettings:
     """The number of ranks that the run is started with."""
     min_ranks: int = 1
     heartbeat_ms: int = 100
-    heartbeat_timeout_ms: int = 600
+    heartbeat_timeout_ms: int = 3000
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.run):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch.distributed import PrefixStore
 
+from holdfast.elastic.channel import FairClock
 from holdfast.elastic.generation import Identity
 from holdfast.elastic.lighthouse import heartbeat_ages
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
@@ -73,7 +74,9 @@ class BulletinFollower:
 class HeartbeatWatch:
     """Reports members that the Lighthouse has not heard in time, and workers that want to join.
 
-    A few agents watch for all. While the Lighthouse is away, no member is suspected.
+    A few agents watch for all. While the Lighthouse is away, no member is suspected. Silence counts
+    only while this watch and the Lighthouse run: a delay of the first is subtracted, and so is a
+    time in which the Lighthouse has heard of no member at all.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class HeartbeatWatch:
         settings: MembershipSettings,
         receive: Callable[[MembershipEvent], None],
         *,
+        lives: Callable[[Identity], bool] = lambda _: False,
         ages: Callable[[str, str], dict[Identity, float]] = heartbeat_ages,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,16 +92,17 @@ class HeartbeatWatch:
 
         Args:
             receive: called in that thread with each event.
+            lives: whether a worker of this node runs, as its agent sees it; it is not silent then.
             ages: returns seconds since each worker was heard of, given the Lighthouse and the run.
         """
-        self._settings, self._receive = settings, receive
+        self._settings, self._receive, self._lives = settings, receive, lives
         self._ages, self._clock = ages, clock
+        self._fair = FairClock(clock)
         self._members: frozenset[Identity] = frozenset()
         self._generation = 0
         self._told: set[Identity] = set()
         self._unknown_since: dict[Identity, float] = {}
         self._stop = threading.Event()
-        self._reachable = True
         self._thread = threading.Thread(target=self._run, name="holdfast-watch", daemon=True)
         self._thread.start()
 
@@ -111,21 +116,22 @@ class HeartbeatWatch:
 
     def _run(self) -> None:
         interval_s = self._settings.heartbeat_ms / 1000
-        judge_from_s = 0.0
+        judge_from_s, reachable = 0.0, True
         while not self._stop.wait(interval_s):
+            self._fair.look()
             if not self._members:
                 continue
             try:
                 ages = self._ages(self._settings.lighthouse, self._settings.run)
             except MembershipError as error:
-                if self._reachable:
+                if reachable:
                     logger.warning("%s; training goes on, changes of membership wait", error)
-                self._reachable = False
+                reachable = False
                 continue
-            if not self._reachable:
+            if not reachable:
                 logger.warning("the Lighthouse at %s is back", self._settings.lighthouse)
                 judge_from_s = self._clock() + _GRACE_S
-            self._reachable = True
+            reachable = True
             if self._clock() > judge_from_s:
                 for event in self.judge(ages, self._clock()):
                     logger.info("rank %s: %s", event.identity, event.cause)
@@ -135,10 +141,17 @@ class HeartbeatWatch:
         """The events for heartbeats of these ages: a silence once, newcomers repeatedly."""
         generation, members = self._generation, self._members
         timeout_s = self._settings.heartbeat_timeout_ms / 1000
-        alive = {identity for identity, age_s in ages.items() if age_s < timeout_s}
+        asked_s, unheard_s = self._clock(), self._unheard_s(ages)
+        alive = {
+            identity
+            for identity, age_s in ages.items()
+            if age_s - unheard_s - self._fair.lost_since(asked_s - age_s) < timeout_s
+        }
         self._told -= alive & members
         events = []
         for identity in sorted((ages.keys() & members) - alive - self._told):
+            if self._lives(identity):
+                continue
             cause = f"no heartbeat for {ages[identity]:.2f} s"
             events.append(
                 MembershipEvent("silent", identity, cause, ages[identity], generation=generation)
@@ -153,3 +166,8 @@ class HeartbeatWatch:
                 )
                 self._unknown_since[identity] = now_s
         return events
+
+    def _unheard_s(self, ages: dict[Identity, float]) -> float:
+        """Seconds for which the Lighthouse has heard of no member: it was itself delayed."""
+        youngest_s = min((age for i, age in ages.items() if i in self._members), default=0.0)
+        return max(0.0, youngest_s - self._settings.heartbeat_ms / 1000)

@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -184,10 +185,19 @@ class Checkpoints:
             return
         if not in_memory:
             self._progress.saved_step = step
-        self._manager.save(self._job(step, in_memory=in_memory))
+        with self._saving():
+            self._manager.save(self._job(step, in_memory=in_memory))
         if not in_memory:
             self._progress.saved_s = self._clock()
-        self._training.protect(self._manager.fence)
+        self._training.protect(self._fence)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        """The mark of this rank's waits for its saves, each as long as a save may take."""
+        return self._training.groups.recorder.busy("save", self._manager.longest_wait_s)
+
+    def _fence(self, number: int) -> int:
+        with self._saving():
+            return self._manager.fence(number)
 
     def _job(self, step: int, *, in_memory: bool) -> SaveJob:
         training, config = self._training, self._training.config
@@ -252,10 +262,12 @@ class Checkpoints:
 
     def finish(self) -> list[SaveResult | UploadResult]:
         """Wait for all saves and uploads. Returns their results."""
-        self._manager.finish()
+        with self._saving():
+            self._manager.finish()
         found = self.results()
         if self._remote is not None:
-            self._remote.wait()
+            with self._saving():
+                self._remote.wait()
             found += self.results()
         return found
 
@@ -292,7 +304,8 @@ class Checkpoints:
         Committed checkpoints stay.
         """
         self._training.protect(None)
-        self._manager.cancel(reason)
+        with self._saving():
+            self._manager.cancel(reason)
         if self._remote is not None:
             self._remote.abort(reason)
 
@@ -344,9 +357,10 @@ class Checkpoints:
 
     def _load(self, place: str, name: str) -> int:
         training = self._training
-        manifest, self.loaded = self._manager.load(
-            checkpoint_at(place), name, self._prepare, check=training.groups.signal.check
-        )
+        with training.groups.recorder.busy("load", self._manager.longest_wait_s):
+            manifest, self.loaded = self._manager.load(
+                checkpoint_at(place), name, self._prepare, check=training.groups.signal.check
+            )
         self._check_data(manifest, place)
         if not has_state(manifest, state_format(self._training.config)):
             training.optimizer.restart()

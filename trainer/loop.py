@@ -133,11 +133,12 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
         for straggler in parts.clock.compare(training, elastic.straggler_factor):
             reporter.straggler(step + 1, straggler)
-    if outcome.usable:
-        reporter.step(step, outcome, lr, timer.spans, times, eval_loss)
-    if checkpoints.after_step(step + 1, outcome):
-        reporter.checkpoint_skipped(step + 1)
-    reporter.checkpoints(checkpoints.results())
+    with training.groups.recorder.busy("report", elastic.startup_grace_s):
+        if outcome.usable:
+            reporter.step(step, outcome, lr, timer.spans, times, eval_loss)
+        if checkpoints.after_step(step + 1, outcome):
+            reporter.checkpoint_skipped(step + 1)
+        reporter.checkpoints(checkpoints.results())
     return outcome
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from holdfast.elastic import (
     AcceptorState,
     FaultError,
+    Identity,
     Lighthouse,
     MembershipEvent,
     MembershipEventKind,
@@ -39,7 +40,7 @@ from holdfast.elastic import (
     send_message,
 )
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
-from holdfast.launch.agent.liveness import HangWatch, timestamp_check
+from holdfast.launch.agent.liveness import HangWatch
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.other_nodes import OtherNodes
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
@@ -81,10 +82,13 @@ class Agent:
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
-        checks = [timestamp_check(silence_s, settings.hang_timeout_s)]
-        if settings.liveness is not None:
-            checks.append(settings.liveness)
-        self._hangs = HangWatch(settings.node, checks, settings.waits)
+        self._hangs = HangWatch(
+            settings.node,
+            settings.limits,
+            stopped_s=silence_s,
+            read=settings.read_record,
+            clock=clock,
+        )
         self._main_thread = MainThreadQueue()
         self._shutdown = Shutdown()
         self._ask_at_s = 0.0
@@ -119,6 +123,7 @@ class Agent:
                 self._settings.node,
                 on_event=self._main_thread.forwarding(self._deliver),
                 on_silence=self._main_thread.forwarding(self._publish),
+                lives=self._lives,
             )
             held.callback(lambda: self._others.close(over=self._shutdown.needs_no_report))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
@@ -277,6 +282,7 @@ class Agent:
 
     def _look_for_hangs(self) -> None:
         slots = self._slots.values()
+        self._hangs.look(slots)
         causes = self._hangs.causes(slots, self._clock(), draining=self._shutdown.draining)
         for rank, cause in causes.items():
             self._slots[rank].kill(cause)
@@ -364,9 +370,16 @@ class Agent:
             if slot.spec.identity != event.identity:
                 continue
             # A worker that runs here and that others do not hear of is cut off, not hung.
-            silence_s = self._settings.membership.heartbeat_timeout_ms / 1000
-            if event.kind == "silent" and slot.is_still(silence_s):
+            if event.kind == "silent" and not self._lives(event.identity):
                 slot.kill(event.cause)
+
+    def _lives(self, identity: Identity) -> bool:
+        """Whether a worker of this node has run lately; from any thread."""
+        slot = self._slots.get(identity.rank)
+        silence_s = self._settings.membership.heartbeat_timeout_ms / 1000
+        if slot is None or slot.spec.identity != identity:
+            return False
+        return not self._hangs.is_still(slot.spec, silence_s)
 
     # Signals, and the end.
 

@@ -10,6 +10,7 @@ from typing import Any
 from holdfast.elastic import (
     BulletinFollower,
     HeartbeatWatch,
+    Identity,
     MembershipEvent,
     MembershipSettings,
     WorkerSpec,
@@ -33,6 +34,7 @@ class OtherNodes:
         *,
         on_event: Callable[[MembershipEvent], None],
         on_silence: Callable[[MembershipEvent], None],
+        lives: Callable[[Identity], bool],
     ) -> None:
         """Start to watch the heartbeats at the Lighthouse.
 
@@ -40,6 +42,7 @@ class OtherNodes:
             node: this agent's own node.
             on_event: called in other threads with each event that a node posts, also this one.
             on_silence: called in another thread with the events of the heartbeat watch.
+            lives: called there; whether a worker of this node runs, as far as this agent sees.
         """
         self.generation = 0
         """The newest generation that a worker of this node has reported; 0 before the first."""
@@ -47,7 +50,7 @@ class OtherNodes:
         self._bulletins: list[BulletinFollower] = []
         self._proxies: list[threading.Thread] = []
         self._stop = threading.Event()
-        self._watch = HeartbeatWatch(membership, on_silence)
+        self._watch = HeartbeatWatch(membership, on_silence, lives=lives)
 
     def enter(self, message: Mapping[str, Any]) -> None:
         """Meet the other agents in the generation that a worker has reported."""

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from holdfast.elastic import MembershipSettings, Wait, WorkerSpec
-from holdfast.launch.agent.liveness import LivenessCheck
+from holdfast.elastic import HangLimits, MembershipSettings, WorkerSpec
+from holdfast.launch.agent.liveness import record_of
 from holdfast.launch.agent.restarts import RestartPolicy
+from holdfast.parallel.comm import FlightRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class AgentSettings:
     """The first of these ranks among all ranks of this machine: decides their devices."""
     host: str = "127.0.0.1"
     """This node's address for other nodes."""
-    hang_timeout_s: float = 10.0
+    limits: HangLimits = field(default_factory=HangLimits)
     respawn: bool = True
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
     exit_s: float = 30.0
@@ -45,9 +46,7 @@ class AgentSettings:
     incarnation: int = 0
     """The incarnation of this node's first workers; for a joining node, higher than any that its
     ranks have had."""
-    liveness: LivenessCheck | None = None
-    """A further check beside the liveness timestamp."""
-    waits: Callable[[WorkerSpec], Wait | None] | None = None
-    """Reads from a worker's flight record whether it has waited for others too long."""
+    read_record: Callable[[WorkerSpec], FlightRecord | None] = record_of
+    """Reads a worker's flight record, if there is one."""
     folder: Path | None = None
     """The folder of acceptor states and liveness timestamps on this node; None: a temporary one."""

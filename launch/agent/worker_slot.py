@@ -8,7 +8,7 @@ import signal
 import socket
 from dataclasses import dataclass
 
-from holdfast.elastic import WorkerSpec, liveness_age_s
+from holdfast.elastic import WorkerSpec
 
 logger = logging.getLogger("holdfast.agent")
 
@@ -47,11 +47,6 @@ class WorkerSlot:
             self.killed_for = why
             logger.warning("rank %s is killed: %s", self.spec.identity, why)
             self.signal(signal.SIGKILL)
-
-    def is_still(self, seconds: float) -> bool:
-        """Whether the worker's interpreter has not run for longer than `seconds`."""
-        age_s = liveness_age_s(self.spec.liveness)
-        return age_s is not None and age_s > seconds
 
 
 def describe_end(code: int) -> str:

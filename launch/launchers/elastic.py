@@ -1,4 +1,4 @@
-"""The start of an elastic run on this machine: its agents, and their check of workers' waits."""
+"""The start of an elastic run on this machine: its agents and their settings."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import logging
 import socket
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from holdfast.elastic import (
+    HangLimits,
     MembershipSettings,
-    Wait,
     WorkerSpec,
     await_lighthouse,
     lighthouse_url,
-    wait_of,
 )
 from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
-from holdfast.parallel.comm import FlightRecord, read_record
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
@@ -118,10 +115,9 @@ def node_settings(
         node=socket.gethostname(),
         log=run.log,
         host=own_address(elastic.lighthouse) if elastic.lighthouse else "127.0.0.1",
-        hang_timeout_s=elastic.hang_timeout_s,
+        limits=HangLimits(elastic.hang_timeout_s, elastic.startup_grace_s),
         respawn=elastic.respawn,
         exit_s=config.checkpoint.exit_s,
-        waits=waits_of(elastic.hang_timeout_s),
     )
 
 
@@ -145,26 +141,3 @@ def log_agents(path: Path) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def waits_of(hang_timeout_s: float) -> Callable[[WorkerSpec], Wait | None]:
-    """A function that reads from flight records whether a worker of this node waits too long."""
-
-    def waits(spec: WorkerSpec) -> Wait | None:
-        own = _record(spec.flight_record)
-        if own is None:
-            return None
-        others = [
-            _record(path) for path in Path(spec.folder).glob("*.page") if path != spec.flight_record
-        ]
-        known = [record for record in others if record is not None]
-        return wait_of(own, known, time.monotonic(), hang_timeout_s=hang_timeout_s)
-
-    return waits
-
-
-def _record(path: Path) -> FlightRecord | None:
-    try:
-        return read_record(path)
-    except (OSError, ValueError):
-        return None

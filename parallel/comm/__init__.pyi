@@ -2,6 +2,7 @@ from .addresses import (
     own_address_towards as own_address_towards,
 )
 from .flight_recorder import (
+    BusyKind as BusyKind,
     FlightRecord as FlightRecord,
     FlightRecorder as FlightRecorder,
     Operation as Operation,

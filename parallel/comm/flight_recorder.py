@@ -3,15 +3,18 @@
 Every message of every communicator leaves one record. With a path the ring is a shared mapping of
 that file. An agent can then see the last operations of a stopped or hung process without its help:
 the writer takes no lock and makes no system call. `read_record` reads the ring, and elastic/hang.py
-finds hangs in it.
+finds hangs in it. Work that sends no message (a save, a load, an evaluation) is marked as busy,
+with the instant until which it may last.
 
 Layout of a record: native-endian 64-bit words, all offsets in words.
 
     header    0 magic    1 layout version    2 rank    3 pid    4 generation    5 slots
               6 unix time less monotonic time, seconds (float64)    7 number of the newest step
     steps     8..23      monotonic times (float64) at which the last 16 steps began, at step % 16
-    groups    24..279    32 names of 64 bytes, UTF-8, zero-padded
-    ring      280..      slots of 12 words: number (0: empty or being written), group, operation,
+    busy      24..26     kind of work (0: none), and the monotonic times (float64; 0: never) until
+                         which it may last and at which the last one ended
+    groups    32..287    32 names of 64 bytes, UTF-8, zero-padded
+    ring      288..      slots of 12 words: number (0: empty or being written), group, operation,
                          direction, peer, bytes, tag, outcome (0 open, 1 done, 2 failed), and the
                          monotonic times (float64; NaN: not yet) posted, started, waited, finished
 
@@ -28,12 +31,17 @@ import statistics
 import struct
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Direction = Literal["send", "receive", "collective"]
 Outcome = Literal["open", "done", "failed"]
+BusyKind = Literal["build", "prepare", "load", "read", "save", "evaluate", "compare", "report"]
+"""Work that sends no message: build a training; prepare a change of ranks; load a checkpoint; read
+data; wait for a save; evaluate; compare or digest state; write records."""
 
 OPERATIONS = (
     "send",
@@ -49,9 +57,11 @@ _OUTCOMES: tuple[Outcome, ...] = ("open", "done", "failed")
 _OPERATION_CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _DIRECTION_CODES = {name: code for code, name in enumerate(_DIRECTIONS)}
 _MAGIC = int.from_bytes(b"HFOPRING", "little")
-_VERSION = 1
+_BUSY_KINDS: tuple[BusyKind, ...] = get_args(BusyKind)
+_VERSION = 2
 _STEPS_AT, _STEPS = 8, 16
-_NAMES_AT, _NAMES, _NAME_BYTES = 24, 32, 64
+_BUSY, _BUSY_UNTIL, _BUSY_ENDED = 24, 25, 26
+_NAMES_AT, _NAMES, _NAME_BYTES = 32, 32, 64
 _RING_AT = _NAMES_AT + _NAMES * _NAME_BYTES // 8
 _SLOT = 12
 _OUTCOME, _STARTED, _WAITED, _FINISHED = 7, 9, 10, 11
@@ -105,12 +115,17 @@ class FlightRecord:
     """The operations in the order of their calls."""
     step_starts_s: tuple[float, ...] = field(default=())
     """The times at which the newest steps began, oldest first; at most 16."""
+    busy: BusyKind | None = None
+    """The work without messages that the rank does now."""
+    busy_until_s: float = 0.0
+    """The time until which that may last; it counts only while `busy` is set."""
+    busy_ended_s: float = 0.0
+    """The time at which the last such work ended; 0: there was none."""
 
     @property
     def median_step_s(self) -> float:
         """The median duration of the newest steps; 0 while fewer than two have begun."""
-        starts = self.step_starts_s
-        spans = [after - before for before, after in itertools.pairwise(starts)]
+        spans = [after - before for before, after in itertools.pairwise(self.step_starts_s)]
         return statistics.median(spans) if spans else 0.0
 
 
@@ -151,6 +166,29 @@ class FlightRecorder:
         """Note that `step` begins; readers compute the usual length of a step from these marks."""
         self._times[_STEPS_AT + step % _STEPS] = time.monotonic()
         self._words[7] = step
+
+    @contextmanager
+    def busy(self, kind: BusyKind, seconds: float) -> Iterator[None]:
+        """Mark the block as work without messages that may last `seconds` from now.
+
+        A mark inside another one counts until it ends; then the outer one counts again.
+        """
+        words, times = self._words, self._times
+        outer, outer_until_s = words[_BUSY], times[_BUSY_UNTIL]
+        # The instant first: a reader in between must not meet a mark that has run out.
+        times[_BUSY_UNTIL] = max(time.monotonic() + seconds, outer_until_s if outer else 0.0)
+        words[_BUSY] = 1 + _BUSY_KINDS.index(kind)
+        try:
+            yield
+        finally:
+            times[_BUSY_ENDED] = time.monotonic()
+            words[_BUSY] = outer
+            times[_BUSY_UNTIL] = outer_until_s
+
+    @property
+    def median_step_s(self) -> float:
+        """The median duration of the newest steps; 0 while fewer than two have begun."""
+        return self.record().median_step_s
 
     def group(self, name: str) -> int:
         """The code of a group's name; once the table is full, new names share the last code."""
@@ -287,6 +325,7 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
             )
         )
     starts = sorted(t for t in times[_STEPS_AT : _STEPS_AT + _STEPS] if t > 0)
+    busy = words[_BUSY]
     return FlightRecord(
         rank=words[2],
         pid=words[3],
@@ -295,4 +334,7 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
         unix_offset_s=times[6],
         operations=tuple(sorted(operations, key=lambda o: o.number)),
         step_starts_s=tuple(starts),
+        busy=_BUSY_KINDS[busy - 1] if 1 <= busy <= len(_BUSY_KINDS) else None,
+        busy_until_s=times[_BUSY_UNTIL],
+        busy_ended_s=times[_BUSY_ENDED],
     )

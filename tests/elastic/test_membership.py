@@ -33,7 +33,7 @@ pytestmark = pytest.mark.mp
 
 
 def _spec(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: Any) -> WorkerSpec:
-    settings = MembershipSettings(lighthouse, "test", world_size)
+    settings = MembershipSettings(lighthouse, "test", world_size, heartbeat_timeout_ms=600)
     return WorkerSpec(rank, 0, rank, "a", "127.0.0.1:1", True, str(folder), settings, **fields)
 
 
@@ -62,7 +62,7 @@ def _hold_the_lock(address: str) -> None:
 
 
 def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
-    lighthouse = Lighthouse("127.0.0.1")
+    lighthouse = Lighthouse("127.0.0.1", heartbeat_timeout_ms=600)
     process = multiprocessing.get_context("forkserver").Process(
         target=_hold_the_lock, args=(lighthouse.address,)
     )
@@ -80,7 +80,7 @@ def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
 
 
 def test_all_members_get_the_same_value(tmp_path: Path) -> None:
-    lighthouse = Lighthouse("127.0.0.1")
+    lighthouse = Lighthouse("127.0.0.1", heartbeat_timeout_ms=600)
     members = [Membership(_spec(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
     found = _in_threads(
         *(
@@ -101,7 +101,7 @@ def test_all_members_get_the_same_value(tmp_path: Path) -> None:
 
 
 def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:
-    lighthouse = Lighthouse("127.0.0.1")
+    lighthouse = Lighthouse("127.0.0.1", heartbeat_timeout_ms=600)
     members = [Membership(_spec(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
     _in_threads(*(lambda m=m: m.agree(step=0, phase="begin") for m in members))
     for member in members[:2]:
@@ -145,7 +145,7 @@ def test_events_arrive_in_one_order_and_a_hole_is_passed() -> None:
 
 def test_silence_is_told_once_and_newcomers_until_they_are_in() -> None:
     told: list[MembershipEvent] = []
-    settings = MembershipSettings("http://127.0.0.1:9", "test", 2)
+    settings = MembershipSettings("http://127.0.0.1:9", "test", 2, heartbeat_timeout_ms=600)
     watch = HeartbeatWatch(settings, told.append)
     watch.watch(4, parse_identities("0-1"))
     assert watch.judge({Identity(0): 0.1, Identity(1): 0.9}, 0.0) == [

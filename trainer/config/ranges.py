@@ -111,6 +111,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "heartbeat_ms": Range(10, 60_000),
         "heartbeat_timeout_ms": Range(30, 3_600_000),
         "hang_timeout_s": _DURATION_S,
+        "startup_grace_s": Range(0, 366 * _DAY_S),
         "verify_every": _STEPS,
         "local_nodes": Range(1, 2**20),
         "activation_headroom": Range(0, 1e6, of="of the fullest rank's activation memory"),

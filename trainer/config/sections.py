@@ -192,8 +192,11 @@ class ElasticConfig(Section, frozen=True):
     """The place of the shadows' copies; auto: host memory beside a GPU."""
     min_ranks: int = 1
     heartbeat_ms: int = 100
-    heartbeat_timeout_ms: int = 600
+    heartbeat_timeout_ms: int = 3000
     hang_timeout_s: float = 10.0
+    startup_grace_s: float = 120.0
+    """How long a rank may keep others waiting before two of its steps are known, and how long it
+    may build, prepare a change, read data or evaluate a batch."""
     respawn: bool = True
     verify_every: int = 100
     local_nodes: int = 1

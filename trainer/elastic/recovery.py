@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -228,16 +229,17 @@ class Recovery:
         agreed = drives.clock()
         recovery = plan_recovery(generation)
         self._activate_prepared(recovery)
-        self._finish_step(recovery)
-        store = drives.membership.store()
-        transition = plan_transition(
-            generation,
-            recovery,
-            self._active_plan(recovery, store),
-            redundancy=self._config.elastic.redundancy,
-        )
-        edits = drives.clock()
-        connection = drives.transport.connect(transition, store)
+        with self.training.busy("prepare") if self.training is not None else nullcontext():
+            self._finish_step(recovery)
+            store = drives.membership.store()
+            transition = plan_transition(
+                generation,
+                recovery,
+                self._active_plan(recovery, store),
+                redundancy=self._config.elastic.redundancy,
+            )
+            edits = drives.clock()
+            connection = drives.transport.connect(transition, store)
         moves = drives.clock()
         built = drives.builder.build(
             transition, self.training, connection, store, sound_until=self.sound_until

@@ -95,7 +95,8 @@ class ElasticSession:
         """
         training = self._parts().training
         control = training.groups.control
-        compared = compare_copies(training, control)
+        with training.busy("compare"):
+            compared = compare_copies(training, control)
         found = compared.corrupt
         self._digest = compared.digest
         spared = all(corruption.spares_training for corruption in found)
@@ -141,12 +142,13 @@ class ElasticSession:
         Args:
             urgent: whether the change interrupted a step.
         """
+        training = self._parts().training
         if self._spec.rank in change.ranks_with_history:
-            training = self._parts().training
             record = record_of(change, self._heard, training, urgent=urgent, digest=self._digest)
             self._changes.append(record)
         if self._spec.rank == change.recorder:
-            write_changes(self._run, self._changes)
+            with training.busy("report"):
+                write_changes(self._run, self._changes)
 
     def report_interrupted_step(self, change: CompletedChange) -> None:
         """Report the step before a change, as all ranks know it, and save it if that is due."""

@@ -82,12 +82,15 @@ class TrainingBuilder:
         Raises:
             PeerLost: a rank is gone, or state arrived damaged.
         """
+        groups = connection.groups
+        building = groups.recorder.busy("build", self._config.elastic.startup_grace_s)
         if transition.keeps_state:
-            return self._from_holders(transition, active, connection)
+            with building:
+                return self._from_holders(transition, active, connection)
         if self._rank not in transition.after.stage_replicas.ranks:
             return Built(None, None, 0)
-        groups = connection.groups
-        training = Training(self._config, self._rank, self._device, transition.after, groups)
+        with building:
+            training = Training(self._config, self._rank, self._device, transition.after, groups)
         step = self._loader.load(training, store, transition.generation, sound_until=sound_until)
         training.progress = StepProgress(decided=step, updated=step)
         moved = fill_shadows(training, groups.control, transition.nodes)

@@ -7,13 +7,14 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from holdfast.parallel.comm import Groups
+from holdfast.parallel.comm import BusyKind, Groups
 from holdfast.parallel.errors import OffloadError
 from holdfast.parallel.optimizer import (
     BackgroundTransfer,
@@ -100,7 +101,9 @@ class Training:
         )
         last = len(plan.placement) - 1
         reads_tokens = not {0, last}.isdisjoint(self.model.chunks)
-        self._micro_batches = MicroBatches(config, self.data, device, reads_tokens=reads_tokens)
+        self._micro_batches = MicroBatches(
+            config, self.data, device, reads_tokens=reads_tokens, recorder=groups.recorder
+        )
         self._runners = new_runners(
             self.model,
             last,
@@ -166,6 +169,10 @@ class Training:
         shadows = self._shadows
         saved = shadows is not None and shadows.in_host_memory and bool(self.plan.shadows)
         return shadows if saved else None
+
+    def busy(self, kind: BusyKind) -> AbstractContextManager[None]:
+        """Mark a block as work without messages, for those that look for hangs."""
+        return self.groups.recorder.busy(kind, self.config.elastic.startup_grace_s)
 
     def protect(self, fence: Fence | None) -> None:
         """Have `fence` called before a block changes, while a snapshot copies the state. Local.
@@ -325,7 +332,8 @@ class Training:
         Collective over all ranks.
         """
         if self._held_out is None:
-            self._held_out = open_split(self.config, "eval")
+            with self.busy("read"):
+                self._held_out = open_split(self.config, "eval")
         return mean_held_out_loss(
             self._held_out_losses,
             self.groups.control,
@@ -337,7 +345,8 @@ class Training:
     def _held_out_losses(self, batch: int) -> Mapping[int, Tensor]:
         assert self._held_out is not None
         self._start(batch, self._held_out, training=False)
-        self.executor.run(*self._forward_program)
+        with self.busy("evaluate"):
+            self.executor.run(*self._forward_program)
         return self._reported_losses or {}
 
     @cached_property
@@ -347,4 +356,5 @@ class Training:
     def parameter_digest(self) -> str:
         """SHA-256 over all parameters; see `digest.parameter_digest`. Collective over all ranks."""
         control = self.groups.control
-        return parameter_digest(self.plan, self.optimizer, self.parameter_buffer, control)
+        with self.busy("compare"):
+            return parameter_digest(self.plan, self.optimizer, self.parameter_buffer, control)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from holdfast.elastic.generation import Identity
-from holdfast.elastic.hang import Wait
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.launch.agent.liveness import LEFT_OUT_S
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, RestartPolicy
+from holdfast.parallel.comm import FlightRecord, Operation
 from support.processes.fake_node import FakeNode
 
 BOTH = (Identity(0), Identity(1))
@@ -103,28 +105,100 @@ def test_a_node_that_is_not_taken_in_asks_now_and_then_whether_the_run_is_over(
     assert [rank for _, rank in node.killed] == [0]
 
 
+def receive(peer: int, since_s: float) -> Operation:
+    nan = math.nan
+    return Operation(
+        1, "world", "receive", "receive", peer, 8, 7, "open", since_s, since_s, since_s, nan
+    )
+
+
+@dataclass
+class Records:
+    """The flight records of ranks 0 and 1: from a second on, rank 0 waits for rank 1."""
+
+    node: FakeNode
+    since_s: float
+    of_1: FlightRecord = field(
+        default_factory=lambda: FlightRecord(1, 0, 1, 4, 0.0, (), step_starts_s=(0.5, 1.0))
+    )
+
+    def read(self, spec: WorkerSpec) -> FlightRecord | None:
+        if spec.rank:
+            return self.of_1
+        waits = (receive(1, self.since_s),) if self.node.clock() >= self.since_s else ()
+        return FlightRecord(0, 0, 1, 4, 0.0, waits, step_starts_s=(0.5, 1.0))
+
+    def run(self, until_s: float = math.inf) -> int:
+        """Run the node until a worker was killed, or until this time."""
+
+        def script() -> None:
+            if not self.node.others.generation:
+                self.node.tell_generation(0, 1, BOTH)
+                self.node.tell_generation(1, 1, BOTH)
+            if (self.node.killed or self.node.clock() > until_s) and 0 in self.node.living:
+                self.node.end(0, 0)
+
+        self.node.on_wait = script
+        return self.node.run(ranks=(0, 1), respawn=False, exit_s=1.0, read_record=self.read)
+
+
 def test_a_worker_that_hangs_is_killed_once_all_waits_have_had_time_to_arrive(
     tmp_path: Path,
 ) -> None:
     node = FakeNode(tmp_path)
     begin = node.clock()
-
-    def waits(spec: WorkerSpec) -> Wait | None:
-        late = node.clock() > begin + 10 and spec.identity == Identity(0)
-        return Wait(frozenset({1}), 10.0, "a reduction") if late else None
-
-    def script() -> None:
-        if not node.others.generation:
-            node.tell_generation(0, 1, BOTH)
-            node.tell_generation(1, 1, BOTH)
-        if node.killed and 0 in node.living:
-            node.end(0, 0)
-
-    node.on_wait = script
-    assert node.run(ranks=(0, 1), respawn=False, exit_s=1.0, waits=waits) == 0
+    assert Records(node, begin + 1.0).run() == 0
     ((moment, rank),) = node.killed
     assert rank == 1
-    assert 10 < moment - begin < 12
+    assert 12 < moment - begin < 12.5
     causes = [event.cause for event in node.others.posted]
-    assert causes[0] == "has waited 10.0 s for rank 1 (a reduction)"
-    assert causes[1] == "hung: rank 0 has waited 10.0 s for rank 1 (a reduction)"
+    assert causes[0].startswith("has waited 10.0 s for rank 1 (rank 0: receive from rank 1")
+    assert " silent for 10.0 s in step 4: " in causes[0]
+    assert causes[1] == f"hung: rank 0 {causes[0]}"
+
+
+def test_a_busy_worker_is_killed_once_it_is_busy_for_longer_than_it_said(tmp_path: Path) -> None:
+    node = FakeNode(tmp_path)
+    begin = node.clock()
+    records = Records(node, begin + 1.0)
+    records.of_1 = replace(records.of_1, busy="save", busy_until_s=begin + 50.0)
+    assert records.run() == 0
+    ((moment, rank),) = node.killed
+    assert rank == 1
+    assert moment - begin == pytest.approx(50.1, abs=0.15)
+    assert node.others.posted[1].cause.endswith("it said that it would save until then at most")
+
+
+def test_a_worker_that_was_busy_a_short_time_ago_or_waits_itself_lives(tmp_path: Path) -> None:
+    node = FakeNode(tmp_path)
+    begin = node.clock()
+    records = Records(node, begin + 1.0)
+    records.of_1 = replace(records.of_1, busy_ended_s=begin + 20.0)
+    assert records.run(until_s=begin + 28.0) == 0
+    assert [rank for _, rank in node.killed] == [1]  # as it outlived the run, by more than exit_s
+    assert node.others.posted[-1].cause == "did not end in time"
+    node = FakeNode(tmp_path)
+    records = Records(node, begin + 1.0)
+    records.of_1 = replace(records.of_1, operations=(receive(2, begin + 27.0),))
+    assert records.run(until_s=begin + 29.0) == 0
+    assert node.others.posted[-1].cause == "did not end in time"
+
+
+def test_an_agent_that_was_itself_stopped_does_not_count_that_time_as_a_wait(
+    tmp_path: Path,
+) -> None:
+    node = FakeNode(tmp_path)
+    begin = node.clock()
+    records = Records(node, begin + 1.0)
+    read = records.read
+
+    def stopped_once(spec: WorkerSpec) -> FlightRecord | None:
+        if begin + 5.0 < node.clock() < begin + 6.0:
+            node.clock.now_s += 100.0
+        return read(spec)
+
+    records.read = stopped_once  # type: ignore[method-assign]
+    assert records.run() == 0
+    ((moment, rank),) = node.killed
+    assert rank == 1
+    assert moment - begin > 110.0

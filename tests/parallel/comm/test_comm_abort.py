@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.elastic.hang import silent_operations
+from holdfast.elastic.hang import HangLimits, silent_operations
 from holdfast.parallel.comm.flight_recorder import FlightRecord, read_record
 from holdfast.parallel.comm.groups import Groups, build_groups, edit_groups
 from holdfast.parallel.comm.protocol import MembershipChange
@@ -275,8 +275,11 @@ def judge_pages(rank: int, world_size: int, store: Any, *, folder: str) -> Any:
     if rank == 3:
         _until(lambda: _waiting_with_tag([read_record(p) for p in paths], 9) == {1, 2})
         records = [read_record(path) for path in paths]
-        soon = silent_operations(records, time.monotonic(), hang_timeout_s=1e6)
-        late = silent_operations(records, time.monotonic() + 60.0, hang_timeout_s=30.0)
+        now_s = time.monotonic()
+        soon = silent_operations(records, lambda moment_s: now_s - moment_s, HangLimits(1e6))
+        late = silent_operations(
+            records, lambda moment_s: now_s + 60.0 - moment_s, HangLimits(30.0)
+        )
         last = next(record for record in records if record.rank == 0).operations[-1]
         groups.abort("the end of the test")
         store.set("judged", "1")

@@ -26,6 +26,8 @@ from holdfast.launch.agent.fork_server import Ended, Started
 from holdfast.launch.agent.settings import AgentSettings
 from support.processes.fake_clock import FakeClock
 
+NO_PROCESS = 1 << 23
+"""Above every process id of this machine."""
 SETTINGS = MembershipSettings("127.0.0.1:1", "run", 2, 1, 100, 600)
 
 
@@ -93,7 +95,7 @@ class FakeNode:
     def end(self, rank: int, code: int) -> None:
         """The worker of a rank ends."""
         self._channels.pop(rank).close()
-        self._reports.append(Ended(rank, 100 + rank, code))
+        self._reports.append(Ended(rank, NO_PROCESS + rank, code))
 
     def tell_generation(self, rank: int, number: int, members: tuple[Identity, ...]) -> None:
         """The worker of a rank tells of a generation."""
@@ -107,7 +109,7 @@ class FakeNode:
         descriptor = os.open(os.devnull, os.O_RDONLY)  # which the agent closes
         self._ranks[descriptor] = spec.rank
         self.started.append((self.clock(), spec.identity))
-        self._reports.append(Started(spec.rank, 100 + spec.rank, descriptor))
+        self._reports.append(Started(spec.rank, NO_PROCESS + spec.rank, descriptor))
         self.on_start(spec)
         return ours
 

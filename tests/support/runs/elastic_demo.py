@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from typing import Any
 from torch.distributed import Store
 
 from holdfast.elastic.generation import Generation
-from holdfast.elastic.hang import Wait
+from holdfast.elastic.hang import HangLimits
 from holdfast.elastic.lighthouse import Lighthouse, coordination
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.quorum_client import MembershipSettings
@@ -36,6 +37,7 @@ from holdfast.launch.agent.restarts import RestartPolicy
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.launchers.nodes import run_nodes
 from holdfast.launch.processes import die_with
+from holdfast.parallel.comm import FlightRecord, Operation
 from holdfast.parallel.errors import HoldfastError, PeerLost
 from support.processes.forked_command import FORK
 
@@ -140,7 +142,7 @@ class _Worker:
         if time.monotonic() - since > 0.5 and not self.spec.flight_record.exists():
             missing = [r for r in generation.ranks if not store.check([f"{self.step}/{r}"])]
             partial = self.spec.flight_record.with_suffix(".partial")
-            partial.write_text(json.dumps([generation.number, missing]))
+            partial.write_text(json.dumps([missing, since]))
             partial.replace(self.spec.flight_record)
 
     def misbehave(self) -> None:
@@ -159,12 +161,19 @@ class _Worker:
                 self.write("child", pid=subprocess.Popen(["sleep", "60"]).pid)
 
 
-def demo_waits(spec: WorkerSpec) -> Wait | None:
-    """What an agent reads of `note_wait`."""
-    if not spec.flight_record.exists():
-        return None
-    _, missing = json.loads(spec.flight_record.read_text())
-    return Wait(frozenset(missing), 0.5, "the step's meeting, never reached")
+def demo_record(spec: WorkerSpec) -> FlightRecord:
+    """What an agent reads of `note_wait`: the record of a worker whose steps are known."""
+    found: list[Operation] = []
+    if spec.flight_record.exists():
+        missing, since_s = json.loads(spec.flight_record.read_text())
+        found = [
+            Operation(
+                *(rank + 1, "the step's meeting", "receive", "receive", rank, 0, 0, "open"),
+                *(since_s, since_s, since_s, math.nan),
+            )
+            for rank in missing
+        ]
+    return FlightRecord(spec.rank, 0, 0, 1, 0.0, tuple(found), step_starts_s=(0.1, 0.2))
 
 
 def demo_main(demo: Demo) -> Callable[[WorkerSpec, socket.socket], int]:
@@ -218,7 +227,7 @@ def run_lighthouse(host: str, port: int, network: str) -> None:
     """A Lighthouse, as a process."""
     die_with(os.getppid())
     enter_network(network)
-    _server = Lighthouse(host, port)
+    _server = Lighthouse(host, port, heartbeat_timeout_ms=600)
     signal.pause()
 
 
@@ -274,13 +283,15 @@ class Run:
 
     def _settings(self, node: str, ranks: tuple[int, ...], **settings: Any) -> dict[str, Any]:
         return {
-            "membership": MembershipSettings("", "demo", self.world_size, self.min_ranks),
+            "membership": MembershipSettings(
+                "", "demo", self.world_size, self.min_ranks, heartbeat_timeout_ms=600
+            ),
             "ranks": ranks,
             "node": node,
-            "hang_timeout_s": 1.0,
+            "limits": HangLimits(1.0),
             "exit_s": 10.0,
             "restarts": RestartPolicy(limit=3, first_s=0.01),
-            "waits": demo_waits,
+            "read_record": demo_record,
             **settings,
         }
 

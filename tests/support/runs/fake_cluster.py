@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,9 @@ class FakeTraining:
 
     def protect(self, fence: None) -> None:
         assert fence is None
+
+    def busy(self, kind: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def update(self, rate: float) -> None:
         self.rates.append(rate)

@@ -1,0 +1,54 @@
+"""The flight recorder's marks of steps and of work without messages."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from holdfast.parallel.comm.flight_recorder import FlightRecorder, read_record
+
+
+def test_a_rank_says_what_it_does_and_until_when_and_when_that_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "page"
+    recorder = FlightRecorder(3, path=path)
+    assert read_record(path).busy is None
+    before_s = time.monotonic()
+    with recorder.busy("save", 50.0):
+        found = read_record(path)
+        assert found.busy == "save"
+        assert before_s + 50.0 <= found.busy_until_s <= time.monotonic() + 50.0
+    found = read_record(path)
+    assert found.busy is None
+    assert before_s <= found.busy_ended_s <= time.monotonic()
+
+
+def test_a_mark_inside_another_keeps_the_longer_time_and_gives_the_outer_back() -> None:
+    recorder = FlightRecorder(0)
+    with recorder.busy("report", 10.0):
+        outer_s = recorder.record().busy_until_s
+        with recorder.busy("save", 600.0):
+            assert recorder.record().busy == "save"
+            assert recorder.record().busy_until_s > outer_s + 500.0
+        with recorder.busy("read", 1.0):
+            assert recorder.record().busy_until_s == outer_s
+        assert (recorder.record().busy, recorder.record().busy_until_s) == ("report", outer_s)
+    assert recorder.record().busy is None
+
+
+def test_a_mark_ends_with_an_error_in_its_block() -> None:
+    recorder = FlightRecorder(0)
+    try:
+        with recorder.busy("load", 10.0):
+            raise ValueError
+    except ValueError:
+        pass
+    assert recorder.record().busy is None
+
+
+def test_the_step_of_a_record_is_the_newest_that_has_begun() -> None:
+    recorder = FlightRecorder(0)
+    assert recorder.record().step == 0
+    for step in (41, 42, 43):
+        recorder.note_step(step)
+    assert recorder.record().step == 43
+    assert len(recorder.record().step_starts_s) == 3

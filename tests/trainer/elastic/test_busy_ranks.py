@@ -1,0 +1,111 @@
+"""Slow work is no hang, and a hang is found: with a hang time-out far below what the work takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.checkpoint import CheckpointManager
+from holdfast.parallel.pipeline import Executor
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import Starter, bits_of, pace
+from support.runs.small_runs import make_config, run_training
+
+pytestmark = [pytest.mark.mp]
+
+HANG_S = 1.0
+SLOW_S = 3.5
+STEP_S = 1.3
+"""Longer than the time-out, and less than five times as long as itself."""
+
+
+def slow_work() -> None:
+    """Have each kind of work take long on one of two ranks, once."""
+    done: set[str] = set()
+
+    def slow(cls: type, name: str, here: Callable[..., bool]) -> None:
+        whole = getattr(cls, name)
+
+        def slowed(self: Any, *arguments: Any, **named: Any) -> Any:
+            if name not in done and here(self, *arguments):
+                done.add(name)
+                print("slow:", name, flush=True)
+                time.sleep(SLOW_S)
+            return whole(self, *arguments, **named)
+
+        setattr(cls, name, slowed)
+
+    slow(CheckpointManager, "fence", lambda manager, _: manager.members.rank == 1)
+    slow(CheckpointManager, "load", lambda manager, *_: manager.members.rank == 1)
+    slow(Executor, "run", lambda executor, program, *_: executor._comm.index and _forward(program))
+
+
+def _forward(program: Any) -> bool:
+    return not any(action.op.value in ("B", "I", "W") for action in program)
+
+
+def endless_step() -> None:
+    """Have a worker of rank 1 compute for ever in its sixth step, but not its replacement."""
+    run, counted = Executor.run, [0]
+
+    def endless(self: Any, *arguments: Any) -> Any:
+        counted[0] += self._comm.index == 1
+        while counted[0] == 6 and self._comm.index == 1:
+            pass
+        return run(self, *arguments)
+
+    Executor.run = endless  # type: ignore[method-assign]
+
+
+def slow_parts(root: Path) -> set[str]:
+    return {
+        line.removeprefix("slow: ")
+        for path in root.glob("logs/rank-*.log")
+        for line in path.read_text().splitlines()
+        if line.startswith("slow: ")
+    }
+
+
+def test_no_rank_is_lost_to_slow_saves_loads_evaluations_and_steps(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    start = Starter(tmp_path, before="test_busy_ranks:slow_work")
+    sections: dict[str, Any] = {
+        "parallel": {"data": 2},
+        "checkpoint": {"every": 4},
+        "train": {"steps": 12, "eval_every": 6, "eval_batches": 1},
+    }
+    elastic = {"hang_timeout_s": HANG_S}
+    expected = bits_of(run_training(cluster, make_config(train={"steps": 12})))
+    try:
+        stop = {"train": {**sections["train"], "stop_after": 8}}
+        first = start(name="run", **sections | stop, elastic=elastic)
+        assert first.finish() == 0, first.output()
+        run = start(name="run", **sections, elastic=pace(elastic, STEP_S, rank=1))
+        assert run.finish() == 0, run.output()
+    finally:
+        start.close()
+    assert slow_parts(run.root) == {"fence", "load", "run"}
+    assert run.bits()["steps"] == expected["steps"]
+    assert not run.events("rank_lost")
+
+
+def test_a_rank_that_computes_for_ever_is_found_and_its_step_is_named(tmp_path: Path) -> None:
+    start = Starter(tmp_path, before="test_busy_ranks:endless_step")
+    try:
+        run = start(
+            train={"steps": 10},
+            parallel={"data": 2},
+            elastic={"hang_timeout_s": HANG_S, "startup_grace_s": 5.0, "respawn": False},
+        )
+        assert run.finish() == 0, run.output()
+    finally:
+        start.close()
+    (lost,) = run.events("rank_lost")
+    assert lost["rank"] == 1
+    assert lost["cause"].startswith("hung: rank 0 has waited")
+    assert " in step 6: " in lost["cause"]

@@ -78,7 +78,7 @@ class Agent:
         """
         self._settings, self._clock = settings, clock
         coordination()  # imported once here, not by every worker
-        self._fork_server = ForkServer(main)
+        self._fork_server = ForkServer(main, patience_s=settings.limits.hang_timeout_s)
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
         silence_s = settings.membership.heartbeat_timeout_ms / 1000
@@ -130,6 +130,7 @@ class Agent:
             for spec in self._specs(membership, address, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
             self._loop()
+            self._fork_server.rest()
         # Not before the other nodes go on: what was posted last may be in this node's store.
         del store
         return self._shutdown.exit_code
@@ -169,6 +170,8 @@ class Agent:
                 return
             for key, _ in self._selector.select(_TICK_S):
                 key.data(key.fileobj)
+            if (cause := self._fork_server.look()) is not None:
+                logger.error("the process that starts workers is killed: %s", cause)
             self._look_for_hangs()
             self._look_for_the_end()
             if self._shutdown.is_due(self._clock()):

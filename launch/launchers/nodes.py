@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -26,6 +27,9 @@ from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import Stopped
 
 logger = logging.getLogger("holdfast.agent")
+
+_END_S = 10.0
+"""Seconds beyond `exit_s` that an agent may take to end once the run has ended on another node."""
 
 
 def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
@@ -139,6 +143,8 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
                 if end.code == 0:
                     # The run is over; a node that still waits to join it can end.
                     children.signal(signal.SIGTERM)
+                    exit_s = max(node.exit_s for node in agents.values())
+                    children.kill_at(time.monotonic() + exit_s + _END_S)
                 if end.code < 0:
                     node = agents[end.pid]
                     name = signal.Signals(-end.code).name

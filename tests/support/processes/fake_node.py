@@ -116,6 +116,12 @@ class FakeNode:
     def receive(self) -> Started | Ended:
         return self._reports.popleft()
 
+    def look(self) -> None:
+        """The fork server always runs."""
+
+    def rest(self) -> None:
+        pass
+
     def close(self) -> None:
         for channel in self._channels.values():
             channel.close()
@@ -155,7 +161,7 @@ class FakeNode:
         with (
             mock.patch.multiple(
                 agent,
-                ForkServer=lambda main: self,
+                ForkServer=lambda main, **_: self,
                 OtherNodes=lambda *_, **__: self.others,
                 host_store=self.others.host_store,
                 coordination=lambda: None,

@@ -173,6 +173,29 @@ def test_nothing_is_left_when_the_fork_server_is_killed(tmp_path: Path) -> None:
         wait_for(lambda: not any(map(is_running, workers)), "the workers to end")
 
 
+def test_a_stopped_agent_that_hosts_the_store_is_lost_and_the_others_go_on(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 6) as run:
+        for node, ranks in (("a", (0, 1)), ("b", (2, 3, 4, 5))):
+            run.start_node(node, ranks)
+        first = run.reach(2, [str(rank) for rank in range(6)])
+        agent, workers = run.nodes["a"].pid, [run.pid(0), run.pid(1)]
+        assert agent is not None
+        os.kill(agent, signal.SIGSTOP)
+        os.kill(run.pid(5), signal.SIGKILL)  # its death cannot be told through that store
+        run.reach(2, ["2", "3", "4", "5.1"], after=first["number"])
+        wait_for(lambda: not any(map(is_running, workers)), "the workers of the node to end")
+        wait_for(lambda: not run.nodes["a"].is_alive(), "the stopped agent to end")
+
+
+def test_a_stopped_fork_server_ends_its_node(tmp_path: Path) -> None:
+    with demonstration(tmp_path, 2) as run:
+        run.start_node("a", (0, 1))
+        run.reach(0, ["0", "1"])
+        os.kill(parent_of(run.pid(0)), signal.SIGSTOP)
+        os.kill(run.pid(1), signal.SIGKILL)  # whose end is not reported
+        assert run.exit_code("a") == 3
+
+
 def test_what_a_worker_started_ends_with_it(tmp_path: Path) -> None:
     with demonstration(tmp_path, 2) as run:
         run.start_node("a", (0, 1))

@@ -25,7 +25,8 @@ OPEN = {
     for name in ("errors", "faults", "keyed_random", "precision", "step_phases", "waiting")
 }
 """Modules beside the rooms of a house that other houses name; all else is entered by a face."""
-RENDEZVOUS = {"Store", "TCPStore", "PrefixStore", "HashStore"}
+# The rendezvous store, and the error of its operations.
+RENDEZVOUS = {"Store", "TCPStore", "PrefixStore", "HashStore", "DistError"}
 # What tells a program's own group apart; none of them communicates.
 RENDEZVOUS |= {"get_rank", "get_world_size", "is_available", "is_initialized"}
 

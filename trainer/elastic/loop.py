@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
+from torch.distributed import DistError
 
 from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
 from holdfast.parallel.errors import PeerLost, Stopped
@@ -114,7 +115,7 @@ class ElasticLoop:
                 sound = self._compare_when_due(step + 1)
                 if sound and self._stops(training, step + 1, outcome):
                     return
-            except PeerLost as error:
+            except (PeerLost, DistError) as error:  # the node of the store may be gone, too
                 logger.warning("step %d is interrupted: %s", training.progress.decided + 1, error)
                 self._recovery.abort(str(error))
                 training = self._recover(urgent=True)
@@ -190,7 +191,7 @@ class ElasticLoop:
             try:
                 had_state = change.before is not None or bool(change.recovery.holders)
                 sound = not had_state or self._is_sound(training.progress.decided)
-            except PeerLost as error:
+            except (PeerLost, DistError) as error:
                 logger.warning("the state after a change was not compared: %s", error)
                 self._recovery.abort(str(error))
                 interrupted = True

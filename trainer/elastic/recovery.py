@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-from torch.distributed import Store
+from torch.distributed import DistError, Store
 
 from holdfast.elastic import Generation, MembershipEvent
 from holdfast.parallel.comm import Operation
@@ -207,7 +207,7 @@ class Recovery:
         while True:
             try:
                 return self._change(urgent, leaving)
-            except PeerLost as error:
+            except (PeerLost, DistError) as error:  # the node of the store may be gone, too
                 logger.info("the change of membership begins again: %s", error)
                 self.abort(str(error))
                 urgent = True

@@ -173,11 +173,13 @@ class Failures:
     """Where a peer is lost next, once for each entry: connect, build, barrier."""
 
     at: list[str] = field(default_factory=list)
+    error: type[Exception] = PeerLost
+    """What is raised there."""
 
     def maybe(self, place: str) -> None:
         if self.at and self.at[0] == place:
             self.at.pop(0)
-            raise PeerLost(f"a peer is gone in {place}")
+            raise self.error(f"a peer is gone in {place}")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from holdfast.elastic.generation import Generation, Identity, Member
 from holdfast.elastic.history import MembershipHistory, RecordedChange
@@ -102,9 +103,10 @@ def test_a_step_that_was_decided_here_alone_is_finished_by_the_recovery(config: 
     assert made.session.changes[1].recovery.steps == 3
 
 
+@pytest.mark.parametrize("error", [PeerLost, DistNetworkError])  # of a rank, of the store
 @pytest.mark.parametrize("place", ["connect", "build"])
 def test_a_loss_while_state_moves_begins_the_change_again_from_the_active_state(
-    config: RunConfig, place: str
+    config: RunConfig, place: str, error: type[Exception]
 ) -> None:
     made = worker(
         config, [Turn(lost(3)), Turn(lost(2))], session=FakeSession(lose_at={2: "before"})
@@ -112,6 +114,7 @@ def test_a_loss_while_state_moves_begins_the_change_again_from_the_active_state(
     made.recovery.recover(urgent=False)  # the first generation
     made.membership.script.insert(0, Turn())
     made.failures.at.append(place)
+    made.failures.error = error
     made.membership.script.pop(0)
     made.session.training = active = made.recovery.training
     assert active is not None

@@ -29,6 +29,7 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.run import (
     RunDirectory,
     checkpoint_root,
+    forget_newer,
     has_state,
     memory_root,
     set_aside_newer,
@@ -204,7 +205,7 @@ class Checkpoints:
         keep = config.checkpoint.memory_keep if in_memory else config.checkpoint.keep
         return SaveJob(
             step=step,
-            store=LocalStore(memory_root(self._run.root)) if in_memory else self._disk,
+            store=self._memory() if in_memory else self._disk,
             tier="memory" if in_memory else "disk",
             plan=self.plan,
             source=self._state.source,
@@ -223,6 +224,13 @@ class Checkpoints:
             retention=Retention(keep, self._uploading),
             pinned=training.device.type == "cuda",
         )
+
+    def _memory(self) -> LocalStore:
+        """The run's copies in shared memory."""
+        root = memory_root(self._run.root)
+        if root is None:
+            raise ConfigError(f"{self._run.root} has no identity.json; start the run again")
+        return LocalStore(root)
 
     def _uploading(self) -> set[str]:
         return self._remote.pending if self._remote is not None else set()
@@ -273,8 +281,9 @@ class Checkpoints:
 
     def forget_memory(self) -> None:
         """Remove the copies in memory, once the run's last step is on the disk."""
-        if self._is_first:
-            shutil.rmtree(memory_root(self._run.root), ignore_errors=True)
+        root = memory_root(self._run.root)
+        if self._is_first and root is not None:
+            shutil.rmtree(root, ignore_errors=True)
 
     def take_over(self, before: Checkpoints | None) -> None:
         """Agree on the newest committed step after a change of the ranks. Collective.
@@ -333,6 +342,8 @@ class Checkpoints:
             if self._is_first:
                 for moved in set_aside_newer(self._disk.root, step):
                     note(f"{moved.name}: a checkpoint of steps that the run now repeats, set aside")
+                for name in forget_newer(self._run.root, step):
+                    note(f"{name} in memory: a copy of steps that the run now repeats, removed")
             if self._remote is not None and Path(place).parent == self._disk.root.absolute():
                 self._remote.upload_missing(Path(place).name, self._training.groups.control)
             return step
@@ -340,6 +351,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"no checkpoint of this run can be read; the last reason: {reason}"
             )
+        if self._is_first:
+            for name in forget_newer(self._run.root, 0):
+                note(f"{name} in memory: a copy of steps that the run now repeats, removed")
         return 0
 
     def _try(self, place: str, number: int) -> tuple[int, str]:

@@ -39,6 +39,7 @@ from .manifest import (
 )
 from .names import (
     LATEST as LATEST,
+    OWNER as OWNER,
     PARTIAL as PARTIAL,
     name_of as name_of,
     scheme_of as scheme_of,

@@ -6,6 +6,8 @@ import re
 
 LATEST = "latest"
 """The file that names the newest checkpoint."""
+OWNER = "owner.json"
+"""The file that says whose the checkpoints are, where their folder is not a run's own."""
 PARTIAL = ".partial"
 """The end of the name of a folder that is not yet, or no longer, a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})")

@@ -33,3 +33,17 @@ def free_bytes(path: Path) -> int:
         place = place.parent
     found = os.statvfs(place)
     return found.f_bavail * found.f_frsize
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder, of which nothing is lost. Returns the new name.
+
+    The new name is free and begins with `superseded-`. Of a link, the link is renamed.
+    """
+    free = wanted = path.with_name(f"superseded-{path.name}")
+    number = 1
+    while os.path.lexists(free):
+        number += 1
+        free = wanted.with_name(f"{wanted.name}-{number}")
+    path.rename(free)
+    return free

@@ -11,9 +11,17 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.checkpoint.format import LATEST, MANIFEST, PARTIAL, Manifest, decode_manifest, step_of
+from holdfast.checkpoint.format import (
+    LATEST,
+    MANIFEST,
+    OWNER,
+    PARTIAL,
+    Manifest,
+    decode_manifest,
+    step_of,
+)
 from holdfast.checkpoint.loading import FolderReader
-from holdfast.checkpoint.stores.durable import free_bytes, sync, write_synced
+from holdfast.checkpoint.stores.durable import free_bytes, set_aside, sync, write_synced
 from holdfast.parallel.errors import CheckpointError
 
 _UNFINISHED = re.compile(r"step-\d{8,}(\.replaced)?\.partial")
@@ -122,10 +130,20 @@ class LocalStore:
         sync(self.root)
 
     def point_latest(self, name: str) -> None:
-        fresh = self.root / f".{LATEST}{PARTIAL}"
-        write_synced(fresh, f"{name}\n".encode())
-        fresh.replace(self.root / LATEST)
-        sync(self.root)
+        self._replace(LATEST, f"{name}\n".encode())
+
+    def owner(self) -> bytes:
+        path = self.root / OWNER
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    def set_owner(self, content: bytes) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._replace(OWNER, content)
 
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
         if keep < 1:
@@ -138,17 +156,17 @@ class LocalStore:
 
     def set_aside(self, name: str) -> Path:
         """Rename a folder with a checkpoint's name, whose files stay. Returns the new name."""
-        free = wanted = self.root / f"superseded-{name}"
-        number = 1
-        while os.path.lexists(free):
-            number += 1
-            free = wanted.with_name(f"{wanted.name}-{number}")
-        self.path(name).rename(free)
-        return free
+        return set_aside(self.path(name))
 
     def free_bytes(self) -> int:
         """The bytes an ordinary user may still write here."""
         return free_bytes(self.root)
+
+    def _replace(self, file: str, content: bytes) -> None:
+        fresh = self.root / f".{file}{PARTIAL}"
+        write_synced(fresh, content)
+        fresh.replace(self.root / file)
+        sync(self.root)
 
     def _removed(self, name: str) -> Path:
         """The name of a checkpoint's folder while it is removed."""

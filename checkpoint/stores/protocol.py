@@ -81,6 +81,14 @@ class CheckpointStore(Protocol):
         """
         ...
 
+    def owner(self) -> bytes:
+        """The content of the file that says whose the checkpoints are; empty without one."""
+        ...
+
+    def set_owner(self, content: bytes) -> None:
+        """Replace the content of that file, at one instant."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from holdfast.checkpoint.format import LATEST, MANIFEST, Manifest, decode_manifest, step_of
+from holdfast.checkpoint.format import LATEST, MANIFEST, OWNER, Manifest, decode_manifest, step_of
 from holdfast.checkpoint.loading import RemoteReader
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
@@ -43,11 +43,14 @@ class FsspecStore:
         return f"{self.url}/{name}"
 
     def names(self) -> list[str]:
-        self._filesystem.invalidate_cache()
-        try:
-            found = self._filesystem.ls(self._path, detail=False)
-        except FileNotFoundError:
-            return []
+        def listed(path: str) -> list[str]:
+            self._filesystem.invalidate_cache()
+            try:
+                return self._filesystem.ls(path, detail=False)
+            except FileNotFoundError:
+                return []
+
+        found = self._asked("", lambda _: listed(self._path))
         names = [posixpath.basename(path.rstrip("/")) for path in found]
         steps = sorted((step, n) for n in names if (step := step_of(n)) is not None)
         return [name for _, name in steps if self.has(name)]
@@ -56,11 +59,7 @@ class FsspecStore:
         return self._asked(name, lambda path: self._filesystem.exists(f"{path}/{MANIFEST}"))
 
     def latest(self) -> str:
-        def read(path: str) -> str:
-            found = self._filesystem.exists(path)
-            return self._filesystem.cat_file(path).decode().strip() if found else ""
-
-        return self._asked(LATEST, read)
+        return self._content(LATEST).decode().strip()
 
     def manifest(self, name: str) -> Manifest:
         reader = self.reader(name)
@@ -104,6 +103,13 @@ class FsspecStore:
     def point_latest(self, name: str) -> None:
         self._filesystem.pipe_file(self._object(LATEST), f"{name}\n".encode())
 
+    def owner(self) -> bytes:
+        return self._content(OWNER)
+
+    def set_owner(self, content: bytes) -> None:
+        self._filesystem.makedirs(self._path, exist_ok=True)
+        self._filesystem.pipe_file(self._object(OWNER), content)
+
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
         if keep < 1:
             return []
@@ -112,6 +118,15 @@ class FsspecStore:
             self._filesystem.rm_file(f"{self._object(name)}/{MANIFEST}")
             self._filesystem.rm(self._object(name), recursive=True)
         return removed
+
+    def _content(self, file: str) -> bytes:
+        """The content of a file beside the checkpoints; empty without it."""
+
+        def read(path: str) -> bytes:
+            self._filesystem.invalidate_cache()
+            return self._filesystem.cat_file(path) if self._filesystem.exists(path) else b""
+
+        return self._asked(file, read)
 
     def _object(self, name: str) -> str:
         """An object's name in the driver's spelling."""

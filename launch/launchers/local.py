@@ -89,12 +89,12 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     return failed[0].code
 
 
-def keep_memory(memory: Path, disk: Path) -> None:
+def keep_memory(memory: Path | None, disk: Path) -> None:
     """Flush the newest copy in shared memory to the disk if it is newer, and free the memory.
 
     This process outlives the workers, so copies that they had committed survive their crash.
     """
-    if not memory.exists():
+    if memory is None or not memory.exists():
         return
     try:
         copied = flush(memory, disk)

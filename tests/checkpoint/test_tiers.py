@@ -257,7 +257,9 @@ def test_memory_outlives_a_killed_worker_and_goes_to_the_disk(tmp_path: Path) ->
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = tmp_path / "run"
     process = _train(config, root, environment, tmp_path)
+    wait_for(lambda: memory_root(root) is not None)
     memory = memory_root(root)
+    assert memory is not None
     wait_for(
         lambda: len(LocalStore(memory).paths()) == 1 and newest(LocalStore(memory)) is not None
     )

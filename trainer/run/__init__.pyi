@@ -8,6 +8,10 @@ from .log import (
 from .machine import (
     require_processes as require_processes,
 )
+from .memory_copies import (
+    forget_newer as forget_newer,
+    memory_root as memory_root,
+)
 from .opening import (
     OpenedRun as OpenedRun,
     RunRequest as RunRequest,
@@ -18,7 +22,6 @@ from .resume import (
     Resume as Resume,
     checkpoint_root as checkpoint_root,
     find_resume as find_resume,
-    memory_root as memory_root,
     set_aside_newer as set_aside_newer,
 )
 from .run_directory import (

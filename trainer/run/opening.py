@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.run.claim import claimed_checkpoints
+from holdfast.trainer.run.identity import open_identity
 from holdfast.trainer.run.machine import require_room
+from holdfast.trainer.run.memory_copies import held_memory, sweep_memory
 from holdfast.trainer.run.process_heap import prepare_heap
-from holdfast.trainer.run.run_directory import RunDirectory, choose_root, lock_run, open_run
+from holdfast.trainer.run.run_directory import RunDirectory
+from holdfast.trainer.run.run_folder import choose_root, locked_run, open_run
 from holdfast.trainer.run.throughput import resolve_throughput
 
 
@@ -70,8 +74,8 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
 
     Raises:
         ConfigError: the number of workers, the folder or the checkpoint does not fit; the machine
-            has no room for its ranks; another process works on the run; the throughput cannot be
-            measured.
+            has no room for its ranks; another process works on the run; the checkpoints are another
+            run's, or a part of them is lost; the throughput cannot be measured.
     """
     config, resume, allow_change = request.config, request.resume, request.allow_change
     if request.world_size is not None:
@@ -79,7 +83,15 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     if request.ranks_here:
         require_room(config, request.ranks_here)
     root = choose_root(request.path, request.out, config, resume, allow_change=allow_change)
-    with lock_run(root):
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked_run(root))
+        identity, notes = open_identity(root)
+        notes += tuple(
+            f"removed the copies in memory of {path}, which is gone" for path in sweep_memory()
+        )
+        make = config.checkpoint.memory_every > 0
+        held.enter_context(held_memory(root, identity, make=make))
+        notes += held.enter_context(claimed_checkpoints(root, identity, config, resume))
         if request.ranks_here:
             config = resolve_throughput(
                 config,
@@ -88,4 +100,5 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
                 fresh=resume == "none" and not request.attempt,
                 say=lambda line: print(line, flush=True),  # noqa: T201
             )
-        yield OpenedRun(config, open_run(root, config, resume, allow_change=allow_change))
+        run = open_run(root, config, resume, allow_change=allow_change, notes=notes)
+        yield OpenedRun(config, run)

@@ -5,9 +5,6 @@ One process calls it, before the workers start. Needs no torch.
 
 from __future__ import annotations
 
-import json
-import os
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, 
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.initial_weights import check_converted, has_state, is_converted
+from holdfast.trainer.run.memory_copies import memory_root
 from holdfast.trainer.step import state_format
 
 MUST_MATCH = (
@@ -49,13 +47,7 @@ class Resume:
 def checkpoint_root(root: Path, config: RunConfig) -> Path:
     """The folder of a run's checkpoints on the local disk."""
     path = config.checkpoint.path
-    return Path(path) if path and not config.checkpoint.url else root / "checkpoints"
-
-
-def memory_root(root: Path) -> Path:
-    """The folder of a run's copies in shared memory."""
-    key = f"{root.absolute()}".encode()
-    return Path("/dev/shm") / f"holdfast-{os.getuid()}-{zlib.crc32(key):08x}"
+    return Path(path).expanduser() if path and not config.checkpoint.url else root / "checkpoints"
 
 
 def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: bool) -> Resume:
@@ -86,7 +78,8 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
         place = found.place if scheme_of(found.place) else str(Path(found.place).absolute())
         return Resume((place,), notes, allow_change)
     candidates: dict[int, tuple[str, Manifest]] = {}
-    for folder in (checkpoint_root(root, config), memory_root(root)):
+    memory = memory_root(root)
+    for folder in (checkpoint_root(root, config), *((memory,) if memory is not None else ())):
         store = LocalStore(folder.absolute())
         for name, manifest in readable(store):
             candidates.setdefault(manifest.step, (store.place_of(name), manifest))
@@ -152,26 +145,3 @@ def set_aside_newer(root: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, because the run takes another course from there."""
     store = LocalStore(root)
     return [store.set_aside(name) for name in store.folders() if (step_of(name) or 0) > step]
-
-
-def set_aside_all(root: Path) -> None:
-    """Rename a folder of checkpoints that the run does not resume from."""
-    if LocalStore(root).names():
-        root.rename(_free_name(root.with_name(f"superseded-{root.name}")))
-
-
-def _free_name(path: Path) -> Path:
-    free, number = path, 1
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def is_finished(root: Path) -> bool:
-    """Whether the run in a folder reached its last step."""
-    try:
-        lines = (root / "events.jsonl").read_text().splitlines()
-        return any(json.loads(line).get("event") == "run_finished" for line in lines[-3:])
-    except (OSError, ValueError):
-        return False

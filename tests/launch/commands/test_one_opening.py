@@ -121,13 +121,11 @@ def test_the_folder_keeps_the_configuration_that_the_workers_get(recorder: Recor
 def test_commands_open_runs_by_the_one_sequence_only() -> None:
     """No second place chooses, locks or makes a run's folder."""
     root = Path(training.__file__).parent.parent.parent
-    steps = ("choose_root(", "lock_run(", "open_run(", "resolve_throughput(")
+    steps = ("choose_root(", "locked_run(", "open_run(", "resolve_throughput(")
     found = {
         path.relative_to(root).as_posix()
         for house in ("launch", "trainer")
         for path in (root / house).rglob("*.py")
         if any(step in path.read_text() for step in steps)
     }
-    assert found == {
-        f"trainer/run/{name}.py" for name in ("opening", "run_directory", "throughput")
-    }
+    assert found == {f"trainer/run/{name}.py" for name in ("opening", "run_folder", "throughput")}

@@ -1,0 +1,70 @@
+"""The lock of a folder that one run at a time writes to. Local."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from holdfast.parallel.errors import ConfigError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, key: str, run: str = "") -> Iterator[None]:
+    """Make a folder, and keep other processes from writing to it during the block.
+
+    Processes that this one forks hold the lock with it.
+
+    Args:
+        key: the option or key that names the folder, for messages.
+        run: the run that the lock is for, where the folder does not tell.
+    Raises:
+        ConfigError: another process has the lock, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(folder / LOCK, flags, 0o644)
+    except OSError as error:
+        raise unwritable(folder, error, key) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            raise ConfigError(
+                f"{folder} is in use by another run ({holder or 'unknown process'}); wait for it, "
+                f"stop it, or name another folder with {key}"
+            ) from None
+        with contextlib.suppress(OSError):  # the lock holds on a full disk, too
+            os.ftruncate(descriptor, 0)
+            holder = f"pid {os.getpid()} on {socket.gethostname()}"
+            os.pwrite(descriptor, f"{holder}{run and f' for {run}'}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the lock of a folder."""
+    try:
+        with open(os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def unwritable(folder: Path, error: OSError, key: str = "--out") -> ConfigError:
+    """The error of a folder that cannot be written."""
+    return ConfigError(
+        f"{error.filename or folder} cannot be written: {error.strerror}; name another folder with "
+        f"{key}"
+    )

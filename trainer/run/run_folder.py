@@ -1,0 +1,169 @@
+"""The choice and creation of a run's folder, in which nothing of a user's is overwritten. Local."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import RunConfig, dump_toml
+from holdfast.trainer.run.folder_lock import LOCK, lock_folder, unwritable
+from holdfast.trainer.run.history import (
+    check_history,
+    is_finished,
+    is_unused,
+    lost_of,
+    passed_over,
+    set_aside_history,
+)
+from holdfast.trainer.run.identity import IDENTITY, is_own
+from holdfast.trainer.run.resume import find_resume
+from holdfast.trainer.run.run_directory import RunDirectory
+
+_BESIDE = re.compile(
+    r"\.lock|checkpoints|logs|incidents|tensorboard|trace|events\.jsonl|metrics\.jsonl|"
+    r"rates\.json|superseded-.*"
+)
+"""Files that a person may copy into a new folder without the rest of a run."""
+
+
+def choose_root(
+    config_path: Path,
+    out: Path | None,
+    config: RunConfig,
+    resume: str = "auto",
+    *,
+    allow_change: bool = False,
+) -> Path:
+    """`out`; else the configuration's newest run in runs/ if it can go on; else a new folder.
+
+    A run cannot be resumed if it is finished, if another process works on it, or if its
+    configuration does not fit. A folder in which no run took a step is used again.
+    """
+    if out is not None:
+        return out.expanduser()
+    numbers = [
+        int(found[1])
+        for path in Path("runs").glob(f"{config_path.stem}-*")
+        if (found := re.fullmatch(rf"{re.escape(config_path.stem)}-(\d+)", path.name))
+    ]
+    last = max(numbers, default=0)
+    newest = RunDirectory(Path("runs") / f"{config_path.stem}-{last}")
+    if last and not is_finished(newest):
+        try:
+            check_run_folder(newest.root)
+            with lock_folder(newest.root, "--out"):
+                if is_unused(newest):
+                    return newest.root
+                if resume == "auto":
+                    found = find_resume(newest.root, config, "auto", allow_change=allow_change)
+                    if found.candidates or lost_of(newest, config, found):
+                        return newest.root
+        except ConfigError:
+            pass
+    return Path("runs") / f"{config_path.stem}-{last + 1}"
+
+
+def check_run_folder(root: Path) -> None:
+    """Check that a folder is new, empty or a run's, before anything is written to it.
+
+    Raises:
+        ConfigError: it holds other files, is another user's, or is no folder.
+    """
+    try:
+        names = sorted(path.name for path in root.iterdir())
+        owner = root.stat().st_uid
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise unwritable(root, error) from error
+    if not names:
+        return
+    foreign = [name for name in names if not _BESIDE.fullmatch(name)]
+    if IDENTITY not in names and foreign and not _is_old_run(root):
+        raise ConfigError(
+            f"{root} is not the folder of a run: it holds {foreign[0]}; name a new folder with "
+            "--out"
+        )
+    if not is_own(owner, root):
+        raise ConfigError(
+            f"{root} belongs to user {owner}; name another folder with --out, and begin from a "
+            "checkpoint there with --resume"
+        )
+
+
+def _is_old_run(root: Path) -> bool:
+    """Whether an earlier version, which wrote no identity, made a run in a folder."""
+    try:
+        locked = (root / LOCK).read_text().startswith("pid ")
+    except (OSError, ValueError):
+        locked = False
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        first = (root / "metrics.jsonl").read_bytes().splitlines()[:1]
+        locked = locked or any(bool(json.loads(line)["loss_hex"]) for line in first)
+    return locked and (root / "config.toml").is_file()
+
+
+@contextlib.contextmanager
+def locked_run(root: Path) -> Iterator[None]:
+    """Make a run's folder and keep other processes from writing to it during the block.
+
+    If the block fails before a run has begun in a new folder, the folder is removed.
+
+    Raises:
+        ConfigError: the folder is no run's, another process writes to it, or it cannot be written.
+    """
+    check_run_folder(root)
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    with lock_folder(root, "--out"):
+        try:
+            yield
+        except BaseException:
+            if root in made and {path.name for path in root.iterdir()} <= {LOCK, IDENTITY}:
+                with contextlib.suppress(OSError):
+                    for name in (IDENTITY, LOCK):
+                        (root / name).unlink(missing_ok=True)
+                    for folder in made:
+                        folder.rmdir()
+            raise
+
+
+def open_run(
+    root: Path,
+    config: RunConfig,
+    resume: str = "auto",
+    *,
+    allow_change: bool = False,
+    notes: tuple[str, ...] = (),
+) -> RunDirectory:
+    """Create the run's folder with its resolved configuration. One process calls it, with the lock.
+
+    Args:
+        resume: "auto", "none" or the path of a checkpoint.
+        allow_change: whether a checkpoint with another model, data or batch is accepted.
+        notes: what was noted before, for a person.
+    Raises:
+        ConfigError: the folder cannot be written, the checkpoint does not fit, or a part of the
+            run's history is missing.
+    """
+    found = find_resume(root, config, resume, allow_change=allow_change)
+    run = RunDirectory(root)
+    if resume == "auto":
+        check_history(run, config, found)
+        notes += passed_over(root, config, found)
+    try:
+        (root / "logs").mkdir(parents=True, exist_ok=True)
+        for path in (root / "logs").glob("rank-*.error.json"):
+            path.unlink()
+        if not found.candidates:
+            notes += set_aside_history(run, config)
+        partial = run.config.with_suffix(".partial")
+        partial.write_text(dump_toml(config))
+        partial.replace(run.config)
+    except OSError as error:
+        raise unwritable(root, error) from error
+    return RunDirectory(root, replace(found, notes=(*notes, *found.notes)))

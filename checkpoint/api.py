@@ -4,20 +4,19 @@ checkpointer = Checkpointer("checkpoints", {"model": model, "optimizer": optimiz
 step = checkpointer.load() or 0
 ...
 optimizer.step()
-checkpointer.save(step)          # returns at once; the copy is made beside the next step
+checkpointer.save(step)          # returns once the state is copied; the disk comes later
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 from torch.distributed import (
@@ -30,48 +29,43 @@ from torch.distributed import (
     is_initialized,
 )
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.optim import Optimizer
 
-from holdfast.checkpoint.format import (
-    BUFFER,
-    WEIGHT,
-    HeldBox,
-    Manifest,
-    SavedTensor,
-    WritePlan,
-    name_of,
-    step_of,
-)
-from holdfast.checkpoint.loading import LoadStatistics, LoadTarget, Targets, boxes_of
+from holdfast.checkpoint.format import Manifest, SavedTensor, WritePlan, name_of, step_of
+from holdfast.checkpoint.loading import LoadStatistics, Targets, boxes_of
 from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings, Wanted
-from holdfast.checkpoint.program_state import (
+from holdfast.checkpoint.program import (
+    STATE,
+    VERSION,
+    Agreement,
+    Meeting,
     ProgramState,
     ProgramTensor,
-    entries_of,
-    make_optimizer_state,
-    parameter_names,
-    restore_scalars,
-    scalars_of,
+    Restore,
+    Staging,
 )
-from holdfast.checkpoint.saving import ALL, Members, SaveJob, SaveResult, make_write_plan
+from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan
 from holdfast.checkpoint.stores import (
     LocalStore,
     Retention,
-    StoredCheckpoint,
+    checkpoint_at,
     find_checkpoint,
     newest,
 )
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
+_ARENA_BYTES = 128 << 20
+"""Host memory between the copy of the state and the disk."""
+_log = logging.getLogger("holdfast")
+
 
 class Checkpointer:
     """Saves and loads a program's state. All ranks of the default process group make and call it.
 
-    Parameters and optimizer state are copied while the next step computes. A hook on the
-    optimizer's `step` copies the rest before the update changes it. Buffers are copied at once.
-    Without an optimizer in the state, nothing tells when parameters change, so `save` copies
-    everything before it returns.
+    `save` copies this rank's part of the state to host memory and returns; the disk is written
+    meanwhile. So the checkpoint has what was there when `save` was called, whatever the program
+    changes afterwards, and however. Everything that a value has is saved exactly, or `save` refuses
+    on all ranks and names it.
     """
 
     def __init__(
@@ -83,67 +77,78 @@ class Checkpointer:
         arena_bytes: int = 0,
         timeout_s: float = 600.0,
     ) -> None:
-        """Register the hooks and prepare the folder. Collective over the default process group.
+        """Prepare to save to a folder. Collective over the default process group.
 
         Args:
             folder: the folder of checkpoints; on several machines, one that all of them see.
-            state: the values to save, by key: modules ("model" keeps its own names), optimizers,
-                schedulers, tensors, and numbers or text, which are read at each save.
+            state: the values to save, by key, read at each save: modules ("model" keeps its own
+                names), optimizers, schedulers and other objects with state_dict, tensors, numpy
+                arrays, generators, and numbers, text, lists, tuples, sets and dicts of these.
             keep: the number of newest checkpoints that stay; 0: all.
-            arena_bytes: host memory between the state and the disk; 0: enough for this rank's part
-                of the checkpoint, 2 GiB at most.
+            arena_bytes: host memory between the copy of the state and the disk; 0: 128 MiB.
             timeout_s: the time after which a save is given up, in seconds.
         """
+        _check_number("keep", keep, 0)
+        _check_number("arena_bytes", arena_bytes, 0)
+        if not (isinstance(timeout_s, int | float) and timeout_s > 0):
+            raise CheckpointError(f"timeout_s = {timeout_s!r}: allowed are seconds above 0")
         self.folder = Path(folder)
         self.state = state
         self._keep = keep
         rank, size, store = _world()
         # The store does the counting, so that earlier groups of this process do not count.
         number = store.add(f"holdfast/checkpointers/{rank}", 1)
-        self._meeting = _Meeting(rank, size, PrefixStore(f"holdfast/{number}", store))
+        here = PrefixStore(f"holdfast/{number}", store)
+        self._meeting = Meeting(rank, size, here, timeout_s)
         names = self._meeting.exchange("node", socket.gethostname())
         distinct = list(dict.fromkeys(names))
-        nodes = tuple(distinct.index(name) for name in names)
-        members = Members(rank, nodes, self._meeting.store)
-        self._manager = CheckpointManager(members, ManagerSettings(arena_bytes, timeout_s))
-        self._plan: tuple[object, WritePlan] | None = None
-        self._is_on_gpu = False
-        """Whether a tensor of the plan is on a GPU."""
-        self._hooks = [
-            value.register_step_pre_hook(self._before_update)
-            for value in state.values()
-            if isinstance(value, Optimizer)
-        ]
+        members = Members(rank, tuple(distinct.index(name) for name in names), here)
+        settings = ManagerSettings(arena_bytes or _ARENA_BYTES, timeout_s)
+        self._manager = CheckpointManager(members, settings)
+        self._is_closed = False
+        self._agreement = Agreement(self._meeting)
+        self._staging = Staging()
+        self._plan: tuple[Sequence[SavedTensor], WritePlan] | None = None
+        self._ended = _Ended()
 
     def save(self, step: int, *, wait: bool = False) -> None:
-        """Begin to save the present state; a save under way is finished first. Collective.
+        """Save the present state; a save under way is finished first. Collective.
+
+        Returns once this rank's part is copied to host memory.
 
         Args:
             step: the number of steps done; it names the checkpoint.
             wait: return only once the checkpoint is committed; raise CheckpointError if the save
                 fails.
+        Raises:
+            CheckpointError: on every rank, before anything is written: a leaf of the state cannot
+                be saved exactly, or differs between ranks where it must not.
         """
-        entries = entries_of(self.state)
-        plan = self._plan_of(entries)
-        # Tensors that change in forward passes are copied at once, so the last save has to end
-        # first.
-        self._manager.finish()
-        held = {entry.name: _held(entry) for entry in entries}
-        self._manager.save(
+        _check_number("step", step, 0)
+        manager = self._open_manager()
+        # The copies in host memory are those of the save under way until it ends.
+        is_free = manager.finish()
+        self._ended.add(manager.results())
+        facts = {"step": step} if is_free else {"the save before": "still under way"}
+        agreed = self._agreement.reach(self.state, facts)
+        if not is_free:
+            raise CheckpointError(f"step {step} is not saved: the save before is still under way")
+        plan = self._plan_of(agreed.tensors, manager)
+        held = {entry.name: entry for entry in agreed.mine}
+        pieces = plan.written_by(self._meeting.rank)
+        source = self._staging.take(pieces, lambda name, box: _view(held[name], box))
+        manager.save(
             SaveJob(
                 step=step,
                 store=LocalStore(self.folder),
                 tier="disk",
                 plan=plan,
-                source=lambda name, box: _view(held[name], box),
-                scalars={"step": step, "state": scalars_of(self.state)},
+                source=source,
+                scalars={"step": step, VERSION: 2, STATE: agreed.docs},
                 versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
                 retention=Retention(self._keep),
-                pinned=self._is_on_gpu,
             )
         )
-        if wait or not self._hooks:
-            self._manager.fence(ALL)
         if wait:
             self.wait()
 
@@ -156,92 +161,118 @@ class Checkpointer:
             The step of the checkpoint; None if there is no checkpoint. `loaded` has the plain
             values.
         Raises:
-            CheckpointError: the checkpoint is damaged, incomplete, or has other shapes.
+            CheckpointError: the checkpoint is damaged or incomplete, lacks something that the
+                state has, or has something for a key that the state has no place for.
         """
-        checkpoint = self._agreed_checkpoint(step)
-        if checkpoint is None:
-            return None
-        self.loaded = self._load_from(checkpoint)
-        found = step_of(checkpoint.name)
-        return found if found is not None else int(self.loaded.get("step", 0))
+        if step is not None:
+            _check_number("step", step, 0)
+        store = LocalStore(self.folder)
+
+        def choose() -> str:
+            if self._meeting.rank:
+                return ""
+            return store.place_of(name_of(step)) if step is not None else _newest_of(store)
+
+        return self._load_agreed(choose)
 
     def results(self) -> list[SaveResult]:
         """The saves that have ended since the last call, with times and errors. Local."""
-        return self._manager.results()
+        self._ended.add(self._manager.results())
+        return self._ended.take()
 
     def wait(self) -> None:
         """Wait until the save under way is committed. Raises CheckpointError if it failed."""
-        self._manager.wait()
-        for result in self.results():
-            if result.error:
-                raise CheckpointError(f"step {result.step} could not be saved: {result.error}")
+        manager = self._open_manager()
+        manager.wait()
+        self._ended.add(manager.results(), quiet=True)
+        self._ended.raise_failure()
 
     def close(self) -> None:
-        """Finish the save under way, remove the hooks, release files and memory."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Finish the save under way, release files and memory. No save follows.
+
+        Raises:
+            CheckpointError: the last save failed, and nothing has raised for it yet.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._manager.wait()
+        self._ended.add(self._manager.results(), quiet=True)
         self._manager.close()
+        self._staging = Staging()
+        self._ended.raise_failure()
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            _log.warning("%s", error)
 
     loaded: Mapping[str, Any] = {}
     """The plain values of the last load, by their keys."""
     load_statistics: LoadStatistics | None = None
     """What the last load read, and how long it took, on this rank."""
 
-    def _before_update(self, *_: object) -> None:
-        self._manager.fence(ALL)
+    def _open_manager(self) -> CheckpointManager:
+        if self._is_closed:
+            raise CheckpointError("this Checkpointer is closed; make another one")
+        return self._manager
 
-    def _plan_of(self, entries: list[ProgramTensor]) -> WritePlan:
-        """The write plan; reused while names, shapes and boxes stay the same. Collective."""
-        mine = [(e.name, e.kind, e.dtype, e.shape, e.box.start, e.box.stop) for e in entries]
-        if self._plan is None or self._plan[0] != mine:
-            described = self._meeting.exchange("entries", mine)
-            self._is_on_gpu = any(entry.local.is_cuda for entry in entries)
-            self._plan = mine, make_write_plan(_saved(described), self._manager.members.nodes)
+    def _plan_of(self, tensors: Sequence[SavedTensor], manager: CheckpointManager) -> WritePlan:
+        """The write plan; reused while names, shapes and boxes stay the same."""
+        if self._plan is None or self._plan[0] is not tensors:
+            self._plan = tensors, make_write_plan(tensors, manager.members.nodes)
         return self._plan[1]
 
-    def _agreed_checkpoint(self, step: int | None) -> StoredCheckpoint | None:
-        """The checkpoint that rank 0 chooses, so that all ranks load the same one. Collective."""
-        store, choice = LocalStore(self.folder), ""
-        if self._meeting.rank == 0:
-            choice = name_of(step) if step is not None else newest(store) or ""
-        agreed = self._meeting.exchange("choice", choice)[0]
-        return StoredCheckpoint(store, agreed) if agreed else None
+    def _load_agreed(self, choose: Any) -> int | None:
+        """Load the checkpoint at the place that rank 0 chooses; none for an empty one."""
+        manager = self._open_manager()
+        places = self._meeting.agree("choice", choose, lambda place: place)[1]
+        if not places[0]:
+            return None
+        checkpoint = checkpoint_at(places[0])
+        restores: list[Restore] = []
 
-    def _load_from(self, checkpoint: StoredCheckpoint) -> Mapping[str, Any]:
+        def prepare(manifest: Manifest) -> tuple[Targets, Wanted]:
+            restores.append(self._prepared(manifest))
+            return restores[0].targets, self._wanted(restores[0].targets, manager.members)
+
         name = f"{self._meeting.exchanges}"
-        manifest, self.load_statistics = self._manager.load(checkpoint, name, self._prepare)
-        return restore_scalars(self.state, manifest.scalars.get("state", {}))
+        manifest, self.load_statistics = manager.load(checkpoint, name, prepare)
+        restores[0].finish()
+        self.loaded = restores[0].loaded
+        found = step_of(checkpoint.name)
+        return found if found is not None else int(manifest.scalars.get("step", 0))
 
-    def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
-        """The targets of a checkpoint's tensors, and the boxes wanted on this node. Collective.
+    def _prepared(self, manifest: Manifest) -> Restore:
+        """The restoration of a checkpoint, refused on all ranks alike. Collective."""
+        meeting = self._meeting
+        restore, told = meeting.agree(
+            "restore",
+            lambda: Restore(self.state, manifest, meeting.rank, meeting.size),
+            lambda restore: [list(self.state), restore.claimed],
+        )
+        if any(keys != told[0][0] for keys, _ in told):
+            raise CheckpointError("the keys of the state differ between ranks")
+        restore.check_claims([claimed for _, claimed in told])
+        return restore
 
-        Optimizers first get empty tensors for the state that the checkpoint has for them.
-        """
-        names = parameter_names(self.state)
-        shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
-        for value in self.state.values():
-            if isinstance(value, Optimizer):
-                make_optimizer_state(value, names, shapes)
-        targets: defaultdict[str, list[LoadTarget]] = defaultdict(list)
-        for entry in entries_of(self.state):
-            targets[entry.name].append(LoadTarget(entry.box, entry.local))
+    def _wanted(self, targets: Targets, members: Members) -> Wanted:
+        """The boxes that each rank of this node wants. Collective."""
         asked = {n: [(b.start, b.stop) for b in boxes] for n, boxes in boxes_of(targets).items()}
         told = self._meeting.exchange("wanted", asked)
-        wanted = {
+        return {
             rank: {
                 name: [Box(tuple(start), tuple(stop)) for start, stop in boxes]
                 for name, boxes in told[rank].items()
             }
-            for rank in self._manager.members.neighbours
+            for rank in members.neighbours
         }
-        return targets, wanted
 
 
 def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) -> Path:
@@ -252,7 +283,7 @@ def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) 
         state: the values to save, by key; see `Checkpointer`.
         step: the number of steps done; it names the checkpoint.
     Raises:
-        CheckpointError: the checkpoint could not be written.
+        CheckpointError: the state cannot be saved exactly, or the checkpoint could not be written.
     """
     with Checkpointer(folder, state, keep=0) as checkpointer:
         checkpointer.save(step, wait=True)
@@ -268,32 +299,52 @@ def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]
     Returns:
         The plain values that were saved, by key.
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged, incomplete, or has other shapes.
+        CheckpointError: there is no checkpoint, or it is damaged or incomplete, lacks something
+            that the state has, or has something for a key that the state has no place for.
     """
-    found = find_checkpoint(path)
-    checkpointer = Checkpointer(path, state, keep=0)
-    try:
-        return checkpointer._load_from(found)
-    finally:
-        checkpointer.close()
+    with Checkpointer(path, state, keep=0) as checkpointer:
+        checkpointer._load_agreed(lambda: find_checkpoint(path).place if not _world()[0] else "")
+        return checkpointer.loaded
 
 
-class _Meeting:
-    """An exchange of values between the ranks of a program. Every exchange is collective."""
+class _Ended:
+    """The saves that have ended, as long as they are not told."""
 
-    def __init__(self, rank: int, size: int, store: Store) -> None:
-        self.rank, self.size, self.store = rank, size, store
-        self.exchanges = 0
-        """The number of exchanges so far, equal on all ranks."""
+    def __init__(self) -> None:
+        self._results: list[SaveResult] = []
+        self._failure = ""
+        """The message of the last save if it failed and nothing was raised for it."""
 
-    def exchange(self, what: str, mine: Any) -> list[Any]:
-        """The values of all ranks, by rank."""
-        self.exchanges += 1
-        key = f"{what}-{self.exchanges}"
-        self.store.set(f"{key}/{self.rank}", msgspec.json.encode(mine).decode())
-        keys = [f"{key}/{rank}" for rank in range(self.size)]
-        self.store.wait(keys)
-        return [msgspec.json.decode(self.store.get(name)) for name in keys]
+    def add(self, results: Sequence[SaveResult], *, quiet: bool = False) -> None:
+        """Note saves that have ended; failures are logged, unless they are raised next."""
+        for result in results:
+            self._results.append(result)
+            failed = f"step {result.step} could not be saved: {result.error}"
+            self._failure = failed if result.error else ""
+            if result.error and not quiet:
+                _log.warning("%s", failed)
+
+    def take(self) -> list[SaveResult]:
+        """The results since the last call; what has failed is told by them."""
+        found, self._results = self._results, []
+        self._failure = ""
+        return found
+
+    def raise_failure(self) -> None:
+        """Raise CheckpointError if the last save failed, once."""
+        failure, self._failure = self._failure, ""
+        if failure:
+            raise CheckpointError(failure)
+
+
+def _check_number(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CheckpointError(f"{name} = {value!r}: allowed are whole numbers from {least} on")
+
+
+def _newest_of(store: LocalStore) -> str:
+    name = newest(store)
+    return store.place_of(name) if name is not None else ""
 
 
 def _world() -> tuple[int, int, Store]:
@@ -303,39 +354,5 @@ def _world() -> tuple[int, int, Store]:
     return 0, 1, HashStore()
 
 
-def _held(entry: ProgramTensor) -> ProgramTensor:
-    """A tensor whose memory does not change before the optimizer's next step."""
-    if entry.changes_in_forward or not entry.local.is_contiguous():
-        local = entry.local.clone(memory_format=torch.contiguous_format)
-        return ProgramTensor(entry.name, entry.kind, entry.shape, entry.box, local, False)
-    return entry
-
-
 def _view(entry: ProgramTensor, box: Box) -> Tensor:
     return entry.local[box.relative_to(entry.box).slices]
-
-
-def _saved(described: list[list[Any]]) -> list[SavedTensor]:
-    """The tensors of all ranks: each box with the ranks that hold it."""
-    holders: defaultdict[str, dict[Box, list[int]]] = defaultdict(dict)
-    form: dict[str, tuple[str, str, tuple[int, ...]]] = {}
-    for rank, entries in enumerate(described):
-        for name, kind, dtype, shape, start, stop in entries:
-            box = Box(tuple(start), tuple(stop))
-            known = form.setdefault(name, (kind, dtype, tuple(shape)))
-            if known != (kind, dtype, tuple(shape)):
-                raise CheckpointError(
-                    f"{name} is {known[1]} {list(known[2])} on one rank and {dtype} {list(shape)} "
-                    f"on rank {rank}"
-                )
-            if box.elements or not all(shape):
-                holders[name].setdefault(box, []).append(rank)
-    tensors = []
-    for name, (kind, dtype, shape) in form.items():
-        parts = tuple(HeldBox(box, tuple(ranks)) for box, ranks in holders[name].items())
-        rows = all(part.box.start[1:] == (0,) * len(shape[1:]) for part in parts) and all(
-            part.box.stop[1:] == shape[1:] for part in parts
-        )
-        whole = kind in (WEIGHT, BUFFER) and rows
-        tensors.append(SavedTensor(name, kind, dtype, shape, parts, whole))
-    return tensors

@@ -226,7 +226,7 @@ def test_only_communicators_use_torch_distributed() -> None:
     """Everything else goes through the protocol, apart from types and the rendezvous store."""
     allowed = {f"holdfast.parallel.comm.{name}" for name in ("gloo", "gloo_connection", "nccl")}
     # The library saves the state of programs that use torch's own groups and DTensors.
-    allowed |= {"holdfast.checkpoint.api", "holdfast.checkpoint.program_state"}
+    allowed |= {"holdfast.checkpoint.api", "holdfast.checkpoint.program.tensors"}
     wrong = {
         module: found
         for module, path in MODULES.items()

@@ -13,9 +13,6 @@ from .job import (
 from .saver import (
     Saver as Saver,
 )
-from .snapshot import (
-    ALL as ALL,
-)
 from .write_plan import (
     LARGEST_FILE_BYTES as LARGEST_FILE_BYTES,
     make_write_plan as make_write_plan,

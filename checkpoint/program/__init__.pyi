@@ -1,0 +1,20 @@
+from .agreement import (
+    Agreement as Agreement,
+)
+from .described import (
+    ProgramState as ProgramState,
+)
+from .meeting import (
+    Meeting as Meeting,
+)
+from .restore import (
+    STATE as STATE,
+    VERSION as VERSION,
+    Restore as Restore,
+)
+from .staging import (
+    Staging as Staging,
+)
+from .tensors import (
+    ProgramTensor as ProgramTensor,
+)

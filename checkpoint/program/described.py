@@ -1,0 +1,325 @@
+"""What is saved of a program on one rank: its tensors by name, and a document for each key.
+
+DTensors (FSDP2, tensor parallelism) are saved as the boxes that each rank has. Every other tensor
+is one that ranks either share or have each its own of; checkpoint/program/agreement.py finds out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.checkpoint.format import BUFFER, TENSOR, UNPREFIXED_KINDS, WEIGHT, full_name
+from holdfast.checkpoint.program.tensors import ProgramTensor, is_dtensor, program_tensor
+from holdfast.checkpoint.program.values import TAG, encode
+from holdfast.parallel.errors import CheckpointError
+
+ProgramState = Mapping[str, Any]
+"""By key: a module, an optimizer, an object with state_dict, a tensor, or a value of values.py."""
+_EXTRA = "_extra_state"
+"""The end of a key of Module.state_dict that has what get_extra_state gave."""
+
+
+@dataclass(slots=True)
+class Described:
+    """The state of a program on this rank."""
+
+    tensors: list[ProgramTensor] = field(default_factory=list)
+    docs: dict[str, Any] = field(default_factory=dict)
+    """By key: what the manifest says of it."""
+    _names: set[str] = field(default_factory=set)
+
+    def add(
+        self, value: Tensor, names: list[tuple[str, str]], key: str, path: str, **how: bool
+    ) -> str:
+        """Add a tensor under the first free name. Returns it.
+
+        Args:
+            names: (kind, name), by preference; the last one gets a number where it is taken.
+        """
+        kind, name = next(((k, n) for k, n in names if n not in self._names), names[-1])
+        number = 2
+        while name in self._names:
+            name = f"{names[-1][1]}#{number}"
+            number += 1
+        self._names.add(name)
+        self.tensors.append(program_tensor(value, name, kind, key, path, **how))
+        return name
+
+
+def describe(state: ProgramState) -> Described:
+    """The state of a program on this rank. Local.
+
+    Raises:
+        CheckpointError: a leaf cannot be saved exactly; it is named by its path.
+    """
+    check_state(state)
+    found = Described()
+    names: dict[Tensor, str] = {}
+    for key, value in state.items():
+        if isinstance(value, nn.Module):
+            _describe_module(found, key, value, names)
+    for key, value in state.items():
+        if isinstance(value, nn.Module):
+            continue
+        if is_plain_optimizer(value):
+            found.docs[key] = _describe_optimizer(found, key, value, names)
+        else:
+            found.docs[key] = _describe_value(found, key, value)
+    # The manifest lists the keys in the state's order.
+    found.docs = {key: found.docs[key] for key in state}
+    return found
+
+
+def check_state(state: ProgramState) -> None:
+    """Refuse what is no state, and wrappers whose state is in pieces that only they can join.
+
+    Raises:
+        CheckpointError: the state is no mapping by text, or a value of it is refused by its key.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"a state is a dict such as {{'model': model, 'optimizer': optimizer}}, not "
+            f"{type(state).__name__}"
+        )
+    for key, value in state.items():
+        if not isinstance(key, str) or not key:
+            raise CheckpointError(f"the state has the key {key!r}; keys are text that is not empty")
+        if isinstance(value, nn.Module):
+            for name, module in value.named_modules():
+                if _is_a(module, "FullyShardedDataParallel"):
+                    raise CheckpointError(
+                        f"{key}{'.' if name else ''}{name} is an FSDP1 module, whose parameters "
+                        "are shards of flat parameters; use FSDP2 "
+                        "(torch.distributed.fsdp.fully_shard), or save what "
+                        "FSDP.state_dict_type(model, FULL_STATE_DICT) collects"
+                    )
+        elif _is_a(value, "ZeroRedundancyOptimizer"):
+            raise CheckpointError(
+                f"{key} is a ZeroRedundancyOptimizer, whose state is spread over the ranks; use "
+                "FSDP2 (torch.distributed.fsdp.fully_shard) and the optimizer inside it"
+            )
+
+
+def _is_a(value: object, name: str) -> bool:
+    """Whether a value's class has this name or is derived from one; nothing is imported for it."""
+    return any(kind.__name__ == name for kind in type(value).__mro__)
+
+
+def is_plain_optimizer(value: object) -> bool:
+    """Whether an optimizer's state is its `state` and `param_groups`, as torch's own are.
+
+    Another one's `state_dict` is asked, which has its parameters by number.
+    """
+    return isinstance(value, Optimizer) and type(value).state_dict is Optimizer.state_dict
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel or torch.compile."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def prefix_of(key: str) -> str:
+    """The prefix of a module's names: none under "model", else its key."""
+    return "" if key == "model" else f"{key}."
+
+
+def extra_states(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules inside that have extra state, by the key that Module.state_dict gives it."""
+    return {
+        f"{name}.{_EXTRA}" if name else _EXTRA: inner
+        for name, inner in module.named_modules(remove_duplicate=False)
+        if type(inner).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+def module_tensors(module: nn.Module, key: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters, and the persistent buffers, by name; each tensor once.
+
+    Raises:
+        CheckpointError: `state_dict` has something else as well; it is named.
+    """
+    saved = module.state_dict(keep_vars=True)
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
+    every: dict[str, Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    extra = extra_states(module)
+    buffers: dict[str, Tensor] = {}
+    known = set(map(id, parameters.values()))
+    for name, value in saved.items():
+        if name in extra:
+            continue
+        if name not in every or value is not every[name]:
+            raise CheckpointError(
+                f"{prefix_of(key)}{name} cannot be saved or loaded: the module's state_dict gives "
+                "it, and it is no parameter, buffer or extra state of the module as it is"
+            )
+        if id(value) not in known:
+            known.add(id(value))
+            buffers[name] = value
+    return parameters, buffers
+
+
+def _describe_module(
+    found: Described, key: str, wrapped: nn.Module, names: dict[Tensor, str]
+) -> None:
+    module, prefix = bare(wrapped), prefix_of(key)
+    parameters, buffers = module_tensors(module, key)
+    led = _buffers_are_led(wrapped)
+    listed: dict[str, str] = {}
+    for name, parameter in parameters.items():
+        full = prefix + name
+        if names.get(parameter) == full:
+            # Another key has this very tensor under this very name.
+            listed[name] = full
+            continue
+        listed[name] = found.add(parameter, [(WEIGHT, full)], key, full)
+        names.setdefault(parameter, listed[name])
+    for name, buffer in buffers.items():
+        full = prefix + name
+        listed[name] = found.add(buffer, [(BUFFER, full)], key, full, own=not led, led=led)
+    keep = _keeper(found, key, lambda path: [(TENSOR, dotted(path))], own=True)
+    extra = {
+        name: encode(inner.get_extra_state(), f"{prefix}{name}", keep)
+        for name, inner in extra_states(module).items()
+    }
+    found.docs[key] = {TAG: "module", "tensors": listed, "extra": extra}
+
+
+def _buffers_are_led(module: nn.Module) -> bool:
+    """Whether the first rank's buffers replace the others' before the next forward pass."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return bool(module.broadcast_buffers)
+        inner = getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return False
+        module = inner
+
+
+def _keeper(
+    found: Described,
+    key: str,
+    names_of: Callable[[str], list[tuple[str, str]]],
+    *,
+    own: bool,
+    home: str = "cpu",
+    beside_dtensor: bool = False,
+) -> Callable[[Tensor, str], dict[str, Any]]:
+    """The function by which tensors inside values come into the checkpoint.
+
+    Args:
+        names_of: from a path, the names to choose from; see `Described.add`.
+        home: the type of device where such a tensor is expected; another one is written down.
+        beside_dtensor: whether it belongs to a parameter that is a DTensor.
+    """
+
+    def keep(value: Tensor, path: str) -> dict[str, Any]:
+        doc: dict[str, Any] = {TAG: "tensor"}
+        doc["name"] = found.add(value, names_of(path), key, path, own=own)
+        if value.device.type != home:
+            doc["device"] = value.device.type
+        if value.requires_grad:
+            doc["grad"] = True
+        if isinstance(value, nn.Parameter):
+            doc["parameter"] = True
+        if is_dtensor(value) or beside_dtensor:
+            doc["dtensor"] = is_dtensor(value)
+        return doc
+
+    return keep
+
+
+def dotted(path: str) -> str:
+    """A tensor's name made of its path: `schedule.base_lrs.0` of `schedule['base_lrs'][0]`."""
+    return re.sub(r"\['?(.*?)'?\]", r".\1", path)
+
+
+def _describe_value(found: Described, key: str, value: Any) -> Any:
+    keep = _keeper(found, key, lambda path: [(TENSOR, dotted(path))], own=True)
+    if not isinstance(value, type) and hasattr(value, "state_dict"):
+        return {TAG: "object", "value": encode(value.state_dict(), key, keep)}
+    return encode(value, key, keep)
+
+
+def _describe_optimizer(
+    found: Described, key: str, optimizer: Optimizer, names: Mapping[Tensor, str]
+) -> dict[str, Any]:
+    keep = _keeper(found, key, lambda path: [(TENSOR, dotted(path))], own=False)
+    groups, mine = [], []
+    for number, group in enumerate(optimizer.param_groups):
+        path = f"{key}.param_groups[{number}]"
+        listed = [name_of_parameter(p, names, key) for p in group["params"]]
+        values = {k: v for k, v in group.items() if k != "params"}
+        if not all(type(k) is str for k in values):
+            raise CheckpointError(f"{path} cannot be saved: its keys are not all text")
+        encoded = {k: encode(v, f"{path}[{k!r}]", keep) for k, v in values.items()}
+        groups.append({**encoded, "params": listed})
+        mine += zip(listed, group["params"], strict=True)
+    states = {
+        name: _describe_parameter_state(found, key, name, parameter, optimizer.state[parameter])
+        for name, parameter in mine
+        if parameter in optimizer.state
+    }
+    grouped = {id(parameter) for _, parameter in mine}
+    other = []
+    for owner, value in optimizer.state.items():
+        if id(owner) in grouped:
+            continue
+        if isinstance(owner, Tensor):
+            raise CheckpointError(
+                f"{key}.state has state of a tensor of shape {list(owner.shape)} that is in none "
+                "of its param_groups"
+            )
+        path = f"{key}.state[{owner!r}]"
+        other.append([encode(owner, path, keep), encode(value, path, keep)])
+    return {TAG: "optimizer", "groups": groups, "state": states, "other": other}
+
+
+def _describe_parameter_state(
+    found: Described, key: str, name: str, parameter: Tensor, state: Any
+) -> Any:
+    path = f"{key}.state[{name}]"
+
+    def names_of(place: str) -> list[tuple[str, str]]:
+        kind = dotted(place.removeprefix(path)).strip(".") or "state"
+        own = f"{key}.{kind}"
+        wanted = [] if kind in UNPREFIXED_KINDS else [(kind, full_name(kind, name))]
+        return [*wanted, (own, full_name(own, name))]
+
+    keep = _keeper(
+        found,
+        key,
+        names_of,
+        own=False,
+        home=parameter.device.type,
+        beside_dtensor=is_dtensor(parameter),
+    )
+    return encode(state, path, keep)
+
+
+def name_of_parameter(parameter: Tensor, names: Mapping[Tensor, str], key: str) -> str:
+    """The name of an optimizer's parameter.
+
+    Raises CheckpointError if no module in the state has it.
+    """
+    try:
+        return names[parameter]
+    except KeyError:
+        raise CheckpointError(
+            f"{key} has a parameter of shape {list(parameter.shape)} that no module in the state "
+            "has; give its module too"
+        ) from None

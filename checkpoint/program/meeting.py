@@ -1,0 +1,84 @@
+"""An exchange of values between the ranks of a program, by which errors reach all of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import msgspec
+from torch.distributed import Store
+
+from holdfast.parallel.errors import CheckpointError
+
+_Found = TypeVar("_Found")
+
+
+class Meeting:
+    """The ranks of a program. Every exchange is collective."""
+
+    def __init__(self, rank: int, size: int, store: Store, timeout_s: float) -> None:
+        """Meet at a store.
+
+        Args:
+            timeout_s: the longest wait for another rank, in seconds.
+        """
+        self.rank, self.size, self.store = rank, size, store
+        self._timeout_s = timeout_s
+        self.exchanges = 0
+        """The number of exchanges so far, equal on all ranks."""
+        self._last = ""
+        """This rank's key of the last exchange."""
+
+    def exchange(self, what: str, mine: Any) -> list[Any]:
+        """The values of all ranks, by rank.
+
+        Raises:
+            CheckpointError: a rank did not come in time; it is named.
+        """
+        self.exchanges += 1
+        key = f"{what}-{self.exchanges}"
+        own = f"{key}/{self.rank}"
+        self.store.set(own, msgspec.json.encode(mine).decode())
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        try:
+            self.store.wait(keys, timedelta(seconds=min(self._timeout_s, 1e6)))
+        except RuntimeError as error:
+            missing = [str(r) for r, k in enumerate(keys) if not self.store.check([k])]
+            raise CheckpointError(
+                f"no word in time from rank {', '.join(missing[:4])}"
+                + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+                + "; all ranks have to save and load together"
+            ) from error
+        found = [msgspec.json.decode(text) for text in self.store.multi_get(keys)]
+        # Every rank is in this exchange, so it has read all of the one before.
+        if self._last:
+            self.store.delete_key(self._last)
+        self._last = own
+        return found
+
+    def agree(
+        self, what: str, find: Callable[[], _Found], told: Callable[[_Found], Any]
+    ) -> tuple[_Found, list[Any]]:
+        """What `find` returns, and what `told` makes of it on every rank, by rank.
+
+        Raises:
+            CheckpointError: `find` raised on some rank; every rank raises the first rank's message.
+        """
+        mine: list[_Found] = []
+        error, cause = "", None
+        content: Any = None
+        try:
+            mine.append(find())
+            content = told(mine[0])
+        except CheckpointError as failure:
+            error, cause = str(failure), failure
+        except Exception as failure:
+            error, cause = f"{type(failure).__name__}: {failure}", failure
+        answers = self.exchange(what, {"error": error, "content": content})
+        failed = [(rank, found["error"]) for rank, found in enumerate(answers) if found["error"]]
+        if failed:
+            rank, reason = failed[0]
+            where = f"rank {rank}: " if self.size > 1 else ""
+            raise CheckpointError(f"{where}{reason}") from cause
+        return mine[0], [found["content"] for found in answers]

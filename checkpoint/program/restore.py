@@ -1,0 +1,275 @@
+"""What is loaded into a program on one rank: where each tensor goes, and what is done afterwards.
+
+Whatever the state asks for must have a source in the checkpoint, in the same form, and whatever the
+checkpoint has under a key that is asked for must have a place. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from holdfast.checkpoint.format import BUFFER, TORCH_DTYPES, WEIGHT, Manifest
+from holdfast.checkpoint.loading import LoadTarget
+from holdfast.checkpoint.program.described import (
+    ProgramState,
+    bare,
+    check_state,
+    extra_states,
+    is_plain_optimizer,
+    module_tensors,
+    prefix_of,
+)
+from holdfast.checkpoint.program.optimizers import OptimizerRestore
+from holdfast.checkpoint.program.tensors import (
+    check_tensor,
+    completed,
+    device_of,
+    is_dtensor,
+    local_part,
+)
+from holdfast.checkpoint.program.values import TAG, decode, references
+from holdfast.parallel.errors import CheckpointError
+
+STATE = "state"
+"""The key of the manifest's scalars that has the documents."""
+VERSION = "state_version"
+"""The key of the manifest's scalars that says how the documents are written: 2, or absent."""
+
+
+class Restore:
+    """The restoration of one checkpoint into a program's state, on one rank. Local.
+
+    It is made before any tensor is read, and `finish` is called when all are.
+    """
+
+    def __init__(self, state: ProgramState, manifest: Manifest, rank: int, size: int) -> None:
+        """Find the source of everything that the state asks for. Nothing is changed yet.
+
+        Raises:
+            CheckpointError: something has no source, or another form; it is named.
+        """
+        check_state(state)
+        self.targets: defaultdict[str, list[LoadTarget]] = defaultdict(list)
+        self.claimed: dict[str, list[str]] = {}
+        """By key: what this rank has a place for of the things that other ranks may have."""
+        self.loaded: dict[str, Any] = {}
+        """The plain values, complete once `finish` has run."""
+        self._state, self._manifest = state, manifest
+        self._docs: Mapping[str, Any] = manifest.scalars.get(STATE, {})
+        self._is_exact = manifest.scalars.get(VERSION, 1) >= 2
+        self._rank, self._size = rank, size
+        self._later: list[Callable[[], object]] = []
+        names: dict[Tensor, str] = {}
+        modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
+        for key, module in modules.items():
+            self._prepare_module(key, bare(module), names)
+        for key, value in state.items():
+            if key not in modules:
+                self._prepare_value(key, value, names)
+        for key in self._docs:
+            if key not in state and (plain := self._plain_of(key)) is not None:
+                self.loaded[key] = plain[0]
+
+    def finish(self) -> None:
+        """Restore what is no tensor, and hand over what was read."""
+        for act in self._later:
+            act()
+
+    def check_claims(self, claims: Sequence[Mapping[str, Collection[str]]]) -> None:
+        """Refuse a checkpoint of which no rank has a place for something.
+
+        Args:
+            claims: `claimed` of all ranks.
+        Raises:
+            CheckpointError: a key's tensors, extra states or parameters go unused; they are named.
+        """
+        for key in self.claimed:
+            taken = {name for claim in claims for name in claim.get(key, ())}
+            left = [name for name in self._offered(key) if name not in taken]
+            if left:
+                raise CheckpointError(
+                    f"the checkpoint has {_some(left)} for {key}, which {key} has no place for; "
+                    "it is of another program"
+                )
+
+    def _offered(self, key: str) -> list[str]:
+        """What the checkpoint has for a module or an optimizer."""
+        doc = self._doc_of(key)
+        if isinstance(self._state[key], nn.Module):
+            if doc is not None:
+                return [*doc["tensors"].values(), *doc["extra"]]
+            return self._unnamed_weights(key)
+        return [name for group in doc["groups"] for name in group["params"]] if doc else []
+
+    def _unnamed_weights(self, key: str) -> list[str]:
+        """The weights for a module, in a checkpoint that does not list them by key."""
+        prefix = prefix_of(key)
+        others = [prefix_of(k) for k, v in self._state.items() if isinstance(v, nn.Module)]
+        return [
+            name
+            for name, entry in self._manifest.tensors.items()
+            if entry.kind in (WEIGHT, BUFFER)
+            and name.startswith(prefix)
+            and not any(len(o) > len(prefix) and name.startswith(o) for o in others)
+            and name not in self._state
+        ]
+
+    def _doc_of(self, key: str) -> Any:
+        """This rank's document of a key; None if the checkpoint has none.
+
+        Raises:
+            CheckpointError: each rank has its own, and this program has another number of ranks.
+        """
+        doc = self._docs.get(key)
+        if not self._is_exact or not isinstance(doc, dict) or doc.get(TAG) != "ranks":
+            return doc
+        if len(doc["value"]) != self._size:
+            raise CheckpointError(
+                f"{key} was saved by {len(doc['value'])} ranks, each with its own values, and this "
+                f"program has {self._size}; leave {key} out of the state to go on without them"
+            )
+        return doc["value"][self._rank]
+
+    def _prepare_module(self, key: str, module: nn.Module, names: dict[Tensor, str]) -> None:
+        doc = self._doc_of(key)
+        if doc is not None and (not isinstance(doc, dict) or doc.get(TAG) != "module"):
+            raise CheckpointError(f"{key} is a module, and the checkpoint's {key} is none")
+        if doc is None and self._is_exact:
+            raise CheckpointError(f"the checkpoint has no module {key}; it has {_some(self._docs)}")
+        listed: Mapping[str, str] = doc["tensors"] if doc else {}
+        extra: Mapping[str, Any] = doc["extra"] if doc else {}
+        parameters, buffers = module_tensors(module, key)
+        claimed: list[str] = []
+        missing: list[str] = []
+        for name, tensor in {**parameters, **buffers}.items():
+            full = listed.get(name, prefix_of(key) + name)
+            if full not in self._manifest.tensors or (doc and name not in listed):
+                missing.append(prefix_of(key) + name)
+                continue
+            claimed.append(full)
+            names.setdefault(tensor, full)
+            self._add_target(full, tensor, prefix_of(key) + name)
+        for name, inner in extra_states(module).items():
+            if name not in extra:
+                missing.append(prefix_of(key) + name)
+                continue
+            claimed.append(name)
+            path = f"{prefix_of(key)}{name}"
+            value = decode(extra[name], None, path, self._make_new, self._later.append)
+            self._later.append(lambda inner=inner, value=value: inner.set_extra_state(value))
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which {key} needs")
+        self.claimed[key] = claimed
+
+    def _prepare_value(self, key: str, value: Any, names: Mapping[Tensor, str]) -> None:
+        doc = self._doc_of(key)
+        if isinstance(value, Tensor) and doc is None and key in self._manifest.tensors:
+            self._add_target(key, value, key)
+            return
+        if key not in self._docs:
+            raise CheckpointError(
+                f"the checkpoint has nothing for {key}; it has {_some(self._docs) or 'no state'}"
+            )
+        kind = doc.get(TAG) if isinstance(doc, dict) else None
+        if is_plain_optimizer(value):
+            self._prepare_optimizer(key, value, doc, names)
+        elif self._is_exact and (kind == "object") != _is_object(value) and value is not None:
+            raise CheckpointError(
+                f"{key} is a {type(value).__name__}, and the checkpoint's {key} is "
+                f"{'the state of an object' if kind == 'object' else 'a plain value'}"
+            )
+        elif _is_object(value) or kind == "object":
+            found = doc
+            if self._is_exact:
+                old = value.state_dict() if references(doc) and value is not None else None
+                found = decode(doc["value"], old, key, self._make_new, self._later.append)
+            if hasattr(value, "load_state_dict"):
+                self._later.append(lambda: value.load_state_dict(found))
+            else:
+                self.loaded[key] = found
+        elif isinstance(value, Tensor):
+            if kind != "tensor":
+                raise CheckpointError(f"{key} is a tensor, and the checkpoint's {key} is none")
+            self._add_target(doc["name"], value, key)
+        else:
+            self.loaded[key] = self._decoded(doc, value, key)
+
+    def _decoded(self, doc: Any, old: Any, key: str) -> Any:
+        if not self._is_exact:
+            return doc
+        return decode(doc, old, key, self._make_in_place, self._later.append)
+
+    def _plain_of(self, key: str) -> tuple[Any] | None:
+        """The plain value of a key that the state does not name; None if it is more than that."""
+        doc = self._docs[key]
+        if not self._is_exact:
+            return (doc,)
+        if isinstance(doc, dict) and doc.get(TAG) in ("module", "optimizer", "object", "ranks"):
+            return None
+        return None if references(doc) else (self._decoded(doc, None, key),)
+
+    def _prepare_optimizer(
+        self, key: str, optimizer: Optimizer, doc: Any, names: Mapping[Tensor, str]
+    ) -> None:
+        restore = OptimizerRestore(key, optimizer, names, self._manifest, self._add_target)
+        if self._is_exact:
+            self.claimed[key] = restore.prepare(doc, self._later.append)
+        else:
+            restore.prepare_first_version(doc)
+        self._later.append(restore.finish)
+
+    def _add_target(self, name: str, value: Tensor, path: str) -> None:
+        """Note that a tensor of the checkpoint is read into a tensor of this program."""
+        entry = self._manifest.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"the checkpoint lacks {name}, which {path} needs")
+        check_tensor(value, path)
+        if tuple(value.shape) != entry.shape:
+            raise CheckpointError(
+                f"{path} has shape {list(value.shape)}, and the checkpoint's {name} has "
+                f"{list(entry.shape)}; a tensor is loaded whole"
+            )
+        local, box = local_part(value, path)
+        self.targets[name].append(LoadTarget(box, local))
+
+    def _make_in_place(self, doc: Mapping[str, Any], old: Any, path: str) -> Tensor:
+        """The tensor inside a plain value: the present one, or a new one where there is none."""
+        if not isinstance(old, Tensor):
+            return self._make_new(doc, old, path)
+        self._add_target(doc["name"], old, path)
+        return old
+
+    def _make_new(self, doc: Mapping[str, Any], old: Any, path: str) -> Tensor:
+        """A new tensor for one inside a value that is handed over whole."""
+        entry = self._manifest.tensors.get(doc["name"])
+        if entry is None:
+            raise CheckpointError(f"the checkpoint lacks {doc['name']}, which {path} needs")
+        if doc.get("dtensor") and not is_dtensor(old):
+            raise CheckpointError(
+                f"{path} was saved as a DTensor; give one of its shape and placements to load into"
+            )
+        dtype = TORCH_DTYPES[entry.dtype]
+        if doc.get("dtensor"):
+            made = torch.zeros_like(old.detach(), dtype=dtype)
+        else:
+            made = torch.zeros(entry.shape, dtype=dtype, device=device_of(doc))
+        self._add_target(doc["name"], made, path)
+        return completed(made, doc)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value has a state of its own."""
+    return not isinstance(value, type) and hasattr(value, "state_dict")
+
+
+def _some(names: Collection[str]) -> str:
+    """The first names of several, and how many more there are."""
+    first = list(names)[:3]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(first) + more

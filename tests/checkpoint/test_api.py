@@ -141,7 +141,7 @@ def test_any_dtype_and_shape(tmp_path: Path, dtype: torch.dtype, shape: tuple[in
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     save(tmp_path, {"a": torch.zeros(3)}, step=1)
-    with pytest.raises(CheckpointError, match=r"a has shape \[4\], and the checkpoint's a has \[3\]"):
+    with pytest.raises(CheckpointError, match=r"shape \[4\], and the checkpoint's a has \[3\]"):
         load(tmp_path, {"a": torch.zeros(4)})
     with pytest.raises(CheckpointError, match="a has dtype F32, and I64 is needed"):
         load(tmp_path, {"a": torch.zeros(3, dtype=torch.int64)})

@@ -7,7 +7,7 @@ They decide what is saved and when; the manager moves the state to the disk and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.checkpoint.format import Manifest
 from holdfast.checkpoint.loading import (
@@ -89,12 +89,19 @@ class CheckpointManager:
         saver.wait(self.longest_wait_s)
         saver.start(job)
 
+    def lead(self, coordinator: int) -> None:
+        """Have this rank coordinate the saves. All members call it, before the first save."""
+        self.members = replace(self.members, coordinator=coordinator)
+
     def fence(self, number: int) -> int:
         """Wait until everything with `before` <= `number` is copied; see `Snapshot.fence`."""
         return self._saver.fence(number) if self._saver is not None else 1 << 62
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the save under way, if any, is committed; False when that takes longer."""
+        """Wait until the save under way, if any, has ended; False when that takes longer.
+
+        Also False when it is given up meanwhile, and its thread still waits for the disk.
+        """
         return self._saver is None or self._saver.wait(timeout_s)
 
     def finish(self) -> bool:
@@ -149,14 +156,13 @@ class CheckpointManager:
         return manifest, statistics
 
     def abort(self, reason: str) -> None:
-        """Give up the save under way: fences open at once. From any thread; never blocks."""
+        """Give up the save under way. From any thread; never blocks.
+
+        Fences open at once, and `wait` returns. What is still read of the state is not used: a save
+        that was given up is never committed, whatever its thread does until it ends.
+        """
         if self._saver is not None:
             self._saver.abort(reason)
-
-    def cancel(self, reason: str) -> None:
-        """Give up the save under way; return once nothing reads the state any more. Local."""
-        if self._saver is not None:
-            self._saver.cancel(reason)
 
     def close(self) -> None:
         """Finish the save under way and release files and memory."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
-from types import FrameType
-from typing import Any
 
 import msgspec
 import torch
@@ -35,6 +32,7 @@ from holdfast.trainer.run import (
     set_aside_newer,
 )
 from holdfast.trainer.save_policy import SaveDecision, SavePolicy
+from holdfast.trainer.signals import Signals
 from holdfast.trainer.step import (
     Outcome,
     Requests,
@@ -49,32 +47,6 @@ from holdfast.trainer.step import (
 from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")
-
-
-class Signals:
-    """Signals: SIGUSR1 asks for a save, SIGTERM for a save and the end, at the end of a step."""
-
-    def __init__(self) -> None:
-        self.save = False
-        self.stop = False
-        self._before: dict[int, Any] = {}
-
-    def listen(self) -> None:
-        """Install the handlers; only the main thread of a process can."""
-
-        def asked(number: int, _: FrameType | None) -> None:
-            if number == signal.SIGTERM:
-                self.stop = True
-            self.save = True
-
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            self._before[number] = signal.signal(number, asked)
-
-    def close(self) -> None:
-        """Restore the earlier handlers."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
 
 
 @dataclass(slots=True)
@@ -124,11 +96,16 @@ class Checkpoints:
         self._state = training.state()
         # The participating ranks are numbered from 0 here.
         self._ranks = training.plan.stage_replicas.ranks
-        members = Members(self._ranks.index(world.rank), tuple(nodes), store)
+        generation = training.plan.generation
+        members = Members(self._ranks.index(world.rank), tuple(nodes), store, generation)
         settings = ManagerSettings(config.arena_mib << 20, config.timeout_s, config.verify)
         self._manager = CheckpointManager(
             members, settings, make_join=lambda: self._join_group(world.store_host)
         )
+        self._earlier: list[CheckpointManager] = []
+        """The managers of earlier generations whose last save still waits for its disk."""
+        self._untold: list[SaveResult | UploadResult] = []
+        """The results of earlier generations that `results` has not returned yet."""
         self._disk = LocalStore(checkpoint_root(run.root, training.config))
         self._remote: RemoteTier | None = None
         if config.url:
@@ -148,6 +125,11 @@ class Checkpoints:
     @property
     def _is_first(self) -> bool:
         return self._manager.members.rank == 0
+
+    @property
+    def _coordinates(self) -> bool:
+        members = self._manager.members
+        return members.rank == members.coordinator
 
     @property
     def plan(self) -> WritePlan:
@@ -220,7 +202,7 @@ class Checkpoints:
             },
             config=msgspec.to_builtins(config),
             versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
-            extra_files=huggingface_files(config) if self._is_first else {},
+            extra_files=huggingface_files(config) if self._coordinates else {},
             retention=Retention(keep, self._uploading),
             pinned=training.device.type == "cuda",
         )
@@ -255,8 +237,8 @@ class Checkpoints:
 
     def results(self) -> list[SaveResult | UploadResult]:
         """The saves and uploads that have ended since the last call."""
-        found: list[SaveResult | UploadResult] = []
-        for result in self._manager.results():
+        found, self._untold = self._untold, []
+        for result in (*self._results_of_earlier(), *self._manager.results()):
             found.append(result)
             if result.error:
                 logger.warning("checkpoint of step %d failed: %s", result.step, result.error)
@@ -266,6 +248,17 @@ class Checkpoints:
                     self._remote.committed(result.path.name)
         if self._remote is not None:
             found += self._remote.results()
+        return found
+
+    def _results_of_earlier(self) -> list[SaveResult]:
+        """The results of saves that were given up, as their disk lets go of them."""
+        found: list[SaveResult] = []
+        for manager in tuple(self._earlier):
+            ended = not manager.busy
+            found += manager.results()
+            if ended:
+                manager.close()
+                self._earlier.remove(manager)
         return found
 
     def finish(self) -> list[SaveResult | UploadResult]:
@@ -285,36 +278,46 @@ class Checkpoints:
         if self._is_first and root is not None:
             shutil.rmtree(root, ignore_errors=True)
 
-    def take_over(self, before: Checkpoints | None) -> None:
+    def take_over(self, before: Checkpoints | None, *, continued: bool) -> None:
         """Agree on the newest committed step after a change of the ranks. Collective.
+
+        They also agree on the coordinator of the saves: the first rank whose disk holds no save
+        that was given up.
 
         Args:
             before: the checkpoints of this rank before the change; None if it has just joined.
+            continued: whether the run goes on from live state, and not from a checkpoint.
         """
         progress, control = self._progress, self._training.groups.control
         known = progress.committed_step
         if before is not None:
-            before.results()
+            self._untold = before.results()
+            self._earlier = [*before._earlier, before._manager]
+        if before is not None and continued:
             known = max(known, before.committed_step)
             progress.saved_s = before._progress.saved_s
-        newest = torch.tensor([float(known)], dtype=torch.float64)
-        control.all_reduce(newest, "max").wait()
-        progress.committed_step = progress.saved_step = int(newest.item())
+        members = self._manager.members
+        rank = members.size if any(manager.busy for manager in self._earlier) else members.rank
+        agreed = torch.tensor([float(known), -float(rank)], dtype=torch.float64)
+        control.all_reduce(agreed, "max").wait()
+        progress.committed_step = progress.saved_step = int(agreed[0])
+        self._manager.lead(-int(agreed[1]) % members.size)
         if self._remote is not None:
-            self._remote.take_over(before._remote if before is not None else None, control)
+            kept = before._remote if before is not None and continued else None
+            self._remote.take_over(kept, control)
 
     def abort(self, reason: str) -> None:
         """Give up the save under way: fences open at once. From any thread; never blocks."""
         self._manager.abort(reason)
 
     def cancel(self, reason: str) -> None:
-        """Give up all saves; return once nothing reads the training's state. Local.
+        """Give up all saves and uploads. Local; never blocks.
 
-        Committed checkpoints stay.
+        Committed checkpoints stay. A save that waits for its disk ends when the disk lets it; it is
+        not committed then.
         """
         self._training.protect(None)
-        with self._saving():
-            self._manager.cancel(reason)
+        self._manager.abort(reason)
         if self._remote is not None:
             self._remote.abort(reason)
 
@@ -341,7 +344,7 @@ class Checkpoints:
             self._progress.saved_step = self._progress.committed_step = step
             if self._is_first:
                 for moved in set_aside_newer(self._disk.root, step):
-                    note(f"{moved.name}: a checkpoint of steps that the run now repeats, set aside")
+                    note(f"{moved}: a checkpoint of steps that the run now repeats, set aside")
                 for name in forget_newer(self._run.root, step):
                     note(f"{name} in memory: a copy of steps that the run now repeats, removed")
             if self._remote is not None and Path(place).parent == self._disk.root.absolute():

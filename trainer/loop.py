@@ -12,7 +12,7 @@ from torch.distributed import Store
 
 from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
 from holdfast.parallel.step_phases import StepPhase
-from holdfast.trainer.checkpointing import Checkpoints, Signals
+from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
     PhaseClock,
@@ -23,6 +23,7 @@ from holdfast.trainer.reports import (
     workers_of,
 )
 from holdfast.trainer.run import RunDirectory, locate_log
+from holdfast.trainer.signals import Signals
 from holdfast.trainer.step import AtPhase, Outcome, Training, no_hook, open_training, rate_of
 from holdfast.trainer.worlds import WorldInfo
 

@@ -1,3 +1,6 @@
+from .content import (
+    same_content as same_content,
+)
 from .dtypes import (
     DTYPE_NAMES as DTYPE_NAMES,
     TORCH_DTYPES as TORCH_DTYPES,
@@ -41,9 +44,11 @@ from .names import (
     LATEST as LATEST,
     OWNER as OWNER,
     PARTIAL as PARTIAL,
+    attempt_of as attempt_of,
     name_of as name_of,
     scheme_of as scheme_of,
     step_of as step_of,
+    unfinished_generation as unfinished_generation,
 )
 from .plan_types import (
     HeldBox as HeldBox,

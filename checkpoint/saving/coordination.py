@@ -31,6 +31,10 @@ class Members:
     """The node of each rank; the length is the number of ranks."""
     store: Store
     """The rendezvous store where they meet."""
+    generation: int = 0
+    """The generation of an elastic run that these ranks are."""
+    coordinator: int = 0
+    """The rank that makes the folder of a save and commits."""
 
     @property
     def size(self) -> int:
@@ -59,7 +63,7 @@ class Coordination:
             members: the ranks, with a connection that belongs to this thread.
             name: the name of the save, never used before.
         """
-        self.members = members
+        self.members, self.name = members, name
         self._store = PrefixStore(f"checkpoint/{name}", members.store)
         self.phase = ""
 
@@ -78,7 +82,7 @@ class Coordination:
     @property
     def coordinator(self) -> int:
         """The rank that makes the folder and commits."""
-        return 0
+        return self.members.coordinator
 
     @property
     def is_coordinator(self) -> bool:

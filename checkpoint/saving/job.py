@@ -34,7 +34,8 @@ class SaveJob:
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
-    """Contents of small files of the checkpoint, by name; the coordinator writes them."""
+    """Contents of small files of the checkpoint, by name; the coordinator writes them. Other ranks
+    need not give them."""
     retention: Retention = field(default_factory=Retention)
     """The older checkpoints that stay."""
     pinned: bool = False
@@ -43,7 +44,7 @@ class SaveJob:
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
-    """The result of a save; on the coordinator it has the times of all ranks."""
+    """The result of a save; of a committed one it has the times of all ranks."""
 
     step: int
     tier: str
@@ -53,8 +54,10 @@ class SaveResult:
     bytes: int
     total_s: float
     times: Mapping[int, Mapping[str, float]]
-    """By rank: stall_s, copy_s, write_s, sync_s. Only the coordinator has other ranks' times."""
+    """By rank: stall_s, copy_s, write_s, sync_s."""
     commit_s: float = 0.0
+    note: str = ""
+    """What a person should know of a committed save; see `holdfast.checkpoint.stores.commit`."""
     imbalance: float = 1.0
     """The bytes of the rank that wrote most, over the mean."""
 

@@ -12,14 +12,17 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
+
+import msgspec
 
 from holdfast import _native
 from holdfast.checkpoint.format import (
     PlannedFile,
     SaveFacts,
+    attempt_of,
     build_manifest,
     encode_manifest,
     header_of,
@@ -30,7 +33,7 @@ from holdfast.checkpoint.saving.column_join import join_pieces
 from holdfast.checkpoint.saving.coordination import Coordination
 from holdfast.checkpoint.saving.job import SaveJob, SaveResult
 from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
-from holdfast.checkpoint.stores import commit
+from holdfast.checkpoint.stores import LocalStore, commit
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError
 
@@ -46,6 +49,17 @@ class SaveResources:
     arena: Arena
     join: Communicator | None
     """The tensor-parallel group over CPU tensors, for weights split along columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What the coordinator tells of a committed save."""
+
+    path: str = ""
+    times: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """The times of all ranks."""
+    commit_s: float = 0.0
+    note: str = ""
 
 
 @dataclass(slots=True)
@@ -90,15 +104,16 @@ class Save:
             scalars=job.scalars,
             config=job.config,
         )
-        self._owns_partial = False
-        """Whether this rank has made the folder of the uncommitted checkpoint."""
+        self._store = job.store
+        """The store as this attempt writes to it; set by `_begin`."""
+        self._held = contextlib.ExitStack()
+        """The folder of the uncommitted checkpoint, on the coordinator once it has made it."""
         self._handles: dict[str, int] = {}
         """The engine's handle of each file that is open."""
         self._joined: Mapping[tuple[str, int], int] = {}
         """CRC-32C of the pieces that were joined here, by file and offset."""
         self._seconds = PhaseSeconds()
-        self._times: dict[int, Mapping[str, float]] = {}
-        self._commit_s = 0.0
+        self._end = _End()
 
     @property
     def name(self) -> str:
@@ -128,6 +143,7 @@ class Save:
         if error:
             self.snapshot.abort()
             error = self._release(error)
+        self._held.close()
         return SaveResult(
             step=self.job.step,
             tier=self.job.tier,
@@ -135,9 +151,10 @@ class Save:
             error=error,
             bytes=self.job.plan.bytes,
             total_s=perf_counter() - began,
-            times=self._times or {self.rank: self._own_times()},
-            commit_s=self._commit_s,
+            times=self._end.times or {self.rank: self._own_times()},
+            commit_s=self._end.commit_s,
             imbalance=self.job.plan.imbalance(self.coordination.size),
+            note=self._end.note,
         )
 
     def _release(self, error: str) -> str:
@@ -150,8 +167,6 @@ class Save:
                 self._resources.engine.close_file(handle)
         with contextlib.suppress(CheckpointError):
             self._resources.arena.recover(0.0)
-        if self._owns_partial:
-            self.job.store.discard(self.name)
         return error
 
     def _save(self) -> Path:
@@ -168,6 +183,8 @@ class Save:
         self._seconds.write_s = perf_counter() - began
         self._sync_for_others()
         checksums = self._checksums()
+        # Of a save that was given up, what was copied since then may have changed meanwhile.
+        self.deadline.check()
         coordination.report("written", {"crc32c": checksums, "stall_s": self.snapshot.stall_s})
         coordination.enter("sync")
         began = perf_counter()
@@ -180,14 +197,15 @@ class Save:
             self._resources.engine.close_file(handle)
         self._handles.clear()
         self._seconds.sync_s = perf_counter() - began
+        self.deadline.check()
         coordination.report("header", {"files": headers, "times": self._own_times()})
         coordination.enter("commit")
         if coordination.is_coordinator:
-            self._commit()
-            coordination.report("end", {"path": str(self.job.store.path(self.name))})
+            coordination.report("end", asdict(self._commit()))
         leader = coordination.coordinator
         told = coordination.collect("end", [leader], self.deadline, patience_s=PATIENCE_S)
-        return Path(told[leader]["path"])
+        self._end = msgspec.convert(told[leader], _End, strict=False)
+        return Path(self._end.path)
 
     def _begin(self) -> None:
         """Prepare the folder and the files, and join the pieces that need other ranks' parts."""
@@ -195,13 +213,16 @@ class Save:
         self._resources.arena.recover(self.deadline.left_s)
         leader = coordination.coordinator
         if coordination.is_coordinator:
-            _preflight(job)
-            self._owns_partial = True
-            job.store.begin(self.name)
-            coordination.report("begin", {"id": uuid.uuid4().hex})
+            self._take(uuid.uuid4().hex)
+            self._claim()
+            _preflight(self._store, job)
+            self._held.callback(self._store.discard, self.name)
+            self._store.begin(self.name)
+            self._held.enter_context(self._store.written(self.name))
+            coordination.report("begin", {"id": self._facts.id})
         told = coordination.collect("begin", [leader], self.deadline)
-        self._facts = replace(self._facts, id=told[leader]["id"])
-        folder = job.store.partial(self.name)
+        self._take(told[leader]["id"])
+        folder = self._store.partial(self.name)
         sizes = {f.name: f.bytes for f in job.plan.files if f.pieces and f.lead == self.rank}
         for name in dict.fromkeys(p.file for p in job.plan.written_by(self.rank)):
             self._handles[name] = self._resources.engine.open(
@@ -214,6 +235,25 @@ class Save:
             self._joined = join_pieces(
                 pieces, self.rank, job.source, self._resources.join, self.snapshot
             )
+
+    def _take(self, identity: str) -> None:
+        """Work in the folder of the attempt with this random name."""
+        self._facts = replace(self._facts, id=identity)
+        generation = self.coordination.members.generation
+        attempt = attempt_of(generation, self.coordination.name, identity)
+        self._store = replace(self.job.store, attempt=attempt, generation=generation)
+
+    def _claim(self) -> None:
+        """Raise an exception if this save was given up, on this rank or another."""
+        self.deadline.check()
+        try:
+            reason = self.coordination.failure()
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the other ranks cannot be asked whether it still stands: {error}"
+            ) from error
+        if reason:
+            raise CheckpointError(reason)
 
     def _sync_for_others(self) -> None:
         """Sync the files with a lead on another node, which cannot sync bytes cached here."""
@@ -231,7 +271,7 @@ class Save:
         found[self.rank] = self._checksums()
         plan, facts = self.job.plan, self._facts
         header, crc = header_of(plan, file, found, id=facts.id, step=facts.step)
-        path = self.job.store.partial(self.name) / file.name
+        path = self._store.partial(self.name) / file.name
         descriptor = os.open(path, os.O_WRONLY)
         try:
             os.pwrite(descriptor, header, 0)
@@ -243,20 +283,25 @@ class Save:
             raise CheckpointError(f"{path} has {size} bytes after writing, not {file.bytes}")
         return crc
 
-    def _commit(self) -> None:
+    def _commit(self) -> _End:
         """As the coordinator, commit the checkpoint when every rank has written and synced."""
         job, ranks = self.job, self.coordination.ranks
         written = self.coordination.collect("written", ranks, self.deadline)
         headers = self.coordination.collect("header", ranks, self.deadline)
         began = perf_counter()
-        self._times = {rank: headers[rank]["times"] for rank in ranks}
+        times = {rank: headers[rank]["times"] for rank in ranks}
         crcs = {name: crc for report in headers.values() for name, crc in report["files"].items()}
         checksums = {rank: report["crc32c"] for rank, report in written.items()}
         manifest, small = build_manifest(job.plan, checksums, crcs, self._facts, job.extra_files)
-        content = encode_manifest(manifest)
-        commit(job.store, self.name, content, files=small, retention=job.retention)
-        self._owns_partial = False
-        self._commit_s = perf_counter() - began
+        note = commit(
+            self._store,
+            self.name,
+            encode_manifest(manifest),
+            files=small,
+            retention=job.retention,
+            claim=self._claim,
+        )
+        return _End(str(self._store.path(self.name)), times, perf_counter() - began, note)
 
     def _checksums(self) -> Sequence[int]:
         """CRC-32C of this rank's pieces, in the order of the plan."""
@@ -271,13 +316,16 @@ class Save:
         return asdict(self._seconds)
 
 
-def _preflight(job: SaveJob) -> None:
+def _preflight(store: LocalStore, job: SaveJob) -> None:
     """Refuse a save that the disk lacks room for, before anything is written."""
-    free = job.store.free_bytes()
-    if free < job.plan.bytes:
+    needed, free = job.plan.bytes, store.free_bytes()
+    if free < needed:
+        store.sweep()
+        free = store.free_bytes()
+    if free < needed:
         raise CheckpointError(
-            f"{job.store.root} has {free / 2**30:.2f} GiB free and the checkpoint takes "
-            f"{job.plan.bytes / 2**30:.2f} GiB; free space, or lower checkpoint.keep"
+            f"{store.root} has {free / 2**30:.2f} GiB free and the checkpoint takes "
+            f"{needed / 2**30:.2f} GiB; free space, or lower checkpoint.keep"
         )
 
 

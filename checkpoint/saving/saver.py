@@ -1,7 +1,8 @@
 """The saves of one rank, one at a time, each in a background thread.
 
 A save that fails or is late is given up, with the rank and the phase named. The last checkpoint
-stays as it was.
+stays as it was. Giving up waits for no disk: the thread of the save ends by itself, whenever the
+disk lets it, and removes what it wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from holdfast import _native
 from holdfast.checkpoint.saving.arena import Arena, Deadline
 from holdfast.checkpoint.saving.coordination import Coordination, Members
 from holdfast.checkpoint.saving.job import SaveJob, SaveResult
-from holdfast.checkpoint.saving.save import PATIENCE_S, Save, SaveResources
+from holdfast.checkpoint.saving.save import Save, SaveResources
 from holdfast.checkpoint.saving.snapshot import ALL
 from holdfast.parallel.comm import Communicator
 
@@ -49,6 +50,8 @@ class Saver:
         self._resources = SaveResources(engine, arena, join)
         self._save: Save | None = None
         self._thread: threading.Thread | None = None
+        self._ended, self._over = threading.Event(), threading.Event()
+        """Set once the thread of the save has ended; once it has, or the save was given up."""
         self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._saves = 0
         self._finished: Coordination | None = None
@@ -57,7 +60,7 @@ class Saver:
     @property
     def busy(self) -> bool:
         """Whether a save is under way on this rank."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and not self._ended.is_set()
 
     @property
     def engine(self) -> _native.FileEngine:
@@ -80,6 +83,8 @@ class Saver:
             return
         save = Save(job, coordination, Deadline(self._timeout_s), self._resources)
         self._save = save
+        self._ended.clear()
+        self._over.clear()
         self._thread = threading.Thread(
             target=self._run, args=(save,), name="checkpoint", daemon=True
         )
@@ -90,9 +95,14 @@ class Saver:
         return self._save.snapshot.fence(number) if self._save is not None else ALL
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the save under way, if any, is committed; False when that takes longer."""
+        """Wait until the save under way, if any, has ended.
+
+        Returns:
+            False when that takes longer, or when the save is given up meanwhile and the disk still
+            holds its thread.
+        """
         if self._thread is not None:
-            self._thread.join(timeout_s)
+            self._over.wait(timeout_s)
         return not self.busy
 
     def results(self) -> list[SaveResult]:
@@ -110,25 +120,27 @@ class Saver:
             save.snapshot.abort(reason)
             if join is not None:
                 join.abort(reason)
-
-    def cancel(self, reason: str, patience_s: float = PATIENCE_S) -> None:
-        """Give up the save under way; return once nothing reads the state any more. Local.
-
-        Args:
-            patience_s: how long the thread's end is waited for; a later end comes by itself.
-        """
-        self.abort(reason)
-        if self._thread is not None and self._save is not None:
-            self._save.snapshot.cancel(reason)
-            self._thread.join(patience_s)
+            self._over.set()
 
     def close(self) -> None:
-        """Finish the save under way and release files and memory."""
-        self.wait()
-        self.engine.close()
+        """Finish the save under way and release files and memory.
+
+        A save that was given up, and still waits for its disk, keeps them until it ends.
+        """
+        if self.wait():
+            if self._thread is not None:
+                self._thread.join()
+            self.engine.close()
 
     def _run(self, save: Save) -> None:
         _lower_priority()
+        try:
+            self._results.put(self._result_of(save))
+        finally:
+            self._ended.set()
+            self._over.set()
+
+    def _result_of(self, save: Save) -> SaveResult:
         result = save.run()
         if not result.error:
             # All ranks take part in this save, so they have read all reports of the one before.
@@ -136,7 +148,7 @@ class Saver:
                 if self._finished is not None:
                     self._finished.clear()
             self._finished = save.coordination
-        self._results.put(result)
+        return result
 
 
 def _lower_priority() -> None:

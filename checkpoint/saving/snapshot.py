@@ -112,7 +112,7 @@ class Snapshot:
             if prepare is not None:
                 prepare()
         except Exception as error:
-            self.error = error
+            self.error = self.error or error
             raise
         finally:
             self._opened.set()
@@ -170,12 +170,6 @@ class Snapshot:
         self.error = self.error or (CheckpointError(reason) if reason else Cancelled())
         self._deadline.cancelled = True
         self._opened.set()
-
-    def cancel(self, reason: str = "") -> None:
-        """Give the save up; return once nothing reads the state any more."""
-        self.abort(reason)
-        with self._lock:
-            pass
 
     def _behind(self, number: int) -> bool:
         item = self._cursor.item

@@ -12,6 +12,7 @@ from .protocol import (
     Retention as Retention,
     StoredCheckpoint as StoredCheckpoint,
     commit as commit,
+    has_content as has_content,
     newest as newest,
     readable as readable,
 )

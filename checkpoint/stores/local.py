@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,21 +18,29 @@ from holdfast.checkpoint.format import (
     Manifest,
     decode_manifest,
     step_of,
+    unfinished_generation,
 )
 from holdfast.checkpoint.loading import FolderReader
 from holdfast.checkpoint.stores.durable import free_bytes, set_aside, sync, write_synced
+from holdfast.checkpoint.stores.protocol import superfluous
 from holdfast.parallel.errors import CheckpointError
 
-_UNFINISHED = re.compile(r"step-\d{8,}(\.replaced)?\.partial")
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_FRESH = f".{LATEST}."
+"""The beginning of the name of `latest` until it is whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
-    """Checkpoints in subfolders of `root`. A new one is first written to `step-N.partial`."""
+    """Checkpoints in subfolders of `root`. A new one is first written to `step-N.ATTEMPT.partial`.
+
+    Attempts to save never share a folder, so a save that was given up touches no other's files.
+    """
 
     root: Path
+    attempt: str = ""
+    """The name of the attempt that writes; see `holdfast.checkpoint.format.attempt_of`."""
+    generation: int = 0
+    """The generation that the attempt belongs to; attempts of earlier ones were given up."""
 
     def path(self, name: str) -> Path:
         """The folder of a checkpoint."""
@@ -41,7 +48,8 @@ class LocalStore:
 
     def partial(self, name: str) -> Path:
         """The folder that holds the files of a checkpoint until the commit."""
-        return self.root / f"{name}{PARTIAL}"
+        attempt = f".{self.attempt}" if self.attempt else ""
+        return self.root / f"{name}{attempt}{PARTIAL}"
 
     def place_of(self, name: str) -> str:
         return str(self.path(name))
@@ -94,9 +102,19 @@ class LocalStore:
 
     def begin(self, name: str) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self._leftovers():
-            remove_entry(leftover)
         self.partial(name).mkdir()
+
+    @contextlib.contextmanager
+    def written(self, name: str) -> Iterator[None]:
+        """Have `sweep` leave the folder of a checkpoint that this process writes during the block.
+
+        The lock lies on the file that becomes the manifest, and ends with the process. Where the
+        file system has no locks, only the names of attempts keep folders apart.
+        """
+        with (self.partial(name) / MANIFEST).open("ab") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def put(self, source: Path, name: str, file: str) -> None:
         target = self.partial(name) / file
@@ -111,23 +129,24 @@ class LocalStore:
         with contextlib.suppress(OSError):
             remove_entry(self.partial(name))
 
-    def publish(self, name: str, manifest: bytes) -> None:
+    def publish(self, name: str, manifest: bytes, claim: Callable[[], None] = lambda: None) -> None:
         partial, final = self.partial(name), self.path(name)
         write_synced(partial / MANIFEST, manifest)
         sync(partial)
-        if os.path.lexists(final) and not self.has(name):
-            self.set_aside(name)
-        if not os.path.lexists(final):
+        claim()
+        if os.path.lexists(final):
+            raise FileExistsError(f"{final} is there already")
+        try:
+            # Of a folder that came meanwhile: rename never replaces one that is not empty.
             partial.rename(final)
-        elif _exchange(partial, final):
-            sync(self.root)
-            remove_entry(partial)
-        else:
-            replaced = self._removed(name)
-            final.rename(replaced)
-            partial.rename(final)
-            remove_entry(replaced)
+        except OSError as error:
+            if os.path.lexists(final):
+                raise FileExistsError(f"{final} is there already") from error
+            raise
         sync(self.root)
+
+    def set_aside(self, name: str) -> str:
+        return set_aside(self.path(name)).name
 
     def point_latest(self, name: str) -> None:
         self._replace(LATEST, f"{name}\n".encode())
@@ -146,49 +165,58 @@ class LocalStore:
         self._replace(OWNER, content)
 
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
-        if keep < 1:
-            return []
-        removed = [name for name in self.names()[:-keep] if name not in protected]
+        removed = superfluous(self, keep, protected)
+        self.sweep()
         for name in removed:
-            self.path(name).rename(self._removed(name))
-            remove_entry(self._removed(name))
+            folder = self.path(name)
+            folder.rename(folder.with_name(f"{name}.removed{PARTIAL}"))
+        self.sweep()
         return removed
 
-    def set_aside(self, name: str) -> Path:
-        """Rename a folder with a checkpoint's name, whose files stay. Returns the new name."""
-        return set_aside(self.path(name))
+    def sweep(self) -> None:
+        """Remove the folders of saves and removals that did not finish and no process works on."""
+        for path in self.root.iterdir() if self.root.exists() else ():
+            generation = unfinished_generation(path.name)
+            given_up = generation is not None and 0 <= generation < self.generation
+            if generation is None and not path.name.startswith(_FRESH):
+                continue
+            if given_up or not _is_written(path):
+                # Its writer may still add to it; the next sweep removes the rest.
+                with contextlib.suppress(OSError):
+                    remove_entry(path)
 
     def free_bytes(self) -> int:
         """The bytes an ordinary user may still write here."""
         return free_bytes(self.root)
 
     def _replace(self, file: str, content: bytes) -> None:
-        fresh = self.root / f".{file}{PARTIAL}"
+        attempt = f".{self.attempt}" if self.attempt else ""
+        fresh = self.root / f".{file}{attempt}{PARTIAL}"
         write_synced(fresh, content)
         fresh.replace(self.root / file)
         sync(self.root)
 
-    def _removed(self, name: str) -> Path:
-        """The name of a checkpoint's folder while it is removed."""
-        return self.root / f"{name}.replaced{PARTIAL}"
-
-    def _leftovers(self) -> Iterator[Path]:
-        """The folders of saves or removals that did not finish."""
-        return (path for path in self.root.iterdir() if _UNFINISHED.fullmatch(path.name))
-
 
 def remove_entry(path: Path) -> None:
-    """Remove a folder with its content. Of a link, only the link: its target is not ours."""
-    if path.is_symlink():
-        path.unlink()
-    else:
+    """Remove a file, or a folder with its content. Of a link, only the link goes."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; False where the filesystem cannot do that."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:
+def _is_written(folder: Path) -> bool:
+    """Whether a live process writes a checkpoint to this folder; see `LocalStore.written`."""
+    try:
+        descriptor = os.open(folder / MANIFEST, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
         return False
-    paths = os.fsencode(first), os.fsencode(second)
-    return rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False

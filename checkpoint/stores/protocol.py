@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from holdfast.checkpoint.format import Manifest
+from holdfast.checkpoint.format import Manifest, decode_manifest, same_content
 from holdfast.checkpoint.loading import ByteReader
 from holdfast.parallel.errors import CheckpointError
+
+logger = logging.getLogger("holdfast.checkpoint")
+
+
+Claim = Callable[[], None]
+"""Raises an exception if the save that calls it was given up."""
 
 
 class CheckpointStore(Protocol):
     """A folder of checkpoints, on a disk or behind a URL. Every call is local.
 
-    One process at a time writes to it. A folder without a manifest is not a checkpoint. Reading
-    raises CheckpointError; writing raises OSError or an error of the store's driver.
+    A committed checkpoint is never written again. A folder without a manifest is not a checkpoint.
+    Reading raises CheckpointError; writing raises OSError or an error of the store's driver.
     """
 
     def place_of(self, name: str) -> str:
@@ -51,9 +58,8 @@ class CheckpointStore(Protocol):
     def begin(self, name: str) -> None:
         """Prepare for a new checkpoint.
 
-        A store that one save writes removes leftovers of others, which bear names of their own: a
-        folder with a checkpoint's name stays, with or without a manifest. A store that is uploaded
-        to keeps the files that an earlier upload of the same checkpoint has sent.
+        A local store has a folder of its own for each attempt. A store that is uploaded to keeps
+        the files that an earlier upload of the same checkpoint has sent.
         """
         ...
 
@@ -65,8 +71,22 @@ class CheckpointStore(Protocol):
         """Write a small file into a checkpoint that is not committed yet."""
         ...
 
-    def publish(self, name: str, manifest: bytes) -> None:
-        """Write the manifest, which turns the written files into a checkpoint at one instant."""
+    def discard(self, name: str) -> None:
+        """Remove the written files of a checkpoint that is not needed."""
+        ...
+
+    def publish(self, name: str, manifest: bytes, claim: Claim) -> None:
+        """Turn the written files and the manifest into a checkpoint at one instant.
+
+        Args:
+            claim: called when all is synced, just before that instant.
+        Raises:
+            FileExistsError: there is something of this name already; it stays as it was.
+        """
+        ...
+
+    def set_aside(self, name: str) -> str:
+        """Rename a checkpoint, or what bears its name; its files stay. Returns the new name."""
         ...
 
     def point_latest(self, name: str) -> None:
@@ -74,10 +94,10 @@ class CheckpointStore(Protocol):
         ...
 
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
-        """Remove all checkpoints but the newest `keep` and `protected`. Returns their names.
+        """Remove the checkpoints that `superfluous` names. Returns their names.
 
         A checkpoint loses its name or its manifest first, so that a half-removed folder is not
-        taken for one.
+        taken for one. Leftovers of dead saves go as well.
         """
         ...
 
@@ -107,25 +127,81 @@ def commit(
     *,
     files: Mapping[str, bytes] | None = None,
     retention: Retention = Retention(),
-) -> None:
+    claim: Claim = lambda: None,
+) -> str:
     """Make a checkpoint of the files that were written to `name`.
 
     A crash at any instant leaves the old state or the new one, because of the order: every file is
     there and synced before the manifest, the manifest is written before `latest`, and nothing is
-    removed before `latest` names its replacement.
+    removed before `latest` names its replacement. A checkpoint of this name that is there already
+    stays if it has the same content, and is set aside if it has other content.
 
     Args:
         manifest: the bytes of manifest.json.
         files: contents of small files that are not written yet, by name.
         retention: the older checkpoints that stay.
+        claim: asked before and after the checkpoint appears. A save that was given up meanwhile
+            publishes nothing, or at least touches nothing else.
+    Returns:
+        A note for a person if a checkpoint was set aside; else empty.
     """
     for file, content in (files or {}).items():
         store.write(name, file, content)
-    store.publish(name, manifest)
+    note = ""
+    while True:
+        try:
+            store.publish(name, manifest, claim)
+            break
+        except FileExistsError:
+            claim()
+            if has_content(store, name, manifest):
+                store.discard(name)
+                break
+            note = f"{store.place_of(name)} had other content, and is {store.set_aside(name)} now"
+            logger.warning("%s", note)
+    claim()
     store.point_latest(name)
     # The checkpoint stands; the next commit removes what could not be removed now.
     with contextlib.suppress(OSError):
-        store.retain(retention.keep, retention.protected())
+        store.retain(retention.keep, {name, *retention.protected()})
+    return note
+
+
+def has_content(store: CheckpointStore, name: str, manifest: bytes) -> bool:
+    """Whether a whole checkpoint of this name and of the manifest's content is there."""
+    if not (store.has(name) and is_whole(store, name)):
+        return False
+    return same_content(store.manifest(name), decode_manifest(manifest, name))
+
+
+def is_whole(store: CheckpointStore, name: str) -> bool:
+    """Whether a checkpoint has a readable manifest and all files in their sizes.
+
+    Contents are not read; see `holdfast.checkpoint.tools.verify_checkpoint`.
+    """
+    try:
+        manifest, sizes = store.manifest(name), store.files(name)
+    except CheckpointError:
+        return False
+    return all(sizes.get(file) == entry.bytes for file, entry in manifest.files.items())
+
+
+def superfluous(store: CheckpointStore, keep: int, protected: Collection[str]) -> list[str]:
+    """The checkpoints that may go, oldest first: those older than `keep` that are whole.
+
+    Args:
+        keep: 0: none may go.
+        protected: the names of others that stay.
+    """
+    names = store.names()
+    found: list[str] = []
+    whole = 0
+    for name in reversed(names if 0 < keep < len(names) else []):
+        if whole < keep:
+            whole += is_whole(store, name)
+        elif name not in protected:
+            found.append(name)
+    return found[::-1]
 
 
 def readable(store: CheckpointStore) -> Iterator[tuple[str, Manifest]]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from holdfast.checkpoint.format import LATEST, MANIFEST, OWNER, Manifest, decode_manifest, step_of
 from holdfast.checkpoint.loading import RemoteReader
+from holdfast.checkpoint.stores.protocol import superfluous
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
 _PART_BYTES = 16 << 20
@@ -97,8 +98,32 @@ class FsspecStore:
     def write(self, name: str, file: str, content: bytes) -> None:
         self._filesystem.pipe_file(f"{self._object(name)}/{file}", content)
 
-    def publish(self, name: str, manifest: bytes) -> None:
+    def discard(self, name: str) -> None:
+        """Remove the files of a checkpoint that was not committed; of a committed one, none."""
+        if not self.has(name):
+            self._filesystem.rm(self._object(name), recursive=True)
+
+    def publish(self, name: str, manifest: bytes, claim: Callable[[], None]) -> None:
+        claim()
+        if self.has(name):
+            raise FileExistsError(f"{self.place_of(name)} is there already")
         self.write(name, MANIFEST, manifest)
+
+    def set_aside(self, name: str) -> str:
+        free = wanted = f"superseded-{name}"
+        number = 1
+        while self._filesystem.exists(self._object(free)):
+            number += 1
+            free = f"{wanted}-{number}"
+        self.begin(free)
+        # Stores of objects cannot rename a folder. The manifest arrives last and goes first, so
+        # that what is half copied, or half removed, is no checkpoint.
+        for file in sorted(self.files(name), key=lambda file: file == MANIFEST):
+            source, target = (f"{self._object(place)}/{file}" for place in (name, free))
+            self._filesystem.copy(source, target)
+        self._filesystem.rm_file(f"{self._object(name)}/{MANIFEST}")
+        self._filesystem.rm(self._object(name), recursive=True)
+        return free
 
     def point_latest(self, name: str) -> None:
         self._filesystem.pipe_file(self._object(LATEST), f"{name}\n".encode())
@@ -111,9 +136,7 @@ class FsspecStore:
         self._filesystem.pipe_file(self._object(OWNER), content)
 
     def retain(self, keep: int, protected: Collection[str] = ()) -> list[str]:
-        if keep < 1:
-            return []
-        removed = [name for name in self.names()[:-keep] if name not in protected]
+        removed = superfluous(self, keep, protected)
         for name in removed:
             self._filesystem.rm_file(f"{self._object(name)}/{MANIFEST}")
             self._filesystem.rm(self._object(name), recursive=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
-from holdfast.checkpoint.format import MANIFEST, step_of
+from holdfast.checkpoint.format import MANIFEST, attempt_of, step_of
 from holdfast.checkpoint.stores import LocalStore, commit, newest
 from holdfast.checkpoint.tools import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
@@ -19,7 +20,7 @@ def flush(memory: Path, disk: Path) -> Path | None:
         CheckpointError: the copy in memory is damaged, or the disk lacks room for it.
         OSError: the disk failed.
     """
-    source, target = LocalStore(memory), LocalStore(disk)
+    source, target = LocalStore(memory), LocalStore(disk, attempt_of(0, 0, uuid.uuid4().hex))
     name = newest(source)
     if name is None:
         return None
@@ -34,7 +35,11 @@ def flush(memory: Path, disk: Path) -> Path | None:
     if free < manifest.bytes:
         raise CheckpointError(f"{disk} has {free} bytes free, and {manifest.bytes} are needed")
     target.begin(name)
-    for file in manifest.files:
-        target.put(source.path(name) / file, name, file)
-    commit(target, name, (source.path(name) / MANIFEST).read_bytes())
+    try:
+        with target.written(name):
+            for file in manifest.files:
+                target.put(source.path(name) / file, name, file)
+            commit(target, name, (source.path(name) / MANIFEST).read_bytes())
+    finally:
+        target.discard(name)
     return target.path(name)

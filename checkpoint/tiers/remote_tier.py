@@ -40,7 +40,7 @@ class RemoteTier:
         self._every, self._keep = every, keep
         self._commits = 0
         self._sent: set[tuple[str, str]] = set()
-        """(checkpoint, file) that this rank has sent."""
+        """(id of a checkpoint, file) that this rank has sent."""
         self._uploader: Uploader | None = None
 
     @property

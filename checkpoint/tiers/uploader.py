@@ -17,7 +17,13 @@ from time import perf_counter
 
 from holdfast.checkpoint.format import MANIFEST, step_of
 from holdfast.checkpoint.saving import Cancelled, Coordination, Deadline, Members
-from holdfast.checkpoint.stores import CheckpointStore, Retention, commit, read_manifest
+from holdfast.checkpoint.stores import (
+    CheckpointStore,
+    Retention,
+    commit,
+    has_content,
+    read_manifest,
+)
 from holdfast.parallel.errors import CheckpointError
 
 logger = logging.getLogger("holdfast.checkpoint")
@@ -56,8 +62,8 @@ class Uploader:
             target: the store; it keeps the files of an upload that earlier ranks had begun.
             keep: the number of newest checkpoints that stay there; 0: all.
             timeout_s: the time after which an upload is given up.
-            sent: (checkpoint, file) pairs that this rank has sent before and need not send again;
-                the uploader adds to it.
+            sent: (id of a checkpoint, file) pairs that this rank has sent before and need not send
+                again; the uploader adds to it.
         """
         self._target = target
         self._members = members.with_own_connection()
@@ -154,27 +160,55 @@ class Uploader:
         self._deadline = deadline = Deadline(self._timeout_s)
         deadline.cancelled = self._is_aborted
         target, name = self._target, checkpoint.name
-        place = target.place_of(name)
-        manifest = read_manifest(checkpoint)
+        manifest, content = read_manifest(checkpoint), (checkpoint / MANIFEST).read_bytes()
         coordination.enter("upload")
         if coordination.is_coordinator:
-            retry(lambda: target.begin(name), place, deadline)
-            coordination.report("begin", {})
-        coordination.collect("begin", [coordination.coordinator], deadline)
+            there = self._prepare(name, content, deadline)
+            coordination.report("begin", {"id": manifest.id, "there": there})
+        leader = coordination.coordinator
+        told = coordination.collect("begin", [leader], deadline)[leader]
+        if told["id"] != manifest.id:
+            raise CheckpointError(f"{checkpoint} was replaced while its upload began")
         sizes = {file: entry.bytes for file, entry in manifest.files.items()}
         for file in share_of(sizes, self._members.rank, self._members.size):
-            if (name, file) not in self._sent:
+            if not told["there"] and (manifest.id, file) not in self._sent:
                 upload_file(target, checkpoint / file, name, file, deadline)
-                self._sent.add((name, file))
+                self._sent.add((manifest.id, file))
         coordination.report("header", {})
         if coordination.is_coordinator:
             coordination.collect("header", coordination.ranks, deadline)
-            content = (checkpoint / MANIFEST).read_bytes()
-            retention = Retention(self._keep)
-            retry(lambda: commit(target, name, content, retention=retention), place, deadline)
+            self._commit(name, content, deadline)
             coordination.report("end", {})
-        coordination.collect("end", [coordination.coordinator], deadline)
+        coordination.collect("end", [leader], deadline)
         return sum(sizes.values())
+
+    def _prepare(self, name: str, manifest: bytes, deadline: Deadline) -> bool:
+        """Prepare the store for a checkpoint. Returns whether its content is there already.
+
+        A committed checkpoint with other content is set aside before a file of it is replaced.
+        """
+        target, there = self._target, False
+
+        def prepare() -> None:
+            nonlocal there
+            there = has_content(target, name, manifest)
+            if not there and target.has(name):
+                place = target.place_of(name)
+                logger.warning("%s had other content, and is %s now", place, target.set_aside(name))
+            target.begin(name)
+
+        retry(prepare, target.place_of(name), deadline)
+        return there
+
+    def _commit(self, name: str, manifest: bytes, deadline: Deadline) -> None:
+        def claim() -> None:
+            if deadline.cancelled:
+                raise Cancelled
+
+        def attempt() -> None:
+            commit(self._target, name, manifest, retention=Retention(self._keep), claim=claim)
+
+        retry(attempt, self._target.place_of(name), deadline)
 
 
 def upload_file(

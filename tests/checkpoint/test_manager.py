@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +88,13 @@ def _save(ranks: Ranks, folder: Path, step: int) -> None:
     assert all(ranks.all(lambda rank, manager: manager.finish()))
 
 
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_two_ranks_save_what_they_have_and_load_what_they_want(
     ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -120,7 +129,7 @@ def test_a_rank_that_aborts_costs_the_checkpoint_on_all_and_the_next_one_works(
     ranks.managers[0].save(_job(tmp_path, 2))
     ranks.managers[0].abort("the ranks change")
     assert ranks.managers[0].fence(0) == ALL
-    assert ranks.managers[0].wait(30), "it needs rank 1, and waits for it no longer"
+    _wait_for(lambda: not ranks.managers[0].busy)  # it needs rank 1, and waits for it no longer
     ranks.managers[1].save(_job(tmp_path, 2))
     assert all(ranks.all(lambda rank, manager: manager.finish()))
     for manager in ranks.managers:
@@ -132,16 +141,47 @@ def test_a_rank_that_aborts_costs_the_checkpoint_on_all_and_the_next_one_works(
     assert LocalStore(tmp_path).names() == ["step-00000001", "step-00000003"]
 
 
-def test_after_a_cancel_the_state_is_read_no_more(ranks: Ranks, tmp_path: Path) -> None:
-    """Rank 1 never takes part, so the save of rank 0 cannot end by itself."""
+def test_giving_up_a_save_waits_for_no_disk(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer holds the thread of the save, and nothing else."""
+    syncing, go_on = threading.Event(), threading.Event()
+    sync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        syncing.set()
+        assert go_on.wait(30)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    ranks.all(lambda rank, manager: manager.save(_job(tmp_path, 1)))
+    assert syncing.wait(30)
+    began = time.monotonic()
+    for manager in ranks.managers:
+        manager.abort("rank 2 is lost")
+        assert manager.fence(0) == ALL
+        assert not manager.wait(30), "the thread is still there, and is not waited for"
+    assert time.monotonic() - began < 5
+    go_on.set()
+    for manager in ranks.managers:
+        _wait_for(lambda manager=manager: not manager.busy)
+        [result] = manager.results()
+        assert "rank 2 is lost" in result.error
+    assert not list(tmp_path.iterdir()), "what it wrote is removed"
+
+
+def test_a_wait_for_a_save_ends_when_the_save_is_given_up(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: go_on.wait(30))
     first = ranks.managers[0]
-    first.save(_job(tmp_path, 1))
-    assert first.busy
-    first.cancel("its peer is gone")
-    assert not first.busy
-    [result] = first.results()
-    assert "its peer is gone" in result.error
-    assert not LocalStore(tmp_path).names()
+    ranks.all(lambda rank, manager: manager.save(_job(tmp_path, 1)))
+    threading.Timer(0.1, first.abort, ("rank 2 is lost",)).start()
+    began = time.monotonic()
+    assert not first.finish()
+    assert time.monotonic() - began < 20
+    go_on.set()
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:

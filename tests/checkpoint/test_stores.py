@@ -6,7 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,8 +285,19 @@ class DictStore:
     def write(self, name: str, file: str, content: bytes) -> None:
         self._objects[name][file] = content
 
-    def publish(self, name: str, manifest: bytes) -> None:
+    def discard(self, name: str) -> None:
+        if not self.has(name):
+            del self._objects[name]
+
+    def publish(self, name: str, manifest: bytes, claim: Callable[[], None]) -> None:
+        claim()
+        if self.has(name):
+            raise FileExistsError(name)
         self.write(name, MANIFEST, manifest)
+
+    def set_aside(self, name: str) -> str:
+        self._objects[f"superseded-{name}"] = self._objects.pop(name)
+        return f"superseded-{name}"
 
     def point_latest(self, name: str) -> None:
         self._objects["latest"] = {"": name.encode()}

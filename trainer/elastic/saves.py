@@ -11,11 +11,12 @@ import msgspec
 from torch.distributed import Store
 
 from holdfast.elastic import Generation, Membership, WorkerSpec
-from holdfast.trainer.checkpointing import Checkpoints, Signals
+from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.run import Resume, RunDirectory, checkpoint_root, find_resume, set_aside_newer
+from holdfast.trainer.signals import Signals
 from holdfast.trainer.step import Training
 from holdfast.trainer.worlds import WorldInfo
 
@@ -101,11 +102,11 @@ class ElasticSaves:
 
     def go_on(
         self, training: Training, change: CompletedChange
-    ) -> tuple[Checkpoints, Checkpoints | None, Sequence[str]]:
+    ) -> tuple[Checkpoints, Sequence[str]]:
         """Make the checkpoints of the newly activated training current.
 
         Returns:
-            The current checkpoints, the earlier ones if any, and notes on a load.
+            The current checkpoints, and notes on a load.
         """
         found, self._loaded = self._loaded, None
         loaded = found is not None and found[0] is training
@@ -113,10 +114,9 @@ class ElasticSaves:
             following = found[1]
         else:
             following = self._checkpoints_of(training, change.after, self._run)
-        before = self._current
-        following.take_over(before if change.from_checkpoint is None else None)
+        following.take_over(self._current, continued=change.from_checkpoint is None)
         self._current = following
-        return following, before, self._notes if loaded else ()
+        return following, self._notes if loaded else ()
 
     def _checkpoints_of(
         self, training: Training, generation: Generation, run: RunDirectory

@@ -120,7 +120,7 @@ class ElasticSession:
         """Continue with the training that a change has activated. Local."""
         self._training, self._clock, self._digest = training, PhaseClock(), ""
         locate_log(lambda: place_of(training))
-        following, before, notes = self._saves.go_on(training, change)
+        following, notes = self._saves.go_on(training, change)
         world = world_of(change.after, self._spec)
         if self._reporter is None:
             # The last step may be missing in the records; this rank writes it if it is the lowest.
@@ -131,8 +131,7 @@ class ElasticSession:
         self._reporter.change(training, world)
         if change.from_checkpoint is not None:
             self._reporter.resumed(training.progress.decided, following.loaded, notes)
-        if before is not None:
-            self._reporter.checkpoints(before.results())
+        self._reporter.checkpoints(following.results())
         self._heard = self._membership.drain_events()
         self._faults.at(training.progress.decided + 1, "change")
 

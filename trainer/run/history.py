@@ -118,7 +118,7 @@ def set_aside_history(run: RunDirectory, config: RunConfig) -> tuple[str, ...]:
         # A folder that the run was given, or that was moved to another disk, keeps its place.
         inside = folder.parent == run.root and not folder.is_symlink()
         moved += [set_aside(folder)] if inside else set_aside_newer(folder, -1)
-    names = ", ".join(path.name for path in moved)
+    names = ", ".join(moved)
     return (f"the run starts over; what was here is kept as {names}",) if moved else ()
 
 

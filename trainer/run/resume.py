@@ -141,7 +141,7 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def set_aside_newer(root: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, because the run takes another course from there."""
+def set_aside_newer(root: Path, step: int) -> list[str]:
+    """Rename the checkpoints after `step`: the run takes another course. Returns the new names."""
     store = LocalStore(root)
     return [store.set_aside(name) for name in store.folders() if (step_of(name) or 0) > step]

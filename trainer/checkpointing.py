@@ -25,6 +25,7 @@ from holdfast.parallel.comm import Communicator, separate_group
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.run import (
     RunDirectory,
+    Signals,
     checkpoint_root,
     forget_newer,
     has_state,
@@ -32,7 +33,6 @@ from holdfast.trainer.run import (
     set_aside_newer,
 )
 from holdfast.trainer.save_policy import SaveDecision, SavePolicy
-from holdfast.trainer.signals import Signals
 from holdfast.trainer.step import (
     Outcome,
     Requests,

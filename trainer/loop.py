@@ -22,8 +22,7 @@ from holdfast.trainer.reports import (
     trace,
     workers_of,
 )
-from holdfast.trainer.run import RunDirectory, locate_log
-from holdfast.trainer.signals import Signals
+from holdfast.trainer.run import RunDirectory, Signals, locate_log
 from holdfast.trainer.step import AtPhase, Outcome, Training, no_hook, open_training, rate_of
 from holdfast.trainer.worlds import WorldInfo
 

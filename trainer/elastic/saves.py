@@ -15,8 +15,14 @@ from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.elastic.recovery import CompletedChange
-from holdfast.trainer.run import Resume, RunDirectory, checkpoint_root, find_resume, set_aside_newer
-from holdfast.trainer.signals import Signals
+from holdfast.trainer.run import (
+    Resume,
+    RunDirectory,
+    Signals,
+    checkpoint_root,
+    find_resume,
+    set_aside_newer,
+)
 from holdfast.trainer.step import Training
 from holdfast.trainer.worlds import WorldInfo
 

@@ -30,6 +30,9 @@ from .run_directory import (
     read_error as read_error,
     write_error as write_error,
 )
+from .signals import (
+    Signals as Signals,
+)
 from .throughput import (
     Throughput as Throughput,
     assumed as assumed,

@@ -109,7 +109,7 @@ def set_aside_history(run: RunDirectory, config: RunConfig) -> tuple[str, ...]:
     """Rename the records and checkpoints of a run that starts over. Returns notes on them."""
     run.journal.unlink(missing_ok=True)
     moved = [
-        set_aside(path)
+        set_aside(path).name
         for path in (run.metrics, run.events)
         if path.exists() and path.stat().st_size > 0
     ]
@@ -117,7 +117,7 @@ def set_aside_history(run: RunDirectory, config: RunConfig) -> tuple[str, ...]:
     if LocalStore(folder).folders():
         # A folder that the run was given, or that was moved to another disk, keeps its place.
         inside = folder.parent == run.root and not folder.is_symlink()
-        moved += [set_aside(folder)] if inside else set_aside_newer(folder, -1)
+        moved += [set_aside(folder).name] if inside else set_aside_newer(folder, -1)
     names = ", ".join(moved)
     return (f"the run starts over; what was here is kept as {names}",) if moved else ()
 

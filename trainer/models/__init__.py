@@ -1,6 +1,6 @@
 """Models as layers for a plan: the registry of families and the chunk builder.
 
-One folder per family. May import parallel.
+One folder per family. May import parallel and checkpoint.model_config.
 """
 
 import lazy_loader

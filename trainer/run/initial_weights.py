@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.format import WEIGHT, Manifest
-from holdfast.parallel.errors import ConfigError
+from holdfast.checkpoint.format import WEIGHT, Manifest, scheme_of
+from holdfast.checkpoint.model_config import read_config
+from holdfast.checkpoint.stores import find_checkpoint
+from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.models import family_of
+from holdfast.trainer.models import family_of, layer_specs
 from holdfast.trainer.step import state_format
 
 
@@ -36,8 +37,8 @@ def check_converted(
     Args:
         where: the checkpoint's folder or URL; config.json is read where it is a folder.
     Raises:
-        ConfigError: the weights have another precision than train.precision, or config.json
-            describes another model and `allow_change` is false.
+        ConfigError: the weights have another precision than train.precision, are not those of
+            the model, or config.json describes another model and `allow_change` is false.
     """
     precision = config.train.precision
     wanted = PRECISIONS[precision].stored
@@ -48,17 +49,15 @@ def check_converted(
                 f"{where}: {name} is {entry.dtype}, and train.precision = {precision!r} needs "
                 f"{wanted}; convert it with --dtype {precision}, or change train.precision"
             )
-    changed = [
-        f"model.{key} = {mine!r} (its config.json has {theirs!r})"
-        for key, theirs, mine in family_of(config.model.family).differences(
-            config.model, _described(where)
-        )
-    ]
+    described = _described(manifest, where)
+    changed = (
+        []
+        if described is None
+        else list(family_of(config.model.family).differences(config.model, described))
+    )
     if changed and not allow_change:
-        raise ConfigError(
-            f"{where} is of another model: {'; '.join(changed)}; change [model], or go on all "
-            "the same with --allow-change"
-        )
+        raise ConfigError(f"{where}: {'; '.join(changed)}; change [model] or give --allow-change")
+    check_tensors(manifest, config, where)
     notes = [f"differs from the model that was converted: {line}" for line in changed]
     if has_state(manifest, state_format(config)):
         first = (
@@ -73,10 +72,55 @@ def check_converted(
     return (first, *notes)
 
 
-def _described(where: str) -> dict[str, Any]:
-    """The config.json of a folder; empty if it cannot be read."""
+def check_tensors(manifest: Manifest, config: RunConfig, where: str) -> None:
+    """Check that a checkpoint's weights are those of the model, by name and shape.
+
+    Raises:
+        ConfigError: a weight is missing, has another shape, or has no place in the model.
+    """
+    layers = layer_specs(
+        config.model,
+        tensor=1,
+        sequence_parallel=False,
+        seq_len=1,
+        micro_batch=1,
+        precision=config.train.precision,
+        recompute="none",
+    )
+    wanted = {row.name: tuple(row.shape) for layer in layers for row in layer.parameters[0]}
+    found = {n: tuple(e.shape) for n, e in manifest.tensors.items() if e.kind == WEIGHT}
+    problems = [
+        (name, f"{list(found[name])}, and the model's is {list(shape)}")
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    problems += [(name, "missing, and the model has it") for name in wanted if name not in found]
+    problems += [(name, "of no use to the model") for name in found if name not in wanted]
+    if problems:
+        shown = "; ".join(f"{name} is {what}" for name, what in problems[:3])
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ConfigError(
+            f"{where} does not hold the weights of [model]: {shown}{more}; change [model] to what "
+            "the checkpoint has (--allow-change is for settings, not for weights)"
+        )
+
+
+def _described(manifest: Manifest, where: str) -> dict[str, Any] | None:
+    """The keys of the config.json in a checkpoint; None if it has no such file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a JSON object.
+    """
+    path = Path(where) / "config.json"
     try:
-        found = json.loads((Path(where) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        if not scheme_of(where):
+            return read_config(path.read_bytes()) if path.is_file() else None
+        if "config.json" not in manifest.files:
+            return None
+        reader = find_checkpoint(where).reader()
+        try:
+            return read_config(reader.read_file("config.json"))
+        finally:
+            reader.close()
+    except (OSError, ValueError, CheckpointError) as error:
+        raise ConfigError(f"{where}: config.json cannot be read: {error}") from error

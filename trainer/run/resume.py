@@ -15,7 +15,12 @@ from holdfast.checkpoint.format import Manifest, scheme_of, step_of
 from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.run.initial_weights import check_converted, has_state, is_converted
+from holdfast.trainer.run.initial_weights import (
+    check_converted,
+    check_tensors,
+    has_state,
+    is_converted,
+)
 from holdfast.trainer.run.memory_copies import memory_root
 from holdfast.trainer.step import state_format
 
@@ -99,7 +104,8 @@ def check_same_run(
     """Compare a configuration with that of a checkpoint. Returns notes on harmless changes.
 
     Raises:
-        ConfigError: keys that must not change differ, and `allow_change` is false.
+        ConfigError: keys that must not change differ and `allow_change` is false, or the
+            checkpoint's weights are not those of the model.
     """
     if is_converted(manifest):
         return check_converted(manifest, config, where, allow_change=allow_change)
@@ -111,6 +117,8 @@ def check_same_run(
             f"{where} is of another run: {'; '.join(changed)}; change it back, start over with "
             "--resume none, or go on all the same with --allow-change"
         )
+    if any(key.startswith("model.") for key, _, _ in differing):
+        check_tensors(manifest, config, where)
     notes = [f"changed since the checkpoint: {line}" for line in changed]
     for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
         notes.append(f"changed since the checkpoint: {key} = {mine!r} (was {its!r})")

@@ -183,10 +183,30 @@ def test_what_megatron_does_not_have_is_named(tmp_path: Path) -> None:
     assert_equal(weights_of(tmp_path / "again"), weights)
 
 
-def test_what_arguments_cannot_say_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_theta", 10000.5),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("model_type", "granite"),
+        ("logits_scaling", 8.0),
+        ("quantization_config", {"quant_method": "gptq"}),
+    ],
+)
+def test_a_setting_without_an_argument_is_refused_by_its_name(
+    tmp_path: Path, key: str, value: Any
+) -> None:
     make_model("Llama", tmp_path / "hf")
     described = json.loads((tmp_path / "hf/config.json").read_text())
-    described["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
-    (tmp_path / "hf/config.json").write_text(json.dumps(described))
-    done = converted(tmp_path / "hf", tmp_path / "megatron", "megatron")
-    assert "rope scaling of type yarn" in done.left_out
+    if key in ("rope_scaling", "rope_theta"):
+        del described["rope_parameters"]
+    (tmp_path / "hf/config.json").write_text(json.dumps({**described, key: value}))
+    name = {"rope_parameters": "rope_type|llama3|partial", "rope_scaling": "rope_type"}.get(key)
+    with pytest.raises(CheckpointError, match=f"no words for this.*({name or key})"):
+        converted(tmp_path / "hf", tmp_path / "megatron", "megatron")

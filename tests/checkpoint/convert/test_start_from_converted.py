@@ -137,3 +137,62 @@ def test_what_does_not_fit_is_said_before_a_worker_starts(
     with pytest.raises(ConfigError, match=r"rope_theta = 10000\.0 .*500000.*rope scaling"):
         wanted()
     assert len(wanted(allow_change=True)) == 3
+
+
+def test_weights_without_a_place_in_the_model_are_refused_even_if_changes_are_allowed(
+    tmp_path: Path, hugging_face: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def start(name: str, config: dict[str, Any] | None, **tensors: torch.Tensor | None) -> Path:
+        folder = shutil.copytree(hugging_face, tmp_path / f"{name}-hf")
+        described = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**described, **(config or {})}))
+        if config is None:
+            (folder / "config.json").unlink()
+        weights = {**load_file(folder / "model.safetensors"), **tensors}
+        kept = {key: value for key, value in weights.items() if value is not None}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        return converted(folder, tmp_path / name)
+
+    def wanted(folder: Path, **sections: Any) -> tuple[str, ...]:
+        config = make_config(model=MODEL | sections.get("model", {}))
+        return find_resume(tmp_path / "run", config, str(folder), allow_change=True).notes
+
+    bias, norm = "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"
+    biased = start("biased", {"attention_bias": True}, **{bias: torch.ones(32)})
+    with pytest.raises(ConfigError, match=rf"{bias} is of no use to the model"):
+        wanted(biased)
+    with pytest.raises(ConfigError, match=rf"{norm} is missing"):
+        wanted(start("short", {}, **{norm: None}))
+    # Without a config.json the names and shapes are all there is.
+    bare = start("bare", None)
+    assert len(wanted(bare)) == 1
+    for sizes in ({"hidden": 16}, {"layers": 1}, {"intermediate": 24}, {"vocab": 60}):
+        with pytest.raises(ConfigError, match=r"does not hold the weights of \[model\]"):
+            wanted(bare, model=sizes)
+    # A missing key is what transformers takes it for, not what [model] has.
+    silent = start("silent", {})
+    described = json.loads((silent / "config.json").read_text())
+    (silent / "config.json").write_text(
+        json.dumps({key: value for key, value in described.items() if key != "rms_norm_eps"})
+    )
+    assert any("norm_eps = 1e-05 (its config.json has 1e-06)" in note for note in wanted(silent))
+    (silent / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        wanted(silent)
+
+
+@pytest.mark.mp
+def test_a_run_of_another_size_is_not_cut_to_fit(cluster: Cluster, tmp_path: Path) -> None:
+    run_in(cluster, make_config(train={"steps": 1}, checkpoint={"every": 1}), tmp_path / "run")
+    saved = str(tmp_path / "run/checkpoints/step-00000001")
+    for sizes in ({"layers": 5}, {"intermediate": 24}, {"vocab": 60}):
+        config = make_config(model=sizes)
+        with pytest.raises(ConfigError, match="of another run"):
+            find_resume(tmp_path / "new", config, saved, allow_change=False)
+        with pytest.raises(ConfigError, match="does not hold the weights"):
+            find_resume(tmp_path / "new", config, saved, allow_change=True)
+    config = make_config(model={"rope_theta": 500.0})
+    notes = find_resume(tmp_path / "new", config, saved, allow_change=True).notes
+    assert any("model.rope_theta = 500.0" in note for note in notes)

@@ -122,11 +122,9 @@ def config_json(model: TokenMLPConfig, seq_len: int, dtype: str) -> Mapping[str,
     return {"model_type": "token-mlp", "hidden_size": model.hidden, "dtype": dtype}
 
 
-def differences(
-    model: TokenMLPConfig, described: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
+def differences(model: TokenMLPConfig, described: Mapping[str, Any]) -> Iterator[str]:
     if described.get("hidden_size", model.hidden) != model.hidden:
-        yield "hidden", described["hidden_size"], model.hidden
+        yield f"model.hidden = {model.hidden} (its config.json has {described['hidden_size']})"
 
 
 def tiny(model: TokenMLPConfig, tensor: int, layers: int) -> TokenMLPConfig:

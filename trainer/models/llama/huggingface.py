@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from holdfast.checkpoint.model_config import explicit, unhonoured
 from holdfast.trainer.models.section import ModelConfig
 
 
@@ -43,27 +45,35 @@ def config_json(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The keys that differ in a `config.json`: (key, its value, the model's). Pure.
+def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[str]:
+    """The differences between a `config.json` and the model, one line each. Pure.
 
-    Missing keys count as equal.
+    A missing key has the value that transformers takes for it. A key that changes the function
+    and has no counterpart in [model] is a difference by its name.
     """
-    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type")
+    told = explicit(described)
+    rope = told.get("rope_parameters") or {}
+    heads, hidden = told.get("num_attention_heads"), told.get("hidden_size")
     pairs = {
         "family": (described.get("model_type"), model.family),
-        "layers": (described.get("num_hidden_layers"), model.layers),
-        "hidden": (described.get("hidden_size"), model.hidden),
-        "intermediate": (described.get("intermediate_size"), model.intermediate),
-        "heads": (described.get("num_attention_heads"), model.heads),
-        "kv_heads": (described.get("num_key_value_heads"), model.kv_heads),
-        "head_dim": (described.get("head_dim"), model.dim_per_head),
-        "vocab": (described.get("vocab_size"), model.vocab),
-        "norm_eps": (described.get("rms_norm_eps"), model.norm_eps),
-        "rope_theta": (rope.get("rope_theta") or described.get("rope_theta"), model.rope_theta),
-        "tie_embeddings": (described.get("tie_word_embeddings"), model.tie_embeddings),
-        "rope scaling": (kind, "default"),
+        "layers": (told.get("num_hidden_layers"), model.layers),
+        "hidden": (hidden, model.hidden),
+        "intermediate": (told.get("intermediate_size"), model.intermediate),
+        "heads": (heads, model.heads),
+        "kv_heads": (told.get("num_key_value_heads") or heads, model.kv_heads),
+        "head_dim": (
+            told.get("head_dim") or (hidden // heads if hidden and heads else None),
+            model.dim_per_head,
+        ),
+        "vocab": (told.get("vocab_size"), model.vocab),
+        "norm_eps": (told.get("rms_norm_eps"), model.norm_eps),
+        "rope_theta": (rope.get("rope_theta"), model.rope_theta),
+        "tie_embeddings": (told.get("tie_word_embeddings"), model.tie_embeddings),
+        "rope scaling": (rope.get("rope_type"), "default"),
     }
     for key, (theirs, mine) in pairs.items():
-        if theirs not in (None, mine):
-            yield key, theirs, mine
+        if theirs != mine:
+            yield f"model.{key} = {mine!r} (its config.json has {theirs!r})"
+    if described.get("model_type") == model.family:
+        for key, value, accepted in unhonoured(described):
+            yield f"its config.json has {key} = {json.dumps(value)} ({accepted})"

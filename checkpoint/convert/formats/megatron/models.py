@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
-_LLAMA3 = {
+from holdfast.checkpoint.model_config import explicit
+
+NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+"""The arguments without which a model is not described."""
+LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -23,13 +26,13 @@ FAMILIES = {
 """The model types that both sides share, and their classes in transformers."""
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
 """The names of the embedding in these models."""
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 
 def family_of(arguments: Mapping[str, Any]) -> str:
     """The model type that arguments describe; "" if it is none of FAMILIES."""
     told = arguments.get
-    if all(told(key) for key in _NEEDED) and _is_gpt2(arguments):
+    if all(told(key) for key in NEEDED) and _is_gpt2(arguments):
         return "gpt2"
     alike = (
         told("swiglu") is True
@@ -40,7 +43,7 @@ def family_of(arguments: Mapping[str, Any]) -> str:
         and not told("moe_shared_expert_intermediate_size")
         and told("rotary_percent") in (None, 1.0)
     )
-    if not alike or any(not told(key) for key in _NEEDED):
+    if not alike or any(not told(key) for key in NEEDED):
         return ""
     if told("qk_layernorm") and not told("add_qkv_bias"):
         return "qwen3_moe" if told("num_experts") else "qwen3"
@@ -145,7 +148,7 @@ def _rope(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not arguments.get("use_rope_scaling"):
         return {"rope_type": "default", "rope_theta": base}
     factor = float(arguments.get("rope_scaling_factor") or 8.0)
-    return {"rope_type": "llama3", "rope_theta": base, "factor": factor, **_LLAMA3}
+    return {"rope_type": "llama3", "rope_theta": base, "factor": factor, **LLAMA3_ROPE}
 
 
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,14 +160,15 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     family = config.get("model_type")
     if family not in FAMILIES:
         return {}
+    config = explicit(config)
     if family == "gpt2":
         return _gpt2_arguments(config)
     heads = config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
-    experts = config.get("num_local_experts") or config.get("num_experts")
+    experts = config.get("num_local_experts")
     wide = config["intermediate_size"]
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope = config["rope_parameters"]
+    kind = rope["rope_type"]
     found = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -173,29 +177,29 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
-        "max_position_embeddings": config.get("max_position_embeddings") or 2048,
+        "max_position_embeddings": config["max_position_embeddings"],
         "position_embedding_type": "rope",
-        "rotary_base": int(rope.get("rope_theta") or config.get("rope_theta") or 10000),
+        "rotary_base": int(rope["rope_theta"]),
         "rotary_percent": 1.0,
         "use_rope_scaling": kind == "llama3",
         "normalization": "RMSNorm",
-        "norm_epsilon": config.get("rms_norm_eps") or 1e-6,
+        "norm_epsilon": config["rms_norm_eps"],
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": bool(family == "qwen2" or config.get("attention_bias")),
+        "add_qkv_bias": family == "qwen2",
         "qk_layernorm": family in ("qwen3", "qwen3_moe"),
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "attention_dropout": config.get("attention_dropout") or 0.0,
         "hidden_dropout": 0.0,
     }
     if kind == "llama3":
-        found["rope_scaling_factor"] = float(rope.get("factor") or 8.0)
+        found["rope_scaling_factor"] = float(rope["factor"])
     if family in ("mixtral", "qwen3_moe") and experts:
         found |= {
             "num_experts": experts,
             "moe_layer_freq": 1,
             "moe_ffn_hidden_size": config.get("moe_intermediate_size") or wide,
-            "moe_router_topk": config.get("num_experts_per_tok") or 2,
+            "moe_router_topk": config["num_experts_per_tok"],
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": config.get("router_aux_loss_coef") or 0.0,
             "moe_router_pre_softmax": family == "qwen3_moe" and not config.get("norm_topk_prob"),
@@ -213,43 +217,15 @@ def _gpt2_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "group_query_attention": False,
         "num_query_groups": heads,
         "kv_channels": hidden // heads,
-        "max_position_embeddings": config.get("n_positions") or 1024,
+        "max_position_embeddings": config["n_positions"],
         "position_embedding_type": "learned_absolute",
         "normalization": "LayerNorm",
-        "norm_epsilon": config.get("layer_norm_epsilon") or 1e-5,
+        "norm_epsilon": config["layer_norm_epsilon"],
         "swiglu": False,
-        "openai_gelu": config.get("activation_function", "gelu_new") in _TANH_GELU,
+        "openai_gelu": config["activation_function"] in TANH_GELU,
         "add_bias_linear": True,
         "qk_layernorm": False,
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "attention_dropout": config.get("attn_pdrop", 0.1),
         "hidden_dropout": config.get("resid_pdrop", 0.1),
     }
-
-
-def unlike(config: Mapping[str, Any]) -> str:
-    """The properties of a model that Megatron's arguments cannot express, in words; "" if none."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    checks: dict[str, Callable[[], bool]] = {
-        f"rope scaling of type {kind}": lambda: kind not in ("default", "llama3"),
-        f"llama3 rope scaling with other than {_LLAMA3}": lambda: (
-            kind == "llama3"
-            and any(rope.get(key, value) != value for key, value in _LLAMA3.items())
-        ),
-        "biases of the feed-forward layers": lambda: bool(config.get("mlp_bias")),
-        "dense layers between those of experts": lambda: bool(
-            config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
-        ),
-        f"the activation {config.get('activation_function')}": lambda: (
-            config.get("activation_function", "gelu") not in ("gelu", *_TANH_GELU)
-        ),
-        "attention scaled otherwise than by the size of heads": lambda: bool(
-            config.get("scale_attn_by_inverse_layer_idx")
-            or config.get("scale_attn_weights") is False
-        ),
-        "a sliding window": lambda: bool(
-            config.get("sliding_window") and config.get("use_sliding_window", True)
-        ),
-    }
-    return next((what for what, differs in checks.items() if differs()), "")

@@ -17,6 +17,8 @@ from holdfast.checkpoint.convert.formats.megatron.optimizer_order import (
     torch_state,
 )
 from holdfast.checkpoint.convert.formats.megatron.ranks import read_ranks
+from holdfast.checkpoint.convert.formats.megatron.tokens import token_count
+from holdfast.checkpoint.convert.formats.megatron.unlike import odd_arguments
 from holdfast.checkpoint.convert.formats.megatron.writing import NAME, plan
 from holdfast.checkpoint.convert.sources import (
     DCP_METADATA,
@@ -96,9 +98,17 @@ def _catalog(
         grouped = arguments.get("group_query_attention", True)
         own = arguments.get("num_query_groups") if grouped else None
         arguments["query_groups"] = own or arguments["num_attention_heads"]
-    catalog = make_catalog(NAME, root, tensors, options, told={"args": arguments})
+    told = {"args": arguments, "tokens": {"vocab": token_count(arguments)}}
+    catalog = make_catalog(NAME, root, tensors, options, told=told)
     catalog.step = int(common.get("iteration", arguments.get("iteration") or 0))
     if "config.json" not in catalog.files:
+        odd = odd_arguments(arguments) if options.rules is None else []
+        if odd:
+            raise CheckpointError(
+                f"{root}: Megatron's arguments describe a model that config.json cannot: "
+                f"{'; '.join(odd)}; if a config.json of yours describes it, give its folder with "
+                "--model-files"
+            )
         weights = {tensor.name: tensor for tensor in catalog.of_kind(WEIGHT)}
         embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
         rows = embedding.shape[0] if embedding is not None and embedding.shape else 0

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.convert.elements import FLOATS, LogicalTensor, Output
-from holdfast.checkpoint.convert.formats.megatron.models import (
-    EMBEDDINGS,
-    arguments_of,
-    unlike,
-)
+from holdfast.checkpoint.convert.formats.megatron.models import EMBEDDINGS, arguments_of
 from holdfast.checkpoint.convert.formats.megatron.optimizer_order import HALVES
 from holdfast.checkpoint.convert.formats.megatron.state_names import key_of_state
+from holdfast.checkpoint.convert.formats.megatron.tokens import told_vocabulary
+from holdfast.checkpoint.convert.formats.megatron.unlike import odd_settings
 from holdfast.checkpoint.convert.rules import (
     RuleBook,
     Typed,
@@ -210,14 +208,18 @@ def find_arguments(
         shards: the number of ranks for which the vocabulary is padded.
     """
     config = json.loads(catalog.files.get("config.json", b"{}"))
+    odd = list(odd_settings(config))
+    if odd:
+        raise CheckpointError(
+            f"{catalog.root}: Megatron's arguments have no words for this in config.json: "
+            f"{'; '.join(odd)}; if the model computes the same without it, say so with "
+            "--model-files and a config.json that lacks it"
+        )
     arguments: dict[str, Any] = dict(catalog.scalars.get(NAME, {}).get("args", {}))
     try:
         arguments |= arguments_of(config)
     except KeyError as error:
         raise CheckpointError(f"{catalog.root}: config.json lacks {error.args[0]}") from error
-    lacking = unlike(config)
-    if lacking:
-        catalog.left_out[lacking] = "Megatron's arguments have no words for it"
     if arguments.get("num_query_groups"):
         arguments["query_groups"] = arguments["num_query_groups"]
     values = find_values(book, {"args": arguments, "config": config}, given)
@@ -227,7 +229,8 @@ def find_arguments(
     arguments.setdefault("make_vocab_size_divisible_by", values["vocab_multiple"])
     embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
     if embedding is not None and embedding.shape:
-        values["vocab"] = arguments["vocab_size"] = embedding.shape[0]
+        values["vocab"] = embedding.shape[0]
+        arguments["vocab_size"] = told_vocabulary(arguments, embedding.shape[0])
         # Each rank has a multiple of this, as in Megatron.
         multiple = values["vocab_multiple"] = values["vocab_multiple"] * shards
         arguments["padded_vocab_size"] = -(-embedding.shape[0] // multiple) * multiple

@@ -1,0 +1,9 @@
+from .checks import (
+    explicit as explicit,
+    read_config as read_config,
+    unhonoured as unhonoured,
+)
+from .keys import (
+    MODEL_TYPES as MODEL_TYPES,
+    ModelKeys as ModelKeys,
+)

@@ -58,7 +58,8 @@ def check(conversion: Conversion) -> None:
         not conversion.target.is_dir() or any(conversion.target.iterdir())
     ):
         raise ConfigError(
-            f"{conversion.target} exists and is not empty; name another folder, or remove this one first"
+            f"{conversion.target} exists and is not empty; name another folder, or remove this one "
+            "first"
         )
     source, target = conversion.source.resolve(), conversion.target.resolve()
     if target == source or (target.is_relative_to(source) and source.is_file()):

@@ -14,7 +14,7 @@ import torch
 
 from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, ConfigError
 from support.foreign.conversions import converted, tensors_of
 from support.foreign.deepspeed_jobs import consolidated
 from support.processes.cluster import Cluster
@@ -239,6 +239,15 @@ def test_what_is_missing_truncated_or_malicious_is_named(
         CheckpointError, match="data-parallel rank 1, tensor-parallel rank 0; it was saved by 2 x 1"
     ):
         converted(missing, tmp_path / "out", "holdfast")
+    for name in (
+        "layer_0_expert_1_mp_rank_00_model_states.pt",
+        "expert_3_mp_rank_00_model_states.pt",
+        "expp_rank_1_mp_rank_00_optim_states.pt",
+    ):
+        experts = copy(name)
+        (experts / name).touch()
+        with pytest.raises(ConfigError, match=f"experts in files of their own .{name}"):
+            converted(experts, tmp_path / "out", "holdfast")
     short = copy("short")
     (short / partition).write_bytes((short / partition).read_bytes()[:-2000])
     with pytest.raises(CheckpointError, match=f"{partition} is truncated or damaged"):

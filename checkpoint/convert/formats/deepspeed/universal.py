@@ -16,6 +16,7 @@ from holdfast.checkpoint.convert.formats.deepspeed.zero import (
     as_one_rank,
     describe,
     find_tag,
+    refuse_experts,
     scalar,
 )
 from holdfast.checkpoint.convert.rules import Typed, builtin_rules
@@ -47,6 +48,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
         CheckpointError: a file is missing, truncated or refused.
     """
     root = find_tag(path, "latest_universal")
+    refuse_experts(root)
     models = sorted(p.name for p in root.iterdir() if MODEL.fullmatch(p.name))
     if not models or not (root / "zero").is_dir():
         raise CheckpointError(f"{root} lacks {'a model_states.pt' if not models else 'zero/'}")

@@ -37,6 +37,8 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 
 NAME = "deepspeed"
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
+EXPERT = re.compile(r"(?:layer_-?\d+_)?expert_\d+_.*model_states\.pt|expp_rank_\d+_.*\.pt")
+"""The files of expert layers: an expert's weights, and the states of a rank's experts."""
 TENSOR_STATES = ("module", "optimizer", "frozen_param_fragments")
 """The keys of a model's state that hold tensors; the other keys are carried as plain values."""
 
@@ -52,6 +54,7 @@ def find_tag(path: Path, latest: str = "latest") -> Path:
     return path
 
 
+NO_TENSOR = "extra state of a module, which is no tensor"
 _Rank = tuple[int, int]
 """(tensor-parallel rank, data-parallel rank)."""
 
@@ -102,7 +105,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     save = _open(root)
     left_out: dict[str, str] = {}
     states = list(_optimizer_tensors(save, left_out))
-    tensors = [*_model_tensors(save), *states]
+    tensors = [*_model_tensors(save, left_out), *states]
     told = save.told
     names = dict.fromkeys(tensor.key.partition("/")[0] for tensor in states)
     catalog = make_catalog(NAME, root, tensors, options, rules=_rules(save, names, options))
@@ -169,7 +172,23 @@ def describe(told: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str,
     }
 
 
+def refuse_experts(root: Path) -> None:
+    """Refuse a save of DeepSpeed's own expert layers, whose files are by expert.
+
+    Raises:
+        ConfigError: there is such a file.
+    """
+    found = next((f.name for f in sorted(root.iterdir()) if EXPERT.fullmatch(f.name)), None)
+    if found is not None:
+        raise ConfigError(
+            f"{root} has experts in files of their own ({found}), which are not converted: the "
+            "weights and states of other ranks' experts would be missing; load it with DeepSpeed, "
+            "gather the model's state_dict and convert that"
+        )
+
+
 def _open(root: Path) -> _RankFiles:
+    refuse_experts(root)
     models: dict[_Rank, TorchFile] = {}
     optimizers: dict[_Rank, TorchFile] = {}
     for pattern, found in ((MODEL, models), (ZERO_FILE, optimizers)):
@@ -206,8 +225,8 @@ def _open(root: Path) -> _RankFiles:
     return _RankFiles(root, models, optimizers, stage, ranks)
 
 
-def _model_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
-    """The weights (below ZeRO 3), buffers and frozen parameters."""
+def _model_tensors(save: _RankFiles, left_out: dict[str, str]) -> Iterator[SourceTensor]:
+    """The weights (below ZeRO 3), buffers and frozen parameters; `left_out` gets the others."""
     told = save.told
     buffers = set(told.get("buffer_names") or ())
     shared = set(told.get("shared_params") or {})
@@ -215,7 +234,10 @@ def _model_tensors(save: _RankFiles) -> Iterator[SourceTensor]:
         if rank[1]:
             continue
         for name, tensor in file.content.get("module", {}).items():
-            if name in shared or not isinstance(tensor, StoredTensor):
+            if name in shared:
+                continue
+            if not isinstance(tensor, StoredTensor):
+                left_out[name] = NO_TENSOR
                 continue
             if name in buffers:
                 # Every rank has them; rank 0's count.

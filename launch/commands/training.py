@@ -260,19 +260,42 @@ def check(
 
 
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(help="UTF-8 files or folders.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="UTF-8 files, JSON Lines (.jsonl), or folders of them.")
+    ],
     output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json.")] = "bytes",
+    json_key: Annotated[
+        str | None,
+        typer.Option(
+            help="All inputs are JSON Lines with their text under this key; without it, files "
+            'named .jsonl are, and the key is "text".'
+        ),
+    ] = None,
+    end_of_text: Annotated[
+        str, typer.Option(help="The token that ends a document, if its name is not a usual one.")
+    ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that exist.")
+    ] = False,
 ) -> None:
     """Write text as Megatron .bin/.idx, which `data.kind = "megatron"` reads."""
     from holdfast.trainer.data import prepare as write
 
     with Progress(transient=True) as progress:
         task = progress.add_task("tokenizing", total=None)
-        counts = write(
+        made = write(
             [str(path) for path in inputs],
             str(output),
             tokenizer,
+            json_key=json_key,
+            end_of_text=end_of_text,
+            overwrite=overwrite,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    typer.echo(f"{output}.bin, {output}.idx: {counts}")
+    typer.echo(
+        f"{made.bin_path}, {made.idx_path}: {made.documents:,} documents, {made.tokens:,} tokens; "
+        f"model.vocab is at least {made.vocab}"
+    )
+    if made.note:
+        typer.echo(f"warning: {made.note}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Literal
 
@@ -18,6 +19,9 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             (`.bin`/`.idx` prefixes).
         path: files, folders or prefixes. Text without a path is the Python standard library.
         tokenizer: "bytes", or the path of a `tokenizer.json`; for text only.
+        json_key: the key of the text in a line of a .jsonl file; for text only.
+        end_of_text: the token of `tokenizer` that ends a document; "": one of the known names.
+            For text only.
         weights: one per path: the shares of a mixture. Empty: all paths are one corpus.
         eval_fraction: share of every corpus, taken from its end, that is held out, in [0, 1).
         seed: keys the order of the samples; 0: `train.seed` does.
@@ -26,9 +30,24 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kind: Literal["synthetic", "text", "megatron"] = "synthetic"
     path: list[str] = []
     tokenizer: str = "bytes"
+    json_key: str = "text"
+    end_of_text: str = ""
     weights: list[float] = []
     eval_fraction: float = 0.05
     seed: int = 0
+
+
+_TEXT_ONLY = ("tokenizer", "json_key", "end_of_text")
+_IGNORED = {
+    "synthetic": ("path", "weights", *_TEXT_ONLY),
+    "text": (),
+    "megatron": _TEXT_ONLY,
+}
+"""The keys that have no effect, by `data.kind`."""
+_ADVICE = {
+    "synthetic": 'set data.kind = "text" or "megatron", or leave it out',
+    "megatron": "the files hold tokens already; leave it out",
+}
 
 
 def check_data_config(data: DataConfig) -> None:
@@ -42,6 +61,13 @@ def check_data_config(data: DataConfig) -> None:
             f"data.eval_fraction = {data.eval_fraction}: allowed is 0 (nothing held out) up to, "
             "but not including, 1"
         )
+    for key in _IGNORED[data.kind]:
+        value = getattr(data, key)
+        if value != getattr(DataConfig(), key):
+            raise DataError(
+                f'data.{key} = {json.dumps(value)} with data.kind = "{data.kind}": it would not be '
+                f"used; {_ADVICE[data.kind]}"
+            )
     if data.kind == "megatron" and not data.path:
         raise DataError(
             'data.path = [] with data.kind = "megatron": name at least one prefix of a '

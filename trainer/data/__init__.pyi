@@ -11,3 +11,4 @@ from .prepare import (
     prepare as prepare,
 )
 from .synthetic import markov_samples as markov_samples
+from .tokenizer import corpus_notes as corpus_notes

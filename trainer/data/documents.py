@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.parallel.errors import DataError
+from holdfast.trainer.data.json_lines import (
+    SUFFIXES,
+    is_json_lines,
+    json_documents,
+    looks_like_json_lines,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,37 +92,59 @@ def library_documents() -> tuple[DocumentFile, ...]:
     return tuple(chosen)
 
 
-def read_documents(files: Iterable[DocumentFile], *, key: str = "data.path") -> Iterator[bytes]:
-    """The content of each file that is text and not empty, checked to be UTF-8.
+@dataclass(frozen=True, slots=True)
+class DocumentForm:
+    """The way in which files are cut into documents.
 
-    Files of a folder that are not text (not UTF-8, or with a zero byte) are left out; one warning
-    at the end counts them.
+    Attributes:
+        json_key: the key of the text in a line of JSON Lines.
+        all_json: whether every file is JSON Lines, whatever its suffix.
+    """
+
+    json_key: str = "text"
+    all_json: bool = False
+
+    def is_json(self, file: DocumentFile) -> bool:
+        """Whether a file is read as JSON Lines; else it is one document."""
+        return self.all_json or is_json_lines(file.path)
+
+
+def read_documents(
+    files: Iterable[DocumentFile],
+    *,
+    key: str = "data.path",
+    form: DocumentForm = DocumentForm(),
+) -> Iterator[bytes]:
+    """The documents of all files, not empty, checked to be UTF-8.
+
+    A file is one document; a file of JSON Lines has one per line. Files of a folder that are not
+    text (not UTF-8, or with a zero byte) are left out; one warning at the end counts them.
 
     Raises:
-        DataError: a named file is not UTF-8, or a file cannot be read.
+        DataError: a named file is not UTF-8, a file cannot be read, a line of JSON Lines has no
+            text, or a file of another suffix is JSON Lines.
     """
     left_out: list[Path] = []
     for file in files:
         try:
+            if form.is_json(file):
+                with file.path.open("rb") as lines:
+                    yield from json_documents(lines, str(file.path), form.json_key)
+                continue
             content = file.path.read_bytes()
         except OSError as error:
             raise DataError(
                 f'{key} "{file.path}": cannot be read ({error.strerror}); make it readable or '
                 "name another"
             ) from error
-        try:
-            content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if file.named:
-                raise DataError(
-                    f'{key} "{file.path}": not UTF-8 at byte {error.start} '
-                    f"(0x{content[error.start]:02x}); convert the file (iconv -t UTF-8) or leave "
-                    "it out"
-                ) from error
+        if not _is_text(file, content, key):
             left_out.append(file.path)
-            continue
-        if not file.named and b"\0" in content:
-            left_out.append(file.path)
+        elif looks_like_json_lines(content):
+            raise DataError(
+                f'{key} "{file.path}": every line of it is a JSON object, so it is JSON Lines; '
+                f"give it one of the suffixes {', '.join(SUFFIXES)}, and its texts are read by "
+                "data.json_key (--json-key)"
+            )
         elif content:
             yield content
     if left_out:
@@ -125,6 +153,20 @@ def read_documents(files: Iterable[DocumentFile], *, key: str = "data.path") -> 
             len(left_out),
             left_out[0],
         )
+
+
+def _is_text(file: DocumentFile, content: bytes, key: str) -> bool:
+    """Whether a file is text; one that the user named has to be UTF-8."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if file.named:
+            raise DataError(
+                f'{key} "{file.path}": not UTF-8 at byte {error.start} '
+                f"(0x{content[error.start]:02x}); convert the file (iconv -t UTF-8) or leave it out"
+            ) from error
+        return False
+    return file.named or b"\0" not in content
 
 
 def _folder(root: Path, excluded: frozenset[str] = frozenset()) -> list[DocumentFile]:

@@ -74,7 +74,16 @@ def _streams(data: DataConfig, vocab: int) -> list[TokenStream]:
             return [megatron_stream(prefix) for prefix in data.path]
         case "text":
             corpora = [[path] for path in data.path] if data.weights else [data.path]
-            return [text_stream(c, tokenizer=data.tokenizer, vocab=vocab) for c in corpora]
+            return [
+                text_stream(
+                    corpus,
+                    tokenizer=data.tokenizer,
+                    vocab=vocab,
+                    json_key=data.json_key,
+                    end_of_text=data.end_of_text,
+                )
+                for corpus in corpora
+            ]
         case "synthetic":
             raise ValueError("synthetic data is not a stream: take samples from open_dataset")
         case unknown:

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from holdfast.parallel.errors import DataError
-from holdfast.trainer.data.documents import DocumentFile, list_documents, read_documents
+from holdfast.trainer.data.documents import (
+    DocumentFile,
+    DocumentForm,
+    list_documents,
+    read_documents,
+)
 from holdfast.trainer.data.megatron import indexed_dataset_module
 from holdfast.trainer.data.text import encode_documents
-from holdfast.trainer.data.tokenizer import load_tokenizer
+from holdfast.trainer.data.tokenizer import load_tokenizer, separator_note
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class PreparedCorpus:
     vocab: int
     bin_path: Path
     idx_path: Path
+    note: str = ""
+    """A warning for a person, if there is one."""
 
 
 def prepare(
@@ -35,6 +41,7 @@ def prepare(
     tokenizer: str = "bytes",
     *,
     json_key: str | None = None,
+    end_of_text: str = "",
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedCorpus:
@@ -48,8 +55,9 @@ def prepare(
             standard library.
         output_prefix: path without suffix; its folder is made.
         tokenizer: "bytes" or the path of a `tokenizer.json`.
-        json_key: when given, the inputs are JSON Lines, and each line's value under this key is a
-            document.
+        json_key: when given, all inputs are JSON Lines, and each line's value under this key is a
+            document. None: files with the suffix of JSON Lines are, and the key is "text".
+        end_of_text: the name of the token that ends a document; "": one of the known names.
         overwrite: replace existing files.
         progress: called with (bytes of input read, bytes of input in all).
 
@@ -60,11 +68,11 @@ def prepare(
         DataError: input that cannot be used, output that exists, or megatron-core missing.
     """
     files = list_documents(inputs, key="input")
-    encoder = load_tokenizer(tokenizer, key="tokenizer")
+    encoder = load_tokenizer(tokenizer, key="tokenizer", end_of_text=end_of_text)
     bin_path, idx_path = Path(f"{output_prefix}.bin"), Path(f"{output_prefix}.idx")
     for path in (bin_path, idx_path):
         if path.exists() and not overwrite:
-            raise DataError(f"{path} exists already; name another output, or say overwrite")
+            raise DataError(f"{path} exists already; name another output, or give --overwrite")
     indexed = indexed_dataset_module()
     partial_bin, partial_idx = (
         path.with_name(f"{path.name}.partial-{os.getpid()}") for path in (bin_path, idx_path)
@@ -93,7 +101,8 @@ def prepare(
     finally:
         partial_bin.unlink(missing_ok=True)
         partial_idx.unlink(missing_ok=True)
-    return PreparedCorpus(documents, tokens, encoder.vocab, bin_path, idx_path)
+    note = separator_note(encoder, f'tokenizer "{tokenizer}"')
+    return PreparedCorpus(documents, tokens, encoder.vocab, bin_path, idx_path, note)
 
 
 def _add_all(builder: Any, encoded: Iterable[np.ndarray]) -> tuple[int, int]:
@@ -128,35 +137,8 @@ def _documents(
             if progress is not None:
                 progress(read_bytes, total_bytes)
 
-    if json_key is None:
-        yield from read_documents(counted(), key="input")
-        return
-    for file in counted():
-        yield from _json_lines(file, json_key)
-
-
-def _json_lines(file: DocumentFile, key: str) -> Iterator[bytes]:
-    try:
-        lines = file.path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f'input "{file.path}": cannot be read ({error.strerror}); make it readable, or leave '
-            "it out"
-        ) from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = msgspec.json.decode(line, type=dict[str, msgspec.Raw])[key]
-                document = msgspec.json.decode(text, type=str)
-            except (KeyError, msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f'{file.path}, line {number}: no JSON object with text under "{key}" '
-                    f"({error}); correct the line or name another key"
-                ) from error
-            if document:
-                yield document.encode("utf-8", errors="replace")
+    form = DocumentForm(json_key or "text", all_json=json_key is not None)
+    yield from read_documents(counted(), key="input", form=form)
 
 
 def _sync(path: Path) -> None:

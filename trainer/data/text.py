@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from holdfast.parallel.errors import DataError
-from holdfast.trainer.data.documents import list_documents, read_documents
+from holdfast.trainer.data.documents import DocumentForm, list_documents, read_documents
 from holdfast.trainer.data.token_cache import CachedTokens, TokenWriter, cached_tokens
 from holdfast.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from holdfast.trainer.data.windows import check_tokens
@@ -18,7 +18,14 @@ from holdfast.trainer.data.windows import check_tokens
 GROUP_BYTES = 4 * 2**20
 
 
-def text_stream(paths: Sequence[str], *, tokenizer: str, vocab: int) -> CachedTokens:
+def text_stream(
+    paths: Sequence[str],
+    *,
+    tokenizer: str,
+    vocab: int,
+    json_key: str = "text",
+    end_of_text: str = "",
+) -> CachedTokens:
     """The documents of the paths as one stream, each followed by the tokenizer's separator.
 
     Tokens are cached under the paths, sizes and modification times of the files and the content of
@@ -28,12 +35,14 @@ def text_stream(paths: Sequence[str], *, tokenizer: str, vocab: int) -> CachedTo
         paths: files and folders; none: the Python standard library.
         tokenizer: "bytes" or the path of a `tokenizer.json`.
         vocab: the vocabulary of the model; every token has to be below it.
+        json_key: the key of the text in JSON Lines.
+        end_of_text: the name of the tokenizer's separator; "": one of the known names.
 
     Raises:
         DataError: a file is unreadable or not UTF-8, the tokenizer is bad, or a token lies beyond
             the vocabulary.
     """
-    encoder = load_tokenizer(tokenizer)
+    encoder = load_tokenizer(tokenizer, end_of_text=end_of_text)
     if tokenizer == "bytes" and vocab < encoder.vocab:
         raise DataError(
             f'model.vocab = {vocab}: data.tokenizer = "bytes" needs at least {encoder.vocab} '
@@ -41,10 +50,14 @@ def text_stream(paths: Sequence[str], *, tokenizer: str, vocab: int) -> CachedTo
         )
     files = list_documents(paths)
     state = [(str(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
-    named = msgspec.json.encode(["text 1", encoder.fingerprint, encoder.separator, state])
+    form = DocumentForm(json_key)
+    parts = ["text 1", encoder.fingerprint, encoder.separator, state]
+    if any(form.is_json(file) for file in files):
+        parts += ["json lines 1", json_key]
+    named = msgspec.json.encode(parts)
 
     def write(writer: TokenWriter) -> None:
-        for tokens in encode_documents(read_documents(files), encoder):
+        for tokens in encode_documents(read_documents(files, form=form), encoder):
             writer.append(tokens)
 
     stream = cached_tokens(

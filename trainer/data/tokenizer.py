@@ -15,6 +15,8 @@ from holdfast.parallel.errors import DataError
 if TYPE_CHECKING:
     import tokenizers
 
+    from holdfast.trainer.config import DataConfig
+
 BYTE_SEPARATOR = 256
 # the names under which published tokenizers keep their end-of-document token, most common first
 SEPARATOR_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
@@ -72,13 +74,22 @@ class FileTokenizer:
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
 
-def load_tokenizer(name: str, *, key: str = "data.tokenizer") -> Tokenizer:
-    """The tokenizer "bytes", or that of a `tokenizer.json` file; `key` is its name in messages.
+def load_tokenizer(name: str, *, key: str = "data.tokenizer", end_of_text: str = "") -> Tokenizer:
+    """The tokenizer "bytes", or that of a `tokenizer.json` file.
+
+    Args:
+        key: the tokenizer's name in messages.
+        end_of_text: the name of the separator; "": the first of `SEPARATOR_NAMES` that exists.
 
     Raises:
-        DataError: the file is missing or is not a tokenizer.
+        DataError: the file is missing or is not a tokenizer, or has no such separator.
     """
     if name == "bytes":
+        if end_of_text:
+            raise DataError(
+                f'data.end_of_text = "{end_of_text}": {key} = "bytes" has its own separator, id '
+                f"{BYTE_SEPARATOR}; leave it out"
+            )
         return ByteTokenizer()
     path = Path(name)
     allowed = 'allowed are "bytes" and the path of a tokenizer.json'
@@ -97,7 +108,36 @@ def load_tokenizer(name: str, *, key: str = "data.tokenizer") -> Tokenizer:
     # a file may carry the limits of a fine-tuning run, which would silently shorten documents
     model.no_truncation()
     model.no_padding()
-    ids = (model.token_to_id(separator) for separator in SEPARATOR_NAMES)
+    names = (end_of_text,) if end_of_text else SEPARATOR_NAMES
+    ids = (model.token_to_id(separator) for separator in names)
     separator = next((found for found in ids if found is not None), None)
+    if end_of_text and separator is None:
+        raise DataError(
+            f'data.end_of_text = "{end_of_text}": {key} = "{name}" has no such token; name one of '
+            "its tokens as the file writes it"
+        )
     vocab = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     return FileTokenizer(vocab, separator, blake2b(content, digest_size=16).hexdigest(), model)
+
+
+def separator_note(tokenizer: Tokenizer, name: str) -> str:
+    """A line for a person where nothing will stand between documents; else ""."""
+    if tokenizer.separator is not None:
+        return ""
+    return (
+        f"{name} has none of the tokens {', '.join(SEPARATOR_NAMES)}: documents are joined with "
+        "nothing between them; name its end-of-text token with data.end_of_text (--end-of-text)"
+    )
+
+
+def corpus_notes(data: DataConfig) -> list[str]:
+    """Lines for a person on how a corpus is read. It reads the tokenizer's file, no text.
+
+    Raises:
+        DataError: the tokenizer is bad.
+    """
+    if data.kind != "text":
+        return []
+    encoder = load_tokenizer(data.tokenizer, end_of_text=data.end_of_text)
+    note = separator_note(encoder, f'data.tokenizer = "{data.tokenizer}"')
+    return [f"warning: {note}"] if note else []

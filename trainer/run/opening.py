@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
 from holdfast.trainer.run.identity import open_identity
 from holdfast.trainer.run.machine import require_room
@@ -70,18 +71,21 @@ def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     """Open the requested run; it stays locked for the duration of the block.
 
-    A line about measured throughput is printed.
+    Lines about the corpus and measured throughput are printed.
 
     Raises:
-        ConfigError: the number of workers, the folder or the checkpoint does not fit; the machine
-            has no room for its ranks; another process works on the run; the checkpoints are another
-            run's, or a part of them is lost; the throughput cannot be measured.
+        ConfigError: the tokenizer, the number of workers, the folder or the checkpoint does not
+            fit; the machine has no room for its ranks; another process works on the run; the
+            checkpoints are another run's, or a part of them is lost; the throughput cannot be
+            measured.
     """
     config, resume, allow_change = request.config, request.resume, request.allow_change
     if request.world_size is not None:
         check_config(config, request.world_size)
     if request.ranks_here:
         require_room(config, request.ranks_here)
+    for note in corpus_notes(config.data):
+        print(note, flush=True)  # noqa: T201
     root = choose_root(request.path, request.out, config, resume, allow_change=allow_change)
     with contextlib.ExitStack() as held:
         held.enter_context(locked_run(root))

@@ -14,7 +14,7 @@ import msgspec
 from holdfast.checkpoint.format import Manifest, scheme_of, step_of
 from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import DataConfig, RunConfig
 from holdfast.trainer.run.initial_weights import (
     check_converted,
     check_tensors,
@@ -131,7 +131,9 @@ def differing_keys(
     """The keys of two configurations (nested dicts) that differ: (key, saved value, value now)."""
     # In the form of a manifest: JSON has no tuples.
     plain = msgspec.json.decode(msgspec.json.encode((saved, now)))
-    flat_saved, flat_now = _flat(plain[0]), _flat(plain[1])
+    # An older version that lacks a key of [data] did what its default does.
+    older = {"data": msgspec.to_builtins(DataConfig())} if "data" in saved else {}
+    flat_saved, flat_now = _flat(older) | _flat(plain[0]), _flat(plain[1])
     return [
         (key, flat_saved.get(key), flat_now.get(key))
         for key in sorted(flat_saved.keys() | flat_now.keys())

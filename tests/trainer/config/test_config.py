@@ -31,7 +31,8 @@ def test_defaults_are_those_of_the_contract(smallest: Path) -> None:
 
 
 def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> None:
-    overrides = ["optimizer.lr=1e-4", "log.trace_steps=[1, 2]", 'data.path=["a \\"b\\"", "c\\\\d"]']
+    overrides = ["optimizer.lr=1e-4", "log.trace_steps=[1, 2]", "data.kind=text"]
+    overrides.append('data.path=["a \\"b\\"", "c\\\\d"]')
     config = load_config(smallest, overrides)
     written = tmp_path / "resolved.toml"
     written.write_text(dump_toml(config))

@@ -3,7 +3,3 @@ from .checks import (
     read_config as read_config,
     unhonoured as unhonoured,
 )
-from .keys import (
-    MODEL_TYPES as MODEL_TYPES,
-    ModelKeys as ModelKeys,
-)

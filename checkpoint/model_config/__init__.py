@@ -1,6 +1,6 @@
 """What a model's config.json says: the keys that are honoured, that do not matter, and the others.
 
-May import nothing of the project.
+It has no imports from other folders.
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
 """The formats: one module or folder each, and their registry.
 
 May import checkpoint.convert.elements, checkpoint.convert.rules, checkpoint.convert.sources,
-checkpoint.convert.writing, checkpoint.format, checkpoint.loading, checkpoint.saving,
-checkpoint.stores, checkpoint.tools, parallel.errors, parallel.layout and parallel.optimizer.
+checkpoint.convert.writing, checkpoint.format, checkpoint.loading, checkpoint.model_config,
+checkpoint.saving, checkpoint.stores, checkpoint.tools, parallel.errors, parallel.layout and parallel.optimizer.
 """
 
 import lazy_loader

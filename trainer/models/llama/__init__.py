@@ -1,6 +1,6 @@
 """The Llama family: its rules, table of layers, modules and Hugging Face form, as `FAMILY`.
 
-May import trainer.models and parallel.
+May import trainer.models, checkpoint.model_config and parallel.
 """
 
 import lazy_loader

@@ -77,8 +77,7 @@ class Ours:
     def save(self, step: int) -> None:
         self._checkpointer.save(step)
 
-    def before_update(self) -> None:
-        self._checkpointer._manager.fence(1 << 60)
+    def before_update(self) -> None: ...
 
     def finish(self) -> None:
         self._checkpointer.wait()

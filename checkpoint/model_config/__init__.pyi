@@ -3,3 +3,6 @@ from .checks import (
     read_config as read_config,
     unhonoured as unhonoured,
 )
+from .keys import (
+    MODEL_TYPES as MODEL_TYPES,
+)

@@ -14,8 +14,8 @@ from holdfast.checkpoint.convert.formats.megatron.unlike import (
     odd_arguments,
     odd_settings,
 )
-from holdfast.checkpoint.model_config import explicit, unhonoured
-from holdfast.checkpoint.model_config.keys import MODEL_TYPES, NEUTRAL, PLAIN
+from holdfast.checkpoint.model_config import MODEL_TYPES, explicit, unhonoured
+from holdfast.checkpoint.model_config.keys import NEUTRAL, PLAIN
 from holdfast.trainer.models import family_of
 from support.runs.small_runs import make_config
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from holdfast.checkpoint.convert.elements import (
     stored,
     units_of,
 )
+from holdfast.checkpoint.convert.formats.published import (
+    SINGLE,
+    WeightFiles,
+    choose_files,
+    published_rules,
+)
+from holdfast.checkpoint.convert.rules import builtin_rules
 from holdfast.checkpoint.convert.sources import (
-    BIN_FILES,
-    BIN_INDEX,
     Catalog,
     ReadOptions,
     WriteOptions,
@@ -37,13 +43,14 @@ from holdfast.checkpoint.format import (
     WEIGHT,
     header_bytes,
 )
+from holdfast.checkpoint.model_config import read_config
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import MASTER
 
 NAME = "hf"
-SINGLE = "model.safetensors"
+RULES = "huggingface"
 LARGEST_FILE_BYTES = 5_000_000_000
 """The largest file of several, as transformers cuts them."""
 
@@ -52,26 +59,29 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     """Read the tensors of a model folder.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or no file has a tensor of the index.
+        CheckpointError: a file is missing or truncated, no file has a tensor of the index, or the
+            folder holds no model.
     """
     root = path.parent if path.is_file() else path
-    names = [path.name] if path.is_file() else _files(root)
+    chosen = WeightFiles((path.name,)) if path.is_file() else choose_files(root)
+    mapped = _weight_map(root / chosen.index) if chosen.index else {}
+    names = chosen.names or tuple(dict.fromkeys(mapped.values()))
     tensors = [tensor for name in names for tensor in _tensors(root, name)]
-    _check_index(root, tensors, path)
-    catalog = make_catalog("huggingface", root, tensors, options)
+    _check_index(root, tensors, mapped)
+    book = published_rules(builtin_rules(RULES), _config(root, options), tensors, root)
+    catalog = make_catalog(RULES, root, tensors, options, rules=book)
     catalog.format = NAME
+    catalog.left_out |= chosen.left_out
     return catalog
 
 
-def _files(root: Path) -> list[str]:
-    """The files of weights: safetensors, or those of torch.save if there are none."""
-    for index, pattern in ((INDEX, "*.safetensors"), (BIN_INDEX, BIN_FILES)):
-        if (root / index).is_file():
-            return list(dict.fromkeys(_weight_map(root / index).values()))
-        found = sorted(path.name for path in root.glob(pattern))
-        if found:
-            return found
-    return []
+def _config(root: Path, options: ReadOptions) -> dict[str, Any]:
+    """The keys of the config.json that counts; none if there is no such file."""
+    path = (options.model_files or root) / "config.json"
+    try:
+        return read_config(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _tensors(root: Path, name: str) -> list[SourceTensor]:
@@ -88,12 +98,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} is damaged: {error}") from error
 
 
-def _check_index(root: Path, tensors: Sequence[SourceTensor], path: Path) -> None:
-    index = next((root / n for n in (INDEX, BIN_INDEX) if (root / n).is_file()), None)
-    if path.is_file() or index is None:
-        return
+def _check_index(root: Path, tensors: Sequence[SourceTensor], mapped: Mapping[str, str]) -> None:
     where = {t.key: t.pieces[0].locations[0].file for t in tensors}
-    for name, file in _weight_map(index).items():
+    for name, file in mapped.items():
         if where.get(name) != file:
             raise CheckpointError(f"{root}: the index says that {name} is in {file}, and it is not")
 
@@ -145,6 +152,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     ]
     if not chosen:
         raise CheckpointError(f"{catalog.root} holds no weights")
+    refuse_foreign_names((tensor.name for tensor, _ in chosen), str(catalog.root))
     types = {tensor.name: out for tensor, out in chosen if tensor.kind == WEIGHT}
     for tensor in catalog.tensors:
         same = tensor.kind == MASTER and types[tensor.name] == tensor.dtype
@@ -177,6 +185,30 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             write_synced(folder / INDEX, _index(shelves, list(files)))
 
     return Output(files, units, finish, chosen)
+
+
+_PAIRED = re.compile(r"(.*\.)?layers\.\d+\.attention\.w[qk]\.(weight|bias)")
+
+
+def refuse_foreign_names(names: Iterable[str], where: str) -> None:
+    """Refuse names under which transformers would find no weights, or weights in another order.
+
+    Raises:
+        CheckpointError: a name is torchtitan's, or is a path in a state of more than a model.
+    """
+    for name in names:
+        if _PAIRED.fullmatch(name):
+            raise CheckpointError(
+                f"{where}: {name} is a name of torchtitan (and of Meta's own Llama files), whose "
+                "queries and keys are in another order than transformers reads; write the model "
+                "with torchtitan's scripts/checkpoint_conversion/convert_to_hf.py, or convert to "
+                "another format, which keeps names and order"
+            )
+        if "/" in name:
+            raise CheckpointError(
+                f"{where}: {name} is a path in a state of more than a model, and no name of a "
+                "weight; leave it out by a [[skip]], or name it by a [[rule]], in a file for --map"
+            )
 
 
 def _shelves(chosen: Sequence[tuple[LogicalTensor, str]]) -> list[list[tuple[LogicalTensor, str]]]:

@@ -15,6 +15,7 @@ from .rules import (
     Rule as Rule,
     RuleBook as RuleBook,
     RulePart as RulePart,
+    Skip as Skip,
     StateRule as StateRule,
     Strip as Strip,
     builtin_rules as builtin_rules,

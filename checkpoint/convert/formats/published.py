@@ -1,0 +1,112 @@
+"""Published model folders: which files transformers would load, and what it passes over there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from holdfast.checkpoint.convert.elements import SourceTensor, row_major
+from holdfast.checkpoint.convert.rules import Rule, RuleBook, Skip
+from holdfast.checkpoint.convert.sources import BIN_FILES, BIN_INDEX
+from holdfast.checkpoint.format import ELEMENT_BYTES, INDEX
+from holdfast.checkpoint.model_config import MODEL_TYPES
+from holdfast.parallel.errors import CheckpointError
+
+SINGLE, BIN_SINGLE = "model.safetensors", "pytorch_model.bin"
+_ADAPTER = "adapter_model"
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+_READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files of a model folder that hold its weights."""
+
+    names: tuple[str, ...] = ()
+    index: str = ""
+    """The file of JSON that names them; "" if there is none, or it does not count."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """The reason for each file of weights that does not count."""
+
+
+def choose_files(root: Path) -> WeightFiles:
+    """The files that transformers loads: a single file before an index, safetensors first.
+
+    In a folder with none of its names, they are all safetensors files, or all of torch.save.
+
+    Raises:
+        CheckpointError: the folder holds an adapter of a model, and no model.
+    """
+    order = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)
+    there = [name for name in order if (root / name).is_file()]
+    if there:
+        first, *others = there
+        left_out = {name: f"transformers loads {first}, which is beside it" for name in others}
+        if first in (SINGLE, BIN_SINGLE):
+            return WeightFiles((first,), "", left_out)
+        return WeightFiles((), first, left_out)
+    for pattern in ("model*.safetensors", "*.safetensors", BIN_FILES):
+        found = sorted(path.name for path in root.glob(pattern))
+        if found and all(name.startswith(_ADAPTER) for name in found):
+            raise CheckpointError(
+                f"{root} holds an adapter ({found[0]}), which is no model; merge it into its base "
+                "model (peft's merge_and_unload) and convert that"
+            )
+        if found:
+            return WeightFiles(tuple(found))
+    return WeightFiles()
+
+
+def published_rules(
+    book: RuleBook, config: Mapping[str, Any], tensors: Sequence[SourceTensor], root: Path
+) -> RuleBook:
+    """The rules of the format, and what transformers passes over or renames for a model type.
+
+    Computed buffers are left out, a base model's names get their prefix, and a head that is equal
+    to the embedding it is tied to is left out.
+    """
+    keys = MODEL_TYPES.get(str(config.get("model_type")))
+    if keys is None:
+        return book
+    skips = [Skip(name, "a buffer that the model computes by itself") for name in keys.buffers]
+    rules: list[Rule] = []
+    names = {tensor.key: tensor for tensor in tensors}
+    bare = any(name in names for name in _EMBEDDINGS)
+    if bare and not any(name.startswith(keys.prefix) for name in names):
+        rules = [
+            Rule(source="lm_head.{name}", target="lm_head.{name}"),
+            Rule(source="{name}", target=keys.prefix + "{name}"),
+        ]
+    tied = config.get("tie_word_embeddings", keys.honoured["tie_word_embeddings"])
+    embedding = next(
+        (names[p + n] for p in (keys.prefix, "") for n in _EMBEDDINGS if p + n in names), None
+    )
+    head = names.get(_HEAD)
+    if tied and embedding and head and _same_content(root, embedding, head):
+        skips.append(Skip(_HEAD, f"equal to {embedding.key}, to which config.json ties it"))
+    return msgspec.structs.replace(book, skips=(*book.skips, *skips), rules=(*rules, *book.rules))
+
+
+def _same_content(root: Path, first: SourceTensor, second: SourceTensor) -> bool:
+    """Whether two tensors that lie in one piece each hold the same bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    places = [tensor.pieces[0].locations[0] for tensor in (first, second)]
+    if any(place.strides != row_major(first.shape) for place in places):
+        return False
+    total = prod(first.shape) * ELEMENT_BYTES[first.dtype]
+    if (places[0].file, places[0].offset) == (places[1].file, places[1].offset):
+        return True
+    with (root / places[0].file).open("rb") as one, (root / places[1].file).open("rb") as other:
+        for start in range(0, total, _READ_BYTES):
+            count = min(_READ_BYTES, total - start)
+            a = os.pread(one.fileno(), count, places[0].offset + start)
+            if a != os.pread(other.fileno(), count, places[1].offset + start):
+                return False
+    return True

@@ -1,0 +1,137 @@
+"""Published folders are read as transformers reads them, and what is passed over is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from holdfast.parallel.errors import CheckpointError
+from support.foreign.conversions import converted
+
+SIZES = {"vocab_size": 24, "max_position_embeddings": 16}
+
+
+def make_model(folder: Path, kind: str, **keys: Any) -> dict[str, Tensor]:
+    import transformers
+
+    torch.manual_seed(1)
+    if kind == "GPT2":
+        sizes = {"vocab_size": 24, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16}
+        config = transformers.GPT2Config(**sizes, **keys)
+        model: Any = transformers.GPT2LMHeadModel(config)
+    else:
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+        wide = {"hidden_size": 8, "intermediate_size": 12}
+        config = transformers.LlamaConfig(**SIZES, **heads, **wide, **keys)
+        model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(str(folder))
+    return load_file(folder / "model.safetensors")
+
+
+def write(folder: Path, tensors: dict[str, Tensor], name: str = "model.safetensors") -> Path:
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / name, {"format": "pt"})
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(folder)).state_dict()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_buffers_and_a_bare_base_model_are_accepted(tmp_path: Path, kind: str, to: str) -> None:
+    found = make_model(tmp_path / "hf", kind)
+    expected = weights_of(tmp_path / "hf")
+    prefix = {"Llama": "model.", "GPT2": "transformer."}[kind]
+    buffers = {
+        "Llama": {f"layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)},
+        "GPT2": {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)},
+    }[kind]
+    write(tmp_path / "hf", {n.removeprefix(prefix): t for n, t in found.items()} | buffers)
+    done = converted(tmp_path / "hf", tmp_path / "there", to)
+    assert {n: w for n, w in done.left_out.items() if n in buffers} == dict.fromkeys(
+        buffers, "a buffer that the model computes by itself"
+    )
+    back = tmp_path / "there"
+    if to == "megatron":
+        converted(tmp_path / "there", back := tmp_path / "back", "hf")
+    again = weights_of(back)
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+def test_of_several_files_those_count_that_transformers_loads(tmp_path: Path) -> None:
+    found = make_model(tmp_path / "hf", "Llama")
+    other = {name: value + 1 for name, value in found.items()}
+    shard = "model-00001-of-00001.safetensors"
+    write(tmp_path / "hf", other, shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(found, shard)}
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    write(tmp_path / "hf", {"w": torch.ones(2)}, "consolidated.safetensors")
+    torch.save(other, tmp_path / "hf/pytorch_model.bin")
+    expected = weights_of(tmp_path / "hf")
+    assert torch.equal(expected["model.norm.weight"], found["model.norm.weight"])
+    done = converted(tmp_path / "hf", tmp_path / "one", "hf")
+    assert set(done.left_out) == {"model.safetensors.index.json", "pytorch_model.bin"}
+    again = load_file(tmp_path / "one/model.safetensors")
+    assert again.keys() == found.keys()
+    assert all(torch.equal(again[name], value) for name, value in found.items())
+    # Without the single file, the index counts.
+    (tmp_path / "hf/model.safetensors").unlink()
+    converted(tmp_path / "hf", tmp_path / "two", "hf")
+    again = load_file(tmp_path / "two/model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in other.items())
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_is_tied_is_left_out_only_if_it_is_equal(tmp_path: Path, equal: bool) -> None:
+    found = make_model(tmp_path / "hf", "Llama", tie_word_embeddings=True)
+    head = found["model.embed_tokens.weight"].clone()
+    if not equal:
+        head[-1, -1] += 1
+    write(tmp_path / "hf", {**found, "lm_head.weight": head})
+    done = converted(tmp_path / "hf", tmp_path / "out", "hf")
+    assert ("lm_head.weight" in done.left_out) is equal
+    # transformers ties neither, where they differ.
+    assert torch.equal(weights_of(tmp_path / "out")["lm_head.weight"], head)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    write(adapter, {"base_model.model.q.lora_A.weight": torch.ones(2)}, "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        converted(adapter, tmp_path / "out", "hf")
+
+
+def test_names_and_counters_of_a_trainer_do_not_become_weights(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    layer = "layers.0.attention.wq.weight"
+    state = {
+        "tok_embeddings.weight": torch.ones(4, 2),
+        layer: torch.ones(2, 2),
+        "train_state": {"step": torch.tensor(3), "ntokens_seen": torch.tensor(60)},
+        "lr_scheduler": {"last_epoch": torch.tensor(3)},
+    }
+    dcp.save(state, checkpoint_id=str(tmp_path / "step-3"), no_dist=True)
+    with pytest.raises(CheckpointError, match=rf"{layer} is a name of torchtitan .*order"):
+        converted(tmp_path / "step-3", tmp_path / "out", "hf")
+    done = converted(tmp_path / "step-3", tmp_path / "ours", "holdfast")
+    assert done.tensors == {"weight": 2}
+    counters = {"train_state/step", "train_state/ntokens_seen", "lr_scheduler/last_epoch"}
+    assert set(done.left_out) == counters
+    # Nor does the way over our own format make them names of transformers.
+    with pytest.raises(CheckpointError, match="torchtitan"):
+        converted(tmp_path / "ours", tmp_path / "out", "hf")
+    several = {"net": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}}
+    dcp.save(several, checkpoint_id=str(tmp_path / "two"), no_dist=True)
+    with pytest.raises(CheckpointError, match=r"(net|ema)/w is a path in a state of more than a"):
+        converted(tmp_path / "two", tmp_path / "out", "hf")

@@ -130,10 +130,11 @@ class Checkpointer:
         is_free = manager.finish()
         self._ended.add(manager.results())
         facts = {"step": step} if is_free else {"the save before": "still under way"}
-        agreed = self._agreement.reach(self.state, facts)
+        with self._meeting.in_turn():
+            agreed = self._agreement.reach(self.state, facts)
+            plan = self._plan_of(agreed.tensors, manager)
         if not is_free:
             raise CheckpointError(f"step {step} is not saved: the save before is still under way")
-        plan = self._plan_of(agreed.tensors, manager)
         held = {entry.name: entry for entry in agreed.mine}
         pieces = plan.written_by(self._meeting.rank)
         source = self._staging.take(pieces, lambda name, box: _view(held[name], box))
@@ -173,7 +174,8 @@ class Checkpointer:
                 return ""
             return store.place_of(name_of(step)) if step is not None else _newest_of(store)
 
-        return self._load_agreed(choose)
+        with self._meeting.in_turn():
+            return self._load_agreed(choose)
 
     def results(self) -> list[SaveResult]:
         """The saves that have ended since the last call, with times and errors. Local."""
@@ -303,7 +305,10 @@ def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]
             that the state has, or has something for a key that the state has no place for.
     """
     with Checkpointer(path, state, keep=0) as checkpointer:
-        checkpointer._load_agreed(lambda: find_checkpoint(path).place if not _world()[0] else "")
+        with checkpointer._meeting.in_turn():
+            checkpointer._load_agreed(
+                lambda: find_checkpoint(path).place if not _world()[0] else ""
+            )
         return checkpointer.loaded
 
 

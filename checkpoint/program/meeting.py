@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -12,6 +14,9 @@ from torch.distributed import Store
 from holdfast.parallel.errors import CheckpointError
 
 _Found = TypeVar("_Found")
+_TURN_S = 0.1
+_MOST_TURNS = 10
+"""The last of the ranks that wait for a turn of their own."""
 
 
 class Meeting:
@@ -56,6 +61,18 @@ class Meeting:
             self.store.delete_key(self._last)
         self._last = own
         return found
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let an error that all ranks raise at one instant leave one rank after the other.
+
+        Their messages would run into each other where ranks write to one terminal or file.
+        """
+        try:
+            yield
+        except CheckpointError:
+            time.sleep(_TURN_S * min(self.rank, _MOST_TURNS))
+            raise
 
     def agree(
         self, what: str, find: Callable[[], _Found], told: Callable[[_Found], Any]

@@ -221,6 +221,10 @@ class Membership:
         """Tell the agent that `step` steps are committed: the run makes progress."""
         self._tell("committed", step=step)
 
+    def incurable(self) -> None:
+        """Tell the agent that this worker ends for a reason that no replacement can cure."""
+        self._tell("incurable")
+
     def cut_off(self, seconds: float) -> None:
         """Have the agent cut this node off from the others for a time: a fault on purpose."""
         self._tell("cut", seconds=seconds)

@@ -56,6 +56,10 @@ class CheckpointError(HoldfastError):
     """A checkpoint is damaged, incomplete or of another model, or its reading or writing failed."""
 
 
+class NotSaved(CheckpointError):
+    """The last step of a run is done and cannot be saved. A replaced worker cannot cure that."""
+
+
 class OffloadError(HoldfastError):
     """Activations that were sent out cannot be read back; the step was not applied."""
 

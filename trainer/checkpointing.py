@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
@@ -32,7 +31,7 @@ from holdfast.trainer.run import (
     memory_root,
     set_aside_newer,
 )
-from holdfast.trainer.save_policy import SaveDecision, SavePolicy
+from holdfast.trainer.save_policy import SaveDecision, SavePolicy, SaveProgress
 from holdfast.trainer.step import (
     Outcome,
     Requests,
@@ -47,18 +46,6 @@ from holdfast.trainer.step import (
 from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")
-
-
-@dataclass(slots=True)
-class SaveProgress:
-    """The progress of a rank's saves."""
-
-    saved_s: float
-    """The time at which the last save to the disk began."""
-    saved_step: int = -1
-    """The step of that save; -1: none."""
-    committed_step: int = -1
-    """The newest step known to be on the disk; -1: none."""
 
 
 class Checkpoints:
@@ -147,7 +134,9 @@ class Checkpoints:
 
     def requests(self) -> Requests:
         """The requests of this rank for the vote."""
-        overdue = self._is_first and self._policy.is_overdue(self._clock(), self._progress.saved_s)
+        progress, now_s = self._progress, self._clock()
+        overdue = self._policy.is_overdue(now_s, progress.saved_s, progress.failed_s)
+        overdue = overdue and self._is_first
         return Requests(
             save=self._signals.save or overdue, stop=self._signals.stop, busy=self._manager.busy
         )
@@ -171,7 +160,7 @@ class Checkpoints:
         with self._saving():
             self._manager.save(self._job(step, in_memory=in_memory))
         if not in_memory:
-            self._progress.saved_s = self._clock()
+            self._progress.saved_s, self._progress.failed_s = self._clock(), None
         self._training.protect(self._fence)
 
     def _saving(self) -> AbstractContextManager[None]:
@@ -242,6 +231,8 @@ class Checkpoints:
             found.append(result)
             if result.error:
                 logger.warning("checkpoint of step %d failed: %s", result.step, result.error)
+                if result.tier == "disk":
+                    self._progress.failed_s = self._clock()
             elif result.tier == "disk" and result.path is not None:
                 self._progress.committed_step = result.step
                 if self._remote is not None:
@@ -271,6 +262,24 @@ class Checkpoints:
                 self._remote.wait()
             found += self.results()
         return found
+
+    def settle(self, step: int, *, over: bool) -> tuple[bool, bool]:
+        """Agree whether `step` is on the disk; if not, the next `save` of it tries again.
+
+        Collective.
+
+        Args:
+            over: whether there is no time left for that; the first rank's answer counts.
+        Returns:
+            Whether it is, and whether the time is over.
+        """
+        progress, is_over = self._progress, over and self._is_first
+        agreed = torch.tensor([progress.committed_step, is_over], dtype=torch.float64)
+        self._training.groups.control.all_reduce(agreed, "max").wait()
+        progress.committed_step = int(agreed[0])
+        if progress.committed_step != step:
+            progress.saved_step = -1
+        return progress.committed_step == step, bool(agreed[1])
 
     def forget_memory(self) -> None:
         """Remove the copies in memory, once the run's last step is on the disk."""
@@ -341,13 +350,15 @@ class Checkpoints:
             if reason:
                 note(f"{place} is passed over: {reason}")
                 continue
-            self._progress.saved_step = self._progress.committed_step = step
+            here = Path(place).parent == self._disk.root.absolute()
+            # What was loaded from elsewhere, such as memory, is not on this run's disk.
+            self._progress.saved_step = self._progress.committed_step = step if here else -1
             if self._is_first:
                 for moved in set_aside_newer(self._disk.root, step):
                     note(f"{moved}: a checkpoint of steps that the run now repeats, set aside")
                 for name in forget_newer(self._run.root, step):
                     note(f"{name} in memory: a copy of steps that the run now repeats, removed")
-            if self._remote is not None and Path(place).parent == self._disk.root.absolute():
+            if self._remote is not None and here:
                 self._remote.upload_missing(Path(place).name, self._training.groups.control)
             return step
         if self._run.resume.candidates:

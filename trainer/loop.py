@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
 
 from torch.distributed import Store
 
-from holdfast.parallel.errors import CheckpointError, NumericsError, Stopped
+from holdfast.parallel.errors import NotSaved, NumericsError, Stopped
 from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
@@ -27,6 +27,11 @@ from holdfast.trainer.step import AtPhase, Outcome, Training, no_hook, open_trai
 from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")
+
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 8.0
+"""The pauses between the tries of a last save."""
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +64,17 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     first = checkpoints.resume(notes.append)
     reporter = Reporter(training, world, run, workers, first)
     parts = Parts(training, checkpoints, reporter)
+    steps = config.train.steps
     try:
         reporter.resumed(first, checkpoints.loaded, notes)
         signals.listen()
-        for step in range(first, config.train.steps):
+        for step in range(first, steps):
             outcome = run_step(parts, step)
             stop_after = config.train.stop_after
             if outcome.requests.stop or (stop_after and step + 1 >= stop_after):
                 stop(parts, step + 1, asked=outcome.requests.stop)
                 return
-        finish(parts)
+        finish(parts, max(first, steps))
     finally:
         signals.close()
         checkpoints.close()
@@ -142,24 +148,56 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     return outcome
 
 
-def finish(parts: Parts) -> None:
+def save_last(parts: Parts, step: int, limit_s: float) -> str:
+    """Save the state after `step` steps, again and again while that fails. Collective.
+
+    The steps that the ranks still hold are not given up for a disk that may have room again.
+
+    Args:
+        limit_s: the time, on the first rank, after which no further save begins.
+    Returns:
+        The reason why the state is not saved; empty once it is.
+    """
+    checkpoints, groups = parts.checkpoints, parts.training.groups
+    told: set[str] = set()
+    reason = "its save has not ended"
+    end_s, pause_s = monotonic() + limit_s, _FIRST_PAUSE_S
+    while True:
+        checkpoints.save(step)
+        ended = checkpoints.finish()
+        parts.reporter.checkpoints([result for result in ended if result.error not in told])
+        errors = [result.error for result in ended if result.error]
+        told.update(errors)
+        reason = errors[-1] if errors else reason
+        saved, over = checkpoints.settle(step, over=monotonic() + pause_s > end_s)
+        if saved or over:
+            return "" if saved else reason
+        with groups.recorder.busy("save", pause_s + _POLL_S):
+            again_s = monotonic() + pause_s
+            while monotonic() < again_s:
+                groups.signal.check()
+                sleep(_POLL_S)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def finish(parts: Parts, done: int) -> None:
     """Save the last step and report the end. Collective over all ranks.
 
+    Args:
+        done: the number of steps done. A run that is past its last step already, because
+            train.steps was lowered, writes nothing.
     Raises:
-        CheckpointError: the last step could not be saved.
+        NotSaved: the last step could not be saved.
     """
     training, checkpoints, reporter = parts.training, parts.checkpoints, parts.reporter
     steps = training.config.train.steps
-    checkpoints.save(steps)
-    ended = checkpoints.finish()
-    reporter.checkpoints(ended)
+    if done > steps:
+        reporter.past_end(done)
+        return
+    reason = save_last(parts, steps, training.config.checkpoint.retry_s)
     digest = training.parameter_digest()
-    if checkpoints.committed_step != steps:
-        reasons = [result.error for result in ended if result.error]
-        raise CheckpointError(
-            "all steps are done, but the last is not saved: "
-            f"{reasons[-1] if reasons else 'its save has not ended'}"
-        )
+    if reason:
+        raise NotSaved(f"all steps are done, but the last is not saved: {reason}")
     reporter.finished(digest)
     checkpoints.forget_memory()
 
@@ -169,15 +207,15 @@ def stop(parts: Parts, step: int, *, asked: bool) -> None:
 
     Raises:
         Stopped: a signal asked for it.
+        NotSaved: no signal asked for it, and the state could not be saved.
     """
-    checkpoints = parts.checkpoints
-    checkpoints.save(step)
-    ended = checkpoints.finish()
-    parts.reporter.checkpoints(ended)
+    section = parts.training.config.checkpoint
+    limit_s = min(section.retry_s, section.exit_s / 2) if asked else section.retry_s
+    reason = save_last(parts, step, limit_s)
+    if reason and not asked:
+        raise NotSaved(f"step {step} is done, but not saved: {reason}")
     if asked:
-        failed = [result.error for result in ended if result.error] or ["its save has not ended"]
-        committed = checkpoints.committed_step == step
-        saved = "is saved" if committed else f"could not be saved: {failed[-1]}"
+        saved = f"could not be saved: {reason}" if reason else "is saved"
         raise Stopped(
             f"stopped by a signal after step {step}, which {saved}; the same command goes on"
         )

@@ -1,4 +1,7 @@
-"""The save policy: when a run saves, as a value from its configuration. Pure."""
+"""The save policy: when a run saves, as a value from its configuration. Pure.
+
+Beside it, the progress of a rank's saves, on which the policy decides.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from holdfast.trainer.config import RunConfig
+
+RETRY_S = 60.0
+"""The time after which a save that failed is tried again, with the state of that time."""
 
 
 class SaveDecision(Enum):
@@ -45,8 +51,14 @@ class SavePolicy:
             skips_when_busy=section.policy == "skip",
         )
 
-    def is_overdue(self, now_s: float, saved_s: float) -> bool:
-        """Whether a save is due by time at `now_s`; the last one began at `saved_s`."""
+    def is_overdue(self, now_s: float, saved_s: float, failed_s: float | None = None) -> bool:
+        """Whether a save is due by time at `now_s`; the last one began at `saved_s`.
+
+        Args:
+            failed_s: the time at which the last one was known to have failed; None: it has not.
+        """
+        if failed_s is not None and now_s - failed_s >= RETRY_S:
+            return True
         return self.every_seconds > 0 and now_s - saved_s >= self.every_seconds
 
     def decide(self, step: int, *, asked: bool, stopping: bool, busy: bool) -> SaveDecision:
@@ -66,3 +78,17 @@ class SavePolicy:
             # The last step is saved when the run finishes.
             return SaveDecision.SKIPPED if step < self.last_step else SaveDecision.NOTHING
         return SaveDecision.DISK if due else SaveDecision.MEMORY
+
+
+@dataclass(slots=True)
+class SaveProgress:
+    """The progress of a rank's saves."""
+
+    saved_s: float
+    """The time at which the last save to the disk began."""
+    saved_step: int = -1
+    """The step of that save; -1: none."""
+    committed_step: int = -1
+    """The newest step known to be on the disk; -1: none."""
+    failed_s: float | None = None
+    """The time at which that save was known to have failed; None: it has not."""

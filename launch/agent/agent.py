@@ -186,6 +186,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.spec):
                 slot.start_at_s = None
+                slot.is_incurable = False
                 slot.pid, slot.killed_for, slot.is_member, slot.left_out_s = -1, "", False, None
                 try:
                     log = self._settings.log(slot.spec.rank)
@@ -251,6 +252,8 @@ class Agent:
             self._others.report_on_behalf_of(slot.spec, cause)
         if end.code == ConfigError.exit_code:
             self._abort(ConfigError.exit_code)
+        elif slot.is_incurable and end.code > 0:
+            self._abort(end.code)
         elif self._settings.respawn and not stopping:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
@@ -332,6 +335,8 @@ class Agent:
                 if self._others.generation:
                     cause = "a new worker wants to take part"
                     self._publish(self._event("joining", slot, cause, 0.0))
+            case "incurable":
+                slot.is_incurable = True
             case "cut":
                 try:
                     cut_network(message["seconds"])

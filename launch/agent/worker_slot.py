@@ -32,6 +32,8 @@ class WorkerSlot:
     """Whether its worker has reported a generation and is in the newest one."""
     left_out_s: float | None = None
     """The time since which the newest generation lacks its worker, which was a member."""
+    is_incurable: bool = False
+    """Whether its worker has said that no replacement can cure the reason for its end."""
     killed_for: str = ""
     """The reason for which its worker was killed."""
 

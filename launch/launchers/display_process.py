@@ -16,7 +16,14 @@ from typing import Any
 from holdfast.launch.processes import PASSED_ON, fork_child
 from holdfast.parallel.plan import Plan, plan_from_data
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.reports import Display, OffloadMetrics, ProgressLine, described, duration
+from holdfast.trainer.reports import (
+    Display,
+    OffloadMetrics,
+    ProgressLine,
+    SaveFailures,
+    described,
+    duration,
+)
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import plan_of
 
@@ -120,6 +127,7 @@ class _RunView:
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
     evaluated: dict[int, float] = field(default_factory=dict)
     last: int = 0
+    failures: SaveFailures = field(default_factory=SaveFailures)
 
     def __post_init__(self) -> None:
         self.display = Display(self.run.root.name, self.first, every=self.config.log.every)
@@ -160,6 +168,7 @@ class _RunView:
             self.display.change(plan_from_data(self.first, line["plan"]))
             self.display.note(describe_change(line))
         elif name == "checkpoint_committed":
+            self.failures.succeeded(line["tier"])
             self.display.note(
                 f"checkpoint of step {line['step']} ({line['tier']}): {line['bytes'] / 2**20:,.0f} "
                 f"MiB in {line['total_s']:.2f} s"
@@ -167,13 +176,16 @@ class _RunView:
         elif name == "offload_failed":
             self.display.note(f"rank {line['rank']} keeps activations in memory: {line['reason']}")
         elif name == "checkpoint_failed":
-            self.display.note(f"checkpoint of step {line['step']} failed: {line['error']}")
+            if told := self.failures.failed(line["tier"], line["step"], line["error"]):
+                self.display.note(told)
         elif name == "resume_note":
             self.display.note(line["message"])
         elif name == "run_finished":
             self.finish(line)
 
     def finish(self, line: dict[str, Any]) -> None:
+        if summary := self.failures.summary():
+            self.display.note(summary)
         losses = self.losses or [float("nan")]
         self.display.finish(
             [

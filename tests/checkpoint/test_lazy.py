@@ -117,7 +117,7 @@ def test_a_rank_that_is_stuck_in_a_save_costs_the_checkpoint_and_is_named(
 @pytest.mark.mp
 def test_a_run_whose_last_step_is_not_saved_fails(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="all steps are done, but the last is not saved"):
-        _run(cluster, tmp_path, {"timeout_s": 1.0}, 3.0)
+        _run(cluster, tmp_path, {"timeout_s": 1.0, "retry_s": 0.0}, 3.0)
     assert len(metrics_of(tmp_path)) == 16
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.trainer.save_policy import SaveDecision, SavePolicy
+from holdfast.trainer.save_policy import RETRY_S, SaveDecision, SavePolicy
 from support.runs.small_runs import make_config
 
 NOTHING, DISK, MEMORY, SKIPPED = SaveDecision
@@ -56,3 +56,10 @@ def test_the_configuration_says_the_policy() -> None:
     config = make_config(train={"steps": 12}, checkpoint=checkpoint)
     assert SavePolicy.of(config) == SavePolicy(12, 3, 9.0, 2, True)
     assert not SavePolicy.of(make_config(checkpoint={"policy": "wait"})).skips_when_busy
+
+
+def test_a_save_that_failed_is_tried_again_after_a_minute() -> None:
+    policy = SavePolicy(last_step=9, every=1000)
+    assert not policy.is_overdue(200.0, 0.0)
+    assert not policy.is_overdue(100.0 + RETRY_S - 0.1, 0.0, 100.0)
+    assert policy.is_overdue(100.0 + RETRY_S, 0.0, 100.0)

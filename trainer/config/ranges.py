@@ -94,6 +94,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "arena_mib": Range(0, 2**20),
         "timeout_s": _DURATION_S,
         "exit_s": _DURATION_S,
+        "retry_s": Range(0, 366 * _DAY_S),
     },
     "offload": {
         "limit_gib": _GIB,

@@ -135,6 +135,8 @@ class CheckpointConfig(Section, frozen=True):
     """Host memory of a rank between state and disk; 0: its part of a checkpoint, at most 2048."""
     timeout_s: float = 600.0
     """The time after which a save is given up."""
+    retry_s: float = 30.0
+    """The time for which the save of the last step is tried again when it fails."""
     exit_s: float = 60.0
     """The time that a run may take after SIGTERM to finish its step and save it."""
 

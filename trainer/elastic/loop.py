@@ -14,7 +14,7 @@ import msgspec
 from torch.distributed import DistError
 
 from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
-from holdfast.parallel.errors import PeerLost, Stopped
+from holdfast.parallel.errors import NotSaved, PeerLost, Stopped
 from holdfast.parallel.plan import would_move_layers
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
@@ -255,9 +255,15 @@ def train_elastic_worker(
         recovery = Recovery(spec.rank, config, plan_of(config), drives)
         saves.listen()
         held.callback(saves.close)
-        ElasticLoop(
+        loop = ElasticLoop(
             config, spec.identity, recovery, session, membership, interruption, history
-        ).run()
+        )
+        try:
+            loop.run()
+        except NotSaved:
+            # A new worker would train the same steps again, to save them where they cannot be.
+            membership.incurable()
+            raise
 
 
 def _history(run: RunDirectory) -> MembershipHistory | None:

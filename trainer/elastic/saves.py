@@ -21,6 +21,7 @@ from holdfast.trainer.run import (
     Signals,
     checkpoint_root,
     find_resume,
+    forget_newer,
     set_aside_newer,
 )
 from holdfast.trainer.step import Training
@@ -95,6 +96,7 @@ class ElasticSaves:
                 found = replace(found, candidates=newest.candidates or found.candidates)
             if sound_until is not None:
                 set_aside_newer(checkpoint_root(self._run.root, self._config), sound_until)
+                forget_newer(self._run.root, sound_until)
                 kept = [c for c in found.candidates if Path(c).is_dir()]
                 found = replace(found, candidates=tuple(kept))
             store.set("resume", json.dumps(msgspec.to_builtins(found)))

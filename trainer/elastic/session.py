@@ -74,7 +74,7 @@ class ElasticSession:
     def finish(self) -> None:
         """Save and report after the last step. Collective over all ranks."""
         parts = self._parts()
-        finish(parts)
+        finish(parts, parts.training.progress.decided)
         parts.training.groups.control.barrier()
         self._saves.end()
 

@@ -1,4 +1,7 @@
 from . import trace as trace
+from .checkpoint_events import (
+    SaveFailures as SaveFailures,
+)
 from .console import (
     Display as Display,
     ProgressLine as ProgressLine,

@@ -13,7 +13,11 @@ from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import SaveResult
 from holdfast.checkpoint.tiers import UploadResult
 from holdfast.parallel.pipeline import ActionTimes
-from holdfast.trainer.reports.checkpoint_events import checkpoint_fields, describe_save
+from holdfast.trainer.reports.checkpoint_events import (
+    SaveFailures,
+    checkpoint_fields,
+    describe_save,
+)
 from holdfast.trainer.reports.flops import step_flops, utilisation
 from holdfast.trainer.reports.metrics import StepMetrics, append_event
 from holdfast.trainer.reports.offload_metrics import OffloadMetrics, offload_metrics
@@ -53,6 +57,7 @@ class Reporter:
         self._reported = first
         """The last step that this rank has reported."""
         self._offload_failed = False
+        self._failures = SaveFailures()
         writes = _is_writer(training, world)
         self._records = RecordKeeper(
             run, tensorboard=config.log.tensorboard, first=first, writes=writes
@@ -212,8 +217,11 @@ class Reporter:
             fields = checkpoint_fields(result)
             if result.error:
                 self._records.event("checkpoint_failed", error=result.error, **fields)
-                self._note(f"checkpoint of step {result.step} failed: {result.error}")
+                self._note(self._failures.failed(fields["tier"], result.step, result.error))
             else:
+                self._failures.succeeded(fields["tier"])
+                if isinstance(result, SaveResult):
+                    self._note(result.note)
                 self._records.event("checkpoint_committed", **fields)
                 self._note(describe_save(result))
 
@@ -222,8 +230,18 @@ class Reporter:
         total_s = self._clock() - self._began_s
         steps = self._training.config.train.steps
         self._records.event("run_finished", steps=steps, total_s=total_s, parameter_digest=digest)
+        self._note(self._failures.summary())
         if self._console is not None:
             self._console.finish(digest, total_s)
+
+    def past_end(self, done: int) -> None:
+        """Record and show that the run is past its last step already."""
+        message = (
+            f"the run is at step {done}, past train.steps = {self._training.config.train.steps}: "
+            "nothing is trained and nothing is written; raise train.steps to go on"
+        )
+        self._records.event("resume_note", message=message)
+        self._note(message)
 
     def close(self) -> None:
         if self._console is not None:
@@ -231,7 +249,7 @@ class Reporter:
         self._records.close()
 
     def _note(self, text: str) -> None:
-        if self._console is not None:
+        if self._console is not None and text:
             self._console.note(text)
 
     def _utilisation(self, step_s: float) -> float | None:

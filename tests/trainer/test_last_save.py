@@ -1,0 +1,102 @@
+"""The last save of a run: nothing is written past it, and what ranks hold is not thrown away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.checkpoint.stores.local import LocalStore
+from holdfast.checkpoint.tools.verify import verify_checkpoint
+from holdfast.trainer.config.loading import dump_toml
+from support.processes.forked_command import ForkedCommand
+from support.runs.small_runs import events_of, make_config, metrics_of
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _train(config: Any, folder: Path) -> ForkedCommand:
+    path = folder / "run.toml"
+    path.write_text(dump_toml(config))
+    return ForkedCommand(
+        ["train", str(path), "--out", str(folder / "run")], folder / "run.txt", ENVIRONMENT
+    )
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("elastic", [False, True])
+def test_a_run_past_its_last_step_writes_nothing_and_says_so(tmp_path: Path, elastic: bool) -> None:
+    sections: dict[str, Any] = {"parallel": {"data": 2}, "checkpoint": {"every": 3, "keep": 0}}
+    sections["elastic"] = {"enabled": elastic}
+    config = make_config(**sections, train={"steps": 12, "stop_after": 9})
+    assert _train(config, tmp_path).wait(timeout=90) == 0
+    root = tmp_path / "run"
+    store = LocalStore(root / "checkpoints")
+    before = {name: store.manifest(name).id for name in store.names()}
+    assert list(before) == ["step-00000003", "step-00000006", "step-00000009"]
+    again = _train(make_config(**sections, train={"steps": 6}), tmp_path)
+    assert again.wait(timeout=90) == 0, again.printed()
+    assert {name: store.manifest(name).id for name in store.names()} == before
+    notes = [event["message"] for event in events_of(root, "resume_note")]
+    assert any("the run is at step 9, past train.steps = 6" in note for note in notes)
+    assert not events_of(root, "run_finished")
+    assert len(metrics_of(root)) == 9
+
+
+def _unwritable(root: Path) -> None:
+    """Have every save to a run's checkpoints fail, whoever runs the test."""
+    shutil.rmtree(root / "checkpoints", ignore_errors=True)
+    (root / "checkpoints").write_text("not a folder")
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("elastic", [False, True])
+def test_a_last_save_that_cannot_be_made_ends_the_run_and_repeats_no_step(
+    tmp_path: Path, elastic: bool
+) -> None:
+    config = make_config(
+        parallel={"data": 2},
+        train={"steps": 40, "global_batch": 24},
+        checkpoint={"retry_s": 2.0},
+        elastic={"enabled": elastic},
+    )
+    root = tmp_path / "run"
+    run = _train(config, tmp_path)
+    _wait_for(lambda: (root / "metrics.jsonl").exists() and len(metrics_of(root)) > 1)
+    _unwritable(root)
+    assert run.wait(timeout=120) == 1, run.printed()
+    assert "all steps are done, but the last is not saved" in run.printed()
+    assert [line["step"] for line in metrics_of(root)] == list(range(1, 41))
+    assert len(events_of(root, "checkpoint_failed")) == 1, "tried again, and told once"
+    assert not events_of(root, "run_finished")
+
+
+@pytest.mark.mp
+def test_a_last_save_succeeds_once_there_is_room(tmp_path: Path) -> None:
+    config = make_config(
+        parallel={"data": 2},
+        train={"steps": 40, "global_batch": 24},
+        checkpoint={"retry_s": 60.0},
+        elastic={"enabled": True},
+    )
+    root = tmp_path / "run"
+    run = _train(config, tmp_path)
+    _wait_for(lambda: (root / "metrics.jsonl").exists() and len(metrics_of(root)) > 1)
+    _unwritable(root)
+    _wait_for(lambda: bool(events_of(root, "checkpoint_failed")))
+    (root / "checkpoints").unlink()
+    assert run.wait(timeout=120) == 0, run.printed()
+    assert verify_checkpoint(root / "checkpoints" / "step-00000040") == []
+    assert events_of(root, "run_finished")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Literal
 
 import msgspec
 
-from holdfast.parallel.errors import DataError
+from holdfast.parallel.errors import DataError, shown
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +64,7 @@ def check_data_config(data: DataConfig) -> None:
         value = getattr(data, key)
         if value != getattr(DataConfig(), key):
             raise DataError(
-                f'data.{key} = {json.dumps(value)} with data.kind = "{data.kind}": it would not be '
+                f'data.{key} = {shown(value)} with data.kind = "{data.kind}": it would not be '
                 f"used; {_ADVICE[data.kind]}"
             )
     if data.kind == "megatron" and not data.path:

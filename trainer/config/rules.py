@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from holdfast.parallel.errors import ConfigError, ScheduleError
+from holdfast.parallel.errors import ConfigError, ScheduleError, shown
 from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.schedules import placement
@@ -15,7 +15,7 @@ from holdfast.trainer.config.choices import choice_problem, registries
 from holdfast.trainer.config.data_section import check_data_config
 from holdfast.trainer.config.extent import extent_problems
 from holdfast.trainer.config.installation import elastic_problem
-from holdfast.trainer.config.ranges import range_problems
+from holdfast.trainer.config.ranges import RANGES, range_problems
 from holdfast.trainer.config.texts import text_problems
 from holdfast.trainer.models import family_of
 
@@ -129,11 +129,12 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.layers
     if min(parallel.pipeline, parallel.virtual) < 1:
         return
-    try:
-        placement(parallel.schedule, parallel.pipeline, parallel.virtual)
-    except ScheduleError as error:
-        yield str(error)
     chunks = parallel.pipeline * parallel.virtual
+    if chunks <= RANGES["model"]["layers"].most + 2:  # of more, the split of layers is refused
+        try:
+            placement(parallel.schedule, parallel.pipeline, parallel.virtual)
+        except ScheduleError as error:
+            yield str(error)
     given = parallel.blocks_per_chunk
     if not given:
         if layers % chunks:
@@ -145,11 +146,11 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
             )
     elif len(given) != chunks or sum(given) != layers or min(given[1:-1], default=1) < 1:
         yield (
-            f"parallel.blocks_per_chunk = {given}: must be {chunks} numbers (pipeline x virtual) "
-            f"that add up to model.layers = {layers}, each 1 or more (0 for the first or last)"
+            f"parallel.blocks_per_chunk = {shown(given)}: must be {chunks} numbers "
+            f"(pipeline x virtual) that add up to model.layers = {layers}, each 1 or more (0 for the first or last)"
         )
     elif min(given) < 0:
-        yield f"parallel.blocks_per_chunk = {given}: numbers must not be negative"
+        yield f"parallel.blocks_per_chunk = {shown(given)}: numbers must not be negative"
 
 
 def _elastic(config: RunConfig) -> Iterator[str]:
@@ -165,8 +166,8 @@ def _elastic(config: RunConfig) -> Iterator[str]:
         )
     if elastic.lighthouse and not _LIGHTHOUSE.fullmatch(elastic.lighthouse):
         yield (
-            f"elastic.lighthouse = {elastic.lighthouse!r}: must be HOST:PORT or http://HOST:PORT, "
-            "with a port of 1 to 65535; or leave it empty"
+            f"elastic.lighthouse = {shown(elastic.lighthouse)}: must be HOST:PORT or "
+            "http://HOST:PORT, with a port of 1 to 65535; or leave it empty"
         )
     if elastic.enabled and config.parallel.backend == "mpi" and elastic.respawn:
         yield (

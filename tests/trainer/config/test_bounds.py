@@ -22,19 +22,11 @@ from holdfast.trainer.run.throughput import measure_throughput
 from holdfast.trainer.step import plan_of
 from support.runs.commands import environment, holdfast
 
-SMALLEST = '[model]\nfamily = "llama"\nlayers = 8\nhidden = 96\n'
 FUZZED = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 300
 CHECKED_ELSEWHERE = {"data.eval_fraction"}
 """Numbers with a check of their own; see test_config.py."""
 BIG = Machine(cores=64, memory_bytes=1 << 40)
 SMALL = Machine(cores=2, memory_bytes=8 << 30)
-
-
-@pytest.fixture
-def smallest(tmp_path: Path) -> Path:
-    path = tmp_path / "c.toml"
-    path.write_text(SMALLEST)
-    return path
 
 
 def test_every_number_of_a_configuration_has_a_range(smallest: Path) -> None:
@@ -55,6 +47,7 @@ def test_every_number_of_a_configuration_has_a_range(smallest: Path) -> None:
     [
         ("model.layers=9223372036854775808", "must be at most 4096"),
         (f"model.layers=1{'0' * 4000}", "model.layers = 2**13287 and more: must be at most 4096"),
+        (f"parallel.virtual=1{'0' * 30}", "is not divisible by parallel.pipeline x"),
         ("model.rope_theta=nan", "model.rope_theta = nan: must be a finite number"),
         ("model.rope_theta=0", "must be greater than 0"),
         ("model.init_std=inf", "must be a finite number"),
@@ -119,7 +112,8 @@ def test_a_layout_of_thousands_of_ranks_is_planned_without_starting_a_process(
     smallest: Path,
 ) -> None:
     """The test is not marked mp: a process that is started fails it (conftest.py)."""
-    overrides = ["parallel.data=5000", "parallel.pipeline=4", "train.global_batch=20000",
+    overrides = ["model.layers=8", "parallel.data=5000", "parallel.pipeline=4",
+                 "train.global_batch=20000",
                  "train.recompute=auto", "train.activation_gib=1", "offload.activations=ssd",
                  "elastic.enabled=true"]  # fmt: skip
     config = load_config(smallest, overrides)

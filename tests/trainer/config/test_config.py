@@ -11,15 +11,6 @@ import pytest
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config.loading import check_config, dump_toml, load_config
 
-SMALLEST = '[model]\nfamily = "llama"\nlayers = 6\nhidden = 96\n'
-
-
-@pytest.fixture
-def smallest(tmp_path: Path) -> Path:
-    path = tmp_path / "c.toml"
-    path.write_text(SMALLEST)
-    return path
-
 
 def test_defaults_are_those_of_the_contract(smallest: Path) -> None:
     config = load_config(smallest)

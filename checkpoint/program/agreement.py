@@ -66,8 +66,8 @@ class Agreement:
                 saved, or differs where it must not.
         """
         meeting = self._meeting
-        found, answers = meeting.agree(
-            "save", lambda: describe(state), lambda d: self._told(d, facts)
+        (found, marks), answers = meeting.agree(
+            "save", lambda: _described(state), lambda told: self._told(*told, facts)
         )
         for rank, answer in enumerate(answers):
             if answer["facts"] != answers[0]["facts"]:
@@ -78,7 +78,7 @@ class Agreement:
         docs: Mapping[str, Any] = found.docs
         digests = tuple(answer["form"] for answer in answers)
         if any(answer["values"] != answers[0]["values"] for answer in answers):
-            content = {"docs": docs, "marks": _marks(mine)}
+            content = {"docs": docs, "marks": marks}
             told = meeting.exchange("docs", content)
             docs, own = merge([rank["docs"] for rank in told], [rank["marks"] for rank in told])
             if own:
@@ -91,10 +91,10 @@ class Agreement:
         self._check_shared(mine, shared)
         return Agreed(mine, docs, self._form.tensors)
 
-    def _told(self, found: Described, facts: Any) -> dict[str, Any]:
+    def _told(self, found: Described, marks: Marks, facts: Any) -> dict[str, Any]:
         return {
             "facts": facts,
-            "values": _digest([found.docs, _marks(found.tensors)]),
+            "values": _digest([found.docs, marks]),
             "form": _digest(_form_of(found.tensors)),
             "shared": self._shared(found.tensors),
         }
@@ -154,10 +154,12 @@ def own_kind(kind: str, rank: int) -> str:
     return TENSOR if rank and kind == BUFFER else kind
 
 
-def _marks(mine: Sequence[ProgramTensor]) -> Marks:
-    return {
+def _described(state: ProgramState) -> tuple[Described, Marks]:
+    """The state of this rank, and the marks of what each rank may have its own of."""
+    found = describe(state)
+    return found, {
         entry.name: [fingerprint(entry.local), entry.dtype, entry.shape]
-        for entry in mine
+        for entry in found.tensors
         if entry.own
     }
 

@@ -7,7 +7,7 @@ is one that ranks either share or have each its own of; checkpoint/program/agree
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,15 +119,24 @@ def is_plain_optimizer(value: object) -> bool:
     return isinstance(value, Optimizer) and type(value).state_dict is Optimizer.state_dict
 
 
+def is_object(value: Any) -> bool:
+    """Whether a value has a state of its own."""
+    return not isinstance(value, type) and hasattr(value, "state_dict")
+
+
+def _unwrapped(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those inside DistributedDataParallel and torch.compile, the bare one last."""
+    inner: object = module
+    while isinstance(inner, nn.Module):
+        yield inner
+        is_replica = isinstance(inner, nn.parallel.DistributedDataParallel)
+        inner = inner.module if is_replica else getattr(inner, "_orig_mod", None)
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel or torch.compile."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            inner = module.module
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
+    *_, found = _unwrapped(module)
+    return found
 
 
 def prefix_of(key: str) -> str:
@@ -201,13 +210,10 @@ def _describe_module(
 
 def _buffers_are_led(module: nn.Module) -> bool:
     """Whether the first rank's buffers replace the others' before the next forward pass."""
-    while True:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return bool(module.broadcast_buffers)
-        inner = getattr(module, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return False
-        module = inner
+    for found in _unwrapped(module):
+        if isinstance(found, nn.parallel.DistributedDataParallel):
+            return bool(found.broadcast_buffers)
+    return False
 
 
 def _keeper(
@@ -250,7 +256,7 @@ def dotted(path: str) -> str:
 
 def _describe_value(found: Described, key: str, value: Any) -> Any:
     keep = _keeper(found, key, lambda path: [(TENSOR, dotted(path))], own=True)
-    if not isinstance(value, type) and hasattr(value, "state_dict"):
+    if is_object(value):
         return {TAG: "object", "value": encode(value.state_dict(), key, keep)}
     return encode(value, key, keep)
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from holdfast.checkpoint.format import STEP, TORCH_DTYPES, UNPREFIXED_KINDS, Manifest, base_name
+from holdfast.checkpoint.format import (
+    STEP,
+    TORCH_DTYPES,
+    UNPREFIXED_KINDS,
+    Manifest,
+    TensorEntry,
+    base_name,
+)
 from holdfast.checkpoint.program.described import name_of_parameter
 from holdfast.checkpoint.program.tensors import completed, device_of, is_dtensor, replicated
 from holdfast.checkpoint.program.values import TAG, Later, MakeTensor, decode
@@ -18,6 +25,18 @@ from holdfast.parallel.errors import CheckpointError
 
 AddTarget = Callable[[str, Tensor, str], None]
 """(tensor of the checkpoint, tensor to read it into, path)"""
+
+
+def entry_of(manifest: Manifest, name: str, path: str) -> TensorEntry:
+    """What a manifest says of a tensor that the value at `path` needs.
+
+    Raises:
+        CheckpointError: the checkpoint lacks it.
+    """
+    entry = manifest.tensors.get(name)
+    if entry is None:
+        raise CheckpointError(f"the checkpoint lacks {name}, which {path} needs")
+    return entry
 
 
 class OptimizerRestore:
@@ -207,7 +226,5 @@ class OptimizerRestore:
         return make
 
     def _form_of(self, doc: Mapping[str, Any], path: str) -> tuple[tuple[int, ...], torch.dtype]:
-        entry = self._manifest.tensors.get(doc["name"])
-        if entry is None:
-            raise CheckpointError(f"the checkpoint lacks {doc['name']}, which {path} needs")
+        entry = entry_of(self._manifest, doc["name"], path)
         return entry.shape, TORCH_DTYPES[entry.dtype]

@@ -21,11 +21,12 @@ from holdfast.checkpoint.program.described import (
     bare,
     check_state,
     extra_states,
+    is_object,
     is_plain_optimizer,
     module_tensors,
     prefix_of,
 )
-from holdfast.checkpoint.program.optimizers import OptimizerRestore
+from holdfast.checkpoint.program.optimizers import OptimizerRestore, entry_of
 from holdfast.checkpoint.program.tensors import (
     check_tensor,
     completed,
@@ -179,12 +180,12 @@ class Restore:
         kind = doc.get(TAG) if isinstance(doc, dict) else None
         if is_plain_optimizer(value):
             self._prepare_optimizer(key, value, doc, names)
-        elif self._is_exact and (kind == "object") != _is_object(value) and value is not None:
+        elif self._is_exact and (kind == "object") != is_object(value) and value is not None:
             raise CheckpointError(
                 f"{key} is a {type(value).__name__}, and the checkpoint's {key} is "
                 f"{'the state of an object' if kind == 'object' else 'a plain value'}"
             )
-        elif _is_object(value) or kind == "object":
+        elif is_object(value) or kind == "object":
             found = doc
             if self._is_exact:
                 old = value.state_dict() if references(doc) and value is not None else None
@@ -226,9 +227,7 @@ class Restore:
 
     def _add_target(self, name: str, value: Tensor, path: str) -> None:
         """Note that a tensor of the checkpoint is read into a tensor of this program."""
-        entry = self._manifest.tensors.get(name)
-        if entry is None:
-            raise CheckpointError(f"the checkpoint lacks {name}, which {path} needs")
+        entry = entry_of(self._manifest, name, path)
         check_tensor(value, path)
         if tuple(value.shape) != entry.shape:
             raise CheckpointError(
@@ -247,9 +246,7 @@ class Restore:
 
     def _make_new(self, doc: Mapping[str, Any], old: Any, path: str) -> Tensor:
         """A new tensor for one inside a value that is handed over whole."""
-        entry = self._manifest.tensors.get(doc["name"])
-        if entry is None:
-            raise CheckpointError(f"the checkpoint lacks {doc['name']}, which {path} needs")
+        entry = entry_of(self._manifest, doc["name"], path)
         if doc.get("dtensor") and not is_dtensor(old):
             raise CheckpointError(
                 f"{path} was saved as a DTensor; give one of its shape and placements to load into"
@@ -261,11 +258,6 @@ class Restore:
             made = torch.zeros(entry.shape, dtype=dtype, device=device_of(doc))
         self._add_target(doc["name"], made, path)
         return completed(made, doc)
-
-
-def _is_object(value: Any) -> bool:
-    """Whether a value has a state of its own."""
-    return not isinstance(value, type) and hasattr(value, "state_dict")
 
 
 def _some(names: Collection[str]) -> str:

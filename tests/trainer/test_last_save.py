@@ -61,21 +61,28 @@ def _unwritable(root: Path) -> None:
     (root / "checkpoints").write_text("not a folder")
 
 
+def _without_a_place_to_save(folder: Path, *, retry_s: float, elastic: bool) -> ForkedCommand:
+    """A run whose saves fail from its second step on."""
+    config = make_config(
+        parallel={"data": 2},
+        train={"steps": 40, "global_batch": 24},
+        checkpoint={"retry_s": retry_s},
+        elastic={"enabled": elastic},
+    )
+    root = folder / "run"
+    run = _train(config, folder)
+    _wait_for(lambda: (root / "metrics.jsonl").exists() and len(metrics_of(root)) > 1)
+    _unwritable(root)
+    return run
+
+
 @pytest.mark.mp
 @pytest.mark.parametrize("elastic", [False, True])
 def test_a_last_save_that_cannot_be_made_ends_the_run_and_repeats_no_step(
     tmp_path: Path, elastic: bool
 ) -> None:
-    config = make_config(
-        parallel={"data": 2},
-        train={"steps": 40, "global_batch": 24},
-        checkpoint={"retry_s": 2.0},
-        elastic={"enabled": elastic},
-    )
     root = tmp_path / "run"
-    run = _train(config, tmp_path)
-    _wait_for(lambda: (root / "metrics.jsonl").exists() and len(metrics_of(root)) > 1)
-    _unwritable(root)
+    run = _without_a_place_to_save(tmp_path, retry_s=2.0, elastic=elastic)
     assert run.wait(timeout=120) == 1, run.printed()
     assert "all steps are done, but the last is not saved" in run.printed()
     assert [line["step"] for line in metrics_of(root)] == list(range(1, 41))
@@ -85,16 +92,8 @@ def test_a_last_save_that_cannot_be_made_ends_the_run_and_repeats_no_step(
 
 @pytest.mark.mp
 def test_a_last_save_succeeds_once_there_is_room(tmp_path: Path) -> None:
-    config = make_config(
-        parallel={"data": 2},
-        train={"steps": 40, "global_batch": 24},
-        checkpoint={"retry_s": 60.0},
-        elastic={"enabled": True},
-    )
     root = tmp_path / "run"
-    run = _train(config, tmp_path)
-    _wait_for(lambda: (root / "metrics.jsonl").exists() and len(metrics_of(root)) > 1)
-    _unwritable(root)
+    run = _without_a_place_to_save(tmp_path, retry_s=60.0, elastic=True)
     _wait_for(lambda: bool(events_of(root, "checkpoint_failed")))
     (root / "checkpoints").unlink()
     assert run.wait(timeout=120) == 0, run.printed()

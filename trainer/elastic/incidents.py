@@ -18,8 +18,8 @@ from holdfast.elastic import (
 )
 from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import CompletedChange
-from holdfast.trainer.reports import append_events, read_events
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.reports import append_events
+from holdfast.trainer.run import RunDirectory, read_events
 from holdfast.trainer.step import Training
 
 

@@ -15,7 +15,6 @@ from .metrics import (
     append_event as append_event,
     append_events as append_events,
     last_step as last_step,
-    read_events as read_events,
 )
 from .offload_metrics import (
     OffloadMetrics as OffloadMetrics,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -67,15 +66,6 @@ def append_events(path: Path, events: Iterable[tuple[str, Mapping[str, Any]]]) -
     lines = (json.dumps({"time": now, "event": event, **fields}) for event, fields in events)
     with path.open("ab", buffering=0) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run; empty without a file. Torn lines are left out."""
-    events = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
-    return events
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -1,3 +1,6 @@
+from .history import (
+    read_events as read_events,
+)
 from .initial_weights import (
     has_state as has_state,
 )

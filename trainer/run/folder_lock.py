@@ -33,14 +33,12 @@ def lock_folder(folder: Path, key: str, run: str = "") -> Iterator[None]:
     except OSError as error:
         raise unwritable(folder, error, key) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(descriptor):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             raise ConfigError(
                 f"{folder} is in use by another run ({holder or 'unknown process'}); wait for it, "
                 f"stop it, or name another folder with {key}"
-            ) from None
+            )
         with contextlib.suppress(OSError):  # the lock holds on a full disk, too
             os.ftruncate(descriptor, 0)
             holder = f"pid {os.getpid()} on {socket.gethostname()}"
@@ -53,13 +51,24 @@ def lock_folder(folder: Path, key: str, run: str = "") -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Whether another process holds the lock of a folder."""
     try:
-        with open(os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    return False
+    try:
+        return not try_lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Take the lock of an open file or folder. Returns whether no other process has it."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def unwritable(folder: Path, error: OSError, key: str = "--out") -> ConfigError:

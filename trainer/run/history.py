@@ -48,8 +48,7 @@ def lost_of(run: RunDirectory, config: RunConfig, found: Resume) -> str:
     for name, reason in unreadable(store):
         return f"{store.place_of(name)} cannot be resumed from: {reason}; {_START_OVER}"
     committed = max((e["step"] for e in _commits(run.events)), default=0)
-    steps = run.metrics.exists() and run.metrics.stat().st_size > 0
-    if committed or (steps and not run.events.exists()):
+    if committed or (_has_content(run.metrics) and not run.events.exists()):
         told = f"a checkpoint of step {committed}" if committed else "steps in metrics.jsonl"
         return (
             f"{run.root} tells of {told}, and there is none in {store.root}: put it there, go on "
@@ -91,7 +90,7 @@ def check_history(run: RunDirectory, config: RunConfig, found: Resume) -> None:
     """
     if lost := lost_of(run, config, found):
         raise ConfigError(lost)
-    if found.candidates or not run.metrics.exists() or not run.metrics.stat().st_size:
+    if found.candidates or not _has_content(run.metrics):
         return
     try:
         before = msgspec.to_builtins(load_config(run.config, []))
@@ -108,11 +107,7 @@ def check_history(run: RunDirectory, config: RunConfig, found: Resume) -> None:
 def set_aside_history(run: RunDirectory, config: RunConfig) -> tuple[str, ...]:
     """Rename the records and checkpoints of a run that starts over. Returns notes on them."""
     run.journal.unlink(missing_ok=True)
-    moved = [
-        set_aside(path).name
-        for path in (run.metrics, run.events)
-        if path.exists() and path.stat().st_size > 0
-    ]
+    moved = [set_aside(path).name for path in (run.metrics, run.events) if _has_content(path)]
     folder = checkpoint_root(run.root, config)
     if LocalStore(folder).folders():
         # A folder that the run was given, or that was moved to another disk, keeps its place.
@@ -124,25 +119,28 @@ def set_aside_history(run: RunDirectory, config: RunConfig) -> tuple[str, ...]:
 
 def is_unused(run: RunDirectory) -> bool:
     """Whether no run has taken a step in a folder, nor saved one."""
-    steps = run.metrics.exists() and run.metrics.stat().st_size > 0
-    return not steps and not LocalStore(run.root / "checkpoints").folders()
+    return not _has_content(run.metrics) and not LocalStore(run.root / "checkpoints").folders()
 
 
 def is_finished(run: RunDirectory) -> bool:
     """Whether the run in a folder reached its last step."""
-    return any(event.get("event") == "run_finished" for event in _events(run.events)[-3:])
+    return any(event.get("event") == "run_finished" for event in read_events(run.events)[-3:])
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _commits(path: Path) -> Iterator[dict[str, Any]]:
     """The events of checkpoints that went to the disk or to a URL."""
-    for event in _events(path):
+    for event in read_events(path):
         kept = event.get("tier") in ("disk", "remote") and isinstance(event.get("step"), int)
         if event.get("event") == "checkpoint_committed" and kept:
             yield event
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    """The events in a file; lines that are none are left out."""
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run; empty without a file. Torn and foreign lines are left out."""
     events = []
     try:
         lines = path.read_bytes().splitlines()

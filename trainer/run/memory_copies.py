@@ -7,7 +7,6 @@ other user can know its name before it is there. Local; needs no torch.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
@@ -20,6 +19,7 @@ import msgspec
 from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore
 from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.run.folder_lock import try_lock
 from holdfast.trainer.run.identity import (
     IDENTITY,
     RunIdentity,
@@ -88,7 +88,7 @@ def held_memory(root: Path, identity: RunIdentity, *, make: bool) -> Iterator[No
             if place.is_dir():
                 descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 held.callback(os.close, descriptor)
-                if not _locked(descriptor):
+                if not try_lock(descriptor):
                     raise ConfigError(
                         f"the copies in memory of {root} ({place}) are in use by another process; "
                         "wait for it, or stop it"
@@ -114,7 +114,7 @@ def sweep_memory() -> list[str]:
             owner = msgspec.json.decode(read_own_file(place / _OWNER), type=_MemoryOwner)
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if _is_gone(owner) and _locked(descriptor):
+                if _is_gone(owner) and try_lock(descriptor):
                     shutil.rmtree(place)
                     gone.append(owner.path)
             finally:
@@ -156,12 +156,3 @@ def _is_gone(owner: _MemoryOwner) -> bool:
     while not there.exists():
         there = there.parent
     return there.stat().st_dev == owner.device
-
-
-def _locked(descriptor: int) -> bool:
-    """Take the lock of an open folder, unless another process has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

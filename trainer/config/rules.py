@@ -147,7 +147,8 @@ def _pipeline(config: RunConfig) -> Iterator[str]:
     elif len(given) != chunks or sum(given) != layers or min(given[1:-1], default=1) < 1:
         yield (
             f"parallel.blocks_per_chunk = {shown(given)}: must be {chunks} numbers "
-            f"(pipeline x virtual) that add up to model.layers = {layers}, each 1 or more (0 for the first or last)"
+            f"(pipeline x virtual) that add up to model.layers = {layers}, each 1 or "
+            "more (0 for the first or last)"
         )
     elif min(given) < 0:
         yield f"parallel.blocks_per_chunk = {shown(given)}: numbers must not be negative"

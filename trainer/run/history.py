@@ -88,10 +88,14 @@ def check_history(run: RunDirectory, config: RunConfig, found: Resume) -> None:
     Raises:
         ConfigError: a checkpoint has lost its manifest or is gone, or the folder is another run's.
     """
+    if not found.candidates and _has_content(run.metrics):
+        _refuse_another(run, config)
     if lost := lost_of(run, config, found):
         raise ConfigError(lost)
-    if found.candidates or not _has_content(run.metrics):
-        return
+
+
+def _refuse_another(run: RunDirectory, config: RunConfig) -> None:
+    """Raise ConfigError if the run in a folder without checkpoints is another one."""
     try:
         before = msgspec.to_builtins(load_config(run.config, []))
         others = differing_keys(before, msgspec.to_builtins(config), MUST_MATCH)

@@ -90,14 +90,14 @@ def check_tensors(manifest: Manifest, config: RunConfig, where: str) -> None:
     wanted = {row.name: tuple(row.shape) for layer in layers for row in layer.parameters[0]}
     found = {n: tuple(e.shape) for n, e in manifest.tensors.items() if e.kind == WEIGHT}
     problems = [
-        (name, f"{list(found[name])}, and the model's is {list(shape)}")
+        (name, f"has shape {list(found[name])}, and the model's has {list(shape)}")
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
-    problems += [(name, "missing, and the model has it") for name in wanted if name not in found]
-    problems += [(name, "of no use to the model") for name in found if name not in wanted]
+    problems += [(name, "is missing, and the model has it") for name in wanted if name not in found]
+    problems += [(name, "is of no use to the model") for name in found if name not in wanted]
     if problems:
-        shown = "; ".join(f"{name} is {what}" for name, what in problems[:3])
+        shown = "; ".join(f"{name} {what}" for name, what in problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ConfigError(
             f"{where} does not hold the weights of [model]: {shown}{more}; change [model] to what "

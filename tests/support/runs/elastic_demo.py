@@ -6,6 +6,7 @@ A step is a meeting of all members in the generation's store. What each worker d
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -164,7 +165,7 @@ class _Worker:
 def demo_record(spec: WorkerSpec) -> FlightRecord:
     """What an agent reads of `note_wait`: the record of a worker whose steps are known."""
     found: list[Operation] = []
-    if spec.flight_record.exists():
+    with contextlib.suppress(FileNotFoundError):  # the worker removes it when its wait is over
         missing, since_s = json.loads(spec.flight_record.read_text())
         found = [
             Operation(

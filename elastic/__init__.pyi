@@ -11,9 +11,6 @@ from .channel import (
     receive_message as receive_message,
     send_message as send_message,
 )
-from .events import (
-    change_events as change_events,
-)
 from .faults import (
     Fault as Fault,
     FaultInjector as FaultInjector,
@@ -38,12 +35,14 @@ from .hang import (
 from .history import (
     CHANGES as CHANGES,
     MembershipHistory as MembershipHistory,
+    change_events as change_events,
     history_of as history_of,
     newest_start as newest_start,
 )
 from .lighthouse import (
     Lighthouse as Lighthouse,
     LighthouseAway as LighthouseAway,
+    answers as answers,
     await_lighthouse as await_lighthouse,
     coordination as coordination,
     heartbeat_ages as heartbeat_ages,
@@ -65,6 +64,10 @@ from .node_faults import (
 from .quorum_client import (
     MembershipSettings as MembershipSettings,
     report_on_behalf_of as report_on_behalf_of,
+)
+from .roll import (
+    Roll as Roll,
+    RunEnd as RunEnd,
 )
 from .store import (
     host_store as host_store,

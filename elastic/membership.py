@@ -16,6 +16,7 @@ from holdfast.elastic.channel import WorkerChannel
 from holdfast.elastic.event_log import EventLog
 from holdfast.elastic.generation import (
     Generation,
+    Identity,
     format_identities,
 )
 from holdfast.elastic.lighthouse import (
@@ -23,17 +24,22 @@ from holdfast.elastic.lighthouse import (
     LighthouseAway,
     RoundTimeout,
     answers,
+    heartbeat_ages,
     replica_id,
 )
 from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
 from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient
+from holdfast.elastic.roll import DeadNodes
 from holdfast.elastic.store import STORE_TIMEOUT_S, StoreClients
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
+from holdfast.parallel.waiting import Waiting
 
 _PAUSE_UNREACHABLE_S = 0.1
 _ASK_AGAIN_S = 1.0
 """The interval at which a worker that is not a member yet asks to join."""
+_LOOK_AGAIN_S = 2.0
+"""The interval at which it looks whether others train meanwhile."""
 
 
 class Membership:
@@ -67,6 +73,7 @@ class Membership:
         self.generation: Generation | None = None
         """The newest generation that `agree` has returned."""
         self._log = EventLog(spec.identity)
+        self._dead_nodes = DeadNodes(spec, clock)
         self._heartbeats: Heartbeats | None = None
         self._stores = StoreClients(store_timeout_s)
         self._resources = contextlib.ExitStack()
@@ -90,7 +97,7 @@ class Membership:
         urgent: bool = True,
         leaving: bool = False,
         data: Mapping[str, Any] | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = None,
     ) -> Generation:
         """Agree with the other workers on the next generation. Collective over all live workers.
 
@@ -105,7 +112,8 @@ class Membership:
                 False: all call this at the end of the same step.
             leaving: whether this worker hands its state over with this change and then leaves.
             data: further values for the others, as JSON values.
-            timeout_s: the time after which this worker gives up.
+            timeout_s: the time after which this worker gives up; None: that of its settings. It
+                does not run while others train without it and will admit it.
         Returns:
             The new generation, equal on every member.
         Raises:
@@ -120,10 +128,13 @@ class Membership:
         if urgent and held:
             self._tell_all(MembershipEvent("disturbed", self.spec.identity, phase, generation=held))
         self._log.begin_agreement()
+        self._tell("agreeing")
         generation = None
         try:
-            generation = self.generation = self._rounds(report, timeout_s)
+            limit_s = self.spec.settings.agree_s if timeout_s is None else timeout_s
+            generation = self.generation = self._rounds(report, limit_s)
         finally:
+            self._dead_nodes.close()
             self._log.end_agreement(generation)
         self._tell(
             "generation",
@@ -150,20 +161,18 @@ class Membership:
     def _rounds(self, report: Report, timeout_s: float) -> Generation:
         """Take part in rounds until there is agreement."""
         settings = self.spec.settings
-        deadline = self._clock() + timeout_s
-        patient_since = asked = self._clock()
         held = self.generation is not None
+        patience = _Patience(timeout_s, self._clock, lambda line: self._tell("waiting", line=line))
         last: Verdict | None = None
         trouble: MembershipError | None = None
-        while (left_s := deadline - self._clock()) > 0:
+        while (left_s := patience.left_s(_reason(last, trouble))) > 0:
             if trouble is not None or (last is not None and last.minority):
                 # This worker was cut off: the missing ones may be back as soon as it is.
-                patient_since = self._clock()
+                patience.missing_since_s = self._clock()
                 self._log.forget_silence()
-            if not held and self._clock() > asked + _ASK_AGAIN_S:
+            if not held and patience.asks_again():
                 self._tell("joining")
-                asked = self._clock()
-            impatient = self._clock() - patient_since > settings.patience_s
+            impatient = self._clock() - patience.missing_since_s > settings.patience_s
             try:
                 self._beat()
                 verdict, reports = self._quorum.round(
@@ -182,14 +191,28 @@ class Membership:
             if verdict.outcome == "agreed":
                 return generation_of(verdict.acceptor, reports)
             if verdict.outcome == "wait":
+                if verdict.minority:
+                    self._dead_nodes.look(self.generation, reports)
+                elif not held and patience.looks_again() and self._others_train(reports):
+                    patience.begin_again()
+                    self._tell("queued")
                 self._sleep(PAUSE_S)
         where = (
             f"rank {self.spec.identity}: no agreement on who takes part within {timeout_s:.0f} s"
         )
         if last is not None and last.minority:
             raise Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
-        reason = (last.reason if last is not None else "") or str(trouble or "no round was held")
-        raise MembershipError(f"{where}: {reason}")
+        raise MembershipError(f"{where}: {_reason(last, trouble) or 'no round was held'}")
+
+    def _others_train(self, reports: Mapping[Identity, Report]) -> bool:
+        """Whether workers live that are in no round: they train, and admit others after a step."""
+        settings = self.spec.settings
+        try:
+            ages = heartbeat_ages(settings.lighthouse, settings.run)
+        except LighthouseAway:
+            return False
+        timeout_s = settings.heartbeat_timeout_ms / 1000
+        return any(age_s < timeout_s for i, age_s in ages.items() if i not in reports)
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
         """Set the function that is called, in another thread, as soon as a member is lost.
@@ -242,6 +265,7 @@ class Membership:
 
     def close(self) -> None:
         """Stop the heartbeats, and give up the right to report."""
+        self._dead_nodes.close()
         if self._heartbeats is not None:
             self._heartbeats.close()
         self._resources.close()
@@ -265,3 +289,41 @@ class Membership:
         """Handle a message of the agent, in the channel's thread."""
         assert message["kind"] == "event", f"an agent sent a message {message['kind']!r}"
         self._log.hear(event_from_data(message["event"]))
+
+
+class _Patience:
+    """The times of one agreement: its limit, and when this worker asks or looks again."""
+
+    def __init__(
+        self, limit_s: float, clock: Callable[[], float], tell: Callable[[str], None]
+    ) -> None:
+        self._limit_s, self._clock, self._tell = limit_s, clock, tell
+        self._waiting = Waiting("the others to agree", limit_s, tell=tell, clock=clock)
+        self.missing_since_s = self._asked_s = self._looked_s = clock()
+
+    def left_s(self, reason: str) -> float:
+        """Seconds that are left. Tells once why there is no agreement yet."""
+        return self._waiting.left_s(reason)
+
+    def begin_again(self) -> None:
+        """Begin the limit anew."""
+        self._waiting = Waiting(
+            "the others to admit it", self._limit_s, tell=self._tell, clock=self._clock
+        )
+
+    def asks_again(self) -> bool:
+        """Whether it is time to ask again to join."""
+        if due := self._clock() > self._asked_s + _ASK_AGAIN_S:
+            self._asked_s = self._clock()
+        return due
+
+    def looks_again(self) -> bool:
+        """Whether it is time to look again for workers that are in no round."""
+        if due := self._clock() > self._looked_s + _LOOK_AGAIN_S:
+            self._looked_s = self._clock()
+        return due
+
+
+def _reason(last: Verdict | None, trouble: MembershipError | None) -> str:
+    """Why there is no agreement yet, as far as it is known."""
+    return str(trouble) if trouble is not None else last.reason if last is not None else ""

@@ -41,6 +41,10 @@ class MembershipSettings:
     min_ranks: int = 1
     heartbeat_ms: int = 100
     heartbeat_timeout_ms: int = 3000
+    agree_s: float = 60.0
+    """Seconds after which a worker gives up to agree with others."""
+    roll: str = ""
+    """The folder of the roll of agents (`Roll`), which all nodes see; empty: there is none."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.run):

@@ -39,10 +39,15 @@ class BulletinFollower:
             store: the address of the store, HOST:PORT.
             receive: called in that thread with each event, also with one's own.
         """
-        self._store, self._prefix, self._receive = store, prefix, receive
+        self.store, self._prefix, self._receive = store, prefix, receive
         self._outgoing: queue.SimpleQueue[MembershipEvent | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="holdfast-bulletin", daemon=True)
         self._thread.start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the store has answered so far."""
+        return self._thread.is_alive()
 
     def post(self, event: MembershipEvent) -> None:
         """Post an event soon. It is lost if the store is gone."""
@@ -54,7 +59,7 @@ class BulletinFollower:
 
     def _run(self) -> None:
         try:
-            store = PrefixStore(self._prefix, connect_store(self._store, _BULLETIN_TIMEOUT_S))
+            store = PrefixStore(self._prefix, connect_store(self.store, _BULLETIN_TIMEOUT_S))
             bulletin = Bulletin(store)
             while True:
                 try:

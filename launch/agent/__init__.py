@@ -1,6 +1,6 @@
 """The agent of a node: it starts, watches and replaces workers, and reports for ended ones.
 
-May import launch.processes, elastic, parallel.comm and parallel.errors.
+May import launch.processes, elastic, parallel.comm, parallel.errors and parallel.waiting.
 """
 
 import lazy_loader

@@ -14,7 +14,7 @@ import selectors
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,39 +23,39 @@ from holdfast.elastic import (
     AcceptorState,
     FaultError,
     Identity,
-    Lighthouse,
     MembershipEvent,
     MembershipEventKind,
-    MembershipSettings,
-    WorkerSpec,
+    Roll,
+    RunEnd,
     coordination,
     cut_network,
     event_from_data,
     event_to_data,
     host_store,
-    lighthouse_url,
     liveness_age_s,
     parse_identities,
     receive_message,
     send_message,
 )
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
+from holdfast.launch.agent.lighthouse_process import joined_lighthouse
 from holdfast.launch.agent.liveness import HangWatch
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.other_nodes import OtherNodes
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.agent.shutdown import INTERRUPTED, Shutdown
+from holdfast.launch.agent.standing import Standing
 from holdfast.launch.agent.worker_slot import WorkerSlot, describe_end
 from holdfast.launch.processes import PASSED_ON
 from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")
 
 _GRACE_S = 3.0
 """Seconds that workers have to end after SIGINT."""
 _TICK_S = 0.1
-_ASK_S = 0.5
 
 
 class Agent:
@@ -63,6 +63,8 @@ class Agent:
 
     _others: OtherNodes
     """Set by `run`."""
+    reason = ""
+    """Why the node has ended before the run did, for a person; empty where workers have said it."""
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class Agent:
         )
         self._main_thread = MainThreadQueue()
         self._shutdown = Shutdown()
-        self._ask_at_s = 0.0
+        self._standing = Standing(settings.apart_s, settings.ended)
         self._selector = selectors.DefaultSelector()
 
     def run(self, lighthouse: str = "") -> int:
@@ -116,52 +118,26 @@ class Agent:
                 held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-"))
             )
             folder.mkdir(parents=True, exist_ok=True)
-            membership = self._membership(lighthouse, held)
+            membership = held.enter_context(joined_lighthouse(self._settings, lighthouse))
             store, address = host_store(self._settings.host)
+            held.enter_context(self._settings.signed(address))
             self._others = OtherNodes(
                 membership,
                 self._settings.node,
+                address,
                 on_event=self._main_thread.forwarding(self._deliver),
                 on_silence=self._main_thread.forwarding(self._publish),
                 lives=self._lives,
             )
             held.callback(lambda: self._others.close(over=self._shutdown.needs_no_report))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
-            for spec in self._specs(membership, address, folder):
+            for spec in self._settings.specs(membership, address, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
             self._loop()
             self._fork_server.rest()
         # Not before the other nodes go on: what was posted last may be in this node's store.
         del store
         return self._shutdown.exit_code
-
-    def _membership(self, lighthouse: str, held: contextlib.ExitStack) -> MembershipSettings:
-        """The settings with the Lighthouse's URL; starts a Lighthouse here if none is named."""
-        membership = self._settings.membership
-        where = lighthouse or membership.lighthouse
-        if not where:
-            timeout_ms = membership.heartbeat_timeout_ms
-            server = Lighthouse(self._settings.host, heartbeat_timeout_ms=timeout_ms)
-            held.callback(server.close)
-            where = server.address
-        return replace(membership, lighthouse=lighthouse_url(where))
-
-    def _specs(
-        self, membership: MembershipSettings, store: str, folder: Path
-    ) -> Iterator[WorkerSpec]:
-        """The specifications of the first workers of this node."""
-        settings = self._settings
-        for local_rank, rank in enumerate(settings.ranks, settings.first_local_rank):
-            yield WorkerSpec(
-                rank=rank,
-                incarnation=settings.incarnation,
-                local_rank=local_rank,
-                node=settings.node,
-                store=store,
-                founder=settings.founder,
-                folder=str(folder),
-                settings=membership,
-            )
 
     def _loop(self) -> None:
         while True:
@@ -173,7 +149,7 @@ class Agent:
             if (cause := self._fork_server.look()) is not None:
                 logger.error("the process that starts workers is killed: %s", cause)
             self._look_for_hangs()
-            self._look_for_the_end()
+            self._look_at_the_run()
             if self._shutdown.is_due(self._clock()):
                 for slot in self._slots.values():
                     slot.kill("did not end in time")
@@ -186,8 +162,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.spec):
                 slot.start_at_s = None
-                slot.is_incurable = False
-                slot.pid, slot.killed_for, slot.is_member, slot.left_out_s = -1, "", False, None
+                slot.begin()
                 try:
                     log = self._settings.log(slot.spec.rank)
                     slot.channel = self._fork_server.start(slot.spec, log)
@@ -217,11 +192,11 @@ class Agent:
                 age_s = liveness_age_s(slot.spec.liveness) or 0.0
                 self._publish(self._event("ended", slot, cause, age_s))
                 self._others.report_on_behalf_of(slot.spec, cause)
-            slot.pid, slot.start_at_s = 0, None
+            slot.pid, slot.start_at_s, slot.is_inside = 0, None, False
 
     def _on_end(self, slot: WorkerSlot, end: Ended) -> None:
         os.close(slot.descriptor)
-        slot.descriptor, slot.pid = -1, 0
+        slot.descriptor, slot.pid, slot.is_inside = -1, 0, False
         while slot.channel is not None and (message := receive_message(slot.channel)) is not None:
             self._on_message(slot, message)
         self._hang_up(slot)
@@ -234,6 +209,8 @@ class Agent:
         """Handle a worker that reached the end of the run."""
         logger.info("rank %s has finished", slot.spec.identity)
         self._shutdown.finished = True
+        if self._settings.roll is not None:
+            Roll(self._settings.roll).end(RunEnd(0))
         self._stop_within(self._settings.exit_s)
         for other in self._slots.values():
             if not other.is_member:
@@ -250,11 +227,16 @@ class Agent:
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
             self._others.report_on_behalf_of(slot.spec, cause)
+        known = self._settings.failure(slot.spec.rank, end.code) if self._settings.failure else None
+        if stopping:
+            return
         if end.code == ConfigError.exit_code:
-            self._abort(ConfigError.exit_code)
+            self._end_run(RunEnd(end.code, known or cause))
         elif slot.is_incurable and end.code > 0:
             self._abort(end.code)
-        elif self._settings.respawn and not stopping:
+        elif known is not None and self._restarts.repeats(slot.spec.rank, known):
+            self._end_run(RunEnd(end.code, known))
+        elif self._settings.respawn:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
                 logger.error(
@@ -296,18 +278,32 @@ class Agent:
         for event in self._hangs.new_waits(others, self._others.generation):
             logger.warning("rank %s %s", event.identity, event.cause)
             self._publish(event)
+            waited_for = {identity.rank for identity in parse_identities(event.peers)}
+            self._slots[event.identity.rank].waits_for = waited_for - self._slots.keys()
+        waited_for = set[int]().union(*(slot.waits_for for slot in slots if slot.is_inside))
+        for event in self._others.lost_to_a_cut(waited_for, self._clock()):
+            logger.warning("rank %s: %s", event.identity, event.cause)
+            self._deliver(event)
 
-    def _look_for_the_end(self) -> None:
-        """Leave if the run has ended and no other node has admitted this one yet."""
-        is_over = self._settings.is_over
-        if is_over is None or self._shutdown.finished or self._shutdown.draining:
+    def _look_at_the_run(self) -> None:
+        """End with the run, or once this node has had no part in it for too long."""
+        if self._shutdown.kill_at_s is not None:
             return
-        now_s = self._clock()
-        if now_s >= self._ask_at_s and not any(slot.is_member for slot in self._slots.values()):
-            self._ask_at_s = now_s + _ASK_S
-            if is_over():
-                self._shutdown.finished = True
-                self._stop_within(0.0)
+        held_back = self._settings.may_start is not None
+        end = self._standing.look(self._slots.values(), self._clock(), held_back=held_back)
+        if end is None:
+            return
+        logger.warning("node %s ends: %s", self._settings.node, end.reason or "the run has ended")
+        self.reason = end.reason and f"node {self._settings.node} ends: {end.reason}"
+        self._shutdown.finished = end.code == 0
+        self._abort(end.code)
+
+    def _end_run(self, end: RunEnd) -> None:
+        """End the run on every node; the others read it in the roll."""
+        logger.error("node %s ends the run: %s", self._settings.node, end.reason)
+        if self._settings.roll is not None:
+            Roll(self._settings.roll).end(end)
+        self._abort(end.code)
 
     # Messages of workers, and events of all nodes.
 
@@ -324,12 +320,20 @@ class Agent:
     def _on_message(self, slot: WorkerSlot, message: dict[str, Any]) -> None:
         match message["kind"]:
             case "committed":
+                slot.waits_for = frozenset()
                 self._restarts.committed(message["step"])
+            case "agreeing":
+                slot.is_inside, slot.waits_for = False, frozenset()
+            case "waiting":
+                if slot.spec.rank == min(r for r, s in self._slots.items() if not s.is_inside):
+                    tell_person(f"node {self._settings.node}: {message['line']}")
+            case "queued":
+                self._standing.note_queued(self._clock())
             case "event":
                 self._publish(event_from_data(message["event"]))
             case "generation":
                 if message["number"] >= self._others.generation:
-                    slot.is_member, slot.left_out_s = True, None
+                    slot.is_member, slot.is_inside, slot.left_out_s = True, True, None
                 self._enter(message)
             case "joining":
                 if self._others.generation:

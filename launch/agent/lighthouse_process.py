@@ -7,14 +7,41 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
-from holdfast.elastic import Identity, Lighthouse, LighthouseAway, heartbeat_ages
+from holdfast.elastic import (
+    Identity,
+    Lighthouse,
+    LighthouseAway,
+    MembershipSettings,
+    heartbeat_ages,
+    lighthouse_url,
+)
+from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.processes import fork_child
 from holdfast.parallel.errors import MembershipError
 
 _LOOK_S = 0.5
 SILENCE_S = 5.0
 """Seconds after the last heartbeat of any worker after which a run counts as over."""
+
+
+@contextlib.contextmanager
+def joined_lighthouse(settings: AgentSettings, address: str) -> Iterator[MembershipSettings]:
+    """The membership settings with the URL of the Lighthouse; starts one here if none is named.
+
+    Args:
+        address: the address, if it was unknown when the settings were made.
+    """
+    membership = settings.membership
+    if where := address or membership.lighthouse:
+        yield replace(membership, lighthouse=lighthouse_url(where))
+        return
+    server = Lighthouse(settings.host, heartbeat_timeout_ms=membership.heartbeat_timeout_ms)
+    try:
+        yield replace(membership, lighthouse=server.address)
+    finally:
+        server.close()
 
 
 @contextlib.contextmanager

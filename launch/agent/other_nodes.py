@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from holdfast.elastic import (
@@ -14,12 +14,14 @@ from holdfast.elastic import (
     MembershipEvent,
     MembershipSettings,
     WorkerSpec,
+    answers,
     parse_identities,
     report_on_behalf_of,
 )
 
 _WATCHERS = 3
 """The number of agents that watch heartbeats for all: those of a generation's first nodes."""
+_LOOK_S, _CUT_LOOKS = 1.0, 3
 _BULLETINS = 2
 """The number of generations whose bulletins are followed: others may still be in the last one."""
 
@@ -31,6 +33,7 @@ class OtherNodes:
         self,
         membership: MembershipSettings,
         node: str,
+        own_store: str,
         *,
         on_event: Callable[[MembershipEvent], None],
         on_silence: Callable[[MembershipEvent], None],
@@ -39,7 +42,7 @@ class OtherNodes:
         """Start to watch the heartbeats at the Lighthouse.
 
         Args:
-            node: this agent's own node.
+            node, own_store: this agent's own node, and the address of its own store.
             on_event: called in other threads with each event that a node posts, also this one.
             on_silence: called in another thread with the events of the heartbeat watch.
             lives: called there; whether a worker of this node runs, as far as this agent sees.
@@ -47,6 +50,9 @@ class OtherNodes:
         self.generation = 0
         """The newest generation that a worker of this node has reported; 0 before the first."""
         self._membership, self._node, self._on_event = membership, node, on_event
+        self._own_store = own_store
+        self._members: frozenset[Identity] = frozenset()
+        self._look_at_s, self._cut_looks = 0.0, 0
         self._bulletins: list[BulletinFollower] = []
         self._proxies: list[threading.Thread] = []
         self._stop = threading.Event()
@@ -54,15 +60,40 @@ class OtherNodes:
 
     def enter(self, message: Mapping[str, Any]) -> None:
         """Meet the other agents in the generation that a worker has reported."""
-        self.generation = message["number"]
+        self.generation, self._cut_looks = message["number"], 0
+        self._members = parse_identities(message["members"])
         self._bulletins.append(
             BulletinFollower(message["store"], message["prefix"], self._on_event)
         )
         while len(self._bulletins) > _BULLETINS:
             self._bulletins.pop(0).close()
         watching = self._node in message["nodes"][:_WATCHERS]
-        members = parse_identities(message["members"]) if watching else frozenset()
-        self._watch.watch(self.generation, members)
+        self._watch.watch(self.generation, self._members if watching else frozenset())
+
+    def lost_to_a_cut(self, waited_for: Collection[int], now_s: float) -> list[MembershipEvent]:
+        """The losses of other nodes' ranks if this node is cut off; looks once a second.
+
+        It is cut off if it reaches neither the Lighthouse nor the store of its generation, three
+        times in a row. Its own store does not count. Waits 0.2 s at most.
+
+        Args:
+            waited_for: the ranks that workers of this node have waited for too long.
+        """
+        if not waited_for or now_s < self._look_at_s:
+            return []
+        self._look_at_s = now_s + _LOOK_S
+        newest = self._bulletins[-1] if self._bulletins else None
+        reached = newest is not None and newest.is_open and newest.store != self._own_store
+        cut_off = not reached and not answers(self._membership.lighthouse)
+        self._cut_looks = self._cut_looks + 1 if cut_off else 0
+        if self._cut_looks < _CUT_LOOKS:
+            return []
+        cause = "this node reaches neither the Lighthouse nor another node"
+        return [
+            MembershipEvent("silent", identity, cause, generation=self.generation)
+            for identity in self._members
+            if identity.rank in waited_for
+        ]
 
     def post(self, event: MembershipEvent) -> None:
         """Post an event to all other nodes."""

@@ -28,6 +28,7 @@ class Restarts:
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
         self._in_a_row: dict[int, int] = {}
+        self._reasons: dict[int, str] = {}
         self._step = -1
 
     def committed(self, step: int) -> None:
@@ -35,6 +36,16 @@ class Restarts:
         if step > self._step:
             self._step = step
             self._in_a_row.clear()
+            self._reasons.clear()
+
+    def repeats(self, rank: int, reason: str) -> bool:
+        """Whether a rank fails for the reason for which the worker before it failed.
+
+        Progress in between makes it another failure. Without progress the next worker would fail
+        in the same way.
+        """
+        before, self._reasons[rank] = self._reasons.get(rank), reason
+        return before == reason
 
     def delay_s(self, rank: int) -> float | None:
         """Seconds to wait before restarting a rank that has just ended; None: do not restart."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from holdfast.elastic import HangLimits, MembershipSettings, WorkerSpec
+from holdfast.elastic import HangLimits, MembershipSettings, Roll, RunEnd, WorkerSpec
 from holdfast.launch.agent.liveness import record_of
 from holdfast.launch.agent.restarts import RestartPolicy
 from holdfast.parallel.comm import FlightRecord
+from holdfast.parallel.errors import Stopped
+
+logger = logging.getLogger("holdfast.agent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +44,15 @@ class AgentSettings:
     finished."""
     founder: bool = True
     """False for a node that joins a run under way."""
+    apart_s: float = 150.0
+    """Seconds without a part in the run after which the node ends; see `Standing`."""
+    roll: Path | None = None
+    """The folder in which all agents of the run read how it ended; None: there is none."""
     is_over: Callable[[], bool] | None = None
-    """Tells a joining node that is not admitted yet whether the run has ended."""
+    """Tells a joining node that has no part in the run whether the run has ended."""
+    failure: Callable[[int, int], str | None] | None = None
+    """Returns why the worker of a rank ended with an exit code, if that is written, and if another
+    worker would fail in the same way; None: not known."""
     may_start: Callable[[WorkerSpec], bool] | None = None
     """Holds a worker back until it returns True."""
     incarnation: int = 0
@@ -50,3 +62,52 @@ class AgentSettings:
     """Reads a worker's flight record, if there is one."""
     folder: Path | None = None
     """The folder of acceptor states and liveness timestamps on this node; None: a temporary one."""
+
+    def ended(self) -> RunEnd | None:
+        """How the run has ended, if that can be known here."""
+        found = Roll(self.roll).ended() if self.roll is not None else None
+        if found is None and self.is_over is not None and self.is_over():
+            return RunEnd(Stopped.exit_code, "the run is no longer under way")
+        return found
+
+    @contextlib.contextmanager
+    def signed(self, address: str) -> Iterator[None]:
+        """Keep the agent in the roll during the block, so that the others can know its end.
+
+        Args:
+            address: the address of its rendezvous store.
+        Raises:
+            Stopped: a joining node cannot enter itself, and would not be known to the others.
+        """
+        with contextlib.ExitStack() as held:
+            if self.roll is not None:
+                try:
+                    held.enter_context(Roll(self.roll).sign(address))
+                except OSError as error:
+                    if not self.founder:
+                        raise Stopped(
+                            f"this node cannot join: {error}; free {self.roll}"
+                        ) from error
+                    logger.warning("the others cannot know of this agent's end: %s", error)
+            yield
+
+    def specs(
+        self, membership: MembershipSettings, store: str, folder: Path
+    ) -> Iterator[WorkerSpec]:
+        """The specifications of the first workers of this node.
+
+        Args:
+            membership: the membership settings with the Lighthouse's URL.
+            store: the address of the agent's rendezvous store.
+        """
+        for local_rank, rank in enumerate(self.ranks, self.first_local_rank):
+            yield WorkerSpec(
+                rank=rank,
+                incarnation=self.incarnation,
+                local_rank=local_rank,
+                node=self.node,
+                store=store,
+                founder=self.founder,
+                folder=str(folder),
+                settings=membership,
+            )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import socket
+from collections.abc import Set
 from dataclasses import dataclass
 
 from holdfast.elastic import WorkerSpec
@@ -30,12 +31,22 @@ class WorkerSlot:
     """The time at which its next worker starts."""
     is_member: bool = False
     """Whether its worker has reported a generation and is in the newest one."""
+    is_inside: bool = False
+    """Whether its worker is in a generation now, and not on the way to another."""
+    waits_for: Set[int] = frozenset()
+    """The ranks of other nodes that its worker has waited for too long, in its present step."""
     left_out_s: float | None = None
     """The time since which the newest generation lacks its worker, which was a member."""
     is_incurable: bool = False
     """Whether its worker has said that no replacement can cure the reason for its end."""
     killed_for: str = ""
     """The reason for which its worker was killed."""
+
+    def begin(self) -> None:
+        """Forget the last worker, as the next one has been asked for."""
+        self.pid, self.killed_for, self.start_at_s = -1, "", None
+        self.is_member, self.is_inside, self.left_out_s = False, False, None
+        self.waits_for, self.is_incurable = frozenset(), False
 
     def signal(self, number: int) -> None:
         """Send a signal to exactly this worker, if it runs."""

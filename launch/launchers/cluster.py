@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.elastic import (
     check_lighthouse,
     explained,
+    failures_of,
     log_agents,
     node_settings,
     worker_main,
@@ -82,7 +84,8 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         config, run = opened.config, opened.directory
         log_agents(run.agent_log)
         host = node.host if config.elastic.lighthouse else listening.getsockname()[0]
-        node = replace(node, log=run.log, host=host)
+        node = _enrolled(replace(node, log=run.log, host=host), run)
+        _forget_earlier_starts(node)
         held.callback(start_display(config, run).close)
         agent = Agent(node, worker_main(config, run))
         announce = held.enter_context(published_join_file(run))
@@ -94,7 +97,8 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         }
         tell_others(listening, world, answer)
         announce(JoinInfo.begun(node.membership, lighthouse))
-        code = explained(agent.run(lighthouse), run, node.ranks)
+        code = agent.run(lighthouse)
+        code = explained(code, run, node.ranks, agent.reason)
     return _end_of_task(request.config, code)
 
 
@@ -110,10 +114,27 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     check_lighthouse(answer["lighthouse"])
     run = RunDirectory(Path(answer["root"]), msgspec.convert(answer["resume"], Resume))
     config = recorded_throughput(config, run.root)
-    node = replace(_task_settings(config, world), log=run.log, host=host)
+    node = _enrolled(replace(_task_settings(config, world), log=run.log, host=host), run)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
-    return _end_of_task(config, explained(agent.run(answer["lighthouse"]), run, node.ranks))
+    code = agent.run(answer["lighthouse"])
+    return _end_of_task(config, explained(code, run, node.ranks, agent.reason))
+
+
+def _enrolled(node: AgentSettings, run: RunDirectory) -> AgentSettings:
+    """The settings of an agent with the roll of this start of the run."""
+    roll = run.agent_log.parent / "agents" / node.membership.run
+    failure = failures_of(run)
+    membership = replace(node.membership, roll=str(roll.absolute()))
+    return replace(node, membership=membership, roll=roll.absolute(), failure=failure)
+
+
+def _forget_earlier_starts(node: AgentSettings) -> None:
+    """Remove the rolls of earlier starts of the run."""
+    assert node.roll is not None
+    for roll in node.roll.parent.glob("*"):
+        if roll != node.roll:
+            shutil.rmtree(roll, ignore_errors=True)
 
 
 def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
@@ -155,12 +176,13 @@ def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[
     config = msgspec.structs.replace(config, elastic=elastic)
     check_config(config)
     node = replace(
-        node_settings(config, run, token=info.token, ranks=ranks),
+        _enrolled(node_settings(config, run, token=info.token, ranks=ranks), run),
         founder=False,
         is_over=lambda: not is_under_way(run, info.token),
     )
     log_agents(_log_of(run, node))
-    return explained(Agent(node, worker_main(config, run)).run(), run, ranks)
+    agent = Agent(node, worker_main(config, run))
+    return explained(agent.run(), run, ranks, agent.reason)
 
 
 def _log_of(run: RunDirectory, node: AgentSettings) -> Path:

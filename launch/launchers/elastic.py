@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from holdfast.elastic import (
@@ -22,13 +24,17 @@ from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, Stopped
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
+from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root, read_error
 
 LIGHTHOUSE_S = 60.0
 """Seconds that a start waits for the Lighthouse that `elastic.lighthouse` names."""
+
+
+_AGREE_SHARE = 0.95
+"""The share of `elastic.apart_s` after which a worker gives up, so that its own reason is told."""
 
 
 def run_elastic(config: RunConfig, run: RunDirectory) -> int:
@@ -56,6 +62,7 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
             tempfile.TemporaryDirectory(prefix="holdfast-") as folder,
             published_join_file(run) as announce,
         ):
+            node = replace(node, roll=Path(folder) / "roll")
             code = run_nodes(
                 spread(node, config.elastic.local_nodes),
                 worker_main(config, run),
@@ -110,6 +117,7 @@ def node_settings(
             max(elastic.min_ranks, config.parallel.mesh.shards),
             elastic.heartbeat_ms,
             elastic.heartbeat_timeout_ms,
+            agree_s=_AGREE_SHARE * elastic.apart_s,
         ),
         ranks=ranks,
         node=socket.gethostname(),
@@ -118,16 +126,41 @@ def node_settings(
         limits=HangLimits(elastic.hang_timeout_s, elastic.startup_grace_s),
         respawn=elastic.respawn,
         exit_s=config.checkpoint.exit_s,
+        apart_s=elastic.apart_s,
+        failure=failures_of(run),
     )
 
 
-def explained(code: int, run: RunDirectory, ranks: Iterable[int]) -> int:
-    """The exit code of a node, after a line for the user if it is an error."""
+def failures_of(run: RunDirectory) -> Callable[[int, int], str | None]:
+    """A function that reads why a worker ended, where another would fail in the same way.
+
+    A lost peer, or an error of the operating system, may be gone the next time.
+    """
+
+    def failure(rank: int, code: int) -> str | None:
+        found = read_error(run, rank)
+        if found is None or found.exit_code != code or code == Stopped.exit_code:
+            return None
+        kind = getattr(builtins, found.kind, None)
+        transient = isinstance(kind, type) and issubclass(kind, (OSError, MemoryError))
+        return None if transient else f"rank {rank}: {found.message}"
+
+    return failure
+
+
+def explained(code: int, run: RunDirectory, ranks: Iterable[int], reason: str = "") -> int:
+    """The exit code of a node, after a line for the user if it is an error.
+
+    Args:
+        reason: the reason that the node's agent gives; empty where that of a worker is enough.
+    """
     from holdfast.trainer import describe, root_cause
 
     if code not in (0, 130):
         cause = root_cause(run, ranks)
         line = describe(cause, run) if cause is not None else ""
+        if reason and (cause is None or cause.message not in reason):
+            line = f"holdfast: {reason} (log: {run.agent_log})"
         print(line or f"holdfast: the run stopped (log: {run.agent_log})", file=sys.stderr)  # noqa: T201
     return code
 

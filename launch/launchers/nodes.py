@@ -24,7 +24,8 @@ from holdfast.elastic import (
 )
 from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
 from holdfast.launch.processes import Supervisor, fork_child, on_signals
-from holdfast.parallel.errors import Stopped
+from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")
 
@@ -63,15 +64,19 @@ def run_nodes(
         folder: the folder of acceptor states and liveness timestamps, on this machine.
         announce: called with the Lighthouse's URL, once it runs.
     Returns:
-        0 if a worker of any node reached the end of the run; 130 after SIGINT; otherwise the first
-        exit code of an agent, or 3 if all were killed.
+        0 if a worker of any node reached the end of the run; 130 after SIGINT; the code with which
+        an agent ended the run for all; otherwise the first exit code of an agent, or 3 if all were
+        killed.
     """
     nodes = [replace(node, folder=folder / node.node) for node in nodes]
     if len(nodes) == 1:
         agent = Agent(nodes[0], main)
         with hosted_lighthouse(nodes[0]) as address:
             announce(address)
-            return agent.run(address)
+            code = agent.run(address)
+        if agent.reason:
+            tell_person(agent.reason)
+        return code
     coordination()  # imported once here, not by every agent
     agents: dict[int, AgentSettings] = {}
     writers: list[int] = []
@@ -87,7 +92,9 @@ def run_nodes(
             os.write(writer, address.encode())
             os.close(writer)
         membership = replace(nodes[0].membership, lighthouse=address)
-        return _watch(agents, membership)
+        code = _watch(agents, membership)
+    end = nodes[0].ended()
+    return code if end is None or code in (0, 128 + signal.SIGINT) else end.code
 
 
 @contextlib.contextmanager
@@ -120,7 +127,10 @@ def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequ
         agent = Agent(node, main)
         with open(reader, encoding="ascii") as told:
             lighthouse = told.read()
-        return agent.run(lighthouse)
+        code = agent.run(lighthouse)
+        if agent.reason:
+            tell_person(agent.reason)
+        return code
 
     return fork_child(body)
 
@@ -145,10 +155,11 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
                     children.signal(signal.SIGTERM)
                     exit_s = max(node.exit_s for node in agents.values())
                     children.kill_at(time.monotonic() + exit_s + _END_S)
-                if end.code < 0:
-                    node = agents[end.pid]
-                    name = signal.Signals(-end.code).name
-                    logger.warning("node %s is lost: its agent was killed by %s", node.node, name)
+                elif end.code != ConfigError.exit_code:
+                    node, how = agents[end.pid], f"exited with code {end.code}"
+                    if end.code < 0:
+                        how = f"was killed by {signal.Signals(-end.code).name}"
+                    logger.warning("node %s is lost: its agent %s", node.node, how)
                     _report_for_node(node, membership, stop)
         stop.set()
     if signal.SIGINT in forwarded:

@@ -199,6 +199,8 @@ class ElasticConfig(Section, frozen=True):
     startup_grace_s: float = 120.0
     """How long a rank may keep others waiting before two of its steps are known, and how long it
     may build, prepare a change, read data or evaluate a batch."""
+    apart_s: float = 150.0
+    """Seconds without a part in the run after which a node ends."""
     respawn: bool = True
     verify_every: int = 100
     local_nodes: int = 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.elastic.events import RunEvent, change_events
 from holdfast.elastic.generation import Generation, Identity, Member
+from holdfast.elastic.history import RunEvent, change_events
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.launch.agent.restarts import RestartPolicy, Restarts

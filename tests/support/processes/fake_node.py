@@ -9,7 +9,7 @@ import signal
 import socket
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +43,8 @@ class FakeOthers:
     posted: list[MembershipEvent] = field(default_factory=list)
     store_at_close: FakeStore | None = None
     """This node's store, if it is still hosted while the others are given time to go on."""
+    cut: list[MembershipEvent] = field(default_factory=list)
+    """The losses that this node concludes from being cut off."""
     hosted: weakref.WeakSet[FakeStore] = field(default_factory=weakref.WeakSet)
 
     def enter(self, message: dict[str, Any]) -> None:
@@ -53,6 +55,9 @@ class FakeOthers:
 
     def report_on_behalf_of(self, spec: WorkerSpec, cause: str) -> None:
         pass
+
+    def lost_to_a_cut(self, waited_for: Collection[int], now_s: float) -> list[MembershipEvent]:
+        return [event for event in self.cut if event.identity.rank in waited_for]
 
     def close(self, *, over: bool) -> None:
         self.store_at_close = next(iter(self.hosted), None)
@@ -101,6 +106,10 @@ class FakeNode:
         """The worker of a rank tells of a generation."""
         message = {"number": number, "members": format_identities(members)}
         send_message(self._channels[rank], {"kind": "generation", **message})
+
+    def tell(self, rank: int, kind: str, **fields: Any) -> None:
+        """The worker of a rank sends its agent a message."""
+        send_message(self._channels[rank], {"kind": kind, **fields})
 
     # The fork server.
 

@@ -24,8 +24,6 @@ from holdfast.elastic import (
     FaultError,
     Identity,
     MembershipEvent,
-    MembershipEventKind,
-    Roll,
     RunEnd,
     coordination,
     cut_network,
@@ -190,7 +188,7 @@ class Agent:
         for slot in self._slots.values():
             if slot.pid:
                 age_s = liveness_age_s(slot.spec.liveness) or 0.0
-                self._publish(self._event("ended", slot, cause, age_s))
+                self._publish(slot.event("ended", cause, age_s))
                 self._others.report_on_behalf_of(slot.spec, cause)
             slot.pid, slot.start_at_s, slot.is_inside = 0, None, False
 
@@ -199,7 +197,7 @@ class Agent:
         slot.descriptor, slot.pid, slot.is_inside = -1, 0, False
         while slot.channel is not None and (message := receive_message(slot.channel)) is not None:
             self._on_message(slot, message)
-        self._hang_up(slot)
+        slot.hang_up(self._selector)
         if end.code == 0 and not self._shutdown.draining:
             self._finish(slot)
         else:
@@ -209,8 +207,7 @@ class Agent:
         """Handle a worker that reached the end of the run."""
         logger.info("rank %s has finished", slot.spec.identity)
         self._shutdown.finished = True
-        if self._settings.roll is not None:
-            Roll(self._settings.roll).end(RunEnd(0))
+        self._settings.note_end(RunEnd(0))
         self._stop_within(self._settings.exit_s)
         for other in self._slots.values():
             if not other.is_member:
@@ -223,7 +220,7 @@ class Agent:
         logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
             self._shutdown.failed_with = end.code
-        self._publish(self._event("ended", slot, cause, liveness_age_s(slot.spec.liveness) or 0.0))
+        self._publish(slot.event("ended", cause, liveness_age_s(slot.spec.liveness) or 0.0))
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
             self._others.report_on_behalf_of(slot.spec, cause)
@@ -239,23 +236,12 @@ class Agent:
         elif self._settings.respawn:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
-                logger.error(
-                    "node %s: rank %d was started %d times with no step committed in between; "
-                    "giving up",
-                    self._settings.node,
-                    slot.spec.rank,
-                    self._settings.restarts.limit + 1,
-                )
-                self._abort(NO_PROGRESS_EXIT)
-                return
+                times = f"was started {self._settings.restarts.limit + 1} times"
+                logger.error("rank %d %s with no step committed in between", slot.spec.rank, times)
+                return self._abort(NO_PROGRESS_EXIT)
             incarnation = slot.spec.incarnation + 1
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
             slot.start_at_s = self._clock() + delay_s
-
-    def _event(
-        self, kind: MembershipEventKind, slot: WorkerSlot, cause: str, seconds: float
-    ) -> MembershipEvent:
-        return MembershipEvent(kind, slot.spec.identity, cause, seconds, self._settings.node)
 
     def _abort(self, code: int) -> None:
         """End the node with this exit code, at once."""
@@ -287,11 +273,9 @@ class Agent:
 
     def _look_at_the_run(self) -> None:
         """End with the run, or once this node has had no part in it for too long."""
-        if self._shutdown.kill_at_s is not None:
-            return
         held_back = self._settings.may_start is not None
         end = self._standing.look(self._slots.values(), self._clock(), held_back=held_back)
-        if end is None:
+        if end is None or self._shutdown.kill_at_s is not None:
             return
         logger.warning("node %s ends: %s", self._settings.node, end.reason or "the run has ended")
         self.reason = end.reason and f"node {self._settings.node} ends: {end.reason}"
@@ -301,8 +285,7 @@ class Agent:
     def _end_run(self, end: RunEnd) -> None:
         """End the run on every node; the others read it in the roll."""
         logger.error("node %s ends the run: %s", self._settings.node, end.reason)
-        if self._settings.roll is not None:
-            Roll(self._settings.roll).end(end)
+        self._settings.note_end(end)
         self._abort(end.code)
 
     # Messages of workers, and events of all nodes.
@@ -313,7 +296,7 @@ class Agent:
             return  # it has ended meanwhile
         message = receive_message(channel)
         if message is None:
-            self._hang_up(slot)
+            slot.hang_up(self._selector)
         else:
             self._on_message(slot, message)
 
@@ -338,7 +321,7 @@ class Agent:
             case "joining":
                 if self._others.generation:
                     cause = "a new worker wants to take part"
-                    self._publish(self._event("joining", slot, cause, 0.0))
+                    self._publish(slot.event("joining", cause, 0.0))
             case "incurable":
                 slot.is_incurable = True
             case "cut":
@@ -348,12 +331,6 @@ class Agent:
                     logger.error("no fault: %s", error)
             case unknown:
                 raise AssertionError(f"rank {slot.spec.identity} sent a message {unknown!r}")
-
-    def _hang_up(self, slot: WorkerSlot) -> None:
-        if slot.channel is not None:
-            self._selector.unregister(slot.channel)
-            slot.channel.close()
-            slot.channel = None
 
     def _enter(self, message: dict[str, Any]) -> None:
         """Meet the other agents in the generation that a worker has reported."""
@@ -417,6 +394,6 @@ class Agent:
         for slot in self._slots.values():
             if slot.is_member:
                 cause = f"node {self._settings.node} is to be shut down"
-                self._publish(self._event("leaving", slot, cause, self._settings.exit_s))
+                self._publish(slot.event("leaving", cause, self._settings.exit_s))
             else:
                 slot.kill("its node is to be shut down")

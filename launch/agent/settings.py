@@ -70,6 +70,11 @@ class AgentSettings:
             return RunEnd(Stopped.exit_code, "the run is no longer under way")
         return found
 
+    def note_end(self, end: RunEnd) -> None:
+        """Write how the run has ended where all agents of the run read it."""
+        if self.roll is not None:
+            Roll(self.roll).end(end)
+
     @contextlib.contextmanager
     def signed(self, address: str) -> Iterator[None]:
         """Keep the agent in the roll during the block, so that the others can know its end.

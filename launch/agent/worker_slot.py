@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import selectors
 import signal
 import socket
 from collections.abc import Set
 from dataclasses import dataclass
 
-from holdfast.elastic import WorkerSpec
+from holdfast.elastic import MembershipEvent, MembershipEventKind, WorkerSpec
 
 logger = logging.getLogger("holdfast.agent")
 
@@ -47,6 +48,17 @@ class WorkerSlot:
         self.pid, self.killed_for, self.start_at_s = -1, "", None
         self.is_member, self.is_inside, self.left_out_s = False, False, None
         self.waits_for, self.is_incurable = frozenset(), False
+
+    def event(self, kind: MembershipEventKind, cause: str, seconds: float) -> MembershipEvent:
+        """An event of its worker; for `seconds` see `MembershipEvent.age_s`."""
+        return MembershipEvent(kind, self.spec.identity, cause, seconds, self.spec.node)
+
+    def hang_up(self, selector: selectors.BaseSelector) -> None:
+        """Close the worker's channel, if it is open, and forget it in the agent's selector."""
+        if self.channel is not None:
+            selector.unregister(self.channel)
+            self.channel.close()
+            self.channel = None
 
     def signal(self, number: int) -> None:
         """Send a signal to exactly this worker, if it runs."""

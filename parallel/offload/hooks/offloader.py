@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,17 +21,17 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from holdfast.parallel.errors import OffloadError
-from holdfast.parallel.offload.hooks.account import Account
+from holdfast.parallel.offload.hooks.account import Account, EndedStep
 from holdfast.parallel.offload.hooks.device_store import DeviceStore
 from holdfast.parallel.offload.hooks.eligibility import movable_storage
 from holdfast.parallel.offload.hooks.fault_notice import FaultNotice
 from holdfast.parallel.offload.hooks.outgoing import Outgoing
-from holdfast.parallel.offload.hooks.pace import Pace
+from holdfast.parallel.offload.hooks.pace import Pace, end_of_queue
 from holdfast.parallel.offload.hooks.prefetch import Prefetch, Scope
 from holdfast.parallel.offload.hooks.record import Kept, Record, SavedView
 from holdfast.parallel.offload.hooks.selection import Selection
-from holdfast.parallel.offload.policy import Bounds, OffloadReport
-from holdfast.parallel.offload.stores import StoreStatistics, is_past
+from holdfast.parallel.offload.policy import Bounds, Moment, OffloadReport, Phase
+from holdfast.parallel.offload.stores import StoreStatistics
 
 _POLL_S = 5e-5
 _TIDY_S = 1e-3
@@ -100,6 +101,8 @@ class Offloader:
         self._pace = Pace()
         self._contexts: list[AbstractContextManager[Any]] = []
         self._account = Account()
+        self._ended: deque[EndedStep] = deque()
+        """Steps that the amount is not adapted to yet: a GPU was not at their end."""
         self._in_step = False
         self._tidied_s = 0.0
         self.last_step = OffloadReport()
@@ -138,6 +141,7 @@ class Offloader:
             self._in_step = True
             self._prefetch.expect(backward_order)
             self._held = {n: held for n, held in self._held.items() if not held.expired()}
+            self._adapt()
             self._account.begin(self._statistics())
 
     @contextmanager
@@ -161,19 +165,23 @@ class Offloader:
     def backward(self, key: Hashable) -> None:
         """Begin the backward pass of `key`."""
         with self._lock:
-            self._account.phases.at("backward", self._room.busy_s)
+            self._note("backward")
             self._prefetch.backward(key)
             self._prefetch.advance(self._selection.amount.ahead_bytes)
             self._tidy()
 
     def end_step(self) -> OffloadReport:
-        """End a step and adapt the amount to its measurements. Returns a report of the step."""
+        """End a step; the amount is adapted once its times are known. Returns its report."""
         with self._lock:
             self._tidy()
             store = self._statistics()
-            seen = self._account.measured(store, self._selection.largest_bytes)
-            self.last_step = self._account.report(seen, self._selection.amount, store, self.fault)
-            self._selection.adapt(seen)
+            selection = self._selection
+            seen = self._account.ended(
+                selection.amount, store, selection.largest_bytes, self._moment()
+            )
+            self.last_step = self._account.report(seen, store, self.fault)
+            self._ended.append(seen)
+            self._adapt()
             self._in_step = False
             if self._room.store is not None:
                 self._room.store.trim()
@@ -239,9 +247,10 @@ class Offloader:
         if storage is None:
             return Kept(tensor.detach(), tensor._version)
         with self._lock:
-            self._account.phases.at("forward", self._room.busy_s)
+            reached = self._room.reaches(tensor.device)
+            self._note("forward")
             self._tidy_at_times()
-            if not self._room.reaches(tensor.device) or storage._cdata in self._held:
+            if not reached or storage._cdata in self._held:
                 return Kept(tensor.detach(), tensor._version)
             record = self._records.get(storage._cdata)
             if record is None or not record.describes(tensor._version):
@@ -253,7 +262,7 @@ class Offloader:
             saved.check()
             return saved.tensor
         with self._lock:
-            self._account.phases.at("backward", self._room.busy_s)
+            self._note("backward")
             record = saved.record
             record.check()
             self._prefetch.asked(record)
@@ -342,11 +351,25 @@ class Offloader:
             )
         record.copy.fetch()
         self._prefetch.advance(self._selection.amount.ahead_bytes)
-        start, queued = perf_counter(), self._pace.mark(self._room.device)
+        start, queued = perf_counter(), self._moment()
         record.memory = record.copy.take()
-        if is_past(queued):
+        if queued.query():
             self._account.waited_s += perf_counter() - start
         self._outgoing.dead.append(record.remains())
+
+    def _moment(self) -> Moment:
+        return end_of_queue(self._room.device)
+
+    def _note(self, phase: Phase) -> None:
+        self._account.phases.at(phase, self._moment, self._room.busy_s)
+
+    def _adapt(self) -> None:
+        """Adapt the amount to the last ended step that the device has come to the end of."""
+        seen = None
+        while self._ended and self._ended[0].phases.is_past:
+            seen = self._ended.popleft()
+        if seen is not None:
+            self._selection.adapt(seen.amount, seen.measured())
 
     def _hold(self, storage: StorageWeakRef) -> None:
         self._held[storage.cdata] = storage

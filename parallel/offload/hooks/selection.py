@@ -49,6 +49,6 @@ class Selection:
         self._credit = min(self._credit - nbytes, nbytes)
         return True
 
-    def adapt(self, seen: Measured) -> None:
-        """Set the amount of the next step from the measurements of this one."""
-        self.amount = next_amount(self.amount, seen, self._bounds)
+    def adapt(self, used: Amount, seen: Measured) -> None:
+        """Set the amount of the next step from the measurements of one that used `used`."""
+        self.amount = next_amount(used, seen, self._bounds)

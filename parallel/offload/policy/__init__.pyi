@@ -18,7 +18,11 @@ from .heap import (
     restart_with_compact_heap as restart_with_compact_heap,
 )
 from .phases import (
+    HostMoment as HostMoment,
+    Moment as Moment,
+    Phase as Phase,
     Phases as Phases,
+    StepPhases as StepPhases,
 )
 from .report import (
     OffloadReport as OffloadReport,

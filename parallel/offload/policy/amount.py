@@ -7,6 +7,7 @@ slows down.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -68,15 +69,16 @@ def next_amount(before: Amount, seen: Measured, bounds: Bounds) -> Amount:
     """The amount for the step after the one measured in `seen`. Pure.
 
     The share moves towards the one at which transfers take nine tenths of the time that hides them.
-    It moves by at most half of itself, and falls when a backward pass had to wait. It never falls
-    to nothing by itself: a drive that recovers must be noticed.
+    Time that a backward pass waited hides nothing. It moves by at most half of itself, and falls
+    when a backward pass had to wait. It never falls to nothing by itself: a drive that recovers
+    must be noticed.
     """
     least = max(bounds.least_share, min(0.02, bounds.most_share))
     factor = 1.5
     if seen.written_bytes:
         busy = max(
             _ratio(seen.forward_busy_s, seen.forward_s),
-            _ratio(seen.backward_busy_s, seen.backward_s),
+            _ratio(seen.backward_busy_s, seen.backward_s - seen.waited_s),
         )
         factor = max(0.5, min(1.5, BUSY / busy)) if busy else 1.5
     if seen.waited_s > _WAITED * (seen.forward_s + seen.backward_s):
@@ -104,7 +106,9 @@ def _tail(seen: Measured, window: int) -> int:
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+    if whole > 0:
+        return part / whole
+    return math.inf if part > 0 else 0.0
 
 
 def drive_life_years(rated_bytes: float, bytes_per_s: float) -> float | None:

@@ -3,41 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 Phase = Literal["forward", "backward"]
 
 
-class Phases:
-    """Times by phase, from the moments at which tensors are saved and needed. Local."""
+class Moment(Protocol):
+    """A moment of the device that computes, as `torch.cuda.Event` is one of a GPU."""
+
+    def query(self) -> bool:
+        """Whether the moment is past."""
+        ...
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from this moment to a later one of the same device; both are past."""
+        ...
+
+
+class HostMoment:
+    """A moment of the CPU, which computes when it is called."""
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
-        self._clock = clock
-        self.restart(0.0)
+        self._at_s = clock()
 
-    def restart(self, busy_s: float) -> None:
-        """Begin a step. `busy_s`: seconds of transfers since the store was opened."""
-        self.seconds: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
-        self.busy_s: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
-        self._phase: Phase = "forward"
-        self._last_s = self._clock()
-        self._busy_before_s = busy_s
+    def query(self) -> bool:
+        return True
 
-    def at(self, phase: Phase, busy_s: Callable[[], float]) -> None:
-        """Note that `phase` is under way; the time since the last note counts for `phase`."""
-        now = self._clock()
-        self.seconds[self._phase] += now - self._last_s
-        self._last_s = now
-        if phase != self._phase:
-            self._count_busy(busy_s())
-            self._phase = phase
+    def elapsed_time(self, end_event: HostMoment) -> float:
+        return (end_event._at_s - self._at_s) * 1e3
 
-    def finish(self, busy_s: float) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The beginning of a phase."""
+
+    phase: Phase
+    moment: Moment
+    busy_s: float
+    """Seconds of transfers so far, when the host noted it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPhases:
+    """The phases of an ended step. The last moment ends it, and begins nothing."""
+
+    begins: tuple[Begin, ...]
+
+    @property
+    def is_past(self) -> bool:
+        """Whether the device has come to the end of the step."""
+        return self.begins[-1].moment.query()
+
+    def seconds(self) -> dict[Phase, float]:
+        """The time of the device by phase; the step is past."""
+        found: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
+        for a, b in pairwise(self.begins):
+            found[a.phase] += a.moment.elapsed_time(b.moment) / 1e3
+        return found
+
+    def busy_s(self, written_bytes: int, read_bytes: int) -> dict[Phase, float]:
+        """The time of transfers by the phase that has to hide it.
+
+        A GPU comes to a moment long after the host has noted it, so how long transfers took until
+        then is not known: forward passes hide what is written, backward passes what is read.
+        """
+        if isinstance(self.begins[-1].moment, HostMoment):
+            found: dict[Phase, float] = {"forward": 0.0, "backward": 0.0}
+            for a, b in pairwise(self.begins):
+                found[a.phase] += b.busy_s - a.busy_s
+            return found
+        busy_s = self.begins[-1].busy_s - self.begins[0].busy_s
+        written = written_bytes / max(1, written_bytes + read_bytes)
+        return {"forward": busy_s * written, "backward": busy_s * (1 - written)}
+
+
+class Phases:
+    """The phases of the step under way, by what is saved and needed. Local."""
+
+    def __init__(self) -> None:
+        self._begins: list[Begin] = []
+
+    def restart(self) -> None:
+        """Begin a step."""
+        self._begins = []
+
+    def at(self, phase: Phase, moment: Callable[[], Moment], busy_s: Callable[[], float]) -> None:
+        """Note that `phase` is under way; the time until another one begins counts for it."""
+        if not self._begins or self._begins[-1].phase != phase:
+            self._begins.append(Begin(phase, moment(), busy_s()))
+
+    def finish(self, moment: Moment, busy_s: float) -> StepPhases:
         """End the step."""
-        self.seconds[self._phase] += self._clock() - self._last_s
-        self._count_busy(busy_s)
-
-    def _count_busy(self, busy_s: float) -> None:
-        self.busy_s[self._phase] += busy_s - self._busy_before_s
-        self._busy_before_s = busy_s
+        return StepPhases((*self._begins, Begin("backward", moment, busy_s)))

@@ -6,7 +6,8 @@ import errno
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import sleep
 
@@ -26,7 +27,14 @@ from holdfast.parallel.offload.policy.amount import (
     drive_life_years,
     next_amount,
 )
-from holdfast.parallel.offload.policy.phases import Phase, Phases
+from holdfast.parallel.offload.policy.phases import (
+    Begin,
+    HostMoment,
+    Moment,
+    Phase,
+    Phases,
+    StepPhases,
+)
 from holdfast.parallel.offload.stores.disk_file import DiskFile, RateLimit
 from holdfast.parallel.offload.stores.disk_store import DiskStore
 from holdfast.parallel.offload.stores.host_store import HostStore
@@ -348,25 +356,59 @@ def test_the_tail_lasts_as_long_as_a_round_trip() -> None:
     assert slow.tail_bytes == SEEN.forward_bytes // 4
 
 
+@dataclass
+class QueuedMoment:
+    """A moment that a GPU comes to later than the host."""
+
+    at_s: float
+    past: bool = True
+
+    def query(self) -> bool:
+        return self.past
+
+    def elapsed_time(self, end_event: QueuedMoment) -> float:
+        return (end_event.at_s - self.at_s) * 1e3
+
+
+def noted(moment: Callable[[float], Moment]) -> StepPhases:
+    phases = Phases()
+    notes: list[tuple[Phase, float, float]] = [
+        ("forward", 1.0, 0.5),
+        ("forward", 2.0, 1.0),
+        ("backward", 3.0, 1.5),
+        ("backward", 5.0, 2.0),
+        ("forward", 6.0, 2.5),
+    ]
+    for phase, at_s, busy_s in notes:
+        phases.at(phase, partial(moment, at_s), partial(float, busy_s))
+    return phases.finish(moment(7.0), 3.0)
+
+
 def test_phases_count_time_and_transfers() -> None:
-    now = [0.0]
-    busy = [0.0]
-    phases = Phases(lambda: now[0])
-    phases.restart(0.0)
+    step = noted(lambda at_s: HostMoment(lambda: at_s))
+    assert step.is_past
+    assert step.seconds() == {"forward": 3.0, "backward": 3.0}
+    assert step.busy_s(1, 1) == {"forward": 1.5, "backward": 1.0}
 
-    def at(phase: Phase, seconds: float, busy_s: float) -> None:
-        now[0], busy[0] = seconds, busy_s
-        phases.at(phase, lambda: busy[0])
 
-    at("forward", 1.0, 0.5)
-    at("forward", 2.0, 1.0)
-    at("backward", 3.0, 1.5)
-    at("backward", 5.0, 2.0)
-    at("forward", 6.0, 2.5)
-    now[0] = 7.0
-    phases.finish(3.0)
-    assert phases.seconds == {"forward": 4.0, "backward": 3.0}
-    assert phases.busy_s == {"forward": 2.0, "backward": 1.0}
+def test_transfers_beside_a_queue_count_by_their_direction() -> None:
+    step = noted(QueuedMoment)
+    assert step.seconds() == {"forward": 3.0, "backward": 3.0}
+    assert step.busy_s(3, 1) == {"forward": 2.5 * 3 / 4, "backward": 2.5 / 4}
+    assert not StepPhases((Begin("backward", QueuedMoment(1.0, past=False), 0.0),)).is_past
+
+
+def test_time_that_was_waited_hides_nothing() -> None:
+    """The share is halved until compute hides the drive, however long a step waited."""
+    amount, steps = Amount(), 0
+    while amount.share > 0.05:
+        waited_s = 40.0 * amount.share
+        seen = replace(
+            SEEN, backward_s=2.0 + waited_s, backward_busy_s=2.0 + waited_s, waited_s=waited_s
+        )
+        amount = next_amount(amount, seen, ALL)
+        steps += 1
+    assert steps <= 5
 
 
 def test_the_life_of_a_drive() -> None:

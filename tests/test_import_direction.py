@@ -22,7 +22,15 @@ BELOW = {
 }
 OPEN = {
     f"holdfast.parallel.{name}"
-    for name in ("errors", "faults", "keyed_random", "precision", "step_phases", "waiting")
+    for name in (
+        "errors",
+        "faults",
+        "keyed_random",
+        "precision",
+        "scratch",
+        "step_phases",
+        "waiting",
+    )
 }
 """Modules beside the rooms of a house that other houses name; all else is entered by a face."""
 # The rendezvous store, and the error of its operations.

@@ -17,6 +17,7 @@ import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.errors import PeerLost, Stopped
+from holdfast.parallel.scratch import torch_caches_in
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_error, write_error
@@ -113,7 +114,8 @@ def _exit_code_of(
         tell: called with the reason of a failure, after it was written.
     """
     try:
-        body()
+        with torch_caches_in(run.log(rank).parent):
+            body()
     except KeyboardInterrupt:
         logger.info("interrupted")
         return 130

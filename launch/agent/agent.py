@@ -12,11 +12,9 @@ import logging
 import os
 import selectors
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from holdfast.elastic import (
@@ -47,6 +45,7 @@ from holdfast.launch.agent.standing import Standing
 from holdfast.launch.agent.worker_slot import WorkerSlot, describe_end
 from holdfast.launch.processes import PASSED_ON
 from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.scratch import scratch_folder
 from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")
@@ -112,9 +111,7 @@ class Agent:
             self._selector.register(
                 self._main_thread, selectors.EVENT_READ, lambda _: self._main_thread.run_calls()
             )
-            folder = self._settings.folder or Path(
-                held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-"))
-            )
+            folder = self._settings.folder or held.enter_context(scratch_folder())
             folder.mkdir(parents=True, exist_ok=True)
             membership = held.enter_context(joined_lighthouse(self._settings, lighthouse))
             store, address = host_store(self._settings.host)

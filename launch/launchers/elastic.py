@@ -6,7 +6,6 @@ import builtins
 import logging
 import socket
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -25,6 +24,7 @@ from holdfast.launch.launchers.join_file import JoinInfo, own_address, published
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
 from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.scratch import scratch_folder
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root, read_error
@@ -59,14 +59,14 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     display = start_display(config, run)
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="holdfast-") as folder,
+            scratch_folder() as folder,
             published_join_file(run) as announce,
         ):
-            node = replace(node, roll=Path(folder) / "roll")
+            node = replace(node, roll=folder / "roll")
             code = run_nodes(
                 spread(node, config.elastic.local_nodes),
                 worker_main(config, run),
-                Path(folder),
+                folder,
                 lambda lighthouse: announce(JoinInfo.begun(node.membership, lighthouse)),
             )
     finally:

@@ -45,11 +45,11 @@ def published_join_file(run: RunDirectory) -> Iterator[Callable[[JoinInfo], None
 
     The file is removed at the end of the block.
     """
-    _path(run).unlink(missing_ok=True)
+    run.join_file.unlink(missing_ok=True)
     try:
-        yield lambda info: _write(_path(run), info)
+        yield lambda info: _write(run.join_file, info)
     finally:
-        _path(run).unlink(missing_ok=True)
+        run.join_file.unlink(missing_ok=True)
 
 
 def take_ranks(run: RunDirectory, count: int) -> tuple[JoinInfo, tuple[int, ...]]:
@@ -62,7 +62,7 @@ def take_ranks(run: RunDirectory, count: int) -> tuple[JoinInfo, tuple[int, ...]
         info = _read(run)
         _check_reachable(run, info)
         ranks = tuple(range(info.next_rank, info.next_rank + count))
-        _write(_path(run), msgspec.structs.replace(info, next_rank=info.next_rank + count))
+        _write(run.join_file, msgspec.structs.replace(info, next_rank=info.next_rank + count))
     return info, ranks
 
 
@@ -90,24 +90,20 @@ def own_address(lighthouse: str) -> str:
         ) from error
 
 
-def _path(run: RunDirectory) -> Path:
-    return run.root / "elastic.json"
-
-
 def _read(run: RunDirectory) -> JoinInfo:
     try:
-        return msgspec.json.decode(_path(run).read_bytes(), type=JoinInfo)
+        return msgspec.json.decode(run.join_file.read_bytes(), type=JoinInfo)
     except FileNotFoundError:
         raise ConfigError(
             f"{run.root} is not an elastic run that is under way; start it with elastic.enabled = "
             "true, and join while it runs"
         ) from None
     except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(f"{_path(run)} cannot be read: {error}") from error
+        raise ConfigError(f"{run.join_file} cannot be read: {error}") from error
 
 
 def _write(path: Path, info: JoinInfo) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # the next start of the run removes it
     partial.write_bytes(msgspec.json.encode(info))
     partial.replace(path)
 

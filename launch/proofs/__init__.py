@@ -1,6 +1,7 @@
 """Proofs of correct training: check, prove, replay, comparison of runs.
 
-May import launch.agent, launch.launchers, trainer, checkpoint, elastic and parallel.errors.
+May import launch.agent, launch.launchers, trainer, checkpoint, elastic, parallel.errors and
+parallel.scratch.
 """
 
 import lazy_loader

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from torch.distributed import Store
 
 from holdfast.launch.launchers import start_workers
+from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer import describe, root_cause, run_worker
 from holdfast.trainer.check import (
     Finding,
@@ -47,7 +46,7 @@ def check_layout(config: RunConfig, steps: int) -> int:
     tiny = tiny_config(config, steps)
     ranks = tiny.parallel.ranks
     with contextlib.ExitStack() as held:
-        root = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-check-")))
+        root = held.enter_context(scratch_folder())
         request = RunRequest(root / "config.toml", tiny, out=root / "run")
         run = held.enter_context(opened_run(request)).directory
 

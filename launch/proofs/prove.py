@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from holdfast.checkpoint.format import name_of
 from holdfast.checkpoint.stores import PathOrUrl, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.launchers import run_local
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer.config import convert_config, dump_toml, load_config
 from holdfast.trainer.run import RunRequest, opened_run
 
@@ -40,8 +39,8 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
             f"{first} is of step {before.step} and {second} of step {after.step}; A must be the "
             "earlier"
         )
-    with tempfile.TemporaryDirectory(prefix="holdfast-prove-") as scratch:
-        source = Path(scratch) / "config.toml"
+    with scratch_folder() as scratch:
+        source = scratch / "config.toml"
         source.write_text(dump_toml(convert_config(after.config)))
         config = load_config(
             source,
@@ -53,7 +52,7 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
                 "checkpoint.memory_every=0",
             ],
         )
-        root = Path(scratch) / "run"
+        root = scratch / "run"
         ranks = config.parallel.ranks
         request = RunRequest(source, config, out=root, resume=str(first), world_size=ranks)
         with opened_run(request) as opened:

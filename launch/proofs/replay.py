@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from holdfast.launch.launchers import (
 )
 from holdfast.launch.proofs.compare_runs import bits_of
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
 from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run
@@ -87,8 +87,8 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
         nodes = _nodes(config, run, history)
         display = start_display(config, run)
         try:
-            with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
-                code = run_nodes(nodes, worker_main(config, run), Path(folder))
+            with scratch_folder() as folder:
+                code = run_nodes(nodes, worker_main(config, run), folder)
         finally:
             display.close()
     code = explained(code, run, (rank for ranks in history.nodes.values() for rank in ranks))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.parallel.errors import DataError
+from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer.data.documents import (
     DocumentFile,
     DocumentForm,
@@ -20,6 +21,9 @@ from holdfast.trainer.data.documents import (
 from holdfast.trainer.data.megatron import indexed_dataset_module
 from holdfast.trainer.data.text import encode_documents
 from holdfast.trainer.data.tokenizer import load_tokenizer, separator_note
+
+_PARTIAL = ".holdfast-prepare-"
+"""The beginning of the name of the folder in which the files are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ def prepare(
 ) -> PreparedCorpus:
     """Tokenise files into `OUTPUT_PREFIX.bin` and `.idx`, readable by Megatron.
 
-    Every document ends with the tokenizer's separator. Both files are written under other names
-    and renamed when complete, the index last; after an error nothing is left.
+    Every document ends with the tokenizer's separator. Both files are written in a scratch
+    folder and renamed when complete, the index last; after an error nothing is left.
 
     Args:
         inputs: files and folders, as in `data.path`; a file is a document. None: the Python
@@ -74,33 +78,31 @@ def prepare(
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists already; name another output, or give --overwrite")
     indexed = indexed_dataset_module()
-    partial_bin, partial_idx = (
-        path.with_name(f"{path.name}.partial-{os.getpid()}") for path in (bin_path, idx_path)
-    )
     try:
         bin_path.parent.mkdir(parents=True, exist_ok=True)
-        dtype = indexed.DType.optimal_dtype(encoder.vocab)
-        builder = indexed.IndexedDatasetBuilder(str(partial_bin), dtype=dtype)
-        texts = _documents(files, json_key, progress)
-        documents, tokens = _add_all(builder, encode_documents(texts, encoder))
-        if tokens == 0:
-            raise DataError(f"{list(inputs)}: no text in {len(files)} files; nothing was written")
-        builder.finalize(str(partial_idx))
-        for path in (partial_bin, partial_idx):
-            _sync(path)
-        # A reader needs both files: without the index the pair does not exist.
-        idx_path.unlink(missing_ok=True)
-        partial_bin.rename(bin_path)
-        partial_idx.rename(idx_path)
-        _sync(bin_path.parent)
+        with scratch_folder(bin_path.parent, _PARTIAL) as scratch:
+            made_bin, made_idx = (scratch / path.name for path in (bin_path, idx_path))
+            dtype = indexed.DType.optimal_dtype(encoder.vocab)
+            builder = indexed.IndexedDatasetBuilder(str(made_bin), dtype=dtype)
+            texts = _documents(files, json_key, progress)
+            documents, tokens = _add_all(builder, encode_documents(texts, encoder))
+            if tokens == 0:
+                raise DataError(
+                    f"{list(inputs)}: no text in {len(files)} files; nothing was written"
+                )
+            builder.finalize(str(made_idx))
+            for path in (made_bin, made_idx):
+                _sync(path)
+            # A reader needs both files: without the index the pair does not exist.
+            idx_path.unlink(missing_ok=True)
+            made_bin.rename(bin_path)
+            made_idx.rename(idx_path)
+            _sync(bin_path.parent)
     except OSError as error:
         raise DataError(
             f"{output_prefix}: cannot be written ({error.strerror}); name a folder with room that "
             "you may write"
         ) from error
-    finally:
-        partial_bin.unlink(missing_ok=True)
-        partial_idx.unlink(missing_ok=True)
     note = separator_note(encoder, f'tokenizer "{tokenizer}"')
     return PreparedCorpus(documents, tokens, encoder.vocab, bin_path, idx_path, note)
 

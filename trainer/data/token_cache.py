@@ -1,7 +1,7 @@
 """The token cache on disk: made once per machine, shared by its ranks through memory mapping.
 
 An entry is a folder `KEY/` with `tokens.npy` (uint16 or uint32, one dimension) and `entry.json`
-(count, largest id, fingerprint). It is written under another name and then renamed, so a visible
+(count, largest id, fingerprint). It is written in a scratch folder and then renamed, so a visible
 entry is whole. A lock keeps ranks from doing the same work twice; correctness does not depend on it
 (some network file systems have none).
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +21,10 @@ import msgspec
 import numpy as np
 
 from holdfast.parallel.errors import DataError
+from holdfast.parallel.scratch import scratch_folder
 
+_PARTIAL = ".partial-"
+"""The beginning of the names of folders in which entries are made."""
 _ATTEMPTS = 3
 """Attempts to make an entry: without file locks, another process may take it for damaged."""
 
@@ -146,24 +147,22 @@ def cached_tokens(
 
 
 def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter], None]) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
-    try:
-        with (partial / "tokens.npy").open("wb") as file:
+    with scratch_folder(folder, _PARTIAL) as scratch:
+        made = scratch / key
+        made.mkdir(0o700)
+        with (made / "tokens.npy").open("wb") as file:
             writer = TokenWriter(file, dtype)
             write(writer)
             entry = writer.finish()
-        (partial / "entry.json").write_bytes(msgspec.json.encode(entry))
+        (made / "entry.json").write_bytes(msgspec.json.encode(entry))
         # a rank on another machine may have been first; its entry is as good
         if _open(folder / key, key) is not None:
             return
         # what stands there does not open: damaged, so it gives way
         with suppress(FileNotFoundError):
-            (folder / key).rename(partial / "damaged")
+            (folder / key).rename(scratch / "damaged")
         with suppress(OSError):
-            shutil.rmtree(partial / "damaged", ignore_errors=True)
-            partial.rename(folder / key)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            made.rename(folder / key)
 
 
 def _open(path: Path, name: str) -> CachedTokens | None:

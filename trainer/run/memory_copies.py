@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from holdfast.trainer.run.identity import (
 
 SHARED_MEMORY = Path("/dev/shm")
 _OWNER = "owner.json"
+_NAME = re.compile(r"holdfast-\d+-[0-9a-f]{16}")
 
 
 class _MemoryOwner(msgspec.Struct, frozen=True):
@@ -82,24 +84,36 @@ def held_memory(root: Path, identity: RunIdentity, *, make: bool) -> Iterator[No
     place = _place(identity)
     with contextlib.ExitStack() as held:
         try:
-            if make and not os.path.lexists(place):
-                place.mkdir(mode=0o700)
-            _check_own(place)
-            if place.is_dir():
-                descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                held.callback(os.close, descriptor)
-                if not try_lock(descriptor):
-                    raise ConfigError(
-                        f"the copies in memory of {root} ({place}) are in use by another process; "
-                        "wait for it, or stop it"
-                    )
-                owner = _MemoryOwner(identity.id, str(root.absolute()), root.stat().st_dev)
-                write_own_file(place / _OWNER, msgspec.json.encode(owner))
+            while make or os.path.lexists(place):
+                try:
+                    _hold(place, root, identity, held, make=make)
+                    break
+                except FileNotFoundError:  # swept while it was empty
+                    if not SHARED_MEMORY.is_dir():
+                        raise
         except OSError as error:
             raise ConfigError(
                 f"{place} cannot be written: {error.strerror}; set checkpoint.memory_every = 0"
             ) from error
         yield
+
+
+def _hold(
+    place: Path, root: Path, identity: RunIdentity, held: contextlib.ExitStack, *, make: bool
+) -> None:
+    """Lock the folder of a run's copies, and write into it whose it is."""
+    if make and not os.path.lexists(place):
+        place.mkdir(mode=0o700)
+    _check_own(place)
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    held.callback(os.close, descriptor)
+    if not try_lock(descriptor):
+        raise ConfigError(
+            f"the copies in memory of {root} ({place}) are in use by another process; wait for it, "
+            "or stop it"
+        )
+    owner = _MemoryOwner(identity.id, str(root.absolute()), root.stat().st_dev)
+    write_own_file(place / _OWNER, msgspec.json.encode(owner))
 
 
 def sweep_memory() -> list[str]:
@@ -111,6 +125,9 @@ def sweep_memory() -> list[str]:
     for place in SHARED_MEMORY.glob(f"holdfast-{os.getuid()}-*"):
         with contextlib.suppress(OSError, ConfigError, msgspec.DecodeError):
             _check_own(place)
+            if _NAME.fullmatch(place.name) and not any(place.iterdir()):
+                place.rmdir()  # its process was killed as it made it, or makes it again
+                continue
             owner = msgspec.json.decode(read_own_file(place / _OWNER), type=_MemoryOwner)
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

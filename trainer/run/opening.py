@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.parallel.scratch import sweep_scratch, torch_caches_in
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
@@ -90,6 +91,7 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     with contextlib.ExitStack() as held:
         held.enter_context(locked_run(root))
         identity, notes = open_identity(root)
+        sweep_scratch()
         notes += tuple(
             f"removed the copies in memory of {path}, which is gone" for path in sweep_memory()
         )
@@ -105,4 +107,5 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
                 say=lambda line: print(line, flush=True),  # noqa: T201
             )
         run = open_run(root, config, resume, allow_change=allow_change, notes=notes)
+        held.enter_context(torch_caches_in(run.log(0).parent))
         yield OpenedRun(config, run)

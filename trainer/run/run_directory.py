@@ -52,6 +52,11 @@ class RunDirectory:
         return self.root / "replay.json"
 
     @property
+    def join_file(self) -> Path:
+        """How to join the run; it is there while the run is under way."""
+        return self.root / "elastic.json"
+
+    @property
     def incidents(self) -> Path:
         """The records of the changes that losses made necessary, one file each."""
         return self.root / "incidents"

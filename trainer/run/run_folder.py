@@ -96,6 +96,16 @@ def check_run_folder(root: Path) -> None:
         )
 
 
+def _remove_left(run: RunDirectory) -> None:
+    """Remove what a run that was killed has left: the reasons for its end, and unfinished files."""
+    left = [run.join_file, *(run.root / "logs").glob("rank-*.error.json")]
+    for pattern in ("*.partial", f".{IDENTITY}-*", "incidents/*.partial"):
+        left += run.root.glob(pattern)
+    for path in left:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
 def _is_old_run(root: Path) -> bool:
     """Whether an earlier version, which wrote no identity, made a run in a folder."""
     try:
@@ -157,8 +167,7 @@ def open_run(
         notes += passed_over(root, config, found)
     try:
         (root / "logs").mkdir(parents=True, exist_ok=True)
-        for path in (root / "logs").glob("rank-*.error.json"):
-            path.unlink()
+        _remove_left(run)
         if not found.candidates:
             notes += set_aside_history(run, config)
         partial = run.config.with_suffix(".partial")

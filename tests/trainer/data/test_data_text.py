@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.documents import library_documents
 from holdfast.trainer.data.opening import split_tokens
 from holdfast.trainer.data.text import text_stream
-from holdfast.trainer.data.token_cache import cached_tokens
+from holdfast.trainer.data.token_cache import TokenWriter, cached_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,23 @@ def test_damaged_cache_entry_is_made_again(tmp_path: Path, cache: Path, damage: 
         stored.with_name("entry.json").write_text("{")
     assert tokens_of(path) == expected
     assert not list((cache / "tokens").glob("*partial*"))
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+@pytest.mark.parametrize("next_key", ["key", "another"])
+def test_what_a_killed_process_left_goes_with_the_next_entry(cache: Path, next_key: str) -> None:
+    def die(_: TokenWriter) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        cached_tokens("key", name="x", vocab=9, write=die)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    folder = cache / "tokens"
+    assert len(list(folder.iterdir())) == 2, "an unfinished entry, and its lock"
+    cached_tokens(next_key, name="x", vocab=9, write=lambda w: w.append(np.arange(5)))
+    assert {path.name for path in folder.iterdir()} == {"key.lock", next_key, f"{next_key}.lock"}
 
 
 def test_failure_while_tokenising_leaves_nothing(cache: Path) -> None:

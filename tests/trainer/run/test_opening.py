@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.scratch import PREFIX
 from holdfast.trainer.config import dump_toml
 from holdfast.trainer.run import RunRequest, opened_run, opening
 from holdfast.trainer.run.throughput import Throughput, with_throughput
@@ -34,6 +38,45 @@ def test_an_opened_run_is_locked_until_the_block_ends(request_: RunRequest) -> N
             pass
     with opened_run(request_):
         pass
+
+
+def test_what_a_killed_start_left_is_removed_and_nothing_else(
+    request_: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"{PREFIX}abcdefgh").mkdir(mode=0o700)
+    with opened_run(request_) as opened:
+        run = opened.directory
+    assert not (tmp_path / f"{PREFIX}abcdefgh").exists()
+    left = [run.join_file, run.error(3), run.root / "config.partial"]
+    left += [run.root / ".identity.json-abcdefgh", run.incidents / "generation-000002.partial"]
+    kept = [
+        run.root / "notes.txt",
+        run.incidents / "generation-000002.json",
+        tmp_path / "x.partial",
+    ]
+    for path in (*left, *kept):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    (run.root / "link.partial").symlink_to(kept[-1])
+    (run.root / "folder.partial").mkdir()
+    with opened_run(request_):
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in (*kept, run.root / "folder.partial"))
+        assert not (run.root / "link.partial").is_symlink()
+
+
+def test_torch_makes_no_folder_among_temporary_files_while_a_run_is_open(
+    request_: RunRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with opened_run(request_) as opened:
+        assert cache_dir() == str(opened.directory.log(0).parent)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/named/by/the/user")
+    with opened_run(request_):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/named/by/the/user"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/named/by/the/user"
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,28 @@ def test_copies_of_runs_that_are_gone_are_swept_and_no_others(
     )
 
 
+def test_a_folder_for_copies_that_was_never_used_is_swept_and_made_again(
+    tmp_path: Path, shared_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = shared_memory / f"holdfast-{os.getuid()}-{'0' * 16}"
+    empty.mkdir(mode=0o700)
+    swept: list[Path] = []
+    lock = memory_copies.try_lock
+
+    def late(descriptor: int) -> bool:
+        """The lock of a folder that another process's sweep removes at the last moment."""
+        if not swept:
+            swept.extend(path for path in shared_memory.iterdir() if path != empty)
+            memory_copies.sweep_memory()
+        return lock(descriptor)
+
+    monkeypatch.setattr(memory_copies, "try_lock", late)
+    with opened_run(_request(tmp_path, memory_every=1)):
+        assert not empty.exists()
+        assert [(path / "owner.json").exists() for path in shared_memory.iterdir()] == [True]
+        assert list(shared_memory.iterdir()) == swept
+
+
 def test_copies_that_another_process_holds_are_not_touched(
     tmp_path: Path, shared_memory: Path
 ) -> None:

@@ -1,0 +1,194 @@
+"""Scratch folders: temporary folders that the next start removes if their process was killed.
+
+A scratch folder holds a mark, a file that is locked while its process or one that it forked lives.
+A sweep removes this user's folders with a mark that is not locked, and never follows a link. A
+process whose new folder was swept before the lock held notices it, and makes another. So neither
+clock nor process id decides. Where a file system has no locks, nothing is swept. Local.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from holdfast.parallel.errors import ConfigError
+
+PREFIX = "holdfast-scratch-"
+"""The beginning of a folder's name in the system's folder for temporary files."""
+_MARK = ".holdfast-mark"
+_MARK_BYTES = 4096
+_ATTEMPTS = 100
+_TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+@contextlib.contextmanager
+def scratch_folder(inside: Path | None = None, prefix: str = PREFIX) -> Iterator[Path]:
+    """A new folder of this user alone, which is removed at the end of the block. Sweeps first.
+
+    Args:
+        inside: the folder in which it is made; None: the system's folder for temporary files.
+        prefix: the beginning of its name, which only scratch folders have there.
+    Raises:
+        OSError: it cannot be made in that folder.
+        ConfigError: it cannot be made in the system's.
+    """
+    try:
+        sweep_scratch(inside, prefix)
+        folder, descriptor = _marked(inside, prefix)
+    except OSError as error:
+        if inside is not None:
+            raise
+        raise ConfigError(
+            f"no temporary folder can be made: {error.strerror or error}; set TMPDIR to a folder "
+            "with room that you may write"
+        ) from error
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+        os.close(descriptor)
+
+
+def sweep_scratch(inside: Path | None = None, prefix: str = PREFIX) -> list[Path]:
+    """Remove the scratch folders that ended processes of this user left. Returns them.
+
+    What cannot be removed, or is not surely left behind, stays.
+    """
+    place = inside or Path(tempfile.gettempdir())
+    gone = []
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(place)):
+            if entry.name.startswith(prefix):
+                with contextlib.suppress(OSError):
+                    if _sweep(place / entry.name):
+                        gone.append(place / entry.name)
+    return gone
+
+
+@contextlib.contextmanager
+def torch_caches_in(folder: Path) -> Iterator[None]:
+    """Have torch look for compiled code in a folder during the block, unless the user named one.
+
+    torch makes the folder of its cache when an optimizer is made or a layer is recomputed, though
+    nothing is compiled. By default it would make one among the temporary files, and leave it there.
+    """
+    named = os.environ.get(_TORCH_CACHE)
+    if named is not None:
+        yield
+        return
+    os.environ[_TORCH_CACHE] = str(folder.absolute())
+    try:
+        yield
+    finally:
+        os.environ.pop(_TORCH_CACHE, None)
+
+
+def _marked(inside: Path | None, prefix: str) -> tuple[Path, int]:
+    """A new folder, and the descriptor of its locked mark."""
+    for _ in range(_ATTEMPTS):
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=inside))
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            descriptor = os.open(folder / _MARK, flags, 0o600)
+        except FileNotFoundError:
+            continue  # swept
+        try:
+            if _lock(descriptor) is not False:
+                os.write(descriptor, json.dumps({"boot": _boot(), "host": _host()}).encode())
+                if _is_at(descriptor, folder / _MARK):
+                    return folder, descriptor
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _remove(folder)
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OSError(errno.EAGAIN, "each new folder was removed at once", str(inside or ""))
+
+
+def _sweep(folder: Path) -> bool:
+    """Remove a folder if it is one that an ended process of this user left."""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        return False
+    try:
+        descriptor = os.open(folder / _MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        os.rmdir(folder)  # only an empty one: its process ended, or makes another
+        return True
+    try:
+        if not (_lock(descriptor) and _is_at(descriptor, folder / _MARK)):
+            return False
+        if not _is_of_this_machine(os.pread(descriptor, _MARK_BYTES, 0), folder):
+            return False
+        _remove(folder)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock a mark. Returns whether no other process has it; None if there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _is_of_this_machine(mark: bytes, folder: Path) -> bool:
+    """Whether a lock of the mark would be seen here: on shared disks, some machines keep theirs."""
+    if not mark:  # its process ended before the folder was used, or makes another
+        return os.listdir(folder) == [_MARK]
+    try:
+        written = json.loads(mark)
+        return bool(written["boot"] == _boot() or written["host"] == _host())
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _boot() -> str:
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return _host()
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, its mark last: what a kill leaves of it is still a scratch folder.
+
+    It is renamed first, so that no process that is about to end makes files in it meanwhile.
+    """
+    gone = folder.rename(folder.with_name(f"{folder.name}.gone"))
+    for entry in list(os.scandir(gone)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name != _MARK:
+            os.unlink(entry.path)
+    os.unlink(gone / _MARK)
+    os.rmdir(gone)

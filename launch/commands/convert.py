@@ -129,11 +129,19 @@ def summary_lines(converted: Converted) -> list[str]:
         lines.append(
             f"went on after {converted.resumed_bytes / 2**20:,.1f} MiB that were written before"
         )
+    if converted.scaled:
+        lines += [
+            f"scaled: {count} tensors from {source} to {target}, each element times the scale of "
+            "its block, in 32 bits, rounded once"
+            for (source, target), count in sorted(converted.rounded.items())
+            if source.startswith("F8")
+        ]
     lines += [
         f"rounded: {count} tensors from {source} to {target}, to nearest, half to even"
         if FLOATS[target] < FLOATS[source]
         else f"widened: {count} tensors from {source} to {target}, exactly"
         for (source, target), count in sorted(converted.rounded.items())
+        if not (converted.scaled and source.startswith("F8"))
     ]
     lines += [f"rule {rule}: {count} tensors" for rule, count in converted.by_rule.items()]
     reasons: dict[str, list[str]] = {}
@@ -143,6 +151,7 @@ def summary_lines(converted: Converted) -> list[str]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"left out: {names[0]}{more}: {why}")
     lines.append(
-        f"checked: every byte as written, and {converted.compared:,} values against the source"
+        f"checked: every byte as written, and {converted.compared:,} values against the files of "
+        "the source"
     )
     return lines

@@ -10,6 +10,11 @@ from .arrays import (
     strided as strided,
     use_one_thread as use_one_thread,
 )
+from .block_scales import (
+    EIGHT_BITS as EIGHT_BITS,
+    BlockScale as BlockScale,
+    BlockScales as BlockScales,
+)
 from .crc32 import (
     combine_crc32 as combine_crc32,
 )

@@ -27,6 +27,7 @@ from holdfast.checkpoint.convert.sources import (
     TorchFile,
     WriteOptions,
     choose_output_dtypes,
+    files_for,
     make_catalog,
     plain,
     read_pickle,
@@ -203,7 +204,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         folder.add_object(path, value)
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
-        for carried, content in catalog.files.items():
+        for carried, content in files_for(catalog, typed).items():
             write_synced(root / carried, content)
         folder.write(root, checksums)
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.convert.elements import FLOATS, LogicalTensor, SourceTensor, ZipRecord
+from holdfast.checkpoint.convert.elements import (
+    FLOATS,
+    BlockScales,
+    LogicalTensor,
+    SourceTensor,
+    ZipRecord,
+)
 from holdfast.checkpoint.convert.rules import (
     RuleBook,
     builtin_rules,
@@ -17,6 +23,7 @@ from holdfast.checkpoint.convert.rules import (
     load_rules,
     map_tensors,
 )
+from holdfast.checkpoint.convert.sources.quantised import find_scales, without_quantisation
 from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, OptimizerRule
@@ -86,6 +93,8 @@ class Catalog:
     by_rule: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, str] = field(default_factory=dict)
     """The reason for each source tensor that is left out, by its key."""
+    scales: BlockScales = field(default_factory=BlockScales)
+    """The scales of 8-bit weights that become wider; none where they are copied."""
     precision: str = ""
     """The type of the weights in training, if the source has only their master copies."""
 
@@ -204,7 +213,17 @@ def choose_output_dtypes(
     Args:
         dtype: the type of the weights, by safetensors' name; "" for the source's.
         masters: whether the target keeps master copies beside 16-bit weights.
+    Raises:
+        CheckpointError: a type is asked for, and the source is quantised in a way that is not
+            undone.
     """
+    if dtype:
+        catalog.tensors, catalog.scales, applied = find_scales(
+            catalog.root, catalog.tensors, catalog.files, dtype
+        )
+        catalog.left_out |= applied
+        if len(catalog.scales):
+            catalog.files = without_quantisation(catalog.files)
     weights = {tensor.name: tensor for tensor in catalog.of_kind(WEIGHT)}
     fine = {tensor.name: tensor for tensor in catalog.of_kind(MASTER)}
     trained = bool(catalog.states()) or bool(fine)

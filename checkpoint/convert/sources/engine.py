@@ -18,6 +18,7 @@ from holdfast import _native
 from holdfast.checkpoint.convert.elements import (
     UNIT_BYTES,
     Bits,
+    BlockScales,
     Checksum,
     GrowingMemory,
     Location,
@@ -25,7 +26,6 @@ from holdfast.checkpoint.convert.elements import (
     SourcePiece,
     Unit,
     bits,
-    cast,
     combine,
     region_of,
     strided,
@@ -88,6 +88,7 @@ class Engine:
         memory_bytes: int = 256 << 20,
         checks: Checks | None = None,
         entries: EntryChecks | None = None,
+        scales: BlockScales | None = None,
     ) -> None:
         """Open the file engines.
 
@@ -98,11 +99,13 @@ class Engine:
             memory_bytes: the memory for units under way.
             checks: checksums of the source; a read of exactly such a range is checked.
             entries: checks of the entries of zip archives; they get everything that is read.
+            scales: the scales of 8-bit elements that become wider.
         """
         self.source, self.target = source, target
         self._checksum: Checksum = checksum
         self._checks = checks or {}
         self._entries = entries or EntryChecks(source, {})
+        self._scales = scales or BlockScales()
         self._slots = max(FEWEST_SLOTS, min(MOST_SLOTS, memory_bytes // SLOT_BYTES))
         with ExitStack() as opened:
             self._reads = SourceFiles(source)
@@ -257,7 +260,9 @@ class Engine:
             values = [self._view(unit, piece, term) for term in terms]
             if unit.tensor.combine == "equal":
                 self._compare(unit, piece, terms, values)
-                whole[inside] = cast(values[0], unit.tensor.dtype, unit.dtype)
+                whole[inside] = self._scales.cast(
+                    values[0], unit.tensor.dtype, unit.dtype, terms[0].location
+                )
             else:
                 mean = unit.tensor.combine == "mean"
                 whole[inside] = combine(values, unit.tensor.dtype, unit.dtype, mean=mean)

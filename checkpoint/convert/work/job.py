@@ -55,6 +55,8 @@ class Converted:
     """The reason for each source tensor that is left out, by its name."""
     rounded: Mapping[tuple[str, str], int]
     """The number of tensors that changed their type, by (from, to)."""
+    scaled: bool
+    """Whether 8-bit weights were multiplied by their block scales."""
     compared: int
     """The number of elements of the output compared with the source."""
     resumed_bytes: int
@@ -130,7 +132,11 @@ def _lead(
             list(threads.map(sync, [partial / name for name in prepared.output.files]))
         output = format_named(conversion.to).read(partial, ReadOptions())
         compared = compare_sample(
-            prepared.catalog.root, prepared.output.expected, output, prepared.output.added
+            prepared.catalog.root,
+            prepared.output.expected,
+            output,
+            prepared.output.added,
+            prepared.catalog.scales,
         )
     except DamagedEntry:
         journal.void()
@@ -154,6 +160,7 @@ def _lead(
         by_rule=catalog.by_rule,
         left_out=catalog.left_out,
         rounded=prepared.output.rounded(),
+        scaled=len(catalog.scales) > 0,
         compared=compared,
         resumed_bytes=resumed,
         seconds=time.perf_counter() - began,

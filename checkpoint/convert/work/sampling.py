@@ -15,10 +15,10 @@ import numpy as np
 
 from holdfast.checkpoint.convert.elements import (
     Bits,
+    BlockScales,
     Location,
     LogicalTensor,
     bits,
-    cast,
     combine,
     number,
 )
@@ -34,6 +34,7 @@ def compare_sample(
     expected: Sequence[tuple[LogicalTensor, str]],
     output: Catalog,
     added: Collection[str] = (),
+    scales: BlockScales | None = None,
 ) -> int:
     """Compare names, shapes, types and a sample of elements. Returns the number of elements.
 
@@ -41,6 +42,7 @@ def compare_sample(
         source: the folder that the locations of the expected tensors are relative to.
         expected: the tensors that should be there, each with its type in the output.
         added: the names of tensors that only the output has.
+        scales: the scales of the source's 8-bit elements that become wider.
     Raises:
         CheckpointError: a tensor is missing, or differs in form or value.
     """
@@ -63,7 +65,7 @@ def compare_sample(
                 locations = there.find(tensor, index), here.find(written, index)
                 sampled.append((tensor, dtype, index, *locations))
         for tensor, dtype, index, sources, outputs in sampled:
-            wanted = there.value(tensor, sources, dtype)
+            wanted = there.value(tensor, sources, dtype, scales or BlockScales())
             for location in outputs:
                 value = here.read(location, dtype).tobytes()
                 if wanted != value:
@@ -113,13 +115,20 @@ class _Elements:
                 return locations
         raise CheckpointError(f"{self._root}: nothing holds {tensor.full_name}{list(index)}")
 
-    def value(self, tensor: LogicalTensor, locations: Sequence[Location], dtype: str) -> bytes:
+    def value(
+        self,
+        tensor: LogicalTensor,
+        locations: Sequence[Location],
+        dtype: str,
+        scales: BlockScales,
+    ) -> bytes:
         """The bytes of an element at `locations`, in type `dtype`."""
         values = [self.read(location, tensor.dtype) for location in locations]
         if not values:
             return bytes(ELEMENT_BYTES[dtype])
         if tensor.combine == "equal":
-            return cast(values[0], tensor.dtype, dtype).tobytes()
+            one = Location(locations[0].file, locations[0].offset, (1,))
+            return scales.cast(values[0], tensor.dtype, dtype, one).tobytes()
         return combine(values, tensor.dtype, dtype, mean=tensor.combine == "mean").tobytes()
 
     def read(self, location: Location, dtype: str) -> Bits:

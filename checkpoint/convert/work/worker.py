@@ -84,6 +84,7 @@ def do_share(
                 memory_bytes=max(0, share.memory_bytes - MEMORY_BYTES),
                 checks=catalog.checks,
                 entries=entries,
+                scales=catalog.scales,
             ) as engine,
         ):
 

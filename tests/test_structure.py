@@ -18,6 +18,7 @@ WIDEST = 12
 """Attributes of a class, or parameters of a function, that need no reason."""
 WIDE = {
     "checkpoint.convert.rules.rules.Rule": "a field for each word of a rule",
+    "checkpoint.convert.sources.catalog.Catalog": "a field for each thing",
     "checkpoint.saving.save.Save": "the results that the five phases hand to each other",
     "elastic.agreement.Report": "so that a worker tells all of it or nothing",
     "launch.agent.settings.AgentSettings": "each is given by name, and none is derived",

@@ -73,7 +73,7 @@ _NO_STATE = (*UNPREFIXED_KINDS, MASTER, STEP)
 
 @dataclass(slots=True)
 class Catalog:
-    """A checkpoint as a conversion sees it."""
+    """A checkpoint as a conversion sees it: a field for each thing that a format may know."""
 
     format: str
     root: Path

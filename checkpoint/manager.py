@@ -150,7 +150,8 @@ class CheckpointManager:
                 where=checkpoint.place,
                 verify=self._settings.verify,
             )
-            statistics = load(request, NodeMeeting(members.store, name, timeout_s, check))
+            meeting = NodeMeeting(members.store, name, timeout_s, check, members.number)
+            statistics = load(request, meeting)
         finally:
             reader.close()
         return manifest, statistics

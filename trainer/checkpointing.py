@@ -84,7 +84,9 @@ class Checkpoints:
         # The participating ranks are numbered from 0 here.
         self._ranks = training.plan.stage_replicas.ranks
         generation = training.plan.generation
-        members = Members(self._ranks.index(world.rank), tuple(nodes), store, generation)
+        members = Members(
+            self._ranks.index(world.rank), tuple(nodes), store, generation, numbers=self._ranks
+        )
         settings = ManagerSettings(config.arena_mib << 20, config.timeout_s, config.verify)
         self._manager = CheckpointManager(
             members, settings, make_join=lambda: self._join_group(world.store_host)

@@ -37,6 +37,8 @@ class NodeMeeting:
     """The longest wait for another rank, in seconds."""
     check: Callable[[], None] = field(default=lambda: None)
     """A function called while waiting; an exception from it ends the wait."""
+    number: Callable[[int], int] = int
+    """Returns the number that a rank has in its run, for messages."""
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -84,12 +86,14 @@ class NodeMemory:
         while not self._store.check([key]):
             meeting.check()
             if meeting.clock() > give_up:
-                raise PeerLost(f"rank {peer} did not begin to load within {meeting.timeout_s:g} s")
+                raise PeerLost(
+                    f"{self._name(peer)} did not begin to load within {meeting.timeout_s:g} s"
+                )
             meeting.sleep(_LOOK_FOR_S)
         text = self._store.get(key).decode()
         pid, descriptor = map(int, text.split())
         self._pids[peer] = pid
-        opened = own if peer == self.rank else _open_of(pid, descriptor, peer)
+        opened = own if peer == self.rank else _open_of(pid, descriptor, self._name(peer))
         try:
             self._maps[peer] = mmap.mmap(opened, size)
         finally:
@@ -151,11 +155,14 @@ class NodeMemory:
             if now > look:
                 look = now + _LOOK_S
                 meeting.check()
-                _check_alive(self._pids[peer], peer)
+                _check_alive(self._pids[peer], self._name(peer))
             if now > give_up:
                 raise PeerLost(
-                    f"rank {peer} did not go on with loading for {meeting.timeout_s:g} s"
+                    f"{self._name(peer)} did not go on with loading for {meeting.timeout_s:g} s"
                 )
+
+    def _name(self, peer: int) -> str:
+        return f"rank {self._meeting.number(peer)}"
 
     def _raise_failure(self) -> None:
         for peer in self.peers:
@@ -163,18 +170,18 @@ class NodeMemory:
                 raise CheckpointError(self._store.get(f"failed/{peer}").decode())
 
 
-def _open_of(pid: int, descriptor: int, peer: int) -> int:
+def _open_of(pid: int, descriptor: int, peer: str) -> int:
     try:
         return os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
     except OSError as error:
         raise PeerLost(
-            f"memory of rank {peer} cannot be shared with this process ({error.strerror}); ranks "
+            f"memory of {peer} cannot be shared with this process ({error.strerror}); ranks "
             "that the launcher puts on one node must see each other's /proc"
         ) from error
 
 
-def _check_alive(pid: int, peer: int) -> None:
+def _check_alive(pid: int, peer: str) -> None:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        raise PeerLost(f"rank {peer} died while loading a checkpoint") from None
+        raise PeerLost(f"{peer} died while loading a checkpoint") from None

@@ -35,10 +35,16 @@ class Members:
     """The generation of an elastic run that these ranks are."""
     coordinator: int = 0
     """The rank that makes the folder of a save and commits."""
+    numbers: tuple[int, ...] = ()
+    """The number that each rank has in its run, for messages and records; empty: its index here."""
 
     @property
     def size(self) -> int:
         return len(self.nodes)
+
+    def number(self, rank: int) -> int:
+        """The number that a rank has in its run, for messages and records."""
+        return self.numbers[rank] if self.numbers else rank
 
     @property
     def neighbours(self) -> list[int]:
@@ -99,7 +105,11 @@ class Coordination:
 
     def report_failure(self, reason: str) -> None:
         """Tell the others that this rank cannot go on; the first reason counts."""
-        self._store.compare_set("failed", "", f"rank {self.rank}, {self.phase}: {reason}")
+        self._store.compare_set("failed", "", self.said(reason))
+
+    def said(self, reason: str) -> str:
+        """A reason with this rank and its phase before it."""
+        return f"rank {self.members.number(self.rank)}, {self.phase}: {reason}"
 
     def collect(
         self, kind: str, ranks: Sequence[int], deadline: Deadline, *, patience_s: float = 0.0
@@ -146,7 +156,8 @@ class Coordination:
 
     def _missing(self, keys: dict[int, str]) -> str:
         missing = [rank for rank, key in keys.items() if not self._store.check([key])]
-        phases = [f"rank {rank} ({self._phase_of(rank)})" for rank in missing[:4]]
+        number = self.members.number
+        phases = [f"rank {number(rank)} ({self._phase_of(rank)})" for rank in missing[:4]]
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         return f"no word in time from {', '.join(phases)}{more}"
 

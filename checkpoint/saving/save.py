@@ -130,10 +130,7 @@ class Save:
         try:
             path = self._save()
         except Cancelled:
-            phase, limit = self.coordination.phase, self.deadline.seconds
-            error = f"rank {self.rank}, {phase}: not done within {limit:g} s"
-            if isinstance(self.snapshot.error, CheckpointError):
-                error = str(self.snapshot.error)
+            error = self._given_up()
         except OSError as failure:
             error = _said(failure, self.job)
         except HoldfastError as failure:
@@ -151,17 +148,32 @@ class Save:
             error=error,
             bytes=self.job.plan.bytes,
             total_s=perf_counter() - began,
-            times=self._end.times or {self.rank: self._own_times()},
+            times=self._times(),
             commit_s=self._end.commit_s,
             imbalance=self.job.plan.imbalance(self.coordination.size),
             note=self._end.note,
         )
 
+    def _times(self) -> dict[int, Mapping[str, float]]:
+        """The times of all ranks, or of this one alone, by their numbers in the run."""
+        times = self._end.times or {self.rank: self._own_times()}
+        return {self.coordination.members.number(rank): found for rank, found in times.items()}
+
+    def _given_up(self) -> str:
+        """Why this save was cancelled: for a reason that was given, or because it is late."""
+        reason = self.snapshot.error
+        if reason is not None and not isinstance(reason, Cancelled):
+            return str(reason)
+        late = self.deadline.is_over()
+        return f"not done within {self.deadline.seconds:g} s" if late else "it was given up"
+
     def _release(self, error: str) -> str:
         """Tell the others of a failure, release files and buffers. Returns the cause."""
-        with contextlib.suppress(RuntimeError):
+        try:
             self.coordination.report_failure(error)
             error = self.coordination.failure() or error
+        except RuntimeError:  # the store is gone
+            error = self.coordination.said(error)
         for handle in self._handles.values():
             with contextlib.suppress(OSError):
                 self._resources.engine.close_file(handle)

@@ -206,7 +206,7 @@ class Snapshot:
                 cursor.crc = self._copy(item.source, cursor.done, memory[:size], cursor.crc)
                 stream.filled(size)
         except (OSError, Cancelled) as error:
-            self.error = error
+            self.error = self.error or error  # a reason that was given to `abort` stays
             raise
         cursor.advance(size, nbytes)
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed import HashStore
 
 from holdfast import _native
-from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline
+from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline, FileStream
 from holdfast.checkpoint.saving.coordination import Coordination, Members
 from holdfast.checkpoint.saving.snapshot import ALL, Snapshot, SnapshotItem
 from holdfast.parallel.errors import CheckpointError
@@ -39,6 +39,18 @@ def test_a_rank_that_is_late_is_named_with_its_phase() -> None:
     wanted = r"no word in time from rank 1 \(copy\), rank 2 \(has not begun\)"
     with pytest.raises(CheckpointError, match=wanted):
         first.collect("written", range(3), Deadline(0.05))
+
+
+def test_ranks_are_named_by_their_numbers_in_the_run() -> None:
+    store, left = HashStore(), (0, 2, 3)  # rank 1 was lost
+    ranks = [Coordination(Members(at, (0, 0, 0), store, numbers=left), "save") for at in (0, 1, 2)]
+    ranks[1].enter("copy")
+    wanted = r"no word in time from rank 2 \(copy\), rank 3 \(has not begun\)"
+    with pytest.raises(CheckpointError, match=wanted):
+        ranks[0].collect("written", [1, 2], Deadline(0.05))
+    ranks[1].report_failure("the disk is full")
+    with pytest.raises(CheckpointError, match=r"^rank 2, copy: the disk is full$"):
+        ranks[0].collect("written", [1, 2], Deadline(5.0))
 
 
 def test_the_first_failure_is_what_every_rank_is_told() -> None:
@@ -123,3 +135,18 @@ def test_a_fence_that_waits_for_the_files_is_freed_by_an_abort(tmp_path: Path) -
     assert time.monotonic() - began < 30
     assert isinstance(snapshot.error, Cancelled)
     engine.close()
+
+
+def test_the_reason_of_an_abort_stays_when_the_copy_under_way_is_cancelled_by_it(
+    engine: _native.FileEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = _snapshot(engine, tmp_path / "f", [torch.zeros(1000)], Deadline(60.0))
+
+    def room(stream: FileStream, position: int, deadline: Deadline) -> torch.Tensor:
+        snapshot.abort("the ranks change")
+        raise Cancelled
+
+    monkeypatch.setattr(FileStream, "room", room)
+    assert snapshot.fence(0) == ALL
+    with pytest.raises(CheckpointError, match="the ranks change"):
+        snapshot.run()

@@ -69,7 +69,7 @@ def test_an_upload_that_was_given_up_is_not_tried_again() -> None:
 
 
 def meeting_of(clock: FakeClock, check: Callable[[], None] = lambda: None) -> NodeMeeting:
-    return NodeMeeting(HashStore(), "load", 60.0, check, clock, clock.sleep)
+    return NodeMeeting(HashStore(), "load", 60.0, check, clock=clock, sleep=clock.sleep)
 
 
 def test_a_rank_that_does_not_come_to_a_load_is_named() -> None:

@@ -21,7 +21,8 @@ def checkpoint_fields(result: SaveResult | UploadResult) -> dict[str, Any]:
             "total_s": result.total_s,
             "path": result.url,
         }
-    rank, phase = result.slowest
+    # Of a save that failed, the times of the other ranks are not known.
+    rank, phase = (None, "") if result.error else result.slowest
     return {
         "step": result.step,
         "tier": result.tier,

@@ -70,11 +70,12 @@ class SilentOperation:
             name = f"{name}, {operation.direction}"
         peer = "its group" if operation.peer < 0 else f"rank {operation.peer}"
         suspects = ", ".join(map(str, self.suspects))
+        suspected = f"; suspected: rank {suspects}" if suspects else ""
         step = f"in step {self.step}" if self.step else "before its first step"
         return (
             f"rank {self.rank}: {name} {preposition} {peer} ({operation.group}, "
             f"tag {operation.tag}, {operation.bytes} bytes) silent for {self.silent_s:.1f} s "
-            f"{step}: {self.verdict}; suspected: rank {suspects}"
+            f"{step}: {self.verdict}{suspected}"
         )
 
 

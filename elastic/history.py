@@ -184,7 +184,7 @@ def change_events(
             give the causes.
     Returns:
         `rank_lost` has the fields rank, incarnation, node, cause, and detected_s: seconds between
-        the rank's last sign of life and the event of its loss; null if none was published.
+        the rank's last sign of life and the event of its loss; null if that is not known.
         `rank_left`, of one that was let go, has rank, incarnation and node; `rank_joined` has
         generation too.
     """
@@ -205,7 +205,7 @@ def change_events(
         fields = {
             **_who(identity, member.node),
             "cause": cause,
-            "detected_s": loss.age_s if loss is not None else None,
+            "detected_s": (loss.age_s or None) if loss is not None else None,
         }
         events.append((identity, RunEvent("rank_lost", fields)))
     for identity in after.joined_since(before):

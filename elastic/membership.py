@@ -163,6 +163,7 @@ class Membership:
         settings = self.spec.settings
         held = self.generation is not None
         patience = _Patience(timeout_s, self._clock, lambda line: self._tell("waiting", line=line))
+        began_s = self._clock()
         last: Verdict | None = None
         trouble: MembershipError | None = None
         while (left_s := patience.left_s(_reason(last, trouble))) > 0:
@@ -197,9 +198,8 @@ class Membership:
                     patience.begin_again()
                     self._tell("queued")
                 self._sleep(PAUSE_S)
-        where = (
-            f"rank {self.spec.identity}: no agreement on who takes part within {timeout_s:.0f} s"
-        )
+        took_s = self._clock() - began_s
+        where = f"rank {self.spec.identity}: no agreement on who takes part within {took_s:.0f} s"
         if last is not None and last.minority:
             raise Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
         raise MembershipError(f"{where}: {_reason(last, trouble) or 'no round was held'}")

@@ -30,8 +30,8 @@ class MembershipEvent:
     cause: str
     """The cause, for a person."""
     age_s: float = 0.0
-    """Seconds between the worker's last sign of life and this event; for `leaving`, until it must
-    have left."""
+    """Seconds between the worker's last sign of life and this event, 0 if that is not known; for
+    `leaving`, until it must have left."""
     node: str = ""
     """The node that made the observation."""
     generation: int = 0

@@ -182,8 +182,8 @@ class DeadNodes:
         self._look_at_s = float("inf")  # to open the files again would give the locks up
         dead = [i for i in sorted(stores) if i not in reports and stores[i] not in present]
         logger.warning(
-            "rank %s: the nodes of ranks %s are dead: nothing listens at their agents' addresses, "
-            "and their locks are free; the others go on without them",
+            "rank %s: the agents of ranks %s are dead: nothing listens at their addresses, and "
+            "their locks are free; the others go on without these ranks",
             self._spec.identity,
             format_identities(dead),
         )
@@ -196,7 +196,7 @@ class DeadNodes:
                     AcceptorFile(Path(self._spec.folder), identity),
                     self._stop,
                 ),
-                kwargs={"data": {"cause": "its node is dead"}},
+                kwargs={"data": {"cause": "its agent is dead"}},
                 name=f"holdfast-proxy-{identity}",
                 daemon=True,
             ).start()

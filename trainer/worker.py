@@ -98,6 +98,7 @@ def run_elastic_worker(
 
     log_to_file(run, spec.rank)
     logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
+    run.error(spec.rank).unlink(missing_ok=True)  # it told of the end of the worker before
     return _exit_code_of(
         lambda: train_elastic_worker(config, spec, channel, run), run, spec.rank, None
     )

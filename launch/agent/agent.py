@@ -42,7 +42,7 @@ from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.agent.shutdown import INTERRUPTED, Shutdown
 from holdfast.launch.agent.standing import Standing
-from holdfast.launch.agent.worker_slot import WorkerSlot, describe_end
+from holdfast.launch.agent.worker_slot import WorkerSlot
 from holdfast.launch.processes import PASSED_ON
 from holdfast.parallel.errors import ConfigError, Stopped
 from holdfast.parallel.scratch import scratch_folder
@@ -147,7 +147,7 @@ class Agent:
             self._look_at_the_run()
             if self._shutdown.is_due(self._clock()):
                 for slot in self._slots.values():
-                    slot.kill("did not end in time")
+                    slot.kill(self._shutdown.cause)
 
     # Workers: start, end, replace.
 
@@ -205,15 +205,15 @@ class Agent:
         logger.info("rank %s has finished", slot.spec.identity)
         self._shutdown.finished = True
         self._settings.note_end(RunEnd(0))
-        self._stop_within(self._settings.exit_s)
+        self._stop_within(self._settings.exit_s, "the run has ended")
         for other in self._slots.values():
             if not other.is_member:
-                other.kill("the run has ended before it could join")
+                other.kill("the run has ended without it")
 
     def _replace(self, slot: WorkerSlot, end: Ended) -> None:
         """Report a failed worker to the others and on its behalf, and start the next one."""
         stopping = self._shutdown.kill_at_s is not None
-        cause = slot.killed_for or describe_end(end.code)
+        cause = slot.cause_of_end(end.code)
         logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
             self._shutdown.failed_with = end.code
@@ -227,27 +227,27 @@ class Agent:
         if end.code == ConfigError.exit_code:
             self._end_run(RunEnd(end.code, known or cause))
         elif slot.is_incurable and end.code > 0:
-            self._abort(end.code)
+            self._abort(end.code, f"rank {slot.spec.identity}: {cause}")
         elif known is not None and self._restarts.repeats(slot.spec.rank, known):
             self._end_run(RunEnd(end.code, known))
         elif self._settings.respawn:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
-                times = f"was started {self._settings.restarts.limit + 1} times"
-                logger.error("rank %d %s with no step committed in between", slot.spec.rank, times)
-                return self._abort(NO_PROGRESS_EXIT)
+                why = f"was restarted {self._settings.restarts.limit} times with no step committed"
+                return self._abort(NO_PROGRESS_EXIT, f"rank {slot.spec.rank} {why} in between")
             incarnation = slot.spec.incarnation + 1
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
             slot.start_at_s = self._clock() + delay_s
 
-    def _abort(self, code: int) -> None:
+    def _abort(self, code: int, why: str) -> None:
         """End the node with this exit code, at once."""
+        logger.warning("node %s ends: %s", self._settings.node, why)
         self._shutdown.code = code
-        self._stop_within(0.0)
+        self._stop_within(0.0, why)
 
-    def _stop_within(self, seconds: float) -> None:
+    def _stop_within(self, seconds: float, why: str) -> None:
         """Start no more workers, and kill those that live after this time."""
-        self._shutdown.within(seconds, self._clock())
+        self._shutdown.within(seconds, self._clock(), why)
         for slot in self._slots.values():
             slot.start_at_s = None
 
@@ -274,16 +274,14 @@ class Agent:
         end = self._standing.look(self._slots.values(), self._clock(), held_back=held_back)
         if end is None or self._shutdown.kill_at_s is not None:
             return
-        logger.warning("node %s ends: %s", self._settings.node, end.reason or "the run has ended")
         self.reason = end.reason and f"node {self._settings.node} ends: {end.reason}"
         self._shutdown.finished = end.code == 0
-        self._abort(end.code)
+        self._abort(end.code, end.reason or "the run has ended")
 
     def _end_run(self, end: RunEnd) -> None:
         """End the run on every node; the others read it in the roll."""
-        logger.error("node %s ends the run: %s", self._settings.node, end.reason)
         self._settings.note_end(end)
-        self._abort(end.code)
+        self._abort(end.code, f"the run cannot go on: {end.reason}")
 
     # Messages of workers, and events of all nodes.
 
@@ -377,7 +375,7 @@ class Agent:
             slot.signal(number)
         if number == signal.SIGINT:
             self._shutdown.code = INTERRUPTED
-            self._stop_within(_GRACE_S)
+            self._stop_within(_GRACE_S, "it was interrupted")
 
     def _drain(self) -> None:
         """Announce that this node leaves.
@@ -387,7 +385,7 @@ class Agent:
         if self._shutdown.draining:
             return
         self._shutdown.draining = True
-        self._stop_within(self._settings.exit_s)
+        self._stop_within(self._settings.exit_s, "it is to be shut down")
         for slot in self._slots.values():
             if slot.is_member:
                 cause = f"node {self._settings.node} is to be shut down"

@@ -88,7 +88,7 @@ class OtherNodes:
         self._cut_looks = self._cut_looks + 1 if cut_off else 0
         if self._cut_looks < _CUT_LOOKS:
             return []
-        cause = "this node reaches neither the Lighthouse nor another node"
+        cause = f"node {self._node} reaches neither the Lighthouse nor another node"
         return [
             MembershipEvent("silent", identity, cause, generation=self.generation)
             for identity in self._members

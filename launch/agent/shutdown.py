@@ -24,11 +24,19 @@ class Shutdown:
     """The exit code of the last worker that failed."""
     kill_at_s: float | None = None
     """The time at which living workers are killed; None: the node goes on."""
+    cause: str = ""
+    """Why they are killed then."""
 
-    def within(self, seconds: float, now_s: float) -> None:
-        """Give the workers this many seconds; the earliest deadline counts."""
+    def within(self, seconds: float, now_s: float, why: str) -> None:
+        """Give the workers this many seconds; the earliest deadline counts.
+
+        Args:
+            why: why they have to end, as the rest of a sentence that begins with "its node ends:".
+        """
         deadline_s = now_s + seconds
-        self.kill_at_s = deadline_s if self.kill_at_s is None else min(deadline_s, self.kill_at_s)
+        if self.kill_at_s is None or deadline_s < self.kill_at_s:
+            late = f", and it has not ended within {seconds:g} s" if seconds else ""
+            self.kill_at_s, self.cause = deadline_s, f"its node ends: {why}{late}"
 
     def is_due(self, now_s: float) -> bool:
         """Whether it is time to kill the living workers."""

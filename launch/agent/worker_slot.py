@@ -73,7 +73,12 @@ class WorkerSlot:
             logger.warning("rank %s is killed: %s", self.spec.identity, why)
             self.signal(signal.SIGKILL)
 
+    def cause_of_end(self, code: int) -> str:
+        """The end of its worker in words.
 
-def describe_end(code: int) -> str:
-    """The end of a process in words, from its exit code or the negative number of a signal."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        Args:
+            code: its exit code, or the negative number of the signal that killed it.
+        """
+        if code == -signal.SIGKILL and self.killed_for:
+            return self.killed_for
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

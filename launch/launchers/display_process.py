@@ -217,9 +217,9 @@ def describe_change(line: dict[str, Any]) -> str:
         if line["from_checkpoint"] is None
         else f", from the checkpoint of step {line['from_checkpoint']}"
     )
+    noticed = f"noticed in {1000 * line['notice_s']:.0f} ms, " if line["notice_s"] else ""
     return (
-        f"generation {line['generation']}: {', '.join(who) or 'goes on'}{again}; noticed in "
-        f"{1000 * line['notice_s']:.0f} ms, agreed in {1000 * line['agree_s']:.0f}, connected in "
-        f"{1000 * line['edit_s']:.0f}, {line['moved_bytes'] / 2**20:.1f} MiB moved in "
-        f"{1000 * line['move_s']:.0f}"
+        f"generation {line['generation']}: {', '.join(who) or 'goes on'}{again}; {noticed}agreed "
+        f"in {1000 * line['agree_s']:.0f} ms, connected in {1000 * line['edit_s']:.0f}, "
+        f"{line['moved_bytes'] / 2**20:.1f} MiB moved in {1000 * line['move_s']:.0f}"
     )

@@ -68,6 +68,8 @@ def test_both_kinds_of_worker_write_down_their_end_alike(
     else:
         monkeypatch.setattr(elastic, "train_elastic_worker", raising(error))
         spec: Any = SimpleNamespace(rank=0, identity="0", node="here")
+        run.error(0).parent.mkdir()
+        write_error(run, 0, ValueError("of the worker that this one replaces"))
         assert worker.run_elastic_worker(make_config(), spec, None, run) == code  # type: ignore[arg-type]
     left = read_error(run, 0)
     if error is None or isinstance(error, KeyboardInterrupt):

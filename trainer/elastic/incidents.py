@@ -102,7 +102,7 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
         "committed": urgent and not replayed and change.from_checkpoint is None,
         "replayed_steps": rolled_back + replayed,
         "recomputed_micro_batches": record.recomputed,
-        "notice_s": max((found["detected_s"] or 0.0 for found in lost), default=0.0),
+        "notice_s": max((s for found in lost if (s := found["detected_s"])), default=None),
         "agree_s": change.agree_s,
         "edit_s": change.edit_s,
         "move_s": change.move_s,

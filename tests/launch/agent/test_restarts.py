@@ -51,7 +51,7 @@ def test_the_first_generation_is_no_event() -> None:
 
 
 def test_losses_and_arrivals_are_told_with_their_causes() -> None:
-    before = _generation(3, *(Identity(rank) for rank in range(5)), leaving=3)
+    before = _generation(3, *(Identity(rank) for rank in range(6)), leaving=3)
     after = _generation(4, Identity(0), Identity(1, 1))
     told = [
         MembershipEvent("silent", Identity(1), "no heartbeat for 0.60 s", 0.6),
@@ -59,13 +59,15 @@ def test_losses_and_arrivals_are_told_with_their_causes() -> None:
         MembershipEvent("silent", Identity(1), "no heartbeat for 0.90 s", 0.9),
         MembershipEvent("silent", Identity(2), "no heartbeat for 0.61 s", 0.61),
         MembershipEvent("ended", Identity(0, 7), "of another time", 9.0),
+        MembershipEvent("silent", Identity(4), "cut off"),
     ]
     assert change_events(before, after, told) == [
         _lost(1, "stopped by a signal for 0.7 s", 0.7),
         RunEvent("rank_joined", {"rank": 1, "incarnation": 1, "node": "node-1", "generation": 4}),
         _lost(2, "no heartbeat for 0.61 s", 0.61),
         RunEvent("rank_left", {"rank": 3, "incarnation": 0, "node": "node-3"}),
-        _lost(4, "did not answer", None),
+        _lost(4, "cut off", None),
+        _lost(5, "did not answer", None),
     ]
 
 

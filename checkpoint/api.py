@@ -30,7 +30,14 @@ from torch.distributed import (
 )
 from torch.distributed.distributed_c10d import _get_default_store
 
-from holdfast.checkpoint.format import Manifest, SavedTensor, WritePlan, name_of, step_of
+from holdfast.checkpoint.format import (
+    Manifest,
+    SavedTensor,
+    WritePlan,
+    local_path,
+    name_of,
+    step_of,
+)
 from holdfast.checkpoint.loading import LoadStatistics, Targets, boxes_of
 from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings, Wanted
 from holdfast.checkpoint.program import (
@@ -123,8 +130,10 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank, before anything is written: a leaf of the state cannot
                 be saved exactly, or differs between ranks where it must not.
+            ConfigError: the folder is a URL.
         """
         _check_number("step", step, 0)
+        local_path(self.folder, "folder")
         manager = self._open_manager()
         # The copies in host memory are those of the save under way until it ends.
         is_free = manager.finish()

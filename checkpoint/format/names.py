@@ -1,8 +1,11 @@
-"""The names in a folder of checkpoints, and the schemes of URLs. Pure."""
+"""The names in a folder of checkpoints, and the paths and URLs of places. Pure."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from holdfast.parallel.errors import ConfigError, shown
 
 LATEST = "latest"
 """The file that names the newest checkpoint."""
@@ -10,6 +13,14 @@ OWNER = "owner.json"
 """The file that says whose the checkpoints are, where their folder is not a run's own."""
 PARTIAL = ".partial"
 """The end of the name of a folder that is not yet, or no longer, a checkpoint."""
+_STORES = (
+    "abfs|abfss|adl|az|box|dropbox|file|ftp|gcs|gdrive|gs|hdfs|hf|http|https|memory|oci|oss|s3|s3a|"
+    "sftp|smb|ssh|webdav|webhdfs"
+)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/].*|file:///.+", re.DOTALL)
+_LIKE_A_URL = re.compile(
+    rf"[A-Za-z][A-Za-z0-9+.-]*:/.*|:/.*|(?:{_STORES})(?::|//).*", re.DOTALL | re.IGNORECASE
+)
 _NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"step-\d{8,}(\.(g(\d+)-)?[\w-]+)?\.partial")
 
@@ -49,3 +60,33 @@ def scheme_of(place: str) -> str:
     """The scheme of a URL: "s3" of "s3://bucket/run"; empty for a path."""
     scheme, separator, _ = place.partition("://")
     return scheme if separator else ""
+
+
+def place_fault(place: str) -> str:
+    """The reason why a place is neither a path nor a URL; empty if it is one.
+
+    A misspelled URL is a path, too, and would be a folder of that name on this machine.
+    """
+    if _URL.fullmatch(place) or not _LIKE_A_URL.fullmatch(place):
+        return ""
+    return (
+        "neither a path nor a whole URL; write SCHEME://BUCKET/FOLDER, or, for a folder of that "
+        "name, its absolute path"
+    )
+
+
+def local_path(place: str | Path, key: str) -> Path:
+    """A path of this machine's file systems, with a leading ~ expanded.
+
+    Args:
+        key: the option or key that names it, for messages.
+    Raises:
+        ConfigError: it is a URL, or was meant for one.
+    """
+    text = str(place)
+    if _URL.fullmatch(text) or _LIKE_A_URL.fullmatch(text):
+        raise ConfigError(
+            f"{key} = {shown(text)}: a URL cannot be used here; name a path of this machine, and "
+            "for a folder of that name its absolute path"
+        )
+    return Path(place).expanduser()

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from holdfast.checkpoint.format import LATEST, Manifest, scheme_of
+from holdfast.checkpoint.format import LATEST, Manifest, place_fault, scheme_of
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.stores.protocol import CheckpointStore, StoredCheckpoint, newest
 from holdfast.checkpoint.stores.remote import FsspecStore
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, ConfigError, shown
 
 PathOrUrl = str | os.PathLike[str]
 """A path, or a URL of any scheme that a store or an fsspec driver serves."""
@@ -25,15 +25,16 @@ def open_store(place: PathOrUrl) -> CheckpointStore:
     """The store of the folder of checkpoints at a path or URL.
 
     Raises:
-        ConfigError: neither a store nor a driver of fsspec serves the scheme.
+        ConfigError: it is neither a path nor a URL, or neither a store nor a driver of fsspec
+            serves the scheme.
     """
-    text = os.fspath(place)
+    text = _checked(place)
     return STORES.get(scheme_of(text), FsspecStore)(text)
 
 
 def checkpoint_at(place: PathOrUrl) -> StoredCheckpoint:
     """The checkpoint at exactly this path or URL; its existence is not checked."""
-    folder, name = _split(os.fspath(place))
+    folder, name = _split(_checked(place))
     return StoredCheckpoint(open_store(folder), name)
 
 
@@ -67,6 +68,13 @@ def find_checkpoint(place: PathOrUrl) -> StoredCheckpoint:
         f"{text} is not a checkpoint, and there is none in it; name a folder with a "
         "manifest.json, a checkpoints folder or a run"
     )
+
+
+def _checked(place: PathOrUrl) -> str:
+    text = os.fspath(place)
+    if fault := place_fault(text):
+        raise ConfigError(f"{shown(text)} is {fault}")
+    return text
 
 
 def _split(place: str) -> tuple[str, str]:

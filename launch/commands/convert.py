@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from holdfast.checkpoint.convert import FLOATS, targets
+from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.run import require_processes
@@ -68,7 +69,7 @@ def convert(
         raise ConfigError(f"--dtype {dtype}: use one of {', '.join(_DTYPES)}")
     asked = Conversion(
         source=source,
-        target=Path(os.path.abspath(target)),
+        target=Path(os.path.abspath(local_path(target, "DST"))),
         to=to,
         source_format=source_format,
         dtype=_DTYPES[dtype] if dtype else "",

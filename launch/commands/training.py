@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
@@ -129,7 +130,7 @@ def replay(
     _quiet_connections()
     from holdfast.launch.proofs import describe_replay, replay_run
 
-    code, found = replay_run(RunDirectory(run), out or run / "replay")
+    code, found = replay_run(RunDirectory(run), local_path(out, "--out") if out else run / "replay")
     if found is None:
         raise typer.Exit(code)
     typer.echo(describe_replay(found))
@@ -286,7 +287,7 @@ def prepare(
         task = progress.add_task("tokenizing", total=None)
         made = write(
             [str(path) for path in inputs],
-            str(output),
+            local_path(output, "--output"),
             tokenizer,
             json_key=json_key,
             end_of_text=end_of_text,

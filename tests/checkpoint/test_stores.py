@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -141,6 +142,20 @@ def test_a_place_without_a_checkpoint_is_an_error_that_names_it(tmp_path: Path) 
             find_checkpoint(place)
     with pytest.raises(ConfigError, match="tape://x"):
         find_checkpoint("tape://x/y")
+
+
+@pytest.mark.parametrize("place", ["s3:/bucket/run", "foo:/x", "s3://", "://x"])
+def test_what_was_meant_for_a_url_is_not_taken_for_a_folder(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for attempt in (open_store, checkpoint_at, find_checkpoint):
+        with pytest.raises(ConfigError, match=re.escape(place)):
+            attempt(place)
+    for folder in (place, "s3://bucket/run"):
+        with pytest.raises(ConfigError, match=r"folder = .*: a URL cannot be used here"):
+            save(folder, {"a": torch.ones(1)})
+    assert not list(tmp_path.iterdir())
 
 
 class Recorder:

@@ -16,7 +16,7 @@ from holdfast.trainer.config.data_section import check_data_config
 from holdfast.trainer.config.extent import extent_problems
 from holdfast.trainer.config.installation import elastic_problem
 from holdfast.trainer.config.ranges import RANGES, range_problems
-from holdfast.trainer.config.texts import text_problems
+from holdfast.trainer.config.texts import place_problems, text_problems
 from holdfast.trainer.models import family_of
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     rules: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
         range_problems,
         text_problems,
+        place_problems,
         _model,
         _optimizer,
         _data,

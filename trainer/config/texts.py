@@ -1,4 +1,4 @@
-"""The texts in a configuration: paths and names that a file system and a terminal can take."""
+"""The texts in a configuration: paths, URLs and names that file systems and terminals can take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.parallel.errors import shown
+from holdfast.checkpoint.format import local_path, place_fault
+from holdfast.parallel.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
@@ -23,6 +24,17 @@ def text_problems(config: RunConfig) -> Iterator[str]:
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and (problem := _problem(text)):
                     yield f"{section}.{key} = {shown(text)}: {problem}"
+
+
+def place_problems(config: RunConfig) -> Iterator[str]:
+    """One line per place that is neither a path nor a URL, or a URL where none is taken. Pure."""
+    path = config.checkpoint.path
+    if fault := place_fault(path):
+        yield f"checkpoint.path = {shown(path)}: {fault}"
+    try:
+        local_path(config.offload.path, "offload.path")
+    except ConfigError as error:
+        yield str(error)
 
 
 def _problem(text: str) -> str:

@@ -1,6 +1,6 @@
 """Training data: the content of sample i is a pure function of the configuration, the seed and i.
 
-May import trainer.config, parallel and _native.
+May import trainer.config, checkpoint.format, parallel and _native.
 """
 
 import lazy_loader

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.scratch import scratch_folder
 
@@ -106,7 +107,7 @@ def cache_folder() -> Path:
     """`$HOLDFAST_CACHE/tokens`, else `$XDG_CACHE_HOME/holdfast/tokens`, else under `~/.cache`."""
     own = os.environ.get("HOLDFAST_CACHE")
     if own:
-        return Path(own, "tokens")
+        return local_path(own, "HOLDFAST_CACHE") / "tokens"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "holdfast" / "tokens"
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.folder_lock import LOCK, lock_folder, unwritable
@@ -45,7 +46,7 @@ def choose_root(
     configuration does not fit. A folder in which no run took a step is used again.
     """
     if out is not None:
-        return out.expanduser()
+        return local_path(out, "--out")
     numbers = [
         int(found[1])
         for path in Path("runs").glob(f"{config_path.stem}-*")

@@ -11,6 +11,12 @@ import pytest
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config.loading import check_config, dump_toml, load_config
 
+MISSPELLED = (
+    *("s3:/bucket/run", "s3:bucket/run", "s3//bucket/run", "S3:/x", "s3:", "s3:///run", "s3://"),
+    *("://x", ":/x", "file:/x", "file://", "hdfs:/x", "new-store:/x", "https:/host/x"),
+)
+"""URLs that are none, and would be names of folders."""
+
 
 def test_defaults_are_those_of_the_contract(smallest: Path) -> None:
     config = load_config(smallest)
@@ -74,6 +80,9 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("train.recompute=auto", "say how much memory activations may take"),
         ("elastic.activation_headroom=-0.1", "must be 0 or more of the fullest rank's activation"),
         ("elastic.redundancy=3", "must be at most 2 shadows per block"),
+        *((f"checkpoint.path='{place}'", f"checkpoint.path = '{place}'") for place in MISSPELLED),
+        ("offload.path='s3://bucket/x'", "a URL cannot be used here"),
+        ("offload.path='s3:/bucket/x'", "a URL cannot be used here"),
         *(
             (f"elastic.lighthouse='{address}'", "must be HOST:PORT or http://HOST:PORT")
             for address in ("../..", "1", "h:0", "h:65536", "h:1/x", "ftp://h:1", "a b:1", "-h:1")
@@ -121,6 +130,18 @@ def test_required_keys_are_named(tmp_path: Path) -> None:
     path.write_text("[train]\nsteps = 2\n")
     with pytest.raises(ConfigError, match=r"\[model\] is missing"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("s3://bucket/run", "file:///x/run", "memory://run", "new-store://x"),
+        *("here", "/there/s3:/x", "./s3:/x", "~/x", "a b", "runs/a:/b", "run:1", "s3", "12:30"),
+    ],
+)
+def test_paths_and_urls_are_places_of_checkpoints(smallest: Path, place: str) -> None:
+    found = load_config(smallest, [f"checkpoint.path='{place}'"]).checkpoint
+    assert (found.path, bool(found.url)) == (place, "://" in place)
 
 
 @pytest.mark.parametrize(

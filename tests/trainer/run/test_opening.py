@@ -31,6 +31,16 @@ def test_a_wrong_number_of_workers_is_told_before_a_folder_is_made(request_: Run
     assert not request_.out.exists()
 
 
+def test_a_url_is_no_folder_of_a_run(
+    request_: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = replace(request_, out=Path("s3://bucket/run"))
+    with pytest.raises(ConfigError, match="--out = 's3:/bucket/run': a URL"), opened_run(wrong):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_opened_run_is_locked_until_the_block_ends(request_: RunRequest) -> None:
     with opened_run(request_) as opened:
         assert opened.directory.config.read_text() == dump_toml(opened.config)

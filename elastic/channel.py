@@ -113,9 +113,19 @@ class FairClock:
         return lost_s
 
 
-def send_message(channel: socket.socket, message: dict[str, Any]) -> bool:
-    """Send a message without waiting; False if the other end is gone or does not read."""
+def send_message(
+    channel: socket.socket, message: dict[str, Any], *, patience_s: float = 0.0
+) -> bool:
+    """Send a message; False if the other end is gone or does not read.
+
+    Args:
+        patience_s: seconds to wait for room in the channel.
+    """
     try:
+        if patience_s:
+            poller = select.poll()
+            poller.register(channel, select.POLLOUT)
+            poller.poll(1000 * patience_s)
         channel.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except OSError:
         return False
@@ -125,7 +135,11 @@ def send_message(channel: socket.socket, message: dict[str, Any]) -> bool:
 def receive_message(channel: socket.socket) -> dict[str, Any] | None:
     """The next message; None if the other end is gone or there is no message yet. Does not wait."""
     try:
-        packet = channel.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
+        try:
+            packet = channel.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
+        except ConnectionResetError:
+            # The other end closed with messages unread. Its own are still there, behind the error.
+            packet = channel.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
     except (ConnectionError, BlockingIOError):
         return None
     return json.loads(packet) if packet else None
@@ -153,9 +167,13 @@ class WorkerChannel:
         self._thread = threading.Thread(target=self._run, name="holdfast-channel", daemon=True)
         self._thread.start()
 
-    def send(self, kind: str, **fields: Any) -> bool:
-        """Send a message to the agent; False if the agent is gone or does not read."""
-        return send_message(self._channel, {"kind": kind, **fields})
+    def send(self, kind: str, *, patience_s: float = 0.0, **fields: Any) -> bool:
+        """Send a message to the agent; False if the agent is gone or does not read.
+
+        Args:
+            patience_s: seconds to wait for room in the channel.
+        """
+        return send_message(self._channel, {"kind": kind, **fields}, patience_s=patience_s)
 
     def close(self) -> None:
         """End the thread and the channel."""

@@ -36,6 +36,8 @@ from holdfast.parallel.errors import MembershipError, Minority
 from holdfast.parallel.waiting import Waiting
 
 _PAUSE_UNREACHABLE_S = 0.1
+_LAST_WORD_S = 10.0
+"""Seconds for which the last word of a worker waits for an agent that does not read."""
 _ASK_AGAIN_S = 1.0
 """The interval at which a worker that is not a member yet asks to join."""
 _LOOK_AGAIN_S = 2.0
@@ -247,6 +249,18 @@ class Membership:
     def incurable(self) -> None:
         """Tell the agent that this worker ends for a reason that no replacement can cure."""
         self._tell("incurable")
+
+    def finished(self) -> None:
+        """Tell the agent that this worker is done: the last step, its save and its records.
+
+        A worker that ends without this word counts as lost, whatever its exit code.
+        """
+        if self._channel is not None:
+            self._channel.send("finished", patience_s=_LAST_WORD_S)
+
+    def tell(self, line: str) -> None:
+        """Have the agent show the user a line."""
+        self._tell("line", text=line)
 
     def cut_off(self, seconds: float) -> None:
         """Have the agent cut this node off from the others for a time: a fault on purpose."""

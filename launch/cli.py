@@ -15,6 +15,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from holdfast.parallel.errors import HoldfastError
+from holdfast.parallel.output import make_streams_safe, stream_error, tell
 
 COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training"),
@@ -23,6 +24,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "convert": "convert",
 }
 """By the name of a command, the module of launch.commands whose `register` adds it."""
+RECORDED: Final = ("train", "replay", "join")
+"""The commands whose results are files: output that is lost does not change their exit code."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -61,20 +64,24 @@ def application(command: str) -> typer.Typer:
 
 def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
+    make_streams_safe()
     try:
         application(sys.argv[1] if len(sys.argv) > 1 else "")()
         code = 0
     except HoldfastError as error:
-        print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201
+        tell(f"holdfast: {error}")
         code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
         code = end.code
+    if (reason := stream_error()) and not code and sys.argv[1] not in RECORDED:
+        tell(f"holdfast: the output cannot be written: {reason}")
+        code = 1
     if any(thread.daemon for thread in threading.enumerate()):
         # A thread in native code at the end of the interpreter would end the process with SIGABRT.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -169,8 +169,7 @@ def fork_child(body: Callable[[], int], *, outlives: bool = False) -> int:
         outlives: whether the child outlives this process; otherwise the kernel kills it with its
             parent.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -187,13 +186,19 @@ def _live(body: Callable[[], int], parent: int | None) -> NoReturn:
     except BaseException:
         import traceback
 
-        traceback.print_exc()
-    finally:
         with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+            traceback.print_exc()
+    finally:
+        _flush()
         os._exit(code)
     raise AssertionError
+
+
+def _flush() -> None:
+    """Write the text that waits for the standard streams, so that no child writes it again."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 def die_with(parent: int) -> None:
@@ -204,9 +209,15 @@ def die_with(parent: int) -> None:
 
 
 def append_output(path: os.PathLike[str]) -> None:
-    """Append this process's standard output and errors to a file, whose folder is made."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Append this process's standard output and errors to a file, whose folder is made.
+
+    They are left out if the file cannot be opened.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

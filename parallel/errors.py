@@ -46,6 +46,12 @@ class NumericsError(HoldfastError, ArithmeticError):
     """A gradient or loss is not finite or not representable; the step was not applied."""
 
 
+class Diverged(NumericsError):
+    """Steps in a row could not be applied; no restart can cure it."""
+
+    exit_code = 4
+
+
 class PeerLost(HoldfastError, ConnectionError):
     """A rank of this generation is gone; a restart or recovery can cure it."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+from holdfast.parallel.output import tell
 
 TELL_AFTER_S = 5.0
 """Seconds after which a wait is told."""
@@ -15,8 +16,7 @@ TELL_AFTER_S = 5.0
 def tell_person(line: str) -> None:
     """Write one line to standard error; output that cannot be written is left out."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"holdfast: {line}\n")
-        sys.stderr.flush()
+        tell(f"holdfast: {line}")
 
 
 class Waiting:

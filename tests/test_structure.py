@@ -25,6 +25,7 @@ WIDE = {
     "parallel.comm.gloo_connection.Connection": "because one lock guards one state",
     "parallel.offload.hooks.offloader.Offloader": "one object that both hooks of autograd share",
     "parallel.offload.stores.staged_store.StagedCopy": "and has the fields that both need",
+    "parallel.output.disk_queue.DiskQueue": "because one lock guards all that a retry needs",
     "parallel.plan.plan.Plan": "because they are all that ranks must agree on",
     "trainer.checkpointing.Checkpoints": "hence its many attributes",
     "trainer.config.sections.CheckpointConfig": "A field for each key",
@@ -161,7 +162,8 @@ WALL_CLOCK = {
     "checkpoint.tools.verify",
     "parallel.comm.flight_recorder",
     "trainer.elastic.incidents",
-    "trainer.reports.metrics",
+    "trainer.reports.events",
+    "trainer.reports.tensorboard",
     "trainer.reports.trace",
 }
 """What writes the time of day into a record."""

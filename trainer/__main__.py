@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
+from holdfast.parallel.output import make_streams_safe, outlive_readers, tell
 from holdfast.trainer.external_launcher import run_external_worker
 from holdfast.trainer.run import RunRequest, load_run_config
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 
 def main() -> int:
+    make_streams_safe()
+    outlive_readers()
     parser = argparse.ArgumentParser(prog="python -m holdfast.trainer", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path)
@@ -24,7 +27,7 @@ def main() -> int:
         config = load_run_config(arguments.config, arguments.set)
         world = world_from_environment(os.environ)
     except HoldfastError as error:
-        print(f"holdfast: {error}", file=sys.stderr)  # noqa: T201
+        tell(f"holdfast: {error}")
         return error.exit_code
     if world is None:
         world = WorldInfo(0, 1, 0, 1, 0, "127.0.0.1", 0, True)

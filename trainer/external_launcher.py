@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from holdfast.parallel.errors import ConfigError, HoldfastError
+from holdfast.parallel.output import tell
 from holdfast.trainer.config import check_config
 from holdfast.trainer.run import (
     OpenedRun,
@@ -44,13 +44,14 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
     try:
         check_config(config, world.world_size)
         if config.elastic.enabled and world.rank == 0:
-            print(_RESTARTS_ONLY, file=sys.stderr, flush=True)  # noqa: T201
+            tell(_RESTARTS_ONLY)
         # Imported here, so that a configuration error is reported without waiting for torch.
         from torch.distributed import PrefixStore
 
-        from holdfast.trainer.worker import connect, run_worker
+        from holdfast.trainer.worker import connect, meet, run_worker
 
         store = PrefixStore(f"attempt-{world.attempt}", connect(world))
+        meet(store, world)
         with contextlib.ExitStack() as held:
             if world.rank == 0:
                 here = replace(request, ranks_here=world.local_world_size, attempt=world.attempt)
@@ -61,7 +62,7 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
             return run_worker(opened.config, world, opened.directory, announce=True, store=store)
     except HoldfastError as error:
         if world.rank == 0:
-            print(f"holdfast: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            tell(f"holdfast: {error}")
         return error.exit_code
 
 

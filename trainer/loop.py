@@ -10,11 +10,13 @@ from time import monotonic, perf_counter, sleep
 
 from torch.distributed import Store
 
-from holdfast.parallel.errors import NotSaved, NumericsError, Stopped
+from holdfast.parallel.errors import Diverged, NotSaved, NumericsError, Stopped
+from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
+    EventFile,
     PhaseClock,
     Reporter,
     introduce,
@@ -51,6 +53,8 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
 
     Raises:
         NumericsError: a step's gradients were unusable, and numerics.nonfinite is "error".
+        Diverged: the gradients of numerics.nonfinite_limit steps in a row were unusable.
+        CheckpointError: the last step could not be saved.
         PeerLost: another worker is gone.
         Stopped: a signal ended the run early; its state is saved.
     """
@@ -62,7 +66,8 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     checkpoints = Checkpoints(training, world, store, run, nodes_of(workers), signals)
     notes = list(run.resume.notes)
     first = checkpoints.resume(notes.append)
-    reporter = Reporter(training, world, run, workers, first)
+    events = EventFile(run.events, DiskWord(lambda line: tell(f"holdfast: {line}")))
+    reporter = Reporter(training, world, run, workers, events, first)
     parts = Parts(training, checkpoints, reporter)
     steps = config.train.steps
     try:
@@ -131,8 +136,8 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     with timer.phase("apply"):
         training.apply(lr)
     if not outcome.usable:
-        refuse(config, step, outcome)
-        reporter.skipped(step, outcome)
+        reporter.skipped(step, outcome, refuse(config, step, outcome))
+        end_divergence(config, step, outcome)
     evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
     eval_loss = training.evaluate() if evaluate else None
     elastic = config.elastic
@@ -221,8 +226,12 @@ def stop(parts: Parts, step: int, *, asked: bool) -> None:
         )
 
 
-def refuse(config: RunConfig, step: int, outcome: Outcome) -> None:
-    """Raise NumericsError for an unusable step, unless numerics.nonfinite is "skip"."""
+def refuse(config: RunConfig, step: int, outcome: Outcome) -> str:
+    """The reason for which a step, counted from 0, was not applied.
+
+    Raises:
+        NumericsError: numerics.nonfinite is "error".
+    """
     if outcome.nonfinite_ranks or outcome.grad_norm != outcome.grad_norm:
         reason = "a gradient or the loss is not finite"
     elif outcome.out_of_range_ranks:
@@ -235,3 +244,19 @@ def refuse(config: RunConfig, step: int, outcome: Outcome) -> None:
         advice = "lower optimizer.lr or check the data; numerics.nonfinite = 'skip' goes on instead"
         raise NumericsError(f"{message}; {advice}")
     logger.warning("%s", message)
+    return message
+
+
+def end_divergence(config: RunConfig, step: int, outcome: Outcome) -> None:
+    """End a run that has skipped steps for too long.
+
+    Raises:
+        Diverged: the step, counted from 0, is the last of numerics.nonfinite_limit in a row.
+    """
+    limit = config.numerics.nonfinite_limit
+    if limit and outcome.skipped >= limit:
+        raise Diverged(
+            f"step {step + 1}: {outcome.skipped} steps in a row were not applied "
+            f"(numerics.nonfinite_limit = {limit}), so the run has diverged; go on from an earlier "
+            "checkpoint with a lower optimizer.lr, or check the data"
+        )

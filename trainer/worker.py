@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -17,7 +16,9 @@ import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.errors import PeerLost, Stopped
+from holdfast.parallel.output import tell
 from holdfast.parallel.scratch import torch_caches_in
+from holdfast.parallel.waiting import Waiting, tell_person
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_error, write_error
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from holdfast.elastic import WorkerSpec
 
 STORE_TIMEOUT_S = 300.0
+_MEET_S = 0.05
 PEER_REASON_S = 2.0
 """How long a rank that lost a peer waits for the peer's own reason, in seconds."""
 
@@ -42,20 +44,52 @@ def connect(world: WorldInfo) -> Store:
     Raises:
         PeerLost: nothing answers at the address, or another program has its port.
     """
+    place = f"{world.store_host}:{world.store_port}"
+    waiting = Waiting(f"the rendezvous store of rank 0 at {place}", STORE_TIMEOUT_S)
     try:
-        return TCPStore(
-            world.store_host,
-            world.store_port,
-            is_master=world.store_is_server,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=STORE_TIMEOUT_S),
-        )
+        with waiting.in_a_call():
+            return TCPStore(
+                world.store_host,
+                world.store_port,
+                is_master=world.store_is_server,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=STORE_TIMEOUT_S),
+            )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise PeerLost(
-            f"the rendezvous store at {world.store_host}:{world.store_port} cannot be used: "
-            f"{reason}; free the port or choose another (MASTER_PORT)"
+            f"the rendezvous store at {place} cannot be used: {reason}; free the port or choose "
+            "another (MASTER_PORT), or unset RANK and WORLD_SIZE if they are left over"
         ) from error
+
+
+def meet(
+    store: Store,
+    world: WorldInfo,
+    *,
+    tell: Callable[[str], None] = tell_person,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Say that this worker is there; rank 0 waits for all others. Collective over all workers.
+
+    Raises:
+        PeerLost: workers have not come in time.
+    """
+    store.set(f"here/{world.rank}", "")
+    if world.rank:
+        return
+    what = f"the {world.world_size} workers at {world.store_host}:{world.store_port}"
+    waiting = Waiting(what, STORE_TIMEOUT_S, tell=tell, clock=clock)
+    missing = list(range(1, world.world_size))
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        lacking = f"{len(missing)} have not come: rank {', '.join(map(str, missing[:8]))}"
+        if waiting.left_s(lacking) <= 0:
+            raise PeerLost(
+                f"of {what}, {lacking}; see their logs, or unset RANK and WORLD_SIZE if they are "
+                "left over"
+            )
+        sleep(_MEET_S)
 
 
 def run_worker(
@@ -81,13 +115,13 @@ def run_worker(
         check_config(config, world.world_size)
         task(config, world, store or connect(world), run)
 
-    def tell(reason: RankError) -> None:
+    def report(reason: RankError) -> None:
         if not (reason.kind == PeerLost.__name__ and another_rank_tells(run, world)):
-            print(describe(reason, run), file=sys.stderr, flush=True)  # noqa: T201
+            tell(describe(reason, run))
 
     log_to_file(run, world.rank)
     logger.info("pid %d, %d workers", os.getpid(), world.world_size)
-    return _exit_code_of(body, run, world.rank, tell if announce else None)
+    return _exit_code_of(body, run, world.rank, report if announce else None)
 
 
 def run_elastic_worker(
@@ -105,14 +139,17 @@ def run_elastic_worker(
 
 
 def _exit_code_of(
-    body: Callable[[], None], run: RunDirectory, rank: int, tell: Callable[[RankError], None] | None
+    body: Callable[[], None],
+    run: RunDirectory,
+    rank: int,
+    report: Callable[[RankError], None] | None,
 ) -> int:
     """Call `body` and return the exit code of the process.
 
     A failure is written to the log with a traceback, and to the rank's error file in one line.
 
     Args:
-        tell: called with the reason of a failure, after it was written.
+        report: called with the reason of a failure, after it was written.
     """
     try:
         with torch_caches_in(run.log(rank).parent):
@@ -126,8 +163,8 @@ def _exit_code_of(
         else:
             logger.exception("this worker ends")
         reason = write_error(run, rank, error)
-        if tell is not None:
-            tell(reason)
+        if report is not None:
+            report(reason)
         return reason.exit_code
     logger.info("finished")
     return 0

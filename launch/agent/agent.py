@@ -42,9 +42,10 @@ from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.agent.shutdown import INTERRUPTED, Shutdown
 from holdfast.launch.agent.standing import Standing
+from holdfast.launch.agent.worker_lines import WorkerLines
 from holdfast.launch.agent.worker_slot import WorkerSlot
 from holdfast.launch.processes import PASSED_ON
-from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.errors import ConfigError, Diverged, Stopped
 from holdfast.parallel.scratch import scratch_folder
 from holdfast.parallel.waiting import tell_person
 
@@ -60,8 +61,6 @@ class Agent:
 
     _others: OtherNodes
     """Set by `run`."""
-    reason = ""
-    """Why the node has ended before the run did, for a person; empty where workers have said it."""
 
     def __init__(
         self,
@@ -89,9 +88,10 @@ class Agent:
             clock=clock,
         )
         self._main_thread = MainThreadQueue()
-        self._shutdown = Shutdown()
+        self.shutdown = Shutdown()
         self._standing = Standing(settings.apart_s, settings.ended)
         self._selector = selectors.DefaultSelector()
+        self._lines = WorkerLines(clock=clock)
 
     def run(self, lighthouse: str = "") -> int:
         """Run the node until its workers have finished or cannot go on.
@@ -99,10 +99,10 @@ class Agent:
         Args:
             lighthouse: the address of the Lighthouse, if it was unknown at construction.
         Returns:
-            0 if a worker reached the end of the run; 2 if one refused its configuration; 3 after
-            SIGTERM, or if workers were killed and are not replaced; `NO_PROGRESS_EXIT` if replacing
-            them is pointless; 130 after SIGINT; otherwise the exit code of the last worker that
-            failed.
+            0 if a worker has said that the run's end is reached and saved; 2 if one refused its
+            configuration; 4 if training has diverged; 3 after SIGTERM, or if workers were killed
+            and are not replaced; `NO_PROGRESS_EXIT` if replacing them is pointless; 130 after
+            SIGINT; otherwise the exit code of the last worker that failed.
         """
         with contextlib.ExitStack() as held:
             held.callback(self._fork_server.close)
@@ -124,7 +124,7 @@ class Agent:
                 on_silence=self._main_thread.forwarding(self._publish),
                 lives=self._lives,
             )
-            held.callback(lambda: self._others.close(over=self._shutdown.needs_no_report))
+            held.callback(lambda: self._others.close(over=self.shutdown.needs_no_report))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
             for spec in self._settings.specs(membership, address, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
@@ -132,7 +132,7 @@ class Agent:
             self._fork_server.rest()
         # Not before the other nodes go on: what was posted last may be in this node's store.
         del store
-        return self._shutdown.exit_code
+        return self.shutdown.exit_code
 
     def _loop(self) -> None:
         while True:
@@ -145,9 +145,9 @@ class Agent:
                 logger.error("the process that starts workers is killed: %s", cause)
             self._look_for_hangs()
             self._look_at_the_run()
-            if self._shutdown.is_due(self._clock()):
+            if self.shutdown.is_due(self._clock()):
                 for slot in self._slots.values():
-                    slot.kill(self._shutdown.cause)
+                    slot.kill(self.shutdown.cause)
 
     # Workers: start, end, replace.
 
@@ -156,11 +156,11 @@ class Agent:
         may = self._settings.may_start or (lambda _: True)
         for slot in self._slots.values():
             if slot.start_at_s is not None and slot.start_at_s <= now_s and may(slot.spec):
-                slot.start_at_s = None
                 slot.begin()
                 try:
-                    log = self._settings.log(slot.spec.rank)
-                    slot.channel = self._fork_server.start(slot.spec, log)
+                    slot.channel = self._fork_server.start(
+                        slot.spec, self._settings.log(slot.spec.rank)
+                    )
                 except BrokenPipeError:
                     self._lose_fork_server()
                     return
@@ -181,7 +181,7 @@ class Agent:
         """End the node: the fork server was killed, and its workers with it."""
         cause = f"node {self._settings.node}: the process that starts its workers is gone"
         logger.error("%s, and with it all workers", cause)
-        self._shutdown.code = Stopped.exit_code
+        self.shutdown.code = Stopped.exit_code
         for slot in self._slots.values():
             if slot.pid:
                 age_s = liveness_age_s(slot.spec.liveness) or 0.0
@@ -195,7 +195,7 @@ class Agent:
         while slot.channel is not None and (message := receive_message(slot.channel)) is not None:
             self._on_message(slot, message)
         slot.hang_up(self._selector)
-        if end.code == 0 and not self._shutdown.draining:
+        if slot.finished:
             self._finish(slot)
         else:
             self._replace(slot, end)
@@ -203,7 +203,7 @@ class Agent:
     def _finish(self, slot: WorkerSlot) -> None:
         """Handle a worker that reached the end of the run."""
         logger.info("rank %s has finished", slot.spec.identity)
-        self._shutdown.finished = True
+        self.shutdown.finished = True
         self._settings.note_end(RunEnd(0))
         self._stop_within(self._settings.exit_s, "the run has ended")
         for other in self._slots.values():
@@ -212,11 +212,11 @@ class Agent:
 
     def _replace(self, slot: WorkerSlot, end: Ended) -> None:
         """Report a failed worker to the others and on its behalf, and start the next one."""
-        stopping = self._shutdown.kill_at_s is not None
+        stopping = self.shutdown.kill_at_s is not None
         cause = slot.cause_of_end(end.code)
         logger.warning("rank %s: %s", slot.spec.identity, cause)
         if end.code > 0:
-            self._shutdown.failed_with = end.code
+            self.shutdown.failed_with = end.code
         self._publish(slot.event("ended", cause, liveness_age_s(slot.spec.liveness) or 0.0))
         founder = slot.spec.founder and slot.spec.acceptor.read() == AcceptorState()
         if not founder:
@@ -224,7 +224,7 @@ class Agent:
         known = self._settings.failure(slot.spec.rank, end.code) if self._settings.failure else None
         if stopping:
             return
-        if end.code == ConfigError.exit_code:
+        if end.code in (ConfigError.exit_code, Diverged.exit_code):
             self._end_run(RunEnd(end.code, known or cause))
         elif slot.is_incurable and end.code > 0:
             self._abort(end.code, f"rank {slot.spec.identity}: {cause}")
@@ -242,19 +242,19 @@ class Agent:
     def _abort(self, code: int, why: str) -> None:
         """End the node with this exit code, at once."""
         logger.warning("node %s ends: %s", self._settings.node, why)
-        self._shutdown.code = code
+        self.shutdown.code = code
         self._stop_within(0.0, why)
 
     def _stop_within(self, seconds: float, why: str) -> None:
         """Start no more workers, and kill those that live after this time."""
-        self._shutdown.within(seconds, self._clock(), why)
+        self.shutdown.within(seconds, self._clock(), why)
         for slot in self._slots.values():
             slot.start_at_s = None
 
     def _look_for_hangs(self) -> None:
         slots = self._slots.values()
         self._hangs.look(slots)
-        causes = self._hangs.causes(slots, self._clock(), draining=self._shutdown.draining)
+        causes = self._hangs.causes(slots, self._clock(), draining=self.shutdown.draining)
         for rank, cause in causes.items():
             self._slots[rank].kill(cause)
         others = [slot for slot in slots if slot.spec.rank not in causes]
@@ -272,10 +272,10 @@ class Agent:
         """End with the run, or once this node has had no part in it for too long."""
         held_back = self._settings.may_start is not None
         end = self._standing.look(self._slots.values(), self._clock(), held_back=held_back)
-        if end is None or self._shutdown.kill_at_s is not None:
+        if end is None or self.shutdown.kill_at_s is not None:
             return
-        self.reason = end.reason and f"node {self._settings.node} ends: {end.reason}"
-        self._shutdown.finished = end.code == 0
+        self.shutdown.reason = end.reason and f"node {self._settings.node} ends: {end.reason}"
+        self.shutdown.finished = end.code == 0
         self._abort(end.code, end.reason or "the run has ended")
 
     def _end_run(self, end: RunEnd) -> None:
@@ -313,6 +313,10 @@ class Agent:
                 if message["number"] >= self._others.generation:
                     slot.is_member, slot.is_inside, slot.left_out_s = True, True, None
                 self._enter(message)
+            case "finished":
+                slot.finished = True
+            case "line":
+                self._lines.show(message["text"])
             case "joining":
                 if self._others.generation:
                     cause = "a new worker wants to take part"
@@ -374,7 +378,7 @@ class Agent:
         for slot in self._slots.values():
             slot.signal(number)
         if number == signal.SIGINT:
-            self._shutdown.code = INTERRUPTED
+            self.shutdown.code = INTERRUPTED
             self._stop_within(_GRACE_S, "it was interrupted")
 
     def _drain(self) -> None:
@@ -382,9 +386,9 @@ class Agent:
 
         The other nodes let its workers leave; workers that still live at the deadline are killed.
         """
-        if self._shutdown.draining:
+        if self.shutdown.draining:
             return
-        self._shutdown.draining = True
+        self.shutdown.draining = True
         self._stop_within(self._settings.exit_s, "it is to be shut down")
         for slot in self._slots.values():
             if slot.is_member:

@@ -30,7 +30,6 @@ from typing import Any
 from holdfast.elastic import (
     FairClock,
     WorkerSpec,
-    send_message,
     worker_spec_from_data,
     worker_spec_to_data,
 )
@@ -205,7 +204,7 @@ def _serve(control: socket.socket, main: WorkerMain, watch: MutualWatch) -> int:
                 os.kill(os.getppid(), signal.SIGKILL)
             for end in workers.wait(_LOOK_S, also=[control.fileno()]):
                 report = {"kind": "ended", "rank": ranks.pop(end.pid), "pid": end.pid}
-                send_message(control, {**report, "code": end.code})
+                control.send(json.dumps({**report, "code": end.code}).encode())
             if select.select([control], [], [], 0)[0]:
                 packet, channels, _, _ = socket.recv_fds(control, _PACKET_BYTES, 1)
                 if not packet:
@@ -229,7 +228,7 @@ def _fork(
         control.close()
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         append_output(Path(request["log"]))
         return main(spec, socket.socket(fileno=channel))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.errors import ConfigError, Diverged, Stopped
 
 INTERRUPTED = 130
 """The exit code after SIGINT."""
@@ -20,6 +20,8 @@ class Shutdown:
     """Whether the node leaves the run."""
     code: int | None = None
     """The exit code, once it is decided."""
+    reason: str = ""
+    """Why the node has ended before the run did, for a person; empty where workers have said it."""
     failed_with: int = Stopped.exit_code
     """The exit code of the last worker that failed."""
     kill_at_s: float | None = None
@@ -45,7 +47,8 @@ class Shutdown:
     @property
     def needs_no_report(self) -> bool:
         """Whether no other node waits for reports about this node's workers."""
-        return self.finished or self.code in (ConfigError.exit_code, INTERRUPTED)
+        final = (ConfigError.exit_code, Diverged.exit_code, INTERRUPTED)
+        return self.finished or self.code in final
 
     @property
     def exit_code(self) -> int:

@@ -17,8 +17,9 @@ import typer
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.faults import FAULTS
+from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.step_phases import STEP_PHASES
-from holdfast.trainer.reports import append_event, last_step
+from holdfast.trainer.reports import EventFile, last_step
 from holdfast.trainer.run import RunDirectory
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
     if request.step or number is None:
         ask_for(run.chaos, fault)
         return fault
-    append_event(run.events, "fault_injected", fault=request.kind, rank=worker.rank, pid=worker.pid)
+    events = EventFile(run.events, DiskWord(tell))
+    events.append("fault_injected", fault=request.kind, rank=worker.rank, pid=worker.pid)
+    events.close()
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker.pid, number)
     return fault

@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.output import outlive_readers
 from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
@@ -69,6 +70,7 @@ def train(
     With elastic.enabled, a task of srun or mpirun is the agent of a node, and starts that node's
     workers.
     """
+    outlive_readers()
     request = RunRequest(
         config, load_run_config(config, overrides), out, resume, allow_change=allow_change
     )
@@ -126,6 +128,7 @@ def replay(
 
     Compare the bits.
     """
+    outlive_readers()
     require_elastic("holdfast replay")
     _quiet_connections()
     from holdfast.launch.proofs import describe_replay, replay_run
@@ -142,6 +145,7 @@ def join(
     ranks: Annotated[int, typer.Option(help="Workers to add on this machine.", min=1)] = 1,
 ) -> None:
     """Add this machine's workers to a run; SIGTERM lets them hand over and leave."""
+    outlive_readers()
     require_elastic("holdfast join")
     from holdfast.launch.launchers import take_ranks
 

@@ -98,7 +98,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         tell_others(listening, world, answer)
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = agent.run(lighthouse)
-        code = explained(code, run, node.ranks, agent.reason)
+        code = explained(code, run, node.ranks, agent.shutdown.reason)
     return _end_of_task(request.config, code)
 
 
@@ -118,7 +118,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
     code = agent.run(answer["lighthouse"])
-    return _end_of_task(config, explained(code, run, node.ranks, agent.reason))
+    return _end_of_task(config, explained(code, run, node.ranks, agent.shutdown.reason))
 
 
 def _enrolled(node: AgentSettings, run: RunDirectory) -> AgentSettings:
@@ -182,7 +182,7 @@ def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[
     )
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
-    return explained(agent.run(), run, ranks, agent.reason)
+    return explained(agent.run(), run, ranks, agent.shutdown.reason)
 
 
 def _log_of(run: RunDirectory, node: AgentSettings) -> Path:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from holdfast.launch.processes import PASSED_ON, fork_child
+from holdfast.parallel.errors import HoldfastError
+from holdfast.parallel.output import is_event, json_lines, step_of
 from holdfast.parallel.plan import Plan, plan_from_data
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
@@ -67,26 +69,31 @@ def _follow(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) 
     events, metrics = _Follower(run.events, begin[0]), _Follower(run.metrics, begin[1])
     is_over = False
     while True:
-        lines = sorted(
-            [(line.get("time", 0.0), "event", line) for line in events.lines()], key=lambda e: e[0]
-        )
-        for _, _, line in lines:
+        found = [line for line in events.lines() if is_event(line)]
+        for line in found:
             if line["event"] != "run_finished":
-                view.event(line)
+                _show(view.event, line)
         for line in metrics.lines():
-            view.step(line)
-        for _, _, line in lines:
+            if step_of(line):
+                _show(view.step, line)
+        for line in found:
             if line["event"] == "run_finished":
-                view.event(line)
+                _show(view.event, line)
         try:
             if os.read(ended, 1) == b"":
                 is_over = True
         except BlockingIOError:
             pass
-        if is_over and not lines:
+        if is_over and not found:
             view.display.close()
             return
         time.sleep(0.01 if is_over else _POLL_S)
+
+
+def _show(call: Callable[[dict[str, Any]], None], line: dict[str, Any]) -> None:
+    """Show a line; one that lacks what it should have is left out."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, HoldfastError):
+        call(line)
 
 
 class _Follower:
@@ -99,10 +106,21 @@ class _Follower:
     def lines(self) -> Iterator[dict[str, Any]]:
         """The whole lines since the last call.
 
-        If the file was rewritten, they begin at about the same position in it.
+        Torn and foreign ones are left out. If the file was rewritten, they begin at about the same
+        position in it.
         """
-        if not self._path.exists():
+        try:
+            content = self._content()
+        except OSError:
             return
+        whole = content[: content.rfind(b"\n") + 1]
+        self._position += len(whole)
+        for _, record in json_lines(whole):
+            if record is not None:
+                yield record
+
+    def _content(self) -> bytes:
+        """The content since the position, which goes back in a file that was rewritten."""
         with self._path.open("rb") as file:
             inode = os.fstat(file.fileno()).st_ino
             if inode != self._inode or file.seek(0, os.SEEK_END) < self._position:
@@ -110,11 +128,7 @@ class _Follower:
                 self._position = file.read(self._position).rfind(b"\n") + 1
                 self._inode = inode
             file.seek(self._position)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._position += len(whole)
-        for line in whole.splitlines():
-            yield json.loads(line)
+            return file.read()
 
 
 @dataclass(slots=True)
@@ -180,6 +194,8 @@ class _RunView:
                 self.display.note(told)
         elif name == "resume_note":
             self.display.note(line["message"])
+        elif name == "step_skipped":
+            self.display.note(line["reason"])
         elif name == "run_finished":
             self.finish(line)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import logging
 import socket
-import sys
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from holdfast.launch.launchers.join_file import JoinInfo, own_address, published
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
 from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.output import LogFile, tell
 from holdfast.parallel.scratch import scratch_folder
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
@@ -161,16 +161,13 @@ def explained(code: int, run: RunDirectory, ranks: Iterable[int], reason: str = 
         line = describe(cause, run) if cause is not None else ""
         if reason and (cause is None or cause.message not in reason):
             line = f"holdfast: {reason} (log: {run.agent_log})"
-        print(line or f"holdfast: the run stopped (log: {run.agent_log})", file=sys.stderr)  # noqa: T201
+        tell(line or f"holdfast: the run stopped (log: {run.agent_log})")
     return code
 
 
 def log_agents(path: Path) -> None:
     """Send the log of this process, and of the processes it forks, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("holdfast")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [LogFile(path, "%(asctime)s %(levelname)s %(name)s: %(message)s")]
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
+import math
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from holdfast.elastic import MembershipSettings, lighthouse_url
 from holdfast.parallel.comm import own_address_towards
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.output import DiskWord, WholeFiles, tell, write_whole
 from holdfast.trainer.run import RunDirectory
 
 _CONNECT_S = 3.0
@@ -41,15 +43,29 @@ class JoinInfo(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def published_join_file(run: RunDirectory) -> Iterator[Callable[[JoinInfo], None]]:
-    """Yield the function that writes the join file.
+    """Yield the function that writes the join file, later if the disk refuses.
 
-    The file is removed at the end of the block.
+    It may start a thread. The file is removed at the end of the block.
     """
-    run.join_file.unlink(missing_ok=True)
+    files = WholeFiles(run.root, DiskWord(lambda line: tell(f"holdfast: {line}")))
+    _remove(run)
+
+    def announce(info: JoinInfo) -> None:
+        files.put(run.join_file, msgspec.json.encode(info))
+        if files.wait:
+            again = partial(files.flush, math.inf)
+            threading.Thread(target=again, name="holdfast-join-file", daemon=True).start()
+
     try:
-        yield lambda info: _write(run.join_file, info)
+        yield announce
     finally:
-        run.join_file.unlink(missing_ok=True)
+        files.forget()
+        _remove(run)
+
+
+def _remove(run: RunDirectory) -> None:
+    with contextlib.suppress(OSError):
+        run.join_file.unlink()
 
 
 def take_ranks(run: RunDirectory, count: int) -> tuple[JoinInfo, tuple[int, ...]]:
@@ -62,7 +78,8 @@ def take_ranks(run: RunDirectory, count: int) -> tuple[JoinInfo, tuple[int, ...]
         info = _read(run)
         _check_reachable(run, info)
         ranks = tuple(range(info.next_rank, info.next_rank + count))
-        _write(run.join_file, msgspec.structs.replace(info, next_rank=info.next_rank + count))
+        info_after = msgspec.structs.replace(info, next_rank=info.next_rank + count)
+        write_whole(run.join_file, msgspec.json.encode(info_after))
     return info, ranks
 
 
@@ -100,12 +117,6 @@ def _read(run: RunDirectory) -> JoinInfo:
         ) from None
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{run.join_file} cannot be read: {error}") from error
-
-
-def _write(path: Path, info: JoinInfo) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # the next start of the run removes it
-    partial.write_bytes(msgspec.json.encode(info))
-    partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import gc
 import shutil
 import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from holdfast.launch.processes import (
     on_signals,
 )
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.output import tell
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
 from holdfast.trainer.worlds import WorldInfo, local_world
@@ -71,20 +71,18 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     cause = root_cause(run, range(world_size))
     killed = next((end for end in failed if end.code < 0), None)
     if cause is not None and (killed is None or cause.exit_code != 3):
-        print(describe(cause, run), file=sys.stderr)  # noqa: T201
+        tell(describe(cause, run))
         return cause.exit_code
     if killed is not None:
         name = signal.Signals(-killed.code).name
-        print(  # noqa: T201
+        tell(
             f"holdfast: rank {killed.rank} was killed by {name}; the run stopped "
-            f"(log: {run.log(killed.rank)})",
-            file=sys.stderr,
+            f"(log: {run.log(killed.rank)})"
         )
         return 3
-    print(  # noqa: T201
+    tell(
         f"holdfast: rank {failed[0].rank} exited with code {failed[0].code} "
-        f"(log: {run.log(failed[0].rank)})",
-        file=sys.stderr,
+        f"(log: {run.log(failed[0].rank)})"
     )
     return failed[0].code
 
@@ -99,13 +97,12 @@ def keep_memory(memory: Path | None, disk: Path) -> None:
     try:
         copied = flush(memory, disk)
     except (OSError, CheckpointError) as error:
-        print(  # noqa: T201
-            f"holdfast: the copy in {memory} could not be put on the disk and stays there: {error}",
-            file=sys.stderr,
+        tell(
+            f"holdfast: the copy in {memory} could not be put on the disk and stays there: {error}"
         )
         return
     if copied is not None:
-        print(f"holdfast: kept the copy in memory as {copied}", file=sys.stderr)  # noqa: T201
+        tell(f"holdfast: kept the copy in memory as {copied}")
     shutil.rmtree(memory, ignore_errors=True)
 
 
@@ -120,8 +117,8 @@ def start_workers(
     Args:
         exit_s: seconds that workers may take to end after SIGTERM.
     Returns:
-        The ends in order of time. Workers that were killed because another failed have code 0;
-        after SIGINT to this process all have its negative number.
+        The ends in order of time. Workers that were killed because another failed have code 0, and
+        that one has its own; after SIGINT to this process all have its negative number.
     """
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -173,7 +170,7 @@ def watch_workers(
     with on_signals(forward):
         while workers:
             for end in workers.wait(_TICK_S):
-                killed_here = stopping_since is not None and end.code == -signal.SIGKILL
+                killed_here = end.code == -signal.SIGKILL and any(e.code for e in ends)
                 ends.append(WorkerEnd(ranks[end.pid], 0 if killed_here else end.code))
             if stopping_since is None and (forwarded or any(end.code != 0 for end in ends)):
                 stopping_since = system.now_s()

@@ -74,8 +74,8 @@ def run_nodes(
         with hosted_lighthouse(nodes[0]) as address:
             announce(address)
             code = agent.run(address)
-        if agent.reason:
-            tell_person(agent.reason)
+        if agent.shutdown.reason:
+            tell_person(agent.shutdown.reason)
         return code
     coordination()  # imported once here, not by every agent
     agents: dict[int, AgentSettings] = {}
@@ -128,8 +128,8 @@ def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequ
         with open(reader, encoding="ascii") as told:
             lighthouse = told.read()
         code = agent.run(lighthouse)
-        if agent.reason:
-            tell_person(agent.reason)
+        if agent.shutdown.reason:
+            tell_person(agent.shutdown.reason)
         return code
 
     return fork_child(body)

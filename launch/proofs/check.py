@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from torch.distributed import Store
 
 from holdfast.launch.launchers import start_workers
+from holdfast.parallel.output import tell
 from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer import describe, root_cause, run_worker
 from holdfast.trainer.check import (
@@ -60,7 +60,7 @@ def check_layout(config: RunConfig, steps: int) -> int:
         if failed:
             cause = root_cause(run, range(ranks))
             text = describe(cause, run) if cause else f"holdfast: rank {failed[0].rank} died"
-            print(text.split(" (log:")[0], file=sys.stderr)  # noqa: T201
+            tell(text.split(" (log:")[0])
             return 1
         captures = [load_capture(root / f"rank-{rank}.safetensors") for rank in range(ranks)]
         findings = compare(captures, run_reference(tiny))

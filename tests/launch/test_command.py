@@ -109,6 +109,22 @@ def test_steps_that_are_not_finite_can_be_skipped(config: Path) -> None:
 
 
 @pytest.mark.mp
+def test_steps_that_are_skipped_in_a_row_end_the_run_and_each_is_told(config: Path) -> None:
+    done = holdfast(
+        config.parent, "train", str(config), "--out", "diverged", "--set", "optimizer.lr=1e30",
+        "--set", "optimizer.min_lr=1e30", "--set", "optimizer.warmup_steps=1",
+        "--set", "numerics.nonfinite=skip", "--set", "numerics.nonfinite_limit=2",
+    )  # fmt: skip
+    assert done.returncode == 4
+    said = done.stderr.splitlines()[-1]
+    assert "2 steps in a row were not applied (numerics.nonfinite_limit = 2)" in said
+    events = lines_of(config.parent / "diverged" / "events.jsonl")
+    reasons = [event["reason"] for event in events if event["event"] == "step_skipped"]
+    assert len(reasons) == 2
+    assert all(reason in done.stdout for reason in reasons)
+
+
+@pytest.mark.mp
 def test_tensorboard_shows_the_metrics_under_known_names(config: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

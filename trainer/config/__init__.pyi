@@ -13,5 +13,6 @@ from .loading import (
 )
 from .sections import (
     ChaosConfig as ChaosConfig,
+    NumericsConfig as NumericsConfig,
     RunConfig as RunConfig,
 )

@@ -75,6 +75,8 @@ class NumericsConfig(Section, frozen=True):
     reduction: Literal["exact", "fast"] = "exact"
     fraction_bits: int = 44
     nonfinite: Literal["error", "skip"] = "error"
+    nonfinite_limit: int = 10
+    """Steps skipped in a row that end the run; 0: none do."""
 
 
 class ParallelConfig(Section, frozen=True):

@@ -88,7 +88,8 @@ class TokenWriter:
         """Write the final header and sync the file."""
         self._file.seek(0)
         # numpy pads headers so that a growing first dimension keeps their length
-        assert self._write_header() == self._header_bytes
+        if self._write_header() != self._header_bytes:
+            raise RuntimeError("the header of a token file has grown over its tokens")
         self._file.flush()
         os.fsync(self._file.fileno())
         return CacheEntry(self._count, self._largest, self._hash.hexdigest())

@@ -16,11 +16,26 @@ from holdfast.elastic import (
     event_to_data,
     newest_start,
 )
+from holdfast.parallel.output import WholeFiles
 from holdfast.parallel.plan import Plan, incoming_blocks, plan_to_data
 from holdfast.trainer.elastic.recovery import CompletedChange
-from holdfast.trainer.reports import append_events
+from holdfast.trainer.reports import EventFile
 from holdfast.trainer.run import RunDirectory, read_events
 from holdfast.trainer.step import Training
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeFiles:
+    """The files of a run that one process records changes in."""
+
+    run: RunDirectory
+    events: EventFile
+    incidents: WholeFiles
+
+    @staticmethod
+    def of(run: RunDirectory, events: EventFile) -> ChangeFiles:
+        """The files of a run; errors of incidents are told with those of events."""
+        return ChangeFiles(run, events, WholeFiles(run.incidents, events.word))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +77,31 @@ def record_of(
     )
 
 
-def write_changes(run: RunDirectory, records: Sequence[ChangeRecord]) -> None:
+def write_changes(files: ChangeFiles, records: Sequence[ChangeRecord]) -> None:
     """Write the events and incidents of changes that are not written yet. One rank calls it.
 
     The newest change, which is the last, is for this rank to write. Those before it were for other
     ranks, which may have died before they wrote them.
     """
     *earlier, newest = records
-    written = _written(run) if earlier else set()
+    written = _written(files.run) if earlier else set()
     for record in earlier:
         if record.change.after.number not in written:
-            _write(run, record)
-    _write(run, newest)
+            _write(files, record)
+    _write(files, newest)
 
 
 def _written(run: RunDirectory) -> set[int]:
     """The generations of this start of the run that have events."""
     events = read_events(run.events)
     since = events[newest_start(events) or 0 :]
-    return {event["generation"] for event in since if event["event"] in CHANGES}
+    return {event.get("generation", 0) for event in since if event["event"] in CHANGES}
 
 
-def _write(run: RunDirectory, record: ChangeRecord) -> None:
+def _write(files: ChangeFiles, record: ChangeRecord) -> None:
     change, urgent = record.change, record.urgent
-    events = change_events(change.before, change.after, record.heard)
-    lost = [event.fields for event in events if event.name == "rank_lost"]
+    found = change_events(change.before, change.after, record.heard)
+    lost = [event.fields for event in found if event.name == "rank_lost"]
     first = change.before is None
     steps = change.recovery.steps
     replayed = int(urgent and change.recovery.complete)
@@ -94,8 +109,8 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
     fields: dict[str, Any] = {
         "generation": change.after.number,
         "lost": [found["rank"] for found in lost],
-        "left": [event.fields["rank"] for event in events if event.name == "rank_left"],
-        "joined": [event.fields["rank"] for event in events if event.name == "rank_joined"],
+        "left": [event.fields["rank"] for event in found if event.name == "rank_left"],
+        "joined": [event.fields["rank"] for event in found if event.name == "rank_joined"],
         "leaving": [member.rank for member in change.after.members if member.leaving],
         "step": record.step,
         "within_step": urgent,
@@ -115,26 +130,26 @@ def _write(run: RunDirectory, record: ChangeRecord) -> None:
     }
     plan = plan_to_data(record.plan)
     if lost:
-        _write_incident(run, change, record.heard, fields, lost, plan, record.digest)
+        incident = _incident(change, record.heard, fields, lost, plan, record.digest)
+        path = files.run.incidents / f"generation-{change.after.number:06d}.json"
+        files.incidents.put(path, (json.dumps(incident, indent=1) + "\n").encode())
     name = "recovered" if lost else "generation"
-    append_events(
-        run.events,
-        [*((event.name, event.fields) for event in events), (name, {**fields, "plan": plan})],
+    files.events.extend(
+        [*((event.name, event.fields) for event in found), (name, {**fields, "plan": plan})]
     )
 
 
-def _write_incident(
-    run: RunDirectory,
+def _incident(
     change: CompletedChange,
     heard: Sequence[MembershipEvent],
     fields: dict[str, Any],
     lost: list[dict[str, Any]],
     plan: dict[str, Any],
     digest: str,
-) -> None:
-    """Write the incident file with all that is known; it appears whole."""
+) -> dict[str, Any]:
+    """The contents of an incident file: all that is known."""
     recovery = change.recovery
-    record = {
+    return {
         "time": time.time(),
         **fields,
         "losses": lost,
@@ -153,11 +168,6 @@ def _write_incident(
         "plan_after": plan,
         "state_digest": digest,
     }
-    run.incidents.mkdir(exist_ok=True)
-    path = run.incidents / f"generation-{change.after.number:06d}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
 
 
 def _given(plan: Plan) -> set[int]:

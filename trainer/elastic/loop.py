@@ -14,7 +14,8 @@ import msgspec
 from torch.distributed import DistError
 
 from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
-from holdfast.parallel.errors import NotSaved, PeerLost, Stopped
+from holdfast.parallel.errors import Diverged, NotSaved, PeerLost, Stopped
+from holdfast.parallel.output import DiskWord
 from holdfast.parallel.plan import would_move_layers
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
@@ -24,7 +25,7 @@ from holdfast.trainer.elastic.session import ElasticSession
 from holdfast.trainer.elastic.state_recovery import TrainingBuilder
 from holdfast.trainer.elastic.transfer_pace import MembershipPace
 from holdfast.trainer.elastic.transport import GroupTransport
-from holdfast.trainer.reports import append_event
+from holdfast.trainer.reports import EventFile
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Outcome, Training, choose_device, plan_of
 
@@ -101,7 +102,7 @@ class ElasticLoop:
         Raises:
             Stopped: this worker has handed its state over and leaves, or a signal ended the run.
             MembershipError: this worker must not go on.
-            NumericsError, CheckpointError: as for `holdfast.trainer.loop.train`.
+            NumericsError, Diverged, CheckpointError: as for `holdfast.trainer.loop.train`.
         """
         training = self._recover(urgent=False)
         while True:
@@ -221,21 +222,46 @@ def tidy_step(change: CompletedChange, training: Training, *, respawn: bool) -> 
 def train_elastic_worker(
     config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> None:
-    """Train as the worker of a spec. Raises as `ElasticLoop.run` does."""
-    append_event(
-        run.events,
-        "worker_started",
-        rank=spec.rank,
-        pid=os.getpid(),
-        node=spec.node,
-        incarnation=spec.incarnation,
-    )
+    """Train as the worker of a spec, and tell its agent when all is done.
+
+    Raises as `ElasticLoop.run` does.
+    """
     with contextlib.ExitStack() as held:
         membership = Membership(spec, channel)
         held.callback(membership.close)
+        with contextlib.closing(EventFile(run.events, DiskWord(_telling(membership)))) as events:
+            events.append(
+                "worker_started",
+                rank=spec.rank,
+                pid=os.getpid(),
+                node=spec.node,
+                incarnation=spec.incarnation,
+            )
+            _train(config, spec, membership, run, events)
+        membership.finished()
+
+
+def _telling(membership: Membership) -> Callable[[str], None]:
+    """Tells a line to the user, through the agent, and to the log."""
+
+    def say(line: str) -> None:
+        logger.warning("%s", line)
+        membership.tell(line)
+
+    return say
+
+
+def _train(
+    config: RunConfig,
+    spec: WorkerSpec,
+    membership: Membership,
+    run: RunDirectory,
+    events: EventFile,
+) -> None:
+    with contextlib.ExitStack() as held:
         interruption = Interruption()
         saves = ElasticSaves(config, spec, membership, run, interruption)
-        session = ElasticSession(config, spec, membership, run, saves)
+        session = ElasticSession(config, spec, membership, run, events, saves)
         held.callback(session.close)
         device = choose_device(config, spec.local_rank)
         history = _history(run)
@@ -260,8 +286,8 @@ def train_elastic_worker(
         )
         try:
             loop.run()
-        except NotSaved:
-            # A new worker would train the same steps again, to save them where they cannot be.
+        except (NotSaved, Diverged):
+            # A new worker would train the same steps again, to the same end.
             membership.incurable()
             raise
 

@@ -20,11 +20,11 @@ from holdfast.elastic import (
 from holdfast.parallel.optimizer import MASTER
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.corruption import compare_copies, repair
-from holdfast.trainer.elastic.incidents import ChangeRecord, record_of, write_changes
+from holdfast.trainer.elastic.incidents import ChangeFiles, ChangeRecord, record_of, write_changes
 from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.elastic.saves import ElasticSaves, world_of
 from holdfast.trainer.loop import Parts, finish, place_of, run_step, stop
-from holdfast.trainer.reports import PhaseClock, Reporter, append_event
+from holdfast.trainer.reports import EventFile, PhaseClock, Reporter
 from holdfast.trainer.run import RunDirectory, checkpoint_root, locate_log
 from holdfast.trainer.step import Outcome, Training, rate_of
 
@@ -40,10 +40,11 @@ class ElasticSession:
         spec: WorkerSpec,
         membership: Membership,
         run: RunDirectory,
+        events: EventFile,
         saves: ElasticSaves,
     ) -> None:
         self._config, self._spec, self._membership = config, spec, membership
-        self._run, self._saves = run, saves
+        self._records, self._saves = ChangeFiles.of(run, events), saves
         self._training: Training | None = None
         self._reporter: Reporter | None = None
         self._clock = PhaseClock()
@@ -104,8 +105,7 @@ class ElasticSession:
             repair(training, found, control)
         if self._spec.rank == training.plan.stage_replicas.ranks[0]:
             for corruption in found:
-                append_event(
-                    self._run.events,
+                self._records.events.append(
                     "corruption",
                     step=step,
                     ranks=corruption.suspects,
@@ -125,7 +125,9 @@ class ElasticSession:
         if self._reporter is None:
             # The last step may be missing in the records; this rank writes it if it is the lowest.
             first = training.progress.decided - (_interrupted_step(change) is not None)
-            self._reporter = Reporter(training, world, self._run, [], first, shown=False)
+            self._reporter = Reporter(
+                training, world, self._records.run, [], self._records.events, first, shown=False
+            )
         elif change.from_checkpoint is not None:
             self._reporter.roll_back(change.from_checkpoint)
         self._reporter.change(training, world)
@@ -147,7 +149,7 @@ class ElasticSession:
             self._changes.append(record)
         if self._spec.rank == change.recorder:
             with training.busy("report"):
-                write_changes(self._run, self._changes)
+                write_changes(self._records, self._changes)
 
     def report_interrupted_step(self, change: CompletedChange) -> None:
         """Report the step before a change, as all ranks know it, and save it if that is due."""
@@ -164,6 +166,7 @@ class ElasticSession:
     def close(self) -> None:
         if self._reporter is not None:
             self._reporter.close()
+        self._records.incidents.close()
 
     def _parts(self) -> Parts:
         assert self._training is not None
@@ -173,7 +176,7 @@ class ElasticSession:
 
     def _note_fault(self, fault: Fault) -> None:
         fields = asdict(fault)
-        append_event(self._run.events, "fault_injected", **fields)
+        self._records.events.append("fault_injected", **fields)
         logger.warning("on purpose: %s", fields)
 
     def _corrupt(self) -> None:

@@ -72,6 +72,7 @@ def status_from_data(plain: Mapping[str, Any]) -> WorkerStatus:
             out_of_range_ranks=outcome["out_of_range_ranks"],
             requests=Requests(**outcome["requests"]),
             leaving_ranks=outcome["leaving_ranks"],
+            skipped=outcome["skipped"],
         )
     return WorkerStatus(**fields)
 

@@ -1,6 +1,7 @@
 """The reports of a run: records, metrics, console, traces, slow ranks.
 
-May import trainer.config, trainer.run, trainer.step, trainer.worlds, checkpoint and parallel.
+May import trainer.config, trainer.run, trainer.step, trainer.worlds, checkpoint and
+parallel.
 """
 
 import lazy_loader

@@ -8,12 +8,13 @@ from .console import (
     duration as duration,
     layout_grid as layout_grid,
 )
+from .events import (
+    EventFile as EventFile,
+)
 from .flops import (
     step_flops as step_flops,
 )
 from .metrics import (
-    append_event as append_event,
-    append_events as append_events,
     last_step as last_step,
 )
 from .offload_metrics import (

@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from typing import Any
 
-from holdfast.trainer.reports.metrics import RunRecords, StepMetrics, drop_after, last_step
+from holdfast.parallel.output import AppendedFile, Tail
+from holdfast.trainer.reports.events import EventFile
+from holdfast.trainer.reports.metrics import StepMetrics, drop_after, last_step
+from holdfast.trainer.reports.offload_metrics import scalars
+from holdfast.trainer.reports.tensorboard import ScalarFile
 from holdfast.trainer.run import RunDirectory
 
-_KEPT = 8
+_KEPT = 512
 """Steps that every rank keeps, to complete the records of a lost writer."""
 
 
 class RecordKeeper:
-    """One rank's part in the records: the writer writes, the others stand by. Local."""
+    """One rank's part in the records: the writer writes, the others stand by. Local.
 
-    def __init__(self, run: RunDirectory, *, tensorboard: bool, first: int, writes: bool) -> None:
+    No method raises OSError: what the disk refuses is written later.
+    """
+
+    def __init__(
+        self, run: RunDirectory, events: EventFile, *, tensorboard: bool, first: int, writes: bool
+    ) -> None:
         """Open the records on the rank that writes them.
 
         Args:
+            events: the events of this process.
             first: the number of steps done already; records of later steps are dropped.
         """
-        self._run, self._tensorboard = run, tensorboard
+        self._run, self._events, self._tensorboard = run, events, tensorboard
         self._recent: deque[tuple[StepMetrics, dict[str, float]]] = deque(maxlen=_KEPT)
         self._written = first
         """The last step in the records."""
-        self._records: RunRecords | None = None
+        self._metrics: AppendedFile | None = None
+        self._scalars: ScalarFile | None = None
         if writes:
-            if run.metrics.exists():
-                drop_after(run.metrics, first)
+            self._drop_after(first)
             self._open()
-            self._written = last_step(run.metrics)
 
     @property
     def writes(self) -> bool:
         """Whether this rank writes the records."""
-        return self._records is not None
+        return self._metrics is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether this rank has steps that the disk has not taken, so that no one can read them."""
+        return self._metrics is not None and self._metrics.waits
 
     def change(self, *, writes: bool) -> None:
         """Begin or end to write. A new writer completes the records of the last one."""
-        if writes and self._records is None:
+        if writes and self._metrics is None:
             self._open()
-            self._written = last_step(self._run.metrics)
             for metrics, extra in tuple(self._recent):
                 self._write(metrics, extra)
         elif not writes:
@@ -50,11 +64,12 @@ class RecordKeeper:
     def roll_back(self, step: int) -> None:
         """Forget the steps after `step`, which the run repeats."""
         self._recent.clear()
-        self._written = min(self._written, step)
-        if self._records is not None:
-            self._records.close()
-            drop_after(self._run.metrics, step)
-            self._open()
+        if self._metrics is None:
+            self._written = min(self._written, step)
+            return
+        self.close()
+        self._drop_after(step)
+        self._open()
 
     def step(self, metrics: StepMetrics, extra: dict[str, float]) -> None:
         """Record a committed step.
@@ -67,20 +82,51 @@ class RecordKeeper:
 
     def event(self, event: str, **fields: Any) -> None:
         """Record an event, on the writing rank."""
-        if self._records is not None:
-            self._records.event(event, **fields)
+        if self._metrics is not None:
+            self._events.append(event, **fields)
 
     def close(self) -> None:
         """Close the files; may be called again."""
-        if self._records is not None:
-            self._records.close()
-            self._records = None
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._scalars is not None:
+            self._scalars.close()
+            self._scalars = None
+
+    def _drop_after(self, step: int) -> None:
+        """Cut the records; a file that cannot be cut keeps its lines, which are not repeated."""
+        with contextlib.suppress(OSError):
+            drop_after(self._run.metrics, step)
 
     def _open(self) -> None:
-        tensorboard = self._run.tensorboard if self._tensorboard else None
-        self._records = RunRecords(self._run.metrics, self._run.events, tensorboard)
+        """Begin to write after the last step in the records."""
+        self._metrics = AppendedFile(self._run.metrics, self._events.word, Tail.SET_ASIDE)
+        with contextlib.suppress(OSError):
+            self._written = last_step(self._run.metrics)
 
     def _write(self, metrics: StepMetrics, extra: dict[str, float]) -> None:
-        if self._records is not None and metrics.step > self._written:
-            self._records.step(metrics, extra)
-            self._written = metrics.step
+        if self._metrics is None or metrics.step <= self._written:
+            return
+        self._metrics.append(metrics.line())
+        if self._tensorboard:
+            self._write_scalars(metrics, extra)
+        self._written = metrics.step
+
+    def _write_scalars(self, metrics: StepMetrics, extra: dict[str, float]) -> None:
+        if self._scalars is None:
+            folder, before = self._run.tensorboard, metrics.step - 1
+            self._scalars = ScalarFile(folder, before, self._events.word)
+        offload = scalars(metrics.offload) if metrics.offload is not None else {}
+        self._scalars.step(
+            metrics.step,
+            {
+                "loss_metrics/global_avg_loss": metrics.loss,
+                "grad_norm": metrics.grad_norm,
+                "lr": metrics.lr,
+                "throughput(tps)": metrics.tokens_per_s,
+                "time_metrics/end_to_end(s)": metrics.step_s,
+                **extra,
+                **offload,
+            },
+        )

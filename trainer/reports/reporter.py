@@ -12,14 +12,16 @@ import torch
 from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import SaveResult
 from holdfast.checkpoint.tiers import UploadResult
+from holdfast.parallel.output import WholeFiles
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.reports.checkpoint_events import (
     SaveFailures,
     checkpoint_fields,
     describe_save,
 )
+from holdfast.trainer.reports.events import EventFile
 from holdfast.trainer.reports.flops import step_flops, utilisation
-from holdfast.trainer.reports.metrics import StepMetrics, append_event
+from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.offload_metrics import OffloadMetrics, offload_metrics
 from holdfast.trainer.reports.record_keeper import RecordKeeper
 from holdfast.trainer.reports.run_console import RunConsole
@@ -39,6 +41,7 @@ class Reporter:
         world: WorldInfo,
         run: RunDirectory,
         workers: Sequence[dict[str, Any]],
+        events: EventFile,
         first: int = 0,
         *,
         shown: bool = True,
@@ -48,10 +51,11 @@ class Reporter:
 
         Args:
             workers: the workers whose start is recorded.
+            events: the events of this process.
             first: the number of steps done already; records of later steps are dropped.
             shown: False if another process shows the records.
         """
-        self._training, self._world, self._run, self._clock = training, world, run, clock
+        self._training, self._world, self._clock = training, world, clock
         config = training.config
         self._last_s = self._began_s = clock()
         self._reported = first
@@ -59,8 +63,9 @@ class Reporter:
         self._offload_failed = False
         self._failures = SaveFailures()
         writes = _is_writer(training, world)
+        self._events, self._traces = events, WholeFiles(run.trace, events.word)
         self._records = RecordKeeper(
-            run, tensorboard=config.log.tensorboard, first=first, writes=writes
+            run, events, tensorboard=config.log.tensorboard, first=first, writes=writes
         )
         for worker in workers:
             self._records.event("worker_started", **worker)
@@ -112,6 +117,9 @@ class Reporter:
         self._records.step(metrics, extra)
         if self._console is not None:
             self._console.step(metrics, memory_gib=memory_gib, mfu=mfu, eval_loss=eval_loss)
+        elif self._records.waits:
+            steps = self._training.config.train.steps
+            self._events.word.say(f"step {metrics.step}/{steps}  loss {metrics.loss:.4f}")
 
     def _metrics(self, step: int, outcome: Outcome, lr: float, step_s: float) -> StepMetrics:
         """The line of metrics.jsonl for a step, counted from 1."""
@@ -141,7 +149,7 @@ class Reporter:
         if at is not None:
             shard = plan.configured_mesh.shard_text(at.shard)
             place = f"stage {at.pipeline}, replica {at.data}, {shard}"
-        write_trace(self._run.trace, rank, f"rank {rank} ({place})", step, phases, times)
+        write_trace(self._traces, rank, f"rank {rank} ({place})", step, phases, times)
 
     def _offloaded(self, step: int, step_s: float) -> OffloadMetrics | None:
         """The offload metrics of a step; any rank records once that its drive failed."""
@@ -152,9 +160,7 @@ class Reporter:
         if report.fault and not self._offload_failed:
             self._offload_failed = True
             rank = self._world.rank
-            append_event(
-                self._run.events, "offload_failed", step=step, rank=rank, reason=report.fault
-            )
+            self._events.append("offload_failed", step=step, rank=rank, reason=report.fault)
             self._note(f"rank {rank} keeps activations in memory: {report.fault}")
         return offload_metrics(
             report,
@@ -178,14 +184,17 @@ class Reporter:
             f"{slow.usual_s:.3f} s is usual; most of it in {slow.phase}"
         )
 
-    def skipped(self, step: int, outcome: Outcome) -> None:
-        """Record a step that was not applied."""
+    def skipped(self, step: int, outcome: Outcome, reason: str) -> None:
+        """Record and show a step, counted from 0, that was not applied."""
         self._records.event(
             "step_skipped",
             step=step + 1,
             nonfinite_ranks=outcome.nonfinite_ranks,
             out_of_range_ranks=outcome.out_of_range_ranks,
+            in_a_row=outcome.skipped,
+            reason=reason,
         )
+        self._note(reason)
 
     def resumed(self, step: int, loaded: LoadStatistics | None, notes: Sequence[str]) -> None:
         """Record and show where the run continues from."""
@@ -233,6 +242,8 @@ class Reporter:
         self._note(self._failures.summary())
         if self._console is not None:
             self._console.finish(digest, total_s)
+        elif self._records.waits:
+            self._events.word.say(f"all {steps} steps are done, parameters sha256 {digest[:16]}")
 
     def past_end(self, done: int) -> None:
         """Record and show that the run is past its last step already."""
@@ -247,6 +258,8 @@ class Reporter:
         if self._console is not None:
             self._console.close()
         self._records.close()
+        self._traces.close()
+        self._events.close()
 
     def _note(self, text: str) -> None:
         if self._console is not None and text:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.parallel.output import WholeFiles
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.parallel.schedules import Op
 
@@ -75,15 +76,19 @@ def trace_events(
 
 
 def write_trace(
-    folder: Path, rank: int, label: str, step: int, phases: Sequence[PhaseSpan], times: ActionTimes
+    files: WholeFiles,
+    rank: int,
+    label: str,
+    step: int,
+    phases: Sequence[PhaseSpan],
+    times: ActionTimes,
 ) -> Path:
     """Write one rank's trace of one step. Returns the file. Local."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.rank-{rank}.json.gz"
+    path = files.folder / f"step-{step:08d}.rank-{rank}.json.gz"
     clock_s = time.time() - time.perf_counter()
     events = trace_events(rank, label, step, phases, times, clock_s)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
+    text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+    files.put(path, gzip.compress(text.encode()))
     return path
 
 

@@ -5,8 +5,6 @@ Local, in the process that opens the run, with the folder locked. Needs no torch
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import msgspec
 from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore, set_aside
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.output import content_of, is_event, json_lines
 from holdfast.trainer.config import RunConfig, load_config
 from holdfast.trainer.run.resume import (
     MUST_MATCH,
@@ -145,14 +144,8 @@ def _commits(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run; empty without a file. Torn and foreign lines are left out."""
-    events = []
     try:
-        lines = path.read_bytes().splitlines()
+        lines = json_lines(content_of(path))
     except OSError:
         return []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict):
-                events.append(event)
-    return events
+    return [record for _, record in lines if record is not None and is_event(record)]

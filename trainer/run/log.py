@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from holdfast.parallel.output import LogFile
 from holdfast.trainer.run.run_directory import RunDirectory
 
 _FORMAT = (
@@ -30,9 +31,7 @@ class _RunContext(logging.Filter):
 
 def log_to_file(run: RunDirectory, rank: int) -> None:
     """Send this process's log to the file of its rank."""
-    run.log(rank).parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run.log(rank))
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler = LogFile(run.log(rank), _FORMAT)
     handler.addFilter(_RunContext(rank, lambda: (0, 0)))
     logger = logging.getLogger(_ROOT)
     logger.handlers[:] = [handler]

@@ -14,7 +14,7 @@ import msgspec
 from holdfast.checkpoint.format import Manifest, scheme_of, step_of
 from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.config import DataConfig, RunConfig
+from holdfast.trainer.config import DataConfig, NumericsConfig, RunConfig
 from holdfast.trainer.run.initial_weights import (
     check_converted,
     check_tensors,
@@ -128,11 +128,15 @@ def check_same_run(
 def differing_keys(
     saved: dict[str, Any], now: dict[str, Any], prefixes: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:
-    """The keys of two configurations (nested dicts) that differ: (key, saved value, value now)."""
+    """The keys of two configurations (nested dicts) that differ: (key, saved value, value now).
+
+    A key that came after the saved configuration has its default there.
+    """
     # In the form of a manifest: JSON has no tuples.
     plain = msgspec.json.decode(msgspec.json.encode((saved, now)))
-    # An older version that lacks a key of [data] did what its default does.
-    older = {"data": msgspec.to_builtins(DataConfig())} if "data" in saved else {}
+    # An older version that lacks a key of these did what its default does.
+    sections = {"data": DataConfig, "numerics": NumericsConfig}
+    older = {name: msgspec.to_builtins(of()) for name, of in sections.items() if name in saved}
     flat_saved, flat_now = _flat(older) | _flat(plain[0]), _flat(plain[1])
     return [
         (key, flat_saved.get(key), flat_now.get(key))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
+from holdfast.parallel.output import write_whole
 from holdfast.trainer.run.resume import Resume
 
 
@@ -82,13 +84,14 @@ class RankError:
 
 
 def write_error(run: RunDirectory, rank: int, error: BaseException) -> RankError:
-    """Write the reason for a rank's end beside its log."""
+    """The reason for a rank's end, which is written beside its log where the disk allows it."""
     known = isinstance(error, HoldfastError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     exit_code = error.exit_code if isinstance(error, HoldfastError) else 1
     reason = RankError(rank, type(error).__name__, message, exit_code)
     text = {"kind": reason.kind, "message": message, "exit_code": exit_code}
-    run.error(rank).write_text(json.dumps(text) + "\n")
+    with contextlib.suppress(OSError):
+        write_whole(run.error(rank), (json.dumps(text) + "\n").encode())
     return reason
 
 

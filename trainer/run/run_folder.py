@@ -11,6 +11,12 @@ from pathlib import Path
 
 from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.output import (
+    is_event,
+    rising_steps,
+    set_foreign_lines_aside,
+    write_whole,
+)
 from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.folder_lock import LOCK, lock_folder, unwritable
 from holdfast.trainer.run.history import (
@@ -171,9 +177,15 @@ def open_run(
         _remove_left(run)
         if not found.candidates:
             notes += set_aside_history(run, config)
-        partial = run.config.with_suffix(".partial")
-        partial.write_text(dump_toml(config))
-        partial.replace(run.config)
+        notes += tuple(_tidied(run))
+        write_whole(run.config, dump_toml(config).encode())
     except OSError as error:
         raise unwritable(root, error) from error
     return RunDirectory(root, replace(found, notes=(*notes, *found.notes)))
+
+
+def _tidied(run: RunDirectory) -> Iterator[str]:
+    """Set lines of the records aside that are torn or foreign, and yield notes about them."""
+    for path, belongs in ((run.metrics, rising_steps()), (run.events, is_event)):
+        if note := set_foreign_lines_aside(path, belongs):
+            yield note

@@ -45,6 +45,8 @@ class Outcome:
     requests: Requests = NO_REQUESTS
     leaving_ranks: int = 0
     """The number of ranks that leave at the next change."""
+    skipped: int = 0
+    """The steps up to this one that were not usable, in a row."""
 
     @property
     def usable(self) -> bool:

@@ -284,6 +284,9 @@ class Training:
         summed = ballot.pack(squares, slots, flags, requests)
         self.groups.control.all_reduce(summed).wait()
         outcome = ballot.outcome(summed, self.step_tokens)
+        if not outcome.usable:
+            before = self.progress.outcome
+            outcome = replace(outcome, skipped=1 + (before.skipped if before is not None else 0))
         self.progress.decided, self.progress.outcome = self._in_flight.step + 1, outcome
         self.progress.filled = not outcome.requests.filling
         return outcome

@@ -68,7 +68,13 @@ class Launcher:
                 the variable.
         """
         found = f"the environment is that of {self.name} ({', '.join(self.marks)})"
-        return self.read(Environment(variables, found))
+        world = self.read(Environment(variables, found))
+        if not 0 <= world.rank < world.world_size:
+            raise ConfigError(
+                f"{found}, but its rank is {world.rank} of {world.world_size} workers, counted "
+                "from 0; unset the variables if they are left over from another program"
+            )
+        return world
 
 
 def port_of(job: str) -> int:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.worlds.launcher import Environment, Launcher
 from holdfast.trainer.worlds.world import WorldInfo
 
 
 def _read(found: Environment) -> WorldInfo:
     rank, world_size = found.number("RANK"), found.number("WORLD_SIZE")
+    if world_size > 1 and "MASTER_ADDR" not in found.variables:
+        raise ConfigError(
+            f"{found.launcher} with WORLD_SIZE = {world_size}, but MASTER_ADDR is not set: if RANK "
+            "and WORLD_SIZE are left over from another program, unset them; else export "
+            "MASTER_ADDR and MASTER_PORT, the address of rank 0, for every worker"
+        )
     by_agent = found.text("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return WorldInfo(
         rank=rank,

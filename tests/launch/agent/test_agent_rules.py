@@ -44,7 +44,7 @@ def test_workers_that_outlive_the_run_are_killed_at_the_deadline(tmp_path: Path)
             if not node.others.generation:
                 node.tell_generation(rank, 1, BOTH)
         if node.clock() >= begin + 5 and len(node.living) == 2:
-            node.end(0, 0)
+            node.finish(0)
 
     node.on_wait = script
     assert node.run(ranks=(0, 1), exit_s=60.0) == 0
@@ -70,7 +70,7 @@ def test_a_worker_that_the_others_went_on_without_may_end_by_itself_and_is_kille
         elif has_ended and node.clock() > begin + 3 and 1 in node.living:
             node.end(1, 3)
         elif node.clock() > begin + 2 * LEFT_OUT_S:
-            node.end(0, 0)
+            node.finish(0)
 
     node.on_wait = script
     assert node.run(ranks=(0, 1), respawn=False, exit_s=1.0) == 0
@@ -136,7 +136,7 @@ class Records:
                 self.node.tell_generation(0, 1, BOTH)
                 self.node.tell_generation(1, 1, BOTH)
             if (self.node.killed or self.node.clock() > until_s) and 0 in self.node.living:
-                self.node.end(0, 0)
+                self.node.finish(0)
 
         self.node.on_wait = script
         return self.node.run(ranks=(0, 1), respawn=False, exit_s=1.0, read_record=self.read)
@@ -202,3 +202,39 @@ def test_an_agent_that_was_itself_stopped_does_not_count_that_time_as_a_wait(
     ((moment, rank),) = node.killed
     assert rank == 1
     assert moment - begin > 110.0
+
+
+@pytest.mark.parametrize("code", [0, -9, 1])
+def test_a_run_has_ended_when_a_worker_says_so_however_its_process_ends(
+    tmp_path: Path, code: int
+) -> None:
+    node = FakeNode(tmp_path)
+    node.on_wait = lambda: node.finish(0, code)
+    assert node.run() == 0
+    assert len(node.started) == 1
+
+
+def test_a_worker_that_ends_with_0_and_without_a_word_is_lost(tmp_path: Path) -> None:
+    node = FakeNode(tmp_path)
+    node.on_start = lambda spec: node.end(spec.rank, 0)
+    assert node.run() == NO_PROGRESS_EXIT
+    assert len(node.started) == 6
+    ends = [event for event in node.others.posted if event.kind == "ended"]
+    assert "without a word" in ends[0].cause
+
+
+def test_a_line_that_workers_have_for_the_user_is_shown_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = FakeNode(tmp_path)
+
+    def wait() -> None:
+        for rank in (0, 1):
+            node.say(rank, "RUN/metrics.jsonl cannot be written")
+        node.say(0, "step 4/4")
+        node.on_wait = lambda: node.finish(0)
+
+    node.on_wait = wait
+    assert node.run(ranks=(0, 1)) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["holdfast: RUN/metrics.jsonl cannot be written", "holdfast: step 4/4"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.elastic import Roll, RunEnd
+from holdfast.elastic import Roll, RunEnd, WorkerSpec
 from holdfast.elastic.generation import Identity
 from support.processes.fake_node import FakeNode
 
@@ -54,7 +54,7 @@ def test_a_worker_that_waits_while_others_train_may_wait(tmp_path: Path) -> None
 
     def script() -> None:
         if node.clock() > begin + 500:
-            node.end(0, 0)
+            node.finish(0)
         else:
             node.tell(0, "queued")
 
@@ -87,14 +87,19 @@ def test_a_node_that_was_cut_off_ends_with_the_run_and_with_its_code(
 
 def test_the_end_of_a_run_is_written_for_nodes_that_are_cut_off(tmp_path: Path) -> None:
     node, roll = FakeNode(tmp_path), tmp_path / "roll"
-    node.on_start = lambda spec: node.end(spec.rank, 0)
+    node.on_start = lambda spec: node.finish(spec.rank)
     assert node.run(roll=roll) == 0
     assert Roll(roll).ended() == RunEnd(0)
 
 
 def failing(node: FakeNode, codes: list[int]) -> None:
     left = iter(codes)
-    node.on_start = lambda spec: node.end(spec.rank, next(left))
+
+    def start(spec: WorkerSpec) -> None:
+        end = node.end if (code := next(left)) else node.finish
+        end(spec.rank, code)
+
+    node.on_start = start
 
 
 def test_the_same_failure_of_a_worker_and_its_replacement_ends_the_run(tmp_path: Path) -> None:
@@ -118,3 +123,10 @@ def test_other_failures_and_failures_after_progress_are_replaced(tmp_path: Path)
     reasons = iter(["one", "two", "one"])
     assert node.run(failure=lambda rank, code: next(reasons) if code else None) == 0
     assert len(node.started) == 4
+
+
+def test_divergence_ends_the_run_on_every_node(tmp_path: Path) -> None:
+    node, roll = FakeNode(tmp_path), tmp_path / "roll"
+    failing(node, [4])
+    assert node.run(failure=lambda rank, code: f"rank {rank}: diverged", roll=roll) == 4
+    assert Roll(roll).ended() == RunEnd(4, "rank 0: diverged")

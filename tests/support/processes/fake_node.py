@@ -102,6 +102,15 @@ class FakeNode:
         self._channels.pop(rank).close()
         self._reports.append(Ended(rank, NO_PROCESS + rank, code))
 
+    def finish(self, rank: int, code: int = 0) -> None:
+        """The worker of a rank says that all is done, and ends."""
+        send_message(self._channels[rank], {"kind": "finished"})
+        self.end(rank, code)
+
+    def say(self, rank: int, line: str) -> None:
+        """The worker of a rank has a line for the user."""
+        send_message(self._channels[rank], {"kind": "line", "text": line})
+
     def tell_generation(self, rank: int, number: int, members: tuple[Identity, ...]) -> None:
         """The worker of a rank tells of a generation."""
         message = {"number": number, "members": format_identities(members)}

@@ -87,6 +87,7 @@ class _Worker:
                 urgent = True
             if self.demo.steps and self.step >= self.demo.steps:
                 self.write("finished")
+                self.membership.finished()
                 return 0
 
     def agree(self, *, urgent: bool, leaving: bool) -> Generation:

@@ -21,7 +21,7 @@ def test_changes_of_an_earlier_start_do_not_count_as_written(tmp_path: Path) -> 
     ]
     lines = [json.dumps(event) for event in (*earlier, *newest)]
     lines.insert(5, '{"event": "gener')  # torn by a full disk
-    run.events.write_text("\n".join(lines))
+    run.events.write_text("".join(f"{line}\n" for line in lines))
     assert _written(run) == {1, 2}
     assert newest_start([*earlier, *newest]) == 3
     assert newest_start([{"event": "worker_started", "rank": 0}]) is None

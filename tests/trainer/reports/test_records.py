@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.launch.launchers.display_process import _Follower
+from holdfast.parallel.output import DiskWord, WholeFiles
 from holdfast.parallel.pipeline.executor import ActionTimes
 from holdfast.parallel.schedules import Action, Op
 from holdfast.trainer.learning_rates import learning_rate
@@ -17,18 +18,8 @@ from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.reports.console import duration, sparkline
 from holdfast.trainer.reports.flops import step_flops, utilisation
-from holdfast.trainer.reports.metrics import JsonLines, drop_after
+from holdfast.trainer.reports.metrics import drop_after
 from holdfast.trainer.reports.trace import PhaseSpan, bubble_of, write_trace
-
-
-def test_a_torn_last_line_is_cut_before_more_follow(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    file = JsonLines(path)
-    file.append({"step": 3, "loss": float("nan")})
-    file.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
 
 
 def test_resuming_drops_the_lines_after_the_step(tmp_path: Path) -> None:
@@ -51,7 +42,8 @@ def times() -> ActionTimes:
 def test_traces_hold_every_action_and_the_bubble(tmp_path: Path) -> None:
     phases = [PhaseSpan("compute", 1.0, 5.0), PhaseSpan("reduce", 5.0, 5.5)]
     assert bubble_of(times(), phases[0]) == pytest.approx(0.5)
-    paths = [write_trace(tmp_path, rank, f"rank {rank}", 7, phases, times()) for rank in (0, 1)]
+    files = WholeFiles(tmp_path, DiskWord())
+    paths = [write_trace(files, rank, f"rank {rank}", 7, phases, times()) for rank in (0, 1)]
     events = []
     for path in paths:
         with gzip.open(path, "rt") as file:

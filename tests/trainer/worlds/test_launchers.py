@@ -98,6 +98,9 @@ def test_a_job_of_mpi_over_several_machines_must_name_the_first() -> None:
     ("environment", "said"),
     [
         (TORCHRUN | {"RANK": "x"}, ["torchrun (RANK, WORLD_SIZE)", "RANK = 'x'"]),
+        (TORCHRUN | {"RANK": "-1"}, ["torchrun (RANK, WORLD_SIZE)", "rank is -1"]),
+        (TORCHRUN | {"RANK": TORCHRUN["WORLD_SIZE"]}, ["its rank is", "unset the variables"]),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, ["MASTER_ADDR is not set", "left over"]),
         (SLURM | {"SLURM_LOCALID": ""}, ["Slurm (SLURM_PROCID, ", "SLURM_LOCALID = ''"]),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "x2"}, ["SLURM_STEP_TASKS_PER_NODE = 'x2'"]),
         ({"PMI_RANK": "0"}, ["PMI (PMI_RANK)", "PMI_SIZE is not set"]),

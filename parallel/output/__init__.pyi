@@ -1,0 +1,28 @@
+from .appended_file import (
+    AppendedFile as AppendedFile,
+    Tail as Tail,
+)
+from .disk_queue import (
+    DiskWord as DiskWord,
+)
+from .foreign_lines import (
+    content_of as content_of,
+    is_event as is_event,
+    json_lines as json_lines,
+    rising_steps as rising_steps,
+    set_foreign_lines_aside as set_foreign_lines_aside,
+    step_of as step_of,
+)
+from .log_file import (
+    LogFile as LogFile,
+)
+from .standard_streams import (
+    make_streams_safe as make_streams_safe,
+    outlive_readers as outlive_readers,
+    stream_error as stream_error,
+    tell as tell,
+)
+from .whole_files import (
+    WholeFiles as WholeFiles,
+    write_whole as write_whole,
+)

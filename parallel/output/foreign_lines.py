@@ -1,0 +1,97 @@
+"""The lines of metrics.jsonl and events.jsonl. Torn and foreign ones are set aside, not fatal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from holdfast.parallel.output.appended_file import set_aside_name
+
+
+def json_lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines with their line ends, and the objects in them; None: torn, or no JSON object."""
+    found: list[tuple[bytes, dict[str, Any] | None]] = []
+    for line in content.splitlines(keepends=True):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            value = None
+        found.append((line, value if isinstance(value, dict) else None))
+    return found
+
+
+def content_of(path: Path) -> bytes:
+    """The content of a file of lines; empty without a file. It does not wait for a FIFO's writer.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    try:
+        with open(path, "rb", opener=_open) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", str(path))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def step_of(record: dict[str, Any] | None) -> int:
+    """The step of a line of metrics.jsonl; 0 if it is none."""
+    step = (record or {}).get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) and step > 0 else 0
+
+
+def rising_steps() -> Callable[[dict[str, Any]], bool]:
+    """A test of the lines of metrics.jsonl, in order: whether each is later than those before."""
+    last = 0
+
+    def belongs(record: dict[str, Any]) -> bool:
+        nonlocal last
+        step = step_of(record)
+        if step <= last:
+            return False
+        last = step
+        return True
+
+    return belongs
+
+
+def is_event(record: dict[str, Any] | None) -> bool:
+    """Whether a line of JSON is an event."""
+    return record is not None and isinstance(record.get("event"), str)
+
+
+def set_foreign_lines_aside(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> str:
+    """Move lines that do not belong to a file of JSON lines to a file beside it.
+
+    The only process that uses the file calls it.
+
+    Args:
+        belongs: whether an object is a record of this file; called once for each, in order.
+    Returns:
+        A note for the user; empty if all lines belong.
+    Raises:
+        OSError: the file cannot be read, or one of both cannot be written.
+    """
+    kept, foreign = [], []
+    for line, value in json_lines(content_of(path)):
+        (kept if value is not None and belongs(value) else foreign).append(line)
+    if not foreign:
+        return ""
+    aside = path.with_name(set_aside_name(path.name))
+    with aside.open("ab") as file:
+        file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in foreign)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    os.replace(partial, path)
+    lines = "1 line is" if len(foreign) == 1 else f"{len(foreign)} lines are"
+    return f"{path}: {lines} torn or no record of a run; moved to {aside.name}"

@@ -1,0 +1,149 @@
+"""A full disk, a clock that goes back, foreign lines: a run takes all steps and says what lacks."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.runs.commands import HOLDFAST, environment, holdfast, lines_of
+
+PLAIN = ("--set", "parallel.pipeline=1", "--set", "parallel.data=1")
+ELASTIC = ("--set", "parallel.pipeline=1", "--set", "elastic.enabled=true")
+FORSAKEN = """
+import itertools
+import pwd
+import time
+
+def nobody(*_):
+    raise KeyError("no entry")
+
+pwd.getpwuid = pwd.getpwnam = nobody
+
+now, calls = time.time, itertools.count()
+time.time = lambda: now() - 3600 * next(calls)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(mount)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root can mount a disk that is small enough to fill")
+    yield mount
+    subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave no byte of room on a disk. Returns the file to remove."""
+    junk = disk / "junk"
+    with junk.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                continue
+    return junk
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize(
+    ("layout", "frees"),
+    [
+        pytest.param(PLAIN, True, id="plain, for a while"),
+        pytest.param(ELASTIC, False, id="elastic, for good"),
+        pytest.param(PLAIN, False, id="plain, for good", marks=pytest.mark.slow),
+        pytest.param(ELASTIC, True, id="elastic, for a while", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_whose_disk_fills_takes_all_steps_and_tells_what_the_records_lack(
+    config: Path, small_disk: Path, layout: tuple[str, ...], frees: bool
+) -> None:
+    run = small_disk / "run"
+    started = subprocess.Popen(
+        [*HOLDFAST, "train", str(config), "--out", str(run), *layout,
+         "--set", "train.steps=150", "--set", "log.trace_steps=[]",
+         "--set", f"checkpoint.path={config.parent / 'kept'}"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        metrics, end_s = run / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end_s:
+            time.sleep(0.02)
+        junk = fill(small_disk)
+        assert started.poll() is None, "the run ended before its disk was full"
+        said = ""
+        assert started.stderr is not None
+        while "cannot be written" not in said:
+            line = started.stderr.readline()
+            assert line, f"it was not told: {said}"
+            said += line
+        if frees:
+            junk.unlink()
+        said += started.communicate(timeout=90)[1]
+    finally:
+        started.kill()
+        started.communicate()
+    assert started.returncode == 0, said
+    assert "Traceback" not in said
+    assert said.count("cannot be written") == 1
+    steps = [line["step"] for line in lines_of(metrics)]
+    assert (config.parent / "kept" / "step-00000150" / "manifest.json").exists()
+    if frees:
+        assert steps == list(range(1, 151))
+        assert "lacks" not in said
+    else:
+        assert steps == list(range(1, len(steps) + 1))
+        assert f"{metrics} lacks the last {150 - len(steps)} records" in said
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("layout", [PLAIN, ELASTIC], ids=["plain", "elastic"])
+def test_a_clock_that_goes_back_and_a_user_without_a_name_and_a_home_change_nothing(
+    config: Path, layout: tuple[str, ...]
+) -> None:
+    (config.parent / "sitecustomize.py").write_text(FORSAKEN)
+    variables = environment(PYTHONPATH=str(config.parent), PYTHONOPTIMIZE="1")
+    for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HOLDFAST_CACHE"):
+        variables.pop(name, None)
+    done = subprocess.run(
+        [*HOLDFAST, "train", str(config), "--out", "run", *layout, "--set", "checkpoint.every=2"],
+        cwd=config.parent,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    run = config.parent / "run"
+    assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    times = [event["time"] for event in lines_of(run / "events.jsonl")]
+    assert min(times) < times[0] - 3600, "the clock has not gone back"
+    assert (run / "checkpoints" / "step-00000006").exists()
+
+
+@pytest.mark.mp
+def test_a_line_of_the_metrics_that_is_no_step_does_not_end_the_next_start(config: Path) -> None:
+    stopped = holdfast(
+        config.parent, "train", str(config), "--out", "run", *PLAIN,
+        "--set", "checkpoint.every=2", "--set", "train.stop_after=4",
+    )  # fmt: skip
+    assert stopped.returncode in (0, 3), stopped.stderr
+    metrics = config.parent / "run" / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"note": "by another program"}\n[1, 2]\n{"step": ')
+    done = holdfast(config.parent, "train", str(config), "--out", "run", *PLAIN)
+    assert done.returncode == 0, done.stderr
+    assert "3 lines are torn or no record of a run" in done.stdout
+    assert [line["step"] for line in lines_of(metrics)] == [1, 2, 3, 4, 5, 6]
+    assert "another program" in metrics.with_name("metrics.jsonl.set-aside").read_text()

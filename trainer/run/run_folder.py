@@ -106,7 +106,11 @@ def check_run_folder(root: Path) -> None:
 def _remove_left(run: RunDirectory) -> None:
     """Remove what a run that was killed has left: the reasons for its end, and unfinished files."""
     left = [run.join_file, *(run.root / "logs").glob("rank-*.error.json")]
-    for pattern in ("*.partial", f".{IDENTITY}-*", "incidents/*.partial"):
+    for pattern in (
+        "*.partial",
+        f".{IDENTITY}-*",
+        *(f"{folder}/*.partial" for folder in ("incidents", "trace", "logs")),
+    ):
         left += run.root.glob(pattern)
     for path in left:
         if path.is_symlink() or not path.is_dir():

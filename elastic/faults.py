@@ -144,7 +144,11 @@ class FaultInjector:
             if not line.endswith(b"\n"):
                 break
             self._position += len(line)
-            fault = fault_from_data(json.loads(line))
+            try:
+                fault = fault_from_data(json.loads(line))
+            except (ValueError, RecursionError, ConfigError) as error:
+                logger.warning("%s: a line asks for no fault: %s", self._asked, error)
+                continue
             if (fault.rank, fault.incarnation) == self._identity:
                 with self._lock:
                     self._waiting.append(fault)

@@ -90,7 +90,7 @@ class MembershipHistory:
 
 def newest_start(events: Sequence[Mapping[str, Any]]) -> int | None:
     """The index of the change that began a run's newest start; None if the run was not elastic."""
-    starts = [n for n, e in enumerate(events) if e["event"] in CHANGES and e["generation"] == 1]
+    starts = [n for n, e in enumerate(events) if e["event"] in CHANGES and e.get("generation") == 1]
     return starts[-1] if starts else None
 
 
@@ -98,11 +98,22 @@ def history_of(events: Sequence[Mapping[str, Any]]) -> MembershipHistory:
     """The history of a run's newest start, from the lines of its events.jsonl.
 
     Raises:
-        ConfigError: the run's events have no changes.
+        ConfigError: the run's events have no changes, or ones that no run has written.
     """
     begun = newest_start(events)
     if begun is None:
         raise ConfigError("this run was not an elastic one; there are no changes to repeat")
+    try:
+        return _history(events, begun)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"an event in events.jsonl is not as a run writes it ({what}), so the changes of ranks "
+            "cannot be repeated"
+        ) from error
+
+
+def _history(events: Sequence[Mapping[str, Any]], begun: int) -> MembershipHistory:
     first = events[begun]
     found = [e for e in events[begun + 1 :] if e["event"] in CHANGES]
     back = next((n for n, e in enumerate(found) if e["from_checkpoint"] is not None), len(found))

@@ -196,6 +196,28 @@ def _methods() -> Iterator[tuple[str, ast.FunctionDef]]:
                     yield f"{node.name}.{inner.name}", inner
 
 
+PURE = {
+    "all", "any", "callable", "dim", "endswith", "exists", "get", "getattr", "hasattr", "int",
+    "is_contiguous", "is_file", "isfinite", "isinstance", "issubclass", "items", "keys", "len",
+    "list", "max", "min", "numel", "prod", "range", "repr", "set", "size", "sorted", "startswith",
+    "str", "sum", "tuple", "type", "values", "zip",
+}  # fmt: skip
+"""Calls that an assert may make, as `python -O` leaves asserts out."""
+
+
+def test_asserts_only_look() -> None:
+    acts = [
+        f"{module}:{node.lineno}: {ast.unparse(node)}"
+        for module, path in MODULES.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Assert)
+        for part in ast.walk(node.test)
+        if isinstance(part, ast.NamedExpr)
+        or (isinstance(part, ast.Call) and ast.unparse(part.func).rpartition(".")[2] not in PURE)
+    ]
+    assert not acts
+
+
 def test_work_is_stopped_by_abort_cancel_or_close_each_with_one_meaning() -> None:
     methods = list(_methods())
     others = {name for name, method in methods if method.name in OTHER_ENDS}

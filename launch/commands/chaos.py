@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ from holdfast.parallel.faults import FAULTS
 from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.step_phases import STEP_PHASES
 from holdfast.trainer.reports import EventFile, last_step
-from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.run import RunDirectory, read_events
 
 if TYPE_CHECKING:
     from holdfast.elastic import Fault
@@ -47,11 +46,11 @@ class Worker:
 def living_workers(run: RunDirectory) -> list[Worker]:
     """The newest worker of each rank whose process lives on this machine. Local."""
     newest: dict[int, Worker] = {}
-    for line in run.events.read_text().splitlines() if run.events.exists() else ():
-        event = json.loads(line)
-        if event["event"] == "worker_started":
-            worker = Worker(event["rank"], event.get("incarnation", 0), event["pid"])
-            newest[worker.rank] = worker
+    for event in read_events(run.events):
+        rank, incarnation, pid = event.get("rank"), event.get("incarnation", 0), event.get("pid")
+        known = isinstance(rank, int) and isinstance(incarnation, int) and isinstance(pid, int)
+        if known and event["event"] == "worker_started":
+            newest[rank] = Worker(rank, incarnation, pid)
     return [worker for _, worker in sorted(newest.items()) if _is_of_holdfast(worker.pid)]
 
 

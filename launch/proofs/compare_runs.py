@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.parallel.errors import CheckpointError
-from holdfast.trainer.run import RunDirectory
+from holdfast.parallel.output import content_of, json_lines, step_of
+from holdfast.trainer.run import RunDirectory, read_events
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,17 @@ def compare_runs(run: RunDirectory, other: RunDirectory) -> RunComparison:
 
 def bits_of(metrics: Path) -> dict[int, tuple[str, str]]:
     """By step, the loss and gradient norm as exact hexadecimal numbers."""
-    lines = (json.loads(line) for line in metrics.read_text().splitlines())
-    return {line["step"]: (line["loss_hex"], line["grad_norm_hex"]) for line in lines}
+    lines = (line for _, line in json_lines(content_of(metrics)) if line is not None)
+    return {
+        step: (str(line.get("loss_hex")), str(line.get("grad_norm_hex")))
+        for line in lines
+        if (step := step_of(line))
+    }
 
 
 def _digest(run: RunDirectory) -> str:
-    for line in reversed(run.events.read_text().splitlines()):
-        event = json.loads(line)
-        if event["event"] == "run_finished":
+    for event in reversed(read_events(run.events)):
+        if event["event"] == "run_finished" and "parameter_digest" in event:
             return event["parameter_digest"]
     raise CheckpointError(f"{run.root} has not finished; there is nothing to compare")
 
@@ -86,5 +89,4 @@ def describe_comparison(comparison: RunComparison, lost: int) -> str:
 
 def lost_ranks(run: RunDirectory) -> int:
     """The number of times that a rank was lost."""
-    lines = run.events.read_text().splitlines()
-    return sum(json.loads(line)["event"] == "rank_lost" for line in lines)
+    return sum(event["event"] == "rank_lost" for event in read_events(run.events))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
-from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run
+from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run, read_events
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +50,10 @@ def read_history(run: RunDirectory) -> MembershipHistory:
     Raises:
         ConfigError: the run has no history.
     """
-    if not run.events.exists():
+    events = read_events(run.events)
+    if not events:
         raise ConfigError(f"{run.root} has no events.jsonl; name the folder of a run")
-    lines = run.events.read_text().splitlines()
-    return history_of([json.loads(line) for line in lines])
+    return history_of(events)
 
 
 def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:

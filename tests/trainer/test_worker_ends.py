@@ -127,3 +127,39 @@ def test_a_rank_that_lost_a_peer_waits_a_while_for_the_reason_that_another_tells
     assert told is (told_after_s is not None)
     waited_s = worker.PEER_REASON_S if told_after_s is None else told_after_s
     assert clock() - begin == pytest.approx(waited_s, abs=0.1)
+
+
+class Present:
+    """A rendezvous store where other ranks say that they are there as time goes by."""
+
+    def __init__(self, clock: FakeClock, come_s: dict[int, float]) -> None:
+        self._clock, self._come_s = clock, come_s
+
+    def set(self, key: str, value: str) -> None:
+        assert (key, value) == ("here/0", "")
+
+    def check(self, keys: list[str]) -> bool:
+        return all(self._come_s.get(int(key[5:]), 1e9) <= self._clock() for key in keys)
+
+
+@pytest.mark.parametrize("come_s", [{1: 0.0, 2: 0.0}, {1: 1.0, 2: 200.0}])
+def test_a_start_waits_for_all_workers_and_names_those_that_it_waits_for(
+    come_s: dict[int, float],
+) -> None:
+    clock, told = FakeClock(), list[str]()
+    begin_s = clock.now_s
+    store: Any = Present(clock, {rank: begin_s + s for rank, s in come_s.items()})
+    worker.meet(store, local_world(0, 3), tell=told.append, clock=clock, sleep=clock.sleep)
+    if come_s[2]:
+        (line,) = told
+        assert "1 have not come: rank 2" in line
+    else:
+        assert not told
+
+
+def test_workers_that_never_come_end_the_start_and_left_over_variables_are_thought_of() -> None:
+    clock = FakeClock()
+    store: Any = Present(clock, {})
+    with pytest.raises(PeerLost, match=r"2 have not come: rank 1, 2; .*unset RANK and WORLD_SIZE"):
+        worker.meet(store, local_world(0, 3), tell=lambda _: None, clock=clock, sleep=clock.sleep)
+    assert clock.now_s >= worker.STORE_TIMEOUT_S

@@ -95,7 +95,8 @@ def _written(run: RunDirectory) -> set[int]:
     """The generations of this start of the run that have events."""
     events = read_events(run.events)
     since = events[newest_start(events) or 0 :]
-    return {event.get("generation", 0) for event in since if event["event"] in CHANGES}
+    numbers = (event.get("generation") for event in since if event["event"] in CHANGES)
+    return {number for number in numbers if isinstance(number, int)}
 
 
 def _write(files: ChangeFiles, record: ChangeRecord) -> None:

@@ -99,6 +99,7 @@ def read_error(run: RunDirectory, rank: int) -> RankError | None:
     """The written reason for a rank's end; None if there is none."""
     try:
         found = json.loads(run.error(rank).read_text())
-    except (OSError, ValueError):
+        kind, message = str(found["kind"]), str(found["message"])
+        return RankError(rank, kind, message, int(found["exit_code"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return RankError(rank, found["kind"], found["message"], found["exit_code"])

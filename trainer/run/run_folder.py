@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,9 @@ from pathlib import Path
 from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import (
+    content_of,
     is_event,
+    json_lines,
     rising_steps,
     set_foreign_lines_aside,
     write_whole,
@@ -123,9 +124,9 @@ def _is_old_run(root: Path) -> bool:
         locked = (root / LOCK).read_text().startswith("pid ")
     except (OSError, ValueError):
         locked = False
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        first = (root / "metrics.jsonl").read_bytes().splitlines()[:1]
-        locked = locked or any(bool(json.loads(line)["loss_hex"]) for line in first)
+    with contextlib.suppress(OSError):
+        first = json_lines(content_of(root / "metrics.jsonl"))[:1]
+        locked = locked or any(bool((record or {}).get("loss_hex")) for _, record in first)
     return locked and (root / "config.toml").is_file()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from holdfast.trainer.reports.events import EventFile
@@ -34,9 +36,11 @@ def metrics(step: int, world: int = 2) -> StepMetrics:
     )
 
 
-def keeper(run: RunDirectory, *, writes: bool, first: int = 0) -> RecordKeeper:
+def keeper(
+    run: RunDirectory, *, writes: bool, first: int = 0, tensorboard: bool = False
+) -> RecordKeeper:
     events = EventFile(run.events)
-    return RecordKeeper(run, events, tensorboard=False, first=first, writes=writes)
+    return RecordKeeper(run, events, tensorboard=tensorboard, first=first, writes=writes)
 
 
 def steps(run: RunDirectory) -> list[int]:
@@ -133,3 +137,21 @@ def test_a_reporter_times_steps_by_its_clock_and_reports_each_once(tmp_path: Pat
     evaluated, finished = map(json.loads, run.events.read_text().splitlines())
     assert (evaluated["event"], evaluated["step"], evaluated["loss"]) == ("evaluated", 2, 1.5)
     assert (finished["event"], finished["total_s"]) == ("run_finished", 3.0)
+
+
+def test_tensorboard_shows_each_step_once_though_a_run_goes_on_from_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, now_s = RunDirectory(tmp_path), time.time()
+    for start, (first, last) in enumerate([(0, 7), (4, 6), (5, 8)]):
+        monkeypatch.setattr(time, "time", lambda s=now_s - 86400 * start: s)  # it is set back
+        records = keeper(run, writes=True, first=first, tensorboard=True)
+        for step in range(first + 1, last + 1):
+            records.step(metrics(step, world=start), {"start": start})
+        records.close()
+    board = EventAccumulator(str(run.tensorboard))
+    board.Reload()
+    shown = [(scalar.step, scalar.value) for scalar in board.Scalars("start")]
+    assert shown == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 2), (8, 2)]

@@ -46,6 +46,7 @@ from .lighthouse import (
     await_lighthouse as await_lighthouse,
     coordination as coordination,
     heartbeat_ages as heartbeat_ages,
+    lighthouse_key as lighthouse_key,
     lighthouse_url as lighthouse_url,
 )
 from .membership import (
@@ -68,9 +69,6 @@ from .quorum_client import (
 from .roll import (
     Roll as Roll,
     RunEnd as RunEnd,
-)
-from .store import (
-    host_store as host_store,
 )
 from .watch import (
     BulletinFollower as BulletinFollower,

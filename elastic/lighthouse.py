@@ -12,19 +12,30 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import socket
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 from holdfast.elastic.generation import Identity, parse_identity
-from holdfast.parallel.errors import ConfigError, MembershipError
+from holdfast.parallel.errors import ConfigError, MembershipError, PeerLost
+from holdfast.parallel.links import (
+    Door,
+    PrivateServer,
+    StrangerError,
+    Tunnels,
+    close_to_all,
+    derived_key,
+    knock,
+    listen,
+    to_server,
+)
 from holdfast.parallel.waiting import Waiting
 
+GUARDED = "holdfast://"
+"""The URL of a Lighthouse behind a door begins with it."""
 JOIN_TIMEOUT_MS = 100
 """Milliseconds that a round waits for workers that are alive and do not take part."""
 _TICK_MS = 10
@@ -55,35 +66,58 @@ class RoundTimeout(MembershipError):
 
 
 class Lighthouse:
-    """A Lighthouse in this process. Its threads are native. Local; make it after the last fork."""
+    """A Lighthouse in this process, behind a door. Local; make it after the last fork."""
 
-    def __init__(self, host: str, port: int = 0, *, heartbeat_timeout_ms: int = 3000) -> None:
+    def __init__(
+        self,
+        host: str,
+        key: bytes,
+        port: int = 0,
+        *,
+        heartbeat_timeout_ms: int = 3000,
+        on_stranger: Callable[[str], None] | None = None,
+    ) -> None:
         """Start the server.
 
         Args:
-            host: the address to listen on, as workers reach it.
+            host: the address to listen on, as agents reach it.
+            key: the key of its door.
             port: the port; 0: a free one.
             heartbeat_timeout_ms: the silence after which a worker counts as gone.
+            on_stranger: called once, in another thread, with a sentence about the first connection
+                of a stranger.
         Raises:
             MembershipError: the address cannot be listened on.
         """
         try:
+            listening = listen(host, port)
             self._server = coordination().LighthouseServer(
-                bind=f"{host}:{port}",
+                bind="127.0.0.1:0",
                 min_replicas=1,
                 join_timeout_ms=JOIN_TIMEOUT_MS,
                 quorum_tick_ms=_TICK_MS,
                 heartbeat_timeout_ms=heartbeat_timeout_ms,
             )
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise MembershipError(
                 f"no Lighthouse can listen on {host}:{port}: {error}; free the port or name another"
             ) from error
-        self.address = f"http://{host}:{self._server.address().rsplit(':', 1)[1]}"
-        """The URL for clients."""
+        private = PrivateServer.at(int(self._server.address().rsplit(":", 1)[1]))
+        self.address = f"{GUARDED}{host}:{listening.getsockname()[1]}"
+        """The URL for agents."""
+        self._door = Door(listening, key, to_server(private.connect), on_stranger=on_stranger)
 
     def close(self) -> None:
+        """End the server and its connections."""
+        self._door.close()
         self._server.shutdown()
+
+
+def reached_by(address: str, tunnels: Tunnels, key: bytes) -> str:
+    """The URL by which clients that know no keys reach a Lighthouse: through its door, if any."""
+    if not address.startswith(GUARDED):
+        return address
+    return f"http://{tunnels.to(address.removeprefix(GUARDED), key)}"
 
 
 def lighthouse_url(address: str) -> str:
@@ -124,6 +158,11 @@ class Heartbeats:
                 quorum_retries=0,
             )
         except (RuntimeError, TimeoutError) as error:
+            raise _away(address, error) from error
+        try:  # torchft's server obeys whatever connects, and ends this process when told to
+            close_to_all(int(self._server.address().rsplit(":", 1)[1]))
+        except PeerLost as error:
+            self.close()
             raise _away(address, error) from error
 
     def close(self) -> None:
@@ -169,11 +208,10 @@ def _away(address: str, error: Exception) -> LighthouseAway:
 
 
 def answers(address: str) -> bool:
-    """Whether a Lighthouse can be connected to now. Waits 0.2 s at most."""
-    url = urllib.parse.urlsplit(address)
+    """Whether a Lighthouse answers now. Waits 0.2 s at most for each part of the answer."""
     try:
-        socket.create_connection((url.hostname or "", url.port or 80), _ANSWER_S).close()
-    except (OSError, ValueError):
+        _status(address, _ANSWER_S)
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 
@@ -195,24 +233,39 @@ def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Ident
     }
 
 
+def lighthouse_key(secret: str) -> bytes:
+    """The key to the door of a Lighthouse, which runs with the same secret may share."""
+    return derived_key(secret, "lighthouse")
+
+
 def await_lighthouse(
-    address: str, waiting: Waiting, *, sleep: Callable[[float], None] = time.sleep
+    address: str,
+    waiting: Waiting,
+    key: bytes = b"",
+    *,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Wait until a Lighthouse answers at an address.
 
+    Args:
+        key: the key of its door, if it has one.
     Raises:
-        ConfigError: another program answers there.
+        ConfigError: another program answers there, or one that does not hold the key.
         LighthouseAway: none answers in time.
     """
     reason = ""
     while waiting.left_s(reason) > 0:
         try:
+            if address.startswith(GUARDED):
+                return knock(address.removeprefix(GUARDED), key, _CONNECT_S)
             if _IS_ONE in _status(address, _CONNECT_S):
                 return
             found = "its status page is another's"
+        except StrangerError as error:
+            raise ConfigError(f"elastic.lighthouse: what answers at {address}: {error}") from error
         except (urllib.error.HTTPError, http.client.HTTPException) as error:
             found = str(error) or type(error).__name__
-        except OSError as error:
+        except (OSError, EOFError) as error:
             reason = str(getattr(error, "reason", error))
             sleep(_PAUSE_S)
             continue

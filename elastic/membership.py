@@ -30,9 +30,10 @@ from holdfast.elastic.lighthouse import (
 from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
 from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient
 from holdfast.elastic.roll import DeadNodes
-from holdfast.elastic.store import STORE_TIMEOUT_S, StoreClients
+from holdfast.elastic.store import StoreClients
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
+from holdfast.parallel.links import STORE_TIMEOUT_S, StoreAccess, Tunnels
 from holdfast.parallel.waiting import Waiting
 
 _PAUSE_UNREACHABLE_S = 0.1
@@ -77,8 +78,10 @@ class Membership:
         self._log = EventLog(spec.identity)
         self._dead_nodes = DeadNodes(spec, clock)
         self._heartbeats: Heartbeats | None = None
-        self._stores = StoreClients(store_timeout_s)
         self._resources = contextlib.ExitStack()
+        tunnels = self._resources.enter_context(contextlib.closing(Tunnels()))
+        access = StoreAccess(tunnels, spec.settings.store_key)
+        self._stores = StoreClients(access, store_timeout_s)
         try:
             self._resources.enter_context(spec.acceptor.held())
         except BlockingIOError as error:

@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from holdfast.elastic.acceptor_state import AcceptorFile
@@ -18,8 +18,15 @@ from holdfast.elastic.agreement import (
     report_to_data,
 )
 from holdfast.elastic.generation import Identity
-from holdfast.elastic.lighthouse import RoundClient, identity_of, replica_id
+from holdfast.elastic.lighthouse import (
+    RoundClient,
+    identity_of,
+    lighthouse_key,
+    reached_by,
+    replica_id,
+)
 from holdfast.parallel.errors import MembershipError, Superseded
+from holdfast.parallel.links import Tunnels, derived_key, new_secret
 
 logger = logging.getLogger("holdfast.membership")
 
@@ -33,7 +40,7 @@ class MembershipSettings:
     """The settings that all workers of a run have in common."""
 
     lighthouse: str
-    """The address, as http://HOST:PORT."""
+    """The URL: http://HOST:PORT, or holdfast://HOST:PORT for one behind a door."""
     run: str
     """The run's name, which separates runs at one Lighthouse: letters, digits, dots, dashes."""
     world_size: int
@@ -45,6 +52,8 @@ class MembershipSettings:
     """Seconds after which a worker gives up to agree with others."""
     roll: str = ""
     """The folder of the roll of agents (`Roll`), which all nodes see; empty: there is none."""
+    secret: str = field(default_factory=new_secret, repr=False)
+    """The run's secret: the processes that hold it may take part."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.run):
@@ -52,6 +61,20 @@ class MembershipSettings:
                 f"{self.run!r} cannot name a run at a Lighthouse; use letters, digits, dots and "
                 "dashes"
             )
+
+    @property
+    def lighthouse_key(self) -> bytes:
+        """The key to the door of the Lighthouse."""
+        return lighthouse_key(self.secret)
+
+    @property
+    def store_key(self) -> bytes:
+        """The key to the doors of this run's stores."""
+        return derived_key(self.secret, f"store of {self.run}")
+
+    def through(self, tunnels: Tunnels) -> MembershipSettings:
+        """The same, with the Lighthouse as this process and those that it trusts reach it."""
+        return replace(self, lighthouse=reached_by(self.lighthouse, tunnels, self.lighthouse_key))
 
     @property
     def patience_s(self) -> float:

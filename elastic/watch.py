@@ -15,8 +15,8 @@ from holdfast.elastic.generation import Identity
 from holdfast.elastic.lighthouse import heartbeat_ages
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
-from holdfast.elastic.store import connect_store
 from holdfast.parallel.errors import MembershipError, PeerLost
+from holdfast.parallel.links import StoreAccess
 
 logger = logging.getLogger("holdfast.agent")
 
@@ -32,14 +32,22 @@ _GRACE_S = 2.0
 class BulletinFollower:
     """Posts to the bulletin of one generation, and receives the posts of others."""
 
-    def __init__(self, store: str, prefix: str, receive: Callable[[MembershipEvent], None]) -> None:
+    def __init__(
+        self,
+        access: StoreAccess,
+        store: str,
+        prefix: str,
+        receive: Callable[[MembershipEvent], None],
+    ) -> None:
         """Start the thread, which ends with the store.
 
         Args:
+            access: to the run's stores.
             store: the address of the store, HOST:PORT.
             receive: called in that thread with each event, also with one's own.
         """
         self.store, self._prefix, self._receive = store, prefix, receive
+        self._access = access
         self._outgoing: queue.SimpleQueue[MembershipEvent | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="holdfast-bulletin", daemon=True)
         self._thread.start()
@@ -59,7 +67,8 @@ class BulletinFollower:
 
     def _run(self) -> None:
         try:
-            store = PrefixStore(self._prefix, connect_store(self.store, _BULLETIN_TIMEOUT_S))
+            client = self._access.connect(self.store, _BULLETIN_TIMEOUT_S)
+            store = PrefixStore(self._prefix, client)
             bulletin = Bulletin(store)
             while True:
                 try:

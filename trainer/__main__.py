@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
+from holdfast.parallel.links import new_secret
 from holdfast.parallel.output import make_streams_safe, outlive_readers, tell
 from holdfast.trainer.external_launcher import run_external_worker
-from holdfast.trainer.run import RunRequest, load_run_config
+from holdfast.trainer.run import RunRequest, job_secret, load_run_config
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 
@@ -26,11 +28,13 @@ def main() -> int:
     try:
         config = load_run_config(arguments.config, arguments.set)
         world = world_from_environment(os.environ)
+        if world is not None and world.job:
+            world = replace(world, secret=job_secret(os.environ, arguments.out))
     except HoldfastError as error:
         tell(f"holdfast: {error}")
         return error.exit_code
     if world is None:
-        world = WorldInfo(0, 1, 0, 1, 0, "127.0.0.1", 0, True)
+        world = WorldInfo(0, 1, 0, 1, 0, "127.0.0.1", 0, True, secret=new_secret())
     request = RunRequest(arguments.config, config, arguments.out, arguments.resume)
     return run_external_worker(request, world)
 

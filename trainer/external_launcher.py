@@ -41,6 +41,7 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
     Rank 0 opens the run and tells the others its folder.
     """
     config = request.config
+    tells = world.rank == 0  # of what all ranks find, or are told
     try:
         check_config(config, world.world_size)
         if config.elastic.enabled and world.rank == 0:
@@ -50,7 +51,9 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
 
         from holdfast.trainer.worker import connect, meet, run_worker
 
+        tells = True
         store = PrefixStore(f"attempt-{world.attempt}", connect(world))
+        tells = world.rank == 0
         meet(store, world)
         with contextlib.ExitStack() as held:
             if world.rank == 0:
@@ -61,7 +64,7 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
                 opened = OpenedRun(recorded_throughput(config, run.root), run)
             return run_worker(opened.config, world, opened.directory, announce=True, store=store)
     except HoldfastError as error:
-        if world.rank == 0:
+        if tells:
             tell(f"holdfast: {error}")
         return error.exit_code
 

@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
-from holdfast.parallel.errors import PeerLost, Stopped
+from holdfast.parallel.comm import LOOPBACK_NAMES
+from holdfast.parallel.errors import ConfigError, PeerLost, Stopped
+from holdfast.parallel.links import (
+    ONE_SECRET,
+    HostedStore,
+    StoreAccess,
+    StrangerError,
+    Tunnels,
+    knock,
+    listen,
+    until_answered,
+)
 from holdfast.parallel.output import tell
 from holdfast.parallel.scratch import torch_caches_in
 from holdfast.parallel.waiting import Waiting, tell_person
@@ -28,6 +39,7 @@ if TYPE_CHECKING:
     from holdfast.elastic import WorkerSpec
 
 STORE_TIMEOUT_S = 300.0
+KNOCK_S = 5.0
 _MEET_S = 0.05
 PEER_REASON_S = 2.0
 """How long a rank that lost a peer waits for the peer's own reason, in seconds."""
@@ -43,19 +55,28 @@ def connect(world: WorldInfo) -> Store:
 
     Raises:
         PeerLost: nothing answers at the address, or another program has its port.
+        ConfigError: what answers does not hold the secret.
     """
     place = f"{world.store_host}:{world.store_port}"
     waiting = Waiting(f"the rendezvous store of rank 0 at {place}", STORE_TIMEOUT_S)
     try:
+        if not world.secret:
+            with waiting.in_a_call():
+                return _torch_store(world)
+        key = world.store_key
+        if world.store_is_server:
+            hosted = listen(_listened_at(world), world.store_port)
+            place = f"{world.store_host}:{hosted.getsockname()[1]}"
+            HostedStore(hosted, key)  # its door's thread keeps it until this process ends
+        elif world.job:  # its host was started elsewhere, and may come later
+            until_answered(lambda _: knock(place, key, KNOCK_S), waiting.left_s)
         with waiting.in_a_call():
-            return TCPStore(
-                world.store_host,
-                world.store_port,
-                is_master=world.store_is_server,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=STORE_TIMEOUT_S),
-            )
-    except RuntimeError as error:
+            return StoreAccess(Tunnels(), key).connect(place, STORE_TIMEOUT_S, STORE_TIMEOUT_S)
+    except StrangerError as error:
+        raise ConfigError(
+            f"what answers at {place} is not rank 0 of this job: {error}; {ONE_SECRET}"
+        ) from error
+    except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise PeerLost(
             f"the rendezvous store at {place} cannot be used: {reason}; free the port or choose "
@@ -90,6 +111,30 @@ def meet(
                 "left over"
             )
         sleep(_MEET_S)
+
+
+def _listened_at(world: WorldInfo) -> str:
+    """The address on which the store's host listens; empty: all of them.
+
+    A host may know its own name by another address than others do.
+    """
+    return world.store_host if world.store_host in LOOPBACK_NAMES else ""
+
+
+def _torch_store(world: WorldInfo) -> Store:
+    """The store of torchrun's workers, as torch makes it."""
+    timeout = timedelta(seconds=STORE_TIMEOUT_S)
+    if not world.store_is_server:
+        return TCPStore(world.store_host, world.store_port, wait_for_workers=False, timeout=timeout)
+    listening = listen(_listened_at(world), world.store_port)
+    return TCPStore(
+        world.store_host,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listening.detach(),
+    )
 
 
 def run_worker(

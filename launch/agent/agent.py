@@ -27,18 +27,17 @@ from holdfast.elastic import (
     cut_network,
     event_from_data,
     event_to_data,
-    host_store,
     liveness_age_s,
     parse_identities,
     receive_message,
     send_message,
 )
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
-from holdfast.launch.agent.lighthouse_process import joined_lighthouse
 from holdfast.launch.agent.liveness import HangWatch
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue
 from holdfast.launch.agent.other_nodes import OtherNodes
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, Restarts
+from holdfast.launch.agent.services import hosted_services
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.agent.shutdown import INTERRUPTED, Shutdown
 from holdfast.launch.agent.standing import Standing
@@ -113,26 +112,28 @@ class Agent:
             )
             folder = self._settings.folder or held.enter_context(scratch_folder())
             folder.mkdir(parents=True, exist_ok=True)
-            membership = held.enter_context(joined_lighthouse(self._settings, lighthouse))
-            store, address = host_store(self._settings.host)
-            held.enter_context(self._settings.signed(address))
+            # Not ended before the others go on: what was posted last may be in this node's store.
+            services = held.enter_context(
+                hosted_services(self._settings, lighthouse, self._processes)
+            )
             self._others = OtherNodes(
-                membership,
+                services,
                 self._settings.node,
-                address,
                 on_event=self._main_thread.forwarding(self._deliver),
                 on_silence=self._main_thread.forwarding(self._publish),
                 lives=self._lives,
             )
             held.callback(lambda: self._others.close(over=self.shutdown.needs_no_report))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
-            for spec in self._settings.specs(membership, address, folder):
+            for spec in self._settings.specs(services.membership, services.store, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
             self._loop()
             self._fork_server.rest()
-        # Not before the other nodes go on: what was posted last may be in this node's store.
-        del store
         return self.shutdown.exit_code
+
+    def _processes(self) -> list[int]:
+        """The processes that may use this node's services: its own, and its workers'."""
+        return [os.getpid(), *(slot.pid for slot in tuple(self._slots.values()) if slot.pid > 0)]
 
     def _loop(self) -> None:
         while True:

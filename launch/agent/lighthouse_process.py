@@ -20,6 +20,7 @@ from holdfast.elastic import (
 from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.processes import fork_child
 from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.links import Tunnels
 
 _LOOK_S = 0.5
 SILENCE_S = 5.0
@@ -27,25 +28,35 @@ SILENCE_S = 5.0
 
 
 @contextlib.contextmanager
-def joined_lighthouse(settings: AgentSettings, address: str) -> Iterator[MembershipSettings]:
+def joined_lighthouse(
+    settings: AgentSettings, address: str, tunnels: Tunnels
+) -> Iterator[MembershipSettings]:
     """The membership settings with the URL of the Lighthouse; starts one here if none is named.
 
     Args:
         address: the address, if it was unknown when the settings were made.
+        tunnels: through these this node's processes reach it.
     """
     membership = settings.membership
     if where := address or membership.lighthouse:
-        yield replace(membership, lighthouse=lighthouse_url(where))
+        yield replace(membership, lighthouse=lighthouse_url(where)).through(tunnels)
         return
-    server = Lighthouse(settings.host, heartbeat_timeout_ms=membership.heartbeat_timeout_ms)
+    server = Lighthouse(
+        settings.host,
+        membership.lighthouse_key,
+        heartbeat_timeout_ms=membership.heartbeat_timeout_ms,
+        on_stranger=settings.on_stranger,
+    )
     try:
-        yield replace(membership, lighthouse=server.address)
+        yield replace(membership, lighthouse=server.address).through(tunnels)
     finally:
         server.close()
 
 
 @contextlib.contextmanager
-def detached_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Iterator[str]:
+def detached_lighthouse(
+    host: str, membership: MembershipSettings, on_stranger: Callable[[str], None] | None = None
+) -> Iterator[str]:
     """The URL of a new Lighthouse for a run. Call it in a process without threads.
 
     The Lighthouse outlives this process, however that ends, as long as workers of the run send
@@ -53,6 +64,7 @@ def detached_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Itera
 
     Args:
         host: the address to listen on, as all nodes reach it.
+        on_stranger: see `Lighthouse`.
     Raises:
         MembershipError: the address cannot be listened on.
     """
@@ -62,7 +74,7 @@ def detached_lighthouse(host: str, run: str, heartbeat_timeout_ms: int) -> Itera
     def body() -> int:
         os.setsid()
         _close_all_but({tell, gone})
-        return _serve(host, run, heartbeat_timeout_ms, tell, gone)
+        return _serve(host, membership, on_stranger, tell, gone)
 
     fork_child(body, outlives=True)
     os.close(tell)
@@ -88,16 +100,29 @@ def _close_all_but(descriptors: set[int]) -> None:
                 os.close(int(name))
 
 
-def _serve(host: str, run: str, timeout_ms: int, tell: int, gone: int) -> int:
+def _serve(
+    host: str,
+    membership: MembershipSettings,
+    on_stranger: Callable[[str], None] | None,
+    tell: int,
+    gone: int,
+) -> int:
+    timeout_ms = membership.heartbeat_timeout_ms
     try:
-        server = Lighthouse(host, heartbeat_timeout_ms=timeout_ms)
+        server = Lighthouse(
+            host,
+            membership.lighthouse_key,
+            heartbeat_timeout_ms=timeout_ms,
+            on_stranger=on_stranger,
+        )
     except MembershipError as error:
         os.write(tell, f"\n{error}".encode())
         return 1
     os.write(tell, server.address.encode())
     os.close(tell)
     select.select([gone], [], [])  # readable once the process that started it has ended
-    wait_for_silence(lambda: heartbeat_ages(server.address, run), 2 * timeout_ms / 1000)
+    here = replace(membership, lighthouse=server.address).through(Tunnels())
+    wait_for_silence(lambda: heartbeat_ages(here.lighthouse, here.run), 2 * timeout_ms / 1000)
     return 0
 
 

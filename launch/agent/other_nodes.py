@@ -12,12 +12,12 @@ from holdfast.elastic import (
     HeartbeatWatch,
     Identity,
     MembershipEvent,
-    MembershipSettings,
     WorkerSpec,
     answers,
     parse_identities,
     report_on_behalf_of,
 )
+from holdfast.launch.agent.services import Services
 
 _WATCHERS = 3
 """The number of agents that watch heartbeats for all: those of a generation's first nodes."""
@@ -31,9 +31,8 @@ class OtherNodes:
 
     def __init__(
         self,
-        membership: MembershipSettings,
+        services: Services,
         node: str,
-        own_store: str,
         *,
         on_event: Callable[[MembershipEvent], None],
         on_silence: Callable[[MembershipEvent], None],
@@ -42,28 +41,29 @@ class OtherNodes:
         """Start to watch the heartbeats at the Lighthouse.
 
         Args:
-            node, own_store: this agent's own node, and the address of its own store.
+            node: this agent's own node.
             on_event: called in other threads with each event that a node posts, also this one.
             on_silence: called in another thread with the events of the heartbeat watch.
             lives: called there; whether a worker of this node runs, as far as this agent sees.
         """
         self.generation = 0
         """The newest generation that a worker of this node has reported; 0 before the first."""
-        self._membership, self._node, self._on_event = membership, node, on_event
-        self._own_store = own_store
+        self._services, self._node, self._on_event = services, node, on_event
         self._members: frozenset[Identity] = frozenset()
         self._look_at_s, self._cut_looks = 0.0, 0
         self._bulletins: list[BulletinFollower] = []
         self._proxies: list[threading.Thread] = []
         self._stop = threading.Event()
-        self._watch = HeartbeatWatch(membership, on_silence, lives=lives)
+        self._watch = HeartbeatWatch(services.membership, on_silence, lives=lives)
 
     def enter(self, message: Mapping[str, Any]) -> None:
         """Meet the other agents in the generation that a worker has reported."""
         self.generation, self._cut_looks = message["number"], 0
         self._members = parse_identities(message["members"])
         self._bulletins.append(
-            BulletinFollower(message["store"], message["prefix"], self._on_event)
+            BulletinFollower(
+                self._services.access, message["store"], message["prefix"], self._on_event
+            )
         )
         while len(self._bulletins) > _BULLETINS:
             self._bulletins.pop(0).close()
@@ -83,8 +83,8 @@ class OtherNodes:
             return []
         self._look_at_s = now_s + _LOOK_S
         newest = self._bulletins[-1] if self._bulletins else None
-        reached = newest is not None and newest.is_open and newest.store != self._own_store
-        cut_off = not reached and not answers(self._membership.lighthouse)
+        reached = newest is not None and newest.is_open and newest.store != self._services.store
+        cut_off = not reached and not answers(self._services.membership.lighthouse)
         self._cut_looks = self._cut_looks + 1 if cut_off else 0
         if self._cut_looks < _CUT_LOOKS:
             return []
@@ -104,7 +104,7 @@ class OtherNodes:
         """Report for an ended worker, in a thread, until the other nodes go on without it."""
         thread = threading.Thread(
             target=report_on_behalf_of,
-            args=(spec.identity, self._membership, spec.acceptor, self._stop),
+            args=(spec.identity, self._services.membership, spec.acceptor, self._stop),
             kwargs={"data": {"cause": cause}},
             name=f"holdfast-proxy-{spec.identity}",
             daemon=True,
@@ -120,7 +120,7 @@ class OtherNodes:
             over: whether the run has ended; otherwise the others, if there are any, first get the
                 time to go on without the workers of this node.
         """
-        deadline_s = time.monotonic() + 2 * self._membership.heartbeat_timeout_ms / 1000
+        deadline_s = time.monotonic() + 2 * self._services.membership.heartbeat_timeout_ms / 1000
         for thread in () if over else self._proxies:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()

@@ -60,6 +60,8 @@ class AgentSettings:
     ranks have had."""
     read_record: Callable[[WorkerSpec], FlightRecord | None] = record_of
     """Reads a worker's flight record, if there is one."""
+    on_stranger: Callable[[str], None] | None = None
+    """Called once, in another thread, with a sentence about the first connection of a stranger."""
     folder: Path | None = None
     """The folder of acceptor states and liveness timestamps on this node; None: a temporary one."""
 

@@ -20,6 +20,7 @@ from holdfast.trainer.run import (
     RunDirectory,
     RunRequest,
     described,
+    job_secret,
     load_run_config,
     measure_throughput,
     opened_run,
@@ -77,6 +78,8 @@ def train(
     world = world_from_environment(os.environ)
     if world is None:
         raise typer.Exit(_train_here(request, nproc, prove=prove))
+    if world.job:
+        world = replace(world, secret=job_secret(os.environ, out))
     if world.job and request.config.elastic.enabled:
         raise typer.Exit(_run_task(request, world))
     from holdfast.trainer import run_external_worker

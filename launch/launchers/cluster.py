@@ -30,21 +30,33 @@ from holdfast.launch.launchers.elastic import (
     failures_of,
     log_agents,
     node_settings,
+    tells_of_strangers,
     worker_main,
 )
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
+from holdfast.parallel.links import (
+    ONE_SECRET,
+    StrangerError,
+    answer_all,
+    ask,
+    listen,
+    until_answered,
+)
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig, check_config
-from holdfast.trainer.run import Resume, RunDirectory, RunRequest, opened_run, recorded_throughput
+from holdfast.trainer.run import (
+    Resume,
+    RunDirectory,
+    RunRequest,
+    opened_run,
+    recorded_throughput,
+    run_secret,
+)
 from holdfast.trainer.worlds import WorldInfo
 
 MEET_S = 120.0
 """Seconds that the tasks of a job wait for each other."""
-_RETRY_S = 0.2
-_LOOK_S = 1.0
-_HELLO_S = 5.0
-"""Seconds for one connection, and for the first line over it."""
 
 
 def task_ranks(task: int, tasks: int, ranks: int) -> tuple[int, ...]:
@@ -76,7 +88,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         listening = held.enter_context(_listen(world))
         try:
             node = _task_settings(request.config, world)
-            check_lighthouse(request.config.elastic.lighthouse)
+            check_lighthouse(request.config.elastic.lighthouse, world.secret)
             opened = held.enter_context(opened_run(request))
         except HoldfastError as error:
             tell_others(listening, world, {"error": str(error)})
@@ -111,10 +123,10 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
         ConfigError: the first task cannot be reached, or reported an error.
     """
     answer, host = ask_first(world)
-    check_lighthouse(answer["lighthouse"])
     run = RunDirectory(Path(answer["root"]), msgspec.convert(answer["resume"], Resume))
     config = recorded_throughput(config, run.root)
     node = _enrolled(replace(_task_settings(config, world), log=run.log, host=host), run)
+    check_lighthouse(answer["lighthouse"], node.membership.secret)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
     code = agent.run(answer["lighthouse"])
@@ -122,11 +134,20 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
 
 
 def _enrolled(node: AgentSettings, run: RunDirectory) -> AgentSettings:
-    """The settings of an agent with the roll of this start of the run."""
-    roll = run.agent_log.parent / "agents" / node.membership.run
-    failure = failures_of(run)
-    membership = replace(node.membership, roll=str(roll.absolute()))
-    return replace(node, membership=membership, roll=roll.absolute(), failure=failure)
+    """The settings of an agent with the secret of its run and the roll of this start of the run.
+
+    Raises:
+        ConfigError: the run's folder has no secret, or others may read it.
+    """
+    roll = (run.agent_log.parent / "agents" / node.membership.run).absolute()
+    secret = run_secret(os.environ, run.root)
+    return replace(
+        node,
+        membership=replace(node.membership, roll=str(roll), secret=secret),
+        roll=roll,
+        failure=failures_of(run),
+        on_stranger=tells_of_strangers(run),
+    )
 
 
 def _forget_earlier_starts(node: AgentSettings) -> None:
@@ -142,7 +163,7 @@ def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
     membership = node.membership
     if membership.lighthouse:
         return contextlib.nullcontext(lighthouse_url(membership.lighthouse))
-    return detached_lighthouse(node.host, membership.run, membership.heartbeat_timeout_ms)
+    return detached_lighthouse(node.host, membership, node.on_stranger)
 
 
 def _end_of_task(config: RunConfig, code: int) -> int:
@@ -200,7 +221,10 @@ def _task_settings(config: RunConfig, world: WorldInfo) -> AgentSettings:
     mine = task_ranks(world.rank, tasks, ranks)
     first_here = task_ranks(world.rank - world.local_rank, tasks, ranks)[0]
     node = node_settings(
-        config, RunDirectory(Path()), token=f"{world.job}-{world.attempt}", ranks=mine
+        config,
+        RunDirectory(Path()),
+        token=f"{world.job}-{world.attempt}",
+        ranks=mine,
     )
     return replace(node, first_local_rank=mine[0] - first_here)
 
@@ -208,7 +232,7 @@ def _task_settings(config: RunConfig, world: WorldInfo) -> AgentSettings:
 @contextlib.contextmanager
 def _listen(world: WorldInfo) -> Iterator[socket.socket]:
     try:
-        with socket.create_server((world.store_host, world.store_port)) as listening:
+        with listen(world.store_host, world.store_port) as listening:
             yield listening
     except OSError as error:
         raise ConfigError(
@@ -224,39 +248,25 @@ def tell_others(
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Answer each other task once, after all of them have connected.
+    """Answer each other task once, after all of them have connected with the job's secret.
 
     Raises:
         ConfigError: one has not come in time.
     """
     here = f"{world.store_host}:{world.store_port}"
     waiting = Waiting(f"the other tasks of the job to come to {here}", MEET_S, clock=clock)
-    come: dict[int, socket.socket] = {}
-    try:
-        while len(come) < world.world_size - 1:
-            missing = sorted(set(range(1, world.world_size)) - set(come))
-            if (left_s := waiting.left_s(f"tasks {missing} have not come")) <= 0:
-                raise ConfigError(
-                    f"tasks {missing} have not come within {MEET_S:g} s; see their logs, and "
-                    f"whether they reach {here}"
-                )
-            listening.settimeout(min(left_s, _LOOK_S))
-            try:
-                connection, _ = listening.accept()
-            except TimeoutError:
-                continue
-            hello = _received(connection, min(left_s, _HELLO_S))
-            task = hello.get("task")
-            if hello.get("job") != world.job or not isinstance(task, int):
-                connection.close()
-                continue
-            come[task] = connection
-        for connection in come.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(json.dumps(answer).encode() + b"\n")
-    finally:
-        for connection in come.values():
-            connection.close()
+    missing = answer_all(
+        listening,
+        world.meeting_key,
+        range(1, world.world_size),
+        json.dumps(answer).encode(),
+        lambda missing: waiting.left_s(f"tasks {missing} have not come"),
+    )
+    if missing:
+        raise ConfigError(
+            f"tasks {missing} have not come within {MEET_S:g} s; see their logs, and whether they "
+            f"reach {here}"
+        )
 
 
 def ask_first(
@@ -270,36 +280,25 @@ def ask_first(
     Raises:
         ConfigError: the first task has not answered in time, or the run cannot begin.
     """
-    there = (world.store_host, world.store_port)
-    waiting = Waiting(f"the first task at {there[0]}:{there[1]}", MEET_S, clock=clock)
-    reason = ""
-    while (left_s := waiting.left_s(reason)) > 0:
-        try:
-            with socket.create_connection(there, timeout=min(left_s, _HELLO_S)) as line:
-                hello = {"task": world.rank, "job": world.job, "pid": os.getpid()}
-                line.sendall(json.dumps(hello).encode() + b"\n")
-                with waiting.in_a_call():  # the others may not all have come
-                    answer = _received(line, left_s)
-                if "error" in answer:
-                    raise ConfigError(answer["error"])
-                if answer:
-                    return answer, str(line.getsockname()[0])
-                reason = "it hung up"
-        except OSError as error:
-            reason = str(error)
-        sleep(_RETRY_S)
-    raise ConfigError(
-        f"the first task at {there[0]}:{there[1]} did not answer within "
-        f"{MEET_S:g} s: {reason}; set MASTER_ADDR and MASTER_PORT alike on all nodes"
-    )
+    there = f"{world.store_host}:{world.store_port}"
+    waiting = Waiting(f"the first task at {there}", MEET_S, clock=clock)
 
+    def asked(left_s: float) -> tuple[bytes, str]:
+        with waiting.in_a_call():  # the others may not all have come
+            return ask(world.store_host, world.store_port, world.meeting_key, world.rank, left_s)
 
-def _received(connection: socket.socket, timeout_s: float) -> dict[str, Any]:
-    """One line of JSON; empty if there is none in time."""
-    connection.settimeout(timeout_s)
     try:
-        with connection.makefile("rb") as lines:
-            found = json.loads(lines.readline())
-            return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        answer, own = until_answered(asked, waiting.left_s, sleep=sleep)
+    except StrangerError as error:
+        raise ConfigError(
+            f"what answers at {there} is not the first task of this job: {error}; {ONE_SECRET}"
+        ) from error
+    except TimeoutError as error:
+        raise ConfigError(
+            f"the first task at {there} did not answer within {MEET_S:g} s: {error}; set "
+            "MASTER_ADDR and MASTER_PORT alike on all nodes"
+        ) from error
+    found: dict[str, Any] = json.loads(answer)
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return found, own

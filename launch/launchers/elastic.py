@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import logging
+import os
 import socket
 import uuid
 from collections.abc import Callable, Iterable
@@ -15,6 +17,7 @@ from holdfast.elastic import (
     MembershipSettings,
     WorkerSpec,
     await_lighthouse,
+    lighthouse_key,
     lighthouse_url,
 )
 from holdfast.launch.agent import AgentSettings, WorkerMain
@@ -23,12 +26,21 @@ from holdfast.launch.launchers.join_file import JoinInfo, own_address, published
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
 from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.links import given_secret, new_secret
 from holdfast.parallel.output import LogFile, tell
 from holdfast.parallel.scratch import scratch_folder
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root, read_error
+from holdfast.trainer.reports import EventFile
+from holdfast.trainer.run import (
+    RunDirectory,
+    checkpoint_root,
+    memory_root,
+    read_error,
+    run_secret,
+)
 
+logger = logging.getLogger("holdfast.agent")
 LIGHTHOUSE_S = 60.0
 """Seconds that a start waits for the Lighthouse that `elastic.lighthouse` names."""
 
@@ -51,10 +63,12 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
             "parallel.backend = 'mpi' with elastic.enabled: start the run with mpirun --with-ft "
             "ulfm, one task per rank"
         )
-    check_lighthouse(config.elastic.lighthouse)
+    secret = _secret_of(run)
+    check_lighthouse(config.elastic.lighthouse, secret)
     log_agents(run.agent_log)
     ranks = tuple(range(config.parallel.ranks))
-    node = node_settings(config, run, token=uuid.uuid4().hex, ranks=ranks)
+    node = node_settings(config, run, token=uuid.uuid4().hex, secret=secret, ranks=ranks)
+    node = replace(node, on_stranger=tells_of_strangers(run))
     memory = memory_root(run.root)
     display = start_display(config, run)
     try:
@@ -75,16 +89,17 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     return explained(code, run, ranks)
 
 
-def check_lighthouse(address: str) -> None:
+def check_lighthouse(address: str, secret: str) -> None:
     """Wait for the named Lighthouse before anything is started; an empty address names none.
 
     Raises:
-        ConfigError: another program answers there.
+        ConfigError: another program answers there, or one that does not hold the secret.
         LighthouseAway: none answers in time.
     """
     if address:
         what = f"the Lighthouse at {address} to answer"
-        await_lighthouse(lighthouse_url(address), Waiting(what, LIGHTHOUSE_S))
+        waiting = Waiting(what, LIGHTHOUSE_S)
+        await_lighthouse(lighthouse_url(address), waiting, lighthouse_key(secret))
 
 
 def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
@@ -99,13 +114,14 @@ def worker_main(config: RunConfig, run: RunDirectory) -> WorkerMain:
 
 
 def node_settings(
-    config: RunConfig, run: RunDirectory, *, token: str, ranks: tuple[int, ...]
+    config: RunConfig, run: RunDirectory, *, token: str, ranks: tuple[int, ...], secret: str = ""
 ) -> AgentSettings:
     """The settings of this machine's agent.
 
     Args:
         token: the name of this start of the run at its Lighthouse; each start has another.
         ranks: the ranks of this node.
+        secret: the run's secret; empty: a new one.
     """
     elastic = config.elastic
     return AgentSettings(
@@ -118,6 +134,7 @@ def node_settings(
             elastic.heartbeat_ms,
             elastic.heartbeat_timeout_ms,
             agree_s=_AGREE_SHARE * elastic.apart_s,
+            secret=secret or new_secret(),
         ),
         ranks=ranks,
         node=socket.gethostname(),
@@ -129,6 +146,27 @@ def node_settings(
         apart_s=elastic.apart_s,
         failure=failures_of(run),
     )
+
+
+def _secret_of(run: RunDirectory) -> str:
+    """The secret of a run on this machine; one that no other process has if it cannot be kept."""
+    if given := given_secret(os.environ):
+        return given
+    try:
+        return run_secret(os.environ, run.root)
+    except ConfigError as error:
+        logger.warning("%s; until then no node can join this run", error)
+        return new_secret()
+
+
+def tells_of_strangers(run: RunDirectory) -> Callable[[str], None]:
+    """A function that tells in the run's events of a connection that was dropped."""
+
+    def record(what: str) -> None:
+        with contextlib.closing(EventFile(run.events)) as events:
+            events.append("stranger_refused", what=what)
+
+    return record
 
 
 def failures_of(run: RunDirectory) -> Callable[[int, int], str | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import shutil
 import signal
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from holdfast.launch.processes import (
     on_signals,
 )
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.links import HostedStore, listen, new_secret
 from holdfast.parallel.output import tell
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
@@ -120,36 +120,22 @@ def start_workers(
         The ends in order of time. Workers that were killed because another failed have code 0, and
         that one has its own; after SIGINT to this process all have its negative number.
     """
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    listening.listen(max(16, 4 * world_size))
-    port = listening.getsockname()[1]
+    listening = listen("127.0.0.1")
+    port, secret = listening.getsockname()[1], new_secret()
     gc.freeze()
 
     def body(rank: int) -> int:
         listening.close()
         if rank != 0:
             append_output(run.log(rank))
-        return main(local_world(rank, world_size, port))
+        return main(local_world(rank, world_size, port, secret))
 
     ranks = {fork_child(partial(body, rank)): rank for rank in range(world_size)}
-    store = _host_store(listening, port)
+    store = HostedStore(listening, local_world(0, world_size, port, secret).store_key)
     try:
         return watch_workers(ranks, exit_s)
     finally:
-        del store
-
-
-def _host_store(listening: socket.socket, port: int) -> object:
-    from torch.distributed import TCPStore
-
-    return TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listening.detach(),
-    )
+        store.close()
 
 
 def watch_workers(

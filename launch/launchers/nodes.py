@@ -25,6 +25,7 @@ from holdfast.elastic import (
 from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
 from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.links import Tunnels
 from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")
@@ -91,7 +92,8 @@ def run_nodes(
         for writer in writers:
             os.write(writer, address.encode())
             os.close(writer)
-        membership = replace(nodes[0].membership, lighthouse=address)
+        tunnels = held.enter_context(contextlib.closing(Tunnels()))
+        membership = replace(nodes[0].membership, lighthouse=address).through(tunnels)
         code = _watch(agents, membership)
     end = nodes[0].ended()
     return code if end is None or code in (0, 128 + signal.SIGINT) else end.code
@@ -106,8 +108,12 @@ def hosted_lighthouse(node: AgentSettings) -> Iterator[str]:
     if node.membership.lighthouse:
         yield lighthouse_url(node.membership.lighthouse)
         return
-    timeout_ms = node.membership.heartbeat_timeout_ms
-    server = Lighthouse(node.host, heartbeat_timeout_ms=timeout_ms)
+    server = Lighthouse(
+        node.host,
+        node.membership.lighthouse_key,
+        heartbeat_timeout_ms=node.membership.heartbeat_timeout_ms,
+        on_stranger=node.on_stranger,
+    )
     try:
         yield server.address
     finally:

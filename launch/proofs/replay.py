@@ -22,6 +22,7 @@ from holdfast.launch.launchers import (
 )
 from holdfast.launch.proofs.compare_runs import bits_of
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.links import new_secret
 from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
@@ -111,7 +112,7 @@ def _config(config: RunConfig, history: MembershipHistory, last: int, out: Path)
 
 def _nodes(config: RunConfig, run: RunDirectory, history: MembershipHistory) -> list[AgentSettings]:
     """The settings of an agent for each node of the run, and for each rank that joined later."""
-    token = uuid.uuid4().hex
+    token, secret = uuid.uuid4().hex, new_secret()
     founders = config.parallel.ranks
 
     def may_start(spec: WorkerSpec) -> bool:
@@ -125,7 +126,7 @@ def _nodes(config: RunConfig, run: RunDirectory, history: MembershipHistory) -> 
         for founder in (True, False):
             mine = tuple(rank for rank in ranks if (rank < founders) == founder)
             if mine:
-                node = node_settings(config, run, token=token, ranks=mine)
+                node = node_settings(config, run, token=token, secret=secret, ranks=mine)
                 found.append(replace(node, node=name, founder=founder, may_start=may_start))
     return found
 

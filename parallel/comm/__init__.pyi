@@ -1,4 +1,5 @@
 from .addresses import (
+    LOOPBACK_NAMES as LOOPBACK_NAMES,
     own_address_towards as own_address_towards,
 )
 from .flight_recorder import (

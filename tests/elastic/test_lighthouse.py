@@ -9,8 +9,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from holdfast.elastic.lighthouse import Lighthouse, LighthouseAway, await_lighthouse
+from holdfast.elastic.lighthouse import (
+    Lighthouse,
+    LighthouseAway,
+    await_lighthouse,
+    lighthouse_key,
+)
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.links import new_secret
 from holdfast.parallel.waiting import Waiting
 from support.processes.fake_clock import FakeClock
 
@@ -37,20 +43,23 @@ def server(answer: bytes) -> Iterator[str]:
         line.close()
 
 
-def wait_for(address: str, limit_s: float = 60.0) -> tuple[FakeClock, list[str]]:
+def wait_for(address: str, limit_s: float = 60.0, key: bytes = b"") -> tuple[FakeClock, list[str]]:
     clock, told = FakeClock(), list[str]()
     waiting = Waiting(f"the Lighthouse at {address}", limit_s, tell=told.append, clock=clock)
     try:
-        await_lighthouse(address, waiting, sleep=clock.sleep)
+        await_lighthouse(address, waiting, key, sleep=clock.sleep)
     except LighthouseAway as error:
         told.append(str(error))
     return clock, told
 
 
 def test_a_lighthouse_is_not_waited_for() -> None:
-    lighthouse = Lighthouse("127.0.0.1")
-    clock, told = wait_for(lighthouse.address)
+    key = lighthouse_key(new_secret())
+    lighthouse = Lighthouse("127.0.0.1", key)
+    clock, told = wait_for(lighthouse.address, key=key)
     assert (clock.slept_s, told) == ([], [])
+    with pytest.raises(ConfigError, match="does not hold the run's secret"):
+        wait_for(lighthouse.address, key=lighthouse_key(new_secret()))
     lighthouse.close()
 
 

@@ -20,16 +20,25 @@ from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.agreement import AcceptorState
 from holdfast.elastic.channel import WorkerChannel, liveness_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, parse_identities
-from holdfast.elastic.lighthouse import Heartbeats, Lighthouse, heartbeat_ages, replica_id
+from holdfast.elastic.lighthouse import (
+    Heartbeats,
+    Lighthouse,
+    heartbeat_ages,
+    reached_by,
+    replica_id,
+)
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.watch import HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
+from holdfast.parallel.links import Tunnels, derived_key, new_secret
 from support.runs.elastic_demo import demonstration, wait_for
 
 pytestmark = pytest.mark.mp
+
+KEY = derived_key(new_secret(), "lighthouse")
 
 
 def _spec(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: Any) -> WorkerSpec:
@@ -62,26 +71,33 @@ def _hold_the_lock(address: str) -> None:
 
 
 def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
-    lighthouse = Lighthouse("127.0.0.1", heartbeat_timeout_ms=600)
+    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
+    workers: list[int] = [os.getpid()]
+    tunnels = Tunnels(lambda: workers)
+    address = reached_by(lighthouse.address, tunnels, KEY)
     process = multiprocessing.get_context("forkserver").Process(
-        target=_hold_the_lock, args=(lighthouse.address,)
+        target=_hold_the_lock, args=(address,)
     )
     process.start()
-    wait_for(lambda: heartbeat_ages(lighthouse.address, "test"), "a heartbeat")
+    workers.append(process.pid or 0)
+    wait_for(lambda: heartbeat_ages(address, "test"), "a heartbeat")
     worst_s = 0.0
     while process.is_alive():
-        worst_s = max(worst_s, heartbeat_ages(lighthouse.address, "test")[Identity(0)])
+        worst_s = max(worst_s, heartbeat_ages(address, "test")[Identity(0)])
         if not process.is_alive():
             break
         process.join(0.02)
     assert process.exitcode == 0
     assert worst_s < 1.5  # the lock was held for 2 s
+    tunnels.close()
     lighthouse.close()
 
 
 def test_all_members_get_the_same_value(tmp_path: Path) -> None:
-    lighthouse = Lighthouse("127.0.0.1", heartbeat_timeout_ms=600)
-    members = [Membership(_spec(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
+    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
+    tunnels = Tunnels()
+    address = reached_by(lighthouse.address, tunnels, KEY)
+    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
     found = _in_threads(
         *(
             lambda m=m: m.agree(step=m.spec.rank, phase="begin", data={"rank": m.spec.rank})
@@ -97,18 +113,22 @@ def test_all_members_get_the_same_value(tmp_path: Path) -> None:
     assert [member.held for member in again[1].members] == [1, 1, 1]
     for member in members:
         member.close()
+    tunnels.close()
     lighthouse.close()
 
 
 def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:
-    lighthouse = Lighthouse("127.0.0.1", heartbeat_timeout_ms=600)
-    members = [Membership(_spec(tmp_path, rank, lighthouse.address, 3)) for rank in range(3)]
+    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
+    tunnels = Tunnels()
+    address = reached_by(lighthouse.address, tunnels, KEY)
+    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
     _in_threads(*(lambda m=m: m.agree(step=0, phase="begin") for m in members))
     for member in members[:2]:
         member.close()
     with pytest.raises(Minority, match=r"no majority of generation 1 \(ranks 0-2\)"):
         members[2].agree(step=0, phase="alone", timeout_s=2.0)
     members[2].close()
+    tunnels.close()
     lighthouse.close()
 
 

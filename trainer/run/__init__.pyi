@@ -33,6 +33,10 @@ from .run_directory import (
     read_error as read_error,
     write_error as write_error,
 )
+from .secret import (
+    job_secret as job_secret,
+    run_secret as run_secret,
+)
 from .signals import (
     Signals as Signals,
 )

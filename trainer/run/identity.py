@@ -5,15 +5,18 @@ A folder that was deleted and made anew, or copied, is another run. Local; needs
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.links import MAKE_SECRET, new_secret
 
 IDENTITY = "identity.json"
 
@@ -24,7 +27,8 @@ class RunIdentity(msgspec.Struct, frozen=True):
     id: str
     """The run's name in owner files; not secret."""
     secret: str
-    """The source of names that no other user can guess."""
+    """What the processes of the run prove to each other that they know; names that no other user
+    can guess come from it, too."""
     path: str
     """The absolute path of the folder at the last start."""
 
@@ -65,30 +69,77 @@ def open_identity(root: Path) -> tuple[RunIdentity, tuple[str, ...]]:
         ConfigError: the file is damaged, another user's, or cannot be written.
     """
     path, found = str(root.absolute()), read_identity(root)
-    if found is not None and found.path == path:
+    if found is None:
+        return first_identity(root), ()
+    if found.path == path:
         return found, ()
     notes: tuple[str, ...] = ()
-    if found is not None and _is_at(found, Path(found.path)):
+    changed = msgspec.structs.replace(found, path=path)
+    if _is_copy(found, root):
         notes = (f"{root} is a copy of {found.path}, and a run of its own from now on",)
-        found = None
-    if found is None:
-        found = RunIdentity(secrets.token_hex(16), secrets.token_hex(32), path)
-    else:
-        found = msgspec.structs.replace(found, path=path)
+        changed = msgspec.structs.replace(changed, id=secrets.token_hex(16))
+    with _explained(root):
+        write_own_file(root / IDENTITY, _encoded(changed))
+    return changed, notes
+
+
+def first_identity(root: Path) -> RunIdentity:
+    """The identity in a folder; where there is none, the first process that asks makes it.
+
+    Raises:
+        ConfigError: the file is damaged, another user's, or cannot be written.
+    """
+    made = RunIdentity(secrets.token_hex(16), new_secret(), str(root.absolute()))
+    with _explained(root):
+        if not os.path.lexists(root / IDENTITY):
+            root.mkdir(parents=True, exist_ok=True)
+            try:
+                write_own_file(root / IDENTITY, _encoded(made), first=True)
+            except FileExistsError:
+                pass
+            except OSError:  # a disk without hard links
+                write_own_file(root / IDENTITY, _encoded(made))
+    return read_identity(root) or made
+
+
+def require_private(root: Path) -> None:
+    """Check that other users cannot read the identity in a folder.
+
+    Raises:
+        ConfigError: they can, or there is none.
+    """
+    path = root / IDENTITY
     try:
-        write_own_file(root / IDENTITY, msgspec.json.encode(found) + b"\n")
+        mode = stat.S_IMODE(os.lstat(path).st_mode)
+    except OSError as error:
+        raise ConfigError(f"{path}, which has the run's secret: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(
+            f"others may read the run's secret in {path} (mode {mode:o}); remove it, so that a new "
+            f"one is made, or, if this disk knows no modes, give one: {MAKE_SECRET}"
+        )
+
+
+def _encoded(identity: RunIdentity) -> bytes:
+    return msgspec.json.encode(identity) + b"\n"
+
+
+@contextlib.contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"{root / IDENTITY} cannot be written: {error.strerror}") from error
-    return found, notes
 
 
-def _is_at(identity: RunIdentity, root: Path) -> bool:
-    """Whether the run with this identity lies in a folder, as far as this user can tell."""
+def _is_copy(identity: RunIdentity, root: Path) -> bool:
+    """Whether the run with this identity lies in another folder, as far as this user can tell."""
+    original = Path(identity.path)
     try:
-        there = read_identity(root)
-    except ConfigError:
+        there = read_identity(original)
+        return there is not None and there.id == identity.id and not original.samefile(root)
+    except (ConfigError, OSError):
         return False
-    return there is not None and there.id == identity.id
 
 
 def read_own_file(path: Path) -> bytes:
@@ -127,15 +178,26 @@ def is_own(uid: int, folder: Path) -> bool:
         return False
 
 
-def write_own_file(path: Path, content: bytes) -> None:
-    """Replace a file that only this user can read, at one instant."""
+def write_own_file(path: Path, content: bytes, *, first: bool = False) -> None:
+    """Make or replace a file that only this user can read, at one instant.
+
+    Args:
+        first: nothing is replaced, also if several processes do this at once.
+    Raises:
+        FileExistsError: `first`, and the file is there.
+        OSError: it cannot be written.
+    """
     descriptor, fresh = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-        os.replace(fresh, path)
+        if not first:
+            os.replace(fresh, path)
+        else:
+            os.link(fresh, path)
+            os.unlink(fresh)
     except BaseException:
         os.unlink(fresh)
         raise

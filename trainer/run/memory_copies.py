@@ -12,7 +12,6 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,7 @@ import msgspec
 from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.links import derived_key
 from holdfast.trainer.run.folder_lock import try_lock
 from holdfast.trainer.run.identity import (
     IDENTITY,
@@ -140,8 +140,8 @@ def sweep_memory() -> list[str]:
 
 
 def _place(identity: RunIdentity) -> Path:
-    key = blake2b(identity.secret.encode(), digest_size=8, person=b"memory")
-    return SHARED_MEMORY / f"holdfast-{os.getuid()}-{key.hexdigest()}"
+    key = derived_key(identity.secret, f"memory of {identity.id}")[:8]
+    return SHARED_MEMORY / f"holdfast-{os.getuid()}-{key.hex()}"
 
 
 def _check_own(place: Path) -> None:

@@ -11,6 +11,9 @@ from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.output import write_whole
 from holdfast.trainer.run.resume import Resume
 
+RUNS = Path("runs")
+"""The folder of the runs for which none is named."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:

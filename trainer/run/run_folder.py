@@ -30,11 +30,11 @@ from holdfast.trainer.run.history import (
 )
 from holdfast.trainer.run.identity import IDENTITY, is_own
 from holdfast.trainer.run.resume import find_resume
-from holdfast.trainer.run.run_directory import RunDirectory
+from holdfast.trainer.run.run_directory import RUNS, RunDirectory
 
 _BESIDE = re.compile(
-    r"\.lock|checkpoints|logs|incidents|tensorboard|trace|events\.jsonl|metrics\.jsonl|"
-    r"rates\.json|superseded-.*"
+    r"\.lock|\.identity\.json-.*|checkpoints|logs|incidents|tensorboard|trace|events\.jsonl|"
+    r"metrics\.jsonl|rates\.json|superseded-.*"
 )
 """Files that a person may copy into a new folder without the rest of a run."""
 
@@ -56,11 +56,11 @@ def choose_root(
         return local_path(out, "--out")
     numbers = [
         int(found[1])
-        for path in Path("runs").glob(f"{config_path.stem}-*")
+        for path in RUNS.glob(f"{config_path.stem}-*")
         if (found := re.fullmatch(rf"{re.escape(config_path.stem)}-(\d+)", path.name))
     ]
     last = max(numbers, default=0)
-    newest = RunDirectory(Path("runs") / f"{config_path.stem}-{last}")
+    newest = RunDirectory(RUNS / f"{config_path.stem}-{last}")
     if last and not is_finished(newest):
         try:
             check_run_folder(newest.root)
@@ -73,7 +73,7 @@ def choose_root(
                         return newest.root
         except ConfigError:
             pass
-    return Path("runs") / f"{config_path.stem}-{last + 1}"
+    return RUNS / f"{config_path.stem}-{last + 1}"
 
 
 def check_run_folder(root: Path) -> None:

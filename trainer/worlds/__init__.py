@@ -1,6 +1,7 @@
 """The world of a worker, read from its launcher's environment variables.
 
-A launcher is one file here and one line of LAUNCHERS. May import parallel.errors.
+A launcher is one file here and one line of LAUNCHERS. May import parallel.links
+and parallel.errors.
 """
 
 import lazy_loader

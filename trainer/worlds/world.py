@@ -5,7 +5,9 @@ Pure; registry.py reads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from holdfast.parallel.links import derived_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,21 @@ class WorldInfo:
     job: str = ""
     """The launcher's job if its tasks may be agents; empty under torchrun, which has its own
     agents."""
+    secret: str = field(default="", repr=False)
+    """The secret of the processes of a run; empty: its store is open to all that reach it."""
+
+    @property
+    def store_key(self) -> bytes:
+        """The key to the door of the run's store."""
+        return derived_key(self.secret, f"store of {self.job} {self.attempt}")
+
+    @property
+    def meeting_key(self) -> bytes:
+        """The key by which the tasks of a job know each other, before they have a run."""
+        return derived_key(self.secret, f"tasks of {self.job} {self.attempt}")
 
 
-def local_world(rank: int, world_size: int, port: int = 0) -> WorldInfo:
+def local_world(rank: int, world_size: int, port: int = 0, secret: str = "") -> WorldInfo:
     """The world of workers on one machine, with a store that another process hosts."""
     return WorldInfo(
         rank=rank,
@@ -39,4 +53,5 @@ def local_world(rank: int, world_size: int, port: int = 0) -> WorldInfo:
         store_host="127.0.0.1",
         store_port=port,
         store_is_server=False,
+        secret=secret,
     )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
-from holdfast.launch.launchers import cluster
 from holdfast.launch.launchers.cluster import MEET_S, ask_first, tell_others
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.links import ask, listen
 from holdfast.trainer.worlds.world import WorldInfo, local_world
 from support.processes.fake_clock import FakeClock
 
 
 def world_of(rank: int, port: int) -> WorldInfo:
-    return replace(local_world(rank, 3), store_host="127.0.0.1", store_port=port, job="7")
+    return replace(
+        local_world(rank, 3, port, "a secret of the job"), store_host="127.0.0.1", job="7"
+    )
 
 
 def unused_port() -> int:
@@ -37,23 +42,40 @@ def test_a_first_task_that_does_not_answer_is_asked_again_until_time_is_up(
     assert told.startswith(f"holdfast: waiting for the first task at 127.0.0.1:{port} since 5 s")
 
 
+def in_thread(world: WorldInfo, answers: list[object]) -> threading.Thread:
+    """A task that asks the first one."""
+
+    def body() -> None:
+        try:
+            answers.append(ask_first(world, sleep=lambda _: time.sleep(0.01))[0])
+        except ConfigError as error:
+            answers.append(str(error))
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    return thread
+
+
+def _asks(world: WorldInfo, task: int) -> None:
+    with contextlib.suppress(OSError, EOFError):
+        ask(world.store_host, world.store_port, world.meeting_key, task, 30.0)
+
+
 def test_tasks_that_do_not_come_in_time_are_named_and_those_of_another_job_do_not_count() -> None:
-    clock = FakeClock()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        world = world_of(0, listening.getsockname()[1])
-        lines = []
-        for hello in (b'{"task": 1, "job": "7"}\n', b'{"task": 2, "job": "8"}\n'):
-            lines.append(socket.create_connection(("127.0.0.1", world.store_port)))
-            lines[-1].sendall(hello)
-        looks = iter([0.0, 1.0, 2.0])
+    clock, answers = FakeClock(), list[object]()
+    listening = listen("127.0.0.1")
+    world = world_of(0, listening.getsockname()[1])
+    first = threading.Thread(target=_asks, args=(world, 1), daemon=True)
+    first.start()
+    time.sleep(0.2)  # so that task 1 is the first to be served
+    other = in_thread(replace(world, rank=2, job="8"), answers)
 
-        def later() -> float:
-            return clock() + next(looks, MEET_S)
+    def later() -> float:
+        return clock() + (0.0 if other.is_alive() else MEET_S)
 
-        with pytest.raises(ConfigError, match=r"tasks \[2\] have not come within 120 s"):
-            tell_others(listening, world, {}, clock=later)
-        for line in lines:
-            line.close()
+    with pytest.raises(ConfigError, match=r"tasks \[2\] have not come within 120 s"):
+        tell_others(listening, world, {}, clock=later)
+    assert "is not the first task of this job" in str(answers[0])
 
 
 def test_a_name_that_does_not_resolve_is_asked_again_until_time_is_up() -> None:
@@ -63,16 +85,29 @@ def test_a_name_that_does_not_resolve_is_asked_again_until_time_is_up() -> None:
         ask_first(world, clock=clock, sleep=lambda seconds: clock.sleep(30.0))
 
 
-def test_a_stranger_who_says_nothing_does_not_keep_the_tasks_from_meeting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cluster, "_HELLO_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        world = replace(world_of(0, listening.getsockname()[1]), world_size=2)
-        with (
-            socket.create_connection(("127.0.0.1", world.store_port)),
-            socket.create_connection(("127.0.0.1", world.store_port)) as second,
-        ):
-            second.sendall(b'{"task": 1, "job": "7"}\n')
-            tell_others(listening, world, {"root": "here"})
-            assert second.makefile().readline() == '{"root": "here"}\n'
+def test_strangers_do_not_keep_the_tasks_from_meeting() -> None:
+    answers: list[object] = []
+    listening = listen("127.0.0.1")
+    world = replace(world_of(0, listening.getsockname()[1]), world_size=2)
+    there = ("127.0.0.1", world.store_port)
+    with (
+        socket.create_connection(there),
+        socket.create_connection(there) as second,
+        socket.create_connection(there) as third,
+    ):
+        second.sendall(b'{"task": 1, "job": "7"}\n' * 10)
+        third.sendall(b"\xff" * 4096)
+        task = in_thread(replace(world, rank=1), answers)
+        tell_others(listening, world, {"root": "here"})
+        task.join(10)
+    assert answers == [{"root": "here"}]
+
+
+def test_the_port_is_free_after_the_meeting_though_processes_were_forked_before() -> None:
+    listening = listen("127.0.0.1")
+    inherited = listening.dup()
+    world = replace(world_of(0, listening.getsockname()[1]), world_size=1)
+    tell_others(listening, world, {})
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", world.store_port), 5)
+    inherited.close()

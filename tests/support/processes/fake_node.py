@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import socket
-import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ SETTINGS = MembershipSettings("127.0.0.1:1", "run", 2, 1, 100, 600)
 
 
 class FakeStore:
-    """A store that is hosted for as long as something refers to it."""
+    """A store that is hosted."""
 
 
 @dataclass
@@ -45,7 +44,7 @@ class FakeOthers:
     """This node's store, if it is still hosted while the others are given time to go on."""
     cut: list[MembershipEvent] = field(default_factory=list)
     """The losses that this node concludes from being cut off."""
-    hosted: weakref.WeakSet[FakeStore] = field(default_factory=weakref.WeakSet)
+    hosted: list[FakeStore] = field(default_factory=list)
 
     def enter(self, message: dict[str, Any]) -> None:
         self.generation = message["number"]
@@ -62,10 +61,12 @@ class FakeOthers:
     def close(self, *, over: bool) -> None:
         self.store_at_close = next(iter(self.hosted), None)
 
-    def host_store(self, host: str) -> tuple[FakeStore, str]:
+    @contextlib.contextmanager
+    def hosted_services(self, settings: AgentSettings, *_: object) -> Iterator[Any]:
         store = FakeStore()
-        self.hosted.add(store)
-        return store, "127.0.0.1:1"
+        self.hosted.append(store)
+        yield SimpleNamespace(membership=settings.membership, store="127.0.0.1:1")
+        self.hosted.remove(store)
 
 
 @dataclass
@@ -181,7 +182,7 @@ class FakeNode:
                 agent,
                 ForkServer=lambda main, **_: self,
                 OtherNodes=lambda *_, **__: self.others,
-                host_store=self.others.host_store,
+                hosted_services=self.others.hosted_services,
                 coordination=lambda: None,
             ),
             mock.patch.object(agent.selectors, "DefaultSelector", return_value=self),

@@ -40,6 +40,7 @@ from holdfast.launch.launchers.nodes import run_nodes
 from holdfast.launch.processes import die_with
 from holdfast.parallel.comm import FlightRecord, Operation
 from holdfast.parallel.errors import HoldfastError, PeerLost
+from holdfast.parallel.links import new_secret
 from support.processes.forked_command import FORK
 
 WAIT_S = 30.0
@@ -225,11 +226,11 @@ def run_agent(demo: Demo, settings: dict[str, Any], lighthouse: str, network: st
     sys.exit(agent.run(lighthouse))
 
 
-def run_lighthouse(host: str, port: int, network: str) -> None:
+def run_lighthouse(host: str, port: int, network: str, key: bytes) -> None:
     """A Lighthouse, as a process."""
     die_with(os.getppid())
     enter_network(network)
-    _server = Lighthouse(host, port, heartbeat_timeout_ms=600)
+    _server = Lighthouse(host, key, port, heartbeat_timeout_ms=600)
     signal.pause()
 
 
@@ -253,6 +254,7 @@ class Run:
         self.demo = Demo(str(root), **demo)
         self.nodes: dict[str, BaseProcess] = {}
         self.min_ranks = 1
+        self.secret = new_secret()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -260,7 +262,9 @@ class Run:
 
     def start_lighthouse(self) -> BaseProcess:
         process = FORK.Process(
-            target=run_lighthouse, args=(self._host, self._port, self._network), daemon=True
+            target=run_lighthouse,
+            args=(self._host, self._port, self._network, self._membership.lighthouse_key),
+            daemon=True,
         )
         process.start()
         return process
@@ -269,7 +273,7 @@ class Run:
         self, node: str, ranks: tuple[int, ...], network: str = "", **settings: Any
     ) -> BaseProcess:
         given = self._settings(node, ranks, **settings)
-        address = f"http://{self._host}:{self._port}"
+        address = f"holdfast://{self._host}:{self._port}"
         process = FORK.Process(target=run_agent, args=(self.demo, given, address, network))
         process.start()
         self.nodes[node] = process
@@ -283,11 +287,20 @@ class Run:
         self.nodes["machine"] = process
         return process
 
+    @property
+    def _membership(self) -> MembershipSettings:
+        return MembershipSettings(
+            "",
+            "demo",
+            self.world_size,
+            self.min_ranks,
+            heartbeat_timeout_ms=600,
+            secret=self.secret,
+        )
+
     def _settings(self, node: str, ranks: tuple[int, ...], **settings: Any) -> dict[str, Any]:
         return {
-            "membership": MembershipSettings(
-                "", "demo", self.world_size, self.min_ranks, heartbeat_timeout_ms=600
-            ),
+            "membership": self._membership,
             "ranks": ranks,
             "node": node,
             "limits": HangLimits(1.0),

@@ -165,7 +165,8 @@ class Starter:
     def task(self, path: Path, name: str, net: Network, number: int) -> Process:
         """Another task of a run that `start` begins with task 0."""
         task = self.as_task(net, number)
-        self._others.append(self._start(f"{name}-task-{number}", ("train", str(path)), task))
+        arguments = ("train", str(path), "--out", str(self.folder / name))
+        self._others.append(self._start(f"{name}-task-{number}", arguments, task))
         return self._others[-1]
 
     def replay(self, run: ElasticRun) -> ElasticRun:

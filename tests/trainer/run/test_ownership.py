@@ -85,7 +85,18 @@ def test_a_moved_run_is_the_same_and_a_copy_beside_it_is_another(tmp_path: Path)
     copied = read_identity(tmp_path / "c")
     assert copied is not None
     assert copied.id != first.id
-    assert copied.secret != first.secret
+    assert memory_root(tmp_path / "b") != memory_root(tmp_path / "c")
+
+
+def test_a_run_that_is_named_by_a_link_is_no_copy_of_itself(tmp_path: Path) -> None:
+    _open(_request(tmp_path, "a"))
+    first = read_identity(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert _open(_request(tmp_path, "link")) == ()
+    linked = read_identity(tmp_path / "a")
+    assert first is not None
+    assert linked is not None
+    assert (linked.id, linked.secret) == (first.id, first.secret)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to make files of another user")

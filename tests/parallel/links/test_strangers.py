@@ -1,0 +1,105 @@
+"""A stranger at a run's ports gets nowhere, and costs the run nothing."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from holdfast.parallel.links import (
+    StoreAccess,
+    Tunnels,
+    derived_key,
+    host_store,
+)
+from holdfast.parallel.links.link import MOST_BYTES, Sealer
+from support.processes.stranger import listeners_of, obeyed_by
+from support.runs.commands import CONFIG, HOLDFAST, environment, lines_of
+from support.runs.elastic_demo import wait_for
+
+KEY = derived_key("a secret of this test", "store")
+
+
+@contextmanager
+def hosted(told: list[str]) -> Iterator[str]:
+    store, address = host_store("127.0.0.1", KEY, told.append)
+    with closing(store):
+        yield address
+
+
+def serves(address: str) -> bool:
+    with closing(Tunnels()) as tunnels:
+        store = StoreAccess(tunnels, KEY).connect(address)
+        store.set("key", "value")
+        return store.get("key") == b"value"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096, b"holdfast link 1\n" + b"x" * 64],
+    ids=["nothing", "http", "garbage", "a greeting without proof"],
+)
+def test_a_store_serves_its_clients_whatever_300_strangers_say(said: bytes) -> None:
+    told: list[str] = []
+    with hosted(told) as address:
+        host, _, port = address.partition(":")
+        lines = [socket.create_connection((host, int(port))) for _ in range(300)]
+        for line in lines:
+            line.sendall(said)
+        assert serves(address)
+        assert len(told) == bool(told)  # once
+        for line in lines:
+            line.close()
+
+
+def test_a_record_that_is_altered_repeated_or_left_out_has_a_wrong_proof() -> None:
+    sent, received = Sealer(KEY), Sealer(KEY)
+    first = sent.tag(b"one")
+    assert received.tag(b"one") == first
+    assert received.tag(b"one") != first  # repeated
+    assert Sealer(KEY).tag(b"two") != first
+    assert Sealer(derived_key("another", "store")).tag(b"one") != first
+    assert MOST_BYTES == 1 << 16
+
+
+@contextmanager
+def training(folder: Path, steps: int, more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that has begun its steps."""
+    layout = CONFIG.replace("steps = 6", f"steps = {steps}").replace("pipeline = 2", "pipeline = 1")
+    (folder / "run.toml").write_text(layout + more)
+    command = [*HOLDFAST, "train", "run.toml", "--out", "run"]
+    run = subprocess.Popen(command, cwd=folder, env=environment())
+    try:
+        metrics = folder / "run/metrics.jsonl"
+        wait_for(lambda: metrics.exists() and len(lines_of(metrics)) > 2, "the first steps")
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
+@pytest.mark.mp
+def test_a_run_on_one_machine_listens_on_the_loopback_alone_and_obeys_no_other_process(
+    tmp_path: Path,
+) -> None:
+    with training(tmp_path, 150, "[elastic]\nenabled = true\nlocal_nodes = 2\n") as run:
+        found = listeners_of(run.pid)
+        assert len(found) >= 8  # two stores and the Lighthouse, their doors, and tunnels
+        assert {host for host, _ in found} == {"127.0.0.1"}
+        assert obeyed_by(f"{host}:{port}" for host, port in sorted(found)) == ""
+        assert run.wait(120) == 0
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [*range(1, 151)]
+    names = [line["event"] for line in lines_of(tmp_path / "run/events.jsonl")]
+    assert "rank_lost" not in names
+
+
+@pytest.mark.mp
+def test_a_run_without_agents_listens_on_the_loopback_alone(tmp_path: Path) -> None:
+    with training(tmp_path, 1000, "") as run:
+        found = listeners_of(run.pid)
+        assert len(found) >= 2
+        assert {host for host, _ in found} == {"127.0.0.1"}

@@ -162,9 +162,11 @@ class Starter:
         pairs = (f"{name}={value}" for name, value in variables.items())
         return ("ip", "netns", "exec", net.name(net.node(number)), "env", *pairs)
 
-    def task(self, path: Path, name: str, net: Network, number: int) -> Process:
-        """Another task of a run that `start` begins with task 0."""
-        task = self.as_task(net, number)
+    def task(
+        self, path: Path, name: str, net: Network, number: int, inside: Sequence[str] = ()
+    ) -> Process:
+        """Another task of a run that `start` begins with task 0. Its command runs `inside`."""
+        task = (*self.as_task(net, number), *inside)
         arguments = ("train", str(path), "--out", str(self.folder / name))
         self._others.append(self._start(f"{name}-task-{number}", arguments, task))
         return self._others[-1]

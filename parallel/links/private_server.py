@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import logging
 import os
 import socket
 import stat
@@ -28,9 +30,13 @@ from holdfast.parallel.links.tcp_table import (
     table,
 )
 
+logger = logging.getLogger("holdfast.links")
+
 _CONNECT_S = 2.0
 _LOOK_S = 0.0005
 _SO_ATTACH_FILTER = getattr(socket, "SO_ATTACH_FILTER", 26)
+_UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOSYS)
+"""The errors of a kernel that has no socket filters, as in some sandboxes."""
 _Instruction = tuple[int, int, int, int]
 _DROP: _Instruction = (0x06, 0, 0, 0)
 _KEEP: _Instruction = (0x06, 0, 0, 0xFFFFFFFF)
@@ -154,6 +160,13 @@ def _only(port: int) -> list[_Instruction]:
 
 
 def _attach(listening: socket.socket, program: list[_Instruction]) -> None:
+    """Give a socket a filter; a kernel that has none leaves it open to this machine's users."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     described = struct.pack("HL", len(program), ctypes.addressof(code))
-    listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        where = "{}:{}".format(*listening.getsockname()[:2])
+        logger.warning("any user of this machine can connect to %s: %s", where, error)

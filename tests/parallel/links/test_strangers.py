@@ -15,6 +15,7 @@ from holdfast.parallel.links import (
     Tunnels,
     derived_key,
     host_store,
+    private_server,
 )
 from holdfast.parallel.links.link import MOST_BYTES, Sealer
 from support.processes.stranger import listeners_of, obeyed_by
@@ -54,6 +55,15 @@ def test_a_store_serves_its_clients_whatever_300_strangers_say(said: bytes) -> N
         assert len(told) == bool(told)  # once
         for line in lines:
             line.close()
+
+
+def test_where_the_kernel_has_no_socket_filters_stores_serve_all_the_same_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(private_server, "_SO_ATTACH_FILTER", 9999)
+    with hosted([]) as address:
+        assert serves(address)
+    assert "any user of this machine can connect to 127.0.0.1:" in caplog.text
 
 
 def test_a_record_that_is_altered_repeated_or_left_out_has_a_wrong_proof() -> None:

@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Annotated, Any, assert_never
+
+from msgspec import Meta
 
 from holdfast.elastic.node_faults import FaultError, fill_disk
-from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.faults import FAULTS, FaultKind
-from holdfast.parallel.step_phases import STEP_PHASES, StepPhase
+from holdfast.parallel.errors import ConfigError, shown
+from holdfast.parallel.reading import Count, of_kind, parse_json
+from holdfast.parallel.step_phases import FAULTS, STEP_PHASES, FaultKind, StepPhase
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -32,17 +34,17 @@ class Fault:
     """One fault in one worker."""
 
     fault: FaultKind
-    rank: int
-    step: int
+    rank: Count
+    step: Count
     """The step, counted from 1."""
     phase: StepPhase = "compute"
     """The phase at whose beginning the fault happens. "backward": when half of the step's backward
     passes are done. "fill": when state is first on its way to a newcomer, or to this rank, from
     that step on. "change": when ranks have changed before or within that step."""
-    seconds: float = 60.0
+    seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0
     """The seconds for which the lock is held, the node is cut off or the disk is full, or by which
     a slow step is longer."""
-    incarnation: int = 0
+    incarnation: Count = 0
     """The process of the rank: 0 is the one that the run began with."""
 
 
@@ -58,13 +60,16 @@ def fault_from_data(plain: dict[str, Any]) -> Fault:
         raise ConfigError(f"a fault is not described well: {error}") from error
     if fault.fault not in FAULTS:
         raise ConfigError(
-            f"fault {fault.fault!r} does not exist; choose one of {', '.join(FAULTS)}"
+            f"fault {shown(fault.fault)} does not exist; choose one of {', '.join(FAULTS)}"
         )
     if fault.phase not in STEP_PHASES:
         raise ConfigError(
-            f"phase {fault.phase!r} does not exist; choose one of {', '.join(STEP_PHASES)}"
+            f"phase {shown(fault.phase)} does not exist; choose one of {', '.join(STEP_PHASES)}"
         )
-    return fault
+    try:
+        return of_kind(plain, Fault)
+    except ValueError as error:
+        raise ConfigError(f"a fault is not described well: {error}") from error
 
 
 def ask_for(path: Path, fault: Fault) -> None:
@@ -145,8 +150,8 @@ class FaultInjector:
                 break
             self._position += len(line)
             try:
-                fault = fault_from_data(json.loads(line))
-            except (ValueError, RecursionError, ConfigError) as error:
+                fault = fault_from_data(parse_json(line))
+            except (ValueError, TypeError) as error:
                 logger.warning("%s: a line asks for no fault: %s", self._asked, error)
                 continue
             if (fault.rank, fault.incarnation) == self._identity:

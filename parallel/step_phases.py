@@ -1,4 +1,8 @@
-"""The phases of a training step, named in faults, traces and reports of slow ranks."""
+"""The phases of a training step, and the kinds of faults that are caused on purpose in them.
+
+Faults, traces and reports of slow ranks name phases; the configuration and `holdfast chaos` name
+faults.
+"""
 
 from __future__ import annotations
 
@@ -11,3 +15,11 @@ change."""
 STEP_PHASES: tuple[StepPhase, ...] = get_args(StepPhase)
 TIMED_PHASES: tuple[StepPhase, ...] = ("compute", "reduce", "vote", "apply")
 """The phases that every step has, in order."""
+
+FaultKind = Literal[
+    "kill", "stop", "hold-lock", "slow", "exit", "corrupt-memory", "cut", "fill-disk"
+]
+"""kill: SIGKILL. stop: SIGSTOP. hold-lock: the interpreter's lock is held. slow: every later step
+takes longer. exit: the process ends with code 1. corrupt-memory: a bit of optimizer state flips.
+cut: the worker's node reaches no other node. fill-disk: the checkpoints' disk is full."""
+FAULTS: tuple[FaultKind, ...] = get_args(FaultKind)

@@ -24,9 +24,9 @@ OPEN = {
     f"holdfast.parallel.{name}"
     for name in (
         "errors",
-        "faults",
         "keyed_random",
         "precision",
+        "reading",
         "scratch",
         "step_phases",
         "waiting",

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.faults import FAULTS
 from holdfast.parallel.output import DiskWord, tell
-from holdfast.parallel.step_phases import STEP_PHASES
+from holdfast.parallel.step_phases import FAULTS, STEP_PHASES
 from holdfast.trainer.reports import EventFile, last_step
 from holdfast.trainer.run import RunDirectory, read_events
 

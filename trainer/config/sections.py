@@ -10,9 +10,8 @@ from typing import Literal
 import msgspec
 
 from holdfast.checkpoint.format import scheme_of
-from holdfast.parallel.faults import FaultKind
 from holdfast.parallel.layout import AXES, Mesh
-from holdfast.parallel.step_phases import StepPhase
+from holdfast.parallel.step_phases import FaultKind, StepPhase
 from holdfast.trainer.config.data_section import DataConfig
 from holdfast.trainer.models import ModelConfig
 

@@ -1,0 +1,114 @@
+"""Reading of what another program or person may have written: regular files, and JSON. Local.
+
+A name that should be a file may lead to a folder, a pipe, a device or a link in a circle, and a
+file may have any content. Everything here ends with a value or with one error that says why not.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Final, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+_T = TypeVar("_T")
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+"""A number of bytes, elements, ranks or steps, or a position, as a file or message may tell it."""
+Text = Annotated[str, Meta(max_length=1 << 16)]
+PathText = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+"""A path or a name in a file or message."""
+MALFORMED: Final = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""The errors of taking apart what has another structure than is expected."""
+MOST_BYTES = 1 << 30
+"""The largest file that is read whole where no smaller limit is known, in bytes."""
+
+
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+    """Open a regular file for reading, without waiting for the writer of a pipe.
+
+    Args:
+        follow: whether `path` may be a link.
+    Raises:
+        OSError: it is no regular file, or cannot be opened; `strerror` says why.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    what = "a folder" if stat.S_ISDIR(kind) else "a pipe, a socket or a device"
+    raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
+
+
+def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `most_bytes`.
+
+    Raises:
+        OSError: as for `open_regular`; or the file is larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            told = f"it has {size:,} bytes, and such a file has at most {most_bytes:,}"
+            raise OSError(errno.EFBIG, told, str(path))
+        return file.read(most_bytes)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value that JSON text of any origin stands for. NaN and infinities are allowed.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or has text that cannot be encoded.
+    """
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    mark = b"\\ud" if isinstance(content, bytes) else "\\ud"
+    if mark in content.lower():  # pyrefly: ignore
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def decode_json(content: bytes | str, kind: type[_T]) -> _T:
+    """The value of one type that JSON text stands for.
+
+    Raises:
+        ValueError: it is no JSON, or not of that type; the message says where.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def of_kind(plain: Any, kind: type[_T]) -> _T:
+    """The value of one type that JSON values stand for. Dataclasses and structs are built.
+
+    Raises:
+        ValueError: they are not of that type; the message says where.
+    """
+    try:
+        return msgspec.convert(plain, kind)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from error

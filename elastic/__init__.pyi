@@ -76,6 +76,4 @@ from .watch import (
 )
 from .worker_spec import (
     WorkerSpec as WorkerSpec,
-    worker_spec_from_data as worker_spec_from_data,
-    worker_spec_to_data as worker_spec_to_data,
 )

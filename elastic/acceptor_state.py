@@ -12,6 +12,10 @@ from typing import IO
 
 from holdfast.elastic.agreement import AcceptorState, acceptor_from_data, acceptor_to_data
 from holdfast.elastic.generation import Identity
+from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.reading import parse_json, read_regular
+
+_MOST_BYTES = 1 << 24
 
 
 class AcceptorFile:
@@ -45,12 +49,20 @@ class AcceptorFile:
             yield
 
     def read(self) -> AcceptorState:
-        """The state last written; without one, that of a worker that knows nothing."""
+        """The state last written; without one, that of a worker that knows nothing.
+
+        Raises:
+            MembershipError: the file cannot be read, or has been damaged.
+        """
         try:
-            text = self._path.read_text()
+            return acceptor_from_data(parse_json(read_regular(self._path, _MOST_BYTES)))
         except FileNotFoundError:
             return AcceptorState()
-        return acceptor_from_data(json.loads(text))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MembershipError(
+                f"{self._path} does not tell what this worker has agreed to: {reason}"
+            ) from error
 
     def write(self, acceptor: AcceptorState) -> None:
         """Replace the state. The process may be killed at any instant; the node may not."""

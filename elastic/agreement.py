@@ -28,7 +28,8 @@ from holdfast.elastic.generation import (
     parse_identities,
     parse_identity,
 )
-from holdfast.parallel.errors import MembershipError, Superseded
+from holdfast.parallel.errors import MembershipError, Superseded, shown
+from holdfast.parallel.reading import MALFORMED, Count, Text, of_kind
 
 Identities = frozenset[Identity]
 _NO_IDENTITIES: Identities = frozenset()
@@ -41,7 +42,7 @@ class AcceptorState:
     It only moves forward.
     """
 
-    generation: int = 0
+    generation: Count = 0
     """The newest generation that it knows to be chosen; 0: none."""
     members: Identities = _NO_IDENTITIES
     """The members of that generation; empty for 0."""
@@ -63,23 +64,23 @@ class Report:
     founder: bool = False
     """Whether it may take part in founding the first generation: the run was started with it, or it
     replaces such a worker that had not reported."""
-    world_size: int = 1
+    world_size: Count = 1
     """The number of ranks that the first generation needs, one founder each."""
-    min_ranks: int = 1
+    min_ranks: Count = 1
     """The least number of ranks that a generation may have."""
     lost: Identities = _NO_IDENTITIES
     """Workers that are not waited for: their end or silence has been noticed."""
     impatient: bool = False
     """Whether it has waited long enough for workers that are missing for no known reason."""
-    node: str = ""
+    node: Text = ""
     """Its node."""
-    store: str = ""
+    store: Text = ""
     """The rendezvous store of its agent, HOST:PORT."""
-    held: int = 0
+    held: Count = 0
     """The generation of its training state; 0: it has none."""
-    step: int = 0
+    step: Count = 0
     """The number of steps that it has committed."""
-    phase: str = ""
+    phase: Text = ""
     """The phase of the step that it was in."""
     leaving: bool = False
     """Whether it hands its state over and leaves."""
@@ -108,10 +109,13 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
         fields["identity"] = parse_identity(fields["identity"])
         fields["acceptor"] = acceptor_from_data(fields.pop("ballot"))
         fields["lost"] = parse_identities(fields["lost"])
-        return Report(**fields)
-    except (KeyError, TypeError, ValueError) as error:
+        if unknown := fields.keys() - set(Report.__slots__):
+            raise ValueError(f"unknown: {sorted(unknown)}")
+        return of_kind(fields, Report)
+    except MALFORMED as error:
         raise MembershipError(
-            f"a member reported what this version of holdfast does not understand ({error!r}); "
+            f"a member reported what this version of holdfast does not understand "
+            f"({shown(error)}); "
             "run the same version on all nodes"
         ) from error
 
@@ -123,9 +127,13 @@ def acceptor_to_data(acceptor: AcceptorState) -> list[Any]:
 
 
 def acceptor_from_data(plain: list[Any]) -> AcceptorState:
-    """The acceptor state that `acceptor_to_data` wrote."""
-    generation, members, accepted = plain
-    return AcceptorState(int(generation), parse_identities(members), parse_identities(accepted))
+    """The acceptor state that `acceptor_to_data` wrote.
+
+    Raises:
+        ValueError, MembershipError: it is none.
+    """
+    generation, members, accepted = of_kind(plain, tuple[Count, str, str])
+    return AcceptorState(generation, parse_identities(members), parse_identities(accepted))
 
 
 @dataclass(frozen=True, slots=True)

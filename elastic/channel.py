@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import mmap
 import os
 import select
@@ -18,13 +19,43 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from holdfast.elastic.generation import parse_identities
+from holdfast.elastic.membership_events import event_from_data
+from holdfast.parallel.errors import MembershipError, shown
+from holdfast.parallel.reading import Count, Text, decode_json, of_kind, read_regular
+
+logger = logging.getLogger("holdfast.elastic")
 
 LIVENESS_S = 0.1
 _TIMESTAMP = struct.Struct("<q")
-_PACKET_BYTES = 1 << 16
+_PACKET_BYTES = 1 << 18
+"""The largest packet; by default the kernel sends no larger ones."""
+_MESSAGES: Mapping[str, Mapping[str, Any]] = {
+    "agreeing": {},
+    "committed": {"step": Count},
+    "cut": {"seconds": Annotated[float, Meta(ge=0, le=1e9)]},
+    "event": {"event": dict[str, Any]},
+    "finished": {},
+    "generation": {
+        "number": Count,
+        "store": Text,
+        "prefix": Text,
+        "members": str,
+        "nodes": list[Text],
+    },
+    "incurable": {},
+    "joining": {},
+    "line": {"text": str},
+    "queued": {},
+    "waiting": {"line": str},
+}
+"""The kinds of messages and their fields. Workers send all of them, agents only "event"."""
 USUAL_S = 0.5
 """Seconds between two looks of a watcher that runs as it should."""
 STARVED_SHARE = 0.75
@@ -58,8 +89,8 @@ def liveness_s(path: Path) -> float | None:
     Local.
     """
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+        content = read_regular(path, _TIMESTAMP.size)
+    except OSError:
         return None
     if len(content) < _TIMESTAMP.size or not (beat_ns := _TIMESTAMP.unpack_from(content)[0]):
         return None
@@ -132,8 +163,30 @@ def send_message(
     return True
 
 
+def message_in(packet: bytes) -> dict[str, Any]:
+    """The message in a packet: its kind is known, and all of its fields are there. Pure.
+
+    Raises:
+        MembershipError: it is none.
+    """
+    try:
+        found = decode_json(packet, dict[str, Any])
+        for name, kind in _MESSAGES[found["kind"]].items():
+            of_kind(found[name], kind)
+    except (KeyError, TypeError, ValueError) as error:
+        raise MembershipError(f"{shown(packet)} is no message ({shown(error)})") from error
+    if found["kind"] == "event":
+        event_from_data(found["event"])
+    elif found["kind"] == "generation":
+        parse_identities(found["members"])
+    return found
+
+
 def receive_message(channel: socket.socket) -> dict[str, Any] | None:
-    """The next message; None if the other end is gone or there is no message yet. Does not wait."""
+    """The next message; None if the other end is gone or there is no message yet. Does not wait.
+
+    An end that sends something else counts as gone.
+    """
     try:
         try:
             packet = channel.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
@@ -142,7 +195,11 @@ def receive_message(channel: socket.socket) -> dict[str, Any] | None:
             packet = channel.recv(_PACKET_BYTES, socket.MSG_DONTWAIT)
     except (ConnectionError, BlockingIOError):
         return None
-    return json.loads(packet) if packet else None
+    try:
+        return message_in(packet) if packet else None
+    except MembershipError as error:
+        logger.error("a channel between an agent and its worker is given up: %s", error)
+        return None
 
 
 class WorkerChannel:

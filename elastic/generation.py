@@ -9,7 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.errors import MembershipError, shown
+
+_IDENTITY = re.compile(r"(\d{1,9})(?:\.(\d{1,9}))?", re.ASCII)
+_RANGE = re.compile(r"(\d{1,9})-(\d{1,9})", re.ASCII)
+_MOST = 1 << 20
+"""The most identities that a text may stand for, far above what a run has."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -30,10 +35,10 @@ def parse_identity(text: str) -> Identity:
     Raises:
         MembershipError: the text is not an identity.
     """
-    found = re.fullmatch(r"(\d+)(?:\.(\d+))?", text)
+    found = _IDENTITY.fullmatch(text)
     if found is None:
         raise MembershipError(
-            f"{text!r} is not the identity of a worker (RANK or RANK.INCARNATION)"
+            f"{shown(text)} is not the identity of a worker (RANK or RANK.INCARNATION)"
         )
     return Identity(int(found[1]), int(found[2] or 0))
 
@@ -59,14 +64,20 @@ def parse_identities(text: str) -> frozenset[Identity]:
     """The set in a text of `format_identities`.
 
     Raises:
-        MembershipError: the text is not a set of identities.
+        MembershipError: the text is not a set of identities, or one of more than a million.
     """
     identities: set[Identity] = set()
+    left = _MOST
     for part in text.split(",") if text else ():
-        if found := re.fullmatch(r"(\d+)-(\d+)", part):
-            identities.update(Identity(rank) for rank in range(int(found[1]), int(found[2]) + 1))
-        else:
+        found = _RANGE.fullmatch(part)
+        ranks = range(int(found[1]), int(found[2]) + 1) if found else None
+        left -= 1 if ranks is None else len(ranks)
+        if left < 0:
+            raise MembershipError(f"{shown(text)} stands for more than {_MOST:,} workers")
+        if ranks is None:
             identities.add(parse_identity(part))
+        else:
+            identities.update(map(Identity, ranks))
     return frozenset(identities)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from holdfast.elastic.faults import Fault, fault_from_data
 from holdfast.elastic.generation import Generation, Identity
 from holdfast.elastic.membership_events import MembershipEvent
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, shown
+from holdfast.parallel.reading import MALFORMED, Count, of_kind
 
 CHANGES = ("generation", "recovered")
 """The events that each tell of one change."""
@@ -24,7 +25,7 @@ CHANGES = ("generation", "recovered")
 class RecordedChange:
     """One change, as it came into force."""
 
-    step: int
+    step: Count
     """The number of steps committed at that time."""
     within_step: bool
     """Whether it interrupted a step."""
@@ -105,8 +106,8 @@ def history_of(events: Sequence[Mapping[str, Any]]) -> MembershipHistory:
         raise ConfigError("this run was not an elastic one; there are no changes to repeat")
     try:
         return _history(events, begun)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
+    except MALFORMED as error:
+        what = shown(f"{type(error).__name__}: {error}")
         raise ConfigError(
             f"an event in events.jsonl is not as a run writes it ({what}), so the changes of ranks "
             "cannot be repeated"
@@ -132,7 +133,7 @@ def _history(events: Sequence[Mapping[str, Any]], begun: int) -> MembershipHisto
     founders = set(_ranks(first["plan"]))
     flipped = (e for e in events[begun + 1 :] if e.get("fault") == "corrupt-memory")
     return MembershipHistory(
-        first_step=first["from_checkpoint"] or 0,
+        first_step=of_kind([first["from_checkpoint"] or 0], list[Count])[0],
         nodes=nodes,
         changes=changes,
         last_step=max((c.after + 1 for c in changes), default=0) if back < len(found) else None,
@@ -141,22 +142,13 @@ def _history(events: Sequence[Mapping[str, Any]], begun: int) -> MembershipHisto
 
 
 def _change(event: Mapping[str, Any]) -> RecordedChange:
-    return RecordedChange(
-        step=event["step"],
-        within_step=event["within_step"],
-        committed=event["committed"],
-        lost=tuple(event["lost"]),
-        leaving=tuple(event["leaving"]),
-        joined=tuple(event["joined"]),
-        plan=event["plan"],
-        filled=event["filled"],
-    )
+    names = ("step", "within_step", "committed", "lost", "leaving", "joined", "plan", "filled")
+    return of_kind({name: event[name] for name in names}, RecordedChange)
 
 
 def _ranks(plan: Mapping[str, Any]) -> list[int]:
-    return [r for stage in plan["stages"] for replica in stage for r in replica] + list(
-        plan["spares"]
-    )
+    ranks = [r for stage in plan["stages"] for replica in stage for r in replica]
+    return of_kind([*ranks, *plan["spares"]], list[Count])
 
 
 def _kills(changes: Iterable[RecordedChange], founders: set[int]) -> Iterable[Fault]:

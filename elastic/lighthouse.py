@@ -9,6 +9,7 @@ generation.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -226,11 +227,17 @@ def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Ident
         text = _status(address, timeout_s)
     except (OSError, http.client.HTTPException) as error:
         raise _away(address, error) from error
-    return {
-        parse_identity(identity): float(age)
-        for name, identity, age in _SEEN.findall(text)
-        if name == run
-    }
+    return ages_in(text, run)
+
+
+def ages_in(page: str, run: str) -> dict[Identity, float]:
+    """The ages of heartbeats on a status page, by worker of a run. Pure."""
+    ages: dict[Identity, float] = {}
+    for name, identity, age in _SEEN.findall(page):
+        if name == run:
+            with contextlib.suppress(ValueError, MembershipError):
+                ages[parse_identity(identity)] = float(age)
+    return ages
 
 
 def lighthouse_key(secret: str) -> bytes:

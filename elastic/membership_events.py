@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,10 @@ from typing import Any, Literal
 from torch.distributed import Store
 
 from holdfast.elastic.generation import Identity, parse_identity
+from holdfast.parallel.errors import MembershipError, shown
+from holdfast.parallel.reading import MALFORMED, Count, Text, of_kind, parse_json
+
+logger = logging.getLogger("holdfast.membership")
 
 MembershipEventKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "waiting"]
 _URGENT = ("ended", "silent", "disturbed")
@@ -27,14 +32,14 @@ class MembershipEvent:
     finish its step, and has come to agree. joining: it waits to be admitted. leaving: it wants to
     hand its state over and leave. waiting: it has waited for `peers` too long."""
     identity: Identity
-    cause: str
+    cause: Text
     """The cause, for a person."""
     age_s: float = 0.0
     """Seconds between the worker's last sign of life and this event, 0 if that is not known; for
     `leaving`, until it must have left."""
-    node: str = ""
+    node: Text = ""
     """The node that made the observation."""
-    generation: int = 0
+    generation: Count = 0
     """The generation that the event is about; 0: any generation with this worker."""
     peers: str = ""
     """The ranks that a waiting worker waits for, as `format_identities` writes them."""
@@ -56,10 +61,25 @@ def event_to_data(event: MembershipEvent) -> dict[str, Any]:
 
 
 def event_from_data(plain: Mapping[str, Any]) -> MembershipEvent:
-    """The event that `event_to_data` wrote."""
-    fields = dict(plain)
-    fields["identity"] = parse_identity(fields["identity"])
-    return MembershipEvent(**fields)
+    """The event that `event_to_data` wrote.
+
+    Raises:
+        MembershipError: it is none.
+    """
+    try:
+        identity = parse_identity(plain["identity"])
+        return of_kind({**plain, "identity": identity}, MembershipEvent)
+    except MALFORMED as error:
+        raise MembershipError(f"a message is no event of a worker ({shown(error)})") from error
+
+
+def _event_in(content: bytes) -> list[MembershipEvent]:
+    """The event in a message; a message of any other content is logged and left out."""
+    try:
+        return [event_from_data(parse_json(content))]
+    except (MembershipError, ValueError) as error:
+        logger.warning("the bulletin has a message that is left out: %s", error)
+        return []
 
 
 class Bulletin:
@@ -90,7 +110,7 @@ class Bulletin:
         while self._read < posted:
             key = f"event/{self._read + 1}"
             if self._store.check([key]):
-                events.append(event_from_data(json.loads(self._store.get(key))))
+                events += _event_in(self._store.get(key))
             elif not self._is_hole():
                 break
             self._hole_since = None

@@ -20,18 +20,22 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
+
+from msgspec import Meta
 
 from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.agreement import Report
 from holdfast.elastic.generation import Generation, Identity, format_identities
 from holdfast.elastic.quorum_client import report_on_behalf_of
 from holdfast.elastic.worker_spec import WorkerSpec
+from holdfast.parallel.reading import decode_json, read_regular
 
 logger = logging.getLogger("holdfast.membership")
 
 _LOCK = ".agent"
 _END = "end.json"
+_MOST_BYTES = 1 << 20
 _ANSWER_S = 0.5
 _LOOK_S = 1.0
 """The interval at which a side without a majority looks whether the others are dead."""
@@ -41,7 +45,7 @@ _LOOK_S = 1.0
 class RunEnd:
     """The end of a run, or of one node's part in it."""
 
-    code: int
+    code: Annotated[int, Meta(ge=0, le=255)]
     """The exit code of every node; 0: the run has reached its last step."""
     reason: str = ""
     """The reason of another end, for a person."""
@@ -82,9 +86,8 @@ class Roll:
     def ended(self) -> RunEnd | None:
         """How the run ended; None: nothing is written."""
         try:
-            found = json.loads((self._folder / _END).read_text())
-            return RunEnd(int(found["code"]), str(found["reason"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            return decode_json(read_regular(self._folder / _END, _MOST_BYTES), RunEnd)
+        except (OSError, ValueError):
             return None
 
     def dead(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.generation import Identity
@@ -48,13 +45,3 @@ class WorkerSpec:
     def flight_record(self) -> Path:
         """The worker's flight record. Its agent reads it for waits that last too long."""
         return Path(self.folder) / f"{self.identity}.page"
-
-
-def worker_spec_to_data(spec: WorkerSpec) -> dict[str, Any]:
-    """A worker spec as JSON values."""
-    return msgspec.to_builtins(spec)
-
-
-def worker_spec_from_data(plain: dict[str, Any]) -> WorkerSpec:
-    """The worker spec that `worker_spec_to_data` wrote."""
-    return msgspec.convert(plain, WorkerSpec)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.reading import parse_json
 
 PREFIX = "holdfast-scratch-"
 """The beginning of a folder's name in the system's folder for temporary files."""
@@ -162,7 +163,7 @@ def _is_of_this_machine(mark: bytes, folder: Path) -> bool:
     if not mark:  # its process ended before the folder was used, or makes another
         return os.listdir(folder) == [_MARK]
     try:
-        written = json.loads(mark)
+        written = parse_json(mark)
         return bool(written["boot"] == _boot() or written["host"] == _host())
     except (ValueError, KeyError, TypeError):
         return False

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.parallel.errors import ConfigError, HoldfastError
+from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.output import tell
 from holdfast.trainer.config import check_config
 from holdfast.trainer.run import (
     OpenedRun,
-    Resume,
-    RunDirectory,
+    RunAnswer,
     RunRequest,
     opened_run,
     recorded_throughput,
+    told_run,
 )
 from holdfast.trainer.worlds import WorldInfo
 
@@ -60,7 +58,7 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
                 here = replace(request, ranks_here=world.local_world_size, attempt=world.attempt)
                 opened = _announced(here, store, held)
             else:
-                run = _told_run(store)
+                run, _ = told_run(store.get(_RUN_KEY))
                 opened = OpenedRun(recorded_throughput(config, run.root), run)
             return run_worker(opened.config, world, opened.directory, announce=True, store=store)
     except HoldfastError as error:
@@ -74,16 +72,9 @@ def _announced(request: RunRequest, store: Store, held: contextlib.ExitStack) ->
     try:
         opened = held.enter_context(opened_run(request))
     except HoldfastError as error:
-        store.set(_RUN_KEY, json.dumps({"error": str(error)}))
+        store.set(_RUN_KEY, msgspec.json.encode(RunAnswer(error=str(error))).decode())
         raise
     run = opened.directory
-    answer = {"root": str(run.root.absolute()), "resume": msgspec.to_builtins(run.resume)}
-    store.set(_RUN_KEY, json.dumps(answer))
+    answer = RunAnswer(root=str(run.root.absolute()), resume=run.resume)
+    store.set(_RUN_KEY, msgspec.json.encode(answer).decode())
     return opened
-
-
-def _told_run(store: Store) -> RunDirectory:
-    answer = json.loads(store.get(_RUN_KEY))
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    return RunDirectory(Path(answer["root"]), msgspec.convert(answer["resume"], Resume))

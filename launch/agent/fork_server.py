@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import mmap
 import os
@@ -25,20 +24,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from holdfast.elastic import (
-    FairClock,
-    WorkerSpec,
-    worker_spec_from_data,
-    worker_spec_to_data,
-)
+import msgspec
+
+from holdfast.elastic import FairClock, WorkerSpec
 from holdfast.launch.agent.liveness import is_stopped, silence, starved_s
 from holdfast.launch.processes import Supervisor, append_output, fork_child
+from holdfast.parallel.reading import decode_json
 
 logger = logging.getLogger("holdfast.agent")
 
-_PACKET_BYTES = 1 << 16
+_PACKET_BYTES = 1 << 18
 _LOOK_S = 0.2
 STUCK_S = 60.0
 """The seconds beyond its patience for which a process that no signal has stopped may not run: the
@@ -67,6 +63,21 @@ class Ended:
     pid: int
     code: int
     """The exit code, or the negative number of the signal that killed it."""
+
+
+class _Request(msgspec.Struct, frozen=True):
+    """The agent asks for a worker."""
+
+    spec: WorkerSpec
+    log: str
+
+
+class _Report(msgspec.Struct, frozen=True):
+    """A worker has been forked, if a descriptor comes with it, or else has ended."""
+
+    rank: int
+    pid: int
+    code: int = 0
 
 
 class MutualWatch:
@@ -161,7 +172,7 @@ class ForkServer:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            request = json.dumps({"spec": worker_spec_to_data(spec), "log": str(log)}).encode()
+            request = msgspec.json.encode(_Request(spec, str(log)))
             socket.send_fds(self._control, [request], [theirs.fileno()])
         return ours
 
@@ -173,10 +184,10 @@ class ForkServer:
             return None
         if not packet:
             return None
-        report = json.loads(packet)
-        if report["kind"] == "started":
-            return Started(report["rank"], report["pid"], descriptors[0])
-        return Ended(report["rank"], report["pid"], report["code"])
+        report = decode_json(packet, _Report)
+        if descriptors:
+            return Started(report.rank, report.pid, descriptors[0])
+        return Ended(report.rank, report.pid, report.code)
 
     def close(self) -> None:
         """Kill the remaining workers and the fork server."""
@@ -203,15 +214,15 @@ def _serve(control: socket.socket, main: WorkerMain, watch: MutualWatch) -> int:
                 logger.error("the agent is killed, and this node is lost: %s", cause)
                 os.kill(os.getppid(), signal.SIGKILL)
             for end in workers.wait(_LOOK_S, also=[control.fileno()]):
-                report = {"kind": "ended", "rank": ranks.pop(end.pid), "pid": end.pid}
-                control.send(json.dumps({**report, "code": end.code}).encode())
+                ended = _Report(ranks.pop(end.pid), end.pid, end.code)
+                control.send(msgspec.json.encode(ended))
             if select.select([control], [], [], 0)[0]:
                 packet, channels, _, _ = socket.recv_fds(control, _PACKET_BYTES, 1)
                 if not packet:
                     break
-                pid, rank = _fork(control, json.loads(packet), channels[0], main)
+                pid, rank = _fork(control, decode_json(packet, _Request), channels[0], main)
                 ranks[pid] = rank
-                started = json.dumps({"kind": "started", "rank": rank, "pid": pid}).encode()
+                started = msgspec.json.encode(_Report(rank, pid))
                 socket.send_fds(control, [started], [workers.add(pid)])
     except OSError:
         pass  # the agent is gone
@@ -220,9 +231,9 @@ def _serve(control: socket.socket, main: WorkerMain, watch: MutualWatch) -> int:
 
 
 def _fork(
-    control: socket.socket, request: dict[str, Any], channel: int, main: WorkerMain
+    control: socket.socket, request: _Request, channel: int, main: WorkerMain
 ) -> tuple[int, int]:
-    spec = worker_spec_from_data(request["spec"])
+    spec = request.spec
 
     def body() -> int:
         control.close()
@@ -230,7 +241,7 @@ def _fork(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
-        append_output(Path(request["log"]))
+        append_output(Path(request.log))
         return main(spec, socket.socket(fileno=channel))
 
     pid = fork_child(body)

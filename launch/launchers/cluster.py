@@ -7,7 +7,6 @@ The first task opens the run's folder, which all nodes share, and hosts the Ligh
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -46,12 +44,13 @@ from holdfast.parallel.links import (
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import (
-    Resume,
+    RunAnswer,
     RunDirectory,
     RunRequest,
     opened_run,
     recorded_throughput,
     run_secret,
+    told_run,
 )
 from holdfast.trainer.worlds import WorldInfo
 
@@ -91,7 +90,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
             check_lighthouse(request.config.elastic.lighthouse, world.secret)
             opened = held.enter_context(opened_run(request))
         except HoldfastError as error:
-            tell_others(listening, world, {"error": str(error)})
+            tell_others(listening, world, RunAnswer(error=str(error)))
             raise
         config, run = opened.config, opened.directory
         log_agents(run.agent_log)
@@ -102,11 +101,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         agent = Agent(node, worker_main(config, run))
         announce = held.enter_context(published_join_file(run))
         lighthouse = held.enter_context(_lighthouse(node))
-        answer = {
-            "root": str(run.root.absolute()),
-            "resume": msgspec.to_builtins(run.resume),
-            "lighthouse": lighthouse,
-        }
+        answer = RunAnswer(root=str(run.root.absolute()), resume=run.resume, lighthouse=lighthouse)
         tell_others(listening, world, answer)
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = agent.run(lighthouse)
@@ -123,13 +118,13 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
         ConfigError: the first task cannot be reached, or reported an error.
     """
     answer, host = ask_first(world)
-    run = RunDirectory(Path(answer["root"]), msgspec.convert(answer["resume"], Resume))
+    run, lighthouse = told_run(answer)
     config = recorded_throughput(config, run.root)
     node = _enrolled(replace(_task_settings(config, world), log=run.log, host=host), run)
-    check_lighthouse(answer["lighthouse"], node.membership.secret)
+    check_lighthouse(lighthouse, node.membership.secret)
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
-    code = agent.run(answer["lighthouse"])
+    code = agent.run(lighthouse)
     return _end_of_task(config, explained(code, run, node.ranks, agent.shutdown.reason))
 
 
@@ -244,7 +239,7 @@ def _listen(world: WorldInfo) -> Iterator[socket.socket]:
 def tell_others(
     listening: socket.socket,
     world: WorldInfo,
-    answer: dict[str, Any],
+    answer: RunAnswer,
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -259,7 +254,7 @@ def tell_others(
         listening,
         world.meeting_key,
         range(1, world.world_size),
-        json.dumps(answer).encode(),
+        msgspec.json.encode(answer),
         lambda missing: waiting.left_s(f"tasks {missing} have not come"),
     )
     if missing:
@@ -274,7 +269,7 @@ def ask_first(
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[bytes, str]:
     """The answer of the first task, and this machine's address towards it.
 
     Raises:
@@ -298,7 +293,4 @@ def ask_first(
             f"the first task at {there} did not answer within {MEET_S:g} s: {error}; set "
             "MASTER_ADDR and MASTER_PORT alike on all nodes"
         ) from error
-    found: dict[str, Any] = json.loads(answer)
-    if "error" in found:
-        raise ConfigError(found["error"])
-    return found, own
+    return answer, own

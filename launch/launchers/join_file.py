@@ -9,29 +9,34 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import Meta
 
 from holdfast.elastic import MembershipSettings, lighthouse_url
 from holdfast.parallel.comm import own_address_towards
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import DiskWord, WholeFiles, tell, write_whole
+from holdfast.parallel.reading import PathText, decode_json, read_regular
 from holdfast.trainer.run import RunDirectory
 
 _CONNECT_S = 3.0
+_MOST_BYTES = 1 << 16
+_MOST_RANKS = 1 << 20
 
 
 class JoinInfo(msgspec.Struct, frozen=True):
     """The content of a join file."""
 
-    lighthouse: str
+    lighthouse: PathText
     """The URL of the Lighthouse."""
-    token: str
+    token: Annotated[str, Meta(pattern=r"^[\w.-]{1,1000}$")]
     """The name of this start of the run at the Lighthouse."""
-    world_size: int
+    world_size: Annotated[int, Meta(ge=1, le=_MOST_RANKS)]
     """The number of ranks that the run was started with."""
-    next_rank: int
+    next_rank: Annotated[int, Meta(ge=1, le=_MOST_RANKS)]
     """The lowest rank that was never given out."""
 
     @staticmethod
@@ -109,13 +114,13 @@ def own_address(lighthouse: str) -> str:
 
 def _read(run: RunDirectory) -> JoinInfo:
     try:
-        return msgspec.json.decode(run.join_file.read_bytes(), type=JoinInfo)
+        return decode_json(read_regular(run.join_file, _MOST_BYTES), JoinInfo)
     except FileNotFoundError:
         raise ConfigError(
             f"{run.root} is not an elastic run that is under way; start it with elastic.enabled = "
             "true, and join while it runs"
         ) from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{run.join_file} cannot be read: {error}") from error
 
 

@@ -31,11 +31,13 @@ import statistics
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
+
+from holdfast.parallel.reading import read_regular
 
 Direction = Literal["send", "receive", "collective"]
 Outcome = Literal["open", "done", "failed"]
@@ -67,6 +69,8 @@ _SLOT = 12
 _OUTCOME, _STARTED, _WAITED, _FINISHED = 7, 9, 10, 11
 _RECORD = struct.Struct("@qqqqqqqdddd")
 _NAN = math.nan
+_MOST_BYTES = 1 << 24
+_Name = TypeVar("_Name", bound=str)
 SLOTS = 512
 """The ring's size: more than the messages a rank has in flight, so open ones are not
 overwritten."""
@@ -276,11 +280,11 @@ def read_record(path: Path) -> FlightRecord:
     """Read another process's record. Local; the writer is not disturbed.
 
     Raises:
-        OSError: the file does not exist.
+        OSError: the file does not exist, or is too large for a record.
         ValueError: the file is not a record of this version.
     """
-    before = path.read_bytes()
-    return parse_record(before, path.read_bytes())
+    before = read_regular(path, _MOST_BYTES)
+    return parse_record(before, read_regular(path, _MOST_BYTES))
 
 
 def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
@@ -294,6 +298,8 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
     """
     if len(data) < 8 * _RING_AT or len(data) % 8:
         raise ValueError(f"{len(data)} bytes are not a record of operations; the file is cut off")
+    if later is not None and len(later) != len(data):
+        raise ValueError("the record was replaced meanwhile")
     words, times = memoryview(data).cast("q"), memoryview(data).cast("d")
     slots = words[5]
     if words[0] != _MAGIC or words[1] != _VERSION or len(words) != _RING_AT + slots * _SLOT:
@@ -301,7 +307,9 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
             f"not a record of operations, version {_VERSION}; another program wrote it"
         )
     names = [
-        data[8 * _NAMES_AT + code * _NAME_BYTES :][:_NAME_BYTES].rstrip(b"\0").decode()
+        str(
+            data[8 * _NAMES_AT + code * _NAME_BYTES :][:_NAME_BYTES].rstrip(b"\0"), errors="replace"
+        )
         for code in range(_NAMES)
     ]
     steady = words if later is None else memoryview(later).cast("q")
@@ -314,13 +322,13 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
         operations.append(
             Operation(
                 number,
-                names[group],
-                OPERATIONS[operation],
-                _DIRECTIONS[direction],
+                _name(names, group),
+                _name(OPERATIONS, operation),
+                _name(_DIRECTIONS, direction),
                 peer,
                 size,
                 tag,
-                _OUTCOMES[outcome],
+                _name(_OUTCOMES, outcome),
                 *times[at + 8 : at + 12],
             )
         )
@@ -338,3 +346,9 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
         busy_until_s=times[_BUSY_UNTIL],
         busy_ended_s=times[_BUSY_ENDED],
     )
+
+
+def _name(names: Sequence[_Name], code: int) -> _Name:
+    if not 0 <= code < len(names):
+        raise ValueError(f"the record has an operation with the unknown code {code}")
+    return names[code]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from holdfast.parallel.output.appended_file import set_aside_name
+from holdfast.parallel.reading import open_regular, parse_json
+
+_MOST_STEPS = 1 << 53
+"""More than any run has."""
 
 
 def json_lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
@@ -18,8 +19,8 @@ def json_lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
     found: list[tuple[bytes, dict[str, Any] | None]] = []
     for line in content.splitlines(keepends=True):
         try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except (ValueError, RecursionError):
+            value = parse_json(line) if line.endswith(b"\n") else None
+        except ValueError:
             value = None
         found.append((line, value if isinstance(value, dict) else None))
     return found
@@ -32,22 +33,17 @@ def content_of(path: Path) -> bytes:
         OSError: it cannot be read, or is no regular file.
     """
     try:
-        with open(path, "rb", opener=_open) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        with open_regular(path) as file:
             return file.read()
     except FileNotFoundError:
         return b""
 
 
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def step_of(record: dict[str, Any] | None) -> int:
     """The step of a line of metrics.jsonl; 0 if it is none."""
     step = (record or {}).get("step")
-    return step if isinstance(step, int) and not isinstance(step, bool) and step > 0 else 0
+    is_number = isinstance(step, int) and not isinstance(step, bool)
+    return step if is_number and 0 < step <= _MOST_STEPS else 0
 
 
 def rising_steps() -> Callable[[dict[str, Any]], bool]:

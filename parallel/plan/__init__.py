@@ -1,6 +1,7 @@
 """The plan: which rank holds, computes, owns and shadows what. Pure functions, no torch.
 
-May import parallel.errors, parallel.layout, parallel.precision and parallel.schedules.
+May import parallel.errors, parallel.layout, parallel.precision, parallel.reading and
+parallel.schedules.
 """
 
 import lazy_loader

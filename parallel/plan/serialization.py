@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
+from msgspec import Meta
+
+from holdfast.parallel.errors import LayoutError
 from holdfast.parallel.layout import StageReplicas
 from holdfast.parallel.plan.initial import split_micro_batches
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import assign_micro_batches
+from holdfast.parallel.reading import Count, of_kind
+
+_T = TypeVar("_T")
+_Rank = Annotated[int, Meta(ge=0, lt=1 << 31)]
+_Ranks = tuple[_Rank, ...]
+
+
+class _PlanData(msgspec.Struct, frozen=True):
+    """The values of `plan_to_data`."""
+
+    generation: Count
+    stages: tuple[tuple[_Ranks, ...], ...]
+    spares: _Ranks
+    placement: tuple[Count, ...]
+    chunk_layers: tuple[tuple[Count, Count], ...]
+    owners: tuple[list[tuple[_Rank, Count]], ...]
+    shadows: tuple[list[tuple[_Ranks, Count]], ...]
+    arriving: tuple[list[tuple[_Ranks, Count]], ...]
+
+    def check(self, first: Plan) -> None:
+        """Check that a plan of the same model and batch can have these values.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        shards = len(first.blocks)
+        ranks = [rank for stage in self.stages for held in stage for rank in held]
+        ranks += self.spares
+        if not self.stages or not all(self.stages) or len(set(ranks)) != len(ranks):
+            raise ValueError("a stage has no ranks, or a rank has two places")
+        if any(len(held) != shards for stage in self.stages for held in stage):
+            raise ValueError(f"a replica of a stage has not {shards} ranks")
+        if not self.chunk_layers or len(self.placement) != len(self.chunk_layers):
+            raise ValueError("chunks and their places do not fit together")
+        if max(self.placement) >= len(self.stages):
+            raise ValueError("a chunk is placed at a stage that does not exist")
+        if any(not a <= b <= len(first.layers) for a, b in self.chunk_layers):
+            raise ValueError("a chunk has layers that do not exist")
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
@@ -26,39 +68,53 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_from_data(first: Plan, data: Mapping[str, Any]) -> Plan:
+def plan_from_data(first: Plan, data: Any) -> Plan:
     """The plan of values that `plan_to_data` made.
 
     Args:
         first: the first plan of the same configuration.
+    Raises:
+        LayoutError: the values are of no plan of this configuration.
     """
-    stage_replicas = StageReplicas(
-        tuple(tuple(tuple(replica) for replica in stage) for stage in data["stages"]),
-        tuple(data["spares"]),
-    )
+    try:
+        values = of_kind(data, _PlanData)
+        values.check(first)
+        return _plan_of(first, values)
+    except ValueError as error:
+        raise LayoutError(f"a plan is none of this configuration: {error}") from error
+
+
+def _plan_of(first: Plan, data: _PlanData) -> Plan:
+    stage_replicas = StageReplicas(data.stages, data.spares)
+    blocks = [len(of_shard) for of_shard in first.blocks]
     rows = split_micro_batches(
         sum(map(len, first.micro_batches)), stage_replicas.widest, first.micro_batch_order
     )
     return first.evolved(
-        generation=data["generation"],
+        generation=data.generation,
         stage_replicas=stage_replicas,
-        placement=tuple(data["placement"]),
-        chunk_layers=tuple((a, b) for a, b in data["chunk_layers"]),
+        placement=data.placement,
+        chunk_layers=data.chunk_layers,
         micro_batches=rows,
         assignment=assign_micro_batches(stage_replicas, rows),
-        given_owners=tuple(tuple(_repeated(runs)) for runs in data["owners"]),
-        shadows=_followers(data["shadows"]),
-        incoming=_followers(data["arriving"]),
+        given_owners=_by_block(data.owners, blocks),
+        shadows=_by_block(data.shadows, blocks) if data.shadows else (),
+        incoming=_by_block(data.arriving, blocks) if data.arriving else (),
     )
 
 
-def _followers(data: Sequence[Sequence[Sequence[Any]]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    return tuple(tuple(tuple(ranks) for ranks in _repeated(runs)) for runs in data)
+def _by_block(
+    shards: Sequence[Sequence[tuple[_T, int]]], blocks: Sequence[int]
+) -> tuple[tuple[_T, ...], ...]:
+    """A value for each block of each shard.
+
+    Raises:
+        ValueError: there are not as many values as blocks.
+    """
+    if [sum(count for _, count in runs) for runs in shards] != blocks:
+        raise ValueError("it has more or fewer values than the model has blocks")
+    return tuple(tuple(v for v, count in runs for _ in range(count)) for runs in shards)
 
 
 def _runs(values: Sequence[Any]) -> list[list[Any]]:
     return [[value, len(list(same))] for value, same in groupby(values)]
-
-
-def _repeated(runs: Sequence[Sequence[Any]]) -> list[Any]:
-    return [value for value, count in runs for _ in range(count)]

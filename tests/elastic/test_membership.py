@@ -184,8 +184,8 @@ def test_a_channel_carries_messages_and_a_liveness_timestamp(tmp_path: Path) -> 
     channel = WorkerChannel(theirs, tmp_path / "liveness", heard.append)
     assert channel.send("committed", step=3)
     assert receive_message(ours) == {"kind": "committed", "step": 3}
-    send_message(ours, {"kind": "event"})
-    wait_for(lambda: heard == [{"kind": "event"}], "the message")
+    send_message(ours, {"kind": "queued"})
+    wait_for(lambda: heard == [{"kind": "queued"}], "the message")
     age_s = liveness_age_s(tmp_path / "liveness")
     assert age_s is not None
     channel.close()

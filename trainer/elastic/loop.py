@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 from torch.distributed import DistError
 
 from holdfast.elastic import Identity, Membership, MembershipEvent, MembershipHistory, WorkerSpec
-from holdfast.parallel.errors import Diverged, NotSaved, PeerLost, Stopped
+from holdfast.parallel.errors import ConfigError, Diverged, NotSaved, PeerLost, Stopped
 from holdfast.parallel.output import DiskWord
 from holdfast.parallel.plan import would_move_layers
+from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.elastic.recovery import CompletedChange, Drives, Recovery
@@ -293,7 +293,14 @@ def _train(
 
 
 def _history(run: RunDirectory) -> MembershipHistory | None:
-    """The membership changes that this run repeats, if it repeats a run."""
-    if not run.journal.exists():
+    """The membership changes that this run repeats, if it repeats a run.
+
+    Raises:
+        ConfigError: the file of changes cannot be read, or is damaged.
+    """
+    try:
+        return decode_json(read_regular(run.journal), MembershipHistory)
+    except FileNotFoundError:
         return None
-    return msgspec.json.decode(run.journal.read_bytes(), type=MembershipHistory)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{run.journal} cannot be read: {error}; replay the run again") from error

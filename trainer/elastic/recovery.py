@@ -28,6 +28,7 @@ from holdfast.elastic import Generation, MembershipEvent
 from holdfast.parallel.comm import Operation
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.plan import Plan, plan_from_data, plan_to_data
+from holdfast.parallel.reading import parse_json
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.elastic.transition import (
@@ -317,7 +318,7 @@ class Recovery:
         if not recovery.holders:
             return self._first_plan
         if self.training is None:
-            data = json.loads(await_word(store, "plan", self._drives.interruption))
+            data = parse_json(await_word(store, "plan", self._drives.interruption))
             return plan_from_data(self._first_plan, data)
         if self._rank == recovery.holders[0] and recovery.fresh:
             store.set("plan", json.dumps(plan_to_data(self.training.plan)))

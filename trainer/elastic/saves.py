@@ -11,6 +11,7 @@ import msgspec
 from torch.distributed import Store
 
 from holdfast.elastic import Generation, Membership, WorkerSpec
+from holdfast.parallel.reading import decode_json
 from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
@@ -100,8 +101,8 @@ class ElasticSaves:
                 kept = [c for c in found.candidates if Path(c).is_dir()]
                 found = replace(found, candidates=tuple(kept))
             store.set("resume", json.dumps(msgspec.to_builtins(found)))
-        data = json.loads(await_word(store, "resume", self._interruption))
-        run = replace(self._run, resume=msgspec.convert(data, Resume))
+        told = await_word(store, "resume", self._interruption)
+        run = replace(self._run, resume=decode_json(told, Resume))
         notes = list(run.resume.notes)
         self._notes = notes
         checkpoints = self._checkpoints_of(training, generation, run)

@@ -7,22 +7,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from holdfast.elastic import Generation
-from holdfast.trainer.step import Included, Outcome, Requests, included_from_data, included_to_data
+from holdfast.parallel.errors import MembershipError, shown
+from holdfast.parallel.reading import MALFORMED, Count, of_kind
+from holdfast.trainer.step import Included, Outcome, included_from_data, included_to_data
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """The status of one worker: its progress, and the state it can continue from."""
 
-    active: int = 0
+    active: Count = 0
     """The generation of the plan in force here; 0: it has no state."""
-    prepared: int = 0
+    prepared: Count = 0
     """The generation of the plan that can be activated here, because its state is complete."""
-    decided: int = 0
+    decided: Count = 0
     """The number of steps whose vote has a result here."""
-    updated: int = 0
+    updated: Count = 0
     """The number of steps whose update its own blocks have had."""
-    updates: int = 0
+    updates: Count = 0
     """The updates of the optimizer among them: skipped steps have none."""
     complete: bool = True
     """Whether it has all parameters after these updates."""
@@ -58,23 +60,24 @@ def status_to_data(status: WorkerStatus) -> dict[str, Any]:
 
 
 def status_from_data(plain: Mapping[str, Any]) -> WorkerStatus:
-    """The status that `status_to_data` wrote."""
-    fields = dict(plain) | {name: plain[key] for name, key in _KEYS.items()}
-    for key in _KEYS.values():
-        del fields[key]
-    fields["included"] = included_from_data(fields["included"])
-    outcome = fields.get("outcome")
-    if outcome is not None:
-        fields["outcome"] = Outcome(
-            loss=float.fromhex(outcome["loss"]),
-            grad_norm=float.fromhex(outcome["grad_norm"]),
-            nonfinite_ranks=outcome["nonfinite_ranks"],
-            out_of_range_ranks=outcome["out_of_range_ranks"],
-            requests=Requests(**outcome["requests"]),
-            leaving_ranks=outcome["leaving_ranks"],
-            skipped=outcome["skipped"],
-        )
-    return WorkerStatus(**fields)
+    """The status that `status_to_data` wrote.
+
+    Raises:
+        MembershipError: it is none, for example one of another version of holdfast.
+    """
+    try:
+        fields = dict(plain) | {name: plain[key] for name, key in _KEYS.items()}
+        fields["included"] = included_from_data(fields["included"])
+        outcome = fields.get("outcome")
+        if outcome is not None:
+            numbers = {key: float.fromhex(outcome[key]) for key in ("loss", "grad_norm")}
+            fields["outcome"] = of_kind({**outcome, **numbers}, Outcome)
+        return of_kind(fields, WorkerStatus)
+    except MALFORMED as error:
+        raise MembershipError(
+            f"a worker has a status that this version of holdfast does not understand "
+            f"({shown(error)}); run the same version on all nodes"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

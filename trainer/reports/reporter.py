@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from holdfast.trainer.reports.record_keeper import RecordKeeper
 from holdfast.trainer.reports.run_console import RunConsole
 from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
+from holdfast.trainer.reports.workers import Worker
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Outcome, Training
 from holdfast.trainer.worlds import WorldInfo
@@ -40,7 +40,7 @@ class Reporter:
         training: Training,
         world: WorldInfo,
         run: RunDirectory,
-        workers: Sequence[dict[str, Any]],
+        workers: Sequence[Worker],
         events: EventFile,
         first: int = 0,
         *,

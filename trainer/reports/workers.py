@@ -6,11 +6,21 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from torch.distributed import Store
 
+from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.reading import Count, Text, decode_json
 from holdfast.trainer.worlds import WorldInfo
+
+
+class Worker(TypedDict):
+    """The description of a worker."""
+
+    rank: Count
+    pid: Count
+    node: Text
 
 
 def introduce(store: Store, world: WorldInfo) -> None:
@@ -19,14 +29,21 @@ def introduce(store: Store, world: WorldInfo) -> None:
     store.set(f"worker/{world.rank}", json.dumps(worker))
 
 
-def workers_of(store: Store, world: WorldInfo) -> list[dict[str, Any]]:
-    """The descriptions of all workers, by rank, once they are all there."""
+def workers_of(store: Store, world: WorldInfo) -> list[Worker]:
+    """The descriptions of all workers, by rank, once they are all there.
+
+    Raises:
+        MembershipError: one is not as a worker of this version writes it.
+    """
     keys = [f"worker/{rank}" for rank in range(world.world_size)]
     store.wait(keys)
-    return [json.loads(text) for text in store.multi_get(keys)]
+    try:
+        return [decode_json(text, Worker) for text in store.multi_get(keys)]
+    except ValueError as error:
+        raise MembershipError(f"a worker introduces itself in a strange way: {error}") from error
 
 
-def nodes_of(workers: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+def nodes_of(workers: Sequence[Worker]) -> tuple[int, ...]:
     """The node of each rank: equal numbers for workers on one machine."""
     names = list(dict.fromkeys(worker["node"] for worker in workers))
     return tuple(names.index(worker["node"]) for worker in workers)

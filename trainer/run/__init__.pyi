@@ -29,8 +29,10 @@ from .resume import (
 )
 from .run_directory import (
     RankError as RankError,
+    RunAnswer as RunAnswer,
     RunDirectory as RunDirectory,
     read_error as read_error,
+    told_run as told_run,
     write_error as write_error,
 )
 from .secret import (

@@ -16,6 +16,7 @@ import msgspec
 from holdfast.checkpoint.format import OWNER, scheme_of
 from holdfast.checkpoint.stores import CheckpointStore, LocalStore, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.reading import PathText, decode_json
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.folder_lock import is_locked, lock_folder
 from holdfast.trainer.run.identity import IDENTITY, RunIdentity, read_identity
@@ -25,11 +26,11 @@ from holdfast.trainer.run.resume import MUST_MATCH, WORTH_SAYING, checkpoint_roo
 class CheckpointOwner(msgspec.Struct, frozen=True):
     """The content of owner.json."""
 
-    run: str
+    run: PathText
     """The `id` of the run's identity."""
-    path: str
+    path: PathText
     """The run's folder."""
-    host: str
+    host: PathText
     """The machine on which the run was started last."""
     in_use: bool = False
     """At a URL, which has no lock: whether the run has not ended yet, or could not say so."""
@@ -149,8 +150,8 @@ def _release(store: CheckpointStore, own: CheckpointOwner) -> None:
 def _owner_of(store: CheckpointStore) -> CheckpointOwner | None:
     content = store.owner()
     try:
-        return msgspec.json.decode(content, type=CheckpointOwner) if content else None
-    except msgspec.DecodeError as error:
+        return decode_json(content, CheckpointOwner) if content else None
+    except ValueError as error:
         raise ConfigError(
             f"{store.place_of(OWNER)} is damaged: {error}; remove it if the checkpoints are this "
             "run's"

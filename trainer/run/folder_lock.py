@@ -28,7 +28,7 @@ def lock_folder(folder: Path, key: str, run: str = "") -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(folder / LOCK, flags, 0o644)
     except OSError as error:
         raise unwritable(folder, error, key) from error
@@ -51,7 +51,9 @@ def lock_folder(folder: Path, key: str, run: str = "") -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Whether another process holds the lock of a folder."""
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(
+            folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
     except FileNotFoundError:
         return False
     except OSError:

@@ -6,30 +6,35 @@ A folder that was deleted and made anew, or copied, is another run. Local; needs
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.links import MAKE_SECRET, new_secret
+from holdfast.parallel.reading import PathText, decode_json
 
 IDENTITY = "identity.json"
+_MOST_BYTES = 1 << 16
 
 
 class RunIdentity(msgspec.Struct, frozen=True):
     """The content of identity.json; only the run's user can read it."""
 
-    id: str
+    id: PathText
     """The run's name in owner files; not secret."""
-    secret: str
+    secret: Annotated[str, Meta(min_length=16, max_length=4096)]
     """What the processes of the run prove to each other that they know; names that no other user
     can guess come from it, too."""
-    path: str
+    path: PathText
     """The absolute path of the folder at the last start."""
 
 
@@ -52,8 +57,8 @@ def read_identity(root: Path) -> RunIdentity | None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        return msgspec.json.decode(content, type=RunIdentity)
-    except msgspec.DecodeError as error:
+        return decode_json(content, RunIdentity)
+    except ValueError as error:
         raise ConfigError(
             f"{path} is damaged: {error}; remove it, and the run gets a new identity"
         ) from error
@@ -161,7 +166,9 @@ def read_own_file(path: Path) -> bytes:
             raise PermissionError(0, "it is no file", str(path))
         if not is_own(found.st_uid, path.parent):
             raise PermissionError(0, f"it belongs to user {found.st_uid}", str(path))
-        return file.read()
+        if found.st_size > _MOST_BYTES:
+            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes", str(path))
+        return file.read(_MOST_BYTES)
 
 
 def is_own(uid: int, folder: Path) -> bool:

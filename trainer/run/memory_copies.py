@@ -20,6 +20,7 @@ from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.links import derived_key
+from holdfast.parallel.reading import PathText, decode_json
 from holdfast.trainer.run.folder_lock import try_lock
 from holdfast.trainer.run.identity import (
     IDENTITY,
@@ -37,8 +38,8 @@ _NAME = re.compile(r"holdfast-\d+-[0-9a-f]{16}")
 class _MemoryOwner(msgspec.Struct, frozen=True):
     """The run whose copies a folder holds."""
 
-    id: str
-    path: str
+    id: PathText
+    path: PathText
     """The run's folder."""
     device: int
     """The number of that folder's file system: without it, the run is not known to be gone."""
@@ -123,12 +124,12 @@ def sweep_memory() -> list[str]:
     """
     gone = []
     for place in SHARED_MEMORY.glob(f"holdfast-{os.getuid()}-*"):
-        with contextlib.suppress(OSError, ConfigError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError):
             _check_own(place)
             if _NAME.fullmatch(place.name) and not any(place.iterdir()):
                 place.rmdir()  # its process was killed as it made it, or makes it again
                 continue
-            owner = msgspec.json.decode(read_own_file(place / _OWNER), type=_MemoryOwner)
+            owner = decode_json(read_own_file(place / _OWNER), _MemoryOwner)
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if _is_gone(owner) and try_lock(descriptor):

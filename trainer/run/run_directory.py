@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from holdfast.parallel.errors import HoldfastError
+import msgspec
+from msgspec import Meta
+
+from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.parallel.output import write_whole
+from holdfast.parallel.reading import PathText, decode_json, read_regular
 from holdfast.trainer.run.resume import Resume
 
 RUNS = Path("runs")
 """The folder of the runs for which none is named."""
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,38 @@ class RunDirectory:
         return self.root / "logs" / f"rank-{rank}.error.json"
 
 
+class RunAnswer(msgspec.Struct, frozen=True):
+    """What the process that opens a run tells the others."""
+
+    error: str = ""
+    """The reason why the run does not begin."""
+    root: PathText | None = None
+    """The run's folder."""
+    resume: Resume = Resume()
+    lighthouse: str = ""
+    """The URL of the Lighthouse of an elastic run."""
+
+
+def told_run(content: bytes) -> tuple[RunDirectory, str]:
+    """The run in an encoded `RunAnswer`, and the URL of its Lighthouse.
+
+    Raises:
+        ConfigError: the run does not begin, or the content is of another version of holdfast.
+    """
+    try:
+        answer = decode_json(content, RunAnswer)
+        if answer.root is None and not answer.error:
+            raise ValueError("it names no folder")
+    except ValueError as error:
+        raise ConfigError(
+            f"the first process has told of its run in an unknown way ({error}); run the same "
+            "version of holdfast everywhere"
+        ) from error
+    if answer.root is None:
+        raise ConfigError(answer.error)
+    return RunDirectory(Path(answer.root), answer.resume), answer.lighthouse
+
+
 @dataclass(frozen=True, slots=True)
 class RankError:
     """The reason for a rank's end."""
@@ -86,23 +123,28 @@ class RankError:
     exit_code: int
 
 
+class _WrittenError(msgspec.Struct, frozen=True):
+    kind: str
+    message: str
+    exit_code: Annotated[int, Meta(ge=0, le=255)]
+
+
 def write_error(run: RunDirectory, rank: int, error: BaseException) -> RankError:
     """The reason for a rank's end, which is written beside its log where the disk allows it."""
     known = isinstance(error, HoldfastError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     exit_code = error.exit_code if isinstance(error, HoldfastError) else 1
     reason = RankError(rank, type(error).__name__, message, exit_code)
-    text = {"kind": reason.kind, "message": message, "exit_code": exit_code}
+    text = _WrittenError(reason.kind, message, exit_code)
     with contextlib.suppress(OSError):
-        write_whole(run.error(rank), (json.dumps(text) + "\n").encode())
+        write_whole(run.error(rank), msgspec.json.encode(text) + b"\n")
     return reason
 
 
 def read_error(run: RunDirectory, rank: int) -> RankError | None:
     """The written reason for a rank's end; None if there is none."""
     try:
-        found = json.loads(run.error(rank).read_text())
-        kind, message = str(found["kind"]), str(found["message"])
-        return RankError(rank, kind, message, int(found["exit_code"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = decode_json(read_regular(run.error(rank), _MOST_BYTES), _WrittenError)
+    except (OSError, ValueError):
         return None
+    return RankError(rank, found.kind, found.message, found.exit_code)

@@ -18,6 +18,7 @@ from holdfast.parallel.output import (
     set_foreign_lines_aside,
     write_whole,
 )
+from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.folder_lock import LOCK, lock_folder, unwritable
 from holdfast.trainer.run.history import (
@@ -121,7 +122,7 @@ def _remove_left(run: RunDirectory) -> None:
 def _is_old_run(root: Path) -> bool:
     """Whether an earlier version, which wrote no identity, made a run in a folder."""
     try:
-        locked = (root / LOCK).read_text().startswith("pid ")
+        locked = read_regular(root / LOCK).startswith(b"pid ")
     except (OSError, ValueError):
         locked = False
     with contextlib.suppress(OSError):

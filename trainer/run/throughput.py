@@ -11,23 +11,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.machine import require_processes
 
 _PROBE_S = 180.0
 """The longest time of a measurement, once its processes have started."""
 
+_Rate = Annotated[float, Meta(gt=0, le=1e9)]
+_MOST_BYTES = 1 << 16
+
 
 class Throughput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The throughput of one rank while the other ranks of its machine measure too."""
 
-    tflops: float
+    tflops: _Rate
     """10^12 operations a second in the forward pass of one transformer layer."""
-    drive_gbytes: float
+    drive_gbytes: _Rate
     """10^9 bytes a second to the place of offloaded activations or back, whichever is slower."""
 
 
@@ -135,7 +141,9 @@ def measure_throughput(config: RunConfig, ranks_here: int) -> Throughput:
         for probe in probes:
             output, errors = probe.communicate(timeout=_PROBE_S)
             _expect(probe, output, errors)
-            found.append(msgspec.json.decode(output, type=Throughput))
+            found.append(decode_json(output, Throughput))
+    except ValueError as error:
+        raise _unmeasured(f"no rates: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise _unmeasured(f"no answer within {_PROBE_S:g} s") from error
     finally:
@@ -198,6 +206,6 @@ def _path(root: Path) -> Path:
 def _recorded(root: Path) -> Throughput | None:
     """The recorded rates; None if there are none that can be read."""
     try:
-        return msgspec.json.decode(_path(root).read_bytes(), type=Throughput)
-    except (OSError, msgspec.DecodeError):
+        return decode_json(read_regular(_path(root), _MOST_BYTES), Throughput)
+    except (OSError, ValueError):
         return None

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from holdfast.parallel.plan import Plan
+from holdfast.parallel.reading import Count, of_kind
 
 ParameterKey = tuple[int, int]
 """A parameter: its layer, and its row in the layer's table."""
@@ -20,6 +22,7 @@ Included = Mapping[ParameterKey, frozenset[int]]
 """The micro-batches in the sums of each parameter of one rank."""
 IncludedByShard = Mapping[int, Included]
 """By shard index: the micro-batches in the sums of all ranks together."""
+_AsData = dict[str, list[tuple[list[Count], list[Count]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +100,16 @@ def included_to_data(included: Included) -> dict[str, list[tuple[list[int], list
     }
 
 
-def included_from_data(
-    plain: Mapping[str, list[tuple[list[int], list[int]]]],
-) -> dict[ParameterKey, frozenset[int]]:
-    """The inverse of `included_to_data`."""
+def included_from_data(plain: Any) -> dict[ParameterKey, frozenset[int]]:
+    """The inverse of `included_to_data`.
+
+    Raises:
+        ValueError: it is not what that returns.
+    """
     return {
-        (int(layer), row): frozenset(numbers)
-        for layer, groups in plain.items()
-        for rows, numbers in groups
+        (int(layer), row): numbers
+        for layer, groups in of_kind(plain, _AsData).items()
+        for rows, listed in groups
+        for numbers in [frozenset(listed)]
         for row in rows
     }

@@ -7,12 +7,15 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from holdfast.launch.launchers.cluster import MEET_S, ask_first, tell_others
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.links import ask, listen
+from holdfast.trainer.run.run_directory import RunAnswer, told_run
 from holdfast.trainer.worlds.world import WorldInfo, local_world
 from support.processes.fake_clock import FakeClock
 
@@ -42,7 +45,7 @@ def test_a_first_task_that_does_not_answer_is_asked_again_until_time_is_up(
     assert told.startswith(f"holdfast: waiting for the first task at 127.0.0.1:{port} since 5 s")
 
 
-def in_thread(world: WorldInfo, answers: list[object]) -> threading.Thread:
+def in_thread(world: WorldInfo, answers: list[Any]) -> threading.Thread:
     """A task that asks the first one."""
 
     def body() -> None:
@@ -62,7 +65,7 @@ def _asks(world: WorldInfo, task: int) -> None:
 
 
 def test_tasks_that_do_not_come_in_time_are_named_and_those_of_another_job_do_not_count() -> None:
-    clock, answers = FakeClock(), list[object]()
+    clock, answers = FakeClock(), list[Any]()
     listening = listen("127.0.0.1")
     world = world_of(0, listening.getsockname()[1])
     first = threading.Thread(target=_asks, args=(world, 1), daemon=True)
@@ -74,7 +77,7 @@ def test_tasks_that_do_not_come_in_time_are_named_and_those_of_another_job_do_no
         return clock() + (0.0 if other.is_alive() else MEET_S)
 
     with pytest.raises(ConfigError, match=r"tasks \[2\] have not come within 120 s"):
-        tell_others(listening, world, {}, clock=later)
+        tell_others(listening, world, RunAnswer(), clock=later)
     assert "is not the first task of this job" in str(answers[0])
 
 
@@ -86,7 +89,7 @@ def test_a_name_that_does_not_resolve_is_asked_again_until_time_is_up() -> None:
 
 
 def test_strangers_do_not_keep_the_tasks_from_meeting() -> None:
-    answers: list[object] = []
+    answers: list[Any] = []
     listening = listen("127.0.0.1")
     world = replace(world_of(0, listening.getsockname()[1]), world_size=2)
     there = ("127.0.0.1", world.store_port)
@@ -98,16 +101,16 @@ def test_strangers_do_not_keep_the_tasks_from_meeting() -> None:
         second.sendall(b'{"task": 1, "job": "7"}\n' * 10)
         third.sendall(b"\xff" * 4096)
         task = in_thread(replace(world, rank=1), answers)
-        tell_others(listening, world, {"root": "here"})
+        tell_others(listening, world, RunAnswer(root="here"))
         task.join(10)
-    assert answers == [{"root": "here"}]
+    assert [told_run(answer)[0].root for answer in answers] == [Path("here")]
 
 
 def test_the_port_is_free_after_the_meeting_though_processes_were_forked_before() -> None:
     listening = listen("127.0.0.1")
     inherited = listening.dup()
     world = replace(world_of(0, listening.getsockname()[1]), world_size=1)
-    tell_others(listening, world, {})
+    tell_others(listening, world, RunAnswer())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", world.store_port), 5)
     inherited.close()

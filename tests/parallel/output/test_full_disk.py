@@ -135,7 +135,7 @@ def test_what_is_no_regular_file_is_refused_at_once(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     make(tmp_path / "m.jsonl")
-    with pytest.raises(OSError, match=r"regular file|directory"):
+    with pytest.raises(OSError, match="not a file"):
         set_foreign_lines_aside(tmp_path / "m.jsonl", rising_steps())
 
 

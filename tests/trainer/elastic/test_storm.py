@@ -29,8 +29,9 @@ TRIALS = int(
 )
 FIRST = int(os.environ.get("HOLDFAST_STORM_FIRST", "0"))
 LOAD = int(os.environ.get("HOLDFAST_STORM_LOAD", "10"))
-STEPS = 80
-SHORT_STEPS = 20
+TRAIN = {1: {"steps": 80}, 2: {"steps": 40, "global_batch": 4}}
+"""By tensor-parallel degree: a step of two ranks has many messages, each slow on a busy machine."""
+SHORT_TRAIN = {"steps": 20}
 DISK_MIB = 64
 BUSY_S = 1200.0
 """The longest that a trial keeps the machine busy."""
@@ -104,7 +105,7 @@ class Outcome:
     """Seconds from the last fault's end to the end of the last command."""
 
 
-def try_one(trial: Trial, folder: Path, expected: dict[str, Any], steps: int) -> Outcome:
+def try_one(trial: Trial, folder: Path, expected: dict[str, Any], train: dict[str, int]) -> Outcome:
     """Run a trial to its end, and hold it to all that is promised. What fails is kept in
     `folder`.
     """
@@ -116,7 +117,7 @@ def try_one(trial: Trial, folder: Path, expected: dict[str, Any], steps: int) ->
         net = held.enter_context(network("abcd"[: trial.nodes])) if trial.has_network else None
         starter = Starter(own_disk.folder)
         held.callback(starter.close)
-        storm = start_storm(starter, trial, where, library, own_disk, net, train={"steps": steps})
+        storm = start_storm(starter, trial, where, library, own_disk, net, train=train)
         try:
             return judged(storm, library, expected)
         except AssertionError:
@@ -147,8 +148,8 @@ def judged(storm: Storm, library: Path, expected: dict[str, Any]) -> Outcome:
 def test_a_stalled_disk_and_a_stopped_agent_cost_that_node_alone(
     tmp_path: Path, cluster: Cluster
 ) -> None:
-    expected = bits_of(run_training(cluster, make_config(train={"steps": SHORT_STEPS})))
-    outcome = try_one(SHORT, tmp_path / "trial", expected, SHORT_STEPS)
+    expected = bits_of(run_training(cluster, make_config(train=SHORT_TRAIN)))
+    outcome = try_one(SHORT, tmp_path / "trial", expected, SHORT_TRAIN)
     assert len(outcome.told) == 3, outcome
     assert outcome.lost <= 2, outcome
 
@@ -160,7 +161,7 @@ def test_a_stalled_disk_and_a_stopped_agent_cost_that_node_alone(
 def test_every_run_of_a_storm_ends_with_its_bits(tmp_path: Path, cluster: Cluster) -> None:
     @cache
     def expected(tensor: int) -> dict[str, Any]:
-        config = make_config(train={"steps": STEPS}, parallel={"tensor": tensor})
+        config = make_config(train=TRAIN[tensor], parallel={"tensor": tensor})
         return bits_of(run_training(cluster, config, timeout_s=900.0))
 
     wrong = []
@@ -169,7 +170,7 @@ def test_every_run_of_a_storm_ends_with_its_bits(tmp_path: Path, cluster: Cluste
         bits = expected(trial.layout[2])
         try:
             with busy(LOAD, BUSY_S):
-                outcome = try_one(trial, tmp_path / f"trial-{number}", bits, STEPS)
+                outcome = try_one(trial, tmp_path / f"trial-{number}", bits, TRAIN[trial.layout[2]])
         except AssertionError as error:
             wrong.append(f"{number}: {error}")
             print(f"{number}: wrong: {error}", flush=True)

@@ -71,7 +71,8 @@ class Report:
     lost: Identities = _NO_IDENTITIES
     """Workers that are not waited for: their end or silence has been noticed."""
     impatient: bool = False
-    """Whether it has waited long enough for workers that are missing for no known reason."""
+    """Whether it has waited long enough for workers that are missing for no known reason. Counts
+    among the members of a generation."""
     node: Text = ""
     """Its node."""
     store: Text = ""
@@ -313,9 +314,12 @@ def _next(
     bound = {value for identity, value in accepted.items() if identity in acceptor.members}
     if bound:
         return min(bound, key=sorted), "", False
-    excused = frozenset[Identity]().union(*(report.lost for report in reports.values()))
-    missing = acceptor.members - reports.keys() - excused
-    if missing and not any(report.impatient for report in reports.values()):
+    # Only members say who is lost and how long they have waited for members: a newcomer, or one
+    # that was left out, has waited for other things, and members that train are late by a moment.
+    heard = [reports[identity] for identity in reported]
+    excused = frozenset[Identity]().union(*(report.lost for report in heard))
+    missing = acceptor.members - reported - excused
+    if missing and not any(report.impatient for report in heard):
         return None, f"waiting for ranks {format_identities(missing)}", False
     value = _newest_incarnations(_live(reports), acceptor.members)
     if len(value) < own.min_ranks:

@@ -102,6 +102,23 @@ def test_somebody_missing_without_a_reason_is_waited_for() -> None:
     assert outcome("0", of("0-2"), patient).outcome == "again"
 
 
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        member("2.1", AcceptorState(), impatient=True, lost=ids("1")),
+        member("2", of("0-3"), impatient=True, lost=ids("0-1")),
+    ],
+    ids=["one that joins", "one that was left out"],
+)
+def test_no_member_is_left_out_because_a_stranger_has_waited_or_not_heard_of_it(
+    stranger: Report,
+) -> None:
+    verdict = outcome("0", of("0-1", 2), stranger)
+    assert (verdict.outcome, verdict.reason) == ("wait", "waiting for ranks 1")
+    assert outcome("0", of("0-1", 2), stranger, impatient=True).outcome == "again"
+    assert outcome("0", of("0-1", 2), stranger, lost=ids("1")).outcome == "again"
+
+
 def test_a_minority_waits() -> None:
     verdict = outcome("3", of("0-4"), member("4", of("0-4")), lost=ids("0-2"), impatient=True)
     assert (verdict.outcome, verdict.minority) == ("wait", True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -55,15 +56,15 @@ class Place:
         """Says by how many milliseconds a sync is longer."""
         return self.folder / "slow"
 
-    def launcher(self, library: Path, below: Path) -> tuple[str, ...]:
-        """What a command of the run is started by."""
+    def launcher(self, library: Path, below: Path, node: int = 0) -> tuple[str, ...]:
+        """What a command of the run is started by. Its host has a name of its own."""
         variables = {
             **{MARK: self.mark, "TMPDIR": str(self.temporary), "LD_PRELOAD": str(library)},
             **{"HOLDFAST_TEST_SLOW_MS": str(self.slow), "HOLDFAST_TEST_SLOW_BELOW": str(below)},
         }
-        mount = f'mount --bind {self.memory} /dev/shm && exec "$@"'
+        own = f'mount --bind {self.memory} /dev/shm && hostname node-{node} && exec "$@"'
         pairs = (f"{name}={value}" for name, value in variables.items())
-        return ("unshare", "-m", "sh", "-c", mount, "sh", "env", *pairs)
+        return ("unshare", "-m", "-u", "sh", "-c", own, "sh", "env", *pairs)
 
     def processes(self) -> dict[int, str]:
         """The command lines of the run's processes."""
@@ -74,11 +75,15 @@ class Place:
                     found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
         return found
 
-    def left(self) -> list[str]:
-        """What a run that has ended has left behind."""
+    def wait_for_ends(self) -> None:
+        """Wait until the run's processes are gone, as long as that may take."""
         deadline = time.monotonic() + GONE_S
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
+
+    def left(self) -> list[str]:
+        """What a run that has ended has left behind."""
+        self.wait_for_ends()
         files = [*self.temporary.iterdir(), *self.memory.iterdir()]
         return [*self.processes().values(), *map(str, files)]
 
@@ -95,7 +100,8 @@ def place(folder: Path) -> Iterator[Place]:
         for pid in made.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        subprocess.run(["rm", "-rf", str(made.memory)], check=True)
+        made.wait_for_ends()
+        shutil.rmtree(made.memory)
 
 
 @contextmanager
@@ -194,26 +200,24 @@ class Storm:
             self.place.slow.write_text(str(SLOW_MS))
         elif blow.kind == "fill the disk":
             self.disk.fill()
-        elif not ranks:
-            return
-        elif blow.kind in OF_A_NODE:
+        elif blow.kind == "cut a node":
+            assert self.net is not None
             self.may_lose.update(ranks)
-            self._hit_node(blow, ranks)
-        else:
+            self.cut.add(blow.node)
+            self.net.cut(self.net.node(blow.node))
+        elif blow.kind in OF_A_NODE and ranks:
+            self.may_lose.update(ranks)
+            self._hit_agent(blow, ranks[0])
+        elif ranks:
             victim = ranks[int(blow.pick * len(ranks))]
             self.may_lose[victim] += 1
             number = signal.SIGKILL if blow.kind == "kill a worker" else signal.SIGSTOP
             with suppress(ProcessLookupError, KeyError):
                 self.run.kill(victim, number)
 
-    def _hit_node(self, blow: Blow, ranks: list[int]) -> None:
-        if blow.kind == "cut a node":
-            assert self.net is not None
-            self.cut.add(blow.node)
-            self.net.cut(self.net.node(blow.node))
-            return
+    def _hit_agent(self, blow: Blow, rank: int) -> None:
         with suppress(ProcessLookupError, FileNotFoundError, KeyError):
-            self._agents[blow] = self.run.agent(ranks[0])
+            self._agents[blow] = self.run.agent(rank)
             killed = blow.kind == "kill an agent"
             os.kill(self._agents[blow], signal.SIGKILL if killed else signal.SIGSTOP)
 
@@ -233,13 +237,17 @@ class Storm:
 
     def _ranks_of(self, node: int) -> list[int]:
         """The living ranks of a node; of another one where all of it are gone."""
-        by_node: dict[Any, list[int]] = {}
+        by_node: dict[str, list[int]] = {}
         for rank, worker in self.run.living().items():
             by_node.setdefault(worker["node"], []).append(rank)
-        names = sorted(by_node)
-        if self.net is None and str(node) not in map(str, names) and names:
-            return sorted(by_node[names[node % len(names)]])
-        return sorted(rank for name in names if str(name) == str(node) for rank in by_node[name])
+        names = [name for name in sorted(by_node) if self._number_of(name) == node]
+        if not names and self.net is None:
+            names = sorted(by_node)[:1]
+        return sorted(rank for name in names for rank in by_node[name])
+
+    def _number_of(self, name: str) -> int:
+        """The number of a node, of its name: HOST-NUMBER."""
+        return int(name.rpartition("-")[2])
 
 
 def start_storm(
@@ -264,12 +272,13 @@ def start_storm(
         elastic=elastic,
         **sections,
     )
-    inside = where.launcher(library, disk.folder)
+    inside = [where.launcher(library, disk.folder, node) for node in range(trial.nodes)]
     if net is None:
-        run, tasks = start.start(path, name, launcher=inside), []
+        run, tasks = start.start(path, name, launcher=inside[0]), []
     else:
-        tasks = [start.task(path, name, net, number, inside) for number in range(1, trial.nodes)]
-        run = start.start(path, name, launcher=(*start.as_task(net, 0), *inside))
+        others = range(1, trial.nodes)
+        tasks = [start.task(path, name, net, number, inside[number]) for number in others]
+        run = start.start(path, name, launcher=(*start.as_task(net, 0), *inside[0]))
     return Storm(trial, run, tasks, where, disk, net)
 
 

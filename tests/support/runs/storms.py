@@ -24,7 +24,9 @@ OF_A_NODE: tuple[Kind, ...] = (
     "kill an agent",
     "cut a node",
 )
-"""Faults that may cost all ranks of a node. Those of a disk cost no rank."""
+"""Faults that may cost all ranks of a node."""
+OF_THE_DISK: tuple[Kind, ...] = ("stall the disk", "slow syncs", "fill the disk")
+"""Faults that cost no rank. Each at most once in a trial, since two of a kind cannot overlap."""
 DEADLY: tuple[Kind, ...] = ("stop an agent for good", "kill an agent")
 """Faults after which a node is gone. At most one of a trial, so that the others can go on."""
 CUTS_S = (20.0, 40.0, 60.0)
@@ -80,7 +82,8 @@ def trial_of(number: int) -> Trial:
         more = [kind for kind in more if kind != "cut a node"]
     kinds: list[Kind] = [first]
     for kind in more:
-        if not (kind in DEADLY and any(other in DEADLY for other in kinds)):
+        is_second = kind in DEADLY and any(other in DEADLY for other in kinds)
+        if not is_second and not (kind in OF_THE_DISK and kind in kinds):
             kinds.append(kind)
     nodes = chance.choice((2, 3))
     return Trial(

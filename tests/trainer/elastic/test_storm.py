@@ -22,7 +22,7 @@ from support.processes.disks import disk, slow_sync_library
 from support.runs.elastic_runs import Starter, bits_of
 from support.runs.small_runs import make_config, run_training
 from support.runs.storm_runs import Storm, busy, place, start_storm, sweep
-from support.runs.storms import DEADLY, KINDS, Blow, Trial, timeline, trial_of
+from support.runs.storms import DEADLY, KINDS, OF_THE_DISK, Blow, Trial, timeline, trial_of
 
 TRIALS = int(
     os.environ.get("HOLDFAST_STORM_TRIALS", "30" if "HOLDFAST_SOAK_S" in os.environ else "0")
@@ -63,6 +63,7 @@ def test_a_storm_depends_on_its_number_alone_and_leaves_a_node_to_go_on() -> Non
         assert {moment.blow for moment in moments if not moment.begins} == {
             blow for blow in trial.blows if blow.seconds
         }
+        assert max(Counter(kind for kind in kinds if kind in OF_THE_DISK).values(), default=0) <= 1
         if trial.has_network:
             assert not set(kinds) & set(DEADLY)
             cuts_s |= {blow.seconds for blow in trial.blows if blow.kind == "cut a node"}

@@ -6,7 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _MOST_SHOWN = 120
 """The most characters of a value in a message."""
 
@@ -93,7 +95,7 @@ class Superseded(MembershipError):
 
 
 def printable(text: str) -> str:
-    """The text with control characters and lone surrogates escaped; line breaks stay. Pure.
+    """The text with characters that control a terminal escaped; line breaks stay. Pure.
 
     Names that come from files could otherwise steer the terminal on which they are shown.
     """

@@ -1,6 +1,6 @@
 """The format of checkpoints: safetensors files with boxes, the manifest, folders and their names.
 
-May import parallel.errors, parallel.layout, parallel.precision and _native.
+May import parallel.errors, parallel.layout, parallel.precision, parallel.reading and _native.
 """
 
 import lazy_loader

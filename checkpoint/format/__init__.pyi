@@ -11,7 +11,9 @@ from .files import (
     FORMAT_VERSION as FORMAT_VERSION,
     INDEX as INDEX,
     MANIFEST as MANIFEST,
+    MANIFEST_END_BYTES as MANIFEST_END_BYTES,
     TORCH_NAMES as TORCH_NAMES,
+    Checksum as Checksum,
     FileEntry as FileEntry,
     FileHeader as FileHeader,
     FileTensor as FileTensor,
@@ -22,7 +24,7 @@ from .files import (
     decode_header as decode_header,
     decode_manifest as decode_manifest,
     encode_manifest as encode_manifest,
-    header_bytes as header_bytes,
+    ends_manifest as ends_manifest,
     header_capacity as header_capacity,
     key_of as key_of,
 )
@@ -58,4 +60,9 @@ from .plan_types import (
     PlannedPiece as PlannedPiece,
     SavedTensor as SavedTensor,
     WritePlan as WritePlan,
+)
+from .safetensors import (
+    decode_entries as decode_entries,
+    decode_index as decode_index,
+    read_header as read_header,
 )

@@ -9,18 +9,22 @@ import ctypes
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from holdfast import _native
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, shown
 from holdfast.parallel.layout import Box, Layout, TensorSpec
 from holdfast.parallel.precision import PRECISIONS
+from holdfast.parallel.reading import Count, decode_json, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
+MOST_HEADER_BYTES = 8 + 100_000_000
+"""The largest header of a tensor file, as safetensors has it."""
 ALIGNMENT = 4096
 """The alignment of tensor data in bytes, so that direct I/O needs no shifting."""
 
@@ -46,13 +50,20 @@ TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _ELEMENT_TYPES.item
 """torch's names of the same types, by safetensors' name."""
 
 
+Checksum = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+Extents = Annotated[tuple[Count, ...], Meta(max_length=64)]
+"""A shape, or a corner of a box: a number for each dimension."""
+LATEST_TIME = 253_402_300_799.0
+"""The end of the year 9999, in seconds since 1970."""
+
+
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
     """A logical tensor: [kind, dtype, shape]."""
 
     kind: str
     """The kind: a constant of kinds.py, a kind of optimizer state, or the caller's own."""
     dtype: str
-    shape: tuple[int, ...]
+    shape: Extents
 
     @property
     def bytes(self) -> int:
@@ -62,12 +73,12 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
 class PieceEntry(msgspec.Struct, frozen=True, array_like=True):
     """A box of a tensor, contiguous in its file: [offset, length, start, stop, crc32c]."""
 
-    offset: int
+    offset: Count
     """The first byte, from the beginning of the file."""
-    length: int
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    crc32c: int
+    length: Count
+    start: Extents
+    stop: Extents
+    crc32c: Checksum
 
     @property
     def box(self) -> Box:
@@ -77,10 +88,10 @@ class PieceEntry(msgspec.Struct, frozen=True, array_like=True):
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A file of the checkpoint."""
 
-    bytes: int
-    header_bytes: int = 0
+    bytes: Count
+    header_bytes: Annotated[int, Meta(ge=0, le=MOST_HEADER_BYTES)] = 0
     """The bytes before the data of a tensor file; 0 for a file that is checked as a whole."""
-    crc32c: int
+    crc32c: Checksum
     """The checksum of the first `header_bytes` bytes of a tensor file, or of any other file's
     whole."""
     pieces: dict[str, tuple[PieceEntry, ...]] = msgspec.field(name="chunks", default_factory=dict)
@@ -93,8 +104,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     format_version: int = FORMAT_VERSION
     id: str
     """The random name of this save, the same in every file's header."""
-    step: int
-    created: float
+    step: Count
+    created: Annotated[float, Meta(ge=0, le=LATEST_TIME)]
     """Seconds since 1970 (Unix time)."""
     versions: dict[str, str] = {}
     scalars: dict[str, Any] = {}
@@ -149,6 +160,16 @@ def crc32c_of(content: bytes | bytearray | memoryview, initial: int = 0) -> int:
 _CLOSING = b',"crc32c":"'
 
 
+MANIFEST_END_BYTES = 32
+"""The end of a manifest that tells whether it was written as a whole, or is none."""
+
+
+def ends_manifest(end: bytes) -> bool:
+    """Whether the last `MANIFEST_END_BYTES` bytes of a file can be those of a manifest."""
+    _, closing, check = end.rpartition(_CLOSING)
+    return bool(closing) and check.endswith(b'"}\n')
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json: one JSON object, whose last key is a checksum of the rest."""
     body = msgspec.json.encode(manifest)[:-1]
@@ -162,8 +183,8 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
         CheckpointError: the content is not a manifest, has a newer version, or a byte of it
             changed.
     """
-    body, closing, check = content.rpartition(_CLOSING)
-    if not closing or not check.endswith(b'"}\n'):
+    body, _, check = content.rpartition(_CLOSING)
+    if not ends_manifest(content[-MANIFEST_END_BYTES:]):
         raise CheckpointError(
             f"{where} is not a whole manifest: its last key must be crc32c; "
             "`holdfast verify --rebuild` makes a new one from the files' headers"
@@ -174,15 +195,37 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
             "`holdfast verify --rebuild` makes a new one from the files' headers"
         )
     try:
-        version = msgspec.json.decode(body + b"}", type=_Version).format_version
+        version = decode_json(body + b"}", _Version).format_version
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{where} has format version {version}; this version of holdfast reads "
                 f"{FORMAT_VERSION}"
             )
-        return msgspec.json.decode(body + b"}", type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        manifest = decode_json(body + b"}", Manifest)
+        _check_names(manifest)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not a manifest: {error}") from error
+    return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Check that files have names of files of one folder, and tensors and boxes have known forms.
+
+    Raises:
+        ValueError: one has not; the message names it.
+    """
+    for name in manifest.files:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"{shown(name)} is no name of a file in its folder")
+    for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in ELEMENT_BYTES:
+            raise ValueError(f"{shown(name)} has elements of unknown type {shown(tensor.dtype)}")
+    for file, entry in manifest.files.items():
+        for name, pieces in entry.pieces.items():
+            dimensions = {len(p.start) for p in pieces} | {len(p.stop) for p in pieces}
+            known = manifest.tensors.get(name)
+            if known is not None and dimensions - {len(known.shape)}:
+                raise ValueError(f"a piece of {shown(name)} in {shown(file)} has other dimensions")
 
 
 class FileTensor(msgspec.Struct, frozen=True):
@@ -264,7 +307,7 @@ class FileHeader(msgspec.Struct, frozen=True):
 
     format_version: int
     id: str
-    step: int
+    step: Count
     tensors: dict[str, TensorEntry]
     pieces: dict[str, tuple[PieceEntry, ...]] = msgspec.field(name="chunks")
 
@@ -276,9 +319,9 @@ def decode_header(content: bytes, where: str) -> FileHeader:
         CheckpointError: the content is not a safetensors header, or not one of this format.
     """
     try:
-        header = json.loads(content[8:])
-        return msgspec.json.decode(header["__metadata__"]["holdfast"], type=FileHeader)
-    except (ValueError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        header = parse_json(content[8:])
+        return decode_json(header["__metadata__"]["holdfast"], FileHeader)
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{where} has no header of a holdfast checkpoint: {type(error).__name__} {error}"
         ) from error
@@ -291,7 +334,7 @@ def header_bytes(first: bytes, size: int, where: str) -> int:
         CheckpointError: a file of `size` bytes cannot begin like this.
     """
     length = 8 + int.from_bytes(first[:8], "little")
-    if len(first) < 8 or not 10 <= length <= min(size, 8 + 100_000_000):
+    if len(first) < 8 or not 10 <= length <= min(size, MOST_HEADER_BYTES):
         raise CheckpointError(f"{where} is not a safetensors file, or its header is damaged")
     return length
 

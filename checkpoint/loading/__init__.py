@@ -1,6 +1,6 @@
 """Loading: the read plan, readers, and memory shared by the ranks of a node.
 
-May import checkpoint.format, parallel.errors, parallel.layout and _native.
+May import checkpoint.format, parallel.errors, parallel.layout, parallel.reading and _native.
 """
 
 import lazy_loader

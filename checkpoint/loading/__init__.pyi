@@ -12,6 +12,7 @@ from .node_memory import (
 from .read_plan import (
     PieceRead as PieceRead,
     check_coverage as check_coverage,
+    fits as fits,
     requests_of as requests_of,
 )
 from .readers import (

@@ -11,7 +11,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES, Manifest, PieceEntry
+from holdfast.checkpoint.format import (
+    ALIGNMENT,
+    ELEMENT_BYTES,
+    FileEntry,
+    Manifest,
+    PieceEntry,
+    TensorEntry,
+)
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box, Layout, covers, transfers
 
@@ -65,6 +72,15 @@ class ReadPlan:
         return frozenset(d.rank for read in self.loads[reader][number] for d in read.deliveries)
 
 
+def fits(piece: PieceEntry, tensor: TensorEntry, file: FileEntry) -> bool:
+    """Whether a piece has the bytes of its box, and they lie in its file after the header."""
+    return (
+        piece.length == piece.box.elements * ELEMENT_BYTES[tensor.dtype]
+        and piece.offset >= file.header_bytes
+        and piece.offset + piece.length <= file.bytes
+    )
+
+
 def check_coverage(manifest: Manifest, where: str) -> None:
     """Check that the pieces of a manifest make up every tensor, each element once.
 
@@ -81,13 +97,8 @@ def check_coverage(manifest: Manifest, where: str) -> None:
                     f"{where}: {file} holds {name}, which the manifest does not list"
                 )
             for piece in pieces:
-                elements = piece.box.elements
-                held[name] += elements
-                if (
-                    piece.length != elements * ELEMENT_BYTES[tensor.dtype]
-                    or piece.offset < entry.header_bytes
-                    or piece.offset + piece.length > entry.bytes
-                ):
+                held[name] += piece.box.elements
+                if not fits(piece, tensor, entry):
                     raise CheckpointError(
                         f"{where}: the piece of {name} at byte {piece.offset} of {file} does not "
                         f"fit its box {piece.box} or its file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from holdfast import _native
 from holdfast.checkpoint.loading.read_plan import ReadRequest
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import open_regular
 
 _T = TypeVar("_T")
 _REMOTE_READS = 8
@@ -57,8 +59,9 @@ class FolderReader:
         try:
             for request in requests:
                 if request.file not in self._handles:
-                    path = str(self.folder / request.file)
-                    self._handles[request.file] = self._engine.open(path)
+                    path = self.folder / request.file
+                    open_regular(path).close()
+                    self._handles[request.file] = self._engine.open(str(path))
             tickets = self._engine.submit(
                 [
                     (False, self._handles[r.file], r.address(address), r.offset, r.length)
@@ -80,8 +83,9 @@ class FolderReader:
 
     def read_file(self, name: str, length: int | None = None) -> bytes:
         try:
-            with (self.folder / name).open("rb") as file:
-                return file.read(-1 if length is None else length)
+            with open_regular(self.folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                return file.read(size if length is None else min(size, length))
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder / name} cannot be read: {error.strerror}"

@@ -1,6 +1,6 @@
 """What a model's config.json says: the keys that are honoured, that do not matter, and the others.
 
-It has no imports from other folders.
+May import parallel.reading.
 """
 
 import lazy_loader

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from holdfast.checkpoint.model_config.keys import MODEL_TYPES, NEUTRAL, PLAIN, ROPE_KEYS, ModelKeys
+from holdfast.parallel.reading import parse_json
 
 _FULL_ATTENTION = "full_attention"
 
@@ -17,7 +18,7 @@ def read_config(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is not a JSON object.
     """
-    found = json.loads(content)
+    found = parse_json(content)
     if not isinstance(found, dict):
         raise ValueError("it is not a JSON object")
     return found

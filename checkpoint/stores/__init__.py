@@ -1,6 +1,6 @@
 """Checkpoint stores: the protocol, local folders, URLs, and the registry by scheme.
 
-May import checkpoint.format, checkpoint.loading and parallel.errors.
+May import checkpoint.format, checkpoint.loading, parallel.errors and parallel.reading.
 """
 
 import lazy_loader

@@ -13,10 +13,12 @@ from pathlib import Path
 from holdfast.checkpoint.format import (
     LATEST,
     MANIFEST,
+    MANIFEST_END_BYTES,
     OWNER,
     PARTIAL,
     Manifest,
     decode_manifest,
+    ends_manifest,
     step_of,
     unfinished_generation,
 )
@@ -24,9 +26,11 @@ from holdfast.checkpoint.loading import FolderReader
 from holdfast.checkpoint.stores.durable import free_bytes, set_aside, sync, write_synced
 from holdfast.checkpoint.stores.protocol import superfluous
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import open_regular, read_regular
 
 _FRESH = f".{LATEST}."
 """The beginning of the name of `latest` until it is whole."""
+_MOST_LATEST_BYTES, _MOST_OWNER_BYTES = 4096, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +79,21 @@ class LocalStore:
 
     def latest(self) -> str:
         path = self.root / LATEST
-        return path.read_text().strip() if path.is_file() else ""
+        try:
+            return read_regular(path, _MOST_LATEST_BYTES).decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error.strerror}; it names the newest checkpoint, and may "
+                "be removed"
+            ) from error
 
     def manifest(self, name: str) -> Manifest:
         folder = self.path(name)
         path = folder / MANIFEST
         try:
-            content = path.read_bytes()
+            content = _manifest_content(path)
         except (FileNotFoundError, NotADirectoryError):
             what = "has no manifest.json, so it is not a committed checkpoint"
             raise CheckpointError(
@@ -154,7 +166,7 @@ class LocalStore:
     def owner(self) -> bytes:
         path = self.root / OWNER
         try:
-            return path.read_bytes()
+            return read_regular(path, _MOST_OWNER_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return b""
         except OSError as error:
@@ -195,6 +207,18 @@ class LocalStore:
         write_synced(fresh, content)
         fresh.replace(self.root / file)
         sync(self.root)
+
+
+def _manifest_content(path: Path) -> bytes:
+    """The content of a manifest; of another file, only its end."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - MANIFEST_END_BYTES))
+        end = file.read(MANIFEST_END_BYTES)
+        if not ends_manifest(end):
+            return end
+        file.seek(0)
+        return file.read(size)
 
 
 def remove_entry(path: Path) -> None:

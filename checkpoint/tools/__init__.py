@@ -1,7 +1,7 @@
 """Tools on checkpoints: inspect, verify and compare.
 
 May import checkpoint.format, checkpoint.loading, checkpoint.stores, parallel.errors,
-parallel.layout and _native.
+parallel.layout, parallel.reading and _native.
 """
 
 import lazy_loader

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from holdfast.checkpoint.format import TORCH_DTYPES, Manifest
-from holdfast.checkpoint.loading import ByteReader, LoadRequest, LoadTarget, load
+from holdfast.checkpoint.loading import (
+    ByteReader,
+    LoadRequest,
+    LoadTarget,
+    check_coverage,
+    load,
+)
 from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at
 from holdfast.parallel.layout import Box
 
@@ -73,6 +79,8 @@ def diff_checkpoints(
     """
     places = checkpoint_at(first), checkpoint_at(second)
     manifests = places[0].manifest(), places[1].manifest()
+    for place, manifest in zip(places, manifests, strict=True):
+        check_coverage(manifest, place.place)
     ours, theirs = manifests[0].tensors, manifests[1].tensors
     common = [name for name in ours if name in theirs]
     alike = [

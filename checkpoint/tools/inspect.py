@@ -85,6 +85,7 @@ def summarise(manifest: Manifest, where: str) -> Summary:
                 tuple(files[name]),
             )
         )
+    layout = manifest.config.get("parallel")
     elements = [t.bytes // ELEMENT_BYTES[t.dtype] for t in tensors if t.kind == WEIGHT]
     return Summary(
         path=where,
@@ -93,7 +94,7 @@ def summarise(manifest: Manifest, where: str) -> Summary:
         bytes=manifest.bytes,
         parameters=sum(elements),
         kinds=kinds,
-        layout=dict(manifest.config.get("parallel", {})),
+        layout=dict(layout) if isinstance(layout, dict) else {},
         scalars=dict(manifest.scalars),
         versions=dict(manifest.versions),
         files={name: entry.bytes for name, entry in manifest.files.items()},

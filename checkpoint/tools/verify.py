@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,17 +22,20 @@ from holdfast.checkpoint.format import (
     TensorEntry,
     crc32c_of,
     decode_header,
+    decode_index,
     encode_manifest,
-    header_bytes,
+    read_header,
 )
 from holdfast.checkpoint.loading import (
     ByteReader,
     PieceRead,
     check_coverage,
+    fits,
     requests_of,
 )
 from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at, sync, write_synced
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, printable
+from holdfast.parallel.reading import read_regular
 
 _READ_BYTES = 64 << 20
 
@@ -48,7 +50,7 @@ class Problem:
     box: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.message}"
+        return printable(f"{self.file}: {self.message}")
 
 
 def check_small_parts(manifest: Manifest, reader: ByteReader, files: Iterable[str]) -> None:
@@ -150,14 +152,14 @@ def _file_problems(
 def checksums_of(
     manifest: Manifest, reader: ByteReader, file: str, *, limit: int
 ) -> Iterator[tuple[PieceRead, int]]:
-    """Read the pieces that end within a file's first `limit` bytes; yield each with its CRC-32C."""
+    """Read the pieces that fit into a file's first `limit` bytes; yield each with its CRC-32C."""
     entry = manifest.files[file]
     reads = [
         PieceRead(name, manifest.tensors[name].dtype, file, piece, ())
         for name, pieces in entry.pieces.items()
         if name in manifest.tensors
         for piece in pieces
-        if piece.offset + piece.length <= limit
+        if piece.offset + piece.length <= limit and fits(piece, manifest.tensors[name], entry)
     ]
     reads.sort(key=lambda read: read.piece.offset)
     for load in _batches(reads):
@@ -196,16 +198,12 @@ def rebuild_manifest(folder: Path) -> Manifest:
     """
     headers: dict[str, tuple[FileHeader, FileEntry]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            first = file.read(8)
-            length = header_bytes(first, size, str(path))
-            content = first + file.read(length - 8)
+        size, content = read_header(path)
         header = decode_header(content, str(path))
         if header.format_version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {header.format_version}")
         entry = FileEntry(
-            bytes=size, header_bytes=length, crc32c=crc32c_of(content), pieces=header.pieces
+            bytes=size, header_bytes=len(content), crc32c=crc32c_of(content), pieces=header.pieces
         )
         headers[path.name] = header, entry
     if not headers:
@@ -221,7 +219,7 @@ def rebuild_manifest(folder: Path) -> Manifest:
     files = {name: entry for name, (_, entry) in headers.items()}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".model", ".txt") and path.name != MANIFEST:
-            content = path.read_bytes()
+            content = _small_file(path)
             files[path.name] = FileEntry(bytes=len(content), crc32c=crc32c_of(content))
     manifest = Manifest(
         id=id or uuid.uuid4().hex,
@@ -240,15 +238,19 @@ def rebuild_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _small_file(path: Path) -> bytes:
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _check_index(folder: Path, files: dict[str, FileEntry]) -> None:
     """Raise CheckpointError if the index of weights names a file that is missing."""
     path = folder / INDEX
     if not path.exists():
         return
-    try:
-        named = set(json.loads(path.read_text())["weight_map"].values())
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    named = set(decode_index(_small_file(path), str(path)).values())
     missing = sorted(named - files.keys())
     if missing:
         raise CheckpointError(f"{folder} lacks {missing[0]}, which {INDEX} names")

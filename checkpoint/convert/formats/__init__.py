@@ -2,8 +2,8 @@
 
 May import checkpoint.convert.elements, checkpoint.convert.rules, checkpoint.convert.sources,
 checkpoint.convert.writing, checkpoint.format, checkpoint.loading, checkpoint.model_config,
-checkpoint.saving, checkpoint.stores, checkpoint.tools, parallel.errors, parallel.layout and
-parallel.optimizer.
+checkpoint.saving, checkpoint.stores, checkpoint.tools, parallel.errors, parallel.layout,
+parallel.optimizer and parallel.reading.
 """
 
 import lazy_loader

@@ -39,6 +39,7 @@ from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import OPTIMIZERS
+from holdfast.parallel.reading import read_regular
 
 NAME = "dcp"
 _ADAMW = {
@@ -71,7 +72,7 @@ def read_items(path: Path) -> Items:
     """
     where = str(path / DCP_METADATA)
     try:
-        content = (path / DCP_METADATA).read_bytes()
+        content = read_regular(path / DCP_METADATA)
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror}") from error
     metadata = read_pickle(content, where)

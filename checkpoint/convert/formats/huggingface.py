@@ -41,13 +41,16 @@ from holdfast.checkpoint.format import (
     INDEX,
     UNPREFIXED_KINDS,
     WEIGHT,
-    header_bytes,
+    decode_entries,
+    decode_index,
+    read_header,
 )
 from holdfast.checkpoint.model_config import read_config
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import MASTER
+from holdfast.parallel.reading import read_regular
 
 NAME = "hf"
 RULES = "huggingface"
@@ -79,9 +82,12 @@ def _config(root: Path, options: ReadOptions) -> dict[str, Any]:
     """The keys of the config.json that counts; none if there is no such file."""
     path = (options.model_files or root) / "config.json"
     try:
-        return read_config(path.read_bytes()) if path.is_file() else {}
+        return read_config(read_regular(path))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} is damaged: {reason}") from error
 
 
 def _tensors(root: Path, name: str) -> list[SourceTensor]:
@@ -93,9 +99,10 @@ def _tensors(root: Path, name: str) -> list[SourceTensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error}") from error
+        content = read_regular(index)
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
+    return decode_index(content, str(index))
 
 
 def _check_index(root: Path, tensors: Sequence[SourceTensor], mapped: Mapping[str, str]) -> None:
@@ -113,20 +120,12 @@ def read_safetensors(root: Path, name: str) -> list[SourceTensor]:
             overlap.
     """
     path = root / name
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            first = file.read(8)
-            length = header_bytes(first, size, str(path))
-            header = json.loads(file.read(length - 8))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its header is not JSON ({error})") from error
+    size, header = read_header(path)
+    length = len(header)
+    entries = decode_entries(header, str(path))
     tensors, end = [], 0
-    header.pop("__metadata__", None)
-    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        dtype, shape, (start, stop) = entry.dtype, entry.shape, entry.data_offsets
         if dtype not in ELEMENT_BYTES:
             raise CheckpointError(f"{path}: {key} has dtype {dtype}, which is not supported")
         if start != end or stop - start != Box.whole(shape).elements * ELEMENT_BYTES[dtype]:

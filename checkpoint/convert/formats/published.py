@@ -44,7 +44,7 @@ def choose_files(root: Path) -> WeightFiles:
         CheckpointError: the folder holds an adapter of a model, and no model.
     """
     order = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)
-    there = [name for name in order if (root / name).is_file()]
+    there = [name for name in order if os.path.lexists(root / name)]
     if there:
         first, *others = there
         left_out = {name: f"transformers loads {first}, which is beside it" for name in others}

@@ -41,6 +41,7 @@ from .recognition import (
     is_megatron as is_megatron,
     is_torch_dist as is_torch_dist,
     is_universal as is_universal,
+    torch_dist_backend as torch_dist_backend,
 )
 from .torch_files import (
     TorchFile as TorchFile,

@@ -27,6 +27,7 @@ from holdfast.checkpoint.convert.sources.quantised import find_scales, without_q
 from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, OptimizerRule
+from holdfast.parallel.reading import parse_json
 
 CARRIED = (
     "config.json",
@@ -196,7 +197,7 @@ def given_files(options: ReadOptions) -> dict[str, bytes]:
 
 def _json(content: bytes, where: Path) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = parse_json(content)
     except ValueError as error:
         raise CheckpointError(f"{where}/config.json is damaged: {error}") from error
     return found if isinstance(found, dict) else {}

@@ -19,6 +19,7 @@ from holdfast.checkpoint.convert.sources.engine import Engine
 from holdfast.checkpoint.format import WEIGHT
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
+from holdfast.parallel.reading import parse_json
 
 SCALE = "_scale_inv"
 """The suffix that a weight's name gets for its scales."""
@@ -30,7 +31,7 @@ _METHOD = "fp8"
 def method_of(files: Mapping[str, bytes]) -> tuple[str, tuple[int, int] | None]:
     """The `quant_method` in config.json and its block of weights; "" where there is none."""
     try:
-        described = json.loads(files.get("config.json", b"{}"))
+        described = parse_json(files.get("config.json", b"{}"))
     except ValueError:
         return "", None
     told = described.get("quantization_config") if isinstance(described, dict) else None
@@ -83,7 +84,7 @@ def find_scales(
 
 def without_quantisation(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """The small files beside weights that are no longer quantised."""
-    described = json.loads(files.get("config.json", b"{}"))
+    described = parse_json(files.get("config.json", b"{}"))
     if "quantization_config" not in described:
         return dict(files)
     del described["quantization_config"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from holdfast.checkpoint.format import INDEX
 from holdfast.checkpoint.stores import find_checkpoint
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import parse_json, read_regular
 
 DCP_METADATA: Final = ".metadata"
 MEGATRON_TRACKER: Final = "latest_checkpointed_iteration.txt"
@@ -43,11 +43,16 @@ def is_megatron(path: Path) -> bool:
 
 def is_torch_dist(path: Path) -> bool:
     """Whether a folder is an iteration of Megatron-Core's dist_checkpointing."""
+    return torch_dist_backend(path) is not None
+
+
+def torch_dist_backend(path: Path) -> Any:
+    """The `sharded_backend` that metadata.json names in a folder; None where there is none."""
     try:
-        described = json.loads((path / "metadata.json").read_text())
+        described = parse_json(read_regular(path / "metadata.json"))
     except (OSError, ValueError):
-        return False
-    return isinstance(described, dict) and "sharded_backend" in described
+        return None
+    return described.get("sharded_backend") if isinstance(described, dict) else None
 
 
 def is_deepspeed(path: Path) -> bool:

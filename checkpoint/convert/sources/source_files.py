@@ -17,6 +17,7 @@ from holdfast.checkpoint.convert.elements import Location, Region
 from holdfast.checkpoint.convert.sources.open_files import MOST_OPEN
 from holdfast.checkpoint.format import ALIGNMENT
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import open_regular
 
 LONG_BYTES = 64 << 10
 """Shorter ranges are read through the page cache, and so are ranges with gaps: other pieces need
@@ -115,6 +116,7 @@ class SourceFiles:
         if name not in self._files:
             path = self.root / name
             try:
+                open_regular(path).close()
                 cached, direct = self._cached.open(str(path)), self._direct.open(str(path))
                 self._files[name] = _File(path.stat().st_size, cached, direct)
             except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from holdfast.checkpoint.convert.elements import SourceTensor, ZipRecord, stored
 from holdfast.checkpoint.convert.sources.pickles import PickledObject, StoredTensor, read_pickle
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import open_regular
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -91,8 +93,8 @@ def read_torch_file(root: Path, file: str) -> TorchFile:
     """
     path = root / file
     try:
-        size = path.stat().st_size
-        with path.open("rb") as opened:
+        with open_regular(path) as opened:
+            size = os.fstat(opened.fileno()).st_size
             return read_torch_item(opened, 0, size, file, str(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -146,6 +148,9 @@ def _read_archive(
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    if entry.compress_type != zipfile.ZIP_STORED:
+        # A few bytes could stand for any number.
+        raise zipfile.BadZipFile(f"{entry.filename} is compressed, which torch.save never does")
     if not entry.CRC:
         # torch.serialization.set_crc32_options(False) leaves out the checksum.
         del entry.CRC

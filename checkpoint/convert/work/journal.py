@@ -15,11 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from holdfast.checkpoint.convert.sources import CheckedRange
+from holdfast.checkpoint.format import Checksum
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import Count, decode_json, open_regular
 
 FOLDER = ".convert"
 PARTIAL = ".partial"
+
+
+class _Entry(msgspec.Struct):
+    """A line of a journal."""
+
+    written: list[tuple[Count, Checksum, Checksum]]
+    verified: list[Count]
+    parts: list[CheckedRange]
 
 
 @dataclass(slots=True)
@@ -51,14 +63,28 @@ class ConversionJournal:
         text = json.dumps(fingerprint, sort_keys=True)
         same = plan.is_file() and plan.read_text() == text
         if not same:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self._folder.mkdir(parents=True)
+            self._begin_anew()
         for stale in self._folder.glob("failed-*"):
             stale.unlink()
         fresh = plan.with_suffix(".new")
         fresh.write_text(text)
         fresh.replace(plan)
         return same
+
+    def _begin_anew(self) -> None:
+        """Make an empty folder for the output; what an earlier conversion left there goes.
+
+        Raises:
+            CheckpointError: something is there that no conversion made.
+        """
+        if os.path.lexists(self.partial):
+            ours = self._folder.is_dir() and not self.partial.is_symlink()
+            if not ours and (self.partial.is_symlink() or not _is_empty(self.partial)):
+                raise CheckpointError(
+                    f"{self.partial} is in the way, and no conversion made it; move it away"
+                )
+            shutil.rmtree(self.partial)
+        self._folder.mkdir(parents=True)
 
     def begun(self, fingerprint: Mapping[str, Any]) -> bool:
         """Whether rank 0 has made the folder for this conversion."""
@@ -69,15 +95,17 @@ class ConversionJournal:
         """The records of all workers; a torn last line does not count."""
         done = Done()
         for path in sorted(self._folder.glob("journal-*.jsonl")):
-            for line in path.read_text().splitlines():
+            with open_regular(path, follow=False) as file:
+                lines = file.read().splitlines()
+            for line in lines:
                 try:
-                    entry = json.loads(line)
+                    entry = decode_json(line, _Entry)
                 except ValueError:
                     continue
-                for unit, own, other in entry.get("written", ()):
+                for unit, own, other in entry.written:
                     done.checksums[unit] = own, other
-                done.verified.update(entry.get("verified", ()))
-                done.parts += [tuple(part) for part in entry.get("parts", ())]
+                done.verified.update(entry.verified)
+                done.parts += entry.parts
         return done
 
     def record(
@@ -122,17 +150,25 @@ class ConversionJournal:
         shutil.rmtree(self._folder)
 
 
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
 class Lock:
     """The lock that lets one conversion at a time write to a folder."""
 
     def __init__(self, target: Path) -> None:
         self._path = target.with_name(f".{target.name}.lock")
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = os.open(self._path, flags, 0o666)
         except OSError as error:
-            self._file.close()
+            raise CheckpointError(f"{self._path} cannot be made: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
             raise CheckpointError(
                 f"{target} is being written by another conversion; wait for it, or name another "
                 "folder"
@@ -140,4 +176,4 @@ class Lock:
 
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
-        self._file.close()
+        os.close(self._lock)

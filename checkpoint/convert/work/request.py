@@ -13,7 +13,14 @@ from holdfast.checkpoint.convert.formats import format_named, recognise, sources
 from holdfast.checkpoint.convert.rules import load_rules
 from holdfast.checkpoint.convert.sources import Catalog, ReadOptions, WriteOptions
 from holdfast.checkpoint.convert.work.journal import PARTIAL
-from holdfast.parallel.errors import ConfigError, unknown_name
+from holdfast.parallel.errors import (
+    CheckpointError,
+    ConfigError,
+    LayoutError,
+    shown,
+    unknown_name,
+)
+from holdfast.parallel.reading import MALFORMED
 
 MEMORY_BYTES = 512 << 20
 
@@ -99,10 +106,22 @@ def prepare(conversion: Conversion) -> PreparedConversion:
             "name its format with --from"
         )
     options = ReadOptions(conversion.rules, conversion.values, conversion.model_files)
-    catalog = format_named(name).read(conversion.source, options)
-    output = format_named(conversion.to).plan(
-        catalog, WriteOptions(conversion.dtype, conversion.values)
-    )
+    try:
+        catalog = format_named(name).read(conversion.source, options)
+        output = format_named(conversion.to).plan(
+            catalog, WriteOptions(conversion.dtype, conversion.values)
+        )
+    except OSError as error:
+        place = error.filename or conversion.source
+        raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
+    except (ConfigError, LayoutError):
+        raise
+    except MALFORMED as error:
+        # What other programs pickle has no schema: any part of it can be of any type.
+        raise CheckpointError(
+            f"{conversion.source} is not as its format, {name!r}, has it: "
+            f"{type(error).__name__}: {shown(str(error))}"
+        ) from error
     return PreparedConversion(catalog, output, _fingerprint(conversion, catalog, output))
 
 

@@ -29,6 +29,7 @@ from holdfast.checkpoint.convert.sources import (
     make_catalog,
     plain,
     read_torch_file,
+    torch_dist_backend,
 )
 from holdfast.checkpoint.format import WEIGHT
 from holdfast.parallel.errors import CheckpointError
@@ -70,7 +71,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
 
 
 def _read_torch_dist(root: Path, options: ReadOptions) -> Catalog:
-    backend = json.loads((root / "metadata.json").read_text())["sharded_backend"]
+    backend = torch_dist_backend(root)
     if backend != "torch_dist" or not (root / DCP_METADATA).is_file():
         raise CheckpointError(
             f"{root} is of Megatron's backend {backend!r}; torch_dist is supported"

@@ -37,6 +37,7 @@ from holdfast.checkpoint.format import WEIGHT, full_name
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS
+from holdfast.parallel.reading import parse_json
 
 NAME = "megatron"
 _BACKEND = {
@@ -207,7 +208,7 @@ def find_arguments(
         weights: the weights by name.
         shards: the number of ranks for which the vocabulary is padded.
     """
-    config = json.loads(catalog.files.get("config.json", b"{}"))
+    config = parse_json(catalog.files.get("config.json", b"{}"))
     odd = list(odd_settings(config))
     if odd:
         raise CheckpointError(

@@ -1,0 +1,200 @@
+"""Whatever a foreign checkpoint's files say, planning its conversion ends with a plan or a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+from holdfast.checkpoint.convert.work.journal import ConversionJournal
+from holdfast.checkpoint.convert.work.request import Conversion, prepare
+from holdfast.parallel.errors import CheckpointError, HoldfastError
+from support.runs.mutations import COUNT, mutated
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8,
+    "vocab_size": 11, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "torch_dtype": "float32", "intermediate_size": 16, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+NAMES = {"model.embed_tokens.weight": (11, 8), "model.norm.weight": (8,), "lm_head.weight": (11, 8)}
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {name: torch.ones(shape) for name, shape in NAMES.items()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder of two files of weights, with an index."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    where = {}
+    for number, (name, tensor) in enumerate(weights().items()):
+        file = f"model-{number % 2}.safetensors"
+        where.setdefault(file, {})[name] = tensor
+    for file, held in where.items():
+        save_file(held, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, held in where.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def planned(source: Path, to: str = "holdfast", dtype: str = "") -> bool:
+    """Whether a conversion is planned; if it is refused, then in printable lines."""
+    told = ""
+    try:
+        prepare(Conversion(source, source.parent / "out", to, dtype=dtype))
+    except HoldfastError as error:
+        told = str(error)
+    assert told.replace("\n", "").isprintable()
+    return not told
+
+
+def test_the_sound_folder_is_planned(folder: Path) -> None:
+    assert planned(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_any_small_file_is_read_or_refused(folder: Path, name: str) -> None:
+    document = json.loads((folder / name).read_bytes())
+    for number in range(COUNT // 2):
+        (folder / name).write_bytes(mutated(document, number))
+        planned(folder, ("holdfast", "hf", "megatron")[number % 3], ("", "BF16")[number % 2])
+
+
+def test_any_header_is_read_or_refused(folder: Path) -> None:
+    path = folder / "model-0.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    for number in range(COUNT // 2):
+        text = mutated(header, number)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        planned(folder)
+
+
+def _dcp(folder: Path) -> Path:
+    dcp.save(weights(), checkpoint_id=folder, no_dist=True)
+    return folder / ".metadata"
+
+
+def _bin(folder: Path) -> Path:
+    folder.mkdir()
+    torch.save(weights(), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder / "pytorch_model.bin"
+
+
+def _universal(folder: Path) -> Path:
+    parts = folder / "global_step1" / "zero" / "model.norm.weight"
+    parts.mkdir(parents=True)
+    torch.save({"param": torch.ones(8), "cat_dim": 0}, parts / "fp32.pt")
+    (folder / "latest_universal").write_text("global_step1")
+    torch.save({"module": {}, "ds_config": {}}, parts.parents[1] / "mp_rank_00_model_states.pt")
+    return parts.parents[1] / "mp_rank_00_model_states.pt"
+
+
+def _megatron(folder: Path) -> Path:
+    place = folder / "iter_0000001" / "mp_rank_00"
+    place.mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("1")
+    state = {
+        "args": {"num_layers": 1},
+        "model": {"embedding.weight": torch.ones(4, 2)},
+        "iteration": 1,
+    }
+    torch.save(state, place / "model_optim_rng.pt")
+    return place / "model_optim_rng.pt"
+
+
+@pytest.mark.parametrize("make", [_dcp, _bin, _universal, _megatron])
+def test_any_pickle_is_read_or_refused(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Bytes of a pickle are changed, within the archive of torch.save where there is one."""
+    path = make(tmp_path / "source")
+    content = path.read_bytes()
+    is_archive = zipfile.is_zipfile(path)
+    pickled = _pickle_in(path) if is_archive else content
+    for number in range(COUNT // 3):
+        chance = random.Random(number)
+        changed = bytearray(pickled)
+        for _ in range(chance.choice((1, 1, 2, 8))):
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        if is_archive:
+            _with_pickle(path, content, bytes(changed))
+        else:
+            path.write_bytes(changed)
+        planned(tmp_path / "source")
+
+
+def _pickle_in(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        [name] = [n for n in archive.namelist() if n.endswith("data.pkl")]
+        return archive.read(name)
+
+
+def _with_pickle(path: Path, content: bytes, pickled: bytes) -> None:
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for entry, held in entries:
+            archive.writestr(
+                entry.filename, pickled if entry.filename.endswith("data.pkl") else held
+            )
+
+
+def test_a_pickle_that_is_compressed_is_not_unpacked(tmp_path: Path) -> None:
+    path = _bin(tmp_path / "source")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    with pytest.raises(CheckpointError, match="compressed"):
+        prepare(Conversion(tmp_path / "source", tmp_path / "out", "hf"))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "model-0.safetensors"]
+)
+def test_a_pipe_is_named_and_never_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name}.*pipe"):
+        prepare(Conversion(folder, folder.parent / "out", "holdfast"))
+
+
+def test_any_journal_is_read(tmp_path: Path) -> None:
+    journal = ConversionJournal(tmp_path / "out.partial", 0)
+    journal.begin({"a": 1})
+    journal.record({3: (4, 5)}, [3], [("file", 0, 8, 7)])
+    journal.close()
+    [path] = (tmp_path / "out.partial").rglob("journal-*.jsonl")
+    line = json.loads(path.read_text())
+    for number in range(COUNT):
+        path.write_bytes(mutated(line, number) + b"\n" + json.dumps(line).encode() + b"\n")
+        assert journal.read().checksums[3] == (4, 5)
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_what_no_conversion_made_is_not_removed(tmp_path: Path, kind: str) -> None:
+    elsewhere, partial = tmp_path / "elsewhere", tmp_path / "out.partial"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("kept")
+    if kind == "link":
+        partial.symlink_to(elsewhere)
+    elif kind == "file":
+        partial.write_text("kept")
+    else:
+        elsewhere.rename(partial)
+    with pytest.raises(CheckpointError, match="in the way"):
+        ConversionJournal(partial, 0).begin({"a": 1})
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"kept"}

@@ -225,12 +225,13 @@ class Agent:
         known = self._settings.failure(slot.spec.rank, end.code) if self._settings.failure else None
         if stopping:
             return
-        if end.code in (ConfigError.exit_code, Diverged.exit_code):
-            self._end_run(RunEnd(end.code, known or cause))
+        refused = end.code in (ConfigError.exit_code, Diverged.exit_code)
+        if refused or (known is not None and self._repeats(slot, known)):
+            if refused or not self._others.generation:  # later, other nodes may be well
+                self._settings.note_end(RunEnd(end.code, known or cause))
+            self._abort(end.code, f"it cannot go on: {known or cause}")
         elif slot.is_incurable and end.code > 0:
             self._abort(end.code, f"rank {slot.spec.identity}: {cause}")
-        elif known is not None and self._restarts.repeats(slot.spec.rank, known):
-            self._end_run(RunEnd(end.code, known))
         elif self._settings.respawn:
             delay_s = self._restarts.delay_s(slot.spec.rank)
             if delay_s is None:
@@ -239,6 +240,11 @@ class Agent:
             incarnation = slot.spec.incarnation + 1
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
             slot.start_at_s = self._clock() + delay_s
+
+    def _repeats(self, slot: WorkerSlot, reason: str) -> bool:
+        """Whether a rank fails again as before, while no other worker of this node trains."""
+        again = self._restarts.repeats(slot.spec.rank, reason)
+        return again and not any(other.is_inside for other in self._slots.values())
 
     def _abort(self, code: int, why: str) -> None:
         """End the node with this exit code, at once."""
@@ -278,11 +284,6 @@ class Agent:
         self.shutdown.reason = end.reason and f"node {self._settings.node} ends: {end.reason}"
         self.shutdown.finished = end.code == 0
         self._abort(end.code, end.reason or "the run has ended")
-
-    def _end_run(self, end: RunEnd) -> None:
-        """End the run on every node; the others read it in the roll."""
-        self._settings.note_end(end)
-        self._abort(end.code, f"the run cannot go on: {end.reason}")
 
     # Messages of workers, and events of all nodes.
 

@@ -28,7 +28,7 @@ from holdfast.parallel.comm.gloo_connection import (
 )
 from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator
 from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange
-from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.errors import HoldfastError, PeerLost
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -241,8 +241,22 @@ def gloo_device(host: str) -> object:
     """A gloo transport bound to the address of this machine that `host`, the store's machine, sees.
 
     GLOO_SOCKET_IFNAME, if set, names another network interface.
+
+    Raises:
+        HoldfastError: nothing can listen there: the interface is unknown, or no port is free.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    try:
+        return _gloo_device(host, interface)
+    except RuntimeError as error:
+        raise HoldfastError(
+            f"this rank cannot listen for others on {interface or 'the address that they see'}: "
+            f"{str(error).splitlines()[0]}; check GLOO_SOCKET_IFNAME, and whether local ports are "
+            "free (net.ipv4.ip_local_port_range)"
+        ) from error
+
+
+def _gloo_device(host: str, interface: str) -> object:
     if interface:
         return dist.ProcessGroupGloo.create_device(interface=interface)
     if host in LOOPBACK_NAMES:

@@ -1,4 +1,4 @@
-"""The room on this machine for the processes and the state of a run.
+"""The room on this machine for the processes, the connections and the state of a run.
 
 What is started may grow with a number of the configuration only as far as the machine allows: a
 layout of a thousand ranks is planned here, and trained elsewhere. Needs no torch.
@@ -7,7 +7,10 @@ layout of a thousand ranks is planned here, and trained elsewhere. Needs no torc
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,7 @@ _PER_CORE = 32
 _PROCESS_BYTES = 96 << 20
 """What a worker takes for itself, beside code that is shared and the state of the model."""
 _GPU = Path("/dev/nvidiactl")
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,43 @@ def require_processes(count: int, what: str, machine: Machine | None = None) -> 
         )
 
 
+def require_ports(
+    ranks_here: int, nodes_here: int, free: Callable[[int], int] | None = None
+) -> None:
+    """Check that this machine has enough free local ports for its ranks to connect.
+
+    With too few of them ranks would wait for each other at the start, or after a loss.
+
+    Args:
+        nodes_here: the agents of an elastic run on this machine; 0: the run is not elastic.
+        free: see `free_ports`, the default.
+    Raises:
+        ConfigError: there are too few.
+    """
+    # A rank listens for others, and has three connections to one store. In an elastic run it also
+    # sends heartbeats from a port, and each agent has a store and follows another.
+    needed = 1 + 4 * ranks_here + (ranks_here + 2 * nodes_here if nodes_here else 0)
+    found = needed if ranks_here == 1 else (free or free_ports)(needed)
+    if found < needed:
+        lowest, _, highest = "-".join(_PORT_RANGE.read_text().split()).partition("-")
+        raise ConfigError(
+            f"the {ranks_here} ranks here need at least {needed} local ports to connect, and "
+            f"{found} are free (net.ipv4.ip_local_port_range is {lowest} to {highest}); widen that "
+            "range, end what uses the ports, or start fewer ranks here"
+        )
+
+
+def free_ports(most: int) -> int:
+    """The number of local ports that are free now, counted up to `most`. Local."""
+    with contextlib.ExitStack() as held:
+        for found in range(most):
+            try:
+                held.enter_context(socket.socket()).bind(("127.0.0.1", 0))
+            except OSError as error:  # without descriptors to count further, there are enough
+                return found if error.errno == errno.EADDRINUSE else most
+    return most
+
+
 def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = None) -> None:
     """Check that this machine has room for its workers and for their part of the model.
 
@@ -79,6 +120,7 @@ def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = N
             f"train.threads_per_rank = {threads}: {threads * ranks_here} threads on this machine, "
             f"which has {machine.cores} cores; at most {_PER_CORE} a core"
         )
+    require_ports(ranks_here, config.elastic.local_nodes if config.elastic.enabled else 0)
     if config.train.device == "cuda" or (config.train.device == "auto" and machine.has_gpu):
         return  # the state is in the memory of the GPUs
     needed = _rank_bytes(config) * ranks_here

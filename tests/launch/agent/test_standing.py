@@ -110,6 +110,38 @@ def test_the_same_failure_of_a_worker_and_its_replacement_ends_the_run(tmp_path:
     assert Roll(roll).ended() == RunEnd(1, "rank 0: no gradient")
 
 
+def test_the_same_failure_costs_no_node_whose_other_workers_train(tmp_path: Path) -> None:
+    node = FakeNode(tmp_path)
+
+    def script() -> None:
+        if not node.others.generation:
+            node.tell_generation(0, 1, BOTH)
+        elif len([1 for _, identity in node.started if identity.rank == 1]) < 4:
+            if 1 in node.living:
+                node.end(1, 1)
+        elif 0 in node.living:
+            node.finish(0)
+
+    node.on_wait = script
+    reason = "no port is free"
+    assert node.run(ranks=(0, 1), failure=lambda rank, code: reason if code else None) == 0
+
+
+def test_the_same_failure_later_ends_a_node_and_not_the_run(tmp_path: Path) -> None:
+    node, roll = FakeNode(tmp_path), tmp_path / "roll"
+
+    def script() -> None:
+        if not node.others.generation:
+            node.tell_generation(0, 1, BOTH)
+        elif node.living:
+            node.end(0, 1)
+
+    node.on_wait = script
+    assert node.run(failure=lambda rank, code: "no port is free", roll=roll) == 1
+    assert [identity for _, identity in node.started] == [Identity(0), Identity(0, 1)]
+    assert Roll(roll).ended() is None
+
+
 def test_a_refusal_ends_the_run_at_once_on_every_node(tmp_path: Path) -> None:
     node, roll = FakeNode(tmp_path), tmp_path / "roll"
     failing(node, [2])

@@ -17,7 +17,14 @@ from holdfast.trainer.config.loading import load_config
 from holdfast.trainer.config.ranges import RANGES
 from holdfast.trainer.config.sections import RunConfig
 from holdfast.trainer.plan_report import plan_report
-from holdfast.trainer.run.machine import Machine, require_processes, require_room, this_machine
+from holdfast.trainer.run.machine import (
+    Machine,
+    free_ports,
+    require_ports,
+    require_processes,
+    require_room,
+    this_machine,
+)
 from holdfast.trainer.run.throughput import measure_throughput
 from holdfast.trainer.step import plan_of
 from support.runs.commands import environment, holdfast
@@ -145,6 +152,17 @@ def test_the_machine_has_room_for_what_fits_and_no_more(smallest: Path) -> None:
         require_room(large, 1, SMALL)
     assert this_machine().cores >= 1
     assert this_machine().memory_bytes > 1 << 28
+
+
+def test_ranks_that_lack_local_ports_to_connect_are_refused() -> None:
+    assert free_ports(50) == 50
+    require_ports(4, 0, lambda most: min(most, 17))
+    require_ports(4, 2, lambda most: min(most, 25))
+    require_ports(1, 0, lambda most: 0)
+    with pytest.raises(ConfigError, match=r"4 ranks here need at least 17 local ports .* 16 are"):
+        require_ports(4, 0, lambda most: 16)
+    with pytest.raises(ConfigError, match="need at least 25 local ports to connect, and 24 are"):
+        require_ports(4, 2, lambda most: 24)
 
 
 @pytest.mark.mp

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from holdfast.parallel.errors import ConfigError
 from support.network.elastic_network import Network, network
 from support.processes.cluster import Cluster
 from support.processes.slurm_cluster import slurm
-from support.runs.elastic_runs import HOLDFAST, Starter, bits_of, fault, pace
+from support.runs.elastic_runs import HOLDFAST, LONGEST_S, Starter, bits_of, fault, pace
 from support.runs.small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
@@ -33,6 +34,9 @@ PACE_S = 0.1
 GROWING_PACE_S = 0.4
 """A step takes so long at least, for two more nodes to start meanwhile on a busy machine."""
 CUT_S = 10.0
+HANG_S = 2.0
+BUSY_S = 15.0
+"""What a busy machine may add."""
 
 
 class Lighthouse:
@@ -209,6 +213,40 @@ def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
     assert run.bits() == expected
     assert [event["rank"] for event in run.events("rank_lost")] == [2, 1]
     assert [process.wait(30) for process in others] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "healed", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.chaos])]
+)
+def test_the_rest_ends_or_goes_on_when_the_other_side_of_a_cut_is_killed(
+    start: Starter, expected: dict[str, Any], healed: bool
+) -> None:
+    """The rest lacks a majority: it cannot know of the death before the network is whole again."""
+    limits = {"hang_timeout_s": HANG_S, "apart_s": CUT_S if not healed else 10 * CUT_S}
+    with network("ab") as net:
+        path = start.write(
+            "parted",
+            train={"steps": STEPS},
+            parallel={"data": 2},
+            elastic=pace(limits, PACE_S),
+        )
+        rest = start.task(path, "parted", net, 1)
+        run = start.start(path, "parted", launcher=start.as_task(net, 0))
+        run.wait_for_step(3)
+        net.cut("b")
+        cut_at = time.monotonic()
+        os.kill(run.agent(0), signal.SIGKILL)
+        if healed:
+            run.process.wait(30)
+            net.heal()
+            assert rest.wait(LONGEST_S) == 0
+        else:
+            assert rest.wait(LONGEST_S) == 3
+            assert time.monotonic() - cut_at < HANG_S + 3 + CUT_S + BUSY_S
+    if healed:
+        assert run.bits() == expected
+    told = (run.root.parent / "parted-task-1.txt").read_text()
+    assert ("has had no part in the run for 10 s" in told) != healed
 
 
 def test_under_torchrun_all_workers_begin_again_from_the_newest_checkpoint(

@@ -82,9 +82,10 @@ def require_ports(
     Raises:
         ConfigError: there are too few.
     """
-    # A rank listens for others, and has three connections to one store. In an elastic run it also
-    # sends heartbeats from a port, and each agent has a store and follows another.
-    needed = 1 + 4 * ranks_here + (ranks_here + 2 * nodes_here if nodes_here else 0)
+    # A rank listens for others and for its own store clients, and has three connections to one
+    # store behind its door. In an elastic run it has two more ports for the Lighthouse; each agent
+    # has a store and a door, follows another, and asks the Lighthouse.
+    needed = 2 + 5 * ranks_here + (2 * ranks_here + 4 * nodes_here if nodes_here else 0)
     found = needed if ranks_here == 1 else (free or free_ports)(needed)
     if found < needed:
         lowest, _, highest = "-".join(_PORT_RANGE.read_text().split()).partition("-")

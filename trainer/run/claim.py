@@ -46,11 +46,13 @@ def claimed_checkpoints(
         resume: "auto", "none" or a path; a checkpoint in a place is leave to take the place over.
     Raises:
         ConfigError: a place is another run's, in use, or cannot be written.
+        CheckpointError: `latest` is there, and is no file.
     """
     own = CheckpointOwner(identity.id, str(root.absolute()), socket.gethostname())
     notes: tuple[str, ...] = ()
     with contextlib.ExitStack() as held:
         folder = checkpoint_root(root, config)
+        LocalStore(folder).latest()  # what is there instead of this file would fail every save
         if folder.resolve().parent != root.resolve():
             _refuse_other_runs_folder(folder, identity)
             held.enter_context(lock_folder(folder, "checkpoint.path", own.path))

@@ -18,7 +18,7 @@ import torch
 from holdfast.checkpoint import save
 from holdfast.checkpoint.format.files import encode_manifest
 from holdfast.checkpoint.stores.local import LocalStore
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunRequest, memory_copies, opened_run
 from holdfast.trainer.run.claim import CheckpointOwner
@@ -331,3 +331,14 @@ def test_the_lock_lasts_as_long_as_any_process_of_the_run(tmp_path: Path) -> Non
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, 9)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_lies_in_the_place_of_latest_is_named_before_a_step(tmp_path: Path, make: Any) -> None:
+    """Every save would fail to write it, at the end of a training."""
+    _open(_request(tmp_path))
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    make(folder / "latest")
+    with pytest.raises(CheckpointError, match="latest cannot be read: it is a"):
+        _open(_request(tmp_path))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from holdfast.elastic.agreement import AcceptorState, acceptor_from_data, acceptor_to_data
 from holdfast.elastic.generation import Identity
 from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.output import write_whole
 from holdfast.parallel.reading import parse_json, read_regular
 
+_ATTEMPTS = 200
+_PAUSE_S = 0.1
 _MOST_BYTES = 1 << 24
 
 
@@ -64,11 +67,22 @@ class AcceptorFile:
                 f"{self._path} does not tell what this worker has agreed to: {reason}"
             ) from error
 
-    def write(self, acceptor: AcceptorState) -> None:
-        """Replace the state. The process may be killed at any instant; the node may not."""
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(acceptor_to_data(acceptor)))
-        os.replace(partial, self._path)
+    def write(
+        self, acceptor: AcceptorState, *, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Replace the state. The process may be killed at any instant; the node may not.
+
+        It waits for a disk without room: an answer that comes late harms less than a worker lost.
+
+        Raises:
+            OSError: the disk has refused it for too long.
+        """
+        content = json.dumps(acceptor_to_data(acceptor)).encode()
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(OSError):
+                return write_whole(self._path, content)
+            sleep(_PAUSE_S)
+        return write_whole(self._path, content)
 
 
 def _lock(file: IO[str], *, wait: bool) -> None:

@@ -71,7 +71,7 @@ class LivenessWriter:
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            os.ftruncate(descriptor, _TIMESTAMP.size)
+            os.posix_fallocate(descriptor, 0, _TIMESTAMP.size)
             self._page = mmap.mmap(descriptor, _TIMESTAMP.size)
         finally:
             os.close(descriptor)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.parallel.errors import HoldfastError
+from holdfast.parallel.errors import ConfigError, HoldfastError
 from holdfast.parallel.output import tell
-from holdfast.trainer.config import check_config
+from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import (
     OpenedRun,
     RunAnswer,
@@ -39,9 +39,8 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
     Rank 0 opens the run and tells the others its folder.
     """
     config = request.config
-    tells = world.rank == 0  # of what all ranks find, or are told
     try:
-        check_config(config, world.world_size)
+        _check(config, world)
         if config.elastic.enabled and world.rank == 0:
             tell(_RESTARTS_ONLY)
         # Imported here, so that a configuration error is reported without waiting for torch.
@@ -49,22 +48,37 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
 
         from holdfast.trainer.worker import connect, meet, run_worker
 
-        tells = True
         store = PrefixStore(f"attempt-{world.attempt}", connect(world))
-        tells = world.rank == 0
         meet(store, world)
         with contextlib.ExitStack() as held:
             if world.rank == 0:
                 here = replace(request, ranks_here=world.local_world_size, attempt=world.attempt)
                 opened = _announced(here, store, held)
             else:
-                run, _ = told_run(store.get(_RUN_KEY))
+                try:
+                    run, _ = told_run(store.get(_RUN_KEY))
+                except ConfigError as error:
+                    if error.__cause__ is not None:
+                        raise
+                    return error.exit_code  # rank 0 has said it
                 opened = OpenedRun(recorded_throughput(config, run.root), run)
             return run_worker(opened.config, world, opened.directory, announce=True, store=store)
     except HoldfastError as error:
-        if tells:
-            tell(f"holdfast: {error}")
+        tell(f"holdfast: rank {world.rank}: {error}" if world.rank else f"holdfast: {error}")
         return error.exit_code
+
+
+def _check(config: RunConfig, world: WorldInfo) -> None:
+    """Raise ConfigError if the configuration is not one for the world."""
+    try:
+        check_config(config, world.world_size)
+    except ConfigError as error:
+        if world.world_size == config.parallel.ranks:
+            raise
+        raise ConfigError(
+            f"{error}; the number is that of a launcher's variables: unset RANK and WORLD_SIZE, or "
+            "OMPI_*, PMI_* and SLURM_*, if they are left over"
+        ) from error
 
 
 def _announced(request: RunRequest, store: Store, held: contextlib.ExitStack) -> OpenedRun:

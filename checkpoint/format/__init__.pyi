@@ -47,6 +47,7 @@ from .names import (
     OWNER as OWNER,
     PARTIAL as PARTIAL,
     attempt_of as attempt_of,
+    expanded as expanded,
     local_path as local_path,
     name_of as name_of,
     place_fault as place_fault,

@@ -89,4 +89,21 @@ def local_path(place: str | Path, key: str) -> Path:
             f"{key} = {shown(text)}: a URL cannot be used here; name a path of this machine, and "
             "for a folder of that name its absolute path"
         )
-    return Path(place).expanduser()
+    return expanded(place, key)
+
+
+def expanded(place: str | Path, key: str) -> Path:
+    """A path with a leading ~ expanded.
+
+    Args:
+        key: the option or key that names it, for messages.
+    Raises:
+        ConfigError: no home is known for the user.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{key} = {shown(str(place))}: no home is known for ~; name the absolute path, or set "
+            "HOME"
+        ) from error

@@ -270,7 +270,8 @@ def _new_file(path: Path, size: int) -> mmap.mmap:
     """A mapping of a new file, which appears under its name only in its full size."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with partial.open("wb+") as file:
-        file.truncate(size)
+        # A page without room behind it would be a SIGBUS at its first use.
+        os.posix_fallocate(file.fileno(), 0, size)
         memory = mmap.mmap(file.fileno(), size)
     partial.replace(path)
     return memory

@@ -130,7 +130,13 @@ def _append(descriptor: int, records: Sequence[bytes]) -> int:
     Raises:
         OSError: none is.
     """
-    written = os.write(descriptor, b"".join(records))
+    content, error = b"".join(records), None
+    written = os.write(descriptor, content)
+    if written < len(content):
+        try:  # for the reason
+            written += os.write(descriptor, content[written:])
+        except OSError as refused:
+            error = refused
     end = os.lseek(descriptor, 0, os.SEEK_CUR)
     whole = count = 0
     for record in records:
@@ -140,7 +146,7 @@ def _append(descriptor: int, records: Sequence[bytes]) -> int:
     if whole < written and os.fstat(descriptor).st_size == end:
         os.ftruncate(descriptor, end - written + whole)
     if not count:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return count
 
 

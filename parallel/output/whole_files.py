@@ -18,7 +18,6 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        path.parent.mkdir(exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError:
@@ -64,6 +63,7 @@ class WholeFiles:
 def _write(files: Sequence[tuple[Path, bytes]]) -> tuple[int, OSError | None]:
     for done, (path, content) in enumerate(files):
         try:
+            path.parent.mkdir(exist_ok=True)
             write_whole(path, content)
         except OSError as error:
             return done, error

@@ -230,3 +230,24 @@ def test_an_idle_lighthouse_restart_changes_nothing(tmp_path: Path) -> None:
         assert run.generation(0) == first
         log = json.dumps((tmp_path / "a.log").read_text())
         assert "no heartbeat" not in log
+
+
+def test_an_acceptor_waits_for_room_on_its_disk_and_keeps_what_it_promised(tmp_path: Path) -> None:
+    file = AcceptorFile(tmp_path, Identity(3))
+    file.write(AcceptorState(1))
+    blocked = tmp_path / "3.acceptor.partial"
+    blocked.mkdir()  # so that no file of that name can be written
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert file.read().generation == 1
+        slept.append(seconds)
+        if len(slept) == 3:
+            blocked.rmdir()
+
+    file.write(AcceptorState(2), sleep=sleep)
+    assert file.read().generation == 2
+    assert len(slept) == 3
+    blocked.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        file.write(AcceptorState(3), sleep=lambda _: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -115,8 +116,22 @@ def test_a_clock_that_goes_back_and_a_user_without_a_name_and_a_home_change_noth
     variables = environment(PYTHONPATH=str(config.parent), PYTHONOPTIMIZE="1")
     for name in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HOLDFAST_CACHE"):
         variables.pop(name, None)
+    (config.parent / "text").write_text("a text of some words\n\n" * 200)
+    (config.parent / "tmp").mkdir()
+    variables["TMPDIR"] = str(config.parent / "tmp")
+    data = ("--set", "data.kind=text", "--set", 'data.path=["text"]')
     done = subprocess.run(
-        [*HOLDFAST, "train", str(config), "--out", "run", *layout, "--set", "checkpoint.every=2"],
+        [
+            *HOLDFAST,
+            "train",
+            str(config),
+            "--out",
+            "run",
+            *layout,
+            *data,
+            "--set",
+            "checkpoint.every=2",
+        ],
         cwd=config.parent,
         env=variables,
         capture_output=True,
@@ -130,6 +145,9 @@ def test_a_clock_that_goes_back_and_a_user_without_a_name_and_a_home_change_noth
     times = [event["time"] for event in lines_of(run / "events.jsonl")]
     assert min(times) < times[0] - 3600, "the clock has not gone back"
     assert (run / "checkpoints" / "step-00000006").exists()
+    (cache,) = (config.parent / "tmp").iterdir()
+    assert cache.name == f"holdfast-cache-{os.getuid()}"
+    assert cache.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.mp

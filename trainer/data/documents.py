@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
 from holdfast.trainer.data.json_lines import (
     SUFFIXES,
@@ -53,12 +54,13 @@ def list_documents(paths: Sequence[str], *, key: str = "data.path") -> tuple[Doc
 
     Raises:
         DataError: a path does not exist, or is neither a file nor a folder.
+        ConfigError: a path begins with a ~ for which no home is known.
     """
     if not paths:
         return library_documents()
     found: list[DocumentFile] = []
     for name in paths:
-        path = Path(name).expanduser()
+        path = expanded(name, key)
         try:
             mode = path.stat().st_mode
         except OSError as error:

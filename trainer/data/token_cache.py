@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,12 +107,41 @@ class TokenWriter:
 
 
 def cache_folder() -> Path:
-    """`$HOLDFAST_CACHE/tokens`, else `$XDG_CACHE_HOME/holdfast/tokens`, else under `~/.cache`."""
+    """`$HOLDFAST_CACHE/tokens`, else `$XDG_CACHE_HOME/holdfast/tokens`, else under `~/.cache`.
+
+    Without a home it is in the folder for temporary files.
+
+    Raises:
+        ConfigError: HOLDFAST_CACHE is a URL, or there is no folder that is safe to use.
+    """
     own = os.environ.get("HOLDFAST_CACHE")
     if own:
         return local_path(own, "HOLDFAST_CACHE") / "tokens"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "holdfast" / "tokens"
+    if base:
+        return Path(base) / "holdfast" / "tokens"
+    try:
+        return Path.home() / ".cache" / "holdfast" / "tokens"
+    except RuntimeError:
+        return _homeless_cache() / "tokens"
+
+
+def _homeless_cache() -> Path:
+    """The cache of a user without a home: a folder that no other user can write to.
+
+    Raises:
+        DataError: another user has made it, or it is open to others.
+    """
+    folder = Path(tempfile.gettempdir()) / f"holdfast-cache-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise DataError(
+            f"no home is known for user {os.getuid()}, and {folder} is not a folder that this user "
+            "alone can write to; set HOLDFAST_CACHE to one"
+        )
+    return folder
 
 
 def cached_tokens(
@@ -128,7 +159,10 @@ def cached_tokens(
         DataError: the cache folder cannot be written. Errors of `write` pass, and leave nothing
             behind.
     """
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except OSError as error:
+        raise DataError(f"no token cache: {error}; set HOLDFAST_CACHE to a folder") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f"{key}.lock"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from holdfast.checkpoint.format import Manifest, scheme_of, step_of
+from holdfast.checkpoint.format import Manifest, expanded, scheme_of, step_of
 from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import DataConfig, NumericsConfig, RunConfig
@@ -52,7 +52,9 @@ class Resume:
 def checkpoint_root(root: Path, config: RunConfig) -> Path:
     """The folder of a run's checkpoints on the local disk."""
     path = config.checkpoint.path
-    return Path(path).expanduser() if path and not config.checkpoint.url else root / "checkpoints"
+    if not path or config.checkpoint.url:
+        return root / "checkpoints"
+    return expanded(path, "checkpoint.path")
 
 
 def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: bool) -> Resume:

@@ -31,8 +31,12 @@ from holdfast.checkpoint.convert.work.sampling import compare_sample
 from holdfast.checkpoint.convert.work.worker import Share, do_share
 from holdfast.checkpoint.stores import free_bytes, sync
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
+from holdfast.parallel.waiting import Waiting
 
 _POLL_S = 0.05
+_PATIENCE_S = 300.0
+"""Seconds for which a process waits for others that do nothing."""
+_LEFT_OVER = "unset RANK and WORLD_SIZE, or OMPI_* and PMI_*, if they are left over"
 _SYNCING = 16
 """The number of files that are synced at a time."""
 
@@ -121,7 +125,7 @@ def _lead(
         else:
             share = Share(0, world, conversion.memory_bytes)
             do_share(prepared, journal, done, share, _adder(progress, prepared.total))
-            _await_others(prepared, journal, progress)
+            _await_others(prepared, journal, world, progress)
         ended = journal.read()
         EntryChecks(prepared.catalog.root, prepared.catalog.records).add(ended.parts)
         checksums = ended.checksums
@@ -204,7 +208,10 @@ def _follow(conversion: Conversion, rank: int, world: int) -> None:
     """Run a process that a launcher started, other than the first."""
     prepared = prepare(conversion)
     journal = ConversionJournal(partial_of(conversion), rank)
+    waiting = Waiting(f"the first of {world} processes to begin the conversion", _PATIENCE_S)
     while not _ready(prepared, journal):
+        if waiting.left_s(_LEFT_OVER) <= 0:
+            raise CheckpointError(f"the first of {world} processes has not begun; {_LEFT_OVER}")
         time.sleep(_POLL_S)
     try:
         share = Share(rank, world, conversion.memory_bytes)
@@ -228,14 +235,27 @@ def _ready(prepared: PreparedConversion, journal: ConversionJournal) -> bool:
 
 
 def _await_others(
-    prepared: PreparedConversion, journal: ConversionJournal, progress: Progress
+    prepared: PreparedConversion, journal: ConversionJournal, world: int, progress: Progress
 ) -> None:
-    """Wait until the journals of all processes together list every unit."""
-    count = len(prepared.output.units)
+    """Wait until the journals of all processes together list every unit.
+
+    Raises:
+        CheckpointError: a process has failed, or none has done a unit for too long.
+    """
+    count, seen = len(prepared.output.units), -1
+    waiting = Waiting("", _PATIENCE_S)
     while True:
         done = journal.read()
         if len(done.verified) == count:
             return
+        if (units := len(done.verified) + len(done.checksums)) != seen:
+            seen = units
+            waiting = Waiting(f"the share of the other {world - 1} processes", _PATIENCE_S)
+        if waiting.left_s(_LEFT_OVER) <= 0:
+            raise CheckpointError(
+                f"the other {world - 1} processes have done nothing for {_PATIENCE_S:g} s; "
+                f"{_LEFT_OVER}; the same command goes on"
+            )
         failure = journal.failure()
         if failure:
             raise CheckpointError(failure)

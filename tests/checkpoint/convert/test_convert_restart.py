@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from holdfast.checkpoint.convert.work import job
 from holdfast.checkpoint.convert.work.job import convert
 from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.checkpoint.tools.verify import verify_checkpoint
@@ -79,12 +80,12 @@ def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.mp
 def test_another_source_starts_over(tmp_path: Path) -> None:
-    save_source(tmp_path / "hf", tensors=2)
+    save_source(tmp_path / "hf")
     arguments = [str(tmp_path / "hf"), str(tmp_path / "out"), "1"]
     subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
     assert (tmp_path / "out.partial").exists()
     shutil.rmtree(tmp_path / "hf")
-    values = save_source(tmp_path / "hf", tensors=2)
+    values = save_source(tmp_path / "hf")
     values["norm"] += 1
     save_file(values, tmp_path / "hf/model.safetensors")
     done = convert(Conversion(tmp_path / "hf", tmp_path / "out", "holdfast"))
@@ -129,6 +130,16 @@ def test_processes_of_a_launcher_share_the_work(tmp_path: Path) -> None:
         assert process.returncode == 0, errors
     found = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_launcher_is_gone_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    save_source(tmp_path / "hf")
+    monkeypatch.setattr(job, "_PATIENCE_S", 0.2)
+    with pytest.raises(CheckpointError, match="unset RANK and WORLD_SIZE"):
+        convert(Conversion(tmp_path / "hf", tmp_path / "out", "hf"), rank=rank, world=2)
 
 
 @pytest.mark.mp

@@ -31,7 +31,7 @@ with open({path!r}, "w") as file:
         (">&-", "done "),
         (">/dev/full", "done No space left on device"),
         ("| head -1", "done "),
-        ("| sleep 20", "done "),
+        ("| sleep 5", "done "),
         ("2>&- | cat", "done "),
     ],
 )

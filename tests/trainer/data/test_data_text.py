@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.documents import library_documents
 from holdfast.trainer.data.opening import split_tokens
 from holdfast.trainer.data.text import text_stream
-from holdfast.trainer.data.token_cache import TokenWriter, cached_tokens
+from holdfast.trainer.data.token_cache import TokenWriter, cache_folder, cached_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -329,3 +330,25 @@ def test_cache_that_cannot_be_written_is_one_clear_line(
     (tmp_path / "text.txt").write_text("x" * 100)
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "text.txt"))
     assert "set HOLDFAST_CACHE" in message(tmp_path / "text.txt")
+
+
+def test_a_cache_in_the_folder_for_temporary_files_is_used_only_if_it_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HOLDFAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache_folder()
+    assert folder.parent.parent == tmp_path
+    assert cache_folder() == folder
+    folder.parent.chmod(0o777)
+    with pytest.raises(DataError, match="set HOLDFAST_CACHE"):
+        cache_folder()
+    folder.parent.rmdir()
+    folder.parent.symlink_to(tmp_path)
+    with pytest.raises(DataError, match="set HOLDFAST_CACHE"):
+        cache_folder()

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.external_launcher import run_external_worker
+from holdfast.trainer.run import RunRequest
 from holdfast.trainer.worlds import LAUNCHERS, world_from_environment
 from holdfast.trainer.worlds.launcher import first_host
 from holdfast.trainer.worlds.world import WorldInfo
+from support.runs.small_runs import make_config
 
 TORCHRUN = {
     "RANK": "3",
@@ -112,6 +115,18 @@ def test_errors_name_the_launcher_that_was_found_and_the_variable(
     with pytest.raises(ConfigError) as caught:
         world_from_environment(environment)
     assert all(part in str(caught.value) for part in said), caught.value
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_variables_that_are_left_over_are_named_by_every_rank(
+    capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    world = world_from_environment(
+        {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    )
+    assert world is not None
+    assert run_external_worker(RunRequest(Path("run.toml"), make_config()), world) == 2
+    assert "unset RANK and WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_a_new_launcher_is_one_file_and_one_line_of_the_registry(

@@ -270,8 +270,11 @@ def _new_file(path: Path, size: int) -> mmap.mmap:
     """A mapping of a new file, which appears under its name only in its full size."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with partial.open("wb+") as file:
-        # A page without room behind it would be a SIGBUS at its first use.
-        os.posix_fallocate(file.fileno(), 0, size)
+        try:  # a page without room behind it would be a SIGBUS at its first use
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            partial.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from error
         memory = mmap.mmap(file.fileno(), size)
     partial.replace(path)
     return memory

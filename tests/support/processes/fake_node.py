@@ -114,7 +114,8 @@ class FakeNode:
 
     def tell_generation(self, rank: int, number: int, members: tuple[Identity, ...]) -> None:
         """The worker of a rank tells of a generation."""
-        message = {"number": number, "members": format_identities(members)}
+        place = {"store": "127.0.0.1:1", "prefix": "", "nodes": []}
+        message = {"number": number, "members": format_identities(members), **place}
         send_message(self._channels[rank], {"kind": "generation", **message})
 
     def tell(self, rank: int, kind: str, **fields: Any) -> None:

@@ -41,9 +41,12 @@ from holdfast.parallel.reading import read_regular
 
 Direction = Literal["send", "receive", "collective"]
 Outcome = Literal["open", "done", "failed"]
-BusyKind = Literal["build", "prepare", "load", "read", "save", "evaluate", "compare", "report"]
+BusyKind = Literal[
+    "build", "prepare", "load", "read", "save", "evaluate", "compare", "report", "offload"
+]
 """Work that sends no message: build a training; prepare a change of ranks; load a checkpoint; read
-data; wait for a save; evaluate; compare or digest state; write records."""
+data; wait for a save; evaluate; compare or digest state; write records; wait for a drive that has
+activations or takes them."""
 
 OPERATIONS = (
     "send",

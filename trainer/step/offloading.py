@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import assert_never
 
 import torch
@@ -14,9 +16,13 @@ from holdfast.trainer.config import RunConfig
 logger = logging.getLogger("holdfast.offload")
 
 
-def open_offloader(config: RunConfig, device: torch.device) -> Offloader | None:
+def open_offloader(
+    config: RunConfig, device: torch.device, waiting: Callable[[], AbstractContextManager[object]]
+) -> Offloader | None:
     """The offloader of this rank's activations; None if they stay in memory. Local.
 
+    Args:
+        waiting: a context for work that lasts as long as the drive takes.
     Raises:
         ConfigError: offload.path does not allow a file to be made.
     """
@@ -39,4 +45,5 @@ def open_offloader(config: RunConfig, device: torch.device) -> Offloader | None:
         bounds=Bounds(offload.least_share, offload.most_share),
         bytes_per_s=offload.limit_mib_per_s * 2**20,
         staging_bytes=offload.staging_mib << 20,
+        waiting=waiting,
     )

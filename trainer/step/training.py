@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from holdfast.parallel.comm import BusyKind, Groups
 from holdfast.parallel.errors import OffloadError
+from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
     BackgroundTransfer,
     Fence,
@@ -84,7 +85,7 @@ class Training:
         self._held_out: Dataset | None = None if before is None else before._held_out
         """Held-out data, from the first evaluation on."""
         self.progress = StepProgress() if before is None else replace(before.progress)
-        self.offloader = open_offloader(config, device) if before is None else before.offloader
+        self.offloader = self._new_offloader() if before is None else before.offloader
         self.model = self._model_after(before, initial=initial)
         if self.offloader is not None:
             self.offloader.keep(self.model.buffer.values)
@@ -113,6 +114,12 @@ class Training:
         )
         self.executor = new_executor(config, self._runners, last, groups, device, self.offloader)
         self._start(self.progress.decided, self.data, training=True)
+
+    def _new_offloader(self) -> Offloader | None:
+        # Of the training, which later plans do not keep, it holds nothing.
+        grace_s = self.config.elastic.startup_grace_s
+        waiting = partial(self.groups.recorder.busy, "offload", grace_s)
+        return open_offloader(self.config, self.device, waiting)
 
     def _model_after(self, before: Training | None, *, initial: bool) -> ModelParts:
         """The model of the plan before if it can be reused; otherwise a new one."""

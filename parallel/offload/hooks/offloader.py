@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -69,6 +69,7 @@ class Offloader:
         bytes_per_s: float = 0.0,
         staging_bytes: int = 1 << 30,
         on_fault: Callable[[str], None] | None = None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Nothing is allocated before the first tensor is saved.
 
@@ -81,6 +82,7 @@ class Offloader:
             bytes_per_s: the highest rate to and from the drive; 0: no limit.
             staging_bytes: host memory between a GPU and the drive, in bytes; 1 GiB at most.
             on_fault: called once, with the reason, when less is sent from then on.
+            waiting: a context for work that lasts as long as the drive takes.
         Raises:
             ConfigError: the folder does not allow a file to be made.
         """
@@ -90,6 +92,7 @@ class Offloader:
         )
         weakref.finalize(self, self._room.close)
         self._notice, self._stopped = FaultNotice(on_fault), ""
+        self._waiting = waiting
         self._lock = threading.RLock()
         self._records: weakref.WeakValueDictionary[int, Record] = weakref.WeakValueDictionary()
         self._held: dict[int, StorageWeakRef] = {}
@@ -199,7 +202,8 @@ class Offloader:
                 record.clear()
             self._records.clear()
             self._prefetch.expect(())
-            self._drain()
+            with self._waiting():
+                self._drain()
 
     def abort(self, reason: str) -> None:
         """Send nothing from now on; sent tensors still come back. From any thread; never blocks."""
@@ -213,7 +217,7 @@ class Offloader:
 
     def drain(self) -> None:
         """Wait until every transfer out has ended and its memory is free."""
-        with self._lock:
+        with self._lock, self._waiting():
             self._drain()
 
     def close(self) -> None:
@@ -296,10 +300,11 @@ class Offloader:
             self._poll()
         if not self._fits(record.nbytes):
             return
-        copy = store.put(record.memory)
-        while copy is None and not store.fault and self._pace.is_ahead():
-            self._poll()
+        with self._waiting():  # for room, and for a place in the drive's queue
             copy = store.put(record.memory)
+            while copy is None and not store.fault and self._pace.is_ahead():
+                self._poll()
+                copy = store.put(record.memory)
         if copy is None:
             self._notice.tell(self.fault)
             return
@@ -333,7 +338,10 @@ class Offloader:
         if self._is_here(record):
             record.asked = True
             return None
-        return record.copy is not None and record.copy.fetch()
+        if record.copy is None:
+            return False
+        with self._waiting():  # for a place in the drive's queue
+            return record.copy.fetch()
 
     def _is_here(self, record: Record) -> bool:
         """Whether a record is in memory, or still where it was saved because others hold it."""
@@ -349,10 +357,12 @@ class Offloader:
                 "the offloader is closed and activations that it took are asked for; close it "
                 "after the last backward pass"
             )
-        record.copy.fetch()
+        with self._waiting():
+            record.copy.fetch()
         self._prefetch.advance(self._selection.amount.ahead_bytes)
         start, queued = perf_counter(), self._moment()
-        record.memory = record.copy.take()
+        with self._waiting():
+            record.memory = record.copy.take()
         if queued.query():
             self._account.waited_s += perf_counter() - start
         self._outgoing.dead.append(record.remains())

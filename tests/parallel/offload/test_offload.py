@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from holdfast.parallel.errors import ConfigError, OffloadError
 from holdfast.parallel.offload import Bounds, Offloader
+from holdfast.parallel.offload.stores.disk_file import DiskFile
 
 ROWS, WIDTH = 64, 128
 BYTES = ROWS * WIDTH * 4
@@ -393,3 +396,58 @@ def test_a_slow_drive_gets_less(make: Callable[..., Offloader]) -> None:
         eligible += offloader.last_step.eligible_bytes
     assert 0 < sent < eligible
     assert offloader.last_step.share < 1
+
+
+def test_whatever_waits_for_the_drive_is_marked(
+    make: Callable[..., Offloader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depth, marked = [0], dict[str, set[int]]()
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    def watched(name: str, blocks: Callable[..., bool]) -> None:
+        real = getattr(DiskFile, name)
+
+        def call(file: DiskFile, *arguments: Any) -> Any:
+            if blocks(file, *arguments):
+                marked.setdefault(name, set()).add(depth[0])
+            return real(file, *arguments)
+
+        monkeypatch.setattr(DiskFile, name, call)
+
+    watched("wait", lambda file, request: not file.done(request))
+    for name in ("take", "write", "read"):  # they wait for room, and for a place in the queue
+        watched(name, lambda *_: True)
+    offloader = make(bounds=Bounds(1.0, 1.0), bytes_per_s=20.0 * BYTES, waiting=waiting)
+    offloader.begin_step(["pass"])
+    with offloader.forward("pass", at_once=False):
+        loss = Stack()(torch.ones(ROWS, WIDTH))
+    offloader.drain()
+    offloader.backward("pass")
+    loss.backward()
+    assert marked == {"wait": {1}, "take": {1}, "write": {1}, "read": {1}}
+    assert depth == [0]
+
+
+@pytest.mark.parametrize("end", ["drain", "cancel"])
+def test_the_end_of_transfers_is_a_marked_wait(make: Callable[..., Offloader], end: str) -> None:
+    began: list[float] = []
+    took: list[float] = []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        began.append(perf_counter())
+        yield
+        took.append(perf_counter() - began[-1])
+
+    offloader = make(bounds=Bounds(1.0, 1.0), bytes_per_s=20.0 * BYTES, waiting=waiting)
+    offloader.begin_step()
+    with offloader.forward("pass", at_once=False):
+        Stack()(torch.ones(ROWS, WIDTH))
+    start = perf_counter()
+    getattr(offloader, end)()
+    assert took[-1] > 0.9 * (perf_counter() - start) > 0.05

@@ -208,6 +208,21 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def end_child(pid: int, patience_s: float) -> None:
+    """Wait for a child to end by itself, and kill it if that takes longer than `patience_s`."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not select.select([descriptor], [], [], patience_s)[0]:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+    finally:
+        os.close(descriptor)
+
+
 def append_output(path: os.PathLike[str]) -> None:
     """Append this process's standard output and errors to a file, whose folder is made.
 

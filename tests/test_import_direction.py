@@ -27,7 +27,6 @@ OPEN = {
         "keyed_random",
         "precision",
         "reading",
-        "scratch",
         "step_phases",
         "waiting",
     )

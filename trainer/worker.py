@@ -17,6 +17,7 @@ from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.comm import LOOPBACK_NAMES
 from holdfast.parallel.errors import ConfigError, PeerLost, Stopped
+from holdfast.parallel.files import torch_caches_in
 from holdfast.parallel.links import (
     ONE_SECRET,
     HostedStore,
@@ -28,7 +29,6 @@ from holdfast.parallel.links import (
     until_answered,
 )
 from holdfast.parallel.output import tell
-from holdfast.parallel.scratch import torch_caches_in
 from holdfast.parallel.waiting import Waiting, tell_person
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train

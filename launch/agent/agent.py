@@ -45,7 +45,7 @@ from holdfast.launch.agent.worker_lines import WorkerLines
 from holdfast.launch.agent.worker_slot import WorkerSlot
 from holdfast.launch.processes import PASSED_ON
 from holdfast.parallel.errors import ConfigError, Diverged, Stopped
-from holdfast.parallel.scratch import scratch_folder
+from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")

@@ -29,13 +29,15 @@ import msgspec
 
 from holdfast.elastic import FairClock, WorkerSpec
 from holdfast.launch.agent.liveness import is_stopped, silence, starved_s
-from holdfast.launch.processes import Supervisor, append_output, fork_child
+from holdfast.launch.processes import Supervisor, append_output, end_child, fork_child
 from holdfast.parallel.reading import decode_json
 
 logger = logging.getLogger("holdfast.agent")
 
 _PACKET_BYTES = 1 << 18
 _LOOK_S = 0.2
+_END_S = 10.0
+"""Seconds that the fork server may take to end once it is told to."""
 STUCK_S = 60.0
 """The seconds beyond its patience for which a process that no signal has stopped may not run: the
 disk of its log may be slow."""
@@ -193,8 +195,7 @@ class ForkServer:
         """Kill the remaining workers and the fork server."""
         self._control.close()
         self._watch.kill_if_stopped(self.pid)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        end_child(self.pid, _END_S)
 
 
 def _serve(control: socket.socket, main: WorkerMain, watch: MutualWatch) -> int:

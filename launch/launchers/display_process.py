@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from holdfast.launch.processes import PASSED_ON, fork_child
+from holdfast.launch.processes import PASSED_ON, end_child, fork_child
 from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.output import is_event, json_lines, step_of
 from holdfast.parallel.plan import Plan, plan_from_data
@@ -30,6 +30,8 @@ from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import plan_of
 
 _POLL_S = 0.05
+_END_S = 10.0
+"""Seconds that the process may take to show the remaining records."""
 _RECENT = 20
 
 
@@ -41,9 +43,12 @@ class DisplayProcess:
     pipe: int
 
     def close(self) -> None:
-        """Show the remaining records, and wait for the process to end."""
+        """Show the remaining records, and wait for the process to end.
+
+        It is killed if it does not end in time: the terminal may be stopped.
+        """
         os.close(self.pipe)
-        os.waitpid(self.pid, 0)
+        end_child(self.pid, _END_S)
 
 
 def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:

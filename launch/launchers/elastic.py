@@ -26,9 +26,9 @@ from holdfast.launch.launchers.join_file import JoinInfo, own_address, published
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import run_nodes, spread
 from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.links import given_secret, new_secret
 from holdfast.parallel.output import LogFile, tell
-from holdfast.parallel.scratch import scratch_folder
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import EventFile

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,11 +18,15 @@ from msgspec import Meta
 from holdfast.elastic import MembershipSettings, lighthouse_url
 from holdfast.parallel.comm import own_address_towards
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.files import await_lock, open_lock
 from holdfast.parallel.output import DiskWord, WholeFiles, tell, write_whole
 from holdfast.parallel.reading import PathText, decode_json, read_regular
+from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.run import RunDirectory
 
 _CONNECT_S = 3.0
+_LOCK_S = 60.0
+"""Seconds to wait for others that join at the same time; each takes a few."""
 _MOST_BYTES = 1 << 16
 _MOST_RANKS = 1 << 20
 
@@ -126,14 +130,23 @@ def _read(run: RunDirectory) -> JoinInfo:
 
 @contextlib.contextmanager
 def _locked(run: RunDirectory) -> Iterator[None]:
+    path = run.root / ".join-lock"
     try:
-        with (run.root / ".join-lock").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        descriptor = open_lock(path)
     except FileNotFoundError:
         raise ConfigError(f"{run.root} does not exist; name the folder of a run") from None
     except OSError as error:
-        raise ConfigError(f"{run.root} cannot be written: {error}") from error
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        waiting = Waiting(f"another process that joins {run.root}", _LOCK_S)
+        if not await_lock(descriptor, waiting.left_s):
+            raise ConfigError(
+                f"{path} has been locked for {_LOCK_S:g} s by another process that joins; end it, "
+                "and try again"
+            )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_reachable(run: RunDirectory, info: JoinInfo) -> None:

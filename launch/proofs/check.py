@@ -11,8 +11,8 @@ from rich.table import Table
 from torch.distributed import Store
 
 from holdfast.launch.launchers import start_workers
+from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.output import tell
-from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer import describe, root_cause, run_worker
 from holdfast.trainer.check import (
     Finding,

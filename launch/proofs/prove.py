@@ -10,7 +10,7 @@ from holdfast.checkpoint.stores import PathOrUrl, read_manifest
 from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.launchers import run_local
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.scratch import scratch_folder
+from holdfast.parallel.files import scratch_folder
 from holdfast.trainer.config import convert_config, dump_toml, load_config
 from holdfast.trainer.run import RunRequest, opened_run
 

@@ -22,8 +22,8 @@ from holdfast.launch.launchers import (
 )
 from holdfast.launch.proofs.compare_runs import bits_of
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.links import new_secret
-from holdfast.parallel.scratch import scratch_folder
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
 from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run, read_events

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.launch.processes import End, Supervisor, append_output, fork_child, on_signals
+from holdfast.launch.processes import (
+    End,
+    Supervisor,
+    append_output,
+    end_child,
+    fork_child,
+    on_signals,
+)
 from support.processes.fake_system import FakeSystem
 
 
@@ -132,3 +139,20 @@ def test_signals_go_to_the_call_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [signal.SIGUSR1, signal.SIGTERM]
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_child_that_does_not_end_in_time_is_killed(stops: bool) -> None:
+    def body() -> int:
+        if stops:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return 0
+
+    pid = fork_child(body)
+    start = time.monotonic()
+    end_child(pid, 0.3 if stops else 60.0)
+    assert (time.monotonic() - start > 0.3) == stops
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    end_child(pid, 60.0)  # it is gone already

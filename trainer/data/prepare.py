@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.parallel.errors import DataError
-from holdfast.parallel.scratch import scratch_folder
+from holdfast.parallel.files import scratch_folder
 from holdfast.trainer.data.documents import (
     DocumentFile,
     DocumentForm,

@@ -8,7 +8,6 @@ entry is whole. A lock keeps ranks from doing the same work twice; correctness d
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import tempfile
@@ -24,10 +23,13 @@ import numpy as np
 
 from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import DataError
-from holdfast.parallel.scratch import scratch_folder
+from holdfast.parallel.files import await_lock, open_lock, scratch_folder
+from holdfast.parallel.waiting import Waiting
 
 _PARTIAL = ".partial-"
 """The beginning of the names of folders in which entries are made."""
+_LOCK_S = 3600.0
+"""The longest time that a process makes an entry while others wait, in seconds."""
 _ATTEMPTS = 3
 """Attempts to make an entry: without file locks, another process may take it for damaged."""
 
@@ -215,7 +217,10 @@ def _open(path: Path, name: str) -> CachedTokens | None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    with path.open("wb") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """The lock of an entry; it is given up after a long time, as nothing depends on it."""
+    descriptor = open_lock(path)
+    try:
+        await_lock(descriptor, Waiting(f"the process that makes {path.stem}", _LOCK_S).left_s)
         yield
+    finally:
+        os.close(descriptor)

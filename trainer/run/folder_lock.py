@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.files import open_lock, try_lock
 
 LOCK = ".lock"
 
@@ -28,12 +29,17 @@ def lock_folder(folder: Path, key: str, run: str = "") -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(folder / LOCK, flags, 0o644)
+        descriptor = open_lock(folder / LOCK)
     except OSError as error:
         raise unwritable(folder, error, key) from error
     try:
-        if not try_lock(descriptor):
+        taken = try_lock(descriptor)
+        if taken is None:
+            raise ConfigError(
+                f"{folder} lies on a file system without locks of files, which keep two runs from "
+                f"writing there; name another folder with {key}"
+            )
+        if not taken:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             raise ConfigError(
                 f"{folder} is in use by another run ({holder or 'unknown process'}); wait for it, "
@@ -62,15 +68,6 @@ def is_locked(folder: Path) -> bool:
         return not try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
-
-
-def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Take the lock of an open file or folder. Returns whether no other process has it."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def unwritable(folder: Path, error: OSError, key: str = "--out") -> ConfigError:

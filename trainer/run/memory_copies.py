@@ -19,9 +19,9 @@ import msgspec
 from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.files import try_lock
 from holdfast.parallel.links import derived_key
 from holdfast.parallel.reading import PathText, decode_json
-from holdfast.trainer.run.folder_lock import try_lock
 from holdfast.trainer.run.identity import (
     IDENTITY,
     RunIdentity,

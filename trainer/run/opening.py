@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.parallel.scratch import sweep_scratch, torch_caches_in
+from holdfast.parallel.files import sweep_scratch, torch_caches_in
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints

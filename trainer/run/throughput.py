@@ -7,10 +7,12 @@ same plan. The run's folder keeps them for processes that resume or join the run
 from __future__ import annotations
 
 import json
+import select
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Annotated
 
 import msgspec
@@ -132,9 +134,9 @@ def measure_throughput(config: RunConfig, ranks_here: int) -> Throughput:
     try:
         for probe in probes:
             _write(probe, text)
+        deadline_s = monotonic() + _PROBE_S
         for probe in probes:  # they measure together, not while others still start
-            assert probe.stdout is not None
-            _expect(probe, probe.stdout.readline())
+            _expect(probe, _first_line(probe, deadline_s))
         for probe in probes:
             _write(probe, "go")
         found = []
@@ -174,6 +176,13 @@ def described(rates: Throughput) -> str:
         f"{rates.tflops:.3g} TFLOP/s and {rates.drive_gbytes:.3g} GB/s to the drive, each rank "
         "(train.tflops, offload.drive_gbytes)"
     )
+
+
+def _first_line(probe: subprocess.Popen[str], deadline_s: float) -> str:
+    assert probe.stdout is not None
+    if not select.select([probe.stdout], [], [], max(0.0, deadline_s - monotonic()))[0]:
+        raise subprocess.TimeoutExpired(probe.args, _PROBE_S)
+    return probe.stdout.readline()
 
 
 def _write(probe: subprocess.Popen[str], line: str) -> None:

@@ -291,7 +291,7 @@ def _share_among_processes(
         for process in processes:
             process.start()
             ending.callback(process.join)
-            ending.callback(process.terminate)
+            ending.callback(process.kill)  # SIGTERM would wait in a process that is stopped
         while alive := [process.sentinel for process in processes if process.is_alive()]:
             connection.wait(alive, _POLL_S)
             progress(sum(counters), prepared.total)

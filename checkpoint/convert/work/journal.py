@@ -6,7 +6,6 @@ device. The same files tell the first worker when the others are ready, wherever
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import msgspec
 from holdfast.checkpoint.convert.sources import CheckedRange
 from holdfast.checkpoint.format import Checksum
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.files import is_at, open_lock, try_lock
 from holdfast.parallel.reading import Count, decode_json, open_regular
 
 FOLDER = ".convert"
@@ -158,22 +158,30 @@ class Lock:
     """The lock that lets one conversion at a time write to a folder."""
 
     def __init__(self, target: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            CheckpointError: another conversion has it, or its file cannot be opened.
+        """
         self._path = target.with_name(f".{target.name}.lock")
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            self._lock = os.open(self._path, flags, 0o666)
-        except OSError as error:
-            raise CheckpointError(f"{self._path} cannot be made: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise CheckpointError(
-                f"{target} is being written by another conversion; wait for it, or name another "
-                "folder"
-            ) from error
+        self._descriptor = -1
+        while self._descriptor < 0:
+            try:
+                descriptor = open_lock(self._path)
+            except OSError as error:
+                raise CheckpointError(f"{self._path} cannot be made: {error.strerror}") from error
+            if not try_lock(descriptor):
+                os.close(descriptor)
+                raise CheckpointError(
+                    f"{target} is being written by another conversion; wait for it, or name "
+                    "another folder"
+                )
+            if is_at(descriptor, self._path):  # else the one before has just removed it
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
 
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
-        os.close(self._lock)
+        os.close(self._descriptor)

@@ -12,7 +12,7 @@ import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.scratch import PREFIX
+from holdfast.parallel.files.scratch import PREFIX
 from holdfast.trainer.config import dump_toml
 from holdfast.trainer.run import RunRequest, opened_run, opening
 from holdfast.trainer.run.throughput import Throughput, with_throughput

@@ -180,7 +180,7 @@ def test_a_folder_for_copies_that_was_never_used_is_swept_and_made_again(
     swept: list[Path] = []
     lock = memory_copies.try_lock
 
-    def late(descriptor: int) -> bool:
+    def late(descriptor: int) -> bool | None:
         """The lock of a folder that another process's sweep removes at the last moment."""
         if not swept:
             swept.extend(path for path in shared_memory.iterdir() if path != empty)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.files.locks import is_at, try_lock
 from holdfast.parallel.reading import parse_json
 
 PREFIX = "holdfast-scratch-"
@@ -105,9 +105,9 @@ def _marked(inside: Path | None, prefix: str) -> tuple[Path, int]:
         except FileNotFoundError:
             continue  # swept
         try:
-            if _lock(descriptor) is not False:
+            if try_lock(descriptor) is not False:
                 os.write(descriptor, json.dumps({"boot": _boot(), "host": _host()}).encode())
-                if _is_at(descriptor, folder / _MARK):
+                if is_at(descriptor, folder / _MARK):
                     return folder, descriptor
         except BaseException:
             with contextlib.suppress(OSError):
@@ -129,7 +129,7 @@ def _sweep(folder: Path) -> bool:
         os.rmdir(folder)  # only an empty one: its process ended, or makes another
         return True
     try:
-        if not (_lock(descriptor) and _is_at(descriptor, folder / _MARK)):
+        if not (try_lock(descriptor) and is_at(descriptor, folder / _MARK)):
             return False
         if not _is_of_this_machine(os.pread(descriptor, _MARK_BYTES, 0), folder):
             return False
@@ -137,25 +137,6 @@ def _sweep(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Lock a mark. Returns whether no other process has it; None if there are no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still lies at a path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _is_of_this_machine(mark: bytes, folder: Path) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.parallel import scratch
-from holdfast.parallel.scratch import PREFIX, scratch_folder, sweep_scratch
+from holdfast.parallel.files import scratch
+from holdfast.parallel.files.scratch import PREFIX, scratch_folder, sweep_scratch
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_process_whose_new_folder_is_swept_makes_another(
     place: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     swept: list[Path] = []
-    real = {"made": os.open, "opened": scratch._lock, "locked": scratch._boot}[moment]
+    real = {"made": os.open, "opened": scratch.try_lock, "locked": scratch._boot}[moment]
 
     def late(*arguments: object, **options: object) -> object:
         monkeypatch.undo()
@@ -141,7 +141,7 @@ def test_a_process_whose_new_folder_is_swept_makes_another(
             swept.extend(sweep_scratch(place))
         return real(*arguments, **options)  # type: ignore[operator]
 
-    name = {"made": "open", "opened": "_lock", "locked": "_boot"}[moment]
+    name = {"made": "open", "opened": "try_lock", "locked": "_boot"}[moment]
     monkeypatch.setattr(os if moment == "made" else scratch, name, late)
     with scratch_folder(place) as folder:
         assert len(swept) == 1
@@ -154,7 +154,7 @@ def test_without_locks_folders_are_made_and_none_is_swept(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = _left(place)
-    monkeypatch.setattr(scratch, "_lock", lambda _: None)
+    monkeypatch.setattr(scratch, "try_lock", lambda _: None)
     with scratch_folder(place) as folder:
         assert folder.is_dir()
         assert left.is_dir()
@@ -185,7 +185,7 @@ def test_threads_that_make_and_sweep_at_once_lose_nothing(place: Path) -> None:
 _PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from holdfast.parallel.scratch import scratch_folder
+from holdfast.parallel.files import scratch_folder
 with scratch_folder(Path(sys.argv[1])) as folder:
     child = os.fork()
     if child:

@@ -1,0 +1,11 @@
+from .locks import (
+    await_lock as await_lock,
+    is_at as is_at,
+    open_lock as open_lock,
+    try_lock as try_lock,
+)
+from .scratch import (
+    scratch_folder as scratch_folder,
+    sweep_scratch as sweep_scratch,
+    torch_caches_in as torch_caches_in,
+)

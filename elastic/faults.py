@@ -57,7 +57,7 @@ def fault_from_data(plain: dict[str, Any]) -> Fault:
     try:
         fault = Fault(**plain)
     except TypeError as error:
-        raise ConfigError(f"a fault is not described well: {error}") from error
+        raise ConfigError(f"a fault is not described well: {shown(str(error))}") from error
     if fault.fault not in FAULTS:
         raise ConfigError(
             f"fault {shown(fault.fault)} does not exist; choose one of {', '.join(FAULTS)}"
@@ -69,7 +69,7 @@ def fault_from_data(plain: dict[str, Any]) -> Fault:
     try:
         return of_kind(plain, Fault)
     except ValueError as error:
-        raise ConfigError(f"a fault is not described well: {error}") from error
+        raise ConfigError(f"a fault is not described well: {shown(str(error))}") from error
 
 
 def ask_for(path: Path, fault: Fault) -> None:

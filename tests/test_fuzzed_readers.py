@@ -5,16 +5,15 @@ A traceback, no end within seconds, and memory by a length that nothing has chec
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from support.runs.fuzzed_readers import Reader, file_readers, message_readers
-from support.runs.fuzzed_texts import bounded, mutated, outcome
+from support.runs.mutations import COUNT, mutated_text
+from support.runs.reader_outcomes import bounded, outcome
 
-FUZZED = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 300
 MESSAGES = message_readers()
 FILES = (
     "acceptor",
@@ -29,12 +28,12 @@ FILES = (
 
 
 def check(reader: Reader) -> None:
-    """Try a reader on its samples, and on `FUZZED` others."""
+    """Try a reader on its samples, and on `COUNT` others."""
     for sample in reader.samples:
         assert outcome(reader.read, sample) == "accepted"
     counts = Counter[str]()
-    for number in range(FUZZED):
-        content = mutated(number, reader.samples[number % len(reader.samples)])
+    for number in range(COUNT):
+        content = mutated_text(reader.samples[number % len(reader.samples)], number)
         with bounded():
             found = outcome(reader.read, content)
         assert found in ("accepted", "refused"), (number, content[:300], found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from holdfast.parallel.errors import CheckpointError, PeerLost
+from holdfast.parallel.errors import CheckpointError, PeerLost, shown
 
 _PAGE = 4096
 _FILLED, _FAILED, _ATTACHED, _FIRST_CONSUMED = 0, 1, 2, 8
@@ -90,12 +91,17 @@ class NodeMemory:
                     f"{self._name(peer)} did not begin to load within {meeting.timeout_s:g} s"
                 )
             meeting.sleep(_LOOK_FOR_S)
-        text = self._store.get(key).decode()
-        pid, descriptor = map(int, text.split())
-        self._pids[peer] = pid
+        text = self._store.get(key).decode(errors="replace")
+        found = re.fullmatch(r"(\d{1,10}) (\d{1,10})", text, re.ASCII)
+        if found is None:
+            raise PeerLost(f"{self._name(peer)} tells {shown(text)} of its memory")
+        self._pids[peer] = pid = int(found[1])
+        descriptor = int(found[2])
         opened = own if peer == self.rank else _open_of(pid, descriptor, self._name(peer))
         try:
             self._maps[peer] = mmap.mmap(opened, size)
+        except (OSError, ValueError) as error:
+            raise PeerLost(f"memory of {self._name(peer)} cannot be used: {error}") from error
         finally:
             if opened != own:
                 os.close(opened)

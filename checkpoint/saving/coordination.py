@@ -15,6 +15,7 @@ from torch.distributed import PrefixStore, Store
 
 from holdfast.checkpoint.saving.arena import Cancelled, Deadline
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import decode_json
 
 _FIRST_POLL_S = 0.0005
 _LONGEST_POLL_S = 0.005
@@ -112,17 +113,25 @@ class Coordination:
         return f"rank {self.members.number(self.rank)}, {self.phase}: {reason}"
 
     def collect(
-        self, kind: str, ranks: Sequence[int], deadline: Deadline, *, patience_s: float = 0.0
-    ) -> dict[int, dict[str, Any]]:
+        self,
+        kind: str,
+        ranks: Sequence[int],
+        deadline: Deadline,
+        content: Any = dict[str, Any],
+        *,
+        patience_s: float = 0.0,
+    ) -> dict[int, Any]:
         """Wait for the reports of a `kind` from `ranks`. Returns them by rank.
 
         Args:
             kind: "begin", "written", "header" or "end".
             deadline: the deadline of the save; a wait lasts no longer.
+            content: the type of the reports.
             patience_s: the time to wait beyond the deadline, so that the coordinator can name the
                 late rank.
         Raises:
             CheckpointError: a rank failed, or did not report in time; it is named with its phase.
+                Or its report is of another type.
             Cancelled: the save was given up on this rank meanwhile.
         """
         keys = {rank: f"{kind}/{rank}" for rank in ranks}
@@ -136,7 +145,16 @@ class Coordination:
             deadline.pause(pause)
             pause = min(2 * pause, max(_LONGEST_POLL_S, _POLL_PER_RANK_S * len(self.ranks)))
         found = self._store.multi_get(list(keys.values()))
-        return {rank: msgspec.json.decode(text) for rank, text in zip(keys, found, strict=True)}
+        reports: dict[int, Any] = {}
+        for rank, text in zip(keys, found, strict=True):
+            try:
+                reports[rank] = decode_json(text, content)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"rank {self.members.number(rank)} reports in an unknown way ({error}); run "
+                    "the same version of holdfast everywhere"
+                ) from error
+        return reports
 
     def clear(self) -> None:
         """Remove this rank's keys, once no rank waits for them."""

@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-
-import msgspec
+from typing import TypedDict
 
 from holdfast import _native
 from holdfast.checkpoint.format import (
@@ -36,6 +35,7 @@ from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
 from holdfast.checkpoint.stores import LocalStore, commit
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError
+from holdfast.parallel.reading import Count
 
 PATIENCE_S = 5.0
 """How long ranks wait beyond a deadline for the coordinator to name the late rank, in seconds."""
@@ -60,6 +60,19 @@ class _End:
     """The times of all ranks."""
     commit_s: float = 0.0
     note: str = ""
+
+
+class _Begin(TypedDict):
+    id: str
+
+
+class _Written(TypedDict):
+    crc32c: list[Count]
+
+
+class _Headers(TypedDict):
+    files: dict[str, Count]
+    times: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -215,8 +228,8 @@ class Save:
         if coordination.is_coordinator:
             coordination.report("end", asdict(self._commit()))
         leader = coordination.coordinator
-        told = coordination.collect("end", [leader], self.deadline, patience_s=PATIENCE_S)
-        self._end = msgspec.convert(told[leader], _End, strict=False)
+        told = coordination.collect("end", [leader], self.deadline, _End, patience_s=PATIENCE_S)
+        self._end = told[leader]
         return Path(self._end.path)
 
     def _begin(self) -> None:
@@ -232,7 +245,7 @@ class Save:
             self._store.begin(self.name)
             self._held.enter_context(self._store.written(self.name))
             coordination.report("begin", {"id": self._facts.id})
-        told = coordination.collect("begin", [leader], self.deadline)
+        told = coordination.collect("begin", [leader], self.deadline, _Begin)
         self._take(told[leader]["id"])
         folder = self._store.partial(self.name)
         sizes = {f.name: f.bytes for f in job.plan.files if f.pieces and f.lead == self.rank}
@@ -278,7 +291,7 @@ class Save:
     def _finish_file(self, file: PlannedFile) -> int:
         """Write and sync the header of a file that this rank leads. Returns its CRC-32C."""
         others = [rank for rank in file.writers if rank != self.rank]
-        reports = self.coordination.collect("written", others, self.deadline)
+        reports = self.coordination.collect("written", others, self.deadline, _Written)
         found = {rank: report["crc32c"] for rank, report in reports.items()}
         found[self.rank] = self._checksums()
         plan, facts = self.job.plan, self._facts
@@ -298,8 +311,8 @@ class Save:
     def _commit(self) -> _End:
         """As the coordinator, commit the checkpoint when every rank has written and synced."""
         job, ranks = self.job, self.coordination.ranks
-        written = self.coordination.collect("written", ranks, self.deadline)
-        headers = self.coordination.collect("header", ranks, self.deadline)
+        written = self.coordination.collect("written", ranks, self.deadline, _Written)
+        headers = self.coordination.collect("header", ranks, self.deadline, _Headers)
         began = perf_counter()
         times = {rank: headers[rank]["times"] for rank in ranks}
         crcs = {name: crc for report in headers.values() for name, crc in report["files"].items()}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TypedDict
 
 from holdfast.checkpoint.format import MANIFEST, step_of
 from holdfast.checkpoint.saving import Cancelled, Coordination, Deadline, Members
@@ -42,6 +43,14 @@ class UploadResult:
     bytes: int
     total_s: float
     error: str
+
+
+class _Begin(TypedDict):
+    """What the coordinator tells at the beginning of an upload."""
+
+    id: str
+    there: bool
+    """Whether the store has the checkpoint already."""
 
 
 class Uploader:
@@ -166,7 +175,7 @@ class Uploader:
             there = self._prepare(name, content, deadline)
             coordination.report("begin", {"id": manifest.id, "there": there})
         leader = coordination.coordinator
-        told = coordination.collect("begin", [leader], deadline)[leader]
+        told = coordination.collect("begin", [leader], deadline, _Begin)[leader]
         if told["id"] != manifest.id:
             raise CheckpointError(f"{checkpoint} was replaced while its upload began")
         sizes = {file: entry.bytes for file, entry in manifest.files.items()}

@@ -50,8 +50,17 @@ class _PlanData(msgspec.Struct, frozen=True):
             raise ValueError("chunks and their places do not fit together")
         if max(self.placement) >= len(self.stages):
             raise ValueError("a chunk is placed at a stage that does not exist")
-        if any(not a <= b <= len(first.layers) for a, b in self.chunk_layers):
-            raise ValueError("a chunk has layers that do not exist")
+        ends = (0, *(end for _, end in self.chunk_layers))
+        if ends[-1] != len(first.layers) or any(
+            not ends[number] == begin <= end
+            for number, (begin, end) in enumerate(self.chunk_layers)
+        ):
+            raise ValueError("the chunks do not have every layer once")
+        holding = {rank for runs in self.owners for rank, _ in runs}
+        for runs in (*self.shadows, *self.arriving):
+            holding.update(rank for following, _ in runs for rank in following)
+        if not holding <= set(ranks):
+            raise ValueError("a rank without a place holds state")
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:

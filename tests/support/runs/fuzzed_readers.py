@@ -1,4 +1,4 @@
-"""The readers that `fuzzed_texts` tries, each with files or messages as it expects them."""
+"""The readers that test_fuzzed_readers.py tries, each with files or messages as it expects them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ VALUES: tuple[Any, ...] = (
     0, 1, -1, 7, 255, 4096, 2**31, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 2**70, -(2**63), 10**300,
     0.0, -0.5, 1e300, float("nan"), float("inf"), True, False, None,
     "", ".", "..", "x", "F32", "F7", "../../x", "/etc/passwd", "/dev/zero", "a\0b", "\x1b]0;x\x07",
-    "[bold]x", "\ud800", "x" * 5000, "é\u202e", [], [0], [-1], [1, 2, 3], [[1]], ["x"],
+    "0-1000000000", "1" * 4000, "0x1p99999", "nan", "[bold]x", "\ud800", "x" * 5000, "é\u202e",
+    [], [0], [-1], [1, 2, 3], [[1]], ["x"],
     [2**62, 2**62], [1] * 1000, [None], {}, {"a": 1}, {"": {}}, [{}],
 )  # fmt: skip
 _DEEP = 20_000
@@ -31,7 +32,22 @@ def mutated(document: Any, number: int) -> bytes:
     for _ in range(chance.choice((1, 1, 1, 2, 5))):
         changed = _changed(changed, chance)
     content = json.dumps(changed).encode()
-    return _bytes_changed(content, chance) if chance.random() < 0.3 else content
+    return torn(content, chance) if chance.random() < 0.3 else content
+
+
+def mutated_text(text: bytes, number: int) -> bytes:
+    """A text with one or a few things wrong: JSON, lines of it, or of any other form."""
+    chance = random.Random(number)
+    lines = text.splitlines(keepends=True)
+    if chance.random() < 0.8:
+        at = chance.randrange(len(lines))
+        try:
+            changed = mutated(json.loads(lines[at]), number)
+        except ValueError:
+            return torn(text, chance)
+        lines[at] = changed + b"\n" if lines[at].endswith(b"\n") else changed
+        return b"".join(lines)
+    return torn(text, chance)
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -78,7 +94,8 @@ def _at(container: Any, key: Any) -> Any:
     return container[key] if isinstance(container, dict) or key < len(container) else None
 
 
-def _bytes_changed(content: bytes, chance: random.Random) -> bytes:
+def torn(content: bytes, chance: random.Random) -> bytes:
+    """The bytes with a part cut off, exchanged or put in."""
     at = chance.randrange(len(content) + 1)
     match chance.randrange(9):
         case 0:
@@ -90,7 +107,7 @@ def _bytes_changed(content: bytes, chance: random.Random) -> bytes:
         case 3:
             return b"\xef\xbb\xbf" + content
         case 4:
-            return content.decode().encode("utf-16")
+            return content.decode(errors="replace").encode("utf-16")
         case 5:
             return content + b"\0" * 1000
         case 6:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+import json
 import logging
 import re
 import threading
@@ -68,6 +70,11 @@ class MembershipSettings:
         return lighthouse_key(self.secret)
 
     @property
+    def report_key(self) -> bytes:
+        """The key of the proofs that reports at the Lighthouse carry."""
+        return derived_key(self.secret, f"report of {self.run}")
+
+    @property
     def store_key(self) -> bytes:
         """The key to the doors of this run's stores."""
         return derived_key(self.secret, f"store of {self.run}")
@@ -100,6 +107,7 @@ class QuorumClient:
         self._client = RoundClient(settings.lighthouse)
         self._replica = replica_id(settings.run, identity)
         self._said = ""
+        self._strangers = set[str]()
 
     def round(self, report: Report, timeout_s: float) -> tuple[Verdict, Mapping[Identity, Report]]:
         """Take part in one round with `report` and the present acceptor state.
@@ -111,12 +119,18 @@ class QuorumClient:
             LighthouseAway, RoundTimeout: see `RoundClient.round`.
         """
         own = replace(report, identity=self.identity, acceptor=self.acceptor)
-        answer = self._client.round(self._replica, report_to_data(own), timeout_s)
-        reports = {
-            identity: report_from_data(data)
-            for replica, data in answer
-            if (identity := identity_of(replica, self._settings.run)) is not None
-        }
+        sealed = sealed_report(own, self._replica, self._settings.report_key)
+        answer = self._client.round(self._replica, sealed, timeout_s)
+        reports = dict[Identity, Report]()
+        for replica, data in answer:
+            identity = identity_of(replica, self._settings.run)
+            if identity is not None:
+                found = opened_report(data, replica, self._settings.report_key)
+                if found is not None:
+                    reports[identity] = found
+                elif replica not in self._strangers:
+                    self._strangers.add(replica)
+                    logger.warning("a report as %s is ignored: it has no proof", replica)
         verdict = advance(own, reports)
         if verdict.acceptor != self.acceptor:
             self._acceptor_file.write(verdict.acceptor)
@@ -130,6 +144,30 @@ class QuorumClient:
         if reason != self._said:
             logger.info("rank %s: %s", self.identity, reason)
             self._said = reason
+
+
+def sealed_report(report: Report, replica: str, key: bytes) -> dict[str, Any]:
+    """The report as JSON values, with a proof that a holder of the key made it for this replica."""
+    text = json.dumps(report_to_data(report))
+    return {"report": text, "proof": _proof(text, replica, key)}
+
+
+def opened_report(data: Mapping[str, Any], replica: str, key: bytes) -> Report | None:
+    """The report in `sealed_report`'s values; None: its proof is wrong or missing.
+
+    Raises:
+        MembershipError: the report is of another version of holdfast.
+    """
+    text, proof = data.get("report"), data.get("proof")
+    if not isinstance(text, str) or not isinstance(proof, str):
+        return None
+    if not hmac.compare_digest(_proof(text, replica, key).encode(), proof.encode()):
+        return None
+    return report_from_data(json.loads(text))
+
+
+def _proof(text: str, replica: str, key: bytes) -> str:
+    return hmac.digest(key, f"{replica} {text}".encode(), "sha256").hex()
 
 
 def report_on_behalf_of(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,19 +19,20 @@ import pytest
 import torch.distributed as dist
 
 from holdfast.elastic.acceptor_state import AcceptorFile
-from holdfast.elastic.agreement import AcceptorState
+from holdfast.elastic.agreement import AcceptorState, Report, report_from_data, report_to_data
 from holdfast.elastic.channel import WorkerChannel, liveness_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import (
     Heartbeats,
     Lighthouse,
+    RoundClient,
     heartbeat_ages,
     reached_by,
     replica_id,
 )
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
-from holdfast.elastic.quorum_client import MembershipSettings
+from holdfast.elastic.quorum_client import MembershipSettings, sealed_report
 from holdfast.elastic.watch import HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
@@ -38,11 +41,14 @@ from support.runs.elastic_demo import demonstration, wait_for
 
 pytestmark = pytest.mark.mp
 
-KEY = derived_key(new_secret(), "lighthouse")
+SECRET = new_secret()
+KEY = derived_key(SECRET, "lighthouse")
 
 
 def _spec(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: Any) -> WorkerSpec:
-    settings = MembershipSettings(lighthouse, "test", world_size, heartbeat_timeout_ms=600)
+    settings = MembershipSettings(
+        lighthouse, "test", world_size, heartbeat_timeout_ms=600, secret=SECRET
+    )
     return WorkerSpec(rank, 0, rank, "a", "127.0.0.1:1", True, str(folder), settings, **fields)
 
 
@@ -115,6 +121,48 @@ def test_all_members_get_the_same_value(tmp_path: Path) -> None:
         member.close()
     tunnels.close()
     lighthouse.close()
+
+
+FORGED = {
+    **{"identity": "9", "ballot": [99, "9", ""], "alive": True, "founder": False},
+    **{"world_size": 3, "min_ranks": 1, "lost": "0-2", "held": 99, "step": 1000},
+}
+
+
+def test_reports_of_strangers_at_a_lighthouse_without_a_door_are_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
+    tunnels = Tunnels()
+    address = reached_by(lighthouse.address, tunnels, KEY)
+    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
+    over = threading.Event()
+
+    def forge() -> None:
+        own = report_to_data(Report(Identity(9), alive=True, world_size=3, min_ranks=1))
+        sealed = sealed_report(report_from_data(own), "test:8", members[0].spec.settings.report_key)
+        client = RoundClient(address)
+        for data in itertools.cycle([FORGED, own, sealed, {"report": 5}, {}]):
+            if over.is_set():
+                return
+            with contextlib.suppress(MembershipError):
+                client.round("test:9", data, 1.0)
+
+    stranger = threading.Thread(target=forge)
+    stranger.start()
+    try:
+        for _ in range(3):
+            found = _in_threads(*(lambda m=m: m.agree(step=1, phase="p") for m in members))
+            assert found[0] == found[1] == found[2]
+            assert [member.rank for member in found[0].members] == [0, 1, 2]
+        assert "a report as test:9 is ignored: it has no proof" in caplog.text
+    finally:
+        over.set()
+        stranger.join()
+        for member in members:
+            member.close()
+        tunnels.close()
+        lighthouse.close()
 
 
 def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:

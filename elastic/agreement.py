@@ -321,7 +321,12 @@ def _next(
     missing = acceptor.members - reported - excused
     if missing and not any(report.impatient for report in heard):
         return None, f"waiting for ranks {format_identities(missing)}", False
-    value = _newest_incarnations(_live(reports), acceptor.members)
+    left_out = {
+        identity
+        for identity, report in reports.items()
+        if identity in report.acceptor.members and identity not in acceptor.members
+    }  # such a worker learns of that in this round, and ends
+    value = _newest_incarnations(_live(reports) - left_out, acceptor.members)
     if len(value) < own.min_ranks:
         return None, f"{len(value)} ranks are left, elastic.min_ranks = {own.min_ranks}", False
     return value, "", False

@@ -119,6 +119,13 @@ def test_no_member_is_left_out_because_a_stranger_has_waited_or_not_heard_of_it(
     assert outcome("0", of("0-1", 2), stranger, lost=ids("1")).outcome == "again"
 
 
+def test_a_worker_that_was_left_out_is_not_taken_for_one_that_joins() -> None:
+    others = (member("1", of("0-1", 2)), member("2", of("0-3")), member("3.1", of("0-1", 2)))
+    assert outcome("0", of("0-1", 2), *others).acceptor.accepted == ids("0-1,3.1")
+    with pytest.raises(Superseded):
+        outcome("2", of("0-3"), member("0", of("0-1", 2)), *others)
+
+
 def test_a_minority_waits() -> None:
     verdict = outcome("3", of("0-4"), member("4", of("0-4")), lost=ids("0-2"), impatient=True)
     assert (verdict.outcome, verdict.minority) == ("wait", True)

@@ -17,7 +17,8 @@ import msgspec
 from msgspec import Meta
 
 _T = TypeVar("_T")
-Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+MOST_COUNT: Final = 1 << 62
+Count = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
 """A number of bytes, elements, ranks or steps, or a position, as a file or message may tell it."""
 Text = Annotated[str, Meta(max_length=1 << 16)]
 PathText = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
@@ -31,6 +32,8 @@ MALFORMED: Final = (
     ValueError,
 )
 """The errors of taking apart what has another structure than is expected."""
+MOST_NAME_BYTES = 255
+"""The longest name of a file, in bytes."""
 MOST_BYTES = 1 << 30
 """The largest file that is read whole where no smaller limit is known, in bytes."""
 
@@ -68,6 +71,15 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
             told = f"it has {size:,} bytes, and such a file has at most {most_bytes:,}"
             raise OSError(errno.EFBIG, told, str(path))
         return file.read(most_bytes)
+
+
+def read_name(path: Path) -> str:
+    """The name that a small text file has, such as one of the newest save.
+
+    Raises:
+        OSError: as for `read_regular`; or it is longer than the name of a file can be.
+    """
+    return read_regular(path, MOST_NAME_BYTES).decode(errors="replace").strip()
 
 
 def parse_json(content: bytes | str) -> Any:

@@ -18,7 +18,7 @@ from holdfast import _native
 from holdfast.parallel.errors import CheckpointError, shown
 from holdfast.parallel.layout import Box, Layout, TensorSpec
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.parallel.reading import Count, decode_json, parse_json
+from holdfast.parallel.reading import MOST_COUNT, Count, decode_json, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -157,6 +157,8 @@ def crc32c_of(content: bytes | bytearray | memoryview, initial: int = 0) -> int:
     return _native.crc32c(address, view.nbytes, initial)
 
 
+COUNTS = ("step", "optimizer_step", "samples")
+"""The keys of a manifest's scalars that count something, where a checkpoint has them."""
 _CLOSING = b',"crc32c":"'
 
 
@@ -203,6 +205,7 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
             )
         manifest = decode_json(body + b"}", Manifest)
         _check_names(manifest)
+        _check_counts(manifest.scalars)
     except ValueError as error:
         raise CheckpointError(f"{where} is not a manifest: {error}") from error
     return manifest
@@ -226,6 +229,18 @@ def _check_names(manifest: Manifest) -> None:
             known = manifest.tensors.get(name)
             if known is not None and dimensions - {len(known.shape)}:
                 raise ValueError(f"a piece of {shown(name)} in {shown(file)} has other dimensions")
+
+
+def _check_counts(scalars: Mapping[str, Any]) -> None:
+    """Check that what counts steps and samples are numbers.
+
+    Raises:
+        ValueError: one is none; the message names it.
+    """
+    for name in COUNTS:
+        count = scalars.get(name, 0)
+        if not isinstance(count, int | float) or not 0 <= count <= MOST_COUNT or count % 1:
+            raise ValueError(f"{name} is {shown(count)}, and must be a number of 0 or more")
 
 
 class FileTensor(msgspec.Struct, frozen=True):

@@ -1,6 +1,7 @@
 """The state of any torch program: what is saved of it, how ranks agree on it, how it is restored.
 
-May import checkpoint.format, checkpoint.loading, parallel.errors, parallel.layout and _native.
+May import checkpoint.format, checkpoint.loading, parallel.errors, parallel.layout,
+parallel.reading and _native.
 """
 
 import lazy_loader

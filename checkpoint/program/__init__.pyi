@@ -4,12 +4,14 @@ from .agreement import (
 from .described import (
     ProgramState as ProgramState,
 )
+from .documents import (
+    STATE as STATE,
+    VERSION as VERSION,
+)
 from .meeting import (
     Meeting as Meeting,
 )
 from .restore import (
-    STATE as STATE,
-    VERSION as VERSION,
     Restore as Restore,
 )
 from .staging import (

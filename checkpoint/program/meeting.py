@@ -9,14 +9,23 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import Struct
 from torch.distributed import Store
 
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import of_kind, parse_json
 
 _Found = TypeVar("_Found")
 _TURN_S = 0.1
 _MOST_TURNS = 10
 """The last of the ranks that wait for a turn of their own."""
+
+
+class _Answer(Struct, frozen=True):
+    """What a rank found: an error, or a value for the others."""
+
+    error: str
+    content: Any = None
 
 
 class Meeting:
@@ -55,7 +64,7 @@ class Meeting:
                 + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
                 + "; all ranks have to save and load together"
             ) from error
-        found = [msgspec.json.decode(text) for text in self.store.multi_get(keys)]
+        found = [_told(rank, text) for rank, text in enumerate(self.store.multi_get(keys))]
         # Every rank is in this exchange, so it has read all of the one before.
         if self._last:
             self.store.delete_key(self._last)
@@ -93,9 +102,34 @@ class Meeting:
         except Exception as failure:
             error, cause = f"{type(failure).__name__}: {failure}", failure
         answers = self.exchange(what, {"error": error, "content": content})
-        failed = [(rank, found["error"]) for rank, found in enumerate(answers) if found["error"]]
+        found = [_answer(rank, told) for rank, told in enumerate(answers)]
+        failed = [(rank, answer.error) for rank, answer in enumerate(found) if answer.error]
         if failed:
             rank, reason = failed[0]
             where = f"rank {rank}: " if self.size > 1 else ""
             raise CheckpointError(f"{where}{reason}") from cause
-        return mine[0], [found["content"] for found in answers]
+        return mine[0], [answer.content for answer in found]
+
+
+def _told(rank: int, text: bytes) -> Any:
+    """The value that a rank has set at the store.
+
+    Raises:
+        CheckpointError: it is no value.
+    """
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"rank {rank} sent no message of this exchange: {error}") from error
+
+
+def _answer(rank: int, told: Any) -> _Answer:
+    """What a rank says to `agree`.
+
+    Raises:
+        CheckpointError: it is no such answer.
+    """
+    try:
+        return of_kind(told, _Answer)
+    except ValueError as error:
+        raise CheckpointError(f"rank {rank} sent no message of this exchange: {error}") from error

@@ -26,6 +26,7 @@ from holdfast.checkpoint.program.described import (
     module_tensors,
     prefix_of,
 )
+from holdfast.checkpoint.program.documents import checked, documents_of
 from holdfast.checkpoint.program.optimizers import OptimizerRestore, entry_of
 from holdfast.checkpoint.program.tensors import (
     check_tensor,
@@ -36,11 +37,6 @@ from holdfast.checkpoint.program.tensors import (
 )
 from holdfast.checkpoint.program.values import TAG, decode, references
 from holdfast.parallel.errors import CheckpointError
-
-STATE = "state"
-"""The key of the manifest's scalars that has the documents."""
-VERSION = "state_version"
-"""The key of the manifest's scalars that says how the documents are written: 2, or absent."""
 
 
 class Restore:
@@ -62,8 +58,7 @@ class Restore:
         self.loaded: dict[str, Any] = {}
         """The plain values, complete once `finish` has run."""
         self._state, self._manifest = state, manifest
-        self._docs: Mapping[str, Any] = manifest.scalars.get(STATE, {})
-        self._is_exact = manifest.scalars.get(VERSION, 1) >= 2
+        self._docs, self._is_exact = documents_of(manifest)
         self._rank, self._size = rank, size
         self._later: list[Callable[[], object]] = []
         names: dict[Tensor, str] = {}
@@ -129,13 +124,13 @@ class Restore:
         """
         doc = self._docs.get(key)
         if not self._is_exact or not isinstance(doc, dict) or doc.get(TAG) != "ranks":
-            return doc
-        if len(doc["value"]) != self._size:
+            return checked(doc, key)
+        if len(checked(doc, key)["value"]) != self._size:
             raise CheckpointError(
                 f"{key} was saved by {len(doc['value'])} ranks, each with its own values, and this "
                 f"program has {self._size}; leave {key} out of the state to go on without them"
             )
-        return doc["value"][self._rank]
+        return checked(doc["value"][self._rank], key)
 
     def _prepare_module(self, key: str, module: nn.Module, names: dict[Tensor, str]) -> None:
         doc = self._doc_of(key)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.checkpoint.format import DTYPE_NAMES
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, shown
 
 TAG = "__holdfast__"
 """The key that marks an object as a value of a type that JSON lacks."""
@@ -243,6 +243,13 @@ def _numpy_of(doc: Mapping[str, Any]) -> Any:
     return np.frombuffer(base64.b64decode(doc["value"]), np.dtype(doc["dtype"]))[0]
 
 
+def _dtype_of(doc: Mapping[str, Any]) -> torch.dtype:
+    found = getattr(torch, doc["value"], None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{shown(doc['value'])} is no dtype of this version of torch")
+    return found
+
+
 _FROM_TEXT: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "int": lambda doc: int(doc["value"], 16),
     "float": lambda doc: struct.unpack(">d", bytes.fromhex(doc["value"]))[0],
@@ -250,7 +257,7 @@ _FROM_TEXT: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "text": lambda doc: base64.b64decode(doc["value"]).decode(errors="surrogatepass"),
     "bytes": lambda doc: base64.b64decode(doc["value"]),
     "bytearray": lambda doc: bytearray(base64.b64decode(doc["value"])),
-    "dtype": lambda doc: getattr(torch, doc["value"]),
+    "dtype": _dtype_of,
     "device": lambda doc: torch.device(doc["value"]),
     "numpy": _numpy_of,
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from holdfast.parallel.errors import DataError
+from holdfast.parallel.reading import read_regular
 
 if TYPE_CHECKING:
     import tokenizers
@@ -94,7 +95,7 @@ def load_tokenizer(name: str, *, key: str = "data.tokenizer", end_of_text: str =
     path = Path(name)
     allowed = 'allowed are "bytes" and the path of a tokenizer.json'
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise DataError(
             f'{key} = "{name}": cannot be read ({error.strerror}); {allowed}'

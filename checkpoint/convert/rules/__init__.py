@@ -1,6 +1,7 @@
 """Formats as rules: patterns, mappings and their inverse.
 
-May import checkpoint.convert.elements, checkpoint.format, parallel.errors and parallel.layout.
+May import checkpoint.convert.elements, checkpoint.format, parallel.errors, parallel.layout and
+parallel.reading.
 """
 
 import lazy_loader

@@ -13,6 +13,10 @@ import msgspec
 
 from holdfast.checkpoint.convert.rules.patterns import Pattern, evaluate
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.reading import read_regular
+
+_MOST_BYTES = 1 << 20
+"""The largest file of rules, in bytes."""
 
 Form = Literal["whole", "replicated", "shard", "sum", "mean"]
 
@@ -131,7 +135,9 @@ def parse_rules(text: str, where: str) -> RuleBook:
     """
     try:
         book = msgspec.convert(tomllib.loads(text), RuleBook)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except RecursionError:
+        raise ConfigError(f"{where} is not a file of rules: it is nested too deeply") from None
+    except (ValueError, msgspec.ValidationError) as error:  # numbers of 5,000 digits, too
         raise ConfigError(f"{where} is not a file of rules: {error}") from error
     for number, rule in enumerate(book.rules, 1):
         _check(rule, f"{where}, rule {number} ({rule.source})")
@@ -183,7 +189,7 @@ def load_rules(path: Path) -> RuleBook:
         ConfigError: the file cannot be read, or is not a file of rules.
     """
     try:
-        text = path.read_text()
+        text = read_regular(path, _MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--map {path} cannot be read: {error}") from error
     return parse_rules(text, str(path))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from holdfast.checkpoint.format import INDEX
 from holdfast.checkpoint.stores import find_checkpoint
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.reading import parse_json, read_regular
+from holdfast.parallel.reading import parse_json, read_name, read_regular
 
 DCP_METADATA: Final = ".metadata"
 MEGATRON_TRACKER: Final = "latest_checkpointed_iteration.txt"
@@ -61,8 +62,9 @@ def is_deepspeed(path: Path) -> bool:
         return False
     folder = path
     if (path / "latest").is_file():
-        tag = (path / "latest").read_text().strip()
-        folder = path / tag if "/" not in tag else path
+        with suppress(OSError):  # the reading of it says why, where the format is named
+            tag = read_name(path / "latest")
+            folder = path / tag if "/" not in tag else path
     return folder.is_dir() and any(ZERO_FILE.fullmatch(f.name) for f in folder.iterdir())
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from holdfast.checkpoint.convert.work.journal import ConversionJournal
 from holdfast.checkpoint.convert.work.request import Conversion, prepare
-from holdfast.parallel.errors import CheckpointError, HoldfastError
+from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
 from support.runs.mutations import COUNT, mutated
 
 CONFIG: dict[str, Any] = {
@@ -170,6 +170,58 @@ def test_a_pipe_is_named_and_never_waited_for(folder: Path, name: str) -> None:
     os.mkfifo(folder / name)
     with pytest.raises(CheckpointError, match=f"{name}.*pipe"):
         prepare(Conversion(folder, folder.parent / "out", "holdfast"))
+
+
+TAGS: dict[str, bytes] = {
+    "long": b"a" * 5000,
+    "digits": b"9" * 6000,
+    "name and line": b"a\nb",
+    "no text": b"\xff\xfe\x00a",
+    "a NUL": b"a\0b",
+    "elsewhere": b"../..",
+    "no number": b"x",
+    "negative": b"-5",
+    "a terminal's": b"\x1b]0;x\x07",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("deepspeed", "latest"),
+        ("deepspeed-universal", "latest_universal"),
+        ("megatron", "latest_checkpointed_iteration.txt"),
+    ],
+)
+def test_any_name_of_the_newest_save_is_found_or_refused(
+    tmp_path: Path, form: str, name: str, tag: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / name).write_bytes(TAGS[tag])
+    for found in (form, "auto"):
+        with pytest.raises(HoldfastError) as error:
+            prepare(Conversion(source, tmp_path / "out", "holdfast", source_format=found))
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("form", ["deepspeed", "auto"])
+def test_a_terabyte_of_name_is_not_read(tmp_path: Path, form: str) -> None:
+    (tmp_path / "latest").touch()
+    os.truncate(tmp_path / "latest", 1 << 40)
+    with pytest.raises(HoldfastError):
+        prepare(Conversion(tmp_path, tmp_path / "out", "holdfast", source_format=form))
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 6000, 'a = "\x1b"', "a = 1"])
+def test_rules_that_are_none_are_refused_in_a_line(folder: Path, text: str) -> None:
+    rules = folder.parent / "rules.toml"
+    rules.write_text(text)
+    with pytest.raises(ConfigError, match="not a file of rules") as error:
+        prepare(Conversion(folder, folder.parent / "out", "holdfast", rules=rules))
+    assert str(error.value).isprintable()
 
 
 def test_any_journal_is_read(tmp_path: Path) -> None:

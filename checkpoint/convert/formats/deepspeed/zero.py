@@ -34,6 +34,7 @@ from holdfast.checkpoint.convert.sources import (
 )
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.reading import read_name
 
 NAME = "deepspeed"
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
@@ -47,7 +48,7 @@ def find_tag(path: Path, latest: str = "latest") -> Path:
     """The folder of one save: the path itself, or the folder that `latest` in it names."""
     named = path / latest
     if named.is_file():
-        tag = named.read_text().strip()
+        tag = read_name(named)
         if tag and "/" not in tag and (path / tag).is_dir():
             return path / tag
         raise CheckpointError(f"{named} names {tag!r}, and there is no such folder")

@@ -33,6 +33,7 @@ from holdfast.checkpoint.convert.sources import (
 )
 from holdfast.checkpoint.format import WEIGHT
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import read_name
 
 __all__ = ["NAME", "plan", "read"]
 _COMMON = re.compile(r"common_state(/shard_.*)?")
@@ -42,13 +43,16 @@ def find_iteration(path: Path) -> Path:
     """The folder of one save: the path itself, or the folder that the tracker file in it names.
 
     Raises:
-        CheckpointError: the tracker names a missing folder.
+        CheckpointError: the tracker names no iteration, or a missing folder.
+        OSError: the tracker cannot be read.
     """
     tracker = path / MEGATRON_TRACKER
     if not tracker.is_file():
         return path
-    text = tracker.read_text().strip()
-    folder = path / ("release" if text == "release" else f"iter_{int(text or -1):07d}")
+    text = read_name(tracker)
+    if text != "release" and not (text.isascii() and text.isdigit()):
+        raise CheckpointError(f"{tracker} names {text!r}, which is no iteration")
+    folder = path / (text if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
         raise CheckpointError(f"{tracker} names {text!r}, and there is no {folder.name}")
     return folder

@@ -83,9 +83,10 @@ def require_ports(
         ConfigError: there are too few.
     """
     # A rank listens for others and for its own store clients, and has three connections to one
-    # store behind its door. In an elastic run it has two more ports for the Lighthouse; each agent
-    # has a store and a door, follows another, and asks the Lighthouse.
-    needed = 2 + 5 * ranks_here + (2 * ranks_here + 4 * nodes_here if nodes_here else 0)
+    # store behind its door, and others to ranks. In an elastic run it has as many again for the
+    # Lighthouse and for its replacement, and each agent asks ten times a second: a port of a
+    # connection that has ended is free again after a second or more.
+    needed = 8 + 8 * ranks_here + (8 * ranks_here + 24 * nodes_here if nodes_here else 0)
     found = needed if ranks_here == 1 else (free or free_ports)(needed)
     if found < needed:
         lowest, _, highest = "-".join(_PORT_RANGE.read_text().split()).partition("-")

@@ -156,13 +156,13 @@ def test_the_machine_has_room_for_what_fits_and_no_more(smallest: Path) -> None:
 
 def test_ranks_that_lack_local_ports_to_connect_are_refused() -> None:
     assert free_ports(50) == 50
-    require_ports(4, 0, lambda most: min(most, 22))
-    require_ports(4, 2, lambda most: min(most, 38))
+    require_ports(4, 0, lambda most: min(most, 40))
+    require_ports(4, 2, lambda most: min(most, 120))
     require_ports(1, 0, lambda most: 0)
-    with pytest.raises(ConfigError, match=r"4 ranks here need at least 22 local ports .* 21 are"):
-        require_ports(4, 0, lambda most: 21)
-    with pytest.raises(ConfigError, match="need at least 38 local ports to connect, and 37 are"):
-        require_ports(4, 2, lambda most: 37)
+    with pytest.raises(ConfigError, match=r"4 ranks here need at least 40 local ports .* 39 are"):
+        require_ports(4, 0, lambda most: 39)
+    with pytest.raises(ConfigError, match="need at least 120 local ports to connect, and 119 are"):
+        require_ports(4, 2, lambda most: 119)
 
 
 @pytest.mark.mp

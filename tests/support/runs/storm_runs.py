@@ -18,7 +18,7 @@ from uuid import uuid4
 from support.network.elastic_network import Network
 from support.processes.disks import Disk
 from support.runs.elastic_runs import HOLDFAST, ElasticRun, Process, Starter, fault
-from support.runs.storms import OF_A_NODE, Blow, Trial, timeline
+from support.runs.storms import OF_A_NODE, OF_THE_DISK, Blow, Trial, timeline
 
 MARK = "HOLDFAST_TEST_STORM"
 """The environment variable that all processes of a run have."""
@@ -193,7 +193,8 @@ class Storm:
 
     def _begin(self, blow: Blow) -> None:
         ranks = self._ranks_of(blow.node)
-        self.told.append(f"{blow.kind} {ranks} at step {len(self.run.steps())}")
+        whom = "" if blow.kind in OF_THE_DISK else f" of ranks {ranks}"
+        self.told.append(f"{blow.kind}{whom} at step {len(self.run.steps())}")
         if blow.kind == "stall the disk":
             self.disk.stall()
         elif blow.kind == "slow syncs":

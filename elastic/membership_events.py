@@ -91,14 +91,16 @@ class Bulletin:
         Args:
             store: the rendezvous store, below the generation's prefix.
         """
-        self._store, self._clock = store, clock
+        self.store = store
+        """The store; a new client of it may take the place of one that lost its connection."""
+        self._clock = clock
         self._read = 0
         self._hole_since: float | None = None
 
     def post(self, event: MembershipEvent) -> None:
         """Post an event for all nodes. Raises RuntimeError if the store is gone."""
-        number = self._store.add("events", 1)
-        self._store.set(f"event/{number}", json.dumps(event_to_data(event)))
+        number = self.store.add("events", 1)
+        self.store.set(f"event/{number}", json.dumps(event_to_data(event)))
 
     def read(self) -> list[MembershipEvent]:
         """The events since the last call. Raises RuntimeError if the store is gone.
@@ -106,11 +108,11 @@ class Bulletin:
         It polls and does not wait, because a wait of the store that times out logs a warning.
         """
         events: list[MembershipEvent] = []
-        posted = self._store.add("events", 0)
+        posted = self.store.add("events", 0)
         while self._read < posted:
             key = f"event/{self._read + 1}"
-            if self._store.check([key]):
-                events += _event_in(self._store.get(key))
+            if self.store.check([key]):
+                events += _event_in(self.store.get(key))
             elif not self._is_hole():
                 break
             self._hole_since = None

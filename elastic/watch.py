@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -22,6 +23,9 @@ logger = logging.getLogger("holdfast.agent")
 
 _POLL_S = 0.05
 _BULLETIN_TIMEOUT_S = 5.0
+_ATTEMPT_S = 1.0
+_ATTEMPTS = 60
+"""Attempts to reach a store again. They are counted, since this process may be stopped between."""
 _JOIN_AFTER = 2.0
 """The heartbeat time-outs after which an unknown worker counts as joining: a worker that was just
 left out is heard of once more."""
@@ -39,7 +43,7 @@ class BulletinFollower:
         prefix: str,
         receive: Callable[[MembershipEvent], None],
     ) -> None:
-        """Start the thread, which ends with the store.
+        """Start the thread. It reaches a store that was gone for a while again, and misses nothing.
 
         Args:
             access: to the run's stores.
@@ -49,40 +53,64 @@ class BulletinFollower:
         self.store, self._prefix, self._receive = store, prefix, receive
         self._access = access
         self._outgoing: queue.SimpleQueue[MembershipEvent | None] = queue.SimpleQueue()
+        self._unposted: list[MembershipEvent] = []
+        self._closing = threading.Event()
+        self._answers = True
         self._thread = threading.Thread(target=self._run, name="holdfast-bulletin", daemon=True)
         self._thread.start()
 
     @property
     def is_open(self) -> bool:
-        """Whether the store has answered so far."""
-        return self._thread.is_alive()
+        """Whether the store has answered the last time it was asked."""
+        return self._answers and self._thread.is_alive()
 
     def post(self, event: MembershipEvent) -> None:
-        """Post an event soon. It is lost if the store is gone."""
+        """Post an event soon. It is lost if the store is gone for good."""
         self._outgoing.put(event)
 
     def close(self) -> None:
         """Post the remaining events and end, without waiting, since the store may not answer."""
+        self._closing.set()
         self._outgoing.put(None)
 
     def _run(self) -> None:
-        try:
-            client = self._access.connect(self.store, _BULLETIN_TIMEOUT_S)
-            store = PrefixStore(self._prefix, client)
-            bulletin = Bulletin(store)
-            while True:
-                try:
-                    event = self._outgoing.get(timeout=_POLL_S)
-                    if event is None:
-                        return
-                    bulletin.post(event)
-                except queue.Empty:
-                    pass
+        bulletin: Bulletin | None = None
+        left = _ATTEMPTS
+        while left > 0:
+            try:
+                client = self._access.connect(self.store, _BULLETIN_TIMEOUT_S)
+                store = PrefixStore(self._prefix, client)
+                bulletin = bulletin or Bulletin(store)
+                bulletin.store = store
                 for event in bulletin.read():
                     self._receive(event)
-        except (PeerLost, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            logger.warning("no more events of %s: %s", self._prefix, reason)
+                if not self._answers:
+                    logger.warning("the events of %s come again", self._prefix)
+                self._answers, left = True, _ATTEMPTS
+                self._follow(bulletin)
+                return
+            except (PeerLost, RuntimeError) as error:
+                if self._answers:
+                    reason = str(error).splitlines()[0]
+                    logger.warning("no events of %s at present: %s", self._prefix, reason)
+                self._answers = False
+                left -= 1
+                if self._closing.wait(_ATTEMPT_S):
+                    return
+
+    def _follow(self, bulletin: Bulletin) -> None:
+        """Post and receive until `close`. Raises RuntimeError if the store is gone."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                event = self._outgoing.get(timeout=_POLL_S)
+                if event is None:
+                    return
+                self._unposted.append(event)
+            while self._unposted:
+                bulletin.post(self._unposted[0])
+                self._unposted.pop(0)
+            for event in bulletin.read():
+                self._receive(event)
 
 
 class HeartbeatWatch:

@@ -19,8 +19,9 @@ GREETING_S = 5.0
 MOST_BYTES = 1 << 16
 """The payload of a record, at most."""
 BEAT_S = 1.0
-SILENT_BEATS = 5
-"""The seconds without a record, each counted while this process ran, that end a link."""
+SILENT_BEATS = 12
+"""The seconds without a record, each counted while this process ran, that end a link. A process
+that is stopped for some seconds and goes on keeps its links."""
 _GREETING = b"holdfast link 1\n"
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
@@ -33,10 +33,10 @@ from holdfast.elastic.lighthouse import (
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings, sealed_report
-from holdfast.elastic.watch import HeartbeatWatch
+from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
-from holdfast.parallel.links import Tunnels, derived_key, new_secret
+from holdfast.parallel.links import StoreAccess, Tunnels, derived_key, host_store, new_secret
 from support.runs.elastic_demo import demonstration, wait_for
 
 pytestmark = pytest.mark.mp
@@ -209,6 +209,48 @@ def test_events_arrive_in_one_order_and_a_hole_is_passed() -> None:
     writer.post(events[1])
     assert reader.read() == events[:1]
     assert wait_for(reader.read, "the event after the hole") == events[1:2]
+
+
+class Network:
+    """A way to the stores that can be cut off and mended."""
+
+    def __init__(self) -> None:
+        self._tunnels = Tunnels()
+
+    def connect(self, address: str, timeout_s: float) -> dist.Store:
+        return StoreAccess(self._tunnels, KEY).connect(address, timeout_s)
+
+    def cut(self) -> None:
+        self._tunnels.close()
+
+    def mend(self) -> None:
+        self._tunnels = Tunnels()
+
+
+def test_a_store_that_is_gone_for_a_while_costs_no_event() -> None:
+    events = [MembershipEvent("ended", Identity(rank), "killed") for rank in range(3)]
+    with contextlib.ExitStack() as closing:
+        store, address = host_store("127.0.0.1", KEY)
+        closing.callback(store.close)
+        heard: dict[str, list[MembershipEvent]] = {"cut": [], "other": []}
+        networks = {name: Network() for name in heard}
+        followers = {}
+        for name, network in networks.items():
+            closing.callback(network.cut)
+            access = cast("StoreAccess", network)
+            followers[name] = BulletinFollower(access, address, "generation", heard[name].append)
+            closing.callback(followers[name].close)
+        followers["other"].post(events[0])
+        wait_for(lambda: heard["cut"] == events[:1], "the first event")
+        networks["cut"].cut()
+        followers["cut"].post(events[1])
+        followers["other"].post(events[2])
+        wait_for(lambda: not followers["cut"].is_open, "the loss to be noticed")
+        wait_for(lambda: heard["other"] == [events[0], events[2]], "the event of those that go on")
+        networks["cut"].mend()
+        wait_for(lambda: len(heard["cut"]) == len(heard["other"]) == 3, "all events")
+        assert heard["cut"] == heard["other"] == [events[0], events[2], events[1]]
+        assert followers["cut"].is_open
 
 
 def test_silence_is_told_once_and_newcomers_until_they_are_in() -> None:

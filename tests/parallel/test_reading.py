@@ -63,12 +63,13 @@ def test_a_link_is_followed_only_where_that_is_allowed(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' * 5000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
         (b'"\\ud800"', "surrogates"),
         (b"9" * 6000, "digits"),
         (b"\xff\xfe{", "JSON|decode|utf"),
         (b"", "Expecting value"),
     ],
+    ids=["deep list", "deep object", "surrogate", "long number", "no text", "nothing"],
 )
 def test_text_that_is_no_json_of_use_is_refused_with_the_reason(
     content: bytes, reason: str

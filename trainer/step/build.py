@@ -9,6 +9,7 @@ import torch
 from torch.distributed import Store
 
 from holdfast.parallel.comm import Backend, build_groups
+from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
@@ -41,6 +42,19 @@ def backend_of(config: RunConfig, device: torch.device) -> Backend:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def _require_device(local_rank: int, count: int) -> None:
+    """Check that a rank has a GPU of its own.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs than ranks.
+    """
+    if local_rank >= count:
+        raise ConfigError(
+            f"train.device: rank {local_rank} of this machine needs GPU {local_rank}, and torch "
+            f"sees {count}; start at most {count} ranks here (--nproc), or set train.device = 'cpu'"
+        )
+
+
 def choose_device(config: RunConfig, local_rank: int) -> torch.device:
     """The device of this rank; sets threads and, in exact mode, deterministic kernels."""
     torch.set_num_threads(config.train.threads_per_rank)
@@ -57,6 +71,7 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
         case "cpu":
             return torch.device("cpu")
         case "cuda":
+            _require_device(local_rank, torch.cuda.device_count())
             torch.cuda.set_device(local_rank)
             return torch.device("cuda", local_rank)
         case unknown:

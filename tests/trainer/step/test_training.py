@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.step_phases import StepPhase
-from holdfast.trainer.step.build import open_training
+from holdfast.trainer.step.build import choose_device, open_training
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.worlds.world import local_world
 from support.runs.small_runs import make_config
@@ -65,3 +66,12 @@ def test_evaluation_changes_no_parameter_and_gives_the_same_loss_again(training:
     losses = [training.evaluate(), training.evaluate()]
     assert losses[0] == losses[1] > 0
     assert training.parameter_digest() == digest
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = make_config(train={"device": "cuda"}, numerics={"reduction": "fast"})
+    with pytest.raises(ConfigError, match=r"needs GPU 1, and torch sees 1; start at most 1 rank"):
+        choose_device(config, 1)

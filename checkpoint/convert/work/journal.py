@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +59,13 @@ class ConversionJournal:
 
         Returns:
             Whether an interrupted conversion is resumed.
+        Raises:
+            CheckpointError: something is there that no conversion of this user made, or a link.
         """
+        _refuse_foreign(self.partial)
         plan = self._folder / "plan.json"
         text = json.dumps(fingerprint, sort_keys=True)
-        same = plan.is_file() and plan.read_text() == text
+        same = self.begun(fingerprint)
         if not same:
             self._begin_anew()
         for stale in self._folder.glob("failed-*"):
@@ -72,24 +76,19 @@ class ConversionJournal:
         return same
 
     def _begin_anew(self) -> None:
-        """Make an empty folder for the output; what an earlier conversion left there goes.
-
-        Raises:
-            CheckpointError: something is there that no conversion made.
-        """
-        if os.path.lexists(self.partial):
-            ours = self._folder.is_dir() and not self.partial.is_symlink()
-            if not ours and (self.partial.is_symlink() or not _is_empty(self.partial)):
-                raise CheckpointError(
-                    f"{self.partial} is in the way, and no conversion made it; move it away"
-                )
+        """Make an empty folder for the output; what an earlier conversion left there goes."""
+        if self.partial.exists():
             shutil.rmtree(self.partial)
         self._folder.mkdir(parents=True)
 
     def begun(self, fingerprint: Mapping[str, Any]) -> bool:
         """Whether rank 0 has made the folder for this conversion."""
-        plan = self._folder / "plan.json"
-        return plan.is_file() and plan.read_text() == json.dumps(fingerprint, sort_keys=True)
+        expected = json.dumps(fingerprint, sort_keys=True).encode()
+        try:
+            with open_regular(self._folder / "plan.json", follow=False) as file:
+                return file.read(len(expected) + 1) == expected
+        except OSError:
+            return False
 
     def read(self) -> Done:
         """The records of all workers; a torn last line does not count."""
@@ -150,8 +149,34 @@ class ConversionJournal:
         shutil.rmtree(self._folder)
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _refuse_foreign(partial: Path) -> None:
+    """Refuse an output's folder with anything in it that a conversion of this user does not make.
+
+    A link in it would lead what is written to a file elsewhere.
+
+    Raises:
+        CheckpointError: it, or something in it, is another user's, a link or no file or folder.
+    """
+    if not os.path.lexists(partial):
+        return
+    wrong: Path | None = partial
+    if _is_own(partial) and partial.is_dir():
+        mark = partial / FOLDER
+        if os.path.lexists(mark) and mark.is_dir():
+            wrong = next((path for path in partial.rglob("*") if not _is_own(path)), None)
+        elif not any(partial.iterdir()):
+            wrong = None
+    if wrong is not None:
+        raise CheckpointError(
+            f"{wrong} is in the way: no conversion of this user made it; move {partial} away"
+        )
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path is a folder or a file of this user, which has no other name."""
+    found = path.lstat()
+    whole = stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
+    return whole and found.st_uid == os.geteuid()
 
 
 class Lock:
@@ -161,16 +186,24 @@ class Lock:
         """Take the lock.
 
         Raises:
-            CheckpointError: another conversion has it, or its file cannot be opened.
+            CheckpointError: another conversion has it, its file cannot be opened, or no conversion
+                of this user made that file.
         """
         self._path = target.with_name(f".{target.name}.lock")
         target.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = -1
         while self._descriptor < 0:
+            found = os.path.lexists(self._path)
             try:
                 descriptor = open_lock(self._path)
             except OSError as error:
                 raise CheckpointError(f"{self._path} cannot be made: {error.strerror}") from error
+            state = os.fstat(descriptor)
+            if found and (state.st_size or state.st_nlink > 1 or state.st_uid != os.geteuid()):
+                os.close(descriptor)
+                raise CheckpointError(
+                    f"{self._path} is in the way: no conversion of this user made it; move it away"
+                )
             if not try_lock(descriptor):
                 os.close(descriptor)
                 raise CheckpointError(
@@ -183,5 +216,6 @@ class Lock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        self._path.unlink(missing_ok=True)
+        if is_at(self._descriptor, self._path):
+            self._path.unlink()
         os.close(self._descriptor)

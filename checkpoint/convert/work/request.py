@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -53,7 +54,7 @@ def check(conversion: Conversion) -> None:
     """Refuse options that are wrong at first sight.
 
     Raises:
-        ConfigError: a format or type is unknown, or the output folder is not empty.
+        ConfigError: a format or type is unknown, or the output folder is a link or not empty.
     """
     if conversion.to not in targets():
         raise ConfigError(unknown_name("--to", conversion.to, targets()))
@@ -61,6 +62,8 @@ def check(conversion: Conversion) -> None:
         raise ConfigError(
             f"the type {conversion.dtype} is not known; use one of {', '.join(FLOATS)}"
         )
+    if conversion.target.is_symlink():
+        raise ConfigError(f"{conversion.target} is a link; name the folder that it leads to")
     if conversion.target.exists() and (
         not conversion.target.is_dir() or any(conversion.target.iterdir())
     ):
@@ -68,7 +71,8 @@ def check(conversion: Conversion) -> None:
             f"{conversion.target} exists and is not empty; name another folder, or remove this one "
             "first"
         )
-    source, target = conversion.source.resolve(), conversion.target.resolve()
+    # Path.resolve has an error of its own for links in a circle.
+    source, target = (Path(os.path.realpath(p)) for p in (conversion.source, conversion.target))
     if target == source or (target.is_relative_to(source) and source.is_file()):
         raise ConfigError(f"{conversion.target} lies in the source")
 

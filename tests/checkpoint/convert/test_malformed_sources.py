@@ -15,8 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from holdfast.checkpoint.convert.work.journal import ConversionJournal
-from holdfast.checkpoint.convert.work.request import Conversion, prepare
+from holdfast.checkpoint.convert.work.journal import ConversionJournal, Lock
+from holdfast.checkpoint.convert.work.request import Conversion, check, prepare
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
 from support.runs.mutations import COUNT, mutated
 
@@ -68,7 +68,7 @@ def test_the_sound_folder_is_planned(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_any_small_file_is_read_or_refused(folder: Path, name: str) -> None:
     document = json.loads((folder / name).read_bytes())
-    for number in range(COUNT // 2):
+    for number in range(COUNT):
         (folder / name).write_bytes(mutated(document, number))
         planned(folder, ("holdfast", "hf", "megatron")[number % 3], ("", "BF16")[number % 2])
 
@@ -78,7 +78,7 @@ def test_any_header_is_read_or_refused(folder: Path) -> None:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    for number in range(COUNT // 2):
+    for number in range(COUNT):
         text = mutated(header, number)
         path.write_bytes(len(text).to_bytes(8, "little") + text + data)
         planned(folder)
@@ -250,3 +250,92 @@ def test_what_no_conversion_made_is_not_removed(tmp_path: Path, kind: str) -> No
     with pytest.raises(CheckpointError, match="in the way"):
         ConversionJournal(partial, 0).begin({"a": 1})
     assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"kept"}
+
+
+def _put(path: Path, kind: str, elsewhere: Path) -> None:
+    """Put something that no conversion makes in the place of a file."""
+    match kind:
+        case "link":
+            path.symlink_to(elsewhere)
+        case "second name":
+            path.hardlink_to(elsewhere)
+        case "pipe":
+            os.mkfifo(path)
+        case _:
+            path.touch()
+            os.chown(path, os.getuid() + 1, -1)
+
+
+KINDS = [
+    "link",
+    "second name",
+    "pipe",
+    pytest.param(
+        "another user's", marks=pytest.mark.skipif(os.getuid() != 0, reason="only root gives away")
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", ".convert/plan.new", ".convert/failed-00001"]
+)
+def test_a_conversion_that_goes_on_writes_through_nothing_that_it_did_not_make(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    elsewhere, partial = tmp_path / "precious", tmp_path / "out.partial"
+    elsewhere.write_text("kept")
+    journal = ConversionJournal(partial, 0)
+    assert not journal.begin({"a": 1})
+    assert journal.begin({"a": 1})
+    _put(partial / name, kind, elsewhere)
+    for fingerprint in ({"a": 1}, {"a": 2}):
+        with pytest.raises(CheckpointError, match=f"{name} is in the way"):
+            journal.begin(fingerprint)
+    assert elsewhere.read_text() == "kept"
+    assert os.path.lexists(partial / name)
+
+
+def test_journals_that_lie_elsewhere_are_not_gone_on_from(tmp_path: Path) -> None:
+    journal = ConversionJournal(tmp_path / "out.partial", 0)
+    journal.begin({"a": 1})
+    (tmp_path / "out.partial" / ".convert").rename(tmp_path / "moved")
+    (tmp_path / "out.partial" / ".convert").symlink_to(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="in the way"):
+        journal.begin({"a": 1})
+    assert (tmp_path / "moved" / "plan.json").exists()
+
+
+def test_a_plan_of_any_bytes_begins_anew(tmp_path: Path) -> None:
+    journal = ConversionJournal(tmp_path / "out.partial", 0)
+    journal.begin({"a": 1})
+    (tmp_path / "out.partial" / ".convert" / "plan.json").write_bytes(b"\xff\xfe")
+    assert not journal.begun({"a": 1})
+    assert not journal.begin({"a": 1})
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "content"])
+def test_a_lock_that_no_conversion_made_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path, elsewhere = tmp_path / ".out.lock", tmp_path / "precious"
+    elsewhere.write_text("kept")
+    if kind == "content":
+        path.write_text("kept")
+    else:
+        _put(path, kind, elsewhere)
+    with pytest.raises(CheckpointError, match=r"\.out\.lock (is in the way|cannot be made)"):
+        Lock(tmp_path / "out")
+    assert os.path.lexists(path)
+    assert elsewhere.read_text() == "kept"
+
+
+def test_the_lock_of_a_killed_conversion_is_taken_and_goes(tmp_path: Path) -> None:
+    (tmp_path / ".out.lock").touch()
+    Lock(tmp_path / "out").release()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("leads_to", ["source", "nowhere", "out"])
+def test_a_target_that_is_a_link_is_refused_before_work_begins(folder: Path, leads_to: str) -> None:
+    (folder.parent / "out").symlink_to(folder.parent / leads_to)
+    with pytest.raises(ConfigError, match="out is a link"):
+        check(Conversion(folder, folder.parent / "out", "holdfast"))

@@ -75,7 +75,7 @@ def prepare(
     encoder = load_tokenizer(tokenizer, key="tokenizer", end_of_text=end_of_text)
     bin_path, idx_path = Path(f"{output_prefix}.bin"), Path(f"{output_prefix}.idx")
     for path in (bin_path, idx_path):
-        if path.exists() and not overwrite:
+        if os.path.lexists(path) and not overwrite:
             raise DataError(f"{path} exists already; name another output, or give --overwrite")
     indexed = indexed_dataset_module()
     try:

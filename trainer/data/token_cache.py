@@ -24,12 +24,15 @@ import numpy as np
 from holdfast.checkpoint.format import local_path
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.files import await_lock, open_lock, scratch_folder
+from holdfast.parallel.reading import MALFORMED, Count, decode_json, open_regular, read_regular
 from holdfast.parallel.waiting import Waiting
 
 _PARTIAL = ".partial-"
 """The beginning of the names of folders in which entries are made."""
 _LOCK_S = 3600.0
 """The longest time that a process makes an entry while others wait, in seconds."""
+_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
+_ENTRY_BYTES = 4096
 _ATTEMPTS = 3
 """Attempts to make an entry: without file locks, another process may take it for damaged."""
 
@@ -37,7 +40,7 @@ _ATTEMPTS = 3
 class CacheEntry(msgspec.Struct, frozen=True):
     """The description in `entry.json` of the tokens beside it."""
 
-    count: int
+    count: Count
     largest: int
     fingerprint: str
 
@@ -172,7 +175,7 @@ def cached_tokens(
             for _ in range(_ATTEMPTS):
                 if found is not None:
                     break
-                _make(folder, key, np.dtype("<u2" if vocab <= 2**16 else "<u4"), write)
+                _make(folder, key, _DTYPES[vocab > 2**16], write)
                 found = _open(folder / key, name)
     except OSError as error:
         raise DataError(
@@ -206,13 +209,29 @@ def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter]
 def _open(path: Path, name: str) -> CachedTokens | None:
     """The entry; None if it is missing or damaged."""
     try:
-        entry = msgspec.json.decode((path / "entry.json").read_bytes(), type=CacheEntry)
-        tokens = np.load(path / "tokens.npy", mmap_mode="r" if entry.count else None)
-    except (OSError, ValueError, EOFError, msgspec.DecodeError):
-        return None
-    if tokens.shape != (entry.count,):
+        entry = decode_json(read_regular(path / "entry.json", _ENTRY_BYTES), CacheEntry)
+        with open_regular(path / "tokens.npy") as file:
+            tokens = _mapped(file, entry.count)
+    except (OSError, *MALFORMED):
         return None
     return CachedTokens(name, tokens, entry.largest, entry.fingerprint)
+
+
+def _mapped(file: BinaryIO, count: int) -> np.ndarray:
+    """The tokens in a file as `TokenWriter` writes it: uint16 or uint32 [count], mapped.
+
+    Raises:
+        ValueError: it has another form, type, shape or length.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of the form")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    size = file.tell() + count * dtype.itemsize
+    if shape != (count,) or dtype not in _DTYPES or os.fstat(file.fileno()).st_size != size:
+        raise ValueError("another type, shape or length")
+    if count == 0:  # nothing to map
+        return np.empty(0, dtype)
+    return np.memmap(file, dtype, "r", file.tell(), shape)
 
 
 @contextmanager

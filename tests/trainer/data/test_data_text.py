@@ -145,6 +145,45 @@ def test_damaged_cache_entry_is_made_again(tmp_path: Path, cache: Path, damage: 
     assert not list((cache / "tokens").glob("*partial*"))
 
 
+def _npy(shape: str, dtype: str = "'<u2'") -> bytes:
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(18)
+
+
+ENTRIES: dict[str, tuple[str, bytes | None]] = {
+    "a pipe as entry": ("entry.json", None),
+    "a pipe as tokens": ("tokens.npy", None),
+    "a deep entry": ("entry.json", b"[" * 100_000),
+    "a huge count": ("entry.json", b'{"count":9223372036854775807,"largest":1,"fingerprint":"a"}'),
+    "a negative count": ("entry.json", b'{"count":-1,"largest":1,"fingerprint":"a"}'),
+    "a huge shape": ("tokens.npy", _npy(f"({2**70},)")),
+    "objects": ("tokens.npy", _npy("(9,)", "'|O'")),
+    "half floats": ("tokens.npy", _npy("(9,)", "'<f2'")),
+    "an archive": ("tokens.npy", b"PK\x03\x04" + bytes(100)),
+    "a pickle": ("tokens.npy", b"\x80\x04N."),
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_a_cache_entry_of_any_content_is_made_again_and_never_waited_for(
+    cache: Path, kind: str
+) -> None:
+    def tokens() -> list[int]:
+        found = cached_tokens("key", name="x", vocab=300, write=lambda w: w.append(np.arange(9)))
+        return found.read(0, found.count).tolist()
+
+    expected = tokens()
+    name, content = ENTRIES[kind]
+    path = cache / "tokens" / "key" / name
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    assert tokens() == expected == list(range(9))
+    assert path.is_file()
+
+
 @pytest.mark.mp
 @pytest.mark.chaos
 @pytest.mark.parametrize("next_key", ["key", "another"])

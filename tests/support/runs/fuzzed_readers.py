@@ -166,6 +166,7 @@ def file_readers(folder: Path) -> dict[str, Reader]:
     acceptor.write(AcceptorState(4, frozenset({Identity(0)}), frozenset({Identity(0)})))
     acceptor_text = (folder / "3.acceptor").read_bytes()
     roll.end(RunEnd(3, "it was stopped"))
+    run.error(0).parent.mkdir(parents=True, exist_ok=True)
     write_error(run, 0, ConfigError("a reason"))
     write_own_file(folder / IDENTITY, b"{}")
     identity = RunIdentity("a" * 32, "b" * 64, str(folder))

@@ -216,7 +216,16 @@ def test_a_cut_node_stops_and_a_dead_lighthouse_stops_nobody(
 
 
 @pytest.mark.parametrize(
-    "healed", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.chaos])]
+    "healed",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                "HOLDFAST_SOAK_S" not in os.environ, reason="takes half a minute more: make soak"
+            ),
+        ),
+    ],
 )
 def test_the_rest_ends_or_goes_on_when_the_other_side_of_a_cut_is_killed(
     start: Starter, expected: dict[str, Any], healed: bool

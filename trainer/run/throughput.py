@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.output import write_whole
 from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.machine import require_processes
@@ -103,12 +104,11 @@ def resolve_throughput(
     if rates is None:
         rates = measure_throughput(config, ranks_here)
         text = json.dumps(msgspec.to_builtins(rates)) + "\n"
-        partial = _path(root).with_suffix(".partial")
         try:
-            partial.write_text(text)
-            partial.replace(_path(root))
+            write_whole(_path(root), text.encode())
         except OSError as error:
-            raise ConfigError(f"{partial} cannot be written: {error.strerror}") from error
+            told = f"{_path(root)} cannot be written: {error.strerror}"
+            raise ConfigError(told) from error
         say(f"measured {described(rates)}; kept in {_path(root)}")
     return with_throughput(config, rates)
 

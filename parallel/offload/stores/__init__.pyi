@@ -7,7 +7,6 @@ from .disk_store import (
 )
 from .host_store import (
     HostStore as HostStore,
-    is_past as is_past,
 )
 from .staged_store import (
     StagedStore as StagedStore,

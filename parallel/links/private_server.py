@@ -72,6 +72,7 @@ class PrivateServer:
         """
         made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             made.settimeout(_CONNECT_S)
             made.bind((LOOPBACK, 0))  # no other process has this port as long as `made` is open
             own = made.getsockname()[1]

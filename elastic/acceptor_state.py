@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO
 from holdfast.elastic.agreement import AcceptorState, acceptor_from_data, acceptor_to_data
 from holdfast.elastic.generation import Identity
 from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.files import open_lock
 from holdfast.parallel.output import write_whole
 from holdfast.parallel.reading import parse_json, read_regular
 
@@ -47,7 +49,7 @@ class AcceptorFile:
         Raises:
             BlockingIOError: another process has the right, and `wait` is false.
         """
-        with self._lock_path.open("w") as file:
+        with os.fdopen(open_lock(self._lock_path), "r+") as file:
             _lock(file, wait=wait)
             yield
 

@@ -28,7 +28,14 @@ from msgspec import Meta
 from holdfast.elastic.generation import parse_identities
 from holdfast.elastic.membership_events import event_from_data
 from holdfast.parallel.errors import MembershipError, shown
-from holdfast.parallel.reading import Count, Text, decode_json, of_kind, read_regular
+from holdfast.parallel.reading import (
+    Count,
+    Text,
+    decode_json,
+    of_kind,
+    open_descriptor,
+    read_regular,
+)
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -69,7 +76,7 @@ class LivenessWriter:
     """Writes the liveness timestamp: nanoseconds of `CLOCK_MONOTONIC`, in a small file."""
 
     def __init__(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT, 0o644, follow=False, own=True)
         try:
             os.posix_fallocate(descriptor, 0, _TIMESTAMP.size)
             self._page = mmap.mmap(descriptor, _TIMESTAMP.size)

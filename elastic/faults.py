@@ -23,10 +23,14 @@ from msgspec import Meta
 
 from holdfast.elastic.node_faults import FaultError, fill_disk
 from holdfast.parallel.errors import ConfigError, shown
-from holdfast.parallel.reading import Count, of_kind, parse_json
+from holdfast.parallel.files import open_added
+from holdfast.parallel.reading import Count, of_kind, open_regular, parse_json
 from holdfast.parallel.step_phases import FAULTS, STEP_PHASES, FaultKind, StepPhase
 
 logger = logging.getLogger("holdfast.elastic")
+
+_MOST_BYTES = 1 << 20
+"""The bytes of requests that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,16 @@ def fault_from_data(plain: dict[str, Any]) -> Fault:
 
 
 def ask_for(path: Path, fault: Fault) -> None:
-    """Add a fault to the file that a run's workers read at the beginning of each step."""
-    with path.open("ab", buffering=0) as file:
-        file.write(f"{json.dumps(asdict(fault))}\n".encode())
+    """Add a fault to the file that a run's workers read at the beginning of each step.
+
+    Raises:
+        OSError: the file is a link or no regular file, or cannot be written.
+    """
+    descriptor = open_added(path)
+    try:
+        os.write(descriptor, f"{json.dumps(asdict(fault))}\n".encode())
+    finally:
+        os.close(descriptor)
 
 
 def _is_due(fault: Fault, step: int) -> bool:
@@ -140,11 +151,12 @@ class FaultInjector:
             self._do(fault)
 
     def _read(self) -> None:
-        if not self._asked.exists() or self._asked.stat().st_size <= self._position:
+        try:
+            with open_regular(self._asked, follow=False) as file:
+                file.seek(self._position)
+                lines = file.read(_MOST_BYTES).splitlines(keepends=True)
+        except OSError:  # what lies there is no file in which faults can be asked for
             return
-        with self._asked.open("rb") as file:
-            file.seek(self._position)
-            lines = file.readlines()
         for line in lines:
             if not line.endswith(b"\n"):
                 break

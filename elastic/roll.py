@@ -29,7 +29,8 @@ from holdfast.elastic.agreement import Report
 from holdfast.elastic.generation import Generation, Identity, format_identities
 from holdfast.elastic.quorum_client import report_on_behalf_of
 from holdfast.elastic.worker_spec import WorkerSpec
-from holdfast.parallel.reading import decode_json, read_regular
+from holdfast.parallel.files import create_file, open_lock
+from holdfast.parallel.reading import decode_json, open_descriptor, read_regular
 
 logger = logging.getLogger("holdfast.membership")
 
@@ -66,7 +67,7 @@ class Roll:
             OSError: the file cannot be made or locked.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = (self._folder / f"{address}{_LOCK}").open("w")
+        file = os.fdopen(open_lock(self._folder / f"{address}{_LOCK}"), "r+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -80,7 +81,8 @@ class Roll:
             partial = self._folder / f".{os.getpid()}.partial"
             with contextlib.suppress(OSError):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                partial.write_text(json.dumps(asdict(end)))
+                with create_file(partial) as file:
+                    file.write(json.dumps(asdict(end)).encode())
                 partial.replace(self._folder / _END)
 
     def ended(self) -> RunEnd | None:
@@ -119,7 +121,8 @@ class Roll:
 
     def _take(self, address: str, held: contextlib.ExitStack) -> bool:
         try:
-            file = held.enter_context((self._folder / f"{address}{_LOCK}").open("r+"))
+            opened = open_descriptor(self._folder / f"{address}{_LOCK}", os.O_RDWR, follow=False)
+            file = held.enter_context(os.fdopen(opened, "r+"))
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False

@@ -15,8 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol
+
+from holdfast.parallel.files import open_added
 
 _PR_SET_PDEATHSIG = 1
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -230,7 +233,7 @@ def append_output(path: os.PathLike[str]) -> None:
     """
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        output = open_added(Path(path))
     except OSError:
         output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)

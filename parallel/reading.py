@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, TypeVar
 
@@ -46,26 +47,68 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     Raises:
         OSError: it is no regular file, or cannot be opened; `strerror` says why.
     """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    return os.fdopen(open_descriptor(path, os.O_RDONLY, follow=follow), "rb")
+
+
+def open_descriptor(
+    path: Path, flags: int, mode: int = 0o666, *, follow: bool = True, own: bool = False
+) -> int:
+    """Open, or with O_CREAT make, a regular file. Returns its descriptor.
+
+    Args:
+        flags, mode: as for `os.open`.
+        follow: whether `path` may be a link.
+        own: whether the file has to be this user's.
+    Raises:
+        PermissionError: with `own`, it is no regular file, or not this user's.
+        OSError: it is no regular file, or cannot be opened; `strerror` says why.
+    """
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    wrong = errno.EPERM if own else errno.EINVAL
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags, mode)
     except ValueError as error:  # a NUL in the name
         raise OSError(errno.EINVAL, str(error), str(path)) from error
-    kind = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(kind):
-        return os.fdopen(descriptor, "rb")
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow and path.is_symlink():
+            raise OSError(wrong, "it is a link", str(path)) from error
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        is_folder = stat.S_ISDIR(found.st_mode)
+        fault = f"it is {'a folder' if is_folder else 'a pipe, a socket or a device'}, not a file"
+    elif own and not is_own(found.st_uid, path.parent):
+        fault = f"it belongs to user {found.st_uid}"
+    else:
+        return descriptor
     os.close(descriptor)
-    what = "a folder" if stat.S_ISDIR(kind) else "a pipe, a socket or a device"
-    raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
+    raise OSError(wrong, fault, str(path))
 
 
-def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+def is_own(uid: int, folder: Path) -> bool:
+    """Whether files of this user in a folder have this owner.
+
+    Some network file systems give all files of a user to another one.
+    """
+    if uid == os.geteuid():
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder) as fresh:
+            return uid == os.fstat(fresh.fileno()).st_uid
+    except OSError:
+        return False
+
+
+def read_regular(path: Path, most_bytes: int = MOST_BYTES, *, own: bool = False) -> bytes:
     """The content of a regular file of at most `most_bytes`.
 
+    Args:
+        own: whether the file has to be this user's, and `path` no link.
     Raises:
+        PermissionError: with `own`, it is not such a one.
         OSError: as for `open_regular`; or the file is larger.
     """
-    with open_regular(path) as file:
+    with os.fdopen(open_descriptor(path, os.O_RDONLY, follow=not own, own=own), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
             told = f"it has {size:,} bytes, and such a file has at most {most_bytes:,}"

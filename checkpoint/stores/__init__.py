@@ -1,6 +1,7 @@
 """Checkpoint stores: the protocol, local folders, URLs, and the registry by scheme.
 
-May import checkpoint.format, checkpoint.loading, parallel.errors and parallel.reading.
+May import checkpoint.format, checkpoint.loading, parallel.errors, parallel.files and
+parallel.reading.
 """
 
 import lazy_loader

@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from holdfast.parallel.reading import open_descriptor
+
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a small file; it is whole on the disk when this returns."""
-    with path.open("wb") as file:
+    """Write a small file; it is whole on the disk when this returns.
+
+    A file that is there keeps its locks; a link, or another user's file, is refused.
+    """
+    descriptor = open_descriptor(path, os.O_WRONLY | os.O_CREAT, follow=False, own=True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.truncate()
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -26,7 +25,8 @@ from holdfast.checkpoint.loading import FolderReader
 from holdfast.checkpoint.stores.durable import free_bytes, set_aside, sync, write_synced
 from holdfast.checkpoint.stores.protocol import superfluous
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.reading import open_regular, read_regular
+from holdfast.parallel.files import open_added, try_lock
+from holdfast.parallel.reading import open_descriptor, open_regular, read_regular
 
 _FRESH = f".{LATEST}."
 """The beginning of the name of `latest` until it is whole."""
@@ -123,10 +123,12 @@ class LocalStore:
         The lock lies on the file that becomes the manifest, and ends with the process. Where the
         file system has no locks, only the names of attempts keep folders apart.
         """
-        with (self.partial(name) / MANIFEST).open("ab") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+        descriptor = open_added(self.partial(name) / MANIFEST)
+        try:
+            try_lock(descriptor)
             yield
+        finally:
+            os.close(descriptor)
 
     def put(self, source: Path, name: str, file: str) -> None:
         target = self.partial(name) / file
@@ -204,6 +206,7 @@ class LocalStore:
     def _replace(self, file: str, content: bytes) -> None:
         attempt = f".{self.attempt}" if self.attempt else ""
         fresh = self.root / f".{file}{attempt}{PARTIAL}"
+        fresh.unlink(missing_ok=True)
         write_synced(fresh, content)
         fresh.replace(self.root / file)
         sync(self.root)
@@ -232,15 +235,10 @@ def remove_entry(path: Path) -> None:
 def _is_written(folder: Path) -> bool:
     """Whether a live process writes a checkpoint to this folder; see `LocalStore.written`."""
     try:
-        descriptor = os.open(folder / MANIFEST, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = open_descriptor(folder / MANIFEST, os.O_RDWR, follow=False)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+        return try_lock(descriptor) is False
     finally:
         os.close(descriptor)
-    return False

@@ -97,13 +97,20 @@ def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
     )
     number = _SIGNALS.get(request.kind)
     if request.step or number is None:
-        ask_for(run.chaos, fault)
+        try:
+            ask_for(run.chaos, fault)
+        except OSError as error:
+            raise ConfigError(f"{run.chaos} cannot be written: {error.strerror}") from error
         return fault
     events = EventFile(run.events, DiskWord(tell))
     events.append("fault_injected", fault=request.kind, rank=worker.rank, pid=worker.pid)
     events.close()
     with contextlib.suppress(ProcessLookupError):
-        os.kill(worker.pid, number)
+        try:
+            os.kill(worker.pid, number)
+        except PermissionError as error:
+            told = f"rank {worker.rank} (process {worker.pid}) is another user's"
+            raise ConfigError(f"{told}; run the command as that user") from error
     return fault
 
 

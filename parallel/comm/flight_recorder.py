@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+from holdfast.parallel.files import create_file
 from holdfast.parallel.reading import read_regular
 
 Direction = Literal["send", "receive", "collective"]
@@ -272,7 +273,7 @@ class FlightRecorder:
 def _new_file(path: Path, size: int) -> mmap.mmap:
     """A mapping of a new file, which appears under its name only in its full size."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("wb+") as file:
+    with create_file(partial) as file:
         try:  # a page without room behind it would be a SIGBUS at its first use
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:

@@ -4,6 +4,11 @@ from .locks import (
     open_lock as open_lock,
     try_lock as try_lock,
 )
+from .own_files import (
+    create_file as create_file,
+    open_added as open_added,
+    write_own_file as write_own_file,
+)
 from .scratch import (
     scratch_folder as scratch_folder,
     sweep_scratch as sweep_scratch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import fcntl
 import os
 import stat
@@ -10,27 +10,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from holdfast.parallel.reading import open_descriptor
+
 _POLL_S = 0.05
 
 
 def open_lock(path: Path) -> int:
     """Open the file of a lock, which is made if there is none. Returns its descriptor.
 
-    The name may be known to others: a link is not followed, and a pipe does not block.
+    The name may be known to others: a link is not followed, a pipe does not block, and no other
+    user can open the file, and so have the lock.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        PermissionError: it is a link, no regular file, or another user's.
+        OSError: it cannot be opened.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o644)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(error.errno, "it is a link", str(path)) from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT, 0o600, follow=False, own=True)
+    with contextlib.suppress(OSError):  # an earlier version made it for all to read
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
+            os.fchmod(descriptor, 0o600)
     return descriptor
 
 

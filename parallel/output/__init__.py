@@ -3,7 +3,7 @@
 None of it ends a run. What the disk refuses is kept in memory and tried again; text that is not
 read is left out.
 
-May import parallel.errors and parallel.reading.
+May import parallel.errors, parallel.files and parallel.reading.
 """
 
 import lazy_loader

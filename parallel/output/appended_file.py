@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 
+from holdfast.parallel.files import open_added
 from holdfast.parallel.output.disk_queue import LIMIT_BYTES, DiskQueue, DiskWord
 
 _LOCK_TRIES = 50
@@ -92,8 +93,7 @@ class AppendedFile:
     def _open(self) -> int:
         """The descriptor; another process than the one that opened it opens its own."""
         if self._descriptor < 0 or self._opened_by != os.getpid():
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            self._descriptor, self._opened_by = os.open(self._path, flags, 0o644), os.getpid()
+            self._descriptor, self._opened_by = open_added(self._path), os.getpid()
         return self._descriptor
 
     def _forget(self) -> None:
@@ -114,7 +114,7 @@ class AppendedFile:
         end = os.pread(descriptor, size - begin, begin)
         torn = end[end.rfind(b"\n") + 1 :]
         aside = self._path.with_name(set_aside_name(self._path.name))
-        with contextlib.suppress(OSError), aside.open("ab", buffering=0) as file:
+        with contextlib.suppress(OSError), os.fdopen(open_added(aside), "ab", 0) as file:
             file.write(torn + b"\n")
         os.ftruncate(descriptor, size - len(torn))
 

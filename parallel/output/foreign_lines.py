@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from holdfast.parallel.files import open_added
 from holdfast.parallel.output.appended_file import set_aside_name
+from holdfast.parallel.output.whole_files import write_whole
 from holdfast.parallel.reading import open_regular, parse_json
 
 _MOST_STEPS = 1 << 53
@@ -26,14 +28,16 @@ def json_lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
     return found
 
 
-def content_of(path: Path) -> bytes:
+def content_of(path: Path, *, follow: bool = True) -> bytes:
     """The content of a file of lines; empty without a file. It does not wait for a FIFO's writer.
 
+    Args:
+        follow: whether `path` may be a link.
     Raises:
         OSError: it cannot be read, or is no regular file.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(path, follow=follow) as file:
             return file.read()
     except FileNotFoundError:
         return b""
@@ -76,18 +80,16 @@ def set_foreign_lines_aside(path: Path, belongs: Callable[[dict[str, Any]], bool
     Returns:
         A note for the user; empty if all lines belong.
     Raises:
-        OSError: the file cannot be read, or one of both cannot be written.
+        OSError: the file cannot be read or is a link, or one of both cannot be written.
     """
     kept, foreign = [], []
-    for line, value in json_lines(content_of(path)):
+    for line, value in json_lines(content_of(path, follow=False)):
         (kept if value is not None and belongs(value) else foreign).append(line)
     if not foreign:
         return ""
     aside = path.with_name(set_aside_name(path.name))
-    with aside.open("ab") as file:
+    with os.fdopen(open_added(aside), "ab") as file:
         file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in foreign)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    write_whole(path, b"".join(kept))
     lines = "1 line is" if len(foreign) == 1 else f"{len(foreign)} lines are"
     return f"{path}: {lines} torn or no record of a run; moved to {aside.name}"

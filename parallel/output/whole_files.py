@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from holdfast.parallel.files import create_file
 from holdfast.parallel.output.disk_queue import DiskQueue, DiskWord
 
 
@@ -18,7 +19,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_bytes(content)
+        with create_file(partial) as file:
+            file.write(content)
         os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -55,8 +55,10 @@ def test_a_link_is_followed_only_where_that_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"1")
     (tmp_path / "l").symlink_to("f")
     assert read_regular(tmp_path / "l", 1) == b"1"
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(OSError, match="it is a link"):
         open_regular(tmp_path / "l", follow=False)
+    with pytest.raises(PermissionError, match="it is a link"):
+        read_regular(tmp_path / "l", own=True)
 
 
 @pytest.mark.parametrize(

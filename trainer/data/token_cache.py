@@ -8,6 +8,7 @@ entry is whole. A lock keeps ranks from doing the same work twice; correctness d
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -236,8 +237,18 @@ def _mapped(file: BinaryIO, count: int) -> np.ndarray:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """The lock of an entry; it is given up after a long time, as nothing depends on it."""
-    descriptor = open_lock(path)
+    """The lock of an entry, as far as there is one; nothing depends on it.
+
+    It is given up after a long time. Other users of a folder that several share have locks of their
+    own, and a folder that cannot be written may have the entry already.
+    """
+    try:
+        descriptor = open_lock(path)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield
+        return
     try:
         await_lock(descriptor, Waiting(f"the process that makes {path.stem}", _LOCK_S).left_s)
         yield

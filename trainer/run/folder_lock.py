@@ -11,6 +11,7 @@ from pathlib import Path
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files import open_lock, try_lock
+from holdfast.parallel.reading import open_descriptor
 
 LOCK = ".lock"
 
@@ -57,9 +58,7 @@ def lock_folder(folder: Path, key: str, run: str = "") -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Whether another process holds the lock of a folder."""
     try:
-        descriptor = os.open(
-            folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        )
+        descriptor = open_descriptor(folder / LOCK, os.O_RDONLY, follow=False)
     except FileNotFoundError:
         return False
     except OSError:

@@ -6,11 +6,9 @@ A folder that was deleted and made anew, or copied, is another run. Local; needs
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +17,9 @@ import msgspec
 from msgspec import Meta
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.files import write_own_file
 from holdfast.parallel.links import MAKE_SECRET, new_secret
-from holdfast.parallel.reading import PathText, decode_json
+from holdfast.parallel.reading import PathText, decode_json, read_regular
 
 IDENTITY = "identity.json"
 _MOST_BYTES = 1 << 16
@@ -46,7 +45,7 @@ def read_identity(root: Path) -> RunIdentity | None:
     """
     path = root / IDENTITY
     try:
-        content = read_own_file(path)
+        content = read_regular(path, _MOST_BYTES, own=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as error:
@@ -145,66 +144,3 @@ def _is_copy(identity: RunIdentity, root: Path) -> bool:
         return there is not None and there.id == identity.id and not original.samefile(root)
     except (ConfigError, OSError):
         return False
-
-
-def read_own_file(path: Path) -> bytes:
-    """The content of a regular file of this user; a link is not followed.
-
-    Raises:
-        PermissionError: the file is not such a one.
-        OSError: it cannot be read.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if path.is_symlink():
-            raise PermissionError(error.errno, "it is a link", str(path)) from error
-        raise
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise PermissionError(0, "it is no file", str(path))
-        if not is_own(found.st_uid, path.parent):
-            raise PermissionError(0, f"it belongs to user {found.st_uid}", str(path))
-        if found.st_size > _MOST_BYTES:
-            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes", str(path))
-        return file.read(_MOST_BYTES)
-
-
-def is_own(uid: int, folder: Path) -> bool:
-    """Whether files of this user in a folder have this owner.
-
-    Some network file systems give all files of a user to another one.
-    """
-    if uid == os.geteuid():
-        return True
-    try:
-        with tempfile.TemporaryFile(dir=folder) as fresh:
-            return uid == os.fstat(fresh.fileno()).st_uid
-    except OSError:
-        return False
-
-
-def write_own_file(path: Path, content: bytes, *, first: bool = False) -> None:
-    """Make or replace a file that only this user can read, at one instant.
-
-    Args:
-        first: nothing is replaced, also if several processes do this at once.
-    Raises:
-        FileExistsError: `first`, and the file is there.
-        OSError: it cannot be written.
-    """
-    descriptor, fresh = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        if not first:
-            os.replace(fresh, path)
-        else:
-            os.link(fresh, path)
-            os.unlink(fresh)
-    except BaseException:
-        os.unlink(fresh)
-        raise

@@ -19,19 +19,14 @@ import msgspec
 from holdfast.checkpoint.format import step_of
 from holdfast.checkpoint.stores import LocalStore
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.files import try_lock
+from holdfast.parallel.files import try_lock, write_own_file
 from holdfast.parallel.links import derived_key
-from holdfast.parallel.reading import PathText, decode_json
-from holdfast.trainer.run.identity import (
-    IDENTITY,
-    RunIdentity,
-    read_identity,
-    read_own_file,
-    write_own_file,
-)
+from holdfast.parallel.reading import PathText, decode_json, read_regular
+from holdfast.trainer.run.identity import IDENTITY, RunIdentity, read_identity
 
 SHARED_MEMORY = Path("/dev/shm")
 _OWNER = "owner.json"
+_MOST_BYTES = 1 << 16
 _NAME = re.compile(r"holdfast-\d+-[0-9a-f]{16}")
 
 
@@ -129,7 +124,7 @@ def sweep_memory() -> list[str]:
             if _NAME.fullmatch(place.name) and not any(place.iterdir()):
                 place.rmdir()  # its process was killed as it made it, or makes it again
                 continue
-            owner = decode_json(read_own_file(place / _OWNER), _MemoryOwner)
+            owner = decode_json(read_regular(place / _OWNER, _MOST_BYTES, own=True), _MemoryOwner)
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if _is_gone(owner) and try_lock(descriptor):

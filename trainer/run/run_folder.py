@@ -18,7 +18,7 @@ from holdfast.parallel.output import (
     set_foreign_lines_aside,
     write_whole,
 )
-from holdfast.parallel.reading import read_regular
+from holdfast.parallel.reading import is_own, read_regular
 from holdfast.trainer.config import RunConfig, dump_toml
 from holdfast.trainer.run.folder_lock import LOCK, lock_folder, unwritable
 from holdfast.trainer.run.history import (
@@ -29,7 +29,7 @@ from holdfast.trainer.run.history import (
     passed_over,
     set_aside_history,
 )
-from holdfast.trainer.run.identity import IDENTITY, is_own
+from holdfast.trainer.run.identity import IDENTITY
 from holdfast.trainer.run.resume import find_resume
 from holdfast.trainer.run.run_directory import RUNS, RunDirectory
 
@@ -90,18 +90,16 @@ def check_run_folder(root: Path) -> None:
         return
     except OSError as error:
         raise unwritable(root, error) from error
-    if not names:
-        return
+    if owner and not is_own(owner, root):  # root may be trusted, and makes the volumes of jobs
+        raise ConfigError(
+            f"{root} belongs to user {owner}; name another folder with --out, and begin from a "
+            "checkpoint there with --resume"
+        )
     foreign = [name for name in names if not _BESIDE.fullmatch(name)]
     if IDENTITY not in names and foreign and not _is_old_run(root):
         raise ConfigError(
             f"{root} is not the folder of a run: it holds {foreign[0]}; name a new folder with "
             "--out"
-        )
-    if not is_own(owner, root):
-        raise ConfigError(
-            f"{root} belongs to user {owner}; name another folder with --out, and begin from a "
-            "checkpoint there with --resume"
         )
 
 

@@ -45,9 +45,21 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, kind: str) -> No
             os.mkfifo(path)
         case _:
             path.mkdir()
-    with pytest.raises(OSError, match=r"link|no regular file|directory"):
+    with pytest.raises(OSError, match=r"link|a pipe|directory"):
         open_lock(path)
     assert not elsewhere.exists()
+
+
+def test_no_other_user_can_have_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch(0o644)  # as an earlier version made it
+    os.close(open_lock(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    if os.geteuid() != 0:
+        return  # only root makes files of another user
+    os.chown(path, os.getuid() + 1, -1)
+    with pytest.raises(PermissionError, match=f"belongs to user {os.getuid() + 1}"):
+        open_lock(path)
 
 
 def test_a_wait_ends_when_the_lock_is_free_and_when_the_time_is_over(tmp_path: Path) -> None:

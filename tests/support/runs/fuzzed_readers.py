@@ -27,12 +27,13 @@ from holdfast.elastic.roll import Roll, RunEnd
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, parse_record
 from holdfast.parallel.errors import ConfigError, MembershipError
+from holdfast.parallel.files import write_own_file
 from holdfast.parallel.output import rising_steps, set_foreign_lines_aside
 from holdfast.parallel.plan.serialization import plan_from_data, plan_to_data
 from holdfast.parallel.reading import parse_json
 from holdfast.trainer.elastic.worker_status import WorkerStatus, status_from_data, status_to_data
 from holdfast.trainer.run.history import read_events
-from holdfast.trainer.run.identity import IDENTITY, RunIdentity, read_identity, write_own_file
+from holdfast.trainer.run.identity import IDENTITY, RunIdentity, read_identity
 from holdfast.trainer.run.resume import Resume
 from holdfast.trainer.run.run_directory import (
     RunAnswer,

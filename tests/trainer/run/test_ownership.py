@@ -110,6 +110,10 @@ def test_a_folder_of_another_user_is_no_run_of_ours(tmp_path: Path) -> None:
     os.chown(tmp_path / "run", NOBODY, NOBODY)
     with pytest.raises(ConfigError, match=f"belongs to user {NOBODY}"):
         _open(request)
+    (tmp_path / "empty").mkdir()
+    os.chown(tmp_path / "empty", NOBODY, NOBODY)
+    with pytest.raises(ConfigError, match=f"belongs to user {NOBODY}"):
+        _open(_request(tmp_path, "empty"))
 
 
 @pytest.mark.parametrize("name", [IDENTITY, ".lock"])

@@ -1,45 +1,32 @@
 """Servers on 127.0.0.1 that only their own process can connect to.
 
 torch's TCPStore and torchft's servers obey each process that connects to them, and any user of the
-machine can connect to a port on the loopback. So the kernel drops what arrives at the listening
-socket, by a socket filter, except from one port: the one that this process has bound for its next
-connection. A connection that is made keeps the filter that it was made under.
+machine can connect to a port on the loopback. So the kernel is given a key for the listening
+socket: it drops each segment that is not signed with it (RFC 2385). Only this process has the key.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import logging
 import os
 import socket
 import stat
 import struct
-import threading
-import time
 from collections.abc import Iterator
 
 from holdfast.parallel.errors import PeerLost
-from holdfast.parallel.links.tcp_table import (
-    ESTABLISHED,
-    LISTEN,
-    LOOPBACK,
-    connection,
-    is_open_in,
-    table,
-)
+from holdfast.parallel.links.tcp_table import LISTEN, LOOPBACK, is_open_in, table
 
 logger = logging.getLogger("holdfast.links")
 
 _CONNECT_S = 2.0
-_LOOK_S = 0.0005
-_SO_ATTACH_FILTER = getattr(socket, "SO_ATTACH_FILTER", 26)
-_UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ENOSYS)
-"""The errors of a kernel that has no socket filters, as in some sandboxes."""
-_Instruction = tuple[int, int, int, int]
-_DROP: _Instruction = (0x06, 0, 0, 0)
-_KEEP: _Instruction = (0x06, 0, 0, 0xFFFFFFFF)
+_TCP_MD5SIG_EXT = 32
+_SIGNATURE = struct.Struct("=H126xBBHi80s")
+"""tcp_md5sig: address, flags, length of its prefix, of the key, interface, and the key."""
+_ANY_ADDRESS = (socket.AF_INET, 1, 0)
+"""The address's family, the flag TCP_MD5SIG_FLAG_PREFIX, and a prefix that all addresses have."""
+_KEY_BYTES = 32
 
 
 class PrivateServer:
@@ -55,8 +42,13 @@ class PrivateServer:
         """
         self._listening = listening
         self._port = listening.getsockname()[1]
-        self._lock = threading.Lock()
-        _attach(listening, [_DROP])
+        self._key = os.urandom(_KEY_BYTES)
+        try:
+            _sign(listening, self._key)
+        except OSError as error:
+            self._key = b""
+            where = f"{LOOPBACK}:{self._port}"
+            logger.warning("any user of this machine can connect to %s: %s", where, error)
         _check_own(self._port)
 
     @staticmethod
@@ -74,29 +66,13 @@ class PrivateServer:
         try:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             made.settimeout(_CONNECT_S)
-            made.bind((LOOPBACK, 0))  # no other process has this port as long as `made` is open
-            own = made.getsockname()[1]
-            with self._lock:
-                _attach(self._listening, _only(own))
-                try:
-                    made.connect((LOOPBACK, self._port))
-                    self._await(own)
-                finally:
-                    _attach(self._listening, [_DROP])
+            if self._key:
+                _sign(made, self._key)
+            made.connect((LOOPBACK, self._port))
         except BaseException:
             made.close()
             raise
         return made
-
-    def _await(self, own: int) -> None:
-        """Wait until the last packet of the handshake has passed the filter."""
-        deadline = time.monotonic() + _CONNECT_S
-        while time.monotonic() < deadline:
-            found = connection(self._port, own)
-            if found is not None and found.state == ESTABLISHED:
-                return
-            time.sleep(_LOOK_S)
-        raise TimeoutError("a private server did not accept a connection")
 
     def close(self) -> None:
         """Let go of the listening socket; the library that has it ends the server."""
@@ -134,7 +110,7 @@ def _sockets() -> Iterator[socket.socket]:
 
 
 def _check_own(port: int) -> None:
-    """Raise if a connection to a port was made by another process, before the filter was there."""
+    """Raise if another process connected to a port before the kernel had the key."""
     ends = list(table())
     clients = {end.local: end.inode for end in ends if end.remote == port}
     for end in ends:
@@ -146,28 +122,10 @@ def _check_own(port: int) -> None:
             )
 
 
-def _only(port: int) -> list[_Instruction]:
-    """The filter that keeps packets from 127.0.0.1:`port`: offsets are in the TCP header, and below
-    SKF_NET_OFF (-0x100000) in the IP header."""
-    address = int.from_bytes(socket.inet_aton(LOOPBACK), "big")
-    return [
-        (0x28, 0, 0, 0),  # load the source port
-        (0x15, 0, 3, port),  # another: drop
-        (0x20, 0, 0, 0x100000000 - 0x100000 + 12),  # load the source address
-        (0x15, 0, 1, address),  # another: drop
-        _KEEP,
-        _DROP,
-    ]
+def _sign(connection: socket.socket, key: bytes) -> None:
+    """Sign what a socket sends, and let it receive only what has the signature.
 
-
-def _attach(listening: socket.socket, program: list[_Instruction]) -> None:
-    """Give a socket a filter; a kernel that has none leaves it open to this machine's users."""
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    described = struct.pack("HL", len(program), ctypes.addressof(code))
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
-    except OSError as error:
-        if error.errno not in _UNKNOWN:
-            raise
-        where = "{}:{}".format(*listening.getsockname()[:2])
-        logger.warning("any user of this machine can connect to %s: %s", where, error)
+    A connection that is accepted has the key of the listening socket. The option needs no rights.
+    """
+    described = _SIGNATURE.pack(*_ANY_ADDRESS, len(key), 0, key)
+    connection.setsockopt(socket.IPPROTO_TCP, _TCP_MD5SIG_EXT, described)

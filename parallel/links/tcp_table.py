@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
-ESTABLISHED, LISTEN = 1, 10
+LISTEN = 10
 _SOCK_DIAG_BY_FAMILY = 20
 _NETLINK_SOCK_DIAG = 4
 _NLM_F_REQUEST = 1

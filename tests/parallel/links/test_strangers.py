@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -57,13 +58,28 @@ def test_a_store_serves_its_clients_whatever_300_strangers_say(said: bytes) -> N
             line.close()
 
 
-def test_where_the_kernel_has_no_socket_filters_stores_serve_all_the_same_and_say_so(
+def test_where_the_kernel_signs_no_segments_stores_serve_all_the_same_and_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(private_server, "_SO_ATTACH_FILTER", 9999)
+    monkeypatch.setattr(private_server, "_TCP_MD5SIG_EXT", 9999)
     with hosted([]) as address:
         assert serves(address)
     assert "any user of this machine can connect to 127.0.0.1:" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
+def test_only_its_own_process_connects_to_a_private_server(source: str) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = listening.getsockname()
+    with closing(private_server.PrivateServer(listening.dup())) as server, listening:
+        with socket.socket() as stranger:
+            stranger.bind((source, 0))
+            stranger.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                stranger.connect(address)
+        with server.connect() as own, listening.accept()[0] as accepted:
+            own.sendall(b"said")
+            assert accepted.recv(4) == b"said"
 
 
 def test_a_record_that_is_altered_repeated_or_left_out_has_a_wrong_proof() -> None:
@@ -76,12 +92,19 @@ def test_a_record_that_is_altered_repeated_or_left_out_has_a_wrong_proof() -> No
     assert MOST_BYTES == 1 << 16
 
 
+def without_rights() -> list[str]:
+    """What starts a command that has no more rights than an ordinary user, where this user has."""
+    return ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.getuid() == 0 else []
+
+
 @contextmanager
-def training(folder: Path, steps: int, more: str) -> Iterator[subprocess.Popen[bytes]]:
+def training(
+    folder: Path, steps: int, more: str, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """A run that has begun its steps."""
     layout = CONFIG.replace("steps = 6", f"steps = {steps}").replace("pipeline = 2", "pipeline = 1")
     (folder / "run.toml").write_text(layout + more)
-    command = [*HOLDFAST, "train", "run.toml", "--out", "run"]
+    command = [*before, *HOLDFAST, "train", "run.toml", "--out", "run"]
     run = subprocess.Popen(command, cwd=folder, env=environment())
     try:
         metrics = folder / "run/metrics.jsonl"
@@ -93,10 +116,11 @@ def training(folder: Path, steps: int, more: str) -> Iterator[subprocess.Popen[b
 
 
 @pytest.mark.mp
-def test_a_run_on_one_machine_listens_on_the_loopback_alone_and_obeys_no_other_process(
+def test_a_run_without_rights_listens_on_the_loopback_alone_and_obeys_no_other_process(
     tmp_path: Path,
 ) -> None:
-    with training(tmp_path, 150, "[elastic]\nenabled = true\nlocal_nodes = 2\n") as run:
+    more = "[elastic]\nenabled = true\nlocal_nodes = 2\n"
+    with training(tmp_path, 150, more, without_rights()) as run:
         found = listeners_of(run.pid)
         assert len(found) >= 8  # two stores and the Lighthouse, their doors, and tunnels
         assert {host for host, _ in found} == {"127.0.0.1"}

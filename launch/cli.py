@@ -15,7 +15,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from holdfast.parallel.errors import HoldfastError
-from holdfast.parallel.output import make_streams_safe, stream_error, tell
+from holdfast.parallel.output import begin_process, stream_error, tell
 
 COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training"),
@@ -64,7 +64,7 @@ def application(command: str) -> typer.Typer:
 
 def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
-    make_streams_safe()
+    begin_process()
     try:
         application(sys.argv[1] if len(sys.argv) > 1 else "")()
         code = 0

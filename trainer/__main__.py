@@ -10,14 +10,14 @@ from pathlib import Path
 
 from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.links import new_secret
-from holdfast.parallel.output import make_streams_safe, outlive_readers, tell
+from holdfast.parallel.output import begin_process, outlive_readers, tell
 from holdfast.trainer.external_launcher import run_external_worker
 from holdfast.trainer.run import RunRequest, job_secret, load_run_config
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 
 def main() -> int:
-    make_streams_safe()
+    begin_process()
     outlive_readers()
     parser = argparse.ArgumentParser(prog="python -m holdfast.trainer", description=__doc__)
     parser.add_argument("config", type=Path)

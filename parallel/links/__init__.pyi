@@ -1,5 +1,6 @@
 from .door import (
     Door as Door,
+    allow_descriptors as allow_descriptors,
     listen as listen,
     to_server as to_server,
 )

@@ -7,20 +7,18 @@ import contextlib
 import logging
 import resource
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
 
 from holdfast.parallel.links.link import Link, StrangerError, greeted, splice
-from holdfast.parallel.links.loop_thread import LoopThread
+from holdfast.parallel.links.loop_thread import WAITING, LoopThread
 
 logger = logging.getLogger("holdfast.links")
 
 _MOST_GREETING = 256
 """The connections that may be without a proof at a time. One more ends the oldest of them: those of
 the run prove themselves within milliseconds."""
-_WAITING = 1024
-"""The connections that the kernel keeps until they are accepted."""
-
 _T = TypeVar("_T")
 Serve = Callable[[Link], Awaitable[None]]
 
@@ -36,10 +34,10 @@ def listen(host: str, port: int = 0) -> socket.socket:
     """
     if not host and socket.has_dualstack_ipv6():
         everywhere, six = ("", port), socket.AF_INET6
-        made = socket.create_server(everywhere, family=six, dualstack_ipv6=True, backlog=_WAITING)
+        made = socket.create_server(everywhere, family=six, dualstack_ipv6=True, backlog=WAITING)
     else:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.create_server((host, port), family=family, backlog=_WAITING)
+        made = socket.create_server((host, port), family=family, backlog=WAITING)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return made
 
@@ -71,9 +69,9 @@ class Door:
         self._greeting: dict[asyncio.StreamWriter, None] = {}
         self.strangers = 0
         """The connections that were dropped so far."""
-        _allow_descriptors()
+        allow_descriptors()
         self._thread = LoopThread("holdfast-door")
-        self._server = self._thread.call(asyncio.start_server(self._meet, sock=listening))
+        self._server = self._thread.serve(self._meet, listening)
 
     def call(self, coroutine: Coroutine[object, object, _T]) -> _T:
         """Run a coroutine in the thread of the door, and wait for its result."""
@@ -141,8 +139,13 @@ def to_server(connect: Callable[[], socket.socket]) -> Serve:
     return serve
 
 
-def _allow_descriptors() -> None:
-    """Raise the limit of open descriptors as far as this process may: a link takes three."""
+def allow_descriptors() -> int:
+    """Raise the limit of open descriptors as far as this process may; returns it.
+
+    A link takes three.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    found, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return found if found != resource.RLIM_INFINITY else sys.maxsize

@@ -8,7 +8,9 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection
+from functools import partial
 
+from holdfast.parallel.links.door import listen
 from holdfast.parallel.links.link import greet, splice
 from holdfast.parallel.links.loop_thread import LoopThread
 from holdfast.parallel.links.tcp_table import LOOPBACK, connection, is_open_in
@@ -20,8 +22,6 @@ _KNOWN_S = 1.0
 """Seconds within which a process that connects must have become one that may."""
 _LOOK_S = 0.05
 _MOST_UNKNOWN = 256
-_WAITING = 1024
-"""The connections that the kernel keeps until they are accepted."""
 
 
 def _this_process() -> Collection[int]:
@@ -60,7 +60,10 @@ class Tunnels:
         with self._lock:
             if (address, key) not in self._made:
                 self._thread = self._thread or LoopThread("holdfast-tunnels")
-                self._made[address, key] = self._thread.call(self._begin(address, key))
+                listening = listen(LOOPBACK)
+                where = "{}:{}".format(*listening.getsockname())
+                meet = partial(self._meet, address, key)
+                self._made[address, key] = (where, self._thread.serve(meet, listening))
             return self._made[address, key][0]
 
     def close(self) -> None:
@@ -71,19 +74,17 @@ class Tunnels:
                 thread.close([server for _, server in self._made.values()])
             self._made.clear()
 
-    async def _begin(self, address: str, key: bytes) -> tuple[str, asyncio.Server]:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.closing(writer):
-                try:
-                    if await self._may_pass(writer):
-                        await _pass(address, key, reader, writer)
-                except (OSError, EOFError) as error:
-                    logger.info("no link to %s: %s", address, error or type(error).__name__)
-                except asyncio.CancelledError:
-                    pass  # the tunnel closes
-
-        server = await asyncio.start_server(serve, LOOPBACK, 0, backlog=_WAITING)
-        return "{}:{}".format(*server.sockets[0].getsockname()), server
+    async def _meet(
+        self, address: str, key: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.closing(writer):
+            try:
+                if await self._may_pass(writer):
+                    await _pass(address, key, reader, writer)
+            except (OSError, EOFError) as error:
+                logger.info("no link to %s: %s", address, error or type(error).__name__)
+            except asyncio.CancelledError:
+                pass  # the tunnel closes
 
     async def _may_pass(self, writer: asyncio.StreamWriter) -> bool:
         """Whether the process that has connected is trusted.

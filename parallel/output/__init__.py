@@ -1,4 +1,5 @@
-"""The output of a process: files that are only added to, whole files, and its standard streams.
+"""The output of a process: files that are only added to, whole files, and its standard streams,
+which are made safe at its start.
 
 None of it ends a run. What the disk refuses is kept in memory and tried again; text that is not
 read is left out.

@@ -16,8 +16,10 @@ from .foreign_lines import (
 from .log_file import (
     LogFile as LogFile,
 )
+from .process_start import (
+    begin_process as begin_process,
+)
 from .standard_streams import (
-    make_streams_safe as make_streams_safe,
     outlive_readers as outlive_readers,
     stream_error as stream_error,
     tell as tell,

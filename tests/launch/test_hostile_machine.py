@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,15 @@ from support.runs.commands import HOLDFAST, environment, holdfast, lines_of
 
 PLAIN = ("--set", "parallel.pipeline=1", "--set", "parallel.data=1")
 ELASTIC = ("--set", "parallel.pipeline=1", "--set", "elastic.enabled=true")
+DEAF = """
+import os
+import signal
+import sys
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 FORSAKEN = """
 import itertools
 import pwd
@@ -109,7 +119,7 @@ def test_a_run_whose_disk_fills_takes_all_steps_and_tells_what_the_records_lack(
 
 @pytest.mark.mp
 @pytest.mark.parametrize("layout", [PLAIN, ELASTIC], ids=["plain", "elastic"])
-def test_a_clock_that_goes_back_and_a_user_without_a_name_and_a_home_change_nothing(
+def test_a_clock_that_goes_back_a_user_without_a_name_and_a_deaf_parent_change_nothing(
     config: Path, layout: tuple[str, ...]
 ) -> None:
     (config.parent / "sitecustomize.py").write_text(FORSAKEN)
@@ -122,6 +132,9 @@ def test_a_clock_that_goes_back_and_a_user_without_a_name_and_a_home_change_noth
     data = ("--set", "data.kind=text", "--set", 'data.path=["text"]')
     done = subprocess.run(
         [
+            sys.executable,
+            "-c",
+            DEAF,
             *HOLDFAST,
             "train",
             str(config),

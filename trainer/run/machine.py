@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.links import allow_descriptors
 from holdfast.parallel.plan import rank_memory
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.step import plan_of, state_format
@@ -97,6 +98,26 @@ def require_ports(
         )
 
 
+def require_descriptors(ranks_here: int, limit: int | None = None) -> None:
+    """Check that a process of this machine may open enough files and connections for its ranks.
+
+    Args:
+        limit: the most that a process may open; None: that of this process, raised as far as it may
+            be.
+    Raises:
+        ConfigError: it may not.
+    """
+    # An agent was seen with 55 and 21 for each rank: its links, and what it writes.
+    needed = 128 + 32 * ranks_here
+    found = allow_descriptors() if limit is None else limit
+    if found < needed:
+        raise ConfigError(
+            f"the {ranks_here} ranks here need up to {needed} open files and connections in a "
+            f"process, and its limit is {found}; raise the limit (ulimit -n), or start fewer ranks "
+            "here"
+        )
+
+
 def free_ports(most: int) -> int:
     """The number of local ports that are free now, counted up to `most`. Local."""
     with contextlib.ExitStack() as held:
@@ -122,6 +143,7 @@ def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = N
             f"train.threads_per_rank = {threads}: {threads * ranks_here} threads on this machine, "
             f"which has {machine.cores} cores; at most {_PER_CORE} a core"
         )
+    require_descriptors(ranks_here)
     require_ports(ranks_here, config.elastic.local_nodes if config.elastic.enabled else 0)
     if config.train.device == "cuda" or (config.train.device == "auto" and machine.has_gpu):
         return  # the state is in the memory of the GPUs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -65,6 +66,45 @@ def test_where_the_kernel_signs_no_segments_stores_serve_all_the_same_and_say_so
     with hosted([]) as address:
         assert serves(address)
     assert "any user of this machine can connect to 127.0.0.1:" in caplog.text
+
+
+WITHOUT_DESCRIPTORS = """
+import logging, resource, socket, sys, time
+from contextlib import closing
+from holdfast.parallel.links import derived_key, host_store, StoreAccess, Tunnels
+told = []
+logging.getLogger().addHandler(handler := logging.Handler())
+handler.emit = lambda record: told.append(record.getMessage())
+key = derived_key("a secret", "store")
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+store, address = host_store("127.0.0.1", key)
+host, _, port = address.partition(":")
+lines = []
+with closing(store), closing(Tunnels()) as tunnels:
+    try:
+        while True:
+            lines.append(socket.create_connection((host, int(port))))
+    except OSError:
+        pass
+    assert len(lines) > 10, len(lines)
+    time.sleep(2.5)
+    for line in lines:
+        line.close()
+    time.sleep(1.5)
+    client = StoreAccess(tunnels, key).connect(address)
+    client.set("key", "value")
+    assert client.get("key") == b"value"
+assert 1 <= len(told) < 12, told
+"""
+
+
+@pytest.mark.mp
+def test_a_door_without_descriptors_says_so_each_second_and_serves_once_it_has_some() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])

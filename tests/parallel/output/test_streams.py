@@ -13,8 +13,8 @@ from holdfast.parallel.output.standard_streams import SafeStream
 
 PRINTS = """
 import sys
-from holdfast.parallel.output import make_streams_safe, outlive_readers, stream_error
-make_streams_safe()
+from holdfast.parallel.output import begin_process, outlive_readers, stream_error
+begin_process()
 {more}
 for _ in range(3000):
     print("\\u25a0 a line of output, \\udc80")

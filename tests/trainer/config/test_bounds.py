@@ -20,6 +20,7 @@ from holdfast.trainer.plan_report import plan_report
 from holdfast.trainer.run.machine import (
     Machine,
     free_ports,
+    require_descriptors,
     require_ports,
     require_processes,
     require_room,
@@ -163,6 +164,14 @@ def test_ranks_that_lack_local_ports_to_connect_are_refused() -> None:
         require_ports(4, 0, lambda most: 39)
     with pytest.raises(ConfigError, match="need at least 120 local ports to connect, and 119 are"):
         require_ports(4, 2, lambda most: 119)
+
+
+def test_ranks_whose_processes_may_not_open_enough_are_refused() -> None:
+    require_descriptors(4)
+    require_descriptors(4, 256)
+    said = r"4 ranks here need up to 256 .* its limit is 255; raise the limit \(ulimit -n\)"
+    with pytest.raises(ConfigError, match=said):
+        require_descriptors(4, 255)
 
 
 @pytest.mark.mp

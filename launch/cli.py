@@ -71,6 +71,10 @@ def main() -> NoReturn:
     except HoldfastError as error:
         tell(f"holdfast: {error}")
         code = error.exit_code
+    except OSError as error:
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        tell(f"holdfast: {place}{error.strerror or error}")
+        code = 1
     except KeyboardInterrupt:
         code = 130
     except SystemExit as end:

@@ -32,7 +32,7 @@ from holdfast.checkpoint.saving.column_join import join_pieces
 from holdfast.checkpoint.saving.coordination import Coordination
 from holdfast.checkpoint.saving.job import SaveJob, SaveResult
 from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
-from holdfast.checkpoint.stores import LocalStore, commit
+from holdfast.checkpoint.stores import LocalStore, commit, open_written
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.errors import CheckpointError, HoldfastError
 from holdfast.parallel.reading import Count
@@ -297,13 +297,10 @@ class Save:
         plan, facts = self.job.plan, self._facts
         header, crc = header_of(plan, file, found, id=facts.id, step=facts.step)
         path = self._store.partial(self.name) / file.name
-        descriptor = os.open(path, os.O_WRONLY)
-        try:
-            os.pwrite(descriptor, header, 0)
-            os.fsync(descriptor)
-            size = os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+        with open_written(path) as opened:
+            os.pwrite(opened.fileno(), header, 0)
+            os.fsync(opened.fileno())
+            size = os.fstat(opened.fileno()).st_size
         if size != file.bytes:
             raise CheckpointError(f"{path} has {size} bytes after writing, not {file.bytes}")
         return crc

@@ -1,5 +1,6 @@
 from .durable import (
     free_bytes as free_bytes,
+    open_written as open_written,
     set_aside as set_aside,
     sync as sync,
     write_synced as write_synced,

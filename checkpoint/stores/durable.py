@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from holdfast.parallel.reading import open_descriptor
 
@@ -19,6 +20,11 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def open_written(path: Path) -> BinaryIO:
+    """Open a file that this user has made, to write at any place of it; a link is not followed."""
+    return os.fdopen(open_descriptor(path, os.O_RDWR, follow=False, own=True), "r+b")
 
 
 def sync(path: Path) -> None:

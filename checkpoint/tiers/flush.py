@@ -9,6 +9,7 @@ from holdfast.checkpoint.format import MANIFEST, attempt_of, step_of
 from holdfast.checkpoint.stores import LocalStore, commit, newest
 from holdfast.checkpoint.tools import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import read_regular
 
 
 def flush(memory: Path, disk: Path) -> Path | None:
@@ -39,7 +40,7 @@ def flush(memory: Path, disk: Path) -> Path | None:
         with target.written(name):
             for file in manifest.files:
                 target.put(source.path(name) / file, name, file)
-            commit(target, name, (source.path(name) / MANIFEST).read_bytes())
+            commit(target, name, read_regular(source.path(name) / MANIFEST))
     finally:
         target.discard(name)
     return target.path(name)

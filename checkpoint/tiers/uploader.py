@@ -26,6 +26,7 @@ from holdfast.checkpoint.stores import (
     read_manifest,
 )
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import read_regular
 
 logger = logging.getLogger("holdfast.checkpoint")
 
@@ -169,7 +170,7 @@ class Uploader:
         self._deadline = deadline = Deadline(self._timeout_s)
         deadline.cancelled = self._is_aborted
         target, name = self._target, checkpoint.name
-        manifest, content = read_manifest(checkpoint), (checkpoint / MANIFEST).read_bytes()
+        manifest, content = read_manifest(checkpoint), read_regular(checkpoint / MANIFEST)
         coordination.enter("upload")
         if coordination.is_coordinator:
             there = self._prepare(name, content, deadline)

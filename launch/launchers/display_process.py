@@ -17,6 +17,7 @@ from holdfast.launch.processes import PASSED_ON, end_child, fork_child
 from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.output import is_event, json_lines, step_of
 from holdfast.parallel.plan import Plan, plan_from_data
+from holdfast.parallel.reading import open_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
     Display,
@@ -126,7 +127,7 @@ class _Follower:
 
     def _content(self) -> bytes:
         """The content since the position, which goes back in a file that was rewritten."""
-        with self._path.open("rb") as file:
+        with open_regular(self._path) as file:
             inode = os.fstat(file.fileno()).st_ino
             if inode != self._inode or file.seek(0, os.SEEK_END) < self._position:
                 file.seek(0)

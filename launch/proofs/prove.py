@@ -11,6 +11,7 @@ from holdfast.checkpoint.tools import Difference, diff_checkpoints
 from holdfast.launch.launchers import run_local
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.files import scratch_folder
+from holdfast.parallel.output import write_whole
 from holdfast.trainer.config import convert_config, dump_toml, load_config
 from holdfast.trainer.run import RunRequest, opened_run
 
@@ -41,7 +42,7 @@ def prove_checkpoints(first: PathOrUrl, second: PathOrUrl, overrides: Sequence[s
         )
     with scratch_folder() as scratch:
         source = scratch / "config.toml"
-        source.write_text(dump_toml(convert_config(after.config)))
+        write_whole(source, dump_toml(convert_config(after.config)).encode())
         config = load_config(
             source,
             [

@@ -24,6 +24,7 @@ from holdfast.launch.proofs.compare_runs import bits_of
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.links import new_secret
+from holdfast.parallel.output import write_whole
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
 from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run, read_events
@@ -82,7 +83,7 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
     request = RunRequest(source.config, config, out=out, resume=begin, allow_change=True)
     with opened_run(request) as opened:
         run = opened.directory
-        run.journal.write_bytes(msgspec.json.encode(asdict(history)))
+        write_whole(run.journal, msgspec.json.encode(asdict(history)))
         log_agents(run.agent_log)
         nodes = _nodes(config, run, history)
         display = start_display(config, run)

@@ -14,6 +14,7 @@ import msgspec
 
 from holdfast.parallel.errors import ConfigError, shown
 from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
+from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
@@ -21,6 +22,8 @@ from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
 _MOST_BYTES = 2**20
 """The largest file that is read as a configuration."""
+_GIVEN = re.compile(r"/dev/(stdin|fd/\d+)")
+"""The names of files and pipes that the caller has opened for the command."""
 _LONGEST_NAME = 60
 """The most characters of an unknown key's name that are shown."""
 
@@ -45,12 +48,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read_table(source: Path) -> dict[str, Any]:
     try:
-        with source.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        if _GIVEN.fullmatch(str(source)):
+            with source.open("rb") as file:
+                content = file.read(_MOST_BYTES + 1)
+        else:
+            content = read_regular(source, _MOST_BYTES)
         if len(content) > _MOST_BYTES:
-            raise ConfigError(
-                f"{source} has more than {_MOST_BYTES // 2**20} MiB; name the run's TOML file"
-            )
+            raise ConfigError(f"{source} gives more than {_MOST_BYTES:,} bytes")
         return tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}; name a TOML file") from error

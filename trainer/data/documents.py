@@ -12,6 +12,7 @@ from pathlib import Path
 
 from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
+from holdfast.parallel.reading import open_regular
 from holdfast.trainer.data.json_lines import (
     SUFFIXES,
     is_json_lines,
@@ -130,10 +131,11 @@ def read_documents(
     for file in files:
         try:
             if form.is_json(file):
-                with file.path.open("rb") as lines:
+                with open_regular(file.path) as lines:
                     yield from json_documents(lines, str(file.path), form.json_key)
                 continue
-            content = file.path.read_bytes()
+            with open_regular(file.path) as opened:  # one that grows is read as it was found
+                content = opened.read(os.fstat(opened.fileno()).st_size)
         except OSError as error:
             raise DataError(
                 f'{key} "{file.path}": cannot be read ({error.strerror}); make it readable or '

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from holdfast.parallel.errors import DataError
+from holdfast.parallel.reading import open_regular
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -107,7 +108,7 @@ def megatron_stream(prefix: str) -> MegatronStream:
 
 def _check_index(path: Path, name: str) -> None:
     """Check the header and the length, which megatron-core asserts or trusts."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise DataError(f"{name}: {path} is not a Megatron index; prepare the data again")
@@ -145,7 +146,7 @@ def _check_order(dataset: IndexedDataset, size_bytes: int, itemsize: int, name: 
 
 
 def _ends(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         first = file.read(SAMPLED_BYTES)
         file.seek(max(0, path.stat().st_size - SAMPLED_BYTES))
         return first + file.read(SAMPLED_BYTES)

@@ -11,6 +11,7 @@ from holdfast.checkpoint.stores import find_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.precision import PRECISIONS
+from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import family_of, layer_specs
 from holdfast.trainer.step import state_format
@@ -114,7 +115,7 @@ def _described(manifest: Manifest, where: str) -> dict[str, Any] | None:
     path = Path(where) / "config.json"
     try:
         if not scheme_of(where):
-            return read_config(path.read_bytes()) if path.is_file() else None
+            return read_config(read_regular(path)) if path.is_file() else None
         if "config.json" not in manifest.files:
             return None
         reader = find_checkpoint(where).reader()

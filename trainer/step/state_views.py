@@ -23,6 +23,7 @@ from holdfast.parallel.optimizer import (
 )
 from holdfast.parallel.plan import Plan, block_box
 from holdfast.parallel.precision import PRECISIONS
+from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import family_of
 from holdfast.trainer.step.saved_tensors import wanted_boxes
@@ -173,7 +174,7 @@ def huggingface_files(config: RunConfig) -> dict[str, bytes]:
         "generation_config.json": _json({"_from_model_config": True}),
     }
     if config.data.kind == "text" and config.data.tokenizer != "bytes":
-        files["tokenizer.json"] = Path(config.data.tokenizer).read_bytes()
+        files["tokenizer.json"] = read_regular(Path(config.data.tokenizer))
         files["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
     return files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import OPTIMIZERS
-from holdfast.parallel.reading import read_regular
+from holdfast.parallel.reading import open_regular, read_regular
 
 NAME = "dcp"
 _ADAMW = {
@@ -116,11 +117,11 @@ def _opened(
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise CheckpointError(f"{path}: its metadata names {file}, outside of the folder")
         try:
-            size = where.stat().st_size
-            with where.open("rb") as opened:
+            with open_regular(where) as opened:
+                size = os.fstat(opened.fileno()).st_size
                 for index, info in items:
                     offset, length = int(info.get("offset")), int(info.get("length"))
-                    if offset + length > size:
+                    if min(offset, length) < 0 or offset + length > size:
                         raise CheckpointError(
                             f"{where} is truncated: it has {size} bytes, and {index.get('fqn')} "
                             f"lies up to {offset + length}"

@@ -43,7 +43,7 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.loading import check_coverage
 from holdfast.checkpoint.saving import LARGEST_FILE_BYTES, make_write_plan
-from holdfast.checkpoint.stores import find_checkpoint, write_synced
+from holdfast.checkpoint.stores import find_checkpoint, open_written, write_synced
 from holdfast.checkpoint.tools import check_small_parts
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout import Box
@@ -158,7 +158,7 @@ def _write_metadata(
     headers: dict[str, int] = {}
     for file in layout.files:
         content, headers[file.name] = header_of(layout, file, checksums, id=id, step=catalog.step)
-        with (folder / file.name).open("r+b") as opened:
+        with open_written(folder / file.name) as opened:
             opened.write(content)
     facts = SaveFacts(
         id=id,

@@ -46,7 +46,7 @@ from holdfast.checkpoint.format import (
     read_header,
 )
 from holdfast.checkpoint.model_config import read_config
-from holdfast.checkpoint.stores import write_synced
+from holdfast.checkpoint.stores import open_written, write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import MASTER
@@ -176,7 +176,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
     def finish(folder: Path, checksums: Sequence[int]) -> None:
         for name, header in headers.items():
-            with (folder / name).open("r+b") as opened:
+            with open_written(folder / name) as opened:
                 opened.write(header)
         for name, content in files_for(catalog, chosen).items():
             write_synced(folder / name, content)

@@ -17,6 +17,7 @@ from holdfast.checkpoint.convert.sources import BIN_FILES, BIN_INDEX
 from holdfast.checkpoint.format import ELEMENT_BYTES, INDEX
 from holdfast.checkpoint.model_config import MODEL_TYPES
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import open_regular
 
 SINGLE, BIN_SINGLE = "model.safetensors", "pytorch_model.bin"
 _ADAPTER = "adapter_model"
@@ -103,7 +104,7 @@ def _same_content(root: Path, first: SourceTensor, second: SourceTensor) -> bool
     total = prod(first.shape) * ELEMENT_BYTES[first.dtype]
     if (places[0].file, places[0].offset) == (places[1].file, places[1].offset):
         return True
-    with (root / places[0].file).open("rb") as one, (root / places[1].file).open("rb") as other:
+    with open_regular(root / places[0].file) as one, open_regular(root / places[1].file) as other:
         for start in range(0, total, _READ_BYTES):
             count = min(_READ_BYTES, total - start)
             a = os.pread(one.fileno(), count, places[0].offset + start)

@@ -21,4 +21,5 @@ from .rules import (
     builtin_rules as builtin_rules,
     find_values as find_values,
     load_rules as load_rules,
+    rules_text as rules_text,
 )

@@ -188,11 +188,19 @@ def load_rules(path: Path) -> RuleBook:
     Raises:
         ConfigError: the file cannot be read, or is not a file of rules.
     """
+    return parse_rules(rules_text(path), str(path))
+
+
+def rules_text(path: Path) -> str:
+    """The text of a file of rules.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
-        text = read_regular(path, _MOST_BYTES).decode()
+        return read_regular(path, _MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--map {path} cannot be read: {error}") from error
-    return parse_rules(text, str(path))
 
 
 def builtin_rules(name: str) -> RuleBook:

@@ -27,7 +27,7 @@ from holdfast.checkpoint.convert.sources.quantised import find_scales, without_q
 from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, OptimizerRule
-from holdfast.parallel.reading import parse_json
+from holdfast.parallel.reading import parse_json, read_regular
 
 CARRIED = (
     "config.json",
@@ -178,7 +178,7 @@ def make_catalog(
 
 def carried_files(folder: Path) -> dict[str, bytes]:
     """The files of a Hugging Face model folder that accompany the weights, by name."""
-    return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
+    return {name: read_regular(folder / name) for name in CARRIED if (folder / name).is_file()}
 
 
 def given_files(options: ReadOptions) -> dict[str, bytes]:

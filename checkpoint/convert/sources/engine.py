@@ -40,6 +40,7 @@ from holdfast.checkpoint.convert.sources.source_files import (
     room_of,
 )
 from holdfast.checkpoint.format import ALIGNMENT, ELEMENT_BYTES
+from holdfast.checkpoint.stores import open_written
 from holdfast.parallel.errors import CheckpointError
 
 FEWEST_SLOTS, MOST_SLOTS = 2, 8
@@ -114,9 +115,13 @@ class Engine:
             self._closing = opened.pop_all()
         self._targets = OpenFiles(
             target or source,
-            lambda path: self._writes.open(path, write=True),
+            self._open_target,
             self._writes.close_file,
         )
+
+    def _open_target(self, path: str) -> int:
+        open_written(Path(path)).close()
+        return self._writes.open(path, write=True)
 
     def close(self) -> None:
         """Wait for the transfers under way and close all files."""

@@ -7,12 +7,14 @@ of the frameworks whose checkpoints are read become `PickledObject`s. Any other 
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from holdfast.checkpoint.convert.sources.pickle_lengths import check_lengths
 from holdfast.checkpoint.format import TORCH_NAMES
 from holdfast.parallel.errors import CheckpointError
 
@@ -32,6 +34,8 @@ INERT = {
     ("transformer_engine.common.recipe", "DelayedScaling"),
 }
 """Single classes that are read as records too."""
+_MOST_VALUES = 1 << 22
+"""More than a checkpoint has beside its tensors."""
 _STORAGES = {
     "FloatStorage": "F32",
     "HalfStorage": "F16",
@@ -180,6 +184,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, content: bytes, where: str) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
         self._where = where
+        self._types: dict[tuple[str, str], type[PickledObject]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module)
@@ -192,7 +197,10 @@ class _Reader(pickle.Unpickler):
             return _Named(_DTYPES[name])
         top = any(module == known or module.startswith(f"{known}.") for known in INERT_MODULES)
         if top or (module, name) in INERT:
-            return type(name, (PickledObject,), {"type_name": f"{module}.{name}"})
+            if (module, name) not in self._types:
+                made = type(name, (PickledObject,), {"type_name": f"{module}.{name}"})
+                self._types[module, name] = made
+            return self._types[module, name]
         raise CheckpointError(
             f"{self._where} is refused: its pickle asks for {module}.{name}, which is not among "
             "the types that a checkpoint is made of; nothing of it was executed"
@@ -216,6 +224,7 @@ def read_pickle(content: bytes, where: str) -> Any:
         CheckpointError: the pickle names a type that is not allowed, or is damaged.
     """
     try:
+        check_lengths(content)
         return _Reader(content, where).load()
     except CheckpointError:
         raise
@@ -226,23 +235,46 @@ def read_pickle(content: bytes, where: str) -> Any:
         ) from error
 
 
+def count_values() -> Callable[[], None]:
+    """A call for each value that is visited, which ends a visit of too many.
+
+    A list that is in another one many times is few bytes, and any number of values.
+    """
+    visited = itertools.count()
+
+    def visit() -> None:
+        if next(visited) >= _MOST_VALUES:
+            raise CheckpointError(f"a pickle stands for more than {_MOST_VALUES:,} values")
+
+    return visit
+
+
 def plain(value: Any) -> Any:
-    """The JSON form of a value: numbers, text, lists, dicts; records become their attributes."""
+    """The JSON form of a value: numbers, text, lists, dicts; records become their attributes.
+
+    Raises:
+        CheckpointError: it stands for too many values.
+    """
+    return _plain(value, count_values())
+
+
+def _plain(value: Any, visit: Callable[[], None]) -> Any:
+    visit()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
         return {
             str(key): made
             for key, item in value.items()
-            if (made := plain(item)) is not None or item is None
+            if (made := _plain(item, visit)) is not None or item is None
         }
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [_plain(item, visit) for item in value]
     if isinstance(value, PickledObject):
         if len(value.args) == 1 and not isinstance(value.args[0], PickledObject):
-            return plain(value.args[0])
+            return _plain(value.args[0], visit)
         own = {key: item for key, item in value.__dict__.items() if key not in ("args", "items")}
-        return plain(own) if own else None
+        return _plain(own, visit) if own else None
     if isinstance(value, _Named):
         return f"torch.{TORCH_NAMES[value.dtype]}"
     return None

@@ -6,19 +6,26 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from holdfast.checkpoint.convert.elements import SourceTensor, ZipRecord, stored
-from holdfast.checkpoint.convert.sources.pickles import PickledObject, StoredTensor, read_pickle
+from holdfast.checkpoint.convert.sources.pickles import (
+    PickledObject,
+    StoredTensor,
+    count_values,
+    read_pickle,
+)
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.reading import open_regular
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_ORDER_BYTES = 16
+"""The most bytes of the word for the order of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,7 @@ class TorchFile:
         count = 1
         for extent in tensor.shape:
             count *= extent
-        with (root / self.file).open("rb") as file:
+        with open_regular(root / self.file) as file:
             file.seek(self.offsets[tensor.storage] + tensor.start * size)
             return file.read(count * size)
 
@@ -127,7 +134,7 @@ def _read_archive(
         _, _, name = entry.filename.partition("/")
         if name == "data.pkl":
             pickled = entry
-        elif name == "byteorder" and _content(archive, entry) != b"little":
+        elif name == "byteorder" and _content(archive, entry, _ORDER_BYTES) != b"little":
             raise CheckpointError(f"{where} was written by a big-endian machine")
         elif name.startswith("data/"):
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -143,33 +150,46 @@ def _read_archive(
                 records[name.removeprefix("data/")] = ZipRecord(entry.filename, entry.CRC)
     if pickled is None:
         raise CheckpointError(f"{where} is not a file of torch.save: it has no data.pkl")
-    content = read_pickle(_content(archive, pickled), where)
+    content = read_pickle(_content(archive, pickled, length), where)
     return TorchFile(content, file, offsets, sizes, records)
 
 
-def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most_bytes: int) -> bytes:
     if entry.compress_type != zipfile.ZIP_STORED:
         # A few bytes could stand for any number.
         raise zipfile.BadZipFile(f"{entry.filename} is compressed, which torch.save never does")
+    if max(entry.file_size, entry.compress_size) > most_bytes:
+        raise zipfile.BadZipFile(f"{entry.filename} has {entry.file_size:,} bytes")
     if not entry.CRC:
         # torch.serialization.set_crc32_options(False) leaves out the checksum.
         del entry.CRC
     return archive.read(entry)
 
 
-def tensors_in(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All tensors of nested dicts and lists, with their paths."""
+def tensors_in(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All tensors of nested dicts and lists, with their paths.
+
+    Raises:
+        CheckpointError: there are too many values.
+    """
+    yield from _tensors_in(value, (), count_values())
+
+
+def _tensors_in(
+    value: Any, prefix: tuple[str, ...], visit: Callable[[], None]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    visit()
     if isinstance(value, StoredTensor):
         yield prefix, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from tensors_in(item, (*prefix, str(key)))
+            yield from _tensors_in(item, (*prefix, str(key)), visit)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            yield from tensors_in(item, (*prefix, str(number)))
+            yield from _tensors_in(item, (*prefix, str(number)), visit)
     elif isinstance(value, PickledObject):
         for key, item in value.__dict__.items():
-            yield from tensors_in(item, (*prefix, key))
+            yield from _tensors_in(item, (*prefix, key), visit)
 
 
 class _Window(io.RawIOBase):

@@ -8,9 +8,9 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -31,6 +31,7 @@ from holdfast.checkpoint.convert.work.sampling import compare_sample
 from holdfast.checkpoint.convert.work.worker import Share, do_share
 from holdfast.checkpoint.stores import free_bytes, sync
 from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
+from holdfast.parallel.files import open_added
 from holdfast.parallel.waiting import Waiting
 
 _POLL_S = 0.05
@@ -103,11 +104,21 @@ def convert(
     if rank:
         _follow(conversion, rank, world)
         return None
-    lock = Lock(conversion.target)
-    try:
+    partial = partial_of(conversion)
+    with _explained(partial), closing(Lock(conversion.target)):
         return _lead(conversion, workers, world, progress, began)
-    finally:
-        lock.release()
+
+
+@contextmanager
+def _explained(partial: Path) -> Iterator[None]:
+    """Have an error of the disk name the file, and what becomes of the output."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or partial} cannot be written: {error.strerror or error}; what was "
+            f"written stays in {partial}, and the same command goes on from there"
+        ) from error
 
 
 def _lead(
@@ -145,11 +156,6 @@ def _lead(
     except DamagedEntry:
         journal.void()
         raise
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or partial} cannot be written: {error.strerror or error}; what was "
-            f"written stays in {partial}, and the same command goes on from there"
-        ) from error
     finally:
         journal.close()
     journal.remove()
@@ -189,8 +195,11 @@ def _make_room(
     for name, size in output.files.items():
         path = partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.truncate(size)
+        descriptor = open_added(path)
+        try:
+            os.ftruncate(descriptor, size)
+        finally:
+            os.close(descriptor)
 
 
 def _adder(progress: Progress, total: int) -> Callable[[int], None]:
@@ -215,7 +224,8 @@ def _follow(conversion: Conversion, rank: int, world: int) -> None:
         time.sleep(_POLL_S)
     try:
         share = Share(rank, world, conversion.memory_bytes)
-        do_share(prepared, journal, journal.read(), share, lambda nbytes: None)
+        with _explained(journal.partial):
+            do_share(prepared, journal, journal.read(), share, lambda nbytes: None)
     except HoldfastError as error:
         journal.fail(str(error))
         raise
@@ -227,11 +237,11 @@ def _ready(prepared: PreparedConversion, journal: ConversionJournal) -> bool:
     """Whether rank 0 has created all files."""
     if not journal.begun(prepared.fingerprint):
         return False
-    sizes = prepared.output.files
-    return all(
-        (journal.partial / name).exists() and (journal.partial / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
+    try:
+        sizes = {name: (journal.partial / name).stat().st_size for name in prepared.output.files}
+    except OSError:
+        return False
+    return sizes == dict(prepared.output.files)
 
 
 def _await_others(
@@ -322,9 +332,11 @@ def _work(
     def add(nbytes: int) -> None:
         counters[rank] += nbytes
 
+    share = Share(rank, world, conversion.memory_bytes // world)
     try:
-        prepared, done = inherited or (prepare(conversion), journal.read())
-        do_share(prepared, journal, done, Share(rank, world, conversion.memory_bytes // world), add)
+        with _explained(journal.partial):
+            prepared, done = inherited or (prepare(conversion), journal.read())
+            do_share(prepared, journal, done, share, add)
     except HoldfastError as error:
         journal.fail(str(error))
         os._exit(1)

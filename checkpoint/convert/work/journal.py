@@ -6,6 +6,7 @@ device. The same files tell the first worker when the others are ready, wherever
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,11 +21,12 @@ import msgspec
 from holdfast.checkpoint.convert.sources import CheckedRange
 from holdfast.checkpoint.format import Checksum
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.files import is_at, open_lock, try_lock
-from holdfast.parallel.reading import Count, decode_json, open_regular
+from holdfast.parallel.files import create_file, is_at, open_added, open_lock, try_lock
+from holdfast.parallel.reading import Count, decode_json, open_regular, read_regular
 
 FOLDER = ".convert"
 PARTIAL = ".partial"
+_MOST_REASON_BYTES = 1 << 20
 
 
 class _Entry(msgspec.Struct):
@@ -71,7 +73,8 @@ class ConversionJournal:
         for stale in self._folder.glob("failed-*"):
             stale.unlink()
         fresh = plan.with_suffix(".new")
-        fresh.write_text(text)
+        with create_file(fresh) as file:
+            file.write(text.encode())
         fresh.replace(plan)
         return same
 
@@ -115,8 +118,7 @@ class ConversionJournal:
     ) -> None:
         """Append the work that this worker has done."""
         if self._file is None:
-            path = self._folder / f"journal-{self._rank:05d}.jsonl"
-            self._file = path.open("a")
+            self._file = os.fdopen(open_added(self._path("journal", ".jsonl")), "a")
             self._file.write("\n")
         lines = [(unit, *sums) for unit, sums in sorted((written or {}).items())]
         entry = {"written": lines, "verified": verified, "parts": parts}
@@ -124,18 +126,22 @@ class ConversionJournal:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def _path(self, name: str, suffix: str = "") -> Path:
+        return self._folder / f"{name}-{self._rank:05d}{suffix}"
+
     def void(self) -> None:
         """Mark the output as wrong: the next attempt starts over."""
         (self._folder / "plan.json").unlink(missing_ok=True)
 
     def fail(self, message: str) -> None:
-        """Tell rank 0 that this worker cannot go on."""
-        (self._folder / f"failed-{self._rank:05d}").write_text(message)
+        """Tell rank 0 that this worker cannot go on, where the disk takes it."""
+        with contextlib.suppress(OSError), create_file(self._path("failed")) as file:
+            file.write(message.encode(errors="backslashreplace"))
 
     def failure(self) -> str:
         """The reason why a worker cannot go on; "" while all can."""
         for path in sorted(self._folder.glob("failed-*")):
-            return path.read_text()
+            return read_regular(path, _MOST_REASON_BYTES, own=True).decode()
         return ""
 
     def close(self) -> None:
@@ -190,7 +196,10 @@ class Lock:
                 of this user made that file.
         """
         self._path = target.with_name(f".{target.name}.lock")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{target.parent} cannot be made: {error.strerror}") from error
         self._descriptor = -1
         while self._descriptor < 0:
             found = os.path.lexists(self._path)
@@ -215,7 +224,9 @@ class Lock:
             else:
                 os.close(descriptor)
 
-    def release(self) -> None:
-        if is_at(self._descriptor, self._path):
-            self._path.unlink()
+    def close(self) -> None:
+        """Give the lock up; its file goes, where the folder can be written."""
+        with contextlib.suppress(OSError):
+            if is_at(self._descriptor, self._path):
+                self._path.unlink()
         os.close(self._descriptor)

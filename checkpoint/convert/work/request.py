@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.checkpoint.convert.elements import FLOATS, Output
 from holdfast.checkpoint.convert.formats import format_named, recognise, sources, targets
-from holdfast.checkpoint.convert.rules import load_rules
+from holdfast.checkpoint.convert.rules import load_rules, rules_text
 from holdfast.checkpoint.convert.sources import Catalog, ReadOptions, WriteOptions
 from holdfast.checkpoint.convert.work.journal import PARTIAL
 from holdfast.parallel.errors import (
@@ -64,9 +64,15 @@ def check(conversion: Conversion) -> None:
         )
     if conversion.target.is_symlink():
         raise ConfigError(f"{conversion.target} is a link; name the folder that it leads to")
-    if conversion.target.exists() and (
-        not conversion.target.is_dir() or any(conversion.target.iterdir())
-    ):
+    try:
+        is_full = next(conversion.target.iterdir(), None) is not None
+    except FileNotFoundError:
+        is_full = False
+    except NotADirectoryError:
+        is_full = True
+    except OSError as error:
+        raise ConfigError(f"{conversion.target} cannot be read: {error.strerror}") from error
+    if is_full:
         raise ConfigError(
             f"{conversion.target} exists and is not empty; name another folder, or remove this one "
             "first"
@@ -100,10 +106,15 @@ def prepare(conversion: Conversion) -> PreparedConversion:
     name = conversion.source_format
     if name == "auto" and conversion.rules is not None and load_rules(conversion.rules).files:
         name = "files"
-    if not conversion.source.exists():
-        raise ConfigError(f"{conversion.source} does not exist")
-    if name == "auto":
-        name = recognise(conversion.source) or ""
+    try:
+        os.stat(conversion.source)
+        if name == "auto":
+            name = recognise(conversion.source) or ""
+    except FileNotFoundError:
+        raise ConfigError(f"{conversion.source} does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{conversion.source} cannot be read: {reason}") from error
     if not name:
         raise ConfigError(
             f"{conversion.source} is no checkpoint of a known format ({', '.join(sources())}); "
@@ -146,7 +157,7 @@ def _fingerprint(conversion: Conversion, catalog: Catalog, output: Output) -> di
         "dtype": conversion.dtype,
         "values": dict(conversion.values),
         "model_files": str(conversion.model_files or ""),
-        "rules": conversion.rules.read_text() if conversion.rules is not None else "",
+        "rules": rules_text(conversion.rules) if conversion.rules is not None else "",
         "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
         "output": output.files,
         "units": len(output.units),

@@ -25,6 +25,7 @@ from holdfast.checkpoint.convert.elements import (
 from holdfast.checkpoint.convert.sources import Catalog, OpenFiles
 from holdfast.checkpoint.format import ELEMENT_BYTES
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import open_descriptor
 
 MOST_ELEMENTS = 4096
 
@@ -85,12 +86,16 @@ def _indices(tensor: LogicalTensor, count: int) -> set[tuple[int, ...]]:
     return ends | {tuple(draw.randrange(n) for n in tensor.shape) for _ in range(count - 2)}
 
 
+def _opened(path: str) -> int:
+    return open_descriptor(Path(path), os.O_RDONLY)
+
+
 class _Elements:
     """A reader of single elements of a checkpoint's tensors."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._files = OpenFiles(root, lambda path: os.open(path, os.O_RDONLY), os.close)
+        self._files = OpenFiles(root, _opened, os.close)
 
     def __enter__(self) -> _Elements:
         return self

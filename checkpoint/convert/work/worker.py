@@ -25,6 +25,7 @@ from holdfast.checkpoint.convert.work.journal import ConversionJournal, Done
 from holdfast.checkpoint.convert.work.request import PreparedConversion
 from holdfast.checkpoint.convert.work.write_verifier import MEMORY_BYTES, WriteVerifier
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.reading import open_regular
 
 UNITS_IN_A_ROW = 8
 """Neighbouring units go to the same worker, so that files are written in long stretches."""
@@ -116,7 +117,7 @@ def _check_source(catalog: Catalog, output: Output, share: Share) -> None:
     unread = sorted(_named(catalog, output) - _read_whole(output))
     for file, offset, length in unread[share.rank :: share.world]:
         crc = 0
-        with (catalog.root / file).open("rb") as opened:
+        with open_regular(catalog.root / file) as opened:
             for position in range(offset, offset + length, _READ_BYTES):
                 count = min(_READ_BYTES, offset + length - position)
                 part = np.frombuffer(

@@ -34,7 +34,7 @@ from holdfast.checkpoint.convert.writing.torch_writing import (
     lay_out,
 )
 from holdfast.checkpoint.format import ELEMENT_BYTES, TORCH_NAMES
-from holdfast.checkpoint.stores import write_synced
+from holdfast.checkpoint.stores import open_written, write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
@@ -146,7 +146,7 @@ class DistcpFolder:
             checksums: the CRC-32 of each unit.
         """
         for item in self._items:
-            with (root / self._path(item.file)).open("r+b") as opened:
+            with open_written(root / self._path(item.file)) as opened:
                 for at, content in item.layout.parts([self._crc(item, checksums)]):
                     opened.seek(item.offset + at)
                     opened.write(content)

@@ -15,6 +15,7 @@ from holdfast.checkpoint.convert.writing.torch_writing import (
     TorchLayout,
     lay_out,
 )
+from holdfast.checkpoint.stores import open_written
 from holdfast.parallel.layout import Box
 
 
@@ -79,7 +80,7 @@ class TorchFolder:
                 for unit in span:
                     crc = combine_crc32(crc, checksums[unit], self.units[unit].bytes)
                 crcs.append(crc)
-            with (folder / file.name).open("r+b") as opened:
+            with open_written(folder / file.name) as opened:
                 for at, content in file.layout.parts(crcs):
                     opened.seek(at)
                     opened.write(content)

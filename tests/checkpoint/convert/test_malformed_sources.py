@@ -330,7 +330,7 @@ def test_a_lock_that_no_conversion_made_is_left_alone(tmp_path: Path, kind: str)
 
 def test_the_lock_of_a_killed_conversion_is_taken_and_goes(tmp_path: Path) -> None:
     (tmp_path / ".out.lock").touch()
-    Lock(tmp_path / "out").release()
+    Lock(tmp_path / "out").close()
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import random
+import struct
+import tracemalloc
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -19,6 +21,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from holdfast.checkpoint.convert.elements.crc32 import combine_crc32
+from holdfast.checkpoint.convert.sources import pickles
+from holdfast.checkpoint.convert.sources.pickle_lengths import check_lengths
 from holdfast.checkpoint.convert.sources.pickles import PickledObject, plain, read_pickle
 from holdfast.checkpoint.convert.sources.torch_files import read_torch_file, tensors_in
 from holdfast.checkpoint.convert.writing.torch_writing import (
@@ -189,3 +193,54 @@ def test_checksums_of_stretches_combine(first: bytes, second: bytes) -> None:
     assert combined == zlib.crc32(first + second)
     long = random.Random(1).randbytes(70_001)
     assert combine_crc32(combined, zlib.crc32(long), len(long)) == zlib.crc32(first + second + long)
+
+
+LARGE = struct.pack("<I", 0x7FFFFFFF)
+LARGER = struct.pack("<Q", 1 << 31)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02Nr" + LARGE + b".",
+        b"Np2147483647\n.",
+        b"\x80\x02T" + LARGE + b".",
+        b"\x80\x02X" + LARGE + b".",
+        b"\x80\x03B" + LARGE + b".",
+        b"\x80\x02\x8b" + LARGE + b".",
+        b"\x80\x04\x8d" + LARGER + b".",
+        b"\x80\x04\x8e" + LARGER + b".",
+        b"\x80\x05\x96" + LARGER + b".",
+        b"\x80\x04\x95" + LARGER + b"N.",
+        b"\x80\x04",
+        b"\xff.",
+        b"",
+    ],
+    ids=lambda content: repr(content)[2:-1][:16] or "nothing",
+)
+def test_lengths_of_a_pickle_take_no_memory_that_it_does_not_have(content: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="f is damaged: its pickle cannot be read"):
+            read_pickle(content, "f")
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.recursive(st.integers() | st.text() | st.binary() | st.floats() | st.none(), st.lists))
+def test_whatever_python_pickles_has_lengths_that_hold(value: Any) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        check_lengths(pickle.dumps(value, protocol))
+
+
+def test_few_bytes_do_not_stand_for_any_number_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "_MOST_VALUES", 1000)
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value, value]
+    found = read_pickle(pickle.dumps(value), "f")
+    with pytest.raises(CheckpointError, match="more than"):
+        plain(found)
+    with pytest.raises(CheckpointError, match="more than"):
+        list(tensors_in(found))

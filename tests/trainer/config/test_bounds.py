@@ -93,7 +93,7 @@ def test_what_no_machine_can_train_is_one_line(smallest: Path, override: str, sa
     [
         ("[" * 100_000, "is not valid TOML"),
         (f"[train]\nsteps = 1{'0' * 5000}\n", "is not valid TOML"),
-        ("x" * (1 << 20) + "x", "has more than 1 MiB"),
+        ("x" * (1 << 20) + "x", "has at most 1,048,576"),
         ("train = 1\n", "train = 1 is a key outside a section"),
     ],
     ids=lambda text: text[:12],

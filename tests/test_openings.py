@@ -1,0 +1,59 @@
+"""Files are opened by the functions that check what they open; elsewhere only for a reason."""
+
+from __future__ import annotations
+
+import ast
+
+from support.source_tree import MODULES, tree_of
+
+DIRECT = {
+    "io.open", "np.fromfile", "np.load", "np.memmap", "open", "os.open", "shutil.copy",
+    "shutil.copy2", "shutil.copyfile", "shutil.move", "torch.load",
+}  # fmt: skip
+BY_NAME = {"open", "read_bytes", "read_text", "write_bytes", "write_text"}
+OF_THE_KERNEL = ("/proc/", "os.devnull", "_BOOT", "_PORT_RANGE", "Path(limit)")
+NO_FILES = {
+    "checkpoint.saving.save: self.snapshot.open",
+    "elastic.lighthouse: direct.open",
+    "launch.processes: self._system.open",
+    "parallel.offload.hooks.offloader: self._prefetch.open",
+    "parallel.offload.hooks.offloader: self._selection.open",
+}
+REASONS = {
+    "checkpoint.convert.rules.rules: files('holdfast.checkpoint.convert').joinpath('mappings', "
+    "f'{name}.toml').read_text": "a file of the package",
+    "checkpoint.convert.sources.engine: self._writes.open": "was checked a line before",
+    "checkpoint.convert.sources.source_files: self._cached.open": "was checked a line before",
+    "checkpoint.convert.sources.source_files: self._direct.open": "was checked a line before",
+    "checkpoint.loading.readers: self._engine.open": "was checked a line before",
+    "checkpoint.saving.save: self._resources.engine.open": "in a new folder of this save alone",
+    "checkpoint.stores.durable: os.open": "what was just written, or a folder, to sync it",
+    "checkpoint.stores.local: shutil.copyfile": "into a new folder of this save alone",
+    "launch.agent.lighthouse_process: open": "a pipe of this process",
+    "launch.launchers.nodes: open": "a pipe of this process",
+    "parallel.files.own_files: open": "a descriptor",
+    "parallel.files.own_files: os.open": "checks itself",
+    "parallel.files.scratch: os.open": "in a folder of this user, and no link is followed",
+    "parallel.offload.stores.disk_file: os.open": "a file without a name",
+    "parallel.output.standard_streams: open": "a descriptor",
+    "parallel.reading: os.open": "checks itself",
+    "trainer.config.loading: source.open": "what the caller has opened for the command",
+    "trainer.data.prepare: os.open": "what was just written, or a folder, to sync it",
+    "trainer.data.token_cache: (made / 'entry.json').write_bytes": "in a new folder of this user",
+    "trainer.data.token_cache: (made / 'tokens.npy').open": "in a new folder of this user",
+    "trainer.data.token_cache: np.memmap": "a file that is open",
+    "trainer.run.memory_copies: os.open": "a folder, and no link is followed",
+}
+"""By module and call, why what is opened there needs no check."""
+
+
+def test_files_are_opened_by_what_checks_them() -> None:
+    found = {
+        f"{module.removeprefix('holdfast.')}: {called}"
+        for module, path in MODULES.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and ((called := ast.unparse(node.func)) in DIRECT or called.rpartition(".")[2] in BY_NAME)
+        and not any(name in ast.unparse(node) for name in OF_THE_KERNEL)
+    }
+    assert found - NO_FILES == set(REASONS)

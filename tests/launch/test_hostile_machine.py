@@ -178,3 +178,23 @@ def test_a_line_of_the_metrics_that_is_no_step_does_not_end_the_next_start(confi
     assert "3 lines are torn or no record of a run" in done.stdout
     assert [line["step"] for line in lines_of(metrics)] == [1, 2, 3, 4, 5, 6]
     assert "another program" in metrics.with_name("metrics.jsonl.set-aside").read_text()
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("layout", [(), ELASTIC], ids=["plain", "elastic"])
+def test_a_machine_whose_loopback_is_down_is_told_at_once(
+    config: Path, layout: tuple[str, ...]
+) -> None:
+    alone = ["unshare", "--user", "--map-root-user", "--net"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives no network namespaces; a kernel with user namespaces does")
+    two = ("--set", "parallel.pipeline=1", "--set", "parallel.data=2", *layout)
+    done = subprocess.run(
+        [*alone, *HOLDFAST, "train", str(config), "--out", "run", *two],
+        cwd=config.parent, env=environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "holdfast: processes here cannot connect to each other at 127.0.0.1: Network is "
+        "unreachable; bring the loopback interface up (ip link set lo up)\n"
+    )

@@ -55,7 +55,8 @@ def _read_table(source: Path) -> dict[str, Any]:
             content = read_regular(source, _MOST_BYTES)
         if len(content) > _MOST_BYTES:
             raise ConfigError(f"{source} gives more than {_MOST_BYTES:,} bytes")
-        return tomllib.loads(content.decode("utf-8"))
+        # Some editors begin a file with a byte-order mark.
+        return tomllib.loads(content.decode("utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}; name a TOML file") from error
     except UnicodeDecodeError as error:

@@ -70,6 +70,22 @@ def require_processes(count: int, what: str, machine: Machine | None = None) -> 
         )
 
 
+def require_loopback() -> None:
+    """Check that processes of this machine can connect to each other at 127.0.0.1. Local.
+
+    Raises:
+        ConfigError: they cannot, as in a network namespace whose loopback is down.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            socket.create_connection(listening.getsockname(), timeout=10.0).close()
+    except OSError as error:
+        raise ConfigError(
+            f"processes here cannot connect to each other at 127.0.0.1: {error.strerror or error}; "
+            "bring the loopback interface up (ip link set lo up)"
+        ) from error
+
+
 def require_ports(
     ranks_here: int, nodes_here: int, free: Callable[[int], int] | None = None
 ) -> None:
@@ -144,6 +160,8 @@ def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = N
             f"which has {machine.cores} cores; at most {_PER_CORE} a core"
         )
     require_descriptors(ranks_here)
+    if ranks_here > 1 or config.elastic.enabled:
+        require_loopback()
     require_ports(ranks_here, config.elastic.local_nodes if config.elastic.enabled else 0)
     if config.train.device == "cuda" or (config.train.device == "auto" and machine.has_gpu):
         return  # the state is in the memory of the GPUs

@@ -149,3 +149,9 @@ def test_paths_and_urls_are_places_of_checkpoints(smallest: Path, place: str) ->
 )
 def test_a_lighthouse_may_be_named_by_host_and_port(smallest: Path, address: str) -> None:
     assert load_config(smallest, [f"elastic.lighthouse='{address}'"]).elastic.lighthouse == address
+
+
+def test_a_byte_order_mark_before_a_configuration_is_passed_over(smallest: Path) -> None:
+    expected = load_config(smallest)
+    smallest.write_bytes(b"\xef\xbb\xbf" + smallest.read_bytes())
+    assert load_config(smallest) == expected

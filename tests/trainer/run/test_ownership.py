@@ -23,7 +23,7 @@ from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunRequest, memory_copies, opened_run
 from holdfast.trainer.run.claim import CheckpointOwner
 from holdfast.trainer.run.identity import IDENTITY, read_identity
-from holdfast.trainer.run.memory_copies import memory_root
+from holdfast.trainer.run.memory_copies import forget_newer, memory_root
 from holdfast.trainer.run.resume import find_resume
 from support.runs.small_runs import make_config
 
@@ -150,6 +150,28 @@ def test_copies_in_memory_are_found_again_by_their_run_alone(
     _open(request)  # the folder is made anew
     assert memory_root(root) != place
     assert not find_resume(root, request.config, "auto", allow_change=False).candidates
+
+
+def test_copies_of_steps_that_a_run_repeats_are_removed_and_no_others(
+    tmp_path: Path, shared_memory: Path
+) -> None:
+    places = []
+    for name in ("run", "other"):
+        request = _request(tmp_path, name, memory_every=1)
+        _open(request)
+        place = memory_root(tmp_path / name)
+        assert place is not None
+        _save(place, request.config, 2, 3, 4)
+        places.append(place)
+    names = [f"step-{step:08}" for step in (2, 3, 4)]
+    assert sorted(forget_newer(tmp_path / "run", 2)) == names[1:]
+    assert list(LocalStore(places[0]).names()) == names[:1]
+    assert (places[0] / "owner.json").exists()
+    assert list(LocalStore(places[1]).names()) == names
+    assert forget_newer(tmp_path / "run", 2) == []
+    assert forget_newer(tmp_path / "no-run", 0) == []
+    # With nothing to go on from, a run repeats every step.
+    assert forget_newer(tmp_path / "run", 0) == names[:1]
 
 
 def test_copies_of_runs_that_are_gone_are_swept_and_no_others(

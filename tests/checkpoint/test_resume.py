@@ -15,12 +15,14 @@ from holdfast.trainer.config import RunConfig
 from support.processes.cluster import Cluster, WorkerFailed
 from support.runs.small_runs import events_of, make_config, metrics_of, run_in, world_size_of
 
-STEPS = 40
+STEPS = 24
+STOP = 13
+"""Between two saves."""
 
 
 def _config(**sections: dict[str, Any]) -> RunConfig:
     train = {"steps": STEPS, **sections.pop("train", {})}
-    checkpoint = {"every": 7, **sections.pop("checkpoint", {})}
+    checkpoint = {"every": 5, **sections.pop("checkpoint", {})}
     return make_config(train=train, checkpoint=checkpoint, **sections)
 
 
@@ -66,12 +68,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_a_stopped_run_goes_on_with_the_same_bits(
     cluster: Cluster, tmp_path: Path, undisturbed: Any, first: str, second: str
 ) -> None:
-    run_in(cluster, _config(parallel=LAYOUTS[first], train={"stop_after": 23}), tmp_path)
-    assert len(metrics_of(tmp_path)) == 23
+    run_in(cluster, _config(parallel=LAYOUTS[first], train={"stop_after": STOP}), tmp_path)
+    assert len(metrics_of(tmp_path)) == STOP
     run_in(cluster, _config(parallel=LAYOUTS[second]), tmp_path)
     assert _exact(tmp_path) == undisturbed
     [resumed] = events_of(tmp_path, "resumed")
-    assert resumed["step"] == 23
+    assert resumed["step"] == STOP
 
 
 SEEDS = range(30) if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else range(3)

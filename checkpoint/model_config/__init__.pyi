@@ -6,3 +6,7 @@ from .checks import (
 from .keys import (
     MODEL_TYPES as MODEL_TYPES,
 )
+from .shapes import (
+    contradictions as contradictions,
+    differing as differing,
+)

@@ -1,8 +1,7 @@
 """The way from one tier to the next: memory to disk when a worker dies, disk to a URL meanwhile.
 
-May import checkpoint.format, checkpoint.saving, checkpoint.stores, checkpoint.tools, parallel.comm
-and parallel.errors and
-parallel.reading.
+May import checkpoint.format, checkpoint.saving, checkpoint.stores, checkpoint.tools, parallel.comm,
+parallel.errors and parallel.reading.
 """
 
 import lazy_loader

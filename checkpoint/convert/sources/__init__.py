@@ -1,8 +1,8 @@
 """Sources: recognition, files, pickles, catalogs, and the engine that fetches pieces.
 
 May import checkpoint.convert.elements, checkpoint.convert.rules, checkpoint.format,
-checkpoint.stores, parallel.errors, parallel.layout, parallel.optimizer, parallel.reading and
-_native.
+checkpoint.model_config, checkpoint.stores, parallel.errors, parallel.layout, parallel.optimizer,
+parallel.reading and _native.
 """
 
 import lazy_loader

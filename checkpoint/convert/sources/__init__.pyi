@@ -7,6 +7,10 @@ from .catalog import (
     given_files as given_files,
     make_catalog as make_catalog,
 )
+from .described import (
+    check_described as check_described,
+    config_of as config_of,
+)
 from .engine import (
     SLOT_BYTES as SLOT_BYTES,
     Engine as Engine,

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.checkpoint.convert.elements import FLOATS, Output
 from holdfast.checkpoint.convert.formats import format_named, recognise, sources, targets
 from holdfast.checkpoint.convert.rules import load_rules, rules_text
-from holdfast.checkpoint.convert.sources import Catalog, ReadOptions, WriteOptions
+from holdfast.checkpoint.convert.sources import Catalog, ReadOptions, WriteOptions, check_described
 from holdfast.checkpoint.convert.work.journal import PARTIAL
 from holdfast.parallel.errors import (
     CheckpointError,
@@ -123,6 +123,7 @@ def prepare(conversion: Conversion) -> PreparedConversion:
     options = ReadOptions(conversion.rules, conversion.values, conversion.model_files)
     try:
         catalog = format_named(name).read(conversion.source, options)
+        check_described(catalog)
         output = format_named(conversion.to).plan(
             catalog, WriteOptions(conversion.dtype, conversion.values)
         )

@@ -135,3 +135,66 @@ def test_names_and_counters_of_a_trainer_do_not_become_weights(tmp_path: Path) -
     dcp.save(several, checkpoint_id=str(tmp_path / "two"), no_dist=True)
     with pytest.raises(CheckpointError, match=r"(net|ema)/w is a path in a state of more than a"):
         converted(tmp_path / "two", tmp_path / "out", "hf")
+
+
+CONTRADICTIONS = [
+    ("Llama", "num_hidden_layers", 3),
+    ("Llama", "num_hidden_layers", 1),
+    ("Llama", "vocab_size", 32),
+    ("Llama", "hidden_size", 16),
+    ("Llama", "intermediate_size", 24),
+    ("Llama", "num_attention_heads", 4),
+    ("Llama", "num_key_value_heads", 2),
+    ("Llama", "head_dim", 8),
+    ("Llama", "tie_word_embeddings", False),
+    ("GPT2", "n_layer", 3),
+    ("GPT2", "vocab_size", 32),
+    ("GPT2", "n_embd", 16),
+    ("GPT2", "n_positions", 32),
+    ("GPT2", "n_inner", 16),
+]
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), CONTRADICTIONS)
+def test_a_config_json_that_contradicts_the_weights_is_refused_by_name(
+    tmp_path: Path, kind: str, key: str, value: int
+) -> None:
+    make_model(tmp_path / "hf", kind, **({"tie_word_embeddings": True} if kind == "Llama" else {}))
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=rf"contradicts the weights: .*{key}"):
+        converted(tmp_path / "hf", tmp_path / "out", "hf")
+
+
+@pytest.mark.parametrize("to", ["dcp", "holdfast", "deepspeed-universal", "megatron"])
+def test_a_config_json_given_beside_any_source_is_compared_with_its_weights(
+    tmp_path: Path, to: str
+) -> None:
+    make_model(tmp_path / "hf", "Llama")
+    converted(tmp_path / "hf", tmp_path / "there", to)
+    other = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "config.json").write_text(json.dumps(other))
+    given = {"model_files": tmp_path / "files"}
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        converted(tmp_path / "there", tmp_path / "out", "hf", **given)
+    (tmp_path / "files" / "config.json").write_text(json.dumps({**other, "num_hidden_layers": 2}))
+    converted(tmp_path / "there", tmp_path / "out", "hf", **given)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rms_norm_eps", 0.5), ("num_attention_heads", 1), ("rope_theta", 7.0), ("vocab_size", 23)],
+)
+def test_a_config_json_beside_megatrons_arguments_says_what_they_say(
+    tmp_path: Path, key: str, value: float
+) -> None:
+    make_model(tmp_path / "hf", "Llama", head_dim=4)
+    converted(tmp_path / "hf", tmp_path / "there", "megatron-legacy")
+    [path] = (tmp_path / "there").glob("*/config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, key: value, "rope_parameters": None}))
+    with pytest.raises(CheckpointError, match="(?s)config.json.*" + key):
+        converted(tmp_path / "there", tmp_path / "out", "hf")
+    path.write_text(json.dumps(config))
+    converted(tmp_path / "there", tmp_path / "out", "hf")

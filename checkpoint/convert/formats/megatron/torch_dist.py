@@ -25,6 +25,8 @@ from holdfast.checkpoint.convert.sources import (
     MEGATRON_TRACKER,
     Catalog,
     ReadOptions,
+    check_described,
+    config_of,
     is_torch_dist,
     make_catalog,
     plain,
@@ -32,6 +34,7 @@ from holdfast.checkpoint.convert.sources import (
     torch_dist_backend,
 )
 from holdfast.checkpoint.format import WEIGHT
+from holdfast.checkpoint.model_config import differing
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.reading import read_name
 
@@ -120,6 +123,9 @@ def _catalog(
         described = describe(arguments, rows, weights) if rows else None
         if described is not None:
             catalog.files["config.json"] = (json.dumps(described, indent=2) + "\n").encode()
+            check_described(catalog, "the model of Megatron's arguments, as config.json has it,")
+    else:
+        _check_alike(catalog, arguments)
     trained = common.get("optimizer") or {}
     catalog.scalars = {
         "optimizer_step": _steps(trained, catalog.step),
@@ -132,6 +138,33 @@ def _catalog(
     if schedule:
         catalog.scalars[NAME]["opt_param_scheduler"] = schedule
     return catalog
+
+
+def _check_alike(catalog: Catalog, arguments: Mapping[str, Any]) -> None:
+    """Refuse a config.json that describes another model than Megatron's arguments.
+
+    Raises:
+        CheckpointError: they differ in a key that changes the function.
+    """
+    config = config_of(catalog)
+    size, tokens = config.get("vocab_size"), token_count(arguments)
+    described = describe(arguments, size, catalog.files) if isinstance(size, int) else None
+    if described is None:
+        return
+    # Which weights are tied, the weights tell.
+    described["tie_word_embeddings"] = config.get("tie_word_embeddings")
+    found = [
+        f"{key} is {theirs!r}, and {own!r} by the arguments"
+        for key, theirs, own in differing(config, described)
+        if key != "tie_word_embeddings"
+    ]
+    if tokens is not None and isinstance(size, int) and size < tokens:
+        found.append(f"vocab_size is {size}, and there are {tokens} tokens by the arguments")
+    if found:
+        raise CheckpointError(
+            f"{catalog.root}: config.json describes another model than Megatron's arguments: "
+            f"{'; '.join(found)}; correct it; without one it is made from the arguments"
+        )
 
 
 def _steps(optimizer: Any, iteration: int) -> int:

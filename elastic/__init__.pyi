@@ -70,6 +70,9 @@ from .roll import (
     Roll as Roll,
     RunEnd as RunEnd,
 )
+from .store import (
+    StoreClients as StoreClients,
+)
 from .watch import (
     BulletinFollower as BulletinFollower,
     HeartbeatWatch as HeartbeatWatch,

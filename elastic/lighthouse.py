@@ -14,11 +14,10 @@ import http.client
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from holdfast.elastic.generation import Identity, parse_identity
 from holdfast.parallel.errors import ConfigError, MembershipError, PeerLost
@@ -208,6 +207,73 @@ def _away(address: str, error: Exception) -> LighthouseAway:
     )
 
 
+class StatusPage:
+    """The status page of a Lighthouse, read over one connection that is kept.
+
+    For one thread at a time. A new connection through a tunnel costs seven times as much as a
+    question on one that is there.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            address: the URL of the Lighthouse.
+        """
+        self._address = address
+        # Environment variables name proxies for other servers, not for one that nodes share.
+        self._line = http.client.HTTPConnection(urlsplit(address).netloc)
+
+    def ages(self, run: str, timeout_s: float = 1.0) -> dict[Identity, float]:
+        """Seconds since the Lighthouse last heard of each worker of a run; it forgets none.
+
+        Raises:
+            LighthouseAway: the Lighthouse cannot be reached.
+        """
+        try:
+            return ages_in(self.text(timeout_s), run)
+        except (OSError, http.client.HTTPException) as error:
+            raise _away(self._address, error) from error
+
+    def text(self, timeout_s: float) -> str:
+        """The page. Waits this long at most for each part of it, and twice as long for all.
+
+        Raises:
+            OSError, HTTPException: there is none.
+        """
+        is_kept = self._line.sock is not None
+        try:
+            return self._read(timeout_s)
+        except ConnectionError:
+            if not is_kept:
+                raise
+        return self._read(timeout_s)  # a Lighthouse that was restarted since has ended the line
+
+    def close(self) -> None:
+        self._line.close()
+
+    def _read(self, timeout_s: float) -> str:
+        deadline_s = time.monotonic() + timeout_s
+        page = bytearray()
+        try:
+            self._line.timeout = timeout_s
+            if self._line.sock is not None:
+                self._line.sock.settimeout(timeout_s)
+            self._line.request("GET", "/status")
+            answer = self._line.getresponse()
+            if answer.status != http.HTTPStatus.OK:
+                raise http.client.HTTPException(f"HTTP Error {answer.status}: {answer.reason}")
+            while part := answer.read1(_PAGE_BYTES):
+                page += part
+                if time.monotonic() > deadline_s or len(page) > _PAGE_BYTES:
+                    raise TimeoutError("its status page does not end")
+            answer.close()  # the connection takes the next question then
+        except BaseException:
+            self.close()
+            raise
+        return page.decode(errors="replace")
+
+
 def answers(address: str) -> bool:
     """Whether a Lighthouse answers now. Waits 0.2 s at most for each part of the answer."""
     try:
@@ -218,16 +284,9 @@ def answers(address: str) -> bool:
 
 
 def heartbeat_ages(address: str, run: str, timeout_s: float = 1.0) -> dict[Identity, float]:
-    """Seconds since the Lighthouse last heard of each worker of a run; it forgets none.
-
-    Raises:
-        LighthouseAway: the Lighthouse cannot be reached.
-    """
-    try:
-        text = _status(address, timeout_s)
-    except (OSError, http.client.HTTPException) as error:
-        raise _away(address, error) from error
-    return ages_in(text, run)
+    """See `StatusPage.ages`; for one look alone."""
+    with contextlib.closing(StatusPage(address)) as page:
+        return page.ages(run, timeout_s)
 
 
 def ages_in(page: str, run: str) -> dict[Identity, float]:
@@ -270,10 +329,10 @@ def await_lighthouse(
             found = "its status page is another's"
         except StrangerError as error:
             raise ConfigError(f"elastic.lighthouse: what answers at {address}: {error}") from error
-        except (urllib.error.HTTPError, http.client.HTTPException) as error:
+        except http.client.HTTPException as error:
             found = str(error) or type(error).__name__
         except (OSError, EOFError) as error:
-            reason = str(getattr(error, "reason", error))
+            reason = str(error)
             sleep(_PAUSE_S)
             continue
         raise ConfigError(
@@ -284,18 +343,6 @@ def await_lighthouse(
 
 
 def _status(address: str, timeout_s: float) -> str:
-    """The status page of the server at an address.
-
-    Raises:
-        OSError, HTTPException: there is none within twice the time.
-    """
-    deadline_s = time.monotonic() + timeout_s
-    page = bytearray()
-    # Environment variables name proxies for other servers, not for one that nodes share.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(f"{address}/status", timeout=timeout_s) as answer:
-        while part := answer.read1(_PAGE_BYTES):
-            page += part
-            if time.monotonic() > deadline_s or len(page) > _PAGE_BYTES:
-                raise TimeoutError("its status page does not end")
-    return page.decode(errors="replace")
+    """See `StatusPage.text`; for one look alone."""
+    with contextlib.closing(StatusPage(address)) as page:
+        return page.text(timeout_s)

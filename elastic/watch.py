@@ -9,20 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed import PrefixStore
-
 from holdfast.elastic.channel import FairClock
 from holdfast.elastic.generation import Identity
-from holdfast.elastic.lighthouse import heartbeat_ages
+from holdfast.elastic.lighthouse import StatusPage
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
+from holdfast.elastic.store import StoreClients
 from holdfast.parallel.errors import MembershipError, PeerLost
-from holdfast.parallel.links import StoreAccess
 
 logger = logging.getLogger("holdfast.agent")
 
 _POLL_S = 0.05
-_BULLETIN_TIMEOUT_S = 5.0
 _ATTEMPT_S = 1.0
 _ATTEMPTS = 60
 """Attempts to reach a store again. They are counted, since this process may be stopped between."""
@@ -38,7 +35,7 @@ class BulletinFollower:
 
     def __init__(
         self,
-        access: StoreAccess,
+        stores: StoreClients,
         store: str,
         prefix: str,
         receive: Callable[[MembershipEvent], None],
@@ -46,12 +43,12 @@ class BulletinFollower:
         """Start the thread. It reaches a store that was gone for a while again, and misses nothing.
 
         Args:
-            access: to the run's stores.
+            stores: the run's; other followers may use them too.
             store: the address of the store, HOST:PORT.
             receive: called in that thread with each event, also with one's own.
         """
         self.store, self._prefix, self._receive = store, prefix, receive
-        self._access = access
+        self._stores = stores
         self._outgoing: queue.SimpleQueue[MembershipEvent | None] = queue.SimpleQueue()
         self._unposted: list[MembershipEvent] = []
         self._closing = threading.Event()
@@ -78,8 +75,7 @@ class BulletinFollower:
         left = _ATTEMPTS
         while left > 0:
             try:
-                client = self._access.connect(self.store, _BULLETIN_TIMEOUT_S)
-                store = PrefixStore(self._prefix, client)
+                store = self._stores.at(self.store, self._prefix)
                 bulletin = bulletin or Bulletin(store)
                 bulletin.store = store
                 for event in bulletin.read():
@@ -127,7 +123,7 @@ class HeartbeatWatch:
         receive: Callable[[MembershipEvent], None],
         *,
         lives: Callable[[Identity], bool] = lambda _: False,
-        ages: Callable[[str, str], dict[Identity, float]] = heartbeat_ages,
+        ages: Callable[[str], dict[Identity, float]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the thread of the watch.
@@ -135,10 +131,12 @@ class HeartbeatWatch:
         Args:
             receive: called in that thread with each event.
             lives: whether a worker of this node runs, as its agent sees it; it is not silent then.
-            ages: returns seconds since each worker was heard of, given the Lighthouse and the run.
+            ages: returns seconds since each worker was heard of, given the run; None: the
+                Lighthouse's.
         """
         self._settings, self._receive, self._lives = settings, receive, lives
-        self._ages, self._clock = ages, clock
+        self._page = StatusPage(settings.lighthouse)
+        self._ages, self._clock = ages or self._page.ages, clock
         self._fair = FairClock(clock)
         self._members: frozenset[Identity] = frozenset()
         self._generation = 0
@@ -155,6 +153,7 @@ class HeartbeatWatch:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+        self._page.close()
 
     def _run(self) -> None:
         interval_s = self._settings.heartbeat_ms / 1000
@@ -164,7 +163,7 @@ class HeartbeatWatch:
             if not self._members:
                 continue
             try:
-                ages = self._ages(self._settings.lighthouse, self._settings.run)
+                ages = self._ages(self._settings.run)
             except MembershipError as error:
                 if reachable:
                     logger.warning("%s; training goes on, changes of membership wait", error)

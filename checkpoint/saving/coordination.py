@@ -14,7 +14,7 @@ import msgspec
 from torch.distributed import PrefixStore, Store
 
 from holdfast.checkpoint.saving.arena import Cancelled, Deadline
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, PeerLost
 from holdfast.parallel.reading import decode_json
 
 _FIRST_POLL_S = 0.0005
@@ -56,7 +56,7 @@ class Members:
         """The same members for another thread, with an own connection where that is possible."""
         try:
             return replace(self, store=self.store.clone())  # pyrefly: ignore
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError, PeerLost):
             return self
 
 

@@ -12,6 +12,7 @@ from holdfast.elastic import (
     HeartbeatWatch,
     Identity,
     MembershipEvent,
+    StoreClients,
     WorkerSpec,
     answers,
     parse_identities,
@@ -22,6 +23,7 @@ from holdfast.launch.agent.services import Services
 _WATCHERS = 3
 """The number of agents that watch heartbeats for all: those of a generation's first nodes."""
 _LOOK_S, _CUT_LOOKS = 1.0, 3
+_STORE_TIMEOUT_S = 5.0
 _BULLETINS = 2
 """The number of generations whose bulletins are followed: others may still be in the last one."""
 
@@ -51,6 +53,7 @@ class OtherNodes:
         self._services, self._node, self._on_event = services, node, on_event
         self._members: frozenset[Identity] = frozenset()
         self._look_at_s, self._cut_looks = 0.0, 0
+        self._stores = StoreClients(services.access, _STORE_TIMEOUT_S)
         self._bulletins: list[BulletinFollower] = []
         self._proxies: list[threading.Thread] = []
         self._stop = threading.Event()
@@ -61,9 +64,7 @@ class OtherNodes:
         self.generation, self._cut_looks = message["number"], 0
         self._members = parse_identities(message["members"])
         self._bulletins.append(
-            BulletinFollower(
-                self._services.access, message["store"], message["prefix"], self._on_event
-            )
+            BulletinFollower(self._stores, message["store"], message["prefix"], self._on_event)
         )
         while len(self._bulletins) > _BULLETINS:
             self._bulletins.pop(0).close()

@@ -60,7 +60,7 @@ def test_silence_counts_only_a_while_after_the_lighthouse_is_back() -> None:
     events: list[MembershipEvent] = []
     state = {"now": 50.0, "away": 1}
 
-    def ages(lighthouse: str, run: str) -> dict[Identity, float]:
+    def ages(run: str) -> dict[Identity, float]:
         if state["away"]:
             state["away"] = 0
             raise LighthouseAway("no answer")

@@ -33,6 +33,7 @@ from holdfast.elastic.lighthouse import (
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings, sealed_report
+from holdfast.elastic.store import StoreClients
 from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
@@ -238,8 +239,8 @@ def test_a_store_that_is_gone_for_a_while_costs_no_event() -> None:
         followers = {}
         for name, network in networks.items():
             closing.callback(network.cut)
-            access = cast("StoreAccess", network)
-            followers[name] = BulletinFollower(access, address, "generation", heard[name].append)
+            stores = StoreClients(cast("StoreAccess", network))
+            followers[name] = BulletinFollower(stores, address, "generation", heard[name].append)
             closing.callback(followers[name].close)
         followers["other"].post(events[0])
         wait_for(lambda: heard["cut"] == events[:1], "the first event")

@@ -84,7 +84,7 @@ def is_open_in(inode: int, pids: Iterable[int]) -> bool:
     for pid in pids if inode else ():
         folder = f"/proc/{pid}/fd"
         with contextlib.suppress(OSError):  # the process has ended
-            for name in os.listdir(folder):
+            for name in reversed(os.listdir(folder)):  # the newest is mostly the one
                 with contextlib.suppress(OSError):  # closed meanwhile
                     if os.readlink(f"{folder}/{name}") == wanted:
                         return True

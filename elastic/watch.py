@@ -135,15 +135,17 @@ class HeartbeatWatch:
                 Lighthouse's.
         """
         self._settings, self._receive, self._lives = settings, receive, lives
-        self._page = StatusPage(settings.lighthouse)
-        self._ages, self._clock = ages or self._page.ages, clock
+        page = StatusPage(settings.lighthouse)
+        self._ages, self._clock = ages or page.ages, clock
         self._fair = FairClock(clock)
         self._members: frozenset[Identity] = frozenset()
         self._generation = 0
         self._told: set[Identity] = set()
         self._unknown_since: dict[Identity, float] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="holdfast-watch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(page,), name="holdfast-watch", daemon=True
+        )
         self._thread.start()
 
     def watch(self, generation: int, members: frozenset[Identity]) -> None:
@@ -153,9 +155,12 @@ class HeartbeatWatch:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-        self._page.close()
 
-    def _run(self) -> None:
+    def _run(self, page: StatusPage) -> None:
+        with contextlib.closing(page):
+            self._watch_members()
+
+    def _watch_members(self) -> None:
         interval_s = self._settings.heartbeat_ms / 1000
         judge_from_s, reachable = 0.0, True
         while not self._stop.wait(interval_s):

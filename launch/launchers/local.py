@@ -6,9 +6,12 @@ copies. torch is imported once instead of once per worker.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import shutil
 import signal
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +26,7 @@ from holdfast.launch.processes import (
     fork_child,
     on_signals,
 )
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, Stopped
 from holdfast.parallel.links import HostedStore, listen, new_secret
 from holdfast.parallel.output import tell
 from holdfast.trainer.config import RunConfig
@@ -35,6 +38,7 @@ GRACE_S = 3.0
 _COLLECT_S = 0.5
 """Seconds to collect the reasons of workers that fail together."""
 _TICK_S = 0.1
+_WORD = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ class WorkerEnd:
 
     rank: int
     code: int
+    is_silent: bool = False
+    """Whether it ended with 0, and without its word that its work is done."""
 
 
 Main = Callable[[WorldInfo], int]
@@ -69,6 +75,13 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     if all(end.code == -signal.SIGINT for end in ends):
         return 128 + signal.SIGINT
     cause = root_cause(run, range(world_size))
+    silent = next((end for end in failed if end.is_silent), None)
+    if silent is not None and (cause is None or cause.exit_code == Stopped.exit_code):
+        tell(
+            f"holdfast: rank {silent.rank} ended before its work was done, with exit code 0; the "
+            f"run stopped (log: {run.log(silent.rank)})"
+        )
+        return Stopped.exit_code
     killed = next((end for end in failed if end.code < 0), None)
     if cause is not None and (killed is None or cause.exit_code != 3):
         tell(describe(cause, run))
@@ -122,26 +135,64 @@ def start_workers(
     """
     listening = listen("127.0.0.1")
     port, secret = listening.getsockname()[1], new_secret()
+    words = _Words()
     gc.freeze()
 
     def body(rank: int) -> int:
         listening.close()
         if rank != 0:
             append_output(run.log(rank))
-        return main(local_world(rank, world_size, port, secret))
+        return words.said(rank, main(local_world(rank, world_size, port, secret)))
 
     ranks = {fork_child(partial(body, rank)): rank for rank in range(world_size)}
     store = HostedStore(listening, local_world(0, world_size, port, secret).store_key)
     try:
-        return watch_workers(ranks, exit_s)
+        return watch_workers(ranks, exit_s, has_finished=words.has_come_from)
     finally:
+        words.close()
         store.close()
 
 
+class _Words:
+    """The words of workers that their work is done, through a pipe to their parent.
+
+    An exit code of 0 does not say it: any library can end the process so.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._come: set[int] = set()
+
+    def said(self, rank: int, code: int) -> int:
+        """Say in a worker that its work is done, if it ends with this code. Returns the code."""
+        if code == 0:
+            os.write(self._writer, _WORD.pack(rank))
+        return code
+
+    def has_come_from(self, rank: int) -> bool:
+        """Whether a worker, which has ended, has said it."""
+        with contextlib.suppress(BlockingIOError):
+            while word := os.read(self._reader, _WORD.size):
+                self._come.add(_WORD.unpack(word)[0])
+        return rank in self._come
+
+    def close(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
+
+
 def watch_workers(
-    ranks: Mapping[int, int], exit_s: float, system: System | None = None
+    ranks: Mapping[int, int],
+    exit_s: float,
+    system: System | None = None,
+    has_finished: Callable[[int], bool] = lambda rank: True,
 ) -> list[WorkerEnd]:
-    """Wait for all workers, given by process id; see `start_workers`."""
+    """Wait for all workers, given by process id; see `start_workers`.
+
+    Args:
+        has_finished: whether a rank that ended with 0 has said that its work is done.
+    """
     system = system or Linux()
     workers = Supervisor(list(ranks), system=system)
     forwarded: list[int] = []
@@ -156,8 +207,12 @@ def watch_workers(
     with on_signals(forward):
         while workers:
             for end in workers.wait(_TICK_S):
+                rank = ranks[end.pid]
                 killed_here = end.code == -signal.SIGKILL and any(e.code for e in ends)
-                ends.append(WorkerEnd(ranks[end.pid], 0 if killed_here else end.code))
+                if end.code == 0 and not has_finished(rank):
+                    ends.append(WorkerEnd(rank, Stopped.exit_code, is_silent=True))
+                else:
+                    ends.append(WorkerEnd(rank, 0 if killed_here else end.code))
             if stopping_since is None and (forwarded or any(end.code != 0 for end in ends)):
                 stopping_since = system.now_s()
             if stopping_since is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from holdfast.launch.launchers.local import GRACE_S, WorkerEnd, watch_workers
+from holdfast.launch.launchers.local import GRACE_S, WorkerEnd, start_workers, watch_workers
+from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.worlds import WorldInfo
 from support.processes.fake_system import FakeSystem
 
 RANKS = {11: 0, 12: 1, 13: 2}
@@ -65,3 +69,24 @@ def test_sigusr1_reaches_the_workers_and_ends_none() -> None:
     assert [end.code for end in watch_workers(RANKS, exit_s=1.0, system=system)] == [0, 0, 0]
     assert [pid for name, pid in system.log if name == "SIGUSR1"] == [11, 12, 13]
     assert killed(system) == set()
+
+
+def test_a_worker_that_ends_with_0_and_without_its_word_has_failed() -> None:
+    system = FakeSystem(codes={11: 0, 12: 0})
+    ends = watch_workers(RANKS, exit_s=60.0, system=system, has_finished=lambda rank: rank == 0)
+    assert ends == [WorkerEnd(0, 0), WorkerEnd(1, 3, is_silent=True), WorkerEnd(2, 0)]
+    assert killed(system) == {13}
+
+
+@pytest.mark.mp
+def test_only_a_worker_that_returns_says_that_it_is_done(tmp_path: Path) -> None:
+    def main(world: WorldInfo) -> int:
+        if world.rank == 1:
+            os._exit(0)
+        return 0
+
+    ends = start_workers(main, 2, RunDirectory(tmp_path))
+    assert sorted((end.rank, end.is_silent, end.code) for end in ends) == [
+        (0, False, 0),
+        (1, True, 3),
+    ]

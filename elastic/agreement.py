@@ -11,11 +11,14 @@ so at most one membership is ever chosen for g + 1, and a run never splits. A si
 majority waits and does not train. (These are Paxos' acceptors without a second ballot number,
 Lamport 1998; the chain of configurations is as in Lamport, Malkhi and Zhou 2009.)
 
-Two rounds are usually enough: in the first all accept, in the second all see that all did.
+Two rounds are usually enough: in the first all accept, in the second all see that all did. The
+answer of the second may be lost on its way to some. So those that have it go on to take part in
+rounds, as settled, until all are known to have it: one of them tells the others the value.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,6 +28,7 @@ from holdfast.elastic.generation import (
     Identity,
     Member,
     format_identities,
+    generation_from_data,
     parse_identities,
     parse_identity,
 )
@@ -87,6 +91,10 @@ class Report:
     """Whether it hands its state over and leaves."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Other values of the caller, as JSON values."""
+    settled: bool = False
+    """Whether it is in its acceptor's generation, and reports for those that missed the answer."""
+    told: Generation | None = None
+    """That generation, told by one settled worker to those that missed the answer."""
 
 
 def report_to_data(report: Report) -> dict[str, Any]:
@@ -95,6 +103,7 @@ def report_to_data(report: Report) -> dict[str, Any]:
     plain["identity"] = str(report.identity)
     plain["ballot"] = acceptor_to_data(plain.pop("acceptor"))
     plain["lost"] = format_identities(report.lost)
+    plain["told"] = report.told and report.told.to_data()
     return plain
 
 
@@ -110,6 +119,7 @@ def report_from_data(plain: Mapping[str, Any]) -> Report:
         fields["identity"] = parse_identity(fields["identity"])
         fields["acceptor"] = acceptor_from_data(fields.pop("ballot"))
         fields["lost"] = parse_identities(fields["lost"])
+        fields["told"] = fields["told"] and generation_from_data(fields["told"])
         if unknown := fields.keys() - set(Report.__slots__):
             raise ValueError(f"unknown: {sorted(unknown)}")
         return of_kind(fields, Report)
@@ -149,6 +159,8 @@ class Verdict:
     """The reason to wait, for a person."""
     minority: bool = False
     """Whether it waits because too few members of the last generation take part."""
+    learnt: Generation | None = None
+    """The generation that was agreed on in an earlier round, of which a settled worker told."""
 
 
 def is_majority(side: Collection[Identity], whole: Collection[Identity]) -> bool:
@@ -170,6 +182,9 @@ def advance(own: Report, reports: Mapping[Identity, Report]) -> Verdict:
         MembershipError: members disagree on the chosen membership, which the rule excludes.
     """
     acceptor = _newest(own, reports)
+    if (learnt := _learn(own, reports)) is not None:
+        return learnt
+    reports = {identity: report for identity, report in reports.items() if not report.settled}
     while True:
         accepted = {
             identity: report.acceptor.accepted
@@ -189,13 +204,51 @@ def advance(own: Report, reports: Mapping[Identity, Report]) -> Verdict:
 def generation_of(acceptor: AcceptorState, reports: Mapping[Identity, Report]) -> Generation:
     """The generation of a verdict "agreed", from that round's reports; equal on all members."""
     members = (reports[identity] for identity in sorted(acceptor.members))
-    return Generation(
-        acceptor.generation,
-        tuple(
-            Member(r.identity, r.node, r.store, r.held, r.step, r.phase, r.leaving, dict(r.data))
-            for r in members
-        ),
+    return Generation(acceptor.generation, tuple(map(_member, members)))
+
+
+def _member(r: Report) -> Member:
+    return Member(r.identity, r.node, r.store, r.held, r.step, r.phase, r.leaving, dict(r.data))
+
+
+def misses_answer(report: Report, generation: Generation) -> bool:
+    """Whether a worker only has to be told of a generation, because it missed the answer."""
+    own, acceptor = report.identity, report.acceptor
+    bound = acceptor.generation == generation.number and acceptor.accepted
+    if report.settled or not report.alive or own not in generation.identities or bound:
+        return False
+    if report.held >= generation.number or acceptor.generation > generation.number:
+        return False
+    told = generation.member(own.rank)
+    return json.dumps(told.fields, sort_keys=True) == json.dumps(
+        _member(report).fields, sort_keys=True
     )
+
+
+def needs_another(report: Report, generation: Generation) -> bool:
+    """Whether a member takes part again that this generation does not serve, or has ended."""
+    inside = report.identity in generation.identities and not report.settled
+    return inside and not misses_answer(report, generation)
+
+
+def _learn(own: Report, reports: Mapping[Identity, Report]) -> Verdict | None:
+    """The verdict of a worker that missed an answer, if settled workers show that it did."""
+    settled = [report for report in reports.values() if report.settled]
+    newest = max((r.acceptor for r in settled), key=lambda a: a.generation, default=own.acceptor)
+    number, members = newest.generation, newest.members
+    if not settled or not own.alive or number <= own.held or number < own.acceptor.generation:
+        return None
+    if own.identity not in members:
+        return Verdict(own.acceptor, "wait", f"generation {number} begins, without this worker yet")
+    for report in settled:
+        told = report.told
+        if told is not None and (told.number, told.identities) == (number, members):
+            if misses_answer(own, told):
+                return Verdict(AcceptorState(number, members), "agreed", learnt=told)
+            return None
+    if own.acceptor.generation == number and own.acceptor.accepted:
+        return None
+    return Verdict(own.acceptor, "wait", f"generation {number} is agreed on, and not told here yet")
 
 
 def _live(reports: Mapping[Identity, Report]) -> Identities:

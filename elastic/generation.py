@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from holdfast.parallel.errors import MembershipError, shown
+from holdfast.parallel.reading import Count, of_kind
 
 _IDENTITY = re.compile(r"(\d{1,9})(?:\.(\d{1,9}))?", re.ASCII)
 _RANGE = re.compile(r"(\d{1,9})-(\d{1,9})", re.ASCII)
@@ -105,6 +106,20 @@ class Member:
     def rank(self) -> int:
         return self.identity.rank
 
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """All values, as JSON values."""
+        named = (self.node, self.store, self.held, self.step, self.phase, self.leaving)
+        return str(self.identity), *named, self.data
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """A generation in a message, whose members are taken apart after it."""
+
+    number: Count
+    members: list[dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -139,10 +154,7 @@ class Generation:
 
         It has a digest of the whole value, so that members that disagreed would not meet.
         """
-        fields = [
-            (str(m.identity), m.node, m.store, m.held, m.step, m.phase, m.leaving, m.data)
-            for m in self.members
-        ]
+        fields = [member.fields for member in self.members]
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return f"generation-{self.number}-{digest[:8]}"
 
@@ -153,6 +165,11 @@ class Generation:
                 return member
         raise KeyError(rank)
 
+    def to_data(self) -> dict[str, Any]:
+        """The generation as JSON values."""
+        members = [{**asdict(m), "identity": str(m.identity)} for m in self.members]
+        return {"number": self.number, "members": members}
+
     def lost_since(self, before: Generation | None) -> tuple[Identity, ...]:
         """The members of an earlier generation that are not in this one."""
         known = before.identities if before is not None else frozenset()
@@ -162,3 +179,17 @@ class Generation:
         """The members that an earlier generation did not have."""
         known = before.identities if before is not None else frozenset()
         return tuple(sorted(self.identities - known))
+
+
+def generation_from_data(plain: Mapping[str, Any]) -> Generation:
+    """The generation that `Generation.to_data` wrote.
+
+    Raises:
+        ValueError, TypeError, KeyError, MembershipError: it is none.
+    """
+    found = of_kind(dict(plain), _Fields)
+    members = tuple(
+        of_kind({**member, "identity": parse_identity(member["identity"])}, Member)
+        for member in found.members
+    )
+    return Generation(found.number, members)

@@ -28,7 +28,7 @@ from holdfast.elastic.lighthouse import (
     replica_id,
 )
 from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
-from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient
+from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient, Teller
 from holdfast.elastic.roll import DeadNodes
 from holdfast.elastic.store import StoreClients
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -89,6 +89,7 @@ class Membership:
                 f"another process is rank {spec.identity} of run {spec.settings.run}; end it first"
             ) from error
         self._quorum = QuorumClient(spec.identity, spec.settings, spec.acceptor)
+        self._teller: Teller | None = None
         self._channel: WorkerChannel | None = None
         if channel is not None:
             self._channel = WorkerChannel(channel, spec.liveness, self._hear)
@@ -132,6 +133,7 @@ class Membership:
         )
         if urgent and held:
             self._tell_all(MembershipEvent("disturbed", self.spec.identity, phase, generation=held))
+        self._stop_telling()
         self._log.begin_agreement()
         self._tell("agreeing")
         generation = None
@@ -141,6 +143,7 @@ class Membership:
         finally:
             self._dead_nodes.close()
             self._log.end_agreement(generation)
+        self._teller = Teller(self._quorum, generation, self.spec.settings.call_s, self._log.hear)
         self._tell(
             "generation",
             number=generation.number,
@@ -195,7 +198,7 @@ class Membership:
                 continue
             last, trouble = verdict, None
             if verdict.outcome == "agreed":
-                return generation_of(verdict.acceptor, reports)
+                return verdict.learnt or generation_of(verdict.acceptor, reports)
             if verdict.outcome == "wait":
                 if verdict.minority:
                     self._dead_nodes.look(self.generation, reports)
@@ -246,7 +249,11 @@ class Membership:
         return self._log.drain()
 
     def committed(self, step: int) -> None:
-        """Tell the agent that `step` steps are committed: the run makes progress."""
+        """Note that `step` steps are committed, so that all members are in this generation.
+
+        The agent is told that the run makes progress.
+        """
+        self._stop_telling()
         self._tell("committed", step=step)
 
     def incurable(self) -> None:
@@ -282,10 +289,16 @@ class Membership:
 
     def close(self) -> None:
         """Stop the heartbeats, and give up the right to report."""
+        self._stop_telling()
         self._dead_nodes.close()
         if self._heartbeats is not None:
             self._heartbeats.close()
         self._resources.close()
+
+    def _stop_telling(self) -> None:
+        if self._teller is not None:
+            self._teller.stop()
+            self._teller = None
 
     def _beat(self) -> None:
         if self._heartbeats is None:

@@ -7,19 +7,22 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.agreement import (
+    AcceptorState,
     Report,
     Verdict,
     advance,
+    misses_answer,
+    needs_another,
     report_from_data,
     report_to_data,
 )
-from holdfast.elastic.generation import Identity
+from holdfast.elastic.generation import Generation, Identity
 from holdfast.elastic.lighthouse import (
     RoundClient,
     identity_of,
@@ -27,6 +30,7 @@ from holdfast.elastic.lighthouse import (
     reached_by,
     replica_id,
 )
+from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.parallel.errors import MembershipError, Superseded
 from holdfast.parallel.links import Tunnels, derived_key, new_secret
 
@@ -35,6 +39,8 @@ logger = logging.getLogger("holdfast.membership")
 PAUSE_S = 0.02
 """The pause between rounds that decide nothing; a round itself waits for missing workers."""
 _PAUSE_UNREACHABLE_S = 0.1
+_TELL_S = 0.2
+"""The pause between rounds of a settled worker, and before the first: mostly none is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,23 @@ class QuorumClient:
             LighthouseAway, RoundTimeout: see `RoundClient.round`.
         """
         own = replace(report, identity=self.identity, acceptor=self.acceptor)
+        reports = self.exchange(own, timeout_s)
+        verdict = advance(own, reports)
+        if verdict.acceptor != self.acceptor:
+            self._acceptor_file.write(verdict.acceptor)
+            self.acceptor = verdict.acceptor
+        if verdict.outcome == "wait":
+            self.say(verdict.reason)
+        return verdict, reports
+
+    def exchange(self, own: Report, timeout_s: float) -> Mapping[Identity, Report]:
+        """Take part in one round, and conclude nothing from it. Returns all reports by identity.
+
+        From any thread.
+
+        Raises:
+            LighthouseAway, RoundTimeout: see `RoundClient.round`.
+        """
         sealed = sealed_report(own, self._replica, self._settings.report_key)
         answer = self._client.round(self._replica, sealed, timeout_s)
         reports = dict[Identity, Report]()
@@ -131,19 +154,90 @@ class QuorumClient:
                 elif replica not in self._strangers:
                     self._strangers.add(replica)
                     logger.warning("a report as %s is ignored: it has no proof", replica)
-        verdict = advance(own, reports)
-        if verdict.acceptor != self.acceptor:
-            self._acceptor_file.write(verdict.acceptor)
-            self.acceptor = verdict.acceptor
-        if verdict.outcome == "wait":
-            self.say(verdict.reason)
-        return verdict, reports
+        return reports
 
     def say(self, reason: str) -> None:
         """Log why there is no agreement yet, once per reason."""
         if reason != self._said:
             logger.info("rank %s: %s", self.identity, reason)
             self._said = reason
+
+
+class Teller:
+    """Tells of a new generation, in rounds, until all its members are known to be in it.
+
+    The answer of the round that decided it may have been lost on the way to some.
+    """
+
+    def __init__(
+        self,
+        client: QuorumClient,
+        generation: Generation,
+        call_s: float,
+        hear: Callable[[MembershipEvent], None],
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            call_s: how long one call waits for a round, in seconds.
+            hear: called in that thread if a member cannot go on in this generation.
+        """
+        self._client, self._generation, self._call_s, self._hear = client, generation, call_s, hear
+        self._report = Report(
+            client.identity,
+            AcceptorState(generation.number, generation.identities),
+            held=generation.number,
+            settled=True,
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="holdfast-teller", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Begin no more rounds. Does not wait for the one under way, which does no harm."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        pause_s, own = _TELL_S, self._report
+        while not self._stop.wait(pause_s):
+            pause_s = _TELL_S
+            try:
+                reports = self._client.exchange(own, self._call_s)
+            except MembershipError:
+                continue
+            if self._stop.is_set():
+                return
+            own, events = told_next(self._report, self._generation, reports)
+            if own.told is not None:
+                pause_s = PAUSE_S
+            for event in events:
+                self._hear(event)
+
+
+def told_next(
+    own: Report, generation: Generation, reports: Mapping[Identity, Report]
+) -> tuple[Report, list[MembershipEvent]]:
+    """The next report of a settled worker after a round, and what it has learnt of members. Pure.
+
+    The lowest of the settled workers tells the value, and only if one misses it: reports stay
+    short.
+    """
+    missed = any(misses_answer(report, generation) for report in reports.values())
+    tells = own.identity == min(
+        (i for i, r in reports.items() if r.settled and r.acceptor == own.acceptor), default=None
+    )
+    events = [
+        MembershipEvent(
+            "disturbed" if report.alive else "ended",
+            identity,
+            "takes part in a new round" if report.alive else "ended before it began",
+            node=report.node,
+            generation=generation.number,
+        )
+        for identity, report in sorted(reports.items())
+        if needs_another(report, generation)
+    ]
+    return replace(own, told=generation if missed and tells else None), events
 
 
 def sealed_report(report: Report, replica: str, key: bytes) -> dict[str, Any]:

@@ -26,13 +26,14 @@ from holdfast.elastic.lighthouse import (
     Heartbeats,
     Lighthouse,
     RoundClient,
+    RoundTimeout,
     heartbeat_ages,
     reached_by,
     replica_id,
 )
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
-from holdfast.elastic.quorum_client import MembershipSettings, sealed_report
+from holdfast.elastic.quorum_client import MembershipSettings, QuorumClient, sealed_report
 from holdfast.elastic.store import StoreClients
 from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -120,6 +121,35 @@ def test_all_members_get_the_same_value(tmp_path: Path) -> None:
     assert again[0].number > found[0].number
     assert [member.held for member in again[1].members] == [1, 1, 1]
     for member in members:
+        member.close()
+    tunnels.close()
+    lighthouse.close()
+
+
+def test_a_member_that_misses_the_answer_is_told_the_same_value_by_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
+    tunnels = Tunnels()
+    address = reached_by(lighthouse.address, tunnels, KEY)
+    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
+    exchange, lost = QuorumClient.exchange, list[Any]()
+
+    def losing(client: QuorumClient, own: Report, timeout_s: float) -> Any:
+        reports = exchange(client, own, timeout_s)
+        decided = all(r.acceptor.accepted and not r.settled for r in reports.values())
+        if client.identity == Identity(1) and decided and len(reports) == 3 and not lost:
+            lost.append(reports)
+            raise RoundTimeout("lost on the way")
+        return reports
+
+    monkeypatch.setattr(QuorumClient, "exchange", losing)
+    found = _in_threads(*(lambda m=m: m.agree(step=m.spec.rank, phase="p") for m in members))
+    assert len(lost) == 1
+    assert found[0] == found[1] == found[2]
+    assert [member.step for member in found[1].members] == [0, 1, 2]
+    for member in members:
+        member.committed(1)
         member.close()
     tunnels.close()
     lighthouse.close()

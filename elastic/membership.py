@@ -297,7 +297,7 @@ class Membership:
 
     def _stop_telling(self) -> None:
         if self._teller is not None:
-            self._teller.stop()
+            self._teller.close()
             self._teller = None
 
     def _beat(self) -> None:

@@ -193,7 +193,7 @@ class Teller:
         self._thread = threading.Thread(target=self._run, name="holdfast-teller", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Begin no more rounds. Does not wait for the one under way, which does no harm."""
         self._stop.set()
 

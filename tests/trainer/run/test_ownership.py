@@ -13,18 +13,15 @@ from typing import Any
 
 import msgspec
 import pytest
-import torch
 
-from holdfast.checkpoint import save
-from holdfast.checkpoint.format.files import encode_manifest
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunRequest, memory_copies, opened_run
 from holdfast.trainer.run.claim import CheckpointOwner
 from holdfast.trainer.run.identity import IDENTITY, read_identity
 from holdfast.trainer.run.memory_copies import forget_newer, memory_root
 from holdfast.trainer.run.resume import find_resume
+from support.runs.kept_runs import open_and_end, save_as_run
 from support.runs.small_runs import make_config
 
 NOBODY = 65534
@@ -34,21 +31,6 @@ def _request(folder: Path, name: str = "run", **checkpoint: Any) -> RunRequest:
     train = checkpoint.pop("train", {})
     config = make_config(train=train, checkpoint=checkpoint)
     return RunRequest(folder / "name.toml", config, out=folder / name)
-
-
-def _open(request: RunRequest, *, resume: str = "auto") -> tuple[str, ...]:
-    """Open a run and end it at once. Returns the notes for a person."""
-    with opened_run(replace(request, resume=resume)) as opened:
-        return opened.directory.resume.notes
-
-
-def _save(folder: Path, config: RunConfig, *steps: int) -> None:
-    """Save checkpoints as a run of this configuration does."""
-    for step in steps:
-        place = save(folder, {"a": torch.full((9,), float(step))}, step=step)
-        manifest = LocalStore(folder).manifest(place.name)
-        kept = msgspec.structs.replace(manifest, config=msgspec.to_builtins(config))
-        (place / "manifest.json").write_bytes(encode_manifest(kept))
 
 
 @pytest.fixture
@@ -63,24 +45,24 @@ def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_has_an_identity_that_only_its_user_can_read(tmp_path: Path) -> None:
     request = _request(tmp_path)
-    _open(request)
+    open_and_end(request)
     first = read_identity(tmp_path / "run")
     assert (tmp_path / "run" / IDENTITY).stat().st_mode & 0o777 == 0o600
-    _open(request)
+    open_and_end(request)
     assert read_identity(tmp_path / "run") == first
 
 
 def test_a_moved_run_is_the_same_and_a_copy_beside_it_is_another(tmp_path: Path) -> None:
-    _open(_request(tmp_path, "a"))
+    open_and_end(_request(tmp_path, "a"))
     first = read_identity(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    _open(_request(tmp_path, "b"))
+    open_and_end(_request(tmp_path, "b"))
     moved = read_identity(tmp_path / "b")
     assert first is not None
     assert moved is not None
     assert (moved.id, moved.path) == (first.id, str(tmp_path / "b"))
     shutil.copytree(tmp_path / "b", tmp_path / "c")
-    [note] = _open(_request(tmp_path, "c"))
+    [note] = open_and_end(_request(tmp_path, "c"))
     assert "is a copy of" in note
     copied = read_identity(tmp_path / "c")
     assert copied is not None
@@ -89,10 +71,10 @@ def test_a_moved_run_is_the_same_and_a_copy_beside_it_is_another(tmp_path: Path)
 
 
 def test_a_run_that_is_named_by_a_link_is_no_copy_of_itself(tmp_path: Path) -> None:
-    _open(_request(tmp_path, "a"))
+    open_and_end(_request(tmp_path, "a"))
     first = read_identity(tmp_path / "a")
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert _open(_request(tmp_path, "link")) == ()
+    assert open_and_end(_request(tmp_path, "link")) == ()
     linked = read_identity(tmp_path / "a")
     assert first is not None
     assert linked is not None
@@ -102,29 +84,29 @@ def test_a_run_that_is_named_by_a_link_is_no_copy_of_itself(tmp_path: Path) -> N
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to make files of another user")
 def test_a_folder_of_another_user_is_no_run_of_ours(tmp_path: Path) -> None:
     request = _request(tmp_path)
-    _open(request)
+    open_and_end(request)
     os.chown(tmp_path / "run" / IDENTITY, NOBODY, NOBODY)
     with pytest.raises(ConfigError, match=f"belongs to user {NOBODY}"):
-        _open(request)
+        open_and_end(request)
     (tmp_path / "run" / IDENTITY).unlink()
     os.chown(tmp_path / "run", NOBODY, NOBODY)
     with pytest.raises(ConfigError, match=f"belongs to user {NOBODY}"):
-        _open(request)
+        open_and_end(request)
     (tmp_path / "empty").mkdir()
     os.chown(tmp_path / "empty", NOBODY, NOBODY)
     with pytest.raises(ConfigError, match=f"belongs to user {NOBODY}"):
-        _open(_request(tmp_path, "empty"))
+        open_and_end(_request(tmp_path, "empty"))
 
 
 @pytest.mark.parametrize("name", [IDENTITY, ".lock"])
 def test_links_that_lie_in_a_runs_folder_are_not_followed(tmp_path: Path, name: str) -> None:
     request = _request(tmp_path)
-    _open(request)
+    open_and_end(request)
     (tmp_path / "run" / name).rename(tmp_path / "precious")
     before = (tmp_path / "precious").read_bytes()
     (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     with pytest.raises(ConfigError, match=name):
-        _open(request)
+        open_and_end(request)
     assert (tmp_path / "precious").read_bytes() == before
 
 
@@ -135,19 +117,19 @@ def test_copies_in_memory_are_found_again_by_their_run_alone(
     tmp_path: Path, shared_memory: Path
 ) -> None:
     request = _request(tmp_path, memory_every=1)
-    _open(request)
+    open_and_end(request)
     root = tmp_path / "run"
     place = memory_root(root)
     assert place is not None
     assert place.stat().st_mode & 0o777 == 0o700
-    _save(place, request.config, 3)
+    save_as_run(place, request.config, 3)
     assert find_resume(root, request.config, "auto", allow_change=False).candidates
     shutil.copytree(root, tmp_path / "copy")
-    _open(_request(tmp_path, "copy", memory_every=1))
+    open_and_end(_request(tmp_path, "copy", memory_every=1))
     assert memory_root(tmp_path / "copy") != place
     assert not find_resume(tmp_path / "copy", request.config, "auto", allow_change=False).candidates
     shutil.rmtree(root)
-    _open(request)  # the folder is made anew
+    open_and_end(request)  # the folder is made anew
     assert memory_root(root) != place
     assert not find_resume(root, request.config, "auto", allow_change=False).candidates
 
@@ -158,10 +140,10 @@ def test_copies_of_steps_that_a_run_repeats_are_removed_and_no_others(
     places = []
     for name in ("run", "other"):
         request = _request(tmp_path, name, memory_every=1)
-        _open(request)
+        open_and_end(request)
         place = memory_root(tmp_path / name)
         assert place is not None
-        _save(place, request.config, 2, 3, 4)
+        save_as_run(place, request.config, 2, 3, 4)
         places.append(place)
     names = [f"step-{step:08}" for step in (2, 3, 4)]
     assert sorted(forget_newer(tmp_path / "run", 2)) == names[1:]
@@ -180,10 +162,10 @@ def test_copies_of_runs_that_are_gone_are_swept_and_no_others(
     places: dict[str, Path] = {}
     for name in ("here", "gone", "unmounted"):
         request = _request(tmp_path, name, memory_every=1)
-        _open(request)
+        open_and_end(request)
         place = memory_root(tmp_path / name)
         assert place is not None
-        _save(place, request.config, 3)
+        save_as_run(place, request.config, 3)
         places[name] = place
     stranger = shared_memory / f"holdfast-{os.getuid()}-made-by-hand"
     stranger.mkdir(mode=0o700)
@@ -191,7 +173,7 @@ def test_copies_of_runs_that_are_gone_are_swept_and_no_others(
     owner.write_bytes(owner.read_bytes().replace(b'"device":', b'"device":9'))
     for name in ("gone", "unmounted"):
         shutil.rmtree(tmp_path / name)
-    [note] = _open(_request(tmp_path, "another"))
+    [note] = open_and_end(_request(tmp_path, "another"))
     assert str(tmp_path / "gone") in note
     assert sorted(shared_memory.iterdir()) == sorted(
         [places["here"], places["unmounted"], stranger]
@@ -228,9 +210,9 @@ def test_copies_that_another_process_holds_are_not_touched(
         place = memory_root(tmp_path / "run")
         assert place is not None
         shutil.rmtree(tmp_path / "run")
-        assert _open(_request(tmp_path, "another")) == ()
+        assert open_and_end(_request(tmp_path, "another")) == ()
         assert place.is_dir()
-    assert len(_open(_request(tmp_path, "another"))) == 1
+    assert len(open_and_end(_request(tmp_path, "another"))) == 1
     assert not place.exists()
 
 
@@ -255,13 +237,13 @@ def test_what_others_put_in_the_place_of_copies_in_memory_is_refused(
     if how == "another user" and os.geteuid() != 0:
         pytest.skip("takes root, to make files of another user")
     request = _request(tmp_path, memory_every=1)
-    _open(request)
+    open_and_end(request)
     place = memory_root(tmp_path / "run")
     assert place is not None
     shutil.rmtree(place)
     _poison(place, how)
     with pytest.raises(ConfigError, match="cannot be taken for this run's copies in memory"):
-        _open(request)
+        open_and_end(request)
     with pytest.raises(ConfigError, match="cannot be taken for this run's copies in memory"):
         memory_root(tmp_path / "run")
 
@@ -276,30 +258,30 @@ def test_two_runs_do_not_use_one_place_of_checkpoints_at_a_time(tmp_path: Path, 
     path = form.format(tmp_path)
     with opened_run(_request(tmp_path, "a", path=path)):
         with pytest.raises(ConfigError) as refused:
-            _open(_request(tmp_path, "b", path=path))
+            open_and_end(_request(tmp_path, "b", path=path))
         assert str(tmp_path / "a") in str(refused.value)
         assert path in str(refused.value)
         assert not (tmp_path / "b").exists()
-    assert _open(_request(tmp_path, "b", path=path)) == ()
+    assert open_and_end(_request(tmp_path, "b", path=path)) == ()
 
 
 @pytest.mark.parametrize("form", PLACES)
 def test_one_after_the_other_is_told_or_refused(tmp_path: Path, form: str) -> None:
     path = form.format(tmp_path)
     first = _request(tmp_path, "a", path=path)
-    _open(first)
-    _save(tmp_path / "shared", first.config, 3)
-    assert _open(first) == ()
+    open_and_end(first)
+    save_as_run(tmp_path / "shared", first.config, 3)
+    assert open_and_end(first) == ()
     other = _request(tmp_path, "b", path=path, train={"seed": 5})
     with pytest.raises(ConfigError, match=f"belongs to the run {tmp_path}/a"):
-        _open(other)
+        open_and_end(other)
     with pytest.raises(ConfigError, match=f"belongs to the run {tmp_path}/a"):
-        _open(_request(tmp_path, "b", path=path), resume="none")
-    [told] = _open(_request(tmp_path, "c", path=path))
+        open_and_end(_request(tmp_path, "b", path=path), resume="none")
+    [told] = open_and_end(_request(tmp_path, "c", path=path))
     assert f"belonged to the run {tmp_path}/a" in told
     with pytest.raises(ConfigError, match=f"belongs to the run {tmp_path}/c"):
-        _open(other)
-    named = _open(replace(other, allow_change=True), resume=f"{path}/step-00000003")
+        open_and_end(other)
+    named = open_and_end(replace(other, allow_change=True), resume=f"{path}/step-00000003")
     assert f"belonged to the run {tmp_path}/c" in named[0]
     assert LocalStore(tmp_path / "shared").names() == ["step-00000003"]
 
@@ -310,25 +292,25 @@ def test_a_run_on_another_machine_that_did_not_end_keeps_its_url(tmp_path: Path)
     (tmp_path / "shared").mkdir()
     owner = CheckpointOwner("0" * 32, "/far/run", "far.example", in_use=True)
     (tmp_path / "shared" / "owner.json").write_bytes(msgspec.json.encode(owner))
-    _save(tmp_path / "shared", request.config, 3)
+    save_as_run(tmp_path / "shared", request.config, 3)
     with pytest.raises(ConfigError, match=r"/far/run on far.example, which has not ended"):
-        _open(request)
-    assert len(_open(request, resume=url)) == 1
+        open_and_end(request)
+    assert len(open_and_end(request, resume=url)) == 1
 
 
 def test_checkpoints_without_an_owner_are_taken_over_aloud(tmp_path: Path) -> None:
     request = _request(tmp_path, path=str(tmp_path / "shared"))
-    _save(tmp_path / "shared", request.config, 3)
-    [told] = _open(request)
+    save_as_run(tmp_path / "shared", request.config, 3)
+    [told] = open_and_end(request)
     assert "checkpoints that name no run" in told
-    assert _open(request) == ()
+    assert open_and_end(request) == ()
 
 
 def test_checkpoints_in_another_runs_folder_are_not_taken(tmp_path: Path) -> None:
-    _open(_request(tmp_path, "a"))
+    open_and_end(_request(tmp_path, "a"))
     for path in ("a/checkpoints", "a"):
         with pytest.raises(ConfigError, match=f"in the folder of the run {tmp_path}/a"):
-            _open(_request(tmp_path, "b", path=str(tmp_path / path)))
+            open_and_end(_request(tmp_path, "b", path=str(tmp_path / path)))
 
 
 @pytest.mark.mp
@@ -353,7 +335,7 @@ def test_the_lock_lasts_as_long_as_any_process_of_the_run(tmp_path: Path) -> Non
     child = int(done.stdout)
     try:
         with pytest.raises(ConfigError, match="in use by another run"):
-            _open(_request(tmp_path))
+            open_and_end(_request(tmp_path))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, 9)
@@ -362,9 +344,9 @@ def test_the_lock_lasts_as_long_as_any_process_of_the_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_what_lies_in_the_place_of_latest_is_named_before_a_step(tmp_path: Path, make: Any) -> None:
     """Every save would fail to write it, at the end of a training."""
-    _open(_request(tmp_path))
+    open_and_end(_request(tmp_path))
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(exist_ok=True)
     make(folder / "latest")
     with pytest.raises(CheckpointError, match="latest cannot be read: it is a"):
-        _open(_request(tmp_path))
+        open_and_end(_request(tmp_path))

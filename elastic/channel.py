@@ -80,6 +80,8 @@ class LivenessWriter:
         try:
             os.posix_fallocate(descriptor, 0, _TIMESTAMP.size)
             self._page = mmap.mmap(descriptor, _TIMESTAMP.size)
+        except OSError as error:  # a full disk is told without the name of the file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             os.close(descriptor)
 

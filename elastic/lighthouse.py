@@ -102,14 +102,15 @@ class Lighthouse:
             raise MembershipError(
                 f"no Lighthouse can listen on {host}:{port}: {error}; free the port or name another"
             ) from error
-        private = PrivateServer.at(int(self._server.address().rsplit(":", 1)[1]))
+        self._private = PrivateServer.at(int(self._server.address().rsplit(":", 1)[1]))
         self.address = f"{GUARDED}{host}:{listening.getsockname()[1]}"
         """The URL for agents."""
-        self._door = Door(listening, key, to_server(private.connect), on_stranger=on_stranger)
+        self._door = Door(listening, key, to_server(self._private.connect), on_stranger=on_stranger)
 
     def close(self) -> None:
         """End the server and its connections."""
         self._door.close()
+        self._private.close()
         self._server.shutdown()
 
 

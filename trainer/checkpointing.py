@@ -209,19 +209,18 @@ class Checkpoints:
         return self._remote.pending if self._remote is not None else set()
 
     def _join_group(self, host: str) -> Communicator | None:
-        """A second communicator of the stage replica, for weights split along columns.
+        """A second communicator of all ranks, for weights split along columns. Local.
 
-        Collective.
+        The shadows of one tensor's columns may be ranks of different replicas.
         """
-        group = self._training.groups.shards
-        if group.size == 1:
+        if self._training.groups.shards.size == 1:
             return None
         members = self._manager.members
         return separate_group(
             members.store,
             host,
-            f"g{self._training.plan.generation}/join/{group.ranks[0]}",
-            [self._ranks.index(rank) for rank in group.ranks],
+            f"g{self._training.plan.generation}/join",
+            range(len(self._ranks)),
             members.rank,
             timeout_s=self._training.config.checkpoint.timeout_s,
         )

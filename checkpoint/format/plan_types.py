@@ -16,6 +16,7 @@ class HeldBox:
 
     box: Box
     holders: tuple[int, ...]
+    """The ranks. Those at one place of neighbouring columns are best one group that lies near."""
     apart: tuple[int, ...] = ()
     """Neighbouring boxes that differ in this value lie apart in their holders' memory."""
 

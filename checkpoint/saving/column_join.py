@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,9 @@ from holdfast.checkpoint.saving.snapshot import Snapshot
 from holdfast.parallel.comm import Communicator, Handle
 from holdfast.parallel.layout import Box
 
+_AT_ONCE = 8
+"""The pieces whose messages are under way at a time."""
+
 
 def join_pieces(
     pieces: Sequence[PlannedPiece],
@@ -23,12 +27,14 @@ def join_pieces(
 ) -> dict[tuple[str, int], int]:
     """Send this rank's parts to their writers, and write the pieces that this rank joins.
 
-    Collective over `comm`. A member that cannot write goes on sending, so that no other waits.
+    Collective over `comm`, whose members have the pieces that they share in one order. So the first
+    piece that is not joined is one of the next of all who take part in it, and no two wait for each
+    other. A member that cannot write goes on sending.
 
     Args:
         pieces: the pieces that this rank writes or sends, in the order of the plan.
         source: (tensor, box) -> this rank's live values of that box.
-        comm: the tensor-parallel group, over CPU tensors.
+        comm: all ranks, over CPU tensors.
         snapshot: writes the joined pieces; its files are open.
     Returns:
         CRC-32C of each joined piece written here, by (file, offset).
@@ -38,10 +44,11 @@ def join_pieces(
     joined = [piece for piece in pieces if piece.sources]
     checksums: dict[tuple[str, int], int] = {}
     failure: Exception | None = None
-    for first in range(0, len(joined), comm.size):
+    messages: Counter[tuple[int, int]] = Counter()
+    for first in range(0, len(joined), _AT_ONCE):
         exchanges = [
-            _exchange(piece, rank, source, comm, tag)
-            for tag, piece in enumerate(joined[first : first + comm.size])
+            _exchange(piece, rank, source, comm, messages)
+            for piece in joined[first : first + _AT_ONCE]
         ]
         for piece, (handles, whole, parts) in zip(joined[first:], exchanges, strict=False):
             for handle in handles:
@@ -68,21 +75,36 @@ def _exchange(
     rank: int,
     source: Callable[[str, Box], Tensor],
     comm: Communicator,
-    tag: int,
+    messages: Counter[tuple[int, int]],
 ) -> _Exchange:
-    """Post one piece's messages: (handles, the piece's memory on its writer, its parts there)."""
-    mine = next(part.box for part in piece.sources if part.holders == (rank,))
-    own = source(piece.name, mine).cpu()
+    """Post one piece's messages: (handles, the piece's memory on its writer, its parts there).
+
+    Args:
+        messages: their number so far by (sender, receiver), equal at both: the next one's tag.
+    """
+    boxes = [part.box for part in piece.sources if part.holders == (rank,)]
+    parts = [(box, source(piece.name, box).cpu()) for box in boxes]
     if piece.writer != rank:
-        return [comm.send(_raw(own), piece.writer, tag)], None, []
+        way = rank, piece.writer
+        return (
+            [comm.send(_raw(part), piece.writer, _next(messages, way)) for _, part in parts],
+            None,
+            [],
+        )
+    dtype = parts[0][1].dtype
     handles: list[Handle] = []
-    parts = [(mine, own)]
     for part in piece.sources:
-        if part.holders != (rank,):
-            incoming = torch.empty(part.box.shape, dtype=own.dtype)
+        [holder] = part.holders
+        if holder != rank:
+            incoming = torch.empty(part.box.shape, dtype=dtype)
             parts.append((part.box, incoming))
-            handles.append(comm.receive(_raw(incoming), part.holders[0], tag))
-    return handles, torch.empty(piece.box.shape, dtype=own.dtype), parts
+            handles.append(comm.receive(_raw(incoming), holder, _next(messages, (holder, rank))))
+    return handles, torch.empty(piece.box.shape, dtype=dtype), parts
+
+
+def _next(messages: Counter[tuple[int, int]], way: tuple[int, int]) -> int:
+    messages[way] += 1
+    return messages[way]
 
 
 def _raw(tensor: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Saver:
         Args:
             arena_bytes: host memory between the state and the disk.
             timeout_s: the time after which a save is given up.
-            join: the tensor-parallel group over CPU tensors, for weights split along columns.
+            join: all ranks, over CPU tensors, for weights split along columns.
             pinned: use page-locked memory, because the state is on a GPU.
         """
         self._members = members.with_own_connection()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import pytest
-from hypothesis import given, settings, strategies as st
+import torch
+from hypothesis import example, given, settings, strategies as st
+from torch import Tensor
+from torch.distributed import TCPStore
 
 from holdfast.checkpoint.format.files import ELEMENT_BYTES
-from holdfast.checkpoint.format.plan_types import HeldBox, SavedTensor, WritePlan
+from holdfast.checkpoint.format.plan_types import HeldBox, PlannedPiece, SavedTensor, WritePlan
 from holdfast.checkpoint.saving import write_plan
+from holdfast.checkpoint.saving.column_join import join_pieces
+from holdfast.checkpoint.saving.snapshot import Snapshot
 from holdfast.checkpoint.saving.write_plan import make_write_plan
+from holdfast.parallel.comm import separate_group
 from holdfast.parallel.errors import LayoutError
+from holdfast.parallel.layout import without
 from holdfast.parallel.layout.boxes import Box
+from holdfast.parallel.plan.admission import next_plan
+from holdfast.parallel.plan.replan import Roster
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.saved_tensors import saved_tensors, state_format, wanted_boxes
 from support.oracles.plan_layouts import optimizer_layout, parameter_layout
@@ -154,3 +166,86 @@ def test_what_a_rank_wants_is_what_its_parameters_and_blocks_are() -> None:
             assert mine == {
                 n: sum(box.elements for box in b) for n, b in owned.holdings[rank].items()
             }
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    lost=st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=3),
+    from_shadows=st.booleans(),
+)
+@example(lost=[{0, 5}], from_shadows=False)
+@example(lost=[{0, 5}], from_shadows=True)
+def test_columns_are_joined_whole_from_one_replica_whatever_ranks_it_has(
+    lost: list[set[int]], from_shadows: bool
+) -> None:
+    config = make_config(
+        model={"heads": 4, "kv_heads": 4}, parallel={"tensor": 2, "data": 2, "pipeline": 2}
+    )
+    plan, generation = plan_of(config), 0
+    for ranks in lost:
+        left = tuple(rank for rank in range(8) if rank not in ranks)
+        for present, fresh in ((left, ()), (range(8), ranks), (range(8), ())):
+            generation += 1
+            roster = Roster(tuple(present), [rank // 4 for rank in range(8)], frozenset(fresh))
+            plan = next_plan(plan, roster, filled=True, generation=generation, redundancy=1)
+    tensors = saved_tensors(plan, state_format(config), from_shadows=from_shadows)
+    made = make_write_plan(tensors, [rank // 4 for rank in range(8)])
+    joined = [piece for file in made.files for piece in file.pieces if piece.sources]
+    assert joined
+    for piece in joined:
+        boxes = [part.box for part in piece.sources]
+        assert sum(box.elements for box in boxes) == piece.box.elements
+        assert not without([piece.box], sorted(boxes, key=lambda box: box.start))
+        ranks_of = [rank for part in piece.sources for rank in part.holders]
+        assert piece.writer in ranks_of
+        if not from_shadows:
+            places = [plan.stage_replicas.find(rank) for rank in ranks_of]
+            assert len({(at.data, at.pipeline) for at in places if at is not None}) == 1
+            assert [plan.stage_replicas.shard_index(rank) for rank in ranks_of] == [0, 1]
+
+
+def _join(rank: int, pieces: list[PlannedPiece], address: tuple[str, int]) -> dict[int, Tensor]:
+    """Join the pieces as a rank of real connections; returns what it wrote, by offset."""
+    written: dict[int, Tensor] = {}
+
+    class Written:
+        def write_now(self, whole: Tensor, file: str, offset: int) -> int:
+            written[offset] = whole.clone()
+            return 0
+
+    group = separate_group(
+        TCPStore(*address, wait_for_workers=False),
+        "127.0.0.1",
+        "join",
+        range(4),
+        rank,
+        timeout_s=30,
+    )
+    values = torch.arange(64 * 64, dtype=torch.float32).view(64, 64)
+    mine = [piece for piece in pieces if any(rank in part.holders for part in piece.sources)]
+    join_pieces(mine, rank, lambda name, box: values[box.slices], group, cast(Snapshot, Written()))
+    return written
+
+
+def test_pieces_are_joined_from_parts_wherever_they_lie() -> None:
+    rng = random.Random(5)
+    pieces = []
+    for number in range(64):
+        parts = [
+            HeldBox(Box((number, start), (number + 1, start + 16)), (rng.randrange(4),))
+            for start in range(0, 64, 16)
+        ]
+        writer = rng.choice(parts).holders[0]
+        box = Box((number, 0), (number + 1, 64))
+        pieces.append(PlannedPiece("weight", box, "file", number, 256, writer, tuple(parts)))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor(4) as ranks:
+        found = [
+            rows
+            for rank in [
+                ranks.submit(_join, rank, pieces, ("127.0.0.1", store.port)) for rank in range(4)
+            ]
+            for rows in rank.result(timeout=60).items()
+        ]
+    joined = torch.cat([row for _, row in sorted(found, key=lambda item: item[0])])
+    assert joined.tolist() == torch.arange(64 * 64.0).view(64, 64).tolist()

@@ -18,6 +18,9 @@ from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 
 T = TypeVar("T")
+_Ranks = dict[int, None]
+"""A set of ranks in the order in which they were added."""
+_Holders = defaultdict[str, dict[Box, _Ranks]]
 
 
 def state_format(config: RunConfig) -> StateFormat:
@@ -34,19 +37,17 @@ def saved_tensors(
         from_shadows: take weights, too, from each block's first shadow if it has one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    holders: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
-    keepers: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
-    owners: defaultdict[str, dict[Box, set[int]]] = defaultdict(dict)
+    holders, keepers, owners = _Holders(dict), _Holders(dict), _Holders(dict)
     for index, blocks in enumerate(plan.blocks):
         for place, (block, owner) in enumerate(zip(blocks, plan.owners[index], strict=True)):
             spec = plan.layers[block.layer].parameters[index][block.spec_index]
             box = block_box(spec, block)
             shapes[spec.name] = spec.shape
             stage = plan.holders_of_layer(index, block.layer)
-            holders[spec.name].setdefault(box, set()).update(stage)
+            holders[spec.name].setdefault(box, {}).update(dict.fromkeys(stage))
             shadows = plan.shadows[index][place] if from_shadows and plan.shadows else ()
-            keepers[spec.name].setdefault(box, set()).add(shadows[0] if shadows else owner)
-            owners[spec.name].setdefault(box, set()).add(owner)
+            keepers[spec.name].setdefault(box, {})[shadows[0] if shadows else owner] = None
+            owners[spec.name].setdefault(box, {})[owner] = None
     kept = {name: _parts(keepers[name], owners[name] if from_shadows else {}) for name in shapes}
     weights = [
         SavedTensor(
@@ -86,9 +87,10 @@ def renumbered(tensors: Sequence[SavedTensor], ranks: Sequence[int]) -> list[Sav
     ]
 
 
-def _parts(boxes: Mapping[Box, set[int]], apart: Mapping[Box, set[int]]) -> tuple[HeldBox, ...]:
+def _parts(boxes: Mapping[Box, _Ranks], apart: Mapping[Box, _Ranks]) -> tuple[HeldBox, ...]:
+    """The boxes with their ranks in the order of the replicas, by which columns are joined."""
     return tuple(
-        HeldBox(box, tuple(sorted(ranks)), tuple(sorted(apart.get(box, ()))))
+        HeldBox(box, tuple(ranks), tuple(sorted(apart.get(box, ()))))
         for box, ranks in boxes.items()
     )
 

@@ -181,12 +181,13 @@ def test_columns_are_joined_whole_from_one_replica_whatever_ranks_it_has(
     config = make_config(
         model={"heads": 4, "kv_heads": 4}, parallel={"tensor": 2, "data": 2, "pipeline": 2}
     )
+    nodes = {rank: f"node-{rank // 4}" for rank in range(8)}
     plan, generation = plan_of(config), 0
     for ranks in lost:
         left = tuple(rank for rank in range(8) if rank not in ranks)
         for present, fresh in ((left, ()), (range(8), ranks), (range(8), ())):
             generation += 1
-            roster = Roster(tuple(present), [rank // 4 for rank in range(8)], frozenset(fresh))
+            roster = Roster(tuple(present), nodes, frozenset(fresh))
             plan = next_plan(plan, roster, filled=True, generation=generation, redundancy=1)
     tensors = saved_tensors(plan, state_format(config), from_shadows=from_shadows)
     made = make_write_plan(tensors, [rank // 4 for rank in range(8)])

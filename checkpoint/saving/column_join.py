@@ -27,9 +27,9 @@ def join_pieces(
 ) -> dict[tuple[str, int], int]:
     """Send this rank's parts to their writers, and write the pieces that this rank joins.
 
-    Collective over `comm`, whose members have the pieces that they share in one order. So the first
-    piece that is not joined is one of the next of all who take part in it, and no two wait for each
-    other. A member that cannot write goes on sending.
+    Collective over `comm`. Members have the pieces that they share in one order: the first piece
+    that is not joined is under way at all of its ranks, so no two wait for each other. A member
+    that cannot write goes on sending.
 
     Args:
         pieces: the pieces that this rank writes or sends, in the order of the plan.

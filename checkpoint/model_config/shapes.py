@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from holdfast.checkpoint.model_config.checks import explicit
 from holdfast.checkpoint.model_config.keys import MODEL_TYPES, NEUTRAL
+from holdfast.checkpoint.model_config.weights import weights_of
 
 _LAYER: Final = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.*)")
 _EXPERT: Final = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
@@ -80,6 +81,21 @@ def contradictions(
         if numbers and isinstance(classes, list) and str(classes[0]).endswith(_HEADED):
             yield "tie_word_embeddings = false, and there is no lm_head.weight"
     yield from _unlike(names, sizes, shapes)
+    if layers in (count, None) or not numbers:
+        yield from _missing(config, shapes)
+
+
+def _missing(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """The weights that the model has and its files lack; those of quantised ones have other names.
+
+    transformers would draw them at random.
+    """
+    wanted = [] if config.get("quantization_config") else weights_of(config)
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        named = ", ".join(missing[:3]) + more
+        yield f"model_type = {config['model_type']}, and the weights are without {named}"
 
 
 def _unlike(

@@ -33,6 +33,7 @@ from holdfast.checkpoint.convert.sources import (
     plain,
     read_pickle,
     read_torch_item,
+    unplain,
 )
 from holdfast.checkpoint.convert.writing import DistcpFolder
 from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, full_name
@@ -43,6 +44,7 @@ from holdfast.parallel.optimizer import OPTIMIZERS
 from holdfast.parallel.reading import open_regular, read_regular
 
 NAME = "dcp"
+_UNPLAIN = "an object that is not made of numbers, text, lists and dicts"
 _ADAMW = {
     "amsgrad": False,
     "foreach": None,
@@ -53,6 +55,8 @@ _ADAMW = {
     "decoupled_weight_decay": True,
 }
 """The default values of torch.optim.AdamW's settings, which an output lists."""
+_INDEX = re.compile(r"0|[1-9][0-9]*")
+"""The position in a list as a part of a path."""
 
 
 @dataclass(slots=True)
@@ -171,10 +175,13 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     catalog = make_catalog(NAME, path, items.tensors, options)
     objects = {}
     for name, value in items.objects.items():
-        objects[name] = plain(value)
-        if objects[name] is None and value is not None:
-            del objects[name]
-            catalog.left_out[name] = "an object that is not made of numbers, text, lists and dicts"
+        lost = list(unplain(value, name))
+        if lost and not isinstance(value, Mapping):
+            # A list without some of its items would be another one.
+            lost = [name]
+        else:
+            objects[name] = plain(value)
+        catalog.left_out |= dict.fromkeys(lost, _UNPLAIN)
     catalog.scalars["objects"] = objects
     catalog.step = _step(catalog, path)
     if catalog.state_kinds():
@@ -259,4 +266,4 @@ def _parameter_group(catalog: Catalog, trained: Sequence[str]) -> dict[str, Any]
 
 
 def _split(name: str) -> tuple[Any, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("/"))
+    return tuple(int(part) if _INDEX.fullmatch(part) else part for part in name.split("/"))

@@ -37,9 +37,9 @@ from holdfast.checkpoint.convert.sources import (
 )
 from holdfast.checkpoint.format import (
     ALIGNMENT,
+    BUFFER,
     ELEMENT_BYTES,
     INDEX,
-    UNPREFIXED_KINDS,
     WEIGHT,
     decode_entries,
     decode_index,
@@ -69,12 +69,13 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     chosen = WeightFiles((path.name,)) if path.is_file() else choose_files(root)
     mapped = _weight_map(root / chosen.index) if chosen.index else {}
     names = chosen.names or tuple(dict.fromkeys(mapped.values()))
-    tensors = [tensor for name in names for tensor in _tensors(root, name)]
+    others: dict[str, str] = {}
+    tensors = [tensor for name in names for tensor in _tensors(root, name, others)]
     _check_index(root, tensors, mapped)
     book = published_rules(builtin_rules(RULES), _config(root, options), tensors, root)
     catalog = make_catalog(RULES, root, tensors, options, rules=book)
     catalog.format = NAME
-    catalog.left_out |= chosen.left_out
+    catalog.left_out |= {**chosen.left_out, **others}
     return catalog
 
 
@@ -90,10 +91,15 @@ def _config(root: Path, options: ReadOptions) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {reason}") from error
 
 
-def _tensors(root: Path, name: str) -> list[SourceTensor]:
+def _tensors(root: Path, name: str, others: dict[str, str]) -> list[SourceTensor]:
+    """The tensors of a file; `others` gets what else it has, which transformers passes over."""
     if not name.endswith(".bin"):
         return read_safetensors(root, name)
     file = read_torch_file(root, name)
+    if isinstance(file.content, Mapping):
+        for key, value in file.content.items():
+            if next(tensors_in(value), None) is None:
+                others[str(key)] = "no tensor"
     return [file.source(".".join(path), tensor) for path, tensor in tensors_in(file.content)]
 
 
@@ -147,7 +153,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     chosen = [
         (tensor, out)
         for tensor, out in choose_output_dtypes(catalog, options.dtype, masters=False)
-        if tensor.kind in UNPREFIXED_KINDS
+        if tensor.kind in (WEIGHT, BUFFER)
     ]
     if not chosen:
         raise CheckpointError(f"{catalog.root} holds no weights")
@@ -155,7 +161,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
     types = {tensor.name: out for tensor, out in chosen if tensor.kind == WEIGHT}
     for tensor in catalog.tensors:
         same = tensor.kind == MASTER and types[tensor.name] == tensor.dtype
-        if not same and tensor.kind not in UNPREFIXED_KINDS:
+        if not same and tensor.kind not in (WEIGHT, BUFFER):
             catalog.left_out[tensor.full_name] = (
                 f"Hugging Face folders hold weights only, and no {tensor.kind}"
             )

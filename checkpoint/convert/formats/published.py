@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -22,6 +24,7 @@ from holdfast.parallel.reading import open_regular
 SINGLE, BIN_SINGLE = "model.safetensors", "pytorch_model.bin"
 _ADAPTER = "adapter_model"
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(?:safetensors|bin)")
 _READ_BYTES = 8 << 20
 
 
@@ -60,8 +63,23 @@ def choose_files(root: Path) -> WeightFiles:
                 "model (peft's merge_and_unload) and convert that"
             )
         if found:
+            _check_numbers(root, found)
             return WeightFiles(tuple(found))
     return WeightFiles()
+
+
+def _check_numbers(root: Path, names: Sequence[str]) -> None:
+    """Refuse files that no index lists, and whose names say that there are more of them."""
+    seen: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for name in names:
+        if (found := _NUMBERED.fullmatch(name)) is not None:
+            seen[found["stem"], found["count"]].add(int(found["number"]))
+    for (stem, count), numbers in seen.items():
+        if len(numbers) < int(count):
+            raise CheckpointError(
+                f"{root} has {len(numbers)} of the {int(count)} files {stem}-*-of-{count}.*, and "
+                "no index; it is not completely copied"
+            )
 
 
 def published_rules(

@@ -29,6 +29,7 @@ from .pickles import (
     StoredTensor as StoredTensor,
     plain as plain,
     read_pickle as read_pickle,
+    unplain as unplain,
 )
 from .recognition import (
     BIN_FILES as BIN_FILES,

@@ -10,7 +10,7 @@ import io
 import itertools
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -126,9 +126,27 @@ class _Named:
 
 
 def _tensor(
-    storage: _Storage, start: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+    storage: _Storage,
+    start: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _grad: bool = False,
+    _hooks: Any = None,
+    metadata: Any = None,
 ) -> StoredTensor:
+    _refuse_lazy(metadata)
     return StoredTensor(storage.name, storage.dtype, tuple(shape), tuple(strides), start)
+
+
+def _refuse_lazy(metadata: Any) -> None:
+    """Refuse a tensor whose bytes are its values' conjugates or negatives, as torch keeps some."""
+    if isinstance(metadata, Mapping):
+        for bit in ("conj", "neg"):
+            if metadata.get(bit):
+                raise CheckpointError(
+                    f"a tensor is stored as a view with torch's {bit} bit; save what its "
+                    f"resolve_{bit}() gives"
+                )
 
 
 def _untyped_tensor(
@@ -139,8 +157,9 @@ def _untyped_tensor(
     _grad: bool,
     _hooks: Any,
     dtype: _Named,
-    *_: Any,
+    metadata: Any = None,
 ) -> StoredTensor:
+    _refuse_lazy(metadata)
     return StoredTensor(storage.name, dtype.dtype, tuple(shape), tuple(strides), start)
 
 
@@ -226,8 +245,9 @@ def read_pickle(content: bytes, where: str) -> Any:
     try:
         check_lengths(content)
         return _Reader(content, where).load()
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        told = str(error)
+        raise CheckpointError(told if where in told else f"{where} is refused: {told}") from error
     except Exception as error:
         # A damaged pickle can raise any exception.
         raise CheckpointError(
@@ -278,3 +298,17 @@ def _plain(value: Any, visit: Callable[[], None]) -> Any:
     if isinstance(value, _Named):
         return f"torch.{TORCH_NAMES[value.dtype]}"
     return None
+
+
+def unplain(value: Any, path: str) -> Iterator[str]:
+    """The paths of what `plain` has no form for, tensors among it; keys are joined by /."""
+    if isinstance(value, PickledObject) and plain(value) is not None:
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from unplain(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from unplain(item, f"{path}/{number}")
+    elif value is not None and plain(value) is None:
+        yield path

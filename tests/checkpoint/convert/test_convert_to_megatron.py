@@ -143,6 +143,10 @@ def test_types_and_moments_come_back(tmp_path: Path) -> None:
         assert (tmp_path / "second/iter_0000001" / name).read_bytes() == first
 
 
+GIVEN = {"heads": 4, "kv_heads": 2, "head_dim": 4, "intermediate": SIZES["ffn"]}
+"""The sizes of a source without config.json."""
+
+
 def test_what_megatron_does_not_have_is_named(tmp_path: Path) -> None:
     make_model("Llama", tmp_path / "hf")
     weights = weights_of(tmp_path / "hf")
@@ -160,11 +164,15 @@ def test_what_megatron_does_not_have_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no rule of megatron gives model\.layers\.0\.conv"):
         converted(odd, out, "megatron")
     short = {n: v for n, v in weights.items() if n != "model.layers.2.self_attn.k_proj.weight"}
-    with pytest.raises(CheckpointError, match=r"made of model\.layers\.2\.self_attn\.k_proj"):
+    with pytest.raises(CheckpointError, match=r"without model\.layers\.2\.self_attn\.k_proj"):
         converted(variant("short", short), out, "megatron")
+    with pytest.raises(CheckpointError, match=r"made of model\.layers\.2\.self_attn\.k_proj"):
+        converted(variant("untold", short, config=False), out, "megatron", values=GIVEN)
     gap = {n: v for n, v in weights.items() if ".layers.1." not in n}
-    with pytest.raises(CheckpointError, match="layer 1 has none"):
+    with pytest.raises(CheckpointError, match=r"without model\.layers\.1\."):
         converted(variant("gap", gap), out, "megatron")
+    with pytest.raises(CheckpointError, match="layer 1 has none"):
+        converted(variant("untold gap", gap, config=False), out, "megatron", values=GIVEN)
     mixed = {**weights, "model.layers.3.mlp.up_proj.weight": torch.zeros(30, SIZES["hidden"])}
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight has 30"):
         converted(variant("mixed", mixed), out, "megatron")
@@ -177,8 +185,7 @@ def test_what_megatron_does_not_have_is_named(tmp_path: Path) -> None:
     bare = variant("bare", weights, config=False)
     with pytest.raises(ConfigError, match="needs the value"):
         converted(bare, out, "megatron")
-    given = {"heads": 4, "kv_heads": 2, "head_dim": 4, "intermediate": SIZES["ffn"]}
-    converted(bare, out, "megatron", values=given)
+    converted(bare, out, "megatron", values=GIVEN)
     converted(out, tmp_path / "again", "hf")
     assert_equal(weights_of(tmp_path / "again"), weights)
 

@@ -23,7 +23,13 @@ from hypothesis import given, strategies as st
 from holdfast.checkpoint.convert.elements.crc32 import combine_crc32
 from holdfast.checkpoint.convert.sources import pickles
 from holdfast.checkpoint.convert.sources.pickle_lengths import check_lengths
-from holdfast.checkpoint.convert.sources.pickles import PickledObject, plain, read_pickle
+from holdfast.checkpoint.convert.sources.pickles import (
+    PickledObject,
+    StoredTensor,
+    plain,
+    read_pickle,
+    unplain,
+)
 from holdfast.checkpoint.convert.sources.torch_files import read_torch_file, tensors_in
 from holdfast.checkpoint.convert.writing.torch_writing import (
     TORCH_FILE_DTYPES,
@@ -244,3 +250,16 @@ def test_few_bytes_do_not_stand_for_any_number_of_values(monkeypatch: pytest.Mon
         plain(found)
     with pytest.raises(CheckpointError, match="more than"):
         list(tensors_in(found))
+
+
+@pytest.mark.parametrize("bit", ["conj", "neg"])
+def test_bytes_that_are_not_the_values_are_refused(tmp_path: Path, bit: str) -> None:
+    conjugate = torch.randn(3, dtype=torch.complex64).conj()
+    torch.save({"w": conjugate if bit == "conj" else conjugate.imag}, tmp_path / "lazy.pt")
+    with pytest.raises(CheckpointError, match=rf"lazy.pt is refused: .* {bit} bit"):
+        read_torch_file(tmp_path, "lazy.pt")
+
+
+def test_what_has_no_plain_form_is_found_inside() -> None:
+    held = {"a": [1, None, b"x"], "b": {"c": StoredTensor("0", "F32", (), (), 0), "d": "text"}}
+    assert list(unplain(held, "o")) == ["o/a/2", "o/b/c"]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from holdfast.checkpoint.model_config.weights import weights_of as config_weights
 from holdfast.parallel.errors import CheckpointError
 from support.foreign.conversions import converted
 
@@ -101,6 +102,11 @@ def test_a_head_that_is_tied_is_left_out_only_if_it_is_equal(tmp_path: Path, equ
     assert ("lm_head.weight" in done.left_out) is equal
     # transformers ties neither, where they differ.
     assert torch.equal(weights_of(tmp_path / "out")["lm_head.weight"], head)
+    converted(tmp_path / "hf", tmp_path / "megatron", "megatron")
+    converted(tmp_path / "megatron", tmp_path / "back", "hf")
+    assert torch.equal(weights_of(tmp_path / "back")["lm_head.weight"], head)
+    common = torch.load(tmp_path / "megatron/release/common.pt", weights_only=False)
+    assert common["args"].untie_embeddings_and_output_weights is not equal
 
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
@@ -198,3 +204,42 @@ def test_a_config_json_beside_megatrons_arguments_says_what_they_say(
         converted(tmp_path / "there", tmp_path / "out", "hf")
     path.write_text(json.dumps(config))
     converted(tmp_path / "there", tmp_path / "out", "hf")
+
+
+def test_a_folder_without_all_weights_is_refused_and_one_is_named(tmp_path: Path) -> None:
+    found = make_model(tmp_path / "hf", "Llama")
+    (tmp_path / "hf/model.safetensors").unlink()
+    names = sorted(found)
+    write(tmp_path / "hf", {n: found[n] for n in names[:9]}, "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"has 1 of the 2 files .* no index"):
+        converted(tmp_path / "hf", tmp_path / "out", "hf")
+    # An index that lists one of two files, a weight too few, names with a prefix.
+    index = {"weight_map": dict.fromkeys(names[:9], "model-00001-of-00002.safetensors")}
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="contradicts the weights"):
+        converted(tmp_path / "hf", tmp_path / "out", "holdfast")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    for tensors, said in (
+        ({n: t for n, t in found.items() if n != lost}, f"without {lost}"),
+        ({f"module.{n}": t for n, t in found.items()}, "without model.embed_tokens.weight"),
+    ):
+        write(tmp_path / "hf", tensors)
+        with pytest.raises(CheckpointError, match=said):
+            converted(tmp_path / "hf", tmp_path / "out", "hf")
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe", "GPT2"])
+def test_the_weights_of_a_config_are_those_that_transformers_saves(kind: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_experts": 3, "num_local_experts": 3, "moe_intermediate_size": 4}
+    more = experts if "M" in kind else {}
+    if kind != "GPT2":
+        more = {"intermediate_size": 4, "num_key_value_heads": 1, **more}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    said = {"model_type": config.model_type, **config.to_dict()}
+    other = ("lm_head.", ".experts.", "mlp.gate.")
+    expected = {n for n in model.state_dict() if not any(part in n for part in other)}
+    assert set(config_weights(said)) == expected

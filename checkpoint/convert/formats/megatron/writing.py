@@ -221,6 +221,9 @@ def find_arguments(
         arguments |= arguments_of(config)
     except KeyError as error:
         raise CheckpointError(f"{catalog.root}: config.json lacks {error.args[0]}") from error
+    if "untie_embeddings_and_output_weights" in arguments:
+        # A head that differs from the embedding is one of its own, whatever config.json says.
+        arguments["untie_embeddings_and_output_weights"] = "lm_head.weight" in weights
     if arguments.get("num_query_groups"):
         arguments["query_groups"] = arguments["num_query_groups"]
     values = find_values(book, {"args": arguments, "config": config}, given)

@@ -1,5 +1,6 @@
 from .content import (
     same_content as same_content,
+    same_tensor as same_tensor,
 )
 from .dtypes import (
     DTYPE_NAMES as DTYPE_NAMES,

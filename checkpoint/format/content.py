@@ -25,6 +25,22 @@ def same_content(first: Manifest, second: Manifest) -> bool:
     )
 
 
+def same_tensor(manifest: Manifest, first: str, second: str) -> bool:
+    """Whether two tensors of one type and shape are equal bit for bit; False: maybe they are not.
+
+    Tensors that were cut in different ways can be compared only by whole rows.
+    """
+    ours, theirs = (
+        {
+            piece.box: PieceEntry(0, piece.length, piece.start, piece.stop, piece.crc32c)
+            for entry in manifest.files.values()
+            for piece in entry.pieces.get(name, ())
+        }
+        for name in (first, second)
+    )
+    return ours == theirs or _same_rows(manifest.tensors[first].shape, ours, theirs)
+
+
 def _pieces_of(manifest: Manifest) -> Mapping[str, dict[Box, PieceEntry]]:
     """The pieces of each tensor by box, without their places in files."""
     found: defaultdict[str, dict[Box, PieceEntry]] = defaultdict(dict)

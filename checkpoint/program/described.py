@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.checkpoint.format import BUFFER, TENSOR, UNPREFIXED_KINDS, WEIGHT, full_name
+from holdfast.checkpoint.program.merging import OWN_NAME
 from holdfast.checkpoint.program.tensors import ProgramTensor, is_dtensor, program_tensor
 from holdfast.checkpoint.program.values import TAG, encode
 from holdfast.parallel.errors import CheckpointError
@@ -23,6 +24,20 @@ ProgramState = Mapping[str, Any]
 """By key: a module, an optimizer, an object with state_dict, a tensor, or a value of values.py."""
 _EXTRA = "_extra_state"
 """The end of a key of Module.state_dict that has what get_extra_state gave."""
+_METADATA = "__metadata__"
+"""The key of a safetensors file that is no tensor's name."""
+_WRAPPERS = re.compile(r"(?:(?<=\.)|\A)(?:_checkpoint_wrapped_module|_orig_mod)\.")
+"""What torch's activation checkpointing and torch.compile add to the names inside a model."""
+_OPTIMIZER_HOOKS = tuple(
+    f"_optimizer_{when}_hooks"
+    for when in (
+        "state_dict_pre",
+        "state_dict_post",
+        "load_state_dict_pre",
+        "load_state_dict_post",
+    )
+)
+"""Where torch keeps the hooks that see or change an optimizer's state_dict."""
 
 
 @dataclass(slots=True)
@@ -42,14 +57,20 @@ class Described:
         Args:
             names: (kind, name), by preference; the last one gets a number where it is taken.
         """
-        kind, name = next(((k, n) for k, n in names if n not in self._names), names[-1])
+        free = ((k, n) for k, n in names if n not in self._names and _is_name(n, how))
+        kind, name = next(free, names[-1])
         number = 2
-        while name in self._names:
+        while name in self._names or not _is_name(name, how):
             name = f"{names[-1][1]}#{number}"
             number += 1
         self._names.add(name)
         self.tensors.append(program_tensor(value, name, kind, key, path, **how))
         return name
+
+
+def _is_name(name: str, how: Mapping[str, bool]) -> bool:
+    """Whether a tensor may have a name: no file's own key, and no other rank's name for another."""
+    return name != _METADATA and not (how.get("own") and OWN_NAME.fullmatch(name))
 
 
 def describe(state: ProgramState) -> Described:
@@ -88,8 +109,10 @@ def check_state(state: ProgramState) -> None:
             f"{type(state).__name__}"
         )
     for key, value in state.items():
-        if not isinstance(key, str) or not key:
-            raise CheckpointError(f"the state has the key {key!r}; keys are text that is not empty")
+        if not isinstance(key, str) or not key or not _is_unicode(key):
+            raise CheckpointError(
+                f"the state has the key {key!r}; keys are text that is not empty and is Unicode"
+            )
         if isinstance(value, nn.Module):
             for name, module in value.named_modules():
                 if _is_a(module, "FullyShardedDataParallel"):
@@ -106,6 +129,11 @@ def check_state(state: ProgramState) -> None:
             )
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text has a form in UTF-8; one with half of a surrogate pair has none."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _is_a(value: object, name: str) -> bool:
     """Whether a value's class has this name or is derived from one; nothing is imported for it."""
     return any(kind.__name__ == name for kind in type(value).__mro__)
@@ -114,8 +142,16 @@ def _is_a(value: object, name: str) -> bool:
 def is_plain_optimizer(value: object) -> bool:
     """Whether an optimizer's state is its `state` and `param_groups`, as torch's own are.
 
-    Another one's `state_dict` is asked, which has its parameters by number.
+    Another one's `state_dict`, or that of one with hooks of its own for it, is asked; it has
+    parameters by number.
     """
+    return is_torch_optimizer(value) and not any(
+        value.__dict__.get(hooks) for hooks in _OPTIMIZER_HOOKS
+    )
+
+
+def is_torch_optimizer(value: object) -> bool:
+    """Whether a value is an optimizer with torch's own `state_dict`."""
     return isinstance(value, Optimizer) and type(value).state_dict is Optimizer.state_dict
 
 
@@ -144,26 +180,32 @@ def prefix_of(key: str) -> str:
     return "" if key == "model" else f"{key}."
 
 
+def canonical(name: str) -> str:
+    """The name of a part of a module without what wrappers of modules inside add to it."""
+    return _WRAPPERS.sub("", name)
+
+
 def extra_states(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules inside that have extra state, by the key that Module.state_dict gives it."""
+    """The modules inside that have extra state, by the canonical key of Module.state_dict."""
     return {
-        f"{name}.{_EXTRA}" if name else _EXTRA: inner
+        canonical(f"{name}.{_EXTRA}" if name else _EXTRA): inner
         for name, inner in module.named_modules(remove_duplicate=False)
         if type(inner).get_extra_state is not nn.Module.get_extra_state
     }
 
 
 def module_tensors(module: nn.Module, key: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters, and the persistent buffers, by name; each tensor once.
+    """The parameters, and the persistent buffers, by canonical name; each tensor once.
 
     Raises:
         CheckpointError: `state_dict` has something else as well; it is named.
     """
-    saved = module.state_dict(keep_vars=True)
-    parameters: dict[str, Tensor] = dict(module.named_parameters())
+    saved = {canonical(n): value for n, value in module.state_dict(keep_vars=True).items()}
+    parameters: dict[str, Tensor] = {canonical(n): p for n, p in module.named_parameters()}
     every: dict[str, Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
+        canonical(name): value
+        for found in (module.named_parameters, module.named_buffers)
+        for name, value in found(remove_duplicate=False)
     }
     extra = extra_states(module)
     buffers: dict[str, Tensor] = {}
@@ -180,6 +222,30 @@ def module_tensors(module: nn.Module, key: str) -> tuple[dict[str, Tensor], dict
             known.add(id(value))
             buffers[name] = value
     return parameters, buffers
+
+
+def has_own_loading(module: nn.Module) -> bool:
+    """Whether a program's own code takes part in Module.load_state_dict: hooks, or methods."""
+    return any(
+        _is_foreign(code)
+        for inner in module.modules()
+        for code in (
+            *inner._load_state_dict_pre_hooks.values(),
+            *inner._load_state_dict_post_hooks.values(),
+            type(inner)._load_from_state_dict,
+            type(inner).load_state_dict,
+        )
+    )
+
+
+def load_again(module: nn.Module) -> None:
+    """Give a module its present state by load_state_dict, for the code that takes part in it."""
+    own = _is_foreign(type(module).load_state_dict)
+    module.load_state_dict(module.state_dict(), **({} if own else {"strict": False}))
+
+
+def _is_foreign(code: object) -> bool:
+    return str(getattr(code, "__module__", "")).partition(".")[0] != "torch"
 
 
 def _describe_module(
@@ -234,6 +300,11 @@ def _keeper(
     """
 
     def keep(value: Tensor, path: str) -> dict[str, Any]:
+        if own and not (is_dtensor(value) or type(value) in (Tensor, nn.Parameter)):
+            raise CheckpointError(
+                f"{path} cannot be saved: it is a {type(value).__qualname__}, a tensor with a "
+                "class of its own; save what its as_subclass(torch.Tensor) gives"
+            )
         doc: dict[str, Any] = {TAG: "tensor"}
         doc["name"] = found.add(value, names_of(path), key, path, own=own)
         if value.device.type != home:

@@ -6,6 +6,7 @@ extra state, buffers), and refused by its path where it has none (weights, optim
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from holdfast.parallel.errors import CheckpointError
 Docs = Mapping[str, Any]
 Marks = Mapping[str, Any]
 """By name: what two ranks' tensors have in common if they are equal (checksum, type, shape)."""
+OWN_NAME = re.compile(r".*@\d+", re.DOTALL)
+"""The form of the names that `own_name` gives; nothing else of which ranks have their own has it.
+"""
 
 
 def merge(docs: Sequence[Docs], marks: Sequence[Marks]) -> tuple[dict[str, Any], set[str]]:

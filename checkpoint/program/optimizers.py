@@ -79,6 +79,8 @@ class OptimizerRestore:
                 f"{key} has {len(live)} param_groups, and the checkpoint's {key} has {len(saved)}"
             )
         place = {name: n for n, group in enumerate(saved) for name in group["params"]}
+        if not doc.get("merged"):
+            self._check_order(saved, place)
         for number, group in enumerate(live):
             path = f"{key}.param_groups[{number}]"
             values = saved[self._place_of(number, saved, place)]
@@ -181,6 +183,16 @@ class OptimizerRestore:
                 "such group"
             )
         return number
+
+    def _check_order(self, saved: list[dict[str, Any]], place: Mapping[str, int]) -> None:
+        """Refuse groups in another order: schedules have their values by the groups' numbers."""
+        for number in range(len(saved)):
+            found = self._place_of(number, saved, place)
+            if found != number:
+                raise CheckpointError(
+                    f"{self._key}.param_groups[{number}] is param_groups[{found}] in the "
+                    "checkpoint, and schedules go by number; make the groups in the same order"
+                )
 
     def _check_group(self, number: int) -> None:
         """Refuse a group with a value that the checkpoint does not have."""

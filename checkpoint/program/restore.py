@@ -14,15 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.checkpoint.format import BUFFER, TORCH_DTYPES, WEIGHT, Manifest
+from holdfast.checkpoint.format import (
+    BUFFER,
+    TORCH_DTYPES,
+    WEIGHT,
+    Manifest,
+    same_tensor,
+)
 from holdfast.checkpoint.loading import LoadTarget
 from holdfast.checkpoint.program.described import (
     ProgramState,
     bare,
+    canonical,
     check_state,
     extra_states,
+    has_own_loading,
     is_object,
     is_plain_optimizer,
+    is_torch_optimizer,
+    load_again,
     module_tensors,
     prefix_of,
 )
@@ -60,6 +70,8 @@ class Restore:
         self._state, self._manifest = state, manifest
         self._docs, self._is_exact = documents_of(manifest)
         self._rank, self._size = rank, size
+        self._places: dict[Any, tuple[str, str]] = {}
+        """By place in memory: the tensor that is loaded there, and the path of its value."""
         self._later: list[Callable[[], object]] = []
         names: dict[Tensor, str] = {}
         modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
@@ -99,7 +111,7 @@ class Restore:
         doc = self._doc_of(key)
         if isinstance(self._state[key], nn.Module):
             if doc is not None:
-                return [*doc["tensors"].values(), *doc["extra"]]
+                return [*doc["tensors"].values(), *map(canonical, doc["extra"])]
             return self._unnamed_weights(key)
         return [name for group in doc["groups"] for name in group["params"]] if doc else []
 
@@ -138,14 +150,15 @@ class Restore:
             raise CheckpointError(f"{key} is a module, and the checkpoint's {key} is none")
         if doc is None and self._is_exact:
             raise CheckpointError(f"the checkpoint has no module {key}; it has {_some(self._docs)}")
-        listed: Mapping[str, str] = doc["tensors"] if doc else {}
-        extra: Mapping[str, Any] = doc["extra"] if doc else {}
+        known = doc["tensors"] if doc else {n: n for n in self._manifest.tensors}
+        listed = {canonical(name): full for name, full in known.items()}
+        extra = {canonical(name): value for name, value in doc["extra"].items()} if doc else {}
         parameters, buffers = module_tensors(module, key)
         claimed: list[str] = []
         missing: list[str] = []
         for name, tensor in {**parameters, **buffers}.items():
-            full = listed.get(name, prefix_of(key) + name)
-            if full not in self._manifest.tensors or (doc and name not in listed):
+            full = listed.get(name if doc else prefix_of(key) + name)
+            if full not in self._manifest.tensors:
                 missing.append(prefix_of(key) + name)
                 continue
             claimed.append(full)
@@ -162,6 +175,8 @@ class Restore:
         if missing:
             raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which {key} needs")
         self.claimed[key] = claimed
+        if has_own_loading(module):
+            self._later.append(lambda: load_again(module))
 
     def _prepare_value(self, key: str, value: Any, names: Mapping[Tensor, str]) -> None:
         doc = self._doc_of(key)
@@ -173,7 +188,7 @@ class Restore:
                 f"the checkpoint has nothing for {key}; it has {_some(self._docs) or 'no state'}"
             )
         kind = doc.get(TAG) if isinstance(doc, dict) else None
-        if is_plain_optimizer(value):
+        if is_plain_optimizer(value) or (kind == "optimizer" and is_torch_optimizer(value)):
             self._prepare_optimizer(key, value, doc, names)
         elif self._is_exact and (kind == "object") != is_object(value) and value is not None:
             raise CheckpointError(
@@ -230,7 +245,24 @@ class Restore:
                 f"{list(entry.shape)}; a tensor is loaded whole"
             )
         local, box = local_part(value, path)
+        if any(not step and n > 1 for step, n in zip(local.stride(), local.shape, strict=True)):
+            raise CheckpointError(
+                f"{path} has several elements at one place in memory; give it memory of its own "
+                "(contiguous()) before it is loaded"
+            )
+        self._check_alone(name, local, path)
         self.targets[name].append(LoadTarget(box, local))
+
+    def _check_alone(self, name: str, local: Tensor, path: str) -> None:
+        """Refuse a place in memory that two tensors share which the checkpoint has different."""
+        place = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride())
+        other, before = self._places.setdefault(place, (name, path)) if local.numel() else ("", "")
+        if other in ("", name):
+            return
+        if not same_tensor(self._manifest, other, name):
+            raise CheckpointError(
+                f"{before} and {path} are one tensor here, and two that differ in the checkpoint"
+            )
 
     def _make_in_place(self, doc: Mapping[str, Any], old: Any, path: str) -> Tensor:
         """The tensor inside a plain value: the present one, or a new one where there is none."""

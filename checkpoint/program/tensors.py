@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -106,21 +106,65 @@ def local_part(value: Tensor, path: str) -> tuple[Tensor, Box]:
     for placement in value.placements:
         if isinstance(placement, Partial):
             raise CheckpointError(f"{path} is a partial sum; redistribute it before saving")
-        if type(placement) not in (Replicate, Shard):
+        if type(placement) not in (Replicate, Shard) and not hasattr(placement, "split_factor"):
             raise CheckpointError(
                 f"{path} is placed as {placement}, whose local part is not one box of the tensor"
             )
     mesh: Any = value.device_mesh
-    return value.to_local(), _box_of(value.shape, mesh, value.placements)
+    local, box = value.to_local(), _box_of(value.shape, mesh, value.placements)
+    if box is None or (box.elements and tuple(local.shape) != box.shape):
+        raise CheckpointError(
+            f"{path} is placed as {value.placements}, whose local part is not one box of the tensor"
+        )
+    return local if box.elements else local.new_empty(box.shape), box
 
 
 @lru_cache(maxsize=65536)
-def _box_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Box:
-    """This rank's box of a DTensor with this shape, mesh and placements."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def _box_of(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> Box | None:
+    """This rank's box of a DTensor with this shape, mesh and placements; None if it is no box.
 
-    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return Box(tuple(offset), tuple(a + b for a, b in zip(offset, local, strict=True)))
+    It is empty on ranks outside of the mesh.
+    """
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return Box((0,) * len(shape), (0,) * len(shape))
+    held = [[(0, extent)] for extent in shape]
+    for place, count, placement in zip(coordinate, mesh.shape, placements, strict=True):
+        if hasattr(placement, "dim"):
+            parts = getattr(placement, "split_factor", 1)
+            held[placement.dim] = _joined(
+                run
+                for part in range(parts)
+                for run in _cut(_cut(held[placement.dim], parts, part), count, place)
+            )
+    if any(len(runs) > 1 for runs in held):
+        return None
+    ends = [runs[0] if runs else (0, 0) for runs in held]
+    return Box(tuple(start for start, _ in ends), tuple(stop for _, stop in ends))
+
+
+def _cut(runs: list[tuple[int, int]], count: int, index: int) -> list[tuple[int, int]]:
+    """Part `index` of `count` of the indices in runs of (start, stop), as torch.chunk cuts them."""
+    size = sum(stop - start for start, stop in runs)
+    width = -(-size // count)
+    first, last = min(width * index, size), min(width * (index + 1), size)
+    found = []
+    for start, stop in runs:
+        begin, end = start + max(first, 0), min(stop, start + last)
+        if begin < end:
+            found.append((begin, end))
+        first, last = first - (stop - start), last - (stop - start)
+    return found
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of (start, stop) with those that touch each other joined."""
+    found: list[tuple[int, int]] = []
+    for start, stop in runs:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return found
 
 
 def program_tensor(

@@ -36,6 +36,10 @@ class Packed(nn.Linear):
         destination[f"{prefix}absmax"] = torch.ones(1)
 
 
+class Tagged(torch.Tensor):
+    """A tensor with a class of its own, which a load would not give back."""
+
+
 class Kept:
     def state_dict(self) -> dict[str, Any]:
         return {"deep": [object()]}
@@ -76,6 +80,11 @@ def _of(name: str) -> type:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no dict": (lambda: nn.Linear(1, 1), "a state is a dict"),
     "a key that is no text": (lambda: {1: 2}, "has the key 1"),
+    "half a surrogate pair": (lambda: {"\ud800": 2}, "has the key '.ud800'; .* Unicode"),
+    "a tensor of a class of its own": (
+        lambda: {"t": [torch.ones(1).as_subclass(Tagged)]},
+        r"t\[0\] cannot be saved: it is a Tagged",
+    ),
     "a meta module": (
         lambda: {"model": nn.Linear(3, 2, device="meta")},
         "weight cannot be .* meta device",

@@ -24,19 +24,21 @@ from holdfast.checkpoint.format import (
 from holdfast.checkpoint.loading import LoadTarget
 from holdfast.checkpoint.program.described import (
     ProgramState,
-    bare,
-    canonical,
     check_state,
-    extra_states,
-    has_own_loading,
     is_object,
     is_plain_optimizer,
     is_torch_optimizer,
+)
+from holdfast.checkpoint.program.documents import checked, documents_of
+from holdfast.checkpoint.program.modules import (
+    bare,
+    canonical,
+    extra_states,
+    has_own_loading,
     load_again,
     module_tensors,
     prefix_of,
 )
-from holdfast.checkpoint.program.documents import checked, documents_of
 from holdfast.checkpoint.program.optimizers import OptimizerRestore, entry_of
 from holdfast.checkpoint.program.tensors import (
     check_tensor,

@@ -175,12 +175,13 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     catalog = make_catalog(NAME, path, items.tensors, options)
     objects = {}
     for name, value in items.objects.items():
+        made = plain(value)
         lost = list(unplain(value, name))
         if lost and not isinstance(value, Mapping):
             # A list without some of its items would be another one.
             lost = [name]
         else:
-            objects[name] = plain(value)
+            objects[name] = made
         catalog.left_out |= dict.fromkeys(lost, _UNPLAIN)
     catalog.scalars["objects"] = objects
     catalog.step = _step(catalog, path)

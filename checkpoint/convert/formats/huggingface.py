@@ -96,11 +96,12 @@ def _tensors(root: Path, name: str, others: dict[str, str]) -> list[SourceTensor
     if not name.endswith(".bin"):
         return read_safetensors(root, name)
     file = read_torch_file(root, name)
+    found = [file.source(".".join(path), tensor) for path, tensor in tensors_in(file.content)]
     if isinstance(file.content, Mapping):
         for key, value in file.content.items():
             if next(tensors_in(value), None) is None:
                 others[str(key)] = "no tensor"
-    return [file.source(".".join(path), tensor) for path, tensor in tensors_in(file.content)]
+    return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:

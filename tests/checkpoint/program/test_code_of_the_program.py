@@ -24,7 +24,7 @@ from holdfast.parallel.layout import Box
 def _trained(wrap: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Sequential(wrap(nn.Linear(2, 2)), nn.Linear(2, 2))
     optimizer = torch.optim.AdamW(model.parameters())
-    sum(parameter.sum() for parameter in model.parameters()).backward()
+    torch.stack([parameter.sum() for parameter in model.parameters()]).sum().backward()
     optimizer.step()
     return model, optimizer
 
@@ -62,10 +62,11 @@ class Cached(nn.Module):
             self.register_load_state_dict_pre_hook(self._note)
 
     def _note(self, module: Any, *rest: Any) -> None:
-        self.seen = float(self.weight[0]) if self.how != "pre" else float(rest[0]["weight"][0])
+        values = rest[0]["weight"] if self.how == "pre" else self.weight.detach()
+        self.seen = float(values[0])
 
-    def _load_from_state_dict(self, *rest: Any) -> None:
-        super()._load_from_state_dict(*rest)
+    def _load_from_state_dict(self, state_dict: Any, *rest: Any) -> None:  # pyrefly: ignore
+        super()._load_from_state_dict(state_dict, *rest)
         if self.how == "method":
             self._note(self)
 

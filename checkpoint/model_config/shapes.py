@@ -82,15 +82,18 @@ def contradictions(
             yield "tie_word_embeddings = false, and there is no lm_head.weight"
     yield from _unlike(names, sizes, shapes)
     if layers in (count, None) or not numbers:
-        yield from _missing(config, shapes)
+        # The numbers are those of files: no more layers are looked for than there are, and one.
+        yield from _missing(config, shapes, min(count, len(numbers) + 1) or min(1, layers or 0))
 
 
-def _missing(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _missing(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], layers: int
+) -> Iterator[str]:
     """The weights that the model has and its files lack; those of quantised ones have other names.
 
     transformers would draw them at random.
     """
-    wanted = [] if config.get("quantization_config") else weights_of(config)
+    wanted = [] if config.get("quantization_config") else weights_of(config, layers)
     missing = [name for name in wanted if name not in shapes]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from holdfast.checkpoint.model_config.checks import explicit
-
 _NORMS: Final = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _ATTENTION: Final = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
 _MLP: Final = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -27,14 +25,16 @@ _LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
 """By model type: the weights of a layer, without experts and their router."""
 
 
-def weights_of(config: Mapping[str, Any]) -> Iterator[str]:
+def weights_of(config: Mapping[str, Any], layers: int) -> Iterator[str]:
     """The names of a model's weights but those of its head, experts and routers.
 
-    There are none for a type or a number of layers that is not known.
+    Args:
+        layers: the number of layers whose weights are among them.
+    Returns:
+        The names; none of a model type that is not known.
     """
-    family, told = str(config.get("model_type")), explicit(config)
-    layers = told.get("n_layer" if family == "gpt2" else "num_hidden_layers")
-    if family not in _LAYERS or not isinstance(layers, int):
+    family = str(config.get("model_type"))
+    if family not in _LAYERS:
         return
     if family == "gpt2":
         stem = "transformer.h"

@@ -22,7 +22,7 @@ from support.runs.mutations import COUNT, mutated
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8,
-    "vocab_size": 11, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "vocab_size": 11, "num_hidden_layers": 0, "num_attention_heads": 2, "num_key_value_heads": 1,
     "torch_dtype": "float32", "intermediate_size": 16, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
     "tie_word_embeddings": False,
 }  # fmt: skip

@@ -164,7 +164,7 @@ def test_weights_without_a_place_in_the_model_are_refused_even_if_changes_are_al
     with pytest.raises(ConfigError, match=rf"{bias} is of no use to the model"):
         wanted(biased)
     with pytest.raises(ConfigError, match=rf"{norm} is missing"):
-        wanted(start("short", {}, **{norm: None}))
+        wanted(start("short", None, **{norm: None}))
     # Without a config.json the names and shapes are all there is.
     bare = start("bare", None)
     assert len(wanted(bare)) == 1

@@ -181,6 +181,11 @@ def train(
         for number in range(STEPS):
             run.step(number)
         told = arguments(how.tensor, how.pipeline, how.tie, how.experts)
+        if how.gpt2:
+            told.swiglu, told.add_bias_linear, told.normalization = False, True, "LayerNorm"
+            told.position_embedding_type = "learned_absolute"
+            told.num_query_groups = told.num_attention_heads
+            told.ffn_hidden_size = 4 * told.hidden_size
         told.apply_wd_to_qk_layernorm = how.query_key_norms
         chunks = [model.state_dict_for_save_checkpoint() for model in run.wrapped]
         content: dict[str, Any] = {

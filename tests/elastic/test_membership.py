@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +53,20 @@ def _spec(folder: Path, rank: int, lighthouse: str, world_size: int, **fields: A
         lighthouse, "test", world_size, heartbeat_timeout_ms=600, secret=SECRET
     )
     return WorkerSpec(rank, 0, rank, "a", "127.0.0.1:1", True, str(folder), settings, **fields)
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> Iterator[list[Membership]]:
+    """Three that may agree, at a Lighthouse of their own."""
+    with (
+        contextlib.closing(Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)) as lighthouse,
+        contextlib.closing(Tunnels()) as tunnels,
+    ):
+        address = reached_by(lighthouse.address, tunnels, KEY)
+        made = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
+        yield made
+        for member in made:
+            member.close()
 
 
 def _in_threads(*calls: Any) -> list[Any]:
@@ -101,11 +116,7 @@ def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
     lighthouse.close()
 
 
-def test_all_members_get_the_same_value(tmp_path: Path) -> None:
-    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
-    tunnels = Tunnels()
-    address = reached_by(lighthouse.address, tunnels, KEY)
-    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
+def test_all_members_get_the_same_value(members: list[Membership]) -> None:
     found = _in_threads(
         *(
             lambda m=m: m.agree(step=m.spec.rank, phase="begin", data={"rank": m.spec.rank})
@@ -120,19 +131,11 @@ def test_all_members_get_the_same_value(tmp_path: Path) -> None:
     assert again[0] == again[1] == again[2]
     assert again[0].number > found[0].number
     assert [member.held for member in again[1].members] == [1, 1, 1]
-    for member in members:
-        member.close()
-    tunnels.close()
-    lighthouse.close()
 
 
 def test_a_member_that_misses_the_answer_is_told_the_same_value_by_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    members: list[Membership], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
-    tunnels = Tunnels()
-    address = reached_by(lighthouse.address, tunnels, KEY)
-    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
     exchange, lost = QuorumClient.exchange, list[Any]()
 
     def losing(client: QuorumClient, own: Report, timeout_s: float) -> Any:
@@ -150,9 +153,6 @@ def test_a_member_that_misses_the_answer_is_told_the_same_value_by_the_others(
     assert [member.step for member in found[1].members] == [0, 1, 2]
     for member in members:
         member.committed(1)
-        member.close()
-    tunnels.close()
-    lighthouse.close()
 
 
 FORGED = {
@@ -162,18 +162,14 @@ FORGED = {
 
 
 def test_reports_of_strangers_at_a_lighthouse_without_a_door_are_ignored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    members: list[Membership], caplog: pytest.LogCaptureFixture
 ) -> None:
-    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
-    tunnels = Tunnels()
-    address = reached_by(lighthouse.address, tunnels, KEY)
-    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
     over = threading.Event()
 
     def forge() -> None:
         own = report_to_data(Report(Identity(9), alive=True, world_size=3, min_ranks=1))
         sealed = sealed_report(report_from_data(own), "test:8", members[0].spec.settings.report_key)
-        client = RoundClient(address)
+        client = RoundClient(members[0].spec.settings.lighthouse)
         for data in itertools.cycle([FORGED, own, sealed, {"report": 5}, {}]):
             if over.is_set():
                 return
@@ -191,25 +187,14 @@ def test_reports_of_strangers_at_a_lighthouse_without_a_door_are_ignored(
     finally:
         over.set()
         stranger.join()
-        for member in members:
-            member.close()
-        tunnels.close()
-        lighthouse.close()
 
 
-def test_a_minority_gives_up_with_a_reason(tmp_path: Path) -> None:
-    lighthouse = Lighthouse("127.0.0.1", KEY, heartbeat_timeout_ms=600)
-    tunnels = Tunnels()
-    address = reached_by(lighthouse.address, tunnels, KEY)
-    members = [Membership(_spec(tmp_path, rank, address, 3)) for rank in range(3)]
+def test_a_minority_gives_up_with_a_reason(members: list[Membership]) -> None:
     _in_threads(*(lambda m=m: m.agree(step=0, phase="begin") for m in members))
     for member in members[:2]:
         member.close()
     with pytest.raises(Minority, match=r"no majority of generation 1 \(ranks 0-2\)"):
         members[2].agree(step=0, phase="alone", timeout_s=2.0)
-    members[2].close()
-    tunnels.close()
-    lighthouse.close()
 
 
 def test_two_processes_cannot_report_as_one_worker(tmp_path: Path) -> None:

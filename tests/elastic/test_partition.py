@@ -26,6 +26,7 @@ def test_the_minority_stops_and_the_majority_goes_on(tmp_path: Path) -> None:
     ):
         _start(run, net)
         first = run.reach(0, ["0", "1", "2", "3", "4"])
+        run.more_steps(4)  # it has a step of that generation to look at
         net.cut("c")
         for rank in range(4):
             run.reach(rank, ["0", "1", "2", "3"], after=first["number"])

@@ -135,6 +135,8 @@ class Coordination:
             Cancelled: the save was given up on this rank meanwhile.
         """
         keys = {rank: f"{kind}/{rank}" for rank in ranks}
+        if not keys:  # torch's store, when it logs what it does, crashes if asked for no keys
+            return {}
         pause = _FIRST_POLL_S
         while not self._store.check(list(keys.values())):
             self._raise_failure()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, Store
 
 from holdfast import _native
 from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline, FileStream
@@ -30,6 +30,12 @@ def test_reports_are_collected_by_rank() -> None:
     found = ranks[0].collect("written", range(3), Deadline(5.0))
     assert found == {number: {"crc32c": [number]} for number in range(3)}
     assert [rank.is_coordinator for rank in ranks] == [True, False, False]
+
+
+def test_reports_of_no_rank_are_there_without_asking_the_store() -> None:
+    """torch's store crashes when it is asked for no keys and logs what it does."""
+    alone = Coordination(Members(0, (0,), Store()), "save")
+    assert alone.collect("header", [], Deadline(5.0)) == {}
 
 
 def test_a_rank_that_is_late_is_named_with_its_phase() -> None:

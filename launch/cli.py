@@ -15,7 +15,8 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from holdfast.parallel.errors import HoldfastError
-from holdfast.parallel.output import begin_process, stream_error, tell
+from holdfast.parallel.output import begin_process, say, stream_error, tell
+from holdfast.parallel.reading import require_text_names
 
 COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training"),
@@ -32,7 +33,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(version("holdfast"))
+        say(version("holdfast"))
         raise typer.Exit
 
 
@@ -66,6 +67,7 @@ def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
     begin_process()
     try:
+        require_text_names(sys.argv[1:], os.environ)
         application(sys.argv[1] if len(sys.argv) > 1 else "")()
         code = 0
     except HoldfastError as error:

@@ -6,16 +6,21 @@ file may have any content. Everything here ends with a value or with one error t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
+import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
+
+from holdfast.parallel.errors import ConfigError
 
 _T = TypeVar("_T")
 MOST_COUNT: Final = 1 << 62
@@ -114,6 +119,29 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES, *, own: bool = False)
             told = f"it has {size:,} bytes, and such a file has at most {most_bytes:,}"
             raise OSError(errno.EFBIG, told, str(path))
         return file.read(most_bytes)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name from outside can be written down and sent: each of its bytes is a part of a
+    character."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def require_text_names(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Check that the names that a command is given, and those of its folders, are text.
+
+    Raises:
+        ConfigError: one is not; it says which.
+    """
+    names = [(f"argument {number}", text) for number, text in enumerate(arguments, 1)]
+    names.append(("TMPDIR", environment.get("TMPDIR", "")))
+    with contextlib.suppress(OSError):  # it is gone
+        names.append(("the working folder", os.getcwd()))
+    for name, text in names:
+        if not is_text(text):
+            raise ConfigError(
+                f"{name}, {text}: is not text in {sys.getfilesystemencoding()}; use a name that is"
+            )
 
 
 def read_name(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from holdfast.parallel.errors import HoldfastError
 from holdfast.parallel.links import new_secret
 from holdfast.parallel.output import begin_process, outlive_readers, tell
+from holdfast.parallel.reading import require_text_names
 from holdfast.trainer.external_launcher import run_external_worker
 from holdfast.trainer.run import RunRequest, job_secret, load_run_config
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     try:
+        require_text_names(sys.argv[1:], os.environ)
         config = load_run_config(arguments.config, arguments.set)
         world = world_from_environment(os.environ)
         if world is not None and world.job:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from holdfast.parallel.errors import ConfigError, shown
+from holdfast.parallel.reading import is_text
 
 LATEST = "latest"
 """The file that names the newest checkpoint."""
@@ -98,8 +99,10 @@ def expanded(place: str | Path, key: str) -> Path:
     Args:
         key: the option or key that names it, for messages.
     Raises:
-        ConfigError: no home is known for the user.
+        ConfigError: no home is known for the user, or it is not text.
     """
+    if not is_text(str(place)):
+        raise ConfigError(f"{key} = {shown(str(place))}: must be UTF-8 text")
     try:
         return Path(place).expanduser()
     except RuntimeError as error:

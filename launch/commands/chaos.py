@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.output import DiskWord, tell
+from holdfast.parallel.output import DiskWord, say, tell
 from holdfast.parallel.step_phases import FAULTS, STEP_PHASES
 from holdfast.trainer.reports import EventFile, last_step
 from holdfast.trainer.run import RunDirectory, read_events
@@ -155,4 +155,4 @@ def chaos(
     request = FaultRequest(fault, chosen, step, phase, seconds, every, count, seed)
     for caused in faults(run, request):
         when = f" at step {caused.step}, {caused.phase}" if step or fault not in _SIGNALS else ""
-        typer.echo(f"{caused.fault}: rank {caused.rank}{when}")
+        say(f"{caused.fault}: rank {caused.rank}{when}")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from holdfast.checkpoint.stores import checkpoint_at, find_checkpoint
 from holdfast.checkpoint.tools import Summary, inspect_checkpoint
-from holdfast.parallel.errors import CheckpointError
+from holdfast.launch.commands.progress import shown_progress
+from holdfast.parallel.errors import CheckpointError, printable
 from holdfast.parallel.layout import AXES, Mesh
+from holdfast.parallel.output import plain_console, say, tell
 
 Checkpoint = Annotated[
     str,
@@ -34,14 +33,6 @@ def register(app: typer.Typer) -> None:
     app.command()(prove)
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def inspect(
     path: Checkpoint,
     as_json: AsJson = False,
@@ -50,9 +41,9 @@ def inspect(
     """Show what is in a checkpoint: tensors, sizes, where they lie, how the run went on."""
     summary = inspect_checkpoint(find_checkpoint(path).place)
     if as_json:
-        typer.echo(json.dumps(summary.as_dict(), indent=2))
+        say(json.dumps(summary.as_dict(), indent=2))
         return
-    console = Console()
+    console = plain_console()
     console.print(_overview(summary))
     if tensors:
         console.print(_tensor_table(summary))
@@ -78,7 +69,7 @@ def _overview(summary: Summary) -> Table:
         rows.append((kind, f"{found['tensors']} tensors, {_size(found['bytes'])}, {dtypes}"))
     for name, value in rows:
         if value:
-            table.add_row(name, value)
+            table.add_row(name, printable(value))
     return table
 
 
@@ -100,7 +91,7 @@ def _tensor_table(summary: Summary) -> Table:
     for tensor in summary.tensors:
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         table.add_row(
-            tensor.name,
+            printable(tensor.name),
             tensor.dtype,
             shape,
             _size(tensor.bytes),
@@ -130,15 +121,14 @@ def verify(
 
     if rebuild:
         made = rebuild_manifest(Path(path))
-        typer.echo(
+        (tell if as_json else say)(
             f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} files; "
-            "the run's configuration is not in it",
-            err=as_json,
+            "the run's configuration is not in it"
         )
     else:
         path = find_checkpoint(path).place
     began = time.perf_counter()
-    with _progress("reading") as progress:
+    with shown_progress("reading") as progress:
         problems = verify_checkpoint(path, progress)
     seconds = time.perf_counter() - began
     size = checkpoint_at(path).manifest().bytes
@@ -147,12 +137,12 @@ def verify(
             {"file": p.file, "message": p.message, "tensor": p.tensor, "box": p.box}
             for p in problems
         ]
-        typer.echo(json.dumps({"path": path, "ok": not problems, "problems": found}, indent=2))
+        say(json.dumps({"path": path, "ok": not problems, "problems": found}, indent=2))
     elif problems:
         for problem in problems:
-            typer.echo(f"{path}/{problem}")
+            say(f"{path}/{problem}")
     else:
-        typer.echo(f"{path}: all {_size(size)} are as they were written ({seconds:.1f} s)")
+        say(f"{path}: all {_size(size)} are as they were written ({seconds:.1f} s)")
     raise typer.Exit(1 if problems else 0)
 
 
@@ -165,16 +155,16 @@ def diff(
     from holdfast.checkpoint.tools import diff_checkpoints
 
     places = find_checkpoint(first).place, find_checkpoint(second).place
-    with _progress("comparing") as progress:
+    with shown_progress("comparing") as progress:
         found = diff_checkpoints(*places, progress)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
         raise typer.Exit(0 if found.equal else 1)
     for label, names in (("only in A", found.only_first), ("only in B", found.only_second)):
         for name in names:
-            typer.echo(f"{label}: {name}")
+            say(f"{label}: {name}")
     for line in found.other_form:
-        typer.echo(f"of another form: {line}")
+        say(f"of another form: {line}")
     if found.values:
         table = Table(box=None, padding=(0, 1))
         table.add_column("tensor", overflow="fold")
@@ -182,19 +172,19 @@ def diff(
             table.add_column(column, justify="right")
         for value in found.values:
             table.add_row(
-                value.name,
+                printable(value.name),
                 f"{value.differing:,}",
                 f"{value.elements:,}",
                 f"{value.largest:.3g}",
                 f"{value.relative:.3g}",
             )
-        Console().print(table)
+        plain_console().print(table)
     steps = (
         ""
         if found.steps[0] == found.steps[1]
         else f" (steps {found.steps[0]} and {found.steps[1]})"
     )
-    typer.echo(
+    say(
         f"identical: {found.compared} tensors, bit for bit{steps}"
         if found.equal
         else f"different: {len(found.values)} of {found.compared} tensors{steps}"
@@ -218,17 +208,17 @@ def prove(
             find_checkpoint(first).place, find_checkpoint(second).place, overrides
         )
     except CheckpointError as error:
-        typer.echo(f"holdfast: {error}", err=True)
+        tell(f"holdfast: {error}")
         raise typer.Exit(error.exit_code) from error
     start, end = found.steps
     if found.difference.equal:
-        typer.echo(
+        say(
             f"proved: training {end - start} steps from {first} gives {second}, all "
             f"{found.difference.compared} tensors bit for bit"
         )
         raise typer.Exit(0)
     worst = found.difference.values[0].name if found.difference.values else "tensors are missing"
-    typer.echo(
+    say(
         f"not proved: {len(found.difference.values)} of {found.difference.compared} tensors differ "
         f"after {end - start} steps, first {worst}"
     )

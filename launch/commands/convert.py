@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from holdfast.checkpoint.convert import FLOATS, targets
 from holdfast.checkpoint.format import local_path
+from holdfast.launch.commands.progress import shown_progress
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.output import say
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.run import require_processes
 from holdfast.trainer.worlds import world_from_environment
@@ -81,20 +81,11 @@ def convert(
     require_processes(workers, f"--workers {workers}")
     world = world_from_environment(os.environ)
     rank, size = (0, 1) if world is None else (world.rank, world.world_size)
-    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    # It has no thread of its own, so that workers can be forked.
-    bar = Progress(*columns, transient=True, auto_refresh=False, console=Console(stderr=True))
-    with bar:
-        task = bar.add_task("converting", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            bar.refresh()
-
+    with shown_progress("converting", threaded=False) as show:  # workers are forked
         converted = run(asked, workers=workers, rank=rank, world=size, progress=show)
     if converted is not None:
         for line in summary_lines(converted):
-            typer.echo(line)
+            say(line)
 
 
 def parse_bytes(text: str) -> int:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from holdfast.checkpoint.format import local_path
+from holdfast.launch.commands.progress import shown_progress
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.output import outlive_readers
+from holdfast.parallel.output import outlive_readers, plain_console, say, tell
 from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
@@ -139,7 +138,7 @@ def replay(
     code, found = replay_run(RunDirectory(run), local_path(out, "--out") if out else run / "replay")
     if found is None:
         raise typer.Exit(code)
-    typer.echo(describe_replay(found))
+    say(describe_replay(found))
     raise typer.Exit(0 if found.equal else 1)
 
 
@@ -171,9 +170,9 @@ def _compare_with_fault_free_run(run: RunDirectory) -> int:
         train_without_faults,
     )
 
-    typer.echo("training again with nothing lost, to compare every bit ...")
+    say("training again with nothing lost, to compare every bit ...")
     comparison = compare_runs(run, train_without_faults(run))
-    typer.echo(describe_comparison(comparison, lost_ranks(run)))
+    say(describe_comparison(comparison, lost_ranks(run)))
     return 0 if comparison.equal else 1
 
 
@@ -214,7 +213,7 @@ def plan(
     ranks = _ranks(lost, run_config.parallel.ranks)
     if measure:
         rates = measure_throughput(run_config, measure)
-        typer.echo(f"measured {described(rates)}", err=as_json)
+        (tell if as_json else say)(f"measured {described(rates)}")
         run_config = with_throughput(run_config, rates)
     report = plan_report(
         run_config,
@@ -225,9 +224,9 @@ def plan(
         lost=ranks,
     )
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
+        say(json.dumps(report.as_dict(), indent=2))
     else:
-        console = Console()
+        console = plain_console()
         console.print(report.renderable(console.width))
 
 
@@ -290,8 +289,7 @@ def prepare(
     """Write text as Megatron .bin/.idx, which `data.kind = "megatron"` reads."""
     from holdfast.trainer.data import prepare as write
 
-    with Progress(transient=True) as progress:
-        task = progress.add_task("tokenizing", total=None)
+    with shown_progress("tokenizing") as progress:
         made = write(
             [str(path) for path in inputs],
             local_path(output, "--output"),
@@ -299,11 +297,11 @@ def prepare(
             json_key=json_key,
             end_of_text=end_of_text,
             overwrite=overwrite,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
-    typer.echo(
+    say(
         f"{made.bin_path}, {made.idx_path}: {made.documents:,} documents, {made.tokens:,} tokens; "
         f"model.vocab is at least {made.vocab}"
     )
     if made.note:
-        typer.echo(f"warning: {made.note}", err=True)
+        tell(f"warning: {made.note}")

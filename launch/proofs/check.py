@@ -6,13 +6,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from torch.distributed import Store
 
 from holdfast.launch.launchers import start_workers
 from holdfast.parallel.files import scratch_folder
-from holdfast.parallel.output import tell
+from holdfast.parallel.output import plain_console, tell
 from holdfast.trainer import describe, root_cause, run_worker
 from holdfast.trainer.check import (
     Finding,
@@ -69,7 +68,7 @@ def check_layout(config: RunConfig, steps: int) -> int:
 
 
 def _print(config: RunConfig, findings: Sequence[Finding]) -> None:
-    console = Console(highlight=False)
+    console = plain_console(highlight=False)
     p, model = config.parallel, config.model
     console.print(
         f"layout: {p.mesh.text}, {p.virtual} chunks per rank, "

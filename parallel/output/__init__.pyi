@@ -22,6 +22,10 @@ from .process_start import (
 from .standard_streams import (
     outlive_readers as outlive_readers,
     stream_error as stream_error,
+)
+from .terminal import (
+    plain_console as plain_console,
+    say as say,
     tell as tell,
 )
 from .whole_files import (

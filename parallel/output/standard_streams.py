@@ -12,8 +12,6 @@ import signal
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from holdfast.parallel.errors import printable
-
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -139,11 +137,6 @@ def stream_error() -> str:
 def _raw_streams() -> list[SafeStream]:
     raws = [getattr(getattr(s, "buffer", None), "raw", None) for s in (sys.stdout, sys.stderr)]
     return [raw for raw in raws if isinstance(raw, SafeStream)]
-
-
-def tell(line: str) -> None:
-    """Print a line for a person to standard error."""
-    print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

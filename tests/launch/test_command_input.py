@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.runs.commands import environment, holdfast
+from support.runs.commands import HOLDFAST, environment, holdfast
 
 BAD: list[tuple[list[str], int, str]] = [
     (["parallel.tensr=2"], 2, "did you mean parallel.tensor"),
@@ -51,8 +52,17 @@ def test_bad_input_ends_with_one_clear_line(
 def test_a_token_beyond_the_vocabulary_is_named(config: Path) -> None:
     text = 'Prepared text: "äöü" and plain words, again and again.\n' * 50
     (config.parent / "text.txt").write_text(text)
-    prepared = holdfast(config.parent, "data", "prepare", "text.txt", "--output", "tokens")
-    assert prepared.returncode == 0, prepared.stderr
+    temporary = config.parent / "temporary"
+    temporary.mkdir()
+    prepared = subprocess.run(
+        [*HOLDFAST, "data", "prepare", "text.txt", "--output", "tokens"],
+        cwd=config.parent,
+        env=environment(TMPDIR=str(temporary)),
+        capture_output=True,
+        text=True,
+    )
+    assert (prepared.returncode, prepared.stderr) == (0, "")
+    assert list(temporary.iterdir()) == []
     sets = ["--set", "data.kind=megatron", "--set", "data.path=['tokens']"]
     sets += ["--set", "parallel.data=1", "--set", "train.steps=2"]
     fine = holdfast(config.parent, "train", str(config), "--out", "fine", *sets)
@@ -123,3 +133,10 @@ def test_a_port_in_use_is_named(config: Path) -> None:
     assert done.returncode == 3
     assert f"127.0.0.1:{port}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.mp
+def test_a_name_that_is_no_text_ends_with_one_line(config: Path) -> None:
+    done = holdfast(config.parent, "train", str(config), "--out", os.fsdecode(b"run\xff"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert r"argument 4, run\udcff: is not text in utf-8" in done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.parallel.errors import DataError
-from holdfast.parallel.files import scratch_folder
+from holdfast.parallel.files import scratch_folder, torch_caches_in
 from holdfast.trainer.data.documents import (
     DocumentFile,
     DocumentForm,
@@ -77,10 +77,11 @@ def prepare(
     for path in (bin_path, idx_path):
         if os.path.lexists(path) and not overwrite:
             raise DataError(f"{path} exists already; name another output, or give --overwrite")
-    indexed = indexed_dataset_module()
     try:
         bin_path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(bin_path.parent, _PARTIAL) as scratch:
+        # megatron-core has torch make the folder of its cache when it is imported.
+        with scratch_folder(bin_path.parent, _PARTIAL) as scratch, torch_caches_in(scratch):
+            indexed = indexed_dataset_module()
             made_bin, made_idx = (scratch / path.name for path in (bin_path, idx_path))
             dtype = indexed.DType.optimal_dtype(encoder.vocab)
             builder = indexed.IndexedDatasetBuilder(str(made_bin), dtype=dtype)

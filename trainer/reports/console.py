@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.parallel.errors import printable
 from holdfast.parallel.layout import LayerSpec
+from holdfast.parallel.output import plain_console
 from holdfast.parallel.plan import Plan
 
 
@@ -176,8 +177,8 @@ class Display:
     """Shows a run's progress on rank 0; other ranks have none."""
 
     def __init__(self, title: str, plan: Plan, *, every: int) -> None:
-        self._title, self._plan, self._every = title, plan, every
-        self._console = Console(file=sys.stdout, highlight=False)
+        self._title, self._plan, self._every = Text(printable(title)), plan, every
+        self._console = plain_console(highlight=False)
         self._losses: list[float] = []
         self._notes: deque[str] = deque(maxlen=_SHOWN_NOTES)
         self._progress: ProgressLine | None = None
@@ -195,11 +196,12 @@ class Display:
 
     def note(self, text: str) -> None:
         """Show a line beside the progress."""
+        text = printable(text)
         if self._live is not None:
             self._notes.append(text)
             self._live.update(self._panel(self._progress))
         else:
-            self._console.print(text, soft_wrap=True, markup=False)
+            self._console.print(text, soft_wrap=True)
 
     def change(self, plan: Plan) -> None:
         """Show another plan from now on."""
@@ -228,7 +230,7 @@ class Display:
         table.add_column(style="dim")
         table.add_column(overflow="fold")
         for name, value in summary:
-            table.add_row(name, value)
+            table.add_row(name, printable(value))
         self._console.print(Panel(table, title=self._title, expand=False))
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.parallel.files import sweep_scratch, torch_caches_in
+from holdfast.parallel.output import say
 from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
@@ -86,7 +87,7 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     if request.ranks_here:
         require_room(config, request.ranks_here)
     for note in corpus_notes(config.data):
-        print(note, flush=True)  # noqa: T201
+        say(note)
     root = choose_root(request.path, request.out, config, resume, allow_change=allow_change)
     with contextlib.ExitStack() as held:
         held.enter_context(locked_run(root))
@@ -104,7 +105,7 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
                 root,
                 ranks_here=request.ranks_here,
                 fresh=resume == "none" and not request.attempt,
-                say=lambda line: print(line, flush=True),  # noqa: T201
+                say=say,
             )
         run = open_run(root, config, resume, allow_change=allow_change, notes=notes)
         held.enter_context(torch_caches_in(run.log(0).parent))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from holdfast.parallel.plan import Plan, replan
 from holdfast.parallel.plan.replan import Roster
-from holdfast.trainer.reports.console import layout_grid
+from holdfast.trainer.reports.console import Display, layout_grid
 from support.runs.plans import NODES, first_plan
 
 
@@ -37,3 +38,14 @@ def test_ranks_that_do_not_follow_one_another_are_not_shown_as_a_range() -> None
     wider = first_plan(tensor=4, data=2, pipeline=1)
     mixed = replan(wider, Roster((0, 1, 2, 7), NODES), generation=1)
     assert "ranks 0-2,7" in shown(mixed)
+
+
+def test_the_name_of_a_run_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display("x[/red]\x1b[31m", first_plan(data=2, pipeline=1), every=1)
+    display.start()
+    display.note("its folder is a[/b]\x1b[31m")
+    display.finish([("run", "runs/x[/red]\x1b[31m")])
+    out = capsys.readouterr().out
+    assert out.count(r"x[/red]\x1b[31m") == 3
+    assert r"a[/b]\x1b[31m" in out
+    assert "\x1b" not in out

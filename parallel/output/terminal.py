@@ -1,0 +1,40 @@
+"""Text for a person: names from files and paths neither steer the terminal nor are markup.
+
+Everything that a command prints goes through `say`, `tell` or a console of `plain_console`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from holdfast.parallel.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say(line: str) -> None:
+    """Print a line for a person to standard output."""
+    print(printable(line), flush=True)  # noqa: T201
+
+
+def tell(line: str) -> None:
+    """Print a line for a person to standard error."""
+    print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def plain_console(*, errors: bool = False, highlight: bool = True) -> Console:
+    """A console that shows text as it is: no markup, and no names of emoji.
+
+    Names from outside are made `printable` before they are given to it, since it leaves the
+    characters that control a terminal.
+
+    Args:
+        errors: whether it writes to standard error.
+        highlight: whether numbers and names are coloured on a terminal.
+    """
+    from rich.console import Console
+
+    stream = sys.stderr if errors else sys.stdout
+    return Console(file=stream, markup=False, emoji=False, highlight=highlight)

@@ -39,6 +39,8 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
     Rank 0 opens the run and tells the others its folder.
     """
     config = request.config
+    if world.world_size == 1:
+        world = world.with_own_store()
     try:
         _check(config, world)
         if config.elastic.enabled and world.rank == 0:

@@ -28,6 +28,8 @@ PREFIX = "holdfast-scratch-"
 _MARK = ".holdfast-mark"
 _MARK_BYTES = 4096
 _ATTEMPTS = 100
+_LEAST_ROOM = 4 << 20
+"""Bytes that are free in the system's folder: a run has about 100 KiB for each rank in it."""
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -41,10 +43,12 @@ def scratch_folder(inside: Path | None = None, prefix: str = PREFIX) -> Iterator
         prefix: the beginning of its name, which only scratch folders have there.
     Raises:
         OSError: it cannot be made in that folder.
-        ConfigError: it cannot be made in the system's.
+        ConfigError: it cannot be made in the system's, or has no room there.
     """
     try:
         sweep_scratch(inside, prefix)
+        if inside is None:
+            _require_room(Path(tempfile.gettempdir()))
         folder, descriptor = _marked(inside, prefix)
     except OSError as error:
         if inside is not None:
@@ -59,6 +63,19 @@ def scratch_folder(inside: Path | None = None, prefix: str = PREFIX) -> Iterator
         with contextlib.suppress(OSError):
             _remove(folder)
         os.close(descriptor)
+
+
+def _require_room(place: Path) -> None:
+    """Check that the system's folder has room for what the processes of a run tell each other.
+
+    Raises:
+        OSError: it has not.
+    """
+    found = os.statvfs(place)
+    if found.f_blocks and found.f_bavail * found.f_frsize < _LEAST_ROOM:
+        raise OSError(
+            errno.ENOSPC, f"{place} has less than {_LEAST_ROOM >> 20} MiB of room", str(place)
+        )
 
 
 def sweep_scratch(inside: Path | None = None, prefix: str = PREFIX) -> list[Path]:

@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
@@ -54,7 +55,8 @@ def list_documents(paths: Sequence[str], *, key: str = "data.path") -> tuple[Doc
     the paths in messages.
 
     Raises:
-        DataError: a path does not exist, or is neither a file nor a folder.
+        DataError: a path does not exist, is neither a file nor a folder, or is a folder of which a
+            part cannot be read.
         ConfigError: a path begins with a ~ for which no home is known.
     """
     if not paths:
@@ -69,7 +71,7 @@ def list_documents(paths: Sequence[str], *, key: str = "data.path") -> tuple[Doc
                 f'{key} "{name}": {error.strerror}; name a UTF-8 file or a folder of them'
             ) from error
         if stat.S_ISDIR(mode):
-            found.extend(_folder(path))
+            found.extend(_whole_folder(path, key))
         elif stat.S_ISREG(mode):
             found.append(_document(path, named=True))
         else:
@@ -171,6 +173,30 @@ def _is_text(file: DocumentFile, content: bytes, key: str) -> bool:
             ) from error
         return False
     return file.named or b"\0" not in content
+
+
+def _whole_folder(root: Path, key: str) -> list[DocumentFile]:
+    """The files of a folder that the user named.
+
+    Raises:
+        DataError: a part of it cannot be read, or lies elsewhere: nothing is left out unsaid.
+    """
+
+    def refuse(path: Path, fault: str) -> NoReturn:
+        raise DataError(f'{key} "{root}": {path} {fault}')
+
+    def unreadable(error: OSError) -> NoReturn:
+        refuse(Path(error.filename), f"cannot be read ({error.strerror}); make it readable")
+
+    for folder, inner, names in os.walk(root, onerror=unreadable):
+        inner[:] = [name for name in inner if name[0] != "."]
+        for path in (Path(folder, name) for name in inner):
+            if path.is_symlink():
+                refuse(path, "is a link to a folder; name that folder as well, and remove the link")
+        for path in (Path(folder, name) for name in names if name[0] != "."):
+            if not path.exists():
+                refuse(path, "is a link that leads nowhere; remove it")
+    return _folder(root)
 
 
 def _folder(root: Path, excluded: frozenset[str] = frozenset()) -> list[DocumentFile]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -49,7 +51,7 @@ def text_stream(
             "(256 bytes and the document separator, id 256); set model.vocab to that or more"
         )
     files = list_documents(paths)
-    state = [(str(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
+    state = [(_text(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
     form = DocumentForm(json_key)
     parts = ["text 1", encoder.fingerprint, encoder.separator, state]
     if any(form.is_json(file) for file in files):
@@ -70,6 +72,11 @@ def text_stream(
         first = int(np.argmax(stream.tokens >= vocab))
         check_tokens(stream.read(first, first + 1), vocab, name=stream.name, start=first)
     return stream
+
+
+def _text(path: Path) -> str:
+    """The name of a path as text, whatever its bytes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def encode_documents(documents: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:

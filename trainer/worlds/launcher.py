@@ -45,6 +45,19 @@ class Environment:
                 "launcher should set it"
             ) from None
 
+    def port(self, default: int) -> int:
+        """MASTER_PORT, where the workers meet.
+
+        Raises:
+            ConfigError: it is no number of a port.
+        """
+        found = self.number("MASTER_PORT", default=default)
+        if not 0 <= found < 1 << 16:
+            raise ConfigError(
+                f"{self.launcher}, but MASTER_PORT = {found} is no port: ports are 0 to 65535"
+            )
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Launcher:

@@ -34,7 +34,7 @@ def _reader(
             local_world_size=local_world_size,
             node=0,
             store_host=host,
-            store_port=found.number("MASTER_PORT", default=port_of(job)),
+            store_port=found.port(port_of(job)),
             store_is_server=own == 0,
             job="mpi-" + re.sub(r"[^\w.-]", "-", job),
         )

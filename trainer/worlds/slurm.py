@@ -20,7 +20,7 @@ def _read(found: Environment) -> WorldInfo:
         local_world_size=_tasks_here(found),
         node=found.number("SLURM_NODEID", default=0),
         store_host=found.text("MASTER_ADDR") or first_host(nodes) or "127.0.0.1",
-        store_port=found.number("MASTER_PORT", default=port_of(job)),
+        store_port=found.port(port_of(job)),
         store_is_server=rank == 0,
         attempt=found.number("SLURM_RESTART_COUNT", default=0),
         job=f"slurm-{job}-{found.variables['SLURM_STEP_ID']}",

@@ -23,7 +23,7 @@ def _read(found: Environment) -> WorldInfo:
         local_world_size=found.number("LOCAL_WORLD_SIZE", default=world_size),
         node=found.number("GROUP_RANK", default=0),
         store_host=found.variables.get("MASTER_ADDR", "127.0.0.1"),
-        store_port=found.number("MASTER_PORT", default=29500),
+        store_port=found.port(29500),
         store_is_server=rank == 0 and not by_agent,
         attempt=found.number("TORCHELASTIC_RESTART_COUNT", default=0),
     )

@@ -5,7 +5,7 @@ Pure; registry.py reads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from holdfast.parallel.links import derived_key
 
@@ -30,6 +30,10 @@ class WorldInfo:
     agents."""
     secret: str = field(default="", repr=False)
     """The secret of the processes of a run; empty: its store is open to all that reach it."""
+
+    def with_own_store(self) -> WorldInfo:
+        """The same world, whose only worker asks no other process for a store."""
+        return replace(self, store_host="127.0.0.1", store_port=0, store_is_server=True)
 
     @property
     def store_key(self) -> bytes:

@@ -68,8 +68,8 @@ def check(conversion: Conversion) -> None:
         is_full = next(conversion.target.iterdir(), None) is not None
     except FileNotFoundError:
         is_full = False
-    except NotADirectoryError:
-        is_full = True
+    except NotADirectoryError as error:
+        raise ConfigError(f"{conversion.target} is no folder; name another one") from error
     except OSError as error:
         raise ConfigError(f"{conversion.target} cannot be read: {error.strerror}") from error
     if is_full:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files import scratch
 from holdfast.parallel.files.scratch import PREFIX, scratch_folder, sweep_scratch
 
@@ -35,6 +36,16 @@ def _left(place: Path, *, mark: bytes | None = None) -> Path:
     if mark is not None:
         (left / ".holdfast-mark").write_bytes(mark)
     return left
+
+
+def test_a_place_without_room_is_named_before_anything_is_made(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(place))
+    monkeypatch.setattr(scratch, "_LEAST_ROOM", 1 << 62)
+    with pytest.raises(ConfigError, match="MiB of room; set TMPDIR"), scratch_folder():
+        pass
+    assert list(place.iterdir()) == []
 
 
 def test_a_folder_is_private_and_goes_at_the_end_of_its_block(place: Path) -> None:

@@ -68,6 +68,33 @@ def test_folder_is_read_in_sorted_order_with_a_separator_after_each(tmp_path: Pa
     assert tokens_of(folder / "b.txt", folder / "a.txt") == [*"é".encode(), 256, *b"a", 256]
 
 
+def test_a_file_whose_name_is_no_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"a\xff")).write_text("ab")
+    assert tokens_of(tmp_path / "in") == [97, 98, 256]
+
+
+@pytest.mark.parametrize("where", ["link to a folder", "leads nowhere"])
+def test_no_part_of_a_folder_is_left_out_unsaid(tmp_path: Path, where: str) -> None:
+    folder, other = tmp_path / "in" / "deep", tmp_path / "other"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("text " * 20)
+    if where == "link to a folder":
+        other.mkdir()
+    (folder / "more").symlink_to(other)
+    said = message(tmp_path / "in")
+    assert f"{folder / 'more'} is a link" in said
+    assert where in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_part_of_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("text " * 20)
+    (tmp_path / "in" / "closed").chmod(0)
+    assert f"{tmp_path / 'in' / 'closed'} cannot be read" in message(tmp_path / "in")
+
+
 def test_samples_are_windows_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "digits.txt"
     path.write_text("".join(chr(ord("0") + i % 75) for i in range(200)))

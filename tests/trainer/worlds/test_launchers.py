@@ -129,6 +129,20 @@ def test_variables_that_are_left_over_are_named_by_every_rank(
     assert "unset RANK and WORLD_SIZE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("port", ["-1", "65536", "99999999999"])
+def test_a_port_beyond_the_range_is_named(port: str) -> None:
+    with pytest.raises(ConfigError, match=f"MASTER_PORT = {port} is no port"):
+        world_from_environment({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port})
+
+
+def test_a_worker_alone_meets_nobody() -> None:
+    left_over = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "gone.invalid"}
+    world = world_from_environment(left_over)
+    assert world is not None
+    alone = world.with_own_store()
+    assert (alone.store_host, alone.store_port, alone.store_is_server) == ("127.0.0.1", 0, True)
+
+
 def test_a_new_launcher_is_one_file_and_one_line_of_the_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,15 +268,16 @@ def check(
 
 def prepare(
     inputs: Annotated[
-        list[Path], typer.Argument(help="UTF-8 files, JSON Lines (.jsonl), or folders of them.")
+        list[Path], typer.Argument(help="UTF-8 files, JSON (.jsonl, .json), or folders of them.")
     ],
     output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json.")] = "bytes",
     json_key: Annotated[
         str | None,
         typer.Option(
-            help="All inputs are JSON Lines with their text under this key; without it, files "
-            'named .jsonl are, and the key is "text".'
+            help="All inputs are JSON (lines, or an array of objects) with their text under this "
+            'key; without it, files named .jsonl or .json are, and the key is "text". '
+            '"" takes JSON as plain text.'
         ),
     ] = None,
     end_of_text: Annotated[

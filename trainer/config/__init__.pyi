@@ -11,6 +11,7 @@ from .loading import (
     dump_toml as dump_toml,
     load_config as load_config,
 )
+from .memory import machine_memory_bytes as machine_memory_bytes
 from .sections import (
     ChaosConfig as ChaosConfig,
     NumericsConfig as NumericsConfig,

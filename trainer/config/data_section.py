@@ -18,7 +18,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             (`.bin`/`.idx` prefixes).
         path: files, folders or prefixes. Text without a path is the Python standard library.
         tokenizer: "bytes", or the path of a `tokenizer.json`; for text only.
-        json_key: the key of the text in a line of a .jsonl file; for text only.
+        json_key: the key of the text in a line of a .jsonl file, or in an object of a .json file;
+            "": JSON is plain text. For text only.
         end_of_text: the token of `tokenizer` that ends a document; "": one of the known names.
             For text only.
         weights: one per path: the shares of a mixture. Empty: all paths are one corpus.

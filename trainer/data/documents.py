@@ -1,27 +1,18 @@
-"""The files of a text corpus, their order, and the reading of documents."""
+"""The files of a text corpus, and their order."""
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
-from holdfast.parallel.reading import open_regular
-from holdfast.trainer.data.json_lines import (
-    SUFFIXES,
-    is_json_lines,
-    json_documents,
-    looks_like_json_lines,
-)
-
-logger = logging.getLogger(__name__)
+from holdfast.trainer.data.json_lines import ARRAY_SUFFIX, SUFFIXES
 
 LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 LIBRARY_EXCLUDED = frozenset(
@@ -39,12 +30,14 @@ class DocumentFile:
         size_bytes, modified_ns: as found when it was listed.
         named: the user named the file itself, so it has to be text; files found in a named folder
             are left out when they are not.
+        only_json: the named folder in which it was found has nothing but JSON.
     """
 
     path: Path
     size_bytes: int
     modified_ns: int
     named: bool
+    only_json: bool = False
 
 
 def list_documents(paths: Sequence[str], *, key: str = "data.path") -> tuple[DocumentFile, ...]:
@@ -97,84 +90,6 @@ def library_documents() -> tuple[DocumentFile, ...]:
     return tuple(chosen)
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentForm:
-    """The way in which files are cut into documents.
-
-    Attributes:
-        json_key: the key of the text in a line of JSON Lines.
-        all_json: whether every file is JSON Lines, whatever its suffix.
-    """
-
-    json_key: str = "text"
-    all_json: bool = False
-
-    def is_json(self, file: DocumentFile) -> bool:
-        """Whether a file is read as JSON Lines; else it is one document."""
-        return self.all_json or is_json_lines(file.path)
-
-
-def read_documents(
-    files: Iterable[DocumentFile],
-    *,
-    key: str = "data.path",
-    form: DocumentForm = DocumentForm(),
-) -> Iterator[bytes]:
-    """The documents of all files, not empty, checked to be UTF-8.
-
-    A file is one document; a file of JSON Lines has one per line. Files of a folder that are not
-    text (not UTF-8, or with a zero byte) are left out; one warning at the end counts them.
-
-    Raises:
-        DataError: a named file is not UTF-8, a file cannot be read, a line of JSON Lines has no
-            text, or a file of another suffix is JSON Lines.
-    """
-    left_out: list[Path] = []
-    for file in files:
-        try:
-            if form.is_json(file):
-                with open_regular(file.path) as lines:
-                    yield from json_documents(lines, str(file.path), form.json_key)
-                continue
-            with open_regular(file.path) as opened:  # one that grows is read as it was found
-                content = opened.read(os.fstat(opened.fileno()).st_size)
-        except OSError as error:
-            raise DataError(
-                f'{key} "{file.path}": cannot be read ({error.strerror}); make it readable or '
-                "name another"
-            ) from error
-        if not _is_text(file, content, key):
-            left_out.append(file.path)
-        elif looks_like_json_lines(content):
-            raise DataError(
-                f'{key} "{file.path}": every line of it is a JSON object, so it is JSON Lines; '
-                f"give it one of the suffixes {', '.join(SUFFIXES)}, and its texts are read by "
-                "data.json_key (--json-key)"
-            )
-        elif content:
-            yield content
-    if left_out:
-        logger.warning(
-            "%d files are not UTF-8 text and were left out of the corpus, the first is %s",
-            len(left_out),
-            left_out[0],
-        )
-
-
-def _is_text(file: DocumentFile, content: bytes, key: str) -> bool:
-    """Whether a file is text; one that the user named has to be UTF-8."""
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if file.named:
-            raise DataError(
-                f'{key} "{file.path}": not UTF-8 at byte {error.start} '
-                f"(0x{content[error.start]:02x}); convert the file (iconv -t UTF-8) or leave it out"
-            ) from error
-        return False
-    return file.named or b"\0" not in content
-
-
 def _whole_folder(root: Path, key: str) -> list[DocumentFile]:
     """The files of a folder that the user named.
 
@@ -205,9 +120,11 @@ def _folder(root: Path, excluded: frozenset[str] = frozenset()) -> list[Document
         inner[:] = [name for name in inner if name not in excluded and name[0] != "."]
         paths.extend(Path(folder, name) for name in names if name[0] != ".")
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
-    return [_document(path, named=False) for path in paths if path.is_file()]
+    files = [path for path in paths if path.is_file()]
+    only_json = all(path.suffix.lower() in (ARRAY_SUFFIX, *SUFFIXES) for path in files)
+    return [_document(path, named=False, only_json=only_json) for path in files]
 
 
-def _document(path: Path, *, named: bool) -> DocumentFile:
+def _document(path: Path, *, named: bool, only_json: bool = False) -> DocumentFile:
     state = path.stat()
-    return DocumentFile(path, state.st_size, state.st_mtime_ns, named)
+    return DocumentFile(path, state.st_size, state.st_mtime_ns, named, only_json)

@@ -12,18 +12,16 @@ import numpy as np
 
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.files import scratch_folder, torch_caches_in
-from holdfast.trainer.data.documents import (
-    DocumentFile,
-    DocumentForm,
-    list_documents,
-    read_documents,
-)
+from holdfast.trainer.data.document_reading import DocumentForm, form_for, read_documents
+from holdfast.trainer.data.documents import DocumentFile, list_documents
 from holdfast.trainer.data.megatron import indexed_dataset_module
 from holdfast.trainer.data.text import encode_documents
 from holdfast.trainer.data.tokenizer import load_tokenizer, separator_note
 
 _PARTIAL = ".holdfast-prepare-"
 """The beginning of the name of the folder in which the files are made."""
+_MOST_TOKENS = 2**31 - 1
+"""The longest document that Megatron's index can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,9 @@ def prepare(
             standard library.
         output_prefix: path without suffix; its folder is made.
         tokenizer: "bytes" or the path of a `tokenizer.json`.
-        json_key: when given, all inputs are JSON Lines, and each line's value under this key is a
-            document. None: files with the suffix of JSON Lines are, and the key is "text".
+        json_key: when given, all inputs are JSON (lines, or an array of objects), and the value
+            under this key of each object is a document. "": JSON is plain text. None: files with
+            a suffix of JSON are JSON, and the key is "text".
         end_of_text: the name of the token that ends a document; "": one of the known names.
         overwrite: replace existing files.
         progress: called with (bytes of input read, bytes of input in all).
@@ -85,7 +84,9 @@ def prepare(
             made_bin, made_idx = (scratch / path.name for path in (bin_path, idx_path))
             dtype = indexed.DType.optimal_dtype(encoder.vocab)
             builder = indexed.IndexedDatasetBuilder(str(made_bin), dtype=dtype)
-            texts = _documents(files, json_key, progress)
+            key = "text" if json_key is None else json_key
+            form = form_for(encoder, key, all_json=bool(json_key), most_bytes=_MOST_TOKENS - 1)
+            texts = _documents(files, form, progress)
             documents, tokens = _add_all(builder, encode_documents(texts, encoder))
             if tokens == 0:
                 raise DataError(
@@ -126,7 +127,7 @@ def _add_all(builder: Any, encoded: Iterable[np.ndarray]) -> tuple[int, int]:
 
 def _documents(
     files: Sequence[DocumentFile],
-    json_key: str | None,
+    form: DocumentForm,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[bytes]:
     total_bytes = sum(file.size_bytes for file in files)
@@ -140,7 +141,6 @@ def _documents(
             if progress is not None:
                 progress(read_bytes, total_bytes)
 
-    form = DocumentForm(json_key or "text", all_json=json_key is not None)
     yield from read_documents(counted(), key="input", form=form)
 
 

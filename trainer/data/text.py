@@ -11,7 +11,9 @@ import msgspec
 import numpy as np
 
 from holdfast.parallel.errors import DataError
-from holdfast.trainer.data.documents import DocumentForm, list_documents, read_documents
+from holdfast.trainer.data.document_reading import form_for, read_documents
+from holdfast.trainer.data.documents import list_documents
+from holdfast.trainer.data.json_lines import ARRAY_SUFFIX, is_json_lines
 from holdfast.trainer.data.token_cache import CachedTokens, TokenWriter, cached_tokens
 from holdfast.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from holdfast.trainer.data.windows import check_tokens
@@ -37,7 +39,7 @@ def text_stream(
         paths: files and folders; none: the Python standard library.
         tokenizer: "bytes" or the path of a `tokenizer.json`.
         vocab: the vocabulary of the model; every token has to be below it.
-        json_key: the key of the text in JSON Lines.
+        json_key: the key of the text in JSON; "": JSON is plain text.
         end_of_text: the name of the tokenizer's separator; "": one of the known names.
 
     Raises:
@@ -52,10 +54,14 @@ def text_stream(
         )
     files = list_documents(paths)
     state = [(_text(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
-    form = DocumentForm(json_key)
+    form = form_for(encoder, json_key)
     parts = ["text 1", encoder.fingerprint, encoder.separator, state]
-    if any(form.is_json(file) for file in files):
+    if any(is_json_lines(file.path) for file in files):
         parts += ["json lines 1", json_key]
+    if any(file.path.suffix.lower() == ARRAY_SUFFIX for file in files):
+        parts += ["json 1", json_key]
+    if not json_key:
+        parts += ["plain"]
     named = msgspec.json.encode(parts)
 
     def write(writer: TokenWriter) -> None:
@@ -80,8 +86,13 @@ def _text(path: Path) -> str:
 
 
 def encode_documents(documents: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The tokens of each document, its separator included, one array per document."""
-    end = np.array([] if tokenizer.separator is None else [tokenizer.separator], dtype=np.int64)
+    """The tokens of each document, its separator included, one array per document.
+
+    They have the smallest type that holds the tokenizer's own and the separator's.
+    """
+    separator = tokenizer.separator
+    ending = [] if separator is None else [separator]
+    end = np.array(ending, dtype=np.min_scalar_type(separator or 0))
     for group in _groups(documents):
         for tokens in tokenizer.encode(group):
             yield np.concatenate([tokens, end])

@@ -41,6 +41,11 @@ class Tokenizer(Protocol):
         """Equal where all encodings are equal."""
         ...
 
+    @property
+    def memory_ratio(self) -> int:
+        """Bytes of memory for each byte of a document that is read, encoded and written."""
+        ...
+
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each document (valid UTF-8), one-dimensional, without the separator."""
         ...
@@ -53,6 +58,7 @@ class ByteTokenizer:
     vocab: int = 257
     separator: int | None = BYTE_SEPARATOR
     fingerprint: str = "bytes"
+    memory_ratio: int = 8
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each document: uint8[bytes]."""
@@ -67,6 +73,7 @@ class FileTokenizer:
     separator: int | None
     fingerprint: str
     model: tokenizers.Tokenizer
+    memory_ratio: int = 128
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each document: int64[tokens]; several documents at once use several cores."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.links import allow_descriptors
 from holdfast.parallel.plan import rank_memory
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, machine_memory_bytes
 from holdfast.trainer.step import plan_of, state_format
 
 _PER_CORE = 32
@@ -45,11 +45,7 @@ class Machine:
 def this_machine() -> Machine:
     """The machine within the limits of this process's control group. Local."""
     cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            memory = min(memory, int(Path(limit).read_text()))
-    return Machine(cores, memory, _GPU.exists())
+    return Machine(cores, machine_memory_bytes(), _GPU.exists())
 
 
 def require_processes(count: int, what: str, machine: Machine | None = None) -> None:

@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 from holdfast.parallel.errors import DataError
 from holdfast.trainer.config import DataConfig
-from holdfast.trainer.data import Dataset, open_dataset
+from holdfast.trainer.data import Dataset, document_reading, open_dataset, prepare
 from holdfast.trainer.data.bigram import bigram_loss
 from holdfast.trainer.data.documents import library_documents
 from holdfast.trainer.data.opening import split_tokens
@@ -381,6 +381,51 @@ def test_missing_and_unusable_paths_are_one_clear_line(tmp_path: Path) -> None:
     assert "No such file or directory" in message(tmp_path / "absent")
     os.mkfifo(tmp_path / "pipe")
     assert "neither a file nor a folder" in message(tmp_path / "pipe")
+
+
+SPARSE_BYTES = 5 << 40
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
+def test_a_document_larger_than_memory_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / name
+    path.write_text('[ "first' if name == "a.json" else "first")
+    os.truncate(path, SPARSE_BYTES)
+    monkeypatch.setattr(document_reading, "machine_memory_bytes", lambda: 1 << 30)
+    said = message(path)
+    assert name in said
+    assert f"{SPARSE_BYTES:,}" in said or "line 1 has 134,217,729 bytes or more" in said
+    assert "memory here for 134,217,728" in said or "memory here for 67,108,864" in said
+    with pytest.raises(DataError, match="memory here for"):
+        prepare([str(path)], tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_in_a_folder_only_large_files_of_text_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good")
+    (folder / "b.bin").touch()
+    os.truncate(folder / "b.bin", SPARSE_BYTES)
+    assert tokens_of(folder) == [*b"good", 256]
+    monkeypatch.setattr(document_reading, "machine_memory_bytes", lambda: 24)
+    (folder / "b.bin").unlink()  # other files than those in the cache
+    assert "it has 4 bytes or more" in message(folder)
+
+
+def test_what_begins_as_text_and_is_none_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document_reading, "_HEAD_BYTES", 3)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("aaé", encoding="utf-8")
+    (folder / "b.bin").write_bytes(b"bbbb\xff")
+    assert tokens_of(folder) == [*"aaé".encode(), 256]
 
 
 def test_bad_tokenizers_are_one_clear_line(tmp_path: Path) -> None:

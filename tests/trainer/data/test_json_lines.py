@@ -13,6 +13,7 @@ from tokenizers import models
 
 from holdfast.parallel.errors import ConfigError, DataError
 from holdfast.trainer.config import DataConfig, check_data_config
+from holdfast.trainer.data import prepare
 from holdfast.trainer.data.json_lines import json_documents, looks_like_json_lines
 from holdfast.trainer.data.text import text_stream
 from holdfast.trainer.data.tokenizer import corpus_notes, load_tokenizer
@@ -95,6 +96,107 @@ def test_a_corpus_takes_its_documents_from_the_lines(tmp_path: Path) -> None:
     other = source.rename(folder / "d.txt")
     with pytest.raises(DataError, match=r"d\.txt.*every line of it is a JSON object.*\.jsonl"):
         tokens("text", other)
+
+
+ALPACA = [{"instruction": "Add.", "output": "ab"}, {"instruction": "Go.", "output": "c"}]
+TEXTS = [{"text": "ab", "n": float("nan")}, {"text": ""}, {"text": "c"}]
+FROM_TEXTS = [*b"ab", 256, *b"c", 256]
+
+
+def tokens_of(*paths: Path, key: str = "text") -> list[int]:
+    stream = text_stream([*map(str, paths)], tokenizer="bytes", vocab=300, json_key=key)
+    return stream.read(0, stream.count).tolist()
+
+
+def plain(path: Path) -> list[int]:
+    return [*path.read_bytes(), 256]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf \n"])
+def test_a_named_file_that_is_one_array_of_objects_gives_their_texts(
+    tmp_path: Path, indent: int | None, mark: bytes
+) -> None:
+    for name, records in {"a.json": TEXTS, "b.json": ALPACA, "c.jsonl": TEXTS}.items():
+        (tmp_path / name).write_bytes(mark + json.dumps(records, indent=indent).encode())
+    assert tokens_of(tmp_path / "a.json") == tokens_of(tmp_path / "c.jsonl") == FROM_TEXTS
+    assert tokens_of(tmp_path / "b.json", key="output") == FROM_TEXTS
+    assert tokens_of(tmp_path / "b.json", key="") == plain(tmp_path / "b.json")
+    done = prepare([str(tmp_path / "b.json")], tmp_path / "out", json_key="output")
+    assert (done.documents, done.tokens) == (2, 5)
+
+
+def test_lines_and_one_object_in_a_json_file_give_their_texts(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("\n".join(map(json.dumps, TEXTS)))
+    assert tokens_of(path) == FROM_TEXTS
+    path.write_text(json.dumps({"text": "abc"}, indent=1))
+    assert tokens_of(path) == [*b"abc", 256]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps(ALPACA), 'record 1: has no "text"; its keys are "instruction", "output"'),
+        (json.dumps([*TEXTS, {"txt": 1}]), 'record 4: has no "text"'),
+        (json.dumps([*TEXTS, "c"]), "record 4: is not a JSON object"),
+        (json.dumps([{"text": ["a"]}]), '"text" is of type list'),
+        (json.dumps({"train": TEXTS}), 'its keys are "train"'),
+        (json.dumps({"a\nb" * 99: 1}), 'its keys are "a\\nba'),
+        ('["ab", "c"]', "record 1: is not a JSON object"),
+        (json.dumps(TEXTS)[:-1], "neither a JSON array of objects nor JSON Lines"),
+        ("[" * 100_000, "neither a JSON array of objects nor JSON Lines"),
+        ("prose", "neither a JSON array of objects nor JSON Lines"),
+    ],
+)
+def test_a_named_json_file_without_texts_is_refused_with_the_ways_out(
+    tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    folder = tmp_path / "only"
+    folder.mkdir()
+    (folder / "b.json").symlink_to(path)
+    for given in (path, folder):
+        with pytest.raises(DataError) as caught:
+            tokens_of(given)
+        assert said in str(caught.value)
+        assert "data.json_key" in str(caught.value) or "correct it" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert tokens_of(given, key="") == plain(path)
+
+
+def test_json_among_files_of_code_is_text_unless_it_has_texts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    files = {
+        "a.json": '{"compilerOptions": {}}',
+        "b.json": "[1, 2]",
+        "c.json": "// with a remark\n{}",
+        "d.json": json.dumps(ALPACA),
+        "e.py": "pass",
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    expected = [token for name in files for token in plain(folder / name)]
+    assert tokens_of(folder) == expected
+    [record] = caplog.records
+    assert '1 files are JSON arrays without any "text"' in record.message
+    assert "d.json; data.json_key" in record.message
+    (folder / "f.json").write_text(json.dumps(TEXTS))
+    assert tokens_of(folder) == expected + FROM_TEXTS
+
+
+def test_an_array_of_texts_under_another_suffix_is_not_taken_for_prose(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(json.dumps(TEXTS))
+    with pytest.raises(DataError, match=r"a\.txt.*array of objects; give it the suffix \.json"):
+        tokens_of(path)
+    assert tokens_of(path, key="") == plain(path)
+    path.write_text("[1, 2]")
+    assert tokens_of(path) == plain(path)
 
 
 def test_a_separator_of_an_unknown_name_is_named_or_missed(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from holdfast.parallel.links import STORE_TIMEOUT_S, StoreAccess
 class StoreClients:
     """Clients of the stores that generations use, from any thread.
 
-    Connections are kept from one generation to the next: a new one costs a greeting at the door,
-    and torch asks the name server for the name of the other end.
+    Connections are kept from one generation to the next: a new one costs a greeting at the door.
     """
 
     def __init__(self, access: StoreAccess, timeout_s: float = STORE_TIMEOUT_S) -> None:

@@ -75,6 +75,8 @@ def train(
         config, load_run_config(config, overrides), out, resume, allow_change=allow_change
     )
     world = world_from_environment(os.environ)
+    if world is None or world.job:
+        _quiet_connections()
     if world is None:
         raise typer.Exit(_train_here(request, nproc, prove=prove))
     if world.job:
@@ -91,7 +93,6 @@ def _train_here(request: RunRequest, nproc: int, *, prove: bool) -> int:
     workers = nproc or request.config.parallel.ranks
     with opened_run(replace(request, world_size=workers, ranks_here=workers)) as opened:
         if opened.config.elastic.enabled:
-            _quiet_connections()
             from holdfast.launch.launchers import run_elastic
 
             code = run_elastic(opened.config, opened.directory)
@@ -106,7 +107,6 @@ def _train_here(request: RunRequest, nproc: int, *, prove: bool) -> int:
 
 def _run_task(request: RunRequest, world: WorldInfo) -> int:
     """Run the agent of one task of srun or mpirun. Returns the command's exit code."""
-    _quiet_connections()
     from holdfast.launch.launchers import run_first_task, run_other_task
 
     if world.rank:
@@ -116,7 +116,10 @@ def _run_task(request: RunRequest, world: WorldInfo) -> int:
 
 
 def _quiet_connections() -> None:
-    """Keep torch's C++ from logging ended connections, which are reported otherwise."""
+    """Keep torch's C++ from logging connections, which are reported otherwise.
+
+    Call it before torch is imported.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

@@ -11,6 +11,7 @@ from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.links.door import Door, listen, to_server
+from holdfast.parallel.links.name_server import no_name_server
 from holdfast.parallel.links.private_server import PrivateServer
 from holdfast.parallel.links.tcp_table import LOOPBACK
 from holdfast.parallel.links.tunnels import Tunnels
@@ -39,13 +40,14 @@ class HostedStore:
         """
         inner = socket.create_server((LOOPBACK, 0))
         port, copy = inner.getsockname()[1], inner.dup()
-        self._store: Store | None = TCPStore(
-            LOOPBACK,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=inner.detach(),
-        )
+        with no_name_server():
+            self._store: Store | None = TCPStore(
+                LOOPBACK,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                master_listen_fd=inner.detach(),
+            )
         self._server = PrivateServer(copy)
         self._door = Door(listening, key, to_server(self._connect), on_stranger=on_stranger)
 
@@ -90,9 +92,10 @@ class StoreAccess:
         host, _, port = self.tunnels.to(address, self.key).rpartition(":")
         patience = timedelta(seconds=min(patience_s, timeout_s))
         try:
-            store = TCPStore(
-                host, int(port), is_master=False, wait_for_workers=False, timeout=patience
-            )
+            with no_name_server():  # the tunnel's address is a number
+                store = TCPStore(
+                    host, int(port), is_master=False, wait_for_workers=False, timeout=patience
+                )
             store.set_timeout(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise PeerLost(

@@ -1,0 +1,47 @@
+"""The rendezvous stores on a machine whose name server does not answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SILENT = """
+import socket
+from holdfast.parallel.links import StoreAccess, Tunnels, derived_key, host_store
+
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+server.setblocking(False)
+key = derived_key("secret", "store")
+_, address = host_store("127.0.0.1", key)
+store = StoreAccess(Tunnels(), key).connect(address)
+store.set("key", "value")
+assert store.get("key") == b"value"
+try:
+    raise SystemExit(f"the name server was asked {server.recv(4096)}")
+except BlockingIOError:
+    pass
+try:
+    socket.getnameinfo(("192.0.2.1", 0), 0)
+except socket.gaierror:
+    pass
+assert b"in-addr" in server.recv(4096), "names are not asked for at this name server"
+"""
+"""It is the name server, and never answers."""
+
+
+@pytest.mark.mp
+def test_a_store_and_its_clients_ask_no_name_server(tmp_path: Path) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    alone = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c"]
+    ready = 'ip link set lo up && mount --bind "$0" /etc/resolv.conf || exit 77; exec "$@"'
+    done = subprocess.run(
+        [*alone, ready, str(tmp_path / "resolv.conf"), sys.executable, "-c", SILENT],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip(f"no name server of its own can be made here: {done.stderr}")
+    assert done.returncode == 0, done.stderr

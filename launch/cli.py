@@ -66,6 +66,8 @@ def application(command: str) -> typer.Typer:
 def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
     begin_process()
+    # Before torch is imported: its C++ warns of connections, which are reported otherwise.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         require_text_names(sys.argv[1:], os.environ)
         application(sys.argv[1] if len(sys.argv) > 1 else "")()

@@ -75,8 +75,6 @@ def train(
         config, load_run_config(config, overrides), out, resume, allow_change=allow_change
     )
     world = world_from_environment(os.environ)
-    if world is None or world.job:
-        _quiet_connections()
     if world is None:
         raise typer.Exit(_train_here(request, nproc, prove=prove))
     if world.job:
@@ -115,14 +113,6 @@ def _run_task(request: RunRequest, world: WorldInfo) -> int:
     return run_first_task(replace(request, ranks_here=ranks_here), world)
 
 
-def _quiet_connections() -> None:
-    """Keep torch's C++ from logging connections, which are reported otherwise.
-
-    Call it before torch is imported.
-    """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
 def replay(
     run: Annotated[Path, typer.Argument(help="The folder of an elastic run.")],
     out: Annotated[
@@ -135,7 +125,6 @@ def replay(
     """
     outlive_readers()
     require_elastic("holdfast replay")
-    _quiet_connections()
     from holdfast.launch.proofs import describe_replay, replay_run
 
     code, found = replay_run(RunDirectory(run), local_path(out, "--out") if out else run / "replay")
@@ -158,7 +147,6 @@ def join(
     directory = RunDirectory(run)
     config = load_run_config(directory.config, []) if directory.config.exists() else None
     info, numbers = take_ranks(directory, ranks)
-    _quiet_connections()
     from holdfast.launch.launchers import join_run
 
     config = config or load_run_config(directory.config, [])

@@ -6,17 +6,21 @@ A command imports only what it needs; only commands that compute import torch.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Final, NoReturn
 
-import typer
+try:
+    import typer
 
-from holdfast.parallel.errors import HoldfastError
-from holdfast.parallel.output import begin_process, say, stream_error, tell
-from holdfast.parallel.reading import require_text_names
+    from holdfast.parallel.errors import HoldfastError
+    from holdfast.parallel.output import begin_process, say, stream_error, tell
+    from holdfast.parallel.reading import require_text_names
+except KeyboardInterrupt:  # as in the command itself, without a traceback
+    sys.exit(130)
 
 COMMANDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training"),
@@ -80,6 +84,7 @@ def main() -> NoReturn:
         tell(f"holdfast: {place}{error.strerror or error}")
         code = 1
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left at once
         code = 130
     except SystemExit as end:
         if not isinstance(end.code, int):

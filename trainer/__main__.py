@@ -13,13 +13,14 @@ from holdfast.parallel.links import new_secret
 from holdfast.parallel.output import begin_process, outlive_readers, tell
 from holdfast.parallel.reading import require_text_names
 from holdfast.trainer.external_launcher import run_external_worker
-from holdfast.trainer.run import RunRequest, job_secret, load_run_config
+from holdfast.trainer.run import RunRequest, begin_to_hear, job_secret, load_run_config
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 
 def main() -> int:
     begin_process()
     outlive_readers()
+    begin_to_hear()
     parser = argparse.ArgumentParser(prog="python -m holdfast.trainer", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path)

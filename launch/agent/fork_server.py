@@ -240,8 +240,7 @@ def _fork(
         control.close()
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         append_output(Path(request.log))
         return main(spec, socket.socket(fileno=channel))
 

@@ -18,6 +18,7 @@ from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
     RunRequest,
+    begin_to_hear,
     described,
     job_secret,
     load_run_config,
@@ -71,6 +72,7 @@ def train(
     workers.
     """
     outlive_readers()
+    begin_to_hear()
     request = RunRequest(
         config, load_run_config(config, overrides), out, resume, allow_change=allow_change
     )
@@ -124,6 +126,7 @@ def replay(
     Compare the bits.
     """
     outlive_readers()
+    begin_to_hear()
     require_elastic("holdfast replay")
     from holdfast.launch.proofs import describe_replay, replay_run
 
@@ -140,6 +143,7 @@ def join(
 ) -> None:
     """Add this machine's workers to a run; SIGTERM lets them hand over and leave."""
     outlive_readers()
+    begin_to_hear()
     require_elastic("holdfast join")
     from holdfast.launch.launchers import take_ranks
 

@@ -9,12 +9,13 @@ offset; nothing has to be built or searched, whatever the size.
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -42,19 +43,35 @@ class MegatronStream:
         count: number of tokens.
         fingerprint: of the sizes and of the first and last bytes of both files (reading whole
             corpora would take minutes).
-        dataset: megatron-core's reader.
+        dtype: of the tokens.
+        file: the `.bin` file. It is not mapped: a mapped file that is cut off, or whose disk fails,
+            kills its reader without a word.
     """
 
     name: str
     count: int
     fingerprint: str
-    dataset: IndexedDataset
+    dtype: np.dtype
+    file: BinaryIO
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1 of the concatenated documents: int64[stop - start]."""
-        dtype = self.dataset.index.dtype
-        offset_bytes = start * np.dtype(dtype).itemsize
-        tokens = self.dataset.bin_reader.read(dtype, stop - start, offset_bytes)
+        """Tokens start..stop-1 of the concatenated documents: int64[stop - start].
+
+        Raises:
+            DataError: the file has been cut off since it was opened.
+            OSError: it cannot be read.
+        """
+        tokens = np.empty(stop - start, self.dtype)
+        at = start * self.dtype.itemsize
+        left = memoryview(cast("Any", tokens.view(np.uint8)))
+        while left:
+            done = os.preadv(self.file.fileno(), [left], at)
+            if done == 0:
+                raise DataError(
+                    f"{self.name}: the .bin file has been cut off at byte {at} while it is read; "
+                    "prepare the data again, and leave its files alone while a run reads them"
+                )
+            left, at = left[done:], at + done
         return tokens.astype(np.int64)
 
 
@@ -98,12 +115,13 @@ def megatron_stream(prefix: str) -> MegatronStream:
     if size_bytes == 0:
         raise DataError(f"{name}: {token_path} is empty; prepare it again")
     dataset = indexed_dataset_module().IndexedDataset(base)
-    itemsize = np.dtype(dataset.index.dtype).itemsize
-    _check_order(dataset, size_bytes, itemsize, name)
+    dtype = np.dtype(dataset.index.dtype)
+    _check_order(dataset, size_bytes, dtype.itemsize, name)
     digest = blake2b(f"megatron 1 {HEADER.size} {size_bytes}".encode(), digest_size=16)
     for path in (index_path, token_path):
         digest.update(_ends(path))
-    return MegatronStream(name, size_bytes // itemsize, digest.hexdigest(), dataset)
+    file = open_regular(token_path)
+    return MegatronStream(name, size_bytes // dtype.itemsize, digest.hexdigest(), dtype, file)
 
 
 def _check_index(path: Path, name: str) -> None:

@@ -41,6 +41,7 @@ from .secret import (
 )
 from .signals import (
     Signals as Signals,
+    begin_to_hear as begin_to_hear,
 )
 from .throughput import (
     Throughput as Throughput,

@@ -7,6 +7,14 @@ from types import FrameType
 from typing import Any
 
 
+def begin_to_hear() -> None:
+    """Pass over SIGUSR1 until a rank listens: before its first step there is nothing to save.
+
+    Otherwise it would end the process. The main thread calls it; children inherit it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 class Signals:
     """Signals: SIGUSR1 asks for a save, SIGTERM for a save and the end, at the end of a step."""
 

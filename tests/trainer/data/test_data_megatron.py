@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_windows_cross_documents_of_a_corpus_megatron_wrote(tmp_path: Path, dtyp
         config(tmp_path / "corpus.idx", eval_fraction=0.0), vocab=1000, seq_len=4, split="train"
     )
     assert whole.tolist() == tokens
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_named(tmp_path: Path) -> None:
+    write_with_megatron(tmp_path / "corpus", [list(range(100))])
+    stream = megatron_stream(str(tmp_path / "corpus"))
+    assert stream.read(90, 100).tolist() == list(range(90, 100))
+    os.truncate(tmp_path / "corpus.bin", 4 * 95)
+    assert stream.read(85, 95).tolist() == list(range(85, 95))
+    with pytest.raises(DataError, match="cut off at byte 380 while it is read"):
+        stream.read(90, 100)
 
 
 def test_megatron_reads_what_prepare_wrote(tmp_path: Path) -> None:

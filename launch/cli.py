@@ -83,6 +83,9 @@ def main() -> NoReturn:
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         tell(f"holdfast: {place}{error.strerror or error}")
         code = 1
+    except MemoryError as error:
+        tell(f"holdfast: there is not enough memory{f': {error}' if str(error) else ''}")
+        code = 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left at once
         code = 130

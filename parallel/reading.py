@@ -42,6 +42,7 @@ MOST_NAME_BYTES = 255
 """The longest name of a file, in bytes."""
 MOST_BYTES = 1 << 30
 """The largest file that is read whole where no smaller limit is known, in bytes."""
+_BEYOND_BYTES = 1 << 16
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
@@ -104,21 +105,37 @@ def is_own(uid: int, folder: Path) -> bool:
         return False
 
 
-def read_regular(path: Path, most_bytes: int = MOST_BYTES, *, own: bool = False) -> bytes:
+def read_regular(
+    path: Path, most_bytes: int = MOST_BYTES, *, follow: bool = True, own: bool = False
+) -> bytes:
     """The content of a regular file of at most `most_bytes`.
 
     Args:
+        follow: whether `path` may be a link.
         own: whether the file has to be this user's, and `path` no link.
     Raises:
         PermissionError: with `own`, it is not such a one.
         OSError: as for `open_regular`; or the file is larger.
     """
-    with os.fdopen(open_descriptor(path, os.O_RDONLY, follow=not own, own=own), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most_bytes:
-            told = f"it has {size:,} bytes, and such a file has at most {most_bytes:,}"
-            raise OSError(errno.EFBIG, told, str(path))
-        return file.read(most_bytes)
+    descriptor = open_descriptor(path, os.O_RDONLY, follow=follow and not own, own=own)
+    with os.fdopen(descriptor, "rb") as file:
+        return read_whole(file, path, most_bytes)
+
+
+def read_whole(file: BinaryIO, path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of an open file of at most `most_bytes`, from where it stands.
+
+    Args:
+        path: where it lies, for the error.
+    Raises:
+        OSError: it is larger; nothing was read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > most_bytes:
+        told = f"it has {size:,} bytes, and such a file has at most {most_bytes:,}"
+        raise OSError(errno.EFBIG, told, str(path))
+    # Files of the kernel have content beyond their size; a read takes memory for all it asks for.
+    return file.read(min(most_bytes, size + _BEYOND_BYTES))
 
 
 def is_text(name: str) -> bool:

@@ -47,6 +47,31 @@ REASONS = {
 """By module and call, why what is opened there needs no check."""
 
 
+WHOLE_READS = {
+    "elastic.quorum_client: acceptor_file.read": "has a limit of its own",
+    "elastic.watch: bulletin.read": "has a limit of its own",
+    "checkpoint.convert.work.job: journal.read": "has a limit of its own",
+    "launch.agent.agent: slot.spec.acceptor.read": "has a limit of its own",
+    "launch.agent.lighthouse_process: lines.read": "a pipe of this process",
+    "launch.launchers.display_process: file.read": "what the run has added since the last look",
+    "launch.launchers.nodes: told.read": "a pipe of this process",
+    "trainer.run.throughput: probe.stderr.read": "a pipe of this process",
+}
+"""By module and call, why what is read there to its end is not too large."""
+
+
+def test_nothing_is_read_to_its_end_without_a_limit() -> None:
+    found = {
+        f"{module.removeprefix('holdfast.')}: {ast.unparse(node.func)}"
+        for module, path in MODULES.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in {"read", "readlines", "readall"}
+        and not node.args
+    }
+    assert found == set(WHOLE_READS)
+
+
 def test_files_are_opened_by_what_checks_them() -> None:
     found = {
         f"{module.removeprefix('holdfast.')}: {called}"

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from holdfast import _native
 from holdfast.checkpoint.loading.read_plan import ReadRequest
 from holdfast.parallel.errors import CheckpointError
-from holdfast.parallel.reading import open_regular
+from holdfast.parallel.reading import MOST_BYTES, open_regular, read_whole
 
 _T = TypeVar("_T")
 _REMOTE_READS = 8
@@ -33,7 +33,11 @@ class ByteReader(Protocol):
         ...
 
     def read_file(self, name: str, length: int | None = None) -> bytes:
-        """A whole small file, or its first `length` bytes."""
+        """A whole small file, or its first `length` bytes.
+
+        Raises:
+            CheckpointError: it cannot be read, or is larger than a small file can be.
+        """
         ...
 
     def size(self, name: str) -> int:
@@ -84,8 +88,9 @@ class FolderReader:
     def read_file(self, name: str, length: int | None = None) -> bytes:
         try:
             with open_regular(self.folder / name) as file:
-                size = os.fstat(file.fileno()).st_size
-                return file.read(size if length is None else min(size, length))
+                if length is None:
+                    return read_whole(file, self.folder / name)
+                return file.read(min(os.fstat(file.fileno()).st_size, length))
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder / name} cannot be read: {error.strerror}"
@@ -130,7 +135,14 @@ class RemoteReader:
             wait(fetched)
 
     def read_file(self, name: str, length: int | None = None) -> bytes:
-        return self._fetch(name, None if length is None else 0, length)
+        if length is None:
+            length = self.size(name)
+            if length > MOST_BYTES:
+                raise CheckpointError(
+                    f"{self.url}/{name} cannot be read: it has {length:,} bytes, and such a file "
+                    f"has at most {MOST_BYTES:,}"
+                )
+        return self._fetch(name, 0, length)
 
     def size(self, name: str) -> int:
         return self._asked(name, lambda path: self._filesystem.size(path))

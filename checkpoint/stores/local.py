@@ -26,7 +26,7 @@ from holdfast.checkpoint.stores.durable import free_bytes, set_aside, sync, writ
 from holdfast.checkpoint.stores.protocol import superfluous
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.files import open_added, try_lock
-from holdfast.parallel.reading import open_descriptor, open_regular, read_regular
+from holdfast.parallel.reading import open_descriptor, open_regular, read_regular, read_whole
 
 _FRESH = f".{LATEST}."
 """The beginning of the name of `latest` until it is whole."""
@@ -221,7 +221,7 @@ def _manifest_content(path: Path) -> bytes:
         if not ends_manifest(end):
             return end
         file.seek(0)
-        return file.read(size)
+        return read_whole(file, path)
 
 
 def remove_entry(path: Path) -> None:

@@ -16,6 +16,8 @@ from holdfast.checkpoint.stores.protocol import superfluous
 from holdfast.parallel.errors import CheckpointError, ConfigError
 
 _PART_BYTES = 16 << 20
+_MOST_BYTES = 1 << 16
+"""The largest file beside the checkpoints."""
 _T = TypeVar("_T")
 
 
@@ -147,7 +149,9 @@ class FsspecStore:
 
         def read(path: str) -> bytes:
             self._filesystem.invalidate_cache()
-            return self._filesystem.cat_file(path) if self._filesystem.exists(path) else b""
+            if not self._filesystem.exists(path):
+                return b""
+            return self._filesystem.cat_file(path, start=0, end=_MOST_BYTES)
 
         return self._asked(file, read)
 

@@ -69,11 +69,11 @@ def _small_part_problem(manifest: Manifest, reader: ByteReader, name: str) -> Pr
     entry = manifest.files[name]
     try:
         size = reader.size(name)
+        if size != entry.bytes:
+            return Problem(name, f"has {size} bytes where the manifest says {entry.bytes}")
         content = reader.read_file(name, entry.header_bytes or None)
     except CheckpointError as error:
         return Problem(name, f"is missing or cannot be read: {error}")
-    if size != entry.bytes:
-        return Problem(name, f"has {size} bytes where the manifest says {entry.bytes}")
     wanted = entry.header_bytes or entry.bytes
     if len(content) != wanted:
         return Problem(name, f"has {len(content)} bytes where the manifest says {wanted}")

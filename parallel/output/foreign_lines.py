@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from holdfast.parallel.files import open_added
 from holdfast.parallel.output.appended_file import set_aside_name
 from holdfast.parallel.output.whole_files import write_whole
-from holdfast.parallel.reading import open_regular, parse_json
+from holdfast.parallel.reading import parse_json, read_regular
 
+_MOST_BYTES = 1 << 32
+"""The largest file of lines that is read: the metrics of some million steps."""
 _MOST_STEPS = 1 << 53
 """More than any run has."""
 
 
-def json_lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
+def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The lines with their line ends, and the objects in them; None: torn, or no JSON object."""
-    found: list[tuple[bytes, dict[str, Any] | None]] = []
-    for line in content.splitlines(keepends=True):
+    for line in io.BytesIO(content):
         try:
             value = parse_json(line) if line.endswith(b"\n") else None
         except ValueError:
             value = None
-        found.append((line, value if isinstance(value, dict) else None))
-    return found
+        yield line, value if isinstance(value, dict) else None
 
 
 def content_of(path: Path, *, follow: bool = True) -> bytes:
@@ -34,11 +35,10 @@ def content_of(path: Path, *, follow: bool = True) -> bytes:
     Args:
         follow: whether `path` may be a link.
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: it cannot be read, is no regular file, or is larger than any run's.
     """
     try:
-        with open_regular(path, follow=follow) as file:
-            return file.read()
+        return read_regular(path, _MOST_BYTES, follow=follow)
     except FileNotFoundError:
         return b""
 

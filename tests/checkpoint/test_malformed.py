@@ -24,6 +24,7 @@ from holdfast.checkpoint.format.files import (
 )
 from holdfast.checkpoint.format.safetensors import decode_entries, decode_index, read_header
 from holdfast.checkpoint.loading.read_plan import check_coverage
+from holdfast.checkpoint.loading.readers import FolderReader, RemoteReader
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.tools.diff import diff_checkpoints
 from holdfast.checkpoint.tools.inspect import inspect_checkpoint, summarise
@@ -180,3 +181,27 @@ def test_a_gigabyte_of_nothing_is_not_read(folder: Path) -> None:
     os.truncate(folder / MANIFEST, 1 << 30)
     with pytest.raises(CheckpointError, match="not a whole manifest"):
         LocalStore(folder.parent).manifest(folder.name)
+
+
+@pytest.mark.usefixtures("bounded")
+def test_a_file_of_terabytes_in_a_checkpoint_is_named_and_not_read(folder: Path) -> None:
+    files = [path for path in folder.iterdir() if path.name != MANIFEST]
+    for path in files:
+        os.truncate(path, 5 << 40)
+    problems = verify_checkpoint(folder)
+    assert {problem.file for problem in problems} == {path.name for path in files}
+    reader = FolderReader(folder)
+    with pytest.raises(CheckpointError, match="at most"):
+        reader.read_file(files[0].name)
+    reader.close()
+
+
+def test_an_object_of_terabytes_is_not_fetched() -> None:
+    class Huge:
+        def size(self, path: str) -> int:
+            return 5 << 40
+
+    reader = RemoteReader("s3://b/step-1", Huge(), "b/step-1")
+    with pytest.raises(CheckpointError, match=r"s3://b/step-1/a\.json .*at most"):
+        reader.read_file("a.json")
+    reader.close()

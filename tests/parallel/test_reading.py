@@ -18,6 +18,7 @@ from holdfast.parallel.reading import (
     open_regular,
     parse_json,
     read_regular,
+    read_whole,
 )
 
 
@@ -44,6 +45,14 @@ def test_what_is_no_file_or_too_large_is_refused_at_once(
     make(tmp_path / "f")
     with pytest.raises(OSError, match=reason):
         read_regular(tmp_path / "f", 100)
+
+
+def test_a_read_takes_memory_for_the_file_and_not_for_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"1" * 9)
+    with open_regular(tmp_path / "f") as file:
+        file.seek(2)
+        assert read_whole(file, tmp_path, 1 << 62) == b"1" * 7
+    assert read_regular(Path("/proc/self/stat")), "files of the kernel have no size"
 
 
 def test_a_name_with_a_nul_is_refused_as_a_file_that_cannot_be_opened() -> None:

@@ -69,5 +69,7 @@ def last_step(path: Path) -> int:
     Raises:
         OSError: the file is there, but cannot be read.
     """
-    lines = json_lines(content_of(path))
-    return next((step for _, record in reversed(lines) if (step := step_of(record))), 0)
+    last = 0
+    for _, record in json_lines(content_of(path)):
+        last = step_of(record) or last
+    return last

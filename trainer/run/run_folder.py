@@ -124,8 +124,8 @@ def _is_old_run(root: Path) -> bool:
     except (OSError, ValueError):
         locked = False
     with contextlib.suppress(OSError):
-        first = json_lines(content_of(root / "metrics.jsonl"))[:1]
-        locked = locked or any(bool((record or {}).get("loss_hex")) for _, record in first)
+        _, record = next(json_lines(content_of(root / "metrics.jsonl")), (b"", None))
+        locked = locked or bool((record or {}).get("loss_hex"))
     return locked and (root / "config.toml").is_file()
 
 

@@ -25,6 +25,7 @@ from holdfast.parallel.reading import open_regular
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ORDER_BYTES = 16
+_MOST_SMALL_BYTES = 1 << 12
 """The most bytes of the word for the order of bytes."""
 
 
@@ -81,11 +82,17 @@ class TorchFile:
         return replace(found, records={(self.file, offset, prod(tensor.shape) * size): record})
 
     def read(self, root: Path, tensor: StoredTensor) -> bytes:
-        """The bytes of a small contiguous tensor."""
+        """The bytes of a small contiguous tensor.
+
+        Raises:
+            CheckpointError: it is larger than a small one can be.
+        """
         size = ELEMENT_BYTES[tensor.dtype]
-        count = 1
-        for extent in tensor.shape:
-            count *= extent
+        count = prod(tensor.shape)
+        if count * size > _MOST_SMALL_BYTES:
+            raise CheckpointError(
+                f"{root / self.file}: a tensor of {count:,} elements is where a count should be"
+            )
         with open_regular(root / self.file) as file:
             file.seek(self.offsets[tensor.storage] + tensor.start * size)
             return file.read(count * size)

@@ -97,9 +97,7 @@ class ConversionJournal:
         """The records of all workers; a torn last line does not count."""
         done = Done()
         for path in sorted(self._folder.glob("journal-*.jsonl")):
-            with open_regular(path, follow=False) as file:
-                lines = file.read().splitlines()
-            for line in lines:
+            for line in read_regular(path, follow=False).splitlines():
                 try:
                     entry = decode_json(line, _Entry)
                 except ValueError:

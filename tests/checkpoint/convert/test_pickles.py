@@ -263,3 +263,10 @@ def test_bytes_that_are_not_the_values_are_refused(tmp_path: Path, bit: str) -> 
 def test_what_has_no_plain_form_is_found_inside() -> None:
     held = {"a": [1, None, b"x"], "b": {"c": StoredTensor("0", "F32", (), (), 0), "d": "text"}}
     assert list(unplain(held, "o")) == ["o/a/2", "o/b/c"]
+
+
+def test_a_count_that_its_strides_blow_up_is_refused_and_takes_no_memory(tmp_path: Path) -> None:
+    torch.save({"step": torch.ones(1).expand(1 << 50)}, tmp_path / "a.pt")
+    found = read_torch_file(tmp_path, "a.pt")
+    with pytest.raises(CheckpointError, match="where a count should be"):
+        found.read(tmp_path, found.content["step"])

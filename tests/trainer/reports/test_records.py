@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.reports.console import duration, sparkline
 from holdfast.trainer.reports.flops import step_flops, utilisation
-from holdfast.trainer.reports.metrics import drop_after
+from holdfast.trainer.reports.metrics import drop_after, last_step
 from holdfast.trainer.reports.trace import PhaseSpan, bubble_of, write_trace
 
 
@@ -27,6 +28,16 @@ def test_resuming_drops_the_lines_after_the_step(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     drop_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_records_of_terabytes_are_refused_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n')
+    assert last_step(path) == 1
+    os.truncate(path, 5 << 40)
+    for read in (last_step, lambda path: drop_after(path, 1)):
+        with pytest.raises(OSError, match="at most"):
+            read(path)
 
 
 def times() -> ActionTimes:

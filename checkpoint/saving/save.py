@@ -21,6 +21,7 @@ from holdfast import _native
 from holdfast.checkpoint.format import (
     PlannedFile,
     SaveFacts,
+    WritePlan,
     attempt_of,
     build_manifest,
     encode_manifest,
@@ -29,7 +30,7 @@ from holdfast.checkpoint.format import (
 )
 from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline
 from holdfast.checkpoint.saving.column_join import join_pieces
-from holdfast.checkpoint.saving.coordination import Coordination
+from holdfast.checkpoint.saving.coordination import Coordination, Members
 from holdfast.checkpoint.saving.job import SaveJob, SaveResult
 from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
 from holdfast.checkpoint.stores import LocalStore, commit, open_written
@@ -68,6 +69,24 @@ class _Begin(TypedDict):
 
 class _Written(TypedDict):
     crc32c: list[Count]
+
+
+def reported_checksums(
+    plan: WritePlan, reports: Mapping[int, _Written], members: Members
+) -> dict[int, Sequence[int]]:
+    """The checksums that ranks report, by rank.
+
+    Raises:
+        CheckpointError: a rank wrote more or fewer pieces than planned.
+    """
+    for rank, report in reports.items():
+        planned, found = len(plan.written_by(rank)), len(report["crc32c"])
+        if found != planned:
+            raise CheckpointError(
+                f"rank {members.number(rank)} has written {found} pieces and was to write "
+                f"{planned}; run the same version of holdfast everywhere"
+            )
+    return {rank: report["crc32c"] for rank, report in reports.items()}
 
 
 class _Headers(TypedDict):
@@ -292,9 +311,9 @@ class Save:
         """Write and sync the header of a file that this rank leads. Returns its CRC-32C."""
         others = [rank for rank in file.writers if rank != self.rank]
         reports = self.coordination.collect("written", others, self.deadline, _Written)
-        found = {rank: report["crc32c"] for rank, report in reports.items()}
-        found[self.rank] = self._checksums()
         plan, facts = self.job.plan, self._facts
+        found = reported_checksums(plan, reports, self.coordination.members)
+        found[self.rank] = self._checksums()
         header, crc = header_of(plan, file, found, id=facts.id, step=facts.step)
         path = self._store.partial(self.name) / file.name
         with open_written(path) as opened:
@@ -313,7 +332,7 @@ class Save:
         began = perf_counter()
         times = {rank: headers[rank]["times"] for rank in ranks}
         crcs = {name: crc for report in headers.values() for name, crc in report["files"].items()}
-        checksums = {rank: report["crc32c"] for rank, report in written.items()}
+        checksums = reported_checksums(job.plan, written, self.coordination.members)
         manifest, small = build_manifest(job.plan, checksums, crcs, self._facts, job.extra_files)
         note = commit(
             self._store,

@@ -12,8 +12,10 @@ import torch
 from torch.distributed import HashStore, Store
 
 from holdfast import _native
+from holdfast.checkpoint.format import WritePlan
 from holdfast.checkpoint.saving.arena import Arena, Cancelled, Deadline, FileStream
 from holdfast.checkpoint.saving.coordination import Coordination, Members
+from holdfast.checkpoint.saving.save import reported_checksums
 from holdfast.checkpoint.saving.snapshot import ALL, Snapshot, SnapshotItem
 from holdfast.parallel.errors import CheckpointError
 
@@ -57,6 +59,17 @@ def test_ranks_are_named_by_their_numbers_in_the_run() -> None:
     ranks[1].report_failure("the disk is full")
     with pytest.raises(CheckpointError, match=r"^rank 2, copy: the disk is full$"):
         ranks[0].collect("written", [1, 2], Deadline(5.0))
+
+
+def test_a_rank_that_wrote_another_number_of_pieces_is_named_by_its_number_in_the_run() -> None:
+    members = Members(0, (0, 0), Store(), numbers=(0, 2))  # rank 1 was lost
+    plan = WritePlan({}, (), 1)
+    assert reported_checksums(plan, {0: {"crc32c": []}, 1: {"crc32c": []}}, members) == {
+        0: [],
+        1: [],
+    }
+    with pytest.raises(CheckpointError, match=r"^rank 2 has written 1 pieces and was to write 0;"):
+        reported_checksums(plan, {0: {"crc32c": []}, 1: {"crc32c": [7]}}, members)
 
 
 def test_the_first_failure_is_what_every_rank_is_told() -> None:

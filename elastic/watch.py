@@ -171,7 +171,11 @@ class HeartbeatWatch:
                 ages = self._ages(self._settings.run)
             except MembershipError as error:
                 if reachable:
-                    logger.warning("%s; training goes on, changes of membership wait", error)
+                    logger.warning(
+                        "%s; generation %d goes on as it is, changes of membership wait",
+                        error,
+                        self._generation,
+                    )
                 reachable = False
                 continue
             if not reachable:

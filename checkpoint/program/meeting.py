@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.reading import of_kind, parse_json
@@ -48,13 +48,32 @@ class Meeting:
         """The values of all ranks, by rank.
 
         Raises:
-            CheckpointError: a rank did not come in time; it is named.
+            CheckpointError: a rank did not come in time; it is named. Or the store is gone.
         """
         self.exchanges += 1
+        began_s = time.monotonic()
         key = f"{what}-{self.exchanges}"
         own = f"{key}/{self.rank}"
-        self.store.set(own, msgspec.json.encode(mine).decode())
         keys = [f"{key}/{rank}" for rank in range(self.size)]
+        try:
+            self.store.set(own, msgspec.json.encode(mine).decode())
+            self._await(keys)
+            told = self.store.multi_get(keys)
+            # Every rank is in this exchange, so it has read all of the one before.
+            if self._last:
+                self.store.delete_key(self._last)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"rank {self.rank} has lost the rendezvous store{_place_of(self.store)} "
+                f"{time.monotonic() - began_s:.1f} s after it began to exchange {what!r} with the "
+                f"other ranks: {str(error).splitlines()[0]}; the process that hosts the store has "
+                "ended or cannot be reached: see its log, and start the program again, which can "
+                "load the last checkpoint that was saved"
+            ) from error
+        self._last = own
+        return [_told(rank, text) for rank, text in enumerate(told)]
+
+    def _await(self, keys: list[str]) -> None:
         try:
             self.store.wait(keys, timedelta(seconds=min(self._timeout_s, 1e6)))
         except RuntimeError as error:
@@ -64,12 +83,6 @@ class Meeting:
                 + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
                 + "; all ranks have to save and load together"
             ) from error
-        found = [_told(rank, text) for rank, text in enumerate(self.store.multi_get(keys))]
-        # Every rank is in this exchange, so it has read all of the one before.
-        if self._last:
-            self.store.delete_key(self._last)
-        self._last = own
-        return found
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -109,6 +122,13 @@ class Meeting:
             where = f"rank {rank}: " if self.size > 1 else ""
             raise CheckpointError(f"{where}{reason}") from cause
         return mine[0], [answer.content for answer in found]
+
+
+def _place_of(store: Store) -> str:
+    """Where a store is, as text; empty if that is not known."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return f" at {store.host}:{store.port}" if isinstance(store, TCPStore) else ""
 
 
 def _told(rank: int, text: bytes) -> Any:

@@ -168,7 +168,8 @@ class Save:
         except HoldfastError as failure:
             error = str(failure)
         except Exception as failure:
-            error = f"{type(failure).__name__}: {failure}"
+            # Below the first line, torch adds its stack.
+            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
         if error:
             self.snapshot.abort()
             error = self._release(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import HashStore, Store
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from holdfast.checkpoint import Checkpointer, load, save
 from holdfast.checkpoint.program.meeting import Meeting
@@ -262,6 +263,22 @@ def test_optimizers_whose_parameters_differ_agree_on_what_they_share(
         return
     with pytest.raises(CheckpointError, match=said):
         merge([first, second], [{}, {}])
+
+
+@pytest.mark.parametrize("during", [False, True], ids=["before", "during"])
+def test_a_store_that_is_gone_is_told_in_one_line_with_its_place(during: bool) -> None:
+    server = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    port = server[0].port
+    store = PrefixStore("here", TCPStore("127.0.0.1", port, wait_for_workers=False))
+    threading.Timer(0.2 if during else 0.0, server.clear).start()
+    while server and not during:
+        time.sleep(0.01)
+    with pytest.raises(CheckpointError) as told:
+        Meeting(1, 2, store, 30.0).exchange("save", 1)
+    assert f"rank 1 has lost the rendezvous store at 127.0.0.1:{port} " in str(told.value)
+    assert "exchange 'save'" in str(told.value)
+    assert "start the program again" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_an_error_of_all_ranks_leaves_one_rank_after_the_other() -> None:

@@ -17,7 +17,7 @@ try:
     import typer
 
     from holdfast.parallel.errors import HoldfastError
-    from holdfast.parallel.output import begin_process, say, stream_error, tell
+    from holdfast.parallel.output import begin_process, say, stream_error, tell, unwind_when_told
     from holdfast.parallel.reading import require_text_names
 except KeyboardInterrupt:  # as in the command itself, without a traceback
     sys.exit(130)
@@ -74,7 +74,10 @@ def main() -> NoReturn:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         require_text_names(sys.argv[1:], os.environ)
-        application(sys.argv[1] if len(sys.argv) > 1 else "")()
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command not in RECORDED:  # those hear signals in their own ways
+            unwind_when_told()
+        application(command)()
         code = 0
     except HoldfastError as error:
         tell(f"holdfast: {error}")

@@ -22,6 +22,7 @@ from typing import NoReturn, Protocol
 from holdfast.parallel.files import open_added
 
 _PR_SET_PDEATHSIG = 1
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """The signals that a process passes on to its children."""
 
@@ -174,9 +175,18 @@ def fork_child(body: Callable[[], int], *, outlives: bool = False) -> int:
     """
     _flush()
     parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _live(body, None if outlives else parent)
+    # A handler of this process that ran in the child would unwind this process's work there.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            for number in _ENDING:
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            _live(body, None if outlives else parent)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return pid
 
 

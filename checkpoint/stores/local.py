@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -84,9 +85,10 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:
+            cure = "make the folder readable" if error.errno == errno.EACCES else "remove it"
             raise CheckpointError(
-                f"{path} cannot be read: {error.strerror}; it names the newest checkpoint, and may "
-                "be removed"
+                f"{path}, which names the newest checkpoint, cannot be read: {error.strerror}; "
+                f"{cure}"
             ) from error
 
     def manifest(self, name: str) -> Manifest:

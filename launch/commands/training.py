@@ -13,7 +13,7 @@ import typer
 from holdfast.checkpoint.format import local_path
 from holdfast.launch.commands.progress import shown_progress
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.output import outlive_readers, plain_console, say, tell
+from holdfast.parallel.output import outlive_readers, plain_console, say, tell, unwind_when_told
 from holdfast.trainer.config import load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
@@ -90,6 +90,7 @@ def train(
 
 def _train_here(request: RunRequest, nproc: int, *, prove: bool) -> int:
     """Train with workers that this command starts. Returns its exit code."""
+    unwind_when_told()
     workers = nproc or request.config.parallel.ranks
     with opened_run(replace(request, world_size=workers, ranks_here=workers)) as opened:
         if opened.config.elastic.enabled:
@@ -127,6 +128,7 @@ def replay(
     """
     outlive_readers()
     begin_to_hear()
+    unwind_when_told()
     require_elastic("holdfast replay")
     from holdfast.launch.proofs import describe_replay, replay_run
 
@@ -144,6 +146,7 @@ def join(
     """Add this machine's workers to a run; SIGTERM lets them hand over and leave."""
     outlive_readers()
     begin_to_hear()
+    unwind_when_told()
     require_elastic("holdfast join")
     from holdfast.launch.launchers import take_ranks
 

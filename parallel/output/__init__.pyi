@@ -18,6 +18,7 @@ from .log_file import (
 )
 from .process_start import (
     begin_process as begin_process,
+    unwind_when_told as unwind_when_told,
 )
 from .standard_streams import (
     outlive_readers as outlive_readers,

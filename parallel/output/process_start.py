@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from types import FrameType
+from typing import NoReturn
 
 from holdfast.parallel.output.standard_streams import make_streams_safe
 
@@ -17,3 +19,18 @@ def begin_process() -> None:
     make_streams_safe()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def unwind_when_told() -> None:
+    """Have SIGTERM and SIGHUP end the process as an interrupt does: what it made goes on the way.
+
+    The second one ends it at once. A signal that the parent has it ignore stays so.
+    """
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from holdfast.launch.processes import (
     fork_child,
     on_signals,
 )
+from holdfast.parallel.output import unwind_when_told
 from support.processes.fake_system import FakeSystem
 
 
@@ -156,3 +159,39 @@ def test_a_child_that_does_not_end_in_time_is_killed(stops: bool) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     end_child(pid, 60.0)  # it is gone already
+
+
+@pytest.mark.mp
+def test_a_child_does_not_unwind_the_work_of_its_parent() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    unwind_when_told()
+    try:
+        for number in before:
+            child = Supervisor([fork_child(lambda: time.sleep(60) or 0)])
+            child.signal(number)
+            assert [end.code for end in child.wait(30)] == [-number]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_removes_what_it_made(tmp_path: Path, number: int) -> None:
+    program = (
+        "import os, tempfile\n"
+        "from holdfast.parallel.files import scratch_folder\n"
+        "from holdfast.parallel.output import begin_process, unwind_when_told\n"
+        "begin_process()\n"
+        "unwind_when_told()\n"
+        f"with scratch_folder() as folder:\n    os.kill(os.getpid(), {int(number)})\n"
+        "print('went on')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+    assert list(tmp_path.iterdir()) == []

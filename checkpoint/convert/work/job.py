@@ -115,9 +115,11 @@ def _explained(partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        path = Path(os.fsdecode(error.filename or partial))
+        done = "written" if path.is_relative_to(partial) else "read"
         raise CheckpointError(
-            f"{error.filename or partial} cannot be written: {error.strerror or error}; what was "
-            f"written stays in {partial}, and the same command goes on from there"
+            f"{path} cannot be {done}: {error.strerror or error}; what was written stays in "
+            f"{partial}, and the same command goes on from there"
         ) from error
 
 

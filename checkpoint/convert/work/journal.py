@@ -20,7 +20,7 @@ import msgspec
 
 from holdfast.checkpoint.convert.sources import CheckedRange
 from holdfast.checkpoint.format import Checksum
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.files import create_file, is_at, open_added, open_lock, try_lock
 from holdfast.parallel.reading import Count, decode_json, open_regular, read_regular
 
@@ -183,6 +183,12 @@ def _is_own(path: Path) -> bool:
     return whole and found.st_uid == os.geteuid()
 
 
+def _unwritable(target: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{target} cannot be written: {error.strerror}; name a folder with room that you may write"
+    )
+
+
 class Lock:
     """The lock that lets one conversion at a time write to a folder."""
 
@@ -190,21 +196,22 @@ class Lock:
         """Take the lock.
 
         Raises:
-            CheckpointError: another conversion has it, its file cannot be opened, or no conversion
-                of this user made that file.
+            CheckpointError: another conversion has it, or no conversion of this user made that
+                file.
+            ConfigError: its file cannot be made.
         """
         self._path = target.with_name(f".{target.name}.lock")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"{target.parent} cannot be made: {error.strerror}") from error
+            raise _unwritable(target, error) from error
         self._descriptor = -1
         while self._descriptor < 0:
             found = os.path.lexists(self._path)
             try:
                 descriptor = open_lock(self._path)
             except OSError as error:
-                raise CheckpointError(f"{self._path} cannot be made: {error.strerror}") from error
+                raise _unwritable(target, error) from error
             state = os.fstat(descriptor)
             if found and (state.st_size or state.st_nlink > 1 or state.st_uid != os.geteuid()):
                 os.close(descriptor)

@@ -62,9 +62,9 @@ def check(conversion: Conversion) -> None:
         raise ConfigError(
             f"the type {conversion.dtype} is not known; use one of {', '.join(FLOATS)}"
         )
-    if conversion.target.is_symlink():
-        raise ConfigError(f"{conversion.target} is a link; name the folder that it leads to")
     try:
+        if conversion.target.is_symlink():
+            raise ConfigError(f"{conversion.target} is a link; name the folder that it leads to")
         is_full = next(conversion.target.iterdir(), None) is not None
     except FileNotFoundError:
         is_full = False

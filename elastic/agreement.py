@@ -13,7 +13,8 @@ Lamport 1998; the chain of configurations is as in Lamport, Malkhi and Zhou 2009
 
 Two rounds are usually enough: in the first all accept, in the second all see that all did. The
 answer of the second may be lost on its way to some. So those that have it go on to take part in
-rounds, as settled, until all are known to have it: one of them tells the others the value.
+rounds, as settled, until all are known to have it: one of them tells the others the value. A member
+that cannot leave its step at once takes part as settled too, so that it is not taken for missing.
 """
 
 from __future__ import annotations
@@ -73,10 +74,8 @@ class Report:
     min_ranks: Count = 1
     """The least number of ranks that a generation may have."""
     lost: Identities = _NO_IDENTITIES
-    """Workers that are not waited for: their end or silence has been noticed."""
-    impatient: bool = False
-    """Whether it has waited long enough for workers that are missing for no known reason. Counts
-    among the members of a generation."""
+    """Workers that are not waited for: their end or silence has been noticed, or they have been
+    missing for too long. Counts among the members of a generation."""
     node: Text = ""
     """Its node."""
     store: Text = ""
@@ -92,7 +91,7 @@ class Report:
     data: Mapping[str, Any] = field(default_factory=dict)
     """Other values of the caller, as JSON values."""
     settled: bool = False
-    """Whether it is in its acceptor's generation, and reports for those that missed the answer."""
+    """Whether it is at work in its acceptor's generation, and says so in rounds meanwhile."""
     told: Generation | None = None
     """That generation, told by one settled worker to those that missed the answer."""
 
@@ -367,12 +366,12 @@ def _next(
     bound = {value for identity, value in accepted.items() if identity in acceptor.members}
     if bound:
         return min(bound, key=sorted), "", False
-    # Only members say who is lost and how long they have waited for members: a newcomer, or one
-    # that was left out, has waited for other things, and members that train are late by a moment.
+    # Only members say who is lost: a newcomer, or one that was left out, has waited for other
+    # things, and members that train are late by a moment.
     heard = [reports[identity] for identity in reported]
     excused = frozenset[Identity]().union(*(report.lost for report in heard))
     missing = acceptor.members - reported - excused
-    if missing and not any(report.impatient for report in heard):
+    if missing:
         return None, f"waiting for ranks {format_identities(missing)}", False
     left_out = {
         identity

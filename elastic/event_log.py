@@ -65,6 +65,12 @@ class EventLog:
         with self._lock:
             return frozenset(self._lost)
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether an urgent event is known, so that this worker must leave its generation."""
+        with self._lock:
+            return any(e.urgent and self._concerns(e) for e in self._events)
+
     def forget_silence(self) -> None:
         """Wait again for workers that were only silent."""
         with self._lock:

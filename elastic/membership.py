@@ -28,7 +28,7 @@ from holdfast.elastic.lighthouse import (
     replica_id,
 )
 from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
-from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient, Teller
+from holdfast.elastic.quorum_client import PAUSE_S, Attendance, QuorumClient, Teller
 from holdfast.elastic.roll import DeadNodes
 from holdfast.elastic.store import StoreClients
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -89,7 +89,7 @@ class Membership:
                 f"another process is rank {spec.identity} of run {spec.settings.run}; end it first"
             ) from error
         self._quorum = QuorumClient(spec.identity, spec.settings, spec.acceptor)
-        self._teller: Teller | None = None
+        self._teller = Teller(self._quorum, spec.settings.call_s, self._log.hear)
         self._channel: WorkerChannel | None = None
         if channel is not None:
             self._channel = WorkerChannel(channel, spec.liveness, self._hear)
@@ -133,7 +133,7 @@ class Membership:
         )
         if urgent and held:
             self._tell_all(MembershipEvent("disturbed", self.spec.identity, phase, generation=held))
-        self._stop_telling()
+        self._teller.leave()
         self._log.begin_agreement()
         self._tell("agreeing")
         generation = None
@@ -143,7 +143,7 @@ class Membership:
         finally:
             self._dead_nodes.close()
             self._log.end_agreement(generation)
-        self._teller = Teller(self._quorum, generation, self.spec.settings.call_s, self._log.hear)
+        self._teller.enter(generation)
         self._tell(
             "generation",
             number=generation.number,
@@ -171,22 +171,22 @@ class Membership:
         settings = self.spec.settings
         held = self.generation is not None
         patience = _Patience(timeout_s, self._clock, lambda line: self._tell("waiting", line=line))
+        attendance = Attendance(settings.patience_s, timeout_s, self._clock)
         began_s = self._clock()
         last: Verdict | None = None
         trouble: MembershipError | None = None
         while (left_s := patience.left_s(_reason(last, trouble))) > 0:
             if trouble is not None or (last is not None and last.minority):
                 # This worker was cut off: the missing ones may be back as soon as it is.
-                patience.missing_since_s = self._clock()
+                attendance.begin_again()
                 self._log.forget_silence()
             if not held and patience.asks_again():
                 self._tell("joining")
-            impatient = self._clock() - patience.missing_since_s > settings.patience_s
+            lost = self._log.lost | attendance.overdue(self._quorum.acceptor.members)
             try:
                 self._beat()
                 verdict, reports = self._quorum.round(
-                    replace(report, lost=self._log.lost, impatient=impatient),
-                    min(left_s, settings.call_s),
+                    replace(report, lost=lost), min(left_s, settings.call_s)
                 )
             except RoundTimeout:
                 trouble = None
@@ -196,6 +196,7 @@ class Membership:
                 self._quorum.say(str(error))
                 self._sleep(min(_PAUSE_UNREACHABLE_S, left_s))
                 continue
+            attendance.note(reports)
             last, trouble = verdict, None
             if verdict.outcome == "agreed":
                 return verdict.learnt or generation_of(verdict.acceptor, reports)
@@ -219,8 +220,7 @@ class Membership:
             ages = heartbeat_ages(settings.lighthouse, settings.run)
         except LighthouseAway:
             return False
-        timeout_s = settings.heartbeat_timeout_ms / 1000
-        return any(age_s < timeout_s for i, age_s in ages.items() if i not in reports)
+        return any(age_s < settings.silence_s for i, age_s in ages.items() if i not in reports)
 
     def on_urgent(self, call: Callable[[MembershipEvent], None] | None) -> None:
         """Set the function that is called, in another thread, as soon as a member is lost.
@@ -228,7 +228,13 @@ class Membership:
         It should release the worker's waits (abort its communicators), and must not block. It is
         not called during `agree`, and afterwards it is called for members lost meanwhile.
         """
-        self._log.on_urgent(call)
+
+        def disturbed(event: MembershipEvent) -> None:
+            self._teller.tell()
+            if call is not None:
+                call(event)
+
+        self._log.on_urgent(disturbed)
 
     @property
     def wanted(self) -> tuple[MembershipEvent, ...]:
@@ -253,7 +259,8 @@ class Membership:
 
         The agent is told that the run makes progress.
         """
-        self._stop_telling()
+        if not self._log.disturbed:
+            self._teller.rest()
         self._tell("committed", step=step)
 
     def incurable(self) -> None:
@@ -289,16 +296,11 @@ class Membership:
 
     def close(self) -> None:
         """Stop the heartbeats, and give up the right to report."""
-        self._stop_telling()
+        self._teller.leave()
         self._dead_nodes.close()
         if self._heartbeats is not None:
             self._heartbeats.close()
         self._resources.close()
-
-    def _stop_telling(self) -> None:
-        if self._teller is not None:
-            self._teller.close()
-            self._teller = None
 
     def _beat(self) -> None:
         if self._heartbeats is None:
@@ -329,7 +331,7 @@ class _Patience:
     ) -> None:
         self._limit_s, self._clock, self._tell = limit_s, clock, tell
         self._waiting = Waiting("the others to agree", limit_s, tell=tell, clock=clock)
-        self.missing_since_s = self._asked_s = self._looked_s = clock()
+        self._asked_s = self._looked_s = clock()
 
     def left_s(self, reason: str) -> float:
         """Seconds that are left. Tells once why there is no agreement yet."""

@@ -43,6 +43,10 @@ _TELL_S = 0.2
 """The pause between rounds of a settled worker, and before the first: mostly none is needed."""
 
 
+_LATE_SHARE = 0.8
+"""The part of the limit of an agreement in which members may stay at work."""
+
+
 @dataclass(frozen=True, slots=True)
 class MembershipSettings:
     """The settings that all workers of a run have in common."""
@@ -58,6 +62,8 @@ class MembershipSettings:
     heartbeat_timeout_ms: int = 3000
     agree_s: float = 60.0
     """Seconds after which a worker gives up to agree with others."""
+    hang_timeout_s: float = 10.0
+    """Seconds after which an agent ends a worker of its own that hangs."""
     roll: str = ""
     """The folder of the roll of agents (`Roll`), which all nodes see; empty: there is none."""
     secret: str = field(default_factory=new_secret, repr=False)
@@ -90,14 +96,22 @@ class MembershipSettings:
         return replace(self, lighthouse=reached_by(self.lighthouse, tunnels, self.lighthouse_key))
 
     @property
+    def silence_s(self) -> float:
+        """Seconds of silence after which a worker counts as lost."""
+        return self.heartbeat_timeout_ms / 1000
+
+    @property
     def patience_s(self) -> float:
-        """How long missing members are waited for when no reason is known, in seconds."""
-        return 2 * self.heartbeat_timeout_ms / 1000 + 1.0
+        """How long members are waited for of which nothing is heard, in seconds.
+
+        Mostly an agent notices sooner what is wrong with them, and tells it.
+        """
+        return self.hang_timeout_s + 2 * self.silence_s + 1.0
 
     @property
     def call_s(self) -> float:
         """How long one call waits for a round, in seconds; the report is sent again afterwards."""
-        return min(0.5, self.heartbeat_timeout_ms / 1000)
+        return min(0.5, self.silence_s)
 
 
 class QuorumClient:
@@ -164,50 +178,74 @@ class QuorumClient:
 
 
 class Teller:
-    """Tells of a new generation, in rounds, until all its members are known to be in it.
+    """Tells in rounds, in a thread, that this worker is in a generation, while it trains there.
 
-    The answer of the round that decided it may have been lost on the way to some.
+    It does so twice: until all members are known to be in it, since the answer of the round that
+    decided it may have been lost on the way to some; and while others have left it and this worker
+    is still at work, which it can leave only between two operations.
     """
 
     def __init__(
-        self,
-        client: QuorumClient,
-        generation: Generation,
-        call_s: float,
-        hear: Callable[[MembershipEvent], None],
+        self, client: QuorumClient, call_s: float, hear: Callable[[MembershipEvent], None]
     ) -> None:
-        """Start the thread.
+        """Tell of nothing yet.
 
         Args:
             call_s: how long one call waits for a round, in seconds.
-            hear: called in that thread if a member cannot go on in this generation.
+            hear: called in that thread if a member cannot go on in the generation.
         """
-        self._client, self._generation, self._call_s, self._hear = client, generation, call_s, hear
-        self._report = Report(
-            client.identity,
-            AcceptorState(generation.number, generation.identities),
-            held=generation.number,
-            settled=True,
-        )
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="holdfast-teller", daemon=True)
-        self._thread.start()
+        self._client, self._call_s, self._hear = client, call_s, hear
+        self._lock = threading.Lock()
+        self._generation: Generation | None = None
+        """The generation that this worker is in; under the lock, as is the next."""
+        self._stop: threading.Event | None = None
+        """Ends the thread; None: there is none."""
 
-    def close(self) -> None:
+    def enter(self, generation: Generation) -> None:
+        """Tell of a generation that this worker is in now."""
+        with self._lock:
+            self._generation = generation
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell of the generation that this worker is in, if any. From any thread."""
+        with self._lock:
+            if self._generation is None or self._stop is not None:
+                return
+            self._stop = threading.Event()
+            threading.Thread(
+                target=self._run,
+                args=(self._generation, self._stop),
+                name="holdfast-teller",
+                daemon=True,
+            ).start()
+
+    def rest(self) -> None:
         """Begin no more rounds. Does not wait for the one under way, which does no harm."""
-        self._stop.set()
+        with self._lock:
+            if self._stop is not None:
+                self._stop.set()
+                self._stop = None
 
-    def _run(self) -> None:
-        pause_s, own = _TELL_S, self._report
-        while not self._stop.wait(pause_s):
+    def leave(self) -> None:
+        """Tell of nothing until `enter`."""
+        with self._lock:
+            self._generation = None
+        self.rest()
+
+    def _run(self, generation: Generation, stop: threading.Event) -> None:
+        acceptor = AcceptorState(generation.number, generation.identities)
+        first = Report(self._client.identity, acceptor, held=generation.number, settled=True)
+        pause_s, own = _TELL_S, first
+        while not stop.wait(pause_s):
             pause_s = _TELL_S
             try:
                 reports = self._client.exchange(own, self._call_s)
             except MembershipError:
                 continue
-            if self._stop.is_set():
+            if stop.is_set():
                 return
-            own, events = told_next(self._report, self._generation, reports)
+            own, events = told_next(first, generation, reports)
             if own.told is not None:
                 pause_s = PAUSE_S
             for event in events:
@@ -238,6 +276,45 @@ def told_next(
         if needs_another(report, generation)
     ]
     return replace(own, told=generation if missed and tells else None), events
+
+
+class Attendance:
+    """When an agreement has last heard of each member; it does not wait for those it misses."""
+
+    def __init__(self, patience_s: float, limit_s: float, clock: Callable[[], float]) -> None:
+        """Begin the agreement.
+
+        Args:
+            patience_s: how long a member may be missing from rounds.
+            limit_s: the limit of the agreement, which comes to an end before it: members that are
+                still at work then are left out, so that not all give up.
+        """
+        self._patience_s, self._clock = patience_s, clock
+        self._late_s = _LATE_SHARE * limit_s
+        self._since_s = clock()
+        self._seen_s: dict[Identity, float] = {}
+        self._agree: frozenset[Identity] = frozenset()
+
+    def note(self, reports: Mapping[Identity, Report]) -> None:
+        """Note the workers of a round: those that agree, and those that only say that they work."""
+        self._seen_s.update(dict.fromkeys(reports, self._clock()))
+        self._agree = frozenset(i for i, report in reports.items() if not report.settled)
+
+    def begin_again(self) -> None:
+        """Miss no member yet, as after a time in which this worker was cut off."""
+        self._since_s = self._clock()
+        self._seen_s.clear()
+
+    def overdue(self, members: frozenset[Identity]) -> frozenset[Identity]:
+        """The members that have been missing for too long."""
+        now_s = self._clock()
+        if now_s - self._since_s > self._late_s:
+            return members - self._agree
+        return frozenset(
+            identity
+            for identity in members
+            if now_s - self._seen_s.get(identity, self._since_s) > self._patience_s
+        )
 
 
 def sealed_report(report: Report, replica: str, key: bytes) -> dict[str, Any]:

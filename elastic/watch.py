@@ -190,7 +190,7 @@ class HeartbeatWatch:
     def judge(self, ages: dict[Identity, float], now_s: float) -> list[MembershipEvent]:
         """The events for heartbeats of these ages: a silence once, newcomers repeatedly."""
         generation, members = self._generation, self._members
-        timeout_s = self._settings.heartbeat_timeout_ms / 1000
+        timeout_s = self._settings.silence_s
         asked_s, unheard_s = self._clock(), self._unheard_s(ages)
         alive = {
             identity

@@ -78,11 +78,10 @@ class Agent:
         self._fork_server = ForkServer(main, patience_s=settings.limits.hang_timeout_s)
         self._slots: dict[int, WorkerSlot] = {}
         self._restarts = Restarts(settings.restarts)
-        silence_s = settings.membership.heartbeat_timeout_ms / 1000
         self._hangs = HangWatch(
             settings.node,
             settings.limits,
-            stopped_s=silence_s,
+            stopped_s=settings.membership.silence_s,
             read=settings.read_record,
             clock=clock,
         )
@@ -304,6 +303,7 @@ class Agent:
                 self._restarts.committed(message["step"])
             case "agreeing":
                 slot.is_inside, slot.waits_for = False, frozenset()
+                self._hangs.has_left_its_step(slot.spec.identity)
             case "waiting":
                 if slot.spec.rank == min(r for r, s in self._slots.items() if not s.is_inside):
                     tell_person(f"node {self._settings.node}: {message['line']}")
@@ -337,8 +337,8 @@ class Agent:
         """Meet the other agents in the generation that a worker has reported."""
         if message["number"] <= self._others.generation:
             return
-        self._hangs.enter(message["number"])
         members = parse_identities(message["members"])
+        self._hangs.enter(message["number"], members)
         for slot in self._slots.values():
             if slot.is_member and slot.spec.identity not in members:
                 slot.is_member, slot.left_out_s = False, self._clock()
@@ -351,8 +351,7 @@ class Agent:
 
     def _deliver(self, event: MembershipEvent) -> None:
         """Send an event to this node's workers, and act on events for this agent."""
-        if event.kind == "waiting":
-            self._hangs.hear(event, self._clock())
+        self._hangs.hear(event, self._slots.values(), self._clock())
         message = {"kind": "event", "event": event_to_data(event)}
         for slot in self._slots.values():
             if slot.channel is not None:
@@ -366,10 +365,9 @@ class Agent:
     def _lives(self, identity: Identity) -> bool:
         """Whether a worker of this node has run lately; from any thread."""
         slot = self._slots.get(identity.rank)
-        silence_s = self._settings.membership.heartbeat_timeout_ms / 1000
         if slot is None or slot.spec.identity != identity:
             return False
-        return not self._hangs.is_still(slot.spec, silence_s)
+        return not self._hangs.is_still(slot.spec, self._settings.membership.silence_s)
 
     # Signals, and the end.
 

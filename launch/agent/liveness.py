@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,11 @@ from holdfast.parallel.comm import FlightRecord, read_record
 
 LEFT_OUT_S = 10.0
 """Seconds that a worker may live after the others went on without it; it ends by itself."""
+
+
+LEAVING_S = 5.0
+"""Seconds that a worker may take to leave a step, besides what any wait may last: a store that it
+asks may lie with an agent that hangs, and that is ended first."""
 
 
 def record_of(spec: WorkerSpec) -> FlightRecord | None:
@@ -116,22 +121,42 @@ class HangWatch:
         self._judge = HangJudge()
         self._watched: dict[Identity, _Watched] = {}
         self._records: dict[Identity, FlightRecord] = {}
+        self._members: Collection[Identity] = ()
+        self._disturbed: dict[Identity, tuple[float, str]] = {}
+        """Since when workers ought to leave their step, and why; while they have not."""
 
-    def enter(self, generation: int) -> None:
+    def enter(self, generation: int, members: Collection[Identity]) -> None:
         """Enter a generation; waits of earlier ones no longer count."""
         self._judge.enter(generation)
+        self._members = members
         for watched in self._watched.values():
             watched.told = frozenset()
 
-    def hear(self, event: MembershipEvent, now_s: float) -> None:
-        """Note the event of a worker that waits for others too long, or no longer does."""
-        self._judge.hear(event, now_s)
+    def hear(self, event: MembershipEvent, slots: Iterable[WorkerSlot], now_s: float) -> None:
+        """Note a wait that is too long or has ended, and a reason for workers to leave their step.
+
+        Args:
+            slots: the workers of this node.
+        """
+        if event.kind == "waiting":
+            self._judge.hear(event, now_s)
+        of_now = event.generation in (0, self._judge.generation)
+        if event.urgent and of_now and event.identity in self._members:
+            why = f"rank {event.identity}: {event.cause}"
+            for slot in slots:
+                if slot.is_inside and slot.spec.identity != event.identity:
+                    self._disturbed.setdefault(slot.spec.identity, (now_s, why))
+
+    def has_left_its_step(self, identity: Identity) -> None:
+        """Note that a worker comes to agree."""
+        self._disturbed.pop(identity, None)
 
     def look(self, slots: Iterable[WorkerSlot]) -> None:
         """Read the signs of life of all workers, for `causes` and `new_waits`."""
         running = {slot.spec.identity: slot for slot in slots if slot.descriptor >= 0}
         for identity in self._watched.keys() - running.keys():
             del self._watched[identity]
+            self.has_left_its_step(identity)
         self._records = {}
         for identity, slot in running.items():
             watched = self._watched.get(identity)
@@ -166,8 +191,13 @@ class HangWatch:
                 continue
             cause = self._silence(slot, watched, now_s)
             suspicion = suspicions.get(slot.spec.rank)
-            if cause is None and slot.is_member and suspicion is not None:
+            is_inside = slot.is_member and slot.is_inside
+            # One that agrees is not at fault if others wait for it: they ought to leave their step,
+            # too. It gives up by itself.
+            if cause is None and is_inside and suspicion is not None:
                 cause = self._verdict(slot, watched, suspicion, now_s)
+            if cause is None and is_inside and not slot.finished:
+                cause = self._at_work(slot, watched, now_s)
             left_out = slot.left_out_s is not None and now_s - slot.left_out_s > LEFT_OUT_S
             if cause is None and left_out and not draining:
                 cause = "the others went on without it, and it has not ended"
@@ -183,6 +213,16 @@ class HangWatch:
             hung_s = float("inf")  # it may load a module or build, with the interpreter's lock held
         beat_s = liveness_s(slot.spec.liveness)
         return silence(slot.pid, beat_s, watched.fair, stopped_s=self._stopped_s, hung_s=hung_s)
+
+    def _at_work(self, slot: WorkerSlot, watched: _Watched, now_s: float) -> str | None:
+        """The reason if a worker has no excuse to be still in a step that others have left."""
+        since_s, why = self._disturbed.get(slot.spec.identity, (now_s, ""))
+        record = self._records.get(slot.spec.identity) or _nothing_yet(slot)
+        waited_s = watched.fair.since(since_s)
+        if is_excused(record, waited_s - LEAVING_S, now_s, watched.fair.since, self._limits):
+            return None
+        doing = f"it said that it would {record.busy}" if record.busy else "it computes"
+        return f"hung: it has not left its step for {waited_s:.1f} s ({doing}), after {why}"
 
     def _verdict(
         self, slot: WorkerSlot, watched: _Watched, suspicion: Suspicion, now_s: float

@@ -121,7 +121,7 @@ class OtherNodes:
             over: whether the run has ended; otherwise the others, if there are any, first get the
                 time to go on without the workers of this node.
         """
-        deadline_s = time.monotonic() + 2 * self._services.membership.heartbeat_timeout_ms / 1000
+        deadline_s = time.monotonic() + 2 * self._services.membership.silence_s
         for thread in () if over else self._proxies:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         self._stop.set()

@@ -134,6 +134,7 @@ def node_settings(
             elastic.heartbeat_ms,
             elastic.heartbeat_timeout_ms,
             agree_s=_AGREE_SHARE * elastic.apart_s,
+            hang_timeout_s=elastic.hang_timeout_s,
             secret=secret or new_secret(),
         ),
         ranks=ranks,

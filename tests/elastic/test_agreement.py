@@ -98,15 +98,15 @@ def test_all_accept_and_then_agree() -> None:
 
 def test_somebody_missing_without_a_reason_is_waited_for() -> None:
     assert outcome("0", of("0-2"), member("1", of("0-2"))).outcome == "wait"
-    patient = member("1", of("0-2"), impatient=True)
-    assert outcome("0", of("0-2"), patient).outcome == "again"
+    told = member("1", of("0-2"), lost=ids("2"))
+    assert outcome("0", of("0-2"), told).outcome == "again"
 
 
 @pytest.mark.parametrize(
     "stranger",
     [
-        member("2.1", AcceptorState(), impatient=True, lost=ids("1")),
-        member("2", of("0-3"), impatient=True, lost=ids("0-1")),
+        member("2.1", AcceptorState(), lost=ids("1")),
+        member("2", of("0-3"), lost=ids("0-1")),
     ],
     ids=["one that joins", "one that was left out"],
 )
@@ -115,7 +115,6 @@ def test_no_member_is_left_out_because_a_stranger_has_waited_or_not_heard_of_it(
 ) -> None:
     verdict = outcome("0", of("0-1", 2), stranger)
     assert (verdict.outcome, verdict.reason) == ("wait", "waiting for ranks 1")
-    assert outcome("0", of("0-1", 2), stranger, impatient=True).outcome == "again"
     assert outcome("0", of("0-1", 2), stranger, lost=ids("1")).outcome == "again"
 
 
@@ -127,7 +126,7 @@ def test_a_worker_that_was_left_out_is_not_taken_for_one_that_joins() -> None:
 
 
 def test_a_minority_waits() -> None:
-    verdict = outcome("3", of("0-4"), member("4", of("0-4")), lost=ids("0-2"), impatient=True)
+    verdict = outcome("3", of("0-4"), member("4", of("0-4")), lost=ids("0-2"))
     assert (verdict.outcome, verdict.minority) == ("wait", True)
     assert "no majority of generation 1 (ranks 0-4)" in verdict.reason
 
@@ -221,7 +220,9 @@ def test_no_order_of_events_splits_a_run(data: st.DataObject) -> None:
             present = data.draw(st.frozensets(st.sampled_from(sorted(workers)), min_size=1))
             seen = {i: data.draw(st.sampled_from(sent[i][-3:])) for i in sorted(present)}
             if data.draw(st.booleans()):
-                seen = {i: replace(r, impatient=True) for i, r in seen.items()}
+                seen = {
+                    i: replace(r, lost=frozenset(workers) - seen.keys()) for i, r in seen.items()
+                }
             for identity in sorted(present - superseded):
                 if not data.draw(st.integers(0, 3)):
                     continue  # the answer is lost on the way

@@ -15,15 +15,18 @@ import pytest
 
 from holdfast.elastic.agreement import AcceptorState, Report, advance, generation_of
 from holdfast.elastic.generation import Generation, Identity
-from holdfast.elastic.quorum_client import PAUSE_S, MembershipSettings, told_next
+from holdfast.elastic.quorum_client import PAUSE_S, Attendance, MembershipSettings, told_next
 from holdfast.parallel.errors import Superseded
 
-SETTINGS = MembershipSettings("", "run", 4)
+SETTINGS = MembershipSettings("", "run", 4, hang_timeout_s=0.0)
 JOIN_S = 0.1
 TELL_S = 0.2
 BAD_S = 3.0
 """Seconds for which the network is bad: less than missing members are waited for."""
-LIMIT_S = 20.0
+SLOW_S = 12.0
+"""The longest time for which a worker cannot leave its step: longer than missing ones are waited
+for."""
+LIMIT_S = 30.0
 """Seconds after which all must be together."""
 
 
@@ -32,7 +35,9 @@ class Worker:
     """One worker, as `Membership` and its teller act for it; or the agent of an ended one."""
 
     report: Report
-    began_s: float = 0.0
+    attendance: Attendance
+    leaves_s: float = 0.0
+    """The time until which it cannot leave its step."""
     generation: Generation | None = None
     call: int = 0
     """The number of the call whose answer it waits for; others are too late."""
@@ -93,8 +98,8 @@ class World:
         if worker.over:
             return
         worker.call = call = next(self.count)
-        impatient = self.now_s - worker.began_s > SETTINGS.patience_s
-        sent = worker.tells or replace(worker.report, impatient=impatient)
+        overdue = worker.attendance.overdue(worker.report.acceptor.members)
+        sent = worker.tells or replace(worker.report, lost=worker.report.lost | overdue)
         self.carry(lambda: self.join(identity, sent, call))
 
         def give_up() -> None:
@@ -113,13 +118,14 @@ class World:
             settled = replace(worker.tells, told=None)
             worker.tells, found = told_next(settled, worker.generation, reports)
             pause_s = PAUSE_S if worker.tells.told else TELL_S
-            if found:
+            if found and self.now_s >= worker.leaves_s:
                 self.begin_again(worker)
         else:
             pause_s = self.conclude(worker, reports)
         self.after(pause_s, lambda: self.begin_call(identity))
 
     def conclude(self, worker: Worker, reports: Mapping[Identity, Report]) -> float:
+        worker.attendance.note(reports)
         try:
             verdict = advance(worker.report, reports)
         except Superseded:
@@ -141,9 +147,25 @@ class World:
     def begin_again(self, worker: Worker) -> None:
         """Come to agree again, because a member cannot go on in this generation."""
         assert worker.generation is not None
-        worker.tells, worker.began_s = None, self.now_s
+        worker.tells, worker.attendance = None, self.attendance()
         step = worker.report.step + self.random.randrange(2)
         worker.report = replace(worker.report, held=worker.generation.number, step=step)
+
+    def attendance(self) -> Attendance:
+        return Attendance(SETTINGS.patience_s, SETTINGS.agree_s, lambda: self.now_s)
+
+    def slow_down(self, identity: Identity, generation: Generation) -> None:
+        """Have a member of a generation be at work in its step for a time."""
+        worker = self.workers[identity]
+        worker.leaves_s = self.random.uniform(0, SLOW_S)
+        worker.generation = generation
+        worker.tells = replace(worker.report, settled=True)
+
+        def leave() -> None:
+            if not worker.over:
+                self.begin_again(worker)
+
+        self.after(worker.leaves_s, leave)
 
     # The Lighthouse.
 
@@ -187,8 +209,12 @@ def world(seed: int) -> World:
         report = Report(
             identity, first, founder=True, world_size=len(start), held=first.generation, step=3
         )
-        made.workers[identity] = Worker(report)
+        made.workers[identity] = Worker(report, made.attendance())
         made.after(chance.uniform(0, 0.3), lambda i=identity: made.begin_call(i))
+    if first.generation and chance.random() < 0.3:
+        generation = generation_of(first, {i: w.report for i, w in made.workers.items()})
+        for identity in chance.sample(sorted(start), chance.randint(1, len(start) - 1)):
+            made.slow_down(identity, generation)
     if first.generation and len(start) > 2 and chance.random() < 0.3:
         made.after(chance.uniform(0, BAD_S), lambda: made.kill(chance.choice(sorted(start))))
     return made

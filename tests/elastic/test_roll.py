@@ -112,7 +112,7 @@ def goes_on(
 ) -> bool:
     """Whether a side of a cut generation goes on without the rest, by rounds of its own."""
     start = AcceptorState(1, whole)
-    workers = {i: Report(i, start, impatient=True, alive=i in side) for i in side | dead}
+    workers = {i: Report(i, start, lost=whole - side, alive=i in side) for i in side | dead}
     for _ in range(4):
         agreed, seen = True, dict(workers)
         for identity, report in seen.items():

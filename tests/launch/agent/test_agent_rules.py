@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from holdfast.elastic.generation import Identity
+from holdfast.elastic.membership_events import MembershipEvent, event_to_data
 from holdfast.elastic.worker_spec import WorkerSpec
-from holdfast.launch.agent.liveness import LEFT_OUT_S
+from holdfast.launch.agent.liveness import LEAVING_S, LEFT_OUT_S
 from holdfast.launch.agent.restarts import NO_PROGRESS_EXIT, RestartPolicy
 from holdfast.parallel.comm import FlightRecord, Operation
 from support.processes.fake_node import FakeNode
 
 BOTH = (Identity(0), Identity(1))
+MEMBERS = (*BOTH, Identity(2))
 TICK_S = pytest.approx(0.15, abs=0.15)
 """The agent looks at its clock so often."""
 
@@ -122,6 +125,9 @@ class Records:
         default_factory=lambda: FlightRecord(1, 0, 1, 4, 0.0, (), step_starts_s=(0.5, 1.0))
     )
 
+    after_that: Callable[[], object] = lambda: None
+    """What workers tell once both are in the generation."""
+
     def read(self, spec: WorkerSpec) -> FlightRecord | None:
         if spec.rank:
             return self.of_1
@@ -133,8 +139,9 @@ class Records:
 
         def script() -> None:
             if not self.node.others.generation:
-                self.node.tell_generation(0, 1, BOTH)
-                self.node.tell_generation(1, 1, BOTH)
+                self.node.tell_generation(0, 1, MEMBERS)
+                self.node.tell_generation(1, 1, MEMBERS)
+                self.after_that()
             if (self.node.killed or self.node.clock() > until_s) and 0 in self.node.living:
                 self.node.finish(0)
 
@@ -181,6 +188,58 @@ def test_a_worker_that_was_busy_a_short_time_ago_or_waits_itself_lives(tmp_path:
     records = Records(node, begin + 1.0)
     records.of_1 = replace(records.of_1, operations=(receive(2, begin + 27.0),))
     assert records.run(until_s=begin + 29.0) == 0
+    assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
+
+
+def test_a_worker_that_agrees_is_not_to_blame_for_others_that_still_wait_for_it(
+    tmp_path: Path,
+) -> None:
+    node = FakeNode(tmp_path)
+    begin = node.clock()
+    records = Records(node, begin + 1.0)
+    records.after_that = lambda: node.tell(1, "agreeing")
+    assert records.run(until_s=begin + 40.0) == 0
+    assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
+
+
+@pytest.mark.parametrize("busy_s", [0.0, 50.0])
+def test_a_worker_may_be_at_work_in_a_step_that_others_have_left_for_as_long_as_any_wait_may_last(
+    tmp_path: Path, busy_s: float
+) -> None:
+    node = FakeNode(tmp_path)
+    begin = node.clock()
+    records = Records(node, math.inf)
+    if busy_s:
+        records.of_1 = replace(records.of_1, busy="save", busy_until_s=begin + busy_s)
+    lost = MembershipEvent("ended", Identity(2), "killed by SIGKILL")
+
+    def lose() -> None:
+        node.tell(0, "event", event=event_to_data(lost))
+        node.tell(0, "agreeing")
+
+    records.after_that = lose
+    assert records.run() == 0
+    ((moment, rank),) = node.killed
+    assert rank == 1
+    assert moment - begin == pytest.approx(busy_s or 10.2 + LEAVING_S, abs=0.2)
+    cause = node.others.posted[-1].cause
+    assert cause.startswith("hung: it has not left its step for ")
+    assert cause.endswith("after rank 2: killed by SIGKILL")
+
+
+def test_a_loss_of_an_earlier_generation_makes_no_worker_leave_its_step(tmp_path: Path) -> None:
+    node = FakeNode(tmp_path)
+    begin = node.clock()
+    records = Records(node, math.inf)
+    gone = [
+        MembershipEvent("ended", Identity(3), "killed by SIGKILL"),
+        MembershipEvent("silent", Identity(2), "no heartbeat for 3.00 s", generation=7),
+        MembershipEvent("joining", Identity(3), "a new worker wants to take part"),
+    ]
+    records.after_that = lambda: [
+        node.tell(0, "event", event=event_to_data(event)) for event in gone
+    ]
+    assert records.run(until_s=begin + 40.0) == 0
     assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
 
 

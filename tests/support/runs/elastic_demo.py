@@ -46,6 +46,9 @@ from support.processes.forked_command import FORK
 WAIT_S = 30.0
 """How long tests wait for what must come; none depends on how fast it does."""
 
+HANG_S = 1.0
+"""The patience of agents with workers that hang."""
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -295,6 +298,7 @@ class Run:
             self.world_size,
             self.min_ranks,
             heartbeat_timeout_ms=600,
+            hang_timeout_s=HANG_S,
             secret=self.secret,
         )
 
@@ -303,7 +307,7 @@ class Run:
             "membership": self._membership,
             "ranks": ranks,
             "node": node,
-            "limits": HangLimits(1.0),
+            "limits": HangLimits(HANG_S),
             "exit_s": 10.0,
             "restarts": RestartPolicy(limit=3, first_s=0.01),
             "read_record": demo_record,

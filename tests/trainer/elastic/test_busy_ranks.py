@@ -12,13 +12,15 @@ import pytest
 from holdfast.checkpoint import CheckpointManager
 from holdfast.parallel.pipeline import Executor
 from support.processes.cluster import Cluster
-from support.runs.elastic_runs import Starter, bits_of, pace
+from support.runs.elastic_runs import Starter, bits_of, fault, pace
 from support.runs.small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
 
 HANG_S = 1.0
 SLOW_S = 3.5
+LONG_S = 4.4
+"""Longer than ranks of which nothing is heard are waited for."""
 STEP_S = 1.3
 """Longer than the time-out, and less than five times as long as itself."""
 
@@ -46,6 +48,20 @@ def slow_work() -> None:
 
 def _forward(program: Any) -> bool:
     return not any(action.op.value in ("B", "I", "W") for action in program)
+
+
+def long_step() -> None:
+    """Have rank 1 compute for long in its sixth step."""
+    run, counted = Executor.run, [0]
+
+    def longer(self: Any, *arguments: Any) -> Any:
+        counted[0] += self._comm.index == 1
+        if counted[0] == 6 and self._comm.index == 1:
+            print("slow: run", flush=True)
+            time.sleep(LONG_S)
+        return run(self, *arguments)
+
+    Executor.run = longer  # type: ignore[method-assign]
 
 
 def endless_step() -> None:
@@ -92,6 +108,27 @@ def test_no_rank_is_lost_to_slow_saves_loads_evaluations_and_steps(
     assert slow_parts(run.root) == {"fence", "load", "run"}
     assert run.bits()["steps"] == expected["steps"]
     assert not run.events("rank_lost")
+
+
+def test_no_rank_is_lost_because_it_computes_while_another_one_dies(tmp_path: Path) -> None:
+    start = Starter(tmp_path, before="test_busy_ranks:long_step")
+    try:
+        run = start(
+            parallel={"data": 3},
+            train={"steps": 10},
+            elastic={
+                "chaos": [fault("kill", 2, 6, "reduce")],
+                "hang_timeout_s": HANG_S,
+                "heartbeat_timeout_ms": 700,
+            },
+        )
+        assert run.finish() == 0, run.output()
+    finally:
+        start.close()
+    assert slow_parts(run.root) == {"run"}
+    assert [(lost["rank"], lost["cause"]) for lost in run.events("rank_lost")] == [
+        (2, "killed by SIGKILL")
+    ]
 
 
 def test_a_rank_that_computes_for_ever_is_found_and_its_step_is_named(tmp_path: Path) -> None:

@@ -35,9 +35,8 @@ from holdfast.checkpoint.convert.sources import (
     read_torch_item,
     unplain,
 )
-from holdfast.checkpoint.convert.writing import DistcpFolder
+from holdfast.checkpoint.convert.writing import DistcpFolder, write_files
 from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, full_name
-from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import OPTIMIZERS
@@ -214,8 +213,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         folder.add_object(path, value)
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
-        for carried, content in files_for(catalog, typed).items():
-            write_synced(root / carried, content)
+        write_files(root, files_for(catalog, typed))
         folder.write(root, checksums)
 
     added = frozenset(full_name(STEP, path[2]) for path in steps)

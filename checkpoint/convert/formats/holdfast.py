@@ -122,6 +122,10 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         for tensor, out in typed
     ]
     layout = make_write_plan(saved, [0] * len(writers))
+    files = files_for(catalog, typed)
+    for name in [name for name in files if "/" in name]:
+        del files[name]
+        catalog.left_out[name] = f"{NAME} has no folders"
     by_name = {tensor.full_name: tensor for tensor, _ in typed}
     planned = [piece for file in layout.files for piece in file.pieces]
     units = [
@@ -137,7 +141,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             rank: [crcs[c.file, c.offset, c.name] for c in layout.written_by(rank)]
             for rank in writers
         }
-        _write_metadata(folder, layout, by_rank, catalog, files_for(catalog, typed))
+        _write_metadata(folder, layout, by_rank, catalog, files)
 
     return Output({file.name: file.bytes for file in layout.files}, units, finish, typed)
 

@@ -31,10 +31,12 @@ from holdfast.checkpoint.convert.sources import (
     WriteOptions,
     choose_output_dtypes,
     files_for,
+    left_files,
     make_catalog,
     read_torch_file,
     tensors_in,
 )
+from holdfast.checkpoint.convert.writing import write_files
 from holdfast.checkpoint.format import (
     ALIGNMENT,
     BUFFER,
@@ -76,6 +78,8 @@ def read(path: Path, options: ReadOptions) -> Catalog:
     catalog = make_catalog(RULES, root, tensors, options, rules=book)
     catalog.format = NAME
     catalog.left_out |= {**chosen.left_out, **others}
+    if not path.is_file():
+        catalog.left_out |= left_files(root, {*names, chosen.index, *chosen.left_out})
     return catalog
 
 
@@ -185,8 +189,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
         for name, header in headers.items():
             with open_written(folder / name) as opened:
                 opened.write(header)
-        for name, content in files_for(catalog, chosen).items():
-            write_synced(folder / name, content)
+        write_files(folder, files_for(catalog, chosen))
         if len(shelves) > 1:
             write_synced(folder / INDEX, _index(shelves, list(files)))
 

@@ -21,6 +21,7 @@ from .entry_checks import (
     DamagedEntry as DamagedEntry,
     EntryChecks as EntryChecks,
 )
+from .model_files import left_files as left_files
 from .open_files import (
     OpenFiles as OpenFiles,
 )

@@ -23,29 +23,12 @@ from holdfast.checkpoint.convert.rules import (
     load_rules,
     map_tensors,
 )
+from holdfast.checkpoint.convert.sources.model_files import carried_files
 from holdfast.checkpoint.convert.sources.quantised import find_scales, without_quantisation
 from holdfast.checkpoint.format import STEP, UNPREFIXED_KINDS, WEIGHT
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, OptimizerRule
-from holdfast.parallel.reading import parse_json, read_regular
-
-CARRIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-"""The files of a Hugging Face model folder that accompany the weights."""
+from holdfast.parallel.reading import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +157,6 @@ def make_catalog(
         left_out=mapped.left_out,
         records={at: record for tensor in tensors for at, record in tensor.records.items()},
     )
-
-
-def carried_files(folder: Path) -> dict[str, bytes]:
-    """The files of a Hugging Face model folder that accompany the weights, by name."""
-    return {name: read_regular(folder / name) for name in CARRIED if (folder / name).is_file()}
 
 
 def given_files(options: ReadOptions) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from .distcp_writing import (
 from .pickle_writing import (
     size as size,
 )
+from .small_files import write_files as write_files
 from .torch_folder import (
     TorchFolder as TorchFolder,
 )

@@ -81,7 +81,9 @@ def test_of_several_files_those_count_that_transformers_loads(tmp_path: Path) ->
     expected = weights_of(tmp_path / "hf")
     assert torch.equal(expected["model.norm.weight"], found["model.norm.weight"])
     done = converted(tmp_path / "hf", tmp_path / "one", "hf")
-    assert set(done.left_out) == {"model.safetensors.index.json", "pytorch_model.bin"}
+    assert set(done.left_out) == {
+        "model.safetensors.index.json", "pytorch_model.bin", "consolidated.safetensors", shard,
+    }  # fmt: skip
     again = load_file(tmp_path / "one/model.safetensors")
     assert again.keys() == found.keys()
     assert all(torch.equal(again[name], value) for name, value in found.items())
@@ -90,6 +92,57 @@ def test_of_several_files_those_count_that_transformers_loads(tmp_path: Path) ->
     converted(tmp_path / "hf", tmp_path / "two", "hf")
     again = load_file(tmp_path / "two/model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in other.items())
+
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model.v3", "tekken.json",
+    "qwen.tiktoken", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "chat_template.jinja",
+    "special_tokens_map.json", "additional_chat_templates/tools.jinja",
+)  # fmt: skip
+OTHERS = {
+    "README.md": "no part of",
+    "modeling_own.py": "code, which is not copied",
+    "tf_model.h5": "other files of weights",
+    "original/": "no part of",
+    "additional_chat_templates/NOTE.md": "no part of",
+    "vocab.txt": "a link that leads nowhere",
+}
+
+
+@pytest.mark.parametrize(
+    ("to", "at"),
+    [
+        ("hf", ""),
+        ("dcp", ""),
+        ("deepspeed-universal", ""),
+        ("megatron", "release"),
+        ("megatron-legacy", "release"),
+        ("holdfast", ""),
+    ],
+)
+def test_the_tokenizers_files_go_along_and_all_others_are_named(
+    tmp_path: Path, to: str, at: str
+) -> None:
+    source = tmp_path / "hf"
+    make_model(source, "Llama")
+    for folder in ("original", "additional_chat_templates", ".git"):
+        (source / folder).mkdir()
+    for name in (*TOKENIZER, *OTHERS, "original/params.json", ".git/config"):
+        if name == "vocab.txt":
+            (source / name).symlink_to("nowhere")
+        elif not name.endswith("/"):
+            (source / name).write_bytes(b'{"of": "' + name.encode() + b'"}\r\n')
+    done = converted(source, tmp_path / "out", to)
+    inner = "additional_chat_templates/tools.jinja"
+    left = OTHERS | ({inner: "holdfast has no folders"} if to == "holdfast" else {})
+    assert set(done.left_out) == set(left)
+    assert all(why in done.left_out[name] for name, why in left.items())
+    assert not any(".git" in name for name in done.left_out)
+    for name in TOKENIZER:
+        made = tmp_path / "out" / at / name
+        assert made.exists() == (name not in left), name
+        assert name in left or made.read_bytes() == (source / name).read_bytes()
+    assert not any((tmp_path / "out" / at / name).exists() for name in OTHERS)
 
 
 @pytest.mark.parametrize("equal", [True, False])

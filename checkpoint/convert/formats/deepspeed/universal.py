@@ -30,9 +30,14 @@ from holdfast.checkpoint.convert.sources import (
     read_torch_file,
     tensors_in,
 )
-from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder, size
+from holdfast.checkpoint.convert.writing import (
+    TORCH_FILE_DTYPES,
+    TensorToCome,
+    TorchFolder,
+    size,
+    write_files,
+)
 from holdfast.checkpoint.format import BUFFER, UNPREFIXED_KINDS, WEIGHT
-from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.optimizer import MASTER
 
@@ -150,8 +155,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
     def finish(folder: Path, checksums: Sequence[int]) -> None:
         files.write(folder, checksums)
-        for name, content in catalog.files.items():
-            write_synced(folder / name, content)
+        write_files(folder, catalog.files)
 
     return Output(files.sizes, files.units, finish, expected, "crc32")
 

@@ -38,7 +38,12 @@ from holdfast.checkpoint.convert.sources import (
     WriteOptions,
     files_for,
 )
-from holdfast.checkpoint.convert.writing import TORCH_FILE_DTYPES, TensorToCome, TorchFolder
+from holdfast.checkpoint.convert.writing import (
+    TORCH_FILE_DTYPES,
+    TensorToCome,
+    TorchFolder,
+    write_files,
+)
 from holdfast.checkpoint.format import STEP, WEIGHT
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError
@@ -93,8 +98,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
     def finish(target: Path, checksums: Sequence[int]) -> None:
         folder.write(target, checksums)
-        for name, content in files.items():
-            write_synced(target / root / name, content)
+        write_files(target / root, files)
         tracked = str(catalog.step) if trained else root
         write_synced(target / MEGATRON_TRACKER, tracked.encode())
 

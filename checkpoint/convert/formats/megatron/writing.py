@@ -32,7 +32,7 @@ from holdfast.checkpoint.convert.sources import (
     choose_output_dtypes,
     files_for,
 )
-from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file
+from holdfast.checkpoint.convert.writing import DistcpFolder, torch_file, write_files
 from holdfast.checkpoint.format import WEIGHT, full_name
 from holdfast.checkpoint.stores import write_synced
 from holdfast.parallel.errors import CheckpointError, ConfigError, unknown_name
@@ -107,8 +107,7 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
 
     def finish(root: Path, checksums: Sequence[int]) -> None:
         folder.write(root, checksums)
-        for name, content in files.items():
-            write_synced(root / iteration / name, content)
+        write_files(root / iteration, files)
         write_synced(root / iteration / "common.pt", torch_file(common))
         write_synced(root / iteration / "metadata.json", json.dumps(_BACKEND).encode())
         told = str(catalog.step) if trained else "release"

@@ -1,5 +1,5 @@
 """DeepSpeed: ZeRO folders, tensor parallelism, universal checkpoints.
 
-May import checkpoint.convert, checkpoint.format, checkpoint.stores, parallel.errors,
-parallel.optimizer and parallel.reading.
+May import checkpoint.convert, checkpoint.format, parallel.errors, parallel.optimizer and
+parallel.reading.
 """

@@ -85,10 +85,9 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:
-            cure = "make the folder readable" if error.errno == errno.EACCES else "remove it"
+            cure = "make it readable" if error.errno == errno.EACCES else "it may be removed"
             raise CheckpointError(
-                f"{path}, which names the newest checkpoint, cannot be read: {error.strerror}; "
-                f"{cure}"
+                f"{path} cannot be read: {error.strerror}; it names the newest checkpoint; {cure}"
             ) from error
 
     def manifest(self, name: str) -> Manifest:

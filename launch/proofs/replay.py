@@ -25,6 +25,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.links import new_secret
 from holdfast.parallel.output import write_whole
+from holdfast.parallel.reading import open_regular
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
 from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run, read_events
@@ -50,8 +51,14 @@ def read_history(run: RunDirectory) -> MembershipHistory:
     """The history of a run's newest start.
 
     Raises:
-        ConfigError: the run has no history.
+        ConfigError: the run has no history, or it cannot be read.
     """
+    try:
+        open_regular(run.events).close()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"{run.events} cannot be read: {error.strerror}") from error
     events = read_events(run.events)
     if not events:
         raise ConfigError(f"{run.root} has no events.jsonl; name the folder of a run")

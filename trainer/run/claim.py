@@ -7,7 +7,9 @@ checkpoints are, and at a URL whether the run goes on. Local, in the process tha
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,8 @@ def claimed_checkpoints(
             _refuse_other_runs_folder(folder, identity)
             held.enter_context(lock_folder(folder, "checkpoint.path", own.path))
             notes += _claim(LocalStore(folder), str(folder), own, config, resume)
+        else:
+            _require_rights(folder)
         if config.checkpoint.url:
             store = open_store(config.checkpoint.url)
             using = msgspec.structs.replace(own, in_use=True)
@@ -66,6 +70,25 @@ def claimed_checkpoints(
             except CheckpointError as error:
                 notes += (f"whose {config.checkpoint.url} is cannot be asked now: {error}",)
         yield notes
+
+
+def _require_rights(folder: Path) -> None:
+    """Check that a folder in the run's, if it is there, may be written.
+
+    A disk that is full may have room later; rights do not come by themselves.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ConfigError(
+                f"{folder} cannot be written: {error.strerror}; make it writable for this user, or "
+                "name another folder with checkpoint.path"
+            ) from error
 
 
 def _claim(

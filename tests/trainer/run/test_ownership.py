@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.run import RunRequest, memory_copies, opened_run
+from holdfast.trainer.run import RunRequest, claim, memory_copies, opened_run
 from holdfast.trainer.run.claim import CheckpointOwner
 from holdfast.trainer.run.identity import IDENTITY, read_identity
 from holdfast.trainer.run.memory_copies import forget_newer, memory_root
@@ -350,3 +351,23 @@ def test_what_lies_in_the_place_of_latest_is_named_before_a_step(tmp_path: Path,
     make(folder / "latest")
     with pytest.raises(CheckpointError, match="latest cannot be read: it is a"):
         open_and_end(_request(tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_checkpoints_that_may_not_be_written_are_refused_before_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    request = _request(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    save_as_run(folder, request.config, 1)
+    make = claim.tempfile.TemporaryFile
+
+    def refused(dir: Path | None = None) -> Any:
+        if dir == folder:
+            raise OSError(number, os.strerror(number), str(dir))
+        return make(dir=dir)
+
+    monkeypatch.setattr(claim.tempfile, "TemporaryFile", refused)
+    full = number == errno.ENOSPC  # room may come
+    with contextlib.nullcontext() if full else pytest.raises(ConfigError, match="make it writable"):
+        open_and_end(request)

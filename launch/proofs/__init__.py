@@ -1,7 +1,7 @@
 """Proofs of correct training: check, prove, replay, comparison of runs.
 
 May import launch.agent, launch.launchers, trainer, checkpoint, elastic, parallel.errors,
-parallel.links, parallel.output and parallel.files.
+parallel.links, parallel.output, parallel.files and parallel.reading.
 """
 
 import lazy_loader

@@ -27,6 +27,8 @@ def is_holdfast(path: Path) -> bool:
     """Whether the path is a checkpoint of ours, or a folder or run that has some."""
     try:
         find_checkpoint(path)
+    except PermissionError:  # it may be one
+        raise
     except (CheckpointError, OSError):
         return False
     return True

@@ -114,7 +114,8 @@ def prepare(conversion: Conversion) -> PreparedConversion:
         raise ConfigError(f"{conversion.source} does not exist") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{conversion.source} cannot be read: {reason}") from error
+        place = getattr(error, "filename", None) or conversion.source
+        raise ConfigError(f"{place} cannot be read: {reason}") from error
     if not name:
         raise ConfigError(
             f"{conversion.source} is no checkpoint of a known format ({', '.join(sources())}); "

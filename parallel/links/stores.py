@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,8 @@ from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.links.door import Door, listen, to_server
+from holdfast.parallel.links.link import StrangerError
+from holdfast.parallel.links.meeting import knock, until_answered
 from holdfast.parallel.links.name_server import no_name_server
 from holdfast.parallel.links.private_server import PrivateServer
 from holdfast.parallel.links.tcp_table import LOOPBACK
@@ -89,17 +92,25 @@ class StoreAccess:
         Raises:
             PeerLost: no store answers at the address.
         """
+        end_s = time.monotonic() + min(patience_s, timeout_s)
+
+        def left_s(_: str = "") -> float:
+            return end_s - time.monotonic()
+
         host, _, port = self.tunnels.to(address, self.key).rpartition(":")
-        patience = timedelta(seconds=min(patience_s, timeout_s))
         try:
+            # torch would write its stack to this process's output where nothing listens.
+            until_answered(lambda within_s: knock(address, self.key, within_s), left_s)
+            patience = timedelta(seconds=max(_CONNECT_S, left_s()))
             with no_name_server():  # the tunnel's address is a number
                 store = TCPStore(
                     host, int(port), is_master=False, wait_for_workers=False, timeout=patience
                 )
             store.set_timeout(timedelta(seconds=timeout_s))
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError, StrangerError) as error:
+            reason = str(error).partition("\n")[0] or "no answer in time"
             raise PeerLost(
-                f"the rendezvous store at {address} does not answer: "
-                f"{str(error).splitlines()[0]}; its node is gone, or cannot be reached from here"
+                f"the rendezvous store at {address} does not answer: {reason}; its node is gone, "
+                "or cannot be reached from here"
             ) from error
         return store

@@ -237,7 +237,6 @@ def run_lighthouse(host: str, port: int, network: str, key: bytes) -> None:
     signal.pause()
 
 
-os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # stores look up the names of clients
 coordination()  # before the fork server forks, which imports this module
 
 

@@ -157,7 +157,6 @@ class Starter:
             **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(net.size)},
             **{"SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "SLURM_NODEID": str(number)},
             **{"MASTER_ADDR": net.address(net.node(0)), "MASTER_PORT": "29400"},
-            "RES_OPTIONS": "timeout:1 attempts:1",
         }
         pairs = (f"{name}={value}" for name, value in variables.items())
         return ("ip", "netns", "exec", net.name(net.node(number)), "env", *pairs)

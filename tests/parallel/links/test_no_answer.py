@@ -1,12 +1,17 @@
-"""The rendezvous stores on a machine whose name server does not answer."""
+"""The rendezvous stores where a name server, or the store itself, does not answer."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.links import StoreAccess, Tunnels, derived_key
 
 SILENT = """
 import socket
@@ -45,3 +50,19 @@ def test_a_store_and_its_clients_ask_no_name_server(tmp_path: Path) -> None:
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip(f"no name server of its own can be made here: {done.stderr}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 0.3])
+def test_a_store_that_is_gone_is_told_in_one_line_and_torch_prints_nothing(
+    patience_s: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as bound, contextlib.closing(Tunnels()) as tunnels:
+        bound.bind(("127.0.0.1", 0))  # and nothing listens
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        access = StoreAccess(tunnels, derived_key("secret", "store"))
+        with pytest.raises(
+            PeerLost, match=f"^the rendezvous store at {address} does not answer: ."
+        ) as told:
+            access.connect(address, patience_s=patience_s)
+    assert "\n" not in str(told.value)
+    assert capfd.readouterr() == ("", "")

@@ -240,19 +240,22 @@ def _ranks(text: str, count: int) -> list[int]:
     """
     found: list[int] = []
     for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()):
             raise ConfigError(f"--lost {text}: give ranks as 2 or 2,5-7")
-        for number in (first, last or first):
+        for number in (first, last):
             if len(number) > len(str(count)) or int(number) >= count:
                 raise ConfigError(f"--lost {number}: the layout has ranks 0 to {count - 1}")
-        found.extend(range(int(first), int(last or first) + 1))
+        if int(first) > int(last):
+            raise ConfigError(f"--lost {part}: a range of ranks begins with the lower one")
+        found.extend(range(int(first), int(last) + 1))
     return sorted(set(found))
 
 
 def check(
     config: Config,
-    steps: Annotated[int, typer.Option(help="Steps to replay.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Steps to replay.", min=1, max=1000)] = 3,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Replay this layout at tiny size in float64 against one process; name what is wrong."""

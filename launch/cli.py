@@ -90,12 +90,12 @@ def main() -> NoReturn:
         tell(f"holdfast: there is not enough memory{f': {error}' if str(error) else ''}")
         code = 1
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left at once
         code = 130
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
         code = end.code
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on one ends what is left at once
     if (reason := stream_error()) and not code and sys.argv[1] not in RECORDED:
         tell(f"holdfast: the output cannot be written: {reason}")
         code = 1

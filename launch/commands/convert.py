@@ -94,7 +94,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: the text is not a number of bytes.
     """
-    found = re.fullmatch(r"(\d+) ?([KMGT]?)(?:iB|B)?", text.strip())
+    found = re.fullmatch(r"(\d{1,18}) ?([KMGT]?)(?:iB|B)?", text.strip())
     if found is None:
         raise ConfigError(f"--memory-limit {text}: give a number of bytes, as 512M or 2G")
     unit = _UNITS[found[2]]
@@ -103,7 +103,7 @@ def parse_bytes(text: str) -> int:
 
 def _value(text: str) -> tuple[str, int]:
     name, equals, number = text.partition("=")
-    if not equals or not number.strip().isdigit():
+    if not equals or not re.fullmatch(r"\d{1,18}", number.strip()):
         raise ConfigError(f"--value {text}: give NAME=NUMBER, as heads=32")
     return name.strip(), int(number)
 

@@ -185,7 +185,7 @@ class ElasticLoop:
             change = self._recovery.recover(urgent=urgent, leaving=leaving)
             training = self._recovery.training
             if training is None:
-                raise Stopped("this rank has handed its state over and leaves; the others go on")
+                raise Stopped("this rank was told to leave, and has handed its state over")
             self._tidy_from = tidy_step(change, training, respawn=self._config.elastic.respawn)
             self._session.go_on(change, training)
             sound = interrupted = False

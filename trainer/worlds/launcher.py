@@ -92,7 +92,7 @@ class Launcher:
 
 def port_of(job: str) -> int:
     """A port on which all workers of a job agree: 20000 to 29999, below the ephemeral range."""
-    number = int(job) if job.isdigit() else zlib.crc32(job.encode())
+    number = int(job) if job.isdecimal() else zlib.crc32(job.encode())
     return 20000 + number % 10000
 
 

@@ -41,7 +41,7 @@ def read(path: Path, options: ReadOptions) -> Catalog:
         found = next((m for p in patterns if (m := p.match(name)) is not None), None)
         if found is None:
             continue
-        if not all(text.isdigit() for text in found.values()):
+        if not all(text.isdecimal() for text in found.values()):
             raise ConfigError(
                 f"--map {options.rules}: captures of `files` must be digits: {{tp:d}}"
             )

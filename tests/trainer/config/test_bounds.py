@@ -197,6 +197,8 @@ def test_a_fuzzed_configuration_is_planned_or_refused(tmp_path: Path) -> None:
     [
         ("plan", ["--lost", "0-1000000000"], "--lost 1000000000: the layout has ranks 0 to 0"),
         ("plan", ["--lost", "1" * 5000], "the layout has ranks 0 to 0"),
+        ("convert", ["out", "--to", "hf", "--value", "x=\u00b2"], "give NAME=NUMBER, as heads=32"),
+        ("convert", ["out", "--to", "hf", "--memory-limit", "1" * 5000], "give a number of bytes"),
         ("plan", ["--lost", "0-"], "--lost 0-: give ranks as 2 or 2,5-7"),
         ("plan", ["--lost", "1-0", "--set", "parallel.data=2"], "begins with the lower one"),
         ("plan", ["--tflops", "1e400", "--gbytes", "inf"], "--tflops inf: must be 0 (unknown)"),

@@ -96,7 +96,7 @@ def is_parameter(name: str) -> bool:
 
 def optimizers_of(kept: Any) -> list[Mapping[str, Any]]:
     """The optimizers that were saved: one, or several that run one after the other."""
-    if isinstance(kept, Mapping) and kept and all(str(key).isdigit() for key in kept):
+    if isinstance(kept, Mapping) and kept and all(str(key).isdecimal() for key in kept):
         kept = [kept[key] for key in sorted(kept, key=int)]
     parts = kept if isinstance(kept, list | tuple) else [kept]
     return [part for part in parts if isinstance(part, Mapping)]

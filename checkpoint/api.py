@@ -31,6 +31,8 @@ from torch.distributed import (
 from torch.distributed.distributed_c10d import _get_default_store
 
 from holdfast.checkpoint.format import (
+    STATE,
+    STATE_VERSION,
     Manifest,
     SavedTensor,
     WritePlan,
@@ -41,8 +43,6 @@ from holdfast.checkpoint.format import (
 from holdfast.checkpoint.loading import LoadStatistics, Targets, boxes_of
 from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings, Wanted
 from holdfast.checkpoint.program import (
-    STATE,
-    VERSION,
     Agreement,
     Meeting,
     ProgramState,
@@ -154,7 +154,7 @@ class Checkpointer:
                 tier="disk",
                 plan=plan,
                 source=source,
-                scalars={"step": step, VERSION: 2, STATE: agreed.docs},
+                scalars={"step": step, STATE_VERSION: 2, STATE: agreed.docs},
                 versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
                 retention=Retention(self._keep),
             )

@@ -16,7 +16,7 @@ from typing import Annotated, Final, NoReturn
 try:
     import typer
 
-    from holdfast.parallel.errors import HoldfastError
+    from holdfast.parallel.errors import HoldfastError, Unanswered
     from holdfast.parallel.output import begin_process, say, stream_error, tell, unwind_when_told
     from holdfast.parallel.reading import require_text_names
 except KeyboardInterrupt:  # as in the command itself, without a traceback
@@ -31,6 +31,8 @@ COMMANDS: Final[Mapping[str, str]] = {
 """By the name of a command, the module of launch.commands whose `register` adds it."""
 RECORDED: Final = ("train", "replay", "join")
 """The commands whose results are files: output that is lost does not change their exit code."""
+ANSWERING: Final = ("verify", "diff", "prove")
+"""The commands whose exit code 1 is an answer: damaged, different, not proved."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -98,7 +100,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on one ends what is left at once
     if (reason := stream_error()) and not code and sys.argv[1] not in RECORDED:
         tell(f"holdfast: the output cannot be written: {reason}")
-        code = 1
+        code = Unanswered.exit_code if sys.argv[1] in ANSWERING else 1
     if any(thread.daemon for thread in threading.enumerate()):
         # A thread in native code at the end of the interpreter would end the process with SIGABRT.
         os._exit(code)

@@ -64,6 +64,16 @@ class CheckpointError(HoldfastError):
     """A checkpoint is damaged, incomplete or of another model, or its reading or writing failed."""
 
 
+class Unreadable(CheckpointError):
+    """A checkpoint is not there, or cannot be read: whether it is damaged is not known."""
+
+
+class Unanswered(HoldfastError):
+    """A question about checkpoints has no answer: not "no", and not "yes"."""
+
+    exit_code = 2
+
+
 class NotSaved(CheckpointError):
     """The last step of a run is done and cannot be saved. A replaced worker cannot cure that."""
 

@@ -47,6 +47,8 @@ from .names import (
     LATEST as LATEST,
     OWNER as OWNER,
     PARTIAL as PARTIAL,
+    STATE as STATE,
+    STATE_VERSION as STATE_VERSION,
     attempt_of as attempt_of,
     expanded as expanded,
     local_path as local_path,

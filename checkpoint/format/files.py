@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from holdfast import _native
-from holdfast.parallel.errors import CheckpointError, shown
+from holdfast.parallel.errors import CheckpointError, Unreadable, shown
 from holdfast.parallel.layout import Box, Layout, TensorSpec
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.reading import MOST_COUNT, Count, decode_json, parse_json
@@ -199,7 +199,7 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
     try:
         version = decode_json(body + b"}", _Version).format_version
         if version != FORMAT_VERSION:
-            raise CheckpointError(
+            raise Unreadable(
                 f"{where} has format version {version}; this version of holdfast reads "
                 f"{FORMAT_VERSION}"
             )

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from holdfast.checkpoint.format.files import Extents, header_bytes
-from holdfast.parallel.errors import CheckpointError, shown
+from holdfast.parallel.errors import CheckpointError, Unreadable, shown
 from holdfast.parallel.reading import Count, decode_json, open_regular
 
 
@@ -40,7 +40,7 @@ def read_header(path: Path) -> tuple[int, bytes]:
             length = header_bytes(first, size, str(path))
             return size, first + file.read(length - 8)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
 
 
 def decode_entries(header: bytes, where: str) -> dict[str, HeaderEntry]:

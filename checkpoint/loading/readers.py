@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from holdfast import _native
 from holdfast.checkpoint.loading.read_plan import ReadRequest
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, Unreadable
 from holdfast.parallel.reading import MOST_BYTES, open_regular, read_whole
 
 _T = TypeVar("_T")
@@ -83,7 +83,7 @@ class FolderReader:
                     self._engine.wait_all()
         except OSError as error:
             place = error.filename or self.folder
-            raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from error
+            raise _unread(error, place) from error
 
     def read_file(self, name: str, length: int | None = None) -> bytes:
         try:
@@ -92,20 +92,22 @@ class FolderReader:
                     return read_whole(file, self.folder / name)
                 return file.read(min(os.fstat(file.fileno()).st_size, length))
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder / name} cannot be read: {error.strerror}"
-            ) from error
+            raise _unread(error, self.folder / name) from error
 
     def size(self, name: str) -> int:
         try:
             return (self.folder / name).stat().st_size
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder / name} cannot be read: {error.strerror}"
-            ) from error
+            raise _unread(error, self.folder / name) from error
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _unread(error: OSError, place: Path | str) -> CheckpointError:
+    """The error for a file that cannot be read; a missing one is no riddle."""
+    kind = CheckpointError if isinstance(error, FileNotFoundError) else Unreadable
+    return kind(f"{place} cannot be read: {error.strerror or error}")
 
 
 class RemoteReader:
@@ -158,6 +160,6 @@ class RemoteReader:
         try:
             return ask(f"{self._path}/{name}")
         except Exception as error:
-            raise CheckpointError(
+            raise Unreadable(
                 f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}"
             ) from error

@@ -4,10 +4,6 @@ from .agreement import (
 from .described import (
     ProgramState as ProgramState,
 )
-from .documents import (
-    STATE as STATE,
-    VERSION as VERSION,
-)
 from .meeting import (
     Meeting as Meeting,
 )

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from holdfast.checkpoint.format import Manifest
+from holdfast.checkpoint.format import STATE, STATE_VERSION, Manifest
 from holdfast.checkpoint.program.values import TAG
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.reading import of_kind
-
-STATE = "state"
-"""The key of the manifest's scalars that has the documents."""
-VERSION = "state_version"
-"""The key of the manifest's scalars that says how the documents are written: 2, or absent."""
 
 
 class _Module(TypedDict):
@@ -54,7 +49,7 @@ def documents_of(manifest: Manifest) -> tuple[Mapping[str, Any], bool]:
     Raises:
         CheckpointError: they are no documents.
     """
-    docs, version = manifest.scalars.get(STATE, {}), manifest.scalars.get(VERSION, 1)
+    docs, version = manifest.scalars.get(STATE, {}), manifest.scalars.get(STATE_VERSION, 1)
     if not isinstance(docs, dict) or not isinstance(version, int):
         raise CheckpointError("the checkpoint is damaged: its state has another form")
     return docs, version >= 2

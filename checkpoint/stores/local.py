@@ -25,7 +25,7 @@ from holdfast.checkpoint.format import (
 from holdfast.checkpoint.loading import FolderReader
 from holdfast.checkpoint.stores.durable import free_bytes, set_aside, sync, write_synced
 from holdfast.checkpoint.stores.protocol import superfluous
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, Unreadable
 from holdfast.parallel.files import open_added, try_lock
 from holdfast.parallel.reading import open_descriptor, open_regular, read_regular, read_whole
 
@@ -86,7 +86,7 @@ class LocalStore:
             return ""
         except OSError as error:
             cure = "make it readable" if error.errno == errno.EACCES else "it may be removed"
-            raise CheckpointError(
+            raise Unreadable(
                 f"{path} cannot be read: {error.strerror}; it names the newest checkpoint; {cure}"
             ) from error
 
@@ -97,18 +97,18 @@ class LocalStore:
             content = _manifest_content(path)
         except (FileNotFoundError, NotADirectoryError):
             what = "has no manifest.json, so it is not a committed checkpoint"
-            raise CheckpointError(
+            raise Unreadable(
                 f"{folder} {what if folder.is_dir() else 'is not a checkpoint folder'}"
             ) from None
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
         return decode_manifest(content, str(path))
 
     def files(self, name: str) -> dict[str, int]:
         try:
             return {p.name: p.stat().st_size for p in self.path(name).iterdir() if p.is_file()}
         except OSError as error:
-            raise CheckpointError(f"{self.path(name)} cannot be read: {error.strerror}") from error
+            raise Unreadable(f"{self.path(name)} cannot be read: {error.strerror}") from error
 
     def reader(self, name: str) -> FolderReader:
         return FolderReader(self.path(name))

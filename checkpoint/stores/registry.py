@@ -10,7 +10,7 @@ from holdfast.checkpoint.format import LATEST, Manifest, place_fault, scheme_of
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.stores.protocol import CheckpointStore, StoredCheckpoint, newest
 from holdfast.checkpoint.stores.remote import FsspecStore
-from holdfast.parallel.errors import CheckpointError, ConfigError, shown
+from holdfast.parallel.errors import ConfigError, Unreadable, shown
 
 PathOrUrl = str | os.PathLike[str]
 """A path, or a URL of any scheme that a store or an fsspec driver serves."""
@@ -64,7 +64,7 @@ def find_checkpoint(place: PathOrUrl) -> StoredCheckpoint:
         name = newest(store)
         if name is not None:
             return StoredCheckpoint(store, name)
-    raise CheckpointError(
+    raise Unreadable(
         f"{text} is not a checkpoint, and there is none in it; name a folder with a "
         "manifest.json, a checkpoints folder or a run"
     )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from holdfast.checkpoint.format import LATEST, MANIFEST, OWNER, Manifest, decode_manifest, step_of
 from holdfast.checkpoint.loading import RemoteReader
 from holdfast.checkpoint.stores.protocol import superfluous
-from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.errors import ConfigError, Unreadable
 
 _PART_BYTES = 16 << 20
 _MOST_BYTES = 1 << 16
@@ -164,6 +164,6 @@ class FsspecStore:
         try:
             return ask(self._object(name))
         except Exception as error:
-            raise CheckpointError(
+            raise Unreadable(
                 f"{self.place_of(name)} cannot be read: {type(error).__name__}: {error}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.checkpoint.format import TORCH_DTYPES, Manifest
+from holdfast.checkpoint.format import STATE, TORCH_DTYPES, Manifest
 from holdfast.checkpoint.loading import (
     ByteReader,
     LoadRequest,
@@ -51,11 +52,14 @@ class Difference:
     scalars: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     compared: int = 0
     """The number of tensors that both have in the same form."""
+    other_values: tuple[str, ...] = ()
+    """The keys of a program's state whose values that are no tensors differ."""
 
     @property
     def equal(self) -> bool:
-        """Whether every tensor has the same bits in both."""
-        return not (self.only_first or self.only_second or self.other_form or self.values)
+        """Whether every tensor and every value of a program's state is the same in both."""
+        unequal = self.only_first or self.only_second or self.other_form or self.values
+        return not (unequal or self.other_values)
 
     def as_dict(self) -> dict[str, Any]:
         """The difference as a dict for JSON; numbers that JSON lacks become text."""
@@ -125,7 +129,20 @@ def diff_checkpoints(
         values=tuple(found),
         scalars=scalars,
         compared=len(alike),
+        other_values=_other_values(*(manifest.scalars for manifest in manifests)),
     )
+
+
+def _other_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a program's state that differ in what its documents say."""
+    docs = [
+        found if isinstance(found := of.get(STATE, {}), dict) else {"": found}
+        for of in (first, second)
+    ]
+    keys = sorted(docs[0].keys() | docs[1].keys())
+    # As text, a NaN is equal to itself, and 1 is neither 1.0 nor True.
+    written = [{key: json.dumps(doc[key], sort_keys=True) for key in doc} for doc in docs]
+    return tuple(key for key in keys if written[0].get(key) != written[1].get(key))
 
 
 def _parts(manifest: Manifest, name: str) -> Iterator[Box]:

@@ -34,7 +34,7 @@ from holdfast.checkpoint.loading import (
     requests_of,
 )
 from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at, sync, write_synced
-from holdfast.parallel.errors import CheckpointError, printable
+from holdfast.parallel.errors import CheckpointError, Unreadable, printable
 from holdfast.parallel.reading import read_regular
 
 _READ_BYTES = 64 << 20
@@ -48,6 +48,8 @@ class Problem:
     message: str
     tensor: str = ""
     box: str = ""
+    is_unread: bool = False
+    """It cannot be read: whether it is damaged is not known."""
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.message}")
@@ -73,7 +75,7 @@ def _small_part_problem(manifest: Manifest, reader: ByteReader, name: str) -> Pr
             return Problem(name, f"has {size} bytes where the manifest says {entry.bytes}")
         content = reader.read_file(name, entry.header_bytes or None)
     except CheckpointError as error:
-        return Problem(name, f"is missing or cannot be read: {error}")
+        return _unread(name, error)
     wanted = entry.header_bytes or entry.bytes
     if len(content) != wanted:
         return Problem(name, f"has {len(content)} bytes where the manifest says {wanted}")
@@ -83,6 +85,11 @@ def _small_part_problem(manifest: Manifest, reader: ByteReader, name: str) -> Pr
             name, f"{what} is damaged or of another checkpoint{_foreign(content, manifest)}"
         )
     return None
+
+
+def _unread(name: str, error: CheckpointError) -> Problem:
+    is_unread = isinstance(error, Unreadable)
+    return Problem(name, f"is missing or cannot be read: {error}", is_unread=is_unread)
 
 
 def _foreign(header: bytes, manifest: Manifest) -> str:
@@ -104,7 +111,8 @@ def verify_checkpoint(
     Args:
         progress: called with (bytes read, bytes in all).
     Raises:
-        CheckpointError: the manifest is missing or damaged.
+        Unreadable: there is no checkpoint, or its manifest cannot be read.
+        CheckpointError: the manifest is damaged.
     """
     checkpoint = checkpoint_at(place)
     manifest = checkpoint.manifest()
@@ -138,15 +146,20 @@ def _file_problems(
     small = _small_part_problem(manifest, reader, name)
     if small is not None:
         yield small
-    for read, crc in checksums_of(manifest, reader, name, limit=size):
-        if crc != read.piece.crc32c:
-            yield Problem(
-                name,
-                f"{read.name}{read.piece.box} at byte {read.piece.offset} is damaged: checksum "
-                f"{crc:08x}, not {read.piece.crc32c:08x}",
-                read.name,
-                str(read.piece.box),
-            )
+        if small.is_unread:
+            return
+    try:
+        for read, crc in checksums_of(manifest, reader, name, limit=size):
+            if crc != read.piece.crc32c:
+                yield Problem(
+                    name,
+                    f"{read.name}{read.piece.box} at byte {read.piece.offset} is damaged: "
+                    f"checksum {crc:08x}, not {read.piece.crc32c:08x}",
+                    read.name,
+                    str(read.piece.box),
+                )
+    except CheckpointError as error:
+        yield _unread(name, error)
 
 
 def checksums_of(
@@ -201,13 +214,13 @@ def rebuild_manifest(folder: Path) -> Manifest:
         size, content = read_header(path)
         header = decode_header(content, str(path))
         if header.format_version != FORMAT_VERSION:
-            raise CheckpointError(f"{path} has format version {header.format_version}")
+            raise Unreadable(f"{path} has format version {header.format_version}")
         entry = FileEntry(
             bytes=size, header_bytes=len(content), crc32c=crc32c_of(content), pieces=header.pieces
         )
         headers[path.name] = header, entry
     if not headers:
-        raise CheckpointError(f"{folder} holds no tensor file of a checkpoint")
+        raise Unreadable(f"{folder} holds no tensor file of a checkpoint")
     saves = {(header.id, header.step) for header, _ in headers.values()}
     if len(saves) > 1:
         listed = ", ".join(f"step {step} ({id[:8]})" for id, step in sorted(saves))
@@ -218,7 +231,8 @@ def rebuild_manifest(folder: Path) -> Manifest:
         tensors |= header.tensors
     files = {name: entry for name, (_, entry) in headers.items()}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".model", ".txt") and path.name != MANIFEST:
+        is_part = path.name not in files and path.name != MANIFEST and path.suffix != PARTIAL
+        if is_part and path.is_file():
             content = _small_file(path)
             files[path.name] = FileEntry(bytes=len(content), crc32c=crc32c_of(content))
     manifest = Manifest(
@@ -242,7 +256,7 @@ def _small_file(path: Path) -> bytes:
     try:
         return read_regular(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _check_index(folder: Path, files: dict[str, FileEntry]) -> None:

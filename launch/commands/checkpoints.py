@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from holdfast.checkpoint.format import local_path
 from holdfast.checkpoint.stores import checkpoint_at, find_checkpoint
 from holdfast.checkpoint.tools import Summary, inspect_checkpoint
 from holdfast.launch.commands.progress import shown_progress
-from holdfast.parallel.errors import CheckpointError, printable
+from holdfast.parallel.errors import HoldfastError, Unanswered, Unreadable, printable
 from holdfast.parallel.layout import AXES, Mesh
 from holdfast.parallel.output import plain_console, say, tell
 
@@ -33,13 +35,35 @@ def register(app: typer.Typer) -> None:
     app.command()(prove)
 
 
+@contextlib.contextmanager
+def _answering(*, damage_is_an_answer: bool = False) -> Iterator[None]:
+    """Have a command that gets no answer end with another code than one whose answer is no.
+
+    Raises:
+        Unanswered: a checkpoint is not there, cannot be read, or is damaged.
+    """
+    try:
+        yield
+    except HoldfastError as error:
+        is_answer = damage_is_an_answer and not isinstance(error, Unreadable)
+        if is_answer or error.exit_code != HoldfastError.exit_code:
+            raise
+        raise Unanswered(str(error)) from error
+    except OSError as error:
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        raise Unanswered(f"{place}{error.strerror or error}") from error
+    except MemoryError as error:
+        raise Unanswered("there is not enough memory") from error
+
+
 def inspect(
     path: Checkpoint,
     as_json: AsJson = False,
     tensors: Annotated[bool, typer.Option(help="List every tensor.")] = True,
 ) -> None:
     """Show what is in a checkpoint: tensors, sizes, where they lie, how the run went on."""
-    summary = inspect_checkpoint(find_checkpoint(path).place)
+    with _answering():
+        summary = inspect_checkpoint(find_checkpoint(path).place)
     if as_json:
         say(json.dumps(summary.as_dict(), indent=2))
         return
@@ -116,22 +140,26 @@ def verify(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte of a checkpoint against its checksum, and the files against the manifest."""
+    """Read every byte of a checkpoint against its checksum, and the files against the manifest.
+
+    Exit code: 0 all is as it was written, 1 it is damaged, 2 there is none or it cannot be read.
+    """
     from holdfast.checkpoint.tools import rebuild_manifest, verify_checkpoint
 
-    if rebuild:
-        made = rebuild_manifest(Path(path))
-        (tell if as_json else say)(
-            f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} files; "
-            "the run's configuration is not in it"
-        )
-    else:
-        path = find_checkpoint(path).place
-    began = time.perf_counter()
-    with shown_progress("reading") as progress:
-        problems = verify_checkpoint(path, progress)
-    seconds = time.perf_counter() - began
-    size = checkpoint_at(path).manifest().bytes
+    with _answering(damage_is_an_answer=True):
+        if rebuild:
+            made = rebuild_manifest(local_path(path, "PATH"))
+            (tell if as_json else say)(
+                f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} "
+                "files; the run's configuration is not in it"
+            )
+        else:
+            path = find_checkpoint(path).place
+        began = time.perf_counter()
+        with shown_progress("reading") as progress:
+            problems = verify_checkpoint(path, progress)
+        seconds = time.perf_counter() - began
+        size = checkpoint_at(path).manifest().bytes
     if as_json:
         found = [
             {"file": p.file, "message": p.message, "tensor": p.tensor, "box": p.box}
@@ -143,7 +171,8 @@ def verify(
             say(f"{path}/{problem}")
     else:
         say(f"{path}: all {_size(size)} are as they were written ({seconds:.1f} s)")
-    raise typer.Exit(1 if problems else 0)
+    is_open = all(problem.is_unread for problem in problems)
+    raise typer.Exit(0 if not problems else Unanswered.exit_code if is_open else 1)
 
 
 def diff(
@@ -151,12 +180,16 @@ def diff(
     second: Annotated[str, typer.Argument(metavar="B")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two checkpoints bit for bit, whatever layouts they were saved in."""
+    """Compare two checkpoints bit for bit, whatever layouts they were saved in.
+
+    Exit code: 0 they are the same, 1 they differ, 2 one is not there, damaged or cannot be read.
+    """
     from holdfast.checkpoint.tools import diff_checkpoints
 
-    places = find_checkpoint(first).place, find_checkpoint(second).place
-    with shown_progress("comparing") as progress:
-        found = diff_checkpoints(*places, progress)
+    with _answering():
+        places = find_checkpoint(first).place, find_checkpoint(second).place
+        with shown_progress("comparing") as progress:
+            found = diff_checkpoints(*places, progress)
     if as_json:
         say(json.dumps(found.as_dict(), indent=2))
         raise typer.Exit(0 if found.equal else 1)
@@ -165,6 +198,8 @@ def diff(
             say(f"{label}: {name}")
     for line in found.other_form:
         say(f"of another form: {line}")
+    for key in found.other_values:
+        say(f"of another value: {key}")
     if found.values:
         table = Table(box=None, padding=(0, 1))
         table.add_column("tensor", overflow="fold")
@@ -200,16 +235,16 @@ def prove(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Train in another layout, say."),
     ] = [],  # noqa: B006
 ) -> None:
-    """Train from checkpoint A to B's step again, and show that the result is B, bit for bit."""
+    """Train from checkpoint A to B's step again, and show that the result is B, bit for bit.
+
+    Exit code: 0 it is, 1 it is not, 2 one is not there, damaged or cannot be read.
+    """
     from holdfast.launch.proofs import prove_checkpoints
 
-    try:
+    with _answering():
         found = prove_checkpoints(
             find_checkpoint(first).place, find_checkpoint(second).place, overrides
         )
-    except CheckpointError as error:
-        tell(f"holdfast: {error}")
-        raise typer.Exit(error.exit_code) from error
     start, end = found.steps
     if found.difference.equal:
         say(

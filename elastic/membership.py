@@ -131,8 +131,9 @@ class Membership:
         report = replace(
             self._blank_report(held), step=step, phase=phase, leaving=leaving, data=dict(data or {})
         )
-        if urgent and held:
-            self._tell_all(MembershipEvent("disturbed", self.spec.identity, phase, generation=held))
+        if held:
+            kind = "disturbed" if urgent else "agreeing"
+            self._tell_all(MembershipEvent(kind, self.spec.identity, phase, generation=held))
         self._teller.leave()
         self._log.begin_agreement()
         self._tell("agreeing")
@@ -320,7 +321,11 @@ class Membership:
     def _hear(self, message: dict[str, Any]) -> None:
         """Handle a message of the agent, in the channel's thread."""
         assert message["kind"] == "event", f"an agent sent a message {message['kind']!r}"
-        self._log.hear(event_from_data(message["event"]))
+        event = event_from_data(message["event"])
+        if event.kind == "agreeing":
+            self._teller.tell(event.generation)
+        else:
+            self._log.hear(event)
 
 
 class _Patience:

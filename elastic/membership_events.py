@@ -17,7 +17,9 @@ from holdfast.parallel.reading import MALFORMED, Count, Text, of_kind, parse_jso
 
 logger = logging.getLogger("holdfast.membership")
 
-MembershipEventKind = Literal["ended", "silent", "disturbed", "joining", "leaving", "waiting"]
+MembershipEventKind = Literal[
+    "ended", "silent", "disturbed", "agreeing", "joining", "leaving", "waiting"
+]
 _URGENT = ("ended", "silent", "disturbed")
 _HOLE_S = 1.0
 """Seconds that a numbered event may take to arrive; its author may have died in between."""
@@ -29,8 +31,9 @@ class MembershipEvent:
 
     kind: MembershipEventKind
     """ended: its process is gone. silent: it has not been heard of. disturbed: it lives, cannot
-    finish its step, and has come to agree. joining: it waits to be admitted. leaving: it wants to
-    hand its state over and leave. waiting: it has waited for `peers` too long."""
+    finish its step, and has come to agree. agreeing: it has come to agree after its step. joining:
+    it waits to be admitted. leaving: it wants to hand its state over and leave. waiting: it has
+    waited for `peers` too long."""
     identity: Identity
     cause: Text
     """The cause, for a person."""
@@ -48,6 +51,11 @@ class MembershipEvent:
     def urgent(self) -> bool:
         """Whether the current step cannot be finished, so that the change must not wait."""
         return self.kind in _URGENT
+
+    @property
+    def calls(self) -> bool:
+        """Whether other members ought to come to agree, as soon as they can."""
+        return self.urgent or self.kind == "agreeing"
 
     @property
     def lost(self) -> bool:

@@ -207,10 +207,15 @@ class Teller:
             self._generation = generation
         self.tell()
 
-    def tell(self) -> None:
-        """Tell of the generation that this worker is in, if any. From any thread."""
+    def tell(self, of: int = 0) -> None:
+        """Tell of the generation that this worker is in. From any thread.
+
+        Args:
+            of: the number of a generation; if this worker is not in it, it tells nothing. 0: any.
+        """
         with self._lock:
-            if self._generation is None or self._stop is not None:
+            is_in_it = self._generation is not None and of in (0, self._generation.number)
+            if not is_in_it or self._stop is not None:
                 return
             self._stop = threading.Event()
             threading.Thread(

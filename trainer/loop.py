@@ -136,15 +136,18 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
     with timer.phase("apply"):
         training.apply(lr)
     if not outcome.usable:
-        reporter.skipped(step, outcome, refuse(config, step, outcome))
+        with training.busy("report"):
+            reporter.skipped(step, outcome, refuse(config, step, outcome))
         end_divergence(config, step, outcome)
     evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
     eval_loss = training.evaluate() if evaluate else None
     elastic = config.elastic
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:
-        for straggler in parts.clock.compare(training, elastic.straggler_factor):
-            reporter.straggler(step + 1, straggler)
-    with training.groups.recorder.busy("report", elastic.startup_grace_s):
+        stragglers = parts.clock.compare(training, elastic.straggler_factor)
+        with training.busy("report"):
+            for straggler in stragglers:
+                reporter.straggler(step + 1, straggler)
+    with training.busy("report"):
         if outcome.usable:
             reporter.step(step, outcome, lr, timer.spans, times, eval_loss)
         if checkpoints.after_step(step + 1, outcome):

@@ -141,8 +141,8 @@ class HangWatch:
         if event.kind == "waiting":
             self._judge.hear(event, now_s)
         of_now = event.generation in (0, self._judge.generation)
-        if event.urgent and of_now and event.identity in self._members:
-            why = f"rank {event.identity}: {event.cause}"
+        if event.calls and of_now and event.identity in self._members:
+            why = f"rank {event.identity} is {event.kind} ({event.cause})"
             for slot in slots:
                 if slot.is_inside and slot.spec.identity != event.identity:
                     self._disturbed.setdefault(slot.spec.identity, (now_s, why))
@@ -222,7 +222,7 @@ class HangWatch:
         if is_excused(record, waited_s - LEAVING_S, now_s, watched.fair.since, self._limits):
             return None
         doing = f"it said that it would {record.busy}" if record.busy else "it computes"
-        return f"hung: it has not left its step for {waited_s:.1f} s ({doing}), after {why}"
+        return f"hung: it has not left its step for {waited_s:.1f} s ({doing}), as {why}"
 
     def _verdict(
         self, slot: WorkerSlot, watched: _Watched, suspicion: Suspicion, now_s: float

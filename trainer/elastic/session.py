@@ -104,14 +104,15 @@ class ElasticSession:
         if found and spared:
             repair(training, found, control)
         if self._spec.rank == training.plan.stage_replicas.ranks[0]:
-            for corruption in found:
-                self._records.events.append(
-                    "corruption",
-                    step=step,
-                    ranks=corruption.suspects,
-                    block=corruption.tensor,
-                    repaired=spared,
-                )
+            with training.busy("report"):
+                for corruption in found:
+                    self._records.events.append(
+                        "corruption",
+                        step=step,
+                        ranks=corruption.suspects,
+                        block=corruption.tensor,
+                        repaired=spared,
+                    )
         if not spared:
             logger.error("state is corrupt at step %d: %s", step, [c.tensor for c in found])
         return spared
@@ -120,6 +121,12 @@ class ElasticSession:
         """Continue with the training that a change has activated. Local."""
         self._training, self._clock, self._digest = training, PhaseClock(), ""
         locate_log(lambda: place_of(training))
+        with training.busy("report"):
+            self._report_change(change, training)
+        self._heard = self._membership.drain_events()
+        self._faults.at(training.progress.decided + 1, "change")
+
+    def _report_change(self, change: CompletedChange, training: Training) -> None:
         following, notes = self._saves.go_on(training, change)
         world = world_of(change.after, self._spec)
         if self._reporter is None:
@@ -134,8 +141,6 @@ class ElasticSession:
         if change.from_checkpoint is not None:
             self._reporter.resumed(training.progress.decided, following.loaded, notes)
         self._reporter.checkpoints(following.results())
-        self._heard = self._membership.drain_events()
-        self._faults.at(training.progress.decided + 1, "change")
 
     def record(self, change: CompletedChange, *, urgent: bool) -> None:
         """Record a change on its recorder, and keep it on ranks with history. Local.
@@ -157,11 +162,12 @@ class ElasticSession:
         if outcome is None:
             return
         parts = self._parts()
-        if outcome.usable:
-            lr = rate_of(self._config, steps - 1)
-            parts.reporter.step(steps - 1, outcome, lr, (), None, None)
-        if steps > parts.checkpoints.committed_step:
-            parts.checkpoints.after_step(steps, outcome)
+        with parts.training.busy("report"):
+            if outcome.usable:
+                lr = rate_of(self._config, steps - 1)
+                parts.reporter.step(steps - 1, outcome, lr, (), None, None)
+            if steps > parts.checkpoints.committed_step:
+                parts.checkpoints.after_step(steps, outcome)
 
     def close(self) -> None:
         if self._reporter is not None:

@@ -20,6 +20,8 @@ from support.processes.fake_node import FakeNode
 
 BOTH = (Identity(0), Identity(1))
 MEMBERS = (*BOTH, Identity(2))
+LOST = MembershipEvent("ended", Identity(2), "killed by SIGKILL")
+CALLED = MembershipEvent("agreeing", Identity(2), "between steps", generation=1)
 TICK_S = pytest.approx(0.15, abs=0.15)
 """The agent looks at its clock so often."""
 
@@ -202,29 +204,29 @@ def test_a_worker_that_agrees_is_not_to_blame_for_others_that_still_wait_for_it(
     assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
 
 
+@pytest.mark.parametrize("event", [LOST, CALLED], ids=["lost", "called"])
 @pytest.mark.parametrize("busy_s", [0.0, 50.0])
 def test_a_worker_may_be_at_work_in_a_step_that_others_have_left_for_as_long_as_any_wait_may_last(
-    tmp_path: Path, busy_s: float
+    tmp_path: Path, busy_s: float, event: MembershipEvent
 ) -> None:
     node = FakeNode(tmp_path)
     begin = node.clock()
     records = Records(node, math.inf)
     if busy_s:
         records.of_1 = replace(records.of_1, busy="save", busy_until_s=begin + busy_s)
-    lost = MembershipEvent("ended", Identity(2), "killed by SIGKILL")
 
-    def lose() -> None:
-        node.tell(0, "event", event=event_to_data(lost))
+    def leave() -> None:
+        node.tell(0, "event", event=event_to_data(event))
         node.tell(0, "agreeing")
 
-    records.after_that = lose
+    records.after_that = leave
     assert records.run() == 0
     ((moment, rank),) = node.killed
     assert rank == 1
     assert moment - begin == pytest.approx(busy_s or 10.2 + LEAVING_S, abs=0.2)
     cause = node.others.posted[-1].cause
     assert cause.startswith("hung: it has not left its step for ")
-    assert cause.endswith("after rank 2: killed by SIGKILL")
+    assert cause.endswith(f"as rank 2 is {event.kind} ({event.cause})")
 
 
 def test_a_loss_of_an_earlier_generation_makes_no_worker_leave_its_step(tmp_path: Path) -> None:

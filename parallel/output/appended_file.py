@@ -91,7 +91,16 @@ class AppendedFile:
         return done, None
 
     def _open(self) -> int:
-        """The descriptor; another process than the one that opened it opens its own."""
+        """The descriptor; another process than the one that opened it opens its own.
+
+        A file of lines that was removed is made again; one that was moved is still added to.
+        """
+        if (
+            self._descriptor >= 0
+            and self._tail is not Tail.KEPT
+            and os.fstat(self._descriptor).st_nlink == 0
+        ):
+            self._forget()
         if self._descriptor < 0 or self._opened_by != os.getpid():
             self._descriptor, self._opened_by = open_added(self._path), os.getpid()
         return self._descriptor

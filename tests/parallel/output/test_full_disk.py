@@ -145,3 +145,17 @@ def test_a_whole_file_leaves_no_partial_one(tmp_path: Path) -> None:
         write_whole(tmp_path / "a", b"1")
     write_whole(tmp_path / "b", b"1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_file_that_was_removed_is_made_again_and_a_moved_one_is_not(
+    tmp_path: Path, file: AppendedFile, told: list[str]
+) -> None:
+    file.append(line(1))
+    (tmp_path / "m.jsonl").unlink()
+    file.append(line(2))
+    assert (tmp_path / "m.jsonl").read_bytes() == line(2)
+    (tmp_path / "m.jsonl").rename(tmp_path / "moved")
+    file.append(line(3))
+    assert (tmp_path / "moved").read_bytes() == line(2) + line(3)
+    assert not (tmp_path / "m.jsonl").exists()
+    assert told == []

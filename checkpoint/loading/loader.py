@@ -196,7 +196,10 @@ def _read(
         while number < len(pieces) and _lies_in(pieces[number], asked, end):
             if request.verify:
                 address = own.get(number, slot.data_ptr() + places[number])
-                found = _native.crc32c(address, pieces[number].piece.length)
+                length = pieces[number].piece.length
+                found = _native.crc32c(address, length)
+                if number in own and found != pieces[number].piece.crc32c:
+                    _check_alone(pieces[number].name, address, length, request)
                 _check(pieces[number], found, request.where)
             number += 1
 
@@ -207,6 +210,20 @@ def _lies_in(read: PieceRead, request: ReadRequest, end: int) -> bool:
         and request.offset <= read.piece.offset
         and read.piece.offset + read.piece.length <= end
     )
+
+
+def _check_alone(name: str, address: int, length: int, request: LoadRequest) -> None:
+    """Refuse a piece whose memory other tensors of this program share in part."""
+    for other, targets in request.targets.items():
+        for memory in (target.memory for target in targets if target.memory.numel()):
+            first = memory.data_ptr()
+            last = sum((n - 1) * s for n, s in zip(memory.shape, memory.stride(), strict=True))
+            end = first + (last + 1) * memory.element_size()
+            if other != name and first < address + length and address < end:
+                raise CheckpointError(
+                    f"{name} and {other} overlap in this program's memory, and differ in the "
+                    "checkpoint; give each memory of its own (clone()) before it is loaded"
+                )
 
 
 def _check(read: PieceRead, found: int, where: str) -> None:

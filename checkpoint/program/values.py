@@ -46,7 +46,33 @@ def encode(value: Any, path: str, keep: KeepTensor) -> Any:
     try:
         return _encode(value, path, keep)
     except RecursionError:
-        raise CheckpointError(f"{path} cannot be saved: it contains itself") from None
+        raise CheckpointError(f"{path} cannot be saved: {_depth_fault(value)}") from None
+
+
+def _depth_fault(value: Any) -> str:
+    """The reason why a value has no end: it contains itself, or has too many levels."""
+    open_ids, done = {id(value)}, set[int]()
+    levels = [(id(value), iter(_items_of(value)))]
+    while levels:
+        own, items = levels[-1]
+        for item in items:
+            if id(item) in open_ids:
+                return "it contains itself"
+            if id(item) not in done and _items_of(item):
+                open_ids.add(id(item))
+                levels.append((id(item), iter(_items_of(item))))
+                break
+        else:
+            levels.pop()
+            open_ids.discard(own)
+            done.add(own)
+    return "it is nested too deeply, in 300 levels or more; save its parts by keys of their own"
+
+
+def _items_of(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, list | tuple | set | frozenset | deque) else []
 
 
 def _encode(value: Any, path: str, keep: KeepTensor) -> Any:

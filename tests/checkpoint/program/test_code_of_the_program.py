@@ -110,6 +110,17 @@ def test_groups_in_another_order_are_refused(tmp_path: Path) -> None:
         load(tmp_path, {"model": model, "optimizer": turned})
 
 
+def test_tensors_that_overlap_in_part_are_named_and_no_file_is_called_damaged(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, {"a": torch.arange(9.0), "b": torch.arange(9.0) * 2})
+    live = torch.zeros(20)
+    with pytest.raises(CheckpointError, match=r"(a and b|b and a) overlap in this program's"):
+        load(tmp_path, {"a": live[:9], "b": live[5:14]})
+    load(tmp_path, {"a": live[:9], "b": live[9:18]})
+    assert torch.equal(live[9:18], torch.arange(9.0) * 2)
+
+
 def test_one_place_in_memory_takes_no_two_tensors_that_differ(tmp_path: Path) -> None:
     save(tmp_path, {"a": torch.ones(3), "b": torch.zeros(3), "c": torch.ones(3)})
     live = torch.full((3,), 9.0)

@@ -145,8 +145,20 @@ def test_what_would_come_back_as_another_type_is_refused_by_its_path(
     assert named in str(error.value)
 
 
-def test_a_value_that_contains_itself_is_refused() -> None:
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: {"k": (v,)}, lambda v: [[], [v]]])
+def test_a_value_that_contains_itself_is_refused(wrap: Callable[[Any], Any]) -> None:
     value: list[Any] = []
-    value.append(value)
+    value.append(wrap(value))
     with pytest.raises(CheckpointError, match="contains itself"):
+        encode(value, "s", no_tensor)
+
+
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: {1: v}, lambda v: (v, v)])
+def test_a_value_of_too_many_levels_is_not_said_to_contain_itself(
+    wrap: Callable[[Any], Any],
+) -> None:
+    value: Any = 1
+    for _ in range(2000):
+        value = wrap(value)
+    with pytest.raises(CheckpointError, match="s cannot be saved: it is nested too deeply"):
         encode(value, "s", no_tensor)

@@ -120,11 +120,11 @@ def test_a_port_in_use_is_named(config: Path) -> None:
         taken.listen(1)
         port = str(taken.getsockname()[1])
         done = subprocess.run(
-            [sys.executable, "-m", "holdfast.trainer", str(config), "--set", "parallel.data=1",
+            [sys.executable, "-m", "holdfast.trainer", str(config), "--set", "parallel.data=2",
              "--set", "parallel.pipeline=1"],
             cwd=config.parent,
             env=environment(
-                RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_RANK="0"
+                RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LOCAL_RANK="0"
             ),
             capture_output=True,
             text=True,

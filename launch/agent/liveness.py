@@ -28,9 +28,9 @@ LEFT_OUT_S = 10.0
 """Seconds that a worker may live after the others went on without it; it ends by itself."""
 
 
-LEAVING_S = 5.0
+LEAVING_S = 15.0
 """Seconds that a worker may take to leave a step, besides what any wait may last: a store that it
-asks may lie with an agent that hangs, and that is ended first."""
+asks may lie on a node that is cut off, and a link to such a node ends after 12 s."""
 
 
 def record_of(spec: WorkerSpec) -> FlightRecord | None:

@@ -1,8 +1,6 @@
 from .loader import (
     LoadRequest as LoadRequest,
     LoadStatistics as LoadStatistics,
-    LoadTarget as LoadTarget,
-    Targets as Targets,
     boxes_of as boxes_of,
     load as load,
 )
@@ -19,4 +17,8 @@ from .readers import (
     ByteReader as ByteReader,
     FolderReader as FolderReader,
     RemoteReader as RemoteReader,
+)
+from .targets import (
+    LoadTarget as LoadTarget,
+    Targets as Targets,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -20,24 +20,12 @@ from holdfast.checkpoint.loading.read_plan import (
     requests_of,
 )
 from holdfast.checkpoint.loading.readers import ByteReader
+from holdfast.checkpoint.loading.targets import Targets, move_overlaps, without_overlaps
 from holdfast.parallel.errors import CheckpointError
 from holdfast.parallel.layout import Box
 
 LOAD_BYTES = 32 << 20
 """Bytes read and handed on at a time; a rank holds two such loads beside its own state."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadTarget:
-    """The destination of a box of a tensor."""
-
-    box: Box
-    memory: Tensor
-    """Memory in the box's shape, with any strides, on any device."""
-
-
-Targets = Mapping[str, Sequence[LoadTarget]]
-"""The targets by tensor; a box with two targets is read once."""
 
 
 @dataclass(slots=True)
@@ -80,6 +68,8 @@ def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatis
     """
     began = perf_counter()
     _check_shapes(request)
+    live = request.targets
+    request = replace(request, targets=without_overlaps(live))
     where = request.where
     plan = make_read_plan(request.manifest, request.wanted, load_bytes=LOAD_BYTES, where=where)
     statistics = LoadStatistics(node_bytes=plan.bytes)
@@ -95,6 +85,7 @@ def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatis
             raise
         finally:
             memory.close()
+    move_overlaps(request.targets, live)
     statistics.seconds = perf_counter() - began
     return statistics
 
@@ -198,8 +189,6 @@ def _read(
                 address = own.get(number, slot.data_ptr() + places[number])
                 length = pieces[number].piece.length
                 found = _native.crc32c(address, length)
-                if number in own and found != pieces[number].piece.crc32c:
-                    _check_alone(pieces[number].name, address, length, request)
                 _check(pieces[number], found, request.where)
             number += 1
 
@@ -210,20 +199,6 @@ def _lies_in(read: PieceRead, request: ReadRequest, end: int) -> bool:
         and request.offset <= read.piece.offset
         and read.piece.offset + read.piece.length <= end
     )
-
-
-def _check_alone(name: str, address: int, length: int, request: LoadRequest) -> None:
-    """Refuse a piece whose memory other tensors of this program share in part."""
-    for other, targets in request.targets.items():
-        for memory in (target.memory for target in targets if target.memory.numel()):
-            first = memory.data_ptr()
-            last = sum((n - 1) * s for n, s in zip(memory.shape, memory.stride(), strict=True))
-            end = first + (last + 1) * memory.element_size()
-            if other != name and first < address + length and address < end:
-                raise CheckpointError(
-                    f"{name} and {other} overlap in this program's memory, and differ in the "
-                    "checkpoint; give each memory of its own (clone()) before it is loaded"
-                )
 
 
 def _check(read: PieceRead, found: int, where: str) -> None:

@@ -17,7 +17,7 @@ from torch.distributed import HashStore
 
 from holdfast.checkpoint.format.files import Manifest
 from holdfast.checkpoint.format.plan_types import HeldBox, SavedTensor, WritePlan
-from holdfast.checkpoint.loading.loader import LoadTarget
+from holdfast.checkpoint.loading.targets import LoadTarget
 from holdfast.checkpoint.manager import CheckpointManager, ManagerSettings
 from holdfast.checkpoint.saving.coordination import Members
 from holdfast.checkpoint.saving.job import SaveJob

@@ -119,6 +119,19 @@ def test_tensors_that_overlap_in_part_are_named_and_no_file_is_called_damaged(
         load(tmp_path, {"a": live[:9], "b": live[5:14]})
     load(tmp_path, {"a": live[:9], "b": live[9:18]})
     assert torch.equal(live[9:18], torch.arange(9.0) * 2)
+    with pytest.raises(CheckpointError, match="overlap in this program's memory"):
+        load(tmp_path, {"a": live[:18:2], "b": live[4:13]})
+    load(tmp_path, {"a": live[:18:2], "b": live[1:18:2]})
+    assert torch.equal(live[:18:2] * 2, live[1:18:2])
+
+
+def test_tensors_that_overlap_and_agree_are_loaded(tmp_path: Path) -> None:
+    saved = torch.arange(12, dtype=torch.bfloat16)
+    saved[5] = float("nan")
+    save(tmp_path, {"whole": saved, "rows": saved.view(3, 4), "part": saved[3:9]})
+    live = torch.zeros(12, dtype=torch.bfloat16)
+    load(tmp_path, {"whole": live, "rows": live.view(3, 4), "part": live[3:9]})
+    assert torch.equal(live.view(torch.int16), saved.view(torch.int16))
 
 
 def test_one_place_in_memory_takes_no_two_tensors_that_differ(tmp_path: Path) -> None:

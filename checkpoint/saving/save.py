@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,10 @@ from holdfast.parallel.reading import Count
 
 PATIENCE_S = 5.0
 """How long ranks wait beyond a deadline for the coordinator to name the late rank, in seconds."""
+
+READERS_S = 2.0
+"""Seconds for which a checkpoint on the disk outlives its replacement, for those that have just
+begun to read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,21 @@ class Save:
             imbalance=self.job.plan.imbalance(self.coordination.size),
             note=self._end.note,
         )
+
+    def tidy(self, hurry: threading.Event) -> None:
+        """As the coordinator of a committed save, remove the checkpoints that may go.
+
+        Args:
+            hurry: ends the time that readers of the last checkpoint have.
+        """
+        if not (self._end.path and self.coordination.is_coordinator):
+            return
+        job = self.job
+        if job.tier == "disk":
+            hurry.wait(READERS_S)
+        # The next save removes what could not be removed now.
+        with contextlib.suppress(OSError):
+            self._store.retain(job.retention.keep, {self.name, *job.retention.protected()})
 
     def _times(self) -> dict[int, Mapping[str, float]]:
         """The times of all ranks, or of this one alone, by their numbers in the run."""
@@ -340,7 +360,6 @@ class Save:
             self.name,
             encode_manifest(manifest),
             files=small,
-            retention=job.retention,
             claim=self._claim,
         )
         return _End(str(self._store.path(self.name)), times, perf_counter() - began, note)

@@ -21,6 +21,8 @@ from holdfast.checkpoint.saving.snapshot import ALL
 from holdfast.parallel.comm import Communicator
 
 _STUCK = "the save before is still under way"
+_TIDY_S = 5.0
+"""How long the removal of old checkpoints is waited for at the end, in seconds."""
 
 
 class Saver:
@@ -51,7 +53,9 @@ class Saver:
         self._save: Save | None = None
         self._thread: threading.Thread | None = None
         self._ended, self._over = threading.Event(), threading.Event()
-        """Set once the thread of the save has ended; once it has, or the save was given up."""
+        """Set once the save has ended; once it has, or it was given up."""
+        self._hurry = threading.Event()
+        """Set once the thread of the newest save must no longer spare the checkpoint before it."""
         self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
         self._saves = 0
         self._finished: Coordination | None = None
@@ -85,8 +89,9 @@ class Saver:
         self._save = save
         self._ended.clear()
         self._over.clear()
+        before, self._hurry = self._tidied(), threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(save,), name="checkpoint", daemon=True
+            target=self._run, args=(save, before, self._hurry), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -128,17 +133,25 @@ class Saver:
         A save that was given up, and still waits for its disk, keeps them until it ends.
         """
         if self.wait():
-            if self._thread is not None:
-                self._thread.join()
+            if (thread := self._tidied()) is not None:
+                thread.join(_TIDY_S)
             self.engine.close()
 
-    def _run(self, save: Save) -> None:
+    def _tidied(self) -> threading.Thread | None:
+        """The thread of the newest save, which removes old checkpoints now, without delay."""
+        self._hurry.set()
+        return self._thread
+
+    def _run(self, save: Save, before: threading.Thread | None, hurry: threading.Event) -> None:
         _lower_priority()
         try:
+            if before is not None:
+                before.join(save.deadline.left_s)
             self._results.put(self._result_of(save))
         finally:
             self._ended.set()
             self._over.set()
+        save.tidy(hurry)
 
     def _result_of(self, save: Save) -> SaveResult:
         result = save.run()

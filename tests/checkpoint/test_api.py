@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import Store
 
 from holdfast.checkpoint import Checkpointer, load, save
+from holdfast.checkpoint.saving import save as saving
 from holdfast.checkpoint.stores.local import LocalStore
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError
@@ -81,6 +82,24 @@ def test_a_plain_program_goes_on_as_if_it_had_never_stopped(
     assert checkpointer.loaded["note"] == "kept"
     assert _train(model, optimizer, scheduler, range(6, 10)) == expected[6:]
     checkpointer.close()
+
+
+def test_the_last_checkpoint_can_still_be_read_when_the_next_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "READERS_S", 1000.0)
+    with Checkpointer(tmp_path, {"a": torch.ones(3)}, keep=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step)
+            checkpointer.wait()
+        assert [path.name for path in LocalStore(tmp_path).paths()] == [
+            "step-00000001",
+            "step-00000002",
+        ]
+        checkpointer.save(3)  # which has room for it made first
+        checkpointer.wait()
+        assert not (tmp_path / "step-00000001").exists()
+    assert [path.name for path in LocalStore(tmp_path).paths()] == ["step-00000003"]
 
 
 def test_the_copy_is_of_the_moment_of_saving(tmp_path: Path) -> None:

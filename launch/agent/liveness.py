@@ -26,8 +26,6 @@ from holdfast.parallel.comm import FlightRecord, read_record
 
 LEFT_OUT_S = 10.0
 """Seconds that a worker may live after the others went on without it; it ends by itself."""
-
-
 LEAVING_S = 15.0
 """Seconds that a worker may take to leave a step, besides what any wait may last: a store that it
 asks may lie on a node that is cut off, and a link to such a node ends after 12 s."""

@@ -46,6 +46,8 @@ class Tunnels:
         self._thread: LoopThread | None = None
         self._made: dict[tuple[str, bytes], tuple[str, asyncio.Server]] = {}
         self._unknown = 0
+        self._away: set[str] = set()
+        """The doors that did not answer the last time; told once."""
         self.strangers = 0
         """The connections that were dropped so far."""
 
@@ -80,9 +82,12 @@ class Tunnels:
         with contextlib.closing(writer):
             try:
                 if await self._may_pass(writer):
-                    await _pass(address, key, reader, writer)
+                    await self._pass(address, key, reader, writer)
             except (OSError, EOFError) as error:
-                logger.info("no link to %s: %s", address, error or type(error).__name__)
+                if address not in self._away:
+                    reason = str(error) or type(error).__name__
+                    logger.info("no link to %s: %s", address, reason)
+                self._away.add(address)
             except asyncio.CancelledError:
                 pass  # the tunnel closes
 
@@ -111,15 +116,15 @@ class Tunnels:
             logger.warning("a process that is not of this run connected to %s:%d", *own[:2])
         return False
 
-
-async def _pass(
-    address: str, key: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    host, _, port = address.rpartition(":")
-    async with asyncio.timeout(_CONNECT_S):
-        far = await asyncio.open_connection(host.strip("[]"), int(port))
-    try:
-        link = await greet(*far, key)
-        await splice(link, reader, writer)
-    finally:
-        far[1].close()
+    async def _pass(
+        self, address: str, key: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        host, _, port = address.rpartition(":")
+        async with asyncio.timeout(_CONNECT_S):
+            far = await asyncio.open_connection(host.strip("[]"), int(port))
+        try:
+            link = await greet(*far, key)
+            self._away.discard(address)
+            await splice(link, reader, writer)
+        finally:
+            far[1].close()

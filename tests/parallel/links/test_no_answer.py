@@ -66,3 +66,17 @@ def test_a_store_that_is_gone_is_told_in_one_line_and_torch_prints_nothing(
             access.connect(address, patience_s=patience_s)
     assert "\n" not in str(told.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_door_that_is_gone_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "holdfast.links")
+    with socket.socket() as bound, contextlib.closing(Tunnels()) as tunnels:
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        host, _, port = tunnels.to(address, derived_key("secret", "store")).rpartition(":")
+        for _ in range(3):
+            with socket.create_connection((host, int(port))) as client:
+                assert client.recv(1) == b""
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith(f"no link to {address}: ")

@@ -30,14 +30,14 @@ def no_name_server() -> Iterator[None]:
     """Let this thread ask no name server during the block; /etc/hosts is still read."""
     library = ctypes.CDLL(None)
     try:
-        of_thread, read = library["__res_state"], library["__res_init"]
+        of_thread, prepare = library["__res_state"], library["__res_init"]
     except AttributeError:  # another C library than glibc
         yield
         return
     of_thread.restype = ctypes.POINTER(_Resolver)
     resolver = of_thread().contents
     if not resolver.options & _IS_READ:
-        read()
+        prepare()
     servers, resolver.nscount = resolver.nscount, 0
     try:
         yield

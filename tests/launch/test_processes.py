@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ from holdfast.launch.processes import (
 )
 from holdfast.parallel.output import unwind_when_told
 from support.processes.fake_system import FakeSystem
+
+
+@pytest.fixture
+def signals_that_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP as a process has them at first, also where the tests run under nohup."""
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_each_end_is_told_once_with_its_code() -> None:
@@ -162,21 +174,18 @@ def test_a_child_that_does_not_end_in_time_is_killed(stops: bool) -> None:
 
 
 @pytest.mark.mp
+@pytest.mark.usefixtures("signals_that_end")
 def test_a_child_does_not_unwind_the_work_of_its_parent() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     unwind_when_told()
-    try:
-        for number in before:
-            child = Supervisor([fork_child(lambda: time.sleep(60) or 0)])
-            child.signal(number)
-            assert [end.code for end in child.wait(30)] == [-number]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        child = Supervisor([fork_child(lambda: time.sleep(60) or 0)])
+        child.signal(number)
+        assert [end.code for end in child.wait(30)] == [-number]
 
 
 @pytest.mark.mp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("signals_that_end")
 def test_a_command_that_is_told_to_end_removes_what_it_made(tmp_path: Path, number: int) -> None:
     program = (
         "import os, tempfile\n"

@@ -195,7 +195,8 @@ def change_events(
         return []
     losses: dict[Identity, MembershipEvent] = {}
     for event in heard:
-        if event.lost and (event.kind == "ended" or event.identity not in losses):
+        known = losses.get(event.identity)
+        if event.lost and (known is None or _tells(event) > _tells(known)):
             losses[event.identity] = event
     events: list[tuple[Identity, RunEvent]] = []
     for identity in after.lost_since(before):
@@ -216,6 +217,11 @@ def change_events(
         fields = {**_who(identity, node), "generation": after.number}
         events.append((identity, RunEvent("rank_joined", fields)))
     return [event for _, event in sorted(events, key=lambda e: (e[0].rank, e[0].incarnation))]
+
+
+def _tells(event: MembershipEvent) -> tuple[bool, bool]:
+    """How much the event of a loss tells: the end of the process, and how soon it was noticed."""
+    return event.kind == "ended", event.age_s > 0
 
 
 def _who(identity: Identity, node: str) -> dict[str, Any]:

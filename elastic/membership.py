@@ -200,6 +200,7 @@ class Membership:
             attendance.note(reports)
             last, trouble = verdict, None
             if verdict.outcome == "agreed":
+                self._hear_of_ends(reports)
                 return verdict.learnt or generation_of(verdict.acceptor, reports)
             if verdict.outcome == "wait":
                 if verdict.minority:
@@ -213,6 +214,13 @@ class Membership:
         if last is not None and last.minority:
             raise Minority(f"{where}: {last.reason}; this side stops so that only one goes on")
         raise MembershipError(f"{where}: {_reason(last, trouble) or 'no round was held'}")
+
+    def _hear_of_ends(self, reports: Mapping[Identity, Report]) -> None:
+        """Note why processes have ended, as their agents report it; the event may come later."""
+        for identity, report in reports.items():
+            cause = report.data.get("cause")
+            if not report.alive and isinstance(cause, str):
+                self._log.hear(MembershipEvent("ended", identity, cause))
 
     def _others_train(self, reports: Mapping[Identity, Report]) -> bool:
         """Whether workers live that are in no round: they train, and admit others after a step."""

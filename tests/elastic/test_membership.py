@@ -34,7 +34,12 @@ from holdfast.elastic.lighthouse import (
 )
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
-from holdfast.elastic.quorum_client import MembershipSettings, QuorumClient, sealed_report
+from holdfast.elastic.quorum_client import (
+    MembershipSettings,
+    QuorumClient,
+    report_on_behalf_of,
+    sealed_report,
+)
 from holdfast.elastic.store import StoreClients
 from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -114,6 +119,27 @@ def test_a_held_interpreter_lock_does_not_delay_heartbeats() -> None:
     assert worst_s < 1.5  # the lock was held for 2 s
     tunnels.close()
     lighthouse.close()
+
+
+def test_an_end_that_was_first_heard_of_in_a_round_has_its_cause(
+    members: list[Membership],
+) -> None:
+    _in_threads(*(lambda m=m: m.agree(step=0, phase="begin") for m in members))
+    spec, stop = members[2].spec, threading.Event()
+    members.pop().close()
+    agent = threading.Thread(
+        target=report_on_behalf_of,
+        args=(spec.identity, spec.settings, spec.acceptor, stop),
+        kwargs={"data": {"cause": "killed for a reason"}},
+    )
+    agent.start()
+    found = _in_threads(*(lambda m=m: m.agree(step=0, phase="reduce") for m in members))
+    stop.set()
+    agent.join()
+    assert [str(identity) for identity in sorted(found[0].identities)] == ["0", "1"]
+    for member in members:
+        ends = [event for event in member.drain_events() if event.kind == "ended"]
+        assert [(end.identity, end.cause) for end in ends] == [(Identity(2), "killed for a reason")]
 
 
 def test_all_members_get_the_same_value(members: list[Membership]) -> None:

@@ -60,6 +60,7 @@ def test_losses_and_arrivals_are_told_with_their_causes() -> None:
         MembershipEvent("silent", Identity(2), "no heartbeat for 0.61 s", 0.61),
         MembershipEvent("ended", Identity(0, 7), "of another time", 9.0),
         MembershipEvent("silent", Identity(4), "cut off"),
+        MembershipEvent("ended", Identity(1), "stopped by a signal, as its agent reports it"),
     ]
     assert change_events(before, after, told) == [
         _lost(1, "stopped by a signal for 0.7 s", 0.7),

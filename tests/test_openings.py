@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 
 from support.source_tree import MODULES, tree_of
 
@@ -60,25 +61,28 @@ WHOLE_READS = {
 """By module and call, why what is read there to its end is not too large."""
 
 
+def calls() -> Iterator[tuple[str, str, ast.Call]]:
+    """The module, the name and the node of each call in the package's source."""
+    for module, path in MODULES.items():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Call):
+                yield module.removeprefix("holdfast."), ast.unparse(node.func), node
+
+
 def test_nothing_is_read_to_its_end_without_a_limit() -> None:
     found = {
-        f"{module.removeprefix('holdfast.')}: {ast.unparse(node.func)}"
-        for module, path in MODULES.items()
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func).rpartition(".")[2] in {"read", "readlines", "readall"}
-        and not node.args
+        f"{module}: {called}"
+        for module, called, node in calls()
+        if called.rpartition(".")[2] in {"read", "readlines", "readall"} and not node.args
     }
     assert found == set(WHOLE_READS)
 
 
 def test_files_are_opened_by_what_checks_them() -> None:
     found = {
-        f"{module.removeprefix('holdfast.')}: {called}"
-        for module, path in MODULES.items()
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Call)
-        and ((called := ast.unparse(node.func)) in DIRECT or called.rpartition(".")[2] in BY_NAME)
+        f"{module}: {called}"
+        for module, called, node in calls()
+        if (called in DIRECT or called.rpartition(".")[2] in BY_NAME)
         and not any(name in ast.unparse(node) for name in OF_THE_KERNEL)
     }
     assert found - NO_FILES == set(REASONS)

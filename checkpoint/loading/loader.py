@@ -68,8 +68,8 @@ def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatis
     """
     began = perf_counter()
     _check_shapes(request)
-    live = request.targets
-    request = replace(request, targets=without_overlaps(live))
+    targets, shared = without_overlaps(request.targets)
+    request = replace(request, targets=targets)
     where = request.where
     plan = make_read_plan(request.manifest, request.wanted, load_bytes=LOAD_BYTES, where=where)
     statistics = LoadStatistics(node_bytes=plan.bytes)
@@ -85,7 +85,7 @@ def load(request: LoadRequest, meeting: NodeMeeting | None = None) -> LoadStatis
             raise
         finally:
             memory.close()
-    move_overlaps(request.targets, live)
+    move_overlaps(shared)
     statistics.seconds = perf_counter() - began
     return statistics
 
@@ -187,8 +187,7 @@ def _read(
         while number < len(pieces) and _lies_in(pieces[number], asked, end):
             if request.verify:
                 address = own.get(number, slot.data_ptr() + places[number])
-                length = pieces[number].piece.length
-                found = _native.crc32c(address, length)
+                found = _native.crc32c(address, pieces[number].piece.length)
                 _check(pieces[number], found, request.where)
             number += 1
 

@@ -25,44 +25,55 @@ Targets = Mapping[str, Sequence[LoadTarget]]
 """The targets by tensor; a box with two targets is read once."""
 
 
-def without_overlaps(targets: Targets) -> Targets:
+@dataclass(frozen=True, slots=True)
+class SharedTarget:
+    """A target that may share memory with others in part, and what is loaded for it."""
+
+    name: str
+    live: Tensor
+    fresh: Tensor
+    """Memory of its own, in the same shape."""
+
+
+def without_overlaps(targets: Targets) -> tuple[Targets, list[list[SharedTarget]]]:
     """The targets, with fresh memory for those that may share memory with others in part. Local.
 
     Targets that are one tensor keep their memory.
+
+    Returns:
+        The targets to load to, and the shared ones, by groups whose memory meets, for
+        `move_overlaps`.
     """
-    shared = {id(target) for group in _groups(targets) for _, target in group}
-    return {
-        name: [
-            replace(target, memory=torch.empty_like(target.memory))
-            if id(target) in shared
-            else target
-            for target in found
-        ]
-        for name, found in targets.items()
-    }
+    fresh: dict[int, LoadTarget] = {}
+    shared: list[list[SharedTarget]] = []
+    for group in _groups(targets):
+        shared.append([])
+        for name, target in group:
+            memory = torch.empty_like(target.memory)
+            fresh[id(target)] = replace(target, memory=memory)
+            shared[-1].append(SharedTarget(name, target.memory, memory))
+    if not shared:
+        return targets, shared
+    separate = {name: [fresh.get(id(t), t) for t in found] for name, found in targets.items()}
+    return separate, shared
 
 
-def move_overlaps(loaded: Targets, live: Targets) -> None:
+def move_overlaps(shared: list[list[SharedTarget]]) -> None:
     """Move what was loaded to fresh memory to the live targets. Local.
 
     Raises:
         CheckpointError: targets share memory, and what was loaded to them differs there.
     """
-    fresh = {
-        id(target): values.memory
-        for name, found in live.items()
-        for target, values in zip(found, loaded[name], strict=True)
-        if target.memory is not values.memory
-    }
-    for group in _groups(live):
-        for _, target in group:
-            target.memory.copy_(fresh[id(target)])
-        for name, target in group:
-            if not _same_bytes(target.memory, fresh[id(target)]):
-                others = ", ".join(sorted({other for other, _ in group} - {name})) or name
+    for group in shared:
+        for target in group:
+            target.live.copy_(target.fresh)
+        for target in group:
+            if not _same_bytes(target.live, target.fresh):
+                names = sorted({other.name for other in group} - {target.name})
                 raise CheckpointError(
-                    f"{name} and {others} overlap in this program's memory, and differ in the "
-                    "checkpoint; give each memory of its own (clone()) before it is loaded"
+                    f"{target.name} and {', '.join(names) or target.name} overlap in this "
+                    "program's memory, and differ in the checkpoint; give each memory of its own "
+                    "(clone()) before it is loaded"
                 )
 
 

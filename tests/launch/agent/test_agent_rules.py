@@ -150,6 +150,12 @@ class Records:
         self.node.on_wait = script
         return self.node.run(ranks=(0, 1), respawn=False, exit_s=1.0, read_record=self.read)
 
+    def end_with_all_alive(self, until_s: float) -> None:
+        """Run the node; the agent kills rank 1 only as it outlives the run, by more than exit_s."""
+        assert self.run(until_s) == 0
+        assert [rank for _, rank in self.node.killed] == [1]
+        assert "the run has ended, and it has not ended within" in self.node.others.posted[-1].cause
+
 
 def test_a_worker_that_hangs_is_killed_once_all_waits_have_had_time_to_arrive(
     tmp_path: Path,
@@ -183,14 +189,11 @@ def test_a_worker_that_was_busy_a_short_time_ago_or_waits_itself_lives(tmp_path:
     begin = node.clock()
     records = Records(node, begin + 1.0)
     records.of_1 = replace(records.of_1, busy_ended_s=begin + 20.0)
-    assert records.run(until_s=begin + 28.0) == 0
-    assert [rank for _, rank in node.killed] == [1]  # as it outlived the run, by more than exit_s
-    assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
+    records.end_with_all_alive(begin + 28.0)
     node = FakeNode(tmp_path)
     records = Records(node, begin + 1.0)
     records.of_1 = replace(records.of_1, operations=(receive(2, begin + 27.0),))
-    assert records.run(until_s=begin + 29.0) == 0
-    assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
+    records.end_with_all_alive(begin + 29.0)
 
 
 def test_a_worker_that_agrees_is_not_to_blame_for_others_that_still_wait_for_it(
@@ -200,8 +203,7 @@ def test_a_worker_that_agrees_is_not_to_blame_for_others_that_still_wait_for_it(
     begin = node.clock()
     records = Records(node, begin + 1.0)
     records.after_that = lambda: node.tell(1, "agreeing")
-    assert records.run(until_s=begin + 40.0) == 0
-    assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
+    records.end_with_all_alive(begin + 40.0)
 
 
 @pytest.mark.parametrize("event", [LOST, CALLED], ids=["lost", "called"])
@@ -241,8 +243,7 @@ def test_a_loss_of_an_earlier_generation_makes_no_worker_leave_its_step(tmp_path
     records.after_that = lambda: [
         node.tell(0, "event", event=event_to_data(event)) for event in gone
     ]
-    assert records.run(until_s=begin + 40.0) == 0
-    assert "the run has ended, and it has not ended within" in node.others.posted[-1].cause
+    records.end_with_all_alive(begin + 40.0)
 
 
 def test_an_agent_that_was_itself_stopped_does_not_count_that_time_as_a_wait(

@@ -11,6 +11,8 @@ has survived a loss ends with `end_process`.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from typing import Any, cast
 
 import mpi4py
 
-mpi4py.rc.thread_level = "multiple"  # checkpoints and aborts call from threads of their own
+mpi4py.rc.initialize = False  # see _begin
 
 from mpi4py import MPI  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -33,6 +35,30 @@ _PAUSE_S = 5e-5
 _DRAIN_S = 5.0
 
 logger = logging.getLogger("holdfast.comm")
+
+
+def _begin() -> None:
+    """Start MPI in this process, and end it at exit. Both are collective over the job.
+
+    mpi4py would let no other thread run while it waits for the other processes, and these may come
+    only after they have heard from the store that a thread of this one serves. Checkpoints and
+    aborts call MPI from threads of their own.
+    """
+    library = ctypes.CDLL(MPI.__file__)  # its calls let other threads run
+    allowed = ctypes.c_int()
+    failed = library.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(allowed))
+    if failed or allowed.value != MPI.THREAD_MULTIPLE:
+        raise ConfigError(
+            f"parallel.backend = 'mpi' needs an MPI with MPI_THREAD_MULTIPLE; MPI_Init_thread "
+            f"returned {failed} and level {allowed.value}; use 'gloo', or another MPI"
+        )
+    for comm in (MPI.COMM_SELF, MPI.COMM_WORLD):
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+    atexit.register(library.MPI_Finalize)
+
+
+if not MPI.Is_initialized():
+    _begin()
 
 
 class _Channel:

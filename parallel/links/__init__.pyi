@@ -5,6 +5,7 @@ from .door import (
     to_server as to_server,
 )
 from .link import (
+    BEAT_S as BEAT_S,
     StrangerError as StrangerError,
 )
 from .meeting import (

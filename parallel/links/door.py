@@ -11,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
 
-from holdfast.parallel.links.link import Link, StrangerError, greeted, splice
+from holdfast.parallel.links.link import SILENT_BEATS, Link, StrangerError, greeted, splice
 from holdfast.parallel.links.loop_thread import WAITING, LoopThread
 
 logger = logging.getLogger("holdfast.links")
@@ -120,11 +120,12 @@ class Door:
                 self._on_stranger(told)
 
 
-def to_server(connect: Callable[[], socket.socket]) -> Serve:
+def to_server(connect: Callable[[], socket.socket], silent_beats: int = SILENT_BEATS) -> Serve:
     """Serve a link by a connection of its own to a server in this process.
 
     Args:
         connect: makes the connection.
+        silent_beats: see `splice`.
     """
 
     async def serve(link: Link) -> None:
@@ -134,7 +135,7 @@ def to_server(connect: Callable[[], socket.socket]) -> Serve:
             logger.warning("a server behind a door does not answer: %s", error)
             link.close()
             return
-        await splice(link, reader, writer)
+        await splice(link, reader, writer, silent_beats)
 
     return serve
 

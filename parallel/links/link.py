@@ -91,9 +91,9 @@ class Link:
             if payload:
                 return payload
 
-    async def keep(self) -> None:
-        """Show the other end that this one lives, until the other is silent for too long."""
-        while self.quiet_beats < SILENT_BEATS:
+    async def keep(self, silent_beats: int) -> None:
+        """Show the other end that this one lives, until the other is silent for so many beats."""
+        while self.quiet_beats < silent_beats:
             await asyncio.sleep(BEAT_S)
             self.quiet_beats += 1
             await self.send(b"")
@@ -158,9 +158,16 @@ def _proof(key: bytes, role: bytes, nonces: bytes) -> bytes:
     return hmac.digest(key, role + b"\0" + nonces, "sha256")
 
 
-async def splice(link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def splice(
+    link: Link,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    silent_beats: int = SILENT_BEATS,
+) -> None:
     """Carry bytes between a link and a plain connection until an end of either; then close both.
 
+    Args:
+        silent_beats: how long the link's other end may be silent.
     Raises:
         StrangerError: what came over the link was altered.
     """
@@ -174,7 +181,7 @@ async def splice(link: Link, reader: asyncio.StreamReader, writer: asyncio.Strea
             writer.write(await link.receive())
             await writer.drain()
 
-    ways = [asyncio.create_task(way) for way in (outgoing(), incoming(), link.keep())]
+    ways = [asyncio.create_task(way) for way in (outgoing(), incoming(), link.keep(silent_beats))]
     try:
         ended, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ended:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from holdfast.parallel.links.door import listen
-from holdfast.parallel.links.link import greet, splice
+from holdfast.parallel.links.link import SILENT_BEATS, greet, splice
 from holdfast.parallel.links.loop_thread import LoopThread
 from holdfast.parallel.links.tcp_table import LOOPBACK, connection, is_open_in
 
@@ -35,13 +35,18 @@ class Tunnels:
     door. Any user of the machine could connect too, so the kernel is asked which process has.
     """
 
-    def __init__(self, trusted: Callable[[], Collection[int]] = _this_process) -> None:
+    def __init__(
+        self,
+        trusted: Callable[[], Collection[int]] = _this_process,
+        silent_beats: int = SILENT_BEATS,
+    ) -> None:
         """Make no tunnel yet.
 
         Args:
             trusted: returns the processes of this user that may use the tunnels.
+            silent_beats: see `splice`.
         """
-        self._trusted = trusted
+        self._trusted, self._silent_beats = trusted, silent_beats
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
         self._made: dict[tuple[str, bytes], tuple[str, asyncio.Server]] = {}
@@ -125,6 +130,6 @@ class Tunnels:
         try:
             link = await greet(*far, key)
             self._away.discard(address)
-            await splice(link, reader, writer)
+            await splice(link, reader, writer, self._silent_beats)
         finally:
             far[1].close()

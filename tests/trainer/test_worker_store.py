@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -27,3 +31,41 @@ def test_a_worker_that_has_another_secret_is_told_how_to_make_one_for_all(
             ConfigError, match=r"is not rank 0 of this job: .* export HOLDFAST_SECRET="
         ):
             connect(replace(world, secret=new_secret()))
+
+
+BUSY = """
+import ctypes, sys
+from dataclasses import replace
+from holdfast.trainer.worker import connect
+from holdfast.trainer.worlds import local_world
+
+world = local_world(0, 2, int(sys.argv[1]), sys.argv[2])
+store = connect(replace(world, store_is_server=True))
+sys.stdin.readline()
+ctypes.PyDLL(None).sleep(14)  # no other thread runs meanwhile
+store.set("done", "")
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.mp
+def test_a_host_of_the_store_that_lets_no_other_thread_run_keeps_the_other_workers() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, secret = free.getsockname()[1], new_secret()
+    command = [sys.executable, "-c", BUSY, str(port), secret]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as host:
+        assert host.stdin is not None
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                assert time.monotonic() < deadline, "no host of the store"
+                time.sleep(0.05)
+            store = connect(local_world(1, 2, port, secret))
+            host.stdin.write("go\n")
+            host.stdin.flush()
+            assert store.get("done") == b""
+        finally:
+            host.kill()

@@ -66,6 +66,10 @@ def test_collectives_give_member_order_sums(tmp_path: Path) -> None:
         ]
 
 
+def test_other_threads_run_while_mpi_starts(tmp_path: Path) -> None:
+    assert _run("beginning", 2, tmp_path)[1] == {"heard": True}
+
+
 @pytest.mark.chaos
 def test_survivors_of_killed_ranks_shrink_and_go_on(tmp_path: Path) -> None:
     results = _run("losses", 6, tmp_path)

@@ -4,11 +4,13 @@ JSON by rank.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,26 @@ def collectives(rank: int, world_size: int) -> dict[str, Any]:
     return results
 
 
+def beginning(rank: int, folder: Path) -> dict[str, Any]:
+    """Rank 1 starts MPI after it has heard from another thread of rank 0, which starts it first."""
+    heard, starts = folder / "heard", threading.Event()
+
+    def speak() -> None:
+        starts.wait()
+        time.sleep(0.3)
+        heard.touch()
+
+    if rank == 0:
+        threading.Thread(target=speak, daemon=True).start()
+    deadline = time.monotonic() + 15
+    while rank and not heard.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    was_heard = heard.exists()
+    starts.set()
+    importlib.import_module("holdfast.parallel.comm.mpi")
+    return {"heard": was_heard}
+
+
 def losses(rank: int, world_size: int) -> dict[str, Any] | None:
     """Ranks 2 and then 0 are killed; each time the others abort, shrink and go on."""
     groups = groups_of(rank, world_size)
@@ -133,7 +155,10 @@ def main() -> None:
     job, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
-    result = globals()[job](rank, int(os.environ["OMPI_COMM_WORLD_SIZE"]))
+    if job == "beginning":
+        result = beginning(rank, folder)
+    else:
+        result = globals()[job](rank, int(os.environ["OMPI_COMM_WORLD_SIZE"]))
     partial = folder / f"{rank}.partial"
     partial.write_text(json.dumps(result))
     partial.replace(folder / f"{rank}.json")

@@ -17,8 +17,15 @@ from typing import Annotated, Final, NoReturn
 try:
     import typer
 
-    from holdfast.parallel.errors import HoldfastError, Unanswered
-    from holdfast.parallel.output import begin_process, say, stream_error, tell, unwind_when_told
+    from holdfast.parallel.errors import Unanswered
+    from holdfast.parallel.output import (
+        begin_process,
+        exit_code_of,
+        say,
+        stream_error,
+        tell,
+        unwind_when_told,
+    )
     from holdfast.parallel.reading import require_text_names
 except KeyboardInterrupt:  # as in the command itself, without a traceback
     sys.exit(130)
@@ -70,34 +77,26 @@ def application(command: str) -> typer.Typer:
     return app
 
 
+def _run() -> int:
+    require_text_names(sys.argv[1:], os.environ)
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in RECORDED:  # those hear signals in their own ways
+        unwind_when_told()
+    try:
+        application(command)()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        return end.code
+    return 0
+
+
 def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
     begin_process()
     # Before torch is imported: its C++ warns of connections, which are reported otherwise.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        require_text_names(sys.argv[1:], os.environ)
-        command = sys.argv[1] if len(sys.argv) > 1 else ""
-        if command not in RECORDED:  # those hear signals in their own ways
-            unwind_when_told()
-        application(command)()
-        code = 0
-    except HoldfastError as error:
-        tell(f"holdfast: {error}")
-        code = error.exit_code
-    except OSError as error:
-        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        tell(f"holdfast: {place}{error.strerror or error}")
-        code = 1
-    except MemoryError as error:
-        tell(f"holdfast: there is not enough memory{f': {error}' if str(error) else ''}")
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise
-        code = end.code
+    code = exit_code_of(_run)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on one ends what is left at once
     if (reason := stream_error()) and not code and sys.argv[1] not in RECORDED:
         tell(f"holdfast: the output cannot be written: {reason}")

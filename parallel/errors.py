@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterable
 
 _UNPRINTABLE = re.compile(
     r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
+"""What Python and C++ say of a thread that may not begin."""
 _MOST_SHOWN = 120
 """The most characters of a value in a message."""
 
@@ -110,6 +114,17 @@ def printable(text: str) -> str:
     Names that come from files could otherwise steer the terminal on which they are shown.
     """
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def process_refusal(error: BaseException) -> str:
+    """Why the system let no further process or thread begin; empty for other errors. Pure."""
+    begins = isinstance(error, OSError) and error.errno == errno.EAGAIN and not error.filename
+    if begins or (isinstance(error, RuntimeError) and str(error) in _NO_THREAD):
+        return (
+            "no further process or thread may begin here: this user or container has as many as it "
+            "is allowed (ulimit -u, pids.max); raise that limit, or end others"
+        )
+    return ""
 
 
 def shown(value: object) -> str:

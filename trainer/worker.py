@@ -16,7 +16,7 @@ import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.comm import LOOPBACK_NAMES
-from holdfast.parallel.errors import ConfigError, PeerLost, Stopped
+from holdfast.parallel.errors import ConfigError, PeerLost, Stopped, process_refusal
 from holdfast.parallel.files import torch_caches_in
 from holdfast.parallel.links import (
     BEAT_S,
@@ -84,6 +84,8 @@ def connect(world: WorldInfo) -> Store:
             f"what answers at {place} is not rank 0 of this job: {error}; {ONE_SECRET}"
         ) from error
     except (OSError, RuntimeError) as error:
+        if process_refusal(error):
+            raise
         reason = str(error).splitlines()[0]
         raise PeerLost(
             f"the rendezvous store at {place} cannot be used: {reason}; free the port or choose "

@@ -83,6 +83,7 @@ def take_ranks(run: RunDirectory, count: int) -> tuple[JoinInfo, tuple[int, ...]
     Raises:
         ConfigError: the run is not under way, or cannot be reached from here.
     """
+    _read(run)  # no lock is left in a folder that is not a run's
     with _locked(run):
         info = _read(run)
         _check_reachable(run, info)
@@ -120,6 +121,8 @@ def _read(run: RunDirectory) -> JoinInfo:
     try:
         return decode_json(read_regular(run.join_file, _MOST_BYTES), JoinInfo)
     except FileNotFoundError:
+        if not run.root.exists():
+            raise ConfigError(f"{run.root} does not exist; name the folder of a run") from None
         raise ConfigError(
             f"{run.root} is not an elastic run that is under way; start it with elastic.enabled = "
             "true, and join while it runs"
@@ -133,8 +136,6 @@ def _locked(run: RunDirectory) -> Iterator[None]:
     path = run.root / ".join-lock"
     try:
         descriptor = open_lock(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{run.root} does not exist; name the folder of a run") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
     try:

@@ -16,6 +16,9 @@ from .foreign_lines import (
 from .log_file import (
     LogFile as LogFile,
 )
+from .process_end import (
+    exit_code_of as exit_code_of,
+)
 from .process_start import (
     begin_process as begin_process,
     unwind_when_told as unwind_when_told,

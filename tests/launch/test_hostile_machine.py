@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.runs.commands import HOLDFAST, environment, holdfast, lines_of
+from support.runs.commands import CONFIG, HOLDFAST, environment, holdfast, lines_of
 
 PLAIN = ("--set", "parallel.pipeline=1", "--set", "parallel.data=1")
 ELASTIC = ("--set", "parallel.pipeline=1", "--set", "elastic.enabled=true")
@@ -166,6 +167,37 @@ def test_a_clock_that_goes_back_a_nameless_user_a_deaf_parent_and_a_loud_torch_c
     (cache,) = (config.parent / "tmp").iterdir()
     assert cache.name == f"holdfast-cache-{os.getuid()}"
     assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.mp
+@pytest.mark.parametrize("most", [2, 5, 9])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*HOLDFAST, "train", *PLAIN],
+        [*HOLDFAST, "train", *ELASTIC],
+        [*HOLDFAST, "check"],
+        [sys.executable, "-m", "holdfast.trainer", *PLAIN],
+    ],
+    ids=["plain", "elastic", "check", "worker"],
+)
+def test_a_user_that_may_start_no_further_process_is_told_in_a_line(
+    command: list[str], most: int
+) -> None:
+    alone = ["setpriv", f"--reuid={61_000 + most}", "--clear-groups"]
+    reads = [f"--{kind}-caps=+dac_override,+dac_read_search" for kind in ("inh", "ambient")]
+    if subprocess.run([*alone, *reads, "true"], capture_output=True).returncode:
+        pytest.skip("only root can start a process of a user that has no others")
+    with tempfile.TemporaryDirectory() as folder:  # one that others can enter
+        os.chmod(folder, 0o777)
+        Path(folder, "run.toml").write_text(CONFIG)
+        done = subprocess.run(
+            [*alone, *reads, "prlimit", f"--nproc={most}", *command, "run.toml"],
+            cwd=folder, env=environment(), capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+    assert done.returncode in (1, 2)
+    assert "(ulimit -u, pids.max)" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.mp

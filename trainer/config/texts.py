@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.checkpoint.format import local_path, place_fault
+from holdfast.checkpoint.format import local_path, place_fault, scheme_of
 from holdfast.parallel.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _LONGEST = 4096
 """Linux's longest path, in bytes."""
+_LONGEST_NAME = 255
+"""The longest name of a file or folder, in bytes."""
 
 
 def text_problems(config: RunConfig) -> Iterator[str]:
@@ -41,7 +43,10 @@ def _problem(text: str) -> str:
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         return "must not have control characters"
     try:
-        length = len(text.encode("utf-8"))
+        written = text.encode()
     except UnicodeEncodeError:
         return "is not UTF-8 text"
-    return f"has {length} bytes; at most {_LONGEST}" if length > _LONGEST else ""
+    if len(written) > _LONGEST:
+        return f"has {len(written)} bytes; at most {_LONGEST}"
+    name = 0 if scheme_of(text) else max(map(len, written.split(b"/")))
+    return f"a name in it has {name} bytes; at most {_LONGEST_NAME}" if name > _LONGEST_NAME else ""

@@ -55,7 +55,7 @@ def prepare(
     Args:
         inputs: files and folders, as in `data.path`; a file is a document. None: the Python
             standard library.
-        output_prefix: path without suffix; its folder is made.
+        output_prefix: path without suffix, which ends in a name; its folder is made.
         tokenizer: "bytes" or the path of a `tokenizer.json`.
         json_key: when given, all inputs are JSON (lines, or an array of objects), and the value
             under this key of each object is a document. "": JSON is plain text. None: files with
@@ -68,8 +68,14 @@ def prepare(
         Counts, and `vocab`: the smallest `model.vocab` that holds every id of the tokenizer.
 
     Raises:
-        DataError: input that cannot be used, output that exists, or megatron-core missing.
+        DataError: input that cannot be used, output that exists or has no name, or megatron-core
+            missing.
     """
+    if os.path.basename(output_prefix) in ("", ".", ".."):
+        raise DataError(
+            f'output "{output_prefix}": a prefix ends in a name, such as corpus/text, to which '
+            ".bin and .idx are added"
+        )
     files = list_documents(inputs, key="input")
     encoder = load_tokenizer(tokenizer, key="tokenizer", end_of_text=end_of_text)
     bin_path, idx_path = Path(f"{output_prefix}.bin"), Path(f"{output_prefix}.idx")

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,51 @@ def require_descriptors(ranks_here: int, limit: int | None = None) -> None:
         )
 
 
+def require_threads(
+    ranks_here: int,
+    nodes_here: int,
+    threads_per_rank: int,
+    free: Callable[[int], int] | None = None,
+) -> None:
+    """Check that this user or container may start the threads and processes of its ranks.
+
+    Args:
+        nodes_here: the agents of an elastic run on this machine; 0: the run is not elastic.
+        free: see `free_threads`, the default.
+    Raises:
+        ConfigError: it may not.
+    """
+    # A worker was seen with 10 threads, an agent with 6, and in an elastic run each may have a
+    # replacement that starts beside it.
+    needed = (10 + threads_per_rank) * ranks_here
+    needed += 12 * (ranks_here + nodes_here) if nodes_here else 0
+    found = (free or free_threads)(needed)
+    if found < needed:
+        raise ConfigError(
+            f"the {ranks_here} ranks here need up to {needed} processes and threads, and {found} "
+            "more may begin (ulimit -u, pids.max); raise that limit, end others, or start fewer "
+            "ranks here"
+        )
+
+
+def free_threads(most: int) -> int:
+    """The number of threads that may begin now, counted up to `most`. Local."""
+    begun: list[threading.Thread] = []
+    end = threading.Event()
+    try:
+        while len(begun) < most:
+            thread = threading.Thread(target=end.wait)
+            thread.start()
+            begun.append(thread)
+    except RuntimeError:  # no further one may
+        pass
+    finally:
+        end.set()
+        for thread in begun:
+            thread.join()
+    return len(begun)
+
+
 def free_ports(most: int) -> int:
     """The number of local ports that are free now, counted up to `most`. Local."""
     with contextlib.ExitStack() as held:
@@ -158,7 +204,9 @@ def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = N
     require_descriptors(ranks_here)
     if ranks_here > 1 or config.elastic.enabled:
         require_loopback()
-    require_ports(ranks_here, config.elastic.local_nodes if config.elastic.enabled else 0)
+    nodes_here = config.elastic.local_nodes if config.elastic.enabled else 0
+    require_ports(ranks_here, nodes_here)
+    require_threads(ranks_here, nodes_here, threads)
     if config.train.device == "cuda" or (config.train.device == "auto" and machine.has_gpu):
         return  # the state is in the memory of the GPUs
     needed = _rank_bytes(config) * ranks_here

@@ -27,6 +27,15 @@ def run(tmp_path: Path) -> Iterator[RunDirectory]:
         yield run
 
 
+def test_nothing_is_left_in_a_folder_that_is_not_a_run_s(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="other is not an elastic run that is under way"):
+        take_ranks(RunDirectory(tmp_path / "other"), 1)
+    assert not list((tmp_path / "other").iterdir())
+    with pytest.raises(ConfigError, match="none does not exist; name the folder of a run"):
+        take_ranks(RunDirectory(tmp_path / "none"), 1)
+
+
 def test_no_rank_is_given_out_twice(run: RunDirectory) -> None:
     assert take_ranks(run, 2)[1] == (4, 5)
     assert take_ranks(run, 1)[1] == (6,)

@@ -20,10 +20,12 @@ from holdfast.trainer.plan_report import plan_report
 from holdfast.trainer.run.machine import (
     Machine,
     free_ports,
+    free_threads,
     require_descriptors,
     require_ports,
     require_processes,
     require_room,
+    require_threads,
     this_machine,
 )
 from holdfast.trainer.run.throughput import measure_throughput
@@ -73,6 +75,7 @@ def test_every_number_of_a_configuration_has_a_range(smallest: Path) -> None:
          "the square of the tensor degree"),
         ("checkpoint.path=a\x00b", "must not have control characters"),
         (f"offload.path={'a' * 5000}", "has 5000 bytes; at most 4096"),
+        (f"checkpoint.path=a/{'ä' * 128}/b", "a name in it has 256 bytes; at most 255"),
         ('data.path=["a\\u001bb"]', "must not have control characters"),
         ("model.\x1b[31m=1", "model.\\x1b[31m is not a key"),
         ("train.steps=\udcff", "is not UTF-8 text"),
@@ -164,6 +167,16 @@ def test_ranks_that_lack_local_ports_to_connect_are_refused() -> None:
         require_ports(4, 0, lambda most: 39)
     with pytest.raises(ConfigError, match="need at least 120 local ports to connect, and 119 are"):
         require_ports(4, 2, lambda most: 119)
+
+
+def test_ranks_that_may_not_start_their_threads_are_refused() -> None:
+    assert free_threads(50) == 50
+    require_threads(4, 0, 1, lambda most: min(most, 44))
+    require_threads(4, 2, 1, lambda most: min(most, 116))
+    with pytest.raises(ConfigError, match=r"4 ranks here need up to 44 processes .*, and 43 more"):
+        require_threads(4, 0, 1, lambda most: 43)
+    with pytest.raises(ConfigError, match="need up to 120 processes and threads, and 119 more may"):
+        require_threads(4, 2, 2, lambda most: 119)
 
 
 def test_ranks_whose_processes_may_not_open_enough_are_refused() -> None:

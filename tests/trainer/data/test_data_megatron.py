@@ -144,6 +144,9 @@ def test_prepare_that_fails_leaves_the_old_files_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'input ".*bad\.txt": not UTF-8 at byte 0'):
         prepare([str(good), str(bad)], tmp_path / "c", overwrite=True)
     assert (tmp_path / "c.bin").read_bytes() == before
+    for nameless in ("", "/", tmp_path / "..", f"{tmp_path}/"):
+        with pytest.raises(DataError, match="a prefix ends in a name, such as"):
+            prepare([str(good)], nameless)
     (tmp_path / "link.idx").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"link\.idx exists already"):
         prepare([str(good)], tmp_path / "link")

@@ -1,0 +1,38 @@
+"""The end of a process that a person started: an exit code, and a line for an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from holdfast.parallel.errors import HoldfastError, process_refusal
+from holdfast.parallel.output.terminal import tell
+
+
+def exit_code_of(command: Callable[[], int]) -> int:
+    """Run a command and return the process's exit code. Local.
+
+    An error that a person can mend is one line on standard error. Others are raised.
+    """
+    try:
+        return command()
+    except HoldfastError as error:
+        tell(f"holdfast: {error}")
+        return error.exit_code
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (reason := process_refusal(error) or _reason(error)):
+            raise
+        tell(f"holdfast: {reason}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _reason(error: Exception) -> str:
+    """What the machine refused; empty: something else went wrong."""
+    if isinstance(error, OSError):
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return f"{place}{error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{f': {error}' if str(error) else ''}"
+    return ""

@@ -104,10 +104,7 @@ def test_index_is_the_published_format_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "c.bin").read_bytes() == struct.pack("<7H", *b"abc", 256, *b"de", 256)
 
 
-def test_prepared_corpus_gives_the_samples_of_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
+def test_prepared_corpus_gives_the_samples_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the quick brown fox " * 50)
     prepare([str(tmp_path / "a.txt")], tmp_path / "c")
     text = DataConfig(kind="text", path=[str(tmp_path / "a.txt")])

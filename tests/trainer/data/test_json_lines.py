@@ -20,11 +20,6 @@ from holdfast.trainer.data.tokenizer import corpus_notes, load_tokenizer
 from holdfast.trainer.run.resume import differing_keys
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
-
-
 def texts(content: bytes, key: str = "text") -> list[str]:
     lines = content.splitlines(keepends=True)
     return [found.decode() for found in json_documents(lines, "x.jsonl", key)]

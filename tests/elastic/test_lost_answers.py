@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ SLOW_S = 12.0
 for."""
 LIMIT_S = 30.0
 """Seconds after which all must be together."""
+SCHEDULES = 30_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 4_000
 
 
 @dataclass
@@ -237,4 +239,4 @@ def test_no_lost_or_late_message_splits_a_run_holds_it_up_or_costs_a_healthy_wor
 
 @pytest.mark.slow
 def test_thousands_of_schedules_end_with_all_together() -> None:
-    check(range(300, 8000))
+    check(range(300, SCHEDULES))

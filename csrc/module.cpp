@@ -111,6 +111,8 @@ void define_dropout(nb::module_& module, const char* name) {
 NB_MODULE(_native, module) {
   using namespace holdfast;
   module.doc() = "Native kernels of holdfast.";
+  // A command ends without a last collection, so objects are left; a person should not read of it.
+  nb::set_leak_warnings(false);
   const char* wanted = std::getenv("HOLDFAST_NATIVE_ISA");
   choose_instruction_set(wanted ? wanted : "auto");
   module.def("isa", &instruction_set_name);

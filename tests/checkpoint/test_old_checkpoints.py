@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from holdfast.checkpoint import Checkpointer, load
 from holdfast.parallel.errors import CheckpointError
+from support.runs.commands import holdfast
 from support.runs.golden_runs import assert_near, read_records, runs_of_kind, this_kind
 from support.runs.old_runs import (
     OLD,
@@ -61,6 +62,14 @@ def test_verify_finds_nothing_wrong(tmp_path: Path, name: str) -> None:
     code, printed = command(tmp_path, "verify", str(_place(name)), "--json")
     assert code == 0, printed
     assert json_of(printed) == {"path": str(_place(name)), "ok": True, "problems": []}
+
+
+def test_commands_that_end_well_write_nothing_to_standard_error(tmp_path: Path) -> None:
+    place = str(checkpoint_of(next(iter(RUNS))))
+    converted = ["convert", place, "converted", "--to", "hf"]
+    for arguments in (["verify", place], ["inspect", place], ["diff", place, place], converted):
+        done = holdfast(tmp_path, *arguments)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -5,11 +5,9 @@ A command imports only what it needs; only commands that compute import torch.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
-import threading
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Final, NoReturn
@@ -21,6 +19,7 @@ try:
     from holdfast.parallel.output import (
         begin_process,
         exit_code_of,
+        leave,
         say,
         stream_error,
         tell,
@@ -94,18 +93,12 @@ def _run() -> int:
 def main() -> NoReturn:
     """Run the command; an error is one line and an exit code, never a traceback."""
     begin_process()
-    # Before torch is imported: its C++ warns of connections, which are reported otherwise.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = exit_code_of(_run)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on one ends what is left at once
     if (reason := stream_error()) and not code and sys.argv[1] not in RECORDED:
         tell(f"holdfast: the output cannot be written: {reason}")
         code = Unanswered.exit_code if sys.argv[1] in ANSWERING else 1
-    if any(thread.daemon for thread in threading.enumerate()):
-        # A thread in native code at the end of the interpreter would end the process with SIGABRT.
-        os._exit(code)
-    gc.freeze()  # a last collection of what torch has made takes half a second of a core
-    sys.exit(code)
+    leave(code)
 
 
 if __name__ == "__main__":

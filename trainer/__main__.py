@@ -7,20 +7,29 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from holdfast.parallel.links import new_secret
-from holdfast.parallel.output import begin_process, exit_code_of, outlive_readers
+from holdfast.parallel.output import (
+    begin_process,
+    exit_code_of,
+    leave,
+    outlive_readers,
+    stream_error,
+)
 from holdfast.parallel.reading import require_text_names
 from holdfast.trainer.external_launcher import run_external_worker
 from holdfast.trainer.run import RunRequest, begin_to_hear, job_secret, load_run_config
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
 
-def main() -> int:
+def main() -> NoReturn:
     begin_process()
     outlive_readers()
     begin_to_hear()
-    return exit_code_of(_run)
+    code = exit_code_of(_run)
+    stream_error()
+    leave(code)
 
 
 def _run() -> int:
@@ -42,4 +51,4 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

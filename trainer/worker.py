@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
-from holdfast.parallel.comm import LOOPBACK_NAMES
+from holdfast.parallel.comm import LOOPBACK_NAMES, end_transports
 from holdfast.parallel.errors import ConfigError, PeerLost, Stopped, process_refusal
 from holdfast.parallel.files import torch_caches_in
 from holdfast.parallel.links import (
@@ -168,6 +168,7 @@ def run_worker(
     def body() -> None:
         check_config(config, world.world_size)
         task(config, world, store or connect(world), run)
+        end_transports()
 
     def report(reason: RankError) -> None:
         if not (reason.kind == PeerLost.__name__ and another_rank_tells(run, world)):

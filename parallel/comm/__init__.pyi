@@ -14,6 +14,7 @@ from .groups import (
     Groups as Groups,
     build_groups as build_groups,
     edit_groups as edit_groups,
+    end_transports as end_transports,
     separate_group as separate_group,
 )
 from .protocol import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "NcclCommunicator",
     "build_groups",
     "edit_groups",
+    "end_transports",
     "gloo_device",
     "separate_group",
 ]
@@ -149,6 +151,12 @@ def build_groups(
         case unknown:
             assert_never(unknown)
     return Groups(whole, votes, along, signal, recorder, mesh)
+
+
+def end_transports() -> None:
+    """End what all ranks must end together: MPI, if it was used. Collective over all ranks."""
+    if (mpi := sys.modules.get("holdfast.parallel.comm.mpi")) is not None:
+        mpi.end()
 
 
 def separate_group(

@@ -5,8 +5,7 @@ Waits test their request and the generation in turn, so an abort ends them even 
 go on waiting. An abort also revokes the communicators with messages under way, which frees the
 peers. MPI moves large messages only during its calls; later waits complete a send.
 
-Start workers with `mpirun --with-ft ulfm`. Without it everything works but `edit`. A process that
-has survived a loss ends with `end_process`.
+Start workers with `mpirun --with-ft ulfm`. Without it everything works but `edit`.
 """
 
 from __future__ import annotations
@@ -34,19 +33,20 @@ _SPINS = 100
 _PAUSE_S = 5e-5
 _DRAIN_S = 5.0
 
+_LIBRARY = ctypes.CDLL(MPI.__file__)  # its calls let other threads run
+
 logger = logging.getLogger("holdfast.comm")
 
 
 def _begin() -> None:
-    """Start MPI in this process, and end it at exit. Both are collective over the job.
+    """Start MPI in this process. Collective over the job.
 
     mpi4py would let no other thread run while it waits for the other processes, and these may come
     only after they have heard from the store that a thread of this one serves. Checkpoints and
     aborts call MPI from threads of their own.
     """
-    library = ctypes.CDLL(MPI.__file__)  # its calls let other threads run
     allowed = ctypes.c_int()
-    failed = library.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(allowed))
+    failed = _LIBRARY.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(allowed))
     if failed or allowed.value != MPI.THREAD_MULTIPLE:
         raise ConfigError(
             f"parallel.backend = 'mpi' needs an MPI with MPI_THREAD_MULTIPLE; MPI_Init_thread "
@@ -54,7 +54,17 @@ def _begin() -> None:
         )
     for comm in (MPI.COMM_SELF, MPI.COMM_WORLD):
         comm.Set_errhandler(MPI.ERRORS_RETURN)
-    atexit.register(library.MPI_Finalize)
+    atexit.register(end)
+
+
+def end() -> None:
+    """End MPI in this process. Collective over the job: mpirun calls it a failure if it lacks.
+
+    It may wait for ever for a process that has died, so one that has survived a loss ends with
+    `os._exit`.
+    """
+    if not MPI.Is_finalized():
+        _LIBRARY.MPI_Finalize()
 
 
 if not MPI.Is_initialized():

@@ -18,6 +18,7 @@ from .log_file import (
 )
 from .process_end import (
     exit_code_of as exit_code_of,
+    leave as leave,
 )
 from .process_start import (
     begin_process as begin_process,

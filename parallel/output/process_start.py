@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import NoReturn
@@ -14,9 +15,11 @@ def begin_process() -> None:
 
     A parent that ignores SIGCHLD would have the kernel forget the exit codes of workers; one that
     blocks signals would keep SIGTERM and SIGINT from being heard. Call it first in a program, in
-    its main thread.
+    its main thread, before torch is imported.
     """
     make_streams_safe()
+    # torch's C++ warns of connections, which are reported otherwise.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

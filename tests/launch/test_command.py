@@ -55,6 +55,9 @@ def launchers() -> dict[str, list[str]]:
         "torchrun module": [*torchrun, "-m", "holdfast.trainer"],
         "torchrun command": [*torchrun, "-m", "holdfast.launch.cli", "train"],
         "mpirun": [*mpirun, "-n", "4", *HOLDFAST, "train"],
+        "mpirun over MPI without ULFM": [
+            *(*mpirun, "-n", "4", *HOLDFAST, "train", "--set", "parallel.backend=mpi"),
+        ],
         "mpirun over MPI": [
             *mpirun,
             *("--with-ft", "ulfm", "-n", "4", sys.executable, "-m", "holdfast.trainer"),
@@ -90,6 +93,7 @@ def test_other_launchers_give_the_same_bits(
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
+    assert "[c10d]" not in done.stderr
     under = lines_of(config.parent / "under" / "metrics.jsonl")
     assert [line["loss_hex"] for line in under] == one_replica_s_losses
 

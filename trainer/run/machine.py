@@ -10,7 +10,8 @@ import contextlib
 import errno
 import os
 import socket
-import threading
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,20 @@ _PER_CORE = 32
 """Processes on a core: more only take turns, and heartbeats come late."""
 _PROCESS_BYTES = 96 << 20
 """What a worker takes for itself, beside code that is shared and the state of the model."""
+_COUNT_THREADS = """
+import os, sys, threading
+threading.stack_size(1 << 16)
+begun = 0
+try:
+    while begun < int(sys.argv[1]):
+        threading.Thread(target=threading.Event().wait).start()
+        begun += 1
+except RuntimeError:
+    pass
+print(begun, flush=True)
+os._exit(0)
+"""
+_COUNT_S = 30.0
 _GPU = Path("/dev/nvidiactl")
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -159,21 +174,18 @@ def require_threads(
 
 
 def free_threads(most: int) -> int:
-    """The number of threads that may begin now, counted up to `most`. Local."""
-    begun: list[threading.Thread] = []
-    end = threading.Event()
+    """The number of threads that may begin now, counted up to `most`. Local.
+
+    They begin in a process of their own: each would keep some address space of this one.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _COUNT_THREADS, str(most)]
     try:
-        while len(begun) < most:
-            thread = threading.Thread(target=end.wait)
-            thread.start()
-            begun.append(thread)
-    except RuntimeError:  # no further one may
-        pass
-    finally:
-        end.set()
-        for thread in begun:
-            thread.join()
-    return len(begun)
+        done = subprocess.run(command, capture_output=True, timeout=_COUNT_S)
+        return int(done.stdout)
+    except BlockingIOError:  # not even one process
+        return 0
+    except (OSError, ValueError, subprocess.TimeoutExpired):  # there may be enough
+        return most
 
 
 def free_ports(most: int) -> int:

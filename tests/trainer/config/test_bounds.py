@@ -138,6 +138,7 @@ def test_a_layout_of_thousands_of_ranks_is_planned_without_starting_a_process(
             refused()
 
 
+@pytest.mark.mp
 def test_the_machine_has_room_for_what_fits_and_no_more(smallest: Path) -> None:
     config = load_config(smallest, ["parallel.data=8"])
     require_room(config, 8, SMALL)
@@ -169,6 +170,7 @@ def test_ranks_that_lack_local_ports_to_connect_are_refused() -> None:
         require_ports(4, 2, lambda most: 119)
 
 
+@pytest.mark.mp
 def test_ranks_that_may_not_start_their_threads_are_refused() -> None:
     assert free_threads(50) == 50
     require_threads(4, 0, 1, lambda most: min(most, 44))

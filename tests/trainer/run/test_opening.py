@@ -89,6 +89,7 @@ def test_torch_makes_no_folder_among_temporary_files_while_a_run_is_open(
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/named/by/the/user"
 
 
+@pytest.mark.mp
 @pytest.mark.parametrize(
     ("changes", "fresh"),
     [

@@ -19,7 +19,7 @@ from holdfast.parallel.comm import LOOPBACK_NAMES, end_transports
 from holdfast.parallel.errors import ConfigError, PeerLost, Stopped, process_refusal
 from holdfast.parallel.files import torch_caches_in
 from holdfast.parallel.links import (
-    BEAT_S,
+    ANY_BEATS,
     ONE_SECRET,
     HostedStore,
     StoreAccess,
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from holdfast.elastic import WorkerSpec
 
 STORE_TIMEOUT_S = 300.0
-_SILENT_BEATS = int(STORE_TIMEOUT_S / BEAT_S)
-"""A worker that another launcher started serves the store beside its work, and is silent as long as
-a call of a library does not let other threads run."""
 KNOCK_S = 5.0
 _MEET_S = 0.05
 PEER_REASON_S = 2.0
@@ -71,12 +68,11 @@ def connect(world: WorldInfo) -> Store:
         if world.store_is_server:
             hosted = listen(_listened_at(world), world.store_port)
             place = f"{world.store_host}:{hosted.getsockname()[1]}"
-            HostedStore(
-                hosted, key, silent_beats=_SILENT_BEATS
-            )  # its door's thread keeps it until this process ends
+            # Its door's thread keeps it until this process ends.
+            HostedStore(hosted, key, silent_beats=ANY_BEATS)
         elif world.job:  # its host was started elsewhere, and may come later
             until_answered(lambda _: knock(place, key, KNOCK_S), waiting.left_s)
-        tunnels = Tunnels(silent_beats=_SILENT_BEATS)
+        tunnels = Tunnels(silent_beats=ANY_BEATS)
         with waiting.in_a_call():
             return StoreAccess(tunnels, key).connect(place, STORE_TIMEOUT_S, STORE_TIMEOUT_S)
     except StrangerError as error:

@@ -5,7 +5,7 @@ from .door import (
     to_server as to_server,
 )
 from .link import (
-    BEAT_S as BEAT_S,
+    ANY_BEATS as ANY_BEATS,
     StrangerError as StrangerError,
 )
 from .meeting import (

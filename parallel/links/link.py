@@ -13,6 +13,7 @@ import asyncio
 import hmac
 import secrets
 import struct
+import sys
 
 GREETING_S = 5.0
 """Seconds that a peer may take to prove that it holds the key."""
@@ -22,6 +23,9 @@ BEAT_S = 1.0
 SILENT_BEATS = 12
 """The seconds without a record, each counted while this process ran, that end a link. A process
 that is stopped for some seconds and goes on keeps its links."""
+ANY_BEATS = sys.maxsize
+"""For links that no silence ends: where nothing takes the place of a rank, one that is stopped, or
+calls a library that lets no other thread run, is waited for however long that takes."""
 _GREETING = b"holdfast link 1\n"
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32

@@ -123,3 +123,24 @@ def test_termination_saves_the_last_step_and_ends(
     assert f"stopped by a signal after step {last}, which is saved" in errors
     assert (run / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
     wait_until(lambda: not any(alive(pid) for pid in workers))
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_a_worker_that_was_stopped_for_a_while_still_takes_part_in_saves(
+    long_run: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, run = long_run
+    checkpoints = run / "checkpoints"
+    process.send_signal(signal.SIGUSR1)
+    wait_until((checkpoints / "latest").exists)
+    before = (checkpoints / "latest").read_text()
+    stopped = max(descendants(process.pid))
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(16)  # longer than a link of an elastic run may be silent
+    os.kill(stopped, signal.SIGCONT)
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: (checkpoints / "latest").read_text() != before)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 3

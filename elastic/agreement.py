@@ -146,6 +146,18 @@ def acceptor_from_data(plain: list[Any]) -> AcceptorState:
     return AcceptorState(generation, parse_identities(members), parse_identities(accepted))
 
 
+class PassedOver(Superseded):
+    """A generation was chosen without a worker of the last one."""
+
+    def __init__(self, identity: Identity, chosen: AcceptorState) -> None:
+        super().__init__(
+            f"rank {identity.rank}: the run went on as generation {chosen.generation} with ranks "
+            f"{format_identities(chosen.members)}, without this process; a new process takes its "
+            "place"
+        )
+        self.chosen = chosen
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The conclusion of one worker from a round."""
@@ -224,6 +236,15 @@ def misses_answer(report: Report, generation: Generation) -> bool:
     )
 
 
+def aware(chosen: AcceptorState, reports: Mapping[Identity, Report]) -> Identities:
+    """The workers of a round that know of a generation, or have ended."""
+    return frozenset(
+        identity
+        for identity, report in reports.items()
+        if report.acceptor.generation >= chosen.generation or not report.alive
+    )
+
+
 def needs_another(report: Report, generation: Generation) -> bool:
     """Whether a member takes part again that this generation does not serve, or has ended."""
     inside = report.identity in generation.identities and not report.settled
@@ -279,10 +300,7 @@ def _moved(
 ) -> AcceptorState:
     """The acceptor state of a worker that learns of a generation."""
     if own.identity in acceptor.members and own.identity not in members:
-        raise Superseded(
-            f"rank {own.identity.rank}: the run went on as generation {generation} with ranks "
-            f"{format_identities(members)}, without this process; a new process takes its place"
-        )
+        raise PassedOver(own.identity, AcceptorState(generation, members))
     return AcceptorState(generation, members)
 
 

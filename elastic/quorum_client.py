@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +16,11 @@ from typing import Any
 from holdfast.elastic.acceptor_state import AcceptorFile
 from holdfast.elastic.agreement import (
     AcceptorState,
+    PassedOver,
     Report,
     Verdict,
     advance,
+    aware,
     misses_answer,
     needs_another,
     report_from_data,
@@ -24,14 +28,16 @@ from holdfast.elastic.agreement import (
 )
 from holdfast.elastic.generation import Generation, Identity
 from holdfast.elastic.lighthouse import (
+    LighthouseAway,
     RoundClient,
+    RoundTimeout,
     identity_of,
     lighthouse_key,
     reached_by,
     replica_id,
 )
 from holdfast.elastic.membership_events import MembershipEvent
-from holdfast.parallel.errors import MembershipError, Superseded
+from holdfast.parallel.errors import MembershipError
 from holdfast.parallel.links import Tunnels, derived_key, new_secret
 
 logger = logging.getLogger("holdfast.membership")
@@ -122,7 +128,7 @@ class QuorumClient:
     ) -> None:
         self.identity = identity
         self.acceptor = acceptor_file.read()
-        self._settings = settings
+        self.settings = settings
         self._acceptor_file = acceptor_file
         self._client = RoundClient(settings.lighthouse)
         self._replica = replica_id(settings.run, identity)
@@ -156,13 +162,13 @@ class QuorumClient:
         Raises:
             LighthouseAway, RoundTimeout: see `RoundClient.round`.
         """
-        sealed = sealed_report(own, self._replica, self._settings.report_key)
+        sealed = sealed_report(own, self._replica, self.settings.report_key)
         answer = self._client.round(self._replica, sealed, timeout_s)
         reports = dict[Identity, Report]()
         for replica, data in answer:
-            identity = identity_of(replica, self._settings.run)
+            identity = identity_of(replica, self.settings.run)
             if identity is not None:
-                found = opened_report(data, replica, self._settings.report_key)
+                found = opened_report(data, replica, self.settings.report_key)
                 if found is not None:
                     reports[identity] = found
                 elif replica not in self._strangers:
@@ -354,10 +360,12 @@ def report_on_behalf_of(
     *,
     data: Mapping[str, Any] | None = None,
 ) -> None:
-    """Report for a worker whose process has ended, until a generation without it is chosen.
+    """Report for a worker whose process has ended, until all know of a generation without it.
 
     Blocks; run it in a thread. It keeps what the worker has accepted, so the rule of agreement
     holds. It also completes rounds, so no worker waits for the dead one's heartbeats to grow old.
+    The answer of the round that chose the generation may be lost on the way to some; if these are
+    no majority of the last one, they depend on the acceptances of the dead to learn of it.
 
     Args:
         stop: ends the reports at the next round.
@@ -372,11 +380,13 @@ def report_on_behalf_of(
             min_ranks=settings.min_ranks,
             data=data or {},
         )
-        while not stop.is_set():
+        chosen: AcceptorState | None = None
+        while chosen is None and not stop.is_set():
             try:
                 verdict, _ = client.round(report, settings.call_s)
-            except Superseded:
-                return
+            except PassedOver as over:
+                chosen = over.chosen
+                continue
             except MembershipError:
                 stop.wait(_PAUSE_UNREACHABLE_S)
                 continue
@@ -384,3 +394,17 @@ def report_on_behalf_of(
                 return
             if verdict.outcome == "wait":
                 stop.wait(PAUSE_S)
+        if chosen is not None:
+            _await_all(client, replace(report, acceptor=client.acceptor), chosen, stop)
+
+
+def _await_all(
+    client: QuorumClient, report: Report, chosen: AcceptorState, stop: threading.Event
+) -> None:
+    """Repeat a report until all members of a chosen generation know of it, or have given up."""
+    settings = client.settings
+    end_s = time.monotonic() + settings.agree_s
+    know: frozenset[Identity] = frozenset()
+    while not (know >= chosen.members or stop.wait(PAUSE_S) or time.monotonic() > end_s):
+        with contextlib.suppress(LighthouseAway, RoundTimeout):
+            know |= aware(chosen, client.exchange(report, settings.call_s))

@@ -69,7 +69,7 @@ def connect(world: WorldInfo) -> Store:
             hosted = listen(_listened_at(world), world.store_port)
             place = f"{world.store_host}:{hosted.getsockname()[1]}"
             # Its door's thread keeps it until this process ends.
-            HostedStore(hosted, key, silent_beats=ANY_BEATS)
+            HostedStore(hosted, key)
         elif world.job:  # its host was started elsewhere, and may come later
             until_answered(lambda _: knock(place, key, KNOCK_S), waiting.left_s)
         tunnels = Tunnels(silent_beats=ANY_BEATS)

@@ -6,6 +6,7 @@ and the save is given up. Training never waits for it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,9 +71,13 @@ class Coordination:
             members: the ranks, with a connection that belongs to this thread.
             name: the name of the save, never used before.
         """
-        self.members, self.name = members, name
-        self._store = PrefixStore(f"checkpoint/{name}", members.store)
-        self.phase = ""
+        self.name, self.phase = name, ""
+        self.use(members)
+
+    def use(self, members: Members) -> None:
+        """Take another connection to the same members."""
+        self.members = members
+        self._store = PrefixStore(f"checkpoint/{self.name}", members.store)
 
     @property
     def rank(self) -> int:
@@ -157,6 +162,19 @@ class Coordination:
                     "the same version of holdfast everywhere"
                 ) from error
         return reports
+
+    def connected_again(self, reason: str) -> Members:
+        """The members for further saves, after this one has failed here.
+
+        The connection may be what failed, so there is a new one, by which the others hear of it.
+
+        Args:
+            reason: why it failed, with this rank and its phase.
+        """
+        self.use(self.members.with_own_connection())
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set("failed", "", reason)
+        return self.members
 
     def clear(self) -> None:
         """Remove this rank's keys, once no rank waits for them."""

@@ -147,10 +147,14 @@ class Saver:
         try:
             if before is not None:
                 before.join(save.deadline.left_s)
-            self._results.put(self._result_of(save))
+                save.coordination.use(self._members)
+            result = self._result_of(save)
+            self._results.put(result)
         finally:
             self._ended.set()
             self._over.set()
+        if result.error:
+            self._members = save.coordination.connected_again(result.error)
         save.tidy(hurry)
 
     def _result_of(self, save: Save) -> SaveResult:

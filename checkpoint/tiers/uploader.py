@@ -161,7 +161,7 @@ class Uploader:
             raise
         except Exception as failure:
             error = str(failure)
-            coordination.report_failure(error)
+            self._members = coordination.connected_again(coordination.said(error))
         name = checkpoint.name
         url = self._target.place_of(name)
         return UploadResult(step_of(name) or 0, name, url, size, perf_counter() - began, error)

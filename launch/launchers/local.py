@@ -27,7 +27,7 @@ from holdfast.launch.processes import (
     on_signals,
 )
 from holdfast.parallel.errors import CheckpointError, Stopped
-from holdfast.parallel.links import ANY_BEATS, HostedStore, listen, new_secret
+from holdfast.parallel.links import HostedStore, listen, new_secret
 from holdfast.parallel.output import tell
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
@@ -145,8 +145,7 @@ def start_workers(
         return words.said(rank, main(local_world(rank, world_size, port, secret)))
 
     ranks = {fork_child(partial(body, rank)): rank for rank in range(world_size)}
-    key = local_world(0, world_size, port, secret).store_key
-    store = HostedStore(listening, key, silent_beats=ANY_BEATS)
+    store = HostedStore(listening, local_world(0, world_size, port, secret).store_key)
     try:
         return watch_workers(ranks, exit_s, has_finished=words.has_come_from)
     finally:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
 
-from holdfast.parallel.links.link import SILENT_BEATS, Link, StrangerError, greeted, splice
+from holdfast.parallel.links.link import ANY_BEATS, Link, StrangerError, greeted, splice
 from holdfast.parallel.links.loop_thread import WAITING, LoopThread
 
 logger = logging.getLogger("holdfast.links")
@@ -120,12 +120,14 @@ class Door:
                 self._on_stranger(told)
 
 
-def to_server(connect: Callable[[], socket.socket], silent_beats: int = SILENT_BEATS) -> Serve:
+def to_server(connect: Callable[[], socket.socket]) -> Serve:
     """Serve a link by a connection of its own to a server in this process.
+
+    No silence ends it: the process at its other end may be stopped, or in a call that lets no other
+    thread run, and goes on to use it. The kernel ends a link to a machine that is gone.
 
     Args:
         connect: makes the connection.
-        silent_beats: see `splice`.
     """
 
     async def serve(link: Link) -> None:
@@ -135,7 +137,7 @@ def to_server(connect: Callable[[], socket.socket], silent_beats: int = SILENT_B
             logger.warning("a server behind a door does not answer: %s", error)
             link.close()
             return
-        await splice(link, reader, writer, silent_beats)
+        await splice(link, reader, writer, ANY_BEATS)
 
     return serve
 

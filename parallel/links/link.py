@@ -24,8 +24,7 @@ SILENT_BEATS = 12
 """The seconds without a record, each counted while this process ran, that end a link. A process
 that is stopped for some seconds and goes on keeps its links."""
 ANY_BEATS = sys.maxsize
-"""For links that no silence ends: where nothing takes the place of a rank, one that is stopped, or
-calls a library that lets no other thread run, is waited for however long that takes."""
+"""For links that no silence ends."""
 _GREETING = b"holdfast link 1\n"
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32

@@ -12,7 +12,7 @@ from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.errors import PeerLost
 from holdfast.parallel.links.door import Door, listen, to_server
-from holdfast.parallel.links.link import SILENT_BEATS, StrangerError
+from holdfast.parallel.links.link import StrangerError
 from holdfast.parallel.links.meeting import knock, until_answered
 from holdfast.parallel.links.name_server import no_name_server
 from holdfast.parallel.links.private_server import PrivateServer
@@ -29,11 +29,7 @@ class HostedStore:
     """A store in native threads of this process, behind a door. Local; make after the last fork."""
 
     def __init__(
-        self,
-        listening: socket.socket,
-        key: bytes,
-        on_stranger: Callable[[str], None] | None = None,
-        silent_beats: int = SILENT_BEATS,
+        self, listening: socket.socket, key: bytes, on_stranger: Callable[[str], None] | None = None
     ) -> None:
         """Host the store.
 
@@ -42,7 +38,6 @@ class HostedStore:
             key: the door's.
             on_stranger: called once, in another thread, with a sentence about the first connection
                 of a stranger.
-            silent_beats: see `splice`.
         Raises:
             PeerLost: a stranger connected to the store before it was private.
         """
@@ -57,8 +52,7 @@ class HostedStore:
                 master_listen_fd=inner.detach(),
             )
         self._server = PrivateServer(copy)
-        serve = to_server(self._connect, silent_beats)
-        self._door = Door(listening, key, serve, on_stranger=on_stranger)
+        self._door = Door(listening, key, to_server(self._connect), on_stranger=on_stranger)
 
     def _connect(self) -> socket.socket:
         """A connection for the door, whose thread keeps this object as long as it is open."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import HashStore, Store
+from torch.distributed import HashStore, Store, TCPStore
 
 from holdfast import _native
 from holdfast.checkpoint.format import WritePlan
@@ -81,6 +83,55 @@ def test_the_first_failure_is_what_every_rank_is_told() -> None:
     for rank in (first, third):
         with pytest.raises(CheckpointError, match=r"^rank 1, write: the disk is full$"):
             rank.collect("end", [0], Deadline(5.0))
+
+
+def test_a_rank_whose_connection_broke_tells_the_others_by_a_new_one() -> None:
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with cut_connections("127.0.0.1", host.port) as (port, cut):
+        store = TCPStore("127.0.0.1", port, wait_for_workers=False)
+        broken = Coordination(Members(1, (0, 0), store).with_own_connection(), "1")
+        broken.enter("begin")
+        cut()
+        with pytest.raises(RuntimeError):
+            broken.report_failure("the disk is full")
+        again = broken.connected_again("rank 1, begin: the connection broke")
+        with pytest.raises(CheckpointError, match=r"^rank 1, begin: the connection broke$"):
+            Coordination(Members(0, (0, 0), host), "1").collect("end", [1], Deadline(5.0))
+        Coordination(again, "2").report("end", {"a": 1})
+        assert Coordination(Members(0, (0, 0), host), "2").collect("end", [1], Deadline(5.0))
+
+
+@contextlib.contextmanager
+def cut_connections(host: str, port: int) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A port that leads to another, and what cuts the connections that it has."""
+    listening = socket.create_server((host, 0))
+    carried: list[socket.socket] = []
+
+    def carry(near: socket.socket, far: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := near.recv(4096):
+                far.sendall(data)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = listening.accept()
+                far = socket.create_connection((host, port))
+                carried.extend((near, far))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=carry, args=ends, daemon=True).start()
+
+    def cut() -> None:
+        for connection in carried:
+            connection.shutdown(socket.SHUT_RDWR)
+        carried.clear()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listening.getsockname()[1], cut
+    finally:
+        listening.close()
+        cut()
 
 
 def test_a_wait_ends_when_the_save_is_given_up_here() -> None:

@@ -14,10 +14,16 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from holdfast.elastic.agreement import AcceptorState, Report, advance, generation_of
+from holdfast.elastic.agreement import (
+    AcceptorState,
+    PassedOver,
+    Report,
+    advance,
+    aware,
+    generation_of,
+)
 from holdfast.elastic.generation import Generation, Identity
 from holdfast.elastic.quorum_client import PAUSE_S, Attendance, MembershipSettings, told_next
-from holdfast.parallel.errors import Superseded
 
 SETTINGS = MembershipSettings("", "run", 4, hang_timeout_s=0.0)
 JOIN_S = 0.1
@@ -45,6 +51,9 @@ class Worker:
     """The number of the call whose answer it waits for; others are too late."""
     tells: Report | None = None
     """What it reports next as a settled worker; None: it takes part."""
+    passed_by: AcceptorState | None = None
+    """The generation that was chosen without it, once it has ended."""
+    know: frozenset[Identity] = frozenset()
     over: bool = False
 
 
@@ -128,12 +137,17 @@ class World:
 
     def conclude(self, worker: Worker, reports: Mapping[Identity, Report]) -> float:
         worker.attendance.note(reports)
+        if worker.passed_by is not None:
+            worker.know |= aware(worker.passed_by, reports)
+            worker.over = worker.know >= worker.passed_by.members
+            return PAUSE_S
         try:
             verdict = advance(worker.report, reports)
-        except Superseded:
-            worker.over = True
+        except PassedOver as over:
             if worker.report.alive:
+                worker.over = True
                 self.superseded.append(worker.report.identity)
+            worker.passed_by = over.chosen
             return 0.0
         acceptor = verdict.acceptor
         worker.report = replace(worker.report, acceptor=acceptor)
@@ -218,7 +232,9 @@ def world(seed: int) -> World:
         for identity in chance.sample(sorted(start), chance.randint(1, len(start) - 1)):
             made.slow_down(identity, generation)
     if first.generation and len(start) > 2 and chance.random() < 0.3:
-        made.after(chance.uniform(0, BAD_S), lambda: made.kill(chance.choice(sorted(start))))
+        at_s = chance.uniform(0, BAD_S)
+        for identity in chance.sample(sorted(start), chance.randint(1, len(start) - 1)):
+            made.after(at_s, lambda i=identity: made.kill(i))
     return made
 
 

@@ -163,7 +163,11 @@ def run_worker(
 
     def body() -> None:
         check_config(config, world.world_size)
-        task(config, world, store or connect(world), run)
+        try:
+            task(config, world, store or connect(world), run)
+        except Stopped:  # as all ranks are
+            end_transports()
+            raise
         end_transports()
 
     def report(reason: RankError) -> None:

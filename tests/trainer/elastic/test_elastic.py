@@ -347,7 +347,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
             train={"steps": STEPS},
             parallel={"data": 2},
             checkpoint={"every": 4, "path": str(mount)},
-            elastic=pace({"chaos": [fault("fill-disk", 1, 7, seconds=1.0)]}, PACE_S),
+            elastic=pace({"chaos": [fault("fill-disk", 1, 7, seconds=3.0)]}, PACE_S),
         )
         assert run.finish() == 0, run.output()
         assert run.bits() == expected

@@ -28,7 +28,7 @@ from holdfast.elastic.lighthouse import (
     replica_id,
 )
 from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
-from holdfast.elastic.quorum_client import PAUSE_S, Attendance, QuorumClient, Teller
+from holdfast.elastic.quorum_client import PAUSE_S, Attendance, QuorumClient, Teller, ends_of
 from holdfast.elastic.roll import DeadNodes
 from holdfast.elastic.store import StoreClients
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -217,10 +217,8 @@ class Membership:
 
     def _hear_of_ends(self, reports: Mapping[Identity, Report]) -> None:
         """Note why processes have ended, as their agents report it; the event may come later."""
-        for identity, report in reports.items():
-            cause = report.data.get("cause")
-            if not report.alive and isinstance(cause, str):
-                self._log.hear(MembershipEvent("ended", identity, cause))
+        for event in ends_of(reports).values():
+            self._log.hear(event)
 
     def _others_train(self, reports: Mapping[Identity, Report]) -> bool:
         """Whether workers live that are in no round: they train, and admit others after a step."""

@@ -263,6 +263,15 @@ class Teller:
                 self._hear(event)
 
 
+def ends_of(reports: Mapping[Identity, Report]) -> dict[Identity, MembershipEvent]:
+    """The ends of workers whose agents report why they ended; news of them may come later. Pure."""
+    return {
+        identity: MembershipEvent("ended", identity, cause)
+        for identity, report in reports.items()
+        if not report.alive and isinstance(cause := report.data.get("cause"), str)
+    }
+
+
 def told_next(
     own: Report, generation: Generation, reports: Mapping[Identity, Report]
 ) -> tuple[Report, list[MembershipEvent]]:
@@ -275,6 +284,7 @@ def told_next(
     tells = own.identity == min(
         (i for i, r in reports.items() if r.settled and r.acceptor == own.acceptor), default=None
     )
+    ends = ends_of(reports)
     events = [
         MembershipEvent(
             "disturbed" if report.alive else "ended",
@@ -286,7 +296,8 @@ def told_next(
         for identity, report in sorted(reports.items())
         if needs_another(report, generation)
     ]
-    return replace(own, told=generation if missed and tells else None), events
+    heard = [ends.get(event.identity, event) for event in events]
+    return replace(own, told=generation if missed and tells else None), heard
 
 
 class Attendance:

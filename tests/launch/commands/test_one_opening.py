@@ -21,6 +21,7 @@ from holdfast.trainer.run import RunDirectory, RunRequest
 from holdfast.trainer.worlds.world import WorldInfo
 from support.runs.small_runs import make_config
 
+pytestmark = pytest.mark.mp
 LOCAL: dict[str, str] = {}
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29411"}
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}

@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-FREEZE, THAW = 0xC0045877, 0xC0045878
-"""FIFREEZE and FITHAW of linux/fs.h."""
+STALL = """fsfreeze --freeze "$0" && echo stalled
+timeout "$1" head --lines 1 > /dev/null
+fsfreeze --unfreeze "$0"
+"""
+"""Stalls the disk at a folder until a line is read, the input ends, or a number of seconds has
+passed: the test may be killed or wait for that disk itself, and what is stalled then stays so.
+"""
+STALL_S = 60
 SLOW_SYNC = Path(__file__).with_name("slow_sync.c")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Disk:
     """A mounted file system of its own."""
 
     folder: Path
     """Where it is mounted."""
+    _stall: subprocess.Popen[str] | None = field(default=None, init=False)
 
     def stall(self) -> None:
-        """Let every write, sync and change of a name wait, until `go_on`."""
-        self._control(FREEZE)
+        """Let every write, sync and change of a name wait, until `go_on`, the end of this process,
+        or STALL_S.
+        """
+        self._stall = subprocess.Popen(
+            ["sh", "-c", STALL, str(self.folder), str(STALL_S)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._stall.stdout is not None
+        assert self._stall.stdout.readline() == "stalled\n"
 
     def go_on(self) -> None:
         """Let what waits go on; nothing if it does."""
-        try:
-            self._control(THAW)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
+        if self._stall is not None:
+            self._stall.communicate("go on\n")
+            assert self._stall.returncode == 0, f"{self.folder} cannot go on"
+            self._stall = None
 
     def fill(self) -> None:
         """Take all the room that is left, until `free`."""
@@ -60,13 +75,6 @@ class Disk:
     @property
     def _ballast(self) -> Path:
         return self.folder / "ballast"
-
-    def _control(self, request: int) -> None:
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.ioctl(descriptor, request, 0)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -93,6 +94,18 @@ def test_a_stalled_disk_holds_writes_until_it_goes_on_and_a_full_one_has_no_room
             (tried.folder / "more").write_bytes(bytes(1 << 16))
         tried.free()
         (tried.folder / "more").write_bytes(bytes(1 << 16))
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+def test_a_disk_that_a_killed_test_has_stalled_goes_on(tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", 8) as tried:
+        child = os.fork()
+        if child == 0:
+            tried.stall()
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert os.waitpid(child, 0) == (child, signal.SIGKILL)
+        (tried.folder / "file").write_text("written")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from holdfast.elastic.generation import Identity, parse_identity
-from holdfast.parallel.errors import ConfigError, MembershipError, PeerLost
+from holdfast.parallel.errors import ConfigError, MembershipError, PeerLost, first_line
 from holdfast.parallel.links import (
     Door,
     PrivateServer,
@@ -331,7 +331,7 @@ def await_lighthouse(
         except StrangerError as error:
             raise ConfigError(f"elastic.lighthouse: what answers at {address}: {error}") from error
         except http.client.HTTPException as error:
-            found = str(error) or type(error).__name__
+            found = first_line(error)
         except (OSError, EOFError) as error:
             reason = str(error)
             sleep(_PAUSE_S)

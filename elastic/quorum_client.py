@@ -286,7 +286,8 @@ def told_next(
     )
     ends = ends_of(reports)
     events = [
-        MembershipEvent(
+        ends.get(identity)
+        or MembershipEvent(
             "disturbed" if report.alive else "ended",
             identity,
             "takes part in a new round" if report.alive else "ended before it began",
@@ -296,8 +297,7 @@ def told_next(
         for identity, report in sorted(reports.items())
         if needs_another(report, generation)
     ]
-    heard = [ends.get(event.identity, event) for event in events]
-    return replace(own, told=generation if missed and tells else None), heard
+    return replace(own, told=generation if missed and tells else None), events
 
 
 class Attendance:

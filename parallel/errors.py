@@ -116,6 +116,20 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, as a terminal can show it; its kind where it says nothing. Pure."""
+    return next(iter(printable(str(error)).splitlines()), "") or type(error).__name__
+
+
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error and what it says first, as a terminal can show it. Pure.
+
+    Below the first line, torch adds its stack.
+    """
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"
+
+
 def process_refusal(error: BaseException) -> str:
     """Why the system let no further process or thread begin; empty for other errors. Pure."""
     begins = isinstance(error, OSError) and error.errno == errno.EAGAIN and not error.filename

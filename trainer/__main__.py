@@ -15,7 +15,6 @@ from holdfast.parallel.output import (
     exit_code_of,
     leave,
     outlive_readers,
-    stream_error,
 )
 from holdfast.parallel.reading import require_text_names
 from holdfast.trainer.external_launcher import run_external_worker
@@ -27,9 +26,7 @@ def main() -> NoReturn:
     begin_process()
     outlive_readers()
     begin_to_hear()
-    code = exit_code_of(_run)
-    stream_error()
-    leave(code)
+    leave(exit_code_of(_run))
 
 
 def _run() -> int:

@@ -16,7 +16,7 @@ import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.comm import LOOPBACK_NAMES, end_transports
-from holdfast.parallel.errors import ConfigError, PeerLost, Stopped, process_refusal
+from holdfast.parallel.errors import ConfigError, PeerLost, Stopped, first_line, process_refusal
 from holdfast.parallel.files import torch_caches_in
 from holdfast.parallel.links import (
     ANY_BEATS,
@@ -82,7 +82,7 @@ def connect(world: WorldInfo) -> Store:
     except (OSError, RuntimeError) as error:
         if process_refusal(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise PeerLost(
             f"the rendezvous store at {place} cannot be used: {reason}; free the port or choose "
             "another (MASTER_PORT), or unset RANK and WORLD_SIZE if they are left over"

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from holdfast import _native
 from holdfast.checkpoint.loading.read_plan import ReadRequest
-from holdfast.parallel.errors import CheckpointError, Unreadable
+from holdfast.parallel.errors import CheckpointError, Unreadable, in_a_line
 from holdfast.parallel.reading import MOST_BYTES, open_regular, read_whole
 
 _T = TypeVar("_T")
@@ -160,6 +160,4 @@ class RemoteReader:
         try:
             return ask(f"{self._path}/{name}")
         except Exception as error:
-            raise Unreadable(
-                f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}"
-            ) from error
+            raise Unreadable(f"{self.url}/{name} cannot be read: {in_a_line(error)}") from error

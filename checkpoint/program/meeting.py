@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, in_a_line
 from holdfast.parallel.reading import of_kind, parse_json
 
 _Found = TypeVar("_Found")
@@ -113,7 +113,7 @@ class Meeting:
         except CheckpointError as failure:
             error, cause = str(failure), failure
         except Exception as failure:
-            error, cause = f"{type(failure).__name__}: {failure}", failure
+            error, cause = in_a_line(failure), failure
         answers = self.exchange(what, {"error": error, "content": content})
         found = [_answer(rank, told) for rank, told in enumerate(answers)]
         failed = [(rank, answer.error) for rank, answer in enumerate(found) if answer.error]

@@ -36,7 +36,7 @@ from holdfast.checkpoint.saving.job import SaveJob, SaveResult
 from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
 from holdfast.checkpoint.stores import LocalStore, commit, open_written
 from holdfast.parallel.comm import Communicator
-from holdfast.parallel.errors import CheckpointError, HoldfastError
+from holdfast.parallel.errors import CheckpointError, HoldfastError, in_a_line
 from holdfast.parallel.reading import Count
 
 PATIENCE_S = 5.0
@@ -173,8 +173,7 @@ class Save:
         except HoldfastError as failure:
             error = str(failure)
         except Exception as failure:
-            # Below the first line, torch adds its stack.
-            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            error = in_a_line(failure)
         if error:
             self.snapshot.abort()
             error = self._release(error)

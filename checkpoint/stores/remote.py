@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from holdfast.checkpoint.format import LATEST, MANIFEST, OWNER, Manifest, decode_manifest, step_of
 from holdfast.checkpoint.loading import RemoteReader
 from holdfast.checkpoint.stores.protocol import superfluous
-from holdfast.parallel.errors import ConfigError, Unreadable
+from holdfast.parallel.errors import ConfigError, Unreadable, in_a_line
 
 _PART_BYTES = 16 << 20
 _MOST_BYTES = 1 << 16
@@ -164,6 +164,4 @@ class FsspecStore:
         try:
             return ask(self._object(name))
         except Exception as error:
-            raise Unreadable(
-                f"{self.place_of(name)} cannot be read: {type(error).__name__}: {error}"
-            ) from error
+            raise Unreadable(f"{self.place_of(name)} cannot be read: {in_a_line(error)}") from error

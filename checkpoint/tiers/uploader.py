@@ -25,7 +25,7 @@ from holdfast.checkpoint.stores import (
     has_content,
     read_manifest,
 )
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, in_a_line
 from holdfast.parallel.reading import read_regular
 
 logger = logging.getLogger("holdfast.checkpoint")
@@ -250,7 +250,7 @@ def retry(attempt: Callable[[], None], place: str, deadline: Deadline) -> None:
                 raise Cancelled from error
             if deadline.left_s < pause:
                 raise CheckpointError(
-                    f"{place} could not be uploaded: {type(error).__name__}: {error}"
+                    f"{place} could not be uploaded: {in_a_line(error)}"
                 ) from error
         deadline.pause(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, _LONGEST_PAUSE_S)

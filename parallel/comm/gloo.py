@@ -28,7 +28,7 @@ from holdfast.parallel.comm.gloo_connection import (
 )
 from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator
 from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange
-from holdfast.parallel.errors import HoldfastError, PeerLost
+from holdfast.parallel.errors import HoldfastError, PeerLost, first_line
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -251,7 +251,7 @@ def gloo_device(host: str) -> object:
     except RuntimeError as error:
         raise HoldfastError(
             f"this rank cannot listen for others on {interface or 'the address that they see'}: "
-            f"{str(error).splitlines()[0]}; check GLOO_SOCKET_IFNAME, and whether local ports are "
+            f"{first_line(error)}; check GLOO_SOCKET_IFNAME, and whether local ports are "
             "free (net.ipv4.ip_local_port_range)"
         ) from error
 

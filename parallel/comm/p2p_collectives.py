@@ -16,7 +16,7 @@ from torch import Tensor
 from holdfast.parallel.comm.flight_recorder import FlightRecorder, Operation
 from holdfast.parallel.comm.protocol import AbortSignal, Handle, ReduceOp
 from holdfast.parallel.comm.tags import COLLECTIVES
-from holdfast.parallel.errors import PeerLost
+from holdfast.parallel.errors import PeerLost, first_line
 
 SMALL_BYTES = 1 << 18
 """Up to this size each member sends its whole tensor to each other: one round instead of two."""
@@ -61,9 +61,10 @@ DONE = Handles(())
 
 def lost(operation: str, group: str, peer: int | None, error: BaseException) -> PeerLost:
     """The error of an operation that failed, in one line."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     with_peer = "" if peer is None else f" with rank {peer}"
-    return PeerLost(f"{operation}{with_peer} in group {group} failed, a rank is gone: {reason}")
+    return PeerLost(
+        f"{operation}{with_peer} in group {group} failed, a rank is gone: {first_line(error)}"
+    )
 
 
 class PairwiseCommunicator:

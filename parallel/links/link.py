@@ -165,7 +165,7 @@ async def splice(
     link: Link,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    silent_beats: int = SILENT_BEATS,
+    silent_beats: int,
 ) -> None:
     """Carry bytes between a link and a plain connection until an end of either; then close both.
 

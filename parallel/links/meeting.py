@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
+from holdfast.parallel.errors import first_line
 from holdfast.parallel.links.door import Door
 from holdfast.parallel.links.link import Link, StrangerError, greet
 
@@ -88,7 +89,7 @@ def until_answered(
                 raise
         except (OSError, EOFError) as error:
             number = getattr(error, "errno", None) or 0
-            reason = (os.strerror(number) if number > 0 else str(error)) or type(error).__name__
+            reason = os.strerror(number) if number > 0 else first_line(error)
         sleep(_RETRY_S)
     raise TimeoutError(reason)
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Collection
 from functools import partial
 
+from holdfast.parallel.errors import first_line
 from holdfast.parallel.links.door import listen
 from holdfast.parallel.links.link import SILENT_BEATS, greet, splice
 from holdfast.parallel.links.loop_thread import LoopThread
@@ -90,8 +91,7 @@ class Tunnels:
                     await self._pass(address, key, reader, writer)
             except (OSError, EOFError) as error:
                 if address not in self._away:
-                    reason = str(error) or type(error).__name__
-                    logger.info("no link to %s: %s", address, reason)
+                    logger.info("no link to %s: %s", address, first_line(error))
                 self._away.add(address)
             except asyncio.CancelledError:
                 pass  # the tunnel closes

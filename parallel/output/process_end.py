@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from holdfast.parallel.errors import HoldfastError, process_refusal
+from holdfast.parallel.output.standard_streams import stream_error
 from holdfast.parallel.output.terminal import tell
 
 
@@ -33,7 +34,8 @@ def exit_code_of(command: Callable[[], int]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code. Local; standard output must be written before."""
+    """End this process with an exit code; what it has said is written first. Local."""
+    stream_error()
     if any(thread.daemon for thread in threading.enumerate()):
         # A thread in native code at the end of the interpreter would end the process with SIGABRT.
         os._exit(code)

@@ -35,6 +35,14 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
+def wait_for_a_save(process: subprocess.Popen[str], checkpoints: Path) -> None:
+    """Ask a run for a save, and wait for it."""
+    latest = checkpoints / "latest"
+    before = latest.read_text() if latest.exists() else ""
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: latest.exists() and latest.read_text() != before)
+
+
 @pytest.fixture
 def long_run(config: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A run that would take minutes, past its first steps."""
@@ -112,8 +120,7 @@ def test_termination_saves_the_last_step_and_ends(
 ) -> None:
     process, run = long_run
     workers = descendants(process.pid)
-    process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: (run / "checkpoints" / "latest").exists())
+    wait_for_a_save(process, run / "checkpoints")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
@@ -132,15 +139,12 @@ def test_a_worker_that_was_stopped_for_a_while_still_takes_part_in_saves(
 ) -> None:
     process, run = long_run
     checkpoints = run / "checkpoints"
-    process.send_signal(signal.SIGUSR1)
-    wait_until((checkpoints / "latest").exists)
-    before = (checkpoints / "latest").read_text()
+    wait_for_a_save(process, checkpoints)
     stopped = max(descendants(process.pid))
     os.kill(stopped, signal.SIGSTOP)
     time.sleep(16)  # longer than a link of an elastic run may be silent
     os.kill(stopped, signal.SIGCONT)
-    process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: (checkpoints / "latest").read_text() != before)
+    wait_for_a_save(process, checkpoints)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 3

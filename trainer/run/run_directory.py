@@ -10,7 +10,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from holdfast.parallel.errors import ConfigError, HoldfastError, printable, process_refusal
+from holdfast.parallel.errors import (
+    ConfigError,
+    HoldfastError,
+    in_a_line,
+    process_refusal,
+)
 from holdfast.parallel.output import write_whole
 from holdfast.parallel.reading import PathText, decode_json, read_regular
 from holdfast.trainer.run.resume import Resume
@@ -132,8 +137,7 @@ class _WrittenError(msgspec.Struct, frozen=True):
 def write_error(run: RunDirectory, rank: int, error: BaseException) -> RankError:
     """The reason for a rank's end, which is written beside its log where the disk allows it."""
     known = isinstance(error, HoldfastError)
-    first = next(iter(printable(str(error)).splitlines()), "")
-    foreign = process_refusal(error) or f"{type(error).__name__}: {first}"
+    foreign = process_refusal(error) or in_a_line(error)
     message = str(error) if known else foreign
     exit_code = error.exit_code if isinstance(error, HoldfastError) else 1
     reason = RankError(rank, type(error).__name__, message, exit_code)

@@ -1,9 +1,3 @@
-from .acceptor_state import (
-    AcceptorFile as AcceptorFile,
-)
-from .agreement import (
-    AcceptorState as AcceptorState,
-)
 from .channel import (
     FairClock as FairClock,
     liveness_age_s as liveness_age_s,
@@ -13,8 +7,10 @@ from .channel import (
 )
 from .faults import (
     Fault as Fault,
+    FaultError as FaultError,
     FaultInjector as FaultInjector,
     ask_for as ask_for,
+    cut_network as cut_network,
     fault_from_data as fault_from_data,
 )
 from .generation import (
@@ -58,13 +54,11 @@ from .membership_events import (
     event_from_data as event_from_data,
     event_to_data as event_to_data,
 )
-from .node_faults import (
-    FaultError as FaultError,
-    cut_network as cut_network,
+from .proxy import (
+    report_on_behalf_of as report_on_behalf_of,
 )
 from .quorum_client import (
     MembershipSettings as MembershipSettings,
-    report_on_behalf_of as report_on_behalf_of,
 )
 from .roll import (
     Roll as Roll,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from holdfast.elastic.agreement import Report, Verdict, generation_of
+from holdfast.elastic.agreement import Attendance, Report, Verdict, generation_of
 from holdfast.elastic.channel import WorkerChannel
 from holdfast.elastic.event_log import EventLog
 from holdfast.elastic.generation import (
@@ -28,9 +28,10 @@ from holdfast.elastic.lighthouse import (
     replica_id,
 )
 from holdfast.elastic.membership_events import MembershipEvent, event_from_data, event_to_data
-from holdfast.elastic.quorum_client import PAUSE_S, Attendance, QuorumClient, Teller, ends_of
+from holdfast.elastic.quorum_client import PAUSE_S, QuorumClient
 from holdfast.elastic.roll import DeadNodes
 from holdfast.elastic.store import StoreClients
+from holdfast.elastic.teller import Teller, ends_of
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.errors import MembershipError, Minority
 from holdfast.parallel.links import STORE_TIMEOUT_S, StoreAccess, Tunnels

@@ -24,10 +24,9 @@ from typing import IO, Annotated
 
 from msgspec import Meta
 
-from holdfast.elastic.acceptor_state import AcceptorFile
-from holdfast.elastic.agreement import Report
+from holdfast.elastic.agreement import AcceptorFile, Report
 from holdfast.elastic.generation import Generation, Identity, format_identities
-from holdfast.elastic.quorum_client import report_on_behalf_of
+from holdfast.elastic.proxy import report_on_behalf_of
 from holdfast.elastic.worker_spec import WorkerSpec
 from holdfast.parallel.files import create_file, open_lock
 from holdfast.parallel.reading import decode_json, open_descriptor, read_regular

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.elastic.acceptor_state import AcceptorFile
+from holdfast.elastic.agreement import AcceptorFile
 from holdfast.elastic.generation import Identity
 from holdfast.elastic.quorum_client import MembershipSettings
 

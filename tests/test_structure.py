@@ -20,7 +20,7 @@ WIDE = {
     "checkpoint.convert.rules.rules.Rule": "a field for each word of a rule",
     "checkpoint.convert.sources.catalog.Catalog": "a field for each thing",
     "checkpoint.saving.save.Save": "the results that the five phases hand to each other",
-    "elastic.agreement.Report": "so that a worker tells all of it or nothing",
+    "elastic.agreement.reports.Report": "so that a worker tells all of it or nothing",
     "launch.agent.settings.AgentSettings": "each is given by name, and none is derived",
     "parallel.comm.gloo_connection.Connection": "because one lock guards one state",
     "parallel.offload.hooks.offloader.Offloader": "one object that both hooks of autograd share",

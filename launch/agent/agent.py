@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any
 
 from holdfast.elastic import (
-    AcceptorState,
     FaultError,
     Identity,
     MembershipEvent,
@@ -32,6 +31,7 @@ from holdfast.elastic import (
     receive_message,
     send_message,
 )
+from holdfast.elastic.agreement import AcceptorState
 from holdfast.launch.agent.fork_server import Ended, ForkServer, Started, WorkerMain
 from holdfast.launch.agent.liveness import HangWatch
 from holdfast.launch.agent.main_thread_queue import MainThreadQueue

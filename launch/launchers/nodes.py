@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from holdfast.elastic import (
-    AcceptorFile,
     Lighthouse,
     MembershipSettings,
     coordination,
@@ -22,6 +21,7 @@ from holdfast.elastic import (
     parse_identity,
     report_on_behalf_of,
 )
+from holdfast.elastic.agreement import AcceptorFile
 from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
 from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import ConfigError, Stopped

@@ -7,16 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from holdfast.elastic.agreement import (
-    AcceptorState,
-    Report,
-    Verdict,
-    advance,
-    generation_of,
-    is_majority,
-    report_from_data,
-    report_to_data,
-)
+from holdfast.elastic.agreement import AcceptorState, Report, Verdict, advance, generation_of
+from holdfast.elastic.agreement.reports import report_from_data, report_to_data
+from holdfast.elastic.agreement.rule import is_majority
 from holdfast.elastic.generation import (
     Generation,
     Identity,

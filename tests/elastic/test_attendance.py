@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from holdfast.elastic.agreement import AcceptorState, Report
+from holdfast.elastic.agreement import AcceptorState, Attendance, Report
 from holdfast.elastic.generation import Identity
-from holdfast.elastic.quorum_client import Attendance
 from support.processes.fake_clock import FakeClock
 
 MEMBERS = frozenset(Identity(rank) for rank in range(4))

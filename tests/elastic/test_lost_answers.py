@@ -16,6 +16,7 @@ import pytest
 
 from holdfast.elastic.agreement import (
     AcceptorState,
+    Attendance,
     PassedOver,
     Report,
     advance,
@@ -23,7 +24,8 @@ from holdfast.elastic.agreement import (
     generation_of,
 )
 from holdfast.elastic.generation import Generation, Identity
-from holdfast.elastic.quorum_client import PAUSE_S, Attendance, MembershipSettings, told_next
+from holdfast.elastic.quorum_client import PAUSE_S, MembershipSettings
+from holdfast.elastic.teller import told_next
 
 SETTINGS = MembershipSettings("", "run", 4, hang_timeout_s=0.0)
 JOIN_S = 0.1

@@ -19,8 +19,8 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from holdfast.elastic.acceptor_state import AcceptorFile
-from holdfast.elastic.agreement import AcceptorState, Report, report_from_data, report_to_data
+from holdfast.elastic.agreement import AcceptorFile, AcceptorState, Report, sealed_report
+from holdfast.elastic.agreement.reports import report_from_data, report_to_data
 from holdfast.elastic.channel import WorkerChannel, liveness_age_s, receive_message, send_message
 from holdfast.elastic.generation import Identity, parse_identities
 from holdfast.elastic.lighthouse import (
@@ -34,12 +34,8 @@ from holdfast.elastic.lighthouse import (
 )
 from holdfast.elastic.membership import Membership
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
-from holdfast.elastic.quorum_client import (
-    MembershipSettings,
-    QuorumClient,
-    report_on_behalf_of,
-    sealed_report,
-)
+from holdfast.elastic.proxy import report_on_behalf_of
+from holdfast.elastic.quorum_client import MembershipSettings, QuorumClient
 from holdfast.elastic.store import StoreClients
 from holdfast.elastic.watch import BulletinFollower, HeartbeatWatch
 from holdfast.elastic.worker_spec import WorkerSpec

@@ -12,7 +12,7 @@ import pytest
 
 from holdfast.checkpoint.stores import LocalStore, write_synced
 from holdfast.elastic import ask_for
-from holdfast.elastic.acceptor_state import AcceptorFile, AcceptorState
+from holdfast.elastic.agreement import AcceptorFile, AcceptorState
 from holdfast.elastic.channel import LivenessWriter
 from holdfast.elastic.faults import Fault
 from holdfast.elastic.generation import Identity

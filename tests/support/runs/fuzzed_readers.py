@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from holdfast.elastic.acceptor_state import AcceptorFile
-from holdfast.elastic.agreement import AcceptorState, Report, report_from_data, report_to_data
+from holdfast.elastic.agreement import AcceptorFile, AcceptorState, Report
+from holdfast.elastic.agreement.reports import report_from_data, report_to_data
 from holdfast.elastic.channel import message_in
 from holdfast.elastic.faults import FaultInjector
 from holdfast.elastic.generation import Identity, parse_identities

@@ -19,131 +19,14 @@ that cannot leave its step at once takes part as settled too, so that it is not 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from holdfast.elastic.generation import (
-    Generation,
-    Identity,
-    Member,
-    format_identities,
-    generation_from_data,
-    parse_identities,
-    parse_identity,
-)
-from holdfast.parallel.errors import MembershipError, Superseded, shown
-from holdfast.parallel.reading import MALFORMED, Count, Text, of_kind
-
-Identities = frozenset[Identity]
-_NO_IDENTITIES: Identities = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptorState:
-    """The knowledge of a worker: the chosen generation, and the next one it has accepted.
-
-    It only moves forward.
-    """
-
-    generation: Count = 0
-    """The newest generation that it knows to be chosen; 0: none."""
-    members: Identities = _NO_IDENTITIES
-    """The members of that generation; empty for 0."""
-    accepted: Identities = _NO_IDENTITIES
-    """The membership that it has accepted for the next generation; empty: none yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The report of one worker to the others in a round.
-
-    All of it is one message, so that a worker tells all of it or nothing: hence its many fields.
-    """
-
-    identity: Identity
-    acceptor: AcceptorState = AcceptorState()
-    alive: bool = True
-    """False: its process has ended, and its agent reports for it."""
-    founder: bool = False
-    """Whether it may take part in founding the first generation: the run was started with it, or it
-    replaces such a worker that had not reported."""
-    world_size: Count = 1
-    """The number of ranks that the first generation needs, one founder each."""
-    min_ranks: Count = 1
-    """The least number of ranks that a generation may have."""
-    lost: Identities = _NO_IDENTITIES
-    """Workers that are not waited for: their end or silence has been noticed, or they have been
-    missing for too long. Counts among the members of a generation."""
-    node: Text = ""
-    """Its node."""
-    store: Text = ""
-    """The rendezvous store of its agent, HOST:PORT."""
-    held: Count = 0
-    """The generation of its training state; 0: it has none."""
-    step: Count = 0
-    """The number of steps that it has committed."""
-    phase: Text = ""
-    """The phase of the step that it was in."""
-    leaving: bool = False
-    """Whether it hands its state over and leaves."""
-    data: Mapping[str, Any] = field(default_factory=dict)
-    """Other values of the caller, as JSON values."""
-    settled: bool = False
-    """Whether it is at work in its acceptor's generation, and says so in rounds meanwhile."""
-    told: Generation | None = None
-    """That generation, told by one settled worker to those that missed the answer."""
-
-
-def report_to_data(report: Report) -> dict[str, Any]:
-    """The report as JSON values."""
-    plain = {name: getattr(report, name) for name in Report.__slots__}
-    plain["identity"] = str(report.identity)
-    plain["ballot"] = acceptor_to_data(plain.pop("acceptor"))
-    plain["lost"] = format_identities(report.lost)
-    plain["told"] = report.told and report.told.to_data()
-    return plain
-
-
-def report_from_data(plain: Mapping[str, Any]) -> Report:
-    """The report that `report_to_data` wrote.
-
-    Raises:
-        MembershipError: the values are not a report, for example one of another version of
-            holdfast.
-    """
-    try:
-        fields = dict(plain)
-        fields["identity"] = parse_identity(fields["identity"])
-        fields["acceptor"] = acceptor_from_data(fields.pop("ballot"))
-        fields["lost"] = parse_identities(fields["lost"])
-        fields["told"] = fields["told"] and generation_from_data(fields["told"])
-        if unknown := fields.keys() - set(Report.__slots__):
-            raise ValueError(f"unknown: {sorted(unknown)}")
-        return of_kind(fields, Report)
-    except MALFORMED as error:
-        raise MembershipError(
-            f"a member reported what this version of holdfast does not understand "
-            f"({shown(error)}); "
-            "run the same version on all nodes"
-        ) from error
-
-
-def acceptor_to_data(acceptor: AcceptorState) -> list[Any]:
-    """The acceptor state as JSON values."""
-    members, accepted = format_identities(acceptor.members), format_identities(acceptor.accepted)
-    return [acceptor.generation, members, accepted]
-
-
-def acceptor_from_data(plain: list[Any]) -> AcceptorState:
-    """The acceptor state that `acceptor_to_data` wrote.
-
-    Raises:
-        ValueError, MembershipError: it is none.
-    """
-    generation, members, accepted = of_kind(plain, tuple[Count, str, str])
-    return AcceptorState(generation, parse_identities(members), parse_identities(accepted))
+from holdfast.elastic.agreement.answers import misses_answer
+from holdfast.elastic.agreement.reports import NO_IDENTITIES, AcceptorState, Identities, Report
+from holdfast.elastic.generation import Generation, Identity, format_identities
+from holdfast.parallel.errors import MembershipError, Superseded
 
 
 class PassedOver(Superseded):
@@ -210,45 +93,6 @@ def advance(own: Report, reports: Mapping[Identity, Report]) -> Verdict:
         acceptor = _moved(own, acceptor, acceptor.generation + 1, chosen)
         if agreed and own.identity in chosen:
             return Verdict(acceptor, "agreed")
-
-
-def generation_of(acceptor: AcceptorState, reports: Mapping[Identity, Report]) -> Generation:
-    """The generation of a verdict "agreed", from that round's reports; equal on all members."""
-    members = (reports[identity] for identity in sorted(acceptor.members))
-    return Generation(acceptor.generation, tuple(map(_member, members)))
-
-
-def _member(r: Report) -> Member:
-    return Member(r.identity, r.node, r.store, r.held, r.step, r.phase, r.leaving, dict(r.data))
-
-
-def misses_answer(report: Report, generation: Generation) -> bool:
-    """Whether a worker only has to be told of a generation, because it missed the answer."""
-    own, acceptor = report.identity, report.acceptor
-    bound = acceptor.generation == generation.number and acceptor.accepted
-    if report.settled or not report.alive or own not in generation.identities or bound:
-        return False
-    if report.held >= generation.number or acceptor.generation > generation.number:
-        return False
-    told = generation.member(own.rank)
-    return json.dumps(told.fields, sort_keys=True) == json.dumps(
-        _member(report).fields, sort_keys=True
-    )
-
-
-def aware(chosen: AcceptorState, reports: Mapping[Identity, Report]) -> Identities:
-    """The workers of a round that know of a generation, or have ended."""
-    return frozenset(
-        identity
-        for identity, report in reports.items()
-        if report.acceptor.generation >= chosen.generation or not report.alive
-    )
-
-
-def needs_another(report: Report, generation: Generation) -> bool:
-    """Whether a member takes part again that this generation does not serve, or has ended."""
-    inside = report.identity in generation.identities and not report.settled
-    return inside and not misses_answer(report, generation)
 
 
 def _learn(own: Report, reports: Mapping[Identity, Report]) -> Verdict | None:
@@ -369,7 +213,7 @@ def _first(
     if missing:
         ranks = format_identities(Identity(rank) for rank in missing)
         return None, f"waiting for ranks {ranks} to start"
-    return _newest_incarnations(founders, _NO_IDENTITIES), ""
+    return _newest_incarnations(founders, NO_IDENTITIES), ""
 
 
 def _next(

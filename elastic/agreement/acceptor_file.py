@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from holdfast.elastic.agreement import AcceptorState, acceptor_from_data, acceptor_to_data
+from holdfast.elastic.agreement.reports import (
+    AcceptorState,
+    acceptor_from_data,
+    acceptor_to_data,
+)
 from holdfast.elastic.generation import Identity
 from holdfast.parallel.errors import MembershipError
 from holdfast.parallel.files import open_lock

@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, TypeVar
@@ -43,6 +44,13 @@ MOST_NAME_BYTES = 255
 MOST_BYTES = 1 << 30
 """The largest file that is read whole where no smaller limit is known, in bytes."""
 _BEYOND_BYTES = 1 << 16
+_begun: set[Any] = set()
+_beginning = threading.Lock()
+os.register_at_fork(
+    before=_beginning.acquire,
+    after_in_parent=_beginning.release,
+    after_in_child=_beginning.release,
+)
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
@@ -192,6 +200,7 @@ def decode_json(content: bytes | str, kind: type[_T]) -> _T:
     Raises:
         ValueError: it is no JSON, or not of that type; the message says where.
     """
+    _begin(kind)
     try:
         return msgspec.json.decode(content, type=kind)
     except RecursionError:
@@ -207,8 +216,31 @@ def of_kind(plain: Any, kind: type[_T]) -> _T:
         ValueError: they are not of that type; the message says where.
     """
     try:
-        return msgspec.convert(plain, kind)
+        return converted(plain, kind)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except msgspec.MsgspecError as error:
         raise ValueError(str(error)) from error
+
+
+def converted(plain: Any, kind: type[_T]) -> _T:
+    """The value of one type that plain values stand for. From any thread.
+
+    Raises:
+        msgspec.ValidationError: they are not of that type; the message says where.
+        RecursionError: they are nested too deeply.
+    """
+    _begin(kind)
+    return msgspec.convert(plain, kind)
+
+
+def _begin(kind: type[Any]) -> None:
+    """Have the fields of a type looked up by one thread.
+
+    msgspec notes what it has found so far on the type itself, where another thread that begins
+    meanwhile finds fields missing: a segmentation fault (seen with 0.22).
+    """
+    if kind not in _begun:
+        with _beginning:
+            msgspec.json.Decoder(kind)
+            _begun.add(kind)

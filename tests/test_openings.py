@@ -86,3 +86,22 @@ def test_files_are_opened_by_what_checks_them() -> None:
         and not any(name in ast.unparse(node) for name in OF_THE_KERNEL)
     }
     assert found - NO_FILES == set(REASONS)
+
+
+def test_types_are_begun_by_one_thread() -> None:
+    """msgspec itself crashes where two threads are the first to read values of one type."""
+    typed = {
+        f"{module}: {called}"
+        for module, called, node in calls()
+        if called == "msgspec.convert"
+        or (called.startswith("msgspec.") and called.endswith("Decoder"))
+        or (
+            called in {"msgspec.json.decode", "msgspec.toml.decode"}
+            and (len(node.args) > 1 or node.keywords)
+        )
+    }
+    assert typed == {
+        "parallel.reading: msgspec.convert",
+        "parallel.reading: msgspec.json.Decoder",
+        "parallel.reading: msgspec.json.decode",
+    }

@@ -25,7 +25,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.links import new_secret
 from holdfast.parallel.output import write_whole
-from holdfast.parallel.reading import open_regular
+from holdfast.parallel.reading import converted, open_regular
 from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
 from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run, read_events
@@ -107,7 +107,7 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
 
 
 def _config(config: RunConfig, history: MembershipHistory, last: int, out: Path) -> RunConfig:
-    faults = [msgspec.convert(asdict(fault), ChaosConfig) for fault in history.faults]
+    faults = [converted(asdict(fault), ChaosConfig) for fault in history.faults]
     stop_after = last if last < config.train.steps else 0
     changes = msgspec.structs.replace
     return changes(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,3 +116,40 @@ def test_a_value_of_the_kind_is_built() -> None:
     found = _Sized(3, ("a",))
     assert decode_json(b'{"size":3,"names":["a"]}', _Sized) == found
     assert of_kind({"size": 3, "names": ["a"]}, _Sized) == found
+
+
+BEGUN_BY_FOUR_THREADS = """
+import sys, threading
+from dataclasses import make_dataclass
+from holdfast.parallel.reading import decode_json, of_kind
+
+sys.setswitchinterval(1e-6)
+one = {"x": 1}
+for number in range(150):
+    inner = [make_dataclass(f"Inner{i}", [("x", int)]) for i in range(5)]
+    fields = [(f"f{i}", inner[i]) for i in range(5)]
+    outer = make_dataclass("Outer", [*fields, ("z", int)])
+    plain = {**{f"f{i}": one for i in range(5)}, "z": 2}
+    content = str(plain).replace("'", '"')
+    begin, right = threading.Barrier(4), []
+
+    def convert(read):
+        begin.wait()
+        right.append(read().z == 2)
+
+    ways = [lambda: of_kind(plain, outer), lambda: decode_json(content, outer)] * 2
+    threads = [threading.Thread(target=convert, args=(way,)) for way in ways]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 4, right
+"""
+
+
+@pytest.mark.mp
+def test_threads_may_read_values_of_a_new_type_at_the_same_time() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BEGUN_BY_FOUR_THREADS], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)

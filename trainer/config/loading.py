@@ -14,7 +14,7 @@ import msgspec
 
 from holdfast.parallel.errors import ConfigError, shown
 from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
-from holdfast.parallel.reading import read_regular
+from holdfast.parallel.reading import converted, read_regular
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
@@ -137,11 +137,11 @@ def _converted(table: Mapping[str, Any], chosen: Mapping[str, type[Any]]) -> Run
     for name in chosen.keys() & table.keys():
         shared = {field.name for field in msgspec.structs.fields(bases[name])}
         plain[name] = {key: value for key, value in table[name].items() if key in shared}
-    config = msgspec.convert(plain, RunConfig)
+    config = converted(plain, RunConfig)
     for name in chosen.keys() & table.keys():
         if chosen[name] is not bases[name]:
             whole: Any = msgspec.defstruct("Whole", [(name, chosen[name])])
-            found = getattr(msgspec.convert({name: table[name]}, whole), name)
+            found = getattr(converted({name: table[name]}, whole), name)
             config = msgspec.structs.replace(config, **{name: found})
     return config
 

@@ -13,7 +13,7 @@ import msgspec
 
 from holdfast.checkpoint.convert.rules.patterns import Pattern, evaluate
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.reading import read_regular
+from holdfast.parallel.reading import converted, read_regular
 
 _MOST_BYTES = 1 << 20
 """The largest file of rules, in bytes."""
@@ -134,7 +134,7 @@ def parse_rules(text: str, where: str) -> RuleBook:
             itself.
     """
     try:
-        book = msgspec.convert(tomllib.loads(text), RuleBook)
+        book = converted(tomllib.loads(text), RuleBook)
     except RecursionError:
         raise ConfigError(f"{where} is not a file of rules: it is nested too deeply") from None
     except (ValueError, msgspec.ValidationError) as error:  # numbers of 5,000 digits, too

@@ -85,7 +85,8 @@ def connect(world: WorldInfo) -> Store:
         reason = first_line(error)
         raise PeerLost(
             f"the rendezvous store at {place} cannot be used: {reason}; free the port or choose "
-            "another (MASTER_PORT), or unset RANK and WORLD_SIZE if they are left over"
+            "another (MASTER_PORT), name rank 0's machine as the others reach it (MASTER_ADDR), or "
+            "unset RANK and WORLD_SIZE if they are left over"
         ) from error
 
 

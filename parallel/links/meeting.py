@@ -89,7 +89,8 @@ def until_answered(
                 raise
         except (OSError, EOFError) as error:
             number = getattr(error, "errno", None) or 0
-            reason = os.strerror(number) if number > 0 else first_line(error)
+            told = getattr(error, "strerror", None) or first_line(error)
+            reason = os.strerror(number) if number > 0 else told
         sleep(_RETRY_S)
     raise TimeoutError(reason)
 

@@ -105,6 +105,7 @@ def test_soak(start: Starter, cluster: Cluster) -> None:
         for what in ("descriptors", "threads", "resident_mib"):
             print(name, what, [round(getattr(one, what)) for one in found])
     print(f"{hits} faults, {len(run.events('recovered'))} recoveries, {steps} steps")
+    assert hits >= SOAK_S / EVERY_S / 4, "too few faults: a rank was away for long"
     expected = run_training(cluster, make_config(train=train), timeout_s=10 * SOAK_S)
     assert run.bits() == bits_of(expected)
     assert len(run.events("recovered")) >= hits

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.parallel.errors import PeerLost
-from holdfast.parallel.links import StoreAccess, Tunnels, derived_key
+from holdfast.parallel.links import StoreAccess, Tunnels, derived_key, until_answered
 
 SILENT = """
 import socket
@@ -80,3 +80,27 @@ def test_a_door_that_is_gone_is_logged_once(caplog: pytest.LogCaptureFixture) ->
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
     assert told[0].startswith(f"no link to {address}: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (ConnectionRefusedError(111, "Connect call failed ('::1', 1)"), "Connection refused"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_what_is_waited_for_in_vain_is_told_in_words(error: Exception, said: str) -> None:
+    left = iter((1.0, 1.0, 0.0))
+    reasons = []
+
+    def left_s(reason: str) -> float:
+        reasons.append(reason)
+        return next(left)
+
+    def attempt(_: float) -> None:
+        raise error
+
+    with pytest.raises(TimeoutError, match=f"^{said}$"):
+        until_answered(attempt, left_s, sleep=lambda _: None)
+    assert reasons == ["", said, said]

@@ -146,6 +146,7 @@ def judged(storm: Storm, library: Path, expected: dict[str, Any]) -> Outcome:
     codes = storm.codes()
     ended_s = time.monotonic() - over_s
     said = f"{storm.trial}\n{storm.told}\n{codes}\n{storm.run.output()}"
+    assert storm.told, f"it was over before the first fault: {said}"
     for task, code in enumerate(codes):
         assert code in ({0, 3} if task in storm.cut else {0}), said
     assert storm.run.bits() == expected, said

@@ -1,4 +1,4 @@
-"""The agreement of workers on their next generation: reports, the rule, and which are missing.
+"""The agreement of workers on their next generation: reports, the rule, attendance, what is kept.
 
 May import elastic.generation and parallel.
 """

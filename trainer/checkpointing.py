@@ -288,11 +288,12 @@ class Checkpoints:
         if self._is_first and root is not None:
             shutil.rmtree(root, ignore_errors=True)
 
-    def take_over(self, before: Checkpoints | None, *, continued: bool) -> None:
-        """Agree on the newest committed step after a change of the ranks. Collective.
+    def agree(self, before: Checkpoints | None, *, continued: bool) -> None:
+        """Agree on the newest committed step in a change of the ranks. Collective.
 
         They also agree on the coordinator of the saves: the first rank whose disk holds no save
-        that was given up.
+        that was given up; and on what is still to be uploaded. The change may begin again after
+        it: `before` stays as it is.
 
         Args:
             before: the checkpoints of this rank before the change; None if it has just joined.
@@ -301,7 +302,6 @@ class Checkpoints:
         progress, control = self._progress, self._training.groups.control
         known = progress.committed_step
         if before is not None:
-            self._untold = before.results()
             self._earlier = [*before._earlier, before._manager]
         if before is not None and continued:
             known = max(known, before.committed_step)
@@ -314,7 +314,14 @@ class Checkpoints:
         self._manager.lead(-int(agreed[1]) % members.size)
         if self._remote is not None:
             kept = before._remote if before is not None and continued else None
-            self._remote.take_over(kept, control)
+            self._remote.agree(kept, control)
+
+    def take_over(self, before: Checkpoints | None) -> None:
+        """Go on for the checkpoints before a change that stands. Local."""
+        if before is not None:
+            self._untold = before.results()
+        if self._remote is not None:
+            self._remote.take_over()
 
     def abort(self, reason: str) -> None:
         """Give up the save under way: fences open at once. From any thread; never blocks."""

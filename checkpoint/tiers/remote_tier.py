@@ -40,6 +40,7 @@ class RemoteTier:
         self._every, self._keep = every, keep
         self._commits = 0
         self._sent: set[tuple[str, str]] = set()
+        self._carried: list[str] = []
         """(id of a checkpoint, file) that this rank has sent."""
         self._uploader: Uploader | None = None
 
@@ -77,10 +78,10 @@ class RemoteTier:
         if missing.item():
             self.upload(name)
 
-    def take_over(self, before: RemoteTier | None, control: Communicator) -> None:
-        """Upload the checkpoints that the ranks before had not uploaded yet.
+    def agree(self, before: RemoteTier | None, control: Communicator) -> None:
+        """Agree on the checkpoints that the ranks before had not uploaded yet.
 
-        Collective over `control`.
+        Collective over `control`. `before` stays as it is.
         """
         waiting: list[int] = []
         if before is not None:
@@ -91,8 +92,14 @@ class RemoteTier:
         mine[: len(waiting)] = torch.tensor(waiting, dtype=torch.int64)
         parts = [torch.empty_like(mine) for _ in range(control.size)]
         control.all_gather(parts, mine).wait()
-        for step in sorted({int(step) for part in parts for step in part} - {-1}):
-            self.upload(name_of(step))
+        steps = sorted({int(step) for part in parts for step in part} - {-1})
+        self._carried = [name_of(step) for step in steps]
+
+    def take_over(self) -> None:
+        """Upload what was agreed on. Local."""
+        for name in self._carried:
+            self.upload(name)
+        self._carried = []
 
     def results(self) -> list[UploadResult]:
         """The uploads that have ended since the last call."""

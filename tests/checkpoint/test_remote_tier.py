@@ -92,7 +92,11 @@ def test_what_an_abort_leaves_over_is_uploaded_by_the_ranks_that_follow(
     stuck.released.set()
     target = FsspecStore(f"file://{tmp_path}/far")
     after = _tier(disk, target)
-    after.take_over(before, ALONE)
+    _tier(disk, target).agree(before, ALONE)  # in a change that does not come to stand
+    after.agree(before, ALONE)
+    assert before.pending == set(NAMES[:3])
+    assert target.names() == []
+    after.take_over()
     after.wait()
     assert [result.error for result in after.results()] == [""] * 3
     assert target.names() == NAMES[:3]

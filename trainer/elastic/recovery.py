@@ -110,6 +110,8 @@ class Builder(Protocol):
 class Saves(Protocol):
     """The saves under way; `holdfast.trainer.elastic.saves.ElasticSaves`."""
 
+    def agree(self, training: Training, generation: Generation, *, loaded: bool) -> None: ...
+
     def abort(self, reason: str) -> None: ...
 
     def cancel(self) -> None: ...
@@ -247,6 +249,8 @@ class Recovery:
         )
         if built.training is not None:
             self._prepared = (generation, built.training)
+            loaded = built.from_checkpoint is not None
+            drives.saves.agree(built.training, generation, loaded=loaded)
         connection.members.barrier()
         before, self.generation = self.generation, generation
         self.training, self._prepared, self.sound_until = built.training, None, None

@@ -15,7 +15,6 @@ from holdfast.parallel.reading import decode_json
 from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
-from holdfast.trainer.elastic.recovery import CompletedChange
 from holdfast.trainer.run import (
     Resume,
     RunDirectory,
@@ -44,10 +43,10 @@ class ElasticSaves:
         self._run, self._interruption = run, interruption
         self._signals = Signals()
         self._current: Checkpoints | None = None
-        self._loaded: tuple[Training, Checkpoints] | None = None
-        """A loaded training, active or not, and its checkpoints."""
+        self._following: tuple[Training, Checkpoints] | None = None
+        """A training that is not active yet, and its checkpoints."""
         self._notes: Sequence[str] = ()
-        """The notes on the newest load."""
+        """The notes on its load."""
         self._ended = False
 
     @property
@@ -106,26 +105,35 @@ class ElasticSaves:
         notes = list(run.resume.notes)
         self._notes = notes
         checkpoints = self._checkpoints_of(training, generation, run)
-        self._loaded = (training, checkpoints)
+        self._following = (training, checkpoints)
         return checkpoints.resume(notes.append)
 
-    def go_on(
-        self, training: Training, change: CompletedChange
-    ) -> tuple[Checkpoints, Sequence[str]]:
-        """Make the checkpoints of the newly activated training current.
+    def agree(self, training: Training, generation: Generation, *, loaded: bool) -> None:
+        """Make the checkpoints of a training that is not active yet.
+
+        Collective over the ranks of the training's plan.
+
+        Args:
+            loaded: whether `load` has filled the training.
+        """
+        if not loaded:
+            checkpoints = self._checkpoints_of(training, generation, self._run)
+            self._following, self._notes = (training, checkpoints), ()
+        assert self._following is not None
+        self._following[1].agree(self._current, continued=not loaded)
+
+    def go_on(self, training: Training) -> tuple[Checkpoints, Sequence[str]]:
+        """Make the checkpoints of the newly activated training current. Local.
 
         Returns:
             The current checkpoints, and notes on a load.
         """
-        found, self._loaded = self._loaded, None
-        loaded = found is not None and found[0] is training
-        if found is not None and loaded:
-            following = found[1]
-        else:
-            following = self._checkpoints_of(training, change.after, self._run)
-        following.take_over(self._current, continued=change.from_checkpoint is None)
+        assert self._following is not None
+        assert self._following[0] is training
+        following, self._following = self._following[1], None
+        following.take_over(self._current)
         self._current = following
-        return following, self._notes if loaded else ()
+        return following, self._notes
 
     def _checkpoints_of(
         self, training: Training, generation: Generation, run: RunDirectory

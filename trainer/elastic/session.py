@@ -127,7 +127,7 @@ class ElasticSession:
         self._faults.at(training.progress.decided + 1, "change")
 
     def _report_change(self, change: CompletedChange, training: Training) -> None:
-        following, notes = self._saves.go_on(training, change)
+        following, notes = self._saves.go_on(training)
         world = world_of(change.after, self._spec)
         if self._reporter is None:
             # The last step may be missing in the records; this rank writes it if it is the lowest.

@@ -170,7 +170,7 @@ class FakeMembership:
 
 @dataclass
 class Failures:
-    """Where a peer is lost next, once for each entry: connect, build, barrier."""
+    """Where a peer is lost next, once for each entry: connect, build, saves, barrier."""
 
     at: list[str] = field(default_factory=list)
     error: type[Exception] = PeerLost
@@ -242,6 +242,7 @@ class FakeBuilder:
 
 @dataclass
 class FakeSaves:
+    failures: Failures
     log: list[str] = field(default_factory=list)
 
     def abort(self, reason: str) -> None:
@@ -249,6 +250,10 @@ class FakeSaves:
 
     def cancel(self) -> None:
         self.log.append("cancel")
+
+    def agree(self, training: Any, generation: Generation, *, loaded: bool) -> None:
+        self.failures.maybe("saves")
+        self.log.append("agree")
 
 
 @dataclass
@@ -348,7 +353,7 @@ def worker(
     if rank < config.parallel.ranks:
         script.insert(0, Turn())
     transport, builder = FakeTransport(failing), FakeBuilder(rank, failing, checkpoint)
-    saves, interruption = FakeSaves(), Interruption()
+    saves, interruption = FakeSaves(failing), Interruption()
     drives = Drives(membership, transport, builder, saves, interruption, clock=lambda: 0.0)
     recovery = Recovery(rank, config, plan_of(config), drives)
     session = session or FakeSession()

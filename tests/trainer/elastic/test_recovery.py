@@ -104,7 +104,7 @@ def test_a_step_that_was_decided_here_alone_is_finished_by_the_recovery(config: 
 
 
 @pytest.mark.parametrize("error", [PeerLost, DistNetworkError])  # of a rank, of the store
-@pytest.mark.parametrize("place", ["connect", "build"])
+@pytest.mark.parametrize("place", ["connect", "build", "saves"])
 def test_a_loss_while_state_moves_begins_the_change_again_from_the_active_state(
     config: RunConfig, place: str, error: type[Exception]
 ) -> None:

@@ -45,6 +45,7 @@ MOST_BYTES = 1 << 30
 """The largest file that is read whole where no smaller limit is known, in bytes."""
 _BEYOND_BYTES = 1 << 16
 _begun: set[Any] = set()
+"""The types whose fields have been looked up; see `_begin`."""
 _beginning = threading.Lock()
 os.register_at_fork(
     before=_beginning.acquire,

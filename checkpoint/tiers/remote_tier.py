@@ -40,8 +40,9 @@ class RemoteTier:
         self._every, self._keep = every, keep
         self._commits = 0
         self._sent: set[tuple[str, str]] = set()
-        self._carried: list[str] = []
         """(id of a checkpoint, file) that this rank has sent."""
+        self._carried: list[str] = []
+        """The checkpoints that were agreed on, and are uploaded once the change stands."""
         self._uploader: Uploader | None = None
 
     @property

@@ -131,9 +131,17 @@ def in_a_line(error: BaseException) -> str:
 
 
 def process_refusal(error: BaseException) -> str:
-    """Why the system let no further process or thread begin; empty for other errors. Pure."""
+    """Why the system let no further process or thread begin; empty for other errors. Pure.
+
+    An error of ours is asked for what it was raised from: torch begins threads in many places.
+    """
+    while isinstance(error, HoldfastError) and error.__cause__ is not None:
+        # A lock that another holds is an EAGAIN as well, so of these only a thread's word counts.
+        error = error.__cause__
+        if isinstance(error, OSError):
+            return ""
     begins = isinstance(error, OSError) and error.errno == errno.EAGAIN and not error.filename
-    if begins or (isinstance(error, RuntimeError) and str(error) in _NO_THREAD):
+    if begins or (isinstance(error, RuntimeError) and first_line(error) in _NO_THREAD):
         return (
             "no further process or thread may begin here: this user or container has as many as it "
             "is allowed (ulimit -u, pids.max); raise that limit, or end others"

@@ -22,7 +22,7 @@ def exit_code_of(command: Callable[[], int]) -> int:
     try:
         return command()
     except HoldfastError as error:
-        tell(f"holdfast: {error}")
+        tell(f"holdfast: {process_refusal(error) or error}")
         return error.exit_code
     except (OSError, MemoryError, RuntimeError) as error:
         if not (reason := process_refusal(error) or _reason(error)):

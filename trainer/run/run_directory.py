@@ -137,8 +137,7 @@ class _WrittenError(msgspec.Struct, frozen=True):
 def write_error(run: RunDirectory, rank: int, error: BaseException) -> RankError:
     """The reason for a rank's end, which is written beside its log where the disk allows it."""
     known = isinstance(error, HoldfastError)
-    foreign = process_refusal(error) or in_a_line(error)
-    message = str(error) if known else foreign
+    message = process_refusal(error) or (str(error) if known else in_a_line(error))
     exit_code = error.exit_code if isinstance(error, HoldfastError) else 1
     reason = RankError(rank, type(error).__name__, message, exit_code)
     text = _WrittenError(reason.kind, message, exit_code)

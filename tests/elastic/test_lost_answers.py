@@ -37,7 +37,7 @@ SLOW_S = 12.0
 for."""
 LIMIT_S = 30.0
 """Seconds after which all must be together."""
-SCHEDULES = 30_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 4_000
+SCHEDULES = 30_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 1_500
 
 
 @dataclass

@@ -42,14 +42,22 @@ def agree(cluster: Cluster, config: RunConfig) -> None:
     assert seen == {piece.name for piece in reference.gradients}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
     "layout", list(all_layouts()), ids=lambda v: "-".join(map(str, v.values()))
 )
-def test_layout_agrees_with_one_process(
-    cluster: Cluster, layout: dict[str, Any], dropout: float
+def test_layout_agrees_with_one_process(cluster: Cluster, layout: dict[str, Any]) -> None:
+    agree(cluster, tiny(layout, {"dropout": 0.1}))
+
+
+@pytest.mark.parametrize(
+    "layout",  # where a model is cut into stages does nothing to its dropout
+    [layout for layout in all_layouts() if layout["pipeline"] == 1],
+    ids=lambda v: "-".join(map(str, v.values())),
+)
+def test_layout_without_dropout_agrees_with_one_process(
+    cluster: Cluster, layout: dict[str, Any]
 ) -> None:
-    agree(cluster, tiny(layout, {"dropout": dropout}))
+    agree(cluster, tiny(layout, {"dropout": 0.0}))
 
 
 OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [

@@ -140,8 +140,12 @@ class FairClock:
             self._losses.append((now_s, lost_s))
 
     def since(self, moment_s: float) -> float:
-        """The seconds that count since a time of the clock."""
-        return self._clock() - moment_s - self.lost_since(moment_s)
+        """The seconds that count from a time of the clock to the last look.
+
+        What has passed since then says nothing: the watcher may have been stopped meanwhile, or
+        have waited for a disk, and only its next look can tell.
+        """
+        return self._looked_s - moment_s - self.lost_since(moment_s)
 
     def lost_since(self, moment_s: float) -> float:
         """The seconds since a time of the clock that do not count."""

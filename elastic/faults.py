@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, assert_never
 
@@ -49,7 +49,7 @@ class Fault:
     fault: FaultKind
     rank: Count
     step: Count
-    """The step, counted from 1."""
+    """The step, counted from 1; 0: the first in which the worker hears of it."""
     phase: StepPhase = "compute"
     """The phase at whose beginning the fault happens. "backward": when half of the step's backward
     passes are done. "fill": when state is first on its way to a newcomer, or to this rank, from
@@ -99,7 +99,7 @@ def ask_for(path: Path, fault: Fault) -> None:
 
 
 def _is_due(fault: Fault, step: int) -> bool:
-    return fault.step == step or (fault.phase == "fill" and fault.step < step)
+    return fault.step in (0, step) or (fault.phase == "fill" and fault.step < step)
 
 
 class FaultInjector:
@@ -149,17 +149,17 @@ class FaultInjector:
             step: the step, counted from 1.
         """
         if phase == "compute":
-            self._read()
+            self._read(step)
             if self._slow_s:
                 self._sleep(self._slow_s)
         with self._lock:  # state is on its way in another thread
             due = [f for f in self._waiting if f.phase == phase and _is_due(f, step)]
             self._waiting = [f for f in self._waiting if f not in due]
         for fault in due:
-            self._note(fault)
+            self._note(replace(fault, step=fault.step or step))
             self._do(fault)
 
-    def _read(self) -> None:
+    def _read(self, step: int) -> None:
         try:
             with open_regular(self._asked, follow=False) as file:
                 file.seek(self._position)
@@ -176,6 +176,8 @@ class FaultInjector:
                 logger.warning("%s: a line asks for no fault: %s", self._asked, error)
                 continue
             if (fault.rank, fault.incarnation) == self._identity:
+                if fault.step < step:  # it was asked for as that step was under way
+                    fault = replace(fault, step=0)
                 with self._lock:
                     self._waiting.append(fault)
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from holdfast.elastic import Fault
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-_SOON_STEPS = 2
-"""Steps ahead for which an immediate fault is asked, because a step may be under way."""
 
 
 def register(app: typer.Typer) -> None:
@@ -84,12 +82,11 @@ def inject(run: RunDirectory, worker: Worker, request: FaultRequest) -> Fault:
     """Cause one fault in one worker, or ask the worker for it. Returns the fault."""
     from holdfast.elastic import ask_for, fault_from_data
 
-    at = request.step or last_step(run.metrics) + _SOON_STEPS
     fault = fault_from_data(
         {
             "fault": request.kind,
             "rank": worker.rank,
-            "step": at,
+            "step": request.step,
             "phase": request.phase,
             "seconds": request.seconds,
             "incarnation": worker.incarnation,
@@ -149,10 +146,13 @@ def chaos(
 ) -> None:
     """Cause faults in a run that is going on, to see that it survives them."""
     run = RunDirectory(folder)
+    if step and step <= (last := last_step(run.metrics)):
+        raise ConfigError(f"--step {step} is over: the run has taken {last} steps")
     if count != 1 and not every:
         raise ConfigError(f"--count {count} needs --every SECONDS")
     chosen = None if rank < 0 else rank
     request = FaultRequest(fault, chosen, step, phase, seconds, every, count, seed)
     for caused in faults(run, request):
-        when = f" at step {caused.step}, {caused.phase}" if step or fault not in _SIGNALS else ""
-        say(f"{caused.fault}: rank {caused.rank}{when}")
+        when = f" at step {caused.step}" if step else " in its next step"
+        where = f"{when}, {caused.phase}" if step or fault not in _SIGNALS else ""
+        say(f"{caused.fault}: rank {caused.rank}{where}")

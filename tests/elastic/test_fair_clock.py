@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from holdfast.elastic.channel import USUAL_S, FairClock
+from holdfast.launch.agent.liveness import silence
 from support.processes.fake_clock import FakeClock
 
 
@@ -18,9 +21,30 @@ def test_a_watcher_that_was_itself_stopped_blames_no_other_for_that_time() -> No
     clock.now_s += 20.0  # the watcher was stopped, or had no processor
     fair.look()
     assert fair.since(beat_s) == pytest.approx(USUAL_S)
-    clock.now_s += 3.0
+    for _ in range(30):
+        clock.now_s += 0.1
+        fair.look()
     assert fair.since(beat_s) == pytest.approx(USUAL_S + 3.0)
     assert fair.since(clock() - 2.0) == pytest.approx(2.0)
+
+
+def test_a_watcher_that_is_stopped_between_its_look_and_its_judgement_blames_no_other() -> None:
+    clock = FakeClock()
+    fair = FairClock(clock)
+    for _ in range(10):
+        clock.now_s += 0.1
+        fair.look()
+    beat_s = clock() - 0.05
+    clock.now_s += 2.3
+    assert fair.since(beat_s) == pytest.approx(0.05)
+    assert silence(os.getpid(), beat_s, fair, stopped_s=1.0, hung_s=2.0) is None
+    fair.look()  # the watched process has not run yet either
+    assert silence(os.getpid(), beat_s, fair, stopped_s=1.0, hung_s=2.0) is None
+    for _ in range(16):
+        clock.now_s += 0.1
+        fair.look()
+    reason = silence(os.getpid(), beat_s, fair, stopped_s=1.0, hung_s=2.0)
+    assert reason == "hung: its interpreter has not run for 2.2 s"
 
 
 def test_time_without_a_processor_counts_a_quarter_so_that_a_hang_is_found_all_the_same() -> None:

@@ -91,7 +91,7 @@ def injector(folder: Path, *faults: Fault, rank: int = 1) -> tuple[FaultInjector
         0,
         faults,
         asked=folder / "chaos.jsonl",
-        note=lambda fault: done.append(f"note {fault.fault}"),
+        note=lambda fault: done.append(f"note {fault.fault} at step {fault.step}"),
         corrupt=lambda: done.append("corrupt"),
         cut=lambda seconds: done.append(("cut", seconds)),
         disk=folder,
@@ -111,7 +111,7 @@ def test_a_fault_happens_once_in_its_rank_at_its_step_and_phase(tmp_path: Path) 
             made.at(step, phase)
             other.at(step, phase)
             happened = (step, number) >= (3, 1)
-            assert done == (["note kill", signal.SIGKILL] if happened else [])
+            assert done == (["note kill at step 3", signal.SIGKILL] if happened else [])
     assert nothing == []
 
 
@@ -123,12 +123,28 @@ def test_a_fault_that_is_asked_for_is_read_and_a_slow_rank_stays_slow(tmp_path: 
     for step in (2, 3, 4):
         made.at(step, "compute")
     assert done == [
-        "note slow",
+        "note slow at step 2",
         ("sleep", 0.5),
-        "note cut",
+        "note cut at step 3",
         ("cut", 7.0),
         ("sleep", 0.5),
     ]
+
+
+@pytest.mark.parametrize("asked", [0, 4])
+def test_a_fault_that_is_asked_for_at_once_or_too_late_happens_in_the_next_step(
+    tmp_path: Path, asked: int
+) -> None:
+    made, done = injector(tmp_path)
+    made.at(4, "compute")
+    ask_for(tmp_path / "chaos.jsonl", Fault("exit", rank=0, step=asked))
+    ask_for(tmp_path / "chaos.jsonl", Fault("stop", rank=1, step=asked, phase="vote"))
+    made.at(4, "vote")
+    made.at(5, "compute")
+    assert done == []
+    made.at(5, "vote")
+    made.at(6, "vote")
+    assert done == ["note stop at step 5", signal.SIGSTOP]
 
 
 def test_every_kind_of_fault_is_told_and_done(
@@ -142,7 +158,7 @@ def test_every_kind_of_fault_is_told_and_done(
         made, done = injector(tmp_path, Fault(kind, rank=1, step=1, seconds=0.5))
         made.at(1, "compute")
         made.at(2, "compute")
-        assert done[0] == f"note {kind}"
+        assert done[0] == f"note {kind} at step 1"
         assert len(done) == 2 or happened, f"{kind} does nothing"
         happened.clear()
 

@@ -68,7 +68,7 @@ def hit(run: ElasticRun, kind: str, rng: random.Random) -> None:
     else:
         subprocess.run(
             [*HOLDFAST, "chaos", str(run.root), "--fault", kind, "--rank", str(victims[0])],
-            check=False,
+            check=True,
             capture_output=True,
         )
 

@@ -373,6 +373,9 @@ def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, expected: dict
         "exit: rank 0 at step 24, vote"
         in chaos(*("--fault", "exit", "--rank", "0", "--step", "24", "--phase", "vote")).stdout
     )
+    late = chaos("--fault", "exit", "--step", "2")
+    assert late.returncode == 2
+    assert late.stderr.startswith("holdfast: --step 2 is over: the run has taken ")
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     caused = [(e["fault"], e["rank"]) for e in run.events("fault_injected")]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -50,7 +49,7 @@ from holdfast.checkpoint.program import (
     Restore,
     Staging,
 )
-from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan
+from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan, numbered
 from holdfast.checkpoint.stores import (
     LocalStore,
     Retention,
@@ -59,6 +58,7 @@ from holdfast.checkpoint.stores import (
     newest,
 )
 from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.files import this_machine
 from holdfast.parallel.layout import Box
 
 _ARENA_BYTES = 128 << 20
@@ -107,9 +107,8 @@ class Checkpointer:
         number = store.add(f"holdfast/checkpointers/{rank}", 1)
         here = PrefixStore(f"holdfast/{number}", store)
         self._meeting = Meeting(rank, size, here, timeout_s)
-        names = self._meeting.exchange("node", socket.gethostname())
-        distinct = list(dict.fromkeys(names))
-        members = Members(rank, tuple(distinct.index(name) for name in names), here)
+        machines = self._meeting.exchange("machine", this_machine())
+        members = Members(rank, numbered(machines), here)
         settings = ManagerSettings(arena_bytes or _ARENA_BYTES, timeout_s)
         self._manager = CheckpointManager(members, settings)
         self._is_closed = False

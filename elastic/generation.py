@@ -88,7 +88,7 @@ class Member:
 
     identity: Identity
     node: str
-    """The failure domain of the worker."""
+    """Its agent's name, which no other agent of the run has."""
     store: str
     """The rendezvous store of its node's agent, HOST:PORT."""
     held: int
@@ -101,6 +101,8 @@ class Member:
     """Whether it is leaving: its state moves to others, and it gets none."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Other values that the caller reported, as JSON values."""
+    machine: str = ""
+    """The identity of the machine on which it runs."""
 
     @property
     def rank(self) -> int:
@@ -109,8 +111,9 @@ class Member:
     @property
     def fields(self) -> tuple[Any, ...]:
         """All values, as JSON values."""
-        named = (self.node, self.store, self.held, self.step, self.phase, self.leaving)
-        return str(self.identity), *named, self.data
+        named = (self.held, self.step, self.phase, self.leaving)
+        where = (self.node, self.machine, self.store)
+        return str(self.identity), *where, *named, self.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,12 @@ class Generation:
         fields = [member.fields for member in self.members]
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return f"generation-{self.number}-{digest[:8]}"
+
+    @property
+    def failure_domains(self) -> dict[int, str]:
+        """What each rank is lost with: its machine, or its node if all are on one machine."""
+        several = len({member.machine for member in self.members}) > 1
+        return {m.rank: m.machine if several else m.node for m in self.members}
 
     def member(self, rank: int) -> Member:
         """The member with a rank. Raises KeyError if there is none."""

@@ -59,6 +59,8 @@ class MembershipHistory:
     faults: tuple[Fault, ...]
     """The faults that lead a new run through the same losses: kills, and bits flipped on
     purpose."""
+    machines: Mapping[str, str] = field(default_factory=dict)
+    """The machine of each node, where it is recorded."""
 
     def awaited(self, committed: int) -> frozenset[int]:
         """The ranks that must be ready to join before the step after `committed` begins."""
@@ -122,11 +124,8 @@ def _history(events: Sequence[Mapping[str, Any]], begun: int) -> MembershipHisto
     placed = {
         rank for e in (first, *events[begun + 1 :]) if "plan" in e for rank in _ranks(e["plan"])
     }
-    node_of = {
-        e["rank"]: e["node"]
-        for e in events
-        if e["event"] == "worker_started" and e["rank"] in placed
-    }
+    started = [e for e in events if e["event"] == "worker_started" and e["rank"] in placed]
+    node_of = {e["rank"]: e["node"] for e in started}
     nodes: dict[str, tuple[int, ...]] = {}
     for rank in sorted(node_of):
         nodes[node_of[rank]] = (*nodes.get(node_of[rank], ()), rank)
@@ -138,6 +137,7 @@ def _history(events: Sequence[Mapping[str, Any]], begun: int) -> MembershipHisto
         changes=changes,
         last_step=max((c.after + 1 for c in changes), default=0) if back < len(found) else None,
         faults=(*_kills(changes, founders), *map(_repeated, flipped)),
+        machines={e["node"]: e["machine"] for e in started if "machine" in e},
     )
 
 

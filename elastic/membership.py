@@ -164,6 +164,7 @@ class Membership:
             world_size=settings.world_size,
             min_ranks=settings.min_ranks,
             node=spec.node,
+            machine=spec.machine,
             store=spec.store,
             held=held,
         )

@@ -19,7 +19,7 @@ class WorkerSpec:
     local_rank: int
     """The worker's number among the workers of its node."""
     node: str
-    """The failure domain of the worker."""
+    """Its agent's name, which no other agent of the run has."""
     store: str
     """HOST:PORT of the rendezvous store in its agent."""
     founder: bool
@@ -27,6 +27,8 @@ class WorkerSpec:
     folder: str
     """The folder of its acceptor state and liveness timestamp: on its node, seen by its agent."""
     settings: MembershipSettings
+    machine: str = ""
+    """The identity of the machine on which it runs."""
 
     @property
     def identity(self) -> Identity:

@@ -12,7 +12,7 @@ DIRECT = {
     "shutil.copy2", "shutil.copyfile", "shutil.move", "torch.load",
 }  # fmt: skip
 BY_NAME = {"open", "read_bytes", "read_text", "write_bytes", "write_text"}
-OF_THE_KERNEL = ("/proc/", "os.devnull", "_BOOT", "_PORT_RANGE", "Path(limit)")
+OF_THE_KERNEL = ("/proc/", "os.devnull", "_BOOT", "_INSTALLATION", "_PORT_RANGE", "Path(limit)")
 NO_FILES = {
     "checkpoint.saving.save: self.snapshot.open",
     "elastic.lighthouse: direct.open",

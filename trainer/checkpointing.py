@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.distributed import Store
 from holdfast.checkpoint import CheckpointManager, ManagerSettings, Wanted
 from holdfast.checkpoint.format import Manifest, WritePlan
 from holdfast.checkpoint.loading import LoadStatistics, Targets
-from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan
+from holdfast.checkpoint.saving import Members, SaveJob, SaveResult, make_write_plan, numbered
 from holdfast.checkpoint.stores import LocalStore, Retention, checkpoint_at, open_store
 from holdfast.checkpoint.tiers import RemoteTier, UploadResult
 from holdfast.parallel.comm import Communicator, separate_group
@@ -61,7 +61,7 @@ class Checkpoints:
         world: WorldInfo,
         store: Store,
         run: RunDirectory,
-        nodes: tuple[int, ...],
+        machines: Sequence[str],
         signals: Signals,
         *,
         clock: Callable[[], float] = monotonic,
@@ -70,14 +70,15 @@ class Checkpoints:
 
         Args:
             store: the rendezvous store of this generation.
-            nodes: the node of each participating rank, in ascending order of ranks.
+            machines: the machine of each participating rank, in ascending order of ranks.
             clock: the seconds since some fixed moment, for saves that are due by time.
         """
         config = training.config.checkpoint
-        if config.memory_every and len(set(nodes)) > 1:
+        if config.memory_every and len(set(machines)) > 1:
             raise ConfigError(
                 f"checkpoint.memory_every = {config.memory_every}: copies in shared memory are for "
-                f"runs on one machine, and this one is on {len(set(nodes))}; set it to 0"
+                f"runs on one machine, and this one is on {len(set(machines))} (a container counts "
+                "as one); set it to 0"
             )
         self._training, self._run, self._signals, self._clock = training, run, signals, clock
         self._state = training.state()
@@ -85,7 +86,11 @@ class Checkpoints:
         self._ranks = training.plan.stage_replicas.ranks
         generation = training.plan.generation
         members = Members(
-            self._ranks.index(world.rank), tuple(nodes), store, generation, numbers=self._ranks
+            self._ranks.index(world.rank),
+            numbered(machines),
+            store,
+            generation,
+            numbers=self._ranks,
         )
         settings = ManagerSettings(config.arena_mib << 20, config.timeout_s, config.verify)
         self._manager = CheckpointManager(

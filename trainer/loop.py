@@ -20,7 +20,6 @@ from holdfast.trainer.reports import (
     PhaseClock,
     Reporter,
     introduce,
-    nodes_of,
     trace,
     workers_of,
 )
@@ -63,7 +62,8 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     locate_log(lambda: place_of(training))
     workers = workers_of(store, world)
     signals = Signals()
-    checkpoints = Checkpoints(training, world, store, run, nodes_of(workers), signals)
+    machines = [worker["machine"] for worker in workers]
+    checkpoints = Checkpoints(training, world, store, run, machines, signals)
     notes = list(run.resume.notes)
     first = checkpoints.resume(notes.append)
     events = EventFile(run.events, DiskWord(lambda line: tell(f"holdfast: {line}")))

@@ -5,6 +5,7 @@ from .arena import (
 from .coordination import (
     Coordination as Coordination,
     Members as Members,
+    numbered as numbered,
 )
 from .job import (
     SaveJob as SaveJob,

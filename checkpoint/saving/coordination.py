@@ -30,7 +30,7 @@ class Members:
 
     rank: int
     nodes: tuple[int, ...]
-    """The node of each rank; the length is the number of ranks."""
+    """The machine of each rank, as a number; the length is the number of ranks."""
     store: Store
     """The rendezvous store where they meet."""
     generation: int = 0
@@ -59,6 +59,12 @@ class Members:
             return replace(self, store=self.store.clone())  # pyrefly: ignore
         except (RuntimeError, NotImplementedError, PeerLost):
             return self
+
+
+def numbered(machines: Sequence[str]) -> tuple[int, ...]:
+    """The number of each rank's machine, by which ranks that share memory are `Members.nodes`."""
+    numbers = {machine: number for number, machine in enumerate(dict.fromkeys(machines))}
+    return tuple(numbers[machine] for machine in machines)
 
 
 class Coordination:

@@ -19,7 +19,8 @@ def generation_of(acceptor: AcceptorState, reports: Mapping[Identity, Report]) -
 
 
 def _member(r: Report) -> Member:
-    return Member(r.identity, r.node, r.store, r.held, r.step, r.phase, r.leaving, dict(r.data))
+    told = (r.node, r.store, r.held, r.step, r.phase, r.leaving, dict(r.data), r.machine)
+    return Member(r.identity, *told)
 
 
 def misses_answer(report: Report, generation: Generation) -> bool:

@@ -64,6 +64,8 @@ class Report:
     missing for too long. Counts among the members of a generation."""
     node: Text = ""
     """Its node."""
+    machine: Text = ""
+    """The identity of its machine."""
     store: Text = ""
     """The rendezvous store of its agent, HOST:PORT."""
     held: Count = 0

@@ -29,9 +29,11 @@ class AgentSettings:
     ranks: tuple[int, ...]
     """The ranks of this node."""
     node: str
-    """The failure domain that other nodes see."""
+    """The name of this agent, which no other agent of the run has."""
     log: Callable[[int], Path]
     """Returns the file for the output of a rank."""
+    machine: str = ""
+    """The identity of the machine: nodes on one machine share its memory, and are lost with it."""
     first_local_rank: int = 0
     """The first of these ranks among all ranks of this machine: decides their devices."""
     host: str = "127.0.0.1"
@@ -113,6 +115,7 @@ class AgentSettings:
                 incarnation=self.incarnation,
                 local_rank=local_rank,
                 node=self.node,
+                machine=self.machine,
                 store=store,
                 founder=self.founder,
                 folder=str(folder),

@@ -33,6 +33,7 @@ from holdfast.launch.launchers.elastic import (
 )
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
+from holdfast.parallel.files import this_machine
 from holdfast.parallel.links import (
     ONE_SECRET,
     StrangerError,
@@ -188,6 +189,12 @@ def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[
     """
     if config.parallel.backend == "mpi":
         raise ConfigError(f"{run.root} uses parallel.backend = 'mpi', whose processes are fixed")
+    if config.checkpoint.memory_every and info.machine != this_machine():
+        raise ConfigError(
+            f"checkpoint.memory_every = {config.checkpoint.memory_every}: the run keeps copies in "
+            "the memory of its machine, and this is another one; join from there, or start the run "
+            "with 0"
+        )
     elastic = msgspec.structs.replace(config.elastic, lighthouse=info.lighthouse)
     config = msgspec.structs.replace(config, elastic=elastic)
     check_config(config)

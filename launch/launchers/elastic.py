@@ -24,9 +24,9 @@ from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
-from holdfast.launch.launchers.nodes import run_nodes, spread
+from holdfast.launch.launchers.nodes import node_name, run_nodes, spread
 from holdfast.parallel.errors import ConfigError, Stopped
-from holdfast.parallel.files import scratch_folder
+from holdfast.parallel.files import scratch_folder, this_machine
 from holdfast.parallel.links import given_secret, new_secret
 from holdfast.parallel.output import LogFile, tell
 from holdfast.parallel.waiting import Waiting
@@ -138,7 +138,8 @@ def node_settings(
             secret=secret or new_secret(),
         ),
         ranks=ranks,
-        node=socket.gethostname(),
+        node=node_name(ranks),
+        machine=this_machine(),
         log=run.log,
         host=own_address(elastic.lighthouse) if elastic.lighthouse else "127.0.0.1",
         limits=HangLimits(elastic.hang_timeout_s, elastic.startup_grace_s),

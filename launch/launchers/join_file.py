@@ -18,7 +18,7 @@ from msgspec import Meta
 from holdfast.elastic import MembershipSettings, lighthouse_url
 from holdfast.parallel.comm import own_address_towards
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.files import await_lock, open_lock
+from holdfast.parallel.files import await_lock, open_lock, this_machine
 from holdfast.parallel.output import DiskWord, WholeFiles, tell, write_whole
 from holdfast.parallel.reading import PathText, decode_json, read_regular
 from holdfast.parallel.waiting import Waiting
@@ -42,12 +42,14 @@ class JoinInfo(msgspec.Struct, frozen=True):
     """The number of ranks that the run was started with."""
     next_rank: Annotated[int, Meta(ge=1, le=_MOST_RANKS)]
     """The lowest rank that was never given out."""
+    machine: PathText = ""
+    """The identity of the machine on which the run was started."""
 
     @staticmethod
     def begun(membership: MembershipSettings, lighthouse: str) -> JoinInfo:
         """The content for a run that starts now."""
         ranks = membership.world_size
-        return JoinInfo(lighthouse, membership.run, ranks, ranks)
+        return JoinInfo(lighthouse, membership.run, ranks, ranks, this_machine())
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,14 @@ _END_S = 10.0
 """Seconds beyond `exit_s` that an agent may take to end once the run has ended on another node."""
 
 
+def node_name(ranks: Sequence[int]) -> str:
+    """The name of the node that has these ranks: the host's name and the first rank. Local.
+
+    Agents may run on one host, and hosts may have one name; no two agents of a run share a rank.
+    """
+    return f"{socket.gethostname()}-{ranks[0]}"
+
+
 def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
     """Divide a node's ranks in order among several nodes.
 
@@ -44,10 +53,8 @@ def spread(node: AgentSettings, nodes: int) -> list[AgentSettings]:
     if nodes == 1:
         return [node]
     edges = [k * len(ranks) // nodes for k in range(nodes + 1)]
-    return [
-        replace(node, ranks=ranks[a:b], node=f"{node.node}-{k}")
-        for k, (a, b) in enumerate(pairwise(edges))
-    ]
+    shares = [ranks[a:b] for a, b in pairwise(edges)]
+    return [replace(node, ranks=share, node=node_name(share)) for share in shares]
 
 
 def run_nodes(

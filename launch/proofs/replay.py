@@ -135,7 +135,9 @@ def _nodes(config: RunConfig, run: RunDirectory, history: MembershipHistory) -> 
             mine = tuple(rank for rank in ranks if (rank < founders) == founder)
             if mine:
                 node = node_settings(config, run, token=token, secret=secret, ranks=mine)
-                found.append(replace(node, node=name, founder=founder, may_start=may_start))
+                machine = history.machines.get(name, node.machine)
+                where = replace(node, node=name, machine=machine)
+                found.append(replace(where, founder=founder, may_start=may_start))
     return found
 
 

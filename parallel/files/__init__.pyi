@@ -4,6 +4,9 @@ from .locks import (
     open_lock as open_lock,
     try_lock as try_lock,
 )
+from .machine import (
+    this_machine as this_machine,
+)
 from .own_files import (
     create_file as create_file,
     open_added as open_added,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files.locks import is_at, try_lock
+from holdfast.parallel.files.machine import boot
 from holdfast.parallel.reading import parse_json
 
 PREFIX = "holdfast-scratch-"
@@ -31,7 +32,7 @@ _ATTEMPTS = 100
 _LEAST_ROOM = 4 << 20
 """Bytes that are free in the system's folder: a run has about 100 KiB for each rank in it."""
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_INSTALLATION = Path("/etc/machine-id")
 
 
 @contextlib.contextmanager
@@ -123,7 +124,7 @@ def _marked(inside: Path | None, prefix: str) -> tuple[Path, int]:
             continue  # swept
         try:
             if try_lock(descriptor) is not False:
-                os.write(descriptor, json.dumps({"boot": _boot(), "host": _host()}).encode())
+                os.write(descriptor, json.dumps(_here()).encode())
                 if is_at(descriptor, folder / _MARK):
                     return folder, descriptor
         except BaseException:
@@ -162,20 +163,23 @@ def _is_of_this_machine(mark: bytes, folder: Path) -> bool:
         return os.listdir(folder) == [_MARK]
     try:
         written = parse_json(mark)
-        return bool(written["boot"] == _boot() or written["host"] == _host())
+        here = _here()
+        rebooted = here["installation"] and {**written, "boot": here["boot"]} == here
+        return bool(written["boot"] == here["boot"] or rebooted)
     except (ValueError, KeyError, TypeError):
         return False
 
 
-def _boot() -> str:
+def _here() -> dict[str, str]:
+    """The machine: its boot, its host name, and the installation, which stay the same over boots.
+
+    Machines may have one name, and containers often have no installation.
+    """
     try:
-        return _BOOT.read_text().strip()
+        installation = _INSTALLATION.read_text().strip()
     except OSError:
-        return _host()
-
-
-def _host() -> str:
-    return socket.gethostname()
+        installation = ""
+    return {"boot": boot(), "host": socket.gethostname(), "installation": installation}
 
 
 def _remove(folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,3 +265,34 @@ def test_fsdp_ddp_and_sharded_tensors_go_on_in_each_others_layouts(
                     name,
                 )
         assert verify_checkpoint(tmp_path / f"step-{2 * number + 2:08d}") == []
+
+
+def load_under_other_names(rank: int, world_size: int, store: Store, folder: str) -> int:
+    """The bytes that this rank reads if each rank has a host name of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = os.open("/proc/self/ns/uts", os.O_RDONLY)
+    if libc.unshare(0x04000000) != 0:  # CLONE_NEWUTS
+        raise OSError(ctypes.get_errno(), "unshare")
+    try:
+        socket.sethostname(f"name-{rank}")
+        with _default_group(rank, world_size, store):
+            state = {"model": _model()}
+            checkpointer = Checkpointer(folder, state)
+            checkpointer.load()
+            assert checkpointer.load_statistics is not None
+            checkpointer.close()
+            return checkpointer.load_statistics.read_bytes
+    finally:
+        libc.setns(here, 0)
+        os.close(here)
+
+
+@pytest.mark.mp
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of host names needs root")
+def test_ranks_of_one_machine_share_what_they_read_whatever_its_name(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    save(tmp_path, {"model": _model()}, step=1)
+    read = cluster.run(f"{__name__}:load_under_other_names", 2, folder=str(tmp_path))
+    state = _model().state_dict().values()
+    assert sum(read) == sum(value.numel() * value.element_size() for value in state)

@@ -173,7 +173,7 @@ def save_and_load_elsewhere(
     world = local_world(rank, world_size)
     training = open_training(run_config, world, store)
     run = RunDirectory(Path(root), Resume((resume,)))
-    checkpoints = Checkpoints(training, world, store, run, (0,) * world_size, Signals())
+    checkpoints = Checkpoints(training, world, store, run, ("here",) * world_size, Signals())
     step = checkpoints.resume(lambda note: None)
     digests = {}
     for name, targets in training.state().targets().items():

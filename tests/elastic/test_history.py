@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from holdfast.elastic.faults import Fault
+from holdfast.elastic.generation import Generation, Identity, Member
 from holdfast.elastic.history import history_of, newest_start
 from holdfast.parallel.errors import ConfigError
 
@@ -24,7 +25,7 @@ def start(**more: Any) -> dict[str, Any]:
 
 
 def worker(rank: int, node: str) -> dict[str, Any]:
-    return {"event": "worker_started", "rank": rank, "node": node}
+    return {"event": "worker_started", "rank": rank, "node": node, "machine": f"of {node}"}
 
 
 def change(step: int, *ranks: int, **more: Any) -> dict[str, Any]:
@@ -49,6 +50,20 @@ def test_nodes_have_the_ranks_that_took_part() -> None:
     workers = [worker(2, "b"), worker(0, "a"), worker(1, "a"), worker(7, "never-placed")]
     found = history_of([*workers, start(), worker(3, "b"), change(4, 0, 1, 2, 3, joined=[3])])
     assert found.nodes == {"a": (0, 1), "b": (2, 3)}
+    assert found.machines == {"a": "of a", "b": "of b"}
+
+
+def test_nodes_fail_alone_on_one_machine_and_with_their_machine_on_several() -> None:
+    def domains(*machines: str) -> list[str]:
+        nodes = ("a", "a", "b", "b")
+        members = tuple(
+            Member(Identity(rank), node, "h:1", 1, 0, "", False, machine=machine)
+            for rank, (node, machine) in enumerate(zip(nodes, machines, strict=True))
+        )
+        return list(Generation(1, members).failure_domains.values())
+
+    assert domains("m", "m", "m", "m") == ["a", "a", "b", "b"]
+    assert domains("m", "m", "n", "n") == ["m", "m", "n", "n"]
 
 
 def test_a_rank_is_awaited_before_the_step_at_which_it_joined() -> None:

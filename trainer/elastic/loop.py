@@ -235,6 +235,7 @@ def train_elastic_worker(
                 rank=spec.rank,
                 pid=os.getpid(),
                 node=spec.node,
+                machine=spec.machine,
                 incarnation=spec.incarnation,
             )
             _train(config, spec, membership, run, events)

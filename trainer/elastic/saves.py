@@ -138,11 +138,9 @@ class ElasticSaves:
     def _checkpoints_of(
         self, training: Training, generation: Generation, run: RunDirectory
     ) -> Checkpoints:
-        names = {member.rank: member.node for member in generation.members}
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
-        nodes = tuple(numbers[names[rank]] for rank in training.plan.stage_replicas.ranks)
+        machines = [generation.member(r).machine for r in training.plan.stage_replicas.ranks]
         world, store = world_of(generation, self._spec), self._membership.store()
-        return Checkpoints(training, world, store, run, nodes, self._signals)
+        return Checkpoints(training, world, store, run, machines, self._signals)
 
 
 def world_of(generation: Generation, spec: WorkerSpec) -> WorldInfo:

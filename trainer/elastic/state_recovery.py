@@ -93,7 +93,7 @@ class TrainingBuilder:
             training = Training(self._config, self._rank, self._device, transition.after, groups)
         step = self._loader.load(training, store, transition.generation, sound_until=sound_until)
         training.progress = StepProgress(decided=step, updated=step)
-        moved = fill_shadows(training, groups.control, transition.nodes)
+        moved = fill_shadows(training, groups.control, transition.failure_domains)
         return Built(training, step, moved)
 
     def _from_holders(
@@ -119,7 +119,7 @@ class TrainingBuilder:
         wanted = needed.get(rank, set()) | incoming.get(rank, set())
         for key in wanted & held.get(rank, set()):
             target.write(key, source.read(key))
-        transfers = plan_block_transfers(before, held, needed, transition.nodes)
+        transfers = plan_block_transfers(before, held, needed, transition.failure_domains)
         form = state_format(self._config)
         move_blocks(transfers, rank, connection.members, source.read, target.write, form=form)
         moved = carried_bytes(transfers, form)
@@ -128,7 +128,7 @@ class TrainingBuilder:
         if after.incoming:
             lacking = {r: keys - held.get(r, set()) for r, keys in incoming.items()}
             training.background_transfer = BackgroundTransfer(
-                plan_block_transfers(after, needed, lacking, transition.nodes),
+                plan_block_transfers(after, needed, lacking, transition.failure_domains),
                 rank,
                 connection.beside,
                 target.read,

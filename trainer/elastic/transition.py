@@ -34,9 +34,9 @@ class Transition:
     after: Plan
 
     @property
-    def nodes(self) -> Mapping[int, str]:
-        """The node of each rank of the new generation."""
-        return {member.rank: member.node for member in self.generation.members}
+    def failure_domains(self) -> Mapping[int, str]:
+        """The failure domain of each rank of the new generation."""
+        return self.generation.failure_domains
 
     @property
     def keeps_state(self) -> bool:
@@ -58,8 +58,7 @@ def plan_transition(
     Args:
         redundancy: the number of shadows of each block.
     """
-    nodes = {member.rank: member.node for member in generation.members}
-    roster = Roster(recovery.staying, nodes, recovery.fresh)
+    roster = Roster(recovery.staying, generation.failure_domains, recovery.fresh)
     number = generation.number
     # Within a step, layers stay: the sums of moved layers would have to be recomputed.
     move_layers = all(member.phase != WITHIN_STEP for member in generation.members)

@@ -29,6 +29,5 @@ from .stragglers import (
 )
 from .workers import (
     introduce as introduce,
-    nodes_of as nodes_of,
     workers_of as workers_of,
 )

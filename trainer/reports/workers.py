@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
 from typing import TypedDict
 
 from torch.distributed import Store
 
 from holdfast.parallel.errors import MembershipError
+from holdfast.parallel.files import this_machine
 from holdfast.parallel.reading import Count, Text, decode_json
 from holdfast.trainer.worlds import WorldInfo
 
@@ -21,11 +21,16 @@ class Worker(TypedDict):
     rank: Count
     pid: Count
     node: Text
+    """The host's name."""
+    machine: Text
+    """The machine's identity, which tells hosts of one name apart."""
 
 
 def introduce(store: Store, world: WorldInfo) -> None:
     """Publish this worker's description in the store."""
-    worker = {"rank": world.rank, "pid": os.getpid(), "node": socket.gethostname()}
+    worker = Worker(
+        rank=world.rank, pid=os.getpid(), node=socket.gethostname(), machine=this_machine()
+    )
     store.set(f"worker/{world.rank}", json.dumps(worker))
 
 
@@ -41,9 +46,3 @@ def workers_of(store: Store, world: WorldInfo) -> list[Worker]:
         return [decode_json(text, Worker) for text in store.multi_get(keys)]
     except ValueError as error:
         raise MembershipError(f"a worker introduces itself in a strange way: {error}") from error
-
-
-def nodes_of(workers: Sequence[Worker]) -> tuple[int, ...]:
-    """The node of each rank: equal numbers for workers on one machine."""
-    names = list(dict.fromkeys(worker["node"] for worker in workers))
-    return tuple(names.index(worker["node"]) for worker in workers)

@@ -18,6 +18,7 @@ import msgspec
 from holdfast.checkpoint.format import OWNER, scheme_of
 from holdfast.checkpoint.stores import CheckpointStore, LocalStore, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.files import this_machine
 from holdfast.parallel.reading import PathText, decode_json
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.folder_lock import is_locked, lock_folder
@@ -36,6 +37,8 @@ class CheckpointOwner(msgspec.Struct, frozen=True):
     """The machine on which the run was started last."""
     in_use: bool = False
     """At a URL, which has no lock: whether the run has not ended yet, or could not say so."""
+    machine: PathText = ""
+    """The identity of that machine, which is new after it was started again; empty: not known."""
 
 
 @contextlib.contextmanager
@@ -50,7 +53,9 @@ def claimed_checkpoints(
         ConfigError: a place is another run's, in use, or cannot be written.
         CheckpointError: `latest` is there, and is no file.
     """
-    own = CheckpointOwner(identity.id, str(root.absolute()), socket.gethostname())
+    own = CheckpointOwner(
+        identity.id, str(root.absolute()), socket.gethostname(), machine=this_machine()
+    )
     notes: tuple[str, ...] = ()
     with contextlib.ExitStack() as held:
         folder = checkpoint_root(root, config)
@@ -161,6 +166,8 @@ def _goes_on(owner: CheckpointOwner) -> bool:
         return True
     if identity is not None and identity.id == owner.run:
         return is_locked(root)
+    if owner.machine:
+        return owner.machine != this_machine()
     return owner.host != socket.gethostname()
 
 

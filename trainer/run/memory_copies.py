@@ -22,6 +22,7 @@ from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.files import try_lock, write_own_file
 from holdfast.parallel.links import derived_key
 from holdfast.parallel.reading import PathText, decode_json, read_regular
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.identity import IDENTITY, RunIdentity, read_identity
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -52,6 +53,20 @@ def memory_root(root: Path) -> Path | None:
     place = _place(identity)
     _check_own(place)
     return place
+
+
+def require_one_machine(config: RunConfig, ranks_here: int) -> None:
+    """Check that all ranks are on this machine if their copies are to lie in its memory.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    every, ranks = config.checkpoint.memory_every, config.parallel.ranks
+    if every and ranks_here < ranks:
+        raise ConfigError(
+            f"checkpoint.memory_every = {every}: copies in shared memory are for runs on one "
+            f"machine, and this one has {ranks_here} of {ranks} ranks; set it to 0"
+        )
 
 
 def forget_newer(root: Path, step: int) -> list[str]:

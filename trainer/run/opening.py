@@ -19,7 +19,7 @@ from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
 from holdfast.trainer.run.identity import open_identity
 from holdfast.trainer.run.machine import require_room
-from holdfast.trainer.run.memory_copies import held_memory, sweep_memory
+from holdfast.trainer.run.memory_copies import held_memory, require_one_machine, sweep_memory
 from holdfast.trainer.run.process_heap import prepare_heap
 from holdfast.trainer.run.run_directory import RunDirectory
 from holdfast.trainer.run.run_folder import choose_root, locked_run, open_run
@@ -85,6 +85,7 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     if request.world_size is not None:
         check_config(config, request.world_size)
     if request.ranks_here:
+        require_one_machine(config, request.ranks_here)
         require_room(config, request.ranks_here)
     for note in corpus_notes(config.data):
         say(note)

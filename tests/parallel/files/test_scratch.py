@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -117,13 +118,24 @@ def test_another_users_folder_stays(place: Path, monkeypatch: pytest.MonkeyPatch
     assert left.exists()
 
 
-def test_a_folder_of_another_machine_stays_and_one_from_before_a_reboot_goes(place: Path) -> None:
-    host = os.uname().nodename.encode()
-    other = _left(place, mark=b'{"boot": "other", "host": "of-another"}')
-    before = _left(place, mark=b'{"boot": "earlier", "host": "%s"}' % host)
-    damaged = _left(place, mark=b"\xff[")
+def test_a_folder_of_another_machine_stays_and_one_from_before_a_reboot_goes(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.parent / "machine-id").write_text("0123\n")
+    monkeypatch.setattr(scratch, "_INSTALLATION", place.parent / "machine-id")
+    here = {"host": os.uname().nodename, "installation": "0123"}
+    other, of_our_name, damaged = (
+        _left(place, mark=mark)
+        for mark in (
+            json.dumps({"boot": "other", "host": "of-another"}).encode(),
+            json.dumps({**here, "boot": "other", "installation": "4567"}).encode(),
+            b"\xff[",
+        )
+    )
+    before = _left(place, mark=json.dumps({**here, "boot": "earlier"}).encode())
     assert sweep_scratch(place) == [before]
     assert other.exists()
+    assert of_our_name.exists()
     assert damaged.exists()
 
 
@@ -140,7 +152,7 @@ def test_a_process_whose_new_folder_is_swept_makes_another(
     place: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     swept: list[Path] = []
-    real = {"made": os.open, "opened": scratch.try_lock, "locked": scratch._boot}[moment]
+    real = {"made": os.open, "opened": scratch.try_lock, "locked": scratch.boot}[moment]
 
     def late(*arguments: object, **options: object) -> object:
         monkeypatch.undo()
@@ -152,7 +164,7 @@ def test_a_process_whose_new_folder_is_swept_makes_another(
             swept.extend(sweep_scratch(place))
         return real(*arguments, **options)  # type: ignore[operator]
 
-    name = {"made": "open", "opened": "try_lock", "locked": "_boot"}[moment]
+    name = {"made": "open", "opened": "try_lock", "locked": "boot"}[moment]
     monkeypatch.setattr(os if moment == "made" else scratch, name, late)
     with scratch_folder(place) as folder:
         assert len(swept) == 1

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +17,10 @@ import msgspec
 import pytest
 
 from holdfast.checkpoint.stores.local import LocalStore
+from holdfast.launch.launchers.cluster import join_run
+from holdfast.launch.launchers.join_file import JoinInfo
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.run import RunRequest, claim, memory_copies, opened_run
+from holdfast.trainer.run import RunDirectory, RunRequest, claim, memory_copies, opened_run
 from holdfast.trainer.run.claim import CheckpointOwner
 from holdfast.trainer.run.identity import IDENTITY, read_identity
 from holdfast.trainer.run.memory_copies import forget_newer, memory_root
@@ -217,6 +220,22 @@ def test_copies_that_another_process_holds_are_not_touched(
     assert not place.exists()
 
 
+def test_copies_in_memory_are_refused_where_the_ranks_are_on_several_machines(
+    tmp_path: Path, shared_memory: Path
+) -> None:
+    request = _request(tmp_path, memory_every=1)
+    parallel = make_config(parallel={"data": 2}).parallel
+    config = msgspec.structs.replace(request.config, parallel=parallel)
+    request = replace(request, config=config, ranks_here=1)
+    with pytest.raises(ConfigError, match=r"this one has 1 of 2 ranks; set it to 0"):
+        open_and_end(request)
+    assert not (tmp_path / "run").exists()
+    info = JoinInfo("http://127.0.0.1:9", "token", 2, 2, machine="another")
+    with pytest.raises(ConfigError, match=r"memory of its machine, and this is another one"):
+        join_run(RunDirectory(tmp_path), request.config, info, (2,))
+    assert not list(shared_memory.iterdir())
+
+
 def _poison(place: Path, how: str) -> None:
     if how == "link":
         (place.parent / "theirs").mkdir()
@@ -287,14 +306,15 @@ def test_one_after_the_other_is_told_or_refused(tmp_path: Path, form: str) -> No
     assert LocalStore(tmp_path / "shared").names() == ["step-00000003"]
 
 
-def test_a_run_on_another_machine_that_did_not_end_keeps_its_url(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["far.example", socket.gethostname()])
+def test_a_run_on_another_machine_that_did_not_end_keeps_its_url(tmp_path: Path, host: str) -> None:
     url = f"file://{tmp_path}/shared"
     request = _request(tmp_path, path=url)
     (tmp_path / "shared").mkdir()
-    owner = CheckpointOwner("0" * 32, "/far/run", "far.example", in_use=True)
+    owner = CheckpointOwner("0" * 32, "/far/run", host, in_use=True, machine="another")
     (tmp_path / "shared" / "owner.json").write_bytes(msgspec.json.encode(owner))
     save_as_run(tmp_path / "shared", request.config, 3)
-    with pytest.raises(ConfigError, match=r"/far/run on far.example, which has not ended"):
+    with pytest.raises(ConfigError, match=f"/far/run on {host}, which has not ended"):
         open_and_end(request)
     assert len(open_and_end(request, resume=url)) == 1
 

@@ -169,6 +169,6 @@ def unknown_name(key: str, name: str, allowed: Iterable[str]) -> str:
         allowed: the names of the registry, in the order of the message.
     """
     names = list(allowed)
-    near = difflib.get_close_matches(name[:_MOST_SHOWN], names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name[:_MOST_SHOWN], names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{key} = {shown(name)}: allowed are {', '.join(map(repr, names))}{hint}"

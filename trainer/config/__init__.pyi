@@ -17,3 +17,4 @@ from .sections import (
     NumericsConfig as NumericsConfig,
     RunConfig as RunConfig,
 )
+from .suggestions import known_keys as known_keys

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from holdfast.parallel.errors import ConfigError, shown
+from holdfast.parallel.layout import AXES
 from holdfast.parallel.optimizer import OPTIMIZERS, OwnKey
 from holdfast.parallel.reading import converted, read_regular
 from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
+from holdfast.trainer.config.suggestions import key_advice, lonely_advice, section_advice
+from holdfast.trainer.config.vocabulary import default_vocab
 from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
 _MOST_BYTES = 2**20
@@ -28,12 +30,15 @@ _LONGEST_NAME = 60
 """The most characters of an unknown key's name that are shown."""
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, workers: int | None = None
+) -> RunConfig:
     """Read, override and check a configuration. Local; needs no torch.
 
     Args:
         path: the TOML file.
         overrides: "section.key=value", with the value as TOML or else as plain text.
+        workers: the number of workers that are wanted; it decides parallel.data if that is not set.
     Raises:
         ConfigError: the configuration is wrong; the message has one line per problem: the key, its
             value, what is allowed.
@@ -42,8 +47,32 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(table, override)
     config = convert_config(table)
+    given = table.get("parallel", {})
+    if workers is not None and "data" not in given:
+        config = _with_workers(config, workers)
     check_config(config)
     return config
+
+
+def _with_workers(config: RunConfig, workers: int) -> RunConfig:
+    """The configuration with as many replicas as make up the workers.
+
+    Raises:
+        ConfigError: the other axes do not divide them.
+    """
+    parallel = config.parallel
+    replica = parallel.ranks // max(1, parallel.data)
+    if replica < 1:
+        return config  # an axis is refused
+    if workers % replica:
+        sizes = {axis: getattr(parallel, axis) for axis in AXES if axis != "data"}
+        told = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        raise ConfigError(
+            f"--nproc {workers}: a replica of {told} needs {replica} workers; start a multiple of "
+            f"{replica}"
+        )
+    parallel = msgspec.structs.replace(parallel, data=workers // replica)
+    return msgspec.structs.replace(config, parallel=parallel)
 
 
 def _read_table(source: Path) -> dict[str, Any]:
@@ -66,18 +95,22 @@ def _read_table(source: Path) -> dict[str, Any]:
 
 
 def convert_config(table: Mapping[str, Any]) -> RunConfig:
-    """The configuration in a nested table of sections.
+    """The configuration in a nested table of sections, with every size of the model set.
 
     Raises:
-        ConfigError: a key is unknown (the message has the nearest known one) or missing, or a type
-            is wrong.
+        ConfigError: a key is unknown (the message has the nearest known one) or missing, a type
+            is wrong, or the tokenizer that gives `model.vocab` cannot be read.
     """
     sections = {field.name: field.type for field in msgspec.structs.fields(RunConfig)}
     chosen = {"model": _model_section(table), "optimizer": _optimizer_section(table)}
     sections |= chosen
     for name, keys in table.items():
         if name not in sections:
-            raise ConfigError(f"[{_cut(name)}] is not a section{_nearest(name, sections)}")
+            advice = section_advice(_cut(name), sections)
+            if isinstance(keys, Mapping):
+                raise ConfigError(f"[{_cut(name)}] is not a section{advice}")
+            name = _cut(name)
+            raise ConfigError(f"{name} = {shown(keys)} is outside a section{lonely_advice(name)}")
         if not isinstance(keys, Mapping):
             raise ConfigError(
                 f"{name} = {shown(keys)} is a key outside a section; write it as [{name}]"
@@ -85,11 +118,24 @@ def convert_config(table: Mapping[str, Any]) -> RunConfig:
         known = [field.name for field in msgspec.structs.fields(sections[name])]
         for key in keys:
             if key not in known:
-                raise ConfigError(f"{name}.{_cut(key)} is not a key{_nearest(key, known, name)}")
+                advice = key_advice(name, _cut(key), known)
+                raise ConfigError(f"{name}.{_cut(key)} is not a key{advice}")
     try:
-        return _converted(table, chosen)
+        config = _converted(_with_lists(table), chosen)
     except msgspec.ValidationError as error:
         raise ConfigError(_explained(table, str(error))) from error
+    if config.model.vocab:
+        return config
+    model = msgspec.structs.replace(config.model, vocab=default_vocab(config.data))
+    return msgspec.structs.replace(config, model=model)
+
+
+def _with_lists(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table, where one path is the list of it."""
+    data = table.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("path"), str):
+        return {**table, "data": {**data, "path": [data["path"]]}}
+    return table
 
 
 def _model_section(table: Mapping[str, Any]) -> type[ModelConfig]:
@@ -203,14 +249,6 @@ def _cut(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
 
 
-def _nearest(name: str, known: Collection[str], section: str = "") -> str:
-    prefix = f"{section}." if section else ""
-    near = difflib.get_close_matches(_cut(name), list(known), n=1, cutoff=0.4)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    return f"; known are {', '.join(known)}"
-
-
 def _explained(table: Mapping[str, Any], message: str) -> str:
     """msgspec's message with the key in the file's spelling and the given value."""
     found = re.search(r" - at `\$\.?([^`]*)`", message)
@@ -230,4 +268,6 @@ def _explained(table: Mapping[str, Any], message: str) -> str:
         if choices := getattr(kinds.get(key), "__args__", ()):
             return choice_problem(path, value, choices)
         reason = "not one of the choices"
+    if reason.startswith("Expected `array`"):
+        reason = "expected a list, as in [1, 2]"
     return f"{path} = {shown(value)}: {reason[0].lower()}{reason[1:]}"

@@ -17,6 +17,7 @@ from holdfast.trainer.config.extent import extent_problems
 from holdfast.trainer.config.installation import elastic_problem
 from holdfast.trainer.config.ranges import RANGES, range_problems
 from holdfast.trainer.config.texts import place_problems, text_problems
+from holdfast.trainer.config.vocabulary import BYTE_VOCAB
 from holdfast.trainer.models import family_of
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ def _data(config: RunConfig) -> Iterator[str]:
         check_data_config(config.data)
     except ConfigError as error:
         yield str(error)
-    if config.data.kind == "text" and config.data.tokenizer == "bytes" and config.model.vocab < 257:
+    is_bytes = config.data.kind == "text" and config.data.tokenizer == "bytes"
+    if is_bytes and config.model.vocab < BYTE_VOCAB:
         yield (
             f"model.vocab = {config.model.vocab} is too small for data.tokenizer = 'bytes', which "
-            "has 256 bytes and a separator; set it to 257 or more"
+            f"has 256 bytes and a separator; set it to {BYTE_VOCAB} or more, or leave it out"
         )
     if config.train.eval_every and config.data.eval_fraction == 0:
         yield "train.eval_every needs held-out data; set data.eval_fraction above 0"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
+from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.reading import open_regular
 
@@ -102,7 +103,7 @@ def megatron_stream(prefix: str) -> MegatronStream:
         DataError: the pair is missing, damaged, not in Megatron's format, not of integers or not in
             order, or megatron-core is not installed.
     """
-    base = prefix.removesuffix(".bin").removesuffix(".idx")
+    base = str(expanded(prefix, "data.path")).removesuffix(".bin").removesuffix(".idx")
     name = f'data.path "{prefix}"'
     index_path, token_path = Path(base + ".idx"), Path(base + ".bin")
     for path in (index_path, token_path):

@@ -10,13 +10,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from holdfast.parallel.errors import DataError
 from holdfast.trainer.data.document_reading import form_for, read_documents
 from holdfast.trainer.data.documents import list_documents
 from holdfast.trainer.data.json_lines import ARRAY_SUFFIX, is_json_lines
 from holdfast.trainer.data.token_cache import CachedTokens, TokenWriter, cached_tokens
-from holdfast.trainer.data.tokenizer import Tokenizer, load_tokenizer
-from holdfast.trainer.data.windows import check_tokens
+from holdfast.trainer.data.tokenizer import Tokenizer, load_tokenizer, require_vocab
 
 # documents are handed to the tokenizer in groups of about this size, which it spreads over cores
 GROUP_BYTES = 4 * 2**20
@@ -38,20 +36,16 @@ def text_stream(
     Args:
         paths: files and folders; none: the Python standard library.
         tokenizer: "bytes" or the path of a `tokenizer.json`.
-        vocab: the vocabulary of the model; every token has to be below it.
+        vocab: the vocabulary of the model; every id of the tokenizer has to be below it.
         json_key: the key of the text in JSON; "": JSON is plain text.
         end_of_text: the name of the tokenizer's separator; "": one of the known names.
 
     Raises:
-        DataError: a file is unreadable or not UTF-8, the tokenizer is bad, or a token lies beyond
+        DataError: a file is unreadable or not UTF-8, or the tokenizer is bad or has more ids than
             the vocabulary.
     """
     encoder = load_tokenizer(tokenizer, end_of_text=end_of_text)
-    if tokenizer == "bytes" and vocab < encoder.vocab:
-        raise DataError(
-            f'model.vocab = {vocab}: data.tokenizer = "bytes" needs at least {encoder.vocab} '
-            "(256 bytes and the document separator, id 256); set model.vocab to that or more"
-        )
+    require_vocab(encoder, tokenizer, vocab)
     files = list_documents(paths)
     state = [(_text(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
     form = form_for(encoder, json_key)
@@ -68,16 +62,12 @@ def text_stream(
         for tokens in encode_documents(read_documents(files, form=form), encoder):
             writer.append(tokens)
 
-    stream = cached_tokens(
+    return cached_tokens(
         blake2b(named, digest_size=16).hexdigest(),
         name=stream_name(paths),
         vocab=encoder.vocab,
         write=write,
     )
-    if stream.largest >= vocab:
-        first = int(np.argmax(stream.tokens >= vocab))
-        check_tokens(stream.read(first, first + 1), vocab, name=stream.name, start=first)
-    return stream
 
 
 def _text(path: Path) -> str:

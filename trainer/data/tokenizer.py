@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.reading import read_regular
 
@@ -99,7 +99,7 @@ def load_tokenizer(name: str, *, key: str = "data.tokenizer", end_of_text: str =
                 f"{BYTE_SEPARATOR}; leave it out"
             )
         return ByteTokenizer()
-    path = Path(name)
+    path = expanded(name, key)
     allowed = 'allowed are "bytes" and the path of a tokenizer.json'
     try:
         content = read_regular(path)
@@ -138,14 +138,26 @@ def separator_note(tokenizer: Tokenizer, name: str) -> str:
     )
 
 
-def corpus_notes(data: DataConfig) -> list[str]:
+def require_vocab(tokenizer: Tokenizer, name: str, vocab: int) -> None:
+    """Raise DataError if the tokenizer of this name has ids beyond a model's vocabulary."""
+    if vocab < tokenizer.vocab:
+        raise DataError(
+            f'model.vocab = {vocab}: data.tokenizer = "{name}" has the token ids 0 to '
+            f"{tokenizer.vocab - 1}; set model.vocab to {tokenizer.vocab} or more, or leave it out"
+        )
+
+
+def corpus_notes(data: DataConfig, vocab: int) -> list[str]:
     """Lines for a person on how a corpus is read. It reads the tokenizer's file, no text.
 
+    Args:
+        vocab: the vocabulary of the model.
     Raises:
-        DataError: the tokenizer is bad.
+        DataError: the tokenizer is bad, or has more ids than the vocabulary.
     """
     if data.kind != "text":
         return []
     encoder = load_tokenizer(data.tokenizer, end_of_text=data.end_of_text)
+    require_vocab(encoder, data.tokenizer, vocab)
     note = separator_note(encoder, f'data.tokenizer = "{data.tokenizer}"')
     return [f"warning: {note}"] if note else []

@@ -56,15 +56,19 @@ class OpenedRun:
     directory: RunDirectory
 
 
-def load_run_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+def load_run_config(
+    path: Path, overrides: Sequence[str], *, workers: int | None = None
+) -> RunConfig:
     """Read a run's configuration; restart the process if its run needs a compact heap.
 
     It is called once, before a command does anything else.
 
+    Args:
+        workers: see `load_config`.
     Raises:
         ConfigError: the configuration cannot be read, or breaks a rule.
     """
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, workers=workers)
     prepare_heap(config)
     return config
 
@@ -87,7 +91,7 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     if request.ranks_here:
         require_one_machine(config, request.ranks_here)
         require_room(config, request.ranks_here)
-    for note in corpus_notes(config.data):
+    for note in corpus_notes(config.data, config.model.vocab):
         say(note)
     root = choose_root(request.path, request.out, config, resume, allow_change=allow_change)
     with contextlib.ExitStack() as held:

@@ -23,6 +23,7 @@ def test_defaults_are_those_of_the_contract(smallest: Path) -> None:
     assert (config.model.heads, config.model.kv_heads, config.model.vocab) == (6, 3, 320)
     assert (config.train.global_batch, config.train.micro_batch, config.train.seed) == (16, 2, 1234)
     assert (config.numerics.reduction, config.numerics.fraction_bits) == ("exact", 44)
+    assert config.model.intermediate == 224
     assert config.optimizer.block_elements == 2**20
     assert config.parallel.schedule == "1f1b"
 
@@ -41,8 +42,6 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("parallel.tensr=2", "parallel.tensr is not a key; did you mean parallel.tensor?"),
-        ("paralel.tensor=2", "[paralel] is not a section; did you mean parallel?"),
         ("train.steps=many", "train.steps = 'many': expected `int`"),
         ("model.hidden=1.5", "model.hidden = 1.5: expected `int`"),
         ("parallel.schedule=zb", "allowed are 'gpipe', '1f1b'"),
@@ -50,7 +49,8 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("train.steps=0", "train.steps = 0: must be 1 or more"),
         ("model.heads=5", "model.hidden = 96 is not divisible by model.heads = 5"),
         ("model.kv_heads=4", "model.heads = 6 is not divisible by model.kv_heads = 4"),
-        ("model.hidden=18", "rotary embedding needs an even one"),
+        ("model.hidden=97", "rotary embedding needs an even one"),
+        ("model.hidden=18 and model.heads=6", "rotary embedding needs an even one"),
         ("parallel.tensor=4", "model.heads = 6 is not divisible by parallel.tensor = 4"),
         ("parallel.tensor=2", "model.kv_heads = 3 and parallel.tensor = 2"),
         ("parallel.pipeline=4", "model.layers = 6 is not divisible"),
@@ -106,6 +106,17 @@ def test_mpi_carries_cpu_tensors(smallest: Path) -> None:
 def test_byte_text_needs_a_vocabulary_of_bytes(smallest: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab = 200 is too small"):
         load_config(smallest, ["data.kind=text", "model.vocab=200"])
+
+
+def test_wanted_workers_decide_the_replicas_that_are_not_set(smallest: Path) -> None:
+    pipeline = ["parallel.pipeline=2"]
+    assert load_config(smallest, pipeline, workers=6).parallel.data == 3
+    assert load_config(smallest, pipeline).parallel.data == 1
+    with pytest.raises(ConfigError, match=r"--nproc 3: a replica of pipeline 2 needs 2 workers"):
+        load_config(smallest, pipeline, workers=3)
+    fixed = load_config(smallest, [*pipeline, "parallel.data=2"], workers=6)
+    with pytest.raises(ConfigError, match=r"6 workers were started, but .* needs 4; change"):
+        check_config(fixed, 6)
 
 
 def test_sequences_must_split_over_tensor_ranks(smallest: Path) -> None:

@@ -195,13 +195,13 @@ def test_sequence_longer_than_the_corpus_is_one_clear_line(tmp_path: Path) -> No
     assert "lower data.eval_fraction" in message(path, seq_len=20, eval_fraction=0.9)
 
 
-def test_token_beyond_the_vocabulary_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_vocabulary_below_the_tokenizers_is_one_line_with_its_size(tmp_path: Path) -> None:
     name = word_tokenizer(tmp_path / "tokenizer.json", {"?": 0, "a": 1, "b": 5})
     path = tmp_path / "text.txt"
     path.write_text("a a b a b " * 10)
     said = message(path, vocab=5, tokenizer=name)
-    assert "token 2 has id 5, allowed are 0 to 4 (model.vocab = 5)" in said
-    assert "set model.vocab to at least 6" in said
+    assert f'model.vocab = 5: data.tokenizer = "{name}" has the token ids 0 to 5' in said
+    assert "set model.vocab to 6 or more, or leave it out" in said
     assert open_text(path, vocab=6, tokenizer=name).size > 0
 
 
@@ -209,7 +209,7 @@ def test_bytes_need_257_ids(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("x" * 100)
     assert "model.vocab = 256" in message(path, vocab=256)
-    assert "at least 257" in message(path, vocab=256)
+    assert "to 257 or more" in message(path, vocab=256)
     assert open_text(path, vocab=257).size > 0
 
 

@@ -199,17 +199,17 @@ def test_a_separator_of_an_unknown_name_is_named_or_missed(tmp_path: Path) -> No
     words = {"?": 0, "a": 1, "<finis>": 2}
     tokenizers.Tokenizer(models.WordLevel(words, unk_token="?")).save(str(path))
     data = DataConfig(kind="text", tokenizer=str(path))
-    [note] = corpus_notes(data)
+    [note] = corpus_notes(data, 300)
     assert "data.end_of_text" in note
     assert load_tokenizer(str(path)).separator is None
     named = DataConfig(kind="text", tokenizer=str(path), end_of_text="<finis>")
-    assert corpus_notes(named) == []
+    assert corpus_notes(named, 3) == []
     assert load_tokenizer(str(path), end_of_text="<finis>").separator == 2
     with pytest.raises(DataError, match=r'data\.end_of_text = "<end>".*no such token'):
         load_tokenizer(str(path), end_of_text="<end>")
     with pytest.raises(DataError, match="has its own separator"):
         load_tokenizer("bytes", end_of_text="<finis>")
-    assert corpus_notes(DataConfig(kind="text")) == corpus_notes(DataConfig()) == []
+    assert corpus_notes(DataConfig(kind="text"), 257) == corpus_notes(DataConfig(), 2) == []
 
 
 @pytest.mark.parametrize(

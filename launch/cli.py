@@ -1,6 +1,7 @@
 """The `holdfast` command.
 
-A command imports only what it needs; only commands that compute import torch.
+A command imports only what it needs; only commands that compute import torch. A shell that
+completes a command line imports no more.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 try:
     import typer
 
+    from holdfast.launch.help_pages import epilog, shown_alone, tidy
     from holdfast.parallel.errors import Unanswered
     from holdfast.parallel.output import (
         begin_process,
@@ -30,16 +32,18 @@ except KeyboardInterrupt:  # as in the command itself, without a traceback
     sys.exit(130)
 
 COMMANDS: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("train", "replay", "join", "plan", "check", "data"), "training"),
+    **dict.fromkeys(("train", "resume", "replay", "join", "plan", "check", "data"), "training"),
     "chaos": "chaos",
     **dict.fromkeys(("inspect", "verify", "diff", "prove"), "checkpoints"),
     "convert": "convert",
 }
 """By the name of a command, the module of launch.commands whose `register` adds it."""
-RECORDED: Final = ("train", "replay", "join")
+RECORDED: Final = ("train", "resume", "replay", "join")
 """The commands whose results are files: output that is lost does not change their exit code."""
 ANSWERING: Final = ("verify", "diff", "prove")
 """The commands whose exit code 1 is an answer: damaged, different, not proved."""
+COMPLETION: Final = "_HOLDFAST_COMPLETE"
+"""The environment variable by which a shell asks for completions of a command line."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,24 +55,27 @@ def _print_version(wanted: bool) -> None:
 
 
 def options(
+    context: typer.Context,
     show_version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
+            "--version", "-V", help="Print the version.", callback=_print_version, is_eager=True
         ),
     ] = False,
 ) -> None:
     """Options of the command itself."""
+    shown_alone(context)
 
 
 def application(command: str) -> typer.Typer:
     """The application with this command, or with all commands if there is no such one."""
     app = typer.Typer(
         name="holdfast",
-        no_args_is_help=True,
-        add_completion=False,
+        invoke_without_command=True,
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         help="Pretrain language models over many machines, in any layout, with the same bits.",
+        epilog=epilog("holdfast"),
     )
     app.callback()(options)
     for module in [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values()):
@@ -76,13 +83,29 @@ def application(command: str) -> typer.Typer:
     return app
 
 
+def command_line(command: str) -> Any:
+    """The parser of the command line, of typer's own kind, with help pages as people read them."""
+    parser = typer.main.get_command(application(command))
+    tidy(parser)
+    return parser
+
+
+def _command_name() -> str:
+    """The name of the command that is run, or whose options a shell completes."""
+    words = sys.argv
+    if COMPLETION in os.environ:
+        line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+        words = line.split()
+    return words[1] if len(words) > 1 else ""
+
+
 def _run() -> int:
     require_text_names(sys.argv[1:], os.environ)
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    command = _command_name()
     if command not in RECORDED:  # those hear signals in their own ways
         unwind_when_told()
     try:
-        application(command)()
+        command_line(command)(prog_name="holdfast")
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
@@ -95,9 +118,10 @@ def main() -> NoReturn:
     begin_process()
     code = exit_code_of(_run)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on one ends what is left at once
-    if (reason := stream_error()) and not code and sys.argv[1] not in RECORDED:
+    command = _command_name()
+    if (reason := stream_error()) and not code and command not in RECORDED:
         tell(f"holdfast: the output cannot be written: {reason}")
-        code = Unanswered.exit_code if sys.argv[1] in ANSWERING else 1
+        code = Unanswered.exit_code if command in ANSWERING else 1
     leave(code)
 
 

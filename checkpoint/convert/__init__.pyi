@@ -2,6 +2,7 @@ from .elements import (
     FLOATS as FLOATS,
 )
 from .formats import (
+    recognise as recognise,
     targets as targets,
 )
 from .work import (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from holdfast.launch.help_pages import epilog
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import DiskWord, say, tell
 from holdfast.parallel.step_phases import FAULTS, STEP_PHASES
@@ -28,7 +29,7 @@ _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command()(chaos)
+    app.command(epilog=epilog("chaos"))(chaos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +136,31 @@ def faults(run: RunDirectory, request: FaultRequest) -> Iterator[Fault]:
 
 def chaos(
     folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")],
-    fault: Annotated[str, typer.Option(help=", ".join(FAULTS))] = "kill",
-    rank: Annotated[int, typer.Option(help="Which rank; by default a random one.")] = -1,
-    step: Annotated[int, typer.Option(help="At which step; by default at once.", min=0)] = 0,
-    phase: Annotated[str, typer.Option(help=", ".join(STEP_PHASES))] = "compute",
+    fault: Annotated[
+        str, typer.Option(help=", ".join(FAULTS), metavar="FAULT", autocompletion=lambda: FAULTS)
+    ] = "kill",
+    rank: Annotated[
+        int | None, typer.Option(help="Which rank; by default a random one.", min=0)
+    ] = None,
+    step: Annotated[
+        int, typer.Option(help="At which step; by default at once.", min=0, show_default=False)
+    ] = 0,
+    phase: Annotated[
+        str,
+        typer.Option(
+            help=", ".join(STEP_PHASES), metavar="PHASE", autocompletion=lambda: STEP_PHASES
+        ),
+    ] = "compute",
     seconds: Annotated[float, typer.Option(help="How long, or how much slower.", min=0)] = 60.0,
-    every: Annotated[float, typer.Option(help="Again about every so many seconds.", min=0)] = 0.0,
+    every: Annotated[
+        float,
+        typer.Option(help="Again about every so many seconds.", min=0, show_default=False),
+    ] = 0.0,
     count: Annotated[int, typer.Option(help="How many faults; 0: until the run ends.", min=0)] = 1,
-    seed: Annotated[int, typer.Option(help="Of what is chosen at random.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Of what is chosen at random; by default a new one.", show_default=False),
+    ] = 0,
 ) -> None:
     """Cause faults in a run that is going on, to see that it survives them."""
     run = RunDirectory(folder)
@@ -150,8 +168,7 @@ def chaos(
         raise ConfigError(f"--step {step} is over: the run has taken {last} steps")
     if count != 1 and not every:
         raise ConfigError(f"--count {count} needs --every SECONDS")
-    chosen = None if rank < 0 else rank
-    request = FaultRequest(fault, chosen, step, phase, seconds, every, count, seed)
+    request = FaultRequest(fault, rank, step, phase, seconds, every, count, seed)
     for caused in faults(run, request):
         when = f" at step {caused.step}" if step else " in its next step"
         where = f"{when}, {caused.phase}" if step or fault not in _SIGNALS else ""

@@ -16,6 +16,7 @@ from holdfast.checkpoint.format import local_path
 from holdfast.checkpoint.stores import checkpoint_at, find_checkpoint
 from holdfast.checkpoint.tools import Summary, inspect_checkpoint
 from holdfast.launch.commands.progress import shown_progress
+from holdfast.launch.help_pages import epilog
 from holdfast.parallel.errors import HoldfastError, Unanswered, Unreadable, printable
 from holdfast.parallel.layout import AXES, Mesh
 from holdfast.parallel.output import plain_console, say, tell
@@ -29,10 +30,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command()(inspect)
-    app.command()(verify)
-    app.command()(diff)
-    app.command()(prove)
+    for command in (inspect, verify, diff, prove):
+        app.command(epilog=epilog(command.__name__))(command)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import typer
 from holdfast.checkpoint.convert import FLOATS, targets
 from holdfast.checkpoint.format import local_path
 from holdfast.launch.commands.progress import shown_progress
+from holdfast.launch.help_pages import epilog
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import say
 from holdfast.parallel.precision import PRECISIONS
@@ -30,9 +31,19 @@ _DTYPES = {
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the weights; by default as they are.",
+        metavar="DTYPE",
+        autocompletion=lambda: list(_DTYPES),
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command()(convert)
+    app.command(epilog=epilog("convert"))(convert)
 
 
 def convert(
@@ -40,10 +51,13 @@ def convert(
     target: Annotated[Path, typer.Argument(help="A folder that is made.", metavar="DST")],
     to: Annotated[
         str,
-        typer.Option(help=", ".join(targets())),
+        typer.Option(help=", ".join(targets()), metavar="FORMAT", autocompletion=targets),
     ],
     source_format: Annotated[
-        str, typer.Option("--from", help="The source's format; auto looks at the files.")
+        str,
+        typer.Option(
+            "--from", help="The source's format; auto looks at the files.", metavar="FORMAT"
+        ),
     ] = "auto",
     rules: Annotated[
         Path | None, typer.Option("--map", help="Rules for the source's tensors, a TOML file.")
@@ -56,10 +70,13 @@ def convert(
         Path | None,
         typer.Option(help="A folder with config.json and tokenizer files for a source without."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp16, …")] = "",
+    dtype: Dtype = "",
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     memory_limit: Annotated[
-        str, typer.Option(help="For tensors under way, all processes together, as 512M or 2G.")
+        str,
+        typer.Option(
+            help="For tensors under way, all processes together, as 512M or 2G.", metavar="BYTES"
+        ),
     ] = "512M",
 ) -> None:
     """Convert a checkpoint to another format; after a kill the same command goes on."""

@@ -1,20 +1,22 @@
-"""The commands of a training run: `train`, `replay`, `join`, `plan`, `check` and `data prepare`."""
+"""The commands of a run: `train`, `resume`, `replay`, `join`, `plan`, `check`, `data prepare`."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from holdfast.checkpoint.format import local_path
 from holdfast.launch.commands.progress import shown_progress
+from holdfast.launch.help_pages import epilog, shown_alone
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import outlive_readers, plain_console, say, tell, unwind_when_told
-from holdfast.trainer.config import load_config, require_elastic
+from holdfast.trainer.config import known_keys, load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
     RunRequest,
@@ -29,31 +31,81 @@ from holdfast.trainer.run import (
 )
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
 
-Config = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="CONFIG.toml")]
+_MOST_GIVEN_BYTES = 1 << 20
+"""The largest configuration that standard input may give."""
+
+
+def _given(context: typer.Context, path: Path) -> Path:
+    """The file of a configuration; "-" is standard input, which can then be read again.
+
+    A run with a compact heap starts its process again, which reads it once more.
+    """
+    if str(path) != "-" or context.resilient_parsing:  # a shell completes the line
+        return path
+    held = os.memfd_create("configuration")
+    os.write(held, sys.stdin.buffer.read(_MOST_GIVEN_BYTES + 1))
+    os.lseek(held, 0, os.SEEK_SET)
+    os.dup2(held, 0)
+    os.close(held)
+    return Path("/dev/stdin")
+
+
+def _keys(incomplete: str) -> list[str]:
+    """The keys of the configuration that a shell offers after --set."""
+    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+
+
+def _unset(text: str, **keys: Any) -> Any:
+    """An option whose default of 0 stands for its absence, and is not shown."""
+    return typer.Option(help=text, show_default=False, **keys)
+
+
+Config = Annotated[
+    Path,
+    typer.Argument(
+        help="The run's TOML file; - is standard input.", metavar="CONFIG.toml", callback=_given
+    ),
+]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a key; may be repeated.",
+        autocompletion=_keys,
+    ),
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (train, replay, join, plan, check):
-        app.command()(command)
-    data = typer.Typer(no_args_is_help=True, help="Work with training data.")
-    data.command()(prepare)
+    for command in (train, resume, replay, join, plan, check):
+        app.command(epilog=epilog(command.__name__))(command)
+    data = typer.Typer(
+        invoke_without_command=True, callback=shown_alone, help="Work with training data."
+    )
+    data.command(epilog=epilog("data prepare"))(prepare)
     app.add_typer(data, name="data")
 
 
 def train(
     config: Config,
     nproc: Annotated[
-        int, typer.Option(help="Workers on this machine; by default what the layout needs.")
-    ] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder; by default runs/NAME-N.")
+        int | None,
+        typer.Option(
+            help="Workers on this machine: the layout's, or as many replicas as make them up if "
+            "the configuration does not set parallel.data.",
+            metavar="WORKERS",
+            min=1,
+        ),
     ] = None,
-    resume: Annotated[str, typer.Option(help="auto, none, or the path of a checkpoint.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder; by default runs/NAME-N.", metavar="RUN"),
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto, none, or the path of a checkpoint.", metavar="CHECKPOINT")
+    ] = "auto",
     allow_change: Annotated[
         bool,
         typer.Option("--allow-change", help="Go on although model, data or batch have changed."),
@@ -73,22 +125,43 @@ def train(
     """
     outlive_readers()
     begin_to_hear()
-    request = RunRequest(
-        config, load_run_config(config, overrides), out, resume, allow_change=allow_change
-    )
+    loaded = load_run_config(config, overrides, workers=nproc)
+    request = RunRequest(config, loaded, out, resume, allow_change=allow_change)
+    raise typer.Exit(_start(request, nproc, prove=prove))
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Go on with a run, by the configuration in its folder."""
+    outlive_readers()
+    begin_to_hear()
+    directory = RunDirectory(run)
+    if not directory.config.is_file():
+        raise ConfigError(
+            f"{run} has no config.toml, so it is not the folder of a run; name one, or begin with "
+            "holdfast train CONFIG.toml"
+        )
+    request = RunRequest(directory.config, load_run_config(directory.config, overrides), run)
+    raise typer.Exit(_start(request))
+
+
+def _start(request: RunRequest, nproc: int | None = None, *, prove: bool = False) -> int:
+    """Train as what this process is: a command, a worker, or the agent of a task."""
     world = world_from_environment(os.environ)
     if world is None:
-        raise typer.Exit(_train_here(request, nproc, prove=prove))
+        return _train_here(request, nproc, prove=prove)
     if world.job:
-        world = replace(world, secret=job_secret(os.environ, out))
+        world = replace(world, secret=job_secret(os.environ, request.out))
     if world.job and request.config.elastic.enabled:
-        raise typer.Exit(_run_task(request, world))
+        return _run_task(request, world)
     from holdfast.trainer import run_external_worker
 
-    raise typer.Exit(run_external_worker(request, world))
+    return run_external_worker(request, world)
 
 
-def _train_here(request: RunRequest, nproc: int, *, prove: bool) -> int:
+def _train_here(request: RunRequest, nproc: int | None, *, prove: bool) -> int:
     """Train with workers that this command starts. Returns its exit code."""
     unwind_when_told()
     workers = nproc or request.config.parallel.ranks
@@ -119,7 +192,8 @@ def _run_task(request: RunRequest, world: WorldInfo) -> int:
 def replay(
     run: Annotated[Path, typer.Argument(help="The folder of an elastic run.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to repeat it; by default RUN/replay.")
+        Path | None,
+        typer.Option(help="Where to repeat it; by default RUN/replay.", metavar="FOLDER"),
     ] = None,
 ) -> None:
     """Repeat a run's losses, departures and arrivals at the same steps on this machine.
@@ -178,26 +252,26 @@ def plan(
     config: Config,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     tflops: Annotated[
-        float,
-        typer.Option(help="What a rank computes, in TFLOP/s; with --gbytes: a step time."),
+        float, _unset("What a rank computes, in TFLOP/s; with --gbytes: a step time.")
     ] = 0.0,
-    gbytes: Annotated[float, typer.Option(help="What a rank sends, in GB/s.")] = 0.0,
-    drive_gbytes: Annotated[
-        float, typer.Option(help="What a rank can write to offload.path, in GB/s.")
-    ] = 0.0,
+    gbytes: Annotated[float, _unset("What a rank sends, in GB/s.")] = 0.0,
+    drive_gbytes: Annotated[float, _unset("What a rank can write to offload.path, in GB/s.")] = 0.0,
     measure: Annotated[
         int,
-        typer.Option(
-            help="Measure what a rank computes and writes with so many at once on this machine.",
+        _unset(
+            "Measure what a rank computes and writes with so many at once on this machine.",
             metavar="RANKS",
             min=0,
         ),
     ] = 0,
     lost: Annotated[
-        str, typer.Option(help="Ranks, as 2,5-7: show the plan that follows their loss too.")
+        str,
+        typer.Option(
+            help="Ranks, as 2,5-7: show the plan that follows their loss too.", metavar="RANKS"
+        ),
     ] = "",
     ranks_per_node: Annotated[
-        int, typer.Option(help="For the place of shadows; by default by local_nodes.", min=0)
+        int, _unset("For the place of shadows; by default by local_nodes.", min=0)
     ] = 0,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -271,18 +345,26 @@ def prepare(
     inputs: Annotated[
         list[Path], typer.Argument(help="UTF-8 files, JSON (.jsonl, .json), or folders of them.")
     ],
-    output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files.")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, or a tokenizer.json.")] = "bytes",
+    output: Annotated[
+        Path, typer.Option(help="Prefix of the .bin and .idx files.", metavar="PREFIX")
+    ],
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, or a tokenizer.json.", metavar="TOKENIZER")
+    ] = "bytes",
     json_key: Annotated[
         str | None,
         typer.Option(
+            metavar="KEY",
             help="All inputs are JSON (lines, or an array of objects) with their text under this "
             'key; without it, files named .jsonl or .json are, and the key is "text". '
-            '"" takes JSON as plain text.'
+            '"" takes JSON as plain text.',
         ),
     ] = None,
     end_of_text: Annotated[
-        str, typer.Option(help="The token that ends a document, if its name is not a usual one.")
+        str,
+        typer.Option(
+            metavar="TOKEN", help="The token that ends a document, if its name is not a usual one."
+        ),
     ] = "",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that exist.")

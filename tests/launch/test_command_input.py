@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from holdfast.launch import cli
+from holdfast.parallel.errors import ConfigError
 from support.runs.commands import HOLDFAST, environment, holdfast
 
 BAD: list[tuple[list[str], int, str]] = [
@@ -84,6 +87,31 @@ def test_unreadable_configurations_are_named(tmp_path: Path) -> None:
     broken = holdfast(tmp_path, "plan", "broken.toml")
     assert broken.returncode == 2
     assert "broken.toml is not valid TOML" in broken.stderr
+
+
+@pytest.mark.mp
+def test_a_configuration_from_standard_input_is_read_before_and_after_a_restart(
+    config: Path,
+) -> None:
+    """A run that offloads starts its process again, with another heap."""
+    done = subprocess.run(
+        [*HOLDFAST, "train", "-", "--set", "offload.activations=ssd", "--resume", "nowhere"],
+        cwd=config.parent,
+        env=environment(),
+        input=config.read_text(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("holdfast: --resume nowhere: ")
+    assert not list(config.parent.glob("runs/*"))
+
+
+def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.application("resume"), ["resume", str(tmp_path)])
+    assert isinstance(done.exception, ConfigError)
+    assert "has no config.toml" in str(done.exception)
 
 
 @pytest.mark.mp

@@ -5,6 +5,7 @@ One process calls it, before the workers start. Needs no torch.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
             found = find_checkpoint(wanted)
             manifest = found.manifest()
         except CheckpointError as error:
-            raise ConfigError(f"--resume {wanted}: {error}") from error
+            raise ConfigError(f"--resume {wanted}: {_convertible(wanted) or error}") from error
         if is_converted(manifest) and not has_state(manifest, state_format(config)):
             own = find_resume(root, config, "auto", allow_change=allow_change)
             if own.candidates:
@@ -98,6 +99,25 @@ def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: boo
         return Resume()
     notes = check_same_run(ordered[0][1], config, ordered[0][0], allow_change=allow_change)
     return Resume(tuple(path for path, _ in ordered), notes, allow_change)
+
+
+def _convertible(wanted: str) -> str:
+    """What to do with a checkpoint of another format; empty if it is of none."""
+    if scheme_of(wanted):
+        return ""
+    from holdfast.checkpoint.convert import recognise
+
+    try:
+        form = recognise(expanded(wanted, "--resume"))
+    except OSError:
+        form = None
+    if form is None or form == "holdfast":
+        return ""
+    begin = shlex.quote(f"{Path(wanted).name}-start")
+    return (
+        f"it is a checkpoint of another format ({form}); convert it with `holdfast convert "
+        f"{shlex.quote(wanted)} {begin} --to holdfast`, and give --resume {begin}"
+    )
 
 
 def check_same_run(

@@ -119,7 +119,8 @@ def prepare(conversion: Conversion) -> PreparedConversion:
     if not name:
         raise ConfigError(
             f"{conversion.source} is no checkpoint of a known format ({', '.join(sources())}); "
-            "name its format with --from"
+            "name its format with --from, or say with --map RULES.toml which of its tensors "
+            "are what (docs/convert.md)"
         )
     options = ReadOptions(conversion.rules, conversion.values, conversion.model_files)
     try:

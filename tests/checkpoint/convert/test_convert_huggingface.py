@@ -187,7 +187,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         converted(tmp_path / "nothing", tmp_path / "d", "holdfast")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no checkpoint of a known format"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of a known format .* --map RULES.toml"):
         converted(tmp_path / "empty", tmp_path / "d", "holdfast")
     assert not list(tmp_path.glob("[abcd]*.partial"))
 

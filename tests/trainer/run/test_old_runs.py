@@ -68,7 +68,7 @@ def _go_on(root: Path, *overrides: str) -> None:
             path.rename(root.parent / path.name)
     sets = [part for key in ("train.stop_after=0", *overrides) for part in ("--set", key)]
     done = subprocess.run(
-        [*HOLDFAST, "train", f"{root.name}/config.toml", "--out", root.name, *sets],
+        [*HOLDFAST, "resume", root.name, *sets],
         cwd=root.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

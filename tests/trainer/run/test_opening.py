@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,22 @@ def test_a_wrong_number_of_workers_is_told_before_a_folder_is_made(request_: Run
         pass
     assert request_.out is not None
     assert not request_.out.exists()
+
+
+def test_a_checkpoint_of_another_format_is_answered_by_the_command_that_converts_it(
+    request_: RunRequest, tmp_path: Path
+) -> None:
+    (tmp_path / "Llama 3").mkdir()
+    (tmp_path / "Llama 3/model.safetensors").touch()
+    other = replace(request_, resume=str(tmp_path / "Llama 3"))
+    command = f"`holdfast convert '{other.resume}' 'Llama 3-start' --to holdfast`"
+    with pytest.raises(ConfigError, match=re.escape(command)), opened_run(other):
+        pass
+    with (
+        pytest.raises(ConfigError, match="is not a checkpoint"),
+        opened_run(replace(request_, resume=str(tmp_path))),
+    ):
+        pass
 
 
 def test_a_url_is_no_folder_of_a_run(

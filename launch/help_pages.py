@@ -1,0 +1,81 @@
+"""The help pages of the commands: their examples, and how they look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import typer
+
+EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "holdfast": (
+        "holdfast plan run.toml",
+        "holdfast train run.toml --set train.steps=1000",
+    ),
+    "train": (
+        "holdfast train run.toml",
+        "holdfast train run.toml --nproc 4 --out runs/first --set optimizer.lr=1e-3",
+        "holdfast train run.toml --out runs/tuned --resume start",
+        "torchrun --nproc-per-node 8 -m holdfast.trainer run.toml",
+    ),
+    "resume": (
+        "holdfast resume runs/run-1",
+        "holdfast resume runs/run-1 --set train.steps=2000",
+    ),
+    "replay": ("holdfast replay runs/run-1",),
+    "join": ("holdfast join runs/run-1 --ranks 2",),
+    "plan": (
+        "holdfast plan run.toml --set parallel.pipeline=4",
+        "holdfast plan run.toml --lost 2,5-7",
+        "holdfast plan run.toml --tflops 400 --gbytes 50",
+    ),
+    "check": ("holdfast check run.toml --set parallel.tensor=2",),
+    "data prepare": (
+        "holdfast data prepare corpus --output tokens --tokenizer tokenizer.json",
+        "holdfast data prepare a.jsonl b.jsonl --output tokens --json-key content",
+    ),
+    "chaos": (
+        "holdfast chaos runs/run-1",
+        "holdfast chaos runs/run-1 --rank 2 --step 50 --phase reduce",
+        "holdfast chaos runs/run-1 --every 30 --count 0",
+    ),
+    "inspect": ("holdfast inspect runs/run-1 --no-tensors", "holdfast inspect start --json"),
+    "verify": ("holdfast verify runs/run-1", "holdfast verify s3://bucket/run --json"),
+    "diff": ("holdfast diff runs/run-1 runs/run-2",),
+    "prove": ("holdfast prove runs/run-1/checkpoints/step-00000050 runs/run-1",),
+    "convert": (
+        "holdfast convert runs/run-1 model --to hf",
+        "holdfast convert Llama-folder start --to holdfast",
+        "holdfast convert lit_model.pth start --to holdfast --map rules.toml --value heads=32",
+    ),
+}
+"""By command: lines to type."""
+
+
+def epilog(command: str) -> str:
+    """The end of a command's help page."""
+    return "\n".join(("[dim]Examples:[/dim]", *EXAMPLES[command]))
+
+
+def shown_alone(context: typer.Context) -> None:
+    """Show the help page of a group of commands that is called without one."""
+    if context.invoked_subcommand is None:
+        context.get_help()  # prints it
+
+
+def tidy(parser: Any, above: Any = None) -> None:
+    """Have flags shown without a type, and paragraphs as such, in a command and those below it.
+
+    Args:
+        parser: a command as typer's parser has it.
+        above: the context of the group that it is in.
+    """
+    context = parser.make_context(
+        parser.name, [], parent=above, resilient_parsing=True, **parser.context_settings
+    )
+    parser.help = "\n\n".join(" ".join(part.split()) for part in parser.help.split("\n\n"))
+    for parameter in parser.get_params(context):
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    for below in getattr(parser, "commands", {}).values():
+        tidy(below, context)

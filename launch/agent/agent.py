@@ -122,7 +122,7 @@ class Agent:
                 on_silence=self._main_thread.forwarding(self._publish),
                 lives=self._lives,
             )
-            held.callback(lambda: self._others.close(over=self.shutdown.needs_no_report))
+            held.callback(lambda: self._others.close(over=self._is_awaited_by_none))
             self._selector.register(self._fork_server, selectors.EVENT_READ, self._on_fork_server)
             for spec in self._settings.specs(services.membership, services.store, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
@@ -226,7 +226,7 @@ class Agent:
             return
         refused = end.code in (ConfigError.exit_code, Diverged.exit_code)
         if refused or (known is not None and self._repeats(slot, known)):
-            if refused or not self._others.generation:  # later, other nodes may be well
+            if refused or not self._others.are_known_to_train(self._slots):  # they may be well
                 self._settings.note_end(RunEnd(end.code, known or cause))
             self._abort(end.code, f"it cannot go on: {known or cause}")
         elif slot.is_incurable and end.code > 0:
@@ -370,6 +370,12 @@ class Agent:
         return not self._hangs.is_still(slot.spec, self._settings.membership.silence_s)
 
     # Signals, and the end.
+
+    @property
+    def _is_awaited_by_none(self) -> bool:
+        return (
+            self.shutdown.needs_no_report or self._others.are_known_to_train(self._slots) is False
+        )
 
     def _obey(self, number: int) -> None:
         if number == signal.SIGTERM:

@@ -71,6 +71,12 @@ class OtherNodes:
         watching = self._node in message["nodes"][:_WATCHERS]
         self._watch.watch(self.generation, self._members if watching else frozenset())
 
+    def are_known_to_train(self, own: Collection[int]) -> bool | None:
+        """Whether others than these ranks are in the newest generation; None: there is none."""
+        if not self.generation:
+            return None
+        return any(identity.rank not in own for identity in self._members)
+
     def lost_to_a_cut(self, waited_for: Collection[int], now_s: float) -> list[MembershipEvent]:
         """The losses of other nodes' ranks if this node is cut off; looks once a second.
 

@@ -127,19 +127,23 @@ def test_the_same_failure_costs_no_node_whose_other_workers_train(tmp_path: Path
     assert node.run(ranks=(0, 1), failure=lambda rank, code: reason if code else None) == 0
 
 
-def test_the_same_failure_later_ends_a_node_and_not_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [True, False])
+def test_the_same_failure_later_ends_a_node_and_the_run_only_if_no_other_trains(
+    tmp_path: Path, others: bool
+) -> None:
     node, roll = FakeNode(tmp_path), tmp_path / "roll"
 
     def script() -> None:
         if not node.others.generation:
-            node.tell_generation(0, 1, BOTH)
+            node.tell_generation(0, 1, BOTH if others else BOTH[:1])
         elif node.living:
             node.end(0, 1)
 
     node.on_wait = script
     assert node.run(failure=lambda rank, code: "no port is free", roll=roll) == 1
     assert [identity for _, identity in node.started] == [Identity(0), Identity(0, 1)]
-    assert Roll(roll).ended() is None
+    assert Roll(roll).ended() == (None if others else RunEnd(1, "no port is free"))
+    assert node.others.over != others  # the others get time to go on, and nobody else
 
 
 def test_a_refusal_ends_the_run_at_once_on_every_node(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 from holdfast.elastic.channel import send_message
-from holdfast.elastic.generation import Identity, format_identities
+from holdfast.elastic.generation import Identity, format_identities, parse_identities
 from holdfast.elastic.membership_events import MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -39,6 +39,10 @@ class FakeOthers:
     """The other nodes: they hear what is posted, and are met in generations."""
 
     generation: int = 0
+    ranks: frozenset[int] = frozenset()
+    """The ranks of the newest generation."""
+    over: bool | None = None
+    """Whether the agent ended without time for the others."""
     posted: list[MembershipEvent] = field(default_factory=list)
     store_at_close: FakeStore | None = None
     """This node's store, if it is still hosted while the others are given time to go on."""
@@ -48,6 +52,7 @@ class FakeOthers:
 
     def enter(self, message: dict[str, Any]) -> None:
         self.generation = message["number"]
+        self.ranks = frozenset(i.rank for i in parse_identities(message["members"]))
 
     def post(self, event: MembershipEvent) -> None:
         self.posted.append(event)
@@ -58,7 +63,11 @@ class FakeOthers:
     def lost_to_a_cut(self, waited_for: Collection[int], now_s: float) -> list[MembershipEvent]:
         return [event for event in self.cut if event.identity.rank in waited_for]
 
+    def are_known_to_train(self, own: Collection[int]) -> bool | None:
+        return bool(self.ranks - set(own)) if self.generation else None
+
     def close(self, *, over: bool) -> None:
+        self.over = over
         self.store_at_close = next(iter(self.hosted), None)
 
     @contextlib.contextmanager

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from holdfast.launch.processes import PASSED_ON, end_child, fork_child
@@ -19,21 +18,13 @@ from holdfast.parallel.output import is_event, json_lines, step_of
 from holdfast.parallel.plan import Plan, plan_from_data
 from holdfast.parallel.reading import open_regular
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.reports import (
-    Display,
-    OffloadMetrics,
-    ProgressLine,
-    SaveFailures,
-    described,
-    duration,
-)
+from holdfast.trainer.reports import OffloadMetrics, RunConsole, SaveFailures, StepMetrics
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import plan_of
 
 _POLL_S = 0.05
 _END_S = 10.0
 """Seconds that the process may take to show the remaining records."""
-_RECENT = 20
 
 
 @dataclass(slots=True)
@@ -42,39 +33,72 @@ class DisplayProcess:
 
     pid: int
     pipe: int
+    errors: int
+    """The standard error of the process that started it, as it was."""
 
     def close(self) -> None:
         """Show the remaining records, and wait for the process to end.
 
         It is killed if it does not end in time: the terminal may be stopped.
         """
+        sys.stderr.flush()
+        os.dup2(self.errors, 2)
+        os.close(self.errors)
         os.close(self.pipe)
         end_child(self.pid, _END_S)
 
 
 def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:
-    """Fork the display process of a run. The caller must not have threads."""
+    """Fork the display process of a run. The caller must not have threads.
+
+    Until it is closed, it also says what this process, and those that it forks, write to standard
+    error: above the panel of a terminal, and in the log of the console.
+    """
     begin = [path.stat().st_size if path.exists() else 0 for path in (run.events, run.metrics)]
     reader, writer = os.pipe()
+    told, telling = os.pipe()
 
     def body() -> int:
         os.close(writer)
+        os.close(telling)
         for number in PASSED_ON:
             signal.signal(number, signal.SIG_IGN)
-        _follow(config, run, reader, begin)
+        _follow(config, run, reader, told, begin)
         return 0
 
     pid = fork_child(body)
     os.close(reader)
-    return DisplayProcess(pid, writer)
+    os.close(told)
+    errors = os.dup(2)
+    os.dup2(telling, 2)
+    os.close(telling)
+    return DisplayProcess(pid, writer, errors)
 
 
-def _follow(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) -> None:
+class _Lines:
+    """The whole lines that come through a pipe."""
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor, self._begun = descriptor, b""
+
+    def read(self) -> list[str]:
+        """The lines since the last call. Does not wait."""
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self._descriptor, 1 << 16):
+                self._begun += piece
+        *lines, self._begun = self._begun.split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+
+def _follow(config: RunConfig, run: RunDirectory, ended: int, told: int, begin: list[int]) -> None:
     os.set_blocking(ended, False)
-    view = _RunView(config, run, plan_of(config))
+    view, lines = _RunView(config, run, plan_of(config)), _Lines(told)
     events, metrics = _Follower(run.events, begin[0]), _Follower(run.metrics, begin[1])
     is_over = False
     while True:
+        for said in lines.read():
+            view.console.tell(said)
         found = [line for line in events.lines() if is_event(line)]
         for line in found:
             if line["event"] != "run_finished":
@@ -91,7 +115,7 @@ def _follow(config: RunConfig, run: RunDirectory, ended: int, begin: list[int]) 
         except BlockingIOError:
             pass
         if is_over and not found:
-            view.display.close()
+            view.console.close()
             return
         time.sleep(0.01 if is_over else _POLL_S)
 
@@ -137,86 +161,68 @@ class _Follower:
             return file.read()
 
 
-@dataclass(slots=True)
 class _RunView:
-    config: RunConfig
-    run: RunDirectory
-    first: Plan
-    display: Display = field(init=False)
-    losses: list[float] = field(default_factory=list)
-    times: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    evaluated: dict[int, float] = field(default_factory=dict)
-    last: int = 0
-    failures: SaveFailures = field(default_factory=SaveFailures)
+    """What a run's records say, on its console."""
 
-    def __post_init__(self) -> None:
-        self.display = Display(self.run.root.name, self.first, every=self.config.log.every)
-        self.display.start()
+    def __init__(self, config: RunConfig, run: RunDirectory, first: Plan) -> None:
+        """Start the display.
+
+        Args:
+            first: the plan of all ranks.
+        """
+        self._first, self._last = first, 0
+        self._evaluated: dict[int, float] = {}
+        self._failures = SaveFailures()
+        self.console = RunConsole(run, config, first)
 
     def step(self, line: dict[str, Any]) -> None:
-        if line["step"] <= self.last:
+        """Show a line of metrics.jsonl; a step that is repeated is shown once."""
+        if line["step"] <= self._last:
             return
-        self.last = line["step"]
-        self.losses.append(line["loss"])
-        self.times.append(line["step_s"])
-        recent = median(self.times)
-        self.display.show(
-            ProgressLine(
-                step=line["step"],
-                steps=self.config.train.steps,
-                loss=line["loss"],
-                grad_norm=line["grad_norm"] or float("nan"),
-                lr=line["lr"],
-                tokens_per_s=line["tokens_per_s"] * line["step_s"] / recent,
-                left_s=(self.config.train.steps - line["step"]) * recent,
-                memory_gib=None,
-                eval_loss=self.evaluated.get(line["step"]),
-                mfu=None,
-                offload=described(OffloadMetrics(**line["offload"])) if "offload" in line else "",
-            )
-        )
+        fields = dict(line)
+        if "offload" in line:
+            fields["offload"] = OffloadMetrics(**line["offload"])
+        if line["grad_norm"] is None:
+            fields["grad_norm"] = float("nan")
+        metrics = StepMetrics(**fields)
+        evaluated = self._evaluated.pop(metrics.step, None)
+        self.console.step(metrics, memory_gib=None, mfu=None, eval_loss=evaluated)
+        self._last = metrics.step
 
     def event(self, line: dict[str, Any]) -> None:
-        name = line["event"]
+        """Show an event."""
+        name, note = line["event"], self.console.note
         if name == "evaluated":
-            self.evaluated[line["step"]] = line["loss"]
+            self._evaluated[line["step"]] = line["loss"]
         elif name == "rank_lost":
-            self.display.note(f"rank {line['rank']} is lost: {line['cause']}")
+            note(f"rank {line['rank']} is lost: {line['cause']}")
         elif name in ("recovered", "generation"):
             if not any(line[kind] for kind in ("lost", "left", "joined", "placed")):
                 return
-            self.display.change(plan_from_data(self.first, line["plan"]))
-            self.display.note(describe_change(line))
+            plan, told = plan_from_data(self._first, line["plan"]), describe_change(line)
+            if line["lost"]:
+                self.console.recovered(line["lost"], repeated=line["replayed_steps"])
+            self.console.change(plan)
+            note(told)
         elif name == "checkpoint_committed":
-            self.failures.succeeded(line["tier"])
-            self.display.note(
+            self._failures.succeeded(line["tier"])
+            note(
                 f"checkpoint of step {line['step']} ({line['tier']}): {line['bytes'] / 2**20:,.0f} "
                 f"MiB in {line['total_s']:.2f} s"
             )
         elif name == "offload_failed":
-            self.display.note(f"rank {line['rank']} keeps activations in memory: {line['reason']}")
+            note(f"rank {line['rank']} keeps activations in memory: {line['reason']}")
         elif name == "checkpoint_failed":
-            if told := self.failures.failed(line["tier"], line["step"], line["error"]):
-                self.display.note(told)
+            if told := self._failures.failed(line["tier"], line["step"], line["error"]):
+                note(told)
         elif name == "resume_note":
-            self.display.note(line["message"])
+            note(line["message"])
         elif name == "step_skipped":
-            self.display.note(line["reason"])
+            note(line["reason"])
         elif name == "run_finished":
-            self.finish(line)
-
-    def finish(self, line: dict[str, Any]) -> None:
-        if summary := self.failures.summary():
-            self.display.note(summary)
-        losses = self.losses or [float("nan")]
-        self.display.finish(
-            [
-                ("steps", f"{line['steps']} in {duration(line['total_s'])}"),
-                ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"),
-                ("parameters", f"sha256 {line['parameter_digest'][:16]}"),
-                ("run", str(self.run.root)),
-            ]
-        )
+            if summary := self._failures.summary():
+                note(summary)
+            self.console.finish(line["parameter_digest"], line["total_s"])
 
 
 def describe_change(line: dict[str, Any]) -> str:

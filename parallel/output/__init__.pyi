@@ -2,6 +2,9 @@ from .appended_file import (
     AppendedFile as AppendedFile,
     Tail as Tail,
 )
+from .console_log import (
+    ConsoleLog as ConsoleLog,
+)
 from .disk_queue import (
     DiskWord as DiskWord,
 )
@@ -30,6 +33,7 @@ from .standard_streams import (
 )
 from .terminal import (
     plain_console as plain_console,
+    plain_text as plain_text,
     say as say,
     tell as tell,
 )

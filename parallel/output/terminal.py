@@ -5,13 +5,14 @@ Everything that a command prints goes through `say`, `tell` or a console of `pla
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING
 
 from holdfast.parallel.errors import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 
 def say(line: str) -> None:
@@ -24,7 +25,9 @@ def tell(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def plain_console(*, errors: bool = False, highlight: bool = True) -> Console:
+def plain_console(
+    *, errors: bool = False, highlight: bool = True, terminal: bool | None = None
+) -> Console:
     """A console that shows text as it is: no markup, and no names of emoji.
 
     Names from outside are made `printable` before they are given to it, since it leaves the
@@ -33,8 +36,20 @@ def plain_console(*, errors: bool = False, highlight: bool = True) -> Console:
     Args:
         errors: whether it writes to standard error.
         highlight: whether numbers and names are coloured on a terminal.
+        terminal: False: no escapes, even if it writes to a terminal; None: as the stream is.
     """
     from rich.console import Console
 
     stream = sys.stderr if errors else sys.stdout
-    return Console(file=stream, markup=False, emoji=False, highlight=highlight)
+    return Console(
+        file=stream, markup=False, emoji=False, highlight=highlight, force_terminal=terminal
+    )
+
+
+def plain_text(shown: RenderableType, *, width: int = 100) -> str:
+    """What is shown, as a file takes it: this many columns, without escapes. Pure."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=width, markup=False, emoji=False, color_system=None).print(shown)
+    return text.getvalue()

@@ -22,7 +22,7 @@ from holdfast.parallel.plan import (
     with_shadows,
 )
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.reports import layout_grid
+from holdfast.trainer.reports import LayoutTable
 from holdfast.trainer.step import shadows_in_host_memory, state_format
 
 
@@ -117,7 +117,7 @@ class ElasticReport:
             Text(f"without {', '.join(map(str, loss.lost))}", style="dim"),
             f"{state}; the busiest rank computes {loss.slowdown:.2f} times as much",
         )
-        return Group(facts, Text(""), layout_grid(loss.plan))
+        return Group(facts, Text(""), LayoutTable(loss.plan))
 
 
 def elastic_report(

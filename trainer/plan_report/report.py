@@ -23,7 +23,7 @@ from holdfast.parallel.schedules import Timeline, draw
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
-from holdfast.trainer.reports import layout_grid, step_flops
+from holdfast.trainer.reports import LayoutTable, step_flops
 from holdfast.trainer.run import Throughput, assumed, with_throughput
 from holdfast.trainer.step import plan_of, state_format
 
@@ -118,7 +118,7 @@ class PlanReport:
         return Group(
             facts,
             Text(""),
-            layout_grid(plan),
+            LayoutTable(plan),
             Text(""),
             self._memory_table(),
             Text(""),

@@ -2,27 +2,27 @@ from . import trace as trace
 from .checkpoint_events import (
     SaveFailures as SaveFailures,
 )
-from .console import (
-    Display as Display,
-    ProgressLine as ProgressLine,
-    duration as duration,
-    layout_grid as layout_grid,
-)
 from .events import (
     EventFile as EventFile,
 )
 from .flops import (
     step_flops as step_flops,
 )
+from .layout_table import (
+    LayoutTable as LayoutTable,
+)
 from .metrics import (
+    StepMetrics as StepMetrics,
     last_step as last_step,
 )
 from .offload_metrics import (
     OffloadMetrics as OffloadMetrics,
-    described as described,
 )
 from .reporter import (
     Reporter as Reporter,
+)
+from .run_console import (
+    RunConsole as RunConsole,
 )
 from .stragglers import (
     PhaseClock as PhaseClock,

@@ -1,23 +1,29 @@
-"""The console of a run: a live panel on a terminal, one line per step elsewhere."""
+"""The console of a run: lines that stay, and on a terminal a live panel below them."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from pathlib import Path
+from typing import TextIO
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from holdfast.parallel.errors import printable
-from holdfast.parallel.layout import LayerSpec
-from holdfast.parallel.output import plain_console
+from holdfast.parallel.output import ConsoleLog, plain_console, plain_text
 from holdfast.parallel.plan import Plan
+from holdfast.trainer.reports.layout_table import LayoutTable
+from holdfast.trainer.reports.live_panel import LivePanel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +39,25 @@ class ProgressLine:
     left_s: float
     memory_gib: float | None
     eval_loss: float | None
+    """The held-out loss of this step, if it was evaluated."""
     mfu: float | None
     offload: str = ""
     """The offloaded part of the activations, in words."""
 
     def line(self) -> str:
-        """The step in one line of text."""
+        """The step in one line of text, with numbers in the same columns in every line."""
         parts = [
-            f"step {self.step}/{self.steps}",
-            f"loss {self.loss:.4f}",
-            f"grad norm {self.grad_norm:.3f}",
+            f"step {self.step:>{len(str(self.steps))}}/{self.steps}",
+            f"loss {self.loss:7.4f}",
+            f"grad norm {self.grad_norm:7.3f}",
             f"lr {self.lr:.2e}",
-            f"{self.tokens_per_s:,.0f} tokens/s",
-            f"left {duration(self.left_s)}",
+            f"{self.tokens_per_s:>9,.0f} tokens/s",
         ]
-        if self.memory_gib is not None:
-            parts.insert(5, f"{self.memory_gib:.2f} GiB")
         if self.mfu is not None:
-            parts.insert(5, f"mfu {self.mfu:.1%}")
+            parts.append(f"mfu {self.mfu:5.1%}")
+        if self.memory_gib is not None:
+            parts.append(f"memory {self.memory_gib:5.2f} GiB")
+        parts.append(f"left {duration(self.left_s):>7}")
         if self.eval_loss is not None:
             parts.append(f"held-out loss {self.eval_loss:.4f}")
         if self.offload:
@@ -65,163 +72,107 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-_MOST_COLUMNS = 16
-"""The most replicas that have a column each; a table of more is wider than any terminal."""
-
-
-def layout_grid(plan: Plan) -> Table:
-    """The grid of stages (down) and replicas (across); each cell names its ranks and layers.
-
-    With many replicas, a stage has one cell that counts its replicas and names their ranks.
-    """
-    if plan.stage_replicas.widest > _MOST_COLUMNS:
-        return _layout_summary(plan)
-    grid = Table(show_header=True, box=None, padding=(0, 1))
-    places = plan.stage_replicas
-    held_by = plan.configured_mesh.stage_replica_text if places.shards > 1 else ""
-    grid.add_column(held_by, style="dim", no_wrap=True)
-    for replica in range(places.widest):
-        grid.add_column(f"replica {replica}", no_wrap=True)
-    for stage in range(places.pipeline):
-        first = places.rank(0, 0, stage)
-        layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
-        squares = []
-        for replica, ranks in enumerate(places.stages[stage]):
-            name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_runs(ranks)}"
-            suffix = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
-            squares.append(Text(f"■ {name}{suffix}", style="green"))
-        squares += [Text("□", style="red")] * (places.widest - len(squares))
-        grid.add_row(f"stage {stage}: {layers}", *squares)
-    if plan.is_regular:
-        counts = [Text(str(len(numbers)), style="dim") for numbers in plan.micro_batches]
-        grid.add_row("micro-batches of a step", *counts)
-    else:
-        grid.add_row("(micro-batches of a step)")
-    recomputed = recompute_summary(plan.layers)
-    if recomputed:
-        grid.caption, grid.caption_justify = f"recomputed: {recomputed}", "left"
-    if places.spares:
-        grid.add_row("spare", *(Text(f"rank {rank}", style="dim") for rank in places.spares[:1]))
-    return grid
-
-
-def _layout_summary(plan: Plan) -> Table:
-    """The stages of a layout with many replicas, a row each."""
-    grid = Table(show_header=True, box=None, padding=(0, 1))
-    places = plan.stage_replicas
-    for name in (
-        "",
-        f"replicas of {plan.configured_mesh.stage_replica_text}",
-        "micro-batches of each",
-        "ranks",
-    ):
-        grid.add_column(name)
-    for stage, replicas in enumerate(places.stages):
-        first = places.rank(0, 0, stage)
-        layers = ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
-        counts = {len(plan.micro_batches_of(stage, number)) for number in range(len(replicas))}
-        work = str(min(counts)) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
-        ranks = _runs(sorted(rank for held in replicas for rank in held), most=_SHOWN_RUNS)
-        grid.add_row(f"stage {stage}: {layers}", str(len(replicas)), work, ranks)
-    captions = [f"recomputed: {text}"] if (text := recompute_summary(plan.layers)) else []
-    captions += [f"{len(places.spares)} spare ranks"] if places.spares else []
-    grid.caption, grid.caption_justify = "; ".join(captions) or None, "left"
-    return grid
-
-
-_SHOWN_RUNS = 4
-
-
-def _runs(ranks: Sequence[int], most: int | None = None) -> str:
-    """Ranks as runs of numbers, e.g. "0-3" or "1,4-6".
-
-    Args:
-        most: how many runs are shown; None: all.
-    """
-    found = [
-        [number for _, number in run]
-        for _, run in groupby(enumerate(ranks), key=lambda item: item[1] - item[0])
-    ]
-    shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found[:most]]
-    rest = len(found) - len(shown)
-    return ",".join([*shown, *([f"… {rest} more runs"] if rest else [])])
-
-
-def recompute_summary(layers: Sequence[LayerSpec]) -> str:
-    """The layers recomputed in each way, and the operations that adds; empty if none is."""
-    counts = Counter(layer.recompute for layer in layers if layer.recompute != "none")
-    if not counts:
-        return ""
-    transformer = sum(layer.name.startswith("block.") for layer in layers)
-    again = sum(layer.recompute_flops for layer in layers)
-    added = again / (3 * sum(layer.forward_flops for layer in layers))
-    parts = ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
-    return f"{parts} of {transformer} layers ({added:.1%} more operations)"
-
-
-def _layers(plan: Plan, chunk: int) -> str:
-    names = [plan.layers[layer].name for layer in plan.layers_of(chunk)]
-    numbers = [name.removeprefix("block.") for name in names if name.startswith("block.")]
-    parts = [name for name in names if name == "embedding"]
-    if numbers:
-        last = numbers[-1]
-        parts.append(f"layer {last}" if len(numbers) == 1 else f"layers {numbers[0]}-{last}")
-    parts += [name for name in names if name == "head"]
-    return " + ".join(parts)
-
-
-_SHOWN_NOTES = 3
-
-
 class Display:
-    """Shows a run's progress on rank 0; other ranks have none."""
+    """Shows a run's progress in one process; the others have none.
 
-    def __init__(self, title: str, plan: Plan, *, every: int) -> None:
+    What it says is kept in a file, too. While it is open, it also says what this process writes to
+    standard error, so that this does not end up within the panel. It has many attributes because
+    a panel shows them together.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        plan: Plan,
+        *,
+        every: int,
+        log: Path,
+        launched: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        """Nothing is shown before `start`.
+
+        Args:
+            every: the steps from one line to the next.
+            log: the file that keeps what is said.
+            launched: whether another launcher has started this process: its terminal is then that
+                launcher's, as mpirun gives one to processes whose output goes to a file. There is
+                no panel then, unless the environment has TTY_INTERACTIVE=1.
+        """
         self._title, self._plan, self._every = Text(printable(title)), plan, every
-        self._console = plain_console(highlight=False)
+        plain = launched and environment.get("TTY_INTERACTIVE") != "1"
+        self._console = plain_console(highlight=False, terminal=False if plain else None)
+        self._log, self._clock = ConsoleLog(log), clock
         self._losses: list[float] = []
-        self._notes: deque[str] = deque(maxlen=_SHOWN_NOTES)
+        self._eval_loss: float | None = None
         self._progress: ProgressLine | None = None
-        self._live: Live | None = None
+        self._said_step = 0
+        """The last step that has a line."""
+        self._began_s = clock()
+        self._panel: LivePanel | None = None
+        self._errors = sys.stderr
 
     def start(self) -> None:
-        if self._console.is_terminal:
-            self._live = Live(
-                self._panel(None), console=self._console, refresh_per_second=8, transient=True
-            )
-            self._live.start()
+        """Show the title and the layout."""
+        self._log.line(self._title.plain)
+        self._log.text(plain_text(LayoutTable(self._plan)))
+        self._errors = sys.stderr
+        if self._console.is_interactive:
+            self._panel = LivePanel(self._console, self._drawn)
         else:
-            self._console.print(self._title)
-            self._console.print(layout_grid(self._plan))
+            self._print(_stamped(self._title.plain))
+            self._print(LayoutTable(self._plan))
+        sys.stderr = _Lines(self.tell, self._errors)
 
     def note(self, text: str) -> None:
-        """Show a line beside the progress."""
+        """Say a line; it stays."""
         text = printable(text)
-        if self._live is not None:
-            self._notes.append(text)
-            self._live.update(self._panel(self._progress))
+        self._log.line(text)
+        self._print(_stamped(text))
+
+    def tell(self, text: str) -> None:
+        """Say a line that belongs to standard error."""
+        text = printable(text)
+        self._log.line(text)
+        if self._panel is not None:
+            self._panel.print(_stamped(text))
         else:
-            self._console.print(text, soft_wrap=True)
+            self._errors.write(f"{text}\n")
+            self._errors.flush()
+
+    def tell_soon(self, text: str) -> None:
+        """Say a line that belongs to standard error, from a signal's handler."""
+        self._log.line(text)
+        if self._panel is not None:
+            self._panel.soon(_stamped(text).plain)
+        else:
+            with contextlib.suppress(OSError, ValueError):
+                os.write(self._errors.fileno(), f"{text}\n".encode(errors="replace"))
 
     def change(self, plan: Plan) -> None:
         """Show another plan from now on."""
         self._plan = plan
-        if self._live is not None:
-            self._live.update(self._panel(self._progress))
+        self._log.text(plain_text(LayoutTable(plan)))
+        if self._panel is not None:
+            self._panel.refresh()
         else:
-            self._console.print(layout_grid(plan))
+            self._print(LayoutTable(plan))
 
     def show(self, progress: ProgressLine) -> None:
+        """Show a step; every so many have a line, and those with a held-out loss."""
         self._losses.append(progress.loss)
+        if progress.eval_loss is not None:
+            self._eval_loss = progress.eval_loss
         self._progress = progress
-        if self._live is not None:
-            self._live.update(self._panel(progress))
-        elif (
+        if (
             progress.step % self._every == 0
             or progress.step in (1, progress.steps)
             or progress.eval_loss is not None
         ):
-            self._console.print(progress.line(), soft_wrap=True)
+            self._say_step(progress)
+        elif self._panel is not None:
+            self._panel.refresh()
 
     def finish(self, summary: Sequence[tuple[str, str]]) -> None:
         """Replace the live panel by a summary of (what, value) rows."""
@@ -231,41 +182,95 @@ class Display:
         table.add_column(overflow="fold")
         for name, value in summary:
             table.add_row(name, printable(value))
-        self._console.print(Panel(table, title=self._title, expand=False))
+        shown = Panel(table, title=self._title, expand=False)
+        self._log.text(plain_text(shown))
+        self._log.close()
+        self._print(shown)
 
     def close(self) -> None:
-        """Release the terminal; may be called again."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        """Say the last step, if it has no line, and release the terminal; may be called again."""
+        if self._progress is not None and self._progress.step != self._said_step:
+            self._say_step(self._progress)
+        if sys.stderr is not self._errors and isinstance(sys.stderr, _Lines):
+            sys.stderr = self._errors
+        if self._panel is not None:
+            self._panel.close()
+            self._panel = None
+        self._log.close()
 
-    def _panel(self, progress: ProgressLine | None) -> RenderableType:
-        parts: list[RenderableType] = [layout_grid(self._plan), Text("")]
-        if progress is None:
-            parts.append(Text("starting", style="dim"))
+    def _say_step(self, progress: ProgressLine) -> None:
+        self._said_step = progress.step
+        self.note(progress.line())
+
+    def _print(self, shown: RenderableType) -> None:
+        if self._panel is not None:
+            self._panel.print(shown)
         else:
-            numbers = Table.grid(padding=(0, 3))
-            shown = (
+            self._console.print(shown, soft_wrap=isinstance(shown, Text))
+
+    def _drawn(self) -> RenderableType:
+        """What is in the panel now."""
+        parts: list[RenderableType] = [LayoutTable(self._plan), Text("")]
+        progress, elapsed = self._progress, duration(self._clock() - self._began_s)
+        if progress is None:
+            parts.append(Text(f"starting  {elapsed}", style="dim"))
+        else:
+            alive = self._plan.stage_replicas.size
+            configured = self._plan.configured_mesh.size
+            held_out = "-" if self._eval_loss is None else f"{self._eval_loss:.4f}"
+            shown = [
                 ("step", f"{progress.step} / {progress.steps}"),
                 ("loss", f"{progress.loss:.4f}"),
-                ("tokens/s", f"{progress.tokens_per_s:,.0f}"),
-                ("time left", duration(progress.left_s)),
+                ("held-out loss", held_out),
+                ("lr", f"{progress.lr:.2e}"),
                 ("grad norm", f"{progress.grad_norm:.3f}"),
-            )
+                ("tokens/s", f"{progress.tokens_per_s:,.0f}"),
+                ("ranks alive", f"{alive} of {configured}"),
+                ("elapsed", elapsed),
+                ("time left", duration(progress.left_s)),
+            ]
             if progress.memory_gib is not None:
-                shown = (*shown, ("memory", f"{progress.memory_gib:.2f} GiB"))
-            numbers.add_row(*(Text(name, style="dim") for name, _ in shown))
-            numbers.add_row(*(Text(value, style="bold") for _, value in shown))
-            bar = ProgressBar(total=progress.steps, completed=progress.step, width=60)
-            line = Table.grid()
-            line.add_row(bar)
-            parts += [numbers, Text(""), line, Text(sparkline(self._losses, 60), style="cyan")]
-            if progress.eval_loss is not None:
-                parts.append(Text(f"held-out loss {progress.eval_loss:.4f}"))
+                shown.append(("memory", f"{progress.memory_gib:.2f} GiB"))
+            numbers = Columns((_number(*pair) for pair in shown), padding=(0, 3))
+            bar = Table.grid()
+            bar.add_row(ProgressBar(total=progress.steps, completed=progress.step, width=60))
+            trend = Text(sparkline(self._losses, 60), style="cyan")
+            parts += [numbers, Text(""), bar, trend]
             if progress.offload:
                 parts.append(Text(progress.offload))
-        parts += [Text(note, style="dim", overflow="fold") for note in self._notes]
         return Panel(Group(*parts), title=self._title, expand=False)
+
+
+class _Lines(io.TextIOBase):
+    """A text stream that gives whole lines to a function, in the place of another stream."""
+
+    def __init__(self, line: Callable[[str], None], replaced: TextIO) -> None:
+        super().__init__()
+        self._line, self._replaced, self._begun = line, replaced, ""
+
+    def write(self, text: str, /) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._line(line)
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._replaced.isatty()
+
+    def fileno(self) -> int:
+        return self._replaced.fileno()
+
+
+def _stamped(line: str) -> Text:
+    """The line with the time of day."""
+    return Text(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+def _number(name: str, value: str) -> Text:
+    return Text.assemble((name, "dim"), "\n", (value, "bold"), no_wrap=True)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

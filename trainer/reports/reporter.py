@@ -71,8 +71,7 @@ class Reporter:
             self._records.event("worker_started", **worker)
         self._console: RunConsole | None = None
         if writes and shown:
-            tokens = training.step_tokens
-            self._console = RunConsole(run.root, config, training.plan, step_tokens=tokens)
+            self._console = RunConsole(run, config, training.plan)
 
     def change(self, training: Training, world: WorldInfo) -> None:
         """Continue under another plan; a rank that becomes the writer completes the records."""

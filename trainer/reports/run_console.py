@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from pathlib import Path
+from collections.abc import Collection
 
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports.console import Display, ProgressLine, duration
 from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.offload_metrics import described
+from holdfast.trainer.run import RunDirectory
+from holdfast.trainer.worlds import world_from_environment
 
 _RECENT = 20
 """The number of steps for the shown rate and time left."""
 
 
 class RunConsole:
-    """Shows committed steps, notes and a summary. Local, on the rank that shows."""
+    """Shows committed steps, notes and a summary. Local, in the one process that shows."""
 
-    def __init__(self, root: Path, config: RunConfig, plan: Plan, *, step_tokens: int) -> None:
-        """Start the display.
-
-        Args:
-            step_tokens: the tokens of one step, over all ranks.
-        """
-        self._root, self._steps, self._step_tokens = root, config.train.steps, step_tokens
+    def __init__(self, run: RunDirectory, config: RunConfig, plan: Plan) -> None:
+        """Start the display."""
+        self._root, self._steps = run.root, config.train.steps
         self._losses: list[float] = []
         self._eval_loss: float | None = None
         self._step_times: list[float] = []
-        self._display = Display(root.name, plan, every=config.log.every)
+        self._step_tokens = 0.0
+        self._lost = self._recoveries = self._repeated = 0
+        self._display = Display(
+            run.root.name,
+            plan,
+            every=config.log.every,
+            log=run.console_log,
+            launched=world_from_environment(os.environ) is not None,
+        )
+        self.note, self.change = self._display.note, self._display.change
+        self.tell, self.tell_soon = self._display.tell, self._display.tell_soon
         self._display.start()
-
-    def note(self, text: str) -> None:
-        """Show a line beside the progress."""
-        self._display.note(text)
 
     def step(
         self,
         metrics: StepMetrics,
         *,
-        memory_gib: float,
+        memory_gib: float | None,
         mfu: float | None,
         eval_loss: float | None,
     ) -> None:
@@ -51,6 +56,7 @@ class RunConsole:
         """
         self._losses.append(metrics.loss)
         self._step_times.append(metrics.step_s)
+        self._step_tokens = metrics.tokens / metrics.step
         self._eval_loss = eval_loss if eval_loss is not None else self._eval_loss
         recent_s = statistics.median(self._step_times[-_RECENT:])
         self._display.show(
@@ -69,23 +75,46 @@ class RunConsole:
             )
         )
 
+    def recovered(self, lost: Collection[int], *, repeated: int) -> None:
+        """Count a change that the loss of ranks made necessary, for the summary.
+
+        Args:
+            repeated: the steps that the run repeats.
+        """
+        self._lost += len(lost)
+        self._recoveries += 1
+        self._repeated += repeated
+
     def finish(self, digest: str, total_s: float) -> None:
         """Show the summary of a run that has reached its last step.
 
         Args:
             digest: the digest of all parameters, in hexadecimal digits.
+            total_s: the seconds since this start of the run.
         """
-        losses = self._losses or [float("nan")]
-        median_s = statistics.median(self._step_times) if self._step_times else float("nan")
-        summary = [
-            ("steps", f"{self._steps} in {duration(total_s)}"),
-            ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"),
-            ("speed", f"{self._step_tokens / median_s:,.0f} tokens/s (median step)"),
-            ("parameters", f"sha256 {digest[:16]}"),
-            ("run", str(self._root)),
-        ]
+        made, took = len(self._losses), duration(total_s)
+        if made == self._steps:
+            summary = [("steps", f"{made} in {took}")]
+        elif made:
+            summary = [("steps", f"{self._steps}, of which {made} now, in {took}")]
+        else:
+            summary = [("steps", f"{self._steps}, all made before")]
+        if made:
+            summary.append(("loss", f"{self._losses[0]:.4f} -> {self._losses[-1]:.4f}"))
         if self._eval_loss is not None:
-            summary.insert(2, ("held-out loss", f"{self._eval_loss:.4f}"))
+            summary.append(("held-out loss", f"{self._eval_loss:.4f}"))
+        if made:
+            speed = self._step_tokens / statistics.median(self._step_times)
+            summary.append(("speed", f"{speed:,.0f} tokens/s (median step)"))
+        if self._recoveries:
+            parts = (
+                f"{self._lost} rank{'' if self._lost == 1 else 's'}",
+                f"recoveries: {self._recoveries}",
+                f"steps repeated: {self._repeated}",
+            )
+            summary.append(("lost", "; ".join(parts)))
+        summary.append(("parameters", f"sha256 {digest[:16]}"))
+        summary.append(("run", str(self._root)))
         self._display.finish(summary)
 
     def close(self) -> None:

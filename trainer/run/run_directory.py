@@ -77,6 +77,11 @@ class RunDirectory:
         return self.root / "incidents"
 
     @property
+    def console_log(self) -> Path:
+        """What the run has said on the console."""
+        return self.root / "logs" / "console.log"
+
+    @property
     def agent_log(self) -> Path:
         """The log of the process that starts and watches the workers."""
         return self.root / "logs" / "agent.log"

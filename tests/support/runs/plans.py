@@ -17,7 +17,7 @@ from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
 
 MICRO_BATCHES = 8
-NODES = {rank: f"node-{rank % 3}" for rank in range(40)}
+NODES = {rank: f"node-{rank % 3}" for rank in range(64)}
 
 
 @cache

@@ -1,0 +1,137 @@
+"""The table of a layout: a cell per stage replica where there is room, else a line per stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from holdfast.parallel.layout import LayerSpec
+from holdfast.parallel.plan import Plan
+
+_MOST_COLUMNS = 16
+"""The most replicas that have a column each."""
+_UNBOUNDED = 1 << 16
+"""A width in columns that no table of so many replicas needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutTable:
+    """The stages of a plan: which ranks hold which layers. It cuts no text, however narrow."""
+
+    plan: Plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._form(console, options)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._form(console, options))
+
+    def _form(self, console: Console, options: ConsoleOptions) -> RenderableType:
+        """The grid if it fits, else the lines."""
+        if self.plan.stage_replicas.widest > _MOST_COLUMNS:
+            return _lines(self.plan)
+        grid = _grid(self.plan)
+        wide = options.update(width=_UNBOUNDED)
+        fits = Measurement.get(console, wide, grid).maximum <= options.max_width
+        return grid if fits else _lines(self.plan)
+
+
+def _grid(plan: Plan) -> Table:
+    """Stages (down) and replicas (across); each cell names its ranks."""
+    grid = Table(show_header=True, box=None, padding=(0, 1))
+    places = plan.stage_replicas
+    held_by = plan.configured_mesh.stage_replica_text if places.shards > 1 else ""
+    grid.add_column(held_by, style="dim", no_wrap=True)
+    for replica in range(places.widest):
+        grid.add_column(f"replica {replica}", no_wrap=True)
+    for stage, replicas in enumerate(places.stages):
+        squares = []
+        for replica, ranks in enumerate(replicas):
+            suffix = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
+            squares.append(Text(f"■ {_named(ranks, ',')}{suffix}", style="green"))
+        squares += [Text("□", style="red")] * (places.widest - len(squares))
+        grid.add_row(f"stage {stage}: {_layers_of(plan, stage)}", *squares)
+    if plan.is_regular:
+        counts = [Text(str(len(numbers)), style="dim") for numbers in plan.micro_batches]
+        grid.add_row("micro-batches of a step", *counts)
+    else:
+        grid.add_row("(micro-batches of a step)")
+    if captions := _captions(plan):
+        grid.caption, grid.caption_justify = "; ".join(captions), "left"
+    return grid
+
+
+def _lines(plan: Plan) -> Table:
+    """A line per stage, which goes on below itself where it is too long."""
+    lines = Table.grid(padding=(0, 1))
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column(overflow="fold")
+    places = plan.stage_replicas
+    held_by = f" x {plan.configured_mesh.stage_replica_text}" if places.shards > 1 else ""
+    for stage, replicas in enumerate(places.stages):
+        counts = {len(plan.micro_batches_of(stage, number)) for number in range(len(replicas))}
+        fewest = f"{min(counts)} to " if len(counts) > 1 else ""
+        ranks = _named(sorted(rank for held in replicas for rank in held), ", ")
+        what = (
+            f"{_layers_of(plan, stage)}: {ranks} ({_counted(len(replicas), 'replica')}{held_by}, "
+            f"{fewest}{_counted(max(counts), 'micro-batch', 'es')} each)"
+        )
+        lines.add_row(f"stage {stage}:", Text(what))
+    for caption in _captions(plan):
+        lines.add_row("", Text(caption, style="dim"))
+    return lines
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def _captions(plan: Plan) -> list[str]:
+    recomputed, spares = recompute_summary(plan.layers), plan.stage_replicas.spares
+    found = [f"recomputed: {recomputed}"] if recomputed else []
+    return [*found, f"spare: {_named(spares, ', ')}"] if spares else found
+
+
+def _named(ranks: Sequence[int], between: str) -> str:
+    """Ranks as runs of numbers, e.g. "rank 2", "ranks 0-3" or "ranks 1,4-6"."""
+    runs = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(ranks), key=lambda item: item[1] - item[0])
+    ]
+    shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {between.join(shown)}"
+
+
+def _layers_of(plan: Plan, stage: int) -> str:
+    first = plan.stage_replicas.rank(0, 0, stage)
+    return ", ".join(_layers(plan, chunk) for chunk in plan.chunks_of(first))
+
+
+def _layers(plan: Plan, chunk: int) -> str:
+    names = [plan.layers[layer].name for layer in plan.layers_of(chunk)]
+    numbers = [name.removeprefix("block.") for name in names if name.startswith("block.")]
+    parts = [name for name in names if name == "embedding"]
+    if numbers:
+        last = numbers[-1]
+        parts.append(f"layer {last}" if len(numbers) == 1 else f"layers {numbers[0]}-{last}")
+    parts += [name for name in names if name == "head"]
+    return " + ".join(parts)
+
+
+def recompute_summary(layers: Sequence[LayerSpec]) -> str:
+    """The layers recomputed in each way, and the operations that adds; empty if none is."""
+    counts = Counter(layer.recompute for layer in layers if layer.recompute != "none")
+    if not counts:
+        return ""
+    transformer = sum(layer.name.startswith("block.") for layer in layers)
+    again = sum(layer.recompute_flops for layer in layers)
+    added = again / (3 * sum(layer.forward_flops for layer in layers))
+    parts = ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
+    return f"{parts} of {transformer} layers ({added:.1%} more operations)"

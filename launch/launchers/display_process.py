@@ -82,7 +82,7 @@ class _Lines:
         os.set_blocking(descriptor, False)
         self._descriptor, self._begun = descriptor, b""
 
-    def read(self) -> list[str]:
+    def come(self) -> list[str]:
         """The lines since the last call. Does not wait."""
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(self._descriptor, 1 << 16):
@@ -97,8 +97,8 @@ def _follow(config: RunConfig, run: RunDirectory, ended: int, told: int, begin: 
     events, metrics = _Follower(run.events, begin[0]), _Follower(run.metrics, begin[1])
     is_over = False
     while True:
-        for said in lines.read():
-            view.console.tell(said)
+        for said in lines.come():
+            view.console.display.tell(said)
         found = [line for line in events.lines() if is_event(line)]
         for line in found:
             if line["event"] != "run_finished":
@@ -191,7 +191,7 @@ class _RunView:
 
     def event(self, line: dict[str, Any]) -> None:
         """Show an event."""
-        name, note = line["event"], self.console.note
+        name, note = line["event"], self.console.display.note
         if name == "evaluated":
             self._evaluated[line["step"]] = line["loss"]
         elif name == "rank_lost":
@@ -202,7 +202,7 @@ class _RunView:
             plan, told = plan_from_data(self._first, line["plan"]), describe_change(line)
             if line["lost"]:
                 self.console.recovered(line["lost"], repeated=line["replayed_steps"])
-            self.console.change(plan)
+            self.console.display.change(plan)
             note(told)
         elif name == "checkpoint_committed":
             self._failures.succeeded(line["tier"])

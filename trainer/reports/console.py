@@ -76,8 +76,7 @@ class Display:
     """Shows a run's progress in one process; the others have none.
 
     What it says is kept in a file, too. While it is open, it also says what this process writes to
-    standard error, so that this does not end up within the panel. It has many attributes because
-    a panel shows them together.
+    standard error, so that this does not end up within the panel.
     """
 
     def __init__(
@@ -103,13 +102,13 @@ class Display:
         self._title, self._plan, self._every = Text(printable(title)), plan, every
         plain = launched and environment.get("TTY_INTERACTIVE") != "1"
         self._console = plain_console(highlight=False, terminal=False if plain else None)
-        self._log, self._clock = ConsoleLog(log), clock
+        began_s = clock()
+        self._log, self._elapsed = ConsoleLog(log), lambda: duration(clock() - began_s)
         self._losses: list[float] = []
         self._eval_loss: float | None = None
         self._progress: ProgressLine | None = None
         self._said_step = 0
         """The last step that has a line."""
-        self._began_s = clock()
         self._panel: LivePanel | None = None
         self._errors = sys.stderr
 
@@ -211,7 +210,7 @@ class Display:
     def _drawn(self) -> RenderableType:
         """What is in the panel now."""
         parts: list[RenderableType] = [LayoutTable(self._plan), Text("")]
-        progress, elapsed = self._progress, duration(self._clock() - self._began_s)
+        progress, elapsed = self._progress, self._elapsed()
         if progress is None:
             parts.append(Text(f"starting  {elapsed}", style="dim"))
         else:

@@ -262,7 +262,7 @@ class Reporter:
 
     def _note(self, text: str) -> None:
         if self._console is not None and text:
-            self._console.note(text)
+            self._console.display.note(text)
 
     def _utilisation(self, step_s: float) -> float | None:
         device = self._training.device

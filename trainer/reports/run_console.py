@@ -29,16 +29,14 @@ class RunConsole:
         self._step_times: list[float] = []
         self._step_tokens = 0.0
         self._lost = self._recoveries = self._repeated = 0
-        self._display = Display(
+        self.display = Display(
             run.root.name,
             plan,
             every=config.log.every,
             log=run.console_log,
             launched=world_from_environment(os.environ) is not None,
         )
-        self.note, self.change = self._display.note, self._display.change
-        self.tell, self.tell_soon = self._display.tell, self._display.tell_soon
-        self._display.start()
+        self.display.start()
 
     def step(
         self,
@@ -59,7 +57,7 @@ class RunConsole:
         self._step_tokens = metrics.tokens / metrics.step
         self._eval_loss = eval_loss if eval_loss is not None else self._eval_loss
         recent_s = statistics.median(self._step_times[-_RECENT:])
-        self._display.show(
+        self.display.show(
             ProgressLine(
                 step=metrics.step,
                 steps=self._steps,
@@ -115,7 +113,7 @@ class RunConsole:
             summary.append(("lost", "; ".join(parts)))
         summary.append(("parameters", f"sha256 {digest[:16]}"))
         summary.append(("run", str(self._root)))
-        self._display.finish(summary)
+        self.display.finish(summary)
 
     def close(self) -> None:
-        self._display.close()
+        self.display.close()

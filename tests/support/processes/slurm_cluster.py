@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo")
 _UP_S = 30.0
 
 
@@ -28,6 +28,11 @@ class Slurm:
     @property
     def environment(self) -> dict[str, str]:
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def lose(self, node: int) -> None:
+        """Have the controller take a node for lost."""
+        down = ("update", f"nodename=node{node}", "state=down", "reason=test")
+        subprocess.run(["scontrol", *down], env={**os.environ, **self.environment}, check=True)
 
     def idle(self) -> int:
         """Nodes that are ready for work."""
@@ -79,7 +84,8 @@ def slurm(folder: Path, nodes: int) -> Iterator[Slurm]:
     missing = [name for name in _PROGRAMS if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(
-            f"Slurm's daemons need root and {', '.join(_PROGRAMS)}: slurm-wlm installs them"
+            f"Slurm's daemons need root and {', '.join(_PROGRAMS)}: "
+            "apt-get install slurmctld slurmd slurm-client munge"
         )
     folder.mkdir()
     (folder / "state").mkdir()

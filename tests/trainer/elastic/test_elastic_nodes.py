@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,20 @@ from holdfast.parallel.errors import ConfigError
 from support.network.elastic_network import Network, network
 from support.processes.cluster import Cluster
 from support.processes.slurm_cluster import slurm
-from support.runs.elastic_runs import HOLDFAST, LONGEST_S, Starter, bits_of, fault, pace
+from support.runs.elastic_runs import (
+    HOLDFAST,
+    LONGEST_S,
+    ElasticRun,
+    Starter,
+    bits_of,
+    fault,
+    pace,
+)
 from support.runs.small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
 
+SCRIPT = Path(__file__).parents[3] / "examples/slurm.sh"
 MPIRUN = Path(sys.executable).parent / "mpirun"
 MPIRUN_ULFM = (str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--with-ft", "ulfm")
 LIGHTHOUSE_PORT = 29510
@@ -126,37 +135,49 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
 def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
     start: Starter, expected: dict[str, Any]
 ) -> None:
-    lose_a_node_of_two(start, (*MPIRUN_ULFM, "-n", "2"), expected)
-
-
-def test_a_node_of_a_slurm_job_is_lost_with_its_agent(
-    start: Starter, expected: dict[str, Any], tmp_path: Path
-) -> None:
-    with slurm(tmp_path / "slurm", 2) as scheduler:
-        variables = {**scheduler.environment, "MASTER_ADDR": "127.0.0.1"}
-        launcher = (
-            *("env", *(f"{name}={value}" for name, value in variables.items())),
-            *("srun", "--nodes=2", "--ntasks-per-node=1", "--no-kill", "--kill-on-bad-exit=0"),
-        )
-        lose_a_node_of_two(start, launcher, expected)
-
-
-def lose_a_node_of_two(start: Starter, launcher: Sequence[str], expected: dict[str, Any]) -> None:
-    """The launcher starts one task per node, which is lost with its agent.
-
-    Both nodes are on this machine, and so have its name.
-    """
+    """Both nodes are on this machine, and so have its name."""
     path = start.write(
         "job",
         train={"steps": STEPS},
         parallel={"data": 4, "pipeline": 1},
         elastic=pace({}, PACE_S),
     )
-    run = start.start(path, "job", launcher=launcher)
+    run = start.start(path, "job", launcher=(*MPIRUN_ULFM, "-n", "2"))
     run.wait_for_step(5)
     assert len({run.agent(rank) for rank in range(4)}) == 2
     os.kill(run.agent(2), signal.SIGKILL)
     run.finish()
+    assert run.bits() == expected, run.output()
+    assert {event["rank"] for event in run.events("rank_lost")} == {2, 3}
+    assert {event["from_checkpoint"] for event in run.events("recovered")} == {None}
+
+
+def test_a_job_of_slurm_that_loses_a_node_goes_on_and_ends_with_0(
+    start: Starter, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    with slurm(tmp_path / "slurm", 2) as scheduler:
+        path = start.write(
+            "job",
+            train={"steps": STEPS},
+            parallel={"data": 4, "pipeline": 1},
+            elastic=pace({}, PACE_S),
+        )
+        variables = {
+            **{**scheduler.environment, "MASTER_ADDR": "127.0.0.1"},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        here = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0")
+        output = f"--output={tmp_path}/job.txt"
+        job = subprocess.Popen(
+            ["sbatch", "--wait", *here, output, str(SCRIPT), str(path), str(tmp_path / "job")],
+            env={**os.environ, **variables},
+            text=True,
+        )
+        run = ElasticRun(tmp_path / "job", job)
+        start.runs.append(run)
+        run.wait_for_step(5)
+        scheduler.lose(1)
+        assert run.finish() == 0, run.output()
     assert run.bits() == expected, run.output()
     assert {event["rank"] for event in run.events("rank_lost")} == {2, 3}
     assert {event["from_checkpoint"] for event in run.events("recovered")} == {None}

@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALL := $(PIP) install --no-deps --no-compile
 # The editable install knows each folder by name.
 FOLDERS := $(foreach house,parallel checkpoint elastic trainer launch,$(wildcard $(addprefix $(house)/,__init__.py */__init__.py */*/__init__.py)))
-SOURCES := pyproject.toml $(FOLDERS) $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.txt csrc/*.pyi)
+SOURCES := pyproject.toml $(FOLDERS) $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*.txt csrc/*.py csrc/*.pyi)
 
 # Where bytecode is not written, every process compiles torch again, for longer than a small test takes.
 unexport PYTHONDONTWRITEBYTECODE

@@ -57,12 +57,13 @@ from holdfast.checkpoint.stores import (
     find_checkpoint,
     newest,
 )
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, number_fault
 from holdfast.parallel.files import this_machine
 from holdfast.parallel.layout import Box
 
 _ARENA_BYTES = 128 << 20
 """Host memory between the copy of the state and the disk."""
+_MOST_STEPS = 10**15
 _log = logging.getLogger("holdfast")
 
 
@@ -88,18 +89,21 @@ class Checkpointer:
 
         Args:
             folder: the folder of checkpoints; on several machines, one that all of them see.
+                No URL: `load` alone reads from those.
             state: the values to save, by key, read at each save: modules ("model" keeps its own
                 names), optimizers, schedulers and other objects with state_dict, tensors, numpy
                 arrays, generators, and numbers, text, lists, tuples, sets and dicts of these.
             keep: the number of newest checkpoints that stay; 0: all.
             arena_bytes: host memory between the copy of the state and the disk; 0: 128 MiB.
             timeout_s: the time after which a save is given up, in seconds.
+        Raises:
+            CheckpointError: an option is out of its range.
+            ConfigError: the folder is a URL.
         """
-        _check_number("keep", keep, 0)
-        _check_number("arena_bytes", arena_bytes, 0)
-        if not (isinstance(timeout_s, int | float) and timeout_s > 0):
-            raise CheckpointError(f"timeout_s = {timeout_s!r}: allowed are seconds above 0")
-        self.folder = Path(folder)
+        _check(number_fault("keep", keep, 0))
+        _check(number_fault("arena_bytes", arena_bytes, 0))
+        _check(number_fault("timeout_s", timeout_s, 0.001, whole=False))
+        self.folder = local_path(os.fspath(folder), "folder")
         self.state = state
         self._keep = keep
         rank, size, store = _world()
@@ -129,10 +133,8 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank, before anything is written: a leaf of the state cannot
                 be saved exactly, or differs between ranks where it must not.
-            ConfigError: the folder is a URL.
         """
-        _check_number("step", step, 0)
-        local_path(self.folder, "folder")
+        _check(number_fault("step", step, 0, _MOST_STEPS))
         manager = self._open_manager()
         # The copies in host memory are those of the save under way until it ends.
         is_free = manager.finish()
@@ -161,20 +163,22 @@ class Checkpointer:
         if wait:
             self.wait()
 
-    def load(self, step: int | None = None) -> int | None:
+    def load(self, step: int | None = None, *, allow: Sequence[str] = ()) -> int | None:
         """Load the newest checkpoint, or that of `step`, into the state. Collective.
 
         Args:
             step: the checkpoint's number of steps; None: the newest checkpoint.
+            allow: names that the checkpoint, or a module of the state, may lack, as the refusal
+                gives them; `*` stands for any text. They stay as they are, or are left out.
         Returns:
             The step of the checkpoint; None if there is no checkpoint. `loaded` has the plain
-            values.
+            values, tensors among them.
         Raises:
             CheckpointError: the checkpoint is damaged or incomplete, lacks something that the
                 state has, or has something for a key that the state has no place for.
         """
         if step is not None:
-            _check_number("step", step, 0)
+            _check(number_fault("step", step, 0, _MOST_STEPS))
         store = LocalStore(self.folder)
 
         def choose() -> str:
@@ -183,7 +187,7 @@ class Checkpointer:
             return store.place_of(name_of(step)) if step is not None else _newest_of(store)
 
         with self._meeting.in_turn():
-            return self._load_agreed(choose)
+            return self._load_agreed(choose, allow)
 
     def results(self) -> list[SaveResult]:
         """The saves that have ended since the last call, with times and errors. Local."""
@@ -239,7 +243,7 @@ class Checkpointer:
             self._plan = tensors, make_write_plan(tensors, manager.members.nodes)
         return self._plan[1]
 
-    def _load_agreed(self, choose: Any) -> int | None:
+    def _load_agreed(self, choose: Any, allow: Sequence[str]) -> int | None:
         """Load the checkpoint at the place that rank 0 chooses; none for an empty one."""
         manager = self._open_manager()
         places = self._meeting.agree("choice", choose, lambda place: place)[1]
@@ -247,9 +251,10 @@ class Checkpointer:
             return None
         checkpoint = checkpoint_at(places[0])
         restores: list[Restore] = []
+        allow = [allow] if isinstance(allow, str) else list(allow)
 
         def prepare(manifest: Manifest) -> tuple[Targets, Wanted]:
-            restores.append(self._prepared(manifest))
+            restores.append(self._prepared(manifest, allow))
             return restores[0].targets, self._wanted(restores[0].targets, manager.members)
 
         name = f"{self._meeting.exchanges}"
@@ -259,16 +264,16 @@ class Checkpointer:
         found = step_of(checkpoint.name)
         return found if found is not None else int(manifest.scalars.get("step", 0))
 
-    def _prepared(self, manifest: Manifest) -> Restore:
+    def _prepared(self, manifest: Manifest, allow: Sequence[str]) -> Restore:
         """The restoration of a checkpoint, refused on all ranks alike. Collective."""
         meeting = self._meeting
         restore, told = meeting.agree(
             "restore",
-            lambda: Restore(self.state, manifest, meeting.rank, meeting.size),
-            lambda restore: [list(self.state), restore.claimed],
+            lambda: Restore(self.state, manifest, meeting.rank, meeting.size, allow),
+            lambda restore: [[list(self.state), allow], restore.claimed],
         )
-        if any(keys != told[0][0] for keys, _ in told):
-            raise CheckpointError("the keys of the state differ between ranks")
+        if any(asked != told[0][0] for asked, _ in told):
+            raise CheckpointError("the keys of the state, or what is allowed, differ between ranks")
         restore.check_claims([claimed for _, claimed in told])
         return restore
 
@@ -297,25 +302,28 @@ def save(folder: str | os.PathLike[str], state: ProgramState, *, step: int = 0) 
     """
     with Checkpointer(folder, state, keep=0) as checkpointer:
         checkpointer.save(step, wait=True)
-    return Path(folder) / name_of(step)
+    return checkpointer.folder / name_of(step)
 
 
-def load(path: str | os.PathLike[str], state: ProgramState) -> Mapping[str, Any]:
+def load(
+    path: str | os.PathLike[str], state: ProgramState, *, allow: Sequence[str] = ()
+) -> Mapping[str, Any]:
     """Load a program's state from a checkpoint, a folder of checkpoints, or a run. Collective.
 
     Args:
-        path: a checkpoint, a folder of checkpoints, or the folder of a run.
+        path: a checkpoint, a folder of checkpoints, or the folder of a run; a path or URL.
         state: the values to restore, by the keys of the save; see `Checkpointer`.
+        allow: names that may be absent; see `Checkpointer.load`.
     Returns:
-        The plain values that were saved, by key.
+        The plain values that were saved, tensors among them, by key.
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or incomplete, lacks something
             that the state has, or has something for a key that the state has no place for.
     """
-    with Checkpointer(path, state, keep=0) as checkpointer:
+    with Checkpointer(os.curdir, state) as checkpointer:  # which nothing is saved to
         with checkpointer._meeting.in_turn():
             checkpointer._load_agreed(
-                lambda: find_checkpoint(path).place if not _world()[0] else ""
+                lambda: find_checkpoint(path).place if not _world()[0] else "", allow
             )
         return checkpointer.loaded
 
@@ -350,9 +358,9 @@ class _Ended:
             raise CheckpointError(failure)
 
 
-def _check_number(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CheckpointError(f"{name} = {value!r}: allowed are whole numbers from {least} on")
+def _check(fault: str) -> None:
+    if fault:
+        raise CheckpointError(fault)
 
 
 def _newest_of(store: LocalStore) -> str:

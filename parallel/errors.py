@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -158,6 +159,22 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # a table with such a number in it, or nested too deeply
         text = f"a {type(value).__name__}"
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 1] + "…"
+
+
+def number_fault(
+    name: str, value: object, least: float, most: float = math.inf, *, whole: bool = True
+) -> str:
+    """The message for a number that is none, or out of its range; empty if it is neither. Pure.
+
+    Args:
+        name: the argument or key that has the value.
+        whole: whether it counts something.
+    """
+    kinds = int if whole else (int, float)
+    if isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most:
+        return ""
+    allowed = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+    return f"{name} = {shown(value)}: allowed are {'whole ' if whole else ''}numbers {allowed}"
 
 
 def unknown_name(key: str, name: str, allowed: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -57,9 +58,18 @@ class Restore:
     It is made before any tensor is read, and `finish` is called when all are.
     """
 
-    def __init__(self, state: ProgramState, manifest: Manifest, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        state: ProgramState,
+        manifest: Manifest,
+        rank: int,
+        size: int,
+        allow: Sequence[str] = (),
+    ) -> None:
         """Find the source of everything that the state asks for. Nothing is changed yet.
 
+        Args:
+            allow: the names, or patterns of names, that the checkpoint or a module may lack.
         Raises:
             CheckpointError: something has no source, or another form; it is named.
         """
@@ -71,7 +81,7 @@ class Restore:
         """The plain values, complete once `finish` has run."""
         self._state, self._manifest = state, manifest
         self._docs, self._is_exact = documents_of(manifest)
-        self._rank, self._size = rank, size
+        self._rank, self._size, self._allow = rank, size, allow
         self._places: dict[Any, tuple[str, str]] = {}
         """By place in memory: the tensor that is loaded there, and the path of its value."""
         self._later: list[Callable[[], object]] = []
@@ -101,12 +111,15 @@ class Restore:
         """
         for key in self.claimed:
             taken = {name for claim in claims for name in claim.get(key, ())}
-            left = [name for name in self._offered(key) if name not in taken]
+            left = [n for n in self._offered(key) if n not in taken and not self._may_lack(n)]
             if left:
                 raise CheckpointError(
                     f"the checkpoint has {_some(left)} for {key}, which {key} has no place for; "
-                    "it is of another program"
+                    "it is of another program, or name them in `allow` to leave them out"
                 )
+
+    def _may_lack(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._allow)
 
     def _offered(self, key: str) -> list[str]:
         """What the checkpoint has for a module or an optimizer."""
@@ -149,7 +162,10 @@ class Restore:
     def _prepare_module(self, key: str, module: nn.Module, names: dict[Tensor, str]) -> None:
         doc = self._doc_of(key)
         if doc is not None and (not isinstance(doc, dict) or doc.get(TAG) != "module"):
-            raise CheckpointError(f"{key} is a module, and the checkpoint's {key} is none")
+            raise CheckpointError(
+                f"{key} is a module, and the checkpoint's {key} is none; what was saved as a "
+                "state_dict is loaded as one"
+            )
         if doc is None and self._is_exact:
             raise CheckpointError(f"the checkpoint has no module {key}; it has {_some(self._docs)}")
         known = doc["tensors"] if doc else {n: n for n in self._manifest.tensors}
@@ -160,12 +176,14 @@ class Restore:
         missing: list[str] = []
         for name, tensor in {**parameters, **buffers}.items():
             full = listed.get(name if doc else prefix_of(key) + name)
+            path = prefix_of(key) + name
             if full not in self._manifest.tensors:
-                missing.append(prefix_of(key) + name)
+                missing.append(path)
+                names.setdefault(tensor, path)
                 continue
             claimed.append(full)
             names.setdefault(tensor, full)
-            self._add_target(full, tensor, prefix_of(key) + name)
+            self._add_target(full, tensor, path)
         for name, inner in extra_states(module).items():
             if name not in extra:
                 missing.append(prefix_of(key) + name)
@@ -174,8 +192,12 @@ class Restore:
             path = f"{prefix_of(key)}{name}"
             value = decode(extra[name], None, path, self._make_new, self._later.append)
             self._later.append(lambda inner=inner, value=value: inner.set_extra_state(value))
+        missing = [path for path in missing if not self._may_lack(path)]
         if missing:
-            raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which {key} needs")
+            raise CheckpointError(
+                f"the checkpoint lacks {_some(missing)}, which {key} needs; name them in `allow` "
+                "to leave them as they are"
+            )
         self.claimed[key] = claimed
         if has_own_loading(module):
             self._later.append(lambda: load_again(module))
@@ -184,6 +206,7 @@ class Restore:
         doc = self._doc_of(key)
         if isinstance(value, Tensor) and doc is None and key in self._manifest.tensors:
             self._add_target(key, value, key)
+            self.loaded[key] = value
             return
         if key not in self._docs:
             raise CheckpointError(
@@ -192,6 +215,11 @@ class Restore:
         kind = doc.get(TAG) if isinstance(doc, dict) else None
         if is_plain_optimizer(value) or (kind == "optimizer" and is_torch_optimizer(value)):
             self._prepare_optimizer(key, value, doc, names)
+        elif kind in ("module", "optimizer"):
+            raise CheckpointError(
+                f"{key} is a {type(value).__name__}, and the checkpoint's {key} is the state of "
+                f"{'a module' if kind == 'module' else 'an optimizer'}; give that in its place"
+            )
         elif self._is_exact and (kind == "object") != is_object(value) and value is not None:
             raise CheckpointError(
                 f"{key} is a {type(value).__name__}, and the checkpoint's {key} is "
@@ -210,6 +238,7 @@ class Restore:
             if kind != "tensor":
                 raise CheckpointError(f"{key} is a tensor, and the checkpoint's {key} is none")
             self._add_target(doc["name"], value, key)
+            self.loaded[key] = value
         else:
             self.loaded[key] = self._decoded(doc, value, key)
 

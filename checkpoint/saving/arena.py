@@ -63,6 +63,16 @@ class Deadline:
         return max(0.0, self._at - self._clock())
 
 
+def _mapped(nbytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, nbytes)
+    except (OSError, OverflowError) as error:
+        raise CheckpointError(
+            f"an arena of {nbytes:,} bytes: there is not so much memory here; make it smaller "
+            "(arena_bytes, checkpoint.arena_mib)"
+        ) from error
+
+
 class Arena:
     """Slabs of one size, each free, being filled, or being written. One save at a time."""
 
@@ -79,7 +89,7 @@ class Arena:
         if pinned:
             self._memory = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
         else:
-            mapped = mmap.mmap(-1, self.nbytes)
+            mapped = _mapped(self.nbytes)
             mapped.madvise(mmap.MADV_HUGEPAGE)
             self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
         engine.register_buffer(self._memory.data_ptr(), self.nbytes)

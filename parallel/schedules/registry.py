@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from holdfast.parallel.errors import ScheduleError, unknown_name
+from holdfast.parallel.errors import ScheduleError, number_fault, unknown_name
 from holdfast.parallel.schedules.actions import Program
 from holdfast.parallel.schedules.orders import (
     GPIPE,
@@ -98,5 +98,5 @@ def _checked(name: str, pipeline: int, virtual: int) -> Schedule:
 
 
 def _check_count(name: str, count: int) -> None:
-    if count < 1:
-        raise ScheduleError(f"{name} = {count} is too small; use 1 or more")
+    if fault := number_fault(name, count, 1):
+        raise ScheduleError(fault)

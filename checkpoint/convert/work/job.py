@@ -30,7 +30,7 @@ from holdfast.checkpoint.convert.work.request import (
 from holdfast.checkpoint.convert.work.sampling import compare_sample
 from holdfast.checkpoint.convert.work.worker import Share, do_share
 from holdfast.checkpoint.stores import free_bytes, sync
-from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError
+from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError, number_fault
 from holdfast.parallel.files import open_added
 from holdfast.parallel.waiting import Waiting
 
@@ -97,6 +97,14 @@ def convert(
     """
     began = time.perf_counter()
     check(conversion)
+    for fault in (
+        number_fault("workers", workers, 1),
+        number_fault("world", world, 1),
+        number_fault("rank", rank, 0),
+        number_fault("rank", rank, 0, world - 1),
+    ):
+        if fault:
+            raise ConfigError(fault)
     if world > 1 and workers > 1:
         raise ConfigError(
             f"--workers {workers} under a launcher with {world} processes: use one of the two"

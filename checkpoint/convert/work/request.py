@@ -18,6 +18,7 @@ from holdfast.parallel.errors import (
     CheckpointError,
     ConfigError,
     LayoutError,
+    number_fault,
     shown,
     unknown_name,
 )
@@ -49,13 +50,24 @@ class Conversion:
     memory_bytes: int = MEMORY_BYTES
     """The memory for tensors under way in all workers, in bytes."""
 
+    def __post_init__(self) -> None:
+        """Take text for paths, as other functions do."""
+        for name in ("source", "target", "rules", "model_files"):
+            if isinstance(found := getattr(self, name), str):
+                object.__setattr__(self, name, Path(found))
+
 
 def check(conversion: Conversion) -> None:
     """Refuse options that are wrong at first sight.
 
     Raises:
-        ConfigError: a format or type is unknown, or the output folder is a link or not empty.
+        ConfigError: a format or type is unknown, a number is out of its range, or the
+            output folder is a link or not empty.
     """
+    faults = [number_fault("memory_bytes", conversion.memory_bytes, 0)]
+    faults += [number_fault(f"--value {n}", value, 0) for n, value in conversion.values.items()]
+    if found := next(filter(None, faults), ""):
+        raise ConfigError(found)
     if conversion.to not in targets():
         raise ConfigError(unknown_name("--to", conversion.to, targets()))
     if conversion.dtype and conversion.dtype not in FLOATS:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from holdfast.parallel.errors import OffloadError
+from holdfast.parallel.errors import ConfigError, OffloadError, number_fault
 from holdfast.parallel.offload.hooks.account import Account, EndedStep
 from holdfast.parallel.offload.hooks.device_store import DeviceStore
 from holdfast.parallel.offload.hooks.eligibility import movable_storage
@@ -34,6 +34,7 @@ from holdfast.parallel.offload.policy import Bounds, Moment, OffloadReport, Phas
 from holdfast.parallel.offload.stores import StoreStatistics
 
 _POLL_S = 5e-5
+_MOST_BYTES = 1 << 62
 _TIDY_S = 1e-3
 """The least time in seconds between two clean-ups: writing a MiB takes longer."""
 
@@ -59,6 +60,9 @@ class Offloader:
     account).
     """
 
+    last_step: OffloadReport = OffloadReport()
+    """The report of the last ended step: what was sent, read and waited for."""
+
     def __init__(
         self,
         path: str | Path | None,
@@ -71,7 +75,7 @@ class Offloader:
         on_fault: Callable[[str], None] | None = None,
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """Nothing is allocated before the first tensor is saved.
+        """Make an offloader; nothing is allocated before the first tensor is saved.
 
         Args:
             path: a folder on the drive; None: host memory (pinned, of use on a GPU only).
@@ -84,8 +88,17 @@ class Offloader:
             on_fault: called once, with the reason, when less is sent from then on.
             waiting: a context for work that lasts as long as the drive takes.
         Raises:
-            ConfigError: the folder does not allow a file to be made.
+            ConfigError: a number is out of its range, or the folder does not allow a file to be
+                made.
         """
+        for name, number, whole in (
+            ("limit_bytes", limit_bytes, True),
+            ("smallest_bytes", smallest_bytes, True),
+            ("bytes_per_s", bytes_per_s, False),
+            ("staging_bytes", staging_bytes, True),
+        ):
+            if fault := number_fault(name, number, 0, _MOST_BYTES, whole=whole):
+                raise ConfigError(fault)
         self._smallest = smallest_bytes
         self._room = DeviceStore(
             path, limit_bytes=limit_bytes, bytes_per_s=bytes_per_s, staging_bytes=staging_bytes
@@ -108,8 +121,6 @@ class Offloader:
         """Steps that the amount is not adapted to yet: a GPU was not at their end."""
         self._in_step = False
         self._tidied_s = 0.0
-        self.last_step = OffloadReport()
-        """The report of the last ended step."""
 
     def keep(self, *what: nn.Module | Tensor) -> None:
         """Leave these tensors, or a module's parameters and buffers, in memory while they live."""

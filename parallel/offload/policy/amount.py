@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from holdfast.parallel.errors import ConfigError, number_fault
+
 MIB = 1 << 20
 BUSY = 0.9
 """The fraction of a phase's time that transfers may take."""
@@ -40,7 +42,17 @@ class Bounds:
     """The limits of the share that the user allows."""
 
     least_share: float = 0.0
+    """In [0, 1], and at most `most_share`."""
     most_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for what is no share, or limits in the wrong order."""
+        fault = number_fault("most_share", self.most_share, 0, 1, whole=False)
+        fault = fault or number_fault(
+            "least_share", self.least_share, 0, self.most_share, whole=False
+        )
+        if fault:
+            raise ConfigError(fault)
 
 
 @dataclass(frozen=True, slots=True)

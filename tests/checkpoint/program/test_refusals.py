@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from holdfast.checkpoint import Checkpointer, load, save
-from holdfast.parallel.errors import CheckpointError
+from holdfast.parallel.errors import CheckpointError, ConfigError
 
 
 class Scaled(nn.Linear):
@@ -173,7 +174,10 @@ UNLOADABLE: dict[str, tuple[Callable[[], Any], str]] = {
         _further_parameter,
         "has 0.weight for optimizer, which optimizer has no place for",
     ),
-    "another type": (lambda: {"model": torch.zeros(2)}, "model is a tensor"),
+    "another type": (
+        lambda: {"model": torch.zeros(2)},
+        "model is a Tensor, .* the state of a module",
+    ),
     "a dtype": (lambda: {"model": _program()["model"].double()}, "dtype F32, and F64 is needed"),
 }
 
@@ -192,6 +196,64 @@ def test_a_load_names_what_has_no_source_or_no_place_and_changes_nothing(
         load(tmp_path, state)
     for key, value in before.items():
         assert str(state[key].state_dict()) == str(value)
+
+
+def test_what_may_be_absent_is_named_one_by_one_or_by_a_pattern(tmp_path: Path) -> None:
+    """A backbone with a new head takes what there is; another shape is never allowed."""
+    saved = _program()
+    save(tmp_path, saved)
+    state: dict[str, Any] = {
+        "model": nn.Sequential(nn.Linear(2, 3), nn.ModuleDict({"new": nn.Linear(3, 5)}))
+    }
+    head = copy.deepcopy(state["model"][1])
+    with pytest.raises(CheckpointError, match=r"lacks 1.new.weight, 1.new.bias, .* `allow`"):
+        load(tmp_path, state, allow=["1.weight", "1.bias"])
+    with pytest.raises(CheckpointError, match=r"has 1.weight, 1.bias .* `allow`"):
+        load(tmp_path, state, allow=["1.new.*"])
+    with Checkpointer(tmp_path, state) as checkpointer:
+        assert checkpointer.load(allow=["1.*"]) == 0
+    assert torch.equal(state["model"][0].weight, saved["model"][0].weight)
+    assert str(state["model"][1].state_dict()) == str(head.state_dict())
+    optimizer = torch.optim.AdamW(state["model"].parameters())
+    with pytest.raises(CheckpointError, match=r"optimizer lacks 1.new.weight"):
+        load(tmp_path, {**state, "optimizer": optimizer}, allow="1.*")
+    with pytest.raises(CheckpointError, match=r"\[4, 2\].* a tensor is loaded whole"):
+        load(tmp_path, {"model": nn.Sequential(nn.Linear(2, 4))}, allow="*")
+
+
+def test_a_state_dict_is_loaded_where_one_was_saved(tmp_path: Path) -> None:
+    """As with torch: what comes back is given to load_state_dict; modules are another thing."""
+    saved, again = _program(), _program(1)
+    save(tmp_path / "dicts", {key: value.state_dict() for key, value in saved.items()})
+    with pytest.raises(CheckpointError, match="what was saved as a state_dict is loaded as one"):
+        load(tmp_path / "dicts", {"model": again["model"]})
+    found = load(tmp_path / "dicts", {key: value.state_dict() for key, value in again.items()})
+    for key, value in again.items():
+        value.load_state_dict(found[key])
+        assert str(value.state_dict()) == str(saved[key].state_dict())
+    save(tmp_path / "objects", saved)
+    for key, kind in (("model", "a module"), ("optimizer", "an optimizer")):
+        with pytest.raises(CheckpointError, match=f"checkpoint's {key} is the state of {kind}"):
+            load(tmp_path / "objects", {key: again[key].state_dict()})
+
+
+def test_a_url_is_refused_when_the_checkpointer_is_made(tmp_path: Path) -> None:
+    """A load that found nothing in a folder of that name would begin the program anew."""
+    for url in ("s3://bucket/run", "memory://run"):
+        with pytest.raises(ConfigError, match=f"folder = '{url}'"):
+            Checkpointer(url, {"a": 1})
+    target = fsspec.filesystem("memory")
+    folder = save(tmp_path, {"a": torch.ones(2), "b": 3})
+    target.put(str(folder), "/run/step-00000000", recursive=True)
+    state = {"a": torch.zeros(2)}
+    assert load("memory://run", state) == {"a": state["a"], "b": 3}
+    assert torch.equal(state["a"], torch.ones(2))
+
+
+def test_an_arena_that_this_machine_cannot_have_is_told_in_a_line(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, {"a": torch.ones(2)}, arena_bytes=1 << 62)
+    with pytest.raises(CheckpointError, match=r"an arena of [\d,]+ bytes"):
+        checkpointer.save(1)
 
 
 def test_a_group_value_without_a_source_is_named(tmp_path: Path) -> None:
@@ -279,7 +341,9 @@ def test_an_optimizer_takes_the_state_that_was_saved_and_no_other(tmp_path: Path
         ({"keep": -1}, "keep = -1"),
         ({"keep": 1.5}, "keep = 1.5"),
         ({"arena_bytes": -1}, "arena_bytes = -1"),
+        ({"arena_bytes": "1G"}, "arena_bytes = '1G'"),
         ({"timeout_s": 0}, "timeout_s = 0"),
+        ({"timeout_s": True}, "timeout_s = True"),
         ({"timeout_s": float("nan")}, "timeout_s = nan"),
     ],
 )
@@ -290,7 +354,7 @@ def test_an_option_out_of_range_is_refused(
         Checkpointer(tmp_path, {}, **options)
 
 
-@pytest.mark.parametrize("step", [-1, 1.0, True])
+@pytest.mark.parametrize("step", [-1, 1.0, True, 2**63])
 def test_a_step_that_is_none_is_refused(tmp_path: Path, step: Any) -> None:
     with Checkpointer(tmp_path, {"a": 1}) as checkpointer:
         with pytest.raises(CheckpointError, match="step = "):

@@ -117,6 +117,20 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, as in "1 rank" and "2 ranks". Pure."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes for a person, in the unit that fits it. Pure."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.1f} TiB"
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first, as a terminal can show it; its kind where it says nothing. Pure."""
     return next(iter(printable(str(error)).splitlines()), "") or type(error).__name__

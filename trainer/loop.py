@@ -72,6 +72,7 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     steps = config.train.steps
     try:
         reporter.resumed(first, checkpoints.loaded, notes)
+        reporter.data_opened(first)
         signals.listen()
         for step in range(first, steps):
             outcome = run_step(parts, step)

@@ -36,7 +36,7 @@ from holdfast.checkpoint.saving.job import SaveJob, SaveResult
 from holdfast.checkpoint.saving.snapshot import Snapshot, SnapshotItem
 from holdfast.checkpoint.stores import LocalStore, commit, open_written
 from holdfast.parallel.comm import Communicator
-from holdfast.parallel.errors import CheckpointError, HoldfastError, in_a_line
+from holdfast.parallel.errors import CheckpointError, HoldfastError, in_a_line, size_text
 from holdfast.parallel.reading import Count
 
 PATIENCE_S = 5.0
@@ -384,8 +384,8 @@ def _preflight(store: LocalStore, job: SaveJob) -> None:
         free = store.free_bytes()
     if free < needed:
         raise CheckpointError(
-            f"{store.root} has {free / 2**30:.2f} GiB free and the checkpoint takes "
-            f"{needed / 2**30:.2f} GiB; free space, or lower checkpoint.keep"
+            f"{store.root} has {size_text(free)} free and the checkpoint takes "
+            f"{size_text(needed)}; free space, or lower checkpoint.keep"
         )
 
 
@@ -395,6 +395,6 @@ def _said(failure: OSError, job: SaveJob) -> str:
     said = f"{failure.strerror or failure}{place}"
     if failure.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
-            said += f"; {job.store.root} has {job.store.free_bytes() / 2**30:.2f} GiB free"
+            said += f"; {job.store.root} has {size_text(job.store.free_bytes())} free"
         said += "; free space, or lower checkpoint.keep"
     return said

@@ -17,7 +17,7 @@ from holdfast.checkpoint.stores import checkpoint_at, find_checkpoint
 from holdfast.checkpoint.tools import Summary, inspect_checkpoint
 from holdfast.launch.commands.progress import shown_progress
 from holdfast.launch.help_pages import epilog
-from holdfast.parallel.errors import HoldfastError, Unanswered, Unreadable, printable
+from holdfast.parallel.errors import HoldfastError, Unanswered, Unreadable, printable, size_text
 from holdfast.parallel.layout import AXES, Mesh
 from holdfast.parallel.output import plain_console, say, tell
 
@@ -81,7 +81,7 @@ def _overview(summary: Summary) -> Table:
         ("checkpoint", summary.path),
         ("step", str(summary.step)),
         ("saved", created),
-        ("size", f"{_size(summary.bytes)} in {len(summary.files)} files"),
+        ("size", f"{size_text(summary.bytes)} in {len(summary.files)} files"),
         ("parameters", f"{summary.parameters:,}"),
         ("saved by", _layout(summary.layout)),
         ("scalars", ", ".join(f"{key} {value}" for key, value in summary.scalars.items())),
@@ -89,7 +89,7 @@ def _overview(summary: Summary) -> Table:
     ]
     for kind, found in summary.kinds.items():
         dtypes = ", ".join(found["dtypes"])
-        rows.append((kind, f"{found['tensors']} tensors, {_size(found['bytes'])}, {dtypes}"))
+        rows.append((kind, f"{found['tensors']} tensors, {size_text(found['bytes'])}, {dtypes}"))
     for name, value in rows:
         if value:
             table.add_row(name, printable(value))
@@ -117,19 +117,11 @@ def _tensor_table(summary: Summary) -> Table:
             printable(tensor.name),
             tensor.dtype,
             shape,
-            _size(tensor.bytes),
+            size_text(tensor.bytes),
             str(tensor.chunks),
             str(len(tensor.files)),
         )
     return table
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:,.1f} TiB"
 
 
 def verify(
@@ -169,7 +161,7 @@ def verify(
         for problem in problems:
             say(f"{path}/{problem}")
     else:
-        say(f"{path}: all {_size(size)} are as they were written ({seconds:.1f} s)")
+        say(f"{path}: all {size_text(size)} are as they were written ({seconds:.1f} s)")
     is_open = all(problem.is_unread for problem in problems)
     raise typer.Exit(0 if not problems else Unanswered.exit_code if is_open else 1)
 

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,10 @@ from holdfast.trainer.run import (
     with_throughput,
 )
 from holdfast.trainer.worlds import WorldInfo, world_from_environment
+
+if TYPE_CHECKING:
+    from holdfast.trainer.config import RunConfig
+    from holdfast.trainer.data import Coverage
 
 _MOST_GIVEN_BYTES = 1 << 20
 """The largest configuration that standard input may give."""
@@ -294,12 +298,24 @@ def plan(
         drive_bytes_per_s=drive_gbytes * 1e9,
         ranks_per_node=ranks_per_node,
         lost=ranks,
+        data=_data_of(run_config),
     )
     if as_json:
         say(json.dumps(report.as_dict(), indent=2))
     else:
         console = plain_console()
         console.print(report.renderable(console.width))
+
+
+def _data_of(config: RunConfig) -> Coverage | None:
+    """What is known of a run's data; None, with a note, if it is not on this machine."""
+    from holdfast.trainer.data import known_coverage
+
+    try:
+        return known_coverage(config)
+    except ConfigError as error:
+        tell(f"note: the data cannot be looked at here: {error}")
+        return None
 
 
 _MOST_RATE = 1e9

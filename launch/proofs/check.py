@@ -10,6 +10,7 @@ from rich.table import Table
 from torch.distributed import Store
 
 from holdfast.launch.launchers import start_workers
+from holdfast.parallel.errors import counted
 from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.output import plain_console, tell
 from holdfast.trainer import describe, root_cause, run_worker
@@ -71,7 +72,7 @@ def _print(config: RunConfig, findings: Sequence[Finding]) -> None:
     console = plain_console(highlight=False)
     p, model = config.parallel, config.model
     console.print(
-        f"layout: {p.mesh.text}, {p.virtual} chunks per rank, "
+        f"layout: {p.mesh.text}, {counted(p.virtual, 'chunk')} per rank, "
         f"{p.schedule}; {p.ranks} ranks against one process, float64, {config.train.steps} steps, "
         f"{model.layers} blocks of width {model.hidden}",
         soft_wrap=True,

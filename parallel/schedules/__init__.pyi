@@ -14,6 +14,7 @@ from .checker import (
 )
 from .drawing import (
     draw as draw,
+    legend as legend,
 )
 from .list_scheduler import (
     list_schedule as list_schedule,

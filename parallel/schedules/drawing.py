@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from holdfast.parallel.schedules.actions import Action
+from holdfast.parallel.schedules.actions import Action, Op
 from holdfast.parallel.schedules.simulator import ActionSpan, Timeline
 
 _IDLE = "."
 
 
-def draw(timeline: Timeline, *, width: int = 120) -> str:
+_MEANINGS = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.BACKWARD_INPUT: "backward of the inputs",
+    Op.BACKWARD_WEIGHT: "backward of the weights",
+}
+
+
+def legend(timeline: Timeline) -> str:
+    """The meaning of what `draw` draws of this timeline, in a sentence."""
+    actions = [span.action for row in timeline.spans.values() for span in row]
+    used = {action.op for action in actions}
+    letters = [f"{op.value} {meaning}" for op, meaning in _MEANINGS.items() if op in used]
+    chunk = "; 1F3 is of chunk 1" if _has_chunks(timeline) else ""
+    return (
+        f"{', '.join(letters)}; F3 is of micro-batch 3{chunk}; small letters fill up its time, "
+        "dots are idle; peak: micro-batches whose activations a rank keeps at once"
+    )
+
+
+def draw(timeline: Timeline, *, width: int = 120, summary: bool = True) -> str:
     """A chart with one row per rank and time to the right.
 
     A compute action is drawn as its label if that fits (`F3`, or `2F3` on a rank with several
@@ -17,13 +37,14 @@ def draw(timeline: Timeline, *, width: int = 120) -> str:
     Args:
         width: the columns of the whole step; fewer are used if two columns per shortest action
             suffice.
+        summary: whether a last line has the makespan, in the unit of the costs, and the bubble.
     Returns:
-        The chart, then a line with the makespan and the bubble; ends in a newline.
+        The chart; ends in a newline.
     """
     spans = [span for row in timeline.spans.values() for span in row if span.stop > span.start]
     if not spans:
         return "nothing to compute\n"
-    several = any(len({span.action.chunk for span in row}) > 1 for row in timeline.spans.values())
+    several = _has_chunks(timeline)
     longest = max(len(_label(span.action, several)) for span in spans)
     shortest = min(span.stop - span.start for span in spans)
     columns = min(width, round(timeline.makespan / shortest * longest))
@@ -35,8 +56,14 @@ def draw(timeline: Timeline, *, width: int = 120) -> str:
         f"{timeline.peak_saved[rank]}"
         for rank in sorted(timeline.spans)
     ]
-    lines.append(f"makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%}")
+    if summary:
+        lines.append(f"makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%}")
     return "\n".join(lines) + "\n"
+
+
+def _has_chunks(timeline: Timeline) -> bool:
+    """Whether a rank computes several chunks, so that labels name them."""
+    return any(len({span.action.chunk for span in row}) > 1 for row in timeline.spans.values())
 
 
 def _row(spans: tuple[ActionSpan, ...], columns: int, scale: float, several: bool) -> str:

@@ -179,7 +179,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
         assert checkpointer._manager._saver is not None
         checkpointer._manager._saver.wait()
         [result] = checkpointer.results()
-    assert "0.00 GiB free and the checkpoint takes" in result.error
+    assert "B free and the checkpoint takes" in result.error
     assert not (tmp_path / "c").exists()
 
 

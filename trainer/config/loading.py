@@ -19,7 +19,7 @@ from holdfast.trainer.config.choices import choice_problem
 from holdfast.trainer.config.rules import problems_of
 from holdfast.trainer.config.sections import OptimizerConfig, RunConfig
 from holdfast.trainer.config.suggestions import key_advice, lonely_advice, section_advice
-from holdfast.trainer.config.vocabulary import default_vocab
+from holdfast.trainer.config.vocabulary import default_vocab, vocab_problem
 from holdfast.trainer.models import FAMILIES, ModelConfig, family_of
 
 _MOST_BYTES = 2**20
@@ -51,6 +51,8 @@ def load_config(
     if workers is not None and "data" not in given:
         config = _with_workers(config, workers)
     check_config(config)
+    if problem := vocab_problem(config.data, config.model.vocab):
+        raise ConfigError(problem)
     return config
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from holdfast.checkpoint.format import expanded
-from holdfast.parallel.errors import DataError
+from holdfast.parallel.errors import ConfigError, DataError
 from holdfast.parallel.reading import Count, decode_json, read_regular
 
 if TYPE_CHECKING:
@@ -48,6 +48,25 @@ def default_vocab(data: DataConfig) -> int:
     if data.kind == "text" and data.tokenizer != "bytes":
         ids = tokenizer_vocab(data.tokenizer)
     return -(-ids // _MULTIPLE) * _MULTIPLE
+
+
+def vocab_problem(data: DataConfig, vocab: int) -> str:
+    """The problem of a vocabulary below the tokenizer's; empty if there is none. Local.
+
+    A file that cannot be read here is none: a run may be planned where its data is not.
+    """
+    if data.kind != "text" or data.tokenizer == "bytes":
+        return ""
+    try:
+        ids = tokenizer_vocab(data.tokenizer)
+    except ConfigError:
+        return ""
+    if vocab >= ids:
+        return ""
+    return (
+        f'model.vocab = {vocab}: data.tokenizer = "{data.tokenizer}" has the token ids 0 to '
+        f"{ids - 1}; set model.vocab to {ids} or more, or leave it out"
+    )
 
 
 def tokenizer_vocab(name: str) -> int:

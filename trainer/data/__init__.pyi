@@ -1,4 +1,9 @@
 from .bigram import bigram_loss as bigram_loss
+from .coverage import (
+    Coverage as Coverage,
+    coverage_of as coverage_of,
+    known_coverage as known_coverage,
+)
 from .dataset import (
     Dataset as Dataset,
 )

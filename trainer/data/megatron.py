@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
-INTEGER_CODES = {1, 2, 3, 4, 5, 8}
+_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+"""By the code of an integer dtype in an index: the bytes of a token."""
 SAMPLED_BYTES = 2**16
 CHECKED_AT_ONCE = 2**20
 
@@ -103,19 +104,12 @@ def megatron_stream(prefix: str) -> MegatronStream:
         DataError: the pair is missing, damaged, not in Megatron's format, not of integers or not in
             order, or megatron-core is not installed.
     """
-    base = str(expanded(prefix, "data.path")).removesuffix(".bin").removesuffix(".idx")
-    name = f'data.path "{prefix}"'
-    index_path, token_path = Path(base + ".idx"), Path(base + ".bin")
-    for path in (index_path, token_path):
-        if not path.is_file():
-            raise DataError(
-                f"{name}: {path} does not exist; name the prefix that .bin and .idx share"
-            )
+    name, index_path, token_path = _pair(prefix)
     _check_index(index_path, name)
     size_bytes = token_path.stat().st_size
     if size_bytes == 0:
         raise DataError(f"{name}: {token_path} is empty; prepare it again")
-    dataset = indexed_dataset_module().IndexedDataset(base)
+    dataset = indexed_dataset_module().IndexedDataset(str(token_path.with_suffix("")))
     dtype = np.dtype(dataset.index.dtype)
     _check_order(dataset, size_bytes, dtype.itemsize, name)
     digest = blake2b(f"megatron 1 {HEADER.size} {size_bytes}".encode(), digest_size=16)
@@ -125,8 +119,38 @@ def megatron_stream(prefix: str) -> MegatronStream:
     return MegatronStream(name, size_bytes // dtype.itemsize, digest.hexdigest(), dtype, file)
 
 
-def _check_index(path: Path, name: str) -> None:
-    """Check the header and the length, which megatron-core asserts or trusts."""
+def _pair(prefix: str) -> tuple[str, Path, Path]:
+    """The name of a pair in messages, its index and its file of tokens.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    base = str(expanded(prefix, "data.path")).removesuffix(".bin").removesuffix(".idx")
+    name = f'data.path "{prefix}"'
+    index_path, token_path = Path(base + ".idx"), Path(base + ".bin")
+    for path in (index_path, token_path):
+        if not path.is_file():
+            raise DataError(
+                f"{name}: {path} does not exist; name the prefix that .bin and .idx share"
+            )
+    return name, index_path, token_path
+
+
+def token_count(prefix: str) -> int:
+    """The number of tokens of a pair, from its sizes; megatron-core is not imported.
+
+    Raises:
+        DataError: the pair is missing, or its index is damaged.
+    """
+    name, index_path, token_path = _pair(prefix)
+    return token_path.stat().st_size // _ITEM_BYTES[_check_index(index_path, name)]
+
+
+def _check_index(path: Path, name: str) -> int:
+    """Check the header and the length, which megatron-core asserts or trusts.
+
+    Returns the code of the dtype.
+    """
     with open_regular(path) as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
@@ -134,7 +158,7 @@ def _check_index(path: Path, name: str) -> None:
     _, version, code, sequences, boundaries = HEADER.unpack(head)
     if version != 1:
         raise DataError(f"{name}: {path} has version {version}, known is 1; prepare it again")
-    if code not in INTEGER_CODES:
+    if code not in _ITEM_BYTES:
         raise DataError(f"{name}: {path} has dtype code {code}, token ids are integers")
     needed = HEADER.size + 12 * sequences + 8 * boundaries
     if sequences == 0 or boundaries == 0 or path.stat().st_size < needed:
@@ -142,6 +166,7 @@ def _check_index(path: Path, name: str) -> None:
             f"{name}: {path} has {path.stat().st_size} bytes, its {sequences} sequences need "
             f"{needed}; it is empty or cut off, prepare the data again"
         )
+    return code
 
 
 def _check_order(dataset: IndexedDataset, size_bytes: int, itemsize: int, name: str) -> None:

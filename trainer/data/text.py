@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 
 from holdfast.trainer.data.document_reading import form_for, read_documents
-from holdfast.trainer.data.documents import list_documents
+from holdfast.trainer.data.documents import DocumentFile, list_documents
 from holdfast.trainer.data.json_lines import ARRAY_SUFFIX, is_json_lines
-from holdfast.trainer.data.token_cache import CachedTokens, TokenWriter, cached_tokens
+from holdfast.trainer.data.token_cache import CachedTokens, TokenWriter, cached_tokens, found_tokens
 from holdfast.trainer.data.tokenizer import Tokenizer, load_tokenizer, require_vocab
 
 # documents are handed to the tokenizer in groups of about this size, which it spreads over cores
@@ -47,8 +47,36 @@ def text_stream(
     encoder = load_tokenizer(tokenizer, end_of_text=end_of_text)
     require_vocab(encoder, tokenizer, vocab)
     files = list_documents(paths)
-    state = [(_text(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
     form = form_for(encoder, json_key)
+
+    def write(writer: TokenWriter) -> None:
+        for tokens in encode_documents(read_documents(files, form=form), encoder):
+            writer.append(tokens)
+
+    return cached_tokens(
+        _cache_key(files, encoder, json_key),
+        name=stream_name(paths),
+        vocab=encoder.vocab,
+        write=write,
+    )
+
+
+def known_text(
+    paths: Sequence[str], *, tokenizer: str, json_key: str = "text", end_of_text: str = ""
+) -> CachedTokens | None:
+    """The stream that `text_stream` gives, if the text has been tokenised on this machine.
+
+    Raises:
+        DataError: a file is missing, or the tokenizer is bad.
+    """
+    encoder = load_tokenizer(tokenizer, end_of_text=end_of_text)
+    key = _cache_key(list_documents(paths), encoder, json_key)
+    return found_tokens(key, name=stream_name(paths))
+
+
+def _cache_key(files: Sequence[DocumentFile], encoder: Tokenizer, json_key: str) -> str:
+    """The name of the entry of a corpus in the token cache."""
+    state = [(_text(file.path.absolute()), file.size_bytes, file.modified_ns) for file in files]
     parts = ["text 1", encoder.fingerprint, encoder.separator, state]
     if any(is_json_lines(file.path) for file in files):
         parts += ["json lines 1", json_key]
@@ -56,18 +84,7 @@ def text_stream(
         parts += ["json 1", json_key]
     if not json_key:
         parts += ["plain"]
-    named = msgspec.json.encode(parts)
-
-    def write(writer: TokenWriter) -> None:
-        for tokens in encode_documents(read_documents(files, form=form), encoder):
-            writer.append(tokens)
-
-    return cached_tokens(
-        blake2b(named, digest_size=16).hexdigest(),
-        name=stream_name(paths),
-        vocab=encoder.vocab,
-        write=write,
-    )
+    return blake2b(msgspec.json.encode(parts), digest_size=16).hexdigest()
 
 
 def _text(path: Path) -> str:

@@ -188,6 +188,14 @@ def cached_tokens(
     return found
 
 
+def found_tokens(key: str, *, name: str) -> CachedTokens | None:
+    """The tokens of an entry; None if there is none, or no cache. Nothing is made."""
+    try:
+        return _open(cache_folder() / key, name)
+    except OSError:
+        return None
+
+
 def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter], None]) -> None:
     with scratch_folder(folder, _PARTIAL) as scratch:
         made = scratch / key

@@ -1,6 +1,7 @@
 """The report of `holdfast plan`: layout, memory, losses of ranks, offload.
 
-May import trainer.config, trainer.reports, trainer.run, trainer.step and parallel.
+May import trainer.config, trainer.data, trainer.models, trainer.reports, trainer.run, trainer.step
+and parallel.
 """
 
 import lazy_loader

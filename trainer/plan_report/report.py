@@ -6,10 +6,12 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.parallel.errors import counted, printable, size_text
 from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.plan import (
     Plan,
@@ -19,8 +21,10 @@ from holdfast.parallel.plan import (
     step_time_s,
     training_program,
 )
-from holdfast.parallel.schedules import Timeline, draw
+from holdfast.parallel.schedules import Timeline, draw, legend
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.data import Coverage
+from holdfast.trainer.models import ModelConfig
 from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.reports import LayoutTable, step_flops
@@ -53,6 +57,8 @@ class PlanReport:
     """Given if `elastic.enabled`, or if a loss was asked about."""
     offload: OffloadPlan | None
     """Given if activations are offloaded."""
+    data: Coverage | None = None
+    """Given if the data is known."""
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values: the same facts as `renderable`."""
@@ -62,6 +68,8 @@ class PlanReport:
             "schedule": plan.schedule,
             "virtual": plan.virtual,
             "parameters": self.parameters,
+            "model": msgspec.to_builtins(self.config.model),
+            "data": None if self.data is None else self.data.as_dict(),
             "step_flops": self.step_flops,
             "bubble": self.timeline.bubble,
             "step_s": self.step_s,
@@ -96,19 +104,22 @@ class PlanReport:
         mesh = plan.configured_mesh
         facts = Table.grid(padding=(0, 2))
         for name, value in (
+            ("model", _model_text(config.model)),
             ("parameters", f"{self.parameters:,}"),
             ("ranks", f"{mesh.text} = {mesh.size}"),
             ("step", f"{config.train.global_batch} sequences of {config.train.seq_len} tokens"),
             ("operations", f"{self.step_flops:.3g} floating-point operations a step"),
-            ("schedule", f"{plan.schedule}, {plan.virtual} chunks per rank"),
+            ("schedule", f"{plan.schedule}, {counted(plan.virtual, 'chunk')} per rank"),
             ("bubble", f"{self.timeline.bubble:.1%} of the busiest rank's work (simulated)"),
             (
                 "checkpoint",
-                f"{self.checkpoint_bytes / 2**30:,.2f} GiB; the rank that writes most writes "
+                f"{size_text(self.checkpoint_bytes)}; the rank that writes most writes "
                 f"{self.checkpoint_imbalance:.2f} times the mean",
             ),
         ):
             facts.add_row(Text(name, style="dim"), value)
+        if self.data is not None:
+            facts.add_row(Text("data", style="dim"), Text(printable(self.data.line())))
         if rates := assumed(config):
             facts.add_row(Text("recompute for", style="dim"), rates)
         if self.step_s is not None:
@@ -125,7 +136,12 @@ class PlanReport:
             *(() if self.offload is None else (self.offload.renderable(), Text(""))),
             *(() if self.elastic is None else (self.elastic.renderable(), Text(""))),
             Text("one step of the pipeline, simulated", style="bold"),
-            Text(draw(self.timeline, width=max(30, width - _CHART_MARGIN)), no_wrap=True),
+            Text(
+                draw(self.timeline, width=max(30, width - _CHART_MARGIN), summary=False),
+                no_wrap=True,
+                end="",
+            ),
+            Text(legend(self.timeline), style="dim"),
             Text(""),
             Text("program of each pipeline rank, first actions", style="bold"),
             *self._programs(),
@@ -166,6 +182,7 @@ def plan_report(
     drive_bytes_per_s: float = 0.0,
     ranks_per_node: int = 0,
     lost: Collection[int] = (),
+    data: Coverage | None = None,
 ) -> PlanReport:
     """Plan a configuration and estimate its costs. Pure; starts nothing.
 
@@ -176,6 +193,7 @@ def plan_report(
             offload.drive_gbytes.
         ranks_per_node: 0: the value from `elastic.local_nodes`.
         lost: ranks whose loss is planned for as well.
+        data: what is known of the run's data.
     Raises:
         ConfigError: `lost` has ranks outside the layout, or leaves too few.
     """
@@ -218,6 +236,16 @@ def plan_report(
             drive_bytes_per_s=config.offload.drive_gbytes * 1e9,
             step_s=step_s,
         ),
+        data=data,
+    )
+
+
+def _model_text(model: ModelConfig) -> str:
+    """The sizes of a model, those that were not given included."""
+    return (
+        f"{model.family}: {counted(model.layers, 'layer')}, hidden {model.hidden}, "
+        f"{counted(model.heads, 'head')} of {model.dim_per_head} ({model.kv_heads} for keys and "
+        f"values), MLP {model.intermediate}, vocabulary {model.vocab}"
     )
 
 

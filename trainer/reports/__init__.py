@@ -1,6 +1,6 @@
 """The reports of a run: records, metrics, console, traces, slow ranks.
 
-May import trainer.config, trainer.run, trainer.step, trainer.worlds, checkpoint and
+May import trainer.config, trainer.data, trainer.run, trainer.step, trainer.worlds, checkpoint and
 parallel.
 """
 

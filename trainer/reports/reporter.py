@@ -13,6 +13,7 @@ from holdfast.checkpoint.saving import SaveResult
 from holdfast.checkpoint.tiers import UploadResult
 from holdfast.parallel.output import WholeFiles
 from holdfast.parallel.pipeline import ActionTimes
+from holdfast.trainer.data import coverage_of
 from holdfast.trainer.reports.checkpoint_events import (
     SaveFailures,
     checkpoint_fields,
@@ -213,6 +214,13 @@ class Reporter:
             f"resumed after step {step}: {loaded.node_bytes / 2**20:,.0f} MiB read in "
             f"{loaded.seconds:.2f} s"
         )
+
+    def data_opened(self, step: int) -> None:
+        """Record and show what the run trains on, from `step` on."""
+        data = coverage_of(self._training.config, self._training.data.size)
+        message = f"data: {data.line()}"
+        self._records.event("data_opened", step=step, message=message, **data.as_dict())
+        self._note(message)
 
     def checkpoint_skipped(self, step: int) -> None:
         """Record that a save was skipped, as the last one was under way (checkpoint.policy)."""

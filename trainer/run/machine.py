@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, counted
 from holdfast.parallel.links import allow_descriptors
 from holdfast.parallel.plan import rank_memory
 from holdfast.trainer.config import RunConfig, machine_memory_bytes
@@ -228,6 +228,24 @@ def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = N
             f"has {machine.memory_bytes / 2**30:,.1f}; see holdfast plan: lower the model or the "
             "micro-batch, recompute or offload activations, or use more machines"
         )
+
+
+def idle_cores_note(config: RunConfig, ranks_here: int, machine: Machine | None = None) -> str:
+    """A line for a person where the ranks use at most half of a machine's cores; else "".
+
+    The number of threads is no default that follows from the machine: on a CPU, sums of matrix
+    products depend on it, and a run has the same bits on every machine.
+    """
+    machine = machine or this_machine()
+    threads = config.train.threads_per_rank
+    more = machine.cores // max(1, ranks_here)
+    if config.train.device == "cuda" or machine.has_gpu or more < 2 * threads:
+        return ""
+    return (
+        f"note: {counted(ranks_here, 'rank')} with train.threads_per_rank = {threads} on "
+        f"{machine.cores} cores; {more} would use them all, and can give other bits: set it before "
+        "the first step"
+    )
 
 
 def _rank_bytes(config: RunConfig) -> int:

@@ -18,7 +18,7 @@ from holdfast.trainer.config import RunConfig, check_config, load_config
 from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
 from holdfast.trainer.run.identity import open_identity
-from holdfast.trainer.run.machine import require_room
+from holdfast.trainer.run.machine import idle_cores_note, require_room
 from holdfast.trainer.run.memory_copies import held_memory, require_one_machine, sweep_memory
 from holdfast.trainer.run.process_heap import prepare_heap
 from holdfast.trainer.run.run_directory import RunDirectory
@@ -113,5 +113,9 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
                 say=say,
             )
         run = open_run(root, config, resume, allow_change=allow_change, notes=notes)
+        if request.ranks_here and not run.resume.candidates:
+            note = idle_cores_note(config, request.ranks_here)
+            if note:
+                say(note)
         held.enter_context(torch_caches_in(run.log(0).parent))
         yield OpenedRun(config, run)

@@ -30,7 +30,13 @@ from holdfast.checkpoint.convert.work.request import (
 from holdfast.checkpoint.convert.work.sampling import compare_sample
 from holdfast.checkpoint.convert.work.worker import Share, do_share
 from holdfast.checkpoint.stores import free_bytes, sync
-from holdfast.parallel.errors import CheckpointError, ConfigError, HoldfastError, number_fault
+from holdfast.parallel.errors import (
+    CheckpointError,
+    ConfigError,
+    HoldfastError,
+    number_fault,
+    size_text,
+)
 from holdfast.parallel.files import open_added
 from holdfast.parallel.waiting import Waiting
 
@@ -198,8 +204,8 @@ def _make_room(
             free += sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
         if free < output.bytes:
             raise CheckpointError(
-                f"{conversion.target.parent} has {free / 2**30:.2f} GiB free and the output takes "
-                f"{output.bytes / 2**30:.2f} GiB; free space, or name a folder on another disk"
+                f"{conversion.target.parent} has {size_text(free)} free and the output takes "
+                f"{size_text(output.bytes)}; free space, or name a folder on another disk"
             )
     journal.begin(prepared.fingerprint)
     for name, size in output.files.items():

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from holdfast.trainer.run.machine import (
     Machine,
     free_ports,
     free_threads,
+    idle_cores_note,
     require_descriptors,
     require_ports,
     require_processes,
@@ -157,6 +159,15 @@ def test_the_machine_has_room_for_what_fits_and_no_more(smallest: Path) -> None:
         require_room(large, 1, SMALL)
     assert this_machine().cores >= 1
     assert this_machine().memory_bytes > 1 << 28
+
+
+def test_cores_that_a_run_leaves_idle_are_said(smallest: Path) -> None:
+    config = load_config(smallest)
+    said = idle_cores_note(config, 4, BIG)
+    assert "4 ranks with train.threads_per_rank = 1 on 64 cores; 16 would use them all" in said
+    assert idle_cores_note(config, 2, SMALL) == ""
+    assert idle_cores_note(load_config(smallest, ["train.threads_per_rank=16"]), 4, BIG) == ""
+    assert idle_cores_note(config, 1, replace(BIG, has_gpu=True)) == ""
 
 
 def test_ranks_that_lack_local_ports_to_connect_are_refused() -> None:

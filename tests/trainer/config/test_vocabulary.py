@@ -40,6 +40,8 @@ def test_an_unset_vocabulary_is_the_tokenizers_rounded_up(smallest: Path, tmp_pa
     text = ["data.kind=text", f"data.tokenizer={path}"]
     assert load_config(smallest, text).model.vocab == 1024
     assert load_config(smallest, [*text, "model.vocab=1000"]).model.vocab == 1000
+    with pytest.raises(ConfigError, match=r"model.vocab = 999: .* 0 to 999; set model.vocab to 10"):
+        load_config(smallest, [*text, "model.vocab=999"])
     assert load_config(smallest, ["data.kind=text"]).model.vocab == 320
     assert load_config(smallest).model.vocab == 320
 

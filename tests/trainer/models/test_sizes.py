@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from holdfast.trainer.config import convert_config
 from holdfast.trainer.models import ModelConfig, family_of
 
 
-def model(hidden: int, **keys: int) -> ModelConfig:
+def model(hidden: int, **keys: Any) -> ModelConfig:
     return ModelConfig(family="llama", layers=2, hidden=hidden, vocab=320, **keys)
 
 

@@ -1,5 +1,5 @@
 """`holdfast plan --json` says of a configuration what it said when tests/fixtures/plans was
-written.
+written, and may say more.
 """
 
 from __future__ import annotations
@@ -25,4 +25,5 @@ def test_the_plan_is_the_recorded_one(tmp_path: Path, case: Mapping[str, Any]) -
     config, *options = case["arguments"]
     code, printed = command(tmp_path, "plan", str(PLANS / config), *options, "--json")
     assert code == 0, printed
-    assert json_of(printed) == case["plan"]
+    plan = json_of(printed)
+    assert {key: plan[key] for key in case["plan"]} == case["plan"]

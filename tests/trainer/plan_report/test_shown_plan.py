@@ -1,0 +1,41 @@
+"""A plan, as a person reads it, shows what was chosen and has no number without a unit."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from holdfast.trainer.data import known_coverage
+from holdfast.trainer.plan_report import plan_report
+from support.runs.small_runs import make_config
+
+
+def shown(**sections: dict) -> str:
+    config = make_config(**sections)
+    report = plan_report(config, data=known_coverage(config))
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(report.renderable(160))
+    return screen.getvalue()
+
+
+def test_a_plan_names_model_data_and_checkpoint() -> None:
+    text = shown()
+    assert (
+        "llama: 6 layers, hidden 32, 4 heads of 8 (2 for keys and values), MLP 48, vocabulary 67"
+        in text
+    )
+    assert "synthetic, a Markov chain without end" in text
+    assert "1f1b, 1 chunk per rank" in text
+    assert "KiB; the rank that writes most" in text
+    assert "makespan" not in text
+
+
+def test_a_chart_has_a_legend_of_the_letters_in_it() -> None:
+    plain = " ".join(shown().split())
+    assert "F forward, B backward; F3 is of micro-batch 3; small letters" in plain
+    assert "chunk 1" not in plain + " ".join(shown(parallel={"pipeline": 2}).split())
+    split = {"pipeline": 2, "virtual": 2, "schedule": "zb-v"}
+    chunks = " ".join(shown(parallel=split, model={"layers": 8}).split())
+    assert "I backward of the inputs, W backward of the weights; F3" in chunks
+    assert "; 1F3 is of chunk 1; small letters" in chunks

@@ -196,6 +196,8 @@ def _live(body: Callable[[], int], parent: int | None) -> NoReturn:
         if parent is not None:
             die_with(parent)
         code = body()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         import traceback
 

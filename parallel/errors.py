@@ -95,6 +95,12 @@ class Stopped(HoldfastError):
     exit_code = 3
 
 
+class Interrupted(Stopped):
+    """A person has interrupted the run (SIGINT); the same command continues it."""
+
+    exit_code = 130
+
+
 class MembershipError(HoldfastError):
     """This process cannot be a member of the run, at least at present; a restart can cure it."""
 

@@ -1,6 +1,9 @@
 from .external_launcher import (
     run_external_worker as run_external_worker,
 )
+from .loop import (
+    train as train,
+)
 from .worker import (
     describe as describe,
     root_cause as root_cause,

@@ -145,7 +145,10 @@ class Checkpoints:
         overdue = self._policy.is_overdue(now_s, progress.saved_s, progress.failed_s)
         overdue = overdue and self._is_first
         return Requests(
-            save=self._signals.save or overdue, stop=self._signals.stop, busy=self._manager.busy
+            save=self._signals.save or overdue,
+            stop=self._signals.stop,
+            interrupt=self._signals.interrupt,
+            busy=self._manager.busy,
         )
 
     def after_step(self, step: int, outcome: Outcome) -> bool:

@@ -10,7 +10,7 @@ from time import monotonic, perf_counter, sleep
 
 from torch.distributed import Store
 
-from holdfast.parallel.errors import Diverged, NotSaved, NumericsError, Stopped
+from holdfast.parallel.errors import Diverged, Interrupted, NotSaved, NumericsError, Stopped
 from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.checkpointing import Checkpoints
@@ -24,7 +24,15 @@ from holdfast.trainer.reports import (
     workers_of,
 )
 from holdfast.trainer.run import RunDirectory, Signals, locate_log
-from holdfast.trainer.step import AtPhase, Outcome, Training, no_hook, open_training, rate_of
+from holdfast.trainer.step import (
+    AtPhase,
+    Outcome,
+    Requests,
+    Training,
+    no_hook,
+    open_training,
+    rate_of,
+)
 from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.loop")
@@ -47,8 +55,18 @@ class Parts:
     clock: PhaseClock = field(default_factory=PhaseClock)
 
 
-def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) -> None:
+def train(
+    config: RunConfig,
+    world: WorldInfo,
+    store: Store,
+    run: RunDirectory,
+    *,
+    alone: bool = True,
+) -> None:
     """Train all steps of `config` on this rank. Collective over all workers.
+
+    Args:
+        alone: whether a second interrupt ends this process; False: its parent does that.
 
     Raises:
         NumericsError: a step's gradients were unusable, and numerics.nonfinite is "error".
@@ -73,12 +91,12 @@ def train(config: RunConfig, world: WorldInfo, store: Store, run: RunDirectory) 
     try:
         reporter.resumed(first, checkpoints.loaded, notes)
         reporter.data_opened(first)
-        signals.listen()
+        signals.listen(reporter.interrupted, alone=alone)
         for step in range(first, steps):
             outcome = run_step(parts, step)
             stop_after = config.train.stop_after
             if outcome.requests.stop or (stop_after and step + 1 >= stop_after):
-                stop(parts, step + 1, asked=outcome.requests.stop)
+                stop(parts, step + 1, outcome.requests)
                 return
         finish(parts, max(first, steps))
     finally:
@@ -211,23 +229,26 @@ def finish(parts: Parts, done: int) -> None:
     checkpoints.forget_memory()
 
 
-def stop(parts: Parts, step: int, *, asked: bool) -> None:
+def stop(parts: Parts, step: int, requests: Requests, *, leaving: bool = False) -> None:
     """End the run before its last step, with its state saved. Collective over all ranks.
 
+    Args:
+        leaving: whether it ends because all ranks leave.
     Raises:
-        Stopped: a signal asked for it.
+        Stopped: a signal asked for it; `Interrupted`: a person.
         NotSaved: no signal asked for it, and the state could not be saved.
     """
-    section = parts.training.config.checkpoint
+    section, asked = parts.training.config.checkpoint, requests.stop or leaving
     limit_s = min(section.retry_s, section.exit_s / 2) if asked else section.retry_s
     reason = save_last(parts, step, limit_s)
     if reason and not asked:
         raise NotSaved(f"step {step} is done, but not saved: {reason}")
     if asked:
         saved = f"could not be saved: {reason}" if reason else "is saved"
-        raise Stopped(
-            f"stopped by a signal after step {step}, which {saved}; the same command goes on"
-        )
+        end = f"after step {step}, which {saved}; the same command goes on"
+        if requests.interrupt:
+            raise Interrupted(f"interrupted {end}")
+        raise Stopped(f"stopped by a signal {end}")
 
 
 def refuse(config: RunConfig, step: int, outcome: Outcome) -> str:

@@ -16,7 +16,14 @@ import torch.fx.experimental.symbolic_shapes  # noqa: F401
 from torch.distributed import Store, TCPStore
 
 from holdfast.parallel.comm import LOOPBACK_NAMES, end_transports
-from holdfast.parallel.errors import ConfigError, PeerLost, Stopped, first_line, process_refusal
+from holdfast.parallel.errors import (
+    ConfigError,
+    Interrupted,
+    PeerLost,
+    Stopped,
+    first_line,
+    process_refusal,
+)
 from holdfast.parallel.files import torch_caches_in
 from holdfast.parallel.links import (
     ANY_BEATS,
@@ -172,6 +179,8 @@ def run_worker(
         end_transports()
 
     def report(reason: RankError) -> None:
+        if world.rank and reason.kind in (Stopped.__name__, Interrupted.__name__):
+            return  # rank 0 tells
         if not (reason.kind == PeerLost.__name__ and another_rank_tells(run, world)):
             tell(describe(reason, run))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import selectors
 import signal
@@ -46,12 +47,11 @@ from holdfast.launch.agent.worker_slot import WorkerSlot
 from holdfast.launch.processes import PASSED_ON
 from holdfast.parallel.errors import ConfigError, Diverged, Stopped
 from holdfast.parallel.files import scratch_folder
+from holdfast.parallel.output import SAVING, Interrupts
 from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")
 
-_GRACE_S = 3.0
-"""Seconds that workers have to end after SIGINT."""
 _TICK_S = 0.1
 
 
@@ -90,6 +90,7 @@ class Agent:
         self._standing = Standing(settings.apart_s, settings.ended)
         self._selector = selectors.DefaultSelector()
         self._lines = WorkerLines(clock=clock)
+        self._interrupts = Interrupts(clock)
 
     def run(self, lighthouse: str = "") -> int:
         """Run the node until its workers have finished or cannot go on.
@@ -222,6 +223,12 @@ class Agent:
         if not founder:
             self._others.report_on_behalf_of(slot.spec, cause)
         known = self._settings.failure(slot.spec.rank, end.code) if self._settings.failure else None
+        if end.code == INTERRUPTED and not self.shutdown.draining:
+            # All ranks have saved what is saved.
+            self.shutdown.code = INTERRUPTED
+            self._settings.note_end(RunEnd(end.code, cause))
+            self._stop_within(self._settings.exit_s, "the run was interrupted")
+            return
         if stopping:
             return
         refused = end.code in (ConfigError.exit_code, Diverged.exit_code)
@@ -380,12 +387,34 @@ class Agent:
     def _obey(self, number: int) -> None:
         if number == signal.SIGTERM:
             self._drain()
+        elif number == signal.SIGINT:
+            self._interrupt()
+        else:
+            for slot in self._slots.values():
+                slot.signal(number)
+
+    def _interrupt(self) -> None:
+        """Have the run saved and ended, or a node that has joined it leave; at once if again."""
+        if self._interrupts.is_second():
+            self._abort(INTERRUPTED, "it was interrupted again")
             return
+        if self.shutdown.interrupted:
+            return
+        self.shutdown.interrupted = True
+        members = [slot for slot in self._slots.values() if slot.is_member]
+        if not self._settings.founder:
+            self._drain()
+            return
+        if members and 0 in self._slots:
+            tell_person(SAVING)
+        self.shutdown.code = INTERRUPTED
+        # There is a person to end what takes too long.
+        self._stop_within(math.inf, "it was interrupted")
         for slot in self._slots.values():
-            slot.signal(number)
-        if number == signal.SIGINT:
-            self.shutdown.code = INTERRUPTED
-            self._stop_within(_GRACE_S, "it was interrupted")
+            if slot in members:
+                slot.signal(signal.SIGINT)
+            else:
+                slot.kill("its node was interrupted before it took part")
 
     def _drain(self) -> None:
         """Announce that this node leaves.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from holdfast.parallel.errors import ConfigError, Diverged, Stopped
+from holdfast.parallel.errors import ConfigError, Diverged, Interrupted, Stopped
 
-INTERRUPTED = 130
+INTERRUPTED = Interrupted.exit_code
 """The exit code after SIGINT."""
 
 
@@ -18,6 +18,8 @@ class Shutdown:
     """Whether the run has reached its end."""
     draining: bool = False
     """Whether the node leaves the run."""
+    interrupted: bool = False
+    """Whether a person has interrupted it."""
     code: int | None = None
     """The exit code, once it is decided."""
     reason: str = ""
@@ -57,4 +59,6 @@ class Shutdown:
             return self.code
         if self.finished:
             return 0
-        return Stopped.exit_code if self.draining else self.failed_with
+        if self.draining:
+            return INTERRUPTED if self.interrupted else Stopped.exit_code
+        return self.failed_with

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,10 +23,11 @@ from holdfast.elastic import (
 )
 from holdfast.launch.agent import AgentSettings, WorkerMain
 from holdfast.launch.launchers.display_process import start_display
+from holdfast.launch.launchers.interrupt import tell_interrupted
 from holdfast.launch.launchers.join_file import JoinInfo, own_address, published_join_file
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import node_name, run_nodes, spread
-from holdfast.parallel.errors import ConfigError, Stopped
+from holdfast.parallel.errors import ConfigError, Interrupted, Stopped
 from holdfast.parallel.files import scratch_folder, this_machine
 from holdfast.parallel.links import given_secret, new_secret
 from holdfast.parallel.output import LogFile, tell
@@ -86,6 +88,10 @@ def run_elastic(config: RunConfig, run: RunDirectory) -> int:
     finally:
         display.close()
         keep_memory(memory, checkpoint_root(run.root, config))
+    if code == Interrupted.exit_code:
+        from holdfast.trainer import root_cause
+
+        tell_interrupted(run, root_cause(run, ranks), sys.argv)
     return explained(code, run, ranks)
 
 

@@ -12,12 +12,14 @@ import os
 import shutil
 import signal
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from holdfast.checkpoint.tiers import flush
+from holdfast.launch.launchers.interrupt import tell_interrupted
 from holdfast.launch.processes import (
     Linux,
     Supervisor,
@@ -26,15 +28,14 @@ from holdfast.launch.processes import (
     fork_child,
     on_signals,
 )
-from holdfast.parallel.errors import CheckpointError, Stopped
+from holdfast.parallel.errors import CheckpointError, Interrupted, Stopped
 from holdfast.parallel.links import HostedStore, listen, new_secret
 from holdfast.parallel.output import tell
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, checkpoint_root, memory_root
 from holdfast.trainer.worlds import WorldInfo, local_world
 
-GRACE_S = 3.0
-"""Seconds that workers have to end after SIGINT."""
+_EXIT_S = 3.0
 _COLLECT_S = 0.5
 """Seconds to collect the reasons of workers that fail together."""
 _TICK_S = 0.1
@@ -59,10 +60,10 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
 
     If a worker fails, one line is printed: the reason of the first that failed by itself.
     """
-    from holdfast.trainer import describe, root_cause, run_worker
+    from holdfast.trainer import describe, root_cause, run_worker, train
 
     def main(world: WorldInfo) -> int:
-        return run_worker(config, world, run, announce=False)
+        return run_worker(config, world, run, announce=False, task=partial(train, alone=False))
 
     memory = memory_root(run.root)
     try:
@@ -72,9 +73,10 @@ def run_local(config: RunConfig, run: RunDirectory, world_size: int) -> int:
     failed = [end for end in ends if end.code != 0]
     if not failed:
         return 0
-    if all(end.code == -signal.SIGINT for end in ends):
-        return 128 + signal.SIGINT
     cause = root_cause(run, range(world_size))
+    if all(end.code == -signal.SIGINT for end in ends):
+        tell_interrupted(run, cause, sys.argv)
+        return Interrupted.exit_code
     silent = next((end for end in failed if end.is_silent), None)
     if silent is not None and (cause is None or cause.exit_code == Stopped.exit_code):
         tell(
@@ -120,18 +122,21 @@ def keep_memory(memory: Path | None, disk: Path) -> None:
 
 
 def start_workers(
-    main: Main, world_size: int, run: RunDirectory, *, exit_s: float = GRACE_S
+    main: Main, world_size: int, run: RunDirectory, *, exit_s: float = _EXIT_S
 ) -> list[WorkerEnd]:
     """Fork `world_size` workers that call `main`, and wait for them all.
 
     If one fails, the others get SIGKILL a moment later. SIGINT, SIGTERM and SIGUSR1 to this process
-    are passed on to the workers. A worker dies with this process, however that ends.
+    are passed on to the workers; a second SIGINT kills them. A worker dies with this process,
+    however that ends.
 
     Args:
-        exit_s: seconds that workers may take to end after SIGTERM.
+        exit_s: seconds that workers may take to end after SIGTERM, and after the first has ended
+            that was interrupted.
     Returns:
         The ends in order of time. Workers that were killed because another failed have code 0, and
-        that one has its own; after SIGINT to this process all have its negative number.
+        that one has its own; after SIGINT to this process all have its negative number, unless
+        they have done their work.
     """
     listening = listen("127.0.0.1")
     port, secret = listening.getsockname()[1], new_secret()
@@ -202,7 +207,7 @@ def watch_workers(
     def forward(number: int) -> None:
         if number != signal.SIGUSR1:
             forwarded.append(number)
-        workers.signal(number)
+        workers.signal(signal.SIGKILL if forwarded.count(signal.SIGINT) > 1 else number)
 
     with on_signals(forward):
         while workers:
@@ -213,17 +218,16 @@ def watch_workers(
                     ends.append(WorkerEnd(rank, Stopped.exit_code, is_silent=True))
                 else:
                     ends.append(WorkerEnd(rank, 0 if killed_here else end.code))
-            if stopping_since is None and (forwarded or any(end.code != 0 for end in ends)):
+            told = [number for number in forwarded if number != signal.SIGINT]
+            if stopping_since is None and (told or any(end.code != 0 for end in ends)):
                 stopping_since = system.now_s()
             if stopping_since is not None:
                 workers.kill_at(stopping_since + _patience_s(forwarded, exit_s))
-    if forwarded and forwarded[0] == signal.SIGINT:
+    if forwarded[:1] == [signal.SIGINT] and any(end.code for end in ends):
         ends = [WorkerEnd(end.rank, -signal.SIGINT) for end in ends]
     return ends
 
 
 def _patience_s(forwarded: Sequence[int], exit_s: float) -> float:
     """Seconds that workers may live after one failed or a signal came."""
-    if not forwarded:
-        return _COLLECT_S
-    return exit_s if forwarded[-1] == signal.SIGTERM else _COLLECT_S + GRACE_S
+    return exit_s if forwarded else _COLLECT_S

@@ -157,7 +157,7 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
 
     def forward(number: int) -> None:
         forwarded.append(number)
-        children.signal(number)
+        children.signal(signal.SIGKILL if forwarded.count(signal.SIGINT) > 1 else number)
 
     with on_signals(forward):
         while children:

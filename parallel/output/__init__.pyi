@@ -16,6 +16,10 @@ from .foreign_lines import (
     set_foreign_lines_aside as set_foreign_lines_aside,
     step_of as step_of,
 )
+from .interrupts import (
+    SAVING as SAVING,
+    Interrupts as Interrupts,
+)
 from .log_file import (
     LogFile as LogFile,
 )

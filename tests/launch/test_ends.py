@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from holdfast.trainer.run import Signals
 from support.runs.commands import HOLDFAST, environment, lines_of
 
 
@@ -99,18 +101,71 @@ def test_no_worker_outlives_a_killed_command(
     wait_until(lambda: not any(alive(pid) for pid in workers))
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+
+
 @pytest.mark.mp
 @pytest.mark.chaos
-def test_an_interrupt_ends_all_workers_at_once(
-    long_run: tuple[subprocess.Popen[str], Path],
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        (HOLDFAST, ()),
+        (HOLDFAST, ("--set", "elastic.enabled=true", "--set", "elastic.local_nodes=2")),
+        ([*TORCHRUN, "-m", "holdfast.launch.cli"], ()),
+    ],
+    ids=["plain", "elastic", "torchrun"],
+)
+def test_an_interrupt_from_a_terminal_saves_the_step_and_says_how_to_go_on(
+    config: Path, command: list[str], overrides: tuple[str, ...]
 ) -> None:
-    process, _ = long_run
-    workers = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+    """A terminal sends it to all processes; launcher and command pass it on to workers again."""
+    run = config.parent / "long"
+    options = ["--out", str(run), "--set", "train.steps=100000", *overrides]
+    process = subprocess.Popen(
+        [*command, "train", str(config), *options],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        metrics = run / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+        workers = descendants(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    last = lines_of(metrics)[-1]["step"]
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
+    end = f"interrupted after step {last}, which is saved; the same command goes on"
+    assert said.count("press Ctrl-C again to end at once") == 1
+    assert said.count(end) == 1
     wait_until(lambda: not any(alive(pid) for pid in workers))
+    if command == HOLDFAST:
+        assert process.returncode == 130
+        assert "Traceback" not in said
+        assert f"{end}: holdfast train {config} --out {run} " in said
+        kept = (run / "logs" / "console.log").read_text()
+        assert "press Ctrl-C again to end at once" in kept
+        assert end in kept
+
+
+@pytest.mark.mp
+def test_only_a_later_interrupt_ends_a_worker_that_no_other_process_ends() -> None:
+    pid = os.fork()
+    if pid == 0:
+        signals = Signals()
+        signals.listen(alone=True)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        if not (signals.stop and signals.save and signals.interrupt):
+            os._exit(1)
+        time.sleep(1.05)
+        signal.raise_signal(signal.SIGINT)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
 
 
 @pytest.mark.mp

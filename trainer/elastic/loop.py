@@ -27,7 +27,7 @@ from holdfast.trainer.elastic.transfer_pace import MembershipPace
 from holdfast.trainer.elastic.transport import GroupTransport
 from holdfast.trainer.reports import EventFile
 from holdfast.trainer.run import RunDirectory
-from holdfast.trainer.step import Outcome, Training, choose_device, plan_of
+from holdfast.trainer.step import Outcome, Requests, Training, choose_device, plan_of
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -51,7 +51,7 @@ class Session(Protocol):
 
     def finish(self) -> None: ...
 
-    def stop(self, step: int, *, asked: bool) -> None: ...
+    def stop(self, step: int, requests: Requests, *, leaving: bool) -> None: ...
 
     def compare(self, step: int) -> bool: ...
 
@@ -131,9 +131,9 @@ class ElasticLoop:
     def _stops(self, training: Training, step: int, outcome: Outcome) -> bool:
         """Whether the run ends after this step, counted from 1; it is saved then."""
         stop_after = self._config.train.stop_after
-        asked = outcome.requests.stop or outcome.leaving_ranks == training.plan.stage_replicas.size
-        if asked or (stop_after and step >= stop_after):
-            self._session.stop(step, asked=asked)
+        leaving = outcome.leaving_ranks == training.plan.stage_replicas.size
+        if outcome.requests.stop or leaving or (stop_after and step >= stop_after):
+            self._session.stop(step, outcome.requests, leaving=leaving)
             return True
         return False
 

@@ -26,7 +26,7 @@ from holdfast.trainer.elastic.saves import ElasticSaves, world_of
 from holdfast.trainer.loop import Parts, finish, place_of, run_step, stop
 from holdfast.trainer.reports import EventFile, PhaseClock, Reporter
 from holdfast.trainer.run import RunDirectory, checkpoint_root, locate_log
-from holdfast.trainer.step import Outcome, Training, rate_of
+from holdfast.trainer.step import Outcome, Requests, Training, rate_of
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -79,13 +79,13 @@ class ElasticSession:
         parts.training.groups.control.barrier()
         self._saves.end()
 
-    def stop(self, step: int, *, asked: bool) -> None:
+    def stop(self, step: int, requests: Requests, *, leaving: bool) -> None:
         """Save and end before the last step.
 
         Collective; raises `Stopped` if a signal asked for it.
         """
         parts = self._parts()
-        stop(parts, step, asked=asked)
+        stop(parts, step, requests, leaving=leaving)
         parts.training.groups.control.barrier()
 
     def compare(self, step: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from holdfast.checkpoint.loading import LoadStatistics
 from holdfast.checkpoint.saving import SaveResult
 from holdfast.checkpoint.tiers import UploadResult
-from holdfast.parallel.output import WholeFiles
+from holdfast.parallel.output import SAVING, WholeFiles
 from holdfast.parallel.pipeline import ActionTimes
 from holdfast.trainer.data import coverage_of
 from holdfast.trainer.reports.checkpoint_events import (
@@ -251,6 +251,11 @@ class Reporter:
             self._console.finish(digest, total_s)
         elif self._records.waits:
             self._events.word.say(f"all {steps} steps are done, parameters sha256 {digest[:16]}")
+
+    def interrupted(self) -> None:
+        """Show that a person has interrupted the run; called by a signal's handler."""
+        if self._console is not None:
+            self._console.display.tell_soon(f"holdfast: {SAVING}")
 
     def past_end(self, done: int) -> None:
         """Record and show that the run is past its last step already."""

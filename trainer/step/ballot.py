@@ -17,7 +17,7 @@ from holdfast.trainer.step.progress import Outcome, Requests
 
 FLAGS: Mapping[str, int] = {"nonfinite": NONFINITE, "out_of_range": OUT_OF_RANGE}
 """The bits of a reduction's flags, by mark."""
-REQUESTS = ("save", "stop", "busy", "change", "filling", "leave")
+REQUESTS = ("save", "stop", "interrupt", "busy", "change", "filling", "leave")
 """The fields of `Requests`, each of which is a mark."""
 MARKS = (*FLAGS, *REQUESTS)
 """The order of the counts at the end of the tensor: the wire format of the vote."""

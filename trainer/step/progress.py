@@ -16,6 +16,8 @@ class Requests:
     """Asks for a checkpoint."""
     stop: bool = False
     """Asks for a checkpoint, and the end of the run."""
+    interrupt: bool = False
+    """Whether a person asks for that (SIGINT)."""
     busy: bool = False
     """Whether this rank's last save is still under way."""
     change: bool = False

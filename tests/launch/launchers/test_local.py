@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.launch.launchers.local import GRACE_S, WorkerEnd, start_workers, watch_workers
+from holdfast.launch.launchers.interrupt import going_on
+from holdfast.launch.launchers.local import WorkerEnd, start_workers, watch_workers
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.worlds import WorldInfo
 from support.processes.fake_system import FakeSystem
@@ -38,9 +39,9 @@ def test_workers_that_fail_with_the_first_keep_their_codes() -> None:
     assert ends == [WorkerEnd(1, 1), WorkerEnd(2, 4), WorkerEnd(0, 0)]
 
 
-@pytest.mark.parametrize(("number", "least_s"), [(signal.SIGTERM, 20.0), (signal.SIGINT, GRACE_S)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_workers_that_were_told_to_end_have_their_time_though_one_has_ended(
-    number: signal.Signals, least_s: float
+    number: signal.Signals,
 ) -> None:
     def happen(now_s: float) -> None:
         if not system.codes:
@@ -51,11 +52,47 @@ def test_workers_that_were_told_to_end_have_their_time_though_one_has_ended(
     ends = watch_workers(RANKS, exit_s=20.0, system=system)
     assert {pid for name, pid in system.log if name == number.name} == {11, 12, 13}
     assert killed(system) == {12, 13}
-    assert least_s <= system.time_s < least_s + 1.0
+    assert 20.0 <= system.time_s < 21.0
     if number == signal.SIGINT:
         assert {end.code for end in ends} == {-signal.SIGINT}
     else:
         assert ends == [WorkerEnd(0, 3), WorkerEnd(1, 0), WorkerEnd(2, 0)]
+
+
+def test_an_interrupted_worker_has_all_the_time_it_needs_and_a_second_interrupt_kills_it() -> None:
+    sent: list[float] = []
+
+    def happen(now_s: float) -> None:
+        if not sent or (len(sent) == 1 and now_s > 1000.0):
+            sent.append(now_s)
+            signal.raise_signal(signal.SIGINT)
+
+    system = FakeSystem(on_wait=happen)
+    ends = watch_workers(RANKS, exit_s=20.0, system=system)
+    assert {pid for name, pid in system.log if name == "SIGINT"} == {11, 12, 13}
+    assert killed(system) == {11, 12, 13}
+    assert 1000.0 < system.time_s < 1001.0
+    assert {end.code for end in ends} == {-signal.SIGINT}
+
+
+def test_workers_that_finish_though_interrupted_have_finished() -> None:
+    def happen(now_s: float) -> None:
+        if not system.codes:
+            signal.raise_signal(signal.SIGINT)
+            system.codes = {11: 0, 12: 0, 13: 0}
+
+    system = FakeSystem(on_wait=happen)
+    assert [end.code for end in watch_workers(RANKS, exit_s=1.0, system=system)] == [0, 0, 0]
+
+
+def test_the_command_that_goes_on_has_the_folder_and_no_other_start(tmp_path: Path) -> None:
+    root = tmp_path / "my run"
+    typed = ["/bin/holdfast", "train", "c.toml", "--resume", "none", "--set", "train.steps=3"]
+    again = f"holdfast train c.toml --set train.steps=3 --out '{root}'"
+    assert going_on(typed, root) == again
+    typed = ["holdfast", "train", "c.toml", "--out=x", "--resume=old"]
+    assert going_on(typed, root) == "holdfast train c.toml --out=x"
+    assert going_on(["holdfast", "replay", "x"], root) == "the same command"
 
 
 def test_sigusr1_reaches_the_workers_and_ends_none() -> None:

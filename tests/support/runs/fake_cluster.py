@@ -295,8 +295,8 @@ class FakeSession:
     def finish(self) -> None:
         self.finished = True
 
-    def stop(self, step: int, *, asked: bool) -> None:
-        self.stopped.append((step, asked))
+    def stop(self, step: int, requests: Requests, *, leaving: bool) -> None:
+        self.stopped.append((step, requests.stop or leaving))
 
     def compare(self, step: int) -> bool:
         if self.interrupt_compare:

@@ -6,14 +6,15 @@ completes a command line imports no more.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Mapping
-from importlib import import_module
-from typing import Annotated, Any, Final, NoReturn
 
 try:
+    import os
+    import signal
+    from collections.abc import Mapping
+    from importlib import import_module
+    from typing import Annotated, Any, Final, NoReturn
+
     import typer
 
     from holdfast.launch.help_pages import epilog, shown_alone, tidy
@@ -28,7 +29,7 @@ try:
         unwind_when_told,
     )
     from holdfast.parallel.reading import require_text_names
-except KeyboardInterrupt:  # as in the command itself, without a traceback
+except KeyboardInterrupt:  # as in the command itself, and as early as can be
     sys.exit(130)
 
 COMMANDS: Final[Mapping[str, str]] = {

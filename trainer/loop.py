@@ -245,10 +245,10 @@ def stop(parts: Parts, step: int, requests: Requests, *, leaving: bool = False) 
         raise NotSaved(f"step {step} is done, but not saved: {reason}")
     if asked:
         saved = f"could not be saved: {reason}" if reason else "is saved"
-        end = f"after step {step}, which {saved}; the same command goes on"
+        end = f"after step {step}, which {saved}"
         if requests.interrupt:
             raise Interrupted(f"interrupted {end}")
-        raise Stopped(f"stopped by a signal {end}")
+        raise Stopped(f"stopped by a signal {end}; the same command goes on")
 
 
 def refuse(config: RunConfig, step: int, outcome: Outcome) -> str:

@@ -86,11 +86,10 @@ class Agent:
             clock=clock,
         )
         self._main_thread = MainThreadQueue()
-        self.shutdown = Shutdown()
+        self.shutdown = Shutdown(interrupts=Interrupts(clock))
         self._standing = Standing(settings.apart_s, settings.ended)
         self._selector = selectors.DefaultSelector()
         self._lines = WorkerLines(clock=clock)
-        self._interrupts = Interrupts(clock)
 
     def run(self, lighthouse: str = "") -> int:
         """Run the node until its workers have finished or cannot go on.
@@ -395,12 +394,11 @@ class Agent:
 
     def _interrupt(self) -> None:
         """Have the run saved and ended, or a node that has joined it leave; at once if again."""
-        if self._interrupts.is_second():
+        already = self.shutdown.interrupts.came
+        if self.shutdown.interrupts.is_second():
             self._abort(INTERRUPTED, "it was interrupted again")
+        if already:
             return
-        if self.shutdown.interrupted:
-            return
-        self.shutdown.interrupted = True
         members = [slot for slot in self._slots.values() if slot.is_member]
         if not self._settings.founder:
             self._drain()

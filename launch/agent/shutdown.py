@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from holdfast.parallel.errors import ConfigError, Diverged, Interrupted, Stopped
+from holdfast.parallel.output import Interrupts
 
 INTERRUPTED = Interrupted.exit_code
 """The exit code after SIGINT."""
@@ -18,7 +19,7 @@ class Shutdown:
     """Whether the run has reached its end."""
     draining: bool = False
     """Whether the node leaves the run."""
-    interrupted: bool = False
+    interrupts: Interrupts = field(default_factory=Interrupts)
     """Whether a person has interrupted it."""
     code: int | None = None
     """The exit code, once it is decided."""
@@ -60,5 +61,5 @@ class Shutdown:
         if self.finished:
             return 0
         if self.draining:
-            return INTERRUPTED if self.interrupted else Stopped.exit_code
+            return INTERRUPTED if self.interrupts.came else Stopped.exit_code
         return self.failed_with

@@ -1,4 +1,4 @@
-"""What a person is told who has interrupted a run."""
+"""The last words of a run that a person has interrupted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ def tell_interrupted(run: RunDirectory, cause: RankError | None, arguments: Sequ
     """
     command = going_on(arguments, run.root)
     if cause is not None and cause.kind == Interrupted.__name__:
-        line = f"holdfast: {cause.message}: {command}"
+        line = f"holdfast: {cause.message}; to go on: {command}"
     elif run.metrics.exists():
-        line = (
-            f"holdfast: ended at once, without a save; go on from the newest checkpoint: {command}"
-        )
+        line = f"holdfast: ended at once, without a save; to go on: {command}"
     else:
         return
     tell(line)
@@ -38,17 +36,6 @@ def going_on(arguments: Sequence[str], root: Path) -> str:
         arguments: those of the command that was interrupted, from its name on.
         root: the run's folder.
     """
-    if arguments[1:2] != ["train"]:
+    if arguments[1:2] not in (["train"], ["resume"]):
         return "the same command"
-    kept: list[str] = []
-    is_value = False
-    for argument in arguments[1:]:
-        if is_value or argument.startswith("--resume="):
-            is_value = False
-        elif argument == "--resume":
-            is_value = True
-        else:
-            kept.append(argument)
-    if not any(argument == "--out" or argument.startswith("--out=") for argument in kept):
-        kept += ["--out", str(root)]
-    return shlex.join(["holdfast", *kept])
+    return shlex.join(["holdfast", "resume", str(root)])

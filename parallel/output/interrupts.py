@@ -21,6 +21,11 @@ class Interrupts:
         self._clock = clock
         self._first_s: float | None = None
 
+    @property
+    def came(self) -> bool:
+        """Whether one has come."""
+        return self._first_s is not None
+
     def is_second(self) -> bool:
         """Whether the one that comes now is not the first."""
         now_s = self._clock()

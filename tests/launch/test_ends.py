@@ -139,14 +139,14 @@ def test_an_interrupt_from_a_terminal_saves_the_step_and_says_how_to_go_on(
         process.kill()
     last = lines_of(metrics)[-1]["step"]
     assert (run / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
-    end = f"interrupted after step {last}, which is saved; the same command goes on"
+    end = f"interrupted after step {last}, which is saved"
     assert said.count("press Ctrl-C again to end at once") == 1
     assert said.count(end) == 1
     wait_until(lambda: not any(alive(pid) for pid in workers))
     if command == HOLDFAST:
         assert process.returncode == 130
         assert "Traceback" not in said
-        assert f"{end}: holdfast train {config} --out {run} " in said
+        assert f"{end}; to go on: holdfast resume {run}\n" in said
         kept = (run / "logs" / "console.log").read_text()
         assert "press Ctrl-C again to end at once" in kept
         assert end in kept

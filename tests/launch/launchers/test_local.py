@@ -85,13 +85,11 @@ def test_workers_that_finish_though_interrupted_have_finished() -> None:
     assert [end.code for end in watch_workers(RANKS, exit_s=1.0, system=system)] == [0, 0, 0]
 
 
-def test_the_command_that_goes_on_has_the_folder_and_no_other_start(tmp_path: Path) -> None:
+def test_the_command_that_goes_on_is_one_that_a_shell_takes(tmp_path: Path) -> None:
     root = tmp_path / "my run"
-    typed = ["/bin/holdfast", "train", "c.toml", "--resume", "none", "--set", "train.steps=3"]
-    again = f"holdfast train c.toml --set train.steps=3 --out '{root}'"
-    assert going_on(typed, root) == again
-    typed = ["holdfast", "train", "c.toml", "--out=x", "--resume=old"]
-    assert going_on(typed, root) == "holdfast train c.toml --out=x"
+    again = f"holdfast resume '{root}'"
+    assert going_on(["/bin/holdfast", "train", "c.toml", "--resume", "none"], root) == again
+    assert going_on(["holdfast", "resume", "my run"], root) == again
     assert going_on(["holdfast", "replay", "x"], root) == "the same command"
 
 

@@ -90,7 +90,7 @@ def train(
     steps = config.train.steps
     try:
         reporter.resumed(first, checkpoints.loaded, notes)
-        reporter.data_opened(first)
+        reporter.started(first, [worker["node"] for worker in workers])
         signals.listen(reporter.interrupted, alone=alone)
         for step in range(first, steps):
             outcome = run_step(parts, step)
@@ -158,7 +158,8 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         with training.busy("report"):
             reporter.skipped(step, outcome, refuse(config, step, outcome))
         end_divergence(config, step, outcome)
-    evaluate = config.train.eval_every and (step + 1) % config.train.eval_every == 0
+    every, is_last = config.train.eval_every, step + 1 == config.train.steps
+    evaluate = every and (is_last or (step + 1) % every == 0)
     eval_loss = training.evaluate() if evaluate else None
     elastic = config.elastic
     if elastic.straggler_every and (step + 1) % elastic.straggler_every == 0:

@@ -16,7 +16,7 @@ from holdfast.launch.commands.progress import shown_progress
 from holdfast.launch.help_pages import epilog, shown_alone
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import outlive_readers, plain_console, say, tell, unwind_when_told
-from holdfast.trainer.config import known_keys, load_config, require_elastic
+from holdfast.trainer.config import config_notes, known_keys, load_config, require_elastic
 from holdfast.trainer.run import (
     RunDirectory,
     RunRequest,
@@ -291,6 +291,8 @@ def plan(
         rates = measure_throughput(run_config, measure)
         (tell if as_json else say)(f"measured {described(rates)}")
         run_config = with_throughput(run_config, rates)
+    for note in config_notes(run_config):
+        tell(note)
     report = plan_report(
         run_config,
         flops_per_s=tflops * 1e12,

@@ -14,7 +14,8 @@ from support.runs.commands import CONFIG, HOLDFAST, environment, holdfast, lines
 
 @pytest.mark.mp
 def test_a_run_leaves_what_it_promises(config: Path) -> None:
-    done = holdfast(config.parent, "train", str(config), "--out", "out")
+    sets = ("--set", "train.eval_every=4", "--set", "train.eval_batches=1")
+    done = holdfast(config.parent, "train", str(config), "--out", "out", *sets)
     assert done.returncode == 0, done.stderr
     run = config.parent / "out"
     metrics = lines_of(run / "metrics.jsonl")
@@ -32,6 +33,13 @@ def test_a_run_leaves_what_it_promises(config: Path) -> None:
     started = [event for event in events if event["event"] == "worker_started"]
     assert sorted(event["rank"] for event in started) == [0, 1, 2, 3]
     assert events[-1]["event"] == "run_finished"
+    evaluated = [event["step"] for event in events if event["event"] == "evaluated"]
+    assert evaluated == [4, 6], "the last step is evaluated as well"
+    [begun] = [event for event in events if event["event"] == "run_started"]
+    assert (begun["ranks"], len(begun["nodes"]), begun["gpu"]) == (4, 1, None)
+    [data] = [event for event in events if event["event"] == "data_opened"]
+    assert data["message"] == "data: synthetic, a Markov chain without end"
+    assert data["message"] in done.stdout
     assert all((run / "logs" / f"rank-{rank}.log").exists() for rank in range(4))
     assert len(list((run / "trace").glob("step-00000003.rank-*.json.gz"))) == 4
     again = holdfast(config.parent, "train", str(run / "config.toml"), "--out", "again")

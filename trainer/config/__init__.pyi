@@ -12,6 +12,7 @@ from .loading import (
     load_config as load_config,
 )
 from .memory import machine_memory_bytes as machine_memory_bytes
+from .rules import config_notes as config_notes
 from .sections import (
     ChaosConfig as ChaosConfig,
     NumericsConfig as NumericsConfig,

@@ -62,6 +62,16 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
     return problems
 
 
+def config_notes(config: RunConfig) -> Iterator[str]:
+    """One line per setting that is allowed and hardly meant. Pure."""
+    warmup, steps = config.optimizer.warmup_steps, config.train.steps
+    if warmup > steps:
+        yield (
+            f"note: optimizer.warmup_steps = {warmup} with train.steps = {steps}: the learning "
+            "rate does not reach optimizer.lr"
+        )
+
+
 def _choices(config: RunConfig) -> Iterator[str]:
     for name, allowed in registries().items():
         section, _, key = name.partition(".")

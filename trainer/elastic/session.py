@@ -135,7 +135,7 @@ class ElasticSession:
             self._reporter = Reporter(
                 training, world, self._records.run, [], self._records.events, first, shown=False
             )
-            self._reporter.data_opened(first)
+            self._reporter.started(first)
         elif change.from_checkpoint is not None:
             self._reporter.roll_back(change.from_checkpoint)
         self._reporter.change(training, world)

@@ -25,6 +25,7 @@ from holdfast.trainer.reports.metrics import StepMetrics
 from holdfast.trainer.reports.offload_metrics import OffloadMetrics, offload_metrics
 from holdfast.trainer.reports.record_keeper import RecordKeeper
 from holdfast.trainer.reports.run_console import RunConsole
+from holdfast.trainer.reports.start_facts import start_facts
 from holdfast.trainer.reports.stragglers import Straggler
 from holdfast.trainer.reports.trace import PhaseSpan, write_trace
 from holdfast.trainer.reports.workers import Worker
@@ -215,8 +216,17 @@ class Reporter:
             f"{loaded.seconds:.2f} s"
         )
 
-    def data_opened(self, step: int) -> None:
-        """Record and show what the run trains on, from `step` on."""
+    def started(self, step: int, nodes: Sequence[str] = ()) -> None:
+        """Record and show what the run is started with, and what it trains on, from `step` on.
+
+        Args:
+            nodes: the host of each rank, where the launcher tells it.
+        """
+        training = self._training
+        facts = start_facts(training.device)
+        ranks = training.plan.stage_replicas.size
+        hosts = list(dict.fromkeys(nodes))
+        self._records.event("run_started", step=step, ranks=ranks, nodes=hosts, **facts)
         data = coverage_of(self._training.config, self._training.data.size)
         message = f"data: {data.line()}"
         self._records.event("data_opened", step=step, message=message, **data.as_dict())

@@ -10,6 +10,7 @@ from .log import (
 )
 from .machine import (
     require_processes as require_processes,
+    this_machine as this_machine,
 )
 from .memory_copies import (
     forget_newer as forget_newer,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.parallel.errors import ConfigError, counted
+from holdfast.parallel.errors import ConfigError, counted, size_text
 from holdfast.parallel.links import allow_descriptors
 from holdfast.parallel.plan import rank_memory
 from holdfast.trainer.config import RunConfig, machine_memory_bytes
@@ -219,6 +219,13 @@ def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = N
     nodes_here = config.elastic.local_nodes if config.elastic.enabled else 0
     require_ports(ranks_here, nodes_here)
     require_threads(ranks_here, nodes_here, threads)
+    arenas = ranks_here * config.checkpoint.arena_mib << 20
+    if arenas > machine.memory_bytes:
+        raise ConfigError(
+            f"checkpoint.arena_mib = {config.checkpoint.arena_mib}: the {ranks_here} ranks here "
+            f"would take {size_text(arenas)}, and this machine has "
+            f"{size_text(machine.memory_bytes)}; lower it, or set it to 0"
+        )
     if config.train.device == "cuda" or (config.train.device == "auto" and machine.has_gpu):
         return  # the state is in the memory of the GPUs
     needed = _rank_bytes(config) * ranks_here

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from holdfast.parallel.files import sweep_scratch, torch_caches_in
 from holdfast.parallel.output import say
-from holdfast.trainer.config import RunConfig, check_config, load_config
+from holdfast.trainer.config import RunConfig, check_config, config_notes, load_config
 from holdfast.trainer.data import corpus_notes
 from holdfast.trainer.run.claim import claimed_checkpoints
 from holdfast.trainer.run.identity import open_identity
@@ -91,7 +91,7 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
     if request.ranks_here:
         require_one_machine(config, request.ranks_here)
         require_room(config, request.ranks_here)
-    for note in corpus_notes(config.data, config.model.vocab):
+    for note in (*config_notes(config), *corpus_notes(config.data, config.model.vocab)):
         say(note)
     root = choose_root(request.path, request.out, config, resume, allow_change=allow_change)
     with contextlib.ExitStack() as held:

@@ -147,6 +147,10 @@ def test_the_machine_has_room_for_what_fits_and_no_more(smallest: Path) -> None:
     require_room(config, 8)
     with pytest.raises(ConfigError, match="--workers 65: 65 processes, but this machine"):
         require_processes(65, "--workers 65", SMALL)
+    arena = load_config(smallest, ["checkpoint.arena_mib=8192"])
+    require_room(arena, 1, SMALL)
+    with pytest.raises(ConfigError, match=r"arena_mib = 8192: the 2 ranks here would take 16.0 Gi"):
+        require_room(arena, 2, SMALL)
     threads = load_config(smallest, ["train.threads_per_rank=100"])
     with pytest.raises(ConfigError, match="at most 32 a core"):
         require_room(threads, 1, SMALL)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.parallel.errors import ConfigError
+from holdfast.trainer.config import config_notes
 from holdfast.trainer.config.loading import check_config, dump_toml, load_config
 
 MISSPELLED = (
@@ -117,6 +118,12 @@ def test_wanted_workers_decide_the_replicas_that_are_not_set(smallest: Path) -> 
     fixed = load_config(smallest, [*pipeline, "parallel.data=2"], workers=6)
     with pytest.raises(ConfigError, match=r"6 workers were started, but .* needs 4; change"):
         check_config(fixed, 6)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_noted(smallest: Path) -> None:
+    assert list(config_notes(load_config(smallest, ["optimizer.warmup_steps=100"]))) == []
+    [note] = config_notes(load_config(smallest, ["optimizer.warmup_steps=101"]))
+    assert "the learning rate does not reach optimizer.lr" in note
 
 
 def test_sequences_must_split_over_tensor_ranks(smallest: Path) -> None:

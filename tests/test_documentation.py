@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -234,12 +235,38 @@ def test_named_configuration_keys_exist(page: Path) -> None:
 
 
 @IN_CHECKOUT
-def test_every_configuration_key_is_described() -> None:
+def test_every_configuration_key_is_described_with_its_default() -> None:
+    assert described_defaults() == configuration_defaults()
+
+
+def described_defaults() -> dict[str, Any]:
+    """What the page of the configuration gives as defaults, by `section.key`."""
     page = (ROOT / "docs" / "configuration.md").read_text()
-    described = set()
-    for section in re.findall(r"^## \[(\w+)\]\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL):
-        described |= {f"{section[0]}.{name}" for name in CODE.findall(section[1])}
-    assert configuration_keys() - described == set()
+    found: dict[str, Any] = {}
+    for name, text in re.findall(r"^## \[(\w+)\]\n(.*?)(?=^## |\Z)", page, re.M | re.S):
+        for keys, values in re.findall(r"^\| (`\w+`[^|]*) \| ([^|]*) \|", text, re.MULTILINE):
+            given = values.replace("`", "").replace("*required*", '"required"')
+            shown = tomllib.loads(f"values = [{given}]")["values"]
+            names = CODE.findall(keys)
+            shown = shown * len(names) if len(shown) == 1 else shown
+            found |= {f"{name}.{key}": v for key, v in zip(names, shown, strict=True)}
+    return found
+
+
+def configuration_defaults() -> dict[str, Any]:
+    """Every key of the configuration with its default, in the form of TOML."""
+    import msgspec
+
+    from holdfast.trainer.config import RunConfig
+
+    found: dict[str, Any] = {}
+    for section in msgspec.structs.fields(RunConfig):
+        for key in msgspec.structs.fields(section.type):
+            value = "required" if key.required else key.default
+            if key.default is msgspec.NODEFAULT and not key.required:
+                value = key.default_factory()
+            found[f"{section.name}.{key.name}"] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def configuration_keys() -> frozenset[str]:

@@ -8,6 +8,7 @@ from .inspect import (
 )
 from .verify import (
     check_small_parts as check_small_parts,
+    checkpoint_to_rebuild as checkpoint_to_rebuild,
     rebuild_manifest as rebuild_manifest,
     verify_checkpoint as verify_checkpoint,
 )

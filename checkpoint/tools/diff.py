@@ -20,6 +20,7 @@ from holdfast.checkpoint.loading import (
     load,
 )
 from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at
+from holdfast.checkpoint.tools.verify import check_small_parts
 from holdfast.parallel.layout import Box
 
 _PART_BYTES = 64 << 20
@@ -96,6 +97,8 @@ def diff_checkpoints(
         if n not in set(alike)
     )
     readers = places[0].reader(), places[1].reader()
+    for manifest, reader in zip(manifests, readers, strict=True):
+        check_small_parts(manifest, reader, manifest.files)
     found: list[TensorDifference] = []
     done, total = 0, sum(ours[name].bytes for name in alike)
     try:

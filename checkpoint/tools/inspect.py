@@ -6,8 +6,9 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from holdfast.checkpoint.format import ELEMENT_BYTES, WEIGHT, Manifest
+from holdfast.checkpoint.format import ELEMENT_BYTES, STATE, WEIGHT, Manifest
 from holdfast.checkpoint.stores import PathOrUrl, checkpoint_at
+from holdfast.parallel.errors import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ class Summary:
     files: dict[str, int]
     """The size in bytes of each file."""
     tensors: tuple[TensorSummary, ...]
+
+    @property
+    def state(self) -> dict[str, str]:
+        """By key of a program's state: what it is, in a word or two. Empty for a run."""
+        return _state_words(self.scalars.get(STATE))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,3 +106,18 @@ def summarise(manifest: Manifest, where: str) -> Summary:
         files={name: entry.bytes for name, entry in manifest.files.items()},
         tensors=tuple(tensors),
     )
+
+
+def _state_words(docs: Any) -> dict[str, str]:
+    """What the values of a program's state are; plain ones that are short stand as they are."""
+    words = {}
+    for key, doc in docs.items() if isinstance(docs, dict) else ():
+        kind = doc.get("__holdfast__", "dict") if isinstance(doc, dict) else type(doc).__name__
+        ranks = doc.get("value") if isinstance(doc, dict) and kind == "ranks" else None
+        if isinstance(ranks, list):
+            words[key] = f"(each of {len(ranks)} ranks has its own)"
+        elif isinstance(doc, dict | list | str):
+            words[key] = f"({kind})"
+        else:
+            words[key] = shown(doc)
+    return words

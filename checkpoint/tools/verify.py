@@ -25,6 +25,7 @@ from holdfast.checkpoint.format import (
     decode_index,
     encode_manifest,
     read_header,
+    step_of,
 )
 from holdfast.checkpoint.loading import (
     ByteReader,
@@ -196,6 +197,32 @@ def _batches(reads: list[PieceRead]) -> Iterator[list[PieceRead]]:
         size += read.piece.length
     if batch:
         yield batch
+
+
+def checkpoint_to_rebuild(place: Path) -> tuple[Path, bool]:
+    """(The folder whose manifest is to be made anew, whether it is whole.) Local.
+
+    Of a run, or a folder of checkpoints, it is the newest one without a whole manifest; the newest
+    of all if there is none such.
+    """
+    if any(place.glob("*.safetensors")):
+        return place, _has_manifest(place)
+    steps = {
+        (step, path)
+        for folder in (place, place / "checkpoints")
+        for path in folder.glob("step-*")
+        if (step := step_of(path.name)) is not None
+    }
+    found = [(path, _has_manifest(path)) for _, path in sorted(steps, reverse=True)]
+    return next((pair for pair in found if not pair[1]), found[0] if found else (place, False))
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        checkpoint_at(folder).manifest()
+    except CheckpointError:
+        return False
+    return True
 
 
 def rebuild_manifest(folder: Path) -> Manifest:

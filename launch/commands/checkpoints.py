@@ -10,16 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from holdfast.checkpoint.format import local_path
+from holdfast.checkpoint.format import STATE, STATE_VERSION, local_path
 from holdfast.checkpoint.stores import checkpoint_at, find_checkpoint
 from holdfast.checkpoint.tools import Summary, inspect_checkpoint
 from holdfast.launch.commands.progress import shown_progress
 from holdfast.launch.help_pages import epilog
 from holdfast.parallel.errors import HoldfastError, Unanswered, Unreadable, printable, size_text
 from holdfast.parallel.layout import AXES, Mesh
-from holdfast.parallel.output import plain_console, say, tell
+from holdfast.parallel.output import say, tell
 
 Checkpoint = Annotated[
     str,
@@ -58,25 +57,29 @@ def _answering(*, damage_is_an_answer: bool = False) -> Iterator[None]:
 def inspect(
     path: Checkpoint,
     as_json: AsJson = False,
-    tensors: Annotated[bool, typer.Option(help="List every tensor.")] = True,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
 ) -> None:
-    """Show what is in a checkpoint: tensors, sizes, where they lie, how the run went on."""
+    """Show what is in a checkpoint: kinds of tensors, sizes, the layout and versions that saved it.
+
+    Exit code: 0, or 2 where there is none or it cannot be read.
+    """
     with _answering():
         summary = inspect_checkpoint(find_checkpoint(path).place)
     if as_json:
         say(json.dumps(summary.as_dict(), indent=2))
         return
-    console = plain_console()
-    console.print(_overview(summary))
+    for name, value in _overview(summary):
+        say(printable(f"{name:<11} {value}"))
     if tensors:
-        console.print(_tensor_table(summary))
+        say("")
+        for line in _tensor_lines(summary):
+            say(line)
 
 
-def _overview(summary: Summary) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+def _overview(summary: Summary) -> Iterator[tuple[str, str]]:
+    """What a checkpoint is, as (name, value)."""
     created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(summary.created))
+    scalars = {k: v for k, v in summary.scalars.items() if k not in (STATE, STATE_VERSION)}
     rows = [
         ("checkpoint", summary.path),
         ("step", str(summary.step)),
@@ -84,16 +87,14 @@ def _overview(summary: Summary) -> Table:
         ("size", f"{size_text(summary.bytes)} in {len(summary.files)} files"),
         ("parameters", f"{summary.parameters:,}"),
         ("saved by", _layout(summary.layout)),
-        ("scalars", ", ".join(f"{key} {value}" for key, value in summary.scalars.items())),
+        ("state", ", ".join(map(" ".join, summary.state.items()))),
+        ("scalars", ", ".join(f"{key} {value}" for key, value in scalars.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in summary.versions.items())),
     ]
+    yield from ((name, value) for name, value in rows if value)
     for kind, found in summary.kinds.items():
         dtypes = ", ".join(found["dtypes"])
-        rows.append((kind, f"{found['tensors']} tensors, {size_text(found['bytes'])}, {dtypes}"))
-    for name, value in rows:
-        if value:
-            table.add_row(name, printable(value))
-    return table
+        yield kind, f"{found['tensors']} tensors, {size_text(found['bytes'])}, {dtypes}"
 
 
 def _layout(keys: Mapping[str, Any]) -> str:
@@ -104,24 +105,25 @@ def _layout(keys: Mapping[str, Any]) -> str:
     return f"{mesh.text} x virtual {keys.get('virtual', 1)}"
 
 
-def _tensor_table(summary: Summary) -> Table:
-    table = Table(box=None, padding=(0, 1))
-    for column in ("tensor", "dtype", "shape"):
-        table.add_column(column, overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("chunks", justify="right")
-    table.add_column("files", justify="right")
-    for tensor in summary.tensors:
-        shape = " x ".join(map(str, tensor.shape)) or "scalar"
-        table.add_row(
-            printable(tensor.name),
+def _tensor_lines(summary: Summary) -> Iterator[str]:
+    """A line for each tensor, whole at any width: its name comes last."""
+    rows = [("dtype", "shape", "size", "pieces", "files", "tensor")]
+    rows += [
+        (
             tensor.dtype,
-            shape,
+            "x".join(map(str, tensor.shape)) or "scalar",
             size_text(tensor.bytes),
             str(tensor.chunks),
             str(len(tensor.files)),
+            printable(tensor.name),
         )
-    return table
+        for tensor in summary.tensors
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for dtype, shape, *numbers, name in rows:
+        cells = [dtype.ljust(widths[0]), shape.ljust(widths[1])]
+        cells += [n.rjust(width) for n, width in zip(numbers, widths[2:], strict=True)]
+        yield "  ".join([*cells, name])
 
 
 def verify(
@@ -135,15 +137,24 @@ def verify(
 
     Exit code: 0 all is as it was written, 1 it is damaged, 2 there is none or it cannot be read.
     """
-    from holdfast.checkpoint.tools import rebuild_manifest, verify_checkpoint
+    from holdfast.checkpoint.tools import (
+        checkpoint_to_rebuild,
+        rebuild_manifest,
+        verify_checkpoint,
+    )
 
     with _answering(damage_is_an_answer=True):
         if rebuild:
-            made = rebuild_manifest(local_path(path, "PATH"))
-            (tell if as_json else say)(
-                f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} "
-                "files; the run's configuration is not in it"
-            )
+            folder, is_whole = checkpoint_to_rebuild(local_path(path, "PATH"))
+            path = str(folder)
+            note = f"{path}: its manifest is whole and stays as it is"
+            if not is_whole:
+                made = rebuild_manifest(folder)
+                note = (
+                    f"{path}: made a manifest of {len(made.tensors)} tensors in {len(made.files)} "
+                    "files; the run's configuration is not in it"
+                )
+            (tell if as_json else say)(note)
         else:
             path = find_checkpoint(path).place
         began = time.perf_counter()
@@ -191,20 +202,12 @@ def diff(
         say(f"of another form: {line}")
     for key in found.other_values:
         say(f"of another value: {key}")
-    if found.values:
-        table = Table(box=None, padding=(0, 1))
-        table.add_column("tensor", overflow="fold")
-        for column in ("differing", "of", "largest", "relative"):
-            table.add_column(column, justify="right")
-        for value in found.values:
-            table.add_row(
-                printable(value.name),
-                f"{value.differing:,}",
-                f"{value.elements:,}",
-                f"{value.largest:.3g}",
-                f"{value.relative:.3g}",
-            )
-        plain_console().print(table)
+    for value in found.values:
+        say(
+            f"of other values: {printable(value.name)}: {value.differing:,} of {value.elements:,} "
+            f"elements, by {value.largest:.3g} at most; the difference's norm is "
+            f"{value.relative:.3g} of A's"
+        )
     steps = (
         ""
         if found.steps[0] == found.steps[1]

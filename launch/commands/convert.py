@@ -125,14 +125,20 @@ def _value(text: str) -> tuple[str, int]:
     return name.strip(), int(number)
 
 
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor{'s' * (count != 1)}"
+
+
 def summary_lines(converted: Converted) -> list[str]:
     """The notes for a person on a finished conversion, one line each."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in converted.tensors.items())
+    kinds = ", ".join(
+        f"{_tensors(count)} of kind {kind}" for kind, count in converted.tensors.items()
+    )
     rate = converted.bytes / max(converted.seconds, 1e-9)
     lines = [
-        f"{converted.target}: step {converted.step} from {converted.source_format}: {kinds}; "
-        f"{converted.bytes / 2**20:,.1f} MiB in {converted.seconds:.1f} s ({rate / 2**20:,.0f} "
-        "MiB/s)"
+        f"{converted.target} has step {converted.step} of the {converted.source_format} "
+        f"checkpoint, {kinds}: {converted.bytes / 2**20:,.1f} MiB in {converted.seconds:.1f} s "
+        f"({rate / 2**20:,.0f} MiB/s)"
     ]
     if converted.resumed_bytes:
         lines.append(
@@ -152,13 +158,15 @@ def summary_lines(converted: Converted) -> list[str]:
         for (source, target), count in sorted(converted.rounded.items())
         if not (converted.scaled and source.startswith("F8"))
     ]
-    lines += [f"rule {rule}: {count} tensors" for rule, count in converted.by_rule.items()]
+    lines += [
+        f"read by the rule {rule}: {_tensors(count)}" for rule, count in converted.by_rule.items()
+    ]
     reasons: dict[str, list[str]] = {}
     for name, why in converted.left_out.items():
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"left out: {names[0]}{more}: {why}")
+        are = "is" if len(names) == 1 else f"and {len(names) - 1:,} more are"
+        lines.append(f"{names[0]} {are} left out: {why}")
     lines.append(
         f"checked: every byte as written, and {converted.compared:,} values against the files of "
         "the source"

@@ -95,9 +95,7 @@ def prepare(
             texts = _documents(files, form, progress)
             documents, tokens = _add_all(builder, encode_documents(texts, encoder))
             if tokens == 0:
-                raise DataError(
-                    f"{list(inputs)}: no text in {len(files)} files; nothing was written"
-                )
+                raise DataError(f"{', '.join(inputs)}: no text to train on; nothing was written")
             builder.finalize(str(made_idx))
             for path in (made_bin, made_idx):
                 _sync(path)

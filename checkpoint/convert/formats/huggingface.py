@@ -170,6 +170,11 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             catalog.left_out[tensor.full_name] = (
                 f"Hugging Face folders hold weights only, and no {tensor.kind}"
             )
+    if "config.json" not in files_for(catalog, chosen):
+        catalog.left_out["config.json"] = (
+            "the source has none, and transformers loads no model without it; give --model-files, "
+            "or write one into the folder"
+        )
     shelves = _shelves(chosen)
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}

@@ -150,7 +150,7 @@ def test_prepare_that_fails_leaves_the_old_files_alone(tmp_path: Path) -> None:
     assert (tmp_path / "link.idx").is_symlink()
     assert not list(tmp_path.glob("*partial*"))
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(DataError, match="no text in 1 files"):
+    with pytest.raises(DataError, match="no text to train on"):
         prepare([str(tmp_path / "empty.txt")], tmp_path / "d")
     assert not list(tmp_path.glob("d.*"))
     good.write_text("better")

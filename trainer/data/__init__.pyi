@@ -7,6 +7,7 @@ from .coverage import (
 from .dataset import (
     Dataset as Dataset,
 )
+from .exported_tokenizer import exported_tokenizer as exported_tokenizer
 from .opening import (
     DataConfig as DataConfig,
     open_dataset as open_dataset,

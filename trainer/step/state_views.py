@@ -6,7 +6,6 @@ import json
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +22,8 @@ from holdfast.parallel.optimizer import (
 )
 from holdfast.parallel.plan import Plan, block_box
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.parallel.reading import read_regular
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.data import exported_tokenizer
 from holdfast.trainer.models import family_of
 from holdfast.trainer.step.saved_tensors import wanted_boxes
 
@@ -169,14 +168,15 @@ def huggingface_files(config: RunConfig) -> dict[str, bytes]:
     model, train = config.model, config.train
     dtype = PRECISIONS[train.precision].torch_name
     described = family_of(model.family).config_json(model, train.seq_len, dtype)
-    files = {
-        "config.json": _json(described),
-        "generation_config.json": _json({"_from_model_config": True}),
+    tokenizer = exported_tokenizer(config.data, max(model.max_seq_len, train.seq_len))
+    # A document begins where the one before has ended.
+    ends = {f"{place}_token_id": tokenizer.separator for place in ("bos", "eos")}
+    known = ends if tokenizer.separator is not None else {}
+    return {
+        "config.json": _json({**described, **ends}),
+        "generation_config.json": _json({"_from_model_config": True, **known}),
+        **tokenizer.files,
     }
-    if config.data.kind == "text" and config.data.tokenizer != "bytes":
-        files["tokenizer.json"] = read_regular(Path(config.data.tokenizer))
-        files["tokenizer_config.json"] = _json({"tokenizer_class": "PreTrainedTokenizerFast"})
-    return files
 
 
 def _json(content: Any) -> bytes:

@@ -175,6 +175,11 @@ def plan(catalog: Catalog, options: WriteOptions) -> Output:
             "the source has none, and transformers loads no model without it; give --model-files, "
             "or write one into the folder"
         )
+    beside = catalog.files
+    if catalog.format == "holdfast" and not any("token" in name for name in beside):
+        catalog.left_out["tokenizer.json"] = (
+            "the source has none: its data was tokenized before, or is synthetic"
+        )
     shelves = _shelves(chosen)
     files: dict[str, int] = {}
     headers: dict[str, bytes] = {}

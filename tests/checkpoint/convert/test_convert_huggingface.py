@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from holdfast.checkpoint.tools.verify import verify_checkpoint
+from holdfast.launch.commands.convert import summary_lines
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.trainer.config import RunConfig
@@ -203,3 +204,28 @@ def test_damage_in_a_checkpoint_is_found_before_it_is_converted(tmp_path: Path) 
         with pytest.raises(CheckpointError, match="is damaged"):
             converted(tmp_path / "ours", tmp_path / "out", "hf", dtype=dtype)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_summary_is_sentences_and_names_the_config_that_is_missing(tmp_path: Path) -> None:
+    """Rules of one's own give weights alone, which transformers does not open."""
+    weights = {"fc": torch.ones(2, 2), "table": torch.ones(3), "cache0": torch.ones(1)}
+    torch.save({**weights, "cache1": torch.ones(1)}, tmp_path / "model.pt")
+    rules = tmp_path / "rules.toml"
+    rules.write_text(
+        'format = "mine"\nfiles = ["model.pt"]\n[[skip]]\nsource = "cache*"\n'
+        'because = "it is computed"\n'
+        '[[rule]]\nsource = "fc"\ntarget = "fc.weight"\n'
+        '[[rule]]\nsource = "table"\ntarget = "table"\n'
+    )
+    done = converted(tmp_path, tmp_path / "hf", "hf", rules=rules)
+    first, *lines, checked = summary_lines(done)
+    assert first.startswith(f"{tmp_path}/hf has step 0 of the files checkpoint, 2 tensors of kind ")
+    assert checked.startswith("checked: every byte")
+    assert lines[:3] == [
+        "read by the rule fc: 1 tensor",
+        "read by the rule table: 1 tensor",
+        "cache0 and 1 more are left out: it is computed",
+    ]
+    assert lines[3].startswith("config.json is left out: the source has none, ")
+    assert "--model-files" in lines[3]
+    assert len(lines) == 4

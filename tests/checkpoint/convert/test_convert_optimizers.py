@@ -128,10 +128,11 @@ def test_a_folder_of_weights_names_every_kind_that_it_leaves_out(
 ) -> None:
     done = converted(runs["bf16"], tmp_path / "hf", "hf")
     others = {name for name in tensors_of(runs["bf16"]) if name.startswith((*KINDS, MASTER))}
-    assert set(done.left_out) == others
+    assert set(done.left_out) == {*others, "tokenizer.json"}  # its data is synthetic
     assert len(others) == (len(KINDS) + 1) * done.tensors["weight"]
     wide = converted(runs["bf16"], tmp_path / "wide", "hf", dtype="F32")
-    assert set(wide.left_out) == {name for name in others if not name.startswith(MASTER)}
+    named = {name for name in wide.left_out if name != "tokenizer.json"}
+    assert named == {name for name in others if not name.startswith(MASTER)}
 
 
 @pytest.mark.mp

@@ -58,6 +58,7 @@ _MESSAGES: Mapping[str, Mapping[str, Any]] = {
     },
     "incurable": {},
     "joining": {},
+    "left": {},
     "line": {"text": str},
     "queued": {},
     "waiting": {"line": str},

@@ -276,6 +276,11 @@ class Membership:
         """Tell the agent that this worker ends for a reason that no replacement can cure."""
         self._tell("incurable")
 
+    def left(self) -> None:
+        """Tell the agent that this worker has handed its state over and ends."""
+        if self._channel is not None:
+            self._channel.send("left", patience_s=_LAST_WORD_S)
+
     def finished(self) -> None:
         """Tell the agent that this worker is done: the last step, its save and its records.
 

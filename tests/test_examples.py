@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from holdfast.trainer.config import load_config
 from holdfast.trainer.plan_report import plan_report
@@ -87,3 +90,43 @@ def test_a_job_begins_again_if_its_run_can_go_on_and_nobody_cancelled_it(
     )
     assert found == ends_with
     assert ("scontrol requeue 7" in output) == again
+
+
+@pytest.mark.mp
+def test_the_manifest_for_kubernetes_starts_the_command_with_a_layout_for_its_pods(
+    tmp_path: Path,
+) -> None:
+    documents = list(yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()))
+    (service, job) = documents
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["bash", "-c"]
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    torchrun.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", *container["args"]],
+        cwd=EXAMPLES.parent,
+        env={**os.environ, "PATH": path, "JOB_COMPLETION_INDEX": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    given = done.stdout.splitlines()
+    config = load_config(EXAMPLES.parent / given[given.index("-m") + 2], ["parallel.data=1"])
+    nodes, processes = (int(given[given.index(n) + 1]) for n in ("--nnodes", "--nproc-per-node"))
+    assert nodes == job["spec"]["completions"]
+    assert nodes * processes == config.parallel.ranks
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == processes
+    host = given[given.index("--master-addr") + 1]
+    assert host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert given[given.index("--node-rank") + 1] == "1"
+
+
+def test_the_image_is_built_of_files_that_exist() -> None:
+    text = (EXAMPLES / "Dockerfile").read_text()
+    named = set(re.findall(r"/source/(requirements/\S+)", text))
+    assert named == {"requirements/build.txt", "requirements/base.txt"}
+    assert all((EXAMPLES.parent / path).exists() for path in named)

@@ -97,9 +97,10 @@ class Agent:
         Args:
             lighthouse: the address of the Lighthouse, if it was unknown at construction.
         Returns:
-            0 if a worker has said that the run's end is reached and saved; 2 if one refused its
-            configuration; 4 if training has diverged; 3 after SIGTERM, or if workers were killed
-            and are not replaced; `NO_PROGRESS_EXIT` if replacing them is pointless; 130 after
+            0 if a worker has said that the run's end is reached and saved, or all have handed their
+            state over after SIGTERM; 2 if one refused its configuration; 4 if training has
+            diverged; 3 if the run stopped after SIGTERM, or workers were killed and are not
+            replaced; `NO_PROGRESS_EXIT` if replacing them is pointless; 130 after
             SIGINT; otherwise the exit code of the last worker that failed.
         """
         with contextlib.ExitStack() as held:
@@ -127,6 +128,9 @@ class Agent:
             for spec in self._settings.specs(services.membership, services.store, folder):
                 self._slots[spec.rank] = WorkerSlot(spec, start_at_s=0.0)
             self._loop()
+            members = [slot for slot in self._slots.values() if slot.is_member]
+            left = self.shutdown.draining and all(slot.has_left for slot in members)
+            self.shutdown.has_left = left and bool(members)
             self._fork_server.rest()
         return self.shutdown.exit_code
 
@@ -148,6 +152,12 @@ class Agent:
             if self.shutdown.is_due(self._clock()):
                 for slot in self._slots.values():
                     slot.kill(self.shutdown.cause)
+
+    @property
+    def _who(self) -> str:
+        ranks = self._settings.ranks
+        several = "ranks" if len(ranks) > 1 else "rank"
+        return f"node {self._settings.node} ({several} {', '.join(map(str, ranks))})"
 
     # Workers: start, end, replace.
 
@@ -320,6 +330,8 @@ class Agent:
             case "generation":
                 if message["number"] >= self._others.generation:
                     slot.is_member, slot.is_inside, slot.left_out_s = True, True, None
+                if self._settings.is_over is not None and not self._others.generation:
+                    tell_person(f"{self._who} takes part; SIGTERM lets it hand over and leave")
                 self._enter(message)
             case "finished":
                 slot.finished = True
@@ -329,6 +341,8 @@ class Agent:
                 if self._others.generation:
                     cause = "a new worker wants to take part"
                     self._publish(slot.event("joining", cause, 0.0))
+            case "left":
+                slot.has_left = True
             case "incurable":
                 slot.is_incurable = True
             case "cut":

@@ -21,6 +21,8 @@ class Shutdown:
     """Whether the node leaves the run."""
     interrupts: Interrupts = field(default_factory=Interrupts)
     """Whether a person has interrupted it."""
+    has_left: bool = False
+    """Whether it has left: others have the state of all its workers, and train on."""
     code: int | None = None
     """The exit code, once it is decided."""
     reason: str = ""
@@ -61,5 +63,7 @@ class Shutdown:
         if self.finished:
             return 0
         if self.draining:
-            return INTERRUPTED if self.interrupts.came else Stopped.exit_code
+            if self.interrupts.came:
+                return INTERRUPTED
+            return 0 if self.has_left else Stopped.exit_code
         return self.failed_with

@@ -42,6 +42,8 @@ class WorkerSlot:
     """Whether its worker has said that no replacement can cure the reason for its end."""
     finished: bool = False
     """Whether its worker has said that the run's last step is done and saved."""
+    has_left: bool = False
+    """Whether its worker has said that others have its state, as it was told to leave."""
     killed_for: str = ""
     """The reason for which its worker was killed."""
 
@@ -49,7 +51,8 @@ class WorkerSlot:
         """Forget the last worker, as the next one has been asked for."""
         self.pid, self.killed_for, self.start_at_s = -1, "", None
         self.is_member, self.is_inside, self.left_out_s = False, False, None
-        self.waits_for, self.is_incurable, self.finished = frozenset(), False, False
+        self.waits_for, self.is_incurable = frozenset(), False
+        self.finished = self.has_left = False
 
     def event(self, kind: MembershipEventKind, cause: str, seconds: float) -> MembershipEvent:
         """An event of its worker; for `seconds` see `MembershipEvent.age_s`."""
@@ -83,6 +86,8 @@ class WorkerSlot:
         """
         if code == -signal.SIGKILL and self.killed_for:
             return self.killed_for
+        if not code and self.has_left:
+            return "has handed its state over"
         if not code:
             return "ended without a word that the run is done"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -107,7 +107,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = agent.run(lighthouse)
         code = explained(code, run, node.ranks, agent.shutdown.reason)
-    return _end_of_task(request.config, code)
+    return _end_of_task(request.config, code, agent)
 
 
 def run_other_task(config: RunConfig, world: WorldInfo) -> int:
@@ -126,7 +126,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     log_agents(_log_of(run, node))
     agent = Agent(node, worker_main(config, run))
     code = agent.run(lighthouse)
-    return _end_of_task(config, explained(code, run, node.ranks, agent.shutdown.reason))
+    return _end_of_task(config, explained(code, run, node.ranks, agent.shutdown.reason), agent)
 
 
 def _enrolled(node: AgentSettings, run: RunDirectory) -> AgentSettings:
@@ -162,13 +162,14 @@ def _lighthouse(node: AgentSettings) -> contextlib.AbstractContextManager[str]:
     return detached_lighthouse(node.host, membership, node.on_stranger)
 
 
-def _end_of_task(config: RunConfig, code: int) -> int:
-    """The exit code of a task; a task that lost its MPI process gets that code.
+def _end_of_task(config: RunConfig, code: int, agent: Agent) -> int:
+    """The exit code of a task; one whose MPI process ended before the run is killed.
 
     mpirun (Open MPI 5) tells other processes of an end by a signal, but not of an end with an exit
     code. They then wait in `Shrink` until they are told.
     """
-    if config.parallel.backend == "mpi" and code not in (0, ConfigError.exit_code, 130):
+    early = agent.shutdown.has_left or code not in (0, ConfigError.exit_code, 130)
+    if config.parallel.backend == "mpi" and early:
         sys.stdout.flush()
         sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,17 +229,17 @@ def describe_change(line: dict[str, Any]) -> str:
     """A membership change in one line, from its event."""
     who = []
     if line["lost"]:
-        who.append(f"without rank {', '.join(map(str, line['lost']))}")
+        who.append(f"without {_numbered(line['lost'])}")
     if line["left"]:
-        who.append(f"rank {', '.join(map(str, line['left']))} has left")
+        who.append(_told(line["left"], "has left", "have left"))
     waiting = [rank for rank in line["joined"] if rank in line["waiting"]]
     at_once = [rank for rank in line["joined"] if rank not in waiting]
     if at_once:
-        who.append(f"rank {', '.join(map(str, at_once))} has joined")
+        who.append(_told(at_once, "has joined", "have joined"))
     if waiting:
-        who.append(f"rank {', '.join(map(str, waiting))} joins as a shadow")
+        who.append(_told(waiting, "joins as a shadow", "join as shadows"))
     if line["placed"]:
-        who.append(f"rank {', '.join(map(str, line['placed']))} takes its place")
+        who.append(_told(line["placed"], "takes its place", "take their places"))
     again = (
         ""
         if line["from_checkpoint"] is None
@@ -251,3 +251,11 @@ def describe_change(line: dict[str, Any]) -> str:
         f"in {1000 * line['agree_s']:.0f} ms, connected in {1000 * line['edit_s']:.0f}, "
         f"{line['moved_bytes'] / 2**20:.1f} MiB moved in {1000 * line['move_s']:.0f}"
     )
+
+
+def _told(ranks: Sequence[int], of_one: str, of_several: str) -> str:
+    return f"{_numbered(ranks)} {of_one if len(ranks) == 1 else of_several}"
+
+
+def _numbered(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -31,6 +31,8 @@ from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")
 
+_LEFT = 64
+"""The exit code by which a forked agent says that it has left a run that goes on."""
 _END_S = 10.0
 """Seconds beyond `exit_s` that an agent may take to end once the run has ended on another node."""
 
@@ -143,7 +145,7 @@ def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequ
         code = agent.run(lighthouse)
         if agent.shutdown.reason:
             tell_person(agent.shutdown.reason)
-        return code
+        return _LEFT if agent.shutdown.has_left and not code else code
 
     return fork_child(body)
 
@@ -162,6 +164,9 @@ def _watch(agents: Mapping[int, AgentSettings], membership: MembershipSettings) 
     with on_signals(forward):
         while children:
             for end in children.wait():
+                if end.code == _LEFT:
+                    logger.info("node %s has left", agents[end.pid].node)
+                    continue
                 codes.append(end.code)
                 if end.code == 0:
                     # The run is over; a node that still waits to join it can end.

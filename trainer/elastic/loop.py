@@ -37,6 +37,10 @@ _AWAITED_STEPS = 20
 """Steps for which a replacement is awaited before layers move instead."""
 
 
+class HandedOver(Stopped):
+    """This worker was told to leave, and the others have its state."""
+
+
 class Wishes(Protocol):
     """Workers that wait to join or leave; `holdfast.elastic.membership.Membership`."""
 
@@ -100,7 +104,8 @@ class ElasticLoop:
         """Train. Collective over all workers.
 
         Raises:
-            Stopped: this worker has handed its state over and leaves, or a signal ended the run.
+            HandedOver: this worker leaves.
+            Stopped: a signal ended the run.
             MembershipError: this worker must not go on.
             NumericsError, Diverged, CheckpointError: as for `holdfast.trainer.loop.train`.
         """
@@ -185,7 +190,7 @@ class ElasticLoop:
             change = self._recovery.recover(urgent=urgent, leaving=leaving)
             training = self._recovery.training
             if training is None:
-                raise Stopped("this rank was told to leave, and has handed its state over")
+                raise HandedOver("this rank was told to leave, and has handed its state over")
             self._tidy_from = tidy_step(change, training, respawn=self._config.elastic.respawn)
             self._session.go_on(change, training)
             sound = interrupted = False
@@ -222,9 +227,9 @@ def tidy_step(change: CompletedChange, training: Training, *, respawn: bool) -> 
 def train_elastic_worker(
     config: RunConfig, spec: WorkerSpec, channel: socket.socket, run: RunDirectory
 ) -> None:
-    """Train as the worker of a spec, and tell its agent when all is done.
+    """Train as the worker of a spec, and tell its agent when all is done, or when it has left.
 
-    Raises as `ElasticLoop.run` does.
+    Raises as `ElasticLoop.run` does, but for `HandedOver`.
     """
     with contextlib.ExitStack() as held:
         membership = Membership(spec, channel)
@@ -238,7 +243,12 @@ def train_elastic_worker(
                 machine=spec.machine,
                 incarnation=spec.incarnation,
             )
-            _train(config, spec, membership, run, events)
+            try:
+                _train(config, spec, membership, run, events)
+            except HandedOver as end:
+                logger.info("%s", end)
+                membership.left()
+                return
         membership.finished()
 
 

@@ -50,7 +50,8 @@ def claimed_checkpoints(
     Args:
         resume: "auto", "none" or a path; a checkpoint in a place is leave to take the place over.
     Raises:
-        ConfigError: a place is another run's, in use, or cannot be written.
+        ConfigError: a place is another run's, in use, or cannot be written; or a URL cannot be
+            reached by a run that begins. One that has checkpoints here goes on, and is told.
         CheckpointError: `latest` is there, and is no file.
     """
     own = CheckpointOwner(
@@ -73,6 +74,11 @@ def claimed_checkpoints(
                 notes += _claim(store, config.checkpoint.url, using, config, resume)
                 held.callback(_release, store, own)
             except CheckpointError as error:
+                if next(readable(LocalStore(folder)), None) is None:
+                    raise ConfigError(
+                        f"checkpoint.path = {config.checkpoint.url} cannot be used: {error}; check "
+                        "the address, the credentials and the network, or name another place"
+                    ) from error
                 notes += (f"whose {config.checkpoint.url} is cannot be asked now: {error}",)
         yield notes
 

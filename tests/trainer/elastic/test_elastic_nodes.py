@@ -111,17 +111,20 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
     for members in (2, 3):
         nodes.append(start.join(run))
         run.wait_for_members(members)
+    told = (run.root.parent / f"{run.root.name}-joined-0.txt").read_text()
+    assert "(rank 1) takes part; SIGTERM lets it hand over and leave" in told
     run.wait_for_step(len(run.steps()) + 2)
     for members, node in zip((2, 1), nodes, strict=True):
         node.send_signal(signal.SIGTERM)
         run.wait_for_members(members)
-        assert node.wait(30) == 3
+        assert node.wait(30) == 0
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     assert [event["rank"] for event in run.events("rank_joined")] == [1, 2]
     assert [event["rank"] for event in run.events("rank_left")] == [1, 2]
     assert not run.events("rank_lost")
     assert not (run.root / "elastic.json").exists()
+    assert not list(run.root.glob("logs/*.error.json"))
     again = start.replay(run)
     assert again.finish() == 0, again.output()
     told = again.output().splitlines()[-1]

@@ -236,6 +236,16 @@ def test_copies_in_memory_are_refused_where_the_ranks_are_on_several_machines(
     assert not list(shared_memory.iterdir())
 
 
+def test_a_store_that_cannot_be_reached_ends_a_run_that_begins_and_is_told_to_one_that_goes_on(
+    tmp_path: Path,
+) -> None:
+    request = _request(tmp_path, path="http://127.0.0.1:9/checkpoints")
+    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9/checkpoints cannot be used: .*Conn"):
+        open_and_end(request, resume="none")
+    save_as_run(tmp_path / "run" / "checkpoints", request.config, 3)
+    assert any("cannot be asked now" in note for note in open_and_end(request))
+
+
 def _poison(place: Path, how: str) -> None:
     if how == "link":
         (place.parent / "theirs").mkdir()

@@ -7,7 +7,6 @@ from .coverage import (
 from .dataset import (
     Dataset as Dataset,
 )
-from .exported_tokenizer import exported_tokenizer as exported_tokenizer
 from .opening import (
     DataConfig as DataConfig,
     open_dataset as open_dataset,
@@ -17,4 +16,7 @@ from .prepare import (
     prepare as prepare,
 )
 from .synthetic import markov_samples as markov_samples
-from .tokenizer import corpus_notes as corpus_notes
+from .tokenizer import (
+    corpus_notes as corpus_notes,
+    exported_tokenizer as exported_tokenizer,
+)

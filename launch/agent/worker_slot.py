@@ -19,7 +19,8 @@ logger = logging.getLogger("holdfast.agent")
 class WorkerSlot:
     """A rank that this node starts again when it is lost.
 
-    Only the agent's main thread changes it.
+    Only the agent's main thread changes it. It notes all that a worker has said, so that the end of
+    its process can be judged: hence its many attributes.
     """
 
     spec: WorkerSpec

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from holdfast.parallel.errors import DataError
+from holdfast.checkpoint import save
+from holdfast.checkpoint.convert import Conversion, convert
+from holdfast.parallel.errors import DataError, HoldfastError
 from holdfast.trainer.config import DataConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.megatron import megatron_stream
@@ -223,3 +226,14 @@ def test_missing_megatron_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"holdfast\[megatron\]"):
         prepare([str(tmp_path / "a.txt")], tmp_path / "d")
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "/proc/missing/out", "/dev/null/out"])
+def test_a_place_that_cannot_be_written_is_named_in_a_line(tmp_path: Path, place: str) -> None:
+    """Root may write wherever there is a disk, so these are places without one."""
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(DataError, match=rf"^{place}: cannot be written \(.*name a folder"):
+        prepare([str(tmp_path / "text.txt")], place)
+    save(tmp_path / "checkpoint", {"model": torch.nn.Linear(2, 2)})
+    with pytest.raises(HoldfastError, match=f"^{place} (cannot be (written|read)|is no folder)"):
+        convert(Conversion(tmp_path / "checkpoint", Path(place), "dcp"))

@@ -19,6 +19,7 @@ from holdfast.trainer.run import (
     recorded_throughput,
     told_run,
 )
+from holdfast.trainer.terms import TermsDiffer
 from holdfast.trainer.worlds import WorldInfo
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
         # Imported here, so that a configuration error is reported without waiting for torch.
         from torch.distributed import PrefixStore
 
-        from holdfast.trainer.worker import connect, meet, run_worker
+        from holdfast.trainer.worker import connect, meet, require_one_run, run_worker
 
         store = PrefixStore(f"attempt-{world.attempt}", connect(world))
         meet(store, world)
+        # Before the run is opened: what is refused changes nothing on the disk.
+        require_one_run(config, world, store)
         with contextlib.ExitStack() as held:
             if world.rank == 0:
                 here = replace(request, ranks_here=world.local_world_size, attempt=world.attempt)
@@ -65,6 +68,10 @@ def run_external_worker(request: RunRequest, world: WorldInfo) -> int:
                     return error.exit_code  # rank 0 has said it
                 opened = OpenedRun(recorded_throughput(config, run.root), run)
             return run_worker(opened.config, world, opened.directory, announce=True, store=store)
+    except TermsDiffer as error:
+        if not world.local_rank:  # every rank has the same lines
+            tell(f"holdfast: {error}")
+        return error.exit_code
     except HoldfastError as error:
         tell(f"holdfast: rank {world.rank}: {error}" if world.rank else f"holdfast: {error}")
         return error.exit_code

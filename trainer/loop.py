@@ -13,7 +13,6 @@ from torch.distributed import Store
 from holdfast.parallel.errors import Diverged, Interrupted, NotSaved, NumericsError, Stopped
 from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.step_phases import StepPhase
-from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
     EventFile,
@@ -24,6 +23,7 @@ from holdfast.trainer.reports import (
     workers_of,
 )
 from holdfast.trainer.run import RunDirectory, Signals, locate_log
+from holdfast.trainer.saves import Checkpoints
 from holdfast.trainer.step import (
     AtPhase,
     Outcome,

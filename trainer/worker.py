@@ -41,6 +41,7 @@ from holdfast.parallel.waiting import Waiting, tell_person
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
 from holdfast.trainer.run import RankError, RunDirectory, log_to_file, read_error, write_error
+from holdfast.trainer.terms import own_terms, require_equal_terms
 from holdfast.trainer.worlds import WorldInfo
 
 if TYPE_CHECKING:
@@ -126,6 +127,23 @@ def meet(
         sleep(_MEET_S)
 
 
+def require_one_run(config: RunConfig, world: WorldInfo, store: Store) -> None:
+    """Check that all ranks are going to train with the same. Collective over all workers.
+
+    Raises:
+        TermsDiffer: they are not, or one of them cannot train.
+    """
+    if world.world_size == 1:
+        return
+    notes = require_equal_terms(
+        lambda: own_terms(config, world.local_rank), world.rank, range(world.world_size), store
+    )
+    for note in notes:
+        logger.warning("%s", note)
+        if world.rank == 0:
+            tell(f"holdfast: note: {note}")
+
+
 def _listened_at(world: WorldInfo) -> str:
     """The address on which the store's host listens; empty: all of them.
 
@@ -165,14 +183,19 @@ def run_worker(
         announce: also print the reason for the worker's end in one line, for a launcher that reads
             no error files. A rank that only lost a peer is silent if another rank has left its
             reason.
-        store: the rendezvous store, if the worker has it already.
+        store: the rendezvous store, if the worker has it already; the terms of all workers have
+            then been compared.
         task: the work of the worker.
     """
 
     def body() -> None:
         check_config(config, world.world_size)
         try:
-            task(config, world, store or connect(world), run)
+            connected = store
+            if connected is None:
+                connected = connect(world)
+                require_one_run(config, world, connected)
+            task(config, world, connected, run)
         except Stopped:  # as all ranks are
             end_transports()
             raise

@@ -240,9 +240,13 @@ class Agent:
             return
         if stopping:
             return
+        if self._is_left_out(slot, end.code):
+            return tell_person(f"rank {slot.spec.identity} is not let in: {known or cause}")
         refused = end.code in (ConfigError.exit_code, Diverged.exit_code)
         if refused or (known is not None and self._repeats(slot, known)):
-            if refused or not self._others.are_known_to_train(self._slots):  # they may be well
+            alone = refused and slot.spec.founder  # else the others may be well
+            alone = alone or not self._others.are_known_to_train(self._slots)
+            if alone and self._settings.founder:
                 self._settings.note_end(RunEnd(end.code, known or cause))
             self._abort(end.code, f"it cannot go on: {known or cause}")
         elif slot.is_incurable and end.code > 0:
@@ -255,6 +259,11 @@ class Agent:
             incarnation = slot.spec.incarnation + 1
             slot.spec = replace(slot.spec, incarnation=incarnation, founder=founder)
             slot.start_at_s = self._clock() + delay_s
+
+    def _is_left_out(self, slot: WorkerSlot, code: int) -> bool:
+        """Whether a newcomer has refused to take part, on a node that goes on without it."""
+        others = any(other.pid > 0 for other in self._slots.values())
+        return code == ConfigError.exit_code and not slot.spec.founder and others
 
     def _repeats(self, slot: WorkerSlot, reason: str) -> bool:
         """Whether a rank fails again as before, while no other worker of this node trains."""

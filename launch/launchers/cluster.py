@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from holdfast.parallel.links import (
     listen,
     until_answered,
 )
+from holdfast.parallel.reading import decode_json
 from holdfast.parallel.waiting import Waiting
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.run import (
@@ -53,6 +54,7 @@ from holdfast.trainer.run import (
     run_secret,
     told_run,
 )
+from holdfast.trainer.terms import Terms, TermsDiffer, config_terms, judge, software_versions
 from holdfast.trainer.worlds import WorldInfo
 
 MEET_S = 120.0
@@ -91,7 +93,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
             check_lighthouse(request.config.elastic.lighthouse, world.secret)
             opened = held.enter_context(opened_run(request))
         except HoldfastError as error:
-            tell_others(listening, world, RunAnswer(error=str(error)))
+            tell_others(listening, world, RunAnswer(error=str(error)), request.config)
             raise
         config, run = opened.config, opened.directory
         log_agents(run.agent_log)
@@ -103,7 +105,7 @@ def run_first_task(request: RunRequest, world: WorldInfo) -> int:
         announce = held.enter_context(published_join_file(run))
         lighthouse = held.enter_context(_lighthouse(node))
         answer = RunAnswer(root=str(run.root.absolute()), resume=run.resume, lighthouse=lighthouse)
-        tell_others(listening, world, answer)
+        tell_others(listening, world, answer, request.config)
         announce(JoinInfo.begun(node.membership, lighthouse))
         code = agent.run(lighthouse)
         code = explained(code, run, node.ranks, agent.shutdown.reason)
@@ -118,7 +120,7 @@ def run_other_task(config: RunConfig, world: WorldInfo) -> int:
     Raises:
         ConfigError: the first task cannot be reached, or reported an error.
     """
-    answer, host = ask_first(world)
+    answer, host = ask_first(world, config)
     run, lighthouse = told_run(answer)
     config = recorded_throughput(config, run.root)
     node = _enrolled(replace(_task_settings(config, world), log=run.log, host=host), run)
@@ -248,21 +250,30 @@ def tell_others(
     listening: socket.socket,
     world: WorldInfo,
     answer: RunAnswer,
+    config: RunConfig,
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Answer each other task once, after all of them have connected with the job's secret.
 
     Raises:
+        TermsDiffer: a task has another configuration, or other versions; all of them are told.
         ConfigError: one has not come in time.
     """
     here = f"{world.store_host}:{world.store_port}"
     waiting = Waiting(f"the other tasks of the job to come to {here}", MEET_S, clock=clock)
+    differing: list[str] = []
+
+    def answered(said: Mapping[int, bytes]) -> bytes:
+        differing.extend(_differing(config, said))
+        told = RunAnswer(error="\n".join(differing)) if differing and not answer.error else answer
+        return msgspec.json.encode(told)
+
     missing = answer_all(
         listening,
         world.meeting_key,
         range(1, world.world_size),
-        msgspec.json.encode(answer),
+        answered,
         lambda missing: waiting.left_s(f"tasks {missing} have not come"),
     )
     if missing:
@@ -270,10 +281,33 @@ def tell_others(
             f"tasks {missing} have not come within {MEET_S:g} s; see their logs, and whether they "
             f"reach {here}"
         )
+    if differing and not answer.error:
+        raise TermsDiffer("\n".join(differing))
+
+
+def _task_terms(config: RunConfig) -> Terms:
+    """What is known of a task's terms before its workers start."""
+    return Terms(config_terms(config), versions=software_versions())
+
+
+def _differing(config: RunConfig, said: Mapping[int, bytes]) -> tuple[str, ...]:
+    """What differs between the first task and the others, one line each.
+
+    Args:
+        said: by task, its terms.
+    """
+    found = {0: _task_terms(config)}
+    for task, text in said.items():
+        try:
+            found[task] = decode_json(text, Terms)
+        except ValueError as error:
+            found[task] = Terms(error=f"another version of holdfast ({error})")
+    return judge(found, names=[f"task {task}" for task in range(len(found))]).refused
 
 
 def ask_first(
     world: WorldInfo,
+    config: RunConfig,
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -284,11 +318,13 @@ def ask_first(
         ConfigError: the first task has not answered in time, or the run cannot begin.
     """
     there = f"{world.store_host}:{world.store_port}"
+    word = msgspec.json.encode(_task_terms(config))
     waiting = Waiting(f"the first task at {there}", MEET_S, clock=clock)
 
     def asked(left_s: float) -> tuple[bytes, str]:
         with waiting.in_a_call():  # the others may not all have come
-            return ask(world.store_host, world.store_port, world.meeting_key, world.rank, left_s)
+            here = (world.store_host, world.store_port, world.meeting_key)
+            return ask(*here, world.rank, left_s, word)
 
     try:
         answer, own = until_answered(asked, waiting.left_s, sleep=sleep)

@@ -7,13 +7,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 from holdfast.parallel.errors import first_line
 from holdfast.parallel.links.door import Door
 from holdfast.parallel.links.link import Link, StrangerError, greet
 
+_NUMBER_BYTES = 4
 _LOOK_S = 1.0
 _RETRY_S = 0.2
 _STRANGE_TRIES = 50
@@ -26,31 +27,35 @@ def answer_all(
     listening: socket.socket,
     key: bytes,
     tasks: Collection[int],
-    answer: bytes,
+    answer: Callable[[Mapping[int, bytes]], bytes],
     left_s: Callable[[list[int]], float],
 ) -> list[int]:
     """Send the answer to each of these tasks, after all of them have asked. Local.
 
     Args:
         listening: the result of `listen`; it is closed.
-        answer: at most 64 KiB.
+        answer: returns the answer, given what each has said with its question; each of these is at
+            most 64 KiB.
         left_s: returns the seconds that are left, given the tasks that have not asked.
     Returns:
         The tasks that have not asked in time; then no task was answered.
     """
     come: dict[int, Link] = {}
+    said: dict[int, bytes] = {}
     news = threading.Semaphore(0)
     answered = asyncio.Event()
 
     async def serve(link: Link) -> None:
-        task = int.from_bytes(await link.receive(), "big")
+        question = await link.receive()
+        task = int.from_bytes(question[:_NUMBER_BYTES], "big")
         if task in tasks:
+            said[task] = question[_NUMBER_BYTES:]
             come[task] = link  # a task that asks again has given up its first question
             news.release()
             await answered.wait()
 
-    async def tell() -> None:
-        await asyncio.gather(*(link.send(answer) for link in come.values()), return_exceptions=True)
+    async def tell(told: bytes) -> None:
+        await asyncio.gather(*(link.send(told) for link in come.values()), return_exceptions=True)
         answered.set()
 
     door = Door(listening, key, serve)
@@ -58,7 +63,7 @@ def answer_all(
         while (missing := sorted(set(tasks) - come.keys())) and (left := left_s(missing)) > 0:
             news.acquire(timeout=min(left, _LOOK_S))
         if not missing:
-            door.call(tell())
+            door.call(tell(answer(said)))
         return missing
     finally:
         door.close()
@@ -115,9 +120,13 @@ def knock(address: str, key: bytes, within_s: float) -> None:
     asyncio.run(knocked())
 
 
-def ask(host: str, port: int, key: bytes, task: int, within_s: float) -> tuple[bytes, str]:
+def ask(
+    host: str, port: int, key: bytes, task: int, within_s: float, word: bytes = b""
+) -> tuple[bytes, str]:
     """The answer of the first process, and this machine's address towards it. Local.
 
+    Args:
+        word: what this process says with its question.
     Raises:
         StrangerError: the process there does not hold the key.
         OSError, EOFError: it cannot be reached, or left without an answer.
@@ -129,7 +138,7 @@ def ask(host: str, port: int, key: bytes, task: int, within_s: float) -> tuple[b
             try:
                 own = str(writer.get_extra_info("sockname")[0])
                 link = await greet(reader, writer, key, within_s)
-                await link.send(task.to_bytes(4, "big"))
+                await link.send(task.to_bytes(_NUMBER_BYTES, "big") + word)
                 return await link.receive(), own
             finally:
                 writer.close()

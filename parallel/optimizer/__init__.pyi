@@ -23,6 +23,7 @@ from .registry import (
 )
 from .rule import (
     MASTER as MASTER,
+    BlockUpdate as BlockUpdate,
     OptimizerRule as OptimizerRule,
     OwnKey as OwnKey,
     StateFormat as StateFormat,

@@ -162,10 +162,10 @@ def save_and_load_elsewhere(
     """Resume and do nothing else: a digest of every saved tensor's boxes on this rank."""
     import hashlib
 
-    from holdfast.trainer.checkpointing import Checkpoints
     from holdfast.trainer.run.resume import Resume
     from holdfast.trainer.run.run_directory import RunDirectory
     from holdfast.trainer.run.signals import Signals
+    from holdfast.trainer.saves import Checkpoints
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.worlds.world import local_world
 

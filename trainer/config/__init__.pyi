@@ -2,6 +2,9 @@ from .data_section import (
     DataConfig as DataConfig,
     check_data_config as check_data_config,
 )
+from .flat import (
+    flat_keys as flat_keys,
+)
 from .installation import (
     require_elastic as require_elastic,
 )

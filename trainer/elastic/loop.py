@@ -20,6 +20,7 @@ from holdfast.parallel.reading import decode_json, read_regular
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption
 from holdfast.trainer.elastic.recovery import CompletedChange, Drives, Recovery
+from holdfast.trainer.elastic.run_terms import RunTerms
 from holdfast.trainer.elastic.saves import ElasticSaves
 from holdfast.trainer.elastic.session import ElasticSession
 from holdfast.trainer.elastic.state_recovery import TrainingBuilder
@@ -28,6 +29,7 @@ from holdfast.trainer.elastic.transport import GroupTransport
 from holdfast.trainer.reports import EventFile
 from holdfast.trainer.run import RunDirectory
 from holdfast.trainer.step import Outcome, Requests, Training, choose_device, plan_of
+from holdfast.trainer.terms import TermsDiffer, own_terms
 
 logger = logging.getLogger("holdfast.elastic")
 
@@ -274,11 +276,20 @@ def _train(
         saves = ElasticSaves(config, spec, membership, run, interruption)
         session = ElasticSession(config, spec, membership, run, events, saves)
         held.callback(session.close)
+        terms = RunTerms(
+            lambda: own_terms(config, spec.local_rank),
+            spec,
+            run,
+            interruption,
+            _telling(membership),
+        )
+        if not spec.founder:
+            _admit(terms, spec, events)
         device = choose_device(config, spec.local_rank)
         history = _history(run)
         drives = Drives(
             membership,
-            GroupTransport(config, spec, device, interruption),
+            GroupTransport(config, spec, device, interruption, terms.compare),
             TrainingBuilder(
                 config,
                 spec.rank,
@@ -301,6 +312,21 @@ def _train(
             # A new worker would train the same steps again, to the same end.
             membership.incurable()
             raise
+
+
+def _admit(terms: RunTerms, spec: WorkerSpec, events: EventFile) -> None:
+    """Let a newcomer in if it trains with what the run trains with.
+
+    Raises:
+        TermsDiffer: it does not; the run goes on without it.
+    """
+    try:
+        terms.require_admission()
+    except TermsDiffer as error:
+        events.append(
+            "newcomer_refused", rank=spec.rank, incarnation=spec.incarnation, reason=str(error)
+        )
+        raise
 
 
 def _history(run: RunDirectory) -> MembershipHistory | None:

@@ -12,7 +12,6 @@ from torch.distributed import Store
 
 from holdfast.elastic import Generation, Membership, WorkerSpec
 from holdfast.parallel.reading import decode_json
-from holdfast.trainer.checkpointing import Checkpoints
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.run import (
@@ -24,6 +23,7 @@ from holdfast.trainer.run import (
     forget_newer,
     set_aside_newer,
 )
+from holdfast.trainer.saves import Checkpoints
 from holdfast.trainer.step import Training
 from holdfast.trainer.worlds import WorldInfo
 

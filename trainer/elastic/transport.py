@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.distributed import Store
 
-from holdfast.elastic import Identity, WorkerSpec
+from holdfast.elastic import Generation, Identity, WorkerSpec
 from holdfast.parallel.comm import (
     Communicator,
     Groups,
@@ -42,7 +43,14 @@ class GroupTransport:
         spec: WorkerSpec,
         device: torch.device,
         interruption: Interruption,
+        compare_terms: Callable[[Generation, Store], None],
     ) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            compare_terms: checks that all ranks of a generation train with the same.
+        """
+        self._compare_terms = compare_terms
         self._config, self._spec, self._device = config, spec, device
         self._interruption = interruption
         self._groups: Groups | None = None
@@ -59,8 +67,11 @@ class GroupTransport:
 
         Raises:
             PeerLost: a rank is gone.
+            TermsDiffer: the first ranks of the run do not train with the same.
         """
         generation, rank = transition.generation, self._spec.rank
+        if not transition.recovery.active:  # else every rank was compared before it came
+            self._compare_terms(generation, store)
         replicas = transition.after.stage_replicas
         world = replicas.ranks if rank in replicas.ranks else generation.ranks
         # Activations may come from any replica of a stage.

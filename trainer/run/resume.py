@@ -15,7 +15,7 @@ import msgspec
 from holdfast.checkpoint.format import Manifest, expanded, scheme_of, step_of
 from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.config import DataConfig, NumericsConfig, RunConfig
+from holdfast.trainer.config import DataConfig, NumericsConfig, RunConfig, flat_keys
 from holdfast.trainer.run.initial_weights import (
     check_converted,
     check_tensors,
@@ -159,22 +159,12 @@ def differing_keys(
     # An older version that lacks a key of these did what its default does.
     sections = {"data": DataConfig, "numerics": NumericsConfig}
     older = {name: msgspec.to_builtins(of()) for name, of in sections.items() if name in saved}
-    flat_saved, flat_now = _flat(older) | _flat(plain[0]), _flat(plain[1])
+    flat_saved, flat_now = flat_keys(older) | flat_keys(plain[0]), flat_keys(plain[1])
     return [
         (key, flat_saved.get(key), flat_now.get(key))
         for key in sorted(flat_saved.keys() | flat_now.keys())
         if key.startswith(prefixes) and flat_saved.get(key) != flat_now.get(key)
     ]
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def set_aside_newer(root: Path, step: int) -> list[str]:

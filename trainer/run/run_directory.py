@@ -72,6 +72,11 @@ class RunDirectory:
         return self.root / "elastic.json"
 
     @property
+    def terms(self) -> Path:
+        """What the ranks of an elastic run train with; newcomers are held to it."""
+        return self.root / "terms.json"
+
+    @property
     def incidents(self) -> Path:
         """The records of the changes that losses made necessary, one file each."""
         return self.root / "incidents"

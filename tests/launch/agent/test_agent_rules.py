@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.elastic import Roll
+from holdfast.elastic.agreement import AcceptorFile, AcceptorState
 from holdfast.elastic.generation import Identity
 from holdfast.elastic.membership_events import MembershipEvent, event_to_data
 from holdfast.elastic.worker_spec import WorkerSpec
@@ -300,3 +302,38 @@ def test_a_line_that_workers_have_for_the_user_is_shown_once(
     assert node.run(ranks=(0, 1)) == 0
     told = capsys.readouterr().err.splitlines()
     assert told == ["holdfast: RUN/metrics.jsonl cannot be written", "holdfast: step 4/4"]
+
+
+def test_a_newcomer_that_refuses_costs_the_others_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = FakeNode(tmp_path)
+    reason = "rank 1: data: other tokens"
+
+    def wait() -> None:
+        node.on_wait = later
+        for rank in (0, 1):
+            node.tell_generation(rank, 1, BOTH)
+            AcceptorFile(tmp_path, Identity(rank)).write(AcceptorState(1, frozenset(BOTH)))
+        node.end(1, -9)
+
+    def later() -> None:
+        if len(node.started) == 3 and 1 in node.living:
+            node.end(1, 2)
+            node.on_wait = lambda: node.finish(0)
+
+    node.on_wait = wait
+    roll = tmp_path / "roll"
+    known = {2: reason}
+    assert node.run(ranks=(0, 1), roll=roll, failure=lambda _, code: known.get(code)) == 0
+    assert node.killed == []
+    assert [identity for _, identity in node.started] == [*BOTH, Identity(1, 1)]
+    assert capsys.readouterr().err == f"holdfast: rank 1.1 is not let in: {reason}\n"
+
+
+def test_a_node_that_cannot_join_does_not_end_the_run_of_the_others(tmp_path: Path) -> None:
+    node = FakeNode(tmp_path)
+    node.on_start = lambda spec: node.end(spec.rank, 2)
+    roll = tmp_path / "roll"
+    assert node.run(ranks=(7,), founder=False, roll=roll, failure=lambda *_: "another lr") == 2
+    assert Roll(roll).ended() is None

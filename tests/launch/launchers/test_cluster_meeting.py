@@ -15,9 +15,14 @@ import pytest
 from holdfast.launch.launchers.cluster import MEET_S, ask_first, tell_others
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.links import ask, listen
+from holdfast.parallel.reading import decode_json
+from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.run_directory import RunAnswer, told_run
 from holdfast.trainer.worlds.world import WorldInfo, local_world
 from support.processes.fake_clock import FakeClock
+from support.runs.small_runs import make_config
+
+CONFIG = make_config()
 
 
 def world_of(rank: int, port: int) -> WorldInfo:
@@ -38,19 +43,19 @@ def test_a_first_task_that_does_not_answer_is_asked_again_until_time_is_up(
     begin = clock()
     port = unused_port()
     with pytest.raises(ConfigError, match=r"did not answer within 120 s: .*refused.*MASTER_ADDR"):
-        ask_first(world_of(1, port), clock=clock, sleep=clock.sleep)
+        ask_first(world_of(1, port), CONFIG, clock=clock, sleep=clock.sleep)
     assert clock() - begin == pytest.approx(MEET_S, abs=2)
     assert len(clock.slept_s) > 10
     (told,) = capfd.readouterr().err.splitlines()  # once
     assert told.startswith(f"holdfast: waiting for the first task at 127.0.0.1:{port} since 5 s")
 
 
-def in_thread(world: WorldInfo, answers: list[Any]) -> threading.Thread:
+def in_thread(world: WorldInfo, answers: list[Any], config: RunConfig = CONFIG) -> threading.Thread:
     """A task that asks the first one."""
 
     def body() -> None:
         try:
-            answers.append(ask_first(world, sleep=lambda _: time.sleep(0.01))[0])
+            answers.append(ask_first(world, config, sleep=lambda _: time.sleep(0.01))[0])
         except ConfigError as error:
             answers.append(str(error))
 
@@ -77,7 +82,7 @@ def test_tasks_that_do_not_come_in_time_are_named_and_those_of_another_job_do_no
         return clock() + (0.0 if other.is_alive() else MEET_S)
 
     with pytest.raises(ConfigError, match=r"tasks \[2\] have not come within 120 s"):
-        tell_others(listening, world, RunAnswer(), clock=later)
+        tell_others(listening, world, RunAnswer(), CONFIG, clock=later)
     assert "is not the first task of this job" in str(answers[0])
 
 
@@ -85,7 +90,7 @@ def test_a_name_that_does_not_resolve_is_asked_again_until_time_is_up() -> None:
     clock = FakeClock()
     world = replace(world_of(1, 29500), store_host="no-such-host.invalid")
     with pytest.raises(ConfigError, match=r"first task at no-such-host.invalid:29500 did not ans"):
-        ask_first(world, clock=clock, sleep=lambda seconds: clock.sleep(30.0))
+        ask_first(world, CONFIG, clock=clock, sleep=lambda seconds: clock.sleep(30.0))
 
 
 def test_strangers_do_not_keep_the_tasks_from_meeting() -> None:
@@ -101,7 +106,7 @@ def test_strangers_do_not_keep_the_tasks_from_meeting() -> None:
         second.sendall(b'{"task": 1, "job": "7"}\n' * 10)
         third.sendall(b"\xff" * 4096)
         task = in_thread(replace(world, rank=1), answers)
-        tell_others(listening, world, RunAnswer(root="here"))
+        tell_others(listening, world, RunAnswer(root="here"), CONFIG)
         task.join(10)
     assert [told_run(answer)[0].root for answer in answers] == [Path("here")]
 
@@ -110,7 +115,30 @@ def test_the_port_is_free_after_the_meeting_though_processes_were_forked_before(
     listening = listen("127.0.0.1")
     inherited = listening.dup()
     world = replace(world_of(0, listening.getsockname()[1]), world_size=1)
-    tell_others(listening, world, RunAnswer())
+    tell_others(listening, world, RunAnswer(), CONFIG)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", world.store_port), 5)
     inherited.close()
+
+
+def test_every_task_is_told_which_keys_differ() -> None:
+    answers: list[Any] = []
+    listening = listen("127.0.0.1")
+    world = world_of(0, listening.getsockname()[1])
+    other = make_config(optimizer={"lr": 0.5}, log={"every": 9}, parallel={"data": 2})
+    tasks = [
+        in_thread(replace(world, rank=1), answers),
+        in_thread(replace(world, rank=2), answers, other),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        tell_others(listening, world, RunAnswer(root="here"), CONFIG)
+    for task in tasks:
+        task.join(10)
+    for told in (*(decode_json(answer, RunAnswer).error for answer in answers), str(caught.value)):
+        assert told == (
+            "optimizer.lr: 0.01 on task 0 and task 1, 0.5 on task 2; "
+            "start all with the same file and the same --set\n"
+            "parallel.data: 1 on task 0 and task 1, 2 on task 2; "
+            "start all with the same file and the same --set"
+        )
+    assert len(answers) == 2

@@ -177,11 +177,11 @@ class Starter:
         self.runs.append(ElasticRun(self.folder / name, process))
         return self.runs[-1]
 
-    def join(self, run: ElasticRun, ranks: int = 1) -> Process:
+    def join(self, run: ElasticRun, ranks: int = 1, launcher: Sequence[str] = ()) -> Process:
         """Another node for a run, on this machine."""
         name = f"{run.root.name}-joined-{len(self._others)}"
         arguments = ("join", str(run.root), "--ranks", str(ranks))
-        self._others.append(self._start(name, arguments))
+        self._others.append(self._start(name, arguments, launcher))
         return self._others[-1]
 
     def _start(self, name: str, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Process:

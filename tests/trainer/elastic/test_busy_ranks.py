@@ -11,7 +11,7 @@ import pytest
 
 from holdfast.checkpoint import CheckpointManager
 from holdfast.parallel.pipeline import Executor
-from holdfast.trainer.checkpointing import Checkpoints
+from holdfast.trainer.saves import Checkpoints
 from support.processes.cluster import Cluster
 from support.runs.elastic_runs import Starter, bits_of, fault, pace
 from support.runs.small_runs import make_config, run_training

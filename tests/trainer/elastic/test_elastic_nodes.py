@@ -113,6 +113,9 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
         run.wait_for_members(members)
     told = (run.root.parent / f"{run.root.name}-joined-0.txt").read_text()
     assert "(rank 1) takes part; SIGTERM lets it hand over and leave" in told
+    unlike = start.join(run, launcher=("env", "ATEN_CPU_CAPABILITY=default"))
+    assert unlike.wait(60) == 2
+    assert [event["rank"] for event in run.events("newcomer_refused")] == [3]
     run.wait_for_step(len(run.steps()) + 2)
     for members, node in zip((2, 1), nodes, strict=True):
         node.send_signal(signal.SIGTERM)
@@ -124,7 +127,7 @@ def test_a_run_grows_and_shrinks_without_a_changed_bit(
     assert [event["rank"] for event in run.events("rank_left")] == [1, 2]
     assert not run.events("rank_lost")
     assert not (run.root / "elastic.json").exists()
-    assert not list(run.root.glob("logs/*.error.json"))
+    assert [path.name for path in run.root.glob("logs/*.error.json")] == ["rank-3.error.json"]
     again = start.replay(run)
     assert again.finish() == 0, again.output()
     told = again.output().splitlines()[-1]

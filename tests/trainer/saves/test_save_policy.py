@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.trainer.save_policy import RETRY_S, SaveDecision, SavePolicy
+from holdfast.trainer.saves.save_policy import RETRY_S, SaveDecision, SavePolicy
 from support.runs.small_runs import make_config
 
 NOTHING, DISK, MEMORY, SKIPPED = SaveDecision

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
@@ -31,7 +30,7 @@ from holdfast.trainer.run import (
     memory_root,
     set_aside_newer,
 )
-from holdfast.trainer.save_policy import SaveDecision, SavePolicy, SaveProgress
+from holdfast.trainer.saves.save_policy import SaveDecision, SavePolicy, SaveProgress
 from holdfast.trainer.step import (
     Outcome,
     Requests,
@@ -43,6 +42,7 @@ from holdfast.trainer.step import (
     wanted_boxes,
     weights_only,
 )
+from holdfast.trainer.terms import software_versions
 from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")
@@ -200,7 +200,7 @@ class Checkpoints:
                 "data_fingerprint": training.data.fingerprint,
             },
             config=msgspec.to_builtins(config),
-            versions={"holdfast": version("holdfast"), "torch": str(torch.__version__)},
+            versions=software_versions(),
             extra_files=huggingface_files(config) if self._coordinates else {},
             retention=Retention(keep, self._uploading),
             pinned=training.device.type == "cuda",

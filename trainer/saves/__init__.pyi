@@ -1,0 +1,3 @@
+from .checkpointing import (
+    Checkpoints as Checkpoints,
+)

@@ -1,0 +1,129 @@
+"""The certificate of a rank: hashes of what its device computes. Equal hashes promise equal bits.
+
+The operations are those of the run: the modules of its model family, forwards and backwards, at
+small sizes, matrix products of its own sizes up to a bound, its optimizer's update, elementwise
+functions; all in the run's precision, on the run's device, from keyed inputs. Local.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.parallel.keyed_random import normal_box_, stream_key
+from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, BlockUpdate
+from holdfast.parallel.pipeline import MicroBatchContext
+from holdfast.parallel.precision import PRECISIONS
+from holdfast.trainer.config import RunConfig
+from holdfast.trainer.models import build_whole_model, family_of
+
+_SEED = 20_260_101
+_MOST = 512
+"""The longest side of a matrix."""
+_MOST_ROWS = 64
+_TOKENS = 33
+_BLOCK = 4096 + 3
+"""Elements of the updated block: no multiple of a vector's length."""
+
+
+def make_certificate(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """The hashes, by kind of operation."""
+    return {
+        **_of_products(config, device),
+        "functions": _hashed(_functions(config, device)),
+        **_of_model(config, device),
+        "update": _hashed(_updated(config, device)),
+    }
+
+
+def _of_products(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """A linear layer of the run's sizes: its product, and both of its gradients."""
+    train, model = config.train, config.model
+    rows = min(_MOST_ROWS, train.seq_len * train.micro_batch)
+    hidden, intermediate = min(_MOST, model.hidden), min(_MOST, model.intermediate)
+    dtype = PRECISIONS[train.precision].dtype
+    value, weight, gradient = (
+        _drawn(name, size, device).to(dtype)
+        for name, size in (
+            ("value", (rows, hidden)),
+            ("weight", (intermediate, hidden)),
+            ("gradient", (rows, intermediate)),
+        )
+    )
+    return {
+        "matrix products": _hashed([F.linear(value, weight)]),
+        "gradients of matrix products": _hashed([gradient @ weight, gradient.t() @ value]),
+    }
+
+
+def _functions(config: RunConfig, device: torch.device) -> list[Tensor]:
+    """Elementwise functions and reductions of a row."""
+    dtype = PRECISIONS[config.train.precision].dtype
+    value = _drawn("functions", (16, min(_MOST, config.model.hidden)), device).to(dtype)
+    wide = value if value.element_size() >= 4 else value.float()
+    return [
+        value.exp(),
+        F.silu(value),
+        wide.cos(),
+        wide.softmax(-1),
+        wide.logsumexp(-1),
+        wide.square().sum(dtype=torch.float64),
+        F.rms_norm(wide, wide.shape[-1:], None, 1e-6),
+    ]
+
+
+def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """The loss of a small model of the run's family, and the gradients of its parameters."""
+    train = config.train
+    model = family_of(config.model.family).tiny(config.model, 1, 1)
+    model = msgspec.structs.replace(model, max_seq_len=max(model.max_seq_len, _TOKENS))
+    rows = min(train.micro_batch, 2)
+    chunk = build_whole_model(
+        model,
+        dtype=PRECISIONS[train.precision].dtype,
+        device=device,
+        seq_len=_TOKENS - 1,
+        micro_batch=rows,
+        seed=_SEED,
+    )
+    tokens = torch.arange(rows * _TOKENS).view(rows, _TOKENS) * 7 % model.vocab
+    loss = chunk(None, MicroBatchContext(0, 0, True, tokens.to(device)))
+    loss.backward()
+    gradients = [p.grad for _, _, p in chunk.named_specs() if p.grad is not None]
+    return {"forward pass": _hashed([loss.detach()]), "backward pass": _hashed(gradients)}
+
+
+def _updated(config: RunConfig, device: torch.device) -> list[Tensor]:
+    """A block after an update of the run's optimizer, with its state."""
+    rule = OPTIMIZERS[config.optimizer.name]
+    dtype = PRECISIONS[config.train.precision].state.dtype
+    held = [
+        _drawn(name, (1, _BLOCK), device).to(dtype).flatten().abs()
+        for name in (MASTER, "gradient", *(kind.name for kind in rule.kinds))
+    ]
+    master, gradient, *state = held
+    block = BlockUpdate(master, gradient, tuple(state), decays=True)
+    number = torch.tensor(2.0, device=device)
+    settings = rule.settings(config.optimizer)
+    rule.update_blocks([block], number, config.optimizer.lr, settings)
+    return [master, *state]
+
+
+def _drawn(name: str, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Keyed normal draws: float32[size]."""
+    values = torch.empty(size, dtype=torch.float32)
+    key = stream_key(_SEED, "certificate", name)
+    normal_box_(values, key, row=0, column=0, total_columns=size[1], std=1.0)
+    return values.to(device)
+
+
+def _hashed(values: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -36,7 +36,7 @@ from holdfast.parallel.links import (
     listen,
     until_answered,
 )
-from holdfast.parallel.output import tell
+from holdfast.parallel.output import name_process, tell
 from holdfast.parallel.waiting import Waiting, tell_person
 from holdfast.trainer.config import RunConfig, check_config
 from holdfast.trainer.loop import train
@@ -207,6 +207,7 @@ def run_worker(
         if not (reason.kind == PeerLost.__name__ and another_rank_tells(run, world)):
             tell(describe(reason, run))
 
+    name_process(f"r{world.rank}")
     log_to_file(run, world.rank)
     logger.info("pid %d, %d workers", os.getpid(), world.world_size)
     return _exit_code_of(body, run, world.rank, report if announce else None)
@@ -218,6 +219,7 @@ def run_elastic_worker(
     """Run one worker of an elastic run and return the process's exit code."""
     from holdfast.trainer.elastic import train_elastic_worker
 
+    name_process(f"r{spec.rank}")
     log_to_file(run, spec.rank)
     logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
     run.error(spec.rank).unlink(missing_ok=True)  # it told of the end of the worker before

@@ -30,6 +30,7 @@ import msgspec
 from holdfast.elastic import FairClock, WorkerSpec
 from holdfast.launch.agent.liveness import is_stopped, silence, starved_s
 from holdfast.launch.processes import Supervisor, append_output, end_child, fork_child
+from holdfast.parallel.output import name_process
 from holdfast.parallel.reading import decode_json
 
 logger = logging.getLogger("holdfast.agent")
@@ -203,6 +204,7 @@ def _serve(control: socket.socket, main: WorkerMain, watch: MutualWatch) -> int:
 
     An agent that does not run any more is killed, after the workers that it cannot watch.
     """
+    name_process("forks")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     workers = Supervisor(groups=True)

@@ -21,6 +21,7 @@ from holdfast.launch.agent.settings import AgentSettings
 from holdfast.launch.processes import fork_child
 from holdfast.parallel.errors import MembershipError
 from holdfast.parallel.links import Tunnels
+from holdfast.parallel.output import name_process
 
 _LOOK_S = 0.5
 SILENCE_S = 5.0
@@ -107,6 +108,7 @@ def _serve(
     tell: int,
     gone: int,
 ) -> int:
+    name_process("quorum")
     timeout_ms = membership.heartbeat_timeout_ms
     try:
         server = Lighthouse(

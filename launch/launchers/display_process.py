@@ -14,7 +14,7 @@ from typing import Any
 
 from holdfast.launch.processes import PASSED_ON, end_child, fork_child
 from holdfast.parallel.errors import HoldfastError
-from holdfast.parallel.output import is_event, json_lines, step_of
+from holdfast.parallel.output import is_event, json_lines, name_process, step_of
 from holdfast.parallel.plan import Plan, plan_from_data
 from holdfast.parallel.reading import open_regular
 from holdfast.trainer.config import RunConfig
@@ -59,6 +59,7 @@ def start_display(config: RunConfig, run: RunDirectory) -> DisplayProcess:
     told, telling = os.pipe()
 
     def body() -> int:
+        name_process("panel")
         os.close(writer)
         os.close(telling)
         for number in PASSED_ON:

@@ -27,6 +27,7 @@ from holdfast.launch.agent import Agent, AgentSettings, WorkerMain
 from holdfast.launch.processes import Supervisor, fork_child, on_signals
 from holdfast.parallel.errors import ConfigError, Stopped
 from holdfast.parallel.links import Tunnels
+from holdfast.parallel.output import name_process
 from holdfast.parallel.waiting import tell_person
 
 logger = logging.getLogger("holdfast.agent")
@@ -137,6 +138,7 @@ def _fork_agent(node: AgentSettings, main: WorkerMain, reader: int, others: Sequ
     """
 
     def body() -> int:
+        name_process("agent")
         for descriptor in others:
             os.close(descriptor)
         agent = Agent(node, main)

@@ -29,6 +29,7 @@ from .process_end import (
 )
 from .process_start import (
     begin_process as begin_process,
+    name_process as name_process,
     unwind_when_told as unwind_when_told,
 )
 from .standard_streams import (

@@ -76,6 +76,8 @@ def test_a_killed_worker_ends_the_run_and_is_named(
     }
     workers = descendants(process.pid)
     assert set(started.values()) == workers
+    names = {rank: Path(f"/proc/{pid}/comm").read_text().strip() for rank, pid in started.items()}
+    assert names == {rank: f"holdfast r{rank}" for rank in range(4)}
     os.kill(started[2], signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 3

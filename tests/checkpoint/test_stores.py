@@ -66,7 +66,9 @@ def test_what_is_uploaded_is_verified_compared_and_loaded_at_its_url(
     found = diff_checkpoints(one, two)
     assert [value.name for value in found.values] == ["a"]
     state = _state(0)
-    assert load(one, state) == {"note": "x"}
+    loaded = load(one, state)
+    assert loaded["note"] == "x"
+    assert torch.equal(loaded["a"], state["a"])
     assert torch.equal(state["a"], _state(1)["a"])
 
 

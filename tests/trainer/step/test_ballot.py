@@ -24,9 +24,9 @@ def packed(rank: int, flags: int = 0, requests: Requests = NO_REQUESTS) -> torch
 def test_the_order_on_the_wire_stands() -> None:
     ballot = packed(0, OUT_OF_RANGE, Requests(stop=True, leave=True))
     assert ballot.dtype == torch.float64
-    assert ballot.tolist() == [1, 0, 8, 2, 0, 0, 1, 0, 1, 0, 0, 0, 1]
-    named = ("nonfinite", "out_of_range", "save", "stop", "busy", "change", "filling", "leave")
-    assert named == MARKS
+    assert ballot.tolist() == [1, 0, 8, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1]
+    flags = ("nonfinite", "out_of_range")
+    assert (*flags, "save", "stop", "interrupt", "busy", "change", "filling", "leave") == MARKS
 
 
 def test_every_request_has_a_slot() -> None:

@@ -31,7 +31,7 @@ _MOST_BYTES = 1 << 16
 _MOST_RANKS = 1 << 20
 
 
-class JoinInfo(msgspec.Struct, frozen=True):
+class JoinInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """The content of a join file."""
 
     lighthouse: PathText

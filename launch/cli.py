@@ -11,7 +11,7 @@ import sys
 try:
     import os
     import signal
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from importlib import import_module
     from typing import Annotated, Any, Final, NoReturn
 
@@ -43,6 +43,7 @@ RECORDED: Final = ("train", "resume", "replay", "join")
 """The commands whose results are files: output that is lost does not change their exit code."""
 ANSWERING: Final = ("verify", "diff", "prove")
 """The commands whose exit code 1 is an answer: damaged, different, not proved."""
+ONCE_A_FLAG: Final = "--allow-change"
 COMPLETION: Final = "_HOLDFAST_COMPLETE"
 """The environment variable by which a shell asks for completions of a command line."""
 
@@ -100,13 +101,25 @@ def _command_name() -> str:
     return words[1] if len(words) > 1 else ""
 
 
+def _with_bare_option(words: Sequence[str]) -> list[str]:
+    """The arguments, with an empty value for an option that was once a flag. Pure.
+
+    So the command can say which value it needs, where the parser would take the next option for it.
+    """
+    given = list(words)
+    return [
+        f"{word}=" if word == ONCE_A_FLAG and (not after or after.startswith("-")) else word
+        for word, after in zip(given, [*given[1:], ""], strict=True)
+    ]
+
+
 def _run() -> int:
     require_text_names(sys.argv[1:], os.environ)
     command = _command_name()
     if command not in RECORDED:  # those hear signals in their own ways
         unwind_when_told()
     try:
-        command_line(command)(prog_name="holdfast")
+        command_line(command)(args=_with_bare_option(sys.argv[1:]), prog_name="holdfast")
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise

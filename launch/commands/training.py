@@ -16,7 +16,13 @@ from holdfast.launch.commands.progress import shown_progress
 from holdfast.launch.help_pages import epilog, shown_alone
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import outlive_readers, plain_console, say, tell, unwind_when_told
-from holdfast.trainer.config import config_notes, known_keys, load_config, require_elastic
+from holdfast.trainer.config import (
+    allowed_changes,
+    config_notes,
+    known_keys,
+    load_config,
+    require_elastic,
+)
 from holdfast.trainer.run import (
     RunDirectory,
     RunRequest,
@@ -81,6 +87,16 @@ Overrides = Annotated[
 ]
 
 
+AllowChange = Annotated[
+    list[str],
+    typer.Option(
+        "--allow-change",
+        metavar="KEY,...",
+        help="Go on although these keys differ from the checkpoint's; may be repeated.",
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     for command in (train, resume, replay, join, plan, check):
@@ -110,10 +126,7 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto, none, or the path of a checkpoint.", metavar="CHECKPOINT")
     ] = "auto",
-    allow_change: Annotated[
-        bool,
-        typer.Option("--allow-change", help="Go on although model, data or batch have changed."),
-    ] = False,
+    allow_change: AllowChange = [],  # noqa: B006
     prove: Annotated[
         bool,
         typer.Option(
@@ -130,12 +143,13 @@ def train(
     outlive_readers()
     begin_to_hear()
     loaded = load_run_config(config, overrides, workers=nproc)
-    request = RunRequest(config, loaded, out, resume, allow_change=allow_change)
+    request = RunRequest(config, loaded, out, resume, allowed_changes(allow_change, loaded))
     raise typer.Exit(_start(request, nproc, prove=prove))
 
 
 def resume(
     run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
+    allow_change: AllowChange = [],  # noqa: B006
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Go on with a run, by the configuration in its folder."""
@@ -147,8 +161,9 @@ def resume(
             f"{run} has no config.toml, so it is not the folder of a run; name one, or begin with "
             "holdfast train CONFIG.toml"
         )
-    request = RunRequest(directory.config, load_run_config(directory.config, overrides), run)
-    raise typer.Exit(_start(request))
+    loaded = load_run_config(directory.config, overrides)
+    allowed = allowed_changes(allow_change, loaded)
+    raise typer.Exit(_start(RunRequest(directory.config, loaded, run, allow_change=allowed)))
 
 
 def _start(request: RunRequest, nproc: int | None = None, *, prove: bool = False) -> int:

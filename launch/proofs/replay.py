@@ -26,7 +26,7 @@ from holdfast.parallel.files import scratch_folder
 from holdfast.parallel.links import new_secret
 from holdfast.parallel.output import write_whole
 from holdfast.parallel.reading import converted, open_regular
-from holdfast.trainer.config import ChaosConfig, RunConfig, load_config
+from holdfast.trainer.config import EVERY_CHANGE, ChaosConfig, RunConfig, load_config
 from holdfast.trainer.reports import last_step
 from holdfast.trainer.run import RunDirectory, RunRequest, checkpoint_root, opened_run, read_events
 
@@ -87,7 +87,7 @@ def replay_run(source: RunDirectory, out: Path) -> tuple[int, Replay | None]:
             raise ConfigError(
                 f"the run began from {begin}, which is gone; there is nothing to begin from"
             )
-    request = RunRequest(source.config, config, out=out, resume=begin, allow_change=True)
+    request = RunRequest(source.config, config, out=out, resume=begin, allow_change=EVERY_CHANGE)
     with opened_run(request) as opened:
         run = opened.directory
         write_whole(run.journal, msgspec.json.encode(asdict(history)))

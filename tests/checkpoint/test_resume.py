@@ -250,13 +250,15 @@ def test_what_cannot_be_resumed_is_refused_with_its_keys(cluster: Cluster, tmp_p
     changed = _config(train={"steps": 4, "seed": 5}, model={"dropout": 0.2})
     with pytest.raises(WorkerFailed, match=r"model.dropout = 0.2 .* train.seed = 5"):
         run_in(cluster, changed, tmp_path)
-    run_in(cluster, changed, tmp_path, allow_change=True)
+    with pytest.raises(WorkerFailed, match=r"go on all the same with .*model.dropout,train.seed"):
+        run_in(cluster, changed, tmp_path, allow_change=("train.seed",))
+    run_in(cluster, changed, tmp_path, allow_change=("train.seed", "model.dropout"))
     assert len(metrics_of(tmp_path)) == 4
     notes = [event["message"] for event in events_of(tmp_path, "resume_note")]
     assert any("train.seed = 5" in note for note in notes)
     other_shape = _config(train={"steps": 6, "seed": 5}, model={"dropout": 0.2, "hidden": 64})
     with pytest.raises(WorkerFailed, match=r"has shape"):
-        run_in(cluster, other_shape, tmp_path, allow_change=True)
+        run_in(cluster, other_shape, tmp_path, allow_change=("model.hidden",))
 
 
 @pytest.mark.mp

@@ -1,3 +1,10 @@
+from .changes import (
+    EVERY_CHANGE as EVERY_CHANGE,
+    OF_A_MODEL_FOLDER as OF_A_MODEL_FOLDER,
+    advice_to_allow as advice_to_allow,
+    allowed_changes as allowed_changes,
+    refused_changes as refused_changes,
+)
 from .data_section import (
     DataConfig as DataConfig,
     check_data_config as check_data_config,
@@ -15,6 +22,9 @@ from .loading import (
     load_config as load_config,
 )
 from .memory import machine_memory_bytes as machine_memory_bytes
+from .places import (
+    anchored as anchored,
+)
 from .rules import config_notes as config_notes
 from .sections import (
     ChaosConfig as ChaosConfig,

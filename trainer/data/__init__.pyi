@@ -10,6 +10,7 @@ from .dataset import (
 from .opening import (
     DataConfig as DataConfig,
     open_dataset as open_dataset,
+    open_samples as open_samples,
     split_tokens as split_tokens,
 )
 from .prepare import (

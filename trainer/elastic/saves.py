@@ -12,7 +12,7 @@ from torch.distributed import Store
 
 from holdfast.elastic import Generation, Membership, WorkerSpec
 from holdfast.parallel.reading import decode_json
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import EVERY_CHANGE, RunConfig
 from holdfast.trainer.elastic.interruption import Interruption, await_word
 from holdfast.trainer.run import (
     Resume,
@@ -92,7 +92,9 @@ class ElasticSaves:
         if self._spec.rank == training.plan.stage_replicas.ranks[0]:
             found = self._run.resume
             if generation.number > 1:
-                newest = find_resume(self._run.root, self._config, "auto", allow_change=True)
+                newest = find_resume(
+                    self._run.root, self._config, "auto", allow_change=EVERY_CHANGE
+                )
                 found = replace(found, candidates=newest.candidates or found.candidates)
             if sound_until is not None:
                 set_aside_newer(checkpoint_root(self._run.root, self._config), sound_until)

@@ -89,9 +89,10 @@ class Family(Generic[M]):
     Parameters have the local names of the table."""
     config_json: Callable[[M, int, str], Mapping[str, Any]]
     """(section, sequence length, torch's name of the dtype) -> Hugging Face's `config.json`."""
-    differences: Callable[[M, Mapping[str, Any]], Iterator[str]]
-    """The differences between a section and a `config.json`, one line each: what the model here
-    computes otherwise."""
+    differences: Callable[[M, Mapping[str, Any]], Iterator[tuple[str, str]]]
+    """The differences between a section and a `config.json`, key and line of each: what the model
+    here computes otherwise. A key of `config.json` that [model] lacks has `config.json:` before
+    it."""
     tiny: Callable[[M, int, int], M]
     """(section, tensor degree, layers) -> a section of small sizes that divide as before."""
     tensor_share: Callable[[M, int], M]

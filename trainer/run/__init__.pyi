@@ -23,7 +23,9 @@ from .opening import (
     opened_run as opened_run,
 )
 from .resume import (
+    FINGERPRINT as FINGERPRINT,
     Resume as Resume,
+    check_same_data as check_same_data,
     checkpoint_root as checkpoint_root,
     find_resume as find_resume,
     set_aside_newer as set_aside_newer,

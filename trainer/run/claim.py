@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from holdfast.checkpoint.format import OWNER, scheme_of
+from holdfast.checkpoint.format import OWNER, Manifest, scheme_of
 from holdfast.checkpoint.stores import CheckpointStore, LocalStore, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.files import this_machine
@@ -23,7 +23,13 @@ from holdfast.parallel.reading import PathText, decode_json
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.folder_lock import is_locked, lock_folder
 from holdfast.trainer.run.identity import IDENTITY, RunIdentity, read_identity
-from holdfast.trainer.run.resume import MUST_MATCH, WORTH_SAYING, checkpoint_root, differing_keys
+from holdfast.trainer.run.resume import (
+    FINGERPRINT,
+    WORTH_SAYING,
+    checkpoint_root,
+    differing_from_run,
+    differing_keys,
+)
 
 
 class CheckpointOwner(msgspec.Struct, frozen=True):
@@ -143,7 +149,7 @@ def _taken_over(
         )
     if found is None and resume != "none":
         return ()
-    same = found is not None and not _differing(found[1].config, config)
+    same = found is not None and not _differing(found[1], config)
     if named or (same and resume == "auto"):
         told = f"checkpoint.path = {place} belonged to the run {owner.path} on {owner.host}"
         return (f"{told}; this run has taken it over, with its checkpoints",)
@@ -152,10 +158,13 @@ def _taken_over(
     )
 
 
-def _differing(saved: dict[str, object], config: RunConfig) -> bool:
+def _differing(manifest: Manifest, config: RunConfig) -> bool:
     """Whether a configuration computes something else than a checkpoint's."""
-    keys = (*MUST_MATCH, *WORTH_SAYING)
-    return bool(differing_keys(saved, msgspec.to_builtins(config), keys))
+    saved, fingerprint = manifest.config, manifest.scalars.get(FINGERPRINT)
+    now = msgspec.to_builtins(config)
+    return bool(
+        differing_keys(saved, now, WORTH_SAYING) or differing_from_run(saved, fingerprint, config)
+    )
 
 
 def _goes_on(owner: CheckpointOwner) -> bool:

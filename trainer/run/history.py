@@ -17,10 +17,9 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.output import content_of, is_event, json_lines
 from holdfast.trainer.config import RunConfig, load_config
 from holdfast.trainer.run.resume import (
-    MUST_MATCH,
     Resume,
     checkpoint_root,
-    differing_keys,
+    differing_from_run,
     set_aside_newer,
 )
 from holdfast.trainer.run.run_directory import RunDirectory
@@ -97,7 +96,7 @@ def _refuse_another(run: RunDirectory, config: RunConfig) -> None:
     """Raise ConfigError if the run in a folder without checkpoints is another one."""
     try:
         before = msgspec.to_builtins(load_config(run.config, []))
-        others = differing_keys(before, msgspec.to_builtins(config), MUST_MATCH)
+        others = differing_from_run(before, None, config)
     except ConfigError:
         others = [("config.toml", None, None)]
     if others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.reading import read_regular
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import RunConfig, advice_to_allow, refused_changes
 from holdfast.trainer.models import family_of, layer_specs
 from holdfast.trainer.step import state_format
 
@@ -31,7 +32,7 @@ def is_converted(manifest: Manifest) -> bool:
 
 
 def check_converted(
-    manifest: Manifest, config: RunConfig, where: str, *, allow_change: bool
+    manifest: Manifest, config: RunConfig, where: str, *, allow_change: Sequence[str]
 ) -> tuple[str, ...]:
     """Check a configuration against a converted checkpoint. Returns notes on the start.
 
@@ -39,7 +40,8 @@ def check_converted(
         where: the checkpoint's folder or URL; config.json is read where it is a folder.
     Raises:
         ConfigError: the weights have another precision than train.precision, are not those of
-            the model, or config.json describes another model and `allow_change` is false.
+            the model, or config.json describes another model in a key that `allow_change` does not
+            name.
     """
     precision = config.train.precision
     wanted = PRECISIONS[precision].stored
@@ -51,15 +53,15 @@ def check_converted(
                 f"{wanted}; convert it with --dtype {precision}, or change train.precision"
             )
     described = _described(manifest, where)
-    changed = (
-        []
-        if described is None
-        else list(family_of(config.model.family).differences(config.model, described))
-    )
-    if changed and not allow_change:
-        raise ConfigError(f"{where}: {'; '.join(changed)}; change [model] or give --allow-change")
+    changed: dict[str, str] = {}
+    if described is not None:
+        changed = dict(family_of(config.model.family).differences(config.model, described))
+    if refused := refused_changes(changed, allow_change):
+        told = "; ".join(changed[key] for key in refused)
+        advice = advice_to_allow(changed, allow_change)
+        raise ConfigError(f"{where}: {told}; change [model], or {advice}")
     check_tensors(manifest, config, where)
-    notes = [f"differs from the model that was converted: {line}" for line in changed]
+    notes = [f"differs from the model that was converted: {line}" for line in changed.values()]
     if has_state(manifest, state_format(config)):
         first = (
             f"goes on from {where}, converted: step {manifest.step} with its optimizer's state; "

@@ -37,8 +37,8 @@ class RunRequest:
     """The run's folder; None: one below runs/ is chosen."""
     resume: str = "auto"
     """"auto", "none" or the path of a checkpoint."""
-    allow_change: bool = False
-    """Whether a checkpoint of another model, other data or another batch is accepted."""
+    allow_change: tuple[str, ...] = ()
+    """The keys that may differ from the checkpoint's though they must match."""
     world_size: int | None = None
     """The number of workers; None: it is not checked."""
     ranks_here: int = 0

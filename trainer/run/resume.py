@@ -15,7 +15,17 @@ import msgspec
 from holdfast.checkpoint.format import Manifest, expanded, scheme_of, step_of
 from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.trainer.config import DataConfig, NumericsConfig, RunConfig, flat_keys
+from holdfast.trainer.config import (
+    EVERY_CHANGE,
+    DataConfig,
+    NumericsConfig,
+    RunConfig,
+    advice_to_allow,
+    anchored,
+    flat_keys,
+    refused_changes,
+)
+from holdfast.trainer.data import open_samples
 from holdfast.trainer.run.initial_weights import (
     check_converted,
     check_tensors,
@@ -35,6 +45,12 @@ MUST_MATCH = (
     "train.precision",
 )
 """The keys that must not change, because the run would be another run."""
+DATA_PATHS = ("data.path", "data.tokenizer")
+"""Keys that name files: their content counts, and not their names."""
+FINGERPRINT = "data_fingerprint"
+"""The scalar of a manifest that has the fingerprint of the run's data."""
+_OF_THE_DATA = ("data.", "model.vocab", "train.seq_len", "train.seed")
+"""The keys with which the fingerprint of the data changes."""
 WORTH_SAYING = ("train.steps", "train.clip_grad_norm", "optimizer.", "numerics.")
 """The keys that may change and affect the computation."""
 
@@ -46,8 +62,8 @@ class Resume:
     candidates: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     """Notes for a person, one line each."""
-    allow_change: bool = False
-    """Whether a checkpoint of another model, other data or another batch is accepted."""
+    allow_change: tuple[str, ...] = ()
+    """The keys that may differ from the checkpoint's though they must match."""
 
 
 def checkpoint_root(root: Path, config: RunConfig) -> Path:
@@ -58,13 +74,16 @@ def checkpoint_root(root: Path, config: RunConfig) -> Path:
     return expanded(path, "checkpoint.path")
 
 
-def find_resume(root: Path, config: RunConfig, wanted: str, *, allow_change: bool) -> Resume:
+def find_resume(
+    root: Path, config: RunConfig, wanted: str, *, allow_change: tuple[str, ...] = ()
+) -> Resume:
     """Find the checkpoints from which a run resumes.
 
     Args:
         wanted: "auto" (the newest of this run's own, in memory, on disk or at its URL), "none", or
             a path or URL. A run can begin with converted weights; once it has checkpoints of its
             own, the same command resumes from these.
+        allow_change: the result of `allowed_changes`.
     Raises:
         ConfigError: the configuration differs from the checkpoint's in a key that must not change,
             or the path is not a checkpoint.
@@ -121,30 +140,94 @@ def _convertible(wanted: str) -> str:
 
 
 def check_same_run(
-    manifest: Manifest, config: RunConfig, where: str, *, allow_change: bool
+    manifest: Manifest, config: RunConfig, where: str, *, allow_change: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Compare a configuration with that of a checkpoint. Returns notes on harmless changes.
 
     Raises:
-        ConfigError: keys that must not change differ and `allow_change` is false, or the
-            checkpoint's weights are not those of the model.
+        ConfigError: keys that must not change differ, and `allow_change` does not name them; or
+            the checkpoint's weights are not those of the model.
     """
     if is_converted(manifest):
         return check_converted(manifest, config, where, allow_change=allow_change)
     saved, now = manifest.config, msgspec.to_builtins(config)
-    differing = differing_keys(saved, now, MUST_MATCH)
-    changed = [f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing]
-    if changed and not allow_change:
+    differing = differing_from_run(saved, manifest.scalars.get(FINGERPRINT), config)
+    changed = {
+        key: f"{key} = {mine!r} (the checkpoint has {its!r})" for key, its, mine in differing
+    }
+    if refused := refused_changes(changed, allow_change):
+        told = "; ".join(changed[key] for key in refused)
         raise ConfigError(
-            f"{where} is of another run: {'; '.join(changed)}; change it back, start over with "
-            "--resume none, or go on all the same with --allow-change"
+            f"{where} is of another run: {told}; change it back, start over with --resume none, or "
+            f"{advice_to_allow(changed, allow_change)}"
         )
-    if any(key.startswith("model.") for key, _, _ in differing):
+    if any(key.startswith("model.") for key in changed):
         check_tensors(manifest, config, where)
-    notes = [f"changed since the checkpoint: {line}" for line in changed]
+    notes = [f"changed since the checkpoint: {line}" for line in changed.values()]
     for key, its, mine in differing_keys(saved, now, WORTH_SAYING):
         notes.append(f"changed since the checkpoint: {key} = {mine!r} (was {its!r})")
     return tuple(notes)
+
+
+def check_same_data(
+    manifest: Manifest, fingerprint: str, where: str, *, allow_change: tuple[str, ...]
+) -> None:
+    """Check that the data is that on which a checkpoint was trained.
+
+    Args:
+        fingerprint: of the data as it is now.
+    Raises:
+        ConfigError: it is other data, and no key is allowed to change with which it changes.
+    """
+    saved = manifest.scalars.get(FINGERPRINT)
+    expected = any(key.startswith((*_OF_THE_DATA, *EVERY_CHANGE)) for key in allow_change)
+    if saved not in (None, fingerprint) and not expected:
+        raise ConfigError(
+            f"{where} was trained on other data: its fingerprint is {saved}, that of [data] now is "
+            f"{fingerprint}; bring the files back, start over with --resume none, or "
+            f"{advice_to_allow(DATA_PATHS[:1], allow_change)}"
+        )
+
+
+def differing_from_run(
+    saved: dict[str, Any], fingerprint: object, config: RunConfig
+) -> list[tuple[str, Any, Any]]:
+    """The keys by which a configuration is another run's; as `differing_keys` gives them.
+
+    Paths of data differ only if the data there does.
+
+    Args:
+        saved: the configuration of a run, as nested dicts.
+        fingerprint: of the run's data; anything but a text: it is not known.
+    Raises:
+        DataError: the data is named by another path, and cannot be read there.
+    """
+    # An earlier version kept paths as they were given, relative to a folder that is not known.
+    given = {key for key, *_ in differing_keys(saved, msgspec.to_builtins(config), MUST_MATCH)}
+    found = [
+        difference
+        for difference in differing_keys(saved, msgspec.to_builtins(anchored(config)), MUST_MATCH)
+        if difference[0] in given
+    ]
+    of_data = {key for key, *_ in found if key.startswith("data.")}
+    if of_data and of_data <= {*DATA_PATHS} and fingerprint == _moved_data(saved, config):
+        return [difference for difference in found if difference[0] not in of_data]
+    return found
+
+
+def _moved_data(saved: dict[str, Any], config: RunConfig) -> str:
+    """The fingerprint that a run's data would have at the paths of a configuration.
+
+    It is empty if the run's configuration is of a version that is not understood.
+    """
+    paths = {"path": config.data.path, "tokenizer": config.data.tokenizer}
+    try:
+        data = msgspec.convert({**saved["data"], **paths}, DataConfig)
+        vocab, train = int(saved["model"]["vocab"]), saved["train"]
+        seq_len, seed = int(train["seq_len"]), int(data.seed or train["seed"])
+    except (msgspec.ValidationError, KeyError, TypeError, ValueError):
+        return ""
+    return open_samples(data, vocab=vocab, seq_len=seq_len, seed=seed, split="train").fingerprint
 
 
 def differing_keys(

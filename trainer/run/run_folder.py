@@ -19,7 +19,7 @@ from holdfast.parallel.output import (
     write_whole,
 )
 from holdfast.parallel.reading import is_own, read_regular
-from holdfast.trainer.config import RunConfig, dump_toml
+from holdfast.trainer.config import RunConfig, anchored, dump_toml
 from holdfast.trainer.run.folder_lock import LOCK, lock_folder, unwritable
 from holdfast.trainer.run.history import (
     check_history,
@@ -46,7 +46,7 @@ def choose_root(
     config: RunConfig,
     resume: str = "auto",
     *,
-    allow_change: bool = False,
+    allow_change: tuple[str, ...] = (),
 ) -> Path:
     """`out`; else the configuration's newest run in runs/ if it can go on; else a new folder.
 
@@ -158,14 +158,14 @@ def open_run(
     config: RunConfig,
     resume: str = "auto",
     *,
-    allow_change: bool = False,
+    allow_change: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> RunDirectory:
     """Create the run's folder with its resolved configuration. One process calls it, with the lock.
 
     Args:
         resume: "auto", "none" or the path of a checkpoint.
-        allow_change: whether a checkpoint with another model, data or batch is accepted.
+        allow_change: the keys that may differ from the checkpoint's though they must match.
         notes: what was noted before, for a person.
     Raises:
         ConfigError: the folder cannot be written, the checkpoint does not fit, or a part of the
@@ -182,7 +182,7 @@ def open_run(
         if not found.candidates:
             notes += set_aside_history(run, config)
         notes += tuple(_tidied(run))
-        write_whole(run.config, dump_toml(config).encode())
+        write_whole(run.config, dump_toml(anchored(config)).encode())
     except OSError as error:
         raise unwritable(root, error) from error
     return RunDirectory(root, replace(found, notes=(*notes, *found.notes)))

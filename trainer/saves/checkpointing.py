@@ -21,9 +21,12 @@ from holdfast.checkpoint.stores import LocalStore, Retention, checkpoint_at, ope
 from holdfast.checkpoint.tiers import RemoteTier, UploadResult
 from holdfast.parallel.comm import Communicator, separate_group
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.trainer.config import anchored
 from holdfast.trainer.run import (
+    FINGERPRINT,
     RunDirectory,
     Signals,
+    check_same_data,
     checkpoint_root,
     forget_newer,
     has_state,
@@ -197,9 +200,9 @@ class Checkpoints:
                 "samples": step * config.train.global_batch,
                 "tokens": step * training.step_tokens,
                 "seed": config.train.seed,
-                "data_fingerprint": training.data.fingerprint,
+                FINGERPRINT: training.data.fingerprint,
             },
-            config=msgspec.to_builtins(config),
+            config=msgspec.to_builtins(anchored(config)),
             versions=software_versions(),
             extra_files=huggingface_files(config) if self._coordinates else {},
             retention=Retention(keep, self._uploading),
@@ -405,7 +408,8 @@ class Checkpoints:
             manifest, self.loaded = self._manager.load(
                 checkpoint_at(place), name, self._prepare, check=training.groups.signal.check
             )
-        self._check_data(manifest, place)
+        now, allowed = training.data.fingerprint, self._run.resume.allow_change
+        check_same_data(manifest, now, place, allow_change=allowed)
         if not has_state(manifest, state_format(self._training.config)):
             training.optimizer.restart()
             return 0
@@ -424,14 +428,3 @@ class Checkpoints:
             return targets, wanted
         wanted = {peer: weights_only(boxes, manifest, form) for peer, boxes in wanted.items()}
         return weights_only(targets, manifest, form), wanted
-
-    def _check_data(self, manifest: Manifest, place: str) -> None:
-        saved = manifest.scalars.get("data_fingerprint")
-        now = self._training.data.fingerprint
-        if saved in (None, now) or self._run.resume.allow_change:
-            return
-        raise ConfigError(
-            f"{place} was trained on other data: its fingerprint is {saved}, that of [data] now is "
-            f"{now}; bring the files back, start over with --resume none, or go on with "
-            "--allow-change"
-        )

@@ -13,7 +13,7 @@ import torch
 from holdfast.checkpoint.convert.work.job import convert
 from holdfast.checkpoint.convert.work.request import Conversion
 from holdfast.parallel.errors import ConfigError
-from holdfast.trainer.config import RunConfig, dump_toml
+from holdfast.trainer.config import EVERY_CHANGE, RunConfig, dump_toml
 from holdfast.trainer.run.resume import find_resume
 from support.foreign.conversions import tensors_of
 from support.processes.cluster import Cluster
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_said_before_a_worker_starts(
 ) -> None:
     start = converted(hugging_face, tmp_path / "start")
 
-    def wanted(allow_change: bool = False, **sections: dict[str, Any]) -> tuple[str, ...]:
+    def wanted(*allow_change: str, **sections: dict[str, Any]) -> tuple[str, ...]:
         config = make_config(**{"model": MODEL, **sections})
         return find_resume(tmp_path / "run", config, str(start), allow_change=allow_change).notes
 
@@ -136,7 +136,10 @@ def test_what_does_not_fit_is_said_before_a_worker_starts(
     (start / "config.json").write_text(json.dumps(described))
     with pytest.raises(ConfigError, match=r"rope_theta = 10000\.0 .*500000.*rope scaling"):
         wanted()
-    assert len(wanted(allow_change=True)) == 3
+    with pytest.raises(ConfigError, match="rope scaling") as caught:
+        wanted("model.rope_theta")
+    option = str(caught.value).rpartition("--allow-change ")[2]
+    assert len(wanted(*option.split(","))) == 3
 
 
 def test_weights_without_a_place_in_the_model_are_refused_even_if_changes_are_allowed(
@@ -157,7 +160,7 @@ def test_weights_without_a_place_in_the_model_are_refused_even_if_changes_are_al
 
     def wanted(folder: Path, **sections: Any) -> tuple[str, ...]:
         config = make_config(model=MODEL | sections.get("model", {}))
-        return find_resume(tmp_path / "run", config, str(folder), allow_change=True).notes
+        return find_resume(tmp_path / "run", config, str(folder), allow_change=EVERY_CHANGE).notes
 
     bias, norm = "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"
     biased = start("biased", {"attention_bias": True}, **{bias: torch.ones(32)})
@@ -190,9 +193,9 @@ def test_a_run_of_another_size_is_not_cut_to_fit(cluster: Cluster, tmp_path: Pat
     for sizes in ({"layers": 5}, {"intermediate": 24}, {"vocab": 60}):
         config = make_config(model=sizes)
         with pytest.raises(ConfigError, match="of another run"):
-            find_resume(tmp_path / "new", config, saved, allow_change=False)
+            find_resume(tmp_path / "new", config, saved)
         with pytest.raises(ConfigError, match="does not hold the weights"):
-            find_resume(tmp_path / "new", config, saved, allow_change=True)
+            find_resume(tmp_path / "new", config, saved, allow_change=EVERY_CHANGE)
     config = make_config(model={"rope_theta": 500.0})
-    notes = find_resume(tmp_path / "new", config, saved, allow_change=True).notes
+    notes = find_resume(tmp_path / "new", config, saved, allow_change=EVERY_CHANGE).notes
     assert any("model.rope_theta = 500.0" in note for note in notes)

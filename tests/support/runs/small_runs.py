@@ -68,7 +68,7 @@ def train_in(
     config: dict,
     root: str,
     resume: str = "auto",
-    allow_change: bool = False,
+    allow_change: tuple[str, ...] = (),
     kill: tuple[int, int] | None = None,
 ) -> None:
     """The whole training loop in a run's folder, resumed where it can be.
@@ -85,7 +85,7 @@ def train_in(
     run_config = convert_config(config)
     path = Path(root)
     path.mkdir(parents=True, exist_ok=True)
-    found = find_resume(path, run_config, resume, allow_change=allow_change)
+    found = find_resume(path, run_config, resume, allow_change=tuple(allow_change))
     compute = Training.compute
 
     def compute_and_die(self: Training, step: int, *at: Any) -> Any:

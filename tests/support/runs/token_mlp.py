@@ -122,9 +122,10 @@ def config_json(model: TokenMLPConfig, seq_len: int, dtype: str) -> Mapping[str,
     return {"model_type": "token-mlp", "hidden_size": model.hidden, "dtype": dtype}
 
 
-def differences(model: TokenMLPConfig, described: Mapping[str, Any]) -> Iterator[str]:
+def differences(model: TokenMLPConfig, described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if described.get("hidden_size", model.hidden) != model.hidden:
-        yield f"model.hidden = {model.hidden} (its config.json has {described['hidden_size']})"
+        line = f"model.hidden = {model.hidden} (its config.json has {described['hidden_size']})"
+        yield "model.hidden", line
 
 
 def tiny(model: TokenMLPConfig, tensor: int, layers: int) -> TokenMLPConfig:

@@ -127,15 +127,15 @@ def test_copies_in_memory_are_found_again_by_their_run_alone(
     assert place is not None
     assert place.stat().st_mode & 0o777 == 0o700
     save_as_run(place, request.config, 3)
-    assert find_resume(root, request.config, "auto", allow_change=False).candidates
+    assert find_resume(root, request.config, "auto").candidates
     shutil.copytree(root, tmp_path / "copy")
     open_and_end(_request(tmp_path, "copy", memory_every=1))
     assert memory_root(tmp_path / "copy") != place
-    assert not find_resume(tmp_path / "copy", request.config, "auto", allow_change=False).candidates
+    assert not find_resume(tmp_path / "copy", request.config, "auto").candidates
     shutil.rmtree(root)
     open_and_end(request)  # the folder is made anew
     assert memory_root(root) != place
-    assert not find_resume(root, request.config, "auto", allow_change=False).candidates
+    assert not find_resume(root, request.config, "auto").candidates
 
 
 def test_copies_of_steps_that_a_run_repeats_are_removed_and_no_others(
@@ -311,7 +311,9 @@ def test_one_after_the_other_is_told_or_refused(tmp_path: Path, form: str) -> No
     assert f"belonged to the run {tmp_path}/a" in told
     with pytest.raises(ConfigError, match=f"belongs to the run {tmp_path}/c"):
         open_and_end(other)
-    named = open_and_end(replace(other, allow_change=True), resume=f"{path}/step-00000003")
+    named = open_and_end(
+        replace(other, allow_change=("train.seed",)), resume=f"{path}/step-00000003"
+    )
     assert f"belonged to the run {tmp_path}/c" in named[0]
     assert LocalStore(tmp_path / "shared").names() == ["step-00000003"]
 

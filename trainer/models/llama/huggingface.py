@@ -45,8 +45,8 @@ def config_json(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[str]:
-    """The differences between a `config.json` and the model, one line each. Pure.
+def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The differences between a `config.json` and the model: key and line of each. Pure.
 
     A missing key has the value that transformers takes for it. A key that changes the function
     and has no counterpart in [model] is a difference by its name.
@@ -73,7 +73,9 @@ def differences(model: ModelConfig, described: Mapping[str, Any]) -> Iterator[st
     }
     for key, (theirs, mine) in pairs.items():
         if theirs != mine:
-            yield f"model.{key} = {mine!r} (its config.json has {theirs!r})"
+            name = f"model.{key}" if key.isidentifier() else "config.json:rope_type"
+            yield name, f"model.{key} = {mine!r} (its config.json has {theirs!r})"
     if described.get("model_type") == model.family:
         for key, value, accepted in unhonoured(described):
-            yield f"its config.json has {key} = {json.dumps(value)} ({accepted})"
+            line = f"its config.json has {key} = {json.dumps(value)} ({accepted})"
+            yield f"config.json:{key}", line

@@ -1,0 +1,29 @@
+"""The places that a configuration names, as paths that are the same from every folder."""
+
+from __future__ import annotations
+
+import msgspec
+
+from holdfast.checkpoint.format import expanded
+from holdfast.trainer.config.sections import RunConfig
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths, for a file that is read from another folder. Local.
+
+    A relative path lies below the folder in which the command runs.
+    """
+    data, checkpoint, offload = config.data, config.checkpoint, config.offload
+    tokenizer = data.tokenizer if data.tokenizer == "bytes" else _absolute(data.tokenizer)
+    path = checkpoint.path if checkpoint.url else _absolute(checkpoint.path)
+    replace = msgspec.structs.replace
+    return replace(
+        config,
+        data=replace(data, path=[_absolute(path) for path in data.path], tokenizer=tokenizer),
+        checkpoint=replace(checkpoint, path=path),
+        offload=replace(offload, path=_absolute(offload.path)),
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(expanded(path, "a path").absolute()) if path else path

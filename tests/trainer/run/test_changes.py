@@ -119,7 +119,8 @@ def test_a_run_can_be_used_from_another_folder(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "here/run.toml").write_text(
-        '[model]\nfamily = "llama"\nlayers = 1\nhidden = 96\n[data]\nkind = "text"\npath = ["mine.txt", "~/x"]\n'
+        '[model]\nfamily = "llama"\nlayers = 1\nhidden = 96\n'
+        '[data]\nkind = "text"\npath = ["mine.txt", "~/x"]\n'
         '[checkpoint]\npath = "saved"\n[offload]\npath = "drive"\n'
     )
     monkeypatch.setenv("HOME", "/home/me")

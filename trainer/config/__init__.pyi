@@ -1,6 +1,5 @@
 from .changes import (
     EVERY_CHANGE as EVERY_CHANGE,
-    OF_A_MODEL_FOLDER as OF_A_MODEL_FOLDER,
     advice_to_allow as advice_to_allow,
     allowed_changes as allowed_changes,
     refused_changes as refused_changes,

@@ -104,7 +104,7 @@ Since = Callable[[float], float]
 def late_operations(record: FlightRecord, since: Since, limits: HangLimits) -> list[Operation]:
     """The operations that a worker has waited for too long."""
     limit_s = limits.of(record)
-    return [o for o in record.operations if o.is_waited_for and since(o.waited_s) > limit_s]
+    return [o for o in record.waited_for if since(o.waited_s) > limit_s]
 
 
 # The evidence.
@@ -141,7 +141,7 @@ def silent_operations(
     waits = {
         rank: peers
         for rank, record in by_rank.items()
-        if (peers := frozenset(p for o in record.operations for p in _waited_on(o, by_rank)))
+        if (peers := frozenset(p for o in record.waited_for for p in _waited_on(o, by_rank)))
     }
     found = []
     for rank, record in sorted(by_rank.items()):

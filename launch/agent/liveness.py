@@ -231,7 +231,7 @@ class HangWatch:
         waited_s = since(now_s - suspicion.waited_s)
         if is_excused(record, waited_s, now_s, since, self._limits):
             return None
-        if not suspicion.in_circle and any(o.is_waited_for for o in record.operations):
+        if not suspicion.in_circle and record.waited_for:
             return None  # its own wait is news soon, if it lasts
         if record.busy is None:
             return suspicion.reason

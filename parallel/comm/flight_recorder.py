@@ -35,7 +35,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from holdfast.parallel.files import create_file
 from holdfast.parallel.reading import read_regular
@@ -74,7 +74,6 @@ _OUTCOME, _STARTED, _WAITED, _FINISHED = 7, 9, 10, 11
 _RECORD = struct.Struct("@qqqqqqqdddd")
 _NAN = math.nan
 _MOST_BYTES = 1 << 24
-_Name = TypeVar("_Name", bound=str)
 SLOTS = 512
 """The ring's size: more than the messages a rank has in flight, so open ones are not
 overwritten."""
@@ -119,7 +118,7 @@ class FlightRecord:
     step: int
     unix_offset_s: float
     """Unix time less monotonic time on the rank's machine, in seconds."""
-    operations: tuple[Operation, ...]
+    operations: Sequence[Operation]
     """The operations in the order of their calls."""
     step_starts_s: tuple[float, ...] = field(default=())
     """The times at which the newest steps began, oldest first; at most 16."""
@@ -135,6 +134,74 @@ class FlightRecord:
         """The median duration of the newest steps; 0 while fewer than two have begun."""
         spans = [after - before for before, after in itertools.pairwise(self.step_starts_s)]
         return statistics.median(spans) if spans else 0.0
+
+    @property
+    def waited_for(self) -> list[Operation]:
+        """The operations that the rank waits for, in the order of their calls."""
+        found = self.operations
+        return [o for o in (found.open() if isinstance(found, _Ring) else found) if o.is_waited_for]
+
+
+class _Ring(Sequence[Operation]):
+    """The operations in a copy of a record, each of them made when it is asked for.
+
+    Agents look at each record ten times a second and mostly ask for the few that are open.
+    """
+
+    def __init__(self, data: bytes, steady: memoryview) -> None:
+        """Check the codes of all.
+
+        Args:
+            steady: the words of a later copy; operations that it lacks are left out.
+        Raises:
+            ValueError: an operation has a code of nothing.
+        """
+        self._data = data
+        self._words, self._times = memoryview(data).cast("q"), memoryview(data).cast("d")
+        codes = {1: _NAMES, 2: len(OPERATIONS), 3: len(_DIRECTIONS), _OUTCOME: len(_OUTCOMES)}
+        for word, count in codes.items():
+            column = self._column(word)
+            for code in (min(column, default=0), max(column, default=0)):
+                if not 0 <= code < count:
+                    raise ValueError(f"the record has an operation with the unknown code {code}")
+        self._outcomes = self._column(_OUTCOME)
+        numbers, later = (words[_RING_AT::_SLOT].tolist() for words in (self._words, steady))
+        found = sorted((n, at) for at, n in enumerate(numbers) if n and later[at] == n)
+        self._slots = [slot for _, slot in found]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[Operation]:
+        return map(self._operation, self._slots)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self)[index]
+
+    def open(self) -> list[Operation]:
+        """Those that have not ended."""
+        return [self._operation(slot) for slot in self._slots if self._outcomes[slot] == 0]
+
+    def _column(self, word: int) -> list[int]:
+        """One word of all slots, the empty ones too."""
+        return self._words[_RING_AT + word :: _SLOT].tolist()
+
+    def _operation(self, slot: int) -> Operation:
+        at = _RING_AT + slot * _SLOT
+        number, group, operation, direction, peer, size, tag, outcome = self._words[at : at + 8]
+        name_at = 8 * _NAMES_AT + group * _NAME_BYTES
+        name = self._data[name_at : name_at + _NAME_BYTES].rstrip(b"\0")
+        return Operation(
+            number,
+            str(name, errors="replace"),
+            OPERATIONS[operation],
+            _DIRECTIONS[direction],
+            peer,
+            size,
+            tag,
+            _OUTCOMES[outcome],
+            *self._times[at + 8 : at + 12],
+        )
 
 
 class FlightRecorder:
@@ -266,8 +333,7 @@ class FlightRecorder:
 
     def history(self, group: str | None = None) -> tuple[Operation, ...]:
         """The newest operations, of one group or of all, in the order of the calls."""
-        operations = self.record().operations
-        return operations if group is None else tuple(o for o in operations if o.group == group)
+        return tuple(o for o in self.record().operations if group in (None, o.group))
 
 
 def _new_file(path: Path, size: int) -> mmap.mmap:
@@ -314,32 +380,7 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
         raise ValueError(
             f"not a record of operations, version {_VERSION}; another program wrote it"
         )
-    names = [
-        str(
-            data[8 * _NAMES_AT + code * _NAME_BYTES :][:_NAME_BYTES].rstrip(b"\0"), errors="replace"
-        )
-        for code in range(_NAMES)
-    ]
-    steady = words if later is None else memoryview(later).cast("q")
-    operations = []
-    for slot in range(slots):
-        at = _RING_AT + slot * _SLOT
-        number, group, operation, direction, peer, size, tag, outcome = words[at : at + 8]
-        if number == 0 or steady[at] != number:
-            continue
-        operations.append(
-            Operation(
-                number,
-                _name(names, group),
-                _name(OPERATIONS, operation),
-                _name(_DIRECTIONS, direction),
-                peer,
-                size,
-                tag,
-                _name(_OUTCOMES, outcome),
-                *times[at + 8 : at + 12],
-            )
-        )
+    ring = _Ring(data, words if later is None else memoryview(later).cast("q"))
     starts = sorted(t for t in times[_STEPS_AT : _STEPS_AT + _STEPS] if t > 0)
     busy = words[_BUSY]
     return FlightRecord(
@@ -348,15 +389,9 @@ def parse_record(data: bytes, later: bytes | None = None) -> FlightRecord:
         generation=words[4],
         step=words[7],
         unix_offset_s=times[6],
-        operations=tuple(sorted(operations, key=lambda o: o.number)),
+        operations=ring,
         step_starts_s=tuple(starts),
         busy=_BUSY_KINDS[busy - 1] if 1 <= busy <= len(_BUSY_KINDS) else None,
         busy_until_s=times[_BUSY_UNTIL],
         busy_ended_s=times[_BUSY_ENDED],
     )
-
-
-def _name(names: Sequence[_Name], code: int) -> _Name:
-    if not 0 <= code < len(names):
-        raise ValueError(f"the record has an operation with the unknown code {code}")
-    return names[code]

@@ -31,7 +31,7 @@ from support.runs.small_runs import (
 
 pytestmark = pytest.mark.mp
 
-TRAIN = {"steps": 6, "global_batch": 8}
+TRAIN = {"steps": 4, "global_batch": 8}
 
 
 def offload(folder: Path, **keys: Any) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def test_offload_with_tensor_parallelism_gives_the_same_bits(
 ) -> None:
     model = {"layers": 2, "tie_embeddings": True}
     layout = {"tensor": 2, "sequence_parallel": sequence_parallel}
-    train = TRAIN | {"steps": 4, "precision": "bf16", "micro_batch": 2}
+    train = TRAIN | {"precision": "bf16", "micro_batch": 2}
     expected = run_training(cluster, make_config(model=model, train=train, parallel=layout))
     config = make_config(
         model=model,
@@ -305,13 +305,13 @@ def test_the_plan_says_what_is_saved_and_whether_the_drive_will_do() -> None:
 
 def test_killed_ranks_change_no_bit(tmp_path: Path, cluster: Cluster) -> None:
     """A step that is given up frees what it had sent out, and is computed again."""
-    steps = {"steps": 14}
-    expected = bits_of(run_training(cluster, make_config(train=steps)))
+    train = {"steps": 12, "global_batch": 6}
+    expected = bits_of(run_training(cluster, make_config(train=train)))
     starter = Starter(tmp_path)
     faults = [fault("kill", 3, 3, "backward"), fault("kill", 0, 8, "vote")]
     try:
         run = starter(
-            train=steps,
+            train=train,
             parallel={"data": 2, "pipeline": 2},
             offload=offload(tmp_path),
             elastic=pace({"chaos": faults}, 0.1),

@@ -14,7 +14,7 @@ from support.runs.small_runs import make_config
 MOST_RANKS = 8
 
 
-def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 5) -> RunConfig:
+def tiny(layout: dict[str, Any], model: dict[str, Any], steps: int = 3) -> RunConfig:
     """A tiny float64 configuration; heads allow tensor sizes 1, 2, 4 and 8, 8 sharing kv heads."""
     chunks = layout.get("pipeline", 1) * layout.get("virtual", 1)
     shape = {

@@ -22,8 +22,12 @@ from support.runs.small_runs import make_config, run_training
 
 pytestmark = [pytest.mark.mp]
 
-STEPS = 36
-PACE_S = 0.1
+BATCH = 6
+STEPS = 22
+LONG_RUN = {"steps": STEPS, "global_batch": BATCH}
+SHORT_RUN = {"steps": 14, "global_batch": BATCH}
+"""For runs that only lose ranks; in the others, ranks have time to join."""
+PACE_S = 0.2
 SLOW_S = 0.6
 MOST_KILLS = 6
 LAYOUTS = [
@@ -36,7 +40,12 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster) -> dict[str, Any]:
-    return bits_of(run_training(cluster, make_config(train={"steps": STEPS})))
+    return bits_of(run_training(cluster, make_config(train=LONG_RUN)))
+
+
+@pytest.fixture(scope="module")
+def expected_short(cluster: Cluster) -> dict[str, Any]:
+    return bits_of(run_training(cluster, make_config(train=SHORT_RUN)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: "-".join(map(str, v.values())))
@@ -46,12 +55,12 @@ def test_kills_in_every_phase_change_no_bit(
     last = layout["data"] * layout["pipeline"] - 1
     faults = [
         fault("kill", last, 2, "backward"),
-        fault("kill", 1, 12, "reduce"),
-        fault("kill", 0, 22, "vote"),
-        fault("kill", last, 32, "apply", incarnation=1),
+        fault("kill", 1, 8, "reduce"),
+        fault("kill", 0, 14, "vote"),
+        fault("kill", last, 20, "apply", incarnation=1),
     ]
     elastic = pace(pace({"chaos": faults}, PACE_S), PACE_S, rank=1)
-    run = start(train={"steps": STEPS}, parallel=layout, elastic=elastic)
+    run = start(train=LONG_RUN, parallel=layout, elastic=elastic)
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     assert len(run.events("fault_injected")) >= 5
@@ -64,9 +73,9 @@ def test_kills_in_every_phase_change_no_bit(
 @pytest.mark.parametrize(
     ("layout", "reduction", "kills", "recomputed"),
     [
-        ({"data": 4}, "exact", [(2, 6, "reduce"), (1, 9, "vote")], [3, 4]),
-        ({"data": 3, "tensor": 2}, "exact", [(2, 6, "vote"), (1, 9, "vote")], [4, 6]),
-        ({"data": 4}, "fast", [(2, 6, "reduce")], [3]),
+        ({"data": 4}, "exact", [(2, 3, "reduce"), (1, 5, "vote")], [3, 4]),
+        ({"data": 3, "tensor": 2}, "exact", [(2, 3, "vote"), (1, 5, "vote")], [4, 6]),
+        ({"data": 4}, "fast", [(2, 3, "reduce")], [3]),
     ],
     ids=["exact", "exact-tensor", "fast"],
 )
@@ -81,7 +90,7 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
     # Twelve micro-batches are shared out evenly; layers stay, since all stages lose alike.
     sections = {
         "model": {"layers": 2 if "tensor" in layout else 6},
-        "train": {"steps": 12},
+        "train": {"steps": 7},
         "numerics": {"reduction": reduction},
         "parallel": layout,
     }
@@ -103,16 +112,16 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
 
 @pytest.mark.parametrize("second", [3, 0], ids=["another", "who-was-to-record-the-first"])
 def test_a_loss_while_the_state_after_another_is_compared_costs_nobody_else(
-    start: Starter, expected: dict[str, Any], second: int
+    start: Starter, expected_short: dict[str, Any], second: int
 ) -> None:
     faults = [fault("kill", 2, 3, "reduce"), fault("kill", second, 3, "change")]
     run = start(
-        train={"steps": STEPS},
+        train=SHORT_RUN,
         parallel={"data": 4},
         elastic={"local_nodes": 4, "respawn": False, "chaos": faults},
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_short
     assert [event["rank"] for event in run.events("rank_lost")] == [2, second]
     assert [event["from_checkpoint"] for event in run.events("recovered")] == [None, None]
     assert len(list((run.root / "incidents").iterdir())) == 2
@@ -120,7 +129,7 @@ def test_a_loss_while_the_state_after_another_is_compared_costs_nobody_else(
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_losses_half_way_through_the_backward_passes_change_no_bit(
-    start: Starter, expected: dict[str, Any], schedule: str
+    start: Starter, expected_short: dict[str, Any], schedule: str
 ) -> None:
     # The second loss comes while the step is computed again after the first.
     faults = [
@@ -129,32 +138,33 @@ def test_losses_half_way_through_the_backward_passes_change_no_bit(
         fault("kill", 1, 9, "backward"),
     ]
     run = start(
-        train={"steps": STEPS},
+        train=SHORT_RUN,
         parallel={"data": 3, "pipeline": 2, "schedule": schedule},
         elastic={"local_nodes": 3, "respawn": False, "redundancy": 2, "chaos": faults},
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_short
     assert run.events("recovered")[0]["step"] == 3
 
 
 def test_tensor_parallel_ranks_are_lost_and_replaced(start: Starter, cluster: Cluster) -> None:
     model, layout = {"layers": 2}, {"tensor": 2, "data": 2, "pipeline": 1}
     faults = [fault("kill", 3, 3, "reduce"), fault("kill", 0, 9, "compute")]
+    train = {"steps": 12, "global_batch": BATCH}
     run = start(
-        train={"steps": 12},
+        train=train,
         model=model,
         parallel=layout,
         elastic=pace({"chaos": faults}, PACE_S, rank=1),
     )
     assert run.finish() == 0, run.output()
-    config = make_config(train={"steps": 12}, model=model, parallel={**layout, "data": 1})
+    config = make_config(train=train, model=model, parallel={**layout, "data": 1})
     assert run.bits() == bits_of(run_training(cluster, config))
     assert [event["rank"] for event in run.events("rank_lost")] == [3, 0]
 
 
 def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster: Cluster) -> None:
-    train = {"steps": 16, "precision": "bf16"}
+    train = {"steps": 16, "precision": "bf16", "global_batch": BATCH}
     model = {"tie_embeddings": True}
     expected = bits_of(run_training(cluster, make_config(train=train, model=model)))
     saved = []
@@ -186,11 +196,11 @@ def test_masters_come_from_shadows_and_so_do_checkpoints(start: Starter, cluster
 def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, Any]) -> None:
     faults = [
         fault("stop", 3, 3, "reduce"),
-        fault("hold-lock", 2, 14),
-        fault("exit", 1, 24, "vote"),
+        fault("hold-lock", 2, 9),
+        fault("exit", 1, 16, "vote"),
     ]
     run = start(
-        train={"steps": STEPS},
+        train=LONG_RUN,
         parallel={"data": 2, "pipeline": 2},
         elastic=pace({"chaos": faults, "hang_timeout_s": 1.5, "heartbeat_timeout_ms": 600}, PACE_S),
     )
@@ -209,7 +219,7 @@ def test_hung_ranks_are_named_and_replaced(start: Starter, expected: dict[str, A
 
 
 def test_a_slow_rank_is_named_once_and_changes_no_bit(start: Starter, cluster: Cluster) -> None:
-    train = {"steps": 14}
+    train = {"steps": 14, "global_batch": BATCH}
     elastic = {"straggler_every": 3, **pace({}, SLOW_S, rank=1)}
     run = start(train=train, parallel={"data": 3}, elastic=elastic)
     expected = bits_of(run_training(cluster, make_config(train=train)))
@@ -224,7 +234,7 @@ def test_a_slow_rank_is_named_once_and_changes_no_bit(start: Starter, cluster: C
 
 def test_a_node_is_lost_with_all_its_workers(start: Starter, expected: dict[str, Any]) -> None:
     run = start(
-        train={"steps": STEPS},
+        train=LONG_RUN,
         parallel={"data": 2, "pipeline": 2},
         elastic=pace({"local_nodes": 2}, PACE_S),
     )
@@ -243,16 +253,16 @@ def _parent(pid: int) -> int:
 
 
 def test_without_shadows_the_newest_checkpoint_is_the_last_resort(
-    start: Starter, expected: dict[str, Any]
+    start: Starter, expected_short: dict[str, Any]
 ) -> None:
     run = start(
-        train={"steps": STEPS},
+        train=SHORT_RUN,
         parallel={"data": 2},
         checkpoint={"every": 4},
         elastic={"redundancy": 0, "chaos": [fault("kill", 1, 11, "reduce")]},
     )
     assert run.finish() == 0, run.output()
-    assert run.bits() == expected
+    assert run.bits() == expected_short
     (loaded,) = [e["from_checkpoint"] for e in run.events("recovered")]
     assert loaded in (4, 8)
 
@@ -261,7 +271,7 @@ def test_a_node_that_announces_its_departure_is_let_go(
     start: Starter, expected: dict[str, Any]
 ) -> None:
     run = start(
-        train={"steps": STEPS},
+        train=LONG_RUN,
         parallel={"data": 2, "pipeline": 2},
         elastic=pace({"respawn": False}, PACE_S),
     )
@@ -278,7 +288,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
 ) -> None:
     run = start(
         name="first",
-        train={"steps": STEPS},
+        train=LONG_RUN,
         parallel={"data": 2},
         elastic=pace({}, PACE_S),
     )
@@ -295,7 +305,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
 def test_kills_at_random_instants_change_no_bit(start: Starter, expected: dict[str, Any]) -> None:
     for seed, layout in ((1, {"data": 2, "pipeline": 2}), (2, {"data": 3, "pipeline": 1})):
         run = start(
-            train={"steps": STEPS},
+            train=LONG_RUN,
             parallel=layout,
             checkpoint={"every": 5},
             elastic=pace(pace({}, PACE_S), PACE_S, rank=1),
@@ -318,9 +328,7 @@ def test_a_flipped_bit_is_named_and_the_run_has_the_right_bits_again(
         "verify_every": 5,
         "chaos": [fault("corrupt-memory", 1, 13)],
     }
-    run = start(
-        train={"steps": STEPS}, parallel={"data": 3}, checkpoint={"every": 4}, elastic=elastic
-    )
+    run = start(train=LONG_RUN, parallel={"data": 3}, checkpoint={"every": 4}, elastic=elastic)
     assert run.finish() == 0, run.output()
     assert run.bits() == expected
     found = run.events("corruption")
@@ -344,10 +352,10 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
         pytest.skip("mounting is not allowed here")
     try:
         run = start(
-            train={"steps": STEPS},
+            train=LONG_RUN,
             parallel={"data": 2},
             checkpoint={"every": 4, "path": str(mount)},
-            elastic=pace({"chaos": [fault("fill-disk", 1, 7, seconds=3.0)]}, PACE_S),
+            elastic=pace({"chaos": [fault("fill-disk", 1, 7, seconds=2.0)]}, PACE_S),
         )
         assert run.finish() == 0, run.output()
         assert run.bits() == expected
@@ -365,13 +373,13 @@ def test_faults_can_be_caused_while_a_run_goes_on(start: Starter, expected: dict
         command = [sys.executable, "-m", "holdfast.launch.cli", "chaos", str(run.root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    run = start(train={"steps": STEPS}, parallel={"data": 2}, elastic=pace({}, PACE_S))
+    run = start(train=LONG_RUN, parallel={"data": 2}, elastic=pace({}, PACE_S))
     run.wait_for_step(3)
     assert chaos("--rank", "1").stdout == "kill: rank 1\n"
     run.wait_until(lambda: bool(run.events("rank_lost")), "the loss is agreed on")
     assert (
-        "exit: rank 0 at step 24, vote"
-        in chaos(*("--fault", "exit", "--rank", "0", "--step", "24", "--phase", "vote")).stdout
+        "exit: rank 0 at step 16, vote"
+        in chaos(*("--fault", "exit", "--rank", "0", "--step", "16", "--phase", "vote")).stdout
     )
     late = chaos("--fault", "exit", "--step", "2")
     assert late.returncode == 2

@@ -157,9 +157,14 @@ def test_tensorboard_shows_the_metrics_under_known_names(config: Path) -> None:
 
 
 @pytest.mark.mp
-def test_help_does_not_import_torch() -> None:
+@pytest.mark.parametrize(
+    "module",
+    ["launch.cli", "launch.commands.training", "launch.commands.convert", "trainer.__main__"],
+)
+def test_no_command_imports_torch_before_it_begins(module: str) -> None:
+    """Help would wait for it, and torch would speak of connections before it is told not to."""
     script = (
-        "import sys\nimport holdfast.launch.cli\n"
+        f"import sys\nimport holdfast.{module}\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=environment())

@@ -25,7 +25,6 @@ from holdfast.trainer.config import (
     flat_keys,
     refused_changes,
 )
-from holdfast.trainer.data import open_samples
 from holdfast.trainer.run.initial_weights import (
     check_converted,
     check_tensors,
@@ -220,6 +219,8 @@ def _moved_data(saved: dict[str, Any], config: RunConfig) -> str:
 
     It is empty if the run's configuration is of a version that is not understood.
     """
+    from holdfast.trainer.data import open_samples  # which imports torch
+
     paths = {"path": config.data.path, "tokenizer": config.data.tokenizer}
     try:
         data = msgspec.convert({**saved["data"], **paths}, DataConfig)

@@ -33,15 +33,21 @@ class ForkedCommand:
         environment: Mapping[str, str],
         *,
         before: str = "",
+        folder: Path | None = None,
+        errors: Path | None = None,
     ) -> None:
         """Start `holdfast ARGUMENTS`; what it prints goes to the file `output`.
 
         Args:
             before: `module:function`, which its process calls first.
+            folder: the one in which it runs; None: that of the tests.
+            errors: the file for its standard error, if that is another one.
         """
         self._output = output
+        printed = (str(output), str(errors or output))
+        where = str(folder or Path.cwd())
         self._process: BaseProcess = FORK.Process(
-            target=_run, args=(list(arguments), str(output), dict(environment), before)
+            target=_run, args=(list(arguments), where, printed, dict(environment), before)
         )
         self._process.start()
 
@@ -79,16 +85,23 @@ class ForkedCommand:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(arguments: list[str], output: str, environment: dict[str, str], before: str) -> None:
+def _run(
+    arguments: list[str],
+    folder: str,
+    printed: tuple[str, str],
+    environment: dict[str, str],
+    before: str,
+) -> None:
     from holdfast.launch.cli import main
 
     if before:
         module, name = before.split(":")
         getattr(importlib.import_module(module), name)()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    for stream, file in enumerate(printed, start=1):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["holdfast", *arguments]

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from support.processes.forked_command import ForkedCommand
 
 HOLDFAST = [sys.executable, "-m", "holdfast.launch.cli"]
 CONFIG = """
@@ -33,21 +36,26 @@ trace_steps = [3]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI_"))}
+    foreign = ("SLURM_", "OMPI_", "PMI_", "TORCH_CPP_LOG_LEVEL")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return {**clean, "OMP_NUM_THREADS": "1", **extra}
 
 
 def holdfast(
     folder: Path, *arguments: str, timeout_s: float = 90
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*HOLDFAST, *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    """Run a command to its end, in a process that need not import torch: see `ForkedCommand`."""
+    with tempfile.TemporaryDirectory() as kept:
+        output, errors = Path(kept) / "output", Path(kept) / "errors"
+        command = ForkedCommand(arguments, output, environment(), folder=folder, errors=errors)
+        try:
+            code = command.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            command.kill()
+            raise
+        return subprocess.CompletedProcess(
+            [*HOLDFAST, *arguments], code, output.read_text(), errors.read_text()
+        )
 
 
 def lines_of(path: Path) -> list[dict]:

@@ -10,6 +10,7 @@ from time import monotonic, perf_counter, sleep
 
 from torch.distributed import Store
 
+from holdfast.parallel.comm import WaitNews, watch_waits
 from holdfast.parallel.errors import Diverged, Interrupted, NotSaved, NumericsError, Stopped
 from holdfast.parallel.output import DiskWord, tell
 from holdfast.parallel.step_phases import StepPhase
@@ -88,6 +89,7 @@ def train(
     reporter = Reporter(training, world, run, workers, events, first)
     parts = Parts(training, checkpoints, reporter)
     steps = config.train.steps
+    waits = watch_waits(training.groups, world.rank, store, lambda news: tell_wait(news, events))
     try:
         reporter.resumed(first, checkpoints.loaded, notes)
         reporter.started(first, [worker["node"] for worker in workers])
@@ -100,9 +102,20 @@ def train(
                 return
         finish(parts, max(first, steps))
     finally:
+        waits.close()
         signals.close()
         checkpoints.close()
         reporter.close()
+
+
+def tell_wait(news: WaitNews, events: EventFile) -> None:
+    """Tell of a wait: a person and the events on one rank, the logs of all. From any thread."""
+    logger.warning("%s", news.line())
+    if news.is_teller:
+        tell(f"holdfast: {news.line()}")
+        name = "went_on" if news.is_over else "waiting"
+        where = {"step": news.step, "operation": news.operation}
+        events.append(name, rank=news.rank, seconds=news.seconds, peers=news.peers, **where)
 
 
 def place_of(training: Training) -> tuple[int, int]:

@@ -70,6 +70,8 @@ def connect(world: WorldInfo) -> Store:
     waiting = Waiting(f"the rendezvous store of rank 0 at {place}", STORE_TIMEOUT_S)
     try:
         if not world.secret:
+            if not world.store_is_server:  # torch would try in silence, and print its stack
+                until_answered(lambda left_s: _reach(world, left_s), waiting.left_s)
             with waiting.in_a_call():
                 return _torch_store(world)
         key = world.store_key
@@ -150,6 +152,12 @@ def _listened_at(world: WorldInfo) -> str:
     A host may know its own name by another address than others do.
     """
     return world.store_host if world.store_host in LOOPBACK_NAMES else ""
+
+
+def _reach(world: WorldInfo, within_s: float) -> None:
+    """Return if something listens at the address of the store; else raise OSError."""
+    address = (world.store_host, world.store_port)
+    socket.create_connection(address, min(within_s, KNOCK_S)).close()
 
 
 def _torch_store(world: WorldInfo) -> Store:

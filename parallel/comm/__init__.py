@@ -1,6 +1,6 @@
 """Communicators over gloo, NCCL and MPI behind one protocol, and their flight recorder.
 
-May import parallel.errors, parallel.files and parallel.reading.
+May import parallel.errors, parallel.files, parallel.reading and parallel.waiting.
 """
 
 import lazy_loader

@@ -31,3 +31,7 @@ from .tags import (
     STATE_TRANSFER as STATE_TRANSFER,
     TagRange as TagRange,
 )
+from .wait_watch import (
+    WaitNews as WaitNews,
+    watch_waits as watch_waits,
+)

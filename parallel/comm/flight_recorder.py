@@ -261,6 +261,11 @@ class FlightRecorder:
             times[_BUSY_UNTIL] = outer_until_s
 
     @property
+    def step(self) -> int:
+        """The number of the newest step."""
+        return self._words[7]
+
+    @property
     def median_step_s(self) -> float:
         """The median duration of the newest steps; 0 while fewer than two have begun."""
         return self.record().median_step_s

@@ -60,3 +60,9 @@ RANGES: Final = (
     BREAKING,
 )
 """Every kind in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""
+
+
+def kind_of(tag: int) -> str:
+    """The kind of message of a tag; empty for the parts of collectives and of transports. Pure."""
+    named = (r.kind for r in RANGES[: RANGES.index(COLLECTIVES)] if r.first <= tag < r.stop)
+    return next(named, "")

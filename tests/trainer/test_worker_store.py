@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, PeerLost
 from holdfast.parallel.links import HostedStore, listen, meeting, new_secret
+from holdfast.trainer import worker
 from holdfast.trainer.worker import connect
 from holdfast.trainer.worlds import local_world
 
@@ -31,6 +32,19 @@ def test_a_worker_that_has_another_secret_is_told_how_to_make_one_for_all(
             ConfigError, match=r"is not rank 0 of this job: .* export HOLDFAST_SECRET="
         ):
             connect(replace(world, secret=new_secret()))
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.1"])
+def test_a_store_that_cannot_be_reached_is_told_in_a_line_and_not_by_torch_s_stack(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], host: str
+) -> None:
+    monkeypatch.setattr(worker, "STORE_TIMEOUT_S", 0.3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = replace(local_world(1, 2, free.getsockname()[1]), store_host=host)
+    with pytest.raises(PeerLost, match=r"cannot be used: .*(refused|resol|known).*MASTER_ADDR"):
+        connect(world)
+    assert capfd.readouterr() == ("", "")
 
 
 BUSY = """

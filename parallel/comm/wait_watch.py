@@ -1,4 +1,4 @@
-"""Who waits for whom: a thread that looks at this rank's flight record, and asks the others.
+"""The watch of waits: a thread looks at this rank's flight record, and asks the others.
 
 For runs without agents, whose ranks nobody watches. A rank that has waited too long posts in the
 rendezvous store for which ranks, and one that is busy posts that; nobody else posts anything. By
@@ -94,6 +94,17 @@ class WaitNews:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _ToldWait:
+    """A wait that was told."""
+
+    wait: LongWait
+    ends: frozenset[int]
+    """The ranks that were named."""
+    due_s: float
+    """How long it has to last to be told again."""
+
+
 def longest_wait(
     record: FlightRecord, groups: Mapping[str, Sequence[int]], now_s: float, awake_s: float
 ) -> LongWait | None:
@@ -172,9 +183,7 @@ class WaitWatch:
         self._words = _Words(rank, store, clock)
         self._step = -1
         """The step at the last look."""
-        self._told: LongWait | None = None
-        self._named: frozenset[int] = frozenset()
-        self._due_s = 0.0
+        self._told: _ToldWait | None = None
         self._stop = threading.Event()
 
     def look(self) -> None:
@@ -189,8 +198,11 @@ class WaitWatch:
         record = self._recorder.record()
         wait = longest_wait(record, self._groups, now_s, self._awake_s)
         told = self._told
-        if told is not None and (wait is None or wait.operation.number != told.operation.number):
-            self._say(now_s - told.operation.waited_s, told, self._named, is_over=True)
+        if told is not None and (
+            wait is None or wait.operation.number != told.wait.operation.number
+        ):
+            seconds = now_s - told.wait.operation.waited_s
+            self._say(seconds, told.wait, told.ends, is_over=True)
             self._told = None
         limit_s = limit_of(record)
         if record.busy is not None and now_s < record.busy_until_s:
@@ -202,12 +214,12 @@ class WaitWatch:
             self._words.withdraw()
 
     def _judge(self, wait: LongWait, limit_s: float) -> None:
-        due_s = limit_s if self._told is None else self._due_s
+        due_s = limit_s if self._told is None else self._told.due_s
         if wait.seconds < due_s:
             return
         ends = ends_of_chain(self._rank, wait.peers, self._words.of)
         if ends:
-            self._told, self._named, self._due_s = wait, ends, _AGAIN * wait.seconds
+            self._told = _ToldWait(wait, ends, _AGAIN * wait.seconds)
             self._say(wait.seconds, wait, ends, is_over=False)
 
     def _say(self, seconds: float, wait: LongWait, ends: frozenset[int], *, is_over: bool) -> None:

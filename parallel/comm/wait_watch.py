@@ -1,9 +1,9 @@
 """The watch of waits: a thread looks at this rank's flight record, and asks the others.
 
-For runs without agents, whose ranks nobody watches. A rank that has waited too long posts in the
-rendezvous store for which ranks, and one that is busy posts that; nobody else posts anything. By
-following these words a waiting rank finds those that wait for none: they are slow, stopped or cut
-off. Nothing is done about them; a person is told.
+It is for runs without agents, in which no process watches the ranks. A rank that has waited too
+long posts in the rendezvous store for which ranks, and a busy one posts that; the others post
+nothing. By following these words a waiting rank finds the ranks that wait for none: they are slow,
+stopped or cut off. Nothing is done about them; a person is told.
 """
 
 from __future__ import annotations

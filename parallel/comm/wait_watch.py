@@ -39,6 +39,9 @@ _POST_S = 1.0
 """So long before a wait is told it is posted, for those that wait for this rank."""
 _AGAIN = 3.0
 """A wait that goes on is told again after so many times the time."""
+_EDGE = 8
+"""So many of the lowest and of the highest ranks ask what many others do: each answer costs the
+store two requests, and a group may be all ranks of a cluster."""
 _FRESH_S = 15.0
 """Words are posted again within a third of this time; one that is older is not believed."""
 
@@ -178,6 +181,8 @@ class WaitWatch:
             tell: gets the news, in the thread.
         """
         self._rank, self._groups, self._recorder = rank, groups, recorder
+        world = sorted(groups["world"])
+        self._askers = frozenset(world[:_EDGE] + world[-_EDGE:])
         self._tell, self._clock = tell, clock
         self._looked_s = self._awake_s = clock()
         self._words = _Words(rank, store, clock)
@@ -215,7 +220,8 @@ class WaitWatch:
 
     def _judge(self, wait: LongWait, limit_s: float) -> None:
         due_s = limit_s if self._told is None else self._told.due_s
-        if wait.seconds < due_s:
+        asks = self._rank in self._askers or len(wait.peers) <= 2 * _EDGE
+        if wait.seconds < due_s or not asks:
             return
         ends = ends_of_chain(self._rank, wait.peers, self._words.of)
         if ends:
@@ -223,7 +229,7 @@ class WaitWatch:
             self._say(wait.seconds, wait, ends, is_over=False)
 
     def _say(self, seconds: float, wait: LongWait, ends: frozenset[int], *, is_over: bool) -> None:
-        teller = min((r for r in self._groups["world"] if r not in ends), default=self._rank)
+        teller = min((r for r in self._askers if r not in ends), default=self._rank)
         news = WaitNews(
             self._rank,
             seconds,

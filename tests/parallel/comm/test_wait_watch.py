@@ -31,12 +31,13 @@ class Rank:
     clock: FakeClock
     store: Store
     news: list[WaitNews] = field(default_factory=list)
+    groups: dict[str, range] = field(default_factory=lambda: GROUPS)
 
     def __post_init__(self) -> None:
         self.recorder = FlightRecorder(self.number)
         tell = self.news.append
         self.watch = WaitWatch(
-            self.number, GROUPS, self.recorder, self.store, tell, clock=self.clock
+            self.number, self.groups, self.recorder, self.store, tell, clock=self.clock
         )
 
     def step(self, number: int) -> None:
@@ -97,6 +98,24 @@ def test_the_rank_at_the_end_of_the_chain_is_named_and_told_ever_later(ranks: li
     pass_time(ranks, 3)
     assert ranks[0].news[-1].line() == "rank 0 went on after 62 s; it waited for rank 1"
     assert len(ranks[0].news) == 4
+
+
+def test_few_of_many_ranks_ask_what_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, store = FakeClock(), HashStore()
+    monkeypatch.setattr(time, "monotonic", clock)
+    monkeypatch.setattr(HashStore, "clone", lambda self: self)
+    many = [Rank(number, clock, store, groups={"world": range(40)}) for number in range(40)]
+    for rank in many:
+        rank.step(1)
+        posted = rank.recorder.post(
+            rank.recorder.group("world"), "all_reduce", "collective", -1, 8, 0
+        )
+        rank.recorder.waiting(posted)
+    pass_time(many, 30, stopped=(3,))
+    told = {rank.number for rank in many if rank.news}
+    assert told == {*range(8), *range(32, 40)} - {3}
+    assert [rank.number for rank in many if rank.news and rank.news[0].is_teller] == [0]
+    assert many[0].news[0].peers == (3,)
 
 
 def test_nobody_is_named_while_a_rank_is_busy_or_was_itself_stopped(ranks: list[Rank]) -> None:

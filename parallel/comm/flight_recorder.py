@@ -139,7 +139,8 @@ class FlightRecord:
     def waited_for(self) -> list[Operation]:
         """The operations that the rank waits for, in the order of their calls."""
         found = self.operations
-        return [o for o in (found.open() if isinstance(found, _Ring) else found) if o.is_waited_for]
+        left = found.not_ended() if isinstance(found, _Ring) else found
+        return [operation for operation in left if operation.is_waited_for]
 
 
 class _Ring(Sequence[Operation]):
@@ -178,7 +179,7 @@ class _Ring(Sequence[Operation]):
     def __getitem__(self, index: Any) -> Any:
         return tuple(self)[index]
 
-    def open(self) -> list[Operation]:
+    def not_ended(self) -> list[Operation]:
         """Those that have not ended."""
         return [self._operation(slot) for slot in self._slots if self._outcomes[slot] == 0]
 

@@ -15,6 +15,7 @@ import msgspec
 from holdfast.checkpoint.format import Manifest, expanded, scheme_of, step_of
 from holdfast.checkpoint.stores import LocalStore, find_checkpoint, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
+from holdfast.parallel.reading import converted
 from holdfast.trainer.config import (
     EVERY_CHANGE,
     DataConfig,
@@ -223,7 +224,7 @@ def _moved_data(saved: dict[str, Any], config: RunConfig) -> str:
 
     paths = {"path": config.data.path, "tokenizer": config.data.tokenizer}
     try:
-        data = msgspec.convert({**saved["data"], **paths}, DataConfig)
+        data = converted({**saved["data"], **paths}, DataConfig)
         vocab, train = int(saved["model"]["vocab"]), saved["train"]
         seq_len, seed = int(train["seq_len"]), int(data.seed or train["seed"])
     except (msgspec.ValidationError, KeyError, TypeError, ValueError):

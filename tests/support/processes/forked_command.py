@@ -12,15 +12,27 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
-FORK = multiprocessing.get_context("forkserver")
-"""What all tests fork from, with the imports of the command and of tests/elastic_demo.py."""
-FORK.set_forkserver_preload(
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(
     ["support.runs.elastic_demo", "holdfast.launch.commands.training", "holdfast.trainer.worker"]
 )
+_TESTS = str(Path(__file__).resolve().parents[2])
+
+
+def forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A process to start, forked from one with the imports of the command and of elastic_demo.
+
+    That one imports before it is told pytest's paths, and passes over what it does not find.
+    """
+    with mock.patch.dict(os.environ, PYTHONPATH=_TESTS):
+        forkserver.ensure_running()
+    return _FORK.Process(target=target, args=arguments)
 
 
 class ForkedCommand:
@@ -46,9 +58,7 @@ class ForkedCommand:
         self._output = output
         printed = (str(output), str(errors or output))
         where = str(folder or Path.cwd())
-        self._process: BaseProcess = FORK.Process(
-            target=_run, args=(list(arguments), where, printed, dict(environment), before)
-        )
+        self._process = forked(_run, list(arguments), where, printed, dict(environment), before)
         self._process.start()
 
     @property

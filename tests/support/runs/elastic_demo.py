@@ -41,7 +41,7 @@ from holdfast.launch.processes import die_with
 from holdfast.parallel.comm import FlightRecord, Operation
 from holdfast.parallel.errors import HoldfastError, PeerLost
 from holdfast.parallel.links import new_secret
-from support.processes.forked_command import FORK
+from support.processes.forked_command import forked
 
 WAIT_S = 30.0
 """How long tests wait for what must come; none depends on how fast it does."""
@@ -263,11 +263,9 @@ class Run:
         self.lighthouse = self.start_lighthouse()
 
     def start_lighthouse(self) -> BaseProcess:
-        process = FORK.Process(
-            target=run_lighthouse,
-            args=(self._host, self._port, self._network, self._membership.lighthouse_key),
-            daemon=True,
-        )
+        key = self._membership.lighthouse_key
+        process = forked(run_lighthouse, self._host, self._port, self._network, key)
+        process.daemon = True
         process.start()
         return process
 
@@ -276,7 +274,7 @@ class Run:
     ) -> BaseProcess:
         given = self._settings(node, ranks, **settings)
         address = f"holdfast://{self._host}:{self._port}"
-        process = FORK.Process(target=run_agent, args=(self.demo, given, address, network))
+        process = forked(run_agent, self.demo, given, address, network)
         process.start()
         self.nodes[node] = process
         return process
@@ -284,7 +282,7 @@ class Run:
     def start_machine(self, nodes: dict[str, tuple[int, ...]]) -> BaseProcess:
         """All nodes below one process, with a Lighthouse of its own."""
         given = [self._settings(node, ranks) for node, ranks in nodes.items()]
-        process = FORK.Process(target=run_machine, args=(self.demo, given))
+        process = forked(run_machine, self.demo, given)
         process.start()
         self.nodes["machine"] = process
         return process

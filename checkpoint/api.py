@@ -58,7 +58,7 @@ from holdfast.checkpoint.stores import (
     newest,
 )
 from holdfast.parallel.errors import CheckpointError, number_fault
-from holdfast.parallel.files import this_machine
+from holdfast.parallel.files import machine_identity
 from holdfast.parallel.layout import Box
 
 _ARENA_BYTES = 128 << 20
@@ -111,7 +111,7 @@ class Checkpointer:
         number = store.add(f"holdfast/checkpointers/{rank}", 1)
         here = PrefixStore(f"holdfast/{number}", store)
         self._meeting = Meeting(rank, size, here, timeout_s)
-        machines = self._meeting.exchange("machine", this_machine())
+        machines = self._meeting.exchange("machine", machine_identity())
         members = Members(rank, numbered(machines), here)
         settings = ManagerSettings(arena_bytes or _ARENA_BYTES, timeout_s)
         self._manager = CheckpointManager(members, settings)

@@ -7,7 +7,8 @@ import errno
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 _UNPRINTABLE = re.compile(
     r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -123,9 +124,28 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things, as in "1 rank" and "2 ranks". Pure."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number of things, as in "1 rank" and "2 ranks". Pure.
+
+    Args:
+        plural: of the noun; by default with an s.
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def named_ranks(ranks: Sequence[int], between: str = ",") -> str:
+    """Ranks as runs of numbers, as in "rank 2", "ranks 0-3" and "ranks 1,4-6". Pure.
+
+    Args:
+        ranks: ascending.
+        between: what stands between runs.
+    """
+    runs = [
+        [rank for _, rank in run]
+        for _, run in groupby(enumerate(ranks), key=lambda item: item[1] - item[0])
+    ]
+    shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {between.join(shown)}"
 
 
 def size_text(nbytes: float) -> str:

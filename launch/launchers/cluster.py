@@ -33,7 +33,7 @@ from holdfast.launch.launchers.elastic import (
 )
 from holdfast.launch.launchers.join_file import JoinInfo, is_under_way, published_join_file
 from holdfast.parallel.errors import ConfigError, HoldfastError
-from holdfast.parallel.files import this_machine
+from holdfast.parallel.files import machine_identity
 from holdfast.parallel.links import (
     ONE_SECRET,
     StrangerError,
@@ -192,7 +192,7 @@ def join_run(run: RunDirectory, config: RunConfig, info: JoinInfo, ranks: tuple[
     """
     if config.parallel.backend == "mpi":
         raise ConfigError(f"{run.root} uses parallel.backend = 'mpi', whose processes are fixed")
-    if config.checkpoint.memory_every and info.machine != this_machine():
+    if config.checkpoint.memory_every and info.machine != machine_identity():
         raise ConfigError(
             f"checkpoint.memory_every = {config.checkpoint.memory_every}: the run keeps copies in "
             "the memory of its machine, and this is another one; join from there, or start the run "

@@ -28,7 +28,7 @@ from holdfast.launch.launchers.join_file import JoinInfo, own_address, published
 from holdfast.launch.launchers.local import keep_memory
 from holdfast.launch.launchers.nodes import node_name, run_nodes, spread
 from holdfast.parallel.errors import ConfigError, Interrupted, Stopped
-from holdfast.parallel.files import scratch_folder, this_machine
+from holdfast.parallel.files import machine_identity, scratch_folder
 from holdfast.parallel.links import given_secret, new_secret
 from holdfast.parallel.output import LogFile, tell
 from holdfast.parallel.waiting import Waiting
@@ -145,7 +145,7 @@ def node_settings(
         ),
         ranks=ranks,
         node=node_name(ranks),
-        machine=this_machine(),
+        machine=machine_identity(),
         log=run.log,
         host=own_address(elastic.lighthouse) if elastic.lighthouse else "127.0.0.1",
         limits=HangLimits(elastic.hang_timeout_s, elastic.startup_grace_s),

@@ -18,7 +18,7 @@ from msgspec import Meta
 from holdfast.elastic import MembershipSettings, lighthouse_url
 from holdfast.parallel.comm import own_address_towards
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.files import await_lock, open_lock, this_machine
+from holdfast.parallel.files import await_lock, machine_identity, open_lock
 from holdfast.parallel.output import DiskWord, WholeFiles, tell, write_whole
 from holdfast.parallel.reading import PathText, decode_json, read_regular
 from holdfast.parallel.waiting import Waiting
@@ -49,7 +49,7 @@ class JoinInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     def begun(membership: MembershipSettings, lighthouse: str) -> JoinInfo:
         """The content for a run that starts now."""
         ranks = membership.world_size
-        return JoinInfo(lighthouse, membership.run, ranks, ranks, this_machine())
+        return JoinInfo(lighthouse, membership.run, ranks, ranks, machine_identity())
 
 
 @contextlib.contextmanager

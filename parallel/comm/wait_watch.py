@@ -117,7 +117,7 @@ def longest_wait(
         groups: the ranks of each group, by its name in the record.
         awake_s: the time before which this process may itself have been stopped.
     """
-    waits = [operation for operation in record.operations if operation.is_waited_for]
+    waits = record.waited_for
     if not waits:
         return None
     first = min(waits, key=lambda operation: operation.waited_s)

@@ -5,7 +5,7 @@ from .locks import (
     try_lock as try_lock,
 )
 from .machine import (
-    this_machine as this_machine,
+    machine_identity as machine_identity,
 )
 from .own_files import (
     create_file as create_file,

@@ -16,7 +16,7 @@ _PIDS = Path("/proc/self/ns/pid")
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def this_machine() -> str:
+def machine_identity() -> str:
     """The machine on which this process runs, as 16 hexadecimal digits.
 
     Equal for processes that may share memory: under one boot of one kernel, they see each other's

@@ -31,3 +31,4 @@ from .sections import (
     RunConfig as RunConfig,
 )
 from .suggestions import known_keys as known_keys
+from .vocabulary import too_few_ids as too_few_ids

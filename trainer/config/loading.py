@@ -51,7 +51,8 @@ def load_config(
     if workers is not None and "data" not in given:
         config = _with_workers(config, workers)
     check_config(config)
-    if problem := vocab_problem(config.data, config.model.vocab):
+    # What follows from the tokenizer need not be compared with it: its file may be large.
+    if table["model"].get("vocab") and (problem := vocab_problem(config.data, config.model.vocab)):
         raise ConfigError(problem)
     return config
 

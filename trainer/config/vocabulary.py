@@ -61,11 +61,14 @@ def vocab_problem(data: DataConfig, vocab: int) -> str:
         ids = tokenizer_vocab(data.tokenizer)
     except ConfigError:
         return ""
-    if vocab >= ids:
-        return ""
+    return "" if vocab >= ids else too_few_ids(vocab, data.tokenizer, ids)
+
+
+def too_few_ids(vocab: int, tokenizer: str, ids: int) -> str:
+    """The message on a vocabulary below the ids of a tokenizer of this name. Pure."""
     return (
-        f'model.vocab = {vocab}: data.tokenizer = "{data.tokenizer}" has the token ids 0 to '
-        f"{ids - 1}; set model.vocab to {ids} or more, or leave it out"
+        f'model.vocab = {vocab}: data.tokenizer = "{tokenizer}" has the token ids 0 to {ids - 1}; '
+        f"set model.vocab to {ids} or more, or leave it out"
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.reading import read_regular
+from holdfast.trainer.config import too_few_ids
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,10 +144,7 @@ def separator_note(tokenizer: Tokenizer, name: str) -> str:
 def require_vocab(tokenizer: Tokenizer, name: str, vocab: int) -> None:
     """Raise DataError if the tokenizer of this name has ids beyond a model's vocabulary."""
     if vocab < tokenizer.vocab:
-        raise DataError(
-            f'model.vocab = {vocab}: data.tokenizer = "{name}" has the token ids 0 to '
-            f"{tokenizer.vocab - 1}; set model.vocab to {tokenizer.vocab} or more, or leave it out"
-        )
+        raise DataError(too_few_ids(vocab, name, tokenizer.vocab))
 
 
 def corpus_notes(data: DataConfig, vocab: int) -> list[str]:

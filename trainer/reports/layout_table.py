@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.parallel.errors import counted, named_ranks
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.plan import Plan
 
@@ -55,7 +55,7 @@ def _grid(plan: Plan) -> Table:
         squares = []
         for replica, ranks in enumerate(replicas):
             suffix = "" if plan.is_regular else f" ({len(plan.micro_batches_of(stage, replica))})"
-            squares.append(Text(f"■ {_named(ranks, ',')}{suffix}", style="green"))
+            squares.append(Text(f"■ {named_ranks(ranks)}{suffix}", style="green"))
         squares += [Text("□", style="red")] * (places.widest - len(squares))
         grid.add_row(f"stage {stage}: {_layers_of(plan, stage)}", *squares)
     if plan.is_regular:
@@ -78,10 +78,10 @@ def _lines(plan: Plan) -> Table:
     for stage, replicas in enumerate(places.stages):
         counts = {len(plan.micro_batches_of(stage, number)) for number in range(len(replicas))}
         fewest = f"{min(counts)} to " if len(counts) > 1 else ""
-        ranks = _named(sorted(rank for held in replicas for rank in held), ", ")
+        ranks = named_ranks(sorted(rank for held in replicas for rank in held), ", ")
         what = (
-            f"{_layers_of(plan, stage)}: {ranks} ({_counted(len(replicas), 'replica')}{held_by}, "
-            f"{fewest}{_counted(max(counts), 'micro-batch', 'es')} each)"
+            f"{_layers_of(plan, stage)}: {ranks} ({counted(len(replicas), 'replica')}{held_by}, "
+            f"{fewest}{counted(max(counts), 'micro-batch', 'micro-batches')} each)"
         )
         lines.add_row(f"stage {stage}:", Text(what))
     for caption in _captions(plan):
@@ -89,24 +89,10 @@ def _lines(plan: Plan) -> Table:
     return lines
 
 
-def _counted(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number} {noun}{'' if number == 1 else plural}"
-
-
 def _captions(plan: Plan) -> list[str]:
     recomputed, spares = recompute_summary(plan.layers), plan.stage_replicas.spares
     found = [f"recomputed: {recomputed}"] if recomputed else []
-    return [*found, f"spare: {_named(spares, ', ')}"] if spares else found
-
-
-def _named(ranks: Sequence[int], between: str) -> str:
-    """Ranks as runs of numbers, e.g. "rank 2", "ranks 0-3" or "ranks 1,4-6"."""
-    runs = [
-        [number for _, number in run]
-        for _, run in groupby(enumerate(ranks), key=lambda item: item[1] - item[0])
-    ]
-    shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {between.join(shown)}"
+    return [*found, f"spare: {named_ranks(spares, ', ')}"] if spares else found
 
 
 def _layers_of(plan: Plan, stage: int) -> str:

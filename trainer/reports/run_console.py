@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Collection
 
+from holdfast.parallel.errors import counted
 from holdfast.parallel.plan import Plan
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports.console import Display, ProgressLine, duration
@@ -106,7 +107,7 @@ class RunConsole:
             summary.append(("speed", f"{speed:,.0f} tokens/s (median step)"))
         if self._recoveries:
             parts = (
-                f"{self._lost} rank{'' if self._lost == 1 else 's'}",
+                counted(self._lost, "rank"),
                 f"recoveries: {self._recoveries}",
                 f"steps repeated: {self._repeated}",
             )

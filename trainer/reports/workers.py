@@ -10,7 +10,7 @@ from typing import TypedDict
 from torch.distributed import Store
 
 from holdfast.parallel.errors import MembershipError
-from holdfast.parallel.files import this_machine
+from holdfast.parallel.files import machine_identity
 from holdfast.parallel.reading import Count, Text, decode_json
 from holdfast.trainer.worlds import WorldInfo
 
@@ -29,7 +29,7 @@ class Worker(TypedDict):
 def introduce(store: Store, world: WorldInfo) -> None:
     """Publish this worker's description in the store."""
     worker = Worker(
-        rank=world.rank, pid=os.getpid(), node=socket.gethostname(), machine=this_machine()
+        rank=world.rank, pid=os.getpid(), node=socket.gethostname(), machine=machine_identity()
     )
     store.set(f"worker/{world.rank}", json.dumps(worker))
 

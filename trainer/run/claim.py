@@ -18,7 +18,7 @@ import msgspec
 from holdfast.checkpoint.format import OWNER, Manifest, scheme_of
 from holdfast.checkpoint.stores import CheckpointStore, LocalStore, open_store, readable
 from holdfast.parallel.errors import CheckpointError, ConfigError
-from holdfast.parallel.files import this_machine
+from holdfast.parallel.files import machine_identity
 from holdfast.parallel.reading import PathText, decode_json
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run.folder_lock import is_locked, lock_folder
@@ -61,7 +61,7 @@ def claimed_checkpoints(
         CheckpointError: `latest` is there, and is no file.
     """
     own = CheckpointOwner(
-        identity.id, str(root.absolute()), socket.gethostname(), machine=this_machine()
+        identity.id, str(root.absolute()), socket.gethostname(), machine=machine_identity()
     )
     notes: tuple[str, ...] = ()
     with contextlib.ExitStack() as held:
@@ -182,7 +182,7 @@ def _goes_on(owner: CheckpointOwner) -> bool:
     if identity is not None and identity.id == owner.run:
         return is_locked(root)
     if owner.machine:
-        return owner.machine != this_machine()
+        return owner.machine != machine_identity()
     return owner.host != socket.gethostname()
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 import msgspec
 
 from holdfast.checkpoint.format import expanded
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, named_ranks
 from holdfast.trainer.config import RunConfig, flat_keys
 
 OF_A_MACHINE = (
@@ -203,12 +203,4 @@ def _of(ranks: Collection[int], names: Sequence[str]) -> str:
     """Some ranks in words: `rank 3`, `ranks 0-3,8`."""
     if names:
         return " and ".join(names[rank] for rank in ranks)
-    parts: list[str] = []
-    ordered = sorted(ranks)
-    start = 0
-    for number, rank in enumerate(ordered):
-        if number + 1 == len(ordered) or ordered[number + 1] != rank + 1:
-            first = ordered[start]
-            parts.append(str(rank) if first == rank else f"{first}-{rank}")
-            start = number + 1
-    return f"rank{'s' if len(ordered) > 1 else ''} {','.join(parts)}"
+    return named_ranks(sorted(ranks))

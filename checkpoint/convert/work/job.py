@@ -103,14 +103,9 @@ def convert(
     """
     began = time.perf_counter()
     check(conversion)
-    for fault in (
-        number_fault("workers", workers, 1),
-        number_fault("world", world, 1),
-        number_fault("rank", rank, 0),
-        number_fault("rank", rank, 0, world - 1),
-    ):
-        if fault:
-            raise ConfigError(fault)
+    fault = number_fault("workers", workers, 1) or number_fault("world", world, 1)
+    if fault := fault or number_fault("rank", rank, 0, world - 1):
+        raise ConfigError(fault)
     if world > 1 and workers > 1:
         raise ConfigError(
             f"--workers {workers} under a launcher with {world} processes: use one of the two"

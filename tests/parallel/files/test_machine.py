@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from holdfast.parallel.files import this_machine
+from holdfast.parallel.files import machine_identity
 
 _TELL = (
-    "import socket; from holdfast.parallel.files import this_machine;"
-    "print(socket.gethostname(), this_machine())"
+    "import socket; from holdfast.parallel.files import machine_identity;"
+    "print(socket.gethostname(), machine_identity())"
 )
 
 
@@ -31,4 +31,4 @@ def test_a_machine_is_what_shares_memory_whatever_its_name(apart: str, same: boo
         check=True,
     ).stdout.split()
     assert (told[0] == "other-name") == (apart == "--uts")
-    assert (told[1] == this_machine()) == same
+    assert (told[1] == machine_identity()) == same

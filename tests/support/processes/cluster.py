@@ -9,6 +9,7 @@ returns (or raises) on every rank comes back.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import pickle
@@ -142,6 +143,7 @@ def _serve(address: str, workers: int) -> None:
     ):  # once, and not once per worker
         importlib.import_module(name)
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through after each job
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(4 * workers)
@@ -175,6 +177,10 @@ def _work(address: str, rank: int, port: int) -> None:
             function, job_rank, world_size, job, arguments = connection.recv()
         except EOFError:
             return
+        # The groups of the last job, which all ranks have ended, refer to each other, and each has
+        # a thread that wakes up 100 times a second.
+        result = None
+        gc.collect()
         try:
             module, name = function.split(":")
             call = getattr(importlib.import_module(module), name)

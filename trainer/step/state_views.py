@@ -169,7 +169,8 @@ def huggingface_files(config: RunConfig) -> dict[str, bytes]:
     dtype = PRECISIONS[train.precision].torch_name
     described = family_of(model.family).config_json(model, train.seq_len, dtype)
     tokenizer = exported_tokenizer(config.data, max(model.max_seq_len, train.seq_len))
-    # A document begins where the one before has ended.
+    # A document begins where the one before has ended. What is not known is said to be none: for a
+    # missing key transformers takes the ids of its family's first model.
     ends = {f"{place}_token_id": tokenizer.separator for place in ("bos", "eos")}
     known = ends if tokenizer.separator is not None else {}
     return {

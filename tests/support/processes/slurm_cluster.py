@@ -59,7 +59,8 @@ def _configuration(folder: Path, nodes: int) -> str:
         f"SlurmctldHost={host}(127.0.0.1)",
         f"SlurmctldPort={controller}",
         "SlurmUser=root",
-        f"AuthInfo=socket={folder}/munge.socket",
+        # A job whose launch has failed, as on a busy machine, is launched again after this time.
+        f"AuthInfo=socket={folder}/munge.socket,cred_expire=20",
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={folder}/spool-%n",
         f"SlurmdPidFile={folder}/slurmd-%n.pid",

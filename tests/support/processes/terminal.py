@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import re
@@ -90,6 +91,8 @@ class OnTerminal:
     def __init__(self, body: Callable[[TextIO], None], *, columns: int, rows: int) -> None:
         self.screen = Screen(columns, rows)
         self._master, slave = os.openpty()
+        # A read may end within a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._set_size(columns, rows)
         reader, self._writer = os.pipe()
         self.pid = os.fork()
@@ -141,7 +144,7 @@ class OnTerminal:
             text = os.read(self._master, 1 << 16)
         except OSError:  # nothing has it open any more
             return False
-        self.screen.feed(text.decode())
+        self.screen.feed(self._decoder.decode(text))
         return True
 
     def _set_size(self, columns: int, rows: int) -> None:

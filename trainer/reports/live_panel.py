@@ -5,6 +5,8 @@ rich's own `Live` loses its place when the terminal becomes narrower than what i
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -34,7 +36,7 @@ class LivePanel:
         self._widths: list[int] = []
         """The columns of each line of the panel as it is on the screen."""
         self._drawn = ""
-        self._size = console.size
+        self._size = self._measured()
         self._soon: deque[str] = deque()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="holdfast-panel", daemon=True)
@@ -57,7 +59,7 @@ class LivePanel:
         with self._lock:
             while self._soon:
                 self.print(Text(self._soon.popleft()))
-            if self._panel()[0] != self._drawn or self._console.size != self._size:
+            if self._panel()[0] != self._drawn or self._measured() != self._size:
                 self._write("")
 
     def close(self) -> None:
@@ -77,7 +79,7 @@ class LivePanel:
     def _write(self, above: str) -> None:
         """Write text in the place of the panel, and the panel below it, at once."""
         erasing = self._erasing()
-        self._size = self._console.size
+        self._size = self._measured()
         self._drawn, self._widths = self._panel()
         self._console.file.write(f"{erasing}{above}{self._drawn}")
         self._console.file.flush()
@@ -87,18 +89,26 @@ class LivePanel:
 
         A terminal that has become narrower has wrapped the lines that were wider.
         """
-        width, height = self._console.size
+        width, height = self._measured()
         rows = sum(max(1, -(-columns // max(1, width))) for columns in self._widths)
         rows = min(rows, height - 1)
         return f"\r\x1b[{rows}A\x1b[J" if rows else ""
 
     def _panel(self) -> tuple[str, list[int]]:
         """The panel as it is written, and the columns of its lines; its end if it is too high."""
-        width, height = self._console.size
+        width, height = self._measured()
         text = self._rendered(lambda: self._console.print(self._draw(), width=min(width, COLUMNS)))
         lines = text.splitlines()[-max(1, height - 1) :]
         widths = [Text.from_ansi(line).cell_len for line in lines]
         return "".join(f"{line}\n" for line in lines), widths
+
+    def _measured(self) -> tuple[int, int]:
+        """Columns and rows of the terminal that is written to; rich's console asks others first."""
+        with contextlib.suppress(OSError, ValueError):
+            columns, rows = os.get_terminal_size(self._console.file.fileno())
+            if columns and rows:
+                return columns, rows
+        return self._console.size
 
     def _rendered(self, show: Callable[[], None]) -> str:
         with self._console.capture() as captured:

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,8 +60,7 @@ def _configuration(folder: Path, nodes: int) -> str:
         f"SlurmctldHost={host}(127.0.0.1)",
         f"SlurmctldPort={controller}",
         "SlurmUser=root",
-        # A job whose launch has failed, as on a busy machine, is launched again after this time.
-        f"AuthInfo=socket={folder}/munge.socket,cred_expire=20",
+        f"AuthInfo=socket={folder}/munge.socket",
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={folder}/spool-%n",
         f"SlurmdPidFile={folder}/slurmd-%n.pid",
@@ -80,15 +80,24 @@ def _configuration(folder: Path, nodes: int) -> str:
 
 
 @contextmanager
-def slurm(folder: Path, nodes: int) -> Iterator[Slurm]:
-    """A Slurm of so many nodes below `folder`; the test is skipped where none can be started."""
+def slurm(nodes: int) -> Iterator[Slurm]:
+    """A Slurm of so many nodes; the test is skipped where none can be started.
+
+    It has a folder of its own, because the names of its sockets are long, and those of a test's
+    folder may be: the system allows 107 bytes for both.
+    """
     missing = [name for name in _PROGRAMS if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(
             f"Slurm's daemons need root and {', '.join(_PROGRAMS)}: "
             "apt-get install slurmctld slurmd slurm-client munge"
         )
-    folder.mkdir()
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        yield from _started(Path(folder), nodes)
+
+
+def _started(folder: Path, nodes: int) -> Iterator[Slurm]:
+    """Start the daemons, yield, and end them."""
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)

@@ -161,7 +161,7 @@ def test_a_node_of_an_mpi_job_is_lost_with_its_agent(
 def test_a_job_of_slurm_that_loses_a_node_goes_on_and_ends_with_0(
     start: Starter, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    with slurm(tmp_path / "slurm", 2) as scheduler:
+    with slurm(2) as scheduler:
         path = start.write(
             "job",
             train={"steps": STEPS},

@@ -95,6 +95,32 @@ def sum_squares_f32(values: int, count: int) -> float:
 def sum_squares_f64(values: int, count: int) -> float:
     """As sum_squares_f32, values: float64[count]."""
 
+def packed_bound(count: int) -> int:
+    """The most bytes that count int64 take once packed: 8 each and a header."""
+
+def pack_i64(sums: int, count: int, output: int) -> int:
+    """Write int64[count] without the bytes that only repeat the sign; returns the bytes written.
+
+    Runs of 4096 elements have a width of 0 to 8 bytes each, the least that holds their values; the
+    format is in packing.h.
+
+    Args:
+        sums: int64[count].
+        output: uint8[packed_bound(count)], not overlapping sums.
+    """
+
+def unpack_add_i64(packed: int, packed_bytes: int, base: int, output: int, count: int) -> int:
+    """output[i] = base[i] + element i of what pack_i64 wrote; returns flag 2 if a sum wrapped.
+
+    Args:
+        packed: uint8[packed_bytes]; bytes behind the last run are not read.
+        base: int64[count], may be output; 0: the elements alone.
+        output: int64[count], not overlapping packed.
+    Raises:
+        ValueError: a width is above 8, or packed_bytes are too few for the widths. Nothing has been
+            written.
+    """
+
 def crc32c(data: int, nbytes: int, initial: int = 0) -> int:
     """CRC-32C (Castagnoli, RFC 3720) of nbytes bytes that follow data with checksum `initial`."""
 

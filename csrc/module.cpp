@@ -6,6 +6,7 @@
 #include "crc32c.h"
 #include "fixed_point.h"
 #include "instruction_set.h"
+#include "packing.h"
 #include "permutation.h"
 #include "philox.h"
 
@@ -128,6 +129,22 @@ NB_MODULE(_native, module) {
       "accumulator"_a, "other"_a, "count"_a, Unlocked());
   define_conversion<float>(module, "reduce_convert_f32", "sum_squares_f32");
   define_conversion<double>(module, "reduce_convert_f64", "sum_squares_f64");
+
+  module.def("packed_bound", &packed_bound, "count"_a, Unlocked());
+  module.def(
+      "pack_i64",
+      [](Address sums, std::int64_t count, Address output) {
+        return pack_integers(at<const std::int64_t>(sums), count, at<std::uint8_t>(output));
+      },
+      "sums"_a, "count"_a, "output"_a, Unlocked());
+  module.def(
+      "unpack_add_i64",
+      [](Address packed, std::int64_t packed_bytes, Address base, Address output,
+         std::int64_t count) {
+        return unpack_add(at<const std::uint8_t>(packed), packed_bytes,
+                          at<const std::int64_t>(base), at<std::int64_t>(output), count);
+      },
+      "packed"_a, "packed_bytes"_a, "base"_a, "output"_a, "count"_a, Unlocked());
 
   module.def(
       "crc32c",

@@ -48,6 +48,17 @@ for count in (0, 1, 5, 16, 33, 1000, 5003):
             digest.update(target.tobytes())
             getattr(n, "philox_normal_" + name)(target.ctypes.data, count, 5, 6, shift, 0.1, 0.7)
             digest.update(target.tobytes())
+        packed = np.zeros(n.packed_bound(count) + shift, np.uint8)[shift:]
+        for places in range(0, 64, 7):
+            values = draw.integers(-(2**63), 2**63, count + shift)[shift:] >> places
+            size = n.pack_i64(values.ctypes.data, count, packed.ctypes.data)
+            sums = draw.integers(-(2**63), 2**63, count + shift)[shift:]
+            flags = n.unpack_add_i64(
+                packed.ctypes.data, size, sums.ctypes.data, sums.ctypes.data, count
+            )
+            n.unpack_add_i64(packed.ctypes.data, size, 0, values.ctypes.data, count)
+            digest.update(packed[:size].tobytes() + sums.tobytes() + bytes([flags]))
+            digest.update(values.tobytes())
         words = np.zeros(count + shift, np.uint32)[shift:]
         n.philox_uint32(words.ctypes.data, count, 7, 8, shift)
         crc = n.crc32c(words.ctypes.data, words.nbytes)

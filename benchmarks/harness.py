@@ -78,29 +78,37 @@ def report(
     *,
     json_path: str | None = None,
     note: str = "",
+    columns: Mapping[str, Mapping[str, float]] | None = None,
+    record: Mapping[str, object] | None = None,
 ) -> None:
     """Print the table and, if asked, write it as JSON.
 
     Args:
         baseline: contestant name -> the time in seconds that its ratio is against.
+        columns: further columns: title -> contestant name -> value.
+        record: what the JSON holds besides.
     """
+    columns = columns or {}
     table = Table(title=title, caption=note or None)
-    for column in ("contestant", "median ms", "min..max ms", "ratio"):
+    for column in ("contestant", "median ms", "min..max ms", "ratio", *columns):
         table.add_column(column, justify="left" if column == "contestant" else "right")
     for row in rows:
         ratio = f"{row.median_s / baseline[row.name]:.3f}" if row.name in baseline else "-"
-        table.add_row(row.name, f"{row.median_s * 1e3:.1f}", row.spread, ratio)
+        more = (f"{values[row.name]:.2f}" for values in columns.values())
+        table.add_row(row.name, f"{row.median_s * 1e3:.1f}", row.spread, ratio, *more)
     Console(width=110).print(table)
     if json_path:
-        record = {
+        written = {
             "title": title,
             "machine": machine(),
             "note": note,
+            **(record or {}),
             "rows": [
                 asdict(row)
                 | {"median_s": row.median_s}
                 | {"ratio": row.median_s / baseline[row.name] if row.name in baseline else None}
+                | {title: values[row.name] for title, values in columns.items()}
                 for row in rows
             ],
         }
-        Path(json_path).write_text(json.dumps(record, indent=2) + "\n")
+        Path(json_path).write_text(json.dumps(written, indent=2) + "\n")

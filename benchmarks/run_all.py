@@ -15,6 +15,7 @@ RUNS = {
     "executor.py": ["--repetitions", "7", "--json", str(OUTPUT / "executor.json")],
     "communicator_edit.py": ["--json", str(OUTPUT / "communicator_edit.json")],
     "data_parallel.py": ["--json", str(OUTPUT / "data_parallel")],
+    "link.py": ["--json", str(OUTPUT / "link")],
     "checkpoint.py": ["--json", str(OUTPUT / "checkpoint.json")],
     "checkpoint_scale.py": ["--json", str(OUTPUT / "checkpoint_scale.json")],
     "elastic_overhead.py": ["--json", str(OUTPUT / "elastic_overhead.json")],

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from support.processes.forked_command import ForkedCommand, forked_for_shells
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 IN_CHECKOUT = pytest.mark.skipif(
@@ -58,25 +60,20 @@ def blocks(kind: str) -> list[Any]:
     return found
 
 
-def environment() -> dict[str, str]:
-    folder = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+def environment(*first: Path) -> dict[str, str]:
+    """That of a shell which finds commands in these folders first, then in the environment's."""
+    folders = [*map(str, first), str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {**os.environ, "PATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.mp
 @IN_CHECKOUT
 @pytest.mark.parametrize("source", blocks("python"))
 def test_python_block_runs(source: str, tmp_path: Path) -> None:
-    script = tmp_path / "block.py"
+    script, printed = tmp_path / "block.py", tmp_path / "printed"
     script.write_text(source)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    block = ForkedCommand((), printed, environment(), folder=tmp_path, script=script)
+    assert block.wait(timeout=120) == 0, block.printed()
 
 
 @pytest.mark.mp
@@ -85,13 +82,14 @@ def test_python_block_runs(source: str, tmp_path: Path) -> None:
 def test_marked_commands_run(source: str, tmp_path: Path) -> None:
     for folder in ("examples",):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", source],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    with forked_for_shells(tmp_path / "bin") as forked:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", source],
+            cwd=tmp_path,
+            env=environment(forked),
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

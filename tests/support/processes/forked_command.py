@@ -1,18 +1,24 @@
-"""The `holdfast` command in processes forked from one that has imported it.
+"""The `holdfast` command, and programs that use it, in processes forked from one that has
+imported it.
 
 A run in a test is otherwise one third importing torch. What happens after the imports is what the
-command does; that it starts by itself is what tests/launch and the documentation's tests see.
+command does; that it starts by itself is what tests/launch sees.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,7 +28,17 @@ _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(
     ["support.runs.elastic_demo", "holdfast.launch.commands.training", "holdfast.trainer.worker"]
 )
+_STARTING = threading.Lock()
 _TESTS = str(Path(__file__).resolve().parents[2])
+_CLIENT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+    connection.connect({address!r})
+    connection.send(json.dumps([os.getpid(), os.getcwd(), sys.argv[1:], dict(os.environ)]).encode())
+    sys.exit(int(connection.recv(16)))
+"""
+_MOST_ASKED = 1 << 17
+"""Bytes of a client's arguments and environment."""
 
 
 def forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
@@ -30,7 +46,7 @@ def forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
 
     That one imports before it is told pytest's paths, and passes over what it does not find.
     """
-    with mock.patch.dict(os.environ, PYTHONPATH=_TESTS):
+    with _STARTING, mock.patch.dict(os.environ, PYTHONPATH=_TESTS):
         forkserver.ensure_running()
     return _FORK.Process(target=target, args=arguments)
 
@@ -47,18 +63,21 @@ class ForkedCommand:
         before: str = "",
         folder: Path | None = None,
         errors: Path | None = None,
+        script: Path | None = None,
     ) -> None:
         """Start `holdfast ARGUMENTS`; what it prints goes to the file `output`.
 
         Args:
+            script: a program of Python that is run instead of `holdfast`.
             before: `module:function`, which its process calls first.
             folder: the one in which it runs; None: that of the tests.
             errors: the file for its standard error, if that is another one.
         """
         self._output = output
         printed = (str(output), str(errors or output))
+        command = ["" if script is None else str(script), *arguments]
         where = str(folder or Path.cwd())
-        self._process = forked(_run, list(arguments), where, printed, dict(environment), before)
+        self._process = forked(_run, command, where, printed, dict(environment), before)
         self._process.start()
 
     @property
@@ -95,8 +114,44 @@ class ForkedCommand:
         self.send_signal(signal.SIGKILL)
 
 
+@contextmanager
+def forked_for_shells(folder: Path) -> Iterator[Path]:
+    """A folder for PATH in which `holdfast` is forked as `ForkedCommand` is; it has no input."""
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(folder / "socket"))
+        listening.listen()
+        client = folder / "holdfast"
+        client.write_text(_CLIENT.format(python=sys.executable, address=str(folder / "socket")))
+        client.chmod(0o755)
+        threading.Thread(target=_serve_shells, args=(listening,), daemon=True).start()
+        try:
+            yield folder
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+
+
+def _serve_shells(listening: socket.socket) -> None:
+    """Run what clients ask for, until no more can come."""
+    while True:
+        try:
+            connection, _ = listening.accept()
+        except OSError:
+            return
+        threading.Thread(target=_serve_client, args=(connection,), daemon=True).start()
+
+
+def _serve_client(connection: socket.socket) -> None:
+    """Run one command, which prints to where its client does, and send its exit code."""
+    with connection:
+        pid, folder, arguments, environment = json.loads(connection.recv(_MOST_ASKED))
+        output, errors = (Path(f"/proc/{pid}/fd/{number}") for number in (1, 2))
+        command = ForkedCommand(arguments, output, environment, folder=Path(folder), errors=errors)
+        connection.send(str(command.wait() % 256).encode())
+
+
 def _run(
-    arguments: list[str],
+    command: list[str],
     folder: str,
     printed: tuple[str, str],
     environment: dict[str, str],
@@ -104,6 +159,7 @@ def _run(
 ) -> None:
     from holdfast.launch.cli import main
 
+    script, *arguments = command
     if before:
         module, name = before.split(":")
         getattr(importlib.import_module(module), name)()
@@ -114,7 +170,13 @@ def _run(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # What wants another heap starts itself again, by what it was started with.
+    if script:
+        sys.argv = [script, *arguments]
+        sys.orig_argv = [sys.executable, *sys.argv]
+        sys.path.insert(0, folder)
+        runpy.run_path(script, run_name="__main__")
+        return
     sys.argv = ["holdfast", *arguments]
-    # A command that wants another heap starts itself again, by what it was started with.
     sys.orig_argv = [sys.executable, "-m", "holdfast.launch.cli", *arguments]
     main()

@@ -63,17 +63,19 @@ bench: .venv/bench.stamp
 soak: setup-dev
 	HYPOTHESIS_PROFILE=soak HOLDFAST_SOAK_S=1800 $(BIN)/python -m pytest --timeout 1800
 
-# Builds the wheel, installs it with what running needs and no more, and tests it outside the checkout.
+# Builds the wheel, installs it beside what running needs and no more, and tests it outside the checkout.
+WHEEL := build/wheel-test
+TESTED_WITH := pytest|pytest-timeout|hypothesis|iniconfig|pluggy|pygments|packaging|sortedcontainers|attrs
 wheel-test: setup-dev
-	rm -rf build/wheel-test && mkdir -p build/wheel-test
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel-test/dist .
-	$(PYTHON) -m venv build/wheel-test/venv
-	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install --no-deps --no-compile -r requirements/base.txt \
-	  $$(grep -E '^(pytest|pytest-timeout|hypothesis|iniconfig|pluggy|pygments|packaging|sortedcontainers|attrs)==' requirements/dev.txt)
-	build/wheel-test/venv/bin/python -m pip --disable-pip-version-check -q install --no-deps --no-compile build/wheel-test/dist/holdfast-*.whl
-	build/wheel-test/venv/bin/python -m pip check
-	cp -r tests examples pyproject.toml build/wheel-test/
-	cd build/wheel-test && venv/bin/python -m pytest -q tests/native tests/checkpoint/convert/test_mapping.py \
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)
+	$(PIP) wheel --no-build-isolation --no-deps -w $(WHEEL)/dist .
+	$(BIN)/python -m venv --without-pip $(WHEEL)/venv
+	$(BIN)/python .ci/link_packages.py $(WHEEL)/venv \
+	  $$(sed '/^#/d' requirements/base.txt) $$(grep -E '^($(TESTED_WITH))==' requirements/dev.txt)
+	$(PIP) --python $(WHEEL)/venv/bin/python install --no-deps --no-compile $(WHEEL)/dist/holdfast-*.whl
+	$(PIP) --python $(WHEEL)/venv/bin/python check
+	cp -r tests examples pyproject.toml $(WHEEL)/
+	cd $(WHEEL) && venv/bin/python -m pytest -q tests/native tests/checkpoint/convert/test_mapping.py \
 	  tests/launch/test_command.py -k "native or mapping or promises or (torchrun and not module) or plan_prints"
 
 clean:

@@ -3,7 +3,8 @@
 Each rank has a network namespace of its own, with one cable to a bridge; `tc` limits both ends of
 each cable, so that a rank sends and receives at the rate and no faster. The ranks share the cores
 of this machine, one thread each. Contestants (training_contestants.py) live in the same processes
-and take a step in turn.
+and take a step in turn. Each has a column for the processor time of a step, which other work on the
+machine leaves much as it is.
 
 Beside the times stand the bytes that the busiest rank sent in a step, as its interface counts
 them, with headers, acknowledgements, repeated packets and the barriers around the step. An
@@ -13,7 +14,7 @@ data-parallel step can send, in bytes of gradients and parameters, is 2 (n - 1) 
 parameter: each rank's part of the sums goes to the others, and their parts of the parameters come
 back.
 
-    python benchmarks/link.py [--rates 200,1000,5000] [--ranks 2,4] [--sequences 2] \\
+    python benchmarks/link.py [--rates 200,1000,5000] [--ranks 2,4] [--micro-batches 2x128] \\
         [--repetitions 3] [--contestants "holdfast, fast; DDP, fused AdamW"] [--json PREFIX]
 
 Needs Linux, root and iproute2. What it makes is gone when it ends, also when it is interrupted.
@@ -29,6 +30,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
@@ -54,9 +56,12 @@ NODES = "abcdefgh"
 """Of one rank each."""
 MICRO_BATCHES = 4
 """Of each replica."""
-SEQUENCES = {200: (2, 5)}
-"""Sequences of a micro-batch by rate, if not 2 alone: with the more of them, computation takes as
-long as the exchange."""
+BASE = (2, 128)
+"""Sequences of a micro-batch, and their tokens."""
+CASES = {200: (BASE, (5, 128), (1, 16))}
+"""The micro-batches by rate, if not the base alone: one with which computation takes about as long
+as the exchange, and one with which it takes next to nothing, so that the cores here matter little.
+"""
 REFERENCE = "DDP, fused AdamW"
 
 
@@ -128,22 +133,22 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
         )
     speeds, found = zip(*results, strict=True)
     rows = [
-        Measurement(name, tuple(seconds for seconds, _ in steps))
-        for name, steps in found[0].items()
+        Measurement(name, tuple(step.seconds for step in steps)) for name, steps in found[0].items()
     ]
-    sent = {
-        row.name: max(
-            statistics.median(count for _, count in by_rank[row.name]) for by_rank in found
-        )
-        for row in rows
-    }
+    sent, cpu_s = (
+        {
+            row.name: max(statistics.median(map(part, by_rank[row.name])) for by_rank in found)
+            for row in rows
+        }
+        for part in (attrgetter("sent_bytes"), attrgetter("cpu_s"))
+    )
     least = {row.name: least_bytes(row.name, work) for row in rows}
     transfers = [speed for speed, _ in speeds]
     note = (
         f"{work.parameters / 1e6:.1f} million parameters: {work}; plain TCP reached "
         f"{min(transfers):.0f}..{max(transfers):.0f} Mbit/s in all ranks at once; a round trip "
         f"took {speeds[0][1]:.2f} ms; load {os.getloadavg()[0]:.1f}; ratio = time / {REFERENCE}; "
-        "MB = sent by the busiest rank in a step"
+        "cpu s, MB = processor time, and megabytes sent, of the busiest rank in a step"
     )
     reference = next((row.median_s for row in rows if row.name == REFERENCE), None)
     prefix = arguments.json
@@ -151,9 +156,10 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
         f"training step, {work.ranks} replicas, {rate} Mbit/s",
         rows,
         {} if reference is None else {row.name: reference for row in rows},
-        json_path=prefix and f"{prefix}-{rate}-{work.ranks}-{work.micro_batch}.json",
+        json_path=prefix and f"{prefix}-{rate}-{work.ranks}-{work.micro_batch}x{work.seq_len}.json",
         note=note,
         columns={
+            "cpu s": cpu_s,
             "MB": {name: count / 1e6 for name, count in sent.items()},
             "of least": {name: count / least[name] for name, count in sent.items()},
             "least s": {name: count * 8e-6 / rate for name, count in least.items()},
@@ -162,13 +168,14 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
             "mbit_per_s": rate,
             "ranks": work.ranks,
             "sequences": work.micro_batch,
+            "seq_len": work.seq_len,
             "measured_mbit_per_s": transfers,
             "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control")
             .read_text()
             .strip(),
             "load": os.getloadavg()[0],
             "sent_bytes": {
-                row.name: [[count for _, count in by_rank[row.name]] for by_rank in found]
+                row.name: [[step.sent_bytes for step in by_rank[row.name]] for by_rank in found]
                 for row in rows
             },
             "least_bytes": least,
@@ -180,6 +187,17 @@ def numbers(text: str) -> list[int]:
     found = [int(part) for part in text.split(",")]
     if min(found) < 1:
         raise ValueError("numbers are 1 or more")
+    return found
+
+
+def sizes(text: str) -> list[tuple[int, int]]:
+    """Sequences and tokens of micro-batches, as in 2x128,5x128."""
+    found = []
+    for part in text.split(","):
+        sequences, tokens = map(int, part.split("x"))
+        if min(sequences, tokens) < 1:
+            raise ValueError("numbers are 1 or more")
+        found.append((sequences, tokens))
     return found
 
 
@@ -198,10 +216,10 @@ def parsed(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rates", type=numbers, default=[200, 1000, 5000], help="Mbit/s")
     parser.add_argument("--ranks", type=numbers, default=[2, 4], help=f"2 to {len(NODES)}")
-    parser.add_argument("--sequences", type=numbers, help="of a micro-batch; default: by rate")
+    parser.add_argument("--micro-batches", type=sizes, help="sequences x tokens; default: by rate")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--contestants", type=names, default=list(BUILDERS), help="with ; between")
-    parser.add_argument("--tiny", action="store_true", help="a model that only shows that it runs")
+    parser.add_argument("--tiny", action="store_true", help="a model that only shows that all runs")
     parser.add_argument("--json", help="prefix of the files to write")
     arguments = parser.parse_args(given)
     if not 2 <= min(arguments.ranks) <= max(arguments.ranks) <= len(NODES):
@@ -218,13 +236,13 @@ def main(given: Sequence[str] | None = None) -> None:
         for rate in arguments.rates:
             net.limit(rate)
             for count in arguments.ranks:
-                for sequences in arguments.sequences or SEQUENCES.get(rate, (2,)):
+                for sequences, tokens in arguments.micro_batches or CASES.get(rate, (BASE,)):
                     work = Work(
                         TINY if arguments.tiny else MODEL,
                         ranks=count,
                         micro_batches=MICRO_BATCHES,
                         micro_batch=sequences,
-                        seq_len=32 if arguments.tiny else 128,
+                        seq_len=tokens,
                     )
                     compare(net.places(count), rate, work, arguments)
 

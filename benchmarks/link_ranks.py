@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -31,6 +31,15 @@ class Node:
     address: str
     master: str
     """The address of rank 0."""
+
+
+class Taken(NamedTuple):
+    """What one step took on one rank."""
+
+    seconds: float
+    cpu_s: float
+    """Processor time of all threads, which other work on the machine leaves much as it is."""
+    sent_bytes: int
 
 
 def enter(node: Node) -> None:
@@ -96,6 +105,10 @@ def received_rate(source: socket.socket) -> float:
     return total * 8e-6 / (time.perf_counter() - start)
 
 
+def now() -> tuple[float, float, int]:
+    return time.perf_counter(), time.process_time(), sent_bytes()
+
+
 def measure(
     rank: int,
     ranks: int,
@@ -105,23 +118,21 @@ def measure(
     contestants: list[str],
     repetitions: int,
     work: Work,
-) -> tuple[tuple[float, float], dict[str, list[tuple[float, int]]]]:
-    """What `transfer` gives, then seconds and sent bytes of this rank per step of each contestant,
-    in turn.
-    """
+) -> tuple[tuple[float, float], dict[str, list[Taken]]]:
+    """What `transfer` gives, and what each step of each contestant took on this rank, in turn."""
     node = nodes[rank]
     enter(node)
     store = dist.TCPStore(node.master, PORT, ranks, is_master=rank == 0)
     speed = transfer(rank, nodes, store)
     steps = build(contestants, work, rank, store, node.master)
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in steps}
+    found: dict[str, list[Taken]] = {name: [] for name in steps}
     for repetition in range(repetitions + 1):
         for name, step in steps.items():
             dist.barrier()
-            start, sent = time.perf_counter(), sent_bytes()
+            before = now()
             step()
             dist.barrier()
             if repetition:
-                found[name].append((time.perf_counter() - start, sent_bytes() - sent))
+                found[name].append(Taken(*(b - a for a, b in zip(before, now(), strict=True))))
     dist.destroy_process_group()
     return speed, found

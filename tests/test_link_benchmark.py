@@ -50,8 +50,9 @@ def test_every_contestant_trains_over_the_link_and_its_bytes_are_counted(
     link: Any, tmp_path: Path
 ) -> None:
     limits = ["--tiny", "--rates", "1000", "--ranks", "2", "--repetitions", "1"]
+    limits += ["--micro-batches", "2x32"]
     link.main([*limits, "--contestants", ";".join(ASKED), "--json", str(tmp_path / "out")])
-    record = json.loads((tmp_path / "out-1000-2-2.json").read_text())
+    record = json.loads((tmp_path / "out-1000-2-2x32.json").read_text())
     assert [row["name"] for row in record["rows"]] == list(ASKED)
     assert all(0 < speed < 1000 for speed in record["measured_mbit_per_s"])
     sent, least = record["sent_bytes"], record["least_bytes"]

@@ -1,10 +1,11 @@
 """Native kernels beside the torch operation that each stands for, one thread.
 
-Bytes are what the kernel itself has to read and write once (torch's own traffic may differ); the
-ratio is native time over torch time, below 1 where the native kernel is faster. HOLDFAST_NATIVE_ISA
-chooses the instruction set.
+Times are of the calling thread's processor, which other work on the machine disturbs least. Bytes
+are what the kernel itself has to read and write once (torch's own traffic may differ); the ratio is
+native time over torch time, below 1 where the native kernel is faster. HOLDFAST_NATIVE_ISA chooses
+the instruction set.
 
-    python benchmarks/native_kernels.py [--elements 4194304] [--repetitions 15] [--json out.json]
+    python benchmarks/native_kernels.py [--elements 4194304] [--repetitions 15] [--only pack]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,11 +90,35 @@ def cases(n: int) -> tuple[list[Case], list[torch.Tensor]]:
     return listed, tensors
 
 
-def timed(function: Callable[[], object]) -> Callable[[], float]:
+def packing_cases(n: int) -> tuple[list[Case], list[torch.Tensor]]:
+    """Packing and unpacking of sums that need 3 to 6 bytes, beside a copy of the sums."""
+    listed: list[Case] = []
+    tensors: list[torch.Tensor] = []
+    base, copy = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+    b = base.data_ptr()
+    for width in (3, 4, 5, 6):
+        end = 2 ** (8 * width - 1)
+        sums = torch.randint(-end, end, (n,))
+        packed = torch.zeros(_native.packed_bound(n), dtype=torch.uint8)
+        s, p = sums.data_ptr(), packed.data_ptr()
+        size = _native.pack_i64(s, n, p)
+        peer = ("copy", partial(copy.copy_, sums), 16 * n)
+        listed += [
+            Case(f"pack_i64, {width} bytes", partial(_native.pack_i64, s, n, p), 8 * n + size,
+                 *peer),
+            Case(f"unpack_add_i64, {width} bytes",
+                 partial(_native.unpack_add_i64, p, size, b, b, n), 16 * n + size, *peer),
+        ]  # fmt: skip
+        tensors += [sums, packed]
+    return listed, [base, copy, *tensors]
+
+
+def timed(function: Callable[[], object], calls: int) -> Callable[[], float]:
     def run() -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+        start = time.thread_time()
+        for _ in range(calls):
+            function()
+        return (time.thread_time() - start) / calls
 
     return run
 
@@ -101,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=int, default=1 << 22)
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -122,15 +149,21 @@ def main() -> None:
 
     rows: list[dict[str, object]] = []
     listed, _tensors = cases(arguments.elements)
-    for case in listed:
-        contestants = {case.name: timed(case.native), case.peer_name: timed(case.peer)}
+    packing, _packed = packing_cases(arguments.elements)
+    calls = max(1, (1 << 20) // arguments.elements)
+    for case in (case for case in [*listed, *packing] if arguments.only in case.name):
+        contestants = {
+            case.name: timed(case.native, calls),
+            case.peer_name: timed(case.peer, calls),
+        }
         alternate(contestants, 2)
         native, peer = alternate(contestants, arguments.repetitions)
         ratio = native.median_s / peer.median_s
 
         def columns(row: Measurement, moved_bytes: int) -> tuple[str, str, str]:
             rate = moved_bytes / row.median_s / 1e9
-            return row.name, f"{rate:.1f}", f"{row.median_s * 1e3:.2f} ({row.spread})"
+            spread = f"{min(row.times_s) * 1e3:.3f}..{max(row.times_s) * 1e3:.3f}"
+            return row.name, f"{rate:.1f}", f"{row.median_s * 1e3:.3f} ({spread})"
 
         table.add_row(
             *columns(native, case.native_bytes), *columns(peer, case.peer_bytes), f"{ratio:.2f}"

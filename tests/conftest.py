@@ -19,6 +19,10 @@ from hypothesis import settings
 
 from support.processes.cluster import Cluster
 
+if not torch.cuda.is_available():
+    # Kernels for GPUs run in Triton's interpreter, which is chosen when Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("default", deadline=None)
 settings.register_profile("soak", deadline=None, max_examples=3000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -13,51 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from holdfast import _native
+from holdfast.parallel.optimizer.kernels import (
+    NONFINITE as NONFINITE,
+    OUT_OF_RANGE as OUT_OF_RANGE,
+    operations_of,
+)
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.precision import precision_of
-
-NONFINITE = 1
-OUT_OF_RANGE = 2
-
-_ACCUMULATE = {
-    torch.float32: _native.accumulate_f32,
-    torch.bfloat16: _native.accumulate_bf16,
-    torch.float64: _native.accumulate_f64,
-}
-_ACCUMULATE_ROWS = {
-    torch.float32: _native.accumulate_rows_f32,
-    torch.bfloat16: _native.accumulate_rows_bf16,
-    torch.float64: _native.accumulate_rows_f64,
-}
-
-
-def fixed_point(gradient: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
-    """The int64 fixed-point form of `gradient` by torch operations, for devices without the kernel.
-
-    Args:
-        gradient: float of any dtype and shape.
-    Returns:
-        int64 of the same shape (zero where it cannot be represented), and flags: int64 scalar,
-        NONFINITE | OUT_OF_RANGE. Bit-equal to the native kernel.
-    """
-    scaled = torch.round(gradient.double() * 2.0**fraction_bits)
-    finite = torch.isfinite(scaled)
-    fits = scaled.abs() < 2.0**63
-    usable = finite & fits
-    flags = (~torch.isfinite(gradient)).any().long() * NONFINITE
-    flags = flags + (torch.isfinite(gradient) & ~fits).any().long() * OUT_OF_RANGE
-    return torch.where(usable, scaled, 0.0).to(torch.int64), flags
-
-
-def add_integers(sums: Tensor, other: Tensor) -> int:
-    """Add `other` to `sums`, int64 of one shape. Returns OUT_OF_RANGE if any sum overflowed."""
-    if sums.device.type == "cpu":
-        return _native.add_i64(sums.data_ptr(), other.data_ptr(), sums.numel())
-    before = sums.clone()
-    sums.add_(other)
-    overflow = ((before ^ sums) & (other ^ sums)) < 0
-    return OUT_OF_RANGE if bool(overflow.any()) else 0
 
 
 class GradientSource(Protocol):
@@ -93,15 +55,13 @@ class GradientAccumulator:
         values = buffer.values
         dtype = torch.int64 if exact else precision_of(values.dtype).state.dtype
         self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
-        self.flags = 0
+        self._flags = torch.zeros((), dtype=torch.int64, device=values.device)
+        self._operations = operations_of(values.device)
         self._micro_batch = -1
         """The micro-batch whose gradients are being added."""
         self._skipped: frozenset[nn.Parameter] = frozenset()
         self.included: dict[nn.Parameter, set[int]] = {}
         """The micro-batches whose gradients have been added since `clear`."""
-        self._device_flags: Tensor | None = None
-        if values.device.type != "cpu":
-            self._device_flags = torch.zeros((), dtype=torch.int64, device=values.device)
         largest = max((parameter.numel() for parameter in buffer.parameters), default=0)
         self._scratch = torch.empty(
             largest if exact else 0, dtype=values.dtype, device=values.device
@@ -121,10 +81,8 @@ class GradientAccumulator:
 
     def clear(self) -> None:
         """Clear all sums and flags at the start of a step."""
-        self.flags = 0
+        self._flags.zero_()
         self.included.clear()
-        if self._device_flags is not None:
-            self._device_flags.zero_()
         if self.exact:
             self.sums.zero_()
         else:
@@ -135,9 +93,7 @@ class GradientAccumulator:
         for parameter in self._empty if not self.exact else ():
             self._views[parameter].zero_()
         self._empty = set()
-        if self._device_flags is not None:
-            self.flags |= int(self._device_flags)
-        return self.flags
+        return int(self._flags)
 
     def _include(self, parameter: nn.Parameter) -> None:
         self.included.setdefault(parameter, set()).add(self._micro_batch)
@@ -183,31 +139,19 @@ class GradientAccumulator:
                 self._empty.discard(parameter)
                 self._views[parameter].zero_()
             self._views[parameter].index_add_(0, rows, gradient.to(self.sums.dtype))
-        elif self.sums.device.type == "cpu":
-            rows, gradient = rows.contiguous(), gradient.contiguous()
-            kernel = _ACCUMULATE_ROWS.get(gradient.dtype)
-            if kernel is None:  # float32 holds the values of all narrower types
-                gradient, kernel = gradient.float(), _native.accumulate_rows_f32
-            self.flags |= kernel(
-                self._views[parameter].data_ptr(),
-                gradient.data_ptr(),
-                rows.data_ptr(),
-                rows.numel(),
-                gradient[0].numel() if rows.numel() else 0,
-                self.fraction_bits,
-            )
         else:
-            integers, flags = fixed_point(gradient, self.fraction_bits)
-            view = self._views[parameter]
-            selected = view.index_select(0, rows)
-            total = selected + integers
-            view.index_copy_(0, rows, total)
-            self._note(flags, selected, integers, total)
+            self._operations.accumulate_rows(
+                self._views[parameter],
+                rows.contiguous(),
+                gradient.contiguous(),
+                self.fraction_bits,
+                self._flags,
+            )
 
     def add_to(self, total: Tensor, other: Tensor) -> int:
         """Add `other` to `total`, parts of sums of one shape. Returns OUT_OF_RANGE on overflow."""
         if self.exact:
-            return add_integers(total, other)
+            return self._operations.add_integers(total, other)
         total.add_(other)
         return 0
 
@@ -220,40 +164,15 @@ class GradientAccumulator:
             The sum of squares, in float64.
         """
         sums = self.sums[start:stop]
-        double = gradient.dtype == torch.float64
-        if gradient.device.type != "cpu":
-            if self.exact:
-                torch.mul(sums.double(), 2.0**-self.fraction_bits, out=gradient)
-            else:
-                gradient.copy_(sums)
-            return float(gradient.double().square().sum())
-        pointers = (sums.data_ptr(), gradient.data_ptr(), gradient.numel())
         if self.exact:
-            convert = _native.reduce_convert_f64 if double else _native.reduce_convert_f32
-            return convert(*pointers, self.fraction_bits)
+            return self._operations.convert(sums, gradient, self.fraction_bits)
         gradient.copy_(sums)
-        squares = _native.sum_squares_f64 if double else _native.sum_squares_f32
-        return squares(gradient.data_ptr(), gradient.numel())
+        return self._operations.sum_squares(gradient)
 
     def _add_exact(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        view = self._views[parameter]
-        if view.device.type == "cpu":
-            kernel = _ACCUMULATE.get(gradient.dtype)
-            if kernel is None:  # float32 holds the values of all narrower types
-                gradient, kernel = gradient.float(), _native.accumulate_f32
-            self.flags |= kernel(
-                view.data_ptr(), gradient.data_ptr(), gradient.numel(), self.fraction_bits
-            )
-            return
-        integers, flags = fixed_point(gradient, self.fraction_bits)
-        before = view.clone()
-        view.add_(integers)
-        self._note(flags, before, integers, view)
-
-    def _note(self, flags: Tensor, before: Tensor, added: Tensor, total: Tensor) -> None:
-        assert self._device_flags is not None
-        overflow = (((before ^ total) & (added ^ total)) < 0).any().long() * OUT_OF_RANGE
-        self._device_flags |= flags | overflow
+        self._operations.accumulate(
+            self._views[parameter], gradient, self.fraction_bits, self._flags
+        )
 
     def _take_ordinary_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)

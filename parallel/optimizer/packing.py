@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from holdfast import _native
+from holdfast.parallel.optimizer.kernels import operations_of
 
 SMALLEST_PACKED = 1024
 """The fewest elements that are worth packing. From here on packed sums take at most 1.01 of their
@@ -22,7 +23,7 @@ def packed_bytes_bound(count: int) -> int:
 
 
 def pack(sums: Tensor, out: Tensor) -> int:
-    """Write the packed form of `sums` to `out`. Local.
+    """Write the packed form of `sums` to `out`. Local; waits for a CUDA device.
 
     Args:
         sums: int64, contiguous, of any shape.
@@ -32,18 +33,18 @@ def pack(sums: Tensor, out: Tensor) -> int:
     Raises:
         ValueError: a tensor has another dtype or device, holes, or too few elements.
     """
-    _check("sums", sums, torch.int64)
-    _check("out", out, torch.uint8)
+    _check("sums", sums, torch.int64, sums.device)
+    _check("out", out, torch.uint8, sums.device)
     bound = packed_bytes_bound(sums.numel())
     if out.numel() < bound:
         raise ValueError(
             f"out has {out.numel()} bytes; {sums.numel()} packed sums can take {bound}"
         )
-    return _native.pack_i64(sums.data_ptr(), sums.numel(), out.data_ptr())
+    return operations_of(sums.device).pack(sums.view(-1), out)
 
 
 def unpack_add(packed: Tensor, base: Tensor | None, out: Tensor) -> int:
-    """Write `base` plus the packed sums to `out`. Local.
+    """Write `base` plus the packed sums to `out`. Local; waits for a CUDA device.
 
     Args:
         packed: uint8, as `pack` wrote it for out.numel() sums; what follows them is not read.
@@ -55,24 +56,21 @@ def unpack_add(packed: Tensor, base: Tensor | None, out: Tensor) -> int:
         ValueError: a tensor is unfit as in `pack`, or `packed` is not what `pack` writes for so
             many sums; `out` is as it was.
     """
-    _check("packed", packed, torch.uint8)
-    _check("out", out, torch.int64)
+    _check("packed", packed, torch.uint8, out.device)
+    _check("out", out, torch.int64, out.device)
     if base is not None:
-        _check("base", base, torch.int64)
+        _check("base", base, torch.int64, out.device)
         if base.numel() != out.numel():
             raise ValueError(f"base has {base.numel()} elements, out {out.numel()}; equal numbers")
-    return _native.unpack_add_i64(
-        packed.data_ptr(),
-        packed.numel(),
-        0 if base is None else base.data_ptr(),
-        out.data_ptr(),
-        out.numel(),
-    )
+    flat = None if base is None else base.view(-1)
+    return operations_of(out.device).unpack_add(packed, flat, out.view(-1))
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; sums are packed and unpacked on the CPU")
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on {tensor.device}; sums are packed on CPU and CUDA devices")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and the sums on {device}; use one device")
     if tensor.dtype != dtype or not tensor.is_contiguous():
         layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
         raise ValueError(f"{name} is {tensor.dtype} and {layout}; it must be contiguous {dtype}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from holdfast.parallel.keyed_random import dropout, stream_key
-from holdfast.parallel.optimizer.accumulator import fixed_point
+from holdfast.parallel.optimizer.kernels.torch_operations import fixed_point
 from holdfast.trainer.step.build import open_training
 from holdfast.trainer.step.learning_rate import rate_of
 from holdfast.trainer.worlds.world import local_world

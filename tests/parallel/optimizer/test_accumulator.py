@@ -16,9 +16,9 @@ from holdfast.parallel.optimizer.accumulator import (
     NONFINITE,
     OUT_OF_RANGE,
     GradientAccumulator,
-    add_integers,
-    fixed_point,
 )
+from holdfast.parallel.optimizer.kernels.native_operations import add_integers
+from holdfast.parallel.optimizer.kernels.torch_operations import fixed_point
 from holdfast.parallel.optimizer.parameter_buffer import ALIGNMENT_ELEMENTS, ParameterBuffer
 
 BITS = 44

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.parallel.optimizer.accumulator import OUT_OF_RANGE, add_integers
+from holdfast.parallel.optimizer.kernels import OUT_OF_RANGE
+from holdfast.parallel.optimizer.kernels.native_operations import add_integers
 from holdfast.parallel.optimizer.packing import (
     SMALLEST_PACKED,
     pack,
@@ -57,6 +58,7 @@ def test_unfit_tensors_are_refused_by_name() -> None:
         (lambda: pack(sums, sums), "out is torch.int64"),
         (lambda: pack(sums, out[:71]), "out has 71 bytes; 8 packed sums can take 72"),
         (lambda: pack(sums.to("meta"), out), "sums is on meta; sums are packed"),
+        (lambda: unpack_add(packed.to("meta"), None, sums), "packed is on meta; sums are"),
         (lambda: unpack_add(packed, sums[:7], sums), "base has 7 elements, out 8"),
         (lambda: unpack_add(packed, None, sums[::2]), "out is torch.int64 and not contiguous"),
         (lambda: unpack_add(packed[:7], None, sums), "there are 7"),

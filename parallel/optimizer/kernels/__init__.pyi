@@ -1,0 +1,5 @@
+from .dispatch import operations_of as operations_of
+from .operations import (
+    NONFINITE as NONFINITE,
+    OUT_OF_RANGE as OUT_OF_RANGE,
+)

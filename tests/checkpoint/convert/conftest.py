@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
 from support.processes.cluster import Cluster
 
+MEGATRON = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+)
+
 
 @pytest.fixture(scope="session")
 def megatron_pool() -> Iterator[Cluster]:
-    pool = Cluster(4)
+    if find_spec("megatron") is None:
+        pytest.skip("Megatron-Core is not installed")
+    pool = Cluster(4, imports=MEGATRON)
     yield pool
     pool.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from holdfast.checkpoint.stores.registry import read_manifest
 from holdfast.checkpoint.tools.verify import verify_checkpoint
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from support.foreign.conversions import converted, tensors_of
-from support.foreign.deepspeed_jobs import consolidated
+from support.foreign.deepspeed_jobs import ENVIRONMENT, IMPORTS
 from support.processes.cluster import Cluster
 from support.runs.small_runs import make_config, run_in
 
-pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
+JOBS = "support.foreign.deepspeed_jobs"
+# The first worker of each group in the pool: DeepSpeed keeps the first process group for ever.
+TWO, TWO_MORE, THREE, FOUR, ALONE = 0, 2, 4, 7, 11
 TAG = "global_step3"
 CASES = [(1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
 
@@ -31,7 +33,17 @@ OWN_TOO = [(1, "bf16"), (3, "bf16")]
 
 
 @pytest.fixture(scope="module")
+def pool() -> Iterator[Cluster]:
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    workers = Cluster(ALONE + 1, imports=IMPORTS, environment=ENVIRONMENT)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="module")
 def trained(
+    pool: Cluster,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[Any, tuple[Path, list[float]]]:
     """By (stage, precision): where 2 ranks saved after 3 of 6 steps, and all losses."""
@@ -46,13 +58,7 @@ def trained(
         }
         for stage, precision in CASES
     ]
-    pool = Cluster(2)
-    try:
-        results = pool.run(
-            "support.foreign.deepspeed_jobs:run_deepspeed", 2, cases=cases, timeout_s=110
-        )[0]
-    finally:
-        pool.close()
+    results = pool.run(f"{JOBS}:run_deepspeed", 2, first=TWO, cases=cases, timeout_s=110)[0]
     return {
         case: (Path(given["folder"]), result["losses"])
         for case, given, result in zip(CASES, cases, results, strict=True)
@@ -60,16 +66,17 @@ def trained(
 
 
 def test_every_weight_equals_deepspeeds_own_consolidation(
-    tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
+    pool: Cluster, tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
 ) -> None:
-    for (stage, precision), (folder, _) in trained.items():
+    folders = [str(folder) for folder, _ in trained.values()]
+    [owns] = pool.run(f"{JOBS}:consolidate", 1, first=ALONE, folders=folders, tag=TAG)
+    for ((stage, precision), (folder, _)), own in zip(trained.items(), owns, strict=True):
         out = tmp_path / f"{precision}-{stage}"
         done = converted(folder, out, "holdfast")
         assert (done.source_format, done.step) == ("deepspeed", 3)
         assert verify_checkpoint(out) == []
         assert read_manifest(out).scalars["optimizer_step"] == 3
         found = tensors_of(out)
-        own = consolidated(folder, TAG)
         prefix = "master." if precision == "bf16" else ""
         for name, value in own.items():
             ours = found[name if name == "scale" else prefix + name]
@@ -79,47 +86,36 @@ def test_every_weight_equals_deepspeeds_own_consolidation(
         assert sum(name.startswith("exp_avg_sq.") for name in found) == len(own) - 1
 
 
-def make_universal(source: Path, target: Path) -> Path:
-    """What DeepSpeed's own converter makes of a checkpoint."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    done = subprocess.run(
-        [*command, "--inject_missing_state"],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return target
+def make_universal(pool: Cluster, places: dict[Any, tuple[Path, Path]]) -> dict[Any, Path]:
+    """What DeepSpeed's own converter makes of checkpoints: by key (source, target), the target."""
+    pairs = [(str(source), str(target)) for source, target in places.values()]
+    pool.run(f"{JOBS}:make_universal", 1, first=ALONE, pairs=pairs)
+    return {key: target for key, (_, target) in places.items()}
 
 
 @pytest.fixture(scope="module")
 def own_universal(
-    trained: dict[Any, tuple[Path, list[float]]], tmp_path_factory: pytest.TempPathFactory
+    pool: Cluster,
+    trained: dict[Any, tuple[Path, list[float]]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[Any, Path]:
     """By case: DeepSpeed's own universal checkpoint."""
     root = tmp_path_factory.mktemp("universal")
-    return {
-        case: make_universal(trained[case][0] / TAG, root / f"own-{case[0]}-{case[1]}")
-        for case in OWN_TOO
-    }
+    return make_universal(
+        pool,
+        {case: (trained[case][0] / TAG, root / f"own-{case[0]}-{case[1]}") for case in OWN_TOO},
+    )
 
 
-def test_tensor_parallel_ranks_are_put_together_as_deepspeed_does(tmp_path: Path) -> None:
+def test_tensor_parallel_ranks_are_put_together_as_deepspeed_does(
+    pool: Cluster, tmp_path: Path
+) -> None:
     stages = [1, 3]
-    pool = Cluster(4)
-    try:
-        pool.run(
-            "support.foreign.deepspeed_jobs:run_tensor_parallel",
-            4,
-            stages=stages,
-            root=str(tmp_path),
-        )
-    finally:
-        pool.close()
-    for stage in stages:
-        place = tmp_path / f"tensor-{stage}"
-        own = make_universal(place / "global_step2", place / "own")
+    pool.run(f"{JOBS}:run_tensor_parallel", 4, first=FOUR, stages=stages, root=str(tmp_path))
+    places = {stage: tmp_path / f"tensor-{stage}" for stage in stages}
+    owns = make_universal(pool, {s: (p / "global_step2", p / "own") for s, p in places.items()})
+    for stage, place in places.items():
+        own = owns[stage]
         converted(place, tmp_path / f"a-{stage}", "holdfast", source_format="deepspeed")
         converted(own, tmp_path / f"b-{stage}", "holdfast")
         ours, theirs = tensors_of(tmp_path / f"a-{stage}"), tensors_of(tmp_path / f"b-{stage}")
@@ -129,6 +125,7 @@ def test_tensor_parallel_ranks_are_put_together_as_deepspeed_does(tmp_path: Path
 
 
 def test_deepspeed_goes_on_from_ours_on_another_number_of_ranks(
+    pool: Cluster,
     tmp_path: Path,
     trained: dict[Any, tuple[Path, list[float]]],
     own_universal: dict[Any, Path],
@@ -144,13 +141,7 @@ def test_deepspeed_goes_on_from_ours_on_another_number_of_ranks(
             # Right after ours: DeepSpeed changes torch's functions for whatever comes later.
             own = own_universal[stage, precision]
             cases.append({**common, "load": (str(own.parent), own.name)})
-    pool = Cluster(3)
-    try:
-        results = pool.run(
-            "support.foreign.deepspeed_jobs:run_deepspeed", 3, cases=cases, timeout_s=110
-        )[0]
-    finally:
-        pool.close()
+    results = pool.run(f"{JOBS}:run_deepspeed", 3, first=THREE, cases=cases, timeout_s=110)[0]
     before: list[float] = []
     for case, result in zip(cases, results, strict=True):
         assert result["first"] == 3
@@ -168,20 +159,14 @@ def test_deepspeed_goes_on_from_ours_on_another_number_of_ranks(
 
 
 def test_the_same_number_of_ranks_gives_the_same_bits(
-    tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
+    pool: Cluster, tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
 ) -> None:
     cases: list[dict[str, Any]] = []
     for (stage, precision), (folder, _) in trained.items():
         converted(folder / TAG, tmp_path / f"{precision}-{stage}", "deepspeed-universal")
         load_from = (str(tmp_path), f"{precision}-{stage}")
         cases.append({"stage": stage, "precision": precision, "steps": 6, "load": load_from})
-    pool = Cluster(2)
-    try:
-        results = pool.run(
-            "support.foreign.deepspeed_jobs:run_deepspeed", 2, cases=cases, timeout_s=110
-        )[0]
-    finally:
-        pool.close()
+    results = pool.run(f"{JOBS}:run_deepspeed", 2, first=TWO_MORE, cases=cases, timeout_s=110)[0]
     for result, (_, losses) in zip(results, trained.values(), strict=True):
         assert result["losses"] == losses[3:]
 

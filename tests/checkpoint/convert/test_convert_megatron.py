@@ -20,7 +20,6 @@ from support.foreign.megatron_jobs import ITERATION, SIZES
 from support.foreign.megatron_shards import huggingface_weights
 from support.processes.cluster import Cluster
 
-pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 
 

@@ -21,7 +21,6 @@ from support.foreign.megatron_shards import by_stage, gpt2_weights, huggingface_
 from support.foreign.megatron_training import SCHEDULE, STEPS, Training
 from support.processes.cluster import Cluster
 
-pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.mp, pytest.mark.slow]
 FILE = f"iter_{ITERATION:07d}/mp_rank_01_001/model_optim_rng.pt"
 KINDS = {

@@ -27,7 +27,6 @@ PADDED = {"vocab_multiple": 16}
 def test_megatron_goes_on_with_its_distributed_optimizer(
     megatron_pool: Cluster, tmp_path: Path
 ) -> None:
-    pytest.importorskip("megatron.core")
     model = make_model("Llama", tmp_path / "hf")
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(3):
@@ -66,7 +65,6 @@ def test_megatron_goes_on_with_its_distributed_optimizer(
 def test_megatron_loads_experts_over_expert_parallel_ranks(
     megatron_pool: Cluster, tmp_path: Path
 ) -> None:
-    pytest.importorskip("megatron.core")
     make_model("Mixtral", tmp_path / "hf", **EXPERTS)
     converted(tmp_path / "hf", tmp_path / "megatron", "megatron", values=PADDED)
     assert (tmp_path / "megatron/latest_checkpointed_iteration.txt").read_text() == "release"

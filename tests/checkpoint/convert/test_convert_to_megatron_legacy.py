@@ -40,7 +40,6 @@ OF_KIND = dict(KINDS)
 def test_megatrons_model_loads_every_ranks_file(
     megatron_pool: Cluster, tmp_path: Path, tie: bool
 ) -> None:
-    pytest.importorskip("megatron.core")
     make_model("Llama", tmp_path / "hf", tie_word_embeddings=tie)
     ranks = {"tensor": 2, "pipeline": 2}
     values = {**ranks, "vocab_multiple": 8, "transformer_engine": 0}
@@ -176,7 +175,6 @@ def test_what_cannot_be_cut_is_named(tmp_path: Path) -> None:
 @pytest.mark.mp
 @pytest.mark.slow
 def test_megatrons_model_loads_gpt2(megatron_pool: Cluster, tmp_path: Path) -> None:
-    pytest.importorskip("megatron.core")
     make_model("GPT2", tmp_path / "hf", **GPT2)
     ranks = {"tensor": 2, "pipeline": 2}
     values = {**ranks, "vocab_multiple": 8, "transformer_engine": 0}

@@ -5,8 +5,9 @@ is given.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import sys
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from torch.distributed import Store
 
 BATCH = 12
+IMPORTS = (
+    "deepspeed.checkpoint.ds_to_universal",
+    "deepspeed.utils.zero_to_fp32",
+    "transformers.models.llama.modeling_llama",
+)
+"""What a pool imports before it forks its workers."""
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
+"""Of a pool."""
 
 
 class Small(nn.Module):
@@ -39,7 +48,6 @@ def _open(rank: int, world_size: int, store: Store) -> None:
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank),
-        DS_ACCELERATOR="cpu",
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="1",
     )
@@ -163,9 +171,23 @@ def run_tensor_parallel(
         engine.save_checkpoint(f"{root}/tensor-{stage}", tag="global_step2")
 
 
-def consolidated(folder: Path, tag: str) -> dict[str, Tensor]:
-    """DeepSpeed's own consolidation of a checkpoint: every weight in 32 bits."""
+def consolidate(
+    rank: int, world_size: int, store: Store, *, folders: list[str], tag: str
+) -> list[Any]:
+    """DeepSpeed's own consolidation of each checkpoint: every weight in 32 bits."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    found: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-    return found
+    return [get_fp32_state_dict_from_zero_checkpoint(folder, tag) for folder in folders]
+
+
+def make_universal(
+    rank: int, world_size: int, store: Store, *, pairs: list[tuple[str, str]]
+) -> None:
+    """Convert each (source, target) with DeepSpeed's own converter."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    for source, target in pairs:
+        command = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        with mock.patch.object(sys, "argv", [*command, "--inject_missing_state"]):
+            ds_to_universal.main(ds_to_universal.parse_arguments())

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,22 @@ class WorkerFailed(AssertionError):
 class Cluster:
     """Processes waiting for jobs. A job that hangs or dies ends the pool; the next starts anew."""
 
-    def __init__(self, workers: int = WORKERS) -> None:
+    def __init__(
+        self,
+        workers: int = WORKERS,
+        *,
+        imports: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """No process is started before the first job.
+
+        Args:
+            imports: further modules that are imported once, and not by every worker.
+            environment: variables for all processes.
+        """
         self._workers = workers
+        self._imports = imports
+        self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
         self._connections: list[Connection] = []
         self._jobs = 0
@@ -47,6 +61,7 @@ class Cluster:
         function: str,
         world_size: int,
         *,
+        first: int = 0,
         timeout_s: float = 90.0,
         dying: Collection[int] = (),
         **arguments: Any,
@@ -54,6 +69,7 @@ class Cluster:
         """Run `module:function` on `world_size` ranks; results by rank.
 
         Args:
+            first: the worker that is rank 0; those after it are the others.
             dying: ranks that the job kills or stops, of which no result is awaited (None stands in
                 its place); the next job gets a new pool.
         Raises:
@@ -62,18 +78,19 @@ class Cluster:
         if self._process is None or self._process.poll() is not None:
             self._start()
         self._jobs += 1
-        for rank in range(world_size):
-            self._connections[rank].send((function, rank, world_size, self._jobs, arguments))
+        connections = self._connections[first : first + world_size]
+        for rank, connection in enumerate(connections):
+            connection.send((function, rank, world_size, self._jobs, arguments))
         results: list[Any] = []
         failures: list[str] = []
-        for rank in range(world_size):
+        for rank, connection in enumerate(connections):
             if rank in dying:
                 results.append(None)
                 continue
             try:
-                if not self._connections[rank].poll(timeout_s if not failures else 5.0):
+                if not connection.poll(timeout_s if not failures else 5.0):
                     raise TimeoutError(f"rank {rank} gave no result")
-                succeeded, value = pickle.loads(self._connections[rank].recv_bytes())
+                succeeded, value = pickle.loads(connection.recv_bytes())
             except (EOFError, TimeoutError, OSError) as error:
                 failures.append(f"rank {rank}: {error!r}")
                 continue
@@ -103,10 +120,11 @@ class Cluster:
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                **self._environment,
             }
             with Listener(address, "AF_UNIX", backlog=self._workers) as listener:
                 self._process = subprocess.Popen(
-                    [sys.executable, __file__, address, str(self._workers)],
+                    [sys.executable, __file__, address, str(self._workers), *self._imports],
                     env=environment,
                     start_new_session=True,
                 )
@@ -133,14 +151,11 @@ class Cluster:
         )
 
 
-def _serve(address: str, workers: int) -> None:
+def _serve(address: str, workers: int, imports: Sequence[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    for name in (
-        "holdfast.trainer.worker",
-        "support.runs.small_runs",
-    ):  # once, and not once per worker
+    for name in ("holdfast.trainer.worker", "support.runs.small_runs", *imports):
         importlib.import_module(name)
     torch.set_num_threads(1)
     gc.freeze()  # what is imported is not looked through after each job
@@ -192,4 +207,4 @@ def _work(address: str, rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]))
+    _serve(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,14 @@ from holdfast.trainer.data.megatron import megatron_stream
 from holdfast.trainer.data.opening import split_tokens
 from holdfast.trainer.data.prepare import prepare
 
-indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+
+def indexed_dataset() -> Any:
+    """Megatron's module; it imports most of torch, so not before a test needs it."""
+    return pytest.importorskip("megatron.core.datasets.indexed_dataset")
 
 
 def write_with_megatron(prefix: Path, documents: list[list[int]], dtype: type = np.int32) -> None:
-    builder = indexed_dataset.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    builder = indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         builder.add_document(np.array(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
@@ -83,7 +87,7 @@ def test_megatron_reads_what_prepare_wrote(tmp_path: Path) -> None:
         [str(folder)], tmp_path / "out" / "corpus", progress=lambda a, b: seen.append((a, b))
     )
     expected = [[*text.encode(), 256] for text in texts]
-    read = indexed_dataset.IndexedDataset(str(tmp_path / "out" / "corpus"))
+    read = indexed_dataset().IndexedDataset(str(tmp_path / "out" / "corpus"))
     assert [read[i].tolist() for i in range(len(read))] == expected
     assert read.document_indices.tolist() == [0, 1, 2, 3]
     assert read.index.dtype is np.uint16

@@ -15,14 +15,14 @@ from holdfast.trainer.config import RunConfig
 from support.processes.cluster import Cluster, WorkerFailed
 from support.runs.small_runs import events_of, make_config, metrics_of, run_in, world_size_of
 
-STEPS = 24
-STOP = 13
+STEPS = 12
+STOP = 7
 """Between two saves."""
 
 
 def _config(**sections: dict[str, Any]) -> RunConfig:
     train = {"steps": STEPS, **sections.pop("train", {})}
-    checkpoint = {"every": 5, **sections.pop("checkpoint", {})}
+    checkpoint = {"every": 3, **sections.pop("checkpoint", {})}
     return make_config(train=train, checkpoint=checkpoint, **sections)
 
 
@@ -102,11 +102,11 @@ def test_bf16_with_tied_embeddings_goes_on_with_the_same_bits(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     sections: dict[str, Any] = {"model": {"tie_embeddings": True}}
-    train = {"precision": "bf16", "steps": 16}
+    train = {"precision": "bf16", "steps": 8}
     run_in(cluster, _config(**sections, train=train), tmp_path / "a")
     run_in(
         cluster,
-        _config(**sections, train={**train, "stop_after": 9}, parallel={"pipeline": 3}),
+        _config(**sections, train={**train, "stop_after": 5}, parallel={"pipeline": 3}),
         tmp_path / "b",
     )
     run_in(cluster, _config(**sections, train=train, parallel={"data": 2}), tmp_path / "b")
@@ -265,23 +265,23 @@ def test_what_cannot_be_resumed_is_refused_with_its_keys(cluster: Cluster, tmp_p
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    config = _config(train={"steps": 12}, parallel={"data": 2}, checkpoint={"every": 4})
+    config = _config(train={"steps": 6}, parallel={"data": 2}, checkpoint={"every": 2})
     run_in(cluster, config, tmp_path / "a")
     run_in(
         cluster,
-        _config(train={"steps": 12, "stop_after": 8}, checkpoint={"every": 4}),
+        _config(train={"steps": 6, "stop_after": 4}, checkpoint={"every": 2}),
         tmp_path / "b",
     )
-    [file] = (tmp_path / "b/checkpoints/step-00000008").glob("optimizer-*")
+    [file] = (tmp_path / "b/checkpoints/step-00000004").glob("optimizer-*")
     content = bytearray(file.read_bytes())
     content[-7] ^= 1
     file.write_bytes(content)
     run_in(cluster, config, tmp_path / "b")
     assert _exact(tmp_path / "b") == _exact(tmp_path / "a")
     [resumed] = events_of(tmp_path / "b", "resumed")
-    assert resumed["step"] == 4
+    assert resumed["step"] == 2
     passed_over, set_aside = events_of(tmp_path / "b", "resume_note")
     assert file.name in passed_over["message"]
     assert "exp_avg" in passed_over["message"]
-    assert "superseded-step-00000008" in set_aside["message"]
-    assert (tmp_path / "b/checkpoints/superseded-step-00000008").is_dir()
+    assert "superseded-step-00000004" in set_aside["message"]
+    assert (tmp_path / "b/checkpoints/superseded-step-00000004").is_dir()

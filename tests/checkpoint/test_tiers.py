@@ -109,12 +109,12 @@ def _train(config: Any, root: Path, environment: dict[str, str], folder: Path) -
 def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
     server: S3Server, tmp_path: Path
 ) -> None:
-    train = {"steps": 24, "global_batch": 24}
+    train = {"steps": 12, "global_batch": 24}
     plain = make_config(train=train, parallel={"data": 2})
     base = _train(plain, tmp_path / "plain", server.environment, tmp_path)
     checkpoint = {"every": 3, "path": "s3://bucket/run"}
     config = make_config(
-        train={**train, "stop_after": 18}, parallel={"data": 2}, checkpoint=checkpoint
+        train={**train, "stop_after": 9}, parallel={"data": 2}, checkpoint=checkpoint
     )
     first = _train(config, tmp_path / "first", server.environment, tmp_path)
     uploaded = tmp_path / "s3" / "bucket" / "run"
@@ -126,22 +126,22 @@ def test_an_s3_server_that_dies_in_the_middle_loses_nothing(
     assert base.wait(timeout=90) == 0
     events = events_of(tmp_path / "first", "checkpoint_committed")
     remote = [event["step"] for event in events if event["tier"] == "remote"]
-    assert remote == [3, 6, 9, 12, 15, 18]
+    assert remote == [3, 6, 9]
     assert not events_of(tmp_path / "first", "checkpoint_failed")
     for step in remote:
         assert verify_checkpoint(uploaded / f"step-{step:08d}") == []
     looked = ["verify", "s3://bucket/run"]
     verified = ForkedCommand(looked, tmp_path / "verify.txt", server.environment)
     assert verified.wait(timeout=90) == 0, verified.printed()
-    assert "s3://bucket/run/step-00000018: all " in verified.printed()
+    assert "s3://bucket/run/step-00000009: all " in verified.printed()
     # Another machine in another layout, which has nothing but the URL.
     shutil.rmtree(tmp_path / "first" / "checkpoints")
     second = make_config(train=train, parallel={"pipeline": 3}, checkpoint=checkpoint)
     again = _train(second, tmp_path / "second", server.environment, tmp_path)
     assert again.wait(timeout=90) == 0, again.printed()
     lines, whole = metrics_of(tmp_path / "second"), metrics_of(tmp_path / "plain")
-    assert [line["step"] for line in lines] == list(range(19, 25))
-    assert [line["loss_hex"] for line in lines] == [line["loss_hex"] for line in whole[18:]]
+    assert [line["step"] for line in lines] == list(range(10, 13))
+    assert [line["loss_hex"] for line in lines] == [line["loss_hex"] for line in whole[9:]]
     [one], [two] = (events_of(tmp_path / name, "run_finished") for name in ("plain", "second"))
     assert one["parameter_digest"] == two["parameter_digest"]
 

@@ -49,27 +49,23 @@ def test_a_run_leaves_what_it_promises(config: Path) -> None:
 
 
 def launchers() -> dict[str, list[str]]:
-    """Commands that start four workers of a configuration, by name."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-    ]
+    """Commands that start workers of a configuration, by name: four of torchrun and of mpirun, and
+    two where the same launcher starts another program or other links.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     mpirun = [str(Path(sys.executable).parent / "mpirun"), "--allow-run-as-root", "--oversubscribe"]
+    two = ("--set", "parallel.pipeline=1")
     return {
-        "torchrun module": [*torchrun, "-m", "holdfast.trainer"],
-        "torchrun command": [*torchrun, "-m", "holdfast.launch.cli", "train"],
+        "torchrun module": [*torchrun, "2", "-m", "holdfast.trainer", *two],
+        "torchrun command": [*torchrun, "4", "-m", "holdfast.launch.cli", "train"],
         "mpirun": [*mpirun, "-n", "4", *HOLDFAST, "train"],
         "mpirun over MPI without ULFM": [
-            *(*mpirun, "-n", "4", *HOLDFAST, "train", "--set", "parallel.backend=mpi"),
+            *(*mpirun, "-n", "2", *HOLDFAST, "train", "--set", "parallel.backend=mpi", *two),
         ],
         "mpirun over MPI": [
             *mpirun,
-            *("--with-ft", "ulfm", "-n", "4", sys.executable, "-m", "holdfast.trainer"),
-            *("--set", "parallel.backend=mpi"),
+            *("--with-ft", "ulfm", "-n", "2", sys.executable, "-m", "holdfast.trainer"),
+            *("--set", "parallel.backend=mpi", *two),
         ],
     }
 

@@ -67,7 +67,7 @@ def test_a_token_beyond_the_vocabulary_is_named(config: Path) -> None:
     assert (prepared.returncode, prepared.stderr) == (0, "")
     assert list(temporary.iterdir()) == []
     sets = ["--set", "data.kind=megatron", "--set", "data.path=['tokens']"]
-    sets += ["--set", "parallel.data=1", "--set", "train.steps=2"]
+    sets += ["--set", "parallel.data=1", "--set", "parallel.pipeline=1", "--set", "train.steps=2"]
     fine = holdfast(config.parent, "train", str(config), "--out", "fine", *sets)
     assert fine.returncode == 0, fine.stderr
     done = holdfast(

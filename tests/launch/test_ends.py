@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.trainer.run import Signals
+from support.processes.forked_command import ForkedCommand
 from support.runs.commands import HOLDFAST, environment, lines_of
 
 
@@ -37,7 +38,7 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def wait_for_a_save(process: subprocess.Popen[str], checkpoints: Path) -> None:
+def wait_for_a_save(process: ForkedCommand, checkpoints: Path) -> None:
     """Ask a run for a save, and wait for it."""
     latest = checkpoints / "latest"
     before = latest.read_text() if latest.exists() else ""
@@ -46,15 +47,14 @@ def wait_for_a_save(process: subprocess.Popen[str], checkpoints: Path) -> None:
 
 
 @pytest.fixture
-def long_run(config: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def long_run(config: Path) -> Iterator[tuple[ForkedCommand, Path]]:
     """A run that would take minutes, past its first steps."""
     run = config.parent / "long"
-    process = subprocess.Popen(
-        [*HOLDFAST, "train", str(config), "--out", str(run), "--set", "train.steps=100000"],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    process = ForkedCommand(
+        ["train", str(config), "--out", str(run), "--set", "train.steps=100000"],
+        config.parent / "said",
+        environment(),
+        errors=config.parent / "errors",
     )
     metrics = run / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
@@ -66,7 +66,7 @@ def long_run(config: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 @pytest.mark.mp
 @pytest.mark.chaos
 def test_a_killed_worker_ends_the_run_and_is_named(
-    long_run: tuple[subprocess.Popen[str], Path],
+    long_run: tuple[ForkedCommand, Path],
 ) -> None:
     process, run = long_run
     started = {
@@ -79,8 +79,8 @@ def test_a_killed_worker_ends_the_run_and_is_named(
     names = {rank: Path(f"/proc/{pid}/comm").read_text().strip() for rank, pid in started.items()}
     assert names == {rank: f"holdfast r{rank}" for rank in range(4)}
     os.kill(started[2], signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 3
+    assert process.wait(timeout=30) == 3
+    errors = run.with_name("errors").read_text()
     assert "rank 2 was killed by SIGKILL" in errors
     assert "Traceback" not in errors
     wait_until(lambda: not any(alive(pid) for pid in workers))
@@ -93,7 +93,7 @@ def test_a_killed_worker_ends_the_run_and_is_named(
 @pytest.mark.mp
 @pytest.mark.chaos
 def test_no_worker_outlives_a_killed_command(
-    long_run: tuple[subprocess.Popen[str], Path],
+    long_run: tuple[ForkedCommand, Path],
 ) -> None:
     process, _ = long_run
     workers = descendants(process.pid)
@@ -173,15 +173,15 @@ def test_only_a_later_interrupt_ends_a_worker_that_no_other_process_ends() -> No
 @pytest.mark.mp
 @pytest.mark.chaos
 def test_termination_saves_the_last_step_and_ends(
-    long_run: tuple[subprocess.Popen[str], Path],
+    long_run: tuple[ForkedCommand, Path],
 ) -> None:
     process, run = long_run
     workers = descendants(process.pid)
     wait_for_a_save(process, run / "checkpoints")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 3
+    assert process.wait(timeout=30) == 3
+    errors = run.with_name("errors").read_text()
     assert "Traceback" not in errors
     last = lines_of(run / "metrics.jsonl")[-1]["step"]
     assert f"stopped by a signal after step {last}, which is saved" in errors
@@ -192,7 +192,7 @@ def test_termination_saves_the_last_step_and_ends(
 @pytest.mark.mp
 @pytest.mark.chaos
 def test_a_worker_that_was_stopped_for_a_while_still_takes_part_in_saves(
-    long_run: tuple[subprocess.Popen[str], Path],
+    long_run: tuple[ForkedCommand, Path],
 ) -> None:
     process, run = long_run
     checkpoints = run / "checkpoints"
@@ -203,5 +203,4 @@ def test_a_worker_that_was_stopped_for_a_while_still_takes_part_in_saves(
     os.kill(stopped, signal.SIGCONT)
     wait_for_a_save(process, checkpoints)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 3
+    assert process.wait(timeout=30) == 3

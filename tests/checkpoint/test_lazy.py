@@ -17,6 +17,8 @@ from holdfast.checkpoint.saving.arena import SLAB_BYTES
 from support.processes.cluster import Cluster, WorkerFailed
 from support.runs.small_runs import events_of, make_config, metrics_of, world_size_of
 
+STEPS = 8
+
 
 def _program() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
@@ -88,7 +90,7 @@ def _run(
     cluster: Cluster, root: Path, checkpoint: dict[str, Any], seconds: float, times: int = 99
 ) -> None:
     config = make_config(
-        train={"steps": 16}, parallel={"data": 2, "pipeline": 2}, checkpoint=checkpoint
+        train={"steps": STEPS}, parallel={"data": 2, "pipeline": 2}, checkpoint=checkpoint
     )
     cluster.run(
         f"{__name__}:train_with_a_slow_rank",
@@ -105,12 +107,12 @@ def _run(
 def test_a_rank_that_is_stuck_in_a_save_costs_the_checkpoint_and_is_named(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    _run(cluster, tmp_path, {"every": 6, "timeout_s": 3.0}, 5.0, times=1)
-    assert len(metrics_of(tmp_path)) == 16, "training went on to its end"
+    _run(cluster, tmp_path, {"every": 3, "timeout_s": 3.0}, 5.0, times=1)
+    assert len(metrics_of(tmp_path)) == STEPS, "training went on to its end"
     failed = events_of(tmp_path, "checkpoint_failed")
-    assert failed[0]["step"] == 6
+    assert failed[0]["step"] == 3
     assert "rank 3 (sync)" in failed[0]["error"]
-    assert events_of(tmp_path, "checkpoint_committed")[-1]["step"] == 16
+    assert events_of(tmp_path, "checkpoint_committed")[-1]["step"] == STEPS
     assert events_of(tmp_path, "run_finished")
 
 
@@ -118,7 +120,7 @@ def test_a_rank_that_is_stuck_in_a_save_costs_the_checkpoint_and_is_named(
 def test_a_run_whose_last_step_is_not_saved_fails(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="all steps are done, but the last is not saved"):
         _run(cluster, tmp_path, {"timeout_s": 1.0, "retry_s": 0.0}, 3.0)
-    assert len(metrics_of(tmp_path)) == 16
+    assert len(metrics_of(tmp_path)) == STEPS
 
 
 @pytest.mark.mp
@@ -129,24 +131,24 @@ def test_a_save_that_is_due_too_soon_is_left_out_or_waited_for(
     skipped = [event["step"] for event in events_of(tmp_path / "skip", "checkpoint_skipped")]
     saved = [event["step"] for event in events_of(tmp_path / "skip", "checkpoint_committed")]
     assert skipped
-    assert sorted(skipped + saved) == list(range(1, 17))
-    assert saved[-1] == 16
-    _run(cluster, tmp_path / "wait", {"every": 4, "policy": "wait", "keep": 0}, 0.3)
+    assert sorted(skipped + saved) == list(range(1, STEPS + 1))
+    assert saved[-1] == STEPS
+    _run(cluster, tmp_path / "wait", {"every": 2, "policy": "wait", "keep": 0}, 0.3)
     waited = [event["step"] for event in events_of(tmp_path / "wait", "checkpoint_committed")]
-    assert waited == [4, 8, 12, 16]
+    assert waited == [2, 4, 6, STEPS]
     lost = [line["loss_hex"] for line in metrics_of(tmp_path / "skip")]
     assert lost == [line["loss_hex"] for line in metrics_of(tmp_path / "wait")]
 
 
 @pytest.mark.mp
 def test_a_checkpoint_after_so_many_seconds(cluster: Cluster, tmp_path: Path) -> None:
-    _run(cluster, tmp_path, {"every_seconds": 0.2}, 0.0)
+    _run(cluster, tmp_path, {"every_seconds": 0.05}, 0.0)
     assert len(events_of(tmp_path, "checkpoint_committed")) > 1
 
 
 @pytest.mark.mp
 def test_what_a_save_cost_is_recorded_by_rank(cluster: Cluster, tmp_path: Path) -> None:
-    _run(cluster, tmp_path, {"every": 8}, 1.0)
+    _run(cluster, tmp_path, {"every": 4}, 1.0)
     event = events_of(tmp_path, "checkpoint_committed")[0]
     assert event["tier"] == "disk"
     assert set(event["ranks"]) == {"0", "1", "2", "3"}
@@ -154,7 +156,7 @@ def test_what_a_save_cost_is_recorded_by_rank(cluster: Cluster, tmp_path: Path) 
     assert (event["slowest_rank"], event["slowest_phase"]) == (3, "sync")
     assert event["bytes"] == sum(
         path.stat().st_size
-        for path in Path(event["path"].replace("00000008", "00000016")).iterdir()
+        for path in Path(event["path"].replace("00000004", "00000008")).iterdir()
         if path.suffix == ".safetensors"
     )
     assert 1.0 <= event["imbalance"] < 2.0

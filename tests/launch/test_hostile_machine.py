@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from support.processes.forked_command import ForkedCommand
 from support.runs.commands import CONFIG, HOLDFAST, environment, holdfast, lines_of
 
+STEPS = 80
+"""Of a run that is still under way when its disk is full."""
 PLAIN = ("--set", "parallel.pipeline=1", "--set", "parallel.data=1")
 ELASTIC = ("--set", "parallel.pipeline=1", "--set", "elastic.enabled=true")
 DEAF = """
@@ -77,15 +80,14 @@ def fill(disk: Path) -> Path:
 def test_a_run_whose_disk_fills_takes_all_steps_and_tells_what_the_records_lack(
     config: Path, small_disk: Path, layout: tuple[str, ...], frees: bool
 ) -> None:
-    run = small_disk / "run"
-    started = subprocess.Popen(
-        [*HOLDFAST, "train", str(config), "--out", str(run), *layout,
-         "--set", "train.steps=150", "--set", "log.trace_steps=[]",
+    run, errors = small_disk / "run", config.parent / "errors"
+    started = ForkedCommand(
+        ["train", str(config), "--out", str(run), *layout,
+         "--set", f"train.steps={STEPS}", "--set", "log.trace_steps=[]",
          "--set", f"checkpoint.path={config.parent / 'kept'}"],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        config.parent / "printed",
+        environment(),
+        errors=errors,
     )  # fmt: skip
     try:
         metrics, end_s = run / "metrics.jsonl", time.monotonic() + 60
@@ -93,29 +95,26 @@ def test_a_run_whose_disk_fills_takes_all_steps_and_tells_what_the_records_lack(
             time.sleep(0.02)
         junk = fill(small_disk)
         assert started.poll() is None, "the run ended before its disk was full"
-        said = ""
-        assert started.stderr is not None
-        while "cannot be written" not in said:
-            line = started.stderr.readline()
-            assert line, f"it was not told: {said}"
-            said += line
+        while "cannot be written" not in errors.read_text():
+            assert started.poll() is None, f"it was not told: {errors.read_text()}"
+            time.sleep(0.02)
         if frees:
             junk.unlink()
-        said += started.communicate(timeout=90)[1]
+        code = started.wait(timeout=200)
     finally:
         started.kill()
-        started.communicate()
-    assert started.returncode == 0, said
+    said = errors.read_text()
+    assert code == 0, said
     assert "Traceback" not in said
     assert said.count("cannot be written") == 1
     steps = [line["step"] for line in lines_of(metrics)]
-    assert (config.parent / "kept" / "step-00000150" / "manifest.json").exists()
+    assert (config.parent / "kept" / f"step-{STEPS:08d}" / "manifest.json").exists()
     if frees:
-        assert steps == list(range(1, 151))
+        assert steps == list(range(1, STEPS + 1))
         assert "lacks" not in said
     else:
         assert steps == list(range(1, len(steps) + 1))
-        assert f"{metrics} lacks the last {150 - len(steps)} records" in said
+        assert f"{metrics} lacks the last {STEPS - len(steps)} records" in said
 
 
 @pytest.mark.mp

@@ -31,7 +31,7 @@ from support.runs.small_runs import (
 
 pytestmark = pytest.mark.mp
 
-TRAIN = {"steps": 4, "global_batch": 8}
+TRAIN = {"steps": 3, "global_batch": 8}
 
 
 def offload(folder: Path, **keys: Any) -> dict[str, Any]:
@@ -233,13 +233,13 @@ def test_a_run_says_what_it_sends(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def fail_to_read(rank: int, world_size: int, store: Store, *, config: dict, root: str) -> None:
-    """Train with a drive of which nothing can be read from the third step on."""
+    """Train with a drive of which nothing can be read from the second step on."""
     from holdfast.trainer.step.training import Training
 
     compute = Training.compute
 
     def compute_and_fail(self: Training, step: int, *at: Any) -> Any:
-        if step == 2:
+        if step == 1:
             assert self.offloader is not None
             assert self.offloader._room.file is not None
             self.offloader._room.file.engine.inject("read", 0, errno.EIO, 1 << 30)

@@ -3,8 +3,6 @@ in others."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 
 from holdfast.trainer.config.loading import load_config
 from support.processes.cluster import Cluster
-from support.runs.elastic_runs import HOLDFAST
+from support.runs.commands import holdfast
 from support.runs.golden_runs import (
     GoldenRun,
     assert_near,
@@ -67,14 +65,7 @@ def _go_on(root: Path, *overrides: str) -> None:
         if path.exists():
             path.rename(root.parent / path.name)
     sets = [part for key in ("train.stop_after=0", *overrides) for part in ("--set", key)]
-    done = subprocess.run(
-        [*HOLDFAST, "resume", root.name, *sets],
-        cwd=root.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = holdfast(root.parent, "resume", root.name, *sets, timeout_s=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from holdfast.trainer.run.throughput import (
 )
 from holdfast.trainer.step.planning import plan_of
 from support.processes.cluster import Cluster
-from support.runs.elastic_runs import HOLDFAST
+from support.runs.commands import holdfast
 from support.runs.small_runs import events_of, make_config, metrics_of, run_training
 
 TRAIN = {"steps": 4, "global_batch": 8}
@@ -89,8 +88,7 @@ def test_a_run_measures_and_keeps_what_every_rank_plans_with(
     config = automatic(tmp_path)
     path, root = tmp_path / "run.toml", tmp_path / "run"
     path.write_text(dump_toml(config))
-    command = [*HOLDFAST, "train", str(path), "--out", str(root)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = holdfast(tmp_path, "train", str(path), "--out", str(root), timeout_s=240)
     assert done.returncode == 0, done.stderr
     rates = msgspec.json.decode((root / "rates.json").read_bytes(), type=Throughput)
     assert rates.tflops > 0

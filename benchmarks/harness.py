@@ -96,7 +96,7 @@ def report(
         ratio = f"{row.median_s / baseline[row.name]:.3f}" if row.name in baseline else "-"
         more = (f"{values[row.name]:.2f}" for values in columns.values())
         table.add_row(row.name, f"{row.median_s * 1e3:.1f}", row.spread, ratio, *more)
-    Console(width=110).print(table)
+    Console(width=120).print(table)
     if json_path:
         written = {
             "title": title,

@@ -10,7 +10,7 @@ SOURCES := pyproject.toml $(FOLDERS) $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl c
 # Where bytecode is not written, every process compiles torch again, for longer than a small test takes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup setup-dev train test test-quick lint docs bench soak wheel-test clean
+.PHONY: setup setup-dev train test test-quick lint docs bench gpu gpu-wheels soak wheel-test clean
 
 setup: .venv/base.stamp
 setup-dev: .venv/dev.stamp
@@ -59,6 +59,16 @@ docs: setup-dev
 
 bench: .venv/bench.stamp
 	$(BIN)/python benchmarks/run_all.py
+
+# Every test and benchmark that needs a GPU, in nine minutes, with the Python that is there; without a GPU, what that is.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu
+
+# What a GPU machine without a registry may lack: build/gpu/wheels, to be carried there with the checkout.
+gpu-wheels:
+	$(PYTHON) benchmarks/gpu/installation.py
 
 soak: setup-dev
 	HYPOTHESIS_PROFILE=soak HOLDFAST_SOAK_S=1800 $(BIN)/python -m pytest --timeout 1800

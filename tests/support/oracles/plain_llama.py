@@ -31,8 +31,9 @@ class Shape:
 def rotate(x: Tensor, theta: float) -> Tensor:
     """Rotary embedding with half rotation; x: float[batch, heads, seq, head_dim]."""
     seq, dim = x.shape[-2:]
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    angle = torch.outer(torch.arange(seq, dtype=torch.float32), frequency)
+    device = x.device
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    angle = torch.outer(torch.arange(seq, dtype=torch.float32, device=device), frequency)
     cos, sin = (torch.cat([f(angle)] * 2, -1).to(x.dtype) for f in (torch.cos, torch.sin))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin

@@ -33,13 +33,17 @@ class Node:
     """The address of rank 0."""
 
 
+STEPS = 3
+"""Made by each contestant in turn, since a step may leave messages for the next one to await."""
+
+
 class Taken(NamedTuple):
-    """What one step took on one rank."""
+    """What one step took on one rank, on average over `STEPS` and all that they left to do."""
 
     seconds: float
     cpu_s: float
     """Processor time of all threads, which other work on the machine leaves much as it is."""
-    sent_bytes: int
+    sent_bytes: float
 
 
 def enter(node: Node) -> None:
@@ -124,15 +128,16 @@ def measure(
     enter(node)
     store = dist.TCPStore(node.master, PORT, ranks, is_master=rank == 0)
     speed = transfer(rank, nodes, store)
-    steps = build(contestants, work, rank, store, node.master)
-    found: dict[str, list[Taken]] = {name: [] for name in steps}
+    built = build(contestants, work, rank, store, node.master)
+    found: dict[str, list[Taken]] = {name: [] for name in built}
     for repetition in range(repetitions + 1):
-        for name, step in steps.items():
+        for name, contestant in built.items():
             dist.barrier()
             before = now()
-            step()
+            contestant.run(STEPS)
             dist.barrier()
             if repetition:
-                found[name].append(Taken(*(b - a for a, b in zip(before, now(), strict=True))))
+                spent = (after - start for start, after in zip(before, now(), strict=True))
+                found[name].append(Taken(*(each / STEPS for each in spent)))
     dist.destroy_process_group()
     return speed, found

@@ -29,6 +29,25 @@ BETAS, EPS, WEIGHT_DECAY, LR, CLIP = (0.9, 0.95), 1e-8, 0.1, 1e-3, 1.0
 Step = Callable[[], None]
 
 
+def nothing() -> None:
+    """What most contestants have left to do after their last step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A contestant on one rank."""
+
+    step: Step
+    settle: Step = nothing
+    """Waits for what the last step has left under way."""
+
+    def run(self, steps: int) -> None:
+        """Make some steps, whole to the last byte."""
+        for _ in range(steps):
+            self.step()
+        self.settle()
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """One training step: a model, and the batch of each replica."""
@@ -86,7 +105,7 @@ def our_config(work: Work, reduction: str, *, elastic: bool = False) -> RunConfi
     )
 
 
-def ours(work: Work, place: Place, reduction: str) -> Step:
+def ours(work: Work, place: Place, reduction: str) -> Contestant:
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.worlds.world import local_world
 
@@ -94,7 +113,7 @@ def ours(work: Work, place: Place, reduction: str) -> Step:
     return steps_of(open_training(our_config(work, reduction), world, place.store))
 
 
-def ours_elastic(work: Work, place: Place, reduction: str, redundancy: int) -> Step:
+def ours_elastic(work: Work, place: Place, reduction: str, redundancy: int) -> Contestant:
     """What an elastic run steps with while nothing is lost; each rank is a machine."""
     from holdfast.parallel.comm import build_groups
     from holdfast.parallel.plan import Roster, with_shadows
@@ -122,7 +141,7 @@ def ours_elastic(work: Work, place: Place, reduction: str, redundancy: int) -> S
     return steps_of(Training(config, place.rank, device, plan, groups))
 
 
-def steps_of(training: Any) -> Step:
+def steps_of(training: Any) -> Contestant:
     step = [0]
 
     def run() -> None:
@@ -131,7 +150,7 @@ def steps_of(training: Any) -> Step:
         training.apply(LR)
         step[0] += 1
 
-    return run
+    return Contestant(run, training.finish_gather)
 
 
 def plain_model(work: Work) -> PlainLlama:
@@ -161,7 +180,9 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def plain(work: Work, place: Place, model: nn.Module, exchanging: Callable[[bool], Any]) -> Step:
+def plain(
+    work: Work, place: Place, model: nn.Module, exchanging: Callable[[bool], Any]
+) -> Contestant:
     """The usual loop.
 
     Args:
@@ -180,20 +201,20 @@ def plain(work: Work, place: Place, model: nn.Module, exchanging: Callable[[bool
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
-    return run
+    return Contestant(run)
 
 
-def alone(work: Work, place: Place) -> Step:
+def alone(work: Work, place: Place) -> Contestant:
     """The same computation with no exchange."""
     return plain(work, place, plain_model(work), lambda _: nullcontext())
 
 
-def ddp(work: Work, place: Place) -> Step:
+def ddp(work: Work, place: Place) -> Contestant:
     wrapped = nn.parallel.DistributedDataParallel(plain_model(work), gradient_as_bucket_view=True)
     return plain(work, place, wrapped, lambda last: nullcontext() if last else wrapped.no_sync())
 
 
-def fsdp2(work: Work, place: Place, *, keeps_parameters: bool) -> Step:
+def fsdp2(work: Work, place: Place, *, keeps_parameters: bool) -> Contestant:
     """FSDP2, a group per block.
 
     Args:
@@ -221,7 +242,7 @@ def fsdp2(work: Work, place: Place, *, keeps_parameters: bool) -> Step:
     return plain(work, place, model, exchanging)
 
 
-def deepspeed_zero1(work: Work, place: Place) -> Step:
+def deepspeed_zero1(work: Work, place: Place) -> Contestant:
     import deepspeed
 
     parts = micro_batches(work, place.rank)
@@ -255,10 +276,10 @@ def deepspeed_zero1(work: Work, place: Place) -> Step:
             engine.backward(loss_of(engine, tokens, count))
             engine.step()
 
-    return run
+    return Contestant(run)
 
 
-BUILDERS: Mapping[str, Callable[[Work, Place], Step]] = {
+BUILDERS: Mapping[str, Callable[[Work, Place], Contestant]] = {
     "holdfast, fast": lambda work, place: ours(work, place, "fast"),
     "holdfast, exact": lambda work, place: ours(work, place, "exact"),
     "DDP, fused AdamW": ddp,
@@ -272,7 +293,9 @@ BUILDERS: Mapping[str, Callable[[Work, Place], Step]] = {
 """By name, the function that builds a contestant on one rank."""
 
 
-def build(names: Sequence[str], work: Work, rank: int, store: Any, host: str) -> dict[str, Step]:
+def build(
+    names: Sequence[str], work: Work, rank: int, store: Any, host: str
+) -> dict[str, Contestant]:
     """The named contestants on this rank. Collective over all ranks.
 
     Args:

@@ -52,8 +52,10 @@ class Fault:
     """The step, counted from 1; 0: the first in which the worker hears of it."""
     phase: StepPhase = "compute"
     """The phase at whose beginning the fault happens. "backward": when half of the step's backward
-    passes are done. "fill": when state is first on its way to a newcomer, or to this rank, from
-    that step on. "change": when ranks have changed before or within that step."""
+    passes are done. "exchange": when its first gradient sums are on their way to an owner.
+    "gather": when its first updated parameters are on their way to their holders. "fill": when
+    state is first on its way to a newcomer, or to this rank, from that step on. "change": when
+    ranks have changed before or within that step."""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0
     """The seconds for which the lock is held, the node is cut off or the disk is full, or by which
     a slow step is longer."""

@@ -166,7 +166,7 @@ def run_step(parts: Parts, step: int, *, change: bool = False, leave: bool = Fal
         requests = replace(checkpoints.requests(), change=change, leave=leave)
         outcome = training.vote(squares, flags, requests)
     with timer.phase("apply"):
-        training.apply(lr)
+        training.apply(lr, parts.at)
     if not outcome.usable:
         with training.busy("report"):
             reporter.skipped(step, outcome, refuse(config, step, outcome))

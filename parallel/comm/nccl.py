@@ -20,6 +20,7 @@ from torch import Tensor
 from holdfast.parallel.comm.flight_recorder import Direction, FlightRecorder, Operation
 from holdfast.parallel.comm.p2p_collectives import DONE, PairwiseCommunicator, lost
 from holdfast.parallel.comm.protocol import AbortSignal, Handle, MembershipChange, ReduceOp
+from holdfast.parallel.comm.tags import kind_of
 from holdfast.parallel.errors import PeerLost
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ class NcclCommunicator(PairwiseCommunicator):
     """A group of ranks over NCCL. Exact-mode safe for integer sums; NCCL_ALGO fixes float orders.
 
     NCCL has no tags and runs the operations of one communicator in order. So each (sender,
-    receiver) pair gets a communicator of its own, made at first use, and callers post receives in
-    the order of the sends. Handles order the current stream after the operation and do not block
-    the host. A host that waits elsewhere (for the stream, for a value) therefore goes on, with
-    undefined contents, when an abort has ended the kernels, and gets `PeerLost` from the next call
-    or wait.
+    receiver) pair gets a communicator of its own for each kind of message, made at first use, and
+    callers post the receives of a kind in the order of the sends. Handles order the current stream
+    after the operation and do not block the host. A host that waits elsewhere (for the stream, for
+    a value) therefore goes on, with undefined contents, when an abort has ended the kernels, and
+    gets `PeerLost` from the next call or wait.
 
     Once one rank has aborted an NCCL communicator, all ranks must abort it, and none may destroy
     it, because destruction waits for the others. So `abort` ends every communicator of the rank,
@@ -94,12 +95,16 @@ class NcclCommunicator(PairwiseCommunicator):
         self._rank = rank
         self._store = store
         self._timeout_s = timeout_s
-        self._channels: dict[tuple[int, int], Any] = {}
+        self._channels: dict[tuple[int, int, str], Any] = {}
         self._pending: deque[tuple[Work, int]] = deque()
         self._group: Any = None
         if self.size > 1:
             self._group = self._new_group(f"{name}/{self.ranks[0]}", self.index, self.size)
         signal.listen(self._abort_all)
+
+    @property
+    def carries_short_messages(self) -> bool:
+        return False
 
     def _new_group(self, where: str, index: int, size: int) -> Any:
         options = dist.ProcessGroupNCCL.Options()
@@ -109,11 +114,11 @@ class NcclCommunicator(PairwiseCommunicator):
         prefix = f"{where}/{self._signal.generation}"
         return dist.ProcessGroupNCCL(dist.PrefixStore(prefix, self._store), index, size, options)
 
-    def _channel(self, source: int, target: int) -> Any:
-        key = (source, target)
+    def _channel(self, source: int, target: int, tag: int) -> Any:
+        key = (source, target, kind_of(tag))
         channel = self._channels.get(key)
         if channel is None:
-            where = f"{self.name}/{source}-{target}"
+            where = f"{self.name}/{source}-{target}/{key[-1]}"
             channel = self._channels[key] = self._new_group(where, int(self._rank == target), 2)
             self._signal.check()  # an abort that came in between did not see this one
         return channel
@@ -168,9 +173,9 @@ class NcclCommunicator(PairwiseCommunicator):
         number = self._record(operation, direction, peer, size, tag)
         try:
             if is_send:
-                work = self._channel(self._rank, peer).send([tensor], 1, tag)
+                work = self._channel(self._rank, peer, tag).send([tensor], 1, tag)
             else:
-                work = self._channel(peer, self._rank).recv([tensor], 0, tag)
+                work = self._channel(peer, self._rank, tag).recv([tensor], 0, tag)
         except RuntimeError as error:
             raise self._failed(operation, number, peer, error) from error
         return self._handle(work, tensor, operation, number, peer)
@@ -218,7 +223,7 @@ class NcclCommunicator(PairwiseCommunicator):
             renewed._channels = {
                 pair: channel
                 for pair, channel in self._channels.items()
-                if not change.changed & set(pair)
+                if not change.changed & set(pair[:2])
             }
             self._abort_unused(renewed)
         return renewed

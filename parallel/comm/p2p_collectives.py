@@ -103,6 +103,10 @@ class PairwiseCommunicator:
         return self._signal
 
     @property
+    def carries_short_messages(self) -> bool:
+        return True
+
+    @property
     def edit_needs_agreement(self) -> bool:
         return False
 

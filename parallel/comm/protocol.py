@@ -169,6 +169,11 @@ class Communicator(Protocol):
         ...
 
     @property
+    def carries_short_messages(self) -> bool:
+        """Whether a message may be shorter than the tensor into which it is received."""
+        ...
+
+    @property
     def edit_needs_agreement(self) -> bool:
         """Whether ranks must agree, before they edit, that the old generation was aborted."""
         ...

@@ -7,6 +7,10 @@ from .background_transfer import (
     BackgroundTransfer as BackgroundTransfer,
     TransferPace as TransferPace,
 )
+from .exchange import (
+    ExchangeSettings as ExchangeSettings,
+    ParameterArrival as ParameterArrival,
+)
 from .fence import (
     BlockNumbers as BlockNumbers,
     Fence as Fence,

@@ -7,7 +7,7 @@ Fast mode adds in the gradient's accumulation dtype, in the order of computation
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -33,7 +33,8 @@ class GradientSource(Protocol):
 class GradientAccumulator:
     """The `GradientSink` of one rank: a flat buffer of sums laid out like the rank's parameters.
 
-    `exact` selects the arithmetic; see the module's docstring. Local.
+    `exact` selects the arithmetic; see the module's docstring. Local. Its attributes are the sums
+    and their views, the arithmetic, and what the running step has brought and still brings.
     """
 
     def __init__(
@@ -62,6 +63,9 @@ class GradientAccumulator:
         self._skipped: frozenset[nn.Parameter] = frozenset()
         self.included: dict[nn.Parameter, set[int]] = {}
         """The micro-batches whose gradients have been added since `clear`."""
+        self._left: dict[nn.Parameter, int] = {}
+        """The micro-batches whose gradients a parameter is still offered in this step."""
+        self._complete: Callable[[Iterable[nn.Parameter]], None] = lambda parameters: None
         largest = max((parameter.numel() for parameter in buffer.parameters), default=0)
         self._scratch = torch.empty(
             largest if exact else 0, dtype=values.dtype, device=values.device
@@ -88,21 +92,56 @@ class GradientAccumulator:
         else:
             self._empty = set(self._buffer.parameters)
 
+    def expect(
+        self,
+        offers: Mapping[nn.Parameter, int],
+        complete: Callable[[Iterable[nn.Parameter]], None],
+    ) -> None:
+        """Say how many gradients each parameter is offered from now on, skipped ones included.
+
+        Args:
+            offers: the number for each parameter of the buffer.
+            complete: called, from the thread that adds, with parameters that get no more of them.
+        """
+        self._left, self._complete = dict(offers), complete
+        self._end([parameter for parameter, count in offers.items() if not count])
+
     def finish(self) -> int:
         """Complete `sums` after a step's last backward. Returns the flags."""
-        for parameter in self._empty if not self.exact else ():
-            self._views[parameter].zero_()
-        self._empty = set()
+        self._end([*self._left, *(self._empty - self._left.keys())])
         return int(self._flags)
 
-    def _include(self, parameter: nn.Parameter) -> None:
+    def _end(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Complete the sums of parameters that get no more gradients in this step."""
+        for parameter in parameters:
+            if parameter in self._empty and not self.exact:
+                self._views[parameter].zero_()
+            self._empty.discard(parameter)
+            self._left.pop(parameter, None)
+        self._complete(parameters)
+
+    def _takes(self, parameter: nn.Parameter) -> bool:
+        """Note the offer of a gradient. Returns whether it is to be added."""
+        if parameter in self._skipped:
+            return False
         self.included.setdefault(parameter, set()).add(self._micro_batch)
+        return True
+
+    def _offered(self, parameter: nn.Parameter) -> None:
+        """Count an offer that has been taken or skipped."""
+        left = self._left.get(parameter, 0) - 1
+        if left > 0:
+            self._left[parameter] = left
+        elif left == 0:
+            self._end([parameter])
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add a whole local parameter's gradient (of its shape, any float dtype)."""
-        if parameter in self._skipped:
-            return
-        self._include(parameter)
+        if self._takes(parameter):
+            self._add(parameter, gradient)
+        self._offered(parameter)
+
+    def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if self.exact:
             self._add_exact(parameter, gradient.contiguous())
         elif parameter in self._empty:
@@ -113,16 +152,18 @@ class GradientAccumulator:
 
     def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
         """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype."""
-        if parameter in self._skipped:
-            return
-        self._include(parameter)
+        if self._takes(parameter):
+            self._add_matmul(parameter, grad_output, value)
+        self._offered(parameter)
+
+    def _add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
         transposed = grad_output.t()
         if self.exact:
             gradient = self._scratch[: parameter.numel()].view(parameter.shape)
             torch.mm(transposed, value, out=gradient)
             self._add_exact(parameter, gradient)
         elif self.sums.dtype != grad_output.dtype:
-            self.add(parameter, transposed @ value)
+            self._add(parameter, transposed @ value)
         elif parameter in self._empty:
             self._empty.discard(parameter)
             torch.mm(transposed, value, out=self._views[parameter])
@@ -131,9 +172,11 @@ class GradientAccumulator:
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
-        if parameter in self._skipped:
-            return
-        self._include(parameter)
+        if self._takes(parameter):
+            self._add_rows(parameter, rows, gradient)
+        self._offered(parameter)
+
+    def _add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         if not self.exact:
             if parameter in self._empty:
                 self._empty.discard(parameter)
@@ -155,15 +198,15 @@ class GradientAccumulator:
         total.add_(other)
         return 0
 
-    def read(self, start: int, stop: int, gradient: Tensor) -> float:
-        """Write elements [start, stop) of complete sums to `gradient` as floats.
+    def read(self, sums: Tensor, gradient: Tensor) -> float:
+        """Write complete sums to `gradient` as floats.
 
         Args:
-            gradient: float32 or float64 [stop - start], contiguous.
+            sums: of the dtype of `self.sums`, flat and contiguous.
+            gradient: float32 or float64 of the same length, contiguous.
         Returns:
             The sum of squares, in float64.
         """
-        sums = self.sums[start:stop]
         if self.exact:
             return self._operations.convert(sums, gradient, self.fraction_bits)
         gradient.copy_(sums)

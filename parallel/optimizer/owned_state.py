@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from holdfast.parallel.optimizer.exchange import OwnedBlock, Span
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.parallel.optimizer.reduction import OwnedBlock, Span
 from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
 
 
@@ -85,11 +85,11 @@ class OwnedState:
                 values = self.buffer.values[block.start : block.stop]
                 master[span.start : span.stop].copy_(values)
 
-    def round_masters(self) -> None:
-        """Set the parameters of the blocks from their master copies, if any."""
+    def round_masters(self, begin: int, end: int) -> None:
+        """Set the parameters of blocks [begin, end) from their master copies, if any."""
         master = self.kinds.get(MASTER)
         if master is not None:
-            for block, span in zip(self.blocks, self.spans, strict=True):
+            for block, span in zip(self.blocks[begin:end], self.spans[begin:end], strict=True):
                 values = self.buffer.values[block.start : block.stop]
                 values.copy_(master[span.start : span.stop])
 

@@ -1,24 +1,25 @@
 """Shadows: copies of other ranks' optimizer blocks that follow every update.
 
 With them a run survives the loss of a rank. Owners send the reduced gradients of a step before its
-vote. A shadow then applies the same update to its copy, so it holds the block's state after every
-committed step. Copies may lie in host memory: they are updated through a small buffer on the
-device, by the kernel that their owner uses. Exact-mode safe.
+vote (see exchange/). A shadow then applies the same update to its copy, so it holds the block's
+state after every committed step. A shadow that computes with the block's parameters takes them from
+its copy, and costs the link only what the gathering of these parameters would have cost. Copies may
+lie in host memory: they are updated through a small buffer on the device, by the kernel that their
+owner uses. Exact-mode safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.parallel.comm import SHADOW_GRADIENTS, Communicator, Handle
+from holdfast.parallel.optimizer.exchange import Span, follower_routes
 from holdfast.parallel.optimizer.fence import Fence
 from holdfast.parallel.optimizer.owned_state import block_update
-from holdfast.parallel.optimizer.reduction import LONGEST_SPAN_ELEMENTS, Span
 from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
 from holdfast.parallel.plan import BlockKey, Plan
 
@@ -55,25 +56,6 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
         blocks.append(ShadowedBlock((index, place), owner, spec.decay, start, stop))
         start = stop
     return tuple(blocks)
-
-
-def shadow_spans(plan: Plan, owner: int) -> dict[int, tuple[Span, ...]]:
-    """Shadow rank -> the spans of an owner's flat gradients that it follows, in block order.
-
-    Pure.
-    """
-    spans: dict[int, list[Span]] = {}
-    start = 0
-    for index, place in plan.owned_blocks(owner):
-        stop = start + plan.blocks[index][place].elements
-        for rank in plan.followers(index, place):
-            mine = spans.setdefault(rank, [])
-            if mine and mine[-1].stop == start and stop - mine[-1].start <= LONGEST_SPAN_ELEMENTS:
-                mine[-1] = Span(mine[-1].start, stop)
-            else:
-                mine.append(Span(start, stop))
-        start = stop
-    return {rank: tuple(found) for rank, found in sorted(spans.items())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +126,7 @@ class ShadowCopies:
 
 
 class ShadowState:
-    """The copies on one rank, and the gradients that it sends to the shadows of its own blocks."""
+    """The copies on one rank, and the routes of the gradients that followers get."""
 
     def __init__(
         self,
@@ -152,9 +134,9 @@ class ShadowState:
         rank: int,
         *,
         device: torch.device,
-        comm: Communicator,
         form: StateFormat,
         settings: Any,
+        bucket_elements: int,
         in_host_memory: bool = False,
         before: ShadowCopies | None = None,
     ) -> None:
@@ -162,16 +144,18 @@ class ShadowState:
 
         Args:
             form: the rule and its kinds of state; `settings` are the rule's constants.
+            bucket_elements: as for `ExchangeSettings`.
             in_host_memory: keep the copies in host memory, page-locked beside a GPU; gradients stay
                 on the device.
             before: the shadow state of the plan before; its tensors are reused if the same blocks
                 are shadowed.
         """
         self.blocks = shadowed_blocks(plan, rank)
-        self._comm, self._form, self._settings = comm, form, settings
+        self._form, self._settings = form, settings
         self.in_host_memory = in_host_memory
-        self._outgoing = shadow_spans(plan, rank)
-        self._incoming = _incoming_spans(plan, rank, self.blocks)
+        places = {block.key: Span(block.start, block.stop) for block in self.blocks}
+        self.routes = follower_routes(plan, rank, places, bucket_elements)
+        """The routes of the reduced gradients that this rank sends to followers and receives."""
         carried = before.carried_on(self.blocks) if before is not None else None
         self._copies = carried or ShadowCopies.new(
             self.blocks, form, device, in_host_memory=in_host_memory
@@ -225,24 +209,15 @@ class ShadowState:
         """Continue after `step` updates, once `state` has been filled."""
         self._copies.step.fill_(step)
 
-    def exchange_gradients(self, gradients: Tensor) -> None:
-        """Send the owned gradients (flat) to their shadows, and receive those of shadowed blocks.
+    def write_weights(self, values: Tensor, places: Mapping[BlockKey, tuple[Span, ...]]) -> None:
+        """Write the parameters of followed blocks to their places in a rank's flat parameters.
 
-        Collective over owners and their shadows; afterwards a rank may vote.
+        They are bit-equal to those of their owners. Local.
         """
-        comm, mine = self._comm, self._copies.gradients
-        handles: list[Handle] = [
-            comm.receive(mine[span.start : span.stop], owner, SHADOW_GRADIENTS.tag(number))
-            for owner, spans in self._incoming.items()
-            for number, span in enumerate(spans)
-        ]
-        handles += [
-            comm.send(gradients[span.start : span.stop], shadow, SHADOW_GRADIENTS.tag(number))
-            for shadow, spans in self._outgoing.items()
-            for number, span in enumerate(spans)
-        ]
-        for handle in handles:
-            handle.wait()
+        master = self._copies.kinds[MASTER]
+        for block in self.blocks:
+            for span in places.get(block.key, ()):
+                values[span.start : span.stop].copy_(master[block.start : block.stop])
 
     def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
         """Apply the update of the committed step. Local.
@@ -283,19 +258,3 @@ class ShadowState:
         if copies.gradients.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
-
-
-def _incoming_spans(
-    plan: Plan, rank: int, blocks: Sequence[ShadowedBlock]
-) -> dict[int, tuple[Span, ...]]:
-    """Owner rank -> the spans of the flat gradients here that it sends. Pure."""
-    incoming: dict[int, tuple[Span, ...]] = {}
-    start = 0
-    for owner in dict.fromkeys(block.owner for block in blocks):
-        mine = []
-        for span in shadow_spans(plan, owner)[rank]:
-            stop = start + span.stop - span.start
-            mine.append(Span(start, stop))
-            start = stop
-        incoming[owner] = tuple(mine)
-    return incoming

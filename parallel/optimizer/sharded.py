@@ -8,29 +8,33 @@ blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from holdfast.parallel.comm import Communicator
+from holdfast.parallel.comm import Groups, Handle
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
+from holdfast.parallel.optimizer.exchange import (
+    ExchangeSettings,
+    Gathering,
+    GradientExchange,
+    OwnedBlock,
+    ParameterArrival,
+    Routes,
+    gathering,
+    receive_buckets,
+    routes,
+    send_bucket,
+    wire_of,
+)
 from holdfast.parallel.optimizer.fence import Fence
-from holdfast.parallel.optimizer.own_sums import OwnSums
 from holdfast.parallel.optimizer.owned_state import OwnedState
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.parallel.optimizer.reduction import (
-    OwnedBlock,
-    ReductionPlan,
-    Span,
-    gather_from_owners,
-    reduce_to_owners,
-    reduction_plan,
-    sum_over_copies,
-    summed_segments,
-)
 from holdfast.parallel.optimizer.rule import StateFormat
+from holdfast.parallel.optimizer.shadow_state import ShadowState
+from holdfast.parallel.optimizer.summed_copies import OwnParts, sum_over_copies, summed_segments
 from holdfast.parallel.plan import Plan
 
 
@@ -50,9 +54,9 @@ def norm_from_squares(squares: Sequence[float]) -> float:
 class ShardedOptimizer:
     """The optimizer of one rank: reduce, (vote elsewhere), update, gather.
 
-    Exact-mode safe. `reduce` and `gather` are collective over the ranks that hold a use of a block.
-    The four phases share its attributes: the rank's position, the buffers, the plan of the
-    reduction, the rule, and the sums that wait for the next phase.
+    Exact-mode safe. `reduce` and `gather` are collective over the ranks that hold a use of a block
+    and its followers. The phases share its attributes: the rank's buffers and copies of others'
+    blocks, the routes of messages and what is on its way, and the rule's constants.
     """
 
     def __init__(
@@ -61,40 +65,61 @@ class ShardedOptimizer:
         rank: int,
         buffer: ParameterBuffer,
         accumulator: GradientAccumulator,
-        world: Communicator,
-        shards: Communicator,
+        groups: Groups,
         form: StateFormat,
         settings: Any,
         *,
+        arrival: ParameterArrival,
+        shadows: ShadowState | None = None,
+        exchange: ExchangeSettings | None = None,
         before: OwnedState | None = None,
     ) -> None:
         """Local.
 
         Args:
             buffer: the rank's parameters; `accumulator` sums their gradients.
-            world, shards: the communicators of all ranks, and of the ranks of this stage replica.
+            groups: the communicators of this rank.
             form: the rule and its kinds of state; `settings` are the rule's constants.
+            arrival: awaits gathered parameters before the buffer's modules use them.
+            shadows: the blocks that this rank follows; None if no rank follows any.
+            exchange: the choices of the run; None: the defaults.
             before: the optimizer of the plan before; its tensors are reused where possible.
         """
-        self._rank = rank
+        exchange = exchange or ExchangeSettings()
         self._accumulator = accumulator
-        self._world, self._shards = world, shards
+        self._world, self._shards = groups.world, groups.shards
         self._settings = settings
-        self._reduction: ReductionPlan = reduction_plan(plan, rank, buffer)
-        self._shard_index = plan.stage_replicas.shard_index(rank)
-        self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._shard_index])
+        self._routes: Routes = routes(plan, rank, buffer, exchange.bucket_elements)
+        self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._routes.shard_index])
         self.slots = sum(len(blocks) for blocks in plan.blocks)
         """The number of block keys of the plan: the length of the squares that `reduce` gives."""
-        owned = self._reduction.owned
+        owned = self._routes.owned
         carried = before.carried_on(buffer, owned) if before is not None else None
         self.owned_state = carried or OwnedState.new(form, buffer, owned)
         self._updates = self.owned_state.updates()
-        self._own_sums: OwnSums | None = None
+        self._own_parts: OwnParts | None = None
+        self._shadows, self._arrival = shadows, arrival
+        self._to_all = gathering(self._routes, rank, lambda key, holder: False)
+        self._to_others = gathering(
+            self._routes,
+            rank,
+            lambda key, holder: bool(plan.shadows) and holder in plan.shadows[key[0]][key[1]],
+        )
+        self._exchange = GradientExchange(
+            self._routes,
+            accumulator,
+            self.owned_state.gradients,
+            groups.world,
+            wire_of(accumulator, exchange, groups.world),
+            overlap=exchange.overlap,
+        )
+        if shadows is not None:
+            self._exchange.follow(shadows.routes, shadows.copies.gradients)
 
     @property
     def owned(self) -> tuple[OwnedBlock, ...]:
         """The blocks whose state this rank keeps."""
-        return self._reduction.owned
+        return self._routes.owned
 
     @property
     def form(self) -> StateFormat:
@@ -138,45 +163,61 @@ class ShardedOptimizer:
         self.owned_state.restart()
 
     def keep_own_sums(self) -> None:
-        """Copy the sums that `reduce` changes from now on, for `restore_own_sums`."""
-        changed = [Span(block.start, block.stop) for block in self.owned]
-        changed += [first for first, _ in self._reduction.tied]
-        changed += [
-            Span(s.offset, s.offset + s.spec.elements)
-            for s in summed_segments(self.owned_state.buffer)
-        ]
-        self._own_sums = OwnSums(self._accumulator, changed)
+        """Keep this rank's own parts of summed copies from now on, for `restore_own_sums`."""
+        if self._shards.size > 1:
+            self._own_parts = OwnParts(self.owned_state.buffer, self._accumulator)
 
-    def begin_step(self) -> None:
-        """Begin a step: sums are added anew, and there is no `reduce` to undo. Local."""
-        if self._own_sums is not None:
-            self._own_sums.begin_step()
+    def begin_step(
+        self, offers: Mapping[nn.Parameter, int], sending: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin a step: gradients are added from now on, and leave when they are complete. Local.
+
+        Args:
+            offers: the number of gradients that each parameter is offered in this step.
+            sending: called in another thread once the first sums are on their way.
+        """
+        if self._own_parts is not None:
+            self._own_parts.begin_step()
+        self._exchange.begin(sending)
+        self.go_on(offers)
+
+    def go_on(self, offers: Mapping[nn.Parameter, int]) -> None:
+        """Say again how many gradients each parameter is offered from now on. Local."""
+        segments = summed_segments(self.owned_state.buffer) if self._shards.size > 1 else ()
+        later = {segment.parameter for segment in segments}
+        self._accumulator.expect(
+            offers, lambda found: self._exchange.complete([p for p in found if p not in later])
+        )
+
+    def close(self) -> None:
+        """End what an interrupted step has begun, once the communicators are aborted. Local."""
+        self._exchange.close()
 
     def restore_own_sums(self) -> None:
         """Undo an interrupted `reduce`: the sums are this rank's own again. Local."""
-        if self._own_sums is not None:
-            self._own_sums.restore()
+        if self._own_parts is not None:
+            self._own_parts.restore()
 
     def reduce(self) -> tuple[Tensor, int]:
-        """Complete the gradient of every owned block here.
+        """Complete the gradient of every block that this rank owns or follows.
 
         Returns:
             squares: float64[slots] on CPU: each counted block's sum of squares in its slot if this
                 rank owns it, zero elsewhere, so that a sum over ranks gives all slots.
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
-        accumulator = self._accumulator
-        if self._own_sums is not None:
-            self._own_sums.keep()
+        accumulator, buffer = self._accumulator, self.owned_state.buffer
         flags = accumulator.finish()
-        flags |= sum_over_copies(self.owned_state.buffer, accumulator, self._shards)
-        flags |= reduce_to_owners(self._reduction, accumulator, self._rank, self._world)
+        if self._own_parts is not None:
+            self._own_parts.keep()
+        flags |= sum_over_copies(buffer, accumulator, self._shards)
+        self._exchange.complete(buffer.parameters)
+        found, raised = self._exchange.finish()
         squares = torch.zeros(self.slots, dtype=torch.float64)
-        for block, gradient in self.owned_gradients():
-            square = accumulator.read(block.start, block.stop, gradient)
-            if block.segment.spec.counts_in_norm(self._shard_index):
+        for block, square in zip(self.owned, found, strict=True):
+            if block.segment.spec.counts_in_norm(self._routes.shard_index):
                 squares[self.slot(block)] = square
-        return squares, flags
+        return squares, flags | raised
 
     def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
         """Update the owned blocks with their gradients times `factor`. Local.
@@ -186,27 +227,74 @@ class ShardedOptimizer:
         Args:
             fence: called before a block changes, with its position in `owned`.
         """
+        for _ in self._updated_buckets(lr, factor, fence):
+            pass
+
+    def _updated_buckets(self, lr: float, factor: float, fence: Fence | None) -> Iterator[int]:
+        """Update bucket by bucket, in the order of first use. Gives the row of each updated one."""
         state = self.owned_state
         if factor != 1.0:
             state.gradients.mul_(factor)
         state.step.add_(1)
-        count = len(self._updates)
-        position = 0
-        while position < count:
-            free = count if fence is None else min(count, fence(position) + 1)
-            self.form.rule.update_blocks(
-                self._updates[position:free], state.step, lr, self._settings
-            )
-            position = free
-        state.round_masters()
+        free = len(self._updates) if fence is None else 0
+        for owned in reversed(self._routes.mine):
+            position = owned.begin
+            while position < owned.end:
+                if fence is not None and position >= free:
+                    free = fence(position) + 1
+                stop = min(owned.end, free)
+                self.form.rule.update_blocks(
+                    self._updates[position:stop], state.step, lr, self._settings
+                )
+                position = stop
+            state.round_masters(owned.begin, owned.end)
+            yield owned.bucket.row
         if fence is not None:
-            fence(count)
+            fence(len(self._updates))
+
+    def update_and_send(
+        self,
+        lr: float,
+        factor: float,
+        fence: Fence | None = None,
+        sending: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Update the owned blocks, and begin to gather the parameters of all blocks.
+
+        A holder that follows a block takes its parameters from its own copy, which is updated
+        before. Collective over the holders of blocks, which wait in the `arrival` only.
+
+        Args:
+            fence: called before a block changes, with its position in `owned`.
+            sending: called once the first parameters are on their way, or would be.
+        """
+        values = self.owned_state.buffer.values
+        sends: list[Handle] = []
+        for number, row in enumerate(self._updated_buckets(lr, factor, fence)):
+            sends += send_bucket(self._world, values, self._to_others, row)
+            if number == 0:
+                sending()
+        self._receive(self._to_others, sends)
+        if self._shadows is not None:
+            self._shadows.write_weights(values, self._to_others.updated_here)
+
+    def _receive(self, found: Gathering, sends: Sequence[Handle]) -> None:
+        values = self.owned_state.buffer.values
+        self._arrival.begin(receive_buckets(self._world, values, found), sends)
+        for first, second in found.copies:
+            values[second.start : second.stop].copy_(values[first.start : first.stop])
 
     def round_masters(self) -> None:
         """Set the parameters of the owned blocks from master copies, if there are any. Local."""
-        self.owned_state.round_masters()
+        self.owned_state.round_masters(0, len(self.owned))
 
     def gather(self) -> None:
-        """Send every block's parameters from its owner to its holders. Collective over these."""
+        """Send every block's parameters from its owner to all holders. Collective over these."""
         values = self.owned_state.buffer.values
-        gather_from_owners(self._reduction, values, self._rank, self._world)
+        sends = [
+            handle
+            for owned in reversed(self._routes.mine)
+            for handle in send_bucket(self._world, values, self._to_all, owned.bucket.row)
+        ]
+        self._receive(self._to_all, sends)
+        self._arrival.finish()

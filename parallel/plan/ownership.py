@@ -84,6 +84,33 @@ def assign_owners(
     return tuple(owners)
 
 
+def spread_owners(sizes: Sequence[int], candidates: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The first owner of every block, so that each layer's blocks lie with all candidates.
+
+    From the last block on, each goes to the candidate that owns the least, so that at any moment of
+    a backward pass all of them have gradients to receive. Pure.
+
+    Returns:
+        One rank per block. The largest load of a group of candidates is at most the mean load plus
+        the group's largest block.
+    """
+    heaps: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
+    known: dict[int, list[tuple[int, int, int]]] = {}  # see assign_owners
+    owners = [0] * len(sizes)
+    for block in reversed(range(len(sizes))):
+        group = candidates[block]
+        if not group:
+            raise ValueError(f"block {block} has no candidate to own it")
+        if id(group) not in known:
+            fresh = [(0, place, rank) for place, rank in enumerate(group)]
+            known[id(group)] = heaps.setdefault(group, fresh)
+        heap = known[id(group)]
+        load, place, owner = heap[0]
+        heapq.heapreplace(heap, (load + sizes[block], place, owner))
+        owners[block] = owner
+    return tuple(owners)
+
+
 def _contiguous(sizes: Sequence[int], group: tuple[int, ...]) -> list[int]:
     """Each block's candidate: the one with the block's middle in its equal share of the whole."""
     total = sum(sizes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from holdfast.parallel.layout import Box, LayerSpec, Mesh, ParameterSpec, StageReplicas
-from holdfast.parallel.plan.ownership import Block, BlockKey, assign_owners, blocks
+from holdfast.parallel.plan.ownership import Block, BlockKey, blocks, spread_owners
 
 _T = TypeVar("_T")
 
@@ -146,7 +146,7 @@ class Plan:
             "even owners",
             None,
             lambda: tuple(
-                assign_owners(
+                spread_owners(
                     [block.elements for block in found],
                     [self.holders_of_layer(index, block.layer) for block in found],
                 )

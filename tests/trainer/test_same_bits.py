@@ -132,6 +132,47 @@ def test_tensor_parallel_layouts_give_the_same_bits_among_themselves(cluster: Cl
     assert run(data=3, micro_batch_order="shuffled") == alone
 
 
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "at the end": {"overlap": False},
+    "unpacked": {"packing": False},
+    "in small messages": {"bucket_elements": 1},
+    "at the end, unpacked, in small messages": {
+        "overlap": False,
+        "packing": False,
+        "bucket_elements": 500,
+    },
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=list(EXCHANGES))
+@pytest.mark.parametrize(
+    "layout", [{"data": 4}, {"data": 2, "pipeline": 3, "virtual": 2, "schedule": "zb-v"}], ids=str
+)
+def test_how_gradients_travel_changes_no_bit(
+    cluster: Cluster,
+    one_process: dict[int, dict[str, Any]],
+    layout: dict[str, Any],
+    exchange: dict[str, Any],
+) -> None:
+    config = make_config(parallel={**layout, **exchange}, train={"steps": STEPS})
+    assert run_training(cluster, config) == one_process[STEPS]
+
+
+def test_in_fast_mode_the_exchange_changes_no_bit_but_by_rounding(cluster: Cluster) -> None:
+    def run(**exchange: Any) -> dict[str, Any]:
+        parallel = {"data": 3, "bucket_elements": 500, **exchange}
+        fast = {"numerics": {"reduction": "fast"}, "train": {"steps": STEPS}}
+        return run_training(cluster, make_config(parallel=parallel, **fast))
+
+    beside, rounded = run(), run(reduce_dtype="bf16")
+    assert run(overlap=False) == beside
+    assert rounded != beside
+    [first, *_], [first_rounded, *_] = beside["norms"], rounded["norms"]
+    assert float.fromhex(first_rounded) == pytest.approx(float.fromhex(first), rel=2**-8)
+    for one, other in zip(beside["losses"], rounded["losses"], strict=True):
+        assert float.fromhex(other) == pytest.approx(float.fromhex(one), rel=2**-8)
+
+
 @pytest.fixture(scope="module")
 def whole_losses(cluster: Cluster) -> list[str]:
     return run_training(cluster, make_config(**TENSOR_RUN))["losses"]

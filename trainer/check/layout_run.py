@@ -46,6 +46,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         capture.losses.append(outcome.loss)
         capture.grad_norms.append(outcome.grad_norm)
         training.apply(rate_of(config, step))
+    training.finish_gather()
     capture.parameters = [
         captured_box(s.spec, buffer.view(buffer.values, s)) for s in buffer.segments
     ]

@@ -48,6 +48,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _elastic,
         _offload,
         _recompute,
+        _exchange,
         _not_in_this_version,
     )
     problems = [problem for rule in rules for problem in rule(config)]
@@ -101,6 +102,16 @@ def _data(config: RunConfig) -> Iterator[str]:
         )
     if config.train.eval_every and config.data.eval_fraction == 0:
         yield "train.eval_every needs held-out data; set data.eval_fraction above 0"
+
+
+def _exchange(config: RunConfig) -> Iterator[str]:
+    reduce_dtype = config.parallel.reduce_dtype
+    if reduce_dtype != "auto" and config.numerics.reduction == "exact":
+        yield (
+            f"parallel.reduce_dtype = {reduce_dtype!r} rounds gradients on the wire, and "
+            "numerics.reduction = 'exact' does not allow that; leave it out, or set "
+            "numerics.reduction = 'fast'"
+        )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

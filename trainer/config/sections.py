@@ -79,7 +79,8 @@ class NumericsConfig(Section, frozen=True):
 
 
 class ParallelConfig(Section, frozen=True):
-    """The layout: a key for each axis of the mesh (`AXES`), and the cut and order of the work."""
+    """The layout: a key for each axis of the mesh (`AXES`), the cut and order of the work, and how
+    ranks exchange gradients and parameters. A field for each key."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -97,6 +98,14 @@ class ParallelConfig(Section, frozen=True):
     """Transformer layers of each model chunk, in forward order; empty: an even split."""
     micro_batch_order: str = "ascending"
     """A name of `MICRO_BATCH_ORDERS` (parallel/plan); results do not depend on it."""
+    overlap: bool = True
+    """Gradients and parameters travel beside computation; results do not depend on it."""
+    bucket_elements: int = 1048576
+    """The size up to which neighbouring blocks travel as one message."""
+    packing: bool = True
+    """Exact mode: integer sums are packed on the wire; results do not depend on it."""
+    reduce_dtype: Literal["auto", "bf16"] = "auto"
+    """Fast mode: the type of gradient sums on the wire; "auto": that in which they are added."""
 
     @property
     def mesh(self) -> Mesh:

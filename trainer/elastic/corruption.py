@@ -33,12 +33,13 @@ class Corruption:
     """The ranks with a wrong copy; all holders if no majority decides."""
     good: int | None
     """A rank with the majority's copy; None without a majority."""
-    owner: int
+    used_by: frozenset[int]
+    """The ranks that compute with the block's weights."""
 
     @property
     def spares_training(self) -> bool:
-        """Whether only shadows are wrong, so that no step used a wrong value."""
-        return self.good is not None and self.owner not in self.suspects
+        """Whether only copies are wrong that no rank computes with: no step used a wrong value."""
+        return self.good is not None and self.used_by.isdisjoint(self.suspects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,9 @@ def _judge(
     decided = 2 * votes > len(rows)
     wrong = [rank for rank, own in zip(holders, rows, strict=True) if own != row or not decided]
     good = holders[rows.index(row)] if decided else None
-    return Corruption(key, f"{spec.name}{block_box(spec, block)}", tuple(wrong), good, holders[0])
+    used_by = frozenset(plan.contributors(index, block))
+    tensor = f"{spec.name}{block_box(spec, block)}"
+    return Corruption(key, tensor, tuple(wrong), good, used_by)
 
 
 def repair(training: Training, found: Sequence[Corruption], members: Communicator) -> None:

@@ -65,7 +65,7 @@ def record_of(
     digest: str,
 ) -> ChangeRecord:
     """The record of a change, made before the next step changes the state. Local."""
-    replayed = urgent and change.recovery.complete
+    replayed = urgent and change.recovery.repeats_step
     return ChangeRecord(
         change=change,
         heard=tuple(heard),
@@ -105,7 +105,7 @@ def _write(files: ChangeFiles, record: ChangeRecord) -> None:
     lost = [event.fields for event in found if event.name == "rank_lost"]
     first = change.before is None
     steps = change.recovery.steps
-    replayed = int(urgent and change.recovery.complete)
+    replayed = int(urgent and change.recovery.repeats_step)
     rolled_back = 0 if change.from_checkpoint is None or first else steps - change.from_checkpoint
     fields: dict[str, Any] = {
         "generation": change.after.number,

@@ -219,8 +219,11 @@ class Recovery:
         drives = self._drives
         began = drives.clock()
         drives.saves.cancel()
-        if self.training is not None and self.training.background_transfer is not None:
-            self.training.background_transfer.close()
+        if self.training is not None:
+            if urgent:
+                self.training.close()
+            else:
+                self.training.finish_gather()
         drives.interruption.clear()
         generation = drives.membership.agree(
             step=self.training.progress.decided if self.training is not None else 0,
@@ -286,7 +289,7 @@ class Recovery:
             decided=progress.decided,
             updated=progress.updated,
             updates=training.optimizer.step,
-            complete=progress.complete,
+            complete=training.has_all_parameters,
             filled=progress.filled,
             outcome=progress.outcome,
             included=training.included(),

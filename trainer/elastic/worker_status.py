@@ -108,6 +108,15 @@ class RecoveryPlan:
     included: Mapping[int, Included] = field(default_factory=dict)
     """By holder, the micro-batches that its sums include of the next step."""
 
+    @property
+    def repeats_step(self) -> bool:
+        """Whether the step after these is repeated if it was interrupted.
+
+        Otherwise the last of these steps was: it was committed, but its parameters had not arrived,
+        and no holder had begun the next.
+        """
+        return self.complete or bool(self.included)
+
 
 def plan_recovery(generation: Generation) -> RecoveryPlan:
     """The plan and the step to recover; equal on every member.

@@ -170,6 +170,7 @@ class Checkpoints:
             return
         if not in_memory:
             self._progress.saved_step = step
+        self._training.finish_gather()  # a rank writes parameters of other owners, too
         with self._saving():
             self._manager.save(self._job(step, in_memory=in_memory))
         if not in_memory:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from holdfast.parallel.comm import Communicator, Groups
 from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
+    ExchangeSettings,
     GradientAccumulator,
     OwnedState,
+    ParameterArrival,
     ParameterBuffer,
     ShadowCopies,
     ShadowState,
@@ -27,7 +31,7 @@ from holdfast.parallel.pipeline import (
 )
 from holdfast.parallel.plan import Plan
 from holdfast.parallel.precision import PRECISIONS
-from holdfast.parallel.schedules import Action, Program
+from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.models import build_chunk
@@ -46,6 +50,17 @@ class ModelParts:
     """The chunks by chunk index, in forward order."""
     buffer: ParameterBuffer
     accumulator: GradientAccumulator
+    arrival: ParameterArrival
+    """Awaits gathered parameters before the chunks use them."""
+
+    def offers(self, program: Program) -> dict[nn.Parameter, int]:
+        """The number of gradients that each parameter is offered by a program. Pure."""
+        backwards = Counter(a.chunk for a in program if a.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT))
+        return {
+            parameter: backwards[index]
+            for index, chunk in self.chunks.items()
+            for _, _, parameter in chunk.named_specs()
+        }
 
 
 def open_split(config: RunConfig, split: str) -> Dataset:
@@ -108,7 +123,10 @@ def new_model(
         fraction_bits=config.numerics.fraction_bits,
         queues=[chunk.queue for chunk in chunks.values()],
     )
-    return ModelParts(chunks, buffer, accumulator)
+    arrival = ParameterArrival()
+    for chunk in chunks.values():
+        arrival.watch(chunk)
+    return ModelParts(chunks, buffer, accumulator, arrival)
 
 
 def carried_model(model: ModelParts, before: Plan, plan: Plan, rank: int) -> ModelParts | None:
@@ -166,19 +184,26 @@ def new_optimizer(
     rank: int,
     model: ModelParts,
     groups: Groups,
+    shadows: ShadowState | None,
     before: OwnedState | None,
 ) -> ShardedOptimizer:
     """The optimizer of a rank's blocks; usable state of `before` is reused."""
-    form = state_format(config)
+    form, parallel = state_format(config), config.parallel
+    rounds = parallel.reduce_dtype != "auto"
+    reduce_dtype = PRECISIONS[parallel.reduce_dtype].dtype if rounds else None
     optimizer = ShardedOptimizer(
         plan,
         rank,
         model.buffer,
         model.accumulator,
-        groups.world,
-        groups.shards,
+        groups,
         form,
         form.rule.settings(config.optimizer),
+        arrival=model.arrival,
+        shadows=shadows,
+        exchange=ExchangeSettings(
+            parallel.overlap, parallel.bucket_elements, parallel.packing, reduce_dtype
+        ),
         before=before,
     )
     if config.elastic.enabled:
@@ -191,7 +216,6 @@ def new_shadows(
     plan: Plan,
     rank: int,
     device: torch.device,
-    groups: Groups,
     before: ShadowCopies | None,
 ) -> ShadowState:
     """A rank's copies of other ranks' blocks; usable ones of `before` are reused."""
@@ -200,9 +224,9 @@ def new_shadows(
         plan,
         rank,
         device=device,
-        comm=groups.world,
         form=form,
         settings=form.rule.settings(config.optimizer),
+        bucket_elements=config.parallel.bucket_elements,
         in_host_memory=shadows_in_host_memory(config, device.type),
         before=before,
     )

@@ -16,7 +16,8 @@ class AtPhase(Protocol):
         Args:
             step: counted from 1.
             phase: "fill" when state begins to be copied beside the step, "backward" when half of
-                the backward passes have begun, otherwise the phase that begins.
+                the backward passes have begun, "exchange" and "gather" when the first gradient sums
+                and parameters of this rank are on their way, otherwise the phase that begins.
         """
         ...
 

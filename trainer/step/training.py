@@ -6,10 +6,11 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -86,12 +87,14 @@ class Training:
         """Held-out data, from the first evaluation on."""
         self.progress = StepProgress() if before is None else replace(before.progress)
         self.offloader = self._new_offloader() if before is None else before.offloader
+        self._is_gathering = False
+        """Whether parameters of the last update may be on their way to or from this rank."""
         self.model = self._model_after(before, initial=initial)
         if self.offloader is not None:
             self.offloader.keep(self.model.buffer.values)
-        owned = None if before is None else before.optimizer.owned_state
-        self.optimizer = new_optimizer(config, plan, rank, self.model, groups, owned)
         self._shadows = self._shadows_after(before)
+        owned = None if before is None else before.optimizer.owned_state
+        self.optimizer = new_optimizer(config, plan, rank, self.model, groups, self._shadows, owned)
         self._fence: Fence | None = None
         """The fence that is called before a block changes, while a snapshot copies the state."""
         self.background_transfer: BackgroundTransfer | None = None
@@ -137,11 +140,12 @@ class Training:
             return None
         old = None if before is None else before._shadows
         copies = None if old is None else old.copies
-        return new_shadows(self.config, plan, self.rank, self.device, self.groups, copies)
+        return new_shadows(self.config, plan, self.rank, self.device, copies)
 
     @property
     def parameter_buffer(self) -> ParameterBuffer:
-        """This rank's parameters, flat."""
+        """This rank's parameters, flat, once all of them have arrived."""
+        self.finish_gather()
         return self.model.buffer
 
     @property
@@ -161,7 +165,7 @@ class Training:
         return self._shadows
 
     def state(self) -> TrainingState:
-        """The place of this rank's saved state. Local."""
+        """The place of this rank's saved state, once all parameters have arrived. Local."""
         return TrainingState(
             self.plan, self.rank, self.parameter_buffer, self.optimizer, self._saved_shadows
         )
@@ -220,26 +224,38 @@ class Training:
         if self.background_transfer is not None:
             self.background_transfer.start(lambda: at(step + 1, "fill"))
         self._start(step, self.data, training=True)
-        self.optimizer.begin_step()
+        program = self._program
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
-            missing = self.to_compute(step)
-            rest = prepared(self.rank, lambda rank: training_program(self.plan, rank, missing))
-            return self.executor.run(*rest)
+            program = self._rest_of(step)
+        self.optimizer.begin_step(self.model.offers(program[0]), lambda: at(step + 1, "exchange"))
         try:
-            return self.executor.run(*self._program)
+            return self.executor.run(*program)
         except OffloadError as error:
-            self._keep_activations(error)
-        return self.compute(step, at)
+            return self._go_on_in_memory(step, error)
 
-    def _keep_activations(self, error: OffloadError) -> None:
+    def _rest_of(self, step: int) -> PreparedProgram:
+        """The program of the micro-batches that the sums of an interrupted step lack."""
+        missing = self.to_compute(step)
+        return prepared(self.rank, lambda rank: training_program(self.plan, rank, missing))
+
+    def _go_on_in_memory(self, step: int, error: OffloadError) -> ActionTimes:
         """Keep all activations in memory from now on, because some could not be read back.
 
-        With pipeline or tensor peers the step cannot be repeated here, and the error propagates.
+        The sums of complete parameters may have left already, so the rest of the step is computed.
+        With pipeline or tensor peers it cannot be repeated here, and the error propagates.
         """
         replicas = self.plan.stage_replicas
         if self.offloader is None or replicas.pipeline * replicas.shards > 1:
             raise error
         self.offloader.abort(str(error))
+        self.executor.run_weight_parts()
+        included = {0: self._in_flight.included(self._last_losses)}
+        self._in_flight.resume(step, included, self._in_flight)
+        self._start(step, self.data, training=True)
+        self._in_flight.begin(step, lambda: None)
+        program = self._rest_of(step)
+        self.optimizer.go_on(self.model.offers(program[0]))
+        return self.executor.run(*program)
 
     def to_compute(self, step: int) -> frozenset[int]:
         """The micro-batches of `step` that some rank's sums lack when it begins."""
@@ -271,10 +287,11 @@ class Training:
         Returns:
             Each block's square sum, and flags; see `ShardedOptimizer.reduce`.
         """
-        squares, flags = self.optimizer.reduce()
-        if self._shadows is not None:
-            self._shadows.exchange_gradients(self.optimizer.gradients)
-        return squares, flags
+        since = perf_counter()
+        self.finish_gather()
+        found = self.optimizer.reduce()
+        self.groups.recorder.blocked_s += perf_counter() - since
+        return found
 
     def vote(self, squares: Tensor, flags: int, requests: Requests = NO_REQUESTS) -> Outcome:
         """C: all-reduce the gradient norm and the loss. Collective over all ranks.
@@ -298,16 +315,30 @@ class Training:
         self.progress.filled = not outcome.requests.filling
         return outcome
 
-    def apply(self, lr: float) -> None:
+    def apply(self, lr: float, at: AtPhase = no_hook) -> None:
         """D: update by owners, gather parameters. Collective over the replicas of a stage.
 
-        A step that must not be applied changes nothing.
+        With parallel.overlap, parameters arrive beside what follows; see `finish_gather`. A step
+        that must not be applied changes nothing.
+
+        Args:
+            at: called during the phase; see `AtPhase`.
         """
-        self.update(lr)
-        self.gather()
+        sending = partial(at, self.progress.decided, "gather")
+        self._update(lr, partial(self.optimizer.update_and_send, sending=sending))
+        self._is_gathering = not self.progress.complete
+        if not self.config.parallel.overlap:
+            self.finish_gather()
 
     def update(self, lr: float) -> None:
-        """Update the owned and shadowed blocks as the last vote decided. Local."""
+        """Update the owned and shadowed blocks as the last vote decided. Local.
+
+        Parameters are gathered later, under the next plan.
+        """
+        self._update(lr, self.optimizer.update)
+        self._is_gathering = False
+
+    def _update(self, lr: float, update: Callable[[float, float, Fence | None], None]) -> None:
         outcome = self.progress.outcome
         assert outcome is not None
         if outcome.usable:
@@ -316,14 +347,30 @@ class Training:
             fence, numbers = self._fence, block_numbers(self.optimizer, self._saved_shadows)
             if self._shadows is not None:
                 self._shadows.update(lr, factor, fence and numbers.fence_of_shadows(fence))
-            self.optimizer.update(lr, factor, fence and numbers.fence_of_owned(fence))
+            update(lr, factor, fence and numbers.fence_of_owned(fence))
         self.progress.updated = self.progress.decided
 
-    def gather(self) -> None:
-        """Send updated parameters to all their holders. Collective over a stage's replicas."""
-        if not self.progress.complete:
-            self.optimizer.gather()
-            self.progress.complete = True
+    def finish_gather(self) -> None:
+        """Wait until all parameters are here, and this rank's own have left for their holders.
+
+        Raises:
+            PeerLost: a peer is gone.
+        """
+        if self._is_gathering:
+            self.model.arrival.finish()
+            self._is_gathering, self.progress.complete = False, True
+
+    @property
+    def has_all_parameters(self) -> bool:
+        """Whether the parameters here are those after the last update; asked without waiting."""
+        arrived = self._is_gathering and not self.model.arrival.is_pending
+        return self.progress.complete or arrived
+
+    def close(self) -> None:
+        """End what runs beside a step, once the communicators are aborted. Local."""
+        self.optimizer.close()
+        if self.background_transfer is not None:
+            self.background_transfer.close()
 
     @property
     def _last_losses(self) -> Mapping[int, Tensor] | None:

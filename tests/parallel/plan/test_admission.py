@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.errors import ConfigError
-from holdfast.parallel.optimizer.shadow_state import shadow_spans, shadowed_blocks
+from holdfast.parallel.optimizer.exchange.followers import follower_routes
+from holdfast.parallel.optimizer.shadow_state import shadowed_blocks
 from holdfast.parallel.plan.admission import next_plan, state_of
 from holdfast.parallel.plan.block_transfers import held_blocks, incoming_blocks, missing_blocks
 from holdfast.parallel.plan.plan import Plan
@@ -128,7 +129,13 @@ def test_who_is_given_a_block_follows_its_updates() -> None:
         lasting = held_blocks(between, [rank])[rank] - set(between.owned_blocks(rank))
         assert sizes.keys() == lasting | incoming_blocks(between, [rank])[rank]
         for owner in between.stage_replicas.ranks:
-            sent = sum(r.stop - r.start for r in shadow_spans(between, owner).get(rank, ()))
+            sent = sum(
+                span.stop - span.start
+                for pieces in follower_routes(between, owner, {}, 5000).sends.values()
+                for peer, spans in pieces
+                for span in spans
+                if peer == rank
+            )
             assert sent == sum(b.stop - b.start for b in followed if b.owner == owner)
 
 

@@ -12,7 +12,7 @@ from holdfast.parallel.layout.boxes import TensorSpec, covers, transfers
 from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.layout.parameters import LayerSpec
 from holdfast.parallel.plan.initial import make_plan
-from holdfast.parallel.plan.ownership import assign_owners, blocks
+from holdfast.parallel.plan.ownership import assign_owners, blocks, spread_owners
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
 from holdfast.parallel.schedules import check_programs
@@ -196,7 +196,15 @@ def loads(sizes: list[int], owners: tuple[int, ...], ranks: int) -> list[int]:
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 8))
-def test_first_owners_are_balanced_and_contiguous(sizes: list[int], ranks: int) -> None:
+def test_first_owners_are_balanced_from_any_block_to_the_last(sizes: list[int], ranks: int) -> None:
+    owners = spread_owners(sizes, [tuple(range(ranks))] * len(sizes))
+    for first in range(len(sizes)):  # a backward pass brings the last blocks first
+        rest = sizes[first:]
+        assert max(loads(rest, owners[first:], ranks)) <= sum(rest) / ranks + max(rest)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 8))
+def test_assigned_owners_are_balanced_and_contiguous(sizes: list[int], ranks: int) -> None:
     owners = assign_owners(sizes, [tuple(range(ranks))] * len(sizes))
     assert list(owners) == sorted(owners)
     assert max(loads(sizes, owners, ranks)) <= sum(sizes) / ranks + max(sizes)

@@ -11,7 +11,9 @@ from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.errors import ConfigError, LayoutError
 from holdfast.parallel.layout.stage_replicas import StageReplicas
-from holdfast.parallel.optimizer.shadow_state import shadow_spans, shadowed_blocks
+from holdfast.parallel.optimizer.exchange.buckets import Span
+from holdfast.parallel.optimizer.exchange.followers import follower_routes
+from holdfast.parallel.optimizer.shadow_state import shadowed_blocks
 from holdfast.parallel.plan.block_transfers import held_blocks, missing_blocks, plan_block_transfers
 from holdfast.parallel.plan.cost import peak_activation_bytes
 from holdfast.parallel.plan.programs import training_program
@@ -192,16 +194,26 @@ def test_partitions_are_the_best_of_all(weights: list[int], capacity: list[int])
     assert slowest((0, *(stop for _, stop in found))) == pytest.approx(best)
 
 
+def size(spans: tuple[Span, ...]) -> int:
+    return sum(span.stop - span.start for span in spans)
+
+
 def test_owners_and_shadows_agree_on_what_travels() -> None:
     plan = first_plan(data=3)
     for owner in plan.stage_replicas.ranks:
         owned = [plan.blocks[i][place] for i, place in plan.owned_blocks(owner)]
-        for shadow, spans in shadow_spans(plan, owner).items():
-            followed = [b for b in shadowed_blocks(plan, shadow) if b.owner == owner]
-            assert sum(span.stop - span.start for span in spans) == sum(
-                b.stop - b.start for b in followed
+        sent = follower_routes(plan, owner, {}, 5000).sends
+        for shadow in plan.stage_replicas.ranks:
+            blocks = shadowed_blocks(plan, shadow)
+            places = {block.key: Span(block.start, block.stop) for block in blocks}
+            leaving = [(row, size(s)) for row in sent for peer, s in sent[row] if peer == shadow]
+            routes = follower_routes(plan, shadow, places, 5000)
+            assert leaving == [(row, size(s)) for peer, row, s in routes.receives if peer == owner]
+            assert sum(n for _, n in leaving) == sum(
+                b.stop - b.start for b in blocks if b.owner == owner
             )
-            assert spans[-1].stop <= sum(block.elements for block in owned)
+        last = max(span.stop for pieces in sent.values() for _, spans in pieces for span in spans)
+        assert last <= sum(block.elements for block in owned)
 
 
 def test_what_nobody_holds_is_named() -> None:

@@ -17,6 +17,9 @@ import torch
 from holdfast.parallel.layout.parameters import ParameterSpec
 from holdfast.parallel.optimizer import sharded as optimizer
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
+from holdfast.parallel.optimizer.exchange.buckets import Bucket
+from holdfast.parallel.optimizer.exchange.gradients import GradientExchange
+from holdfast.parallel.optimizer.exchange.wire import PackedWire, PlainWire
 from holdfast.parallel.pipeline import executor as pipeline
 from holdfast.parallel.pipeline.model_chunk import WeightGradientQueue
 from holdfast.parallel.tensor_parallel import operators as tensor, vocab as vocabulary
@@ -71,15 +74,16 @@ def replicated_weights_counted_by_every_rank() -> Iterator[None]:
 @contextmanager
 def tied_weight_counted_twice() -> Iterator[None]:
     """The second use of a tied weight is added twice."""
-    original = optimizer.reduce_to_owners
+    original = GradientExchange._own_sums
 
-    def doubled(reduction: Any, accumulator: Any, rank: int, comm: Any) -> int:
-        for first, second in reduction.tied:
-            sums = accumulator.sums
-            sums[first.start : first.stop] += sums[second.start : second.stop]
-        return original(reduction, accumulator, rank, comm)
+    def doubled(exchange: Any, bucket: Bucket) -> tuple[torch.Tensor, bool]:
+        total, is_view = original(exchange, bucket)
+        if len(bucket.uses) == 2:
+            sums = exchange._accumulator.sums
+            total += torch.cat([sums[span.start : span.stop] for span in bucket.second])
+        return total, is_view
 
-    with mock.patch.object(optimizer, "reduce_to_owners", doubled):
+    with mock.patch.object(GradientExchange, "_own_sums", doubled):
         yield
 
 
@@ -230,14 +234,25 @@ class _FirstSamples:
 @contextmanager
 def replicas_not_summed() -> Iterator[None]:
     """The owner keeps its own sum."""
-    with mock.patch.object(optimizer, "reduce_to_owners", return_value=0):
+
+    def own_alone(wire: Any, message: Any, own: torch.Tensor, total: torch.Tensor) -> int:
+        total.copy_(own)
+        return 0
+
+    with (
+        mock.patch.object(PlainWire, "add", own_alone),
+        mock.patch.object(PackedWire, "add", own_alone),
+    ):
         yield
 
 
 @contextmanager
 def parameters_not_gathered() -> Iterator[None]:
     """Updated blocks stay with their owners."""
-    with mock.patch.object(optimizer, "gather_from_owners", return_value=None):
+    with (
+        mock.patch.object(optimizer, "send_bucket", return_value=[]),
+        mock.patch.object(optimizer, "receive_buckets", return_value=[]),
+    ):
         yield
 
 

@@ -87,6 +87,14 @@ class FakeTraining:
     def included(self) -> dict[Any, Any]:
         return {}
 
+    @property
+    def has_all_parameters(self) -> bool:
+        return self.progress.complete
+
+    def finish_gather(self) -> None: ...
+
+    def close(self) -> None: ...
+
     def protect(self, fence: None) -> None:
         assert fence is None
 

@@ -70,6 +70,28 @@ def test_kills_in_every_phase_change_no_bit(
     assert all(event["replayed_steps"] <= 1 for event in recovered)
 
 
+@pytest.mark.parametrize("redundancy", [1, 2])
+def test_kills_while_messages_are_on_their_way_change_no_bit(
+    start: Starter, expected_short: dict[str, Any], redundancy: int
+) -> None:
+    faults = [
+        fault("kill", 2, 3, "exchange"),  # sums have arrived at some owners and not at others
+        fault("kill", 1, 7, "gather"),  # an owner has sent a part of its parameters
+        fault("kill", 0, 11, "compute"),  # parameters are awaited, and still leave
+    ]
+    run = start(
+        train=SHORT_RUN,
+        parallel={"data": 4, "bucket_elements": 500},
+        elastic=pace({"chaos": faults, "redundancy": redundancy, "respawn": False}, PACE_S, rank=3),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected_short
+    assert [event["rank"] for event in run.events("rank_lost")] == [2, 1, 0]
+    recovered = run.events("recovered")
+    assert all(event["from_checkpoint"] is None for event in recovered)
+    assert all(event["replayed_steps"] <= 1 for event in recovered)
+
+
 @pytest.mark.parametrize(
     ("layout", "reduction", "kills", "recomputed"),
     [

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import msgspec
 import pytest
 import torch
 
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.layout.boxes import Box
-from holdfast.parallel.optimizer.shadow_state import ShadowState, shadow_spans
+from holdfast.parallel.optimizer.exchange.followers import follower_routes
+from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.plan.plan import Plan, block_box
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.trainer.config import RunConfig
@@ -59,9 +58,9 @@ def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memor
             plan,
             rank,
             device=torch.device("cpu"),
-            comm=cast("Any", None),
             form=state_format(given),
             settings=None,
+            bucket_elements=5000,
             in_host_memory=memory == "host",
         ).copies.bytes
         for rank in range(4)
@@ -69,7 +68,8 @@ def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memor
     sent = [
         sum(
             4 * (span.stop - span.start)
-            for spans in shadow_spans(plan, rank).values()
+            for pieces in follower_routes(plan, rank, {}, 5000).sends.values()
+            for _, spans in pieces
             for span in spans
         )
         for rank in range(4)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
+from holdfast.parallel.optimizer.exchange.parameters import ParameterArrival
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.plan import training_program
 from holdfast.trainer.config.loading import convert_config
@@ -46,7 +47,7 @@ class Rank:
             chunk.named_specs(), dtype=torch.float32, device=torch.device("cpu")
         )
         self.accumulator = GradientAccumulator(self.buffer, exact=True, fraction_bits=30)
-        self.model = ModelParts({0: chunk}, self.buffer, self.accumulator)
+        self.model = ModelParts({0: chunk}, self.buffer, self.accumulator, ParameterArrival())
         self.halves: list[int] = []
         self.step = self.under_the_next_plan()
 

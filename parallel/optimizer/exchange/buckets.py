@@ -1,0 +1,312 @@
+"""Buckets: runs of one owner's blocks that travel as one message.
+
+Every rank cuts the blocks of every owner alike, so that messages need no description. Pure.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
+from holdfast.parallel.plan import Block, BlockKey, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A half-open range of a rank's flat buffers."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedBlock:
+    """A block that this rank owns, at elements [start, stop) of its flat buffers."""
+
+    key: BlockKey
+    block: Block
+    segment: Segment
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.block.elements
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A run of an owner's blocks, as one rank that holds a use of them sees it."""
+
+    owner: int
+    row: int
+    """The number among the owner's buckets, deepest layers first: the number of its messages."""
+    blocks: tuple[Block, ...]
+    """In the order of the plan."""
+    first: tuple[Span, ...]
+    """The places of the blocks here, at the weights' first use; empty if another stage has it."""
+    second: tuple[Span, ...]
+    """The places at the second use of a tied weight; empty if there is none here."""
+    parameters: frozenset[nn.Parameter]
+    """The local parameters that the places belong to."""
+
+    @property
+    def elements(self) -> int:
+        return sum(block.elements for block in self.blocks)
+
+    @property
+    def uses(self) -> tuple[tuple[Span, ...], ...]:
+        """The places of each use that is here, the first one first."""
+        return tuple(spans for spans in (self.first, self.second) if spans)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedBucket:
+    """A bucket of this rank's own blocks."""
+
+    bucket: Bucket
+    begin: int
+    """The position of its first block among the owned blocks."""
+    start: int
+    """The first element in the flat state of the owned blocks."""
+    contributors: tuple[int, ...]
+    """The other ranks that hold a use, in the order in which their sums are added."""
+
+    @property
+    def end(self) -> int:
+        """The position after its last block."""
+        return self.begin + len(self.bucket.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The blocks that one rank owns, and the buckets that it exchanges.
+
+    The same buckets serve gradients (towards owners) and parameters (from owners).
+    """
+
+    shard_index: int
+    owned: tuple[OwnedBlock, ...]
+    """In the order of the plan."""
+    mine: tuple[OwnedBucket, ...]
+    """The buckets of the owned blocks, by row."""
+    others: tuple[Bucket, ...]
+    """The other owners' buckets with a use here, in the order in which they are sent."""
+
+
+def routes(plan: Plan, rank: int, buffer: ParameterBuffer, bucket_elements: int) -> Routes:
+    """The routes of one rank's sums and parameters. Pure; the two ends of a message agree.
+
+    Messages have one order on all ranks: by row, then by the distance from sender to owner. The
+    first message that is not done is therefore the next one at both of its ends, so that no rank
+    waits in a circle, and not all ranks send to one at first.
+
+    Args:
+        bucket_elements: the size up to which neighbouring blocks are joined, equal on all ranks.
+    """
+    shard_index = plan.stage_replicas.shard_index(rank)
+    places = _Places(plan, shard_index, buffer)
+    owners = plan.owners[shard_index]
+    size = 1 + max(plan.stage_replicas.ranks, default=0)
+    owned = tuple(
+        OwnedBlock((shard_index, block.index), block, segment, places.first[block.index].start)
+        for block in plan.blocks[shard_index]
+        if owners[block.index] == rank
+        for segment in [places.segment(block)]
+    )
+    held = {owners[index] for index in places.first} | {owners[index] for index in places.second}
+    others = [
+        bucket
+        for owner in sorted(held - {rank})
+        for bucket in places.buckets(owner, bucket_elements)
+        if bucket.first or bucket.second
+    ]
+    others.sort(key=lambda bucket: (bucket.row, (bucket.owner - rank) % size))
+    mine, end, stop = [], len(owned), sum(block.block.elements for block in owned)
+    for bucket in places.buckets(rank, bucket_elements) if owned else ():
+        end, stop = end - len(bucket.blocks), stop - bucket.elements
+        contributors = set(plan.contributors(shard_index, bucket.blocks[0])) - {rank}
+        ordered = sorted(contributors, key=lambda peer: (rank - peer) % size)
+        mine.append(OwnedBucket(bucket, end, stop, tuple(ordered)))
+    return Routes(shard_index, owned, tuple(mine), tuple(others))
+
+
+class _Places:
+    """The places of blocks in one rank's buffer, and the buckets of any owner. Pure."""
+
+    def __init__(self, plan: Plan, shard_index: int, buffer: ParameterBuffer) -> None:
+        self._plan, self._shard_index = plan, shard_index
+        self._segments = {
+            (s.layer, s.spec_index): s for s in buffer.segments if s.spec.tied_use == 0
+        }
+        second_use = {s.spec.name: s for s in buffer.segments if s.spec.tied_use == 1}
+        self._tied = _tied_names(plan, shard_index)
+        self.first: dict[int, Span] = {}
+        """The place of each block with a first use here, by its index."""
+        self.second: dict[int, Span] = {}
+        """The place of each block with the second use of a tied weight here."""
+        self._second_segments: dict[int, Segment] = {}
+        for block in plan.blocks[shard_index]:
+            segment = self._segments.get((block.layer, block.spec_index))
+            if segment is not None:
+                self.first[block.index] = _span_of(block, segment)
+            segment = second_use.get(self._tied.get((block.layer, block.spec_index), ""))
+            if segment is not None:
+                self.second[block.index] = _span_of(block, segment)
+                self._second_segments[block.index] = segment
+
+    def segment(self, block: Block) -> Segment:
+        return self._segments[block.layer, block.spec_index]
+
+    def buckets(self, owner: int, elements: int) -> list[Bucket]:
+        """All buckets of an owner, by row."""
+        found = block_runs(self._plan, owner, elements)
+        return [self._bucket(owner, row, blocks) for row, blocks in enumerate(found)]
+
+    def _bucket(self, owner: int, row: int, blocks: Sequence[Block]) -> Bucket:
+        first = [self.first[block.index] for block in blocks if block.index in self.first]
+        second = [self.second[block.index] for block in blocks if block.index in self.second]
+        parameters = {self.segment(b).parameter for b in blocks if b.index in self.first}
+        parameters |= {
+            self._second_segments[b.index].parameter for b in blocks if b.index in self.second
+        }
+        return Bucket(
+            owner, row, tuple(blocks), joined(first), joined(second), frozenset(parameters)
+        )
+
+
+def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]:
+    """The blocks of each of an owner's buckets, by row: runs of neighbours with the same holders.
+
+    Pure.
+
+    Args:
+        elements: the size up to which blocks are joined.
+    """
+    keys = plan.owned_blocks(owner)
+    tied = _tied_names(plan, keys[0][0]) if keys else {}
+    runs: list[list[Block]] = []
+    sizes: list[int] = []
+    holders: object = None
+    for index, place in reversed(keys):
+        block = plan.blocks[index][place]
+        stage = plan.placement[plan.chunk_of_layer(block.layer)]
+        same = holders == (holders := (stage, tied.get((block.layer, block.spec_index))))
+        if runs and same and sizes[-1] + block.elements <= elements:
+            runs[-1].append(block)
+            sizes[-1] += block.elements
+        else:
+            runs.append([block])
+            sizes.append(block.elements)
+    return [tuple(reversed(run)) for run in runs]
+
+
+def _tied_names(plan: Plan, shard_index: int) -> dict[tuple[int, int], str]:
+    """The logical name of each tied weight, by the layer and row of its first use."""
+    names = {
+        spec.name
+        for layer in plan.layers
+        for spec in layer.parameters[shard_index]
+        if spec.tied_use
+    }
+    return {
+        (layer_index, spec_index): spec.name
+        for layer_index, layer in enumerate(plan.layers)
+        for spec_index, spec in enumerate(layer.parameters[shard_index])
+        if spec.tied_use == 0 and spec.name in names
+    }
+
+
+def _span_of(block: Block, segment: Segment) -> Span:
+    start = segment.offset + block.row_start * segment.spec.row_elements
+    return Span(start, start + block.elements)
+
+
+def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same elements in the same order, neighbouring spans joined. Pure."""
+    found: list[Span] = []
+    for span in spans:
+        if found and found[-1].stop == span.start:
+            found[-1] = Span(found[-1].start, span.stop)
+        else:
+            found.append(span)
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """The messages that bring updated parameters from their owners to the other holders.
+
+    A follower that applies each update to its own copy of a block is left out.
+    """
+
+    sends: Mapping[int, tuple[tuple[int, tuple[Span, ...]], ...]]
+    """Row of an owned bucket -> (holder, places here of the blocks that it gets)."""
+    receives: tuple[tuple[Bucket, tuple[tuple[Span, ...], ...]], ...]
+    """Another owner's bucket -> for each use here, the places of the blocks that arrive; in the
+    order of first use."""
+    copies: tuple[tuple[Span, Span], ...]
+    """(first, second) use of tied weights that this rank owns."""
+    updated_here: Mapping[BlockKey, tuple[Span, ...]]
+    """Another owner's block that this rank updates itself -> its places."""
+
+
+def gathering(
+    found: Routes, rank: int, updates_itself: Callable[[BlockKey, int], bool]
+) -> Gathering:
+    """The gathering of parameters for one rank. Pure; the two ends of a message agree.
+
+    Args:
+        updates_itself: (block, rank) -> whether the rank applies the block's updates to a copy of
+            its own, and so gets no parameters from the owner.
+    """
+    index = found.shard_index
+
+    def lacks(bucket: Bucket, holder: int) -> list[bool]:
+        return [not updates_itself((index, block.index), holder) for block in bucket.blocks]
+
+    def chosen(bucket: Bucket, use: Sequence[Span], wanted: Sequence[bool]) -> tuple[Span, ...]:
+        return joined(itertools.compress(_spans_of_blocks(bucket, use), wanted))
+
+    sends = {}
+    for owned in found.mine:
+        wanted = [
+            (peer, chosen(owned.bucket, owned.bucket.first, lacks(owned.bucket, peer)))
+            for peer in owned.contributors
+        ]
+        sends[owned.bucket.row] = tuple((peer, places) for peer, places in wanted if places)
+    receives, updated_here = [], {}
+    for bucket in reversed(found.others):
+        lacking = lacks(bucket, rank)
+        uses = [_spans_of_blocks(bucket, use) for use in bucket.uses]
+        if any(lacking):
+            receives.append((bucket, tuple(chosen(bucket, use, lacking) for use in bucket.uses)))
+        for number, (block, lack) in enumerate(zip(bucket.blocks, lacking, strict=True)):
+            if not lack:
+                updated_here[index, block.index] = tuple(spans[number] for spans in uses)
+    copies = [
+        pair
+        for owned in found.mine
+        if owned.bucket.second
+        for pair in zip(
+            _spans_of_blocks(owned.bucket, owned.bucket.first),
+            _spans_of_blocks(owned.bucket, owned.bucket.second),
+            strict=True,
+        )
+    ]
+    return Gathering(sends, tuple(receives), tuple(copies), updated_here)
+
+
+def _spans_of_blocks(bucket: Bucket, spans: Sequence[Span]) -> list[Span]:
+    """The place of each block of a bucket, cut from the joined places of all."""
+    places: list[Span] = []
+    left = list(spans)
+    for block in bucket.blocks:
+        span = left[0]
+        place = Span(span.start, span.start + block.elements)
+        places.append(place)
+        left[:1] = [Span(place.stop, span.stop)] if place.stop < span.stop else []
+    return places

@@ -1,0 +1,119 @@
+"""The gathering of updated parameters from their owners, awaited at each parameter's first use.
+
+Owners send each bucket as soon as it is updated, in the order of first use, and the next forward
+pass begins while later layers arrive. Exact-mode safe: the values are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.parallel.comm import GATHERING, Communicator, Handle
+from holdfast.parallel.optimizer.exchange.buckets import Bucket, Gathering, Span
+from holdfast.parallel.optimizer.exchange.wire import in_one
+
+
+class ParameterArrival:
+    """The parameters of one rank that are on their way from their owners.
+
+    It belongs to the rank's modules, which wait here before they use a parameter. Local.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is on its way."""
+        self._pending: dict[nn.Parameter, list[_Arrival]] = {}
+        self._arrivals: list[_Arrival] = []
+        self._sends: list[Handle] = []
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether some parameter may not be here yet."""
+        return bool(self._pending)
+
+    def begin(self, arrivals: Sequence[_Arrival], sends: Iterable[Handle]) -> None:
+        """Replace what is under way by the messages of a new update."""
+        self._arrivals, self._sends = list(arrivals), list(sends)
+        self._pending = {}
+        for arrival in arrivals:
+            for parameter in arrival.parameters:
+                self._pending.setdefault(parameter, []).append(arrival)
+
+    def expect(self, send: Handle) -> None:
+        """Have `finish` wait for a message that leaves this rank, too."""
+        self._sends.append(send)
+
+    def use(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Wait for parameters that are about to be used.
+
+        Raises:
+            PeerLost: an owner is gone.
+        """
+        if self._pending:
+            for parameter in parameters:
+                for arrival in self._pending.get(parameter, ()):
+                    arrival.finish()
+                self._pending.pop(parameter, None)
+
+    def finish(self) -> None:
+        """Wait for all messages, those that leave this rank included.
+
+        Raises:
+            PeerLost: a peer is gone.
+        """
+        for arrival in self._arrivals:
+            arrival.finish()
+        for send in self._sends:
+            send.wait()
+        self._pending.clear()
+        self._arrivals, self._sends = [], []
+
+    def watch(self, module: nn.Module) -> None:
+        """Wait before each forward pass of a part of `module` for the parameters it uses itself."""
+        for part in module.modules():
+            own = tuple(part.parameters(recurse=False))
+            if own:
+                part.register_forward_pre_hook(lambda *_, own=own: self.use(own))
+
+
+class _Arrival:
+    """One owner's bucket on its way to each of its uses here."""
+
+    def __init__(
+        self, comm: Communicator, values: Tensor, bucket: Bucket, uses: Sequence[Sequence[Span]]
+    ) -> None:
+        places = [[values[span.start : span.stop] for span in spans] for spans in uses]
+        self.parameters = bucket.parameters
+        first = places[0]
+        self._message = first[0] if len(first) == 1 else torch.empty_like(torch.cat(first))
+        self._places = places[1:] if len(first) == 1 else places
+        self._handle: Handle | None = comm.receive(
+            self._message, bucket.owner, GATHERING.tag(bucket.row)
+        )
+
+    def finish(self) -> None:
+        if self._handle is None:
+            return
+        self._handle.wait()
+        self._handle = None
+        for spans in self._places:
+            parts = self._message.split([place.numel() for place in spans])
+            for place, part in zip(spans, parts, strict=True):
+                place.copy_(part)
+
+
+def send_bucket(comm: Communicator, values: Tensor, found: Gathering, row: int) -> list[Handle]:
+    """Begin to send an owned bucket's parameters to their other holders."""
+    return [
+        comm.send(
+            in_one([values[span.start : span.stop] for span in spans]), peer, GATHERING.tag(row)
+        )
+        for peer, spans in found.sends[row]
+    ]
+
+
+def receive_buckets(comm: Communicator, values: Tensor, found: Gathering) -> list[_Arrival]:
+    """Begin to receive the parameters of other owners' buckets."""
+    return [_Arrival(comm, values, bucket, uses) for bucket, uses in found.receives]

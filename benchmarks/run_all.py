@@ -24,6 +24,7 @@ RUNS = {
     "replan_scale.py": ["--json", str(OUTPUT / "replan_scale.json")],
     "convert.py": ["--json", str(OUTPUT / "convert.json")],
     "offload.py": ["--folder", str(OUTPUT), "--json", str(OUTPUT / "offload.json")],
+    "vocab_chunk.py": ["--json", str(OUTPUT / "vocab_chunk.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }
 

@@ -150,25 +150,39 @@ class GradientAccumulator:
         else:
             self._views[parameter].add_(gradient)
 
-    def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
-        """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype."""
+    def add_matmul(
+        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor
+    ) -> None:
+        """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype.
+
+        Args:
+            grad_output: blocks of its columns, from the first to the last.
+        """
         if self._takes(parameter):
             self._add_matmul(parameter, grad_output, value)
         self._offered(parameter)
 
-    def _add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
-        transposed = grad_output.t()
+    def _add_matmul(
+        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor
+    ) -> None:
+        whole = self._views[parameter]
         if self.exact:
-            gradient = self._scratch[: parameter.numel()].view(parameter.shape)
-            torch.mm(transposed, value, out=gradient)
-            self._add_exact(parameter, gradient)
-        elif self.sums.dtype != grad_output.dtype:
-            self._add(parameter, transposed @ value)
-        elif parameter in self._empty:
-            self._empty.discard(parameter)
-            torch.mm(transposed, value, out=self._views[parameter])
-        else:
-            self._views[parameter].addmm_(transposed, value)
+            whole = self._scratch[: parameter.numel()].view(parameter.shape)
+        writes = self.exact or parameter in self._empty
+        start = 0
+        for block in grad_output:
+            rows, transposed = whole[start : start + block.shape[1]], block.t()
+            start += block.shape[1]
+            if rows.dtype != block.dtype:
+                product = transposed @ value
+                _ = rows.copy_(product) if writes else rows.add_(product)
+            elif writes:
+                torch.mm(transposed, value, out=rows)
+            else:
+                rows.addmm_(transposed, value)
+        self._empty.discard(parameter)
+        if self.exact:
+            self._add_exact(parameter, whole)
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
         """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -31,8 +31,14 @@ class GradientSink(Protocol):
         """Add a gradient of the whole local parameter."""
         ...
 
-    def add_matmul(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
-        """Add grad_output[tokens, out].T @ value[tokens, in]."""
+    def add_matmul(
+        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor
+    ) -> None:
+        """Add grad_output[tokens, out].T @ value[tokens, in].
+
+        Args:
+            grad_output: blocks of its columns, from the first to the last.
+        """
         ...
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
@@ -44,8 +50,8 @@ class WeightGradientRecord(NamedTuple):
     """A linear layer's weight gradient that is still to be computed."""
 
     parameter: nn.Parameter
-    grad_output: Tensor
-    """float[tokens, out]"""
+    grad_output: Iterable[Tensor]
+    """float[tokens, out], as blocks of columns."""
     value: Tensor
     """float[tokens, in]"""
 
@@ -80,8 +86,16 @@ class WeightGradientQueue:
         finally:
             self._kept = None
 
-    def put(self, parameter: nn.Parameter, grad_output: Tensor, value: Tensor) -> None:
-        """Add one weight gradient: float[tokens, out] and float[tokens, in]."""
+    @property
+    def defers(self) -> bool:
+        """Whether gradients that are put now are computed later."""
+        return self._kept is not None
+
+    def put(self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor) -> None:
+        """Add one weight gradient: blocks of columns of float[tokens, out], float[tokens, in].
+
+        A sink that does not need the gradient does not iterate over the blocks.
+        """
         record = WeightGradientRecord(parameter, grad_output, value.detach())
         if self._kept is None:
             self.run((record,))

@@ -1,3 +1,6 @@
+from .chunked_loss import (
+    chunked_cross_entropy_sum as chunked_cross_entropy_sum,
+)
 from .operators import (
     TensorParallel as TensorParallel,
 )

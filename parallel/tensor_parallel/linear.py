@@ -45,7 +45,7 @@ def _weight_gradient(
         return None
     if queue.sink is None:
         return _matrix(grad_output).t() @ _matrix(value)
-    queue.put(ctx.parameter, _matrix(grad_output), _matrix(value))
+    queue.put(ctx.parameter, (_matrix(grad_output),), _matrix(value))
     return None
 
 

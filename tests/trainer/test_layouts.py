@@ -101,6 +101,23 @@ def test_recompute_agrees(cluster: Cluster, layout: dict[str, Any], recompute: s
     agree(cluster, msgspec.structs.replace(config, train=train))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor": 2, "sequence_parallel": False},
+        {"tensor": 2, "pipeline": 2, "schedule": "zb-h1"},
+        {"data": 2},
+    ],
+    ids=str,
+)
+def test_a_loss_by_chunks_of_the_vocabulary_agrees(
+    cluster: Cluster, layout: dict[str, Any]
+) -> None:
+    config = tiny(layout, {"tie_embeddings": True, "vocab": 19})
+    train = msgspec.structs.replace(config.train, vocab_chunk=4)
+    agree(cluster, msgspec.structs.replace(config, train=train))
+
+
 def test_fast_reduction_agrees(cluster: Cluster) -> None:
     config = tiny({"tensor": 2, "data": 2, "pipeline": 2}, {"tie_embeddings": True}, STEPS)
     numerics = msgspec.structs.replace(config.numerics, reduction="fast")

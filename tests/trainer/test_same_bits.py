@@ -111,6 +111,46 @@ def test_tied_embeddings_give_the_same_bits(cluster: Cluster, precision: str) ->
     assert run(pipeline=3, data=2, schedule="zb-v", virtual=2) == alone
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_by_chunks_of_the_vocabulary_gives_the_same_bits(
+    cluster: Cluster, precision: str
+) -> None:
+    def run(chunk: int, **layout: Any) -> dict[str, Any]:
+        config = make_config(
+            model={"layers": 2},
+            train={"precision": precision, "steps": 2, "global_batch": 4, "vocab_chunk": chunk},
+            parallel=layout,
+        )
+        return run_training(cluster, config)
+
+    alone = run(16)
+    assert run(16, data=2) == alone
+    assert run(16, pipeline=2) == alone
+    assert run(16, pipeline=2, data=2, schedule="zb-h1") == alone
+    whole = run(67)
+    assert whole == run(0)
+    assert alone["digest"] != whole["digest"]  # the key is one that fixes the bits
+    for loss, same in zip(alone["losses"], whole["losses"], strict=True):
+        assert float.fromhex(loss) == pytest.approx(
+            float.fromhex(same), rel=1e-5 if precision == "fp32" else 1e-2
+        )
+
+
+def test_chunks_within_a_tensor_group_give_the_same_bits(cluster: Cluster) -> None:
+    def run(chunk: int, **layout: Any) -> dict[str, Any]:
+        config = make_config(
+            model={"layers": 2, "tie_embeddings": True},
+            train={"steps": 2, "global_batch": 4, "vocab_chunk": chunk},
+            parallel={"tensor": 2, **layout},
+        )
+        return run_training(cluster, config)
+
+    alone = run(8)
+    assert run(8, pipeline=2, schedule="zb-h1") == alone
+    assert run(8, data=2) == alone
+    assert run(34) == run(0)  # the larger of the two parts
+
+
 def test_bf16_gives_the_same_bits(cluster: Cluster) -> None:
     alone = run_training(cluster, make_config(train={"precision": "bf16", "steps": STEPS}))
     layout = {"pipeline": 3, "data": 2, "schedule": "zb-h1"}

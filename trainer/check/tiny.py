@@ -16,8 +16,8 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
     """The configuration at a size that a laptop replays in seconds, in float64. Pure.
 
     These stay: the layout and schedule, head grouping, the distribution of kv heads over tensor
-    ranks, whether the vocabulary divides evenly, tied embeddings, dropout, recompute, optimizer
-    settings, an uneven number of micro-batches.
+    ranks, whether the vocabulary divides evenly, tied embeddings, dropout, recompute,
+    whether logits are computed by chunks, optimizer settings, an uneven number of micro-batches.
     """
     parallel, model, train = config.parallel, config.model, config.train
     chunks = parallel.pipeline * parallel.virtual
@@ -41,6 +41,7 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
             global_batch=rows,
             micro_batch=micro_batch,
             precision="fp64",
+            vocab_chunk=5 if train.vocab_chunk else 0,
             device="cpu",
             threads_per_rank=1,
             eval_every=0,

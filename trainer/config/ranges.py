@@ -69,6 +69,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "clip_grad_norm": Range(0, 1e30),
         "activation_gib": _GIB,
         "tflops": _RATE,
+        "vocab_chunk": Range(0, 2**27),
         "threads_per_rank": Range(1, 4096),
         "eval_every": _STEPS,
         "eval_batches": Range(0, 2**31),

@@ -43,6 +43,9 @@ class TrainConfig(Section, frozen=True):
     tflops: float = 0.0
     """The compute rate of a rank in 10^12 operations a second, for "auto" beside offload; 0:
     measured."""
+    vocab_chunk: int = 0
+    """The vocabulary entries whose logits a rank has in memory at once; 0: all. It is one of the
+    keys that fix the bits."""
     threads_per_rank: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 0

@@ -120,8 +120,12 @@ def build_whole_model(
     seq_len: int,
     micro_batch: int,
     seed: int,
+    vocab_chunk: int = 0,
 ) -> ModelChunk:
-    """All layers as one chunk of one rank. Local. Arguments as of `build_chunk`."""
+    """All layers as one chunk of one rank. Local.
+
+    Arguments as of `build_chunk` and `layer_specs`.
+    """
     specs = layer_specs(
         model,
         tensor=1,
@@ -130,6 +134,7 @@ def build_whole_model(
         micro_batch=micro_batch,
         precision=precision_of(dtype).name,
         recompute="none",
+        vocab_chunk=vocab_chunk,
     )
     layers = range(len(specs))
     return build_chunk(model, layers, specs, dtype=dtype, device=device, seq_len=seq_len, seed=seed)

@@ -59,6 +59,7 @@ class LayerTable(Protocol[M_contra]):
         micro_batch: int,
         precision: str,
         recompute: str | Sequence[str],
+        vocab_chunk: int = 0,
     ) -> tuple[LayerSpec, ...]:
         """The embedding, `model.layers` transformer layers, the head: rows and costs. Pure.
 
@@ -67,6 +68,8 @@ class LayerTable(Protocol[M_contra]):
             sequence_parallel: whether hidden states are split over the tensor group.
             precision: a name of `holdfast.parallel.precision.PRECISIONS`.
             recompute: "none", "full" or "selective", of all transformer layers or of each.
+            vocab_chunk: the vocabulary entries of a rank whose logits are in memory at once; 0:
+                all. The head's row has it; 0 there: it computes them as one.
         """
         ...
 
@@ -113,6 +116,7 @@ def layer_specs(
     micro_batch: int,
     precision: str,
     recompute: str | Sequence[str],
+    vocab_chunk: int = 0,
 ) -> tuple[LayerSpec, ...]:
     """The layers of a model, by the table of its family; see `LayerTable`. Pure."""
     return family_of(model.family).layer_specs(
@@ -123,4 +127,5 @@ def layer_specs(
         micro_batch=micro_batch,
         precision=precision,
         recompute=recompute,
+        vocab_chunk=vocab_chunk,
     )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.parallel.errors import counted, printable, size_text
+from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.optimizer import StateFormat
 from holdfast.parallel.plan import (
     Plan,
@@ -29,11 +30,14 @@ from holdfast.trainer.plan_report.losses import ElasticReport, elastic_report
 from holdfast.trainer.plan_report.offload import OffloadPlan, offload_plan
 from holdfast.trainer.reports import LayoutTable, step_flops
 from holdfast.trainer.run import Throughput, assumed, with_throughput
-from holdfast.trainer.step import plan_of, state_format
+from holdfast.trainer.step import layers_of_config, plan_of, state_format
 
 _SHOWN_ACTIONS = 24
 _CHART_MARGIN = 28
 """The columns of a chart's labels."""
+_SUGGESTED_CHUNK = 8192
+_MUCH_BYTES = 64 * 2**20
+"""The memory of logits from which on a way to save it is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ class PlanReport:
             facts.add_row(Text(name, style="dim"), value)
         if self.data is not None:
             facts.add_row(Text("data", style="dim"), Text(printable(self.data.line())))
+        if logits := _logits_text(config, plan.layers[-1]):
+            facts.add_row(Text("logits", style="dim"), logits)
         if rates := assumed(config):
             facts.add_row(Text("recompute for", style="dim"), rates)
         if self.step_s is not None:
@@ -247,6 +253,22 @@ def _model_text(model: ModelConfig) -> str:
         f"{counted(model.heads, 'head')} of {model.dim_per_head} ({model.kv_heads} for keys and "
         f"values), MLP {model.intermediate}, vocabulary {model.vocab}"
     )
+
+
+def _logits_text(config: RunConfig, head: LayerSpec) -> str:
+    """What chunks of the vocabulary save, or would save; empty where it is little."""
+
+    def head_bytes(chunk: int) -> int:
+        train = msgspec.structs.replace(config.train, vocab_chunk=chunk, recompute="none")
+        changed = msgspec.structs.replace(config, train=train)
+        return layers_of_config(changed)[-1].activation_bytes
+
+    chunk = head.vocab_chunk or _SUGGESTED_CHUNK
+    saved = head_bytes(0) - head_bytes(chunk)
+    less = f"{size_text(saved)} less for each micro-batch"
+    if head.vocab_chunk:
+        return f"by chunks of {chunk} vocabulary entries: {less}"
+    return f"train.vocab_chunk = {chunk} would keep {less}" if saved >= _MUCH_BYTES else ""
 
 
 def _fullest_ranks(

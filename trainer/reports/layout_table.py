@@ -113,11 +113,14 @@ def _layers(plan: Plan, chunk: int) -> str:
 
 def recompute_summary(layers: Sequence[LayerSpec]) -> str:
     """The layers recomputed in each way, and the operations that adds; empty if none is."""
-    counts = Counter(layer.recompute for layer in layers if layer.recompute != "none")
-    if not counts:
+    transformer = [layer for layer in layers if layer.name.startswith("block.")]
+    counts = Counter(layer.recompute for layer in transformer if layer.recompute != "none")
+    logits = any(layer.vocab_chunk for layer in layers)
+    if not counts and not logits:
         return ""
-    transformer = sum(layer.name.startswith("block.") for layer in layers)
     again = sum(layer.recompute_flops for layer in layers)
     added = again / (3 * sum(layer.forward_flops for layer in layers))
-    parts = ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
-    return f"{parts} of {transformer} layers ({added:.1%} more operations)"
+    of_layers = ", ".join(f"{count} {way}" for way, count in sorted(counts.items()))
+    parts = [f"{of_layers} of {len(transformer)} layers"] if counts else []
+    parts += ["the logits"] if logits else []
+    return f"{' and '.join(parts)} ({added:.1%} more operations)"

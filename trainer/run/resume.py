@@ -51,7 +51,13 @@ FINGERPRINT = "data_fingerprint"
 """The scalar of a manifest that has the fingerprint of the run's data."""
 _OF_THE_DATA = ("data.", "model.vocab", "train.seq_len", "train.seed")
 """The keys with which the fingerprint of the data changes."""
-WORTH_SAYING = ("train.steps", "train.clip_grad_norm", "optimizer.", "numerics.")
+WORTH_SAYING = (
+    "train.steps",
+    "train.clip_grad_norm",
+    "train.vocab_chunk",
+    "optimizer.",
+    "numerics.",
+)
 """The keys that may change and affect the computation."""
 
 

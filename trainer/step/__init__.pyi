@@ -21,6 +21,7 @@ from .partial_sums import (
     keeps_sums as keeps_sums,
 )
 from .planning import (
+    layers_of_config as layers_of_config,
     plan_of as plan_of,
     shadows_in_host_memory as shadows_in_host_memory,
 )

@@ -48,6 +48,7 @@ def _layers(config: RunConfig, recompute: str | Sequence[str]) -> tuple[LayerSpe
         micro_batch=config.train.micro_batch,
         precision=config.train.precision,
         recompute=recompute,
+        vocab_chunk=config.train.vocab_chunk,
     )
 
 

@@ -90,6 +90,7 @@ def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
         seq_len=_TOKENS - 1,
         micro_batch=rows,
         seed=_SEED,
+        vocab_chunk=model.vocab // 2 if train.vocab_chunk else 0,
     )
     tokens = torch.arange(rows * _TOKENS).view(rows, _TOKENS) * 7 % model.vocab
     loss = chunk(None, MicroBatchContext(0, 0, True, tokens.to(device)))

@@ -31,6 +31,17 @@ def test_a_plan_names_model_data_and_checkpoint() -> None:
     assert "makespan" not in text
 
 
+def test_a_plan_says_what_chunks_of_the_vocabulary_save() -> None:
+    large = {"vocab": 131072}
+    train = {"seq_len": 1024, "global_batch": 4, "micro_batch": 1}
+    whole = " ".join(shown(model=large, train=train).split())
+    assert "logits train.vocab_chunk = 8192 would keep 480.0 MiB less for each micro-batch" in whole
+    chunked = " ".join(shown(model=large, train={**train, "vocab_chunk": 8192}).split())
+    assert "logits by chunks of 8192 vocabulary entries: 480.0 MiB less for each" in chunked
+    assert "the logits (" in chunked
+    assert "logits" not in shown()  # small ones are nobody's question
+
+
 def test_a_chart_has_a_legend_of_the_letters_in_it() -> None:
     plain = " ".join(shown().split())
     assert "F forward, B backward; F3 is of micro-batch 3; small letters" in plain

@@ -19,7 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from holdfast.parallel.keyed_random import dropout, stream_key
 from holdfast.parallel.layout import LayerSpec, even_range
 from holdfast.parallel.pipeline import MicroBatchContext, WeightGradientQueue
-from holdfast.parallel.tensor_parallel import TensorParallel, cross_entropy_sum, embed
+from holdfast.parallel.tensor_parallel import (
+    TensorParallel,
+    chunked_cross_entropy_sum,
+    cross_entropy_sum,
+    embed,
+)
 from holdfast.trainer.models.family import ChunkContext
 from holdfast.trainer.models.section import ModelConfig
 
@@ -211,9 +216,11 @@ class TransformerLayer(nn.Module):
 class Head(nn.Module):
     """Final norm, projection to the vocabulary, and the sum of token losses."""
 
-    def __init__(self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue) -> None:
+    def __init__(
+        self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue, vocab_chunk: int
+    ) -> None:
         super().__init__()
-        self._tp, self._queue = tp, queue
+        self._tp, self._queue, self._vocab_chunk = tp, queue, vocab_chunk
         self._first, stop = even_range(model.vocab, tp.size, tp.index)
         self.norm = RMSNorm(model.hidden, model.norm_eps)
         self.projection = nn.Parameter(torch.empty(stop - self._first, model.hidden))
@@ -225,6 +232,16 @@ class Head(nn.Module):
     def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:
         assert context.tokens is not None
         targets = context.tokens[:, 1:].t()
+        if self._vocab_chunk:
+            return chunked_cross_entropy_sum(
+                self.norm(value),
+                self.projection,
+                self._queue,
+                targets,
+                self._first,
+                self._tp,
+                self._vocab_chunk,
+            )
         return cross_entropy_sum(self.logits(value), targets, self._first, self._tp.group)
 
 
@@ -239,7 +256,7 @@ def module_builder(
         if layer == 0:
             return Embedding(model, tp, queue, seed)
         if layer == model.layers + 1:
-            return Head(model, tp, queue)
+            return Head(model, tp, queue, spec.vocab_chunk)
         return TransformerLayer(model, layer - 1, tp, queue, rotary, spec.recompute, seed)
 
     return build

@@ -20,6 +20,7 @@ def layer_specs(
     micro_batch: int,
     precision: str,
     recompute: str | Sequence[str],
+    vocab_chunk: int = 0,
 ) -> tuple[LayerSpec, ...]:
     """Every layer from embedding to head: parameters by tensor-parallel index, and costs. Pure.
 
@@ -27,7 +28,10 @@ def layer_specs(
         sequence_parallel: whether hidden states are split over the tensor group.
         precision: a name of `PRECISIONS`.
         recompute: "none", "full" or "selective", of all transformer layers or of each.
+        vocab_chunk: the vocabulary entries of a rank whose logits are in memory at once; 0: all.
     """
+    if vocab_chunk >= -(-model.vocab // tensor):
+        vocab_chunk = 0
     of_layers = [recompute] * model.layers if isinstance(recompute, str) else recompute
     tables = [_Table(model, tensor, index, sequence_parallel) for index in range(tensor)]
     costs = _Costs(model, tensor, sequence_parallel, seq_len, micro_batch, precision)
@@ -54,8 +58,11 @@ def layer_specs(
         name="head",
         parameters=tuple(table.head() for table in tables),
         forward_flops=costs.head_flops,
-        activation_bytes=costs.head_activation_bytes,
+        activation_bytes=costs.head_activation_bytes(vocab_chunk),
         output_bytes=8,
+        recompute="logits" if vocab_chunk else "none",
+        recompute_flops=costs.head_flops if vocab_chunk else 0.0,
+        vocab_chunk=vocab_chunk,
     )
     return (embedding, *transformer, head)
 
@@ -232,4 +239,10 @@ class _Costs:
         }
         self.embedding_activation_bytes = 9 * tokens
         wide = max(4, size)
-        self.head_activation_bytes = 2 * hidden_bytes + tokens * model.vocab * wide // tensor
+        self.logits_bytes = tokens * model.vocab * wide // tensor
+        self.chunk_entry_bytes = tokens * wide
+
+    def head_activation_bytes(self, vocab_chunk: int) -> int:
+        """What the head keeps, with the one chunk of logits that is in memory while it computes."""
+        chunk = vocab_chunk * self.chunk_entry_bytes
+        return 2 * self.hidden_bytes + (chunk or self.logits_bytes)

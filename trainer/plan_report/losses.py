@@ -68,7 +68,9 @@ class ElasticReport:
     shadow_bytes: int
     """The memory of one rank's copies, with the gradients that it receives for them."""
     traffic_bytes: int
-    """The bytes that one rank sends to shadows in a step."""
+    """The bytes of gradients that one rank sends to shadows in a step."""
+    spared_bytes: int
+    """The bytes of parameters that it need not send for it, because shadows update their own."""
     unsafe_blocks: int
     """The number of blocks with all copies on one node."""
     loss: LossReport | None
@@ -80,6 +82,7 @@ class ElasticReport:
             "nodes": self.nodes,
             "shadow_bytes": self.shadow_bytes,
             "shadow_traffic_bytes": self.traffic_bytes,
+            "spared_parameter_bytes": self.spared_bytes,
             "blocks_on_one_node": self.unsafe_blocks,
             "lost": None if self.loss is None else self.loss.as_dict(),
         }
@@ -91,7 +94,8 @@ class ElasticReport:
             value = (
                 f"{self.redundancy} per block over {self.nodes} nodes; the fullest rank keeps "
                 f"{self.shadow_bytes / 2**20:,.1f} MiB and sends "
-                f"{self.traffic_bytes / 2**20:,.1f} MiB a step"
+                f"{self.traffic_bytes / 2**20:,.1f} MiB of gradients a step, and "
+                f"{self.spared_bytes / 2**20:,.1f} MiB less of parameters"
             )
         else:
             value = "none (elastic.redundancy = 0): state that is lost comes from a checkpoint"
@@ -138,12 +142,15 @@ def elastic_report(
     node_of = _nodes(config, len(ranks), ranks_per_node)
     redundancy = config.elastic.redundancy
     plan = with_shadows(plan, Roster(ranks, node_of), redundancy)
-    kept, sent, unsafe = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0), 0
+    kept, sent, spared = (dict.fromkeys(ranks, 0) for _ in range(3))
+    unsafe = 0
     for index, shadows in enumerate(plan.shadows):
         for block, owner, holders in zip(
             plan.blocks[index], plan.owners[index], shadows, strict=True
         ):
             sent[owner] += block.elements * len(holders)
+            users = plan.contributors(index, block) if holders else ()
+            spared[owner] += block.elements * len(set(users) & set(holders))
             for holder in holders:
                 kept[holder] += block.elements
             unsafe += len({node_of[rank] for rank in (owner, *holders)}) == 1
@@ -154,6 +161,7 @@ def elastic_report(
         nodes=len(set(node_of.values())),
         shadow_bytes=max(kept.values()) * (width * (kinds + 1) + _rounded_width(config, form)),
         traffic_bytes=max(sent.values()) * width,
+        spared_bytes=spared[max(sent, key=sent.__getitem__)] * form.precision.bytes,
         unsafe_blocks=unsafe,
         loss=_loss(plan, set(lost), node_of, redundancy, width * kinds) if lost else None,
     )

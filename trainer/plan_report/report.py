@@ -218,6 +218,8 @@ def plan_report(
             exact=exact,
             flops_per_s=flops_per_s,
             link_bytes_per_s=link_bytes_per_s,
+            packing=config.parallel.packing,
+            overlap=config.parallel.overlap,
         )
     elastic = None
     if config.elastic.enabled or lost:

@@ -10,8 +10,8 @@ from holdfast.parallel.layout.parameters import Initial, LayerSpec, ParameterSpe
 from holdfast.parallel.optimizer.adamw import ADAMW
 from holdfast.parallel.optimizer.rule import StateFormat
 from holdfast.parallel.plan.cost import (
+    exchanged_bytes,
     rank_memory,
-    reduction_bytes,
     replica_timeline,
     step_time_s,
 )
@@ -108,13 +108,28 @@ def test_a_step_waits_for_messages_of_its_pipeline() -> None:
     assert paid - free == pytest.approx(2 * 40 / 8.0)
 
 
-def test_a_step_ends_with_the_exchange_of_the_replica_with_most_micro_batches() -> None:
+@pytest.mark.parametrize(
+    ("exact", "packing", "sums"), [(True, True, 5), (True, False, 8), (False, True, 4)]
+)
+@pytest.mark.parametrize(
+    ("rate", "beside"),
+    [
+        (1.0, (2 * 40.0, 40.0)),
+        (10.0, (2 * 40.0, 40.0)),  # what takes no longer than the passes beside it is free
+        (1.0, (0.0, 0.0)),
+    ],
+    ids=["slow link", "fast link", "no overlap"],
+)
+def test_a_step_ends_with_what_the_exchange_takes_longer_than_the_passes_beside_it(
+    exact: bool, packing: bool, sums: int, rate: float, beside: tuple[float, float]
+) -> None:
     plan = plan_of(data=2, pipeline=1, micro_batches=5)
+    form = {"precision": PRECISIONS["fp32"], "exact": exact, "packing": packing}
+    sent = exchanged_bytes(plan, 0, **form)
+    half = 6 * ELEMENTS / 2
+    assert (sent.gradients, sent.parameters) == (half * sums, half * 4)
     estimate = step_time_s(
-        plan, precision=PRECISIONS["fp32"], exact=True, flops_per_s=1.0, link_bytes_per_s=10.0
+        plan, **form, overlap=any(beside), flops_per_s=1.0, link_bytes_per_s=rate
     )
-    held = 6 * ELEMENTS * (8 + 4)
-    assert reduction_bytes(plan, 0, precision=PRECISIONS["fp32"], exact=True) == pytest.approx(
-        held / 2
-    )
-    assert estimate == pytest.approx(3 * 3 * 40.0 + held / 2 / 10.0)
+    waits = max(0.0, half * sums / rate - beside[0]) + max(0.0, half * 4 / rate - beside[1])
+    assert estimate == pytest.approx(3 * 3 * 40.0 + waits)  # of the replica with most micro-batches

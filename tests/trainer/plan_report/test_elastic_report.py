@@ -13,6 +13,7 @@ from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.plan.plan import Plan, block_box
 from holdfast.parallel.plan.replan import Roster, with_shadows
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config.sections import ParallelConfig
 from holdfast.trainer.plan_report.losses import elastic_report
 from holdfast.trainer.plan_report.report import plan_report
 from holdfast.trainer.step.planning import plan_of
@@ -76,7 +77,18 @@ def test_memory_and_traffic_are_those_of_the_fullest_rank(redundancy: int, memor
     ]
     assert (report.shadow_bytes, report.traffic_bytes) == (max(copies), max(sent))
     assert (report.shadow_bytes > 0) == (redundancy > 0)
+    assert report.spared_bytes == 0  # shadows lie in other stages, and get no parameters anyway
     assert report.unsafe_blocks == 0
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.0), ("bf16", 0.5)])
+def test_a_shadow_that_computes_with_its_blocks_gets_gradients_instead_of_parameters(
+    precision: str, share: float
+) -> None:
+    given = config(1, precision=precision)
+    flat = msgspec.structs.replace(given, parallel=ParallelConfig(data=4))
+    report = elastic_report(flat, plan_of(flat))
+    assert report.spared_bytes == share * report.traffic_bytes > 0
 
 
 def test_what_a_loss_moves_is_what_the_lost_rank_had() -> None:

@@ -3,7 +3,7 @@
 One process trains a Llama on sources of the standard library (bytes, or a vocabulary trained on
 them); after the steps named, the sums that the exact reduction would send are measured: in runs of
 several lengths, each with the least width in whole bytes, half bytes or bits, and one byte of
-header. The format of csrc/packing.h is 4096 and bytes. Kinds of parameters are cut into runs each
+header. The format of csrc/packing.h is 512 and bytes. Kinds of parameters are cut into runs each
 by itself; "all" is the whole buffer in one piece, as spans travel.
 
     python benchmarks/packed_sums.py [--precision bf16] [--small] [--batch 2] [--json out.json]

@@ -1,6 +1,6 @@
 // int64 sums without the bytes that only repeat the sign, for the wire.
 //
-// Format. The elements are cut into runs of 4096; the last may be shorter. Header: one byte a run,
+// Format. The elements are cut into runs of 512; the last may be shorter. Header: one byte a run,
 // its width w = 0 to 8, the low bytes in two's complement that hold every value of the run (0: all
 // are zero); zero bytes pad it to a multiple of 8. Then the runs' payloads, without padding. The
 // payload of n elements is a plane for each bit set in w, those of 8, 4, 2 and 1 bytes in this
@@ -14,7 +14,7 @@
 
 namespace holdfast {
 
-constexpr std::int64_t run_elements = 4096;
+constexpr std::int64_t run_elements = 512;
 
 // The most bytes that `count` packed elements take: the header and 8 bytes an element.
 std::int64_t packed_bound(std::int64_t count);

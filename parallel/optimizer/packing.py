@@ -1,6 +1,6 @@
 """Gradient sums packed for the wire: without the high bytes that only repeat the sign.
 
-Sums of runs of 4096 elements are sent with as many bytes as the largest of a run needs, most often
+Sums of runs of 512 elements are sent with as many bytes as the largest of a run needs, most often
 4 or 5 of 8. No bit is lost. The format is in csrc/packing.h.
 """
 

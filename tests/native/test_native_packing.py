@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from holdfast import _native
 
-RUN = 4096
+RUN = 512
 OUT_OF_RANGE = 2
 GUARD = 64
 """Bytes (or elements) on both sides of what a kernel may write."""

@@ -1,6 +1,6 @@
 """int64 sums on a CUDA device without the bytes that only repeat the sign, for the wire.
 
-The format is that of csrc/packing.h, bit for bit: runs of 4096 elements, a header with each run's
+The format is that of csrc/packing.h, bit for bit: runs of 512 elements, a header with each run's
 width in bytes, and each run's planes of 8, 4, 2 and 1 bytes.
 """
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from holdfast.parallel.optimizer.kernels.operations import OUT_OF_RANGE
 from holdfast.parallel.optimizer.kernels.triton_launch import launch, programs
 
-RUN = 4096
+RUN = 512
 """Elements of a run."""
 WIDEST = 8
 """The most bytes of an element."""
-WARPS = 8
-"""Warps of a program, of 16 elements a thread."""
+WARPS = 2
+"""Warps of a program, of 8 elements a thread."""
 _OUT_OF_RANGE = tl.constexpr(OUT_OF_RANGE)
 
 

@@ -214,7 +214,7 @@ def runs_of_widths() -> Tensor:
 
 
 @pytest.mark.parametrize("operations", [triton_sums, torch_operations])
-@pytest.mark.parametrize("count", [0, 1, 4095, 4097, None])
+@pytest.mark.parametrize("count", [0, 1, triton_packing.RUN - 1, triton_packing.RUN + 1, None])
 def test_packed_sums_have_the_stated_form_and_come_back(
     operations: SumOperations, count: int | None
 ) -> None:

@@ -38,10 +38,10 @@ text(triton_sums._accumulate_rows, "*i64 *i64 *i64 *i64 i64 i32", wide)
 text(triton_sums._add_integers, "*i64 *i64 *i64 i32", {"BLOCK": 1024})
 chunk = {"CONVERTS": True, "SQUARES": True, "LANES": 1024, "LEVELS": 10, "TILES": 2}
 text(triton_sums._add_chunk, "*i64 *fp64 *fp64 i32 fp32", chunk, enable_fp_fusion=False)
-text(triton_packing._find_widths, "*i64 *u8 i32", {"RUN": 4096})
-text(triton_packing._pack_run, "*i64 *u8 *i64 *i64 *i32 *i16 *i8 i32", {"RUN": 4096})
+text(triton_packing._find_widths, "*i64 *u8 i32", {"RUN": 512})
+text(triton_packing._pack_run, "*i64 *u8 *i64 *i64 *i32 *i16 *i8 i32", {"RUN": 512})
 types = "*u8 *i64 *i64 *i32 *i16 *i8 *i64 *i64 *i64 i32"
-text(triton_packing._unpack_run, types, {"ADDS": True, "RUN": 4096})
+text(triton_packing._unpack_run, types, {"ADDS": True, "RUN": 512})
 """
 
 

@@ -163,6 +163,34 @@ def test_a_new_step_forgets_the_last(exact: bool) -> None:
     assert not accumulator.sums[slice(*buffer.place(parameter))].any()
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_sums_are_complete_with_the_last_gradient_that_is_offered(exact: bool) -> None:
+    parameter = nn.Parameter(torch.zeros(4, 2))
+    accumulator, buffer = accumulator_of(parameter, exact=exact)
+    complete: list[nn.Parameter] = []
+    sums = accumulator.sums[slice(*buffer.place(parameter))]
+
+    def offer(micro_batch: int, *, skipped: bool = False) -> None:
+        accumulator.begin_gradients(micro_batch, frozenset({parameter} if skipped else ()))
+        accumulator.add_rows(parameter, torch.tensor([1]), torch.ones(1, 2))
+
+    accumulator.clear()
+    accumulator.expect({parameter: 3}, complete.extend)
+    offer(0)
+    offer(1, skipped=True)
+    assert complete == []
+    offer(2)
+    assert complete == [parameter]
+    assert sums.count_nonzero() == 2
+    assert accumulator.finish() == 0
+    assert complete == [parameter]
+    accumulator.clear()
+    sums.fill_(7)  # in fast mode the sums of a step before are overwritten, not cleared
+    accumulator.expect({parameter: 0}, complete.extend)
+    assert complete == [parameter, parameter]
+    assert exact or not sums.any()
+
+
 def test_every_parameter_starts_at_a_cache_line() -> None:
     parameters = [nn.Parameter(torch.randn(n)) for n in (3, 64, 65, 1)]
     before = [parameter.detach().clone() for parameter in parameters]

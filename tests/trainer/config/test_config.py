@@ -46,6 +46,8 @@ def test_the_resolved_file_reads_back_equal(smallest: Path, tmp_path: Path) -> N
         ("train.steps=many", "train.steps = 'many': expected `int`"),
         ("model.hidden=1.5", "model.hidden = 1.5: expected `int`"),
         ("parallel.schedule=zb", "allowed are 'gpipe', '1f1b'"),
+        ("parallel.reduce_dtype=bf16", "leave it out, or set numerics.reduction = 'fast'"),
+        ("parallel.reduce_dtype=fp8", "parallel.reduce_dtype = 'fp8'"),
         ("train.steps", "--set section.key=value"),
         ("train.steps=0", "train.steps = 0: must be 1 or more"),
         ("model.heads=5", "model.hidden = 96 is not divisible by model.heads = 5"),

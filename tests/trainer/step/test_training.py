@@ -5,12 +5,13 @@ without.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
-from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.errors import ConfigError, OffloadError
 from holdfast.parallel.step_phases import StepPhase
 from holdfast.trainer.step.build import choose_device, open_training
 from holdfast.trainer.step.training import Training
@@ -18,14 +19,19 @@ from holdfast.trainer.worlds.world import local_world
 from support.runs.small_runs import make_config
 
 
-@pytest.fixture
-def training() -> Iterator[Training]:
-    mode = torch.get_deterministic_debug_mode()
+def opened(**sections: Any) -> Training:
     config = make_config(
         model={"layers": 1, "hidden": 8, "intermediate": 8, "heads": 2, "kv_heads": 2},
         train={"steps": 2, "seq_len": 4, "global_batch": 4, "eval_batches": 1},
+        **sections,
     )
-    yield open_training(config, local_world(0, 1), HashStore())
+    return open_training(config, local_world(0, 1), HashStore())
+
+
+@pytest.fixture
+def training() -> Iterator[Training]:
+    mode = torch.get_deterministic_debug_mode()
+    yield opened()
     torch.set_deterministic_debug_mode(mode)
 
 
@@ -39,6 +45,38 @@ def test_half_of_the_backward_passes_is_told_with_the_step_counted_from_one(
     training.apply(1e-3)
     assert (training.progress.decided, training.progress.updated) == (1, 1)
     assert outcome.usable
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 4])
+def test_a_step_whose_activations_are_lost_goes_on_from_the_sums_it_has(
+    training: Training, done: int
+) -> None:
+    """Complete sums may have left for their owners: they are not computed again."""
+    other = opened(offload={"activations": "host"})
+    [runner] = other._runners.values()
+    backward, passes = runner.backward, iter(range(100))
+
+    def failing(micro_batch: int, grad_output: Any) -> Any:
+        if next(passes) == done:
+            raise OffloadError("activations cannot be read back")
+        return backward(micro_batch, grad_output)
+
+    def failing_after_all(*program: Any) -> Any:
+        other.executor.run = run  # type: ignore[method-assign]
+        run(*program)
+        raise OffloadError("activations cannot be read back")
+
+    run = other.executor.run
+    if done == 4:
+        other.executor.run = failing_after_all  # type: ignore[method-assign]
+    else:
+        runner.backward = failing  # type: ignore[method-assign]
+    outcomes = []
+    for each in (training, other):
+        each.compute(0)
+        outcomes.append(each.vote(*each.reduce()))
+    assert outcomes[0] == outcomes[1]
+    assert next(passes) == (0 if done == 4 else 5)
 
 
 def test_a_training_that_is_not_elastic_has_no_followers(training: Training) -> None:

@@ -1,5 +1,9 @@
 """Communicators over gloo (TCP): one connection per group and peer, made at first use.
 
+Gradients and parameters have a connection for each direction. gloo sends a message once the
+receiver's notice that it expects it has come, and on one connection that notice would wait behind
+all that the receiver is sending meanwhile: the link would stand idle for up to half of its time.
+
 Separate connections make aborts and membership changes cheap: an abort closes only those with a
 message under way, and an edit keeps the idle ones.
 """
@@ -28,6 +32,7 @@ from holdfast.parallel.comm.gloo_connection import (
 )
 from holdfast.parallel.comm.p2p_collectives import PairwiseCommunicator
 from holdfast.parallel.comm.protocol import AbortSignal, MembershipChange
+from holdfast.parallel.comm.tags import is_bulk
 from holdfast.parallel.errors import HoldfastError, PeerLost, first_line
 
 if TYPE_CHECKING:
@@ -191,7 +196,7 @@ class GlooCommunicator(PairwiseCommunicator):
             )
         self.mesh = mesh
         super().__init__(name, ranks, rank, mesh.signal, mesh.recorder)
-        self._connections: dict[int, Connection] = {}
+        self._connections: dict[tuple[int, str], Connection] = {}
 
     @classmethod
     def over(cls, mesh: GlooMesh, name: str, ranks: Sequence[int]) -> GlooCommunicator:
@@ -204,11 +209,13 @@ class GlooCommunicator(PairwiseCommunicator):
     def _message(
         self, tensor: Tensor, peer: int, tag: int, operation: str, *, is_send: bool
     ) -> Message:
-        connection = self._connections.get(peer)
+        lane = (">" if is_send == (self.mesh.rank < peer) else "<") if is_bulk(tag) else ""
+        connection = self._connections.get((peer, lane))
         if connection is None:
             assert peer in self._ranks, f"rank {peer} is not a member of {self._ranks}"
             assert peer != self.mesh.rank, "a rank sends nothing to itself"
-            connection = self._connections[peer] = self.mesh.connection(self._name, peer)
+            connection = self.mesh.connection(self._name + lane, peer)
+            self._connections[peer, lane] = connection
         number = self._recorder.post(
             self._group_code,
             operation,

@@ -62,6 +62,14 @@ RANGES: Final = (
 """Every kind in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""
 
 
+_BULK: Final = (REDUCTION, SHADOW_GRADIENTS, GATHERING)
+
+
+def is_bulk(tag: int) -> bool:
+    """Whether messages of a tag's kind fill a link in both directions at once. Pure."""
+    return any(r.first <= tag < r.stop for r in _BULK)
+
+
 def kind_of(tag: int) -> str:
     """The kind of message of a tag; empty for the parts of collectives and of transports. Pure."""
     named = (r.kind for r in RANGES[: RANGES.index(COLLECTIVES)] if r.first <= tag < r.stop)

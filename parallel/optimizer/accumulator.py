@@ -22,6 +22,10 @@ from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.precision import precision_of
 
 
+def _untold(parameters: Iterable[nn.Parameter]) -> None:
+    """What is called with complete parameters while no step runs."""
+
+
 class GradientSource(Protocol):
     """The source of gradients; `WeightGradientQueue`."""
 
@@ -65,7 +69,7 @@ class GradientAccumulator:
         """The micro-batches whose gradients have been added since `clear`."""
         self._left: dict[nn.Parameter, int] = {}
         """The micro-batches whose gradients a parameter is still offered in this step."""
-        self._complete: Callable[[Iterable[nn.Parameter]], None] = lambda parameters: None
+        self._complete: Callable[[Iterable[nn.Parameter]], None] = _untold
         largest = max((parameter.numel() for parameter in buffer.parameters), default=0)
         self._scratch = torch.empty(
             largest if exact else 0, dtype=values.dtype, device=values.device
@@ -109,7 +113,16 @@ class GradientAccumulator:
     def finish(self) -> int:
         """Complete `sums` after a step's last backward. Returns the flags."""
         self._end([*self._left, *(self._empty - self._left.keys())])
+        self.forget()
         return int(self._flags)
+
+    def forget(self) -> None:
+        """Tell nothing more of this step.
+
+        Parameters refer to this object where Python's garbage collector does not look, so between
+        steps it refers to nothing that has connections.
+        """
+        self._left, self._complete = {}, _untold
 
     def _end(self, parameters: Iterable[nn.Parameter]) -> None:
         """Complete the sums of parameters that get no more gradients in this step."""

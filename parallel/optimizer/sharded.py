@@ -192,6 +192,7 @@ class ShardedOptimizer:
     def close(self) -> None:
         """End what an interrupted step has begun, once the communicators are aborted. Local."""
         self._exchange.close()
+        self._accumulator.forget()
 
     def restore_own_sums(self) -> None:
         """Undo an interrupted `reduce`: the sums are this rank's own again. Local."""
@@ -274,6 +275,7 @@ class ShardedOptimizer:
             sends += send_bucket(self._world, values, self._to_others, row)
             if number == 0:
                 sending()
+        # Not before: until its fence has let all blocks go, a snapshot may copy what would arrive.
         self._receive(self._to_others, sends)
         if self._shadows is not None:
             self._shadows.write_weights(values, self._to_others.updated_here)

@@ -235,6 +235,14 @@ def test_tensor_sizes_agree_within_rounding(
         assert float.fromhex(split) == pytest.approx(float.fromhex(whole), rel=1e-5)
 
 
+def test_a_training_that_has_ended_leaves_no_thread_of_its_connections(cluster: Cluster) -> None:
+    counts = []
+    for _ in range(3):
+        run_training(cluster, make_config(parallel={"data": 4}, train={"steps": 1}))
+        counts.append(max(cluster.run("support.runs.small_runs:threads_here", 4)))
+    assert counts[-1] < counts[0] + 3, "each training has a connection to each of three peers"
+
+
 def test_another_seed_gives_other_bits(
     cluster: Cluster, one_process: dict[int, dict[str, Any]]
 ) -> None:

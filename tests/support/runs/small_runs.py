@@ -60,6 +60,11 @@ def train_steps(rank: int, world_size: int, store: Store, *, config: dict) -> di
     return {"losses": losses, "norms": norms, "digest": training.parameter_digest()}
 
 
+def threads_here(rank: int, world_size: int, store: Store) -> int:
+    """The threads of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def train_in(
     rank: int,
     world_size: int,

@@ -62,8 +62,9 @@ DONE = Handles(())
 def lost(operation: str, group: str, peer: int | None, error: BaseException) -> PeerLost:
     """The error of an operation that failed, in one line."""
     with_peer = "" if peer is None else f" with rank {peer}"
+    group = group.rstrip("<>")  # of a connection for one direction; see gloo.py
     return PeerLost(
-        f"{operation}{with_peer} in group {group.rstrip('<>')} failed, a rank is gone: {first_line(error)}"
+        f"{operation}{with_peer} in group {group} failed, a rank is gone: {first_line(error)}"
     )
 
 

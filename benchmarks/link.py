@@ -112,10 +112,12 @@ def cables(ranks: int) -> Iterator[Cables]:
         made.close()
 
 
-def least_bytes(name: str, work: Work) -> float:
-    """What a rank has to send in a data-parallel step, and for the shadows of its blocks."""
-    part = 4 * work.parameters / work.ranks
-    return part * (2 * (work.ranks - 1) + ("1 shadow" in name))
+def least_bytes(work: Work) -> float:
+    """What a rank has to send in a data-parallel step.
+
+    A shadow adds nothing: the holder of a copy gets gradients for it instead of parameters.
+    """
+    return 4 * work.parameters / work.ranks * 2 * (work.ranks - 1)
 
 
 def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Namespace) -> None:
@@ -142,7 +144,7 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
         }
         for part in (attrgetter("sent_bytes"), attrgetter("cpu_s"))
     )
-    least = {row.name: least_bytes(row.name, work) for row in rows}
+    least = {row.name: least_bytes(work) for row in rows}
     transfers = [speed for speed, _ in speeds]
     note = (
         f"{work.parameters / 1e6:.1f} million parameters: {work}; plain TCP reached "

@@ -60,8 +60,8 @@ def test_every_contestant_trains_over_the_link_and_its_bytes_are_counted(
         assert least["DDP, fused AdamW"] <= counts[0] < 1.5 * least["DDP, fused AdamW"]
     for name in ASKED[:-1]:
         assert all(counts[0] >= least[name] for counts in sent[name]), name
-    shadowed = least["holdfast, fast, elastic, 1 shadow"] - least["holdfast, fast"]
-    assert shadowed == pytest.approx(least["holdfast, fast"] / 2)
+    shadowed = sent["holdfast, fast, elastic, 1 shadow"]
+    assert all(counts[0] < 1.2 * least["holdfast, fast"] for counts in shadowed)
     assert all(counts[0] < 100_000 for counts in sent["plain loop, fused AdamW"])
     (prefix,) = {link.Cables("a").name(node).partition("-")[0] for node in "ab"}
     assert not [name for name in namespaces() if name.startswith(f"{prefix}-")]

@@ -58,7 +58,7 @@ def trained(
         }
         for stage, precision in CASES
     ]
-    results = pool.run(f"{JOBS}:run_deepspeed", 2, first=TWO, cases=cases, timeout_s=110)[0]
+    results = pool.run(f"{JOBS}:run_deepspeed", 2, first_worker=TWO, cases=cases, timeout_s=110)[0]
     return {
         case: (Path(given["folder"]), result["losses"])
         for case, given, result in zip(CASES, cases, results, strict=True)
@@ -69,7 +69,7 @@ def test_every_weight_equals_deepspeeds_own_consolidation(
     pool: Cluster, tmp_path: Path, trained: dict[Any, tuple[Path, list[float]]]
 ) -> None:
     folders = [str(folder) for folder, _ in trained.values()]
-    [owns] = pool.run(f"{JOBS}:consolidate", 1, first=ALONE, folders=folders, tag=TAG)
+    [owns] = pool.run(f"{JOBS}:consolidate", 1, first_worker=ALONE, folders=folders, tag=TAG)
     for ((stage, precision), (folder, _)), own in zip(trained.items(), owns, strict=True):
         out = tmp_path / f"{precision}-{stage}"
         done = converted(folder, out, "holdfast")
@@ -89,7 +89,7 @@ def test_every_weight_equals_deepspeeds_own_consolidation(
 def make_universal(pool: Cluster, places: dict[Any, tuple[Path, Path]]) -> dict[Any, Path]:
     """What DeepSpeed's own converter makes of checkpoints: by key (source, target), the target."""
     pairs = [(str(source), str(target)) for source, target in places.values()]
-    pool.run(f"{JOBS}:make_universal", 1, first=ALONE, pairs=pairs)
+    pool.run(f"{JOBS}:make_universal", 1, first_worker=ALONE, pairs=pairs)
     return {key: target for key, (_, target) in places.items()}
 
 
@@ -111,7 +111,7 @@ def test_tensor_parallel_ranks_are_put_together_as_deepspeed_does(
     pool: Cluster, tmp_path: Path
 ) -> None:
     stages = [1, 3]
-    pool.run(f"{JOBS}:run_tensor_parallel", 4, first=FOUR, stages=stages, root=str(tmp_path))
+    pool.run(f"{JOBS}:run_tensor_parallel", 4, first_worker=FOUR, stages=stages, root=str(tmp_path))
     places = {stage: tmp_path / f"tensor-{stage}" for stage in stages}
     owns = make_universal(pool, {s: (p / "global_step2", p / "own") for s, p in places.items()})
     for stage, place in places.items():
@@ -141,7 +141,9 @@ def test_deepspeed_goes_on_from_ours_on_another_number_of_ranks(
             # Right after ours: DeepSpeed changes torch's functions for whatever comes later.
             own = own_universal[stage, precision]
             cases.append({**common, "load": (str(own.parent), own.name)})
-    results = pool.run(f"{JOBS}:run_deepspeed", 3, first=THREE, cases=cases, timeout_s=110)[0]
+    results = pool.run(f"{JOBS}:run_deepspeed", 3, first_worker=THREE, cases=cases, timeout_s=110)[
+        0
+    ]
     before: list[float] = []
     for case, result in zip(cases, results, strict=True):
         assert result["first"] == 3
@@ -166,7 +168,9 @@ def test_the_same_number_of_ranks_gives_the_same_bits(
         converted(folder / TAG, tmp_path / f"{precision}-{stage}", "deepspeed-universal")
         load_from = (str(tmp_path), f"{precision}-{stage}")
         cases.append({"stage": stage, "precision": precision, "steps": 6, "load": load_from})
-    results = pool.run(f"{JOBS}:run_deepspeed", 2, first=TWO_MORE, cases=cases, timeout_s=110)[0]
+    results = pool.run(
+        f"{JOBS}:run_deepspeed", 2, first_worker=TWO_MORE, cases=cases, timeout_s=110
+    )[0]
     for result, (_, losses) in zip(results, trained.values(), strict=True):
         assert result["losses"] == losses[3:]
 

@@ -61,7 +61,7 @@ class Cluster:
         function: str,
         world_size: int,
         *,
-        first: int = 0,
+        first_worker: int = 0,
         timeout_s: float = 90.0,
         dying: Collection[int] = (),
         **arguments: Any,
@@ -69,7 +69,7 @@ class Cluster:
         """Run `module:function` on `world_size` ranks; results by rank.
 
         Args:
-            first: the worker that is rank 0; those after it are the others.
+            first_worker: the worker that is rank 0; those after it are the others.
             dying: ranks that the job kills or stops, of which no result is awaited (None stands in
                 its place); the next job gets a new pool.
         Raises:
@@ -78,7 +78,7 @@ class Cluster:
         if self._process is None or self._process.poll() is not None:
             self._start()
         self._jobs += 1
-        connections = self._connections[first : first + world_size]
+        connections = self._connections[first_worker : first_worker + world_size]
         for rank, connection in enumerate(connections):
             connection.send((function, rank, world_size, self._jobs, arguments))
         results: list[Any] = []

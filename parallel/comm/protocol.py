@@ -53,8 +53,6 @@ class MembershipChange:
     kept: bool = False
     """Whether all ranks that stay have reported their connections intact and idle.
 
-    Peers then keep their connections without asking each other.
-
     Peers then keep their connections without asking each other."""
     store: Store | None = None
     """The store where the new generation's ranks meet; None: the store of the old generation."""

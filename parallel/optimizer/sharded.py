@@ -86,7 +86,7 @@ class ShardedOptimizer:
             before: the optimizer of the plan before; its tensors are reused where possible.
         """
         exchange = exchange or ExchangeSettings()
-        self._accumulator = accumulator
+        self._accumulator, self._rank = accumulator, rank
         self._world, self._shards = groups.world, groups.shards
         self._settings = settings
         self._routes: Routes = routes(plan, rank, buffer, exchange.bucket_elements)
@@ -99,7 +99,6 @@ class ShardedOptimizer:
         self._updates = self.owned_state.updates()
         self._own_parts: OwnParts | None = None
         self._shadows, self._arrival = shadows, arrival
-        self._to_all = gathering(self._routes, rank, lambda key, holder: False)
         self._to_others = gathering(
             self._routes,
             rank,
@@ -292,11 +291,12 @@ class ShardedOptimizer:
 
     def gather(self) -> None:
         """Send every block's parameters from its owner to all holders. Collective over these."""
+        to_all = gathering(self._routes, self._rank, lambda key, holder: False)
         values = self.owned_state.buffer.values
         sends = [
             handle
             for owned in reversed(self._routes.mine)
-            for handle in send_bucket(self._world, values, self._to_all, owned.bucket.row)
+            for handle in send_bucket(self._world, values, to_all, owned.bucket.row)
         ]
-        self._receive(self._to_all, sends)
+        self._receive(to_all, sends)
         self._arrival.finish()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from holdfast.parallel.comm import REDUCTION, SHADOW_GRADIENTS, Communicator, Handle
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
+from holdfast.parallel.optimizer.exchange.arrival import Arrival
 from holdfast.parallel.optimizer.exchange.buckets import Bucket, OwnedBucket, Routes
 from holdfast.parallel.optimizer.exchange.followers import FollowerRoutes
 from holdfast.parallel.optimizer.exchange.readiness import Readiness
@@ -65,7 +66,7 @@ class GradientExchange:
         self._follows: tuple[FollowerRoutes, Tensor] | None = None
         self._threads: list[threading.Thread] = []
         self._ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._following: list[_Arrival] = []
+        self._following: list[Arrival] = []
         self._squares = [0.0] * len(found.owned)
         self._flags: set[int] = set()
         self._sending: Callable[[], None] = lambda: None
@@ -149,7 +150,12 @@ class GradientExchange:
         if self._follows is not None:
             routes, gradients = self._follows
             self._following = [
-                _Arrival(self._comm, owner, row, [gradients[s.start : s.stop] for s in spans])
+                Arrival(
+                    self._comm,
+                    owner,
+                    SHADOW_GRADIENTS.tag(row),
+                    [[gradients[span.start : span.stop] for span in spans]],
+                )
                 for owner, row, spans in routes.receives
             ]
         for name, part in (("out", self._send), ("in", self._complete_owned)):
@@ -246,24 +252,6 @@ class GradientExchange:
         for follower, spans in self._follows[0].sends[row]:
             message = in_one([gradients[span.start : span.stop] for span in spans])
             yield self._comm.send(message, follower, SHADOW_GRADIENTS.tag(row))
-
-
-class _Arrival:
-    """The reduced gradients of a followed bucket on their way to their places."""
-
-    def __init__(self, comm: Communicator, owner: int, row: int, places: list[Tensor]) -> None:
-        self._places = places
-        self._message = places[0]
-        if len(places) > 1:
-            self._message = torch.empty_like(torch.cat(places))
-        self._handle = comm.receive(self._message, owner, SHADOW_GRADIENTS.tag(row))
-
-    def finish(self) -> None:
-        self._handle.wait()
-        if len(self._places) > 1:
-            parts = self._message.split([place.numel() for place in self._places])
-            for place, part in zip(self._places, parts, strict=True):
-                place.copy_(part)
 
 
 @contextmanager

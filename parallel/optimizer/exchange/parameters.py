@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.comm import GATHERING, Communicator, Handle
-from holdfast.parallel.optimizer.exchange.buckets import Bucket, Gathering, Span
+from holdfast.parallel.optimizer.exchange.arrival import Arrival
+from holdfast.parallel.optimizer.exchange.buckets import Bucket, Gathering
 from holdfast.parallel.optimizer.exchange.wire import in_one
 
 
@@ -24,26 +24,22 @@ class ParameterArrival:
 
     def __init__(self) -> None:
         """Nothing is on its way."""
-        self._pending: dict[nn.Parameter, list[_Arrival]] = {}
-        self._arrivals: list[_Arrival] = []
-        self._sends: list[Handle] = []
+        self._pending: dict[nn.Parameter, list[Arrival]] = {}
+        self._arrivals: list[Arrival] = []
+        self._sends: Sequence[Handle] = ()
 
     @property
     def is_pending(self) -> bool:
         """Whether some parameter may not be here yet."""
         return bool(self._pending)
 
-    def begin(self, arrivals: Sequence[_Arrival], sends: Iterable[Handle]) -> None:
+    def begin(self, arrivals: Sequence[tuple[Bucket, Arrival]], sends: Sequence[Handle]) -> None:
         """Replace what is under way by the messages of a new update."""
-        self._arrivals, self._sends = list(arrivals), list(sends)
+        self._arrivals, self._sends = [arrival for _, arrival in arrivals], sends
         self._pending = {}
-        for arrival in arrivals:
-            for parameter in arrival.parameters:
+        for bucket, arrival in arrivals:
+            for parameter in bucket.parameters:
                 self._pending.setdefault(parameter, []).append(arrival)
-
-    def expect(self, send: Handle) -> None:
-        """Have `finish` wait for a message that leaves this rank, too."""
-        self._sends.append(send)
 
     def use(self, parameters: Iterable[nn.Parameter]) -> None:
         """Wait for parameters that are about to be used.
@@ -68,7 +64,7 @@ class ParameterArrival:
         for send in self._sends:
             send.wait()
         self._pending.clear()
-        self._arrivals, self._sends = [], []
+        self._arrivals, self._sends = [], ()
 
     def watch(self, module: nn.Module) -> None:
         """Wait before each forward pass of a part of `module` for the parameters it uses itself."""
@@ -76,32 +72,6 @@ class ParameterArrival:
             own = tuple(part.parameters(recurse=False))
             if own:
                 part.register_forward_pre_hook(lambda *_, own=own: self.use(own))
-
-
-class _Arrival:
-    """One owner's bucket on its way to each of its uses here."""
-
-    def __init__(
-        self, comm: Communicator, values: Tensor, bucket: Bucket, uses: Sequence[Sequence[Span]]
-    ) -> None:
-        places = [[values[span.start : span.stop] for span in spans] for spans in uses]
-        self.parameters = bucket.parameters
-        first = places[0]
-        self._message = first[0] if len(first) == 1 else torch.empty_like(torch.cat(first))
-        self._places = places[1:] if len(first) == 1 else places
-        self._handle: Handle | None = comm.receive(
-            self._message, bucket.owner, GATHERING.tag(bucket.row)
-        )
-
-    def finish(self) -> None:
-        if self._handle is None:
-            return
-        self._handle.wait()
-        self._handle = None
-        for spans in self._places:
-            parts = self._message.split([place.numel() for place in spans])
-            for place, part in zip(spans, parts, strict=True):
-                place.copy_(part)
 
 
 def send_bucket(comm: Communicator, values: Tensor, found: Gathering, row: int) -> list[Handle]:
@@ -114,6 +84,19 @@ def send_bucket(comm: Communicator, values: Tensor, found: Gathering, row: int) 
     ]
 
 
-def receive_buckets(comm: Communicator, values: Tensor, found: Gathering) -> list[_Arrival]:
+def receive_buckets(
+    comm: Communicator, values: Tensor, found: Gathering
+) -> list[tuple[Bucket, Arrival]]:
     """Begin to receive the parameters of other owners' buckets."""
-    return [_Arrival(comm, values, bucket, uses) for bucket, uses in found.receives]
+    return [
+        (
+            bucket,
+            Arrival(
+                comm,
+                bucket.owner,
+                GATHERING.tag(bucket.row),
+                [[values[span.start : span.stop] for span in use] for use in uses],
+            ),
+        )
+        for bucket, uses in found.receives
+    ]

@@ -8,7 +8,7 @@ import torch
 
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
-from holdfast.parallel.optimizer.exchange.wire import PackedWire, PlainWire, RoundedWire, Wire
+from holdfast.parallel.optimizer.exchange.wire import PackedWire, PlainWire, Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,4 @@ def wire_of(
     if accumulator.exact:
         packs = settings.packing and comm.carries_short_messages
         return PackedWire(sums.device) if packs else PlainWire(sums.dtype, sums.device)
-    if settings.reduce_dtype is not None and settings.reduce_dtype != sums.dtype:
-        return RoundedWire(settings.reduce_dtype, sums.device)
-    return PlainWire(sums.dtype, sums.device)
+    return PlainWire(settings.reduce_dtype or sums.dtype, sums.device)

@@ -43,29 +43,7 @@ class Wire(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlainWire:
-    """Sums as they are: integers, or floats in their accumulation dtype."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-    def encode(self, sums: Tensor) -> Tensor:
-        return sums
-
-    def buffer(self, elements: int) -> Tensor:
-        return torch.empty(elements, dtype=self.dtype, device=self.device)
-
-    def add(self, message: Tensor, own: Tensor, total: Tensor) -> int:
-        if total.dtype != torch.int64:
-            torch.add(own, message, out=total)
-            return 0
-        if total is not own:
-            total.copy_(own)
-        return operations_of(total.device).add_integers(total, message)
-
-
-@dataclass(frozen=True, slots=True)
-class RoundedWire:
-    """Float sums rounded to a narrower dtype; they are added in their own."""
+    """Sums as they are, or floats rounded to a narrower dtype; they are added in their own."""
 
     dtype: torch.dtype
     device: torch.device
@@ -77,8 +55,10 @@ class RoundedWire:
         return torch.empty(elements, dtype=self.dtype, device=self.device)
 
     def add(self, message: Tensor, own: Tensor, total: Tensor) -> int:
-        torch.add(own, message, out=total)
-        return 0
+        if total.dtype != torch.int64:
+            torch.add(own, message, out=total)
+            return 0
+        return _add_integers(message, own, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +82,13 @@ class PackedWire:
     def add(self, message: Tensor, own: Tensor, total: Tensor) -> int:
         if message.dtype != torch.int64:
             return unpack_add(message, own, total)
-        if total is not own:
-            total.copy_(own)
-        return operations_of(total.device).add_integers(total, message)
+        return _add_integers(message, own, total)
+
+
+def _add_integers(message: Tensor, own: Tensor, total: Tensor) -> int:
+    if total is not own:
+        total.copy_(own)
+    return operations_of(total.device).add_integers(total, message)
 
 
 def in_one(parts: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -218,7 +219,7 @@ def run_worker(
     name_process(f"r{world.rank}")
     log_to_file(run, world.rank)
     logger.info("pid %d, %d workers", os.getpid(), world.world_size)
-    return _exit_code_of(body, run, world.rank, report if announce else None)
+    return _exit_code_of(body, config, run, world.rank, report if announce else None)
 
 
 def run_elastic_worker(
@@ -232,12 +233,13 @@ def run_elastic_worker(
     logger.info("pid %d, rank %s of node %s", os.getpid(), spec.identity, spec.node)
     run.error(spec.rank).unlink(missing_ok=True)  # it told of the end of the worker before
     return _exit_code_of(
-        lambda: train_elastic_worker(config, spec, channel, run), run, spec.rank, None
+        lambda: train_elastic_worker(config, spec, channel, run), config, run, spec.rank, None
     )
 
 
 def _exit_code_of(
     body: Callable[[], None],
+    config: RunConfig,
     run: RunDirectory,
     rank: int,
     report: Callable[[RankError], None] | None,
@@ -250,7 +252,7 @@ def _exit_code_of(
         report: called with the reason of a failure, after it was written.
     """
     try:
-        with torch_caches_in(run.log(rank).parent):
+        with nullcontext() if config.train.compile else torch_caches_in(run.log(rank).parent):
             body()
     except KeyboardInterrupt:
         logger.info("interrupted")

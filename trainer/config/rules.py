@@ -82,7 +82,13 @@ def _choices(config: RunConfig) -> Iterator[str]:
 
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
-    yield from family_of(model.family).problems(model, config.parallel.tensor)
+    family = family_of(model.family)
+    yield from family.problems(model, config.parallel.tensor)
+    if config.train.compile and family.compiled_pieces is None:
+        yield (
+            f"train.compile = true: model.family = {model.family!r} has nothing to compile; set it "
+            "to false"
+        )
 
 
 def _optimizer(config: RunConfig) -> Iterator[str]:

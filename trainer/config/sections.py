@@ -46,6 +46,9 @@ class TrainConfig(Section, frozen=True):
     vocab_chunk: int = 0
     """The vocabulary entries whose logits a rank has in memory at once; 0: all. It is one of the
     keys that fix the bits."""
+    compile: bool = False
+    """The model's elementwise parts, norms and attention are compiled when training begins. It is
+    one of the keys that fix the bits."""
     threads_per_rank: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 0

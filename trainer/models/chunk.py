@@ -32,11 +32,12 @@ class ModelChunk(Chunk):
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
+        compiles: bool,
     ) -> None:
         """The arguments are those of `build_chunk`; `specs` has all layers of the model. Local."""
         super().__init__()
         self._specs, self._layers, self._shard_index = specs, layers, shard_index
-        shared = ChunkContext(tp, self.queue, seq_len, dtype, device, seed)
+        shared = ChunkContext(tp, self.queue, seq_len, dtype, device, seed, compiles)
         build = family_of(model.family).modules(model, shared)
         self.layers = nn.ModuleDict(
             {specs[layer].name.replace(".", "_"): build(layer, specs[layer]) for layer in layers}
@@ -92,6 +93,7 @@ def build_chunk(
     seq_len: int,
     seed: int,
     initial: bool = True,
+    compiles: bool = False,
 ) -> ModelChunk:
     """A chunk with its initial weights. Local.
 
@@ -103,9 +105,12 @@ def build_chunk(
         recompute: "none", "full" or "selective", for all transformer layers or for each of them.
         seed: the seed of the initial weights and of dropout.
         initial: False leaves the weights uninitialised, for a chunk that is filled from elsewhere.
+        compiles: whether the family's pieces are compiled.
     """
     tp = TensorParallel(tensor, sequence_parallel)
-    chunk = ModelChunk(model, layers, specs, shard_index, tp, seq_len, dtype, device, seed)
+    chunk = ModelChunk(
+        model, layers, specs, shard_index, tp, seq_len, dtype, device, seed, compiles
+    )
     chunk.to(dtype=dtype)
     if initial:
         initialize(chunk, seed)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from holdfast.parallel.pipeline import WeightGradientQueue
     from holdfast.parallel.tensor_parallel import TensorParallel
+    from holdfast.trainer.models.compilation import Piece
 
 M = TypeVar("M", bound=ModelConfig)
 M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
@@ -44,6 +45,22 @@ class ChunkContext:
     device: torch.device
     seed: int
     """The seed of dropout."""
+    compiles: bool = False
+    """Whether the family's pieces are compiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceSizes:
+    """The sizes that a family's pieces have on every rank of a run."""
+
+    tensor: int
+    """The tensor-parallel degree."""
+    rows: int
+    """The positions of a hidden state on a rank: `seq_len`, or a part with sequence parallelism."""
+    seq_len: int
+    micro_batch: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class LayerTable(Protocol[M_contra]):
@@ -76,7 +93,7 @@ class LayerTable(Protocol[M_contra]):
 
 @dataclass(frozen=True, slots=True)
 class Family(Generic[M]):
-    """A model family. Only `modules` needs torch."""
+    """A model family. Only `modules` and `compiled_pieces` need torch."""
 
     section: type[M]
     """The `[model]` section: `ModelConfig`, or a struct derived from it with more keys."""
@@ -100,6 +117,9 @@ class Family(Generic[M]):
     """(section, tensor degree, layers) -> a section of small sizes that divide as before."""
     tensor_share: Callable[[M, int], M]
     """(section, tensor degree) -> a one-layer section of the size of one tensor rank's part."""
+    compiled_pieces: Callable[[M, PieceSizes], Iterator[Piece]] | None = None
+    """(section, sizes) -> the functions that `train.compile` compiles, for each shape that they
+    have on some rank. None: there are none."""
 
 
 def family_of(name: str) -> Family[Any]:

@@ -117,5 +117,6 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
             note = idle_cores_note(config, request.ranks_here)
             if note:
                 say(note)
-        held.enter_context(torch_caches_in(run.log(0).parent))
+        if not config.train.compile:  # compiled code serves other runs of this machine too
+            held.enter_context(torch_caches_in(run.log(0).parent))
         yield OpenedRun(config, run)

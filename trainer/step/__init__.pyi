@@ -1,6 +1,7 @@
 from .build import (
     backend_of as backend_of,
     choose_device as choose_device,
+    compile_model as compile_model,
     open_training as open_training,
 )
 from .construction import (

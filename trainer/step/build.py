@@ -6,11 +6,14 @@ import os
 from typing import assert_never
 
 import torch
+from torch import Tensor
 from torch.distributed import Store
 
 from holdfast.parallel.comm import Backend, build_groups
 from holdfast.parallel.errors import ConfigError
+from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
+from holdfast.trainer.models import PieceSizes, compile_pieces, family_of
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.worlds import WorldInfo
@@ -20,6 +23,7 @@ def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training
     """The training of a run with fixed ranks. Collective over all workers."""
     plan = plan_of(config)
     device = choose_device(config, world.local_rank)
+    compile_model(config, device)
     groups = build_groups(
         store,
         world.store_host,
@@ -33,6 +37,32 @@ def open_training(config: RunConfig, world: WorldInfo, store: Store) -> Training
         generation=plan.generation,
     )
     return Training(config, world.rank, device, plan, groups)
+
+
+def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
+    """Compile what `train.compile` compiles, before any rank waits for another one. Local.
+
+    It takes as long as a step's passes through one layer if it has been compiled in this process.
+
+    Returns:
+        Results of the compiled code, which are equal on ranks that compute the same bits; empty if
+        nothing is compiled.
+    Raises:
+        ConfigError: torch cannot compile on this machine.
+    """
+    train, parallel = config.train, config.parallel
+    pieces = family_of(config.model.family).compiled_pieces
+    if not train.compile or pieces is None:
+        return []
+    sizes = PieceSizes(
+        tensor=parallel.tensor,
+        rows=train.seq_len // (parallel.tensor if parallel.sequence_parallel else 1),
+        seq_len=train.seq_len,
+        micro_batch=train.micro_batch,
+        dtype=PRECISIONS[train.precision].dtype,
+        device=device,
+    )
+    return compile_pieces(pieces(config.model, sizes), train.seed)
 
 
 def backend_of(config: RunConfig, device: torch.device) -> Backend:

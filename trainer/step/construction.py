@@ -99,6 +99,7 @@ def new_chunks(
             seq_len=train.seq_len,
             seed=train.seed,
             initial=initial,
+            compiles=train.compile,
         )
         for index in plan.chunks_of(rank)
     }

@@ -2,7 +2,8 @@
 
 The operations are those of the run: the modules of its model family, forwards and backwards, at
 small sizes, matrix products of its own sizes up to a bound, its optimizer's update, elementwise
-functions; all in the run's precision, on the run's device, from keyed inputs. Local.
+functions; all in the run's precision, on the run's device, from keyed inputs. With `train.compile`
+this is also where a rank compiles: before it is connected, so that no rank waits in vain. Local.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from holdfast.parallel.pipeline import MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import build_whole_model, family_of
+from holdfast.trainer.step import compile_model
 
 _SEED = 20_260_101
 _MOST = 512
@@ -37,6 +39,7 @@ def make_certificate(config: RunConfig, device: torch.device) -> dict[str, str]:
         **_of_products(config, device),
         "functions": _hashed(_functions(config, device)),
         **_of_model(config, device),
+        **_of_pieces(config, device),
         "update": _hashed(_updated(config, device)),
     }
 
@@ -97,6 +100,12 @@ def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
     loss.backward()
     gradients = [p.grad for _, _, p in chunk.named_specs() if p.grad is not None]
     return {"forward pass": _hashed([loss.detach()]), "backward pass": _hashed(gradients)}
+
+
+def _of_pieces(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """The compiled parts of a layer, if there are any: at the run's sizes, with its own code."""
+    results = compile_model(config, device)
+    return {"compiled passes": _hashed(results)} if results else {}
 
 
 def _updated(config: RunConfig, device: torch.device) -> list[Tensor]:

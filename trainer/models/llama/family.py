@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from holdfast.parallel.layout import LayerSpec
-from holdfast.trainer.models.family import ChunkContext, Family
+from holdfast.trainer.models.family import ChunkContext, Family, PieceSizes
 from holdfast.trainer.models.llama.huggingface import config_json, differences
 from holdfast.trainer.models.llama.rules import problems
 from holdfast.trainer.models.llama.sizes import tensor_share, tiny
@@ -16,12 +16,21 @@ from holdfast.trainer.models.section import ModelConfig
 if TYPE_CHECKING:
     from torch import nn
 
+    from holdfast.trainer.models.compilation import Piece
+
 
 def modules(model: ModelConfig, context: ChunkContext) -> Callable[[int, LayerSpec], nn.Module]:
     """The builder of a chunk's modules. Imports torch."""
     from holdfast.trainer.models.llama.modules import module_builder
 
     return module_builder(model, context)
+
+
+def compiled_pieces(model: ModelConfig, sizes: PieceSizes) -> Iterator[Piece]:
+    """The functions that `train.compile` compiles. Imports torch."""
+    from holdfast.trainer.models.llama.pieces import pieces
+
+    return pieces(model, sizes)
 
 
 FAMILY = Family(
@@ -33,4 +42,5 @@ FAMILY = Family(
     differences=differences,
     tiny=tiny,
     tensor_share=tensor_share,
+    compiled_pieces=compiled_pieces,
 )

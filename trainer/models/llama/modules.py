@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,8 +24,20 @@ from holdfast.parallel.tensor_parallel import (
     cross_entropy_sum,
     embed,
 )
+from holdfast.trainer.models.compilation import compiled
 from holdfast.trainer.models.family import ChunkContext
+from holdfast.trainer.models.llama.pieces import (
+    RotaryTables,
+    attend,
+    gate,
+    heads_of,
+    norm,
+)
 from holdfast.trainer.models.section import ModelConfig
+
+_Piece = Callable[..., Tensor]
+Choice = Callable[[_Piece], _Piece]
+"""Gives the form in which a piece is called: as it is, or compiled."""
 
 
 class _Dropout(torch.autograd.Function):
@@ -68,36 +79,14 @@ class KeyedDropout(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 or wider."""
 
-    def __init__(self, hidden: int, eps: float) -> None:
+    def __init__(self, hidden: int, eps: float, choose: Choice) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden))
         self.eps = eps
+        self._norm = choose(norm)
 
     def forward(self, value: Tensor) -> Tensor:
-        if value.element_size() < 4:
-            wide = F.rms_norm(value.float(), value.shape[-1:], None, self.eps)
-            return wide.to(value.dtype) * self.weight
-        return F.rms_norm(value, value.shape[-1:], self.weight, self.eps)
-
-
-class RotaryEmbedding:
-    """The cos and sin tables, float[seq, head_dim / 2] in float32 (float64 for a float64 model)."""
-
-    def __init__(
-        self, model: ModelConfig, seq_len: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        dim = model.dim_per_head
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-        frequencies = 1.0 / model.rope_theta**exponents
-        positions = torch.arange(seq_len, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, frequencies)
-        self._cos, self._sin = angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def rotate(self, value: Tensor) -> Tensor:
-        """Rotate `value`: float[batch, heads, seq, head_dim], positions 0 to seq - 1."""
-        first, second = value.chunk(2, -1)
-        cos, sin = self._cos[: value.shape[-2]], self._sin[: value.shape[-2]]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return self._norm(value, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -108,18 +97,19 @@ class Attention(nn.Module):
         model: ModelConfig,
         tp: TensorParallel,
         queue: WeightGradientQueue,
-        rotary: RotaryEmbedding,
+        rotary: RotaryTables,
         recompute_core: bool,
+        choose: Choice,
     ) -> None:
         super().__init__()
         self._tp, self._queue, self._rotary = tp, queue, rotary
-        self._dim = model.dim_per_head
-        self._heads = model.heads // tp.size
-        self._kv_heads = max(1, model.kv_heads // tp.size)
+        self._heads = heads_of(model, tp.size)
         self._recompute_core = recompute_core
-        projected = (self._heads + 2 * self._kv_heads) * self._dim
-        self.qkv = nn.Parameter(torch.empty(projected, model.hidden))
-        self.output = nn.Parameter(torch.empty(model.hidden, self._heads * self._dim))
+        self._attend = choose(attend)
+        heads, kv_heads = self._heads
+        dim = model.dim_per_head
+        self.qkv = nn.Parameter(torch.empty((heads + 2 * kv_heads) * dim, model.hidden))
+        self.output = nn.Parameter(torch.empty(model.hidden, heads * dim))
 
     def forward(self, value: Tensor) -> Tensor:
         projected = self._tp.column_linear(value, self.qkv, self._queue)
@@ -130,33 +120,24 @@ class Attention(nn.Module):
         return self._tp.row_linear(mixed, self.output, self._queue)
 
     def _core(self, projected: Tensor) -> Tensor:
-        """float[seq, batch, (heads + 2 kv_heads) dim] -> float[seq, batch, heads dim]."""
-        seq, batch, _ = projected.shape
-        heads = projected.view(seq, batch, -1, self._dim).permute(1, 2, 0, 3)
-        q, k, v = heads.split([self._heads, self._kv_heads, self._kv_heads], dim=1)
-        mixed = F.scaled_dot_product_attention(
-            self._rotary.rotate(q),
-            self._rotary.rotate(k),
-            v,
-            is_causal=True,
-            enable_gqa=self._heads != self._kv_heads,
-        )
-        return mixed.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+        return self._attend(projected, *self._rotary, *self._heads)
 
 
 class MLP(nn.Module):
     """SwiGLU over this rank's part of the intermediate features."""
 
-    def __init__(self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue) -> None:
+    def __init__(
+        self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue, choose: Choice
+    ) -> None:
         super().__init__()
-        self._tp, self._queue = tp, queue
+        self._tp, self._queue, self._gate = tp, queue, choose(gate)
         start, stop = even_range(model.intermediate, tp.size, tp.index)
         self.gate_up = nn.Parameter(torch.empty(2 * (stop - start), model.hidden))
         self.down = nn.Parameter(torch.empty(model.hidden, stop - start))
 
     def forward(self, value: Tensor) -> Tensor:
-        gate, up = self._tp.column_linear(value, self.gate_up, self._queue).chunk(2, -1)
-        return self._tp.row_linear(F.silu(gate) * up, self.down, self._queue)
+        gated = self._gate(self._tp.column_linear(value, self.gate_up, self._queue))
+        return self._tp.row_linear(gated, self.down, self._queue)
 
 
 class Embedding(nn.Module):
@@ -187,17 +168,18 @@ class TransformerLayer(nn.Module):
         layer: int,
         tp: TensorParallel,
         queue: WeightGradientQueue,
-        rotary: RotaryEmbedding,
+        rotary: RotaryTables,
         recompute: str,
         seed: int,
+        choose: Choice,
     ) -> None:
         super().__init__()
         self._recompute = recompute == "full"
-        self.attention_norm = RMSNorm(model.hidden, model.norm_eps)
-        self.attention = Attention(model, tp, queue, rotary, recompute == "selective")
+        self.attention_norm = RMSNorm(model.hidden, model.norm_eps, choose)
+        self.attention = Attention(model, tp, queue, rotary, recompute == "selective", choose)
         self.attention_dropout = KeyedDropout(model.dropout, seed, str(layer), "attention", tp)
-        self.mlp_norm = RMSNorm(model.hidden, model.norm_eps)
-        self.mlp = MLP(model, tp, queue)
+        self.mlp_norm = RMSNorm(model.hidden, model.norm_eps, choose)
+        self.mlp = MLP(model, tp, queue, choose)
         self.mlp_dropout = KeyedDropout(model.dropout, seed, str(layer), "mlp", tp)
 
     def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:
@@ -217,12 +199,17 @@ class Head(nn.Module):
     """Final norm, projection to the vocabulary, and the sum of token losses."""
 
     def __init__(
-        self, model: ModelConfig, tp: TensorParallel, queue: WeightGradientQueue, vocab_chunk: int
+        self,
+        model: ModelConfig,
+        tp: TensorParallel,
+        queue: WeightGradientQueue,
+        vocab_chunk: int,
+        choose: Choice,
     ) -> None:
         super().__init__()
         self._tp, self._queue, self._vocab_chunk = tp, queue, vocab_chunk
         self._first, stop = even_range(model.vocab, tp.size, tp.index)
-        self.norm = RMSNorm(model.hidden, model.norm_eps)
+        self.norm = RMSNorm(model.hidden, model.norm_eps, choose)
         self.projection = nn.Parameter(torch.empty(stop - self._first, model.hidden))
 
     def logits(self, value: Tensor) -> Tensor:
@@ -245,18 +232,23 @@ class Head(nn.Module):
         return cross_entropy_sum(self.logits(value), targets, self._first, self._tp.group)
 
 
+def _as_it_is(piece: _Piece) -> _Piece:
+    return piece
+
+
 def module_builder(
     model: ModelConfig, context: ChunkContext
 ) -> Callable[[int, LayerSpec], nn.Module]:
     """The builder of a chunk's modules, which share rotary tables; see `Family.modules`. Local."""
     tp, queue, seed = context.tensor_parallel, context.queue, context.seed
-    rotary = RotaryEmbedding(model, context.seq_len, context.dtype, context.device)
+    rotary = RotaryTables.of(model, context.seq_len, context.dtype, context.device)
+    choose = compiled if context.compiles else _as_it_is
 
     def build(layer: int, spec: LayerSpec) -> nn.Module:
         if layer == 0:
             return Embedding(model, tp, queue, seed)
         if layer == model.layers + 1:
-            return Head(model, tp, queue, spec.vocab_chunk)
-        return TransformerLayer(model, layer - 1, tp, queue, rotary, spec.recompute, seed)
+            return Head(model, tp, queue, spec.vocab_chunk, choose)
+        return TransformerLayer(model, layer - 1, tp, queue, rotary, spec.recompute, seed, choose)
 
     return build

@@ -25,6 +25,7 @@ RUNS = {
     "convert.py": ["--json", str(OUTPUT / "convert.json")],
     "offload.py": ["--folder", str(OUTPUT), "--json", str(OUTPUT / "offload.json")],
     "vocab_chunk.py": ["--json", str(OUTPUT / "vocab_chunk.json")],
+    "compiled_layer.py": ["--json", str(OUTPUT / "compiled_layer.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }
 

@@ -84,7 +84,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     family = family_of(model.family)
     yield from family.problems(model, config.parallel.tensor)
-    if config.train.compile and family.compiled_pieces is None:
+    if config.train.compile and family.compiled_regions is None:
         yield (
             f"train.compile = true: model.family = {model.family!r} has nothing to compile; set it "
             "to false"

@@ -3,11 +3,11 @@ from .chunk import (
     build_whole_model as build_whole_model,
 )
 from .compilation import (
-    compile_pieces as compile_pieces,
+    compile_regions as compile_regions,
 )
 from .family import (
     FAMILIES as FAMILIES,
-    PieceSizes as PieceSizes,
+    RegionSizes as RegionSizes,
     family_of as family_of,
     layer_specs as layer_specs,
 )

@@ -105,7 +105,7 @@ def build_chunk(
         recompute: "none", "full" or "selective", for all transformer layers or for each of them.
         seed: the seed of the initial weights and of dropout.
         initial: False leaves the weights uninitialised, for a chunk that is filled from elsewhere.
-        compiles: whether the family's pieces are compiled.
+        compiles: whether the family's regions are compiled.
     """
     tp = TensorParallel(tensor, sequence_parallel)
     chunk = ModelChunk(

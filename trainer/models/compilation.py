@@ -1,8 +1,8 @@
-"""The compilation of a model's pieces: its pure functions between linear layers and collectives.
+"""The compilation of a model's regions: its pure functions between linear layers and collectives.
 
 Linear layers hand weight gradients to a queue and communicate, so a compiled layer would be many
-graphs. A piece is one graph of constant shapes, equal on every rank of a run. torch's compiler is
-imported when the first piece is compiled.
+graphs. A region is one graph of constant shapes, equal on every rank of a run. torch's compiler is
+imported when the first region is compiled.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from holdfast.parallel.keyed_random import normal_box_, stream_key
 logger = logging.getLogger("holdfast")
 
 _MOST_GRAPHS = 64
-"""The most graphs of one piece. A run has two, with gradients and without; tests have many runs."""
+"""The most graphs of a region. A run has two, with gradients and without; tests have many runs."""
 P = ParamSpec("P")
 
 
-class Piece(NamedTuple):
+class Region(NamedTuple):
     """A pure function of a model, with arguments like those of a run."""
 
     function: Callable[..., Tensor]
@@ -52,8 +52,8 @@ def _compiled(function: Callable[P, Tensor], threads: int) -> Callable[P, Tensor
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def compile_pieces(pieces: Iterable[Piece], seed: int) -> list[Tensor]:
-    """Compile pieces for passes with gradients and without, and try them. Local.
+def compile_regions(regions: Iterable[Region], seed: int) -> list[Tensor]:
+    """Compile regions for passes with gradients and without, and try them. Local.
 
     Args:
         seed: the seed of the arguments that need gradients; equal seeds give equal values.
@@ -64,26 +64,26 @@ def compile_pieces(pieces: Iterable[Piece], seed: int) -> list[Tensor]:
     """
     start, results = perf_counter(), []
     try:
-        for number, piece in enumerate(pieces):
-            results += _tried(piece, seed, number)
+        for number, region in enumerate(regions):
+            results += _tried(region, seed, number)
     except (OSError, RuntimeError) as error:
         logger.debug("the compiler's error", exc_info=True)
         raise _explained(error) from error
-    logger.info("compiled and tried the pieces of the model in %.1f s", perf_counter() - start)
+    logger.info("compiled and tried the regions of the model in %.1f s", perf_counter() - start)
     return results
 
 
-def _tried(piece: Piece, seed: int, number: int) -> list[Tensor]:
-    """A piece's output with gradients, these, and its output without."""
-    function = compiled(piece.function)
-    learned = [a for a in piece.arguments if isinstance(a, Tensor) and a.requires_grad]
+def _tried(region: Region, seed: int, number: int) -> list[Tensor]:
+    """A region's output with gradients, these, and its output without."""
+    function = compiled(region.function)
+    learned = [a for a in region.arguments if isinstance(a, Tensor) and a.requires_grad]
     for index, argument in enumerate(learned):
         argument.data.copy_(_drawn(argument, seed, f"argument {number} {index}"))
-    output = function(*piece.arguments)
+    output = function(*region.arguments)
     gradient = _drawn(output, seed, f"gradient {number}").to(output)
     gradients = torch.autograd.grad(output, learned, gradient)
     # As in evaluation: parameters still say that they need gradients, hidden states do not.
-    hidden = [a.detach() if type(a) is Tensor else a for a in piece.arguments]
+    hidden = [a.detach() if type(a) is Tensor else a for a in region.arguments]
     with torch.no_grad():
         return [output.detach(), *gradients, function(*hidden)]
 
@@ -92,7 +92,7 @@ def _drawn(like: Tensor, seed: int, name: str) -> Tensor:
     """Keyed normal draws in a tensor's shape: float32 on the CPU."""
     values = torch.empty(like.shape, dtype=torch.float32)
     rows = values.view(-1, like.shape[-1])
-    key = stream_key(seed, "piece", name)
+    key = stream_key(seed, "region", name)
     normal_box_(rows, key, row=0, column=0, total_columns=rows.shape[1], std=1.0)
     return values
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from holdfast.parallel.pipeline import WeightGradientQueue
     from holdfast.parallel.tensor_parallel import TensorParallel
-    from holdfast.trainer.models.compilation import Piece
+    from holdfast.trainer.models.compilation import Region
 
 M = TypeVar("M", bound=ModelConfig)
 M_contra = TypeVar("M_contra", bound=ModelConfig, contravariant=True)
@@ -46,12 +46,12 @@ class ChunkContext:
     seed: int
     """The seed of dropout."""
     compiles: bool = False
-    """Whether the family's pieces are compiled."""
+    """Whether the family's regions are compiled."""
 
 
 @dataclass(frozen=True, slots=True)
-class PieceSizes:
-    """The sizes that a family's pieces have on every rank of a run."""
+class RegionSizes:
+    """The sizes that a family's regions have on every rank of a run."""
 
     tensor: int
     """The tensor-parallel degree."""
@@ -93,7 +93,7 @@ class LayerTable(Protocol[M_contra]):
 
 @dataclass(frozen=True, slots=True)
 class Family(Generic[M]):
-    """A model family. Only `modules` and `compiled_pieces` need torch."""
+    """A model family. Only `modules` and `compiled_regions` need torch."""
 
     section: type[M]
     """The `[model]` section: `ModelConfig`, or a struct derived from it with more keys."""
@@ -117,7 +117,7 @@ class Family(Generic[M]):
     """(section, tensor degree, layers) -> a section of small sizes that divide as before."""
     tensor_share: Callable[[M, int], M]
     """(section, tensor degree) -> a one-layer section of the size of one tensor rank's part."""
-    compiled_pieces: Callable[[M, PieceSizes], Iterator[Piece]] | None = None
+    compiled_regions: Callable[[M, RegionSizes], Iterator[Region]] | None = None
     """(section, sizes) -> the functions that `train.compile` compiles, for each shape that they
     have on some rank. None: there are none."""
 

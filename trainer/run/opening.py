@@ -117,6 +117,11 @@ def opened_run(request: RunRequest) -> Iterator[OpenedRun]:
             note = idle_cores_note(config, request.ranks_here)
             if note:
                 say(note)
+        if config.train.compile:
+            say(
+                "compiling regions of the model before the first step: up to a minute, or seconds "
+                "where it has been done before"
+            )
         if not config.train.compile:  # compiled code serves other runs of this machine too
             held.enter_context(torch_caches_in(run.log(0).parent))
         yield OpenedRun(config, run)

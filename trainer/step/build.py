@@ -13,7 +13,7 @@ from holdfast.parallel.comm import Backend, build_groups
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.models import PieceSizes, compile_pieces, family_of
+from holdfast.trainer.models import RegionSizes, compile_regions, family_of
 from holdfast.trainer.step.planning import plan_of
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.worlds import WorldInfo
@@ -51,10 +51,10 @@ def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
         ConfigError: torch cannot compile on this machine.
     """
     train, parallel = config.train, config.parallel
-    pieces = family_of(config.model.family).compiled_pieces
-    if not train.compile or pieces is None:
+    regions = family_of(config.model.family).compiled_regions
+    if not train.compile or regions is None:
         return []
-    sizes = PieceSizes(
+    sizes = RegionSizes(
         tensor=parallel.tensor,
         rows=train.seq_len // (parallel.tensor if parallel.sequence_parallel else 1),
         seq_len=train.seq_len,
@@ -62,7 +62,7 @@ def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
         dtype=PRECISIONS[train.precision].dtype,
         device=device,
     )
-    return compile_pieces(pieces(config.model, sizes), train.seed)
+    return compile_regions(regions(config.model, sizes), train.seed)
 
 
 def backend_of(config: RunConfig, device: torch.device) -> Backend:

@@ -39,7 +39,7 @@ def make_certificate(config: RunConfig, device: torch.device) -> dict[str, str]:
         **_of_products(config, device),
         "functions": _hashed(_functions(config, device)),
         **_of_model(config, device),
-        **_of_pieces(config, device),
+        **_of_regions(config, device),
         "update": _hashed(_updated(config, device)),
     }
 
@@ -102,7 +102,7 @@ def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
     return {"forward pass": _hashed([loss.detach()]), "backward pass": _hashed(gradients)}
 
 
-def _of_pieces(config: RunConfig, device: torch.device) -> dict[str, str]:
+def _of_regions(config: RunConfig, device: torch.device) -> dict[str, str]:
     """The compiled parts of a layer, if there are any: at the run's sizes, with its own code."""
     results = compile_model(config, device)
     return {"compiled passes": _hashed(results)} if results else {}

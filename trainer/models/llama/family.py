@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from holdfast.parallel.layout import LayerSpec
-from holdfast.trainer.models.family import ChunkContext, Family, PieceSizes
+from holdfast.trainer.models.family import ChunkContext, Family, RegionSizes
 from holdfast.trainer.models.llama.huggingface import config_json, differences
 from holdfast.trainer.models.llama.rules import problems
 from holdfast.trainer.models.llama.sizes import tensor_share, tiny
@@ -16,7 +16,7 @@ from holdfast.trainer.models.section import ModelConfig
 if TYPE_CHECKING:
     from torch import nn
 
-    from holdfast.trainer.models.compilation import Piece
+    from holdfast.trainer.models.compilation import Region
 
 
 def modules(model: ModelConfig, context: ChunkContext) -> Callable[[int, LayerSpec], nn.Module]:
@@ -26,11 +26,11 @@ def modules(model: ModelConfig, context: ChunkContext) -> Callable[[int, LayerSp
     return module_builder(model, context)
 
 
-def compiled_pieces(model: ModelConfig, sizes: PieceSizes) -> Iterator[Piece]:
+def compiled_regions(model: ModelConfig, sizes: RegionSizes) -> Iterator[Region]:
     """The functions that `train.compile` compiles. Imports torch."""
-    from holdfast.trainer.models.llama.pieces import pieces
+    from holdfast.trainer.models.llama.regions import regions
 
-    return pieces(model, sizes)
+    return regions(model, sizes)
 
 
 FAMILY = Family(
@@ -42,5 +42,5 @@ FAMILY = Family(
     differences=differences,
     tiny=tiny,
     tensor_share=tensor_share,
-    compiled_pieces=compiled_pieces,
+    compiled_regions=compiled_regions,
 )

@@ -26,7 +26,7 @@ from holdfast.parallel.tensor_parallel import (
 )
 from holdfast.trainer.models.compilation import compiled
 from holdfast.trainer.models.family import ChunkContext
-from holdfast.trainer.models.llama.pieces import (
+from holdfast.trainer.models.llama.regions import (
     RotaryTables,
     attend,
     gate,
@@ -35,9 +35,9 @@ from holdfast.trainer.models.llama.pieces import (
 )
 from holdfast.trainer.models.section import ModelConfig
 
-_Piece = Callable[..., Tensor]
-Choice = Callable[[_Piece], _Piece]
-"""Gives the form in which a piece is called: as it is, or compiled."""
+_Region = Callable[..., Tensor]
+Choice = Callable[[_Region], _Region]
+"""Gives the form in which a region is called: as it is, or compiled."""
 
 
 class _Dropout(torch.autograd.Function):
@@ -232,8 +232,8 @@ class Head(nn.Module):
         return cross_entropy_sum(self.logits(value), targets, self._first, self._tp.group)
 
 
-def _as_it_is(piece: _Piece) -> _Piece:
-    return piece
+def _as_it_is(region: _Region) -> _Region:
+    return region
 
 
 def module_builder(

@@ -84,7 +84,7 @@ def test_compiled_layouts_have_the_same_bits_and_compile_before_ranks_are_connec
             parallel=keys,
             offload=offload or {},
         )
-        job = "test_compiled_pieces:train_and_evaluate"
+        job = "test_compiled_regions:train_and_evaluate"
         plain = msgspec.to_builtins(config)
         first, *others = pool.run(job, world_size_of(config), timeout_s=300, config=plain)
         assert all(other == first for other in others)
@@ -106,7 +106,7 @@ def test_compiled_layouts_have_the_same_bits_and_compile_before_ranks_are_connec
         assert near == pytest.approx([float.fromhex(value) for value in plain[name]], rel=1e-5)
 
 
-def called_pieces(
+def called_regions(
     rank: int, world_size: int, store: Store, *, config: dict
 ) -> tuple[list[str], list[str]]:
     """The calls that a rank compiles before it trains, and those of a step and an evaluation."""
@@ -152,7 +152,7 @@ def test_every_shape_of_a_tensor_group_is_compiled_beforehand_on_all_of_its_rank
         parallel={"tensor": 2, "pipeline": 2, "sequence_parallel": sequence_parallel},
     )
     ranks = cluster.run(
-        "test_compiled_pieces:called_pieces",
+        "test_compiled_regions:called_regions",
         world_size_of(config),
         config=msgspec.to_builtins(config),
     )

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.parallel.layout import even_range
-from holdfast.trainer.models.compilation import Piece
-from holdfast.trainer.models.family import PieceSizes
+from holdfast.trainer.models.compilation import Region
+from holdfast.trainer.models.family import RegionSizes
 from holdfast.trainer.models.section import ModelConfig
 
 
@@ -88,8 +88,8 @@ def heads_of(model: ModelConfig, tensor: int) -> tuple[int, int]:
     return model.heads // tensor, max(1, model.kv_heads // tensor)
 
 
-def pieces(model: ModelConfig, sizes: PieceSizes) -> Iterator[Piece]:
-    """The pieces of a layer; the head's norm is one of them."""
+def regions(model: ModelConfig, sizes: RegionSizes) -> Iterator[Region]:
+    """The regions of a layer; the head's norm is one of them."""
 
     def value(rows: int, features: int) -> Tensor:
         return torch.empty(
@@ -102,15 +102,15 @@ def pieces(model: ModelConfig, sizes: PieceSizes) -> Iterator[Piece]:
         )
 
     weight = nn.Parameter(torch.empty(model.hidden, dtype=sizes.dtype, device=sizes.device))
-    yield Piece(norm, (value(sizes.rows, model.hidden), weight, model.norm_eps))
+    yield Region(norm, (value(sizes.rows, model.hidden), weight, model.norm_eps))
     heads, kv_heads = heads_of(model, sizes.tensor)
     tables = RotaryTables.of(model, sizes.seq_len, sizes.dtype, sizes.device)
     projected = value(sizes.seq_len, (heads + 2 * kv_heads) * model.dim_per_head)
-    yield Piece(attend, (projected, *tables, heads, kv_heads))
+    yield Region(attend, (projected, *tables, heads, kv_heads))
     parts = {
         stop - start
         for index in range(sizes.tensor)
         for start, stop in [even_range(model.intermediate, sizes.tensor, index)]
     }
     for part in sorted(parts):
-        yield Piece(gate, (value(sizes.seq_len, 2 * part),))
+        yield Region(gate, (value(sizes.seq_len, 2 * part),))

@@ -16,7 +16,7 @@ from holdfast.trainer.step.training import Training
 class Memory:
     """What is in use and resident above what was when it was made; bytes."""
 
-    def __init__(self, device: torch.device, training: Training) -> None:
+    def __init__(self, device: torch.device, training: Training | None = None) -> None:
         self._device, self._training = device, training
         self._before = (self._in_use(), _of_status("VmRSS"))
         self._highest = 0
@@ -25,7 +25,7 @@ class Memory:
     def _in_use(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated()
-        offloader = self._training.offloader
+        offloader = None if self._training is None else self._training.offloader
         store = None if offloader is None else offloader._room.store
         read = store.memory.room_bytes if isinstance(store, DiskStore) else 0
         found = _mallinfo()

@@ -230,10 +230,13 @@ def require_room(config: RunConfig, ranks_here: int, machine: Machine | None = N
         return  # the state is in the memory of the GPUs
     needed = _rank_bytes(config) * ranks_here
     if needed > machine.memory_bytes:
+        parallel = config.parallel
+        shared = parallel.data == 1 or (parallel.shard == "parameters" and not parallel.shard_group)
+        share = "" if shared else "set parallel.shard = 'parameters', "
         raise ConfigError(
             f"the {ranks_here} ranks here need about {needed / 2**30:,.1f} GiB, and this machine "
-            f"has {machine.memory_bytes / 2**30:,.1f}; see holdfast plan: lower the model or the "
-            "micro-batch, recompute or offload activations, or use more machines"
+            f"has {machine.memory_bytes / 2**30:,.1f}; see holdfast plan: {share}lower the model "
+            "or the micro-batch, recompute or offload activations, or use more machines"
         )
 
 

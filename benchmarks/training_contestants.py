@@ -89,7 +89,9 @@ class Place:
     """The address of the store's machine."""
 
 
-def our_config(work: Work, reduction: str, *, elastic: bool = False) -> RunConfig:
+def our_config(
+    work: Work, reduction: str, *, elastic: bool = False, shard: str = "optimizer"
+) -> RunConfig:
     return make_config(
         model=dict(work.model) | {"dropout": 0.0},
         train={
@@ -100,17 +102,18 @@ def our_config(work: Work, reduction: str, *, elastic: bool = False) -> RunConfi
         },
         optimizer={"lr": LR, "block_elements": 262144},
         numerics={"reduction": reduction},
-        parallel={"data": work.ranks},
+        parallel={"data": work.ranks, "shard": shard},
         elastic={"enabled": elastic},
     )
 
 
-def ours(work: Work, place: Place, reduction: str) -> Contestant:
+def ours(work: Work, place: Place, reduction: str, shard: str = "optimizer") -> Contestant:
     from holdfast.trainer.step.build import open_training
     from holdfast.trainer.worlds.world import local_world
 
     world = replace(local_world(place.rank, work.ranks), store_host=place.host)
-    return steps_of(open_training(our_config(work, reduction), world, place.store))
+    config = our_config(work, reduction, shard=shard)
+    return steps_of(open_training(config, world, place.store))
 
 
 def ours_elastic(work: Work, place: Place, reduction: str, redundancy: int) -> Contestant:
@@ -214,12 +217,16 @@ def ddp(work: Work, place: Place) -> Contestant:
     return plain(work, place, wrapped, lambda last: nullcontext() if last else wrapped.no_sync())
 
 
-def fsdp2(work: Work, place: Place, *, keeps_parameters: bool) -> Contestant:
+def fsdp2(
+    work: Work, place: Place, *, keeps_parameters: bool, keeps_gradients: bool = True
+) -> Contestant:
     """FSDP2, a group per block.
 
     Args:
         keeps_parameters: gather parameters once a step and keep them until its last backward pass;
             False (the default of FSDP2): gather them for each pass of each micro-batch.
+        keeps_gradients: keep whole gradients and reduce them once a step; False (its default):
+            reduce them, and keep a share, after each micro-batch.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -234,7 +241,7 @@ def fsdp2(work: Work, place: Place, *, keeps_parameters: bool) -> Contestant:
     fully_shard(model, **how)
 
     def exchanging(last: bool) -> Any:
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or not keeps_gradients)
         if keeps_parameters:
             model.set_reshard_after_backward(last)
         return nullcontext()
@@ -284,7 +291,13 @@ BUILDERS: Mapping[str, Callable[[Work, Place], Contestant]] = {
     "holdfast, exact": lambda work, place: ours(work, place, "exact"),
     "DDP, fused AdamW": ddp,
     "FSDP2, fused AdamW": lambda work, place: fsdp2(work, place, keeps_parameters=True),
-    "FSDP2, ZeRO-3": lambda work, place: fsdp2(work, place, keeps_parameters=False),
+    "FSDP2, whole gradients": lambda work, place: fsdp2(work, place, keeps_parameters=False),
+    "FSDP2, ZeRO-3": lambda work, place: fsdp2(
+        work, place, keeps_parameters=False, keeps_gradients=False
+    ),
+    "holdfast, fast, parameters": lambda work, place: ours(work, place, "fast", "parameters"),
+    "holdfast, exact, parameters": lambda work, place: ours(work, place, "exact", "parameters"),
+    "holdfast, exact, gradients": lambda work, place: ours(work, place, "exact", "gradients"),
     "DeepSpeed ZeRO-1": deepspeed_zero1,
     "holdfast, fast, elastic, no shadows": lambda work, place: ours_elastic(work, place, "fast", 0),
     "holdfast, fast, elastic, 1 shadow": lambda work, place: ours_elastic(work, place, "fast", 1),

@@ -9,9 +9,19 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 StepPhase = Literal[
-    "compute", "backward", "exchange", "fill", "reduce", "vote", "apply", "gather", "change"
+    "compute",
+    "prefetch",
+    "backward",
+    "exchange",
+    "fill",
+    "reduce",
+    "vote",
+    "apply",
+    "gather",
+    "change",
 ]
-"""compute, reduce, vote and apply follow each other in every step. backward: half of the backward
+"""compute, reduce, vote and apply follow each other in every step. prefetch: parameters of later
+layers are on their way, with parallel.shard = "parameters". backward: half of the backward
 passes of compute are done. exchange: the first gradient sums are on their way to their owners.
 fill: state is copied to a rank beside the step. gather: the first updated parameters are on their
 way to their holders. change: the ranks change."""

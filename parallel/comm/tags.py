@@ -41,7 +41,9 @@ REDUCTION: Final = TagRange("gradient sums on their way to owners", 1 << 28, 5 <
 STATE_TRANSFER: Final = TagRange("optimizer state after a change of ranks", 5 << 26, 3 << 27)
 SHADOW_GRADIENTS: Final = TagRange("reduced gradients on their way to shadows", 3 << 27, 7 << 26)
 BACKGROUND_TRANSFER: Final = TagRange("optimizer state beside steps", 7 << 26, 1 << 29)
-GATHERING: Final = TagRange("updated parameters on their way to holders", 1 << 29, 1 << 30)
+GATHERING: Final = TagRange("updated parameters on their way to holders", 1 << 29, 5 << 27)
+CONTRIBUTIONS: Final = TagRange("gradients on their way to keepers", 5 << 27, 3 << 28)
+LAYERS: Final = TagRange("parameters on their way to their use", 3 << 28, 7 << 27)
 COLLECTIVES: Final = TagRange("the parts of collectives", 1 << 30, (1 << 30) + (1 << 20))
 HANDSHAKES: Final = TagRange(
     "handshakes of transports", (1 << 30) + (1 << 20), (1 << 30) + (2 << 20)
@@ -55,6 +57,8 @@ RANGES: Final = (
     SHADOW_GRADIENTS,
     BACKGROUND_TRANSFER,
     GATHERING,
+    CONTRIBUTIONS,
+    LAYERS,
     COLLECTIVES,
     HANDSHAKES,
     BREAKING,
@@ -62,7 +66,7 @@ RANGES: Final = (
 """Every kind in use; tests/parallel/comm/test_tags.py checks that no two share a tag."""
 
 
-_BULK: Final = (REDUCTION, SHADOW_GRADIENTS, GATHERING)
+_BULK: Final = (REDUCTION, SHADOW_GRADIENTS, GATHERING, CONTRIBUTIONS, LAYERS)
 
 
 def is_bulk(tag: int) -> bool:

@@ -86,5 +86,7 @@ class LayerSpec:
     """The part that is recomputed in the backward pass, in the model's own words."""
     recompute_flops: float = 0.0
     """Operations of that recomputation for one micro-batch, counted likewise."""
+    forward_only: bool = False
+    """Whether the backward pass does not use the values of the layer's parameters."""
     vocab_chunk: int = 0
     """The head: the vocabulary entries whose logits are in memory at once; 0: all of them."""

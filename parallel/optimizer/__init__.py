@@ -1,7 +1,7 @@
 """The optimizer: gradient sums, their reduction, sharded state, shadows and state transfer.
 
-May import parallel.comm, parallel.errors, parallel.layout, parallel.plan, parallel.precision and
-_native.
+May import parallel.comm, parallel.errors, parallel.layout, parallel.plan, parallel.precision,
+parallel.schedules and _native.
 """
 
 import lazy_loader

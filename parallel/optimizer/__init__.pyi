@@ -19,6 +19,7 @@ from .owned_state import (
     OwnedState as OwnedState,
 )
 from .parameter_buffer import (
+    KeptSpans as KeptSpans,
     ParameterBuffer as ParameterBuffer,
     Segment as Segment,
 )
@@ -41,6 +42,10 @@ from .sharded import (
     ShardedOptimizer as ShardedOptimizer,
     clipping_factor as clipping_factor,
     norm_from_squares as norm_from_squares,
+)
+from .sharding import (
+    LayerParameters as LayerParameters,
+    kept_spans as kept_spans,
 )
 from .state_transfer import (
     move_blocks as move_blocks,

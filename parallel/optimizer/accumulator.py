@@ -7,7 +7,7 @@ Fast mode adds in the gradient's accumulation dtype, in the order of computation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from holdfast.parallel.optimizer.kernels import (
     OUT_OF_RANGE as OUT_OF_RANGE,
     operations_of,
 )
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
+from holdfast.parallel.optimizer.parameter_buffer import KeptSpans, ParameterBuffer, Span
 from holdfast.parallel.precision import precision_of
 
 
@@ -34,8 +34,17 @@ class GradientSource(Protocol):
         ...
 
 
+Share = Callable[[int, nn.Parameter, Tensor], None]
+"""Takes a micro-batch's gradient of a parameter, which is not changed any more."""
+
+
+def _keep_whole(micro_batch: int, parameter: nn.Parameter, gradient: Tensor) -> None:
+    """What takes shared gradients while no step runs."""
+    raise RuntimeError("a gradient of a shared parameter was computed outside of a step")
+
+
 class GradientAccumulator:
-    """The `GradientSink` of one rank: a flat buffer of sums laid out like the rank's parameters.
+    """The `GradientSink` of one rank: a flat tensor of the sums that the rank keeps.
 
     `exact` selects the arithmetic; see the module's docstring. Local. Its attributes are the sums
     and their views, the arithmetic, and what the running step has brought and still brings.
@@ -48,18 +57,26 @@ class GradientAccumulator:
         exact: bool,
         fraction_bits: int,
         queues: Iterable[GradientSource] = (),
+        kept: KeptSpans | None = None,
     ) -> None:
         """Subscribe to the gradients of all parameters of `buffer`. Local.
 
         Args:
             queues: the queues that bring weight gradients here past autograd.
+            kept: as for `keep`; None: all sums.
         """
         self.exact = exact
         self.fraction_bits = fraction_bits
         self._buffer = buffer
         values = buffer.values
         dtype = torch.int64 if exact else precision_of(values.dtype).state.dtype
-        self.sums: Tensor = torch.zeros(values.shape, dtype=dtype, device=values.device)
+        self.sums: Tensor = torch.zeros(0, dtype=dtype, device=values.device)
+        """The sums of what is kept."""
+        self.kept = KeptSpans([])
+        """What `sums` has of the index space of `buffer`."""
+        self._shared: frozenset[nn.Parameter] = frozenset()
+        """The parameters whose gradients go to the ranks that keep their sums."""
+        self._share: Share = _keep_whole
         self._flags = torch.zeros((), dtype=torch.int64, device=values.device)
         self._operations = operations_of(values.device)
         self._micro_batch = -1
@@ -70,18 +87,35 @@ class GradientAccumulator:
         self._left: dict[nn.Parameter, int] = {}
         """The micro-batches whose gradients a parameter is still offered in this step."""
         self._complete: Callable[[Iterable[nn.Parameter]], None] = _untold
-        largest = max((parameter.numel() for parameter in buffer.parameters), default=0)
-        self._scratch = torch.empty(
-            largest if exact else 0, dtype=values.dtype, device=values.device
-        )
-        self._empty: set[nn.Parameter] = set(buffer.parameters)
-        self._views = {
-            p: self.sums[slice(*buffer.place(p))].view(p.shape) for p in buffer.parameters
-        }
+        self._scratch = torch.empty(0, dtype=values.dtype, device=values.device)
+        self._empty: set[nn.Parameter] = set()
+        self._views: dict[nn.Parameter, Tensor] = {}
+        self.keep(buffer.whole if kept is None else kept)
         for parameter in buffer.parameters:
             parameter.register_post_accumulate_grad_hook(self._take_ordinary_gradient)
         for queue in queues:
             queue.subscribe(self)
+
+    def keep(self, kept: KeptSpans, shared: frozenset[nn.Parameter] = frozenset()) -> None:
+        """Keep the sums of these elements from now on. Sums that are here are lost if they differ.
+
+        Args:
+            shared: the parameters that are not kept whole: their gradients are handed on.
+        """
+        if kept == self.kept and shared == self._shared and self._views:
+            return  # what an interrupted step has summed stays
+        self._shared = shared
+        if kept != self.kept:
+            self.kept, self.sums = kept, self.sums.new_zeros(kept.elements)
+        own = [p for p in self._buffer.parameters if kept.elements and p not in shared]
+        self._views = {p: kept.of(self.sums, *self._buffer.place(p)).view(p.shape) for p in own}
+        self._empty = set(own)
+        largest = max((parameter.numel() for parameter in own), default=0)
+        self._scratch = self._scratch.new_empty(largest if self.exact else 0)
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """The kept sums [start, stop): a view of `sums`."""
+        return self.kept.of(self.sums, start, stop)
 
     def begin_gradients(self, micro_batch: int, skipped: frozenset[nn.Parameter]) -> None:
         """Before a micro-batch's gradients; those of `skipped` parameters are not added again."""
@@ -94,20 +128,22 @@ class GradientAccumulator:
         if self.exact:
             self.sums.zero_()
         else:
-            self._empty = set(self._buffer.parameters)
+            self._empty = set(self._views)
 
     def expect(
         self,
         offers: Mapping[nn.Parameter, int],
         complete: Callable[[Iterable[nn.Parameter]], None],
+        share: Share = _keep_whole,
     ) -> None:
         """Say how many gradients each parameter is offered from now on, skipped ones included.
 
         Args:
             offers: the number for each parameter of the buffer.
             complete: called, from the thread that adds, with parameters that get no more of them.
+            share: takes the gradients of shared parameters.
         """
-        self._left, self._complete = dict(offers), complete
+        self._left, self._complete, self._share = dict(offers), complete, share
         self._end([parameter for parameter, count in offers.items() if not count])
 
     def finish(self) -> int:
@@ -122,7 +158,7 @@ class GradientAccumulator:
         Parameters refer to this object where Python's garbage collector does not look, so between
         steps it refers to nothing that has connections.
         """
-        self._left, self._complete = {}, _untold
+        self._left, self._complete, self._share = {}, _untold, _keep_whole
 
     def _end(self, parameters: Iterable[nn.Parameter]) -> None:
         """Complete the sums of parameters that get no more gradients in this step."""
@@ -155,7 +191,9 @@ class GradientAccumulator:
         self._offered(parameter)
 
     def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        if self.exact:
+        if parameter in self._shared:
+            self._share(self._micro_batch, parameter, gradient.contiguous())
+        elif self.exact:
             self._add_exact(parameter, gradient.contiguous())
         elif parameter in self._empty:
             self._empty.discard(parameter)
@@ -178,10 +216,14 @@ class GradientAccumulator:
     def _add_matmul(
         self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor
     ) -> None:
-        whole = self._views[parameter]
-        if self.exact:
+        shares = parameter in self._shared
+        if shares:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        elif self.exact:
             whole = self._scratch[: parameter.numel()].view(parameter.shape)
-        writes = self.exact or parameter in self._empty
+        else:
+            whole = self._views[parameter]
+        writes = shares or self.exact or parameter in self._empty
         start = 0
         for block in grad_output:
             rows, transposed = whole[start : start + block.shape[1]], block.t()
@@ -194,7 +236,9 @@ class GradientAccumulator:
             else:
                 rows.addmm_(transposed, value)
         self._empty.discard(parameter)
-        if self.exact:
+        if shares:
+            self._share(self._micro_batch, parameter, whole)
+        elif self.exact:
             self._add_exact(parameter, whole)
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
@@ -204,7 +248,10 @@ class GradientAccumulator:
         self._offered(parameter)
 
     def _add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
-        if not self.exact:
+        if parameter in self._shared:
+            whole = torch.zeros(parameter.shape, dtype=gradient.dtype, device=gradient.device)
+            self._share(self._micro_batch, parameter, whole.index_copy_(0, rows, gradient))
+        elif not self.exact:
             if parameter in self._empty:
                 self._empty.discard(parameter)
                 self._views[parameter].zero_()
@@ -217,6 +264,33 @@ class GradientAccumulator:
                 self.fraction_bits,
                 self._flags,
             )
+
+    def add_kept(
+        self, spans: Sequence[Span], gradient: Tensor, flags: Tensor, *, first: bool
+    ) -> None:
+        """Add a gradient to kept sums, also those of other ranks' micro-batches.
+
+        From any thread, one at a time.
+
+        Args:
+            spans: the places of the gradient in the index space, in order.
+            flags: int64 scalar, which gets NONFINITE and OUT_OF_RANGE.
+            first: whether it is the first of the step.
+        """
+        parts = [self.part(span.start, span.stop) for span in spans]
+        pieces = gradient.split([part.numel() for part in parts])
+        for part, piece in zip(parts, pieces, strict=True):
+            if self.exact:
+                self._operations.accumulate(part, piece, self.fraction_bits, flags)
+            elif first:
+                part.copy_(piece)
+            else:
+                part.add_(piece)
+
+    def clear_kept(self, spans: Iterable[Span]) -> None:
+        """Set kept sums to zero, which get no gradient in this step."""
+        for span in spans:
+            self.part(span.start, span.stop).zero_()
 
     def add_to(self, total: Tensor, other: Tensor) -> int:
         """Add `other` to `total`, parts of sums of one shape. Returns OUT_OF_RANGE on overflow."""
@@ -246,6 +320,6 @@ class GradientAccumulator:
 
     def _take_ordinary_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
-        if parameter.grad is not None:
-            self.add(parameter, parameter.grad)
-            parameter.grad = None
+        gradient, parameter.grad = parameter.grad, None  # nothing is left if a keeper is gone
+        if gradient is not None:
+            self.add(parameter, gradient)

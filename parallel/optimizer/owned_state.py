@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from holdfast.parallel.optimizer.exchange import OwnedBlock, Span
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
+from holdfast.parallel.optimizer.exchange import OwnedBlock
+from holdfast.parallel.optimizer.host_update import HostUpdate
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
 from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
 
 
@@ -31,27 +32,46 @@ class OwnedState:
     """The tensors of the `form.saved` kinds; live memory."""
     spans: tuple[Span, ...]
     """The span of each block in these tensors."""
+    host: HostUpdate | None = None
+    """The update on the host, if the state lies there."""
 
     @classmethod
     def new(
-        cls, form: StateFormat, buffer: ParameterBuffer, blocks: tuple[OwnedBlock, ...]
+        cls,
+        form: StateFormat,
+        buffer: ParameterBuffer,
+        blocks: tuple[OwnedBlock, ...],
+        *,
+        on_host: bool = False,
     ) -> OwnedState:
-        """The state before the first update."""
+        """The state before the first update.
+
+        Args:
+            on_host: whether it lies in host memory, page-locked beside a GPU, and is updated there.
+        """
         spans: list[Span] = []
         end = 0
         for block in blocks:
             spans.append(Span(end, end + block.block.elements))
             end = spans[-1].stop
         device = buffer.values.device
-        zeros = {kind: torch.zeros(end, dtype=form.dtype, device=device) for kind in form.saved}
+        place = torch.device("cpu") if on_host else device
+        pinned = on_host and device.type == "cuda"
+        zeros = {
+            kind: torch.zeros(end, dtype=form.dtype, device=place, pin_memory=pinned)
+            for kind in form.saved
+        }
+        gradients = torch.zeros(end, dtype=form.dtype, device=device)
+        places = [Span(block.start, block.stop) for block in blocks]
         state = cls(
             form,
             buffer,
             blocks,
-            step=torch.zeros((), dtype=torch.float32, device=device),
-            gradients=torch.zeros(end, dtype=form.dtype, device=device),
+            step=torch.zeros((), dtype=torch.float32, device=place),
+            gradients=gradients,
             kinds=zeros,
             spans=tuple(spans),
+            host=HostUpdate(buffer, places, gradients, zeros.get(MASTER)) if on_host else None,
         )
         for kind in form.rule.kinds:
             if kind.initial:
@@ -82,7 +102,7 @@ class OwnedState:
         master = self.kinds.get(MASTER)
         if master is not None:
             for block, span in zip(self.blocks, self.spans, strict=True):
-                values = self.buffer.values[block.start : block.stop]
+                values = self.buffer.part(block.start, block.stop)
                 master[span.start : span.stop].copy_(values)
 
     def round_masters(self, begin: int, end: int) -> None:
@@ -90,26 +110,50 @@ class OwnedState:
         master = self.kinds.get(MASTER)
         if master is not None:
             for block, span in zip(self.blocks[begin:end], self.spans[begin:end], strict=True):
-                values = self.buffer.values[block.start : block.stop]
+                values = self.buffer.part(block.start, block.stop)
                 values.copy_(master[span.start : span.stop])
 
     def block(self, number: int) -> dict[str, Tensor]:
         """One block's live state by kind (`form.held`), flat."""
         block, span = self.blocks[number], self.spans[number]
         found = {kind: values[span.start : span.stop] for kind, values in self.kinds.items()}
-        return {MASTER: self.buffer.values[block.start : block.stop], **found}
+        return {MASTER: self.buffer.part(block.start, block.stop), **found}
 
     def updates(self) -> list[BlockUpdate]:
         """The input of the rule's update, for each block."""
-        return [
-            block_update(
-                self.form,
+        found = []
+        for number, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
+            state, gradients, here = (
                 self.block(number),
-                self.gradients[span.start : span.stop],
-                decays=block.segment.spec.decay,
+                self.gradients,
+                slice(span.start, span.stop),
             )
-            for number, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True))
-        ]
+            if self.host is not None:
+                state[MASTER], gradients = self.host.master[here], self.host.gradients
+            decays = block.segment.spec.decay
+            found.append(block_update(self.form, state, gradients[here], decays=decays))
+        return found
+
+    def begin_update(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Begin an update of runs of blocks [first, last), in this order."""
+        self.step.add_(1)
+        if self.host is not None:
+            self.host.begin([(first, last, self._elements(first, last)) for first, last in runs])
+
+    def await_update(self, first: int) -> None:
+        """Wait until the run that begins with a block can be updated."""
+        if self.host is not None:
+            self.host.wait(first)
+
+    def end_update(self, first: int, last: int) -> None:
+        """Set the parameters of an updated run from what has been updated, if that is a copy."""
+        if self.host is not None:
+            self.host.write_back(first, last, self.spans[first].start)
+        else:
+            self.round_masters(first, last)
+
+    def _elements(self, first: int, last: int) -> Span:
+        return Span(self.spans[first].start, self.spans[last - 1].stop)
 
 
 def block_update(

@@ -10,16 +10,17 @@ owner uses. Exact-mode safe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.parallel.optimizer.exchange import Span, follower_routes
+from holdfast.parallel.optimizer.exchange import follower_routes
 from holdfast.parallel.optimizer.fence import Fence
 from holdfast.parallel.optimizer.owned_state import block_update
+from holdfast.parallel.optimizer.parameter_buffer import Span
 from holdfast.parallel.optimizer.rule import MASTER, BlockUpdate, StateFormat
 from holdfast.parallel.plan import BlockKey, Plan
 
@@ -209,15 +210,19 @@ class ShadowState:
         """Continue after `step` updates, once `state` has been filled."""
         self._copies.step.fill_(step)
 
-    def write_weights(self, values: Tensor, places: Mapping[BlockKey, tuple[Span, ...]]) -> None:
-        """Write the parameters of followed blocks to their places in a rank's flat parameters.
+    def write_weights(
+        self,
+        part: Callable[[int, int], Tensor],
+        places: Mapping[BlockKey, tuple[Span, ...]],
+    ) -> None:
+        """Write the parameters of followed blocks to their places among a rank's parameters.
 
         They are bit-equal to those of their owners. Local.
         """
         master = self._copies.kinds[MASTER]
         for block in self.blocks:
             for span in places.get(block.key, ()):
-                values[span.start : span.stop].copy_(master[block.start : block.stop])
+                part(span.start, span.stop).copy_(master[block.start : block.stop])
 
     def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:
         """Apply the update of the committed step. Local.

@@ -34,8 +34,18 @@ from holdfast.parallel.optimizer.owned_state import OwnedState
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.optimizer.rule import StateFormat
 from holdfast.parallel.optimizer.shadow_state import ShadowState
+from holdfast.parallel.optimizer.sharding import shared_gradients
 from holdfast.parallel.optimizer.summed_copies import OwnParts, sum_over_copies, summed_segments
-from holdfast.parallel.plan import Plan
+from holdfast.parallel.plan import Plan, shards
+
+
+def routes_of_parameters(
+    found: Routes, plan: Plan, rank: int, buffer: ParameterBuffer, exchange: ExchangeSettings
+) -> Routes:
+    """The routes of parameters: those of gradients, `found`, unless other ranks keep them. Pure."""
+    if not shards(plan, "gradients"):
+        return found
+    return routes(plan, rank, buffer, exchange.bucket_elements, "parameters")
 
 
 def clipping_factor(gradient_norm: float, clip_norm: float) -> float:
@@ -72,6 +82,7 @@ class ShardedOptimizer:
         arrival: ParameterArrival,
         shadows: ShadowState | None = None,
         exchange: ExchangeSettings | None = None,
+        on_host: bool = False,
         before: OwnedState | None = None,
     ) -> None:
         """Local.
@@ -83,24 +94,29 @@ class ShardedOptimizer:
             arrival: awaits gathered parameters before the buffer's modules use them.
             shadows: the blocks that this rank follows; None if no rank follows any.
             exchange: the choices of the run; None: the defaults.
+            on_host: whether the state lies in host memory, and is updated there.
             before: the optimizer of the plan before; its tensors are reused where possible.
         """
         exchange = exchange or ExchangeSettings()
         self._accumulator, self._rank = accumulator, rank
         self._world, self._shards = groups.world, groups.shards
         self._settings = settings
-        self._routes: Routes = routes(plan, rank, buffer, exchange.bucket_elements)
+        self._routes: Routes = routes(plan, rank, buffer, exchange.bucket_elements, "gradients")
+        self._parameter_routes = routes_of_parameters(self._routes, plan, rank, buffer, exchange)
         self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._routes.shard_index])
         self.slots = sum(len(blocks) for blocks in plan.blocks)
         """The number of block keys of the plan: the length of the squares that `reduce` gives."""
         owned = self._routes.owned
         carried = before.carried_on(buffer, owned) if before is not None else None
-        self.owned_state = carried or OwnedState.new(form, buffer, owned)
+        self.owned_state = carried or OwnedState.new(form, buffer, owned, on_host=on_host)
         self._updates = self.owned_state.updates()
         self._own_parts: OwnParts | None = None
         self._shadows, self._arrival = shadows, arrival
+        self._sharing = shared_gradients(
+            plan, rank, buffer, accumulator, groups.world, exchange.reduce_dtype
+        )
         self._to_others = gathering(
-            self._routes,
+            self._parameter_routes,
             rank,
             lambda key, holder: bool(plan.shadows) and holder in plan.shadows[key[0]][key[1]],
         )
@@ -177,26 +193,48 @@ class ShardedOptimizer:
         """
         if self._own_parts is not None:
             self._own_parts.begin_step()
-        self._exchange.begin(sending)
+        if self._sharing is None:
+            self._exchange.begin(sending)
+        else:
+            self._exchange.begin(lambda: None)
+            self._sharing.begin(self._exchange.complete, sending)
         self.go_on(offers)
 
     def go_on(self, offers: Mapping[nn.Parameter, int]) -> None:
         """Say again how many gradients each parameter is offered from now on. Local."""
         segments = summed_segments(self.owned_state.buffer) if self._shards.size > 1 else ()
         later = {segment.parameter for segment in segments}
+        if self._sharing is None:
+            self._accumulator.expect(
+                offers, lambda found: self._exchange.complete([p for p in found if p not in later])
+            )
+            return
+        later |= self._sharing.parameters
         self._accumulator.expect(
-            offers, lambda found: self._exchange.complete([p for p in found if p not in later])
+            offers,
+            lambda found: self._exchange.complete([p for p in found if p not in later]),
+            self._sharing.add,
         )
 
     def close(self) -> None:
         """End what an interrupted step has begun, once the communicators are aborted. Local."""
         self._exchange.close()
+        if self._sharing is not None:
+            self._sharing.close()
         self._accumulator.forget()
 
     def restore_own_sums(self) -> None:
         """Undo an interrupted `reduce`: the sums are this rank's own again. Local."""
         if self._own_parts is not None:
             self._own_parts.restore()
+
+    def finish_sums(self) -> int:
+        """Complete the sums that this rank keeps, before any is reduced. Returns flags.
+
+        Collective over its shard group.
+        """
+        flags = self._accumulator.finish()
+        return flags if self._sharing is None else flags | self._sharing.finish()
 
     def reduce(self) -> tuple[Tensor, int]:
         """Complete the gradient of every block that this rank owns or follows.
@@ -207,7 +245,7 @@ class ShardedOptimizer:
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
         accumulator, buffer = self._accumulator, self.owned_state.buffer
-        flags = accumulator.finish()
+        flags = self.finish_sums()
         if self._own_parts is not None:
             self._own_parts.keep()
         flags |= sum_over_copies(buffer, accumulator, self._shards)
@@ -235,10 +273,11 @@ class ShardedOptimizer:
         state = self.owned_state
         if factor != 1.0:
             state.gradients.mul_(factor)
-        state.step.add_(1)
+        state.begin_update([(owned.begin, owned.end) for owned in reversed(self._routes.mine)])
         free = len(self._updates) if fence is None else 0
         for owned in reversed(self._routes.mine):
             position = owned.begin
+            state.await_update(position)
             while position < owned.end:
                 if fence is not None and position >= free:
                     free = fence(position) + 1
@@ -247,7 +286,7 @@ class ShardedOptimizer:
                     self._updates[position:stop], state.step, lr, self._settings
                 )
                 position = stop
-            state.round_masters(owned.begin, owned.end)
+            state.end_update(owned.begin, owned.end)
             yield owned.bucket.row
         if fence is not None:
             fence(len(self._updates))
@@ -268,22 +307,22 @@ class ShardedOptimizer:
             fence: called before a block changes, with its position in `owned`.
             sending: called once the first parameters are on their way, or would be.
         """
-        values = self.owned_state.buffer.values
+        buffer = self.owned_state.buffer
         sends: list[Handle] = []
         for number, row in enumerate(self._updated_buckets(lr, factor, fence)):
-            sends += send_bucket(self._world, values, self._to_others, row)
+            sends += send_bucket(self._world, buffer, self._to_others, row)
             if number == 0:
                 sending()
         # Not before: until its fence has let all blocks go, a snapshot may copy what would arrive.
         self._receive(self._to_others, sends)
         if self._shadows is not None:
-            self._shadows.write_weights(values, self._to_others.updated_here)
+            self._shadows.write_weights(buffer.part, self._to_others.updated_here)
 
     def _receive(self, found: Gathering, sends: Sequence[Handle]) -> None:
-        values = self.owned_state.buffer.values
-        self._arrival.begin(receive_buckets(self._world, values, found), sends)
+        buffer = self.owned_state.buffer
+        self._arrival.begin(receive_buckets(self._world, buffer, found), sends)
         for first, second in found.copies:
-            values[second.start : second.stop].copy_(values[first.start : first.stop])
+            buffer.part(second.start, second.stop).copy_(buffer.part(first.start, first.stop))
 
     def round_masters(self) -> None:
         """Set the parameters of the owned blocks from master copies, if there are any. Local."""
@@ -291,12 +330,13 @@ class ShardedOptimizer:
 
     def gather(self) -> None:
         """Send every block's parameters from its owner to all holders. Collective over these."""
-        to_all = gathering(self._routes, self._rank, lambda key, holder: False)
-        values = self.owned_state.buffer.values
+        to_all = gathering(self._parameter_routes, self._rank, lambda key, holder: False)
         sends = [
             handle
             for owned in reversed(self._routes.mine)
-            for handle in send_bucket(self._world, values, to_all, owned.bucket.row)
+            for handle in send_bucket(
+                self._world, self.owned_state.buffer, to_all, owned.bucket.row
+            )
         ]
         self._receive(to_all, sends)
         self._arrival.finish()

@@ -33,20 +33,25 @@ def sum_over_copies(
     segments = summed_segments(buffer) if shards.size > 1 else ()
     if not segments:
         return 0
-    sums = accumulator.sums
-    mine = torch.cat([buffer.view(sums, segment).reshape(-1) for segment in segments])
+    views = [_sums_of(accumulator, segment) for segment in segments]
+    mine = torch.cat(views)
     parts = [torch.empty_like(mine) for _ in range(shards.size)]
     shards.all_gather(parts, mine).wait()
     flags, start = 0, 0
-    for segment in segments:
+    for segment, view in zip(segments, views, strict=True):
         stop = start + segment.spec.elements
         summed = [parts[index][start:stop] for index in segment.spec.summed]
         total = summed[0].clone()
         for part in summed[1:]:
             flags |= accumulator.add_to(total, part)
-        buffer.view(sums, segment).copy_(total.view(segment.spec.box.shape))
+        view.copy_(total)
         start = stop
     return flags
+
+
+def _sums_of(accumulator: GradientAccumulator, segment: Segment) -> Tensor:
+    """The sums of a segment that this rank keeps whole: a flat view."""
+    return accumulator.part(segment.offset, segment.offset + segment.spec.elements)
 
 
 class OwnParts:
@@ -54,8 +59,7 @@ class OwnParts:
 
     def __init__(self, buffer: ParameterBuffer, accumulator: GradientAccumulator) -> None:
         """Allocate the copies."""
-        sums = accumulator.sums
-        self._parts = [buffer.view(sums, segment) for segment in summed_segments(buffer)]
+        self._parts = [_sums_of(accumulator, segment) for segment in summed_segments(buffer)]
         self._kept: list[Tensor] | None = None
 
     def begin_step(self) -> None:

@@ -124,3 +124,7 @@ class Chunk(nn.Module):
     def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
         """(layer index, table row, parameter) of each parameter, in layer then table order."""
         raise NotImplementedError
+
+    def modules_by_layer(self) -> list[tuple[int, nn.Module]]:
+        """Each layer's index and module, in forward order."""
+        raise NotImplementedError

@@ -9,6 +9,12 @@ from .block_transfers import (
     missing_blocks as missing_blocks,
     plan_block_transfers as plan_block_transfers,
 )
+from .buffers import (
+    LAYERS_AHEAD as LAYERS_AHEAD,
+    MESSAGE_BYTES as MESSAGE_BYTES,
+    MESSAGES_AHEAD as MESSAGES_AHEAD,
+    staged_bytes as staged_bytes,
+)
 from .cost import (
     RankMemory as RankMemory,
     action_cost as action_cost,
@@ -29,6 +35,7 @@ from .ownership import (
 )
 from .plan import (
     Plan as Plan,
+    Shard as Shard,
     block_box as block_box,
 )
 from .programs import (
@@ -44,4 +51,15 @@ from .replan import (
 from .serialization import (
     plan_from_data as plan_from_data,
     plan_to_data as plan_to_data,
+)
+from .sharding import (
+    Contribution as Contribution,
+    KeptKind as KeptKind,
+    all_keepers as all_keepers,
+    contribution_order as contribution_order,
+    is_summed as is_summed,
+    keepers as keepers,
+    shard_group as shard_group,
+    shards as shards,
+    use_order as use_order,
 )

@@ -6,13 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from holdfast.parallel.layout import LayerSpec
+from holdfast.parallel.plan.buffers import PACKED_BYTES, buffer_bytes
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
+from holdfast.parallel.plan.sharding import (
+    KEPT_KINDS,
+    KeptKind,
+    keepers,
+    shard_group,
+    shards,
+    use_order,
+)
 from holdfast.parallel.precision import Precision
 from holdfast.parallel.schedules import Action, Op, Timeline, peak_in_flight, simulate
 
-PACKED_BYTES = 5
-"""The bytes of a packed integer sum that estimates assume: 4.1 to 5.2 were measured."""
 _BACKWARD_SHARE = {
     Op.FORWARD: 1.0,
     Op.BACKWARD: 2.0,
@@ -27,15 +34,18 @@ class RankMemory:
 
     parameters: int
     gradients: int
-    """The accumulator: int64 in exact mode."""
+    """The sums that the rank keeps: int64 in exact mode."""
     optimizer: int
     """Reduced gradients, and the optimizer's kinds of state, of the blocks that this rank owns."""
     activations: int
     """Activations at the fullest moment of a step."""
+    buffers: int
+    """Gradients and messages under way, and layers of shared parameters; see `buffer_bytes`."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        kept = self.parameters + self.gradients + self.optimizer
+        return kept + self.activations + self.buffers
 
 
 def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], float]:
@@ -85,9 +95,13 @@ class ExchangedBytes:
     """The bytes that one rank sends to its replicas in a step."""
 
     gradients: float
-    """Sums, to the owners of their blocks."""
+    """Sums, to the owners of their blocks, at the end."""
     parameters: float
-    """Updated parameters, to their holders."""
+    """Updated parameters, to their other keepers, before the next step."""
+    shared_gradients: float = 0.0
+    """Each micro-batch's gradients, to the ranks that keep their sums."""
+    shared_parameters: float = 0.0
+    """Parameters, before each pass that uses them."""
 
 
 def exchanged_bytes(
@@ -95,15 +109,34 @@ def exchanged_bytes(
 ) -> ExchangedBytes:
     """The bytes a rank sends to its replicas in a step, without followers. Pure.
 
-    With balanced owners each is (D - 1) / D of the rank's parameters, for D replicas.
+    With balanced owners, D ranks that keep the same blocks send (D - 1) / D of these, and so do the
+    ranks of a group that share a layer.
     """
     place = plan.stage_replicas.find(rank)
     if place is None:
         return ExchangedBytes(0.0, 0.0)
-    replicas = plan.stage_replicas.replicas(place.pipeline)
-    sent = held_elements(plan, rank) * (replicas - 1) / replicas
+    replicas, held = plan.stage_replicas.replicas(place.pipeline), held_elements(plan, rank)
     sums = PACKED_BYTES if exact and packing else _gradient_bytes(precision, exact)
-    return ExchangedBytes(sent * sums, sent * precision.bytes)
+    sizes = {kept: len(shard_group(plan, rank, kept).ranks) for kept in KEPT_KINDS}
+
+    def between(kept: KeptKind) -> float:
+        """The elements that go between the keepers of a block, in different groups."""
+        groups = max(1, replicas // sizes[kept])
+        return held / sizes[kept] * (groups - 1) / groups
+
+    def within(kept: KeptKind, elements: int) -> float:
+        return elements * (sizes[kept] - 1) / sizes[kept]
+
+    index, layers = place.shard, plan.layers
+    used = use_order(plan, training_program(plan, rank)) if sizes["parameters"] > 1 else ()
+    passes = len(plan.micro_batches_of(place.pipeline, place.data))
+    return ExchangedBytes(
+        between("gradients") * sums,
+        between("parameters") * precision.bytes,
+        within("gradients", held * passes) * precision.bytes,
+        within("parameters", sum(layer_elements(layers[layer], index) for layer in used))
+        * precision.bytes,
+    )
 
 
 def step_time_s(
@@ -119,7 +152,8 @@ def step_time_s(
     """An estimate of a step's seconds: the slowest replica's pipeline, then the longest exchange.
 
     With `overlap`, gradients travel beside the last micro-batch's backward pass and parameters
-    beside the first forward pass, and only what takes longer than these counts. The collectives
+    beside the first forward pass, and only what takes longer than these counts; what ranks share
+    travels beside all passes. The collectives
     inside a stage replica, the optimizer's update and recomputation are left out.
 
     Args:
@@ -135,8 +169,11 @@ def step_time_s(
         beside_s = dict.fromkeys((Op.FORWARD, Op.BACKWARD), 0.0)
         for op in beside_s if overlap else ():
             beside_s[op] = sum(cost(Action(op, chunk, 0)) for chunk in plan.chunks_of(rank))
-        return max(0.0, sent.gradients / link_bytes_per_s - beside_s[Op.BACKWARD]) + max(
-            0.0, sent.parameters / link_bytes_per_s - beside_s[Op.FORWARD]
+        shared = (sent.shared_gradients + sent.shared_parameters) / link_bytes_per_s
+        return (
+            max(0.0, sent.gradients / link_bytes_per_s - beside_s[Op.BACKWARD])
+            + max(0.0, sent.parameters / link_bytes_per_s - beside_s[Op.FORWARD])
+            + max(0.0, shared - computed * overlap)
         )
 
     ranks = (
@@ -169,6 +206,20 @@ def held_elements(plan: Plan, rank: int) -> int:
     )
 
 
+def kept_elements(plan: Plan, rank: int, kept: KeptKind) -> int:
+    """The number of parameters that a rank keeps, or whose sums it keeps, at all uses. Pure."""
+    if not shards(plan, kept):
+        return held_elements(plan, rank)
+    index = plan.stage_replicas.shard_index(rank)
+    held = frozenset(x for chunk in plan.chunks_of(rank) for x in plan.layers_of(chunk))
+    return sum(
+        block.elements
+        for block in plan.blocks[index]
+        for layer in held.intersection((block.layer, *plan.tied_layers(index, block)))
+        if rank in keepers(plan, index, block, kept, None if layer == block.layer else layer)
+    )
+
+
 def _gradient_bytes(precision: Precision, exact: bool) -> int:
     return 8 if exact else precision.state.bytes
 
@@ -184,13 +235,15 @@ def rank_memory(
         exact: whether gradients are summed as int64.
     """
     index = plan.stage_replicas.shard_index(rank)
-    held = held_elements(plan, rank)
     owned = sum(plan.blocks[index][place].elements for _, place in plan.owned_blocks(rank))
+    sent = exchanged_bytes(plan, rank, precision=precision, exact=exact).gradients
+    sent /= PACKED_BYTES if exact else _gradient_bytes(precision, exact)
     return RankMemory(
-        parameters=held * precision.bytes,
-        gradients=held * _gradient_bytes(precision, exact),
+        parameters=kept_elements(plan, rank, "parameters") * precision.bytes,
+        gradients=kept_elements(plan, rank, "gradients") * _gradient_bytes(precision, exact),
         optimizer=owned * precision.state.bytes * copies,
         activations=peak_activation_bytes(plan, rank),
+        buffers=buffer_bytes(plan, rank, precision=precision, exact=exact, sent=sent),
     )
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from holdfast.parallel.errors import ConfigError, ScheduleError, unknown_name
 from holdfast.parallel.layout import LayerSpec, Mesh, ParameterSpec, StageReplicas
-from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.plan import Plan, Shard
 from holdfast.parallel.schedules import placement
 
 
@@ -42,6 +42,8 @@ def make_plan(
     blocks_per_chunk: Sequence[int] | None = None,
     micro_batch_order: str = "ascending",
     activation_headroom: float = 0.3,
+    shard: Shard = "optimizer",
+    shard_group: int = 0,
     generation: int = 0,
 ) -> Plan:
     """The first plan of a run. Pure.
@@ -57,7 +59,7 @@ def make_plan(
         blocks_per_chunk: the transformer layers of each chunk, for an uneven split; None for an
             even one.
         micro_batch_order: a name in `MICRO_BATCH_ORDERS`; results do not depend on it.
-        activation_headroom: see `Plan`; 0 or more.
+        activation_headroom, shard, shard_group: see `Plan`; 0 or more.
     Raises:
         ConfigError: the layout does not fit the layers, the batch or the schedule; the message says
             what to change.
@@ -87,6 +89,8 @@ def make_plan(
         configured_layers=tuple(pairwise(edges)),
         micro_batch_order=micro_batch_order,
         activation_headroom=activation_headroom,
+        shard=shard,
+        shard_group=shard_group,
     )
 
 

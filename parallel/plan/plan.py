@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from holdfast.parallel.layout import Box, LayerSpec, Mesh, ParameterSpec, StageReplicas
 from holdfast.parallel.plan.ownership import Block, BlockKey, blocks, spread_owners
@@ -20,6 +20,10 @@ _T = TypeVar("_T")
 MicroBatchAssignment = tuple[tuple[tuple[int, ...], ...], ...]
 """Stage -> replica -> micro-batches."""
 
+Shard = Literal["optimizer", "gradients", "parameters"]
+"""What the replicas of a stage share: the optimizer's state alone, sums of gradients as well, or
+parameters as well."""
+
 _HOLDING = frozenset({"layers", "block_elements", "stage_replicas", "placement", "chunk_layers"})
 _PROGRAM = frozenset({"schedule", "virtual", "stage_replicas"})
 DERIVED_FROM: Mapping[str, frozenset[str]] = {
@@ -28,6 +32,8 @@ DERIVED_FROM: Mapping[str, frozenset[str]] = {
     "owned blocks": _HOLDING | {"given_owners"},
     "holders": frozenset({"stage_replicas"}),
     "tied layers": frozenset({"layers"}),
+    "shard groups": frozenset({"stage_replicas", "shard", "shard_group"}),
+    "shard positions": frozenset({"stage_replicas", "shard", "shard_group"}),
     "computing replicas": frozenset({"stage_replicas", "micro_batches", "assignment"}),
     "regular programs": _PROGRAM,
     "regular timeline": _PROGRAM | {"micro_batches"},
@@ -73,6 +79,9 @@ class Plan:
     activation_headroom: float = 0.3
     """The additional memory for activations that a rank may use if stages differ, as a share of the
     fullest rank's in the configured mesh."""
+    shard: Shard = "optimizer"
+    shard_group: int = 0
+    """The ranks over which `shard` is done, at least; 0: all replicas of a stage."""
     assignment: MicroBatchAssignment | None = None
     """The micro-batches of each stage replica if stages differ; None: each replica computes its
     own."""
@@ -208,11 +217,15 @@ class Plan:
 
     def contributors(self, shard_index: int, block: Block) -> tuple[int, ...]:
         """All ranks that hold a use of a block's parameter, also the second use of a tied one."""
-        name = self.layers[block.layer].parameters[shard_index][block.spec_index].name
         ranks = set(self.holders_of_layer(shard_index, block.layer))
-        for layer in self._tied_layers().get(name, ()):
+        for layer in self.tied_layers(shard_index, block):
             ranks.update(self.holders_of_layer(shard_index, layer))
         return tuple(sorted(ranks))
+
+    def tied_layers(self, shard_index: int, block: Block) -> tuple[int, ...]:
+        """The layers with a second use of a block's parameter."""
+        name = self.layers[block.layer].parameters[shard_index][block.spec_index].name
+        return self._tied_layers().get(name, ())
 
     def _tied_layers(self) -> dict[str, tuple[int, ...]]:
         """The layers with a second use of a tied weight, by the weight's logical name."""

@@ -50,6 +50,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline 3": {"pipeline": 3, "schedule": "zb-h1"},
     "data 3": {"data": 3},
     "zb-v": {"data": 2, "pipeline": 3, "virtual": 2, "schedule": "zb-v"},
+    "parameters over 4": {"data": 4, "shard": "parameters"},
+    "parameters in groups": {"data": 4, "shard": "parameters", "shard_group": 2},
+    "gradients over stages": {"data": 2, "pipeline": 2, "shard": "gradients"},
     "one": {},
 }
 
@@ -63,6 +66,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         ("interleaved", "pipeline 3"),
         ("pipeline 3", "data 3"),
         ("zb-v", "data 2 x pipeline 2"),
+        ("parameters over 4", "gradients over stages"),
+        ("gradients over stages", "parameters in groups"),
     ],
 )
 def test_a_stopped_run_goes_on_with_the_same_bits(
@@ -107,6 +112,12 @@ def test_bf16_with_tied_embeddings_goes_on_with_the_same_bits(
     run_in(
         cluster,
         _config(**sections, train={**train, "stop_after": 5}, parallel={"pipeline": 3}),
+        tmp_path / "b",
+    )
+    shared = {"data": 2, "shard": "parameters"}
+    run_in(
+        cluster,
+        _config(**sections, train={**train, "stop_after": 6}, parallel=shared),
         tmp_path / "b",
     )
     run_in(cluster, _config(**sections, train=train, parallel={"data": 2}), tmp_path / "b")

@@ -93,7 +93,7 @@ def test_compiled_layouts_have_the_same_bits_and_compile_before_ranks_are_connec
     plain = run(compile=False)
     assert not plain["compiler"]  # it would take a second of every start
     away = {"activations": "ssd", "path": str(tmp_path), "smallest_kib": 1, "least_share": 1.0}
-    replicas = run(data=2, offload=away)  # both begin with nothing compiled
+    replicas = run(data=2, shard="parameters", offload=away)  # both begin with nothing compiled
     assert replicas["certificate"]
     assert replicas["compiled later"] == 0
     assert run() == replicas

@@ -81,6 +81,9 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"pipeline": 2, "blocks_per_chunk": [3, 1]}, {"layers": 4}),
     ({"pipeline": 3, "blocks_per_chunk": [0, 2, 2]}, {"layers": 4}),
     ({"data": 3, "pipeline": 2, "micro_batch_order": "shuffled"}, {}),
+    ({"data": 4, "shard": "gradients", "shard_group": 2}, {"tie_embeddings": True}),
+    ({"tensor": 2, "data": 2, "shard": "parameters"}, {"tie_embeddings": True}),
+    ({"pipeline": 2, "data": 2, "schedule": "zb-h1", "shard": "parameters"}, {}),
 ]
 
 
@@ -118,7 +121,9 @@ def test_a_loss_by_chunks_of_the_vocabulary_agrees(
     agree(cluster, msgspec.structs.replace(config, train=train))
 
 
-def test_fast_reduction_agrees(cluster: Cluster) -> None:
-    config = tiny({"tensor": 2, "data": 2, "pipeline": 2}, {"tie_embeddings": True}, STEPS)
+@pytest.mark.parametrize("shard", ["optimizer", "gradients", "parameters"])
+def test_fast_reduction_agrees(cluster: Cluster, shard: str) -> None:
+    layout = {"tensor": 2, "data": 2, "pipeline": 2, "shard": shard}
+    config = tiny(layout, {"tie_embeddings": True}, STEPS)
     numerics = msgspec.structs.replace(config.numerics, reduction="fast")
     agree(cluster, msgspec.structs.replace(config, numerics=numerics))

@@ -80,6 +80,7 @@ def one_process(cluster: Cluster) -> dict[str, Any]:
     [
         {},
         {"data": 2},
+        {"data": 2, "pipeline": 2, "shard": "parameters"},
         {"pipeline": 3, "schedule": "1f1b"},
         {
             "pipeline": 2,

@@ -256,3 +256,66 @@ def test_the_digest_sees_one_bit(cluster: Cluster) -> None:
     second = run_training(cluster, make_config(train=steps, optimizer={"eps": 1.0000001e-8}))
     assert first["losses"] == second["losses"]
     assert first["digest"] != second["digest"]
+
+
+SHARDS: dict[str, dict[str, Any]] = {
+    f"{shard}-{group}": {"shard": shard, "shard_group": group}
+    for shard in ("gradients", "parameters")
+    for group in (0, 2)
+}
+
+
+@pytest.mark.parametrize("shard", SHARDS.values(), ids=list(SHARDS))
+@pytest.mark.parametrize(
+    "layout", [{"data": 4}, {"data": 2, "pipeline": 3, "virtual": 2, "schedule": "zb-v"}], ids=str
+)
+def test_what_replicas_share_changes_no_bit(
+    cluster: Cluster,
+    one_process: dict[int, dict[str, Any]],
+    layout: dict[str, Any],
+    shard: dict[str, Any],
+) -> None:
+    config = make_config(parallel={**layout, **shard}, train={"steps": STEPS})
+    assert run_training(cluster, config) == one_process[STEPS]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_on_the_host_gives_the_same_bits(cluster: Cluster, precision: str) -> None:
+    """On a CPU: a GPU's own kernels may round otherwise than those of the host."""
+
+    def run(state: str, **layout: Any) -> dict[str, Any]:
+        config = make_config(
+            model={"layers": 2, "tie_embeddings": True},
+            train={"steps": 3, "global_batch": 4, "precision": precision},
+            optimizer={"state": state},
+            parallel=layout,
+        )
+        return run_training(cluster, config)
+
+    alone = run("device")
+    assert run("host") == alone
+    assert run("host", data=2, bucket_elements=500) == alone
+    assert run("host", data=2, pipeline=2, shard="parameters") == alone
+
+
+@pytest.mark.parametrize("shard", ["gradients", "parameters"])
+def test_what_replicas_share_changes_no_bit_of_other_models(cluster: Cluster, shard: str) -> None:
+    """Tied weights in one stage and over stages, bf16, and norms that tensor ranks share."""
+
+    def run(tensor: int, train: dict[str, Any], **layout: Any) -> dict[str, Any]:
+        config = make_config(
+            model={"layers": 2, "tie_embeddings": True},
+            train={"steps": 2, "global_batch": 4, "eval_every": 1, "eval_batches": 1, **train},
+            data={"eval_fraction": 0.5},
+            parallel={"tensor": tensor, **layout},
+        )
+        return run_training(cluster, config)
+
+    rounded = {"precision": "bf16", "recompute": "full"}
+    alone = run(1, rounded)
+    assert run(1, rounded, data=4, shard=shard) == alone
+    assert run(1, rounded, data=2, pipeline=2, shard=shard) == alone
+    alone = run(2, {})
+    assert run(2, {}, data=2, shard=shard) == alone
+    selective = {"recompute": "selective"}
+    assert run(2, selective, data=2, pipeline=2, schedule="zb-h1", shard=shard) == alone

@@ -28,11 +28,11 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         training.compute(step)
         if step == 0:
             recorder.close()
-            accumulator.finish()
+            training.optimizer.finish_sums()
             scale = 2.0**-accumulator.fraction_bits if accumulator.exact else 1.0
             capture.partial_gradients = [
-                captured_box(s.spec, buffer.view(accumulator.sums, s).double() * scale)
-                for s in buffer.segments
+                captured_box(segment.spec, sums.double() * scale, rows)
+                for segment, rows, sums in buffer.kept_rows(accumulator.kept, accumulator.sums)
             ]
         squares, flags = training.reduce()
         if step == 0:
@@ -48,6 +48,7 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
         training.apply(rate_of(config, step))
     training.finish_gather()
     capture.parameters = [
-        captured_box(s.spec, buffer.view(buffer.values, s)) for s in buffer.segments
+        captured_box(segment.spec, values, rows)
+        for segment, rows, values in buffer.kept_rows(buffer.kept, buffer.values)
     ]
     return capture

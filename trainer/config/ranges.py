@@ -84,7 +84,11 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
     },
     "numerics": {"fraction_bits": Range(8, 60), "nonfinite_limit": Range(0, _COUNT)},
     "parallel": {axis: Range(1, 2**20) for axis in AXES}
-    | {"virtual": Range(1, 4096), "bucket_elements": Range(1, 2**40)},
+    | {
+        "virtual": Range(1, 4096),
+        "bucket_elements": Range(1, 2**40),
+        "shard_group": Range(0, 2**20),
+    },
     "checkpoint": {
         "every": _STEPS,
         "every_seconds": Range(0, 366 * _DAY_S),

@@ -118,6 +118,17 @@ def _exchange(config: RunConfig) -> Iterator[str]:
             "numerics.reduction = 'exact' does not allow that; leave it out, or set "
             "numerics.reduction = 'fast'"
         )
+    data, group = config.parallel.data, config.parallel.shard_group
+    if group and config.parallel.shard == "optimizer":
+        yield (
+            f"parallel.shard_group = {group} with parallel.shard = 'optimizer', which makes no "
+            "groups; leave it out, or set parallel.shard = 'gradients' or 'parameters'"
+        )
+    elif group > 0 and data > 0 and data % group:
+        yield (
+            f"parallel.shard_group = {group} does not divide parallel.data = {data}; change one, "
+            "or leave it out: then all replicas are one group"
+        )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

@@ -71,6 +71,8 @@ class OptimizerConfig(Section, frozen=True):
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Applies to matrices; norm weights do not decay."""
+    state: Literal["device", "host"] = "device"
+    """The memory in which the state lies, and where it is updated."""
     block_elements: int = 1048576
 
 
@@ -104,6 +106,10 @@ class ParallelConfig(Section, frozen=True):
     """Transformer layers of each model chunk, in forward order; empty: an even split."""
     micro_batch_order: str = "ascending"
     """A name of `MICRO_BATCH_ORDERS` (parallel/plan); results do not depend on it."""
+    shard: Literal["optimizer", "gradients", "parameters"] = "optimizer"
+    """What the replicas of a stage share instead of keeping it each."""
+    shard_group: int = 0
+    """The replicas over which that is done, at least; 0: all."""
     overlap: bool = True
     """Gradients and parameters travel beside computation; results do not depend on it."""
     bucket_elements: int = 1048576

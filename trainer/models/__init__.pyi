@@ -1,6 +1,7 @@
 from .chunk import (
     build_chunk as build_chunk,
     build_whole_model as build_whole_model,
+    initial_values as initial_values,
 )
 from .compilation import (
     compile_regions as compile_regions,

@@ -69,15 +69,14 @@ class ModelChunk(Chunk):
         return head.logits(value).transpose(0, 1)  # pyrefly: ignore[not-callable]
 
     def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
-        rows = []
-        for layer in self._layers:
-            spec_of_layer = self._specs[layer]
-            module = self.layers[spec_of_layer.name.replace(".", "_")]
-            rows.extend(
-                (layer, spec, module.get_parameter(spec.local))
-                for spec in spec_of_layer.parameters[self._shard_index]
-            )
-        return rows
+        return [
+            (layer, spec, module.get_parameter(spec.local))
+            for layer, module in self.modules_by_layer()
+            for spec in self._specs[layer].parameters[self._shard_index]
+        ]
+
+    def modules_by_layer(self) -> list[tuple[int, nn.Module]]:
+        return list(zip(self._layers, self.layers.values(), strict=True))
 
 
 def build_chunk(
@@ -93,6 +92,7 @@ def build_chunk(
     seq_len: int,
     seed: int,
     initial: bool = True,
+    in_memory: bool = True,
     compiles: bool = False,
 ) -> ModelChunk:
     """A chunk with its initial weights. Local.
@@ -105,16 +105,29 @@ def build_chunk(
         recompute: "none", "full" or "selective", for all transformer layers or for each of them.
         seed: the seed of the initial weights and of dropout.
         initial: False leaves the weights uninitialised, for a chunk that is filled from elsewhere.
+        in_memory: False makes parameters of their shapes without memory, which come from elsewhere.
         compiles: whether the family's regions are compiled.
     """
     tp = TensorParallel(tensor, sequence_parallel)
-    chunk = ModelChunk(
-        model, layers, specs, shard_index, tp, seq_len, dtype, device, seed, compiles
-    )
+    arguments = (model, layers, specs, shard_index, tp, seq_len, dtype, device, seed, compiles)
+    if not in_memory:
+        with torch.device("meta"):
+            chunk = ModelChunk(*arguments)
+        _take_out_of_memory(chunk, dtype, device)
+        return chunk
+    chunk = ModelChunk(*arguments)
     chunk.to(dtype=dtype)
     if initial:
         initialize(chunk, seed)
     return chunk.to(device)
+
+
+def _take_out_of_memory(chunk: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace parameters by ones of the same shape on `device`, all of one element."""
+    for module in chunk.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            one = torch.empty((), dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(one.expand(parameter.shape)))
 
 
 def build_whole_model(

@@ -155,16 +155,11 @@ class PlanReport:
 
     def _memory_table(self) -> Table:
         table = Table(title="memory of the fullest rank of each stage, MiB", title_justify="left")
-        for column in ("stage", "parameters", "gradients", "optimizer", "activations", "total"):
+        kinds = ("parameters", "gradients", "optimizer", "activations", "buffers", "total")
+        for column in ("stage", *kinds):
             table.add_column(column, justify="right")
         for stage, memory in enumerate(self.memory):
-            numbers = (
-                memory.parameters,
-                memory.gradients,
-                memory.optimizer,
-                memory.activations,
-                memory.total,
-            )
+            numbers = [getattr(memory, kind) for kind in kinds]
             table.add_row(str(stage), *(f"{number / 2**20:,.1f}" for number in numbers))
         return table
 

@@ -10,16 +10,20 @@ import torch
 from torch import nn
 
 from holdfast.parallel.comm import Communicator, Groups
+from holdfast.parallel.layout import Box
 from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
     ExchangeSettings,
     GradientAccumulator,
+    KeptSpans,
+    LayerParameters,
     OwnedState,
     ParameterArrival,
     ParameterBuffer,
     ShadowCopies,
     ShadowState,
     ShardedOptimizer,
+    kept_spans,
 )
 from holdfast.parallel.pipeline import (
     Chunk,
@@ -29,12 +33,12 @@ from holdfast.parallel.pipeline import (
     ModelChunkRunner,
     receive_order,
 )
-from holdfast.parallel.plan import Plan
+from holdfast.parallel.plan import Plan, shards
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
-from holdfast.trainer.models import build_chunk
+from holdfast.trainer.models import build_chunk, initial_values
 from holdfast.trainer.step.planning import shadows_in_host_memory
 from holdfast.trainer.step.saved_tensors import state_format
 
@@ -52,6 +56,8 @@ class ModelParts:
     accumulator: GradientAccumulator
     arrival: ParameterArrival
     """Awaits gathered parameters before the chunks use them."""
+    layers: LayerParameters | None = None
+    """The memory of each layer's parameters, if replicas share these; else they lie in `buffer`."""
 
     def offers(self, program: Program) -> dict[nn.Parameter, int]:
         """The number of gradients that each parameter is offered by a program. Pure."""
@@ -82,6 +88,7 @@ def new_chunks(
     device: torch.device,
     *,
     initial: bool,
+    in_memory: bool = True,
 ) -> dict[int, Chunk]:
     """The model chunks of one rank, by chunk index. The arguments are those of `build_chunk`."""
     train = config.train
@@ -99,6 +106,7 @@ def new_chunks(
             seq_len=train.seq_len,
             seed=train.seed,
             initial=initial,
+            in_memory=in_memory,
             compiles=train.compile,
         )
         for index in plan.chunks_of(rank)
@@ -115,23 +123,56 @@ def new_model(
     initial: bool,
 ) -> ModelParts:
     """A rank's chunks with their buffers. The arguments are those of `build_chunk`."""
-    chunks = new_chunks(config, plan, rank, tensor, device, initial=initial)
-    rows = [row for chunk in chunks.values() for row in chunk.named_specs()]
-    buffer = ParameterBuffer(rows, dtype=PRECISIONS[config.train.precision].dtype, device=device)
+    shares = shards(plan, "parameters")
+    chunks = new_chunks(
+        config, plan, rank, tensor, device, initial=initial and not shares, in_memory=not shares
+    )
+    buffer = ParameterBuffer(
+        [row for chunk in chunks.values() for row in chunk.named_specs()],
+        dtype=PRECISIONS[config.train.precision].dtype,
+        device=device,
+        keep=kept_spans(plan, rank, "parameters") if shares else None,
+    )
     accumulator = GradientAccumulator(
         buffer,
         exact=config.numerics.reduction == "exact",
         fraction_bits=config.numerics.fraction_bits,
         queues=[chunk.queue for chunk in chunks.values()],
+        kept=KeptSpans([]) if shards(plan, "gradients") else None,  # the optimizer says what
     )
     arrival = ParameterArrival()
-    for chunk in chunks.values():
-        arrival.watch(chunk)
-    return ModelParts(chunks, buffer, accumulator, arrival)
+    if not shares:
+        for chunk in chunks.values():
+            arrival.watch(chunk)
+        return ModelParts(chunks, buffer, accumulator, arrival)
+    if initial:
+        initialize_kept(buffer, config.train.seed)
+    modules = {
+        layer: module for chunk in chunks.values() for layer, module in chunk.modules_by_layer()
+    }
+    layers = LayerParameters(buffer, modules, arrival)
+    return ModelParts(chunks, buffer, accumulator, arrival, layers)
+
+
+def initialize_kept(buffer: ParameterBuffer, seed: int) -> None:
+    """Draw the parameters that a rank keeps: the same values as if it kept all of them."""
+    for segment, (first, last), values in buffer.kept_rows(buffer.kept, buffer.values):
+        box = segment.spec.box
+        start, stop = box.start[0] + first, box.start[0] + last
+        rows = Box((start, *box.start[1:]), (stop, *box.stop[1:]))
+        drawn = initial_values(replace(segment.spec, box=rows), seed, values.dtype)
+        values.copy_(drawn.reshape(-1))
 
 
 def carried_model(model: ModelParts, before: Plan, plan: Plan, rank: int) -> ModelParts | None:
-    """A rank's model under the next plan, if its layers stay; else None. Pure."""
+    """A rank's model under the next plan, if its layers, and what it keeps of them, stay.
+
+    Else None. Pure.
+    """
+    if shards(plan, "parameters"):
+        kept = kept_spans(plan, rank, "parameters")(model.buffer.segments)
+        if model.buffer.kept != kept:
+            return None
     old, new = (
         [found.chunk_layers[chunk] for chunk in found.chunks_of(rank)] for found in (before, plan)
     )
@@ -205,6 +246,7 @@ def new_optimizer(
         exchange=ExchangeSettings(
             parallel.overlap, parallel.bucket_elements, parallel.packing, reduce_dtype
         ),
+        on_host=config.optimizer.state == "host",
         before=before,
     )
     if config.elastic.enabled:

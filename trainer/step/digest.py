@@ -21,7 +21,7 @@ def parameter_digest(
     """
     halves = torch.zeros(optimizer.slots, 4, dtype=torch.int64)
     for block in optimizer.owned:
-        values = buffer.values[block.start : block.stop].contiguous().cpu()
+        values = buffer.part(block.start, block.stop).contiguous().cpu()
         digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
         words = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8, 16, 24)]
         halves[optimizer.slot(block)] = torch.tensor(words)

@@ -84,5 +84,7 @@ def _first_plan(config: RunConfig, layers: tuple[LayerSpec, ...], generation: in
         blocks_per_chunk=parallel.blocks_per_chunk or None,
         micro_batch_order=parallel.micro_batch_order,
         activation_headroom=config.elastic.activation_headroom,
+        shard=parallel.shard,
+        shard_group=parallel.shard_group,
         generation=generation,
     )

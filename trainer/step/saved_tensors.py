@@ -6,14 +6,14 @@ Pure; needs no torch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from holdfast.checkpoint.format import WEIGHT, HeldBox, Manifest, SavedTensor, full_name
 from holdfast.parallel.layout import Box
 from holdfast.parallel.optimizer import OPTIMIZERS, StateFormat
-from holdfast.parallel.plan import Plan, block_box
+from holdfast.parallel.plan import Plan, block_box, keepers, shards
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 
@@ -37,18 +37,18 @@ def saved_tensors(
         from_shadows: take weights, too, from each block's first shadow if it has one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    holders, keepers, owners = _Holders(dict), _Holders(dict), _Holders(dict)
+    holders, savers, owners = _Holders(dict), _Holders(dict), _Holders(dict)
     for index, blocks in enumerate(plan.blocks):
         for place, (block, owner) in enumerate(zip(blocks, plan.owners[index], strict=True)):
             spec = plan.layers[block.layer].parameters[index][block.spec_index]
             box = block_box(spec, block)
             shapes[spec.name] = spec.shape
-            stage = plan.holders_of_layer(index, block.layer)
-            holders[spec.name].setdefault(box, {}).update(dict.fromkeys(stage))
+            keeping = keepers(plan, index, block, "parameters")
+            holders[spec.name].setdefault(box, {}).update(dict.fromkeys(keeping))
             shadows = plan.shadows[index][place] if from_shadows and plan.shadows else ()
-            keepers[spec.name].setdefault(box, {})[shadows[0] if shadows else owner] = None
+            savers[spec.name].setdefault(box, {})[shadows[0] if shadows else owner] = None
             owners[spec.name].setdefault(box, {})[owner] = None
-    kept = {name: _parts(keepers[name], owners[name] if from_shadows else {}) for name in shapes}
+    kept = {name: _parts(savers[name], owners[name] if from_shadows else {}) for name in shapes}
     weights = [
         SavedTensor(
             name,
@@ -99,17 +99,34 @@ def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Bo
     """The boxes of every saved tensor that a rank needs to resume. Pure."""
     index = plan.stage_replicas.shard_index(rank)
     found: defaultdict[str, list[Box]] = defaultdict(list)
-    for chunk in plan.chunks_of(rank):
-        for layer in plan.layers_of(chunk):
-            for spec in plan.layers[layer].parameters[index]:
-                if spec.box not in found[spec.name]:
-                    found[spec.name].append(spec.box)
+    for name, box in _kept_weights(plan, rank, index):
+        if box not in found[name]:
+            found[name].append(box)
     for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True):
         if owner == rank:
             spec = plan.layers[block.layer].parameters[index][block.spec_index]
             for kind in form.saved:
                 _join(found[full_name(kind, spec.name)], block_box(spec, block))
     return {name: tuple(boxes) for name, boxes in found.items()}
+
+
+def _kept_weights(plan: Plan, rank: int, index: int) -> Iterator[tuple[str, Box]]:
+    """The weights that a rank keeps: whole segments, or the blocks of its share."""
+    layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
+    if not shards(plan, "parameters"):
+        for layer in layers:
+            for spec in plan.layers[layer].parameters[index]:
+                yield spec.name, spec.box
+        return
+    held = frozenset(layers)
+    for block in plan.blocks[index]:
+        uses = held.intersection((block.layer, *plan.tied_layers(index, block)))
+        if any(
+            rank in keepers(plan, index, block, "parameters", None if use == block.layer else use)
+            for use in uses
+        ):
+            spec = plan.layers[block.layer].parameters[index][block.spec_index]
+            yield spec.name, block_box(spec, block)
 
 
 def _join(boxes: list[Box], box: Box) -> None:

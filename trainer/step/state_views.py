@@ -114,10 +114,9 @@ class TrainingState:
         kind, _, base = name.partition(".")
         if kind not in self._state:
             return [
-                self._buffer.view(self._buffer.values, segment)[
-                    box.relative_to(segment.spec.box).slices
-                ]
+                view
                 for segment in self._segments[name]
+                if (view := _kept_view(self._buffer, segment, box)) is not None
             ]
         rows = self._rows[base]
         at = rows[bisect_right(rows, box.start[0], key=lambda found: found.first) - 1]
@@ -157,6 +156,18 @@ class TrainingState:
             name: [LoadTarget(box, view) for box in boxes for view in self.views(name, box)]
             for name, boxes in wanted.items()
         }
+
+
+def _kept_view(buffer: ParameterBuffer, segment: Segment, box: Box) -> Tensor | None:
+    """A box of a segment among the parameters that a rank keeps; None if it is not all there."""
+    rows, *columns = box.relative_to(segment.spec.box).slices
+    row_elements = segment.spec.row_elements
+    start = segment.offset + rows.start * row_elements
+    stop = segment.offset + rows.stop * row_elements
+    if not buffer.kept.has(start, stop):
+        return None
+    shape = (box.shape[0], *segment.spec.box.shape[1:])
+    return buffer.part(start, stop).view(shape)[(slice(None), *columns)]
 
 
 def _columns(box: Box) -> _Columns:

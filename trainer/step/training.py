@@ -6,8 +6,8 @@ all can finish, `apply` updates the state. trainer/loop.py calls them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from time import perf_counter
@@ -27,7 +27,8 @@ from holdfast.parallel.optimizer import (
     clipping_factor,
 )
 from holdfast.parallel.pipeline import ActionTimes, Chunk
-from holdfast.parallel.plan import Plan, evaluation_program, training_program
+from holdfast.parallel.plan import Plan, evaluation_program, shards, training_program
+from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
 from holdfast.trainer.step.ballot import BallotFormat, loss_slots
@@ -95,6 +96,8 @@ class Training:
         self._shadows = self._shadows_after(before)
         owned = None if before is None else before.optimizer.owned_state
         self.optimizer = new_optimizer(config, plan, rank, self.model, groups, self._shadows, owned)
+        if self.model.layers is not None:
+            self.model.layers.connect(plan, rank, groups.world)
         self._fence: Fence | None = None
         """The fence that is called before a block changes, while a snapshot copies the state."""
         self.background_transfer: BackgroundTransfer | None = None
@@ -228,10 +231,25 @@ class Training:
         if self._in_flight.begin(step, lambda: at(step + 1, "backward")):
             program = self._rest_of(step)
         self.optimizer.begin_step(self.model.offers(program[0]), lambda: at(step + 1, "exchange"))
-        try:
-            return self.executor.run(*program)
-        except OffloadError as error:
-            return self._go_on_in_memory(step, error)
+        with self._layers_of(
+            partial(training_program, self.plan), lambda: at(step + 1, "prefetch")
+        ):
+            try:
+                return self.executor.run(*program)
+            except OffloadError as error:
+                return self._go_on_in_memory(step, error)
+
+    @contextmanager
+    def _layers_of(
+        self, program_of: Callable[[int], Program], receiving: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Have the parameters of layers that replicas share in memory while a program uses them."""
+        layers = self.model.layers
+        if layers is not None:
+            layers.begin(program_of, receiving)
+        yield
+        if layers is not None:
+            layers.end()
 
     def _rest_of(self, step: int) -> PreparedProgram:
         """The program of the micro-batches that the sums of an interrupted step lack."""
@@ -242,10 +260,11 @@ class Training:
         """Keep all activations in memory from now on, because some could not be read back.
 
         The sums of complete parameters may have left already, so the rest of the step is computed.
-        With pipeline or tensor peers it cannot be repeated here, and the error propagates.
+        With pipeline or tensor peers, or with peers that send parameters, it cannot be repeated
+        here, and the error propagates.
         """
-        replicas = self.plan.stage_replicas
-        if self.offloader is None or replicas.pipeline * replicas.shards > 1:
+        replicas, alone = self.plan.stage_replicas, self.model.layers is None
+        if self.offloader is None or replicas.pipeline * replicas.shards > 1 or not alone:
             raise error
         self.offloader.abort(str(error))
         self.executor.run_weight_parts()
@@ -264,9 +283,12 @@ class Training:
     def included(self) -> Included:
         """After an interrupted step, the micro-batches in each parameter's sums here. Local.
 
-        The result is empty if the step is decided.
+        The result is empty if the step is decided, or if sums are shared: those of a lost rank are
+        lost for all micro-batches.
         """
         step = self._in_flight.step
+        if shards(self.plan, "gradients"):
+            return {}
         if not self._micro_batches.training or self.progress.decided != step:
             return {}
         self.executor.run_weight_parts()
@@ -290,6 +312,8 @@ class Training:
         since = perf_counter()
         self.finish_gather()
         found = self.optimizer.reduce()
+        if self.model.layers is not None:
+            self.model.layers.finish()
         self.groups.recorder.blocked_s += perf_counter() - since
         return found
 
@@ -369,6 +393,8 @@ class Training:
     def close(self) -> None:
         """End what runs beside a step, once the communicators are aborted. Local."""
         self.optimizer.close()
+        if self.model.layers is not None:
+            self.model.layers.cancel()
         if self.background_transfer is not None:
             self.background_transfer.close()
 
@@ -402,8 +428,10 @@ class Training:
     def _held_out_losses(self, batch: int) -> Mapping[int, Tensor]:
         assert self._held_out is not None
         self._start(batch, self._held_out, training=False)
-        with self.busy("evaluate"):
+        with self.busy("evaluate"), self._layers_of(partial(evaluation_program, self.plan)):
             self.executor.run(*self._forward_program)
+        if self.model.layers is not None:
+            self.model.layers.finish()
         return self._reported_losses or {}
 
     @cached_property

@@ -2,15 +2,16 @@ from .buckets import (
     Gathering as Gathering,
     OwnedBlock as OwnedBlock,
     Routes as Routes,
-    Span as Span,
     gathering as gathering,
     routes as routes,
+    span_of as span_of,
 )
 from .followers import (
     follower_routes as follower_routes,
 )
 from .gradients import (
     GradientExchange as GradientExchange,
+    beside as beside,
 )
 from .parameters import (
     ParameterArrival as ParameterArrival,

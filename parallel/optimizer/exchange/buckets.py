@@ -6,21 +6,22 @@ Every rank cuts the blocks of every owner alike, so that messages need no descri
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment
-from holdfast.parallel.plan import Block, BlockKey, Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A half-open range of a rank's flat buffers."""
-
-    start: int
-    stop: int
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Segment, Span, joined
+from holdfast.parallel.plan import (
+    Block,
+    BlockKey,
+    KeptKind,
+    Plan,
+    all_keepers,
+    is_summed,
+    keepers,
+    shards,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class OwnedBucket:
     start: int
     """The first element in the flat state of the owned blocks."""
     contributors: tuple[int, ...]
-    """The other ranks that hold a use, in the order in which their sums are added."""
+    """The other ranks that keep a use, in the order in which their sums are added."""
 
     @property
     def end(self) -> int:
@@ -85,7 +86,8 @@ class OwnedBucket:
 class Routes:
     """The blocks that one rank owns, and the buckets that it exchanges.
 
-    The same buckets serve gradients (towards owners) and parameters (from owners).
+    Gradients travel towards owners, parameters from owners, in the same buckets; where replicas
+    share gradients and keep parameters whole, other ranks have their part in them.
     """
 
     shard_index: int
@@ -94,10 +96,12 @@ class Routes:
     mine: tuple[OwnedBucket, ...]
     """The buckets of the owned blocks, by row."""
     others: tuple[Bucket, ...]
-    """The other owners' buckets with a use here, in the order in which they are sent."""
+    """The other owners' buckets with a use kept here, in the order in which they are sent."""
 
 
-def routes(plan: Plan, rank: int, buffer: ParameterBuffer, bucket_elements: int) -> Routes:
+def routes(
+    plan: Plan, rank: int, buffer: ParameterBuffer, bucket_elements: int, kept: KeptKind
+) -> Routes:
     """The routes of one rank's sums and parameters. Pure; the two ends of a message agree.
 
     Messages have one order on all ranks: by row, then by the distance from sender to owner. The
@@ -106,9 +110,10 @@ def routes(plan: Plan, rank: int, buffer: ParameterBuffer, bucket_elements: int)
 
     Args:
         bucket_elements: the size up to which neighbouring blocks are joined, equal on all ranks.
+        kept: what travels. Only the keepers of a block take part.
     """
     shard_index = plan.stage_replicas.shard_index(rank)
-    places = _Places(plan, shard_index, buffer)
+    places = _Places(plan, rank, buffer, kept)
     owners = plan.owners[shard_index]
     size = 1 + max(plan.stage_replicas.ranks, default=0)
     owned = tuple(
@@ -128,34 +133,37 @@ def routes(plan: Plan, rank: int, buffer: ParameterBuffer, bucket_elements: int)
     mine, end, stop = [], len(owned), sum(block.block.elements for block in owned)
     for bucket in places.buckets(rank, bucket_elements) if owned else ():
         end, stop = end - len(bucket.blocks), stop - bucket.elements
-        contributors = set(plan.contributors(shard_index, bucket.blocks[0])) - {rank}
+        contributors = set(all_keepers(plan, shard_index, bucket.blocks[0], kept)) - {rank}
         ordered = sorted(contributors, key=lambda peer: (rank - peer) % size)
         mine.append(OwnedBucket(bucket, end, stop, tuple(ordered)))
     return Routes(shard_index, owned, tuple(mine), tuple(others))
 
 
 class _Places:
-    """The places of blocks in one rank's buffer, and the buckets of any owner. Pure."""
+    """The places of the blocks that one rank keeps, and the buckets of any owner. Pure."""
 
-    def __init__(self, plan: Plan, shard_index: int, buffer: ParameterBuffer) -> None:
-        self._plan, self._shard_index = plan, shard_index
+    def __init__(self, plan: Plan, rank: int, buffer: ParameterBuffer, kept: KeptKind) -> None:
+        self._plan = plan
+        shard_index = plan.stage_replicas.shard_index(rank)
         self._segments = {
             (s.layer, s.spec_index): s for s in buffer.segments if s.spec.tied_use == 0
         }
         second_use = {s.spec.name: s for s in buffer.segments if s.spec.tied_use == 1}
         self._tied = _tied_names(plan, shard_index)
         self.first: dict[int, Span] = {}
-        """The place of each block with a first use here, by its index."""
+        """The place of each block with a first use kept here, by its index."""
         self.second: dict[int, Span] = {}
-        """The place of each block with the second use of a tied weight here."""
+        """The place of each block with the second use of a tied weight kept here."""
         self._second_segments: dict[int, Segment] = {}
         for block in plan.blocks[shard_index]:
             segment = self._segments.get((block.layer, block.spec_index))
-            if segment is not None:
-                self.first[block.index] = _span_of(block, segment)
+            if segment is not None and rank in keepers(plan, shard_index, block, kept):
+                self.first[block.index] = span_of(block, segment)
             segment = second_use.get(self._tied.get((block.layer, block.spec_index), ""))
-            if segment is not None:
-                self.second[block.index] = _span_of(block, segment)
+            if segment is None:
+                continue
+            if rank in keepers(plan, shard_index, block, kept, segment.layer):
+                self.second[block.index] = span_of(block, segment)
                 self._second_segments[block.index] = segment
 
     def segment(self, block: Block) -> Segment:
@@ -178,10 +186,15 @@ class _Places:
         )
 
 
+_LONG = 1 << 17
+"""Elements from which on a block is a message of its own, unless its neighbour follows it in
+memory: several places mean a copy at both ends, which costs more than a further message."""
+
+
 def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]:
     """The blocks of each of an owner's buckets, by row: runs of neighbours with the same holders.
 
-    Pure.
+    They follow each other in memory, or are short. Pure.
 
     Args:
         elements: the size up to which blocks are joined.
@@ -194,14 +207,26 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
     for index, place in reversed(keys):
         block = plan.blocks[index][place]
         stage = plan.placement[plan.chunk_of_layer(block.layer)]
-        same = holders == (holders := (stage, tied.get((block.layer, block.spec_index))))
-        if runs and same and sizes[-1] + block.elements <= elements:
+        apart = shards(plan, "gradients") and is_summed(plan, index, block)
+        same = holders == (holders := (stage, tied.get((block.layer, block.spec_index)), apart))
+        before = runs[-1][-1] if runs else block
+        near = _follows(block, before) or max(block.elements, before.elements) < _LONG
+        if runs and same and near and sizes[-1] + block.elements <= elements:
             runs[-1].append(block)
             sizes[-1] += block.elements
         else:
             runs.append([block])
             sizes.append(block.elements)
     return [tuple(reversed(run)) for run in runs]
+
+
+def _follows(block: Block, following: Block) -> bool:
+    """Whether two blocks are neighbours in one segment."""
+    return (block.layer, block.spec_index, block.row_stop) == (
+        following.layer,
+        following.spec_index,
+        following.row_start,
+    )
 
 
 def _tied_names(plan: Plan, shard_index: int) -> dict[tuple[int, int], str]:
@@ -220,20 +245,10 @@ def _tied_names(plan: Plan, shard_index: int) -> dict[tuple[int, int], str]:
     }
 
 
-def _span_of(block: Block, segment: Segment) -> Span:
+def span_of(block: Block, segment: Segment) -> Span:
+    """The place of a block in the flat index space, at the use that is `segment`. Pure."""
     start = segment.offset + block.row_start * segment.spec.row_elements
     return Span(start, start + block.elements)
-
-
-def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same elements in the same order, neighbouring spans joined. Pure."""
-    found: list[Span] = []
-    for span in spans:
-        if found and found[-1].stop == span.start:
-            found[-1] = Span(found[-1].start, span.stop)
-        else:
-            found.append(span)
-    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

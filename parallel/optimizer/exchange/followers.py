@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from holdfast.parallel.optimizer.exchange.buckets import Span, block_runs, joined
+from holdfast.parallel.optimizer.exchange.buckets import block_runs
+from holdfast.parallel.optimizer.parameter_buffer import Span, joined
 from holdfast.parallel.plan import BlockKey, Plan
 
 

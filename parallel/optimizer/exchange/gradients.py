@@ -27,11 +27,7 @@ from holdfast.parallel.optimizer.exchange.buckets import Bucket, OwnedBucket, Ro
 from holdfast.parallel.optimizer.exchange.followers import FollowerRoutes
 from holdfast.parallel.optimizer.exchange.readiness import Readiness
 from holdfast.parallel.optimizer.exchange.wire import Wire, in_one
-
-_AHEAD = 4
-"""The messages that are received at once, so that one arrives while another is added."""
-_STAGED_BYTES = 1 << 26
-"""The encoded messages that wait for their receivers at once."""
+from holdfast.parallel.plan import MESSAGE_BYTES, MESSAGES_AHEAD
 
 
 class GradientExchange:
@@ -168,7 +164,7 @@ class GradientExchange:
     def _run(self, part: Callable[[], None]) -> None:
         error: BaseException | None = None
         try:
-            with torch.no_grad(), _beside(self._device):
+            with torch.no_grad(), beside(self._device):
                 part()
         except BaseException as caught:
             error = caught
@@ -183,7 +179,7 @@ class GradientExchange:
             own, is_view = self._own_sums(bucket)
             message = self._wire.encode(own)
             size = 0 if message is own and is_view else message.nbytes
-            while sent and staged + size > _STAGED_BYTES:
+            while sent and staged + size > MESSAGE_BYTES:
                 handle, freed = sent.popleft()
                 handle.wait()
                 staged -= freed
@@ -196,8 +192,8 @@ class GradientExchange:
 
     def _own_sums(self, bucket: Bucket) -> tuple[Tensor, bool]:
         """This rank's own sums of a bucket, flat, and whether they are a view of all sums."""
-        sums = self._accumulator.sums
-        uses = [[sums[span.start : span.stop] for span in spans] for spans in bucket.uses]
+        part = self._accumulator.part
+        uses = [[part(span.start, span.stop) for span in spans] for spans in bucket.uses]
         total = in_one(uses[0])
         if len(uses) == 1:
             return total, len(uses[0]) == 1
@@ -208,16 +204,19 @@ class GradientExchange:
     def _complete_owned(self) -> None:
         """Complete the gradient of every owned block, and hand it to its followers."""
         arrivals = [(m, peer) for m in self._routes.mine for peer in m.contributors]
-        waiting = iter(arrivals)
+        waiting = deque(arrivals)
         posted: deque[tuple[Handle, Tensor]] = deque()
+        asked = 0
 
         def post() -> None:
-            for owned, peer in waiting:
+            """Ask for further messages, up to a number of bytes."""
+            nonlocal asked
+            while waiting and (len(posted) < MESSAGES_AHEAD or asked < MESSAGE_BYTES):
+                owned, peer = waiting.popleft()
                 message = self._wire.buffer(owned.bucket.elements)
                 tag = REDUCTION.tag(owned.bucket.row)
                 posted.append((self._comm.receive(message, peer, tag), message))
-                if len(posted) == _AHEAD:
-                    return
+                asked += message.nbytes
 
         post()
         handed: list[Handle] = []
@@ -230,6 +229,7 @@ class GradientExchange:
                 handle.wait()
                 self._flags.add(self._wire.add(message, own, total))
                 own = total
+                asked -= message.nbytes
                 post()
             self._convert(owned, total)
             handed += self._hand_on(owned)
@@ -255,7 +255,7 @@ class GradientExchange:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
+def beside(device: torch.device) -> Iterator[None]:
     """Work on a stream of its own beside the computing one; at the end the host waits for it."""
     if device.type == "cpu":
         yield

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from holdfast.parallel.comm import GATHERING, Communicator, Handle
 from holdfast.parallel.optimizer.exchange.arrival import Arrival
 from holdfast.parallel.optimizer.exchange.buckets import Bucket, Gathering
 from holdfast.parallel.optimizer.exchange.wire import in_one
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 
 
 class ParameterArrival:
@@ -74,18 +75,20 @@ class ParameterArrival:
                 part.register_forward_pre_hook(lambda *_, own=own: self.use(own))
 
 
-def send_bucket(comm: Communicator, values: Tensor, found: Gathering, row: int) -> list[Handle]:
-    """Begin to send an owned bucket's parameters to their other holders."""
-    return [
-        comm.send(
-            in_one([values[span.start : span.stop] for span in spans]), peer, GATHERING.tag(row)
-        )
-        for peer, spans in found.sends[row]
-    ]
+def send_bucket(
+    comm: Communicator, buffer: ParameterBuffer, found: Gathering, row: int
+) -> list[Handle]:
+    """Begin to send an owned bucket's parameters to their other keepers."""
+    # Most peers lack the same blocks: blocks in several places are copied once for all of these.
+    parts = {
+        spans: in_one([buffer.part(span.start, span.stop) for span in spans])
+        for spans in {spans for _, spans in found.sends[row]}
+    }
+    return [comm.send(parts[spans], peer, GATHERING.tag(row)) for peer, spans in found.sends[row]]
 
 
 def receive_buckets(
-    comm: Communicator, values: Tensor, found: Gathering
+    comm: Communicator, buffer: ParameterBuffer, found: Gathering
 ) -> list[tuple[Bucket, Arrival]]:
     """Begin to receive the parameters of other owners' buckets."""
     return [
@@ -95,7 +98,7 @@ def receive_buckets(
                 comm,
                 bucket.owner,
                 GATHERING.tag(bucket.row),
-                [[values[span.start : span.stop] for span in use] for use in uses],
+                [[buffer.part(span.start, span.stop) for span in use] for use in uses],
             ),
         )
         for bucket, uses in found.receives

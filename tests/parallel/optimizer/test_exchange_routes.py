@@ -5,84 +5,26 @@ and no order of events makes ranks wait in a circle.
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.optimizer.exchange.buckets import (
     Bucket,
     Routes,
-    Span,
     gathering,
     routes,
 )
-from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
-from holdfast.parallel.plan import Plan, Roster, make_plan, replan
-from holdfast.trainer.models.llama.table import layer_specs
-from holdfast.trainer.models.section import ModelConfig
+from holdfast.parallel.optimizer.parameter_buffer import Span
+from holdfast.parallel.optimizer.sharding.shares import kept_spans
+from holdfast.parallel.plan import KeptKind, Plan
+from support.runs.exchange_plans import LAYOUTS, after_a_loss, buffer_of, plan_of
 
-NODES = {rank: f"node-{rank}" for rank in range(16)}
 ELEMENTS = 3000
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "data": {"data": 4},
-    "pipeline": {"data": 3, "pipeline": 2},
-    "virtual": {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"},
-    "tensor": {"data": 3, "tensor": 2},
-    "alone": {"data": 1},
-}
 
 
-@cache
-def plan_of(layout: str, *, tied: bool) -> Plan:
-    sizes = dict(LAYOUTS[layout])
-    virtual, schedule = sizes.pop("virtual", 1), sizes.pop("schedule", "1f1b")
-    model = ModelConfig(
-        family="llama", layers=4, hidden=24, heads=4, kv_heads=4, vocab=70, tie_embeddings=tied
-    )
-    layers = layer_specs(
-        model,
-        tensor=sizes.get("tensor", 1),
-        sequence_parallel=False,
-        seq_len=16,
-        micro_batch=1,
-        precision="fp32",
-        recompute="none",
-    )
-    return make_plan(
-        layers,
-        Mesh.of(**sizes),
-        virtual=virtual,
-        schedule=schedule,
-        micro_batches=6,
-        block_elements=500,
-    )
-
-
-def after_a_loss(plan: Plan) -> Plan:
-    left = tuple(rank for rank in plan.stage_replicas.ranks if rank != 1)
-    return replan(plan, Roster(left, NODES), generation=1, redundancy=1)
-
-
-def buffer_of(plan: Plan, rank: int) -> ParameterBuffer:
-    index, rows = plan.stage_replicas.shard_index(rank), []
-    for chunk in plan.chunks_of(rank):
-        for layer in plan.layers_of(chunk):
-            specs = plan.layers[layer].parameters[index]
-            sizes: Counter[str] = Counter()
-            for spec in specs:
-                sizes[spec.local] += spec.elements
-            local = {name: nn.Parameter(torch.empty(size)) for name, size in sizes.items()}
-            rows += [(layer, spec, local[spec.local]) for spec in specs]
-    return ParameterBuffer(rows)
-
-
-def routes_of(plan: Plan) -> dict[int, Routes]:
+def routes_of(plan: Plan, kept: KeptKind = "gradients") -> dict[int, Routes]:
     ranks = [rank for rank in plan.stage_replicas.ranks if plan.stage_replicas.find(rank)]
-    return {rank: routes(plan, rank, buffer_of(plan, rank), ELEMENTS) for rank in ranks}
+    return {rank: routes(plan, rank, buffer_of(plan, rank), ELEMENTS, kept) for rank in ranks}
 
 
 PLANS = pytest.mark.parametrize(
@@ -168,7 +110,7 @@ def test_every_place_gets_its_parameters_once(
     def updates_itself(key: tuple[int, int], rank: int) -> bool:
         return shadowed and bool(after.shadows) and rank in after.shadows[key[0]][key[1]]
 
-    found = routes_of(after)
+    found = routes_of(after, "parameters")
     messages: Counter[tuple[int, int, int]] = Counter()
     for rank, here in found.items():
         gathered = gathering(here, rank, updates_itself)
@@ -192,8 +134,8 @@ def test_every_place_gets_its_parameters_once(
         buffer = buffer_of(after, rank)
         held = Counter(
             place
-            for segment in buffer.segments
-            for place in range(segment.offset, segment.offset + segment.spec.elements)
+            for span in kept_spans(after, rank, "parameters")(buffer.segments).spans
+            for place in range(span.start, span.stop)
         )
         assert filled == held, rank
     assert not any(messages.values())

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.layout import StageReplicas
-from holdfast.parallel.plan import Plan, evaluation_program, training_program
+from holdfast.parallel.plan import (
+    KeptKind,
+    Plan,
+    all_keepers,
+    evaluation_program,
+    shard_group,
+    training_program,
+)
 from holdfast.parallel.plan.plan import DERIVED_FROM
 from holdfast.parallel.plan.replan import Roster, replan
 from support.runs.plans import NODES, first_plan
@@ -30,12 +37,20 @@ def derived(plan: Plan) -> dict[str, Any]:
     """Everything that can be asked of a plan; asking fills what it keeps."""
     ranks, layers = plan.stage_replicas.ranks, range(len(plan.layers))
     shards = range(len(plan.blocks))
+    kinds: tuple[KeptKind, ...] = ("gradients", "parameters")
+    shared = plan.evolved(shard="parameters", shard_group=2)
     return {
         "blocks": plan.blocks,
         "owners": plan.owners,
         "owned": [plan.owned_blocks(rank) for rank in ranks],
         "holders": [[plan.holders_of_layer(i, layer) for layer in layers] for i in shards],
         "contributors": [[plan.contributors(i, b) for b in plan.blocks[i]] for i in shards],
+        "groups": [[shard_group(p, r, k) for r in ranks] for p in (plan, shared) for k in kinds],
+        "keepers": [
+            [all_keepers(p, i, b, k) for i in shards for b in plan.blocks[i]]
+            for p in (plan, shared)
+            for k in kinds
+        ],
         "training": [training_program(plan, rank) for rank in ranks],
         "some": [training_program(plan, rank, frozenset({1, 4})) for rank in ranks],
         "evaluation": [evaluation_program(plan, rank) for rank in ranks],
@@ -45,7 +60,7 @@ def derived(plan: Plan) -> dict[str, Any]:
 def changes_of(plan: Plan, rng: random.Random) -> Mapping[str, Any]:
     """Some fields of another sound plan of the same run, or single fields that may change alone."""
     replicas = plan.stage_replicas
-    kind = rng.randrange(8)
+    kind = rng.randrange(9)
     if kind == 0:
         return {"generation": plan.generation + 1, "given_owners": plan.owners}
     if kind == 1:
@@ -64,6 +79,8 @@ def changes_of(plan: Plan, rng: random.Random) -> Mapping[str, Any]:
         for owners in mixed:
             rng.shuffle(owners)
         return {"given_owners": tuple(map(tuple, mixed))}
+    if kind == 7:
+        return {"shard": rng.choice(["optimizer", "gradients", "parameters"]), "shard_group": 3}
     present = [r for r in range(12) if rng.random() < 0.7]
     other = replan(plan, Roster(tuple(present or [0]), NODES), generation=plan.generation + 1)
     return {f.name: getattr(other, f.name) for f in fields(other) if f.init}

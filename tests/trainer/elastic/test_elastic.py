@@ -93,6 +93,31 @@ def test_kills_while_messages_are_on_their_way_change_no_bit(
 
 
 @pytest.mark.parametrize(
+    ("shard", "group"), [("gradients", 0), ("parameters", 0), ("parameters", 2)], ids=str
+)
+def test_kills_of_ranks_that_share_gradients_and_parameters_change_no_bit(
+    start: Starter, expected_short: dict[str, Any], shard: str, group: int
+) -> None:
+    faults = [
+        fault("kill", 2, 3, "prefetch" if shard == "parameters" else "reduce"),
+        fault("kill", 1, 6, "exchange"),  # some keepers have a part of its gradients
+        fault("kill", 3, 9, "gather"),  # its own parameters are updated, and no other's
+        fault("kill", 0, 12, "compute"),
+    ]
+    run = start(
+        train=SHORT_RUN,
+        parallel={"data": 4, "shard": shard, "shard_group": group},
+        elastic=pace({"chaos": faults}, PACE_S),
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected_short
+    assert [event["rank"] for event in run.events("rank_lost")] == [2, 1, 3, 0]
+    recovered = run.events("recovered")
+    assert all(event["from_checkpoint"] is None for event in recovered)
+    assert all(event["replayed_steps"] <= 1 for event in recovered)
+
+
+@pytest.mark.parametrize(
     ("layout", "reduction", "kills", "recomputed"),
     [
         ({"data": 4}, "exact", [(2, 3, "reduce"), (1, 5, "vote")], [3, 4]),

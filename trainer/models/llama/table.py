@@ -53,6 +53,7 @@ def layer_specs(
         forward_flops=0.0,
         activation_bytes=costs.embedding_activation_bytes,
         output_bytes=costs.hidden_bytes,
+        forward_only=True,
     )
     head = LayerSpec(
         name="head",

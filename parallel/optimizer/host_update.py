@@ -1,0 +1,81 @@
+"""Updates on the host, for optimizer state that lies there (as in Ren et al. 2021, ZeRO-Offload).
+
+Gradients come to the host in the order of the update, and parameters go back, beside the update of
+other blocks. Local; exact-mode safe: what is computed does not depend on it, but a CPU's kernels
+may round otherwise than a GPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
+
+
+class HostUpdate:
+    """The gradients of a rank's own blocks on the host, and the values that an update changes."""
+
+    def __init__(
+        self,
+        buffer: ParameterBuffer,
+        places: Sequence[Span],
+        gradients: Tensor,
+        master: Tensor | None,
+    ) -> None:
+        """Allocate page-locked memory beside a GPU.
+
+        Args:
+            places: the places of the blocks in `buffer`, in their order in `gradients`.
+            gradients: those of the blocks, flat, on the device.
+            master: their master copies on the host; None: the parameters themselves are updated.
+        """
+        self._buffer, self._places, self._device_gradients = buffer, places, gradients
+        pinned = gradients.device.type == "cuda"
+        self.gradients: Tensor = torch.empty(
+            gradients.shape, dtype=gradients.dtype, pin_memory=pinned
+        )
+        self._is_copy = master is None
+        if master is None:
+            master = torch.empty(gradients.shape, dtype=gradients.dtype, pin_memory=pinned)
+        self.master: Tensor = master
+        self._copied: dict[int, torch.cuda.Event] = {}
+
+    def begin(self, runs: Sequence[tuple[int, int, Span]]) -> None:
+        """Begin to copy what an update reads.
+
+        Args:
+            runs: (first block, block after the last, their elements), in the order of the update.
+        """
+        self._copied.clear()
+        for first, last, span in runs:
+            here = slice(span.start, span.stop)
+            self.gradients[here].copy_(self._device_gradients[here], non_blocking=True)
+            if self._is_copy:
+                start = span.start
+                for place in self._places[first:last]:
+                    values = self._buffer.part(place.start, place.stop)
+                    self.master[start : start + place.elements].copy_(values, non_blocking=True)
+                    start += place.elements
+            if self._device_gradients.device.type == "cuda":
+                self._copied[first] = torch.cuda.Event()
+                self._copied[first].record()
+
+    def wait(self, first: int) -> None:
+        """Wait for the copies of the run that begins with a block."""
+        copied = self._copied.pop(first, None)
+        if copied is not None:
+            copied.synchronize()
+
+    def write_back(self, first: int, last: int, start: int) -> None:
+        """Begin to write updated values to the parameters of blocks [first, last).
+
+        Args:
+            start: their first element.
+        """
+        for place in self._places[first:last]:
+            values = self._buffer.part(place.start, place.stop)
+            values.copy_(self.master[start : start + place.elements], non_blocking=True)
+            start += place.elements

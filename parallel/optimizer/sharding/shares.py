@@ -1,0 +1,115 @@
+"""The share of each rank of a shard group in the parameters of a layer.
+
+Every rank computes the shares of all ranks of its group alike, so that messages need no
+description. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from holdfast.parallel.optimizer.exchange import span_of
+from holdfast.parallel.optimizer.parameter_buffer import (
+    KeptSpans,
+    ParameterBuffer,
+    Segment,
+    Span,
+    joined,
+)
+from holdfast.parallel.plan import Block, KeptKind, Plan, is_summed, keepers, shard_group
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShares:
+    """The shared parameters of one layer on one rank, and what each rank of its group keeps."""
+
+    layer: int
+    parameters: tuple[nn.Parameter, ...]
+    place: Span
+    """The part of the flat index space that the layer's parameters have."""
+    shares: Mapping[int, tuple[Span, ...]]
+    """Keeper -> its blocks, as joined places in the flat index space, ascending."""
+
+    def elements(self, keeper: int) -> int:
+        """The number of elements that a rank keeps."""
+        return sum(span.elements for span in self.shares.get(keeper, ()))
+
+
+def kept_spans(plan: Plan, rank: int, kept: KeptKind) -> Callable[[Sequence[Segment]], KeptSpans]:
+    """What a rank keeps of its segments, as `ParameterBuffer` asks for it."""
+
+    def find(segments: Sequence[Segment]) -> KeptSpans:
+        spans = [
+            span_of(block, segment)
+            for segment, block in _placed_blocks(plan, rank, segments)
+            if rank in _keepers(plan, rank, segment, block, kept)
+        ]
+        return KeptSpans(sorted(spans, key=lambda span: span.start))
+
+    return find
+
+
+def layer_shares(
+    plan: Plan, rank: int, buffer: ParameterBuffer, kept: KeptKind
+) -> dict[int, LayerShares]:
+    """The shares of each layer of a rank, by layer. Pure.
+
+    Parameters whose sums every rank keeps whole have no share in gradients.
+    """
+    members = frozenset(shard_group(plan, rank, kept).ranks)
+    shard_index = plan.stage_replicas.shard_index(rank)
+    spans: dict[int, dict[int, list[Span]]] = {}
+    parameters: dict[int, dict[nn.Parameter, None]] = {}
+    for segment, block in _placed_blocks(plan, rank, buffer.segments):
+        if kept == "gradients" and is_summed(plan, shard_index, block):
+            continue
+        (keeper,) = members.intersection(_keepers(plan, rank, segment, block, kept))
+        of_layer = spans.setdefault(segment.layer, {})
+        of_layer.setdefault(keeper, []).append(span_of(block, segment))
+        parameters.setdefault(segment.layer, {})[segment.parameter] = None
+    return {
+        layer: LayerShares(
+            layer,
+            tuple(found),
+            _place(buffer, found),
+            {
+                keeper: joined(sorted(places, key=lambda span: span.start))
+                for keeper, places in sorted(spans[layer].items())
+            },
+        )
+        for layer, found in parameters.items()
+    }
+
+
+def _place(buffer: ParameterBuffer, parameters: Collection[nn.Parameter]) -> Span:
+    places = [buffer.place(parameter) for parameter in parameters]
+    return Span(min(start for start, _ in places), max(stop for _, stop in places))
+
+
+def _placed_blocks(
+    plan: Plan, rank: int, segments: Sequence[Segment]
+) -> Iterator[tuple[Segment, Block]]:
+    """Each block with each segment of a rank that uses it."""
+    shard_index = plan.stage_replicas.shard_index(rank)
+    first = {(s.layer, s.spec_index): s for s in segments if s.spec.tied_use == 0}
+    second = {(s.layer, s.spec.name): s for s in segments if s.spec.tied_use}
+    for block in plan.blocks[shard_index]:
+        segment = first.get((block.layer, block.spec_index))
+        if segment is not None:
+            yield segment, block
+        spec = plan.layers[block.layer].parameters[shard_index][block.spec_index]
+        for layer in plan.tied_layers(shard_index, block):
+            segment = second.get((layer, spec.name))
+            if segment is not None:
+                yield segment, block
+
+
+def _keepers(
+    plan: Plan, rank: int, segment: Segment, block: Block, kept: KeptKind
+) -> tuple[int, ...]:
+    shard_index = plan.stage_replicas.shard_index(rank)
+    layer = segment.layer if segment.spec.tied_use else None
+    return keepers(plan, shard_index, block, kept, layer)

@@ -1,0 +1,159 @@
+"""Sharded gradients and parameters: the ranks that keep each block's sums, and its parameters.
+
+The replicas of a stage form *shard groups*. The ranks of a group share what one replica would keep:
+for each block, one of them is its *keeper* (ZeRO-2 and -3, Rajbhandari et al. 2020, sections 5.2
+and 5.3; with several groups, the hybrid sharding of Zhao et al. 2023, section 3.2.2). A group of
+one rank keeps everything, which is how ordinary replicas are described. Pure; needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+from holdfast.parallel.plan.ownership import Block
+from holdfast.parallel.plan.plan import Plan
+from holdfast.parallel.plan.programs import training_program
+from holdfast.parallel.schedules import Op, Program
+
+KeptKind = Literal["gradients", "parameters"]
+"""What is kept: sums of gradients during a step, or parameters."""
+KEPT_KINDS: tuple[KeptKind, ...] = get_args(KeptKind)
+_WEIGHT_GRADIENTS = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+_INPUT_GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardGroup:
+    """The ranks that share the gradients or parameters of one stage at one shard index."""
+
+    ranks: tuple[int, ...]
+
+    def keeper(self, block_owner: int, position: int) -> int:
+        """The rank of the group that keeps a block.
+
+        Args:
+            block_owner: the block's owner, which is its keeper in its own group.
+            position: the owner's position in its own group; other groups take the same position,
+                so that they are as balanced as owners are.
+        """
+        if block_owner in self.ranks:
+            return block_owner
+        return self.ranks[position % len(self.ranks)]
+
+
+def shards(plan: Plan, kept: KeptKind) -> bool:
+    """Whether a plan's ranks share what they would otherwise keep whole."""
+    return plan.shard == "parameters" or plan.shard == kept
+
+
+def shard_groups(
+    plan: Plan, shard_index: int, stage: int, kept: KeptKind
+) -> tuple[ShardGroup, ...]:
+    """The shard groups of a stage at a shard index, by replica.
+
+    A group has at least as many ranks as the plan says, where the stage has them: after losses the
+    groups that are left grow, because smaller ones would need more memory.
+    """
+
+    def make() -> tuple[ShardGroup, ...]:
+        replicas = plan.stage_replicas.replicas(stage)
+        ranks = [plan.stage_replicas.rank(shard_index, d, stage) for d in range(replicas)]
+        size = (plan.shard_group or replicas) if shards(plan, kept) else 1
+        count = max(1, replicas // size)
+        edges = [replicas * number // count for number in range(count + 1)]
+        return tuple(ShardGroup(tuple(ranks[a:b])) for a, b in pairwise(edges))
+
+    return plan.derived("shard groups", (shard_index, stage, kept), make)
+
+
+def shard_group(plan: Plan, rank: int, kept: KeptKind) -> ShardGroup:
+    """The shard group of a rank; a spare is alone."""
+    place = plan.stage_replicas.find(rank)
+    if place is None:
+        return ShardGroup((rank,))
+    groups = shard_groups(plan, place.shard, place.pipeline, kept)
+    return groups[_positions(plan, kept)[rank][0]]
+
+
+def is_summed(plan: Plan, shard_index: int, block: Block) -> bool:
+    """Whether a block's sums are added over the copies of a stage replica before they travel.
+
+    Every rank keeps these sums whole: they belong to norms and the like, which are small.
+    """
+    return len(plan.layers[block.layer].parameters[shard_index][block.spec_index].summed) > 1
+
+
+def keepers(
+    plan: Plan, shard_index: int, block: Block, kept: KeptKind, layer: int | None = None
+) -> tuple[int, ...]:
+    """The ranks that keep a block at one use: one for each shard group of that use's stage.
+
+    Args:
+        layer: the layer of the second use of a tied weight; None: the first use.
+    """
+    used_in = block.layer if layer is None else layer
+    summed = kept == "gradients" and is_summed(plan, shard_index, block)
+    if summed or not shards(plan, kept):
+        return plan.holders_of_layer(shard_index, used_in)
+    stage = plan.placement[plan.chunk_of_layer(used_in)]
+    groups = shard_groups(plan, shard_index, stage, kept)
+    owner = plan.owners[shard_index][block.index]
+    position = _positions(plan, kept)[owner][1]
+    return tuple(group.keeper(owner, position) for group in groups)
+
+
+def all_keepers(plan: Plan, shard_index: int, block: Block, kept: KeptKind) -> tuple[int, ...]:
+    """The ranks that keep a block at any use, in ascending order."""
+    found = set(keepers(plan, shard_index, block, kept))
+    for layer in plan.tied_layers(shard_index, block):
+        found.update(keepers(plan, shard_index, block, kept, layer))
+    return tuple(sorted(found))
+
+
+def _positions(plan: Plan, kept: KeptKind) -> Mapping[int, tuple[int, int]]:
+    """The number of each rank's shard group in its stage, and its position there."""
+
+    def find() -> dict[int, tuple[int, int]]:
+        stages = plan.stage_replicas
+        return {
+            member: (number, position)
+            for stage in range(stages.pipeline)
+            for shard_index in range(stages.shards)
+            for number, group in enumerate(shard_groups(plan, shard_index, stage, kept))
+            for position, member in enumerate(group.ranks)
+        }
+
+    return plan.derived("shard positions", kept, find)
+
+
+Contribution = tuple[int, int]
+"""(micro-batch, layer): a layer's gradients of one micro-batch."""
+
+
+def contribution_order(plan: Plan, rank: int) -> tuple[Contribution, ...]:
+    """The contributions of a rank in a step, in the order in which they are sent."""
+    return tuple(
+        (action.micro_batch, layer)
+        for action in training_program(plan, rank)
+        if action.op in _WEIGHT_GRADIENTS
+        for layer in reversed(plan.layers_of(action.chunk))
+    )
+
+
+def use_order(plan: Plan, program: Program) -> tuple[int, ...]:
+    """The layers whose parameters a program uses, in order, repetitions left out."""
+    found: list[int] = []
+    for action in program:
+        layers: Sequence[int] = ()
+        if action.op is Op.FORWARD:
+            layers = plan.layers_of(action.chunk)
+        elif action.op in _INPUT_GRADIENTS:
+            backward = reversed(plan.layers_of(action.chunk))
+            layers = [layer for layer in backward if not plan.layers[layer].forward_only]
+        found += layers
+    return tuple(
+        layer for place, layer in enumerate(found) if not place or found[place - 1] != layer
+    )

@@ -41,14 +41,9 @@ class OwnedState:
         form: StateFormat,
         buffer: ParameterBuffer,
         blocks: tuple[OwnedBlock, ...],
-        *,
-        on_host: bool = False,
     ) -> OwnedState:
-        """The state before the first update.
-
-        Args:
-            on_host: whether it lies in host memory, page-locked beside a GPU, and is updated there.
-        """
+        """The state before the first update; page-locked if it lies on the host beside a GPU."""
+        on_host = form.on_host
         spans: list[Span] = []
         end = 0
         for block in blocks:

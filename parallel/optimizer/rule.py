@@ -105,6 +105,8 @@ class StateFormat:
     rule: OptimizerRule[Any]
     precision: Precision
     """The precision of training."""
+    on_host: bool = False
+    """Whether the owned state lies in host memory, and is updated there."""
 
     @property
     def held(self) -> tuple[str, ...]:

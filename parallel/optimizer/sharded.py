@@ -21,12 +21,15 @@ from holdfast.parallel.optimizer.exchange import (
     Gathering,
     GradientExchange,
     OwnedBlock,
+    OwnParts,
     ParameterArrival,
     Routes,
     gathering,
     receive_buckets,
     routes,
     send_bucket,
+    sum_over_copies,
+    summed_segments,
     wire_of,
 )
 from holdfast.parallel.optimizer.fence import Fence
@@ -35,7 +38,6 @@ from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.optimizer.rule import StateFormat
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.optimizer.sharding import shared_gradients
-from holdfast.parallel.optimizer.summed_copies import OwnParts, sum_over_copies, summed_segments
 from holdfast.parallel.plan import Plan, shards
 
 
@@ -82,7 +84,6 @@ class ShardedOptimizer:
         arrival: ParameterArrival,
         shadows: ShadowState | None = None,
         exchange: ExchangeSettings | None = None,
-        on_host: bool = False,
         before: OwnedState | None = None,
     ) -> None:
         """Local.
@@ -94,7 +95,6 @@ class ShardedOptimizer:
             arrival: awaits gathered parameters before the buffer's modules use them.
             shadows: the blocks that this rank follows; None if no rank follows any.
             exchange: the choices of the run; None: the defaults.
-            on_host: whether the state lies in host memory, and is updated there.
             before: the optimizer of the plan before; its tensors are reused where possible.
         """
         exchange = exchange or ExchangeSettings()
@@ -108,7 +108,7 @@ class ShardedOptimizer:
         """The number of block keys of the plan: the length of the squares that `reduce` gives."""
         owned = self._routes.owned
         carried = before.carried_on(buffer, owned) if before is not None else None
-        self.owned_state = carried or OwnedState.new(form, buffer, owned, on_host=on_host)
+        self.owned_state = carried or OwnedState.new(form, buffer, owned)
         self._updates = self.owned_state.updates()
         self._own_parts: OwnParts | None = None
         self._shadows, self._arrival = shadows, arrival

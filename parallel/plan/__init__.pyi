@@ -11,8 +11,9 @@ from .block_transfers import (
 )
 from .buffers import (
     LAYERS_AHEAD as LAYERS_AHEAD,
-    MESSAGE_BYTES as MESSAGE_BYTES,
     MESSAGES_AHEAD as MESSAGES_AHEAD,
+    RECEIVED_BYTES as RECEIVED_BYTES,
+    STAGED_BYTES as STAGED_BYTES,
     staged_bytes as staged_bytes,
 )
 from .cost import (

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from holdfast.parallel.reading import read_regular
+
 _MOUNT = Path("/sys/fs/cgroup")
 _MOST_BYTES = 1 << 16
-"""Of the list of a process's control groups."""
+"""Of the list of a process's control groups, and of a limit."""
 
 
 def machine_memory_bytes() -> int:
@@ -17,15 +19,14 @@ def machine_memory_bytes() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in _limits():
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            memory = min(memory, int(limit.read_text()))
+            memory = min(memory, int(read_regular(limit, _MOST_BYTES)))
     return memory
 
 
 def _limits() -> Iterator[Path]:
     """The files with a memory limit of this process: its control group's, and those above it."""
     try:
-        with open("/proc/self/cgroup", encoding="utf-8") as file:
-            groups = file.read(_MOST_BYTES).splitlines()
+        groups = read_regular(Path("/proc/self/cgroup"), _MOST_BYTES).decode().splitlines()
     except OSError:
         groups = []
     for line in ("0::/", "1:memory:/", *groups):

@@ -1,4 +1,5 @@
 from .chunk import (
+    Weights as Weights,
     build_chunk as build_chunk,
     build_whole_model as build_whole_model,
     initial_values as initial_values,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import assert_never
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from holdfast.parallel.precision import precision_of
 from holdfast.parallel.tensor_parallel import TensorParallel
 from holdfast.trainer.models.family import ChunkContext, family_of, layer_specs
 from holdfast.trainer.models.section import ModelConfig
+
+Weights = Literal["drawn", "unset", "none"]
+"""The weights of a new chunk; see `build_chunk`."""
 
 
 class ModelChunk(Chunk):
@@ -91,8 +94,7 @@ def build_chunk(
     device: torch.device,
     seq_len: int,
     seed: int,
-    initial: bool = True,
-    in_memory: bool = True,
+    weights: Weights = "drawn",
     compiles: bool = False,
 ) -> ModelChunk:
     """A chunk with its initial weights. Local.
@@ -104,20 +106,20 @@ def build_chunk(
         sequence_parallel: whether hidden states are split over `tensor`.
         recompute: "none", "full" or "selective", for all transformer layers or for each of them.
         seed: the seed of the initial weights and of dropout.
-        initial: False leaves the weights uninitialised, for a chunk that is filled from elsewhere.
-        in_memory: False makes parameters of their shapes without memory, which come from elsewhere.
+        weights: "drawn" from `seed`; "unset", for a chunk that is filled from elsewhere; "none":
+            parameters of their shapes without memory, which get one elsewhere.
         compiles: whether the family's regions are compiled.
     """
     tp = TensorParallel(tensor, sequence_parallel)
     arguments = (model, layers, specs, shard_index, tp, seq_len, dtype, device, seed, compiles)
-    if not in_memory:
+    if weights == "none":
         with torch.device("meta"):
             chunk = ModelChunk(*arguments)
         _take_out_of_memory(chunk, dtype, device)
         return chunk
     chunk = ModelChunk(*arguments)
     chunk.to(dtype=dtype)
-    if initial:
+    if weights == "drawn":
         initialize(chunk, seed)
     return chunk.to(device)
 

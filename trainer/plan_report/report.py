@@ -225,7 +225,14 @@ def plan_report(
         config=config,
         plan=plan,
         timeline=replica_timeline(plan, busiest),
-        memory=_fullest_ranks(plan, busiest, form, exact=exact),
+        memory=_fullest_ranks(
+            plan,
+            busiest,
+            form,
+            exact=exact,
+            # On a GPU's host lies what a CPU has in the same memory.
+            copies=1 if form.on_host and config.train.device != "cpu" else form.copies,
+        ),
         parameters=parameters,
         step_flops=step_flops(plan.layers, config.train.global_batch // config.train.micro_batch),
         step_s=step_s,
@@ -269,12 +276,13 @@ def _logits_text(config: RunConfig, head: LayerSpec) -> str:
 
 
 def _fullest_ranks(
-    plan: Plan, busiest: int, form: StateFormat, *, exact: bool
+    plan: Plan, busiest: int, form: StateFormat, *, exact: bool, copies: int
 ) -> tuple[RankMemory, ...]:
     """The memory of the fullest rank of each stage.
 
     Args:
         busiest: the replica with the most micro-batches, considered beside the first and the last.
+        copies: as for `rank_memory`.
     """
     mesh = plan.configured_mesh
     return tuple(
@@ -284,7 +292,7 @@ def _fullest_ranks(
                     plan,
                     mesh.rank(shard, d, stage),
                     precision=form.precision,
-                    copies=form.copies,
+                    copies=copies,
                     exact=exact,
                 )
                 for shard in range(mesh.shards)

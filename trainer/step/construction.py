@@ -38,7 +38,7 @@ from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
-from holdfast.trainer.models import build_chunk, initial_values
+from holdfast.trainer.models import Weights, build_chunk, initial_values
 from holdfast.trainer.step.planning import shadows_in_host_memory
 from holdfast.trainer.step.saved_tensors import state_format
 
@@ -87,8 +87,7 @@ def new_chunks(
     tensor: Communicator,
     device: torch.device,
     *,
-    initial: bool,
-    in_memory: bool = True,
+    weights: Weights,
 ) -> dict[int, Chunk]:
     """The model chunks of one rank, by chunk index. The arguments are those of `build_chunk`."""
     train = config.train
@@ -105,8 +104,7 @@ def new_chunks(
             device=device,
             seq_len=train.seq_len,
             seed=train.seed,
-            initial=initial,
-            in_memory=in_memory,
+            weights=weights,
             compiles=train.compile,
         )
         for index in plan.chunks_of(rank)
@@ -120,13 +118,11 @@ def new_model(
     tensor: Communicator,
     device: torch.device,
     *,
-    initial: bool,
+    weights: Weights,
 ) -> ModelParts:
     """A rank's chunks with their buffers. The arguments are those of `build_chunk`."""
     shares = shards(plan, "parameters")
-    chunks = new_chunks(
-        config, plan, rank, tensor, device, initial=initial and not shares, in_memory=not shares
-    )
+    chunks = new_chunks(config, plan, rank, tensor, device, weights="none" if shares else weights)
     buffer = ParameterBuffer(
         [row for chunk in chunks.values() for row in chunk.named_specs()],
         dtype=PRECISIONS[config.train.precision].dtype,
@@ -145,7 +141,7 @@ def new_model(
         for chunk in chunks.values():
             arrival.watch(chunk)
         return ModelParts(chunks, buffer, accumulator, arrival)
-    if initial:
+    if weights == "drawn":
         initialize_kept(buffer, config.train.seed)
     modules = {
         layer: module for chunk in chunks.values() for layer, module in chunk.modules_by_layer()
@@ -246,7 +242,6 @@ def new_optimizer(
         exchange=ExchangeSettings(
             parallel.overlap, parallel.bucket_elements, parallel.packing, reduce_dtype
         ),
-        on_host=config.optimizer.state == "host",
         before=before,
     )
     if config.elastic.enabled:

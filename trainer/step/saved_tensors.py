@@ -25,7 +25,9 @@ _Holders = defaultdict[str, dict[Box, _Ranks]]
 
 def state_format(config: RunConfig) -> StateFormat:
     """The optimizer state that a run keeps. Pure."""
-    return StateFormat(OPTIMIZERS[config.optimizer.name], PRECISIONS[config.train.precision])
+    optimizer = config.optimizer
+    precision = PRECISIONS[config.train.precision]
+    return StateFormat(OPTIMIZERS[optimizer.name], precision, optimizer.state == "host")
 
 
 def saved_tensors(

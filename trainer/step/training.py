@@ -31,6 +31,7 @@ from holdfast.parallel.plan import Plan, evaluation_program, shards, training_pr
 from holdfast.parallel.schedules import Program
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset
+from holdfast.trainer.models import Weights
 from holdfast.trainer.step.ballot import BallotFormat, loss_slots
 from holdfast.trainer.step.construction import (
     ModelParts,
@@ -134,7 +135,8 @@ class Training:
             carried = carried_model(before.model, before.plan, self.plan, self.rank)
             if carried is not None:
                 return carried
-        return new_model(self.config, self.plan, self.rank, tensor, self.device, initial=initial)
+        weights: Weights = "drawn" if initial else "unset"
+        return new_model(self.config, self.plan, self.rank, tensor, self.device, weights=weights)
 
     def _shadows_after(self, before: Training | None) -> ShadowState | None:
         """The copies of other ranks' blocks; None in a run that is not elastic."""

@@ -27,7 +27,7 @@ from holdfast.parallel.optimizer.exchange.buckets import Bucket, OwnedBucket, Ro
 from holdfast.parallel.optimizer.exchange.followers import FollowerRoutes
 from holdfast.parallel.optimizer.exchange.readiness import Readiness
 from holdfast.parallel.optimizer.exchange.wire import Wire, in_one
-from holdfast.parallel.plan import MESSAGE_BYTES, MESSAGES_AHEAD
+from holdfast.parallel.plan import MESSAGES_AHEAD, RECEIVED_BYTES, STAGED_BYTES
 
 
 class GradientExchange:
@@ -179,7 +179,7 @@ class GradientExchange:
             own, is_view = self._own_sums(bucket)
             message = self._wire.encode(own)
             size = 0 if message is own and is_view else message.nbytes
-            while sent and staged + size > MESSAGE_BYTES:
+            while sent and staged + size > STAGED_BYTES:
                 handle, freed = sent.popleft()
                 handle.wait()
                 staged -= freed
@@ -211,7 +211,7 @@ class GradientExchange:
         def post() -> None:
             """Ask for further messages, up to a number of bytes."""
             nonlocal asked
-            while waiting and (len(posted) < MESSAGES_AHEAD or asked < MESSAGE_BYTES):
+            while waiting and (len(posted) < MESSAGES_AHEAD or asked < RECEIVED_BYTES):
                 owned, peer = waiting.popleft()
                 message = self._wire.buffer(owned.bucket.elements)
                 tag = REDUCTION.tag(owned.bucket.row)

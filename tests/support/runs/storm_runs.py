@@ -268,7 +268,7 @@ def start_storm(
         elastic["local_nodes"] = trial.nodes
     path = start.write(
         name,
-        parallel={"data": data, "pipeline": pipeline, "tensor": tensor},
+        parallel={"data": data, "pipeline": pipeline, "tensor": tensor, "shard": trial.shard},
         checkpoint={"every": 5, "memory_every": 0},
         elastic=elastic,
         **sections,

@@ -33,6 +33,7 @@ CUTS_S = (20.0, 40.0, 60.0)
 STALL_S = 5.0
 LAYOUTS = ((4, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (3, 2, 1), (2, 2, 2))
 """(data, pipeline, tensor)."""
+SHARDS = ("optimizer", "parameters", "gradients")
 MOST_FAULTS = 3
 
 
@@ -64,6 +65,11 @@ class Trial:
         """Data times pipeline times tensor."""
         data, pipeline, tensor = self.layout
         return data * pipeline * tensor
+
+    @property
+    def shard(self) -> str:
+        """What the replicas share."""
+        return SHARDS[self.number // 2 % len(SHARDS)]
 
     @property
     def has_network(self) -> bool:

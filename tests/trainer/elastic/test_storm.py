@@ -191,7 +191,8 @@ def test_every_run_of_a_storm_ends_with_its_bits(tmp_path: Path, cluster: Cluste
             print(f"{number}: wrong: {error}", flush=True)
             continue
         print(
-            f"{number} {trial.layout}, {trial.nodes} nodes, {', '.join(outcome.told)}: exit codes "
+            f"{number} {trial.layout}, {trial.shard}, {trial.nodes} nodes, "
+            f"{', '.join(outcome.told)}: exit codes "
             f"{outcome.codes}, {outcome.lost} ranks lost, ended after {outcome.ended_s:.1f} s",
             flush=True,
         )

@@ -42,7 +42,15 @@ class Rank:
 
     def __init__(self) -> None:
         plan = plan_of(CONFIG)
-        [chunk] = new_chunks(CONFIG, plan, 0, Alone(), torch.device("cpu"), initial=False).values()  # type: ignore[arg-type]
+        made = new_chunks(
+            CONFIG,
+            plan,
+            0,
+            Alone(),  # type: ignore[arg-type]
+            torch.device("cpu"),
+            weights="unset",
+        )
+        [chunk] = made.values()
         self.buffer = ParameterBuffer(
             chunk.named_specs(), dtype=torch.float32, device=torch.device("cpu")
         )

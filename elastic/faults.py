@@ -53,7 +53,8 @@ class Fault:
     phase: StepPhase = "compute"
     """The phase at whose beginning the fault happens. "backward": when half of the step's backward
     passes are done. "exchange": when its first gradient sums are on their way to an owner.
-    "gather": when its first updated parameters are on their way to their holders. "fill": when
+    "gather": when its first updated parameters are on their way to their holders. "prefetch": when
+    parameters of later layers are on their way to it, if replicas share them. "fill": when
     state is first on its way to a newcomer, or to this rank, from that step on. "change": when
     ranks have changed before or within that step."""
     seconds: Annotated[float, Meta(ge=0, le=1e9)] = 60.0

@@ -215,13 +215,6 @@ class Plan:
             ),
         )
 
-    def contributors(self, shard_index: int, block: Block) -> tuple[int, ...]:
-        """All ranks that hold a use of a block's parameter, also the second use of a tied one."""
-        ranks = set(self.holders_of_layer(shard_index, block.layer))
-        for layer in self.tied_layers(shard_index, block):
-            ranks.update(self.holders_of_layer(shard_index, layer))
-        return tuple(sorted(ranks))
-
     def tied_layers(self, shard_index: int, block: Block) -> tuple[int, ...]:
         """The layers with a second use of a block's parameter."""
         name = self.layers[block.layer].parameters[shard_index][block.spec_index].name

@@ -253,12 +253,15 @@ def fail_to_read(rank: int, world_size: int, store: Store, *, config: dict, root
         Training.compute = compute  # type: ignore[method-assign]
 
 
-def test_a_drive_that_cannot_be_read_changes_no_bit(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["optimizer", "gradients"])
+def test_a_drive_that_cannot_be_read_changes_no_bit(
+    cluster: Cluster, tmp_path: Path, shard: str
+) -> None:
     """The step is computed again with all in memory; the run goes on so, and says it."""
     roots = {where: tmp_path / where for where in ("ssd", "none")}
     for where, root in roots.items():
         keys = offload(tmp_path) | {"activations": where}
-        config = make_config(train=TRAIN, parallel={"data": 2}, offload=keys)
+        config = make_config(train=TRAIN, parallel={"data": 2, "shard": shard}, offload=keys)
         job = (
             "test_offload_training:fail_to_read"
             if where == "ssd"

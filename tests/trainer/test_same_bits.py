@@ -315,6 +315,7 @@ def test_what_replicas_share_changes_no_bit_of_other_models(cluster: Cluster, sh
     alone = run(1, rounded)
     assert run(1, rounded, data=4, shard=shard) == alone
     assert run(1, rounded, data=2, pipeline=2, shard=shard) == alone
+    assert run(1, rounded, data=2, shard=shard, shard_group=1) == alone
     alone = run(2, {})
     assert run(2, {}, data=2, shard=shard) == alone
     selective = {"recompute": "selective"}

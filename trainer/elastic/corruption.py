@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast import _native
 from holdfast.parallel.comm import Communicator
 from holdfast.parallel.optimizer import move_blocks
-from holdfast.parallel.plan import BlockKey, BlockTransfer, Plan, block_box
+from holdfast.parallel.plan import BlockKey, BlockTransfer, Plan, all_keepers, block_box
 from holdfast.trainer.elastic.block_states import BlockStates
 from holdfast.trainer.step import Training
 
@@ -34,7 +34,7 @@ class Corruption:
     good: int | None
     """A rank with the majority's copy; None without a majority."""
     used_by: frozenset[int]
-    """The ranks that compute with the block's weights."""
+    """The ranks whose copy of the block's weights some rank computes with."""
 
     @property
     def spares_training(self) -> bool:
@@ -102,7 +102,7 @@ def _judge(
     decided = 2 * votes > len(rows)
     wrong = [rank for rank, own in zip(holders, rows, strict=True) if own != row or not decided]
     good = holders[rows.index(row)] if decided else None
-    used_by = frozenset(plan.contributors(index, block))
+    used_by = frozenset(all_keepers(plan, index, block, "parameters"))
     tensor = f"{spec.name}{block_box(spec, block)}"
     return Corruption(key, tensor, tuple(wrong), good, used_by)
 

@@ -16,6 +16,7 @@ from holdfast.parallel.plan import (
     BlockKey,
     Plan,
     Roster,
+    all_keepers,
     held_blocks,
     plan_block_transfers,
     replan,
@@ -149,7 +150,7 @@ def elastic_report(
             plan.blocks[index], plan.owners[index], shadows, strict=True
         ):
             sent[owner] += block.elements * len(holders)
-            users = plan.contributors(index, block) if holders else ()
+            users = all_keepers(plan, index, block, "parameters") if holders else ()
             spared[owner] += block.elements * len(set(users) & set(holders))
             for holder in holders:
                 kept[holder] += block.elements

@@ -17,7 +17,8 @@ class AtPhase(Protocol):
             step: counted from 1.
             phase: "fill" when state begins to be copied beside the step, "backward" when half of
                 the backward passes have begun, "exchange" and "gather" when the first gradient sums
-                and parameters of this rank are on their way, otherwise the phase that begins.
+                and parameters of this rank are on their way, "prefetch" when parameters of later
+                layers are, otherwise the phase that begins.
         """
         ...
 

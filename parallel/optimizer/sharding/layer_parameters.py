@@ -165,6 +165,7 @@ class LayerParameters:
         for handle, _, _ in arrived:
             handle.wait()
         found, share = self._layers[layer], self._shares[layer]
+        self._arrival.use(share.parameters)
         found.values.untyped_storage().resize_(found.bytes)
         self._resident = layer
         with torch.no_grad():

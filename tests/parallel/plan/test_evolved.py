@@ -44,7 +44,6 @@ def derived(plan: Plan) -> dict[str, Any]:
         "owners": plan.owners,
         "owned": [plan.owned_blocks(rank) for rank in ranks],
         "holders": [[plan.holders_of_layer(i, layer) for layer in layers] for i in shards],
-        "contributors": [[plan.contributors(i, b) for b in plan.blocks[i]] for i in shards],
         "groups": [[shard_group(p, r, k) for r in ranks] for p in (plan, shared) for k in kinds],
         "keepers": [
             [all_keepers(p, i, b, k) for i in shards for b in plan.blocks[i]]

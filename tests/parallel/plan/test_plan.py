@@ -15,6 +15,7 @@ from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.ownership import assign_owners, blocks, spread_owners
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.programs import training_program
+from holdfast.parallel.plan.sharding import all_keepers
 from holdfast.parallel.schedules import check_programs
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
@@ -100,10 +101,10 @@ def test_every_element_has_an_owner_and_a_holder(mesh: Mesh, changes: dict, tied
     held = parameter_layout(plan).holdings
     for index, found in enumerate(plan.blocks):
         for block, owner in zip(found, plan.owners[index], strict=True):
-            contributors = plan.contributors(index, block)
-            assert owner in contributors
+            keeping = all_keepers(plan, index, block, "parameters")
+            assert owner in keeping
             name = layers[block.layer].parameters[index][block.spec_index].name
-            assert contributors == tuple(
+            assert keeping == tuple(
                 r
                 for r in range(mesh.size)
                 if name in held[r] and mesh.coordinates(r).shard == index

@@ -57,6 +57,7 @@ from .sharding import (
     Contribution as Contribution,
     KeptKind as KeptKind,
     all_keepers as all_keepers,
+    are_aligned as are_aligned,
     contribution_order as contribution_order,
     is_summed as is_summed,
     keepers as keepers,

@@ -129,6 +129,23 @@ def _positions(plan: Plan, kept: KeptKind) -> Mapping[int, tuple[int, int]]:
     return plan.derived("shard positions", kept, find)
 
 
+def are_aligned(plan: Plan, group: ShardGroup) -> bool:
+    """Whether the ranks of a group do the same things in the same order, as far as each goes.
+
+    Then a rank may wait until others have taken what it sends, and until they are about as far as
+    it is: of all ranks, the one that is behind waits for none. Otherwise ranks could wait for each
+    other in a circle, because one computes forwards where another sends gradients.
+    """
+    if plan.stage_replicas.pipeline > 1:
+        return plan.is_regular and len({len(numbers) for numbers in plan.micro_batches}) == 1
+    orders = [
+        [(action.op, action.chunk) for action in training_program(plan, rank)]
+        for rank in group.ranks
+    ]
+    longest = max(orders, key=len)
+    return all(order == longest[: len(order)] for order in orders)
+
+
 Contribution = tuple[int, int]
 """(micro-batch, layer): a layer's gradients of one micro-batch."""
 

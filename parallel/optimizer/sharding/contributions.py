@@ -26,6 +26,7 @@ from holdfast.parallel.plan import (
     MESSAGES_AHEAD,
     Contribution,
     Plan,
+    are_aligned,
     contribution_order,
     shard_group,
     shards,
@@ -90,17 +91,12 @@ class GradientSharing:
         """
         self._rank = rank
         self._shares = shares = layer_shares(plan, rank, buffer, "gradients")
-        self._orders = {
-            peer: contribution_order(plan, peer)
-            for peer in shard_group(plan, rank, "gradients").ranks
-        }
+        group = shard_group(plan, rank, "gradients")
+        self._orders = {peer: contribution_order(plan, peer) for peer in group.ranks}
         """By rank of the group, its contributions in the order in which it sends them."""
-        # A rank does not wait for keepers where activations cross between replicas: ranks might
-        # then wait for each other in a circle. Gradients wait in memory instead.
         largest = max((found.place.elements for found in shares.values()), default=0)
-        waits = plan.is_regular or plan.stage_replicas.pipeline == 1
         bound = staged_bytes(largest * dtype.itemsize)
-        self._most_bytes = bound if waits else float("inf")
+        self._most_bytes = bound if are_aligned(plan, group) else float("inf")
         self._accumulator, self._comm, self._dtype = accumulator, comm, dtype
         self._device = buffer.values.device
         self._layer_of = {p: layer for layer, found in shares.items() for p in found.parameters}

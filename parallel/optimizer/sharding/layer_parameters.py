@@ -21,7 +21,7 @@ from holdfast.parallel.comm import LAYERS, Communicator, Handle
 from holdfast.parallel.optimizer.exchange import ParameterArrival
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
 from holdfast.parallel.optimizer.sharding.shares import LayerShares, layer_shares
-from holdfast.parallel.plan import LAYERS_AHEAD, Plan, shard_group, use_order
+from holdfast.parallel.plan import LAYERS_AHEAD, Plan, are_aligned, shard_group, use_order
 from holdfast.parallel.schedules import Program
 
 _SENT_AHEAD = 4
@@ -103,6 +103,7 @@ class LayerParameters:
         self._rank = -1
         self._comm: Communicator | None = None
         self._group: tuple[int, ...] = ()
+        self._is_aligned = False
         self._shares: Mapping[int, LayerShares] = {}
         self._uses = _Uses()
         self._receiving: Callable[[], None] = lambda: None
@@ -114,7 +115,8 @@ class LayerParameters:
         """Share with the ranks of a plan from now on. Local."""
         self.cancel()
         self._plan, self._rank, self._comm = plan, rank, comm
-        self._group = shard_group(plan, rank, "parameters").ranks
+        group = shard_group(plan, rank, "parameters")
+        self._group, self._is_aligned = group.ranks, are_aligned(plan, group)
         self._shares = layer_shares(plan, rank, self._buffer, "parameters")
         self._forward_only = frozenset(
             layer for layer in self._layers if plan.layers[layer].forward_only
@@ -204,13 +206,10 @@ class LayerParameters:
 
     def _send_ahead(self, *, all_uses: bool = False) -> None:
         """Send this rank's share to the others, for their uses up to some beyond its own."""
-        uses, plan, comm = self._uses, self._plan, self._comm
-        assert plan is not None
+        uses, comm = self._uses, self._comm
         assert comm is not None
         last = max(map(len, uses.orders.values()), default=0)
-        # Where activations cross between replicas, nothing is known of how far others are.
-        aligned = plan.is_regular or plan.stage_replicas.pipeline == 1
-        if aligned and not all_uses:
+        if self._is_aligned and not all_uses:
             last = min(last, uses.begun + _SENT_AHEAD)
         while uses.served < last:
             for peer in self._others():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from holdfast.parallel.plan import (
     KeptKind,
     Plan,
     Roster,
+    are_aligned,
     contribution_order,
     is_summed,
     keepers,
@@ -127,6 +129,24 @@ def test_contributions_and_uses_follow_the_program(layout: str) -> None:
         uses = use_order(plan, program)
         assert all(a != b for a, b in pairwise(uses))
         assert set(uses) == set(layers)
+
+
+def test_ranks_are_aligned_where_one_does_what_the_other_does() -> None:
+    def aligned(**changes: Any) -> bool:
+        plan = plan_of("shared over stages" if "pipeline" in changes else "data", tied=False)
+        changes.pop("pipeline", None)
+        plan = plan.evolved(**changes)
+        return are_aligned(plan, shard_group(plan, 0, "gradients"))
+
+    even = tuple((number,) for number in range(4))
+    uneven = ((0, 1), (2, 3), (4,), (5,))
+    shared: dict[str, Any] = {"shard": "gradients"}
+    assert aligned(micro_batches=even, schedule="gpipe", **shared)
+    assert aligned(micro_batches=uneven, schedule="1f1b", **shared)  # forward, backward, forward, …
+    assert not aligned(micro_batches=uneven, schedule="gpipe", **shared)
+    assert aligned(micro_batches=even, pipeline=2)
+    assert not aligned(micro_batches=uneven, pipeline=2)
+    assert not aligned(micro_batches=even, assignment=(even, even), pipeline=2)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 7)), max_size=8), st.data())

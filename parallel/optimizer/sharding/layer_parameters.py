@@ -98,7 +98,6 @@ class LayerParameters:
             parameters.setdefault(segment.layer, []).append(segment.parameter)
         self._layers = {layer: _lay_out(buffer, found) for layer, found in parameters.items()}
         self._resident: int | None = None
-        self._forward_only: frozenset[int] = frozenset()
         self._plan: Plan | None = None
         self._rank = -1
         self._comm: Communicator | None = None
@@ -118,13 +117,11 @@ class LayerParameters:
         group = shard_group(plan, rank, "parameters")
         self._group, self._is_aligned = group.ranks, are_aligned(plan, group)
         self._shares = layer_shares(plan, rank, self._buffer, "parameters")
-        self._forward_only = frozenset(
-            layer for layer in self._layers if plan.layers[layer].forward_only
-        )
 
     def _gated(self, layer: int, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         """A layer's output, whose backward pass begins with the use of the layer's parameters."""
-        if layer in self._forward_only or not output.requires_grad:
+        assert self._plan is not None
+        if self._plan.layers[layer].forward_only or not output.requires_grad:
             return output
         # pyrefly: ignore[bad-return]
         return _BeforeBackward.apply(output, lambda: self.use(layer))

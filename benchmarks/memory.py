@@ -4,7 +4,7 @@ Each rank is a process that says how much more memory it has at most, while it i
 trains, than before: the kernel's count of resident pages. The heap gives large freed blocks back at
 once, so that what was free is not counted.
 
-    python benchmarks/memory.py [--json PREFIX]
+    python benchmarks/memory.py [--reduction exact,fast] [--ways ZeRO-1,ZeRO-3]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
 sys.path.insert(0, os.path.dirname(__file__))
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -43,8 +44,6 @@ HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def measure(cluster: Cluster, layout: dict[str, Any], reduction: str) -> list[dict[str, Any]]:
-    import msgspec
-
     config = make_config(
         model=MODEL,
         train={"seq_len": 128, "global_batch": 8, "micro_batch": 1, "steps": 100},

@@ -140,7 +140,8 @@ class GradientAccumulator:
 
         Args:
             offers: the number for each parameter of the buffer.
-            complete: called, from the thread that adds, with parameters that get no more of them.
+            complete: called, from the thread that adds, with parameters that get no more of them;
+                not with shared ones.
             share: takes the gradients of shared parameters.
         """
         self._left, self._complete, self._share = dict(offers), complete, share
@@ -167,7 +168,7 @@ class GradientAccumulator:
                 self._views[parameter].zero_()
             self._empty.discard(parameter)
             self._left.pop(parameter, None)
-        self._complete(parameters)
+        self._complete([p for p in parameters if p not in self._shared])
 
     def _takes(self, parameter: nn.Parameter) -> bool:
         """Note the offer of a gradient. Returns whether it is to be added."""

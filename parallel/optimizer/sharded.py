@@ -8,7 +8,7 @@ blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -204,17 +204,14 @@ class ShardedOptimizer:
         """Say again how many gradients each parameter is offered from now on. Local."""
         segments = summed_segments(self.owned_state.buffer) if self._shards.size > 1 else ()
         later = {segment.parameter for segment in segments}
+
+        def complete(found: Iterable[nn.Parameter]) -> None:
+            self._exchange.complete([p for p in found if p not in later])
+
         if self._sharing is None:
-            self._accumulator.expect(
-                offers, lambda found: self._exchange.complete([p for p in found if p not in later])
-            )
-            return
-        later |= self._sharing.parameters
-        self._accumulator.expect(
-            offers,
-            lambda found: self._exchange.complete([p for p in found if p not in later]),
-            self._sharing.add,
-        )
+            self._accumulator.expect(offers, complete)
+        else:
+            self._accumulator.expect(offers, complete, self._sharing.add)
 
     def close(self) -> None:
         """End what an interrupted step has begun, once the communicators are aborted. Local."""

@@ -153,8 +153,8 @@ def step_time_s(
 
     With `overlap`, gradients travel beside the last micro-batch's backward pass and parameters
     beside the first forward pass, and only what takes longer than these counts; what ranks share
-    travels beside all passes. The collectives
-    inside a stage replica, the optimizer's update and recomputation are left out.
+    travels beside all passes. The collectives inside a stage replica, the optimizer's update and
+    recomputation are left out.
 
     Args:
         flops_per_s: the rate that a rank reaches, not the peak of its data sheet.
@@ -216,7 +216,7 @@ def kept_elements(plan: Plan, rank: int, kept: KeptKind) -> int:
         block.elements
         for block in plan.blocks[index]
         for layer in held.intersection((block.layer, *plan.tied_layers(index, block)))
-        if rank in keepers(plan, index, block, kept, None if layer == block.layer else layer)
+        if rank in keepers(plan, index, block, kept, layer)
     )
 
 

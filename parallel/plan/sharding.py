@@ -92,7 +92,7 @@ def keepers(
     """The ranks that keep a block at one use: one for each shard group of that use's stage.
 
     Args:
-        layer: the layer of the second use of a tied weight; None: the first use.
+        layer: the layer of the use; None: the first use.
     """
     used_in = block.layer if layer is None else layer
     summed = kept == "gradients" and is_summed(plan, shard_index, block)

@@ -123,10 +123,7 @@ def _kept_weights(plan: Plan, rank: int, index: int) -> Iterator[tuple[str, Box]
     held = frozenset(layers)
     for block in plan.blocks[index]:
         uses = held.intersection((block.layer, *plan.tied_layers(index, block)))
-        if any(
-            rank in keepers(plan, index, block, "parameters", None if use == block.layer else use)
-            for use in uses
-        ):
+        if any(rank in keepers(plan, index, block, "parameters", use) for use in uses):
             spec = plan.layers[block.layer].parameters[index][block.spec_index]
             yield spec.name, block_box(spec, block)
 

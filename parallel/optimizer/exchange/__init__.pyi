@@ -1,8 +1,12 @@
+from .arrival import (
+    spread as spread,
+)
 from .buckets import (
     Gathering as Gathering,
     OwnedBlock as OwnedBlock,
     Routes as Routes,
     gathering as gathering,
+    placed_blocks as placed_blocks,
     routes as routes,
     span_of as span_of,
 )

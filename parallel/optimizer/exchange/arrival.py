@@ -39,6 +39,10 @@ class Arrival:
         self._handle.wait()
         self._handle = None
         for places in self._uses:
-            parts = self._message.split([place.numel() for place in places])
-            for place, part in zip(places, parts, strict=True):
-                place.copy_(part)
+            spread(self._message, places)
+
+
+def spread(message: Tensor, places: Sequence[Tensor]) -> None:
+    """Write a flat message to flat places, one after another."""
+    for place, part in zip(places, message.split([p.numel() for p in places]), strict=True):
+        place.copy_(part)

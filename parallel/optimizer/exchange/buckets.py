@@ -6,7 +6,7 @@ Every rank cuts the blocks of every owner alike, so that messages need no descri
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -145,29 +145,20 @@ class _Places:
     def __init__(self, plan: Plan, rank: int, buffer: ParameterBuffer, kept: KeptKind) -> None:
         self._plan = plan
         shard_index = plan.stage_replicas.shard_index(rank)
-        self._segments = {
-            (s.layer, s.spec_index): s for s in buffer.segments if s.spec.tied_use == 0
-        }
-        second_use = {s.spec.name: s for s in buffer.segments if s.spec.tied_use == 1}
-        self._tied = _tied_names(plan, shard_index)
         self.first: dict[int, Span] = {}
         """The place of each block with a first use kept here, by its index."""
         self.second: dict[int, Span] = {}
         """The place of each block with the second use of a tied weight kept here."""
+        self._segments: dict[int, Segment] = {}
         self._second_segments: dict[int, Segment] = {}
-        for block in plan.blocks[shard_index]:
-            segment = self._segments.get((block.layer, block.spec_index))
-            if segment is not None and rank in keepers(plan, shard_index, block, kept):
-                self.first[block.index] = span_of(block, segment)
-            segment = second_use.get(self._tied.get((block.layer, block.spec_index), ""))
-            if segment is None:
-                continue
+        for segment, block in placed_blocks(plan, shard_index, buffer.segments):
             if rank in keepers(plan, shard_index, block, kept, segment.layer):
-                self.second[block.index] = span_of(block, segment)
-                self._second_segments[block.index] = segment
+                second = segment.spec.tied_use
+                (self.second if second else self.first)[block.index] = span_of(block, segment)
+                (self._second_segments if second else self._segments)[block.index] = segment
 
     def segment(self, block: Block) -> Segment:
-        return self._segments[block.layer, block.spec_index]
+        return self._segments[block.index]
 
     def buckets(self, owner: int, elements: int) -> list[Bucket]:
         """All buckets of an owner, by row."""
@@ -200,7 +191,6 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
         elements: the size up to which blocks are joined.
     """
     keys = plan.owned_blocks(owner)
-    tied = _tied_names(plan, keys[0][0]) if keys else {}
     runs: list[list[Block]] = []
     sizes: list[int] = []
     holders: object = None
@@ -208,7 +198,7 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
         block = plan.blocks[index][place]
         stage = plan.placement[plan.chunk_of_layer(block.layer)]
         apart = shards(plan, "gradients") and is_summed(plan, index, block)
-        same = holders == (holders := (stage, tied.get((block.layer, block.spec_index)), apart))
+        same = holders == (holders := (stage, plan.tied_layers(index, block), apart))
         before = runs[-1][-1] if runs else block
         near = _follows(block, before) or max(block.elements, before.elements) < _LONG
         if runs and same and near and sizes[-1] + block.elements <= elements:
@@ -229,20 +219,21 @@ def _follows(block: Block, following: Block) -> bool:
     )
 
 
-def _tied_names(plan: Plan, shard_index: int) -> dict[tuple[int, int], str]:
-    """The logical name of each tied weight, by the layer and row of its first use."""
-    names = {
-        spec.name
-        for layer in plan.layers
-        for spec in layer.parameters[shard_index]
-        if spec.tied_use
-    }
-    return {
-        (layer_index, spec_index): spec.name
-        for layer_index, layer in enumerate(plan.layers)
-        for spec_index, spec in enumerate(layer.parameters[shard_index])
-        if spec.tied_use == 0 and spec.name in names
-    }
+def placed_blocks(
+    plan: Plan, shard_index: int, segments: Iterable[Segment]
+) -> Iterator[tuple[Segment, Block]]:
+    """Each block with each of a rank's segments that uses it, the first use first. Pure."""
+    first, second = {}, {}
+    for segment in segments:
+        if segment.spec.tied_use:
+            second[segment.spec.name] = segment
+        else:
+            first[segment.layer, segment.spec_index] = segment
+    for block in plan.blocks[shard_index]:
+        name = plan.layers[block.layer].parameters[shard_index][block.spec_index].name
+        for found in (first.get((block.layer, block.spec_index)), second.get(name)):
+            if found is not None:
+                yield found, block
 
 
 def span_of(block: Block, segment: Segment) -> Span:

@@ -112,11 +112,6 @@ class GradientSharing:
         kept = kept_spans(plan, rank, "gradients")(buffer.segments)
         accumulator.keep(kept, frozenset(self._layer_of))
 
-    @property
-    def parameters(self) -> frozenset[nn.Parameter]:
-        """The parameters whose gradients are shared."""
-        return frozenset(self._layer_of)
-
     def begin(
         self, complete: Callable[[Iterable[nn.Parameter]], None], sending: Callable[[], None]
     ) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.parallel.comm import LAYERS, Communicator, Handle
-from holdfast.parallel.optimizer.exchange import ParameterArrival
+from holdfast.parallel.optimizer.exchange import ParameterArrival, spread
 from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer, Span
 from holdfast.parallel.optimizer.sharding.shares import LayerShares, layer_shares
 from holdfast.parallel.plan import LAYERS_AHEAD, Plan, are_aligned, shard_group, use_order
@@ -171,15 +171,14 @@ class LayerParameters:
             for span in share.shares.get(self._rank, ()):
                 found.part(span).copy_(self._buffer.part(span.start, span.stop))
             for _, message, spans in arrived:
-                parts = message.split([span.elements for span in spans])
-                for span, part in zip(spans, parts, strict=True):
-                    found.part(span).copy_(part)
+                spread(message, [found.part(span) for span in spans])
         if uses.begun == 1:
             self._receiving()
 
     def _receive_ahead(self) -> None:
         """Begin to receive the parameters of the uses that follow."""
-        uses = self._uses
+        uses, comm = self._uses, self._comm
+        assert comm is not None
         order = uses.orders[self._rank]
         while uses.posted < min(len(order), uses.begun + LAYERS_AHEAD):
             share, messages = self._shares[order[uses.posted]], []
@@ -188,13 +187,9 @@ class LayerParameters:
                 if spans:
                     message = self._buffer.values.new_empty(share.elements(keeper))
                     tag = LAYERS.wrapped(uses.posted)
-                    messages.append((self._receive(message, keeper, tag), message, spans))
+                    messages.append((comm.receive(message, keeper, tag), message, spans))
             uses.receives.append(messages)
             uses.posted += 1
-
-    def _receive(self, message: Tensor, keeper: int, tag: int) -> Handle:
-        assert self._comm is not None
-        return self._comm.receive(message, keeper, tag)
 
     def _others(self) -> Sequence[int]:
         """The other ranks of the group, each rank beginning with the one behind it."""

@@ -6,12 +6,12 @@ description. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from holdfast.parallel.optimizer.exchange import span_of
+from holdfast.parallel.optimizer.exchange import placed_blocks, span_of
 from holdfast.parallel.optimizer.parameter_buffer import (
     KeptSpans,
     ParameterBuffer,
@@ -19,7 +19,7 @@ from holdfast.parallel.optimizer.parameter_buffer import (
     Span,
     joined,
 )
-from holdfast.parallel.plan import Block, KeptKind, Plan, is_summed, keepers, shard_group
+from holdfast.parallel.plan import KeptKind, Plan, is_summed, keepers, shard_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,13 @@ class LayerShares:
 def kept_spans(plan: Plan, rank: int, kept: KeptKind) -> Callable[[Sequence[Segment]], KeptSpans]:
     """What a rank keeps of its segments, as `ParameterBuffer` asks for it."""
 
+    shard_index = plan.stage_replicas.shard_index(rank)
+
     def find(segments: Sequence[Segment]) -> KeptSpans:
         spans = [
             span_of(block, segment)
-            for segment, block in _placed_blocks(plan, rank, segments)
-            if rank in _keepers(plan, rank, segment, block, kept)
+            for segment, block in placed_blocks(plan, shard_index, segments)
+            if rank in keepers(plan, shard_index, block, kept, segment.layer)
         ]
         return KeptSpans(sorted(spans, key=lambda span: span.start))
 
@@ -63,10 +65,10 @@ def layer_shares(
     shard_index = plan.stage_replicas.shard_index(rank)
     spans: dict[int, dict[int, list[Span]]] = {}
     parameters: dict[int, dict[nn.Parameter, None]] = {}
-    for segment, block in _placed_blocks(plan, rank, buffer.segments):
+    for segment, block in placed_blocks(plan, shard_index, buffer.segments):
         if kept == "gradients" and is_summed(plan, shard_index, block):
             continue
-        (keeper,) = members.intersection(_keepers(plan, rank, segment, block, kept))
+        (keeper,) = members.intersection(keepers(plan, shard_index, block, kept, segment.layer))
         of_layer = spans.setdefault(segment.layer, {})
         of_layer.setdefault(keeper, []).append(span_of(block, segment))
         parameters.setdefault(segment.layer, {})[segment.parameter] = None
@@ -87,29 +89,3 @@ def layer_shares(
 def _place(buffer: ParameterBuffer, parameters: Collection[nn.Parameter]) -> Span:
     places = [buffer.place(parameter) for parameter in parameters]
     return Span(min(start for start, _ in places), max(stop for _, stop in places))
-
-
-def _placed_blocks(
-    plan: Plan, rank: int, segments: Sequence[Segment]
-) -> Iterator[tuple[Segment, Block]]:
-    """Each block with each segment of a rank that uses it."""
-    shard_index = plan.stage_replicas.shard_index(rank)
-    first = {(s.layer, s.spec_index): s for s in segments if s.spec.tied_use == 0}
-    second = {(s.layer, s.spec.name): s for s in segments if s.spec.tied_use}
-    for block in plan.blocks[shard_index]:
-        segment = first.get((block.layer, block.spec_index))
-        if segment is not None:
-            yield segment, block
-        spec = plan.layers[block.layer].parameters[shard_index][block.spec_index]
-        for layer in plan.tied_layers(shard_index, block):
-            segment = second.get((layer, spec.name))
-            if segment is not None:
-                yield segment, block
-
-
-def _keepers(
-    plan: Plan, rank: int, segment: Segment, block: Block, kept: KeptKind
-) -> tuple[int, ...]:
-    shard_index = plan.stage_replicas.shard_index(rank)
-    layer = segment.layer if segment.spec.tied_use else None
-    return keepers(plan, shard_index, block, kept, layer)

@@ -31,6 +31,7 @@ torch.set_num_threads(1)
 
 SLOWER = ("mp", "slow", "chaos")
 """Marks of tests that `make test-quick` leaves out; only they may start processes."""
+MOST_RANKS = 16
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 
 
@@ -74,6 +75,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    pool = Cluster()
+    pool = Cluster(MOST_RANKS)
     yield pool
     pool.close()

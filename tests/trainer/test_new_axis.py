@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +44,6 @@ def registered(axis: Axis = REPEATS) -> Any:
 
 def config_of(layout: dict[str, int], **sections: dict[str, Any]) -> RunConfig:
     return make_config(**{**SECTIONS, **sections}, parallel=layout)
-
-
-@pytest.fixture(scope="module")
-def many() -> Iterator[Cluster]:
-    """Processes for twice as many ranks as other tests take."""
-    pool = Cluster(workers=16)
-    yield pool
-    pool.close()
 
 
 # In a worker's process.
@@ -130,9 +121,9 @@ def test_the_plan_report_names_the_axis_and_divides_nothing_by_it() -> None:
 
 
 @pytest.mark.mp
-def test_training_with_the_axis_gives_the_same_bits(cluster: Cluster, many: Cluster) -> None:
+def test_training_with_the_axis_gives_the_same_bits(cluster: Cluster) -> None:
     expected = run_training(cluster, config_of(WITHOUT))
-    found = many.run(
+    found = cluster.run(
         "test_new_axis:train_and_compare", 16, config=msgspec.to_builtins(config_of(MESH))
     )
     held = [result.pop("held") for result in found]
@@ -143,13 +134,13 @@ def test_training_with_the_axis_gives_the_same_bits(cluster: Cluster, many: Clus
 
 
 @pytest.mark.mp
-def test_check_agrees_and_names_the_axis_where_its_entry_is_wrong(many: Cluster) -> None:
+def test_check_agrees_and_names_the_axis_where_its_entry_is_wrong(cluster: Cluster) -> None:
     config = tiny(MESH, {}, steps=2)
     alone = msgspec.structs.replace(config, parallel=type(config.parallel)())
     plain, reference = msgspec.to_builtins(config), run_reference(alone)
 
     def findings(*, splits_work: bool) -> list[str]:
-        ranks = many.run("test_new_axis:check_layout", 16, config=plain, splits_work=splits_work)
+        ranks = cluster.run("test_new_axis:check_layout", 16, config=plain, splits_work=splits_work)
         return [str(finding) for finding in compare(ranks, reference)]
 
     assert findings(splits_work=False) == []
@@ -161,14 +152,14 @@ def test_check_agrees_and_names_the_axis_where_its_entry_is_wrong(many: Cluster)
 @pytest.mark.mp
 @pytest.mark.parametrize("saved_with", [True, False], ids=["saved-with", "loaded-with"])
 def test_a_checkpoint_does_not_know_the_axis(
-    cluster: Cluster, many: Cluster, tmp_path: Path, saved_with: bool
+    cluster: Cluster, tmp_path: Path, saved_with: bool
 ) -> None:
     expected = run_training(cluster, config_of(WITHOUT))
     layouts = [MESH, WITHOUT] if saved_with else [WITHOUT, MESH]
     for layout, stop in zip(layouts, (2, 0), strict=True):
         train = {**SECTIONS["train"], "stop_after": stop}
         config = config_of(layout, train=train, log={"tensorboard": False})
-        many.run(
+        cluster.run(
             "test_new_axis:train_in",
             world_size_of(config),
             config=msgspec.to_builtins(config),

@@ -1,5 +1,5 @@
-"""A pool of real worker processes that tests share: ranks that talk over gloo, forked once a
-session.
+"""A pool of real worker processes that tests share: ranks that talk over gloo, forked from one
+process that imports torch once a session.
 
 A job names a module-level function `function(rank, world_size, store, **arguments)` of a test
 module; it runs on the first `world_size` workers, each with a store of its own prefix, and what it
@@ -20,13 +20,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
 WORKERS = 12
+OTHERS_S = 3.0
+"""Seconds that others have once a rank has failed; it stays connected, so some may wait for it."""
 
 
 class WorkerFailed(AssertionError):
@@ -34,7 +37,9 @@ class WorkerFailed(AssertionError):
 
 
 class Cluster:
-    """Processes waiting for jobs. A job that hangs or dies ends the pool; the next starts anew."""
+    """Processes waiting for jobs. A job that hangs or dies ends the pool; the next has another,
+    forked from the same process.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class Cluster:
         self._imports = imports
         self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._pool = 0
         self._connections: list[Connection] = []
         self._jobs = 0
 
@@ -75,64 +81,65 @@ class Cluster:
         Raises:
             WorkerFailed: with the traceback of every rank that raised.
         """
-        if self._process is None or self._process.poll() is not None:
+        if not self._connections:
             self._start()
         self._jobs += 1
         connections = self._connections[first_worker : first_worker + world_size]
         for rank, connection in enumerate(connections):
             connection.send((function, rank, world_size, self._jobs, arguments))
-        results: list[Any] = []
-        failures: list[str] = []
-        for rank, connection in enumerate(connections):
-            if rank in dying:
-                results.append(None)
-                continue
-            try:
-                if not connection.poll(timeout_s if not failures else 5.0):
-                    raise TimeoutError(f"rank {rank} gave no result")
-                succeeded, value = pickle.loads(connection.recv_bytes())
-            except (EOFError, TimeoutError, OSError) as error:
-                failures.append(f"rank {rank}: {error!r}")
-                continue
-            results.append(value)
-            if not succeeded:
-                failures.append(f"rank {rank}:\n{value}")
+        awaited = {c: rank for rank, c in enumerate(connections) if rank not in dying}
+        results, failures = _results_of(awaited, timeout_s)
         if failures or dying:
-            self.close()
+            self._end_pool()
         if failures:
-            raise WorkerFailed("\n".join(failures))
-        return results
+            raise WorkerFailed("\n".join(text for _, text in sorted(failures.items())))
+        return [results.get(rank) for rank in range(world_size)]
 
     def close(self) -> None:
-        """End all workers."""
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
+        """End all processes."""
+        self._end_pool()
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._process.kill()
+            self._process.communicate()
             self._process = None
 
+    def _end_pool(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        if self._connections:
+            self._connections = []
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pool, signal.SIGKILL)
+
     def _start(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._importing_process()
+        assert self._process.stdin is not None
         with tempfile.TemporaryDirectory() as folder:
             address = str(Path(folder) / "pool")
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-                **self._environment,
-            }
             with Listener(address, "AF_UNIX", backlog=self._workers) as listener:
-                self._process = subprocess.Popen(
-                    [sys.executable, __file__, address, str(self._workers), *self._imports],
-                    env=environment,
-                    start_new_session=True,
-                )
+                self._process.stdin.write(f"{address}\n".encode())
+                self._process.stdin.flush()
                 connected = {}
                 for _ in range(self._workers):
                     connection = self._accept(listener, self._process)
-                    connected[connection.recv()] = connection
+                    rank, self._pool = connection.recv()
+                    connected[rank] = connection
         self._connections = [connected[rank] for rank in range(self._workers)]
+
+    def _importing_process(self) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            **self._environment,
+        }
+        return subprocess.Popen(
+            [sys.executable, __file__, str(self._workers), *self._imports],
+            env=environment,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     @staticmethod
     def _accept(listener: Listener, process: subprocess.Popen[bytes]) -> Connection:
@@ -151,14 +158,57 @@ class Cluster:
         )
 
 
-def _serve(address: str, workers: int, imports: Sequence[str]) -> None:
+def _results_of(
+    awaited: dict[Connection, int], timeout_s: float
+) -> tuple[dict[int, Any], dict[int, str]]:
+    """What ranks return, and why others have no result, by rank."""
+    results, failures = {}, {}
+    end_s = time.monotonic() + timeout_s
+    while awaited:
+        ready = wait(list(awaited), max(0.0, end_s - time.monotonic()))
+        if not ready:
+            failures |= {rank: f"rank {rank} gave no result" for rank in awaited.values()}
+            break
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = awaited.pop(connection)
+            try:
+                succeeded, value = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError) as error:
+                succeeded, value = False, repr(error)
+            if succeeded:
+                results[rank] = value
+            else:
+                failures[rank] = f"rank {rank}:\n{value}"
+                end_s = min(end_s, time.monotonic() + OTHERS_S)
+    return results, failures
+
+
+def _serve(workers: int, imports: Sequence[str]) -> None:
+    """Import, and fork a pool for each address that is read."""
     import torch
-    import torch.distributed as dist
 
     for name in ("holdfast.trainer.worker", "support.runs.small_runs", *imports):
         importlib.import_module(name)
     torch.set_num_threads(1)
     gc.freeze()  # what is imported is not looked through after each job
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a pool that has ended is forgotten
+    for address in sys.stdin:
+        if os.fork() == 0:
+            try:
+                _serve_pool(address.strip(), workers)
+            except BaseException:
+                traceback.print_exc()
+                os.kill(os.getppid(), signal.SIGKILL)  # so that no test waits for this pool
+            os._exit(0)
+
+
+def _serve_pool(address: str, workers: int) -> None:
+    import torch.distributed as dist
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(4 * workers)
@@ -185,7 +235,7 @@ def _work(address: str, rank: int, port: int) -> None:
     import torch.distributed as dist
 
     connection = Client(address, "AF_UNIX")
-    connection.send(rank)
+    connection.send((rank, os.getpgrp()))
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     while True:
         try:
@@ -207,4 +257,4 @@ def _work(address: str, rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    _serve(int(sys.argv[1]), sys.argv[2:])

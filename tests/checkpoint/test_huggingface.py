@@ -25,8 +25,8 @@ def test_transformers_gives_our_logits(
     from transformers import AutoModelForCausalLM
 
     config = make_config(
-        model={"tie_embeddings": tie, "dropout": 0.0},
-        train={"steps": 4},
+        model={"tie_embeddings": tie, "dropout": 0.0, "layers": 2},
+        train={"steps": 4, "global_batch": 4},
         checkpoint={"every": 2, "keep": 0},
         parallel={"tensor": tensor, "data": 2},
     )

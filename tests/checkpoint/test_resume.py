@@ -207,8 +207,8 @@ def test_parameters_and_moments_are_bit_equal_over_tensor_degrees(
     import safetensors.torch
     import torch
 
-    model = {"heads": 4, "kv_heads": 4, "tie_embeddings": tie}
-    train = {"steps": 3}
+    model = {"heads": 4, "kv_heads": 4, "tie_embeddings": tie, "layers": 2}
+    train = {"steps": 3, "global_batch": 4}
     start = _config(model=model, train=train, parallel={"tensor": 2, "data": 2})
     run_in(cluster, start, tmp_path / "first")
     source = tmp_path / "first/checkpoints/step-00000003"

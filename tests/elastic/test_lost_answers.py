@@ -37,7 +37,7 @@ SLOW_S = 12.0
 for."""
 LIMIT_S = 30.0
 """Seconds after which all must be together."""
-SCHEDULES = 30_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 1_500
+SCHEDULES = 30_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 1_000
 
 
 @dataclass
@@ -256,5 +256,5 @@ def test_no_lost_or_late_message_splits_a_run_holds_it_up_or_costs_a_healthy_wor
 
 
 @pytest.mark.slow
-def test_thousands_of_schedules_end_with_all_together() -> None:
+def test_a_thousand_schedules_end_with_all_together() -> None:
     check(range(300, SCHEDULES))

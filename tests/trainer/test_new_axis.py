@@ -183,7 +183,7 @@ def register() -> None:
 @pytest.mark.mp
 @pytest.mark.chaos
 def test_a_loss_with_the_axis_changes_no_bit(cluster: Cluster, start: Starter) -> None:
-    train = {"steps": 8, "global_batch": 4}
+    train = {"steps": 5, "global_batch": 4}
     expected = bits_of(run_training(cluster, config_of(WITHOUT, train=train)))
     start.before = "test_new_axis:register"
     run = start(

@@ -220,7 +220,7 @@ def whole_losses(cluster: Cluster) -> list[str]:
 
 TENSOR_RUN: dict[str, Any] = {
     "model": {"layers": 2},
-    "train": {"steps": 8, "global_batch": 8, "micro_batch": 4},
+    "train": {"steps": 4, "global_batch": 8, "micro_batch": 4},
 }
 
 

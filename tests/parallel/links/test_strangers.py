@@ -25,6 +25,7 @@ from support.runs.commands import CONFIG, HOLDFAST, environment, lines_of
 from support.runs.elastic_demo import wait_for
 
 KEY = derived_key("a secret of this test", "store")
+STEPS = 60
 
 
 @contextmanager
@@ -165,14 +166,17 @@ def training(
 def test_a_run_without_rights_listens_on_the_loopback_alone_and_obeys_no_other_process(
     tmp_path: Path,
 ) -> None:
-    more = "[elastic]\nenabled = true\nlocal_nodes = 2\n"
-    with training(tmp_path, 150, more, without_rights()) as run:
+    slow = 'chaos = [{fault = "slow", rank = 0, step = 1, seconds = 0.15}]\n'  # meanwhile it runs
+    more = f"[elastic]\nenabled = true\nlocal_nodes = 2\n{slow}"
+    with training(tmp_path, STEPS, more, without_rights()) as run:
         found = listeners_of(run.pid)
         assert len(found) >= 8  # two stores and the Lighthouse, their doors, and tunnels
         assert {host for host, _ in found} == {"127.0.0.1"}
         assert obeyed_by(f"{host}:{port}" for host, port in sorted(found)) == ""
         assert run.wait(120) == 0
-    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [*range(1, 151)]
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [
+        *range(1, STEPS + 1)
+    ]
     names = [line["event"] for line in lines_of(tmp_path / "run/events.jsonl")]
     assert "rank_lost" not in names
 

@@ -137,7 +137,7 @@ def test_only_the_lost_rank_s_micro_batches_are_computed_again(
     # Twelve micro-batches are shared out evenly; layers stay, since all stages lose alike.
     sections = {
         "model": {"layers": 2},
-        "train": {"steps": 7},
+        "train": {"steps": 6},
         "numerics": {"reduction": reduction},
         "parallel": layout,
     }

@@ -16,7 +16,9 @@ def isa() -> str:
     at import (importing fails if the machine cannot run it).
     """
 
-def accumulate_f32(accumulator: int, gradient: int, count: int, fraction_bits: int) -> int:
+def accumulate_f32(
+    accumulator: int, gradient: int, count: int, fraction_bits: int, first: bool = False
+) -> int:
     """accumulator[i] += rint(gradient[i] * 2**fraction_bits), half to even; returns flags.
 
     Args:
@@ -24,12 +26,17 @@ def accumulate_f32(accumulator: int, gradient: int, count: int, fraction_bits: i
         gradient: float32[count]; an element that is not finite, or not below 2**63 once scaled,
             adds nothing.
         fraction_bits: 0 to 62.
+        first: as if the accumulator were zero; it is only written.
     """
 
-def accumulate_bf16(accumulator: int, gradient: int, count: int, fraction_bits: int) -> int:
+def accumulate_bf16(
+    accumulator: int, gradient: int, count: int, fraction_bits: int, first: bool = False
+) -> int:
     """As accumulate_f32, gradient: bfloat16[count]."""
 
-def accumulate_f64(accumulator: int, gradient: int, count: int, fraction_bits: int) -> int:
+def accumulate_f64(
+    accumulator: int, gradient: int, count: int, fraction_bits: int, first: bool = False
+) -> int:
     """As accumulate_f32, gradient: float64[count]."""
 
 def accumulate_rows_f32(

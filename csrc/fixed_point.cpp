@@ -1,5 +1,6 @@
 #include "fixed_point.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -75,9 +76,9 @@ auto kernel_for(const double*) { return HOLDFAST_VARIANT(accumulate_f64); }
 
 template <class Gradient>
 int accumulate(std::int64_t* sums, const Gradient* gradient, std::int64_t count,
-               int fraction_bits) {
+               int fraction_bits, bool first) {
   check_count(count);
-  return kernel_for(gradient)(sums, gradient, count, scale_of(fraction_bits));
+  return kernel_for(gradient)(sums, gradient, count, scale_of(fraction_bits), first);
 }
 
 template <class Gradient>
@@ -89,13 +90,14 @@ int accumulate_rows(std::int64_t* sums, const Gradient* gradient, const std::int
   const double scale = scale_of(fraction_bits);
   int flags = 0;
   for (std::int64_t k = 0; k < row_count; ++k)
-    flags |= kernel(sums + rows[k] * row_elements, gradient + k * row_elements, row_elements, scale);
+    flags |= kernel(sums + rows[k] * row_elements, gradient + k * row_elements, row_elements, scale,
+                    false);
   return flags;
 }
 
-template int accumulate(std::int64_t*, const float*, std::int64_t, int);
-template int accumulate(std::int64_t*, const bfloat16*, std::int64_t, int);
-template int accumulate(std::int64_t*, const double*, std::int64_t, int);
+template int accumulate(std::int64_t*, const float*, std::int64_t, int, bool);
+template int accumulate(std::int64_t*, const bfloat16*, std::int64_t, int, bool);
+template int accumulate(std::int64_t*, const double*, std::int64_t, int, bool);
 template int accumulate_rows(std::int64_t*, const float*, const std::int64_t*, std::int64_t,
                              std::int64_t, int);
 template int accumulate_rows(std::int64_t*, const bfloat16*, const std::int64_t*, std::int64_t,

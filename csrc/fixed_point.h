@@ -15,10 +15,12 @@ constexpr int largest_fraction_bits = 62;
 
 // sums[i] += rint(gradient[i] * 2^fraction_bits), half to even; returns flags. An element that is
 // not finite, or not below 2^63 in size, adds nothing; an overflowing sum wraps. Both are flagged.
+// `first`: as if all sums had been zero.
 template <class Gradient>
-int accumulate(std::int64_t* sums, const Gradient* gradient, std::int64_t count, int fraction_bits);
+int accumulate(std::int64_t* sums, const Gradient* gradient, std::int64_t count, int fraction_bits,
+               bool first);
 
-// The same for rows[k] of `sums` and row k of `gradient`.
+// Adds likewise for rows[k] of `sums` and row k of `gradient`.
 template <class Gradient>
 int accumulate_rows(std::int64_t* sums, const Gradient* gradient, const std::int64_t* rows,
                     std::int64_t row_count, std::int64_t row_elements, int fraction_bits);

@@ -28,15 +28,18 @@ inline std::int64_t beyond(const double* gradient, std::int64_t count, double li
 
 // For |gradient * scale| < 2^51: adding 1.5 * 2^52 rounds to an integer, half to even, and leaves it
 // in the low bits, on every instruction set. The sign bit of the result tells of an overflowed sum.
+inline std::int64_t small_term(double gradient, double scale) {
+  constexpr double shifter = 6755399441055744.0;
+  constexpr auto shifter_bits = std::bit_cast<std::int64_t>(shifter);
+  return std::bit_cast<std::int64_t>(gradient * scale + shifter) - shifter_bits;
+}
+
 template <class Gradient>
 inline std::int64_t add_small(std::int64_t* __restrict sums, const Gradient* __restrict gradient,
                               std::int64_t count, double scale) {
-  constexpr double shifter = 6755399441055744.0;
-  constexpr auto shifter_bits = std::bit_cast<std::int64_t>(shifter);
   std::int64_t overflow = 0;
   for (std::int64_t i = 0; i < count; ++i) {
-    const double scaled = to_double(gradient[i]) * scale;
-    const std::int64_t term = std::bit_cast<std::int64_t>(scaled + shifter) - shifter_bits;
+    const std::int64_t term = small_term(to_double(gradient[i]), scale);
     const std::int64_t before = sums[i];
     const std::int64_t after = wrapping_add(before, term);
     overflow |= (before ^ after) & (term ^ after);
@@ -45,14 +48,15 @@ inline std::int64_t add_small(std::int64_t* __restrict sums, const Gradient* __r
   return overflow;
 }
 
+constexpr std::int64_t block_elements = 1024;
+
 template <class Gradient>
-int accumulate_block(std::int64_t* sums, const Gradient* gradient, std::int64_t count,
-                     double scale) {
-  constexpr std::int64_t block = 1024;
+int accumulate_blocks(std::int64_t* sums, const Gradient* gradient, std::int64_t count,
+                      double scale) {
   const double limit = 2251799813685248.0 / scale;
   int flags = 0;
-  for (std::int64_t start = 0; start < count; start += block) {
-    const std::int64_t size = count - start < block ? count - start : block;
+  for (std::int64_t start = 0; start < count; start += block_elements) {
+    const std::int64_t size = std::min(count - start, block_elements);
     if (beyond(gradient + start, size, limit) < 0)
       flags |= add_any(sums + start, gradient + start, size, scale);
     else if (add_small(sums + start, gradient + start, size, scale) < 0)
@@ -61,17 +65,44 @@ int accumulate_block(std::int64_t* sums, const Gradient* gradient, std::int64_t 
   return flags;
 }
 
-int accumulate_f32(std::int64_t* sums, const float* gradient, std::int64_t count, double scale) {
-  return accumulate_block(sums, gradient, count, scale);
+template <class Gradient>
+int set_blocks(std::int64_t* __restrict sums, const Gradient* __restrict gradient,
+               std::int64_t count, double scale) {
+  const double limit = 2251799813685248.0 / scale;
+  int flags = 0;
+  for (std::int64_t start = 0; start < count; start += block_elements) {
+    const std::int64_t stop = std::min(count, start + block_elements);
+    if (beyond(gradient + start, stop - start, limit) < 0) {
+      std::fill(sums + start, sums + stop, 0);
+      flags |= add_any(sums + start, gradient + start, stop - start, scale);
+    } else {
+      for (std::int64_t i = start; i < stop; ++i)
+        sums[i] = small_term(to_double(gradient[i]), scale);
+    }
+  }
+  return flags;
 }
 
-int accumulate_bf16(std::int64_t* sums, const bfloat16* gradient, std::int64_t count,
-                    double scale) {
-  return accumulate_block(sums, gradient, count, scale);
+template <class Gradient>
+int accumulate_any(std::int64_t* sums, const Gradient* gradient, std::int64_t count, double scale,
+                   bool first) {
+  return first ? set_blocks(sums, gradient, count, scale)
+               : accumulate_blocks(sums, gradient, count, scale);
 }
 
-int accumulate_f64(std::int64_t* sums, const double* gradient, std::int64_t count, double scale) {
-  return accumulate_block(sums, gradient, count, scale);
+int accumulate_f32(std::int64_t* sums, const float* gradient, std::int64_t count, double scale,
+                   bool first) {
+  return accumulate_any(sums, gradient, count, scale, first);
+}
+
+int accumulate_bf16(std::int64_t* sums, const bfloat16* gradient, std::int64_t count, double scale,
+                    bool first) {
+  return accumulate_any(sums, gradient, count, scale, first);
+}
+
+int accumulate_f64(std::int64_t* sums, const double* gradient, std::int64_t count, double scale,
+                   bool first) {
+  return accumulate_any(sums, gradient, count, scale, first);
 }
 
 int add_integers(std::int64_t* sums, const std::int64_t* other, std::int64_t count) {

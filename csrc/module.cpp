@@ -31,11 +31,11 @@ template <class Gradient>
 void define_accumulate(nb::module_& module, const char* name, const char* rows_name) {
   module.def(
       name,
-      [](Address accumulator, Address gradient, std::int64_t count, int fraction_bits) {
+      [](Address accumulator, Address gradient, std::int64_t count, int fraction_bits, bool first) {
         return accumulate(at<std::int64_t>(accumulator), at<const Gradient>(gradient), count,
-                          fraction_bits);
+                          fraction_bits, first);
       },
-      "accumulator"_a, "gradient"_a, "count"_a, "fraction_bits"_a, Unlocked());
+      "accumulator"_a, "gradient"_a, "count"_a, "fraction_bits"_a, "first"_a = false, Unlocked());
   module.def(
       rows_name,
       [](Address accumulator, Address gradient, Address rows, std::int64_t row_count,

@@ -89,6 +89,7 @@ class GradientAccumulator:
         self._complete: Callable[[Iterable[nn.Parameter]], None] = _untold
         self._scratch = torch.empty(0, dtype=values.dtype, device=values.device)
         self._empty: set[nn.Parameter] = set()
+        """The parameters whose sums are zero, whatever stands in `sums`."""
         self._views: dict[nn.Parameter, Tensor] = {}
         self.keep(buffer.whole if kept is None else kept)
         for parameter in buffer.parameters:
@@ -122,13 +123,10 @@ class GradientAccumulator:
         self._micro_batch, self._skipped = micro_batch, skipped
 
     def clear(self) -> None:
-        """Clear all sums and flags at the start of a step."""
+        """Clear all sums and flags at the start of a step; first gradients replace what is here."""
         self._flags.zero_()
         self.included.clear()
-        if self.exact:
-            self.sums.zero_()
-        else:
-            self._empty = set(self._views)
+        self._empty = set(self._views)
 
     def expect(
         self,
@@ -164,9 +162,9 @@ class GradientAccumulator:
     def _end(self, parameters: Iterable[nn.Parameter]) -> None:
         """Complete the sums of parameters that get no more gradients in this step."""
         for parameter in parameters:
-            if parameter in self._empty and not self.exact:
+            if parameter in self._empty:
+                self._empty.discard(parameter)
                 self._views[parameter].zero_()
-            self._empty.discard(parameter)
             self._left.pop(parameter, None)
         self._complete([p for p in parameters if p not in self._shared])
 
@@ -196,11 +194,16 @@ class GradientAccumulator:
             self._share(self._micro_batch, parameter, gradient.contiguous())
         elif self.exact:
             self._add_exact(parameter, gradient.contiguous())
-        elif parameter in self._empty:
-            self._empty.discard(parameter)
+        elif self._is_first(parameter):
             self._views[parameter].copy_(gradient)
         else:
             self._views[parameter].add_(gradient)
+
+    def _is_first(self, parameter: nn.Parameter) -> bool:
+        """Whether a gradient that is added now is its parameter's first."""
+        first = parameter in self._empty
+        self._empty.discard(parameter)
+        return first
 
     def add_matmul(
         self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor
@@ -224,7 +227,7 @@ class GradientAccumulator:
             whole = self._scratch[: parameter.numel()].view(parameter.shape)
         else:
             whole = self._views[parameter]
-        writes = shares or self.exact or parameter in self._empty
+        writes = shares or self.exact or self._is_first(parameter)
         start = 0
         for block in grad_output:
             rows, transposed = whole[start : start + block.shape[1]], block.t()
@@ -236,7 +239,6 @@ class GradientAccumulator:
                 torch.mm(transposed, value, out=rows)
             else:
                 rows.addmm_(transposed, value)
-        self._empty.discard(parameter)
         if shares:
             self._share(self._micro_batch, parameter, whole)
         elif self.exact:
@@ -252,10 +254,10 @@ class GradientAccumulator:
         if parameter in self._shared:
             whole = torch.zeros(parameter.shape, dtype=gradient.dtype, device=gradient.device)
             self._share(self._micro_batch, parameter, whole.index_copy_(0, rows, gradient))
-        elif not self.exact:
-            if parameter in self._empty:
-                self._empty.discard(parameter)
-                self._views[parameter].zero_()
+            return
+        if self._is_first(parameter):
+            self._views[parameter].zero_()
+        if not self.exact:
             self._views[parameter].index_add_(0, rows, gradient.to(self.sums.dtype))
         else:
             self._operations.accumulate_rows(
@@ -282,7 +284,7 @@ class GradientAccumulator:
         pieces = gradient.split([part.numel() for part in parts])
         for part, piece in zip(parts, pieces, strict=True):
             if self.exact:
-                self._operations.accumulate(part, piece, self.fraction_bits, flags)
+                self._operations.accumulate(part, piece, self.fraction_bits, flags, first=first)
             elif first:
                 part.copy_(piece)
             else:
@@ -315,9 +317,8 @@ class GradientAccumulator:
         return self._operations.sum_squares(gradient)
 
     def _add_exact(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        self._operations.accumulate(
-            self._views[parameter], gradient, self.fraction_bits, self._flags
-        )
+        sums, first = self._views[parameter], self._is_first(parameter)
+        self._operations.accumulate(sums, gradient, self.fraction_bits, self._flags, first=first)
 
     def _take_ordinary_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)

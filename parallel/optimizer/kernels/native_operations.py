@@ -24,11 +24,14 @@ def _widened(gradient: Tensor) -> Tensor:
     return gradient if gradient.dtype in _ACCUMULATE else gradient.float()
 
 
-def accumulate(sums: Tensor, gradient: Tensor, fraction_bits: int, flags: Tensor) -> None:
+def accumulate(
+    sums: Tensor, gradient: Tensor, fraction_bits: int, flags: Tensor, *, first: bool = False
+) -> None:
     """See `SumOperations.accumulate`."""
     gradient = _widened(gradient)
     kernel = _ACCUMULATE[gradient.dtype]
-    _note(kernel(sums.data_ptr(), gradient.data_ptr(), gradient.numel(), fraction_bits), flags)
+    places = sums.data_ptr(), gradient.data_ptr(), gradient.numel()
+    _note(kernel(*places, fraction_bits, first), flags)
 
 
 def accumulate_rows(

@@ -19,7 +19,14 @@ class SumOperations(Protocol):
     """
 
     def accumulate(
-        self, sums: Tensor, gradient: Tensor, fraction_bits: int, flags: Tensor, /
+        self,
+        sums: Tensor,
+        gradient: Tensor,
+        fraction_bits: int,
+        flags: Tensor,
+        /,
+        *,
+        first: bool = False,
     ) -> None:
         """Add round(gradient * 2**fraction_bits) to `sums`, half to even.
 
@@ -27,6 +34,7 @@ class SumOperations(Protocol):
             gradient: of any float dtype, with as many elements as `sums`. What is not finite, or
                 not below 2**63 once scaled, adds nothing. An overflowing sum wraps.
             flags: int64 scalar, which gets NONFINITE and OUT_OF_RANGE.
+            first: whether `sums` is to be written as if it had been zero.
         """
         ...
 

@@ -31,9 +31,15 @@ def _overflows(before: Tensor, added: Tensor, total: Tensor) -> Tensor:
     return ((before ^ total) & (added ^ total)) < 0
 
 
-def accumulate(sums: Tensor, gradient: Tensor, fraction_bits: int, flags: Tensor) -> None:
+def accumulate(
+    sums: Tensor, gradient: Tensor, fraction_bits: int, flags: Tensor, *, first: bool = False
+) -> None:
     """See `SumOperations.accumulate`."""
     integers, found = fixed_point(gradient.view(sums.shape), fraction_bits)
+    if first:
+        sums.copy_(integers)
+        flags |= found
+        return
     before = sums.clone()
     sums.add_(integers)
     flags |= found | _overflows(before, integers, sums).any().long() * OUT_OF_RANGE

@@ -74,14 +74,24 @@ def _rounded(bits, fraction_bits, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr
 
 @triton.jit
 def _add_rounded(
-    sums, bits, inside, flags, fraction_bits, MANTISSA: tl.constexpr, EXPONENT: tl.constexpr
+    sums,
+    bits,
+    inside,
+    flags,
+    fraction_bits,
+    MANTISSA: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """Add the rounded floats to a block of sums, and the flags that this raises to `flags`."""
     added, nonfinite, beyond = _rounded(bits, fraction_bits, MANTISSA, EXPONENT)
-    before = tl.load(sums, mask=inside, other=0)
-    total = before + added
-    tl.store(sums, total, mask=inside)
-    beyond = beyond | (((before ^ total) & (added ^ total)) < 0)
+    if FIRST:
+        tl.store(sums, added, mask=inside)
+    else:
+        before = tl.load(sums, mask=inside, other=0)
+        total = before + added
+        tl.store(sums, total, mask=inside)
+        beyond = beyond | (((before ^ total) & (added ^ total)) < 0)
     # Both are counted in halves of one number, so that the block is reduced once.
     counts = tl.sum(nonfinite.to(tl.int32) + (beyond.to(tl.int32) << 16), axis=0)
     found = tl.where((counts & 0xFFFF) != 0, _NONFINITE, 0)
@@ -98,12 +108,13 @@ def _accumulate(
     fraction_bits,
     MANTISSA: tl.constexpr,
     EXPONENT: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     bits = tl.load(gradient + place, mask=inside, other=0)
-    _add_rounded(sums + place, bits, inside, flags, fraction_bits, MANTISSA, EXPONENT)
+    _add_rounded(sums + place, bits, inside, flags, fraction_bits, MANTISSA, EXPONENT, FIRST)
 
 
 @triton.jit(do_not_specialize=["fraction_bits"])
@@ -124,7 +135,7 @@ def _accumulate_rows(
     inside = place < row_elements
     bits = tl.load(gradient + source * row_elements + place, mask=inside, other=0)
     sums += target * row_elements + place
-    _add_rounded(sums, bits, inside, flags, fraction_bits, MANTISSA, EXPONENT)
+    _add_rounded(sums, bits, inside, flags, fraction_bits, MANTISSA, EXPONENT, False)
 
 
 @triton.jit
@@ -183,14 +194,17 @@ def _bits_of(gradient: Tensor) -> tuple[Tensor, dict[str, int]]:
     return gradient.view(integer), {"MANTISSA": mantissa, "EXPONENT": exponent}
 
 
-def accumulate(sums: Tensor, gradient: Tensor, fraction_bits: int, flags: Tensor) -> None:
+def accumulate(
+    sums: Tensor, gradient: Tensor, fraction_bits: int, flags: Tensor, *, first: bool = False
+) -> None:
     """See `SumOperations.accumulate`."""
     count = sums.numel()
     if count == 0:
         return
     bits, form = _bits_of(gradient)
     grid = (programs(count, BLOCK),)
-    launch(_accumulate, grid, sums, bits, flags, count, fraction_bits, **form, BLOCK=BLOCK)
+    arguments = (sums, bits, flags, count, fraction_bits)
+    launch(_accumulate, grid, *arguments, **form, FIRST=first, BLOCK=BLOCK)
 
 
 def accumulate_rows(

@@ -59,12 +59,14 @@ def random_sums(count: int) -> Tensor:
     return torch.randint(-(2**61), 2**61, (count,), generator=torch.Generator().manual_seed(7))
 
 
-def both(sums: Tensor, gradient: Tensor, bits: int) -> tuple[tuple[Tensor, int], ...]:
+def both(
+    sums: Tensor, gradient: Tensor, bits: int, *, first: bool = False
+) -> tuple[tuple[Tensor, int], ...]:
     """The sums and flags of the native kernel, and those of Triton's."""
     results = []
     for operations, device in ((native_operations, "cpu"), (triton_sums, DEVICE)):
         total, flags = sums.clone().to(device), flag().to(device)
-        operations.accumulate(total, gradient.to(device), bits, flags)
+        operations.accumulate(total, gradient.to(device), bits, flags, first=first)
         results.append((total.cpu(), int(flags)))
     return tuple(results)
 
@@ -89,6 +91,18 @@ def test_every_kind_of_float_is_rounded_and_flagged_alike(dtype: torch.dtype, bi
         for value in gradient:
             native, ours = both(torch.zeros(1, dtype=torch.int64), value.reshape(1), bits)
             assert ours[1] == native[1], float(value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_a_first_gradient_replaces_whatever_stands_in_the_sums(dtype: torch.dtype) -> None:
+    special = torch.tensor(special_values(dtype, 20), dtype=torch.float64).to(dtype)
+    gradient = torch.cat([random_values(5000, 11, dtype), special])
+    for part in (gradient, gradient[:5000], gradient[:1]):
+        added, _ = both(torch.zeros(part.numel(), dtype=torch.int64), part, 20)
+        native, ours = both(random_sums(part.numel()), part, 20, first=True)
+        assert torch.equal(native[0], added[0])
+        assert torch.equal(ours[0], added[0])
+        assert native[1] == ours[1] == added[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

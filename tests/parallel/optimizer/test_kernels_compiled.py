@@ -31,7 +31,7 @@ def text(kernel, types, constants, **options):
     made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print("KERNEL", kernel.__name__, len(made.asm["cubin"]), made.asm["ptx"], sep="\\n")
 
-narrow = {"MANTISSA": 7, "EXPONENT": 8, "BLOCK": 1024}
+narrow = {"MANTISSA": 7, "EXPONENT": 8, "FIRST": True, "BLOCK": 1024}
 wide = {"MANTISSA": 52, "EXPONENT": 11, "BLOCK": 1024}
 text(triton_sums._accumulate, "*i64 *i16 *i64 i32 i32", narrow)
 text(triton_sums._accumulate_rows, "*i64 *i64 *i64 *i64 i64 i32", wide)

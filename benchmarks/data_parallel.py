@@ -1,7 +1,9 @@
 """A whole training step, two replicas, beside DDP, FSDP2 and DeepSpeed; one process beside a plain
 loop.
 
-One thread per rank; contestants (training_contestants.py) alternate.
+One thread per rank; contestants (training_contestants.py) alternate. Beside the times of a step
+stands the processor time that it takes of a rank, which other work on the machine leaves much as it
+is.
 
     python benchmarks/data_parallel.py [--repetitions 5] [--json out.json]
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from typing import Any
@@ -38,18 +41,19 @@ STEPS = 3
 
 def measure(
     rank: int, ranks: int, store: Any, *, contestants: list[str], repetitions: int, work: Work
-) -> dict[str, list[float]]:
-    """Seconds per step of each contestant on this rank, in turn."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds, and seconds of processor time, per step of each contestant on this rank, in turn."""
     runs = build(contestants, work, rank, store, "127.0.0.1")
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
             dist.barrier()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run.run(STEPS)
             dist.barrier()
             if repetition:
-                times[name].append((time.perf_counter() - start) / STEPS)
+                spent = time.perf_counter() - start, time.process_time() - cpu_start
+                times[name].append((spent[0] / STEPS, spent[1] / STEPS))
     dist.destroy_process_group()
     return times
 
@@ -72,10 +76,25 @@ def compare(
         timeout_s=1200,
     )[0]
     cluster.close()
-    rows = [Measurement(name, tuple(values)) for name, values in times.items()]
+    rows = [
+        Measurement(name, tuple(seconds for seconds, _ in values)) for name, values in times.items()
+    ]
     reference = next(row.median_s for row in rows if row.name == against)
-    note = f"{work}; ratio = time / {against}"
-    report(title, rows, {row.name: reference for row in rows}, json_path=path, note=note)
+    cpu_ms = {
+        name: statistics.median(cpu for _, cpu in values) * 1e3 for name, values in times.items()
+    }
+    report(
+        title,
+        rows,
+        {row.name: reference for row in rows},
+        json_path=path,
+        note=f"{work}; ratio = time / {against}; cpu ms = processor time of a step, first rank",
+        columns={
+            "cpu ms": cpu_ms,
+            "cpu ratio": {n: ms / cpu_ms[against] for n, ms in cpu_ms.items()},
+        },
+        record={"cpu_ms": {name: [cpu * 1e3 for _, cpu in found] for name, found in times.items()}},
+    )
 
 
 def main() -> None:

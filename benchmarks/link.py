@@ -15,7 +15,11 @@ parameter: each rank's part of the sums goes to the others, and their parts of t
 back.
 
     python benchmarks/link.py [--rates 200,1000,5000] [--ranks 2,4] [--micro-batches 2x128] \\
-        [--repetitions 3] [--contestants "holdfast, fast; DDP, fused AdamW"] [--json PREFIX]
+        [--repetitions 3] [--contestants "holdfast, fast; DDP, fused AdamW"] [--json PREFIX] \\
+        [--congestion-control cubic]
+
+TCP is that of Linux as it comes (cubic), whatever this machine prefers; where several ranks send to
+one, another one may cost a third of the rate (RESULTS.md).
 
 Needs Linux, root and iproute2. What it makes is gone when it ends, also when it is interrupted.
 """
@@ -63,6 +67,8 @@ CASES = {200: (BASE, (5, 128), (1, 16))}
 as the exchange, and one with which it takes next to nothing, so that the cores here matter little.
 """
 REFERENCE = "DDP, fused AdamW"
+CONGESTION_CONTROL = "cubic"
+"""Linux's own default."""
 
 
 class Cables(Network):
@@ -94,12 +100,36 @@ class Cables(Network):
 
 
 @contextmanager
-def cables(ranks: int) -> Iterator[Cables]:
-    """The network of these ranks; SystemExit with a sentence where none can be made."""
+def congestion_control(name: str) -> Iterator[None]:
+    """Have network namespaces that are made meanwhile use a congestion control of TCP."""
+    settings = Path("/proc/sys/net/ipv4")
+    setting = settings / "tcp_congestion_control"
+    known = (settings / "tcp_available_congestion_control").read_text().split()
+    if name not in known:
+        raise SystemExit(
+            f"link.py: --congestion-control: {name!r} is none that this kernel has: "
+            f"{', '.join(known)}"
+        )
+    before = setting.read_text()
+    try:
+        setting.write_text(name)
+        yield
+    finally:
+        setting.write_text(before)
+
+
+@contextmanager
+def cables(ranks: int, control: str = CONGESTION_CONTROL) -> Iterator[Cables]:
+    """The network of these ranks; SystemExit with a sentence where none can be made.
+
+    Args:
+        control: the name of TCP's congestion control.
+    """
     made = Cables(NODES[:ranks])
     try:
         try:
-            made.make()
+            with congestion_control(control):
+                made.make()
             made.limit(1000)
         except (OSError, subprocess.CalledProcessError) as error:
             reason = (getattr(error, "stderr", "") or str(error)).strip()
@@ -149,7 +179,8 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
     note = (
         f"{work.parameters / 1e6:.1f} million parameters: {work}; plain TCP reached "
         f"{min(transfers):.0f}..{max(transfers):.0f} Mbit/s in all ranks at once; a round trip "
-        f"took {speeds[0][1]:.2f} ms; load {os.getloadavg()[0]:.1f}; ratio = time / {REFERENCE}; "
+        f"took {speeds[0][1]:.2f} ms; TCP with {arguments.congestion_control}; "
+        f"load {os.getloadavg()[0]:.1f}; ratio = time / {REFERENCE}; "
         "cpu s, MB = processor time, and megabytes sent, of the busiest rank in a step"
     )
     reference = next((row.median_s for row in rows if row.name == REFERENCE), None)
@@ -172,9 +203,7 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
             "sequences": work.micro_batch,
             "seq_len": work.seq_len,
             "measured_mbit_per_s": transfers,
-            "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control")
-            .read_text()
-            .strip(),
+            "congestion_control": arguments.congestion_control,
             "load": os.getloadavg()[0],
             "sent_bytes": {
                 row.name: [[step.sent_bytes for step in by_rank[row.name]] for by_rank in found]
@@ -221,6 +250,7 @@ def parsed(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=sizes, help="sequences x tokens; default: by rate")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--contestants", type=names, default=list(BUILDERS), help="with ; between")
+    parser.add_argument("--congestion-control", default=CONGESTION_CONTROL, help="of TCP")
     parser.add_argument("--tiny", action="store_true", help="a model that only shows that all runs")
     parser.add_argument("--json", help="prefix of the files to write")
     arguments = parser.parse_args(given)
@@ -234,7 +264,7 @@ def parsed(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     arguments = parsed(given)
     ranks = max(arguments.ranks)
-    with cables(ranks) as net:
+    with cables(ranks, arguments.congestion_control) as net:
         for rate in arguments.rates:
             net.limit(rate)
             for count in arguments.ranks:

@@ -58,7 +58,7 @@ def launchers() -> dict[str, list[str]]:
     return {
         "torchrun module": [*torchrun, "2", "-m", "holdfast.trainer", *two],
         "torchrun command": [*torchrun, "4", "-m", "holdfast.launch.cli", "train"],
-        "mpirun": [*mpirun, "-n", "2", *HOLDFAST, "train", *two],
+        "mpirun": [*mpirun, "-n", "4", *HOLDFAST, "train"],
         "mpirun over MPI without ULFM": [
             *(*mpirun, "-n", "2", *HOLDFAST, "train", "--set", "parallel.backend=mpi", *two),
         ],

@@ -19,7 +19,7 @@ back.
         [--congestion-control cubic]
 
 TCP is that of Linux as it comes (cubic), whatever this machine prefers; where several ranks send to
-one, another one may cost a third of the rate (RESULTS.md).
+one, another one may cost a quarter of the rate (RESULTS.md).
 
 Needs Linux, root and iproute2. What it makes is gone when it ends, also when it is interrupted.
 """

@@ -18,8 +18,8 @@ back.
         [--repetitions 3] [--contestants "holdfast, fast; DDP, fused AdamW"] [--json PREFIX] \\
         [--congestion-control cubic]
 
-TCP is that of Linux as it comes (cubic), whatever this machine prefers; where several ranks send to
-one, another one may cost a quarter of the rate (RESULTS.md).
+TCP is that of Linux as it comes (cubic) where that can be set, whatever this machine prefers. Where
+several ranks send to one, another one may cost a quarter of the rate (RESULTS.md).
 
 Needs Linux, root and iproute2. What it makes is gone when it ends, also when it is interrupted.
 """
@@ -74,6 +74,9 @@ CONGESTION_CONTROL = "cubic"
 class Cables(Network):
     """A network whose cables have a limited rate."""
 
+    congestion_control = ""
+    """TCP's, in all nodes."""
+
     def limit(self, mbit: int) -> None:
         """Limit what each node sends and receives.
 
@@ -100,35 +103,46 @@ class Cables(Network):
 
 
 @contextmanager
-def congestion_control(name: str) -> Iterator[None]:
-    """Have network namespaces that are made meanwhile use a congestion control of TCP."""
+def congestion_control(asked: str | None) -> Iterator[str]:
+    """Have network namespaces that are made meanwhile use a congestion control of TCP.
+
+    Args:
+        asked: its name; None: Linux's default, or this machine's where that cannot be set.
+    Returns:
+        The name of the one that they use.
+    """
     settings = Path("/proc/sys/net/ipv4")
     setting = settings / "tcp_congestion_control"
     known = (settings / "tcp_available_congestion_control").read_text().split()
-    if name not in known:
+    if asked is not None and asked not in known:
         raise SystemExit(
-            f"link.py: --congestion-control: {name!r} is none that this kernel has: "
+            f"link.py: --congestion-control: {asked!r} is none that this kernel has: "
             f"{', '.join(known)}"
         )
-    before = setting.read_text()
+    before = setting.read_text().strip()
     try:
-        setting.write_text(name)
-        yield
+        try:
+            setting.write_text(asked or CONGESTION_CONTROL)
+        except OSError:
+            if asked is not None:
+                raise
+        yield setting.read_text().strip()
     finally:
-        setting.write_text(before)
+        if setting.read_text().strip() != before:
+            setting.write_text(before)
 
 
 @contextmanager
-def cables(ranks: int, control: str = CONGESTION_CONTROL) -> Iterator[Cables]:
+def cables(ranks: int, control: str | None = None) -> Iterator[Cables]:
     """The network of these ranks; SystemExit with a sentence where none can be made.
 
     Args:
-        control: the name of TCP's congestion control.
+        control: as for `congestion_control`.
     """
     made = Cables(NODES[:ranks])
     try:
         try:
-            with congestion_control(control):
+            with congestion_control(control) as made.congestion_control:
                 made.make()
             made.limit(1000)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -150,8 +164,9 @@ def least_bytes(work: Work) -> float:
     return 4 * work.parameters / work.ranks * 2 * (work.ranks - 1)
 
 
-def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Namespace) -> None:
+def compare(net: Cables, rate: int, work: Work, arguments: argparse.Namespace) -> None:
     """Measure all contestants on one network, and report."""
+    nodes = net.places(work.ranks)
     # Some peers keep what they know of their groups in the process, so each case has its own.
     with closing(Cluster(work.ranks)) as cluster:
         results = cluster.run(
@@ -179,7 +194,7 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
     note = (
         f"{work.parameters / 1e6:.1f} million parameters: {work}; plain TCP reached "
         f"{min(transfers):.0f}..{max(transfers):.0f} Mbit/s in all ranks at once; a round trip "
-        f"took {speeds[0][1]:.2f} ms; TCP with {arguments.congestion_control}; "
+        f"took {speeds[0][1]:.2f} ms; TCP with {net.congestion_control}; "
         f"load {os.getloadavg()[0]:.1f}; ratio = time / {REFERENCE}; "
         "cpu s, MB = processor time, and megabytes sent, of the busiest rank in a step"
     )
@@ -203,7 +218,7 @@ def compare(nodes: Sequence[Node], rate: int, work: Work, arguments: argparse.Na
             "sequences": work.micro_batch,
             "seq_len": work.seq_len,
             "measured_mbit_per_s": transfers,
-            "congestion_control": arguments.congestion_control,
+            "congestion_control": net.congestion_control,
             "load": os.getloadavg()[0],
             "sent_bytes": {
                 row.name: [[step.sent_bytes for step in by_rank[row.name]] for by_rank in found]
@@ -250,7 +265,7 @@ def parsed(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=sizes, help="sequences x tokens; default: by rate")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--contestants", type=names, default=list(BUILDERS), help="with ; between")
-    parser.add_argument("--congestion-control", default=CONGESTION_CONTROL, help="of TCP")
+    parser.add_argument("--congestion-control", help="of TCP; default: cubic, where it can be set")
     parser.add_argument("--tiny", action="store_true", help="a model that only shows that all runs")
     parser.add_argument("--json", help="prefix of the files to write")
     arguments = parser.parse_args(given)
@@ -276,7 +291,7 @@ def main(given: Sequence[str] | None = None) -> None:
                         micro_batch=sequences,
                         seq_len=tokens,
                     )
-                    compare(net.places(count), rate, work, arguments)
+                    compare(net, rate, work, arguments)
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -12,6 +12,8 @@ import pytest
 
 from support.network.elastic_network import network
 
+CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+AVAILABLE = CONTROL.with_name("tcp_available_congestion_control")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = [
     pytest.mark.mp,
@@ -49,6 +51,7 @@ def namespaces() -> set[str]:
 def test_every_contestant_trains_over_the_link_and_its_bytes_are_counted(
     link: Any, tmp_path: Path
 ) -> None:
+    before = CONTROL.read_text()
     limits = ["--tiny", "--rates", "1000", "--ranks", "2", "--repetitions", "1"]
     limits += ["--micro-batches", "2x32"]
     link.main([*limits, "--contestants", ";".join(ASKED), "--json", str(tmp_path / "out")])
@@ -63,8 +66,15 @@ def test_every_contestant_trains_over_the_link_and_its_bytes_are_counted(
     shadowed = sent["holdfast, fast, elastic, 1 shadow"]
     assert all(counts[0] < 1.2 * least["holdfast, fast"] for counts in shadowed)
     assert all(counts[0] < 100_000 for counts in sent["plain loop, fused AdamW"])
+    assert CONTROL.read_text() == before
+    assert record["congestion_control"] in AVAILABLE.read_text().split()
     (prefix,) = {link.Cables("a").name(node).partition("-")[0] for node in "ab"}
     assert not [name for name in namespaces() if name.startswith(f"{prefix}-")]
+
+
+def test_a_congestion_control_that_the_kernel_lacks_is_refused(link: Any) -> None:
+    with pytest.raises(SystemExit, match=r"'qubic' is none that this kernel has: .*reno"):
+        link.main(["--congestion-control", "qubic"])
 
 
 def test_what_no_contestant_is_named_is_answered_by_those_there_are(link: Any) -> None:

@@ -110,6 +110,8 @@ class Supervisor:
         self._groups = groups
         self._children: dict[int, int] = {}
         self._kill_at_s: float | None = None
+        self.has_killed = False
+        """Whether it has sent SIGKILL to its children."""
         for pid in pids:
             self.add(pid)
 
@@ -129,6 +131,7 @@ class Supervisor:
 
     def signal(self, number: int) -> None:
         """Send a signal to all children."""
+        self.has_killed |= number == signal.SIGKILL
         for descriptor in list(self._children):
             self._system.signal(descriptor, number)
 

@@ -213,7 +213,8 @@ def watch_workers(
         while workers:
             for end in workers.wait(_TICK_S):
                 rank = ranks[end.pid]
-                killed_here = end.code == -signal.SIGKILL and any(e.code for e in ends)
+                after_another = workers.has_killed and any(e.code for e in ends)
+                killed_here = end.code == -signal.SIGKILL and after_another
                 if end.code == 0 and not has_finished(rank):
                     ends.append(WorkerEnd(rank, Stopped.exit_code, is_silent=True))
                 else:

@@ -39,6 +39,15 @@ def test_workers_that_fail_with_the_first_keep_their_codes() -> None:
     assert ends == [WorkerEnd(1, 1), WorkerEnd(2, 4), WorkerEnd(0, 0)]
 
 
+def test_a_worker_that_is_found_killed_together_with_those_that_miss_it_was_not_killed_here() -> (
+    None
+):
+    system = FakeSystem(codes={11: 3, 13: -signal.SIGKILL})
+    ends = watch_workers(RANKS, exit_s=60.0, system=system)
+    assert ends == [WorkerEnd(0, 3), WorkerEnd(2, -signal.SIGKILL), WorkerEnd(1, 0)]
+    assert killed(system) == {12}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_workers_that_were_told_to_end_have_their_time_though_one_has_ended(
     number: signal.Signals,

@@ -38,8 +38,8 @@ setup-dev: .venv/dev.stamp
 train: setup
 	$(BIN)/holdfast train examples/tiny.toml --prove
 
-# Many tests wait for processes: two at a time use two cores well. A file's tests stay together, long files come first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Most tests wait for processes: three at a time use two cores well. A file's tests stay together, long files come first.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: setup-dev
 	$(PYTEST)

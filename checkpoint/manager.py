@@ -108,6 +108,11 @@ class CheckpointManager:
         """Wait for the save under way as long as it may take; False when it takes longer still."""
         return self.wait(self.longest_wait_s)
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until a save that was given up has ended, committed or not; False if it takes
+        longer: its disk holds it."""
+        return self._saver is None or self._saver.settle(timeout_s)
+
     def results(self) -> list[SaveResult]:
         """The saves that have ended since the last call."""
         return self._saver.results() if self._saver is not None else []

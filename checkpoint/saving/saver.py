@@ -110,6 +110,10 @@ class Saver:
             self._over.wait(timeout_s)
         return not self.busy
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until the thread of a save that was given up has ended; False if it takes longer."""
+        return self._thread is None or self._ended.wait(timeout_s)
+
     def results(self) -> list[SaveResult]:
         """The saves that have ended since the last call."""
         found = []

@@ -44,11 +44,15 @@ class RemoteTier:
         self._carried: list[str] = []
         """The checkpoints that were agreed on, and are uploaded once the change stands."""
         self._uploader: Uploader | None = None
+        self._is_aborted = False
+        self._unsent: set[str] = set()
+        """The checkpoints whose upload was asked for once uploads had been given up."""
 
     @property
     def pending(self) -> set[str]:
         """The names of local checkpoints that uploads still need."""
-        return {path.name for path in self._uploader.pending} if self._uploader else set()
+        under_way = {path.name for path in self._uploader.pending} if self._uploader else set()
+        return under_way | self._unsent
 
     def committed(self, name: str) -> None:
         """Count a commit, and upload the checkpoint if its turn has come."""
@@ -58,6 +62,9 @@ class RemoteTier:
 
     def upload(self, name: str) -> None:
         """Queue a local checkpoint. All ranks call this in the same order."""
+        if self._is_aborted:
+            self._unsent.add(name)
+            return
         if self._uploader is None:
             self._uploader = Uploader(self._target, self._members, keep=self._keep, sent=self._sent)
         self._uploader.start(self._source.path(name))
@@ -112,6 +119,10 @@ class RemoteTier:
             self._uploader.wait()
 
     def abort(self, reason: str) -> None:
-        """Give up the uploads under way and queued. From any thread; never blocks."""
+        """Give up the uploads under way, queued and to come. From any thread; never blocks.
+
+        They stay `pending`, for the tier that follows after a change of ranks.
+        """
+        self._is_aborted = True
         if self._uploader is not None:
             self._uploader.abort(reason)

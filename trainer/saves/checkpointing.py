@@ -50,6 +50,9 @@ from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")
 
+_SETTLE_S = 0.2
+"""How long a change of ranks waits for the end of a save that it has given up, in seconds."""
+
 
 class Checkpoints:
     """The checkpoints of one rank's run. All ranks call every method at the same step.
@@ -159,7 +162,12 @@ class Checkpoints:
         asked = outcome.requests
         if asked.save and not asked.stop:
             self._signals.save = False
-        decision = self._policy.decide(step, asked=asked.save, stopping=asked.stop, busy=asked.busy)
+        decision = self._policy.decide(
+            step,
+            asked=asked.save or self._progress.is_owed,
+            stopping=asked.stop,
+            busy=asked.busy,
+        )
         if decision in (SaveDecision.DISK, SaveDecision.MEMORY):
             self.save(step, in_memory=decision is SaveDecision.MEMORY)
         return decision is SaveDecision.SKIPPED
@@ -169,7 +177,7 @@ class Checkpoints:
         if step == self._progress.saved_step and not in_memory:
             return
         if not in_memory:
-            self._progress.saved_step = step
+            self._progress.saved_step, self._progress.is_owed = step, False
         self._training.finish_gather()  # a rank writes parameters of other owners, too
         with self._saving():
             self._manager.save(self._job(step, in_memory=in_memory))
@@ -304,25 +312,33 @@ class Checkpoints:
         """Agree on the newest committed step in a change of the ranks. Collective.
 
         They also agree on the coordinator of the saves: the first rank whose disk holds no save
-        that was given up; and on what is still to be uploaded. The change may begin again after
-        it: `before` stays as it is.
+        that was given up; on what is still to be uploaded; and on whether a save that was given up
+        is owed, since the run has no newer one. The change may begin again after it: `before` stays
+        as it is.
 
         Args:
             before: the checkpoints of this rank before the change; None if it has just joined.
             continued: whether the run goes on from live state, and not from a checkpoint.
         """
         progress, control = self._progress, self._training.groups.control
-        known = progress.committed_step
+        known = begun = progress.committed_step
         if before is not None:
+            # It may have committed what it then was told to give up: that counts.
+            before._manager.settle(_SETTLE_S)
+            before._untold = before.results()
             self._earlier = [*before._earlier, before._manager]
         if before is not None and continued:
             known = max(known, before.committed_step)
+            begun = before._progress.saved_step
             progress.saved_s = before._progress.saved_s
         members = self._manager.members
         rank = members.size if any(manager.busy for manager in self._earlier) else members.rank
-        agreed = torch.tensor([float(known), -float(rank)], dtype=torch.float64)
+        owed = before is not None and continued and before._progress.is_owed
+        mine = [float(known), -float(rank), float(begun), float(owed)]
+        agreed = torch.tensor(mine, dtype=torch.float64)
         control.all_reduce(agreed, "max").wait()
         progress.committed_step = progress.saved_step = int(agreed[0])
+        progress.is_owed = int(agreed[2]) > progress.committed_step or bool(agreed[3])
         self._manager.lead(-int(agreed[1]) % members.size)
         if self._remote is not None:
             kept = before._remote if before is not None and continued else None

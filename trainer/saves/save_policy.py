@@ -90,5 +90,7 @@ class SaveProgress:
     """The step of that save; -1: none."""
     committed_step: int = -1
     """The newest step known to be on the disk; -1: none."""
+    is_owed: bool = False
+    """Whether a save that was due was given up, and none has begun since."""
     failed_s: float | None = None
     """The time at which that save was known to have failed; None: it has not."""

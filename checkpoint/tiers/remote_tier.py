@@ -42,17 +42,16 @@ class RemoteTier:
         self._sent: set[tuple[str, str]] = set()
         """(id of a checkpoint, file) that this rank has sent."""
         self._carried: list[str] = []
-        """The checkpoints that were agreed on, and are uploaded once the change stands."""
+        """The checkpoints that wait for a change of ranks: until it stands, or, once uploads were
+        given up, for the tier that follows."""
         self._uploader: Uploader | None = None
         self._is_aborted = False
-        self._unsent: set[str] = set()
-        """The checkpoints whose upload was asked for once uploads had been given up."""
 
     @property
     def pending(self) -> set[str]:
         """The names of local checkpoints that uploads still need."""
         under_way = {path.name for path in self._uploader.pending} if self._uploader else set()
-        return under_way | self._unsent
+        return under_way.union(self._carried)
 
     def committed(self, name: str) -> None:
         """Count a commit, and upload the checkpoint if its turn has come."""
@@ -63,7 +62,7 @@ class RemoteTier:
     def upload(self, name: str) -> None:
         """Queue a local checkpoint. All ranks call this in the same order."""
         if self._is_aborted:
-            self._unsent.add(name)
+            self._carried.append(name)
             return
         if self._uploader is None:
             self._uploader = Uploader(self._target, self._members, keep=self._keep, sent=self._sent)
@@ -105,9 +104,9 @@ class RemoteTier:
 
     def take_over(self) -> None:
         """Upload what was agreed on. Local."""
-        for name in self._carried:
+        carried, self._carried = self._carried, []
+        for name in carried:
             self.upload(name)
-        self._carried = []
 
     def results(self) -> list[UploadResult]:
         """The uploads that have ended since the last call."""

@@ -149,6 +149,9 @@ def _take_step(training: Training, transition: Transition, active: Training | No
     if _must_gather(recovery, before, after):
         training.optimizer.round_masters()
         training.optimizer.gather()
+    else:
+        # All ranks have all parameters, though an attempt that failed may have begun to gather.
+        training.model.arrival.cancel()
     training.progress = StepProgress(
         recovery.steps, recovery.outcome, recovery.steps, filled=not after.incoming
     )

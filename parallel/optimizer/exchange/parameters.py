@@ -64,8 +64,11 @@ class ParameterArrival:
             arrival.finish()
         for send in self._sends:
             send.wait()
-        self._pending.clear()
-        self._arrivals, self._sends = [], ()
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Wait for nothing any longer: all parameters are here without what is under way. Local."""
+        self.begin((), ())
 
     def watch(self, module: nn.Module) -> None:
         """Wait before each forward pass of a part of `module` for the parameters it uses itself."""

@@ -1,0 +1,132 @@
+"""A change of ranks that fails while parameters are gathered, and the one that follows it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, cast
+
+import msgspec
+import pytest
+from torch.distributed import PrefixStore, Store
+
+from holdfast.elastic import Generation, Identity
+from holdfast.elastic.generation import Member
+from holdfast.parallel.comm import Groups, MembershipChange, edit_groups
+from holdfast.parallel.errors import PeerLost
+from holdfast.trainer.config import RunConfig, convert_config
+from holdfast.trainer.elastic.state_recovery import TrainingBuilder
+from holdfast.trainer.elastic.transition import BETWEEN_STEPS, Transition, plan_transition
+from holdfast.trainer.elastic.transport import GenerationGroups
+from holdfast.trainer.elastic.worker_status import WorkerStatus, plan_recovery, status_to_data
+from holdfast.trainer.step import Training, open_training, rate_of
+from holdfast.trainer.worlds.world import local_world
+from support.processes.cluster import Cluster
+from support.runs.small_runs import make_config
+
+
+def do_step(training: Training, step: int) -> None:
+    training.compute(step)
+    training.vote(*training.reduce())
+    training.apply(rate_of(training.config, step))
+
+
+def next_groups(training: Training, groups: Groups, number: int, store: Store) -> Groups:
+    """This rank's communicators in the generation `number`, which has the same ranks."""
+    plan = training.plan
+    world = plan.stage_replicas.ranks
+    change = MembershipChange(number, store=PrefixStore(str(number), store))
+    return edit_groups(
+        groups, change, world, {**plan.axis_groups(training.rank), "pipeline": world}
+    )
+
+
+def transition_of(training: Training, config: RunConfig, number: int) -> Transition:
+    """The change to a generation of the same ranks, all of which report what this one does."""
+    progress = training.progress
+    status = WorkerStatus(
+        active=1,
+        decided=progress.decided,
+        updated=progress.updated,
+        updates=training.optimizer.step,
+        complete=training.has_all_parameters,
+        outcome=progress.outcome,
+        connected=False,
+    )
+    ranks = training.plan.stage_replicas.ranks
+    members = [
+        Member(
+            Identity(rank),
+            node=f"node-{rank}",
+            store="",
+            held=1,
+            step=progress.decided,
+            phase=BETWEEN_STEPS,
+            leaving=False,
+            data=status_to_data(status),
+        )
+        for rank in ranks
+    ]
+    generation = Generation(number, tuple(members))
+    recovery = plan_recovery(generation)
+    return plan_transition(
+        generation, recovery, training.plan, redundancy=config.elastic.redundancy
+    )
+
+
+def change_ranks(
+    rank: int, world_size: int, store: Store, *, config: dict[str, Any], gathers: bool
+) -> str:
+    """Two steps with a change between them. Returns the digest of the parameters.
+
+    Args:
+        gathers: whether an attempt at the change begins to gather on rank 0, and then fails.
+    """
+    converted = convert_config(config)
+    training = open_training(converted, local_world(rank, world_size), store)
+    do_step(training, 0)
+    training.finish_gather()
+    groups = next_groups(training, training.groups, 2, store)
+    if gathers and rank == 0:
+        attempt = Training(
+            converted, rank, training.device, training.plan, groups, before=training, initial=False
+        )
+        lost = threading.Timer(0.2, groups.abort, ["rank 2: killed by SIGKILL"])
+        lost.start()
+        with pytest.raises(PeerLost):
+            attempt.optimizer.gather()  # the other rank never comes
+        lost.join()
+    groups.abort("rank 2: killed by SIGKILL")
+    training.close()
+    groups = next_groups(training, groups, 3, store)
+    world = training.plan.stage_replicas.ranks
+    connection = GenerationGroups(
+        groups, groups.extra("members", world), groups.extra("beside", world)
+    )
+    builder = TrainingBuilder(converted, rank, training.device, cast(Any, None), cast(Any, None))
+    transition = transition_of(training, converted, 3)
+    built = builder.build(transition, training, connection, store, sound_until=None)
+    assert built.training is not None
+    do_step(built.training, 1)
+    return built.training.parameter_digest()
+
+
+@pytest.mark.mp
+def test_parameters_of_a_change_that_failed_are_not_awaited_after_the_next(
+    cluster: Cluster,
+) -> None:
+    config = make_config(
+        parallel={"data": 2},
+        model={"layers": 2},
+        elastic={"enabled": True, "redundancy": 0},
+    )
+    plain, interrupted = (
+        cluster.run(
+            "test_interrupted_gather:change_ranks",
+            2,
+            config=msgspec.to_builtins(config),
+            gathers=gathers,
+        )
+        for gathers in (False, True)
+    )
+    assert interrupted == plain
+    assert len(set(plain)) == 1

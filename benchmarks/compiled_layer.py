@@ -45,7 +45,7 @@ def passes(hidden: int, seq_len: int, precision: str) -> dict[str, tuple[Pass, P
     dtype, device = PRECISIONS[precision].dtype, torch.device("cpu")
     family = family_of("llama")
     assert family.compiled_regions is not None
-    sizes = RegionSizes(1, seq_len, seq_len, MICRO_BATCH, dtype, device)
+    sizes = RegionSizes(1, seq_len, seq_len, seq_len, MICRO_BATCH, dtype, device)
     regions = list(family.compiled_regions(model, sizes))
     compile_regions(regions, 1)
     found: dict[str, tuple[Pass, Pass]] = {

@@ -26,6 +26,7 @@ RUNS = {
     "offload.py": ["--folder", str(OUTPUT), "--json", str(OUTPUT / "offload.json")],
     "vocab_chunk.py": ["--json", str(OUTPUT / "vocab_chunk.json")],
     "compiled_layer.py": ["--json", str(OUTPUT / "compiled_layer.json")],
+    "documents.py": ["--json", str(OUTPUT / "documents.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }
 

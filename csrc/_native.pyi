@@ -328,8 +328,36 @@ def dropout_scale_f64(
 ) -> None:
     """As dropout_scale_f32 for float64[count] (factor in float64)."""
 
+def merge_attention_f32(out1: int, lse1: int, out2: int, lse2: int, rows: int, dim: int) -> None:
+    """Join attention over two parts of the keys: out1, lse1 become those of both parts.
+
+    Weights are the softmax of (lse1[r], lse2[r]), in double. A row's bits depend on it alone.
+
+    Args:
+        out1, out2: float32[rows, dim], the attention over each part.
+        lse1, lse2: float32[rows], the logarithms of its sums of exponentials.
+    """
+
+def merge_attention_bf16(out1: int, lse1: int, out2: int, lse2: int, rows: int, dim: int) -> None:
+    """As merge_attention_f32, out1 and out2: bfloat16[rows, dim]."""
+
+def merge_attention_f64(out1: int, lse1: int, out2: int, lse2: int, rows: int, dim: int) -> None:
+    """As merge_attention_f32, all of float64."""
+
 def permute_index(index: int, size: int, key: int) -> int:
     """The image of index under a keyed bijection of [0, size); key: unsigned 64 bits."""
 
 def permute_indices(output: int, start: int, count: int, size: int, key: int) -> None:
     """output[i] = permute_index(start + i, size, key), output: int64[count]."""
+
+def best_fit(bins: int, sizes: int, count: int, room: int, open: int) -> int:
+    """Put items into bins of equal size, in order, by best fit. Returns the number of bins.
+
+    Each item goes into the open bin with the least room that suffices, of these into the one that
+    has had this room for longest; else into a new bin, for which the fullest open one is closed.
+
+    Args:
+        bins: int64[count], set to each item's bin, numbered as they are opened.
+        sizes: int64[count], 1 to `room` each.
+        open: the most bins that are open at once, 1 or more.
+    """

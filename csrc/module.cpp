@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 
+#include "attention_merge.h"
+#include "best_fit.h"
 #include "crc32c.h"
 #include "fixed_point.h"
 #include "instruction_set.h"
@@ -106,6 +108,18 @@ void define_dropout(nb::module_& module, const char* name) {
       Unlocked());
 }
 
+template <class Value, class Sum>
+void define_merge(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](Address out1, Address lse1, Address out2, Address lse2, std::int64_t rows,
+         std::int64_t dim) {
+        merge_attention(at<Value>(out1), at<Sum>(lse1), at<const Value>(out2), at<const Sum>(lse2),
+                        rows, dim);
+      },
+      "out1"_a, "lse1"_a, "out2"_a, "lse2"_a, "rows"_a, "dim"_a, Unlocked());
+}
+
 }  // namespace
 }  // namespace holdfast
 
@@ -176,6 +190,10 @@ NB_MODULE(_native, module) {
   define_dropout<bfloat16>(module, "dropout_scale_bf16");
   define_dropout<double>(module, "dropout_scale_f64");
 
+  define_merge<float, float>(module, "merge_attention_f32");
+  define_merge<bfloat16, float>(module, "merge_attention_bf16");
+  define_merge<double, double>(module, "merge_attention_f64");
+
   define_file_engine(module);
 
   module.def("permute_index", &permute_index, "index"_a, "size"_a, "key"_a, Unlocked());
@@ -186,4 +204,10 @@ NB_MODULE(_native, module) {
         permute_indices(at<std::int64_t>(output), start, count, size, key);
       },
       "output"_a, "start"_a, "count"_a, "size"_a, "key"_a, Unlocked());
+  module.def(
+      "best_fit",
+      [](Address bins, Address sizes, std::int64_t count, std::int64_t room, std::int64_t open) {
+        return best_fit(at<std::int64_t>(bins), at<const std::int64_t>(sizes), count, room, open);
+      },
+      "bins"_a, "sizes"_a, "count"_a, "room"_a, "open"_a, Unlocked());
 }

@@ -26,7 +26,7 @@ from msgspec import Meta
 from holdfast.parallel.errors import ConfigError, HoldfastError, shown
 from holdfast.parallel.files import open_added
 from holdfast.parallel.reading import Count, of_kind, open_regular, parse_json
-from holdfast.parallel.step_phases import FAULTS, STEP_PHASES, FaultKind, StepPhase
+from holdfast.parallel.schedules import FAULTS, STEP_PHASES, FaultKind, StepPhase
 
 logger = logging.getLogger("holdfast.elastic")
 

@@ -27,7 +27,6 @@ OPEN = {
         "keyed_random",
         "precision",
         "reading",
-        "step_phases",
         "waiting",
     )
 }

@@ -39,10 +39,12 @@ REASONS = {
     "parallel.output.standard_streams: open": "a descriptor",
     "parallel.reading: os.open": "checks itself",
     "trainer.config.loading: source.open": "what the caller has opened for the command",
-    "trainer.data.prepare: os.open": "what was just written, or a folder, to sync it",
-    "trainer.data.token_cache: (made / 'entry.json').write_bytes": "in a new folder of this user",
-    "trainer.data.token_cache: (made / 'tokens.npy').open": "in a new folder of this user",
-    "trainer.data.token_cache: np.memmap": "a file that is open",
+    "trainer.data.corpora.megatron: np.fromfile": "a file that is open",
+    "trainer.data.corpora.prepare: os.open": "what was just written, or a folder, to sync it",
+    "trainer.data.corpora.token_cache: (made / 'documents.npy').open": "in a folder of this user",
+    "trainer.data.corpora.token_cache: (made / 'entry.json').write_bytes": "in such a folder",
+    "trainer.data.corpora.token_cache: (made / 'tokens.npy').open": "in such a folder",
+    "trainer.data.corpora.token_cache: np.memmap": "a file that is open",
     "trainer.run.memory_copies: os.open": "a folder, and no link is followed",
 }
 """By module and call, why what is opened there needs no check."""

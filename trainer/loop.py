@@ -13,7 +13,7 @@ from torch.distributed import Store
 from holdfast.parallel.comm import WaitNews, watch_waits
 from holdfast.parallel.errors import Diverged, Interrupted, NotSaved, NumericsError, Stopped
 from holdfast.parallel.output import DiskWord, tell
-from holdfast.parallel.step_phases import StepPhase
+from holdfast.parallel.schedules import StepPhase
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.reports import (
     EventFile,

@@ -17,7 +17,7 @@ import typer
 from holdfast.launch.help_pages import epilog
 from holdfast.parallel.errors import ConfigError
 from holdfast.parallel.output import DiskWord, say, tell
-from holdfast.parallel.step_phases import FAULTS, STEP_PHASES
+from holdfast.parallel.schedules import FAULTS, STEP_PHASES
 from holdfast.trainer.reports import EventFile, last_step
 from holdfast.trainer.run import RunDirectory, read_events
 

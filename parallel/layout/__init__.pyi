@@ -19,6 +19,10 @@ from .parameters import (
     LayerSpec as LayerSpec,
     ParameterSpec as ParameterSpec,
 )
+from .slices import (
+    Slices as Slices,
+    slices_of as slices_of,
+)
 from .stage_replicas import (
     StageReplica as StageReplica,
     StageReplicas as StageReplicas,

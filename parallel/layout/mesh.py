@@ -30,9 +30,8 @@ class Axis:
     """Whether its ranks together hold a stage once; otherwise each holds a copy."""
     splits_parameters: bool = False
     """Inside a stage replica, whether its ranks hold parts of the parameters rather than copies."""
-    splits_work: bool = True
-    """Inside a stage replica, whether each of its ranks computes a part of a micro-batch. Copies of
-    parameters then see a part of the gradient each."""
+    is_optional: bool = False
+    """Whether it is left out, of texts and of groups, where it has a single rank."""
     is_available: bool = True
     """Whether this version can give the axis more than one rank."""
 
@@ -48,13 +47,14 @@ AXES: Mapping[str, Axis] = {
         "context",
         "the tokens of every sequence",
         in_stage_replica=True,
-        is_available=False,
+        is_optional=True,
     ),
     "expert": Axis(
         "expert",
         "the experts of every layer that has any",
         in_stage_replica=True,
         splits_parameters=True,
+        is_optional=True,
         is_available=False,
     ),
     "data": Axis("data", "the micro-batches of a step", in_stage_replica=False),
@@ -159,7 +159,7 @@ class Mesh:
         return prod(size for axis, size in self._inside() if axis.splits_parameters)
 
     def part_of(self, shard_index: int) -> int:
-        """The part of the parameters that a shard holds."""
+        """The part of the parameters that a shard holds. Its other holders are copies of it."""
         here, part, step = self.along(shard_index), 0, 1
         for axis, size in self._inside():
             if axis.splits_parameters:
@@ -168,27 +168,17 @@ class Mesh:
         return part
 
     @cached_property
-    def first_holders(self) -> tuple[int, ...]:
-        """The lowest shard that holds each part of the parameters; ascending."""
-        first: dict[int, int] = {}
+    def shards_of_part(self) -> tuple[tuple[int, ...], ...]:
+        """The shards that hold each part of the parameters, ascending."""
+        found: list[list[int]] = [[] for _ in range(self.parts)]
         for shard in range(self.shards):
-            first.setdefault(self.part_of(shard), shard)
-        return tuple(sorted(first.values()))
-
-    @cached_property
-    def shares(self) -> int:
-        """The number of ranks of a stage replica that divide its computation; others repeat it."""
-        return prod(size for axis, size in self._inside() if axis.splits_work)
-
-    def repeat_of(self, shard_index: int) -> tuple[int, ...]:
-        """A shard's index along each axis that repeats work: equal for shards that share sums."""
-        here = self.along(shard_index)
-        return tuple(here[axis.name] for axis, _ in self._inside() if not axis.splits_work)
+            found[self.part_of(shard)].append(shard)
+        return tuple(map(tuple, found))
 
     @cached_property
     def in_use(self) -> tuple[str, ...]:
-        """The axes that this version can use, or that have several ranks."""
-        return tuple(axis.name for axis in self.axes if axis.is_available or self[axis.name] > 1)
+        """The axes that are not optional, or that have several ranks."""
+        return tuple(a.name for a in self.axes if not a.is_optional or self[a.name] > 1)
 
     @cached_property
     def axes_inside(self) -> tuple[str, ...]:

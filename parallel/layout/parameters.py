@@ -41,10 +41,10 @@ class ParameterSpec:
     decay: bool
     """Whether weight decay applies."""
     copies: tuple[int, ...]
-    """The shard indices that hold the same box, ascending; a single one if every shard differs."""
+    """The parts that have the same box, ascending; a single one if every part differs."""
     summed: tuple[int, ...] = ()
-    """The copies that see a part of the gradient each, so that their sums are added; empty if each
-    copy sees all of it."""
+    """The copies that see a part of the gradient each, so that all of their sums are added; empty
+    if each copy sees all of it, and that of the first one counts."""
     tied_use: int = 0
     """0 for a tensor's first use; 1 for the second use of a tied weight, in another layer."""
 
@@ -60,9 +60,9 @@ class ParameterSpec:
     def elements(self) -> int:
         return self.rows * self.row_elements
 
-    def counts_in_norm(self, shard_index: int) -> bool:
-        """Whether this copy is the one that enters the global gradient norm."""
-        return self.tied_use == 0 and shard_index == self.copies[0]
+    def is_first(self, part: int) -> bool:
+        """Whether a part's segment is the one that counts: once for all copies and uses."""
+        return self.tied_use == 0 and part == self.copies[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class LayerSpec:
     name: str
     """The layer's name, e.g. `embedding`, `block.3`, `head`."""
     parameters: tuple[tuple[ParameterSpec, ...], ...]
-    """The segments by shard index; equal structure at every index."""
+    """The segments by part of the parameters; equal structure in every part."""
     forward_flops: float
     """Floating-point operations of one micro-batch's forward pass, repeated ones counted once."""
     activation_bytes: int

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer.kernels import (
     NONFINITE as NONFINITE,
     OUT_OF_RANGE as OUT_OF_RANGE,
@@ -34,8 +35,11 @@ class GradientSource(Protocol):
         ...
 
 
+Skipped = Mapping[nn.Parameter, frozenset[int]]
+"""By parameter: the slices of a micro-batch that its sums include already."""
 Share = Callable[[int, nn.Parameter, Tensor], None]
-"""Takes a micro-batch's gradient of a parameter, which is not changed any more."""
+"""Takes a slice's gradient of a parameter, which is not changed any more: the slices of a
+micro-batch one after another."""
 
 
 def _keep_whole(micro_batch: int, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -58,14 +62,17 @@ class GradientAccumulator:
         fraction_bits: int,
         queues: Iterable[GradientSource] = (),
         kept: KeptSpans | None = None,
+        slices: Slices | None = None,
     ) -> None:
         """Subscribe to the gradients of all parameters of `buffer`. Local.
 
         Args:
             queues: the queues that bring weight gradients here past autograd.
             kept: as for `keep`; None: all sums.
+            slices: the slices of a sequence; each own one brings gradients. None: there is one.
         """
         self.exact = exact
+        self.slices = slices or Slices()
         self.fraction_bits = fraction_bits
         self._buffer = buffer
         values = buffer.values
@@ -81,11 +88,12 @@ class GradientAccumulator:
         self._operations = operations_of(values.device)
         self._micro_batch = -1
         """The micro-batch whose gradients are being added."""
-        self._skipped: frozenset[nn.Parameter] = frozenset()
+        self._skipped: Skipped = {}
         self.included: dict[nn.Parameter, set[int]] = {}
-        """The micro-batches whose gradients have been added since `clear`."""
+        """The units whose gradients have been added since `clear`: slice q of micro-batch m is
+        m times the number of slices + q."""
         self._left: dict[nn.Parameter, int] = {}
-        """The micro-batches whose gradients a parameter is still offered in this step."""
+        """The number of gradients that a parameter is still offered in this step."""
         self._complete: Callable[[Iterable[nn.Parameter]], None] = _untold
         self._scratch = torch.empty(0, dtype=values.dtype, device=values.device)
         self._empty: set[nn.Parameter] = set()
@@ -118,8 +126,8 @@ class GradientAccumulator:
         """The kept sums [start, stop): a view of `sums`."""
         return self.kept.of(self.sums, start, stop)
 
-    def begin_gradients(self, micro_batch: int, skipped: frozenset[nn.Parameter]) -> None:
-        """Before a micro-batch's gradients; those of `skipped` parameters are not added again."""
+    def begin_gradients(self, micro_batch: int, skipped: Skipped) -> None:
+        """Before a micro-batch's gradients; those of `skipped` slices are not added again."""
         self._micro_batch, self._skipped = micro_batch, skipped
 
     def clear(self) -> None:
@@ -168,11 +176,12 @@ class GradientAccumulator:
             self._left.pop(parameter, None)
         self._complete([p for p in parameters if p not in self._shared])
 
-    def _takes(self, parameter: nn.Parameter) -> bool:
-        """Note the offer of a gradient. Returns whether it is to be added."""
-        if parameter in self._skipped:
+    def _takes(self, parameter: nn.Parameter, part: int) -> bool:
+        """Note the offer of a slice's gradient. Returns whether it is to be added."""
+        if part in self._skipped.get(parameter, ()):
             return False
-        self.included.setdefault(parameter, set()).add(self._micro_batch)
+        unit = self._micro_batch * self.slices.count + part
+        self.included.setdefault(parameter, set()).add(unit)
         return True
 
     def _offered(self, parameter: nn.Parameter) -> None:
@@ -183,9 +192,9 @@ class GradientAccumulator:
         elif left == 0:
             self._end([parameter])
 
-    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add a whole local parameter's gradient (of its shape, any float dtype)."""
-        if self._takes(parameter):
+    def add(self, parameter: nn.Parameter, gradient: Tensor, part: int = 0) -> None:
+        """Add a whole local parameter's gradient (of its shape, any float dtype) of a slice."""
+        if self._takes(parameter, part):
             self._add(parameter, gradient)
         self._offered(parameter)
 
@@ -206,14 +215,15 @@ class GradientAccumulator:
         return first
 
     def add_matmul(
-        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor
+        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, part: int = 0
     ) -> None:
         """Add grad_output.T @ value: float[tokens, out], float[tokens, in], of its dtype.
 
         Args:
             grad_output: blocks of its columns, from the first to the last.
+            part: the slice whose tokens these are.
         """
-        if self._takes(parameter):
+        if self._takes(parameter, part):
             self._add_matmul(parameter, grad_output, value)
         self._offered(parameter)
 
@@ -244,9 +254,11 @@ class GradientAccumulator:
         elif self.exact:
             self._add_exact(parameter, whole)
 
-    def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
-        """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]."""
-        if self._takes(parameter):
+    def add_rows(
+        self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor, part: int = 0
+    ) -> None:
+        """Add to some rows only: rows int64[k], distinct; gradient float[k, ...]; of a slice."""
+        if self._takes(parameter, part):
             self._add_rows(parameter, rows, gradient)
         self._offered(parameter)
 

@@ -51,10 +51,10 @@ def shadowed_blocks(plan: Plan, rank: int) -> tuple[ShadowedBlock, ...]:
     blocks: list[ShadowedBlock] = []
     start = 0
     for owner, index, place in mine:
-        block = plan.blocks[index][place]
-        spec = plan.layers[block.layer].parameters[index][block.spec_index]
+        block = plan.block((index, place))
         stop = start + block.elements
-        blocks.append(ShadowedBlock((index, place), owner, spec.decay, start, stop))
+        decays = plan.spec_of(block).decay
+        blocks.append(ShadowedBlock(block.key, owner, decays, start, stop))
         start = stop
     return tuple(blocks)
 

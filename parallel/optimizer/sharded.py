@@ -8,7 +8,8 @@ blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,15 +22,12 @@ from holdfast.parallel.optimizer.exchange import (
     Gathering,
     GradientExchange,
     OwnedBlock,
-    OwnParts,
     ParameterArrival,
     Routes,
     gathering,
     receive_buckets,
     routes,
     send_bucket,
-    sum_over_copies,
-    summed_segments,
     wire_of,
 )
 from holdfast.parallel.optimizer.fence import Fence
@@ -38,14 +36,14 @@ from holdfast.parallel.optimizer.parameter_buffer import ParameterBuffer
 from holdfast.parallel.optimizer.rule import StateFormat
 from holdfast.parallel.optimizer.shadow_state import ShadowState
 from holdfast.parallel.optimizer.sharding import shared_gradients
-from holdfast.parallel.plan import Plan, shards
+from holdfast.parallel.plan import BlockKey, Plan, shards
 
 
 def routes_of_parameters(
     found: Routes, plan: Plan, rank: int, buffer: ParameterBuffer, exchange: ExchangeSettings
 ) -> Routes:
     """The routes of parameters: those of gradients, `found`, unless other ranks keep them. Pure."""
-    if not shards(plan, "gradients"):
+    if not shards(plan, "gradients") and plan.all_holders_contribute:
         return found
     return routes(plan, rank, buffer, exchange.bucket_elements, "parameters")
 
@@ -99,18 +97,17 @@ class ShardedOptimizer:
         """
         exchange = exchange or ExchangeSettings()
         self._accumulator, self._rank = accumulator, rank
-        self._world, self._shards = groups.world, groups.shards
-        self._settings = settings
+        self._world, self._settings = groups.world, settings
         self._routes: Routes = routes(plan, rank, buffer, exchange.bucket_elements, "gradients")
         self._parameter_routes = routes_of_parameters(self._routes, plan, rank, buffer, exchange)
-        self._first_slot = sum(len(blocks) for blocks in plan.blocks[: self._routes.shard_index])
-        self.slots = sum(len(blocks) for blocks in plan.blocks)
+        sizes = [len(blocks) for blocks in plan.blocks]
+        self._first_slots = list(accumulate(sizes, initial=0))
+        self.slots = sum(sizes)
         """The number of block keys of the plan: the length of the squares that `reduce` gives."""
         owned = self._routes.owned
         carried = before.carried_on(buffer, owned) if before is not None else None
         self.owned_state = carried or OwnedState.new(form, buffer, owned)
         self._updates = self.owned_state.updates()
-        self._own_parts: OwnParts | None = None
         self._shadows, self._arrival = shadows, arrival
         self._sharing = shared_gradients(
             plan, rank, buffer, accumulator, groups.world, exchange.reduce_dtype
@@ -146,9 +143,10 @@ class ShardedOptimizer:
         for block, span in zip(self.owned, self.owned_state.spans, strict=True):
             yield block, self.gradients[span.start : span.stop]
 
-    def slot(self, block: OwnedBlock) -> int:
-        """The position of an owned block's key among all keys of the plan, in order."""
-        return self._first_slot + block.block.index
+    def slot(self, key: BlockKey) -> int:
+        """The position of a block among all blocks of the plan, in order."""
+        part, place = key
+        return self._first_slots[part] + place
 
     @property
     def step(self) -> int:
@@ -177,11 +175,6 @@ class ShardedOptimizer:
         """Start again from the present parameters: initial state, no updates. Local."""
         self.owned_state.restart()
 
-    def keep_own_sums(self) -> None:
-        """Keep this rank's own parts of summed copies from now on, for `restore_own_sums`."""
-        if self._shards.size > 1:
-            self._own_parts = OwnParts(self.owned_state.buffer, self._accumulator)
-
     def begin_step(
         self, offers: Mapping[nn.Parameter, int], sending: Callable[[], None] = lambda: None
     ) -> None:
@@ -191,8 +184,6 @@ class ShardedOptimizer:
             offers: the number of gradients that each parameter is offered in this step.
             sending: called in another thread once the first sums are on their way.
         """
-        if self._own_parts is not None:
-            self._own_parts.begin_step()
         if self._sharing is None:
             self._exchange.begin(sending)
         else:
@@ -202,12 +193,7 @@ class ShardedOptimizer:
 
     def go_on(self, offers: Mapping[nn.Parameter, int]) -> None:
         """Say again how many gradients each parameter is offered from now on. Local."""
-        segments = summed_segments(self.owned_state.buffer) if self._shards.size > 1 else ()
-        later = {segment.parameter for segment in segments}
-
-        def complete(found: Iterable[nn.Parameter]) -> None:
-            self._exchange.complete([p for p in found if p not in later])
-
+        complete = self._exchange.complete
         if self._sharing is None:
             self._accumulator.expect(offers, complete)
         else:
@@ -219,11 +205,6 @@ class ShardedOptimizer:
         if self._sharing is not None:
             self._sharing.close()
         self._accumulator.forget()
-
-    def restore_own_sums(self) -> None:
-        """Undo an interrupted `reduce`: the sums are this rank's own again. Local."""
-        if self._own_parts is not None:
-            self._own_parts.restore()
 
     def finish_sums(self) -> int:
         """Complete the sums that this rank keeps, before any is reduced. Returns flags.
@@ -237,21 +218,16 @@ class ShardedOptimizer:
         """Complete the gradient of every block that this rank owns or follows.
 
         Returns:
-            squares: float64[slots] on CPU: each counted block's sum of squares in its slot if this
-                rank owns it, zero elsewhere, so that a sum over ranks gives all slots.
+            squares: float64[slots] on CPU: each block's sum of squares in its slot if this rank
+                owns it, zero elsewhere, so that a sum over ranks gives all slots.
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
-        accumulator, buffer = self._accumulator, self.owned_state.buffer
         flags = self.finish_sums()
-        if self._own_parts is not None:
-            self._own_parts.keep()
-        flags |= sum_over_copies(buffer, accumulator, self._shards)
-        self._exchange.complete(buffer.parameters)
+        self._exchange.complete(self.owned_state.buffer.parameters)
         found, raised = self._exchange.finish()
         squares = torch.zeros(self.slots, dtype=torch.float64)
         for block, square in zip(self.owned, found, strict=True):
-            if block.segment.spec.counts_in_norm(self._routes.shard_index):
-                squares[self.slot(block)] = square
+            squares[self.slot(block.key)] = square
         return squares, flags | raised
 
     def update(self, lr: float, factor: float, fence: Fence | None = None) -> None:

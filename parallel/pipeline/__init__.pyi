@@ -1,3 +1,7 @@
+from .batch import (
+    Batch as Batch,
+    Documents as Documents,
+)
 from .executor import (
     ActionTimes as ActionTimes,
     Executor as Executor,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import ParameterSpec
+from holdfast.parallel.layout import ParameterSpec, Slices
+from holdfast.parallel.pipeline.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +21,23 @@ class MicroBatchContext:
     micro_batch: int
     """The step's global number, whatever rank computes it."""
     training: bool
-    tokens: Tensor | None
-    """int64[micro_batch, seq_len + 1]; None except for the first and the last chunk."""
+    batch: Batch | None
+    """Its tokens and documents; None where no chunk of the rank reads them."""
+    loss_gradient: float = 1.0
+    """The derivative of the step's loss by a token's loss: 1 / the tokens that a step predicts."""
+    slices: Slices = field(default_factory=Slices)
+    """The slices of its sequences, of which the pass computes this rank's own."""
 
 
 class GradientSink(Protocol):
-    """The place where micro-batch gradients are summed."""
+    """The place where micro-batch gradients are summed, each slice's by itself."""
 
-    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add a gradient of the whole local parameter."""
+    def add(self, parameter: nn.Parameter, gradient: Tensor, part: int = 0) -> None:
+        """Add a gradient of the whole local parameter, from the slice `part`."""
         ...
 
     def add_matmul(
-        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor
+        self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor, part: int = 0
     ) -> None:
         """Add grad_output[tokens, out].T @ value[tokens, in].
 
@@ -41,7 +46,9 @@ class GradientSink(Protocol):
         """
         ...
 
-    def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
+    def add_rows(
+        self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor, part: int = 0
+    ) -> None:
         """Add gradient[k, ...] to the distinct rows int64[k]."""
         ...
 
@@ -54,6 +61,22 @@ class WeightGradientRecord(NamedTuple):
     """float[tokens, out], as blocks of columns."""
     value: Tensor
     """float[tokens, in]"""
+    part: int
+    """The slice whose tokens these are."""
+
+
+@dataclass(slots=True)
+class _Destination:
+    """Where the gradients of a chunk go."""
+
+    sink: GradientSink | None = None
+    kept: list[WeightGradientRecord] | None = None
+
+    def subscribe(self, sink: GradientSink) -> None:
+        self.sink = sink
+
+    def keep(self, kept: list[WeightGradientRecord] | None) -> None:
+        self.kept = kept
 
 
 class WeightGradientQueue:
@@ -64,57 +87,79 @@ class WeightGradientQueue:
     """
 
     def __init__(self) -> None:
-        self._sink: GradientSink | None = None
-        self._kept: list[WeightGradientRecord] | None = None
+        self._destination = _Destination()
+        self._part = 0
+
+    def of(self, part: int) -> WeightGradientQueue:
+        """The same queue, for the gradients of the slice `part`."""
+        if part == self._part:
+            return self
+        queue = WeightGradientQueue()
+        queue._destination, queue._part = self._destination, part
+        return queue
 
     @property
-    def sink(self) -> GradientSink | None:
-        """The sink that sums the gradients."""
-        return self._sink
+    def has_sink(self) -> bool:
+        """Whether gradients are summed by a sink, and not by autograd."""
+        return self._destination.sink is not None
 
     def subscribe(self, sink: GradientSink) -> None:
         """Hand all gradients to `sink` from now on: it exists only once the parameters do."""
-        self._sink = sink
+        self._destination.subscribe(sink)
 
     @contextmanager
     def deferred(self) -> Iterator[list[WeightGradientRecord]]:
         """Keep gradients put during the block in the yielded list; `run` computes them later."""
         kept: list[WeightGradientRecord] = []
-        self._kept = kept
+        self._destination.keep(kept)
         try:
             yield kept
         finally:
-            self._kept = None
+            self._destination.keep(None)
 
     @property
     def defers(self) -> bool:
         """Whether gradients that are put now are computed later."""
-        return self._kept is not None
+        return self._destination.kept is not None
 
     def put(self, parameter: nn.Parameter, grad_output: Iterable[Tensor], value: Tensor) -> None:
         """Add one weight gradient: blocks of columns of float[tokens, out], float[tokens, in].
 
         A sink that does not need the gradient does not iterate over the blocks.
         """
-        record = WeightGradientRecord(parameter, grad_output, value.detach())
-        if self._kept is None:
+        record = WeightGradientRecord(parameter, grad_output, value.detach(), self._part)
+        kept = self._destination.kept
+        if kept is None:
             self.run((record,))
         else:
-            self._kept.append(record)
+            kept.append(record)
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add a gradient of the whole local parameter, at once. There is a sink."""
+        self._sink.add(parameter, gradient, self._part)
+
+    def add_rows(self, parameter: nn.Parameter, rows: Tensor, gradient: Tensor) -> None:
+        """Add gradient[k, ...] to the distinct rows int64[k], at once. There is a sink."""
+        self._sink.add_rows(parameter, rows, gradient, self._part)
 
     def run(self, records: Sequence[WeightGradientRecord]) -> None:
         """Compute and add the gradients of `records`, in order."""
-        assert self._sink is not None
         for record in records:
             self._sink.add_matmul(*record)
+
+    @property
+    def _sink(self) -> GradientSink:
+        assert self._destination.sink is not None
+        return self._destination.sink
 
 
 class Chunk(nn.Module):
     """A contiguous part of a model that runs on one rank.
 
-    `forward(hidden, context)`: `hidden` is None for the first chunk, which embeds the context's
-    tokens. The last chunk returns the sum of its token losses, a float64 scalar. The others return
-    float[seq (/ tensor), micro_batch, hidden].
+    `forward(hidden, context)`: `hidden` is None for the first chunk, which embeds the batch's
+    tokens. The last chunk returns the sum of its token losses, a float64 scalar; if sequences have
+    several slices, float64[own slices]. The others return float[seq (/ tensor), micro_batch,
+    hidden], with the tokens of the own slices one after the other.
     """
 
     def __init__(self) -> None:

@@ -57,15 +57,12 @@ class ModelChunkRunner:
         *,
         is_last: bool,
         context: Callable[[int], MicroBatchContext],
-        loss_gradient: float,
         before_gradients: Callable[[int], None] = lambda micro_batch: None,
     ) -> None:
         """Local.
 
         Args:
             context: returns a micro-batch's context for the running step.
-            loss_gradient: the derivative of the step's loss by a token's loss: 1 / tokens of the
-                step.
             before_gradients: called with the micro-batch before its gradients are computed.
         """
         self.chunk = chunk
@@ -73,13 +70,13 @@ class ModelChunkRunner:
         self._context = context
         device = next(chunk.parameters()).device
         self._before_gradients = before_gradients
-        self._loss_gradient = torch.tensor(loss_gradient, dtype=torch.float64, device=device)
+        self._loss_gradient = torch.ones((), dtype=torch.float64, device=device)
         self._root = torch.empty(0, device=device, requires_grad=True)
         self._gradients: dict[int, _InputGradient] = {}
         self._edges: dict[int, GradientEdge] = {}
         self._deferred: dict[int, list[WeightGradientRecord]] = {}
         self.losses: dict[int, Tensor] = {}
-        """Last chunk: each micro-batch's sum of token losses, a float64 scalar."""
+        """Last chunk: each micro-batch's sum of token losses, a float64 scalar or one a slice."""
 
     def forward(self, micro_batch: int, value: Tensor | None) -> Tensor | None:
         context = self._context(micro_batch)
@@ -92,6 +89,7 @@ class ModelChunkRunner:
             self._gradients[micro_batch] = gradient
             self._edges[micro_batch] = get_gradient_edge(output)
         if self._is_last:
+            self._loss_gradient.fill_(context.loss_gradient)
             self.losses[micro_batch] = output.detach()
             return None
         return output.detach()
@@ -116,6 +114,6 @@ class ModelChunkRunner:
         gradient = self._gradients.pop(micro_batch)
         edge = self._edges.pop(micro_batch)
         if grad_output is None:
-            grad_output = self._loss_gradient
+            grad_output = self._loss_gradient.expand(self.losses[micro_batch].shape)
         torch.autograd.backward(edge, grad_output)
         return gradient.value

@@ -26,8 +26,8 @@ from .cost import (
 )
 from .initial import (
     MICRO_BATCH_ORDERS as MICRO_BATCH_ORDERS,
-    by_shard as by_shard,
     make_plan as make_plan,
+    on_shards as on_shards,
 )
 from .ownership import (
     Block as Block,
@@ -59,7 +59,7 @@ from .sharding import (
     all_keepers as all_keepers,
     are_aligned as are_aligned,
     contribution_order as contribution_order,
-    is_summed as is_summed,
+    is_whole as is_whole,
     keepers as keepers,
     shard_group as shard_group,
     shards as shards,

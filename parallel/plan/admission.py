@@ -124,7 +124,7 @@ def _coming(now: Plan, following: Plan) -> dict[int, set[BlockKey]]:
 
 
 def _holders(plan: Plan) -> list[list[tuple[int, ...]]]:
-    """By shard index, the owner of each block and its shadows."""
+    """By part of the parameters, the owner of each block and its shadows."""
     shadows = plan.shadows or [[()] * len(blocks) for blocks in plan.blocks]
     return [
         [(owner, *ranks) for owner, ranks in zip(owners, followers, strict=True)]

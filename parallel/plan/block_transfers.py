@@ -80,10 +80,7 @@ def plan_block_transfers(
     asked = set().union(*wanted.values())
 
     def boxes(keys: Iterable[BlockKey]) -> dict[str, tuple[Box, ...]]:
-        return {
-            _name(key): (Box((0,), (plan.blocks[key[0]][key[1]].elements,)),)
-            for key in sorted(keys)
-        }
+        return {_name(key): (Box((0,), (plan.block(key).elements,)),) for key in sorted(keys)}
 
     def cost(source: Holder, target: Holder) -> float:
         return 1.0 if node_of[_rank(source)] == node_of[_rank(target)] else 10.0
@@ -118,7 +115,7 @@ def _cut(plan: Plan, source: int, target: int, keys: Sequence[BlockKey]) -> Iter
     """The transfers of a bounded size, each of one block at least."""
     batch: list[tuple[BlockKey, int]] = []
     for key in keys:
-        size = plan.blocks[key[0]][key[1]].elements
+        size = plan.block(key).elements
         if batch and sum(s for _, s in batch) + size > _MESSAGE_ELEMENTS:
             yield BlockTransfer(source, target, *zip(*batch, strict=True))
             batch = []

@@ -43,7 +43,7 @@ def buffer_bytes(plan: Plan, rank: int, *, precision: Precision, exact: bool, se
     Args:
         sent: the elements of sums that the rank sends to owners in a step; it receives as many.
     """
-    index = plan.stage_replicas.shard_index(rank)
+    index = plan.part_of(rank)
     layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
     sizes = [sum(spec.elements for spec in plan.layers[x].parameters[index]) for x in layers]
     largest = max(sizes, default=0) * precision.bytes

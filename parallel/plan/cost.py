@@ -52,7 +52,7 @@ def action_cost(plan: Plan, flops_per_s: float = 1.0) -> Callable[[Action], floa
     """The time of a compute action, by its chunk's operations; a backward takes two forwards."""
     chunk_flops = [
         sum(plan.layers[layer].forward_flops for layer in plan.layers_of(chunk))
-        / plan.configured_mesh.shares
+        / plan.configured_mesh.shards
         for chunk in range(len(plan.placement))
     ]
     return lambda action: (
@@ -115,26 +115,26 @@ def exchanged_bytes(
     place = plan.stage_replicas.find(rank)
     if place is None:
         return ExchangedBytes(0.0, 0.0)
-    replicas, held = plan.stage_replicas.replicas(place.pipeline), held_elements(plan, rank)
+    part, held = plan.part_of(rank), held_elements(plan, rank)
+    holders = len(plan.ranks_of((part,), place.pipeline))
     sums = PACKED_BYTES if exact and packing else _gradient_bytes(precision, exact)
     sizes = {kept: len(shard_group(plan, rank, kept).ranks) for kept in KEPT_KINDS}
 
     def between(kept: KeptKind) -> float:
         """The elements that go between the keepers of a block, in different groups."""
-        groups = max(1, replicas // sizes[kept])
+        groups = max(1, holders // sizes[kept])
         return held / sizes[kept] * (groups - 1) / groups
 
     def within(kept: KeptKind, elements: int) -> float:
         return elements * (sizes[kept] - 1) / sizes[kept]
 
-    index, layers = place.shard, plan.layers
     used = use_order(plan, training_program(plan, rank)) if sizes["parameters"] > 1 else ()
     passes = len(plan.micro_batches_of(place.pipeline, place.data))
     return ExchangedBytes(
         between("gradients") * sums,
         between("parameters") * precision.bytes,
         within("gradients", held * passes) * precision.bytes,
-        within("parameters", sum(layer_elements(layers[layer], index) for layer in used))
+        within("parameters", sum(layer_elements(plan.layers[layer], part) for layer in used))
         * precision.bytes,
     )
 
@@ -198,9 +198,9 @@ def peak_activation_bytes(plan: Plan, rank: int) -> int:
 
 def held_elements(plan: Plan, rank: int) -> int:
     """The number of parameters that a rank holds, in all of its chunks."""
-    index = plan.stage_replicas.shard_index(rank)
+    part = plan.part_of(rank)
     return sum(
-        layer_elements(plan.layers[layer], index)
+        layer_elements(plan.layers[layer], part)
         for chunk in plan.chunks_of(rank)
         for layer in plan.layers_of(chunk)
     )
@@ -210,13 +210,14 @@ def kept_elements(plan: Plan, rank: int, kept: KeptKind) -> int:
     """The number of parameters that a rank keeps, or whose sums it keeps, at all uses. Pure."""
     if not shards(plan, kept):
         return held_elements(plan, rank)
-    index = plan.stage_replicas.shard_index(rank)
-    held = frozenset(x for chunk in plan.chunks_of(rank) for x in plan.layers_of(chunk))
+    part = plan.part_of(rank)
     return sum(
         block.elements
-        for block in plan.blocks[index]
-        for layer in held.intersection((block.layer, *plan.tied_layers(index, block)))
-        if rank in keepers(plan, index, block, kept, layer)
+        for chunk in plan.chunks_of(rank)
+        for layer in plan.layers_of(chunk)
+        for row in range(len(plan.layers[layer].parameters[part]))
+        for block in plan.blocks_of(layer, part, row)
+        if rank in keepers(plan, block, kept, layer)
     )
 
 
@@ -234,8 +235,7 @@ def rank_memory(
             included.
         exact: whether gradients are summed as int64.
     """
-    index = plan.stage_replicas.shard_index(rank)
-    owned = sum(plan.blocks[index][place].elements for _, place in plan.owned_blocks(rank))
+    owned = sum(plan.block(key).elements for key in plan.owned_blocks(rank))
     sent = exchanged_bytes(plan, rank, precision=precision, exact=exact).gradients
     sent /= PACKED_BYTES if exact else _gradient_bytes(precision, exact)
     return RankMemory(
@@ -247,6 +247,6 @@ def rank_memory(
     )
 
 
-def layer_elements(layer: LayerSpec, shard_index: int) -> int:
-    """The number of parameters of a layer on one rank of a stage replica."""
-    return sum(spec.elements for spec in layer.parameters[shard_index])
+def layer_elements(layer: LayerSpec, part: int) -> int:
+    """The number of parameters of a layer in one part."""
+    return sum(spec.elements for spec in layer.parameters[part])

@@ -6,12 +6,12 @@ Pure. Needs no torch.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from holdfast.parallel.errors import ConfigError, ScheduleError, unknown_name
-from holdfast.parallel.layout import LayerSpec, Mesh, ParameterSpec, StageReplicas
+from holdfast.parallel.layout import LayerSpec, Mesh, StageReplicas
 from holdfast.parallel.plan.plan import Plan, Shard
 from holdfast.parallel.schedules import placement
 
@@ -78,7 +78,7 @@ def make_plan(
     return Plan(
         generation=generation,
         stage_replicas=StageReplicas.of_mesh(mesh),
-        layers=by_shard(layers, mesh),
+        layers=on_shards(layers, mesh),
         virtual=virtual,
         schedule=schedule,
         chunk_layers=tuple(pairwise(edges)),
@@ -94,38 +94,18 @@ def make_plan(
     )
 
 
-def by_shard(layers: Sequence[LayerSpec], mesh: Mesh) -> tuple[LayerSpec, ...]:
-    """The layers with their parameters by shard index, and what one shard keeps and sends.
+def on_shards(layers: Sequence[LayerSpec], mesh: Mesh) -> tuple[LayerSpec, ...]:
+    """The layers with what one rank of a stage replica keeps and sends.
 
     Args:
-        layers: the layers with their parameters by part, that is by the axes that split parameters.
-            Their activations and messages are what the ranks of the other axes share.
+        layers: the layers with what the ranks that hold the same part of the parameters share.
     """
-    part_of = [mesh.part_of(shard) for shard in range(mesh.shards)]
-    if part_of == list(range(mesh.parts)):
+    sharing = mesh.shards // mesh.parts
+    if sharing == 1:
         return tuple(layers)
-    repeat_of = [mesh.repeat_of(shard) for shard in range(mesh.shards)]
-
-    def of_shard(spec: ParameterSpec, shard: int) -> ParameterSpec:
-        def with_part(parts: Sequence[int]) -> Iterator[int]:
-            return (other for other, part in enumerate(part_of) if part in parts)
-
-        parts = spec.summed or (part_of[shard],)
-        summed = tuple(s for s in with_part(parts) if repeat_of[s] == repeat_of[shard])
-        return replace(
-            spec,
-            copies=tuple(with_part(spec.copies)),
-            summed=summed if len(summed) > 1 else (),
-        )
-
-    sharing = mesh.shares // mesh.parts
     return tuple(
         replace(
             layer,
-            parameters=tuple(
-                tuple(of_shard(spec, shard) for spec in layer.parameters[part])
-                for shard, part in enumerate(part_of)
-            ),
             activation_bytes=layer.activation_bytes // sharing,
             output_bytes=layer.output_bytes // sharing,
         )

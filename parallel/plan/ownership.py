@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from holdfast.parallel.layout import LayerSpec
 
 BlockKey = tuple[int, int]
-"""(shard index, position among its blocks): the name of a block in the whole run."""
+"""(part, position among its blocks): the name of a block in the whole run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     """Whole rows of one segment of a parameter: the unit of optimizer ownership."""
 
+    part: int
+    """The part of the parameters that it is of; the first one that has its rows."""
     index: int
-    """The position among the blocks of its shard index."""
+    """The position among the blocks of its part."""
     layer: int
     spec_index: int
     """The row of its segment in the layer's parameter table."""
@@ -26,24 +28,28 @@ class Block:
     row_stop: int
     elements: int
 
+    @property
+    def key(self) -> BlockKey:
+        return self.part, self.index
 
-def blocks(layers: Sequence[LayerSpec], shard_index: int, block_elements: int) -> tuple[Block, ...]:
-    """All blocks of one shard index, in layer, table and row order.
+
+def blocks(layers: Sequence[LayerSpec], part: int, block_elements: int) -> tuple[Block, ...]:
+    """All blocks of one part of the parameters, in layer, table and row order.
 
     A block has as many whole rows as fit into `block_elements`, and one at least. Blocks depend
-    only on the model and its split into parts. The second use of a tied weight has none: it shares
-    those of the first.
+    only on the model and its split into parts. Rows that several parts have are blocks of the first
+    of these. The second use of a tied weight has none: it shares those of the first.
     """
     found: list[Block] = []
     for layer, layer_spec in enumerate(layers):
-        for spec_index, spec in enumerate(layer_spec.parameters[shard_index]):
-            if spec.tied_use:
+        for spec_index, spec in enumerate(layer_spec.parameters[part]):
+            if spec.tied_use or spec.copies[0] != part:
                 continue
             rows = max(1, block_elements // spec.row_elements)
             for start in range(0, spec.rows, rows):
                 stop = min(spec.rows, start + rows)
                 elements = (stop - start) * spec.row_elements
-                found.append(Block(len(found), layer, spec_index, start, stop, elements))
+                found.append(Block(part, len(found), layer, spec_index, start, stop, elements))
     return tuple(found)
 
 

@@ -24,16 +24,20 @@ Shard = Literal["optimizer", "gradients", "parameters"]
 """What the replicas of a stage share: the optimizer's state alone, sums of gradients as well, or
 parameters as well."""
 
-_HOLDING = frozenset({"layers", "block_elements", "stage_replicas", "placement", "chunk_layers"})
+_PLACES = frozenset({"stage_replicas", "configured_mesh"})
+_HOLDING = _PLACES | {"layers", "block_elements", "placement", "chunk_layers"}
+_SHARING = _PLACES | {"shard", "shard_group"}
 _PROGRAM = frozenset({"schedule", "virtual", "stage_replicas"})
 DERIVED_FROM: Mapping[str, frozenset[str]] = {
     "blocks": frozenset({"layers", "block_elements"}),
     "even owners": _HOLDING,
     "owned blocks": _HOLDING | {"given_owners"},
-    "holders": frozenset({"stage_replicas"}),
+    "holders": _PLACES,
+    "contributors": frozenset({"layers"}),
+    "blocks of segments": frozenset({"layers", "block_elements"}),
     "tied layers": frozenset({"layers"}),
-    "shard groups": frozenset({"stage_replicas", "shard", "shard_group"}),
-    "shard positions": frozenset({"stage_replicas", "shard", "shard_group"}),
+    "shard groups": _SHARING,
+    "shard positions": _SHARING,
     "computing replicas": frozenset({"stage_replicas", "micro_batches", "assignment"}),
     "regular programs": _PROGRAM,
     "regular timeline": _PROGRAM | {"micro_batches"},
@@ -86,13 +90,13 @@ class Plan:
     """The micro-batches of each stage replica if stages differ; None: each replica computes its
     own."""
     given_owners: tuple[tuple[int, ...], ...] | None = None
-    """By shard index, the owner of each block if it follows from the plan before; None: the even
-    split of a first plan."""
+    """By part of the parameters, the owner of each block if it follows from the plan before; None:
+    the even split of a first plan."""
     shadows: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """By shard index, the ranks that shadow each block; empty without redundancy."""
+    """By part, the ranks that shadow each block; empty without redundancy."""
     incoming: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """By shard index, the ranks that each block is incoming on: they get it for the next plan and
-    follow its updates meanwhile. Empty if no state is on its way. See admission.py."""
+    """By part, the ranks that each block is incoming on: they get it for the next plan and follow
+    its updates meanwhile. Empty if no state is on its way. See admission.py."""
     _derived: dict[str, dict[Any, Any]] = field(
         default_factory=lambda: {name: {} for name in DERIVED_FROM},
         init=False,
@@ -136,19 +140,52 @@ class Plan:
 
     @property
     def blocks(self) -> tuple[tuple[Block, ...], ...]:
-        """The optimizer blocks of each shard index."""
+        """The optimizer blocks of each part of the parameters."""
         return self.derived(
             "blocks",
             None,
             lambda: tuple(
-                blocks(self.layers, index, self.block_elements)
-                for index in range(len(self.layers[0].parameters))
+                blocks(self.layers, part, self.block_elements)
+                for part in range(len(self.layers[0].parameters))
             ),
         )
 
+    def block(self, key: BlockKey) -> Block:
+        """A block by its name."""
+        part, place = key
+        return self.blocks[part][place]
+
+    def spec_of(self, block: Block) -> ParameterSpec:
+        """The row of a block's segment in the table of its part."""
+        return self.layers[block.layer].parameters[block.part][block.spec_index]
+
+    def blocks_of(self, layer: int, part: int, spec_index: int) -> tuple[Block, ...]:
+        """The blocks of a segment: of a row in a part's table, also one that other parts share, or
+        that is the second use of a tied weight."""
+
+        def find() -> dict[tuple[int, int, int], tuple[Block, ...]]:
+            found: dict[tuple[int, int, int], list[Block]] = {}
+            for block in (block for of_part in self.blocks for block in of_part):
+                spec = self.spec_of(block)
+                uses = [block.layer, *self.tied_layers(block)]
+                for copy in spec.copies:
+                    for use in uses:
+                        row = self._row_of(use, copy, spec.name, block.spec_index)
+                        found.setdefault((use, copy, row), []).append(block)
+            return {key: tuple(of_segment) for key, of_segment in found.items()}
+
+        return self.derived("blocks of segments", None, find).get((layer, part, spec_index), ())
+
+    def _row_of(self, layer: int, part: int, name: str, first: int) -> int:
+        """The row of a tensor in a layer's table: `first`, unless it is the tensor's second use."""
+        rows = self.layers[layer].parameters[part]
+        if first < len(rows) and rows[first].name == name:
+            return first
+        return next(index for index, spec in enumerate(rows) if spec.name == name)
+
     @property
     def owners(self) -> tuple[tuple[int, ...], ...]:
-        """The rank that owns each block, by shard index."""
+        """The rank that owns each block, by part of the parameters."""
         if self.given_owners is not None:
             return self.given_owners
         return self.derived(
@@ -157,37 +194,47 @@ class Plan:
             lambda: tuple(
                 spread_owners(
                     [block.elements for block in found],
-                    [self.holders_of_layer(index, block.layer) for block in found],
+                    [self.contributors(block) for block in found],
                 )
-                for index, found in enumerate(self.blocks)
+                for found in self.blocks
             ),
         )
 
-    def followers(self, shard_index: int, place: int) -> tuple[int, ...]:
+    def owner(self, key: BlockKey) -> int:
+        """The rank that owns a block."""
+        return self.owners[key[0]][key[1]]
+
+    def followers(self, key: BlockKey) -> tuple[int, ...]:
         """The ranks beside the owner that get a block's gradients.
 
         These are its shadows, and the ranks that the block is incoming on.
         """
-        shadows = self.shadows[shard_index][place] if self.shadows else ()
-        return shadows + (self.incoming[shard_index][place] if self.incoming else ())
+        part, place = key
+        shadows = self.shadows[part][place] if self.shadows else ()
+        return shadows + (self.incoming[part][place] if self.incoming else ())
 
     def owned_blocks(self, rank: int) -> tuple[BlockKey, ...]:
-        """The blocks that a rank owns, in the order of its buffers."""
+        """The blocks that a rank owns, in the order of its buffers: by layer, then by row of its
+        table."""
 
         def find() -> dict[int, tuple[BlockKey, ...]]:
             found: dict[int, list[BlockKey]] = {}
-            for index, owners in enumerate(self.owners):
+            for part, owners in enumerate(self.owners):
                 for place, owner in enumerate(owners):
-                    found.setdefault(owner, []).append((index, place))
-            return {owner: tuple(keys) for owner, keys in found.items()}
+                    found.setdefault(owner, []).append((part, place))
+            return {owner: tuple(sorted(keys, key=self._depth)) for owner, keys in found.items()}
 
         return self.derived("owned blocks", None, find).get(rank, ())
+
+    def _depth(self, key: BlockKey) -> tuple[int, int, BlockKey]:
+        block = self.block(key)
+        return block.layer, block.spec_index, key
 
     def axis_groups(self, rank: int) -> dict[str, tuple[int, ...]]:
         """By axis inside a stage replica, the ranks that differ from one along that axis only.
 
-        With several axes, "shards" has all ranks of the stage replica. Axes that are not available
-        yet are left out if they have a single rank.
+        With several axes, "shards" has all ranks of the stage replica. Optional axes are left out
+        if they have a single rank.
         """
         mesh, replica = self.configured_mesh, self.stage_replicas.stage_replica(rank)
         shard = self.stage_replicas.shard_index(rank)
@@ -203,22 +250,61 @@ class Plan:
         """The model chunk that has a layer."""
         return bisect_right(self.chunk_layers, (layer, len(self.layers))) - 1
 
-    def holders_of_layer(self, shard_index: int, layer: int) -> tuple[int, ...]:
-        """The ranks, one per data replica, that hold a layer at a shard index."""
-        stage = self.placement[self.chunk_of_layer(layer)]
+    def part_of(self, rank: int) -> int:
+        """The part of the parameters that a rank holds; 0 for a spare, which holds none."""
+        return self.configured_mesh.part_of(self.stage_replicas.shard_index(rank))
+
+    def ranks_of(self, parts: tuple[int, ...], stage: int) -> tuple[int, ...]:
+        """The ranks of a stage that hold one of some parts of its parameters, by replica."""
+
+        def find() -> tuple[int, ...]:
+            of_part = self.configured_mesh.shards_of_part
+            shards = sorted(shard for part in parts for shard in of_part[part])
+            return tuple(
+                ranks[shard] for ranks in self.stage_replicas.stages[stage] for shard in shards
+            )
+
+        return self.derived("holders", (parts, stage), find)
+
+    def stage_of_layer(self, layer: int) -> int:
+        """The pipeline index of the stage that has a layer."""
+        return self.placement[self.chunk_of_layer(layer)]
+
+    def holders(self, block: Block, layer: int | None = None) -> tuple[int, ...]:
+        """The ranks that hold a block at one use.
+
+        Args:
+            layer: the layer of the use; None: the first one.
+        """
+        stage = self.stage_of_layer(block.layer if layer is None else layer)
+        return self.ranks_of(self.spec_of(block).copies, stage)
+
+    def contributors(self, block: Block, layer: int | None = None) -> tuple[int, ...]:
+        """The ranks whose sums of a block's gradients are added, at one use.
+
+        Where each copy sees all of the gradient, these are the holders of the first copy.
+        """
+        spec = self.spec_of(block)
+        stage = self.stage_of_layer(block.layer if layer is None else layer)
+        return self.ranks_of(spec.summed or spec.copies[:1], stage)
+
+    @property
+    def all_holders_contribute(self) -> bool:
+        """Whether the sums of all holders of each block are added."""
         return self.derived(
-            "holders",
-            (shard_index, stage),
-            lambda: tuple(
-                self.stage_replicas.rank(shard_index, replica, stage)
-                for replica in range(self.stage_replicas.replicas(stage))
+            "contributors",
+            None,
+            lambda: all(
+                len(spec.copies) == 1 or spec.summed == spec.copies
+                for layer in self.layers
+                for of_part in layer.parameters
+                for spec in of_part
             ),
         )
 
-    def tied_layers(self, shard_index: int, block: Block) -> tuple[int, ...]:
+    def tied_layers(self, block: Block) -> tuple[int, ...]:
         """The layers with a second use of a block's parameter."""
-        name = self.layers[block.layer].parameters[shard_index][block.spec_index].name
-        return self._tied_layers().get(name, ())
+        return self._tied_layers().get(self.spec_of(block).name, ())
 
     def _tied_layers(self) -> dict[str, tuple[int, ...]]:
         """The layers with a second use of a tied weight, by the weight's logical name."""

@@ -292,7 +292,7 @@ def _owners(before: Plan, after: Plan, roster: Roster) -> tuple[tuple[int, ...],
         places = [place for place, b in enumerate(blocks) if stages[b.layer] in touched]
         chosen = assign_owners(
             [blocks[place].elements for place in places],
-            [after.holders_of_layer(index, blocks[place].layer) for place in places],
+            [after.contributors(blocks[place]) for place in places],
             [owners[place] if owners[place] in staying else None for place in places],
         )
         for place, owner in zip(places, chosen, strict=True):

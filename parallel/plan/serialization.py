@@ -39,7 +39,7 @@ class _PlanData(msgspec.Struct, frozen=True):
         Raises:
             ValueError: it cannot.
         """
-        shards = len(first.blocks)
+        shards = first.configured_mesh.shards
         ranks = [rank for stage in self.stages for held in stage for rank in held]
         ranks += self.spares
         if not self.stages or not all(self.stages) or len(set(ranks)) != len(ranks):

@@ -19,7 +19,7 @@ _ENOUGH = 16
 """Ranks without a flaw after which no more are considered."""
 
 Shadows = tuple[tuple[int, ...], ...]
-"""The shadows of each block, by position among the blocks of its shard index."""
+"""The shadows of each block, by position among the blocks of its part."""
 
 
 def assign_shadows(
@@ -33,7 +33,7 @@ def assign_shadows(
     previous: Sequence[tuple[int, ...]] | None = None,
     with_state: Set[int] = frozenset(),
 ) -> Shadows:
-    """The shadows of every block of one shard index.
+    """The shadows of every block of one part of the parameters.
 
     Earlier shadows stay while they still serve; the others go to the least loaded of the best
     ranks. On a single node, shadows lie on another rank of it; a rank that is alone has none.

@@ -27,7 +27,7 @@ _INPUT_GRADIENTS = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
 @dataclass(frozen=True, slots=True)
 class ShardGroup:
-    """The ranks that share the gradients or parameters of one stage at one shard index."""
+    """The ranks that share the gradients of one part of a stage's parameters, or that part."""
 
     ranks: tuple[int, ...]
 
@@ -49,24 +49,21 @@ def shards(plan: Plan, kept: KeptKind) -> bool:
     return plan.shard == "parameters" or plan.shard == kept
 
 
-def shard_groups(
-    plan: Plan, shard_index: int, stage: int, kept: KeptKind
-) -> tuple[ShardGroup, ...]:
-    """The shard groups of a stage at a shard index, by replica.
+def shard_groups(plan: Plan, part: int, stage: int, kept: KeptKind) -> tuple[ShardGroup, ...]:
+    """The shard groups of the ranks of a stage that hold a part of its parameters.
 
     A group has at least as many ranks as the plan says, where the stage has them: after losses the
     groups that are left grow, because smaller ones would need more memory.
     """
 
     def make() -> tuple[ShardGroup, ...]:
-        replicas = plan.stage_replicas.replicas(stage)
-        ranks = [plan.stage_replicas.rank(shard_index, d, stage) for d in range(replicas)]
-        size = (plan.shard_group or replicas) if shards(plan, kept) else 1
-        count = max(1, replicas // size)
-        edges = [replicas * number // count for number in range(count + 1)]
-        return tuple(ShardGroup(tuple(ranks[a:b])) for a, b in pairwise(edges))
+        ranks = plan.ranks_of((part,), stage)
+        size = (plan.shard_group or len(ranks)) if shards(plan, kept) else 1
+        count = max(1, len(ranks) // size)
+        edges = [len(ranks) * number // count for number in range(count + 1)]
+        return tuple(ShardGroup(ranks[a:b]) for a, b in pairwise(edges))
 
-    return plan.derived("shard groups", (shard_index, stage, kept), make)
+    return plan.derived("shard groups", (part, stage, kept), make)
 
 
 def shard_group(plan: Plan, rank: int, kept: KeptKind) -> ShardGroup:
@@ -74,42 +71,45 @@ def shard_group(plan: Plan, rank: int, kept: KeptKind) -> ShardGroup:
     place = plan.stage_replicas.find(rank)
     if place is None:
         return ShardGroup((rank,))
-    groups = shard_groups(plan, place.shard, place.pipeline, kept)
+    groups = shard_groups(plan, plan.part_of(rank), place.pipeline, kept)
     return groups[_positions(plan, kept)[rank][0]]
 
 
-def is_summed(plan: Plan, shard_index: int, block: Block) -> bool:
-    """Whether a block's sums are added over the copies of a stage replica before they travel.
+def is_whole(plan: Plan, block: Block) -> bool:
+    """Whether every rank keeps a block's sums whole: those of rows that several parts have.
 
-    Every rank keeps these sums whole: they belong to norms and the like, which are small.
+    They belong to norms and the like, which are small.
     """
-    return len(plan.layers[block.layer].parameters[shard_index][block.spec_index].summed) > 1
+    return len(plan.spec_of(block).copies) > 1
 
 
-def keepers(
-    plan: Plan, shard_index: int, block: Block, kept: KeptKind, layer: int | None = None
-) -> tuple[int, ...]:
-    """The ranks that keep a block at one use: one for each shard group of that use's stage.
+def keepers(plan: Plan, block: Block, kept: KeptKind, layer: int | None = None) -> tuple[int, ...]:
+    """The ranks that keep a block, or its sums, at one use: one for each shard group of that stage.
+
+    Of sums that several ranks would have alike, one rank's are kept.
 
     Args:
         layer: the layer of the use; None: the first use.
     """
-    used_in = block.layer if layer is None else layer
-    summed = kept == "gradients" and is_summed(plan, shard_index, block)
-    if summed or not shards(plan, kept):
-        return plan.holders_of_layer(shard_index, used_in)
-    stage = plan.placement[plan.chunk_of_layer(used_in)]
-    groups = shard_groups(plan, shard_index, stage, kept)
-    owner = plan.owners[shard_index][block.index]
+    if kept == "gradients" and (is_whole(plan, block) or not shards(plan, kept)):
+        return plan.contributors(block, layer)
+    if not shards(plan, kept):
+        return plan.holders(block, layer)
+    stage = plan.stage_of_layer(block.layer if layer is None else layer)
+    owner = plan.owner(block.key)
     position = _positions(plan, kept)[owner][1]
-    return tuple(group.keeper(owner, position) for group in groups)
+    return tuple(
+        group.keeper(owner, position)
+        for part in plan.spec_of(block).copies
+        for group in shard_groups(plan, part, stage, kept)
+    )
 
 
-def all_keepers(plan: Plan, shard_index: int, block: Block, kept: KeptKind) -> tuple[int, ...]:
+def all_keepers(plan: Plan, block: Block, kept: KeptKind) -> tuple[int, ...]:
     """The ranks that keep a block at any use, in ascending order."""
-    found = set(keepers(plan, shard_index, block, kept))
-    for layer in plan.tied_layers(shard_index, block):
-        found.update(keepers(plan, shard_index, block, kept, layer))
+    found = set(keepers(plan, block, kept))
+    for layer in plan.tied_layers(block):
+        found.update(keepers(plan, block, kept, layer))
     return tuple(sorted(found))
 
 
@@ -117,12 +117,11 @@ def _positions(plan: Plan, kept: KeptKind) -> Mapping[int, tuple[int, int]]:
     """The number of each rank's shard group in its stage, and its position there."""
 
     def find() -> dict[int, tuple[int, int]]:
-        stages = plan.stage_replicas
         return {
             member: (number, position)
-            for stage in range(stages.pipeline)
-            for shard_index in range(stages.shards)
-            for number, group in enumerate(shard_groups(plan, shard_index, stage, kept))
+            for stage in range(plan.stage_replicas.pipeline)
+            for part in range(plan.configured_mesh.parts)
+            for number, group in enumerate(shard_groups(plan, part, stage, kept))
             for position, member in enumerate(group.ranks)
         }
 

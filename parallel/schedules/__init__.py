@@ -1,4 +1,5 @@
-"""Pipeline schedules as data: programs are made, checked, simulated and drawn.
+"""Pipeline schedules as data: programs are made, checked, simulated and drawn. Beside them, the
+names of the phases of a step.
 
 May import parallel.errors.
 """

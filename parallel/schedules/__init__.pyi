@@ -38,3 +38,10 @@ from .simulator import (
     simulate as simulate,
     unit_cost as unit_cost,
 )
+from .step_phases import (
+    FAULTS as FAULTS,
+    STEP_PHASES as STEP_PHASES,
+    TIMED_PHASES as TIMED_PHASES,
+    FaultKind as FaultKind,
+    StepPhase as StepPhase,
+)

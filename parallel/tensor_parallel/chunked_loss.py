@@ -30,6 +30,7 @@ def chunked_cross_entropy_sum(
     first_row: int,
     tp: TensorParallel,
     chunk: int,
+    ignored: Tensor | None = None,
 ) -> Tensor:
     """The sum over tokens of the cross-entropy of the logits value @ weight.T.
 
@@ -41,11 +42,12 @@ def chunked_cross_entropy_sum(
         weight: float[rows, hidden], this rank's part of the vocabulary, from `first_row` on.
         targets: int64[seq, batch] in the whole vocabulary.
         chunk: the rows of `weight` whose logits are in memory at once.
+        ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
     Returns:
         float64 scalar, equal on all ranks of the group. Collective over the group of `tp`.
     """
     return _ChunkedLoss.apply(  # pyrefly: ignore[bad-return]
-        value, weight, queue, targets, first_row, tp, chunk
+        value, weight, queue, targets, first_row, tp, chunk, ignored
     )
 
 
@@ -86,7 +88,7 @@ class _LogitGradient:
     total: Tensor
     """The sum of exponentials over the whole vocabulary: float[tokens, 1]."""
     scale: Tensor
-    """The gradient of the loss, a scalar of their dtype."""
+    """The gradient of each token's loss: a scalar of their dtype, or [tokens, 1]."""
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the weight, float[tokens, rows] in the dtype of the hidden states)."""
@@ -142,27 +144,35 @@ class _ChunkedLoss(torch.autograd.Function):
         first_row: int,
         tp: TensorParallel,
         chunk: int,
+        ignored: Tensor | None,
     ) -> Tensor:
         local = targets.reshape(-1) - first_row
         logits = _Logits(_whole(value, tp), weight.detach(), local, chunk)
         largest, total, target = _statistics(logits, tp)
-        ctx.save_for_backward(value, weight, local, largest, total)
+        losses = total.log() - target
+        if ignored is not None:
+            ignored = ignored.reshape(-1, 1)
+            losses.masked_fill_(ignored, 0.0)
+        ctx.save_for_backward(value, weight, local, largest, total, ignored)
         ctx.queue, ctx.parameter, ctx.tp, ctx.chunk = queue, weight, tp, chunk
-        return (total.log() - target).double().sum()
+        return losses.double().sum()
 
     @staticmethod
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        value, weight, local, largest, total = ctx.saved_tensors
+        value, weight, local, largest, total, ignored = ctx.saved_tensors
         hidden, tp = _whole(value.detach(), ctx.tp), ctx.tp
         logits = _Logits(hidden, weight.detach(), local, ctx.chunk)
-        gradient = _LogitGradient(logits, largest, total, grad_output.to(total.dtype))
+        scale = grad_output.to(total.dtype)
+        if ignored is not None:
+            scale = torch.where(ignored, 0.0, scale)
+        gradient = _LogitGradient(logits, largest, total, scale)
         summed = torch.zeros(hidden.shape, dtype=total.dtype, device=hidden.device)
         blocks = _adding_input_gradient(gradient, summed)
         grad_weight = None
         if not ctx.needs_input_grad[1]:
             pass
-        elif ctx.queue.sink is None:
+        elif not ctx.queue.has_sink:
             grad_weight = torch.cat([block.t() @ hidden for block in blocks])
         elif not ctx.queue.defers:
             ctx.queue.put(ctx.parameter, blocks, hidden)
@@ -175,7 +185,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_value = sum_scatter_rows(grad_value, tp.group)
         elif tp.group is not None:
             tp.group.all_reduce(grad_value).wait()
-        return grad_value, grad_weight, None, None, None, None, None
+        return grad_value, grad_weight, None, None, None, None, None, None
 
 
 def _whole(value: Tensor, tp: TensorParallel) -> Tensor:

@@ -22,6 +22,29 @@ def linear(value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue) -> T
     return _Linear.apply(value, weight, queue)  # pyrefly: ignore[bad-return]
 
 
+def in_slice(weight: nn.Parameter, queue: WeightGradientQueue) -> Tensor:
+    """The weight for one slice, whose gradient is added by itself. Local.
+
+    Autograd alone would add the gradients of all slices as floats first. Without a sink it does.
+    """
+    return _InSlice.apply(weight, queue)  # pyrefly: ignore[bad-return]
+
+
+class _InSlice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, queue: WeightGradientQueue) -> Tensor:
+        ctx.queue, ctx.parameter = queue, weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.queue.has_sink:
+            return gradient, None
+        ctx.queue.add(ctx.parameter, gradient)
+        return None, None
+
+
 def gathered_linear(
     value: Tensor, weight: nn.Parameter, queue: WeightGradientQueue, group: Communicator
 ) -> Tensor:
@@ -43,7 +66,7 @@ def _weight_gradient(
 ) -> Tensor | None:
     if not ctx.needs_input_grad[1]:
         return None
-    if queue.sink is None:
+    if not queue.has_sink:
         return _matrix(grad_output).t() @ _matrix(value)
     queue.put(ctx.parameter, (_matrix(grad_output),), _matrix(value))
     return None

@@ -30,7 +30,11 @@ def embed(
 
 
 def cross_entropy_sum(
-    logits: Tensor, targets: Tensor, first_row: int, group: Communicator | None
+    logits: Tensor,
+    targets: Tensor,
+    first_row: int,
+    group: Communicator | None,
+    ignored: Tensor | None = None,
 ) -> Tensor:
     """The sum over tokens of the cross-entropy, with logits split along the vocabulary.
 
@@ -39,10 +43,13 @@ def cross_entropy_sum(
     Args:
         logits: float[seq, batch, rows], this rank's part of the vocabulary, from `first_row` on.
         targets: int64[seq, batch] in the whole vocabulary.
+        ignored: bool[seq, batch], the places that count nothing, whatever stands there; None: none.
     Returns:
         float64 scalar, equal on all ranks of `group`. Collective over `group`.
     """
-    return _CrossEntropySum.apply(logits, targets, first_row, group)  # pyrefly: ignore[bad-return]
+    return _CrossEntropySum.apply(  # pyrefly: ignore[bad-return]
+        logits, targets, first_row, group, ignored
+    )
 
 
 class _Embed(torch.autograd.Function):
@@ -67,17 +74,22 @@ class _Embed(torch.autograd.Function):
         rows, place = torch.unique(local.reshape(-1)[inside], return_inverse=True)
         summed = flat.new_zeros(rows.numel(), flat.shape[-1])
         summed.index_add_(0, place, flat[inside])
-        if ctx.queue.sink is None:
+        if not ctx.queue.has_sink:
             dense = torch.zeros_like(ctx.parameter)
             return None, dense.index_copy_(0, rows, summed), None, None
-        ctx.queue.sink.add_rows(ctx.parameter, rows, summed)
+        ctx.queue.add_rows(ctx.parameter, rows, summed)
         return None, None, None, None
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, first_row: int, group: Communicator | None
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        first_row: int,
+        group: Communicator | None,
+        ignored: Tensor | None,
     ) -> Tensor:
         wide = logits if logits.dtype == torch.float64 else logits.float()
         largest = wide.amax(-1)
@@ -94,16 +106,22 @@ class _CrossEntropySum(torch.autograd.Function):
             both = torch.stack([total, target])
             group.all_reduce(both).wait()
             total, target = both[0], both[1]
-        ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), local, outside)
+        probabilities = exponentials.div_(total.unsqueeze(-1))
+        losses = total.log() - target
+        if ignored is not None:
+            probabilities.masked_fill_(ignored.unsqueeze(-1), 0.0)
+            losses.masked_fill_(ignored, 0.0)
+            outside = outside | ignored
+        ctx.save_for_backward(probabilities, local, outside)
         ctx.dtype = logits.dtype
-        return (total.log() - target).double().sum()
+        return losses.double().sum()
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         probabilities, local, outside = ctx.saved_tensors
         scale = grad_output.to(probabilities.dtype)
         gradient = probabilities * scale
         share = torch.where(outside, 0.0, -scale).to(gradient.dtype).unsqueeze(-1)
         gradient.scatter_add_(-1, local.unsqueeze(-1), share)
-        return gradient.to(ctx.dtype), None, None, None
+        return gradient.to(ctx.dtype), None, None, None, None

@@ -17,7 +17,7 @@ from holdfast.elastic.lighthouse import LighthouseAway
 from holdfast.elastic.membership_events import Bulletin, MembershipEvent
 from holdfast.elastic.quorum_client import MembershipSettings
 from holdfast.elastic.watch import HeartbeatWatch
-from holdfast.parallel.step_phases import FAULTS, StepPhase
+from holdfast.parallel.schedules import FAULTS, StepPhase
 
 
 class Store:

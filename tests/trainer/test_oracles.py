@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from holdfast.trainer.data.opening import split_tokens
 from holdfast.trainer.models.chunk import ModelChunk, build_whole_model
 from support.oracles.plain_llama import PlainLlama, Shape, train_plainly
 from support.processes.cluster import Cluster
+from support.runs.sequences import windows_of
 from support.runs.small_runs import make_config, run_training, world_size_of
 
 
@@ -86,9 +88,9 @@ def test_forward_and_gradients_equal_transformers(model: dict[str, Any]) -> None
     logits = theirs(tokens[:, :-1]).logits
     torch.testing.assert_close(chunk.logits(tokens[:, :-1]), logits, rtol=0, atol=1e-5)
 
-    from holdfast.parallel.pipeline.model_chunk import MicroBatchContext
+    from holdfast.parallel.pipeline import Batch, MicroBatchContext
 
-    loss = chunk(None, MicroBatchContext(0, 0, True, tokens))
+    loss = chunk(None, MicroBatchContext(0, 0, True, Batch(tokens[:, :-1], tokens[:, 1:])))
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
     )
@@ -136,8 +138,9 @@ def test_fifty_steps_equal_a_plain_loop(
     data = open_dataset(config.data, vocab=model.vocab, seq_len=train.seq_len, seed=train.seed)
 
     def batches(step: int) -> Tensor:
-        rows = [data.sample(step * train.global_batch + row) for row in range(train.global_batch)]
-        return torch.stack([torch.from_numpy(row) for row in rows])
+        first = step * train.global_batch
+        rows = [windows_of(data.sample(first + row)) for row in range(train.global_batch)]
+        return torch.from_numpy(np.concatenate(rows))
 
     def rate(step: int) -> float:
         """Linear warm-up and cosine decay, written anew."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ class CapturedBox:
     shape: tuple[int, ...]
     """The shape of the whole logical tensor."""
     copies: tuple[int, ...]
-    """Shard indices that hold the same box."""
+    """The parts that have the same box."""
     values: Tensor
 
 
@@ -31,13 +31,16 @@ class RankCapture:
 
     place: Mapping[str, int] = field(default_factory=dict)
     """The rank's index along each axis; empty for the reference."""
-    shard: int = 0
-    """Its shard index."""
+    part: int = 0
+    """The part of the parameters that it holds."""
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """(module, micro-batch) -> its output, float64[seq (/ tensor), micro_batch, hidden]."""
-    output_gradients: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    slices: int = 1
+    """The slices of a sequence."""
+    outputs: dict[tuple[str, int], dict[int, Tensor]] = field(default_factory=dict)
+    """(module, micro-batch) -> by slice, its output: float64[tokens (/ tensor), micro_batch,
+    hidden]."""
+    output_gradients: dict[tuple[str, int], dict[int, Tensor]] = field(default_factory=dict)
     partial_gradients: list[CapturedBox] = field(default_factory=list)
     """This rank's sums before any reduction, by segment."""
     gradients: list[CapturedBox] = field(default_factory=list)
@@ -61,28 +64,42 @@ def captured_box(
 class ActivationRecorder:
     """Records every module of a chunk whose output is a hidden state. Local."""
 
-    def __init__(self, capture: RankCapture, current_micro_batch: Callable[[], int]) -> None:
-        self._capture = capture
+    def __init__(
+        self, capture: RankCapture, current_micro_batch: Callable[[], int], own: Sequence[int]
+    ) -> None:
+        """Nothing is watched yet.
+
+        Args:
+            own: the slices that the rank computes, in the order in which it does.
+        """
+        self._capture, self._own = capture, own
         self._current = current_micro_batch
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def watch(self, name: str, module: nn.Module, hidden: int) -> None:
-        """Record an output of shape float[rows, batch, hidden], and its gradient, as `name`."""
+        """Record outputs of shape float[rows, batch, hidden], and their gradients, as `name`."""
 
         def forward_hook(_: nn.Module, __: object, output: object) -> None:
-            if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[-1] != hidden:
-                return
-            key = (name, self._current())
-            if key in self._capture.outputs:
-                return  # a recomputed forward pass
-            self._capture.outputs[key] = output.detach().clone()
-            if output.requires_grad:
-                output.register_hook(lambda gradient: self._keep_gradient(key, gradient))
+            for one in output if isinstance(output, list) else [output]:
+                if isinstance(one, Tensor) and one.ndim == 3 and one.shape[-1] == hidden:
+                    self._keep(name, one)
 
         self._handles.append(module.register_forward_hook(forward_hook))
 
-    def _keep_gradient(self, key: tuple[str, int], gradient: Tensor) -> None:
-        self._capture.output_gradients[key] = gradient.detach().clone()
+    def _keep(self, name: str, output: Tensor) -> None:
+        key = (name, self._current())
+        found = self._capture.outputs.setdefault(key, {})
+        if len(found) == len(self._own):
+            return  # a recomputed forward pass
+        number = self._own[len(found)]
+        found[number] = output.detach().clone()
+
+        def keep_gradient(gradient: Tensor) -> None:
+            of_slices = self._capture.output_gradients.setdefault(key, {})
+            of_slices[number] = gradient.detach().clone()
+
+        if output.requires_grad:
+            output.register_hook(keep_gradient)
 
     def close(self) -> None:
         """Remove the hooks."""

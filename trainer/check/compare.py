@@ -74,28 +74,48 @@ def _activations(
     order = list(expected_values)
     findings = []
     for key in order if forward else reversed(order):
-        expected = expected_values[key]
+        whole = expected_values[key][0]
         for number, rank in enumerate(ranks):
-            values = rank.outputs if forward else rank.output_gradients
-            if key not in values:
-                continue
-            actual, part = values[key], expected
-            group = _along("tensor", ranks, rank)
-            if actual.shape[0] != expected.shape[0]:
-                rows, index = actual.shape[0], rank.place["tensor"]
-                part = expected[index * rows : (index + 1) * rows]
-            if same(actual, part):
-                continue
-            partials = [
-                member.outputs[key] if forward else member.output_gradients[key]
-                for member in group
-                if key in (member.outputs if forward else member.output_gradients)
-            ]
-            name = f"{key[0]} of micro-batch {key[1]}"
-            hint = _activation_hint(actual, part, expected, partials, forward=forward)
-            findings.append(Finding(kind, name, number, _distance(actual, part), hint))
-            break
+            finding = _wrong_slice(key, whole, ranks, rank, forward=forward)
+            if finding is not None:
+                findings.append(Finding(kind, finding[0], number, *finding[1:]))
+                break
     return findings
+
+
+def _wrong_slice(
+    key: tuple[str, int],
+    whole: Tensor,
+    ranks: Sequence[RankCapture],
+    rank: RankCapture,
+    *,
+    forward: bool,
+) -> tuple[str, float, str] | None:
+    """Name, difference and hint of the first slice that differs from the reference.
+
+    Args:
+        whole: all slices of the reference.
+    """
+
+    def of(member: RankCapture) -> dict[int, Tensor]:
+        return (member.outputs if forward else member.output_gradients).get(key, {})
+
+    for number, actual in sorted(of(rank).items()):
+        expected = whole.chunk(rank.slices)[number]
+        part = expected
+        if actual.shape[0] != expected.shape[0]:
+            rows, index = actual.shape[0], rank.place["tensor"]
+            part = expected[index * rows : (index + 1) * rows]
+        if same(actual, part):
+            continue
+        members = _along("tensor", ranks, rank)
+        partials = [of(member)[number] for member in members if number in of(member)]
+        name = f"{key[0]} of micro-batch {key[1]}"
+        if rank.slices > 1:
+            name += f", slice {number}"
+        hint = _activation_hint(actual, part, expected, partials, forward=forward)
+        return name, _distance(actual, part), hint
+    return None
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:
@@ -133,8 +153,8 @@ def _losses(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) 
 def _norms(ranks: Sequence[RankCapture], reference: RankCapture, steps: range) -> list[Finding]:
     of_ranks, expected = [rank.grad_norms for rank in ranks], reference.grad_norms
     hint = (
-        "if the gradients agree, a parameter is counted too often or not at all "
-        "(ParameterSpec.counts_in_norm), or some rank's share of the squares is missing"
+        "if the gradients agree, a parameter is counted too often or not at all, or some rank's "
+        "share of the squares is missing"
     )
     tolerance = TENSOR_TOLERANCE
     return _scalars("gradient norm", of_ranks, expected, steps, tolerance, lambda *_: hint)
@@ -217,11 +237,10 @@ def _gradient_hint(
                     total += partial.values[_inside(piece, partial)]
         return total
 
-    of_shard = [r for r in ranks if r.shard == owner.shard]
-    right = same(summed(of_shard), expected)
+    right = same(summed(r for r in ranks if r.part == owner.part), expected)
     for axis in _axes_inside(ranks):
-        along = {r.shard for r in _along(axis, ranks, owner)}
-        copies = [r for r in ranks if r.shard in along.intersection(piece.copies)]
+        along = {r.part for r in _along(axis, ranks, owner)}
+        copies = [r for r in ranks if r.part in along.intersection(piece.copies)]
         if right and same(piece.values, summed(copies)):
             return f"it is summed over the {axis} group, where each copy already has all of it"
         if not right and same(summed(copies), expected):
@@ -229,7 +248,7 @@ def _gradient_hint(
                 f"each copy along {axis} holds a part of it: the all_reduce over the {axis} group "
                 "is missing (ParameterSpec.summed)"
             )
-        if not right and same(summed(r for r in ranks if r.shard in along), expected):
+        if not right and same(summed(r for r in ranks if r.part in along), expected):
             return (
                 f"all {axis} ranks hold a part of it: the all_reduce over the {axis} group is "
                 "missing"

@@ -21,14 +21,19 @@ def save_capture(capture: RankCapture, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {
         "place": dict(capture.place),
-        "shard": capture.shard,
+        "part": capture.part,
+        "slices": capture.slices,
         "losses": [value.hex() for value in capture.losses],
         "grad_norms": [value.hex() for value in capture.grad_norms],
     }
     for kind in _ACTIVATIONS:
-        entries = list(getattr(capture, kind).items())
-        index[kind] = [key for key, _ in entries]
-        tensors |= {f"{kind}.{n}": value.contiguous() for n, (_, value) in enumerate(entries)}
+        entries = [
+            (*key, number, value)
+            for key, of_slices in getattr(capture, kind).items()
+            for number, value in of_slices.items()
+        ]
+        index[kind] = [entry[:-1] for entry in entries]
+        tensors |= {f"{kind}.{n}": entry[-1].contiguous() for n, entry in enumerate(entries)}
     for kind in _PIECES:
         pieces: list[CapturedBox] = getattr(capture, kind)
         index[kind] = [[p.name, p.start, p.stop, p.shape, p.copies] for p in pieces]
@@ -40,13 +45,14 @@ def load_capture(path: Path) -> RankCapture:
     """Read the capture that `save_capture` wrote."""
     with safe_open(path, framework="pt") as file:
         index = json.loads(file.metadata()["index"])
-        capture = RankCapture(index["place"], index["shard"])
+        capture = RankCapture(index["place"], index["part"], slices=index["slices"])
         capture.losses = [float.fromhex(value) for value in index["losses"]]
         capture.grad_norms = [float.fromhex(value) for value in index["grad_norms"]]
         for kind in _ACTIVATIONS:
             values = getattr(capture, kind)
-            for number, (name, micro_batch) in enumerate(index[kind]):
-                values[(name, micro_batch)] = file.get_tensor(f"{kind}.{number}")
+            for number, (name, micro_batch, of_slice) in enumerate(index[kind]):
+                found = values.setdefault((name, micro_batch), {})
+                found[of_slice] = file.get_tensor(f"{kind}.{number}")
         for kind in _PIECES:
             pieces = getattr(capture, kind)
             for number, (name, *bounds) in enumerate(index[kind]):

@@ -19,8 +19,10 @@ def run_layout(config: RunConfig, world: WorldInfo, store: Store) -> RankCapture
     """Train `config.train.steps` steps on this rank. Returns the capture. Collective."""
     training = open_training(config, world, store)
     mesh = training.plan.configured_mesh
-    capture = RankCapture(mesh.place(world.rank), mesh.coordinates(world.rank).shard)
-    recorder = ActivationRecorder(capture, lambda: training.current_micro_batch)
+    capture = RankCapture(mesh.place(world.rank), training.plan.part_of(world.rank))
+    slices = training.slices
+    capture.slices = slices.count
+    recorder = ActivationRecorder(capture, lambda: training.current_micro_batch, slices.own)
     for chunk in training.chunks:
         watch_chunk(recorder, chunk, config.model.hidden)
     buffer, accumulator = training.parameter_buffer, training.accumulator

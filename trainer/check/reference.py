@@ -47,7 +47,7 @@ def run_reference(config: RunConfig) -> RankCapture:
     optimizer = _optimizer(config, parameters)
     data = open_split(config, "train")
     running = [0]
-    recorder = ActivationRecorder(capture, lambda: running[0])
+    recorder = ActivationRecorder(capture, lambda: running[0], (0,))
     watch_chunk(recorder, chunk, config.model.hidden)
     for step in range(train.steps):
         optimizer.zero_grad()
@@ -92,20 +92,20 @@ def _backward_passes(
         running: gets the number of the computed micro-batch as its one item.
     """
     train = config.train
-    tokens_of_step = train.global_batch * train.seq_len
+    predicted = max(1, data.predicted(step, global_batch=train.global_batch))
     total = 0.0
     for micro_batch in range(train.global_batch // train.micro_batch):
         running[0] = micro_batch
-        tokens = data.batch(
+        batch = data.batch(
             step,
             micro_batch,
             global_batch=train.global_batch,
             micro_batch_size=train.micro_batch,
         )
-        loss = chunk(None, MicroBatchContext(step, micro_batch, True, tokens))
-        (loss / tokens_of_step).backward()
+        loss = chunk(None, MicroBatchContext(step, micro_batch, True, batch))
+        (loss / predicted).backward()
         total += loss.item()
-    return total / tokens_of_step
+    return total / predicted
 
 
 def _tied(

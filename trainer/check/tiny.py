@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from holdfast.trainer.config import RunConfig
+from holdfast.trainer.config import DataConfig, RunConfig
 from holdfast.trainer.models import family_of
 
 FRACTION_BITS = 54
@@ -16,8 +16,9 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
     """The configuration at a size that a laptop replays in seconds, in float64. Pure.
 
     These stay: the layout and schedule, head grouping, the distribution of kv heads over tensor
-    ranks, whether the vocabulary divides evenly, tied embeddings, dropout, recompute,
-    whether logits are computed by chunks, optimizer settings, an uneven number of micro-batches.
+    ranks, whether the vocabulary divides evenly, tied embeddings, dropout, recompute, the slices of
+    a sequence, whether sequences have documents, whether logits are computed by chunks, optimizer
+    settings, an uneven number of micro-batches.
     """
     parallel, model, train = config.parallel, config.model, config.train
     chunks = parallel.pipeline * parallel.virtual
@@ -30,14 +31,20 @@ def tiny_config(config: RunConfig, steps: int) -> RunConfig:
         wanted = max(wanted // parallel.data, 1) * parallel.data
     micro_batch = min(train.micro_batch, 2)
     rows = wanted * micro_batch
+    unit = parallel.tensor * train.context_chunks
+    seq_len = -(-max(8, 4 * parallel.tensor) // unit) * unit
+    tiny = family_of(model.family).tiny(model, parallel.tensor, sum(layers))
     return msgspec.structs.replace(
         config,
-        model=family_of(model.family).tiny(model, parallel.tensor, sum(layers)),
-        data=msgspec.structs.replace(config.data, kind="synthetic", path=[], weights=[]),
+        model=msgspec.structs.replace(tiny, max_seq_len=max(tiny.max_seq_len, seq_len)),
+        data=DataConfig(
+            seed=config.data.seed,
+            packing="concatenated" if config.data.packing == "concatenated" else "documents",
+        ),
         train=msgspec.structs.replace(
             train,
             steps=steps,
-            seq_len=max(8, 4 * parallel.tensor),
+            seq_len=seq_len,
             global_batch=rows,
             micro_batch=micro_batch,
             precision="fp64",

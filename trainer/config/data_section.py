@@ -23,6 +23,10 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         end_of_text: the token of `tokenizer` that ends a document; "": one of the known names.
             For text only.
         weights: one per path: the shares of a mixture. Empty: all paths are one corpus.
+        packing: the documents in a training sequence. "concatenated": one text without borders;
+            "documents": the same tokens, but attention, positions and predictions stay within
+            documents; "best-fit": whole documents, packed with the least padding.
+        packing_buffer: for "best-fit", the sequences that are open at once.
         eval_fraction: share of every corpus, taken from its end, that is held out, in [0, 1).
         seed: keys the order of the samples; 0: `train.seed` does.
     """
@@ -33,6 +37,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     json_key: str = "text"
     end_of_text: str = ""
     weights: list[float] = []
+    packing: Literal["concatenated", "documents", "best-fit"] = "concatenated"
+    packing_buffer: int = 1024
     eval_fraction: float = 0.05
     seed: int = 0
 
@@ -68,6 +74,19 @@ def check_data_config(data: DataConfig) -> None:
                 f'data.{key} = {shown(value)} with data.kind = "{data.kind}": it would not be '
                 f"used; {_ADVICE[data.kind]}"
             )
+    if data.packing == "best-fit" and data.kind == "synthetic":
+        raise DataError(
+            'data.packing = "best-fit" with data.kind = "synthetic": its sequences have documents '
+            'of their own; set data.packing = "documents"'
+        )
+    if data.packing_buffer < 1:
+        raise DataError(f"data.packing_buffer = {data.packing_buffer}: use 1 or more")
+    if data.packing != "best-fit" and data.packing_buffer != DataConfig().packing_buffer:
+        raise DataError(
+            f"data.packing_buffer = {data.packing_buffer} with data.packing = "
+            f'"{data.packing}": it would not be used; set data.packing = "best-fit", or leave it '
+            "out"
+        )
     if data.kind == "megatron" and not data.path:
         raise DataError(
             'data.path = [] with data.kind = "megatron": name at least one prefix of a '

@@ -64,7 +64,7 @@ def extent_problems(config: RunConfig) -> Iterator[str]:
 
 
 def block_count(config: RunConfig) -> int:
-    """The optimizer blocks of all shards, from one transformer layer. Pure.
+    """The optimizer blocks of all parts, from one transformer layer. Pure.
 
     Every transformer layer of a family has a table of the same shapes.
     """
@@ -86,7 +86,7 @@ def block_count(config: RunConfig) -> int:
 def _blocks(layer: LayerSpec, block_elements: int) -> int:
     return sum(
         ceil(spec.rows / max(1, block_elements // spec.row_elements))
-        for specs in layer.parameters
+        for part, specs in enumerate(layer.parameters)
         for spec in specs
-        if not spec.tied_use
+        if spec.is_first(part)
     )

@@ -58,7 +58,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "rope_theta": Range(0, 1e15, is_open=True),
         "init_std": Range(0, 1e3),
     },
-    "data": {"seed": Range(0, 2**63 - 1)},
+    "data": {"seed": Range(0, 2**63 - 1), "packing_buffer": Range(1, 2**40)},
     "train": {
         "steps": Range(1, _COUNT),
         "stop_after": _STEPS,
@@ -70,6 +70,7 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
         "activation_gib": _GIB,
         "tflops": _RATE,
         "vocab_chunk": Range(0, 2**27),
+        "context_chunks": Range(1, 2**16),
         "threads_per_rank": Range(1, 4096),
         "eval_every": _STEPS,
         "eval_batches": Range(0, 2**31),

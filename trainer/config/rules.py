@@ -23,6 +23,9 @@ from holdfast.trainer.models import family_of
 if TYPE_CHECKING:
     from holdfast.trainer.config.sections import RunConfig
 
+_ALIGNED = 32
+"""The elements of a head in a slice: the matrix products of each head begin at a 64-byte boundary,
+wherever it lies."""
 _PORT = r"(?:6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _LIGHTHOUSE = re.compile(
@@ -44,6 +47,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
         _data,
         _batch,
         _tensor,
+        _slices,
         _pipeline,
         _elastic,
         _offload,
@@ -163,6 +167,44 @@ def _tensor(config: RunConfig) -> Iterator[str]:
             f"train.seq_len = {config.train.seq_len} is not divisible by parallel.tensor = "
             f"{tensor}, which splits sequences; change it, or set parallel.sequence_parallel = "
             "false"
+        )
+
+
+def _slices(config: RunConfig) -> Iterator[str]:
+    train, parallel = config.train, config.parallel
+    count, context = train.context_chunks, parallel.context
+    if context >= 1 and count >= 1 and count % context:
+        yield (
+            f"parallel.context = {context} does not divide train.context_chunks = {count}; set the "
+            "latter to a multiple of it: to twice as many, and ranks have equal work"
+        )
+    if count <= 1:
+        return
+    if train.seq_len % count:
+        yield (
+            f"train.context_chunks = {count} does not divide train.seq_len = {train.seq_len}; "
+            "change one of them"
+        )
+        return
+    tokens, tensor = train.seq_len // count, parallel.tensor
+    if tensor > 1 and parallel.sequence_parallel and tokens % tensor:
+        yield (
+            f"a slice has {tokens} tokens (train.seq_len / train.context_chunks), which "
+            f"parallel.tensor = {tensor} does not divide; change one of them, or set "
+            "parallel.sequence_parallel = false"
+        )
+    elements = tokens * config.model.dim_per_head
+    if config.numerics.reduction == "exact" and elements % _ALIGNED:
+        yield (
+            f"a slice has {tokens} tokens and a head {config.model.dim_per_head} elements: "
+            f"numerics.reduction = 'exact' needs a multiple of {_ALIGNED} as their product; change "
+            "train.context_chunks"
+        )
+    heads = config.model.heads
+    if parallel.context_exchange == "heads" and heads % (tensor * context):
+        yield (
+            f"parallel.context_exchange = 'heads': parallel.tensor x parallel.context = "
+            f"{tensor * context} does not divide model.heads = {heads}; use 'keys', or leave it out"
         )
 
 

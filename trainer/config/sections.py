@@ -11,7 +11,7 @@ import msgspec
 
 from holdfast.checkpoint.format import scheme_of
 from holdfast.parallel.layout import AXES, Mesh
-from holdfast.parallel.step_phases import FaultKind, StepPhase
+from holdfast.parallel.schedules import FaultKind, StepPhase
 from holdfast.trainer.config.data_section import DataConfig
 from holdfast.trainer.models import ModelConfig
 
@@ -46,6 +46,8 @@ class TrainConfig(Section, frozen=True):
     vocab_chunk: int = 0
     """The vocabulary entries whose logits a rank has in memory at once; 0: all. It is one of the
     keys that fix the bits."""
+    context_chunks: int = 1
+    """The slices of a sequence, each computed as one. It is one of the keys that fix the bits."""
     compile: bool = False
     """The model's elementwise parts, norms and attention are compiled when training begins. It is
     one of the keys that fix the bits."""
@@ -95,6 +97,9 @@ class ParallelConfig(Section, frozen=True):
     data: int = 1
     context: int = 1
     expert: int = 1
+    context_exchange: Literal["auto", "heads", "keys"] = "auto"
+    """With context > 1: slices travel for heads ("heads"), or keys and values do ("keys"); "auto":
+    heads where their number on a rank divides. Results do not depend on it."""
     virtual: int = 1
     """Model chunks per pipeline rank."""
     schedule: str = "1f1b"

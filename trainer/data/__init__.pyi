@@ -1,4 +1,9 @@
 from .bigram import bigram_loss as bigram_loss
+from .corpora import (
+    corpus_notes as corpus_notes,
+    exported_tokenizer as exported_tokenizer,
+    prepare as prepare,
+)
 from .coverage import (
     Coverage as Coverage,
     coverage_of as coverage_of,
@@ -13,11 +18,4 @@ from .opening import (
     open_samples as open_samples,
     split_tokens as split_tokens,
 )
-from .prepare import (
-    prepare as prepare,
-)
 from .synthetic import markov_samples as markov_samples
-from .tokenizer import (
-    corpus_notes as corpus_notes,
-    exported_tokenizer as exported_tokenizer,
-)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from holdfast.parallel.errors import DataError, size_text
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.data.documents import list_documents
-from holdfast.trainer.data.megatron import token_count
-from holdfast.trainer.data.text import known_text
+from holdfast.trainer.data.corpora import (
+    DocumentStarts,
+    TokenStream,
+    known_text,
+    list_documents,
+    token_count,
+)
 from holdfast.trainer.data.windows import split_part
-
-if TYPE_CHECKING:
-    from holdfast.trainer.data.windows import TokenStream
 
 _MANY_EPOCHS = 4.0
 """Up to here repeated text is about as good as new (Muennighoff et al. 2023)."""
@@ -85,6 +86,8 @@ def known_coverage(config: RunConfig) -> Coverage:
         DataError: the data is missing or unreadable, or too short.
     """
     source = source_of(config)
+    if config.data.packing == "best-fit":
+        return _coverage(config, f"{source}, packed when training begins", None)
     streams = _known_streams(config)
     if streams is None:
         size = size_text(sum(file.size_bytes for file in list_documents(config.data.path)))
@@ -123,6 +126,10 @@ class _Counted:
     name: str
     count: int
     fingerprint: str = ""
+
+    @property
+    def documents(self) -> DocumentStarts:
+        raise DataError(f"{self.name}: it is not open")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         raise DataError(f"{self.name}: it is not open")

@@ -1,12 +1,41 @@
-"""The protocols of data: `Dataset` for the trainer, `Samples` for each kind of data."""
+"""The sequences that a model trains on, and the protocols of their sources."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
+    from holdfast.parallel.pipeline import Batch
+
+NOTHING = -1
+"""The target where no token is to be predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Training sequences: their tokens, and the token to be predicted after each."""
+
+    tokens: np.ndarray
+    """int64[count, seq_len]"""
+    targets: np.ndarray
+    """int64[count, seq_len]; `NOTHING` where no token is to be predicted."""
+    lengths: tuple[tuple[int, ...], ...] | None = None
+    """The lengths of each sequence's documents, in order, without a gap; None: documents do not
+    matter."""
+
+    @staticmethod
+    def joined(parts: Sequence[Sequences]) -> Sequences:
+        """The sequences of all parts, in order; documents matter in all of them or in none."""
+        lengths = [part.lengths for part in parts]
+        return Sequences(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.targets for part in parts]),
+            None if None in lengths else tuple(row for rows in lengths if rows for row in rows),
+        )
 
 
 class Samples(Protocol):
@@ -22,8 +51,12 @@ class Samples(Protocol):
         """Hexadecimal: equal where all samples are equal (content, order, length, split)."""
         ...
 
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """Samples start..start+count-1: int64[count, seq_len + 1]."""
+    def sequences(self, start: int, count: int) -> Sequences:
+        """Samples start..start+count-1."""
+        ...
+
+    def predicted(self, start: int, count: int) -> int:
+        """The number of tokens that are predicted in these samples; no token is read."""
         ...
 
 
@@ -40,14 +73,14 @@ class Dataset(Protocol):
         """Hexadecimal: equal where all samples are equal (content, order, length, split)."""
         ...
 
-    def sample(self, index: int) -> np.ndarray:
-        """Sample `index` ≥ 0: int64[seq_len + 1]. Epoch `index // size` has its own order."""
+    def sample(self, index: int) -> Sequences:
+        """Sample `index` ≥ 0, alone. Epoch `index // size` has its own order."""
         ...
 
     def batch(
         self, step: int, micro_batch: int, *, global_batch: int, micro_batch_size: int
-    ) -> torch.Tensor:
-        """One micro-batch: int64[micro_batch_size, seq_len + 1], on the CPU.
+    ) -> Batch:
+        """One micro-batch, on the CPU.
 
         Row j is sample `step * global_batch + micro_batch * micro_batch_size + j`, whichever rank
         asks.
@@ -58,4 +91,8 @@ class Dataset(Protocol):
             global_batch: sequences per step.
             micro_batch_size: sequences per micro-batch.
         """
+        ...
+
+    def predicted(self, step: int, *, global_batch: int) -> int:
+        """The number of tokens that are predicted in a step, over all its micro-batches."""
         ...

@@ -20,7 +20,7 @@ from math import gcd, lcm
 import numpy as np
 
 from holdfast.parallel.errors import DataError
-from holdfast.trainer.data.dataset import Samples
+from holdfast.trainer.data.dataset import Samples, Sequences
 
 LONGEST_PERIOD = 2**16
 
@@ -101,10 +101,21 @@ class MixtureSamples:
         source = int(self.choices[place])
         return source, period * self.shares[source] + int(self.ranks[place])
 
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """Samples start..start+count-1: int64[count, seq_len + 1]."""
+    def sequences(self, start: int, count: int) -> Sequences:
+        """Samples start..start+count-1."""
         located = [self.locate(start + row) for row in range(count)]
-        return np.concatenate([self.sources[source].rows(own, 1) for source, own in located])
+        return Sequences.joined([self.sources[source].sequences(own, 1) for source, own in located])
+
+    def predicted(self, start: int, count: int) -> int:
+        """The number of tokens that are predicted in these samples; no token is read."""
+        taken: dict[int, list[int]] = {}
+        for row in range(count):
+            source, own = self.locate(start + row)
+            taken.setdefault(source, []).append(own)
+        # A corpus hands out its own samples one after another.
+        return sum(
+            self.sources[source].predicted(own[0], len(own)) for source, own in taken.items()
+        )
 
 
 def mixture_samples(sources: tuple[Samples, ...], weights: Sequence[float]) -> MixtureSamples:

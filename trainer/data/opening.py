@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import Any, assert_never
 
 import numpy as np
 
 from holdfast.trainer.config import DataConfig, check_data_config
+from holdfast.trainer.data.corpora import TokenStream, megatron_stream, text_stream
 from holdfast.trainer.data.dataset import Dataset, Samples
-from holdfast.trainer.data.megatron import megatron_stream
 from holdfast.trainer.data.mixture import mixture_samples
+from holdfast.trainer.data.packing import packed_samples
 from holdfast.trainer.data.sampling import SampledDataset
 from holdfast.trainer.data.synthetic import markov_samples
-from holdfast.trainer.data.text import text_stream
 from holdfast.trainer.data.windows import (
     StreamPart,
-    TokenStream,
     check_split,
     split_part,
     window_samples,
@@ -33,15 +32,22 @@ def open_samples(data: DataConfig, *, vocab: int, seq_len: int, seed: int, split
     check_split(split)
     if seq_len < 1:
         raise ValueError(f"seq_len = {seq_len}: a sequence has at least one token")
+    by_document = data.packing != "concatenated"
     if data.kind == "synthetic":
-        return markov_samples(vocab=vocab, seq_len=seq_len, seed=seed, split=split)
+        return markov_samples(
+            vocab=vocab, seq_len=seq_len, seed=seed, split=split, by_document=by_document
+        )
+
+    def cut(parts: tuple[StreamPart, ...], name: str) -> Samples:
+        settings: dict[str, Any] = dict(seq_len=seq_len, vocab=vocab, seed=seed, name=name)
+        if data.packing == "best-fit":
+            return packed_samples(parts, buffer=data.packing_buffer, **settings)
+        return window_samples(parts, by_document=by_document, **settings)
+
     parts = _parts(data, vocab=vocab, seq_len=seq_len, split=split)
     if not data.weights:
-        return window_samples(parts, seq_len=seq_len, vocab=vocab, seed=seed, name=split)
-    sources = tuple(
-        window_samples((part,), seq_len=seq_len, vocab=vocab, seed=seed, name=f"{split} {number}")
-        for number, part in enumerate(parts)
-    )
+        return cut(parts, split)
+    sources = tuple(cut((part,), f"{split} {number}") for number, part in enumerate(parts))
     return mixture_samples(sources, data.weights)
 
 

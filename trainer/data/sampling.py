@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
-import numpy as np
 import torch
 
-from holdfast.trainer.data.dataset import Samples
+from holdfast.parallel.pipeline import Batch, Documents
+from holdfast.trainer.data.dataset import Samples, Sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +27,20 @@ class SampledDataset:
         """Hexadecimal: equal where all samples are equal."""
         return self.samples.fingerprint
 
-    def sample(self, index: int) -> np.ndarray:
-        """Sample `index`: int64[seq_len + 1].
+    def sample(self, index: int) -> Sequences:
+        """Sample `index`, alone.
 
         Raises:
             ValueError: the index is negative.
         """
         if index < 0:
             raise ValueError(f"sample index {index}: samples are counted from 0")
-        return self.samples.rows(index, 1)[0]
+        return self.samples.sequences(index, 1)
 
     def batch(
         self, step: int, micro_batch: int, *, global_batch: int, micro_batch_size: int
-    ) -> torch.Tensor:
-        """One micro-batch: int64[micro_batch_size, seq_len + 1], on the CPU.
+    ) -> Batch:
+        """One micro-batch, on the CPU.
 
         Raises:
             ValueError: the step is negative, or has no such micro-batch.
@@ -50,4 +51,17 @@ class SampledDataset:
                 f"{global_batch // micro_batch_size} micro-batches"
             )
         start = step * global_batch + micro_batch * micro_batch_size
-        return torch.from_numpy(self.samples.rows(start, micro_batch_size))
+        return as_batch(self.samples.sequences(start, micro_batch_size))
+
+    def predicted(self, step: int, *, global_batch: int) -> int:
+        """The number of tokens that are predicted in a step, over all its micro-batches."""
+        return self.samples.predicted(step * global_batch, global_batch)
+
+
+def as_batch(sequences: Sequences) -> Batch:
+    """Sequences as tensors on the CPU, which share their memory."""
+    documents = None
+    if sequences.lengths is not None:
+        documents = Documents.of(chain.from_iterable(sequences.lengths), len(sequences.tokens))
+    tokens, targets = map(torch.from_numpy, (sequences.tokens, sequences.targets))
+    return Batch(tokens, targets, documents)

@@ -4,6 +4,8 @@ Every token has four possible successors, taken with probabilities 1/2, 1/4, 1/8
 the four is a permutation of the vocabulary, so every token is equally frequent in the long run (a
 model of single tokens learns nothing) while the next token has at most 1.75 bits = 1.213 nats of
 entropy, whatever the vocabulary: the floor of the loss is known.
+
+Documents, where they matter, have lengths that are uniform in their logarithm, so very uneven ones.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from holdfast import _native
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.keyed_random import stream_key
+from holdfast.trainer.data.dataset import NOTHING, Sequences
 
 PROBABILITIES = (0.5, 0.25, 0.125, 0.125)
 # a uniform uint32 below THRESHOLDS[k], and not below the one before, chooses successor k
@@ -37,6 +40,7 @@ class MarkovSamples:
     seed: int
     split: str
     successors: np.ndarray
+    by_document: bool = False
 
     @property
     def size(self) -> int:
@@ -47,6 +51,8 @@ class MarkovSamples:
     def fingerprint(self) -> str:
         """Hexadecimal: equal where all samples are equal."""
         named = f"synthetic 1 {self.vocab} {self.seq_len} {self.seed} {self.split}"
+        if self.by_document:
+            named += " documents 1"
         return blake2b(named.encode(), digest_size=16).hexdigest()
 
     @property
@@ -62,8 +68,40 @@ class MarkovSamples:
         mass = np.bincount(inverse, weights=weights, minlength=len(pairs))
         return float(-(mass * np.log(mass)).sum() / self.vocab)
 
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """Samples start..start+count-1: int64[count, seq_len + 1]."""
+    def sequences(self, start: int, count: int) -> Sequences:
+        """Samples start..start+count-1."""
+        chains = self._chains(start, count)
+        tokens, targets = chains[:, :-1], chains[:, 1:]
+        if not self.by_document:
+            return Sequences(tokens, targets)
+        lengths = [self._lengths(start + row) for row in range(count)]
+        targets = targets.copy()
+        for row, own in enumerate(lengths):
+            # The first token of a document is not predicted from the one before.
+            targets[row, np.cumsum(own)[:-1] - 1] = NOTHING
+        return Sequences(tokens, targets, tuple(lengths))
+
+    def predicted(self, start: int, count: int) -> int:
+        """The number of tokens that are predicted in these samples."""
+        total = count * self.seq_len
+        if self.by_document:
+            total -= sum(len(self._lengths(start + row)) - 1 for row in range(count))
+        return total
+
+    def _lengths(self, index: int) -> tuple[int, ...]:
+        """The lengths of a sample's documents."""
+        key = stream_key(self.seed, "data synthetic documents", self.split)
+        stride = -(-self.seq_len // 4) * 4
+        draws = np.empty(stride, dtype=np.uint32)
+        offset = index % SIZE * stride
+        _native.philox_uint32(draws.ctypes.data, stride, key.key, key.stream, offset)
+        drawn = ((self.seq_len + 1.0) ** (draws / 2.0**32)).astype(np.int64)
+        ends = np.minimum(np.cumsum(drawn), self.seq_len)
+        last = int(np.argmax(ends == self.seq_len))
+        return tuple(np.diff(ends[: last + 1], prepend=0).tolist())
+
+    def _chains(self, start: int, count: int) -> np.ndarray:
+        """The tokens of samples, each with its last target: int64[count, seq_len + 1]."""
         key = stream_key(self.seed, "data synthetic samples", self.split)
         length = self.seq_len + 1
         # every sample begins at a whole block of the generator
@@ -81,8 +119,13 @@ class MarkovSamples:
         return np.ascontiguousarray(tokens.T)
 
 
-def markov_samples(*, vocab: int, seq_len: int, seed: int, split: str) -> MarkovSamples:
+def markov_samples(
+    *, vocab: int, seq_len: int, seed: int, split: str, by_document: bool = False
+) -> MarkovSamples:
     """The chain of a seed: the same for both splits, whose samples are drawn independently.
+
+    Args:
+        by_document: whether samples have documents; their tokens are the same.
 
     Raises:
         DataError: the vocabulary has fewer than two tokens.
@@ -96,4 +139,4 @@ def markov_samples(*, vocab: int, seq_len: int, seed: int, split: str) -> Markov
         part = successors[choice * vocab : (choice + 1) * vocab]
         key = stream_key(seed, "data synthetic chain", choice).key
         _native.permute_indices(part.ctypes.data, 0, vocab, vocab, key)
-    return MarkovSamples(vocab, seq_len, seed, split, successors)
+    return MarkovSamples(vocab, seq_len, seed, split, successors, by_document)

@@ -5,36 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate
-from typing import Protocol
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from holdfast.parallel.errors import DataError, unknown_name
+from holdfast.trainer.data.corpora import DocumentStarts, TokenStream
+from holdfast.trainer.data.dataset import NOTHING, Sequences
 from holdfast.trainer.data.permutation import EpochOrder
-
-
-class TokenStream(Protocol):
-    """A corpus as one sequence of tokens, read by range."""
-
-    @property
-    def name(self) -> str:
-        """The stream's name in messages: the key and the path."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """Number of tokens."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hexadecimal: equal where the tokens are equal."""
-        ...
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1: int64[stop - start]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +81,7 @@ class WindowSamples:
         parts: one per corpus.
         first_windows: of each part: how many windows the parts before it have.
         order: over all windows.
+        starts: of each part, where documents begin; empty: documents do not matter.
     """
 
     parts: tuple[StreamPart, ...]
@@ -110,6 +89,7 @@ class WindowSamples:
     order: EpochOrder
     seq_len: int
     vocab: int
+    starts: tuple[DocumentStarts, ...]
 
     @property
     def size(self) -> int:
@@ -121,10 +101,12 @@ class WindowSamples:
         """Hexadecimal: equal where all samples are equal."""
         ranges = [(part.stream.fingerprint, part.start, part.stop) for part in self.parts]
         named = f"windows 1 {self.seq_len} {self.order.seed} {self.order.name} {ranges}"
+        if self.starts:
+            named += f" documents 1 {[starts.fingerprint for starts in self.starts]}"
         return blake2b(named.encode(), digest_size=16).hexdigest()
 
-    def window(self, number: int) -> np.ndarray:
-        """Window `number`, counted through the parts in their order: int64[seq_len + 1].
+    def window(self, number: int) -> Sequences:
+        """Window `number`, counted through the parts in their order.
 
         Raises:
             DataError: a token lies outside the vocabulary.
@@ -132,22 +114,57 @@ class WindowSamples:
         which = bisect_right(self.first_windows, number) - 1
         part = self.parts[which]
         start = part.start + (number - self.first_windows[which]) * self.seq_len
-        tokens = part.stream.read(start, start + self.seq_len + 1)
-        check_tokens(tokens, self.vocab, name=part.stream.name, start=start)
-        return tokens
+        read = part.stream.read(start, start + self.seq_len + 1)
+        check_tokens(read, self.vocab, name=part.stream.name, start=start)
+        tokens, targets = read[None, :-1], read[None, 1:]
+        if not self.starts:
+            return Sequences(tokens, targets)
+        # The first token of a document is not predicted from the one before.
+        begun = self.starts[which].within(start + 1, start + self.seq_len + 1) - start
+        targets = targets.copy()
+        targets[0, begun - 1] = NOTHING
+        edges = [0, *begun[begun < self.seq_len].tolist(), self.seq_len]
+        return Sequences(tokens, targets, (tuple(b - a for a, b in pairwise(edges)),))
 
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """Samples start..start+count-1: int64[count, seq_len + 1]."""
-        return np.stack([self.window(self.order.item(start + row)) for row in range(count)])
+    def sequences(self, start: int, count: int) -> Sequences:
+        """Samples start..start+count-1."""
+        numbers = self.order.items(start, count).tolist()
+        return Sequences.joined([self.window(number) for number in numbers])
+
+    def predicted(self, start: int, count: int) -> int:
+        """The number of tokens that are predicted in these samples; no token is read."""
+        total = count * self.seq_len
+        if not self.starts:
+            return total
+        numbers = self.order.items(start, count)
+        which = np.searchsorted(self.first_windows, numbers, side="right") - 1
+        for index, (part, starts) in enumerate(zip(self.parts, self.starts, strict=True)):
+            own = numbers[which == index] - self.first_windows[index]
+            first = part.start + own * self.seq_len
+            before = starts.counts_before(np.stack([first + 1, first + self.seq_len + 1]))
+            total -= int((before[1] - before[0]).sum())
+        return total
 
 
 def window_samples(
-    parts: tuple[StreamPart, ...], *, seq_len: int, vocab: int, seed: int, name: str
+    parts: tuple[StreamPart, ...],
+    *,
+    seq_len: int,
+    vocab: int,
+    seed: int,
+    name: str,
+    by_document: bool = False,
 ) -> WindowSamples:
-    """Windows over the parts; `name` keys their order together with the seed."""
+    """Windows over the parts.
+
+    Args:
+        name: keys their order together with the seed.
+        by_document: whether documents matter: none is predicted from the one before it.
+    """
     ends = list(accumulate(part.windows(seq_len) for part in parts))
     order = EpochOrder(ends[-1], seed, name)
-    return WindowSamples(parts, (0, *ends[:-1]), order, seq_len, vocab)
+    starts = tuple(part.stream.documents for part in parts) if by_document else ()
+    return WindowSamples(parts, (0, *ends[:-1]), order, seq_len, vocab, starts)
 
 
 def check_tokens(tokens: np.ndarray, vocab: int, *, name: str, start: int = 0) -> None:

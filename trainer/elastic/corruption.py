@@ -83,7 +83,7 @@ def compare_copies(training: Training, members: Communicator) -> CopyComparison:
 def _holders(plan: Plan, key: BlockKey) -> tuple[int, ...]:
     index, place = key
     shadows = plan.shadows[index][place] if plan.shadows else ()
-    return (plan.owners[index][place], *shadows)
+    return (plan.owner(key), *shadows)
 
 
 def _checksums(states: BlockStates, key: BlockKey) -> Tensor:
@@ -95,14 +95,13 @@ def _checksums(states: BlockStates, key: BlockKey) -> Tensor:
 def _judge(
     plan: Plan, key: BlockKey, holders: tuple[int, ...], rows: list[tuple[int, ...]]
 ) -> Corruption:
-    index, place = key
-    block = plan.blocks[index][place]
-    spec = plan.layers[block.layer].parameters[index][block.spec_index]
+    block = plan.block(key)
+    spec = plan.spec_of(block)
     row, votes = Counter(rows).most_common(1)[0]
     decided = 2 * votes > len(rows)
     wrong = [rank for rank, own in zip(holders, rows, strict=True) if own != row or not decided]
     good = holders[rows.index(row)] if decided else None
-    used_by = frozenset(all_keepers(plan, index, block, "parameters"))
+    used_by = frozenset(all_keepers(plan, block, "parameters"))
     tensor = f"{spec.name}{block_box(spec, block)}"
     return Corruption(key, tensor, tuple(wrong), good, used_by)
 
@@ -114,7 +113,7 @@ def repair(training: Training, found: Sequence[Corruption], members: Communicato
     """
     plan, states = training.plan, BlockStates(training)
     block_transfers = [
-        BlockTransfer(c.good, rank, (c.key,), (plan.blocks[c.key[0]][c.key[1]].elements,))
+        BlockTransfer(c.good, rank, (c.key,), (plan.block(c.key).elements,))
         for c in found
         if c.good is not None
         for rank in c.suspects

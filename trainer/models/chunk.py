@@ -8,10 +8,10 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor, nn
 
-from holdfast.parallel.comm import Communicator
+from holdfast.parallel.context_parallel import ContextParallel
 from holdfast.parallel.keyed_random import normal_box_, stream_key
 from holdfast.parallel.layout import LayerSpec, ParameterSpec
-from holdfast.parallel.pipeline import Chunk, MicroBatchContext
+from holdfast.parallel.pipeline import Batch, Chunk, MicroBatchContext
 from holdfast.parallel.precision import precision_of
 from holdfast.parallel.tensor_parallel import TensorParallel
 from holdfast.trainer.models.family import ChunkContext, family_of, layer_specs
@@ -29,29 +29,35 @@ class ModelChunk(Chunk):
         model: ModelConfig,
         layers: range,
         specs: Sequence[LayerSpec],
-        shard_index: int,
+        part: int,
         tp: TensorParallel,
         seq_len: int,
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
         compiles: bool,
+        context_parallel: ContextParallel | None,
     ) -> None:
         """The arguments are those of `build_chunk`; `specs` has all layers of the model. Local."""
         super().__init__()
-        self._specs, self._layers, self._shard_index = specs, layers, shard_index
-        shared = ChunkContext(tp, self.queue, seq_len, dtype, device, seed, compiles)
+        self._specs, self._layers, self._part = specs, layers, part
+        shared = ChunkContext(
+            tp, self.queue, seq_len, dtype, device, seed, compiles, context_parallel
+        )
         build = family_of(model.family).modules(model, shared)
         self.layers = nn.ModuleDict(
             {specs[layer].name.replace(".", "_"): build(layer, specs[layer]) for layer in layers}
         )
 
     def forward(self, hidden: Tensor | None, context: MicroBatchContext) -> Tensor:
-        value = hidden
+        count = len(context.slices.own)
+        values = None if hidden is None else [_aligned(part) for part in hidden.chunk(count)]
         for module in self.layers.values():
-            value = module(value, context)
-        assert value is not None
-        return value
+            values = module(values, context)
+        assert values is not None
+        if count == 1:
+            return values[0]
+        return torch.stack(values) if values[0].ndim == 0 else torch.cat(values)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """The scores of the next token at every position, from a chunk that is a whole model.
@@ -63,55 +69,64 @@ class ModelChunk(Chunk):
         """
         if self._layers != range(len(self._specs)):
             raise ValueError("this chunk is a part of the model; build it from all layers")
-        padded = torch.cat([tokens, tokens[:, :1]], dim=1)
-        context = MicroBatchContext(0, 0, False, padded)
-        value: Tensor | None = None
+        context = MicroBatchContext(0, 0, False, Batch(tokens, tokens))
+        values: list[Tensor] | None = None
         *below, head = self.layers.values()
         for module in below:
-            value = module(value, context)
-        return head.logits(value).transpose(0, 1)  # pyrefly: ignore[not-callable]
+            values = module(values, context)
+        assert values is not None
+        return head.logits(values[0]).transpose(0, 1)  # pyrefly: ignore[not-callable]
 
     def named_specs(self) -> list[tuple[int, ParameterSpec, nn.Parameter]]:
         return [
             (layer, spec, module.get_parameter(spec.local))
             for layer, module in self.modules_by_layer()
-            for spec in self._specs[layer].parameters[self._shard_index]
+            for spec in self._specs[layer].parameters[self._part]
         ]
 
     def modules_by_layer(self) -> list[tuple[int, nn.Module]]:
         return list(zip(self._layers, self.layers.values(), strict=True))
 
 
+def _aligned(part: Tensor) -> Tensor:
+    """A part of a tensor where it lies, or copied to a 64-byte boundary.
+
+    Matrix products of operands elsewhere have other bits.
+    """
+    return part if part.data_ptr() % 64 == 0 else part.clone()
+
+
 def build_chunk(
     model: ModelConfig,
     layers: range,
     specs: Sequence[LayerSpec],
-    shard_index: int = 0,
+    part: int = 0,
     *,
-    tensor: Communicator | None = None,
-    sequence_parallel: bool = False,
+    tensor_parallel: TensorParallel | None = None,
     dtype: torch.dtype,
     device: torch.device,
     seq_len: int,
     seed: int,
     weights: Weights = "drawn",
     compiles: bool = False,
+    context_parallel: ContextParallel | None = None,
 ) -> ModelChunk:
     """A chunk with its initial weights. Local.
 
     Args:
         layers: indices into `specs`: 0 is the embedding, the last is the head.
-        specs: all layers of the model, with their parameters by shard index.
-        tensor: the tensor-parallel group; None for one rank.
-        sequence_parallel: whether hidden states are split over `tensor`.
+        specs: all layers of the model, with their parameters by part.
+        tensor_parallel: the split of layers; None for one rank.
         recompute: "none", "full" or "selective", for all transformer layers or for each of them.
         seed: the seed of the initial weights and of dropout.
         weights: "drawn" from `seed`; "unset", for a chunk that is filled from elsewhere; "none":
             parameters of their shapes without memory, which get one elsewhere.
         compiles: whether the family's regions are compiled.
+        context_parallel: the split of sequences; None: sequences have one slice, or all are here.
     """
-    tp = TensorParallel(tensor, sequence_parallel)
-    arguments = (model, layers, specs, shard_index, tp, seq_len, dtype, device, seed, compiles)
+    tp = tensor_parallel or TensorParallel(None, False)
+    arguments = (model, layers, specs, part, tp, seq_len, dtype, device, seed, compiles)
+    arguments = (*arguments, context_parallel)
     if weights == "none":
         with torch.device("meta"):
             chunk = ModelChunk(*arguments)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from holdfast.parallel.context_parallel import ContextParallel
     from holdfast.parallel.pipeline import WeightGradientQueue
     from holdfast.parallel.tensor_parallel import TensorParallel
     from holdfast.trainer.models.compilation import Region
@@ -47,6 +48,8 @@ class ChunkContext:
     """The seed of dropout."""
     compiles: bool = False
     """Whether the family's regions are compiled."""
+    context_parallel: ContextParallel | None = None
+    """The split of sequences; None: sequences have one slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,9 @@ class RegionSizes:
     tensor: int
     """The tensor-parallel degree."""
     rows: int
-    """The positions of a hidden state on a rank: `seq_len`, or a part with sequence parallelism."""
+    """The positions of a hidden state on a rank: `tokens`, or a part with sequence parallelism."""
+    tokens: int
+    """The tokens of a slice of a sequence: those that are computed as one."""
     seq_len: int
     micro_batch: int
     dtype: torch.dtype
@@ -104,9 +109,11 @@ class Family(Generic[M]):
     modules: Callable[[M, ChunkContext], Callable[[int, LayerSpec], nn.Module]]
     """Returns the builder of a chunk's modules: (layer index, row of the table) -> module.
 
-    Module `forward(value, context)` takes and gives float[seq (/ tensor), micro_batch, hidden]; the
-    embedding takes None, and the head gives the sum of token losses and has `logits(value)`.
-    Parameters have the local names of the table."""
+    Module `forward(values, context)` takes and gives float[tokens (/ tensor), micro_batch, hidden]
+    of each of the rank's slices (`context.slices`; usually one, the whole sequence). The embedding
+    takes None; the head gives the sum of the token losses of each slice, in which negative targets
+    do not count, and has `logits(value)`. Attention does not cross the ends of
+    `context.batch.documents`. Parameters have the local names of the table."""
     config_json: Callable[[M, int, str], Mapping[str, Any]]
     """(section, sequence length, torch's name of the dtype) -> Hugging Face's `config.json`."""
     differences: Callable[[M, Mapping[str, Any]], Iterator[tuple[str, str]]]

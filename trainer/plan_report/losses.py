@@ -150,7 +150,7 @@ def elastic_report(
             plan.blocks[index], plan.owners[index], shadows, strict=True
         ):
             sent[owner] += block.elements * len(holders)
-            users = all_keepers(plan, index, block, "parameters") if holders else ()
+            users = all_keepers(plan, block, "parameters") if holders else ()
             spared[owner] += block.elements * len(set(users) & set(holders))
             for holder in holders:
                 kept[holder] += block.elements

@@ -311,7 +311,7 @@ def _parameters(plan: Plan) -> int:
         for layer in plan.layers
         for index, specs in enumerate(layer.parameters)
         for spec in specs
-        if spec.counts_in_norm(index)
+        if spec.is_first(index)
     )
 
 

@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 
 from holdfast.parallel.plan import Plan
-from holdfast.parallel.step_phases import TIMED_PHASES, StepPhase
+from holdfast.parallel.schedules import TIMED_PHASES, StepPhase
 from holdfast.trainer.step import Training
 
 _PEERS = 3

@@ -55,6 +55,7 @@ WORTH_SAYING = (
     "train.steps",
     "train.clip_grad_norm",
     "train.vocab_chunk",
+    "train.context_chunks",
     "train.compile",
     "parallel.reduce_dtype",
     "optimizer.",

@@ -1,7 +1,8 @@
 """The ballot: a rank's part in the vote of a step, a float64 tensor that is summed over all ranks.
 
-The tensor has each block's square sum in its slot, each micro-batch's loss sum in its slot, and one
-count per entry of `MARKS`. One rank fills a slot and all others have zero there, so sums are exact.
+The tensor has each block's square sum in its slot, the loss sum of each slice of each micro-batch
+in its slot, and one count per entry of `MARKS`. One rank fills a slot and all others have zero
+there, so sums are exact.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from holdfast.parallel.layout import Slices
 from holdfast.parallel.optimizer import NONFINITE, OUT_OF_RANGE, norm_from_squares
 from holdfast.trainer.step.progress import Outcome, Requests
 
@@ -30,14 +32,14 @@ class BallotFormat:
     squares: int
     """The number of blocks, over all shard indices."""
     losses: int
-    """The number of micro-batches of a step."""
+    """The number of micro-batches of a step, times the slices of a sequence."""
 
     def pack(self, squares: Tensor, losses: Tensor, flags: int, requests: Requests) -> Tensor:
         """This rank's tensor: float64[squares + losses + len(MARKS)].
 
         Args:
             squares: float64[squares], zero but for blocks that this rank owns.
-            losses: float64[losses], zero but for micro-batches whose loss this rank reports.
+            losses: float64[losses], zero but for those that this rank reports.
             flags: NONFINITE | OUT_OF_RANGE as seen by this rank.
         """
         marks = {name: bool(flags & bit) for name, bit in FLAGS.items()}
@@ -49,7 +51,7 @@ class BallotFormat:
         """The outcome of the sum of all ranks' tensors; equal on all ranks, bit for bit.
 
         Args:
-            tokens: the tokens of a step, by which the sum of the losses is divided.
+            tokens: those that the step predicts, by which the sum of the losses is divided.
         """
         values = summed.tolist()
         squares, rest = values[: self.squares], values[self.squares :]
@@ -65,16 +67,20 @@ class BallotFormat:
         )
 
 
-def loss_slots(losses: Mapping[int, Tensor], micro_batches: int) -> Tensor:
-    """Loss sums by micro-batch, each in its slot: float64[micro_batches], zero elsewhere. Pure."""
-    slots = torch.zeros(micro_batches, dtype=torch.float64)
+def loss_slots(losses: Mapping[int, Tensor], micro_batches: int, slices: Slices) -> Tensor:
+    """Loss sums in their slots: float64[micro_batches * slices], zero elsewhere. Pure.
+
+    Args:
+        losses: by micro-batch: float64[own slices], or a scalar for the only one.
+    """
+    slots = torch.zeros(micro_batches, slices.count, dtype=torch.float64)
     for micro_batch, loss in losses.items():
-        slots[micro_batch] = loss
-    return slots
+        slots[micro_batch, list(slices.own)] = loss.to(slots)
+    return slots.view(-1)
 
 
 def mean_loss(sums: Sequence[float], tokens: int) -> float:
-    """The micro-batches' loss sums, added in micro-batch order in float64 and divided once."""
+    """Loss sums, added in the order of micro-batches and slices in float64, and divided once."""
     total = 0.0
     for value in sums:
         total += value

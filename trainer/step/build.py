@@ -54,9 +54,11 @@ def compile_model(config: RunConfig, device: torch.device) -> list[Tensor]:
     regions = family_of(config.model.family).compiled_regions
     if not train.compile or regions is None:
         return []
+    tokens = train.seq_len // train.context_chunks
     sizes = RegionSizes(
         tensor=parallel.tensor,
-        rows=train.seq_len // (parallel.tensor if parallel.sequence_parallel else 1),
+        rows=tokens // (parallel.tensor if parallel.sequence_parallel else 1),
+        tokens=tokens,
         seq_len=train.seq_len,
         micro_batch=train.micro_batch,
         dtype=PRECISIONS[train.precision].dtype,

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from holdfast.parallel.comm import Communicator, Groups
-from holdfast.parallel.layout import Box
+from holdfast.parallel.comm import Groups
+from holdfast.parallel.context_parallel import ContextParallel
+from holdfast.parallel.layout import Box, Slices, slices_of
 from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
     ExchangeSettings,
@@ -36,10 +37,11 @@ from holdfast.parallel.pipeline import (
 from holdfast.parallel.plan import Plan, shards
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.parallel.schedules import Action, Op, Program
+from holdfast.parallel.tensor_parallel import TensorParallel
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.data import Dataset, open_dataset
 from holdfast.trainer.models import Weights, build_chunk, initial_values
-from holdfast.trainer.step.planning import shadows_in_host_memory
+from holdfast.trainer.step.planning import context_exchange, shadows_in_host_memory
 from holdfast.trainer.step.saved_tensors import state_format
 
 PreparedProgram = tuple[Program, Mapping[Action, int]]
@@ -63,7 +65,7 @@ class ModelParts:
         """The number of gradients that each parameter is offered by a program. Pure."""
         backwards = Counter(a.chunk for a in program if a.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT))
         return {
-            parameter: backwards[index]
+            parameter: backwards[index] * len(self.accumulator.slices.own)
             for index, chunk in self.chunks.items()
             for _, _, parameter in chunk.named_specs()
         }
@@ -84,45 +86,61 @@ def new_chunks(
     config: RunConfig,
     plan: Plan,
     rank: int,
-    tensor: Communicator,
+    groups: Groups,
     device: torch.device,
     *,
     weights: Weights,
 ) -> dict[int, Chunk]:
     """The model chunks of one rank, by chunk index. The arguments are those of `build_chunk`."""
-    train = config.train
+    train, tensor = config.train, groups["tensor"]
     group = tensor if tensor.size > 1 else None
     return {
         index: build_chunk(
             config.model,
             plan.layers_of(index),
             plan.layers,
-            plan.stage_replicas.shard_index(rank),
-            tensor=group,
-            sequence_parallel=config.parallel.sequence_parallel and group is not None,
+            plan.part_of(rank),
+            tensor_parallel=TensorParallel(
+                group, config.parallel.sequence_parallel and group is not None
+            ),
             dtype=PRECISIONS[train.precision].dtype,
             device=device,
             seq_len=train.seq_len,
             seed=train.seed,
             weights=weights,
             compiles=train.compile,
+            context_parallel=context_parallel(config, groups),
         )
         for index in plan.chunks_of(rank)
     }
+
+
+def context_parallel(config: RunConfig, groups: Groups) -> ContextParallel:
+    """The split of sequences between the ranks of a rank's context group."""
+    group = groups.axes.get("context")
+    exchange = context_exchange(config)
+    return ContextParallel(group if group is not None and group.size > 1 else None, exchange)
+
+
+def run_slices(config: RunConfig, plan: Plan, rank: int) -> Slices:
+    """The slices of a run's sequences, and those that a rank computes."""
+    here = plan.configured_mesh.along(plan.stage_replicas.shard_index(rank))
+    train, parallel = config.train, config.parallel
+    return slices_of(train.seq_len, train.context_chunks, parallel.context, here["context"])
 
 
 def new_model(
     config: RunConfig,
     plan: Plan,
     rank: int,
-    tensor: Communicator,
+    groups: Groups,
     device: torch.device,
     *,
     weights: Weights,
 ) -> ModelParts:
     """A rank's chunks with their buffers. The arguments are those of `build_chunk`."""
     shares = shards(plan, "parameters")
-    chunks = new_chunks(config, plan, rank, tensor, device, weights="none" if shares else weights)
+    chunks = new_chunks(config, plan, rank, groups, device, weights="none" if shares else weights)
     buffer = ParameterBuffer(
         [row for chunk in chunks.values() for row in chunk.named_specs()],
         dtype=PRECISIONS[config.train.precision].dtype,
@@ -135,6 +153,7 @@ def new_model(
         fraction_bits=config.numerics.fraction_bits,
         queues=[chunk.queue for chunk in chunks.values()],
         kept=KeptSpans([]) if shards(plan, "gradients") else None,  # the optimizer says what
+        slices=run_slices(config, plan, rank),
     )
     arrival = ParameterArrival()
     if not shares:
@@ -184,7 +203,6 @@ def new_runners(
     *,
     context: Callable[[int], MicroBatchContext],
     before_gradients: Callable[[int], None],
-    loss_gradient: float,
 ) -> dict[int, ModelChunkRunner]:
     """The runner of each chunk. The arguments are those of `ModelChunkRunner`."""
     return {
@@ -192,7 +210,6 @@ def new_runners(
             chunk,
             is_last=index == last_chunk,
             context=context,
-            loss_gradient=loss_gradient,
             before_gradients=before_gradients,
         )
         for index, chunk in model.chunks.items()
@@ -209,7 +226,8 @@ def new_executor(
 ) -> Executor:
     """The executor of a rank's chunks."""
     train, tensor = config.train, groups["tensor"].size
-    rows = train.seq_len // (tensor if config.parallel.sequence_parallel else 1)
+    rows = train.seq_len // config.parallel.context
+    rows //= tensor if config.parallel.sequence_parallel else 1
     shape = (rows, train.micro_batch, config.model.hidden)
     message = MessageShape(shape, PRECISIONS[train.precision].dtype, device)
     micro_batches = train.global_batch // train.micro_batch
@@ -229,7 +247,7 @@ def new_optimizer(
     form, parallel = state_format(config), config.parallel
     rounds = parallel.reduce_dtype != "auto"
     reduce_dtype = PRECISIONS[parallel.reduce_dtype].dtype if rounds else None
-    optimizer = ShardedOptimizer(
+    return ShardedOptimizer(
         plan,
         rank,
         model.buffer,
@@ -244,9 +262,6 @@ def new_optimizer(
         ),
         before=before,
     )
-    if config.elastic.enabled:
-        optimizer.keep_own_sums()
-    return optimizer
 
 
 def new_shadows(

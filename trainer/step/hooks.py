@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from holdfast.parallel.step_phases import StepPhase
+from holdfast.parallel.schedules import StepPhase
 
 
 class AtPhase(Protocol):

@@ -15,7 +15,7 @@ from holdfast.trainer.step.construction import ModelParts
 from holdfast.trainer.step.partial_sums import (
     NOT_INTERRUPTED,
     Included,
-    IncludedByShard,
+    IncludedByPart,
     InterruptedStep,
     ParameterKey,
 )
@@ -42,7 +42,7 @@ class StepInFlight:
         """
         self.step = step
         self._plan, self._buffer, self._accumulator = plan, model.buffer, model.accumulator
-        self._shard = plan.stage_replicas.shard_index(rank)
+        self._part, self._slices = plan.part_of(rank), model.accumulator.slices
         self._interrupted = NOT_INTERRUPTED
         self._own_losses: dict[int, Tensor] = {}
         """The loss sums of an interrupted step that this rank reports again, by micro-batch."""
@@ -64,13 +64,13 @@ class StepInFlight:
         self._accumulator.clear()
         return False
 
-    def resume(self, step: int, included: IncludedByShard, before: StepInFlight | None) -> None:
+    def resume(self, step: int, included: IncludedByPart, before: StepInFlight | None) -> None:
         """Have only the micro-batches missing in `included` computed when `step` begins.
 
         Args:
             before: this rank's interrupted step; None if its sums are no longer valid.
         """
-        self._interrupted = InterruptedStep(step, included)
+        self._interrupted = InterruptedStep(step, included, self._slices.count)
         if before is None:
             self._accumulator.clear()
         else:
@@ -78,25 +78,27 @@ class StepInFlight:
 
     def missing(self, step: int, micro_batches: int) -> frozenset[int]:
         """The micro-batches that some rank's sums lack when `step` begins."""
-        interrupted = self._interrupted if self._interrupted.step == step else NOT_INTERRUPTED
-        return interrupted.missing(self._plan, micro_batches)
+        if self._interrupted.step != step:
+            return frozenset(range(micro_batches))
+        return self._interrupted.missing(self._plan, micro_batches)
 
     def before_gradients(self, micro_batch: int) -> None:
         """Before a micro-batch's gradients, skip the parameters whose sums include them."""
         self._backwards += 1
         if self._backwards == self._half:
             self._at_half()
-        skipped: frozenset[nn.Parameter] = frozenset()
+        skipped: dict[nn.Parameter, frozenset[int]] = {}
         if self._interrupted is not NOT_INTERRUPTED:
-            skipped = frozenset(
-                part.parameter
+            skipped = {
+                part.parameter: self._interrupted.slices_in(
+                    self._part, (part.layer, part.spec_index), micro_batch
+                )
                 for part in self._buffer.segments
-                if self._interrupted.has(self._shard, (part.layer, part.spec_index), micro_batch)
-            )
+            }
         self._accumulator.begin_gradients(micro_batch, skipped)
 
     def included(self, losses: Mapping[int, Tensor] | None) -> Included:
-        """The micro-batches that each parameter's sums include, after an interruption.
+        """The units that each parameter's sums include, after an interruption.
 
         Args:
             losses: the losses by micro-batch, of the model's last chunk; None if another rank has
@@ -110,7 +112,12 @@ class StepInFlight:
         }
         if losses is not None:
             known = {**losses, **self._own_losses}
-            self._own_losses = {m: known[m] for m in included[self._loss_parameter]}
+            units = included[self._loss_parameter]
+            self._own_losses = {
+                m: loss
+                for m, loss in known.items()
+                if all(m * self._slices.count + number in units for number in self._slices.own)
+            }
         return included
 
     def reported(self, losses: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -119,7 +126,7 @@ class StepInFlight:
         return own | {
             micro_batch: loss
             for micro_batch, loss in losses.items()
-            if not self._interrupted.has(0, self._loss_parameter, micro_batch)
+            if not self._interrupted.has(0, self._loss_parameter, micro_batch, self._slices.own)
         }
 
     @property

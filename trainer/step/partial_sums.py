@@ -4,12 +4,13 @@ Integer sums do not depend on the order of addition, so the sums of the survivin
 under any plan. Only micro-batches that some parameter lacks are recomputed, and a parameter that
 includes one already skips it (ReCoVer, 2026, also keeps micro-batch gradients). The unit is the
 parameter, not the layer: the ranks of a tensor group may be interrupted at different points of one
-backward pass.
+backward pass. Of a parameter the unit is a slice of a micro-batch: slice q of micro-batch m has the
+number m times the slices of a sequence + q.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,33 +20,42 @@ from holdfast.parallel.reading import Count, of_kind
 ParameterKey = tuple[int, int]
 """A parameter: its layer, and its row in the layer's table."""
 Included = Mapping[ParameterKey, frozenset[int]]
-"""The micro-batches in the sums of each parameter of one rank."""
-IncludedByShard = Mapping[int, Included]
-"""By shard index: the micro-batches in the sums of all ranks together."""
+"""The units in the sums of each parameter of one rank."""
+IncludedByPart = Mapping[int, Included]
+"""By part of the parameters: the units in the sums of all its ranks together."""
 _AsData = dict[str, list[tuple[list[Count], list[Count]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class InterruptedStep:
-    """An interrupted step, and the micro-batches in the sums of the surviving ranks."""
+    """An interrupted step, and the units in the sums of the surviving ranks."""
 
     step: int
     """The step, counted from 0."""
-    included: IncludedByShard
+    included: IncludedByPart
+    slices: int = 1
+    """The slices of a sequence."""
 
     def missing(self, plan: Plan, micro_batches: int) -> frozenset[int]:
-        """The micro-batches that some parameter lacks."""
-        done = frozenset(range(micro_batches))
-        for index in range(plan.stage_replicas.shards):
+        """The micro-batches of which some parameter lacks a slice."""
+        units = frozenset(range(micro_batches * self.slices))
+        done = units
+        for index in range(plan.configured_mesh.parts):
             included = self.included.get(index, {})
             for layer, spec in enumerate(plan.layers):
                 for row in range(len(spec.parameters[index])):
                     done &= included.get((layer, row), frozenset())
-        return frozenset(range(micro_batches)) - done
+        return frozenset(unit // self.slices for unit in units - done)
 
-    def has(self, shard_index: int, key: ParameterKey, micro_batch: int) -> bool:
-        """Whether a parameter's sums include a micro-batch already."""
-        return micro_batch in self.included.get(shard_index, {}).get(key, ())
+    def slices_in(self, part: int, key: ParameterKey, micro_batch: int) -> frozenset[int]:
+        """The slices of a micro-batch that a parameter's sums include already."""
+        found = self.included.get(part, {}).get(key, frozenset())
+        first = micro_batch * self.slices
+        return frozenset(q for q in range(self.slices) if first + q in found)
+
+    def has(self, part: int, key: ParameterKey, micro_batch: int, slices: Iterable[int]) -> bool:
+        """Whether a parameter's sums include some slices of a micro-batch already."""
+        return self.slices_in(part, key, micro_batch).issuperset(slices)
 
 
 NOT_INTERRUPTED = InterruptedStep(-1, {})
@@ -72,24 +82,24 @@ def keeps_sums(plan: Plan, following: Plan, rank: int, fresh: frozenset[int]) ->
 
 def included_after_change(
     plan: Plan, following: Plan, included: Mapping[int, Included], fresh: frozenset[int]
-) -> IncludedByShard:
-    """The micro-batches in the sums that stay valid under the next plan.
+) -> IncludedByPart:
+    """The units in the sums that stay valid under the next plan.
 
     Args:
-        included: the micro-batches by rank, for the ranks that were in the same step.
+        included: the units by rank, for the ranks that were in the same step.
         fresh: as for `keeps_sums`.
     """
     found: dict[int, dict[ParameterKey, frozenset[int]]] = {}
     for rank, rows in included.items():
         if keeps_sums(plan, following, rank, fresh):
-            mine = found.setdefault(plan.stage_replicas.shard_index(rank), {})
+            mine = found.setdefault(plan.part_of(rank), {})
             for key, numbers in rows.items():
                 mine[key] = mine.get(key, frozenset()) | numbers
     return found
 
 
 def included_to_data(included: Included) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """JSON values: by layer, pairs of table rows and the micro-batches in their sums."""
+    """JSON values: by layer, pairs of table rows and the units in their sums."""
     found: dict[str, dict[frozenset[int], list[int]]] = {}
     for (layer, row), numbers in sorted(included.items()):
         if numbers:

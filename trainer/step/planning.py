@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from holdfast.parallel.layout import LayerSpec
 from holdfast.parallel.offload import Rates, choose_layers
-from holdfast.parallel.plan import Plan, by_shard, make_plan
+from holdfast.parallel.plan import Plan, make_plan, on_shards
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import layer_specs
 
@@ -28,7 +29,7 @@ def layers_of_config(config: RunConfig) -> tuple[LayerSpec, ...]:
     sends = offload.activations != "none"
     chosen = choose_layers(
         plan,
-        {way: by_shard(layers, plan.configured_mesh) for way, layers in ways.items()},
+        {way: on_shards(layers, plan.configured_mesh) for way, layers in ways.items()},
         most_bytes=train.activation_gib * 2**30,
         rates=Rates(
             flops_per_s=train.tflops * 1e12,
@@ -60,6 +61,15 @@ def plan_of(config: RunConfig, generation: int = 0) -> Plan:
             recompute fits in memory.
     """
     return _first_plan(config, layers_of_config(config), generation)
+
+
+def context_exchange(config: RunConfig) -> Literal["heads", "keys"]:
+    """What the ranks of a context group exchange. Pure."""
+    parallel = config.parallel
+    if parallel.context_exchange != "auto":
+        return parallel.context_exchange
+    divides = config.model.heads % (parallel.tensor * parallel.context) == 0
+    return "heads" if divides else "keys"
 
 
 def shadows_in_host_memory(config: RunConfig, device: str) -> bool:

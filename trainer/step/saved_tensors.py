@@ -41,13 +41,13 @@ def saved_tensors(
     shapes: dict[str, tuple[int, ...]] = {}
     holders, savers, owners = _Holders(dict), _Holders(dict), _Holders(dict)
     for index, blocks in enumerate(plan.blocks):
-        for place, (block, owner) in enumerate(zip(blocks, plan.owners[index], strict=True)):
-            spec = plan.layers[block.layer].parameters[index][block.spec_index]
+        for block, owner in zip(blocks, plan.owners[index], strict=True):
+            spec = plan.spec_of(block)
             box = block_box(spec, block)
             shapes[spec.name] = spec.shape
-            keeping = keepers(plan, index, block, "parameters")
+            keeping = keepers(plan, block, "parameters")
             holders[spec.name].setdefault(box, {}).update(dict.fromkeys(keeping))
-            shadows = plan.shadows[index][place] if from_shadows and plan.shadows else ()
+            shadows = plan.shadows[index][block.index] if from_shadows and plan.shadows else ()
             savers[spec.name].setdefault(box, {})[shadows[0] if shadows else owner] = None
             owners[spec.name].setdefault(box, {})[owner] = None
     kept = {name: _parts(savers[name], owners[name] if from_shadows else {}) for name in shapes}
@@ -99,33 +99,29 @@ def _parts(boxes: Mapping[Box, _Ranks], apart: Mapping[Box, _Ranks]) -> tuple[He
 
 def wanted_boxes(plan: Plan, rank: int, form: StateFormat) -> dict[str, tuple[Box, ...]]:
     """The boxes of every saved tensor that a rank needs to resume. Pure."""
-    index = plan.stage_replicas.shard_index(rank)
     found: defaultdict[str, list[Box]] = defaultdict(list)
-    for name, box in _kept_weights(plan, rank, index):
+    for name, box in _kept_weights(plan, rank):
         if box not in found[name]:
             found[name].append(box)
-    for block, owner in zip(plan.blocks[index], plan.owners[index], strict=True):
-        if owner == rank:
-            spec = plan.layers[block.layer].parameters[index][block.spec_index]
-            for kind in form.saved:
-                _join(found[full_name(kind, spec.name)], block_box(spec, block))
+    for key in plan.owned_blocks(rank):
+        block = plan.block(key)
+        spec = plan.spec_of(block)
+        for kind in form.saved:
+            _join(found[full_name(kind, spec.name)], block_box(spec, block))
     return {name: tuple(boxes) for name, boxes in found.items()}
 
 
-def _kept_weights(plan: Plan, rank: int, index: int) -> Iterator[tuple[str, Box]]:
+def _kept_weights(plan: Plan, rank: int) -> Iterator[tuple[str, Box]]:
     """The weights that a rank keeps: whole segments, or the blocks of its share."""
-    layers = [layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)]
-    if not shards(plan, "parameters"):
-        for layer in layers:
-            for spec in plan.layers[layer].parameters[index]:
+    part = plan.part_of(rank)
+    for layer in (layer for chunk in plan.chunks_of(rank) for layer in plan.layers_of(chunk)):
+        for row, spec in enumerate(plan.layers[layer].parameters[part]):
+            if not shards(plan, "parameters"):
                 yield spec.name, spec.box
-        return
-    held = frozenset(layers)
-    for block in plan.blocks[index]:
-        uses = held.intersection((block.layer, *plan.tied_layers(index, block)))
-        if any(rank in keepers(plan, index, block, "parameters", use) for use in uses):
-            spec = plan.layers[block.layer].parameters[index][block.spec_index]
-            yield spec.name, block_box(spec, block)
+                continue
+            for block in plan.blocks_of(layer, part, row):
+                if rank in keepers(plan, block, "parameters", layer):
+                    yield spec.name, block_box(spec, block)
 
 
 def _join(boxes: list[Box], box: Box) -> None:

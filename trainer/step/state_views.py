@@ -88,9 +88,8 @@ class TrainingState:
         self._numbers = block_numbers(optimizer, shadows)
         self._shadowed_rows: defaultdict[tuple[str, _Columns], list[_KeptRows]] = defaultdict(list)
         for number, block in enumerate(() if shadows is None else shadows.blocks):
-            index, at = block.key
-            placed = plan.blocks[index][at]
-            spec = plan.layers[placed.layer].parameters[index][placed.spec_index]
+            placed = plan.block(block.key)
+            spec = plan.spec_of(placed)
             box = block_box(spec, placed)
             self._shadowed_rows[spec.name, _columns(box)].append(
                 _KeptRows(box.start[0], box.stop[0], number, block.start)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from holdfast.parallel.comm import BusyKind, Groups
 from holdfast.parallel.errors import OffloadError
+from holdfast.parallel.layout import Slices
 from holdfast.parallel.offload import Offloader
 from holdfast.parallel.optimizer import (
     BackgroundTransfer,
@@ -49,9 +50,9 @@ from holdfast.trainer.step.digest import parameter_digest
 from holdfast.trainer.step.evaluation import mean_held_out_loss
 from holdfast.trainer.step.hooks import AtPhase, no_hook
 from holdfast.trainer.step.in_flight import StepInFlight
-from holdfast.trainer.step.micro_batches import MicroBatches
+from holdfast.trainer.step.micro_batches import MicroBatches, reads_batches
 from holdfast.trainer.step.offloading import open_offloader
-from holdfast.trainer.step.partial_sums import Included, IncludedByShard
+from holdfast.trainer.step.partial_sums import Included, IncludedByPart
 from holdfast.trainer.step.progress import NO_REQUESTS, Outcome, Requests, StepProgress
 from holdfast.trainer.step.state_views import TrainingState, block_numbers
 
@@ -108,16 +109,19 @@ class Training:
             plan, rank, self.model, self._program[0], self.progress.decided
         )
         last = len(plan.placement) - 1
-        reads_tokens = not {0, last}.isdisjoint(self.model.chunks)
         self._micro_batches = MicroBatches(
-            config, self.data, device, reads_tokens=reads_tokens, recorder=groups.recorder
+            config,
+            self.data,
+            device,
+            self.model.accumulator.slices,
+            reads=reads_batches(config, self.model.chunks, last),
+            recorder=groups.recorder,
         )
         self._runners = new_runners(
             self.model,
             last,
             context=self._micro_batches.context,
             before_gradients=self._in_flight.before_gradients,
-            loss_gradient=1.0 / self.step_tokens,
         )
         self.executor = new_executor(config, self._runners, last, groups, device, self.offloader)
         self._start(self.progress.decided, self.data, training=True)
@@ -130,13 +134,13 @@ class Training:
 
     def _model_after(self, before: Training | None, *, initial: bool) -> ModelParts:
         """The model of the plan before if it can be reused; otherwise a new one."""
-        tensor = self.groups["tensor"]
-        if before is not None and before.groups["tensor"] is tensor:
+        groups = self.groups
+        if before is not None and before.groups.shards is groups.shards:
             carried = carried_model(before.model, before.plan, self.plan, self.rank)
             if carried is not None:
                 return carried
         weights: Weights = "drawn" if initial else "unset"
-        return new_model(self.config, self.plan, self.rank, tensor, self.device, weights=weights)
+        return new_model(self.config, self.plan, self.rank, groups, self.device, weights=weights)
 
     def _shadows_after(self, before: Training | None) -> ShadowState | None:
         """The copies of other ranks' blocks; None in a run that is not elastic."""
@@ -201,6 +205,11 @@ class Training:
     def current_micro_batch(self) -> int:
         """The micro-batch whose forward pass ran last."""
         return self._micro_batches.current
+
+    @property
+    def slices(self) -> Slices:
+        """The slices of sequences, and those that this rank computes."""
+        return self._micro_batches.slices
 
     @property
     def step_micro_batches(self) -> int:
@@ -294,10 +303,9 @@ class Training:
         if not self._micro_batches.training or self.progress.decided != step:
             return {}
         self.executor.run_weight_parts()
-        self.optimizer.restore_own_sums()
         return self._in_flight.included(self._last_losses)
 
-    def resume_step(self, step: int, included: IncludedByShard, before: Training | None) -> None:
+    def resume_step(self, step: int, included: IncludedByPart, before: Training | None) -> None:
         """Compute only the micro-batches missing in `included` when `step` is computed next. Local.
 
         Args:
@@ -329,11 +337,11 @@ class Training:
             requests = replace(requests, filling=not self.background_transfer.pause())
         losses = self._reported_losses
         reported = {} if losses is None else self._in_flight.reported(losses)
-        slots = loss_slots(reported, self.step_micro_batches)
-        ballot = BallotFormat(self.optimizer.slots, self.step_micro_batches)
+        slots = loss_slots(reported, self.step_micro_batches, self.slices)
+        ballot = BallotFormat(self.optimizer.slots, len(slots))
         summed = ballot.pack(squares, slots, flags, requests)
         self.groups.control.all_reduce(summed).wait()
-        outcome = ballot.outcome(summed, self.step_tokens)
+        outcome = ballot.outcome(summed, self._micro_batches.predicted)
         if not outcome.usable:
             before = self.progress.outcome
             outcome = replace(outcome, skipped=1 + (before.skipped if before is not None else 0))
@@ -408,8 +416,10 @@ class Training:
 
     @property
     def _reported_losses(self) -> Mapping[int, Tensor] | None:
-        """The same on the one rank of a stage replica that reports them; None on the others."""
-        return self._last_losses if self.groups.shards.index == 0 else None
+        """The same on the rank of a stage replica that reports a slice's; None on the others."""
+        here = self.plan.configured_mesh.along(self.groups.shards.index)
+        others = (index for axis, index in here.items() if axis != "context")
+        return None if any(others) else self._last_losses
 
     def evaluate(self) -> float:
         """The mean held-out loss of `train.eval_batches` global batches.
@@ -421,10 +431,11 @@ class Training:
                 self._held_out = open_split(self.config, "eval")
         return mean_held_out_loss(
             self._held_out_losses,
+            partial(self._held_out.predicted, global_batch=self.config.train.global_batch),
             self.groups.control,
             batches=self.config.train.eval_batches,
             micro_batches=self.step_micro_batches,
-            tokens=self.step_tokens,
+            slices=self.slices,
         )
 
     def _held_out_losses(self, batch: int) -> Mapping[int, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from math import gcd
 
 import msgspec
 import torch
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.parallel.keyed_random import normal_box_, stream_key
+from holdfast.parallel.layout import slices_of
 from holdfast.parallel.optimizer import MASTER, OPTIMIZERS, BlockUpdate
-from holdfast.parallel.pipeline import MicroBatchContext
+from holdfast.parallel.pipeline import Batch, MicroBatchContext
 from holdfast.parallel.precision import PRECISIONS
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.models import build_whole_model, family_of
@@ -96,7 +98,9 @@ def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
         vocab_chunk=model.vocab // 2 if train.vocab_chunk else 0,
     )
     tokens = torch.arange(rows * _TOKENS).view(rows, _TOKENS) * 7 % model.vocab
-    loss = chunk(None, MicroBatchContext(0, 0, True, tokens.to(device)))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:]).to(device)
+    slices = slices_of(_TOKENS - 1, gcd(_TOKENS - 1, train.context_chunks), 1, 0)
+    loss = chunk(None, MicroBatchContext(0, 0, True, batch, slices=slices)).sum()
     loss.backward()
     gradients = [p.grad for _, _, p in chunk.named_specs() if p.grad is not None]
     return {"forward pass": _hashed([loss.detach()]), "backward pass": _hashed(gradients)}

@@ -26,8 +26,3 @@ from .settings import (
     ExchangeSettings as ExchangeSettings,
     wire_of as wire_of,
 )
-from .summed_copies import (
-    OwnParts as OwnParts,
-    sum_over_copies as sum_over_copies,
-    summed_segments as summed_segments,
-)

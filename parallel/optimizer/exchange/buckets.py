@@ -18,7 +18,7 @@ from holdfast.parallel.plan import (
     KeptKind,
     Plan,
     all_keepers,
-    is_summed,
+    is_whole,
     keepers,
     shards,
 )
@@ -28,10 +28,13 @@ from holdfast.parallel.plan import (
 class OwnedBlock:
     """A block that this rank owns, at elements [start, stop) of its flat buffers."""
 
-    key: BlockKey
     block: Block
     segment: Segment
     start: int
+
+    @property
+    def key(self) -> BlockKey:
+        return self.block.key
 
     @property
     def stop(self) -> int:
@@ -90,7 +93,6 @@ class Routes:
     share gradients and keep parameters whole, other ranks have their part in them.
     """
 
-    shard_index: int
     owned: tuple[OwnedBlock, ...]
     """In the order of the plan."""
     mine: tuple[OwnedBucket, ...]
@@ -112,17 +114,13 @@ def routes(
         bucket_elements: the size up to which neighbouring blocks are joined, equal on all ranks.
         kept: what travels. Only the keepers of a block take part.
     """
-    shard_index = plan.stage_replicas.shard_index(rank)
     places = _Places(plan, rank, buffer, kept)
-    owners = plan.owners[shard_index]
     size = 1 + max(plan.stage_replicas.ranks, default=0)
     owned = tuple(
-        OwnedBlock((shard_index, block.index), block, segment, places.first[block.index].start)
-        for block in plan.blocks[shard_index]
-        if owners[block.index] == rank
-        for segment in [places.segment(block)]
+        OwnedBlock(plan.block(key), places.segment(key), places.first[key].start)
+        for key in plan.owned_blocks(rank)
     )
-    held = {owners[index] for index in places.first} | {owners[index] for index in places.second}
+    held = {plan.owner(key) for key in (*places.first, *places.second)}
     others = [
         bucket
         for owner in sorted(held - {rank})
@@ -133,10 +131,10 @@ def routes(
     mine, end, stop = [], len(owned), sum(block.block.elements for block in owned)
     for bucket in places.buckets(rank, bucket_elements) if owned else ():
         end, stop = end - len(bucket.blocks), stop - bucket.elements
-        contributors = set(all_keepers(plan, shard_index, bucket.blocks[0], kept)) - {rank}
+        contributors = set(all_keepers(plan, bucket.blocks[0], kept)) - {rank}
         ordered = sorted(contributors, key=lambda peer: (rank - peer) % size)
         mine.append(OwnedBucket(bucket, end, stop, tuple(ordered)))
-    return Routes(shard_index, owned, tuple(mine), tuple(others))
+    return Routes(owned, tuple(mine), tuple(others))
 
 
 class _Places:
@@ -144,21 +142,20 @@ class _Places:
 
     def __init__(self, plan: Plan, rank: int, buffer: ParameterBuffer, kept: KeptKind) -> None:
         self._plan = plan
-        shard_index = plan.stage_replicas.shard_index(rank)
-        self.first: dict[int, Span] = {}
-        """The place of each block with a first use kept here, by its index."""
-        self.second: dict[int, Span] = {}
+        self.first: dict[BlockKey, Span] = {}
+        """The place of each block with a first use kept here."""
+        self.second: dict[BlockKey, Span] = {}
         """The place of each block with the second use of a tied weight kept here."""
-        self._segments: dict[int, Segment] = {}
-        self._second_segments: dict[int, Segment] = {}
-        for segment, block in placed_blocks(plan, shard_index, buffer.segments):
-            if rank in keepers(plan, shard_index, block, kept, segment.layer):
+        self._segments: dict[BlockKey, Segment] = {}
+        self._second_segments: dict[BlockKey, Segment] = {}
+        for segment, block in placed_blocks(plan, rank, buffer.segments):
+            if rank in keepers(plan, block, kept, segment.layer):
                 second = segment.spec.tied_use
-                (self.second if second else self.first)[block.index] = span_of(block, segment)
-                (self._second_segments if second else self._segments)[block.index] = segment
+                (self.second if second else self.first)[block.key] = span_of(block, segment)
+                (self._second_segments if second else self._segments)[block.key] = segment
 
-    def segment(self, block: Block) -> Segment:
-        return self._segments[block.index]
+    def segment(self, key: BlockKey) -> Segment:
+        return self._segments[key]
 
     def buckets(self, owner: int, elements: int) -> list[Bucket]:
         """All buckets of an owner, by row."""
@@ -166,11 +163,11 @@ class _Places:
         return [self._bucket(owner, row, blocks) for row, blocks in enumerate(found)]
 
     def _bucket(self, owner: int, row: int, blocks: Sequence[Block]) -> Bucket:
-        first = [self.first[block.index] for block in blocks if block.index in self.first]
-        second = [self.second[block.index] for block in blocks if block.index in self.second]
-        parameters = {self.segment(b).parameter for b in blocks if b.index in self.first}
+        first = [self.first[block.key] for block in blocks if block.key in self.first]
+        second = [self.second[block.key] for block in blocks if block.key in self.second]
+        parameters = {self.segment(b.key).parameter for b in blocks if b.key in self.first}
         parameters |= {
-            self._second_segments[b.index].parameter for b in blocks if b.index in self.second
+            self._second_segments[b.key].parameter for b in blocks if b.key in self.second
         }
         return Bucket(
             owner, row, tuple(blocks), joined(first), joined(second), frozenset(parameters)
@@ -194,11 +191,11 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
     runs: list[list[Block]] = []
     sizes: list[int] = []
     holders: object = None
-    for index, place in reversed(keys):
-        block = plan.blocks[index][place]
-        stage = plan.placement[plan.chunk_of_layer(block.layer)]
-        apart = shards(plan, "gradients") and is_summed(plan, index, block)
-        same = holders == (holders := (stage, plan.tied_layers(index, block), apart))
+    for key in reversed(keys):
+        block = plan.block(key)
+        spec, stage = plan.spec_of(block), plan.stage_of_layer(block.layer)
+        tied, apart = plan.tied_layers(block), shards(plan, "gradients") and is_whole(plan, block)
+        same = holders == (holders := (stage, spec.copies, spec.summed, tied, apart))
         before = runs[-1][-1] if runs else block
         near = _follows(block, before) or max(block.elements, before.elements) < _LONG
         if runs and same and near and sizes[-1] + block.elements <= elements:
@@ -212,7 +209,8 @@ def block_runs(plan: Plan, owner: int, elements: int) -> list[tuple[Block, ...]]
 
 def _follows(block: Block, following: Block) -> bool:
     """Whether two blocks are neighbours in one segment."""
-    return (block.layer, block.spec_index, block.row_stop) == (
+    return (block.part, block.layer, block.spec_index, block.row_stop) == (
+        following.part,
         following.layer,
         following.spec_index,
         following.row_start,
@@ -220,20 +218,13 @@ def _follows(block: Block, following: Block) -> bool:
 
 
 def placed_blocks(
-    plan: Plan, shard_index: int, segments: Iterable[Segment]
+    plan: Plan, rank: int, segments: Iterable[Segment]
 ) -> Iterator[tuple[Segment, Block]]:
-    """Each block with each of a rank's segments that uses it, the first use first. Pure."""
-    first, second = {}, {}
+    """Each block with each of a rank's segments that uses it. Pure."""
+    part = plan.part_of(rank)
     for segment in segments:
-        if segment.spec.tied_use:
-            second[segment.spec.name] = segment
-        else:
-            first[segment.layer, segment.spec_index] = segment
-    for block in plan.blocks[shard_index]:
-        name = plan.layers[block.layer].parameters[shard_index][block.spec_index].name
-        for found in (first.get((block.layer, block.spec_index)), second.get(name)):
-            if found is not None:
-                yield found, block
+        for block in plan.blocks_of(segment.layer, part, segment.spec_index):
+            yield segment, block
 
 
 def span_of(block: Block, segment: Segment) -> Span:
@@ -269,10 +260,9 @@ def gathering(
         updates_itself: (block, rank) -> whether the rank applies the block's updates to a copy of
             its own, and so gets no parameters from the owner.
     """
-    index = found.shard_index
 
     def lacks(bucket: Bucket, holder: int) -> list[bool]:
-        return [not updates_itself((index, block.index), holder) for block in bucket.blocks]
+        return [not updates_itself(block.key, holder) for block in bucket.blocks]
 
     def chosen(bucket: Bucket, use: Sequence[Span], wanted: Sequence[bool]) -> tuple[Span, ...]:
         return joined(itertools.compress(_spans_of_blocks(bucket, use), wanted))
@@ -292,7 +282,7 @@ def gathering(
             receives.append((bucket, tuple(chosen(bucket, use, lacking) for use in bucket.uses)))
         for number, (block, lack) in enumerate(zip(bucket.blocks, lacking, strict=True)):
             if not lack:
-                updated_here[index, block.index] = tuple(spans[number] for spans in uses)
+                updated_here[block.key] = tuple(spans[number] for spans in uses)
     copies = [
         pair
         for owned in found.mine

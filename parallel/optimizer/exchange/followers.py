@@ -32,23 +32,21 @@ def follower_routes(
         followed: the place of each followed block in the flat copies of this rank.
         bucket_elements: as for `routes`.
     """
-    stop = sum(plan.blocks[index][place].elements for index, place in plan.owned_blocks(rank))
+    stop = sum(plan.block(key).elements for key in plan.owned_blocks(rank))
     sends: dict[int, tuple[tuple[int, tuple[Span, ...]], ...]] = {}
     for row, blocks in enumerate(block_runs(plan, rank, bucket_elements)):
-        shard_index = plan.stage_replicas.shard_index(rank)
         start = stop = stop - sum(block.elements for block in blocks)
         places: dict[int, list[Span]] = {}
         for block in blocks:
-            for follower in plan.followers(shard_index, block.index):
+            for follower in plan.followers(block.key):
                 places.setdefault(follower, []).append(Span(start, start + block.elements))
             start += block.elements
         sends[row] = tuple((peer, joined(spans)) for peer, spans in sorted(places.items()))
-    owners = sorted({plan.owners[index][place] for index, place in followed})
+    owners = sorted({plan.owner(key) for key in followed})
     receives = []
     for owner in owners:
-        index = plan.stage_replicas.shard_index(owner)
         for row, blocks in enumerate(block_runs(plan, owner, bucket_elements)):
-            mine = joined(followed[key] for b in blocks if (key := (index, b.index)) in followed)
+            mine = joined(followed[block.key] for block in blocks if block.key in followed)
             if mine:
                 receives.append((owner, row, mine))
     return FollowerRoutes(sends, tuple(receives))

@@ -51,8 +51,8 @@ class _Step:
     on_sending: Callable[[], None]
     thread: threading.Thread | None = None
     """The thread that adds to this rank's sums; None once it has ended."""
-    gradients: dict[Contribution, dict[nn.Parameter, Tensor]] = field(default_factory=dict)
-    """What has been added of contributions that have not left."""
+    gradients: dict[Contribution, dict[nn.Parameter, list[Tensor]]] = field(default_factory=dict)
+    """What has been added of contributions that have not left: a gradient of each slice."""
     next: int = 0
     """The place of the next contribution to leave."""
     sent: deque[tuple[Handle, int]] = field(default_factory=deque)
@@ -95,7 +95,7 @@ class GradientSharing:
         self._orders = {peer: contribution_order(plan, peer) for peer in group.ranks}
         """By rank of the group, its contributions in the order in which it sends them."""
         largest = max((found.place.elements for found in shares.values()), default=0)
-        bound = staged_bytes(largest * dtype.itemsize)
+        bound = staged_bytes(largest * dtype.itemsize * len(accumulator.slices.own))
         self._most_bytes = bound if are_aligned(plan, group) else float("inf")
         self._accumulator, self._comm, self._dtype = accumulator, comm, dtype
         self._device = buffer.values.device
@@ -130,7 +130,7 @@ class GradientSharing:
         step.thread.start()
 
     def add(self, micro_batch: int, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add a whole local parameter's gradient, which is not changed any more.
+        """Add a whole local parameter's gradient from a slice, which is not changed any more.
 
         Raises:
             PeerLost: a keeper is gone.
@@ -139,7 +139,7 @@ class GradientSharing:
         assert step is not None
         layer = self._layer_of[parameter]
         found = step.gradients.setdefault((micro_batch, layer), {})
-        found[parameter] = gradient.reshape(-1)
+        found.setdefault(parameter, []).append(gradient.reshape(-1))
         order = self._orders[self._rank]
         while step.next < len(order) and self._is_whole(step, order[step.next]):
             contribution = order[step.next]
@@ -148,16 +148,22 @@ class GradientSharing:
 
     def _is_whole(self, step: _Step, contribution: Contribution) -> bool:
         shares = self._shares.get(contribution[1])
-        wanted = 0 if shares is None else len(shares.parameters)
-        return len(step.gradients.get(contribution, ())) == wanted
+        wanted = 0 if shares is None else len(shares.parameters) * len(self._accumulator.slices.own)
+        return sum(map(len, step.gradients.get(contribution, {}).values())) == wanted
 
-    def _hand_over(self, step: _Step, layer: int, found: Mapping[nn.Parameter, Tensor]) -> None:
+    def _hand_over(
+        self, step: _Step, layer: int, found: Mapping[nn.Parameter, Sequence[Tensor]]
+    ) -> None:
         """Send a layer's gradients to the other keepers, and keep this rank's own part."""
         size = 1 + max(self._orders)
         for keeper, pieces in sorted(
             self._pieces.get(layer, {}).items(), key=lambda item: (item[0] - self._rank - 1) % size
         ):
-            parts = [found[piece.parameter][piece.start : piece.stop] for piece in pieces]
+            parts = [
+                found[piece.parameter][number][piece.start : piece.stop]
+                for number in range(len(self._accumulator.slices.own))
+                for piece in pieces
+            ]
             message = torch.cat(parts).to(self._dtype)
             if keeper == self._rank:
                 self._keep(step, message)
@@ -245,8 +251,9 @@ class GradientSharing:
         begun: set[int] = set()
         for layer, gradient in self._arriving(step, awaited):
             spans = self._shares[layer].shares[self._rank]
-            self._accumulator.add_kept(spans, gradient, flags, first=layer not in begun)
-            begun.add(layer)
+            for of_slice in gradient.chunk(len(self._accumulator.slices.own)):
+                self._accumulator.add_kept(spans, of_slice, flags, first=layer not in begun)
+                begun.add(layer)
             left[layer] -= 1
             if not left[layer]:
                 step.on_complete(self._shares[layer].parameters)
@@ -262,7 +269,7 @@ class GradientSharing:
 
         def post() -> None:
             for place, peer, layer in others:
-                size = self._shares[layer].elements(self._rank)
+                size = self._shares[layer].elements(self._rank) * len(self._accumulator.slices.own)
                 message = torch.empty(size, dtype=self._dtype, device=self._device)
                 handle = self._comm.receive(message, peer, CONTRIBUTIONS.wrapped(place))
                 posted.append((handle, message))

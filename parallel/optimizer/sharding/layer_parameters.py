@@ -29,18 +29,18 @@ _SENT_AHEAD = 4
 
 
 class _BeforeBackward(torch.autograd.Function):
-    """Identity; calls a function before the backward pass of what has computed its input."""
+    """Identity; calls a function before the backward pass of what has computed its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, call: Callable[[], None]) -> Tensor:
+    def forward(ctx: Any, call: Callable[[], None], *values: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
-        return value.view_as(value)
+        return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.call()
-        return grad_output, None
+        return None, *gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,14 @@ class LayerParameters:
         self._group, self._is_aligned = group.ranks, are_aligned(plan, group)
         self._shares = layer_shares(plan, rank, self._buffer, "parameters")
 
-    def _gated(self, layer: int, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        """A layer's output, whose backward pass begins with the use of the layer's parameters."""
+    def _gated(
+        self, layer: int, module: nn.Module, inputs: object, outputs: list[Tensor]
+    ) -> list[Tensor]:
+        """A layer's outputs, whose backward pass begins with the use of the layer's parameters."""
         assert self._plan is not None
-        if self._plan.layers[layer].forward_only or not output.requires_grad:
-            return output
-        # pyrefly: ignore[bad-return]
-        return _BeforeBackward.apply(output, lambda: self.use(layer))
+        if self._plan.layers[layer].forward_only or not outputs[0].requires_grad:
+            return outputs
+        return list(_BeforeBackward.apply(lambda: self.use(layer), *outputs))
 
     def begin(
         self, program_of: Callable[[int], Program], receiving: Callable[[], None] = lambda: None

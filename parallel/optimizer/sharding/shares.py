@@ -19,7 +19,7 @@ from holdfast.parallel.optimizer.parameter_buffer import (
     Span,
     joined,
 )
-from holdfast.parallel.plan import KeptKind, Plan, is_summed, keepers, shard_group
+from holdfast.parallel.plan import KeptKind, Plan, is_whole, keepers, shard_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,12 @@ class LayerShares:
 def kept_spans(plan: Plan, rank: int, kept: KeptKind) -> Callable[[Sequence[Segment]], KeptSpans]:
     """What a rank keeps of its segments, as `ParameterBuffer` asks for it."""
 
-    shard_index = plan.stage_replicas.shard_index(rank)
-
     def find(segments: Sequence[Segment]) -> KeptSpans:
         spans = [
             span_of(block, segment)
-            for segment, block in placed_blocks(plan, shard_index, segments)
-            if rank in keepers(plan, shard_index, block, kept, segment.layer)
+            for segment, block in placed_blocks(plan, rank, segments)
+            if rank in keepers(plan, block, kept, segment.layer)
+            or (kept == "gradients" and is_whole(plan, block))
         ]
         return KeptSpans(sorted(spans, key=lambda span: span.start))
 
@@ -62,13 +61,12 @@ def layer_shares(
     Parameters whose sums every rank keeps whole have no share in gradients.
     """
     members = frozenset(shard_group(plan, rank, kept).ranks)
-    shard_index = plan.stage_replicas.shard_index(rank)
     spans: dict[int, dict[int, list[Span]]] = {}
     parameters: dict[int, dict[nn.Parameter, None]] = {}
-    for segment, block in placed_blocks(plan, shard_index, buffer.segments):
-        if kept == "gradients" and is_summed(plan, shard_index, block):
+    for segment, block in placed_blocks(plan, rank, buffer.segments):
+        if kept == "gradients" and is_whole(plan, block):
             continue
-        (keeper,) = members.intersection(keepers(plan, shard_index, block, kept, segment.layer))
+        (keeper,) = members.intersection(keepers(plan, block, kept, segment.layer))
         of_layer = spans.setdefault(segment.layer, {})
         of_layer.setdefault(keeper, []).append(span_of(block, segment))
         parameters.setdefault(segment.layer, {})[segment.parameter] = None

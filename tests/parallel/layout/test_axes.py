@@ -1,11 +1,10 @@
 """An axis inside the stage replica is one entry of the table; plans, estimates and groups follow.
 
-tests/trainer/test_new_axis.py trains with one.
+tests/trainer/test_context.py trains with one.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -30,12 +29,9 @@ from support.processes.cluster import Cluster
 from support.runs.plans import MICRO_BATCHES, NODES, check, first_plan
 from support.runs.small_runs import make_config
 
-COPIES = Axis("dummy", "nothing: its ranks repeat each other", True, splits_work=False)
 TOKENS = Axis("dummy", "the tokens, say: its ranks hold copies", True)
 PARTS = Axis("dummy", "a second split", True, splits_parameters=True)
-KINDS = pytest.mark.parametrize(
-    "axis", [COPIES, TOKENS, PARTS], ids=["copies", "tokens", "parts"], indirect=True
-)
+KINDS = pytest.mark.parametrize("axis", [TOKENS, PARTS], ids=["tokens", "parts"], indirect=True)
 
 
 @pytest.fixture
@@ -94,16 +90,15 @@ def test_a_new_axis_of_two_ranks_is_planned_and_survives_losses(axis: Axis) -> N
     plan = plan_with(2)
     mesh = plan.configured_mesh
     assert mesh.size == plan.stage_replicas.size == 16
-    assert plan.stage_replicas.shards == mesh.shards == len(plan.blocks) == 4
+    assert plan.stage_replicas.shards == mesh.shards == 4
+    assert len(plan.blocks) == mesh.parts == (4 if axis.splits_parameters else 2)
     assert [mesh.rank(*mesh.coordinates(rank)) for rank in range(16)] == list(range(16))
     check(plan, set(range(16)))
     following = replan(plan, Roster(tuple(range(1, 16)), NODES), generation=1, redundancy=1)
     check(following, set(range(1, 16)))
     assert set(following.stage_replicas.spares) == {1, 2, 3}
     held = held_blocks(following, following.stage_replicas.ranks)
-    assert set().union(*held.values()) == {
-        (index, place) for index in range(4) for place in range(len(plan.blocks[index]))
-    }
+    assert set().union(*held.values()) == {block.key for blocks in plan.blocks for block in blocks}
 
 
 @KINDS
@@ -124,70 +119,56 @@ def test_layers_of_another_number_of_parts_are_refused(axis: Axis) -> None:
         make_plan(layers, mesh, virtual=1, schedule="1f1b", micro_batches=2, block_elements=2000)
 
 
-def held_boxes(plan: Plan, layer: int) -> list[Any]:
-    return [[spec.box for spec in specs] for specs in plan.layers[layer].parameters]
-
-
-@pytest.mark.parametrize("axis", [COPIES, TOKENS], ids=["copies", "tokens"], indirect=True)
-def test_ranks_along_an_axis_that_splits_no_parameters_hold_copies(axis: Axis) -> None:
+@pytest.mark.parametrize("axis", [TOKENS], indirect=True)
+def test_ranks_along_an_axis_that_splits_no_parameters_hold_the_same_blocks(axis: Axis) -> None:
     plan = plan_with(2)
-    for number, layer in enumerate(plan.layers):
-        boxes = held_boxes(plan, number)
-        assert boxes[:2] == boxes[2:]
-        assert boxes[0] != boxes[1]
-        for shard, specs in enumerate(layer.parameters):
-            for spec in specs:
-                assert {shard, (shard + 2) % 4} <= set(spec.copies)
-                assert [s for s in range(4) if spec.counts_in_norm(s)] == [spec.copies[0]]
-    counted = Counter(
-        spec.name
-        for layer in plan.layers
-        for shard, specs in enumerate(layer.parameters)
-        for spec in specs
-        if spec.counts_in_norm(shard) and spec.name.endswith("q_proj.weight")
-    )
-    assert set(counted.values()) == {2}  # one for each tensor rank, whatever the copies
-    assert plan.configured_mesh.first_holders == (0, 1)
+    assert plan.configured_mesh.shards_of_part == ((0, 2), (1, 3))
+    assert [plan.part_of(rank) for rank in range(8)] == [0, 1] * 4
+    assert plan.blocks == first_plan(tensor=2).blocks
+    for block in (block for blocks in plan.blocks for block in blocks):
+        stage, part = plan.stage_of_layer(block.layer), block.part
+        if len(plan.spec_of(block).copies) == 1:
+            assert plan.holders(block) == plan.ranks_of((part,), stage)
+            assert len(plan.holders(block)) == 4  # two replicas, two ranks along the axis
+    owners = {owner for of_part in plan.owners for owner in of_part}
+    assert owners == set(range(16)), "all of them share the optimizer's state"
 
 
 @pytest.mark.parametrize("axis", [PARTS], indirect=True)
 def test_ranks_along_an_axis_that_splits_parameters_hold_parts(axis: Axis) -> None:
     plan = plan_with(2)
     assert plan.layers == first_plan(tensor=4).layers
-    assert plan.configured_mesh.first_holders == (0, 1, 2, 3)
+    assert plan.configured_mesh.shards_of_part == ((0,), (1,), (2,), (3,))
     assert set(optimizer_layout(plan).holdings) == set(range(16))
 
 
-def summed_of(plan: Plan, name: str) -> list[tuple[int, ...]]:
-    """By shard index, the copies whose gradients of a parameter of the first block are added."""
-    return [
-        next(spec.summed for spec in specs if spec.name.endswith(name))
-        for specs in plan.layers[1].parameters
-    ]
-
-
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("axis", [COPIES, TOKENS], ids=["copies", "tokens"], indirect=True)
-def test_gradients_are_summed_over_the_ranks_that_see_parts(
+@pytest.mark.parametrize("axis", [TOKENS], indirect=True)
+def test_gradients_are_added_of_the_ranks_that_see_parts(
     axis: Axis, sequence_parallel: bool
 ) -> None:
-    layers = first_plan(tensor=2, sequence_parallel=sequence_parallel).layers
+    """Of a norm, every tensor rank sees its part of the tokens, or all of them alike."""
     plan = make_plan(
-        layers,
+        first_plan(tensor=2, sequence_parallel=sequence_parallel).layers,
         Mesh.of(tensor=2, dummy=2),
         virtual=1,
         schedule="1f1b",
         micro_batches=2,
         block_elements=2000,
     )
-    norms, projections = summed_of(plan, "input_layernorm.weight"), summed_of(plan, "q_proj.weight")
-    if axis.splits_work:
-        every, own = [(0, 1, 2, 3)] * 4, [(0, 2), (1, 3)] * 2
-        assert norms == (every if sequence_parallel else own)
-        assert projections == own
-    else:
-        assert norms == ([(0, 1), (0, 1), (2, 3), (2, 3)] if sequence_parallel else [()] * 4)
-        assert projections == [()] * 4
+    seen = {
+        (name, plan.contributors(block), plan.holders(block))
+        for blocks in plan.blocks
+        for block in blocks
+        for name in [plan.spec_of(block).name]
+        if name.endswith(("layers.0.input_layernorm.weight", "layers.0.self_attn.q_proj.weight"))
+    }
+    norm, query = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"
+    assert seen == {
+        (norm, (0, 1, 2, 3) if sequence_parallel else (0, 2), (0, 1, 2, 3)),
+        (query, (0, 2), (0, 2)),
+        (query, (1, 3), (1, 3)),
+    }
 
 
 @KINDS
@@ -201,18 +182,18 @@ def test_estimates_divide_what_the_axis_divides(axis: Axis) -> None:
         found = rank_memory(of, 0, precision=PRECISIONS["fp32"], copies=3, exact=True)
         return found.parameters, found.optimizer
 
-    assert seconds(plan) == seconds(without) / (2 if axis.splits_work else 1)
+    assert seconds(plan) == seconds(without) / 2
     if axis.splits_parameters:
         return  # what its ranks keep is in the layers, which were made for four parts
     kept = peak_activation_bytes(without, 0)
-    assert peak_activation_bytes(plan, 0) == kept // (2 if axis.splits_work else 1)
+    assert peak_activation_bytes(plan, 0) == kept // 2
     sent = [layer.output_bytes for layer in without.layers]
-    shares = 2 if axis.splits_work else 1
-    assert [layer.output_bytes for layer in plan.layers] == [size // shares for size in sent]
-    assert memory(plan) == memory(without)
+    assert [layer.output_bytes for layer in plan.layers] == [size // 2 for size in sent]
+    assert memory(plan)[0] == memory(without)[0]
+    assert memory(plan)[1] < 0.7 * memory(without)[1], "its ranks share the optimizer's state"
 
 
-@pytest.mark.parametrize("axis", [COPIES], indirect=True)
+@pytest.mark.parametrize("axis", [TOKENS], indirect=True)
 def test_groups_along_a_new_axis_are_found_and_edited(axis: Axis) -> None:
     plan = plan_with(2)
     assert plan.axis_groups(5) == {"tensor": (4, 5), "dummy": (5, 7), "shards": (4, 5, 6, 7)}
@@ -229,7 +210,7 @@ def test_groups_without_a_new_axis_are_those_of_the_tensor_axis_alone() -> None:
 
 def sums_along(rank: int, world_size: int, store: Store) -> dict[str, Any]:
     """The sum of 2^rank along each axis, before and after an edit that changes no member."""
-    with mock.patch.dict(AXES, dummy=COPIES):  # pyrefly: ignore
+    with mock.patch.dict(AXES, dummy=TOKENS):  # pyrefly: ignore
         plan = plan_with(2, data=1, pipeline=1)
     axes = {**plan.axis_groups(rank), "pipeline": (rank,)}
     world = range(world_size)

@@ -144,7 +144,7 @@ def test_every_place_gets_its_parameters_once(
 def test_blocks_of_a_tied_weight_travel_apart_from_their_neighbours() -> None:
     plan = plan_of("pipeline", tied=True)
     [head] = [layer for layer, spec in enumerate(plan.layers) if spec.name == "head"]
-    last = plan.holders_of_layer(0, head)[0]
+    last = plan.ranks_of((0,), plan.stage_of_layer(head))[0]
     buckets: list[Bucket] = [b for b in routes_of(plan)[last].others if not b.first]
     assert buckets, "the last stage holds the second use alone"
     assert all({block.layer for block in bucket.blocks} == {0} for bucket in buckets)

@@ -18,7 +18,7 @@ from holdfast.parallel.plan import (
     Roster,
     are_aligned,
     contribution_order,
-    is_summed,
+    is_whole,
     keepers,
     replan,
     shard_group,
@@ -66,7 +66,7 @@ def test_each_group_keeps_every_element_once(
         held = {
             place: len(members) if whole else 1
             for segment in buffer.segments
-            for whole in [kept == "gradients" and len(segment.spec.summed) > 1]
+            for whole in [kept == "gradients" and len(segment.spec.copies) > 1]
             for place in range(segment.offset, segment.offset + segment.spec.elements)
         }
         assert times == held
@@ -97,9 +97,9 @@ def test_an_owner_keeps_its_blocks_and_groups_are_as_even_as_owners(lost: bool) 
     plan = made("shared in groups", False, lost)
     loads: Counter[int] = Counter()
     for block in plan.blocks[0]:
-        found = keepers(plan, 0, block, "gradients")
+        found = keepers(plan, block, "gradients")
         assert plan.owners[0][block.index] in found
-        assert not is_summed(plan, 0, block)
+        assert not is_whole(plan, block)
         assert len(found) == (1 if lost else 2)  # three ranks are one group: smaller ones keep more
         for keeper in found:
             loads[keeper] += block.elements

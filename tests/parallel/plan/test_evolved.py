@@ -35,20 +35,24 @@ def anew(plan: Plan) -> Plan:
 
 def derived(plan: Plan) -> dict[str, Any]:
     """Everything that can be asked of a plan; asking fills what it keeps."""
-    ranks, layers = plan.stage_replicas.ranks, range(len(plan.layers))
-    shards = range(len(plan.blocks))
+    ranks, blocks = plan.stage_replicas.ranks, [b for found in plan.blocks for b in found]
     kinds: tuple[KeptKind, ...] = ("gradients", "parameters")
     shared = plan.evolved(shard="parameters", shard_group=2)
     return {
         "blocks": plan.blocks,
         "owners": plan.owners,
         "owned": [plan.owned_blocks(rank) for rank in ranks],
-        "holders": [[plan.holders_of_layer(i, layer) for layer in layers] for i in shards],
+        "holders": [(plan.holders(block), plan.contributors(block)) for block in blocks],
+        "contribute": plan.all_holders_contribute,
+        "segments": [
+            plan.blocks_of(layer, part, row)
+            for layer, spec in enumerate(plan.layers)
+            for part, rows in enumerate(spec.parameters)
+            for row in range(len(rows))
+        ],
         "groups": [[shard_group(p, r, k) for r in ranks] for p in (plan, shared) for k in kinds],
         "keepers": [
-            [all_keepers(p, i, b, k) for i in shards for b in plan.blocks[i]]
-            for p in (plan, shared)
-            for k in kinds
+            [all_keepers(p, block, k) for block in blocks] for p in (plan, shared) for k in kinds
         ],
         "training": [training_program(plan, rank) for rank in ranks],
         "some": [training_program(plan, rank, frozenset({1, 4})) for rank in ranks],

@@ -101,13 +101,12 @@ def test_every_element_has_an_owner_and_a_holder(mesh: Mesh, changes: dict, tied
     held = parameter_layout(plan).holdings
     for index, found in enumerate(plan.blocks):
         for block, owner in zip(found, plan.owners[index], strict=True):
-            keeping = all_keepers(plan, index, block, "parameters")
+            keeping = all_keepers(plan, block, "parameters")
             assert owner in keeping
-            name = layers[block.layer].parameters[index][block.spec_index].name
+            spec = layers[block.layer].parameters[index][block.spec_index]
+            assert spec.copies[0] == index
             assert keeping == tuple(
-                r
-                for r in range(mesh.size)
-                if name in held[r] and mesh.coordinates(r).shard == index
+                rank for rank in range(mesh.size) if spec.box in held[rank].get(spec.name, ())
             )
 
 

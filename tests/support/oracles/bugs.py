@@ -14,17 +14,17 @@ from unittest import mock
 
 import torch
 
-from holdfast.parallel.layout.parameters import ParameterSpec
 from holdfast.parallel.optimizer import sharded as optimizer
 from holdfast.parallel.optimizer.accumulator import GradientAccumulator
 from holdfast.parallel.optimizer.exchange.buckets import Bucket
 from holdfast.parallel.optimizer.exchange.gradients import GradientExchange
 from holdfast.parallel.optimizer.exchange.wire import PackedWire, PlainWire
 from holdfast.parallel.pipeline import executor as pipeline
-from holdfast.parallel.pipeline.model_chunk import WeightGradientQueue
+from holdfast.parallel.pipeline.model_chunk import MicroBatchContext, WeightGradientQueue
 from holdfast.parallel.tensor_parallel import operators as tensor, vocab as vocabulary
 from holdfast.trainer.models.llama import modules as llama
-from holdfast.trainer.step import construction, planning
+from holdfast.trainer.step import planning, training
+from holdfast.trainer.step.micro_batches import MicroBatches
 from holdfast.trainer.step.training import Training
 
 
@@ -67,7 +67,15 @@ def shared_kv_heads_not_summed() -> Iterator[None]:
 @contextmanager
 def replicated_weights_counted_by_every_rank() -> Iterator[None]:
     """Replicated weights enter the gradient norm once per tensor rank."""
-    with mock.patch.object(ParameterSpec, "counts_in_norm", return_value=True):
+    original = optimizer.ShardedOptimizer.reduce
+
+    def counted(self: optimizer.ShardedOptimizer) -> tuple[torch.Tensor, int]:
+        squares, flags = original(self)
+        for block in self.owned:
+            squares[self.slot(block.key)] *= len(block.segment.spec.copies)
+        return squares, flags
+
+    with mock.patch.object(optimizer.ShardedOptimizer, "reduce", counted):
         yield
 
 
@@ -129,8 +137,8 @@ def cross_entropy_over_local_vocabulary() -> Iterator[None]:
     """The loss normalises over this rank's part of the vocabulary only."""
     original = llama.cross_entropy_sum
 
-    def local(logits: Any, targets: Any, first_row: int, group: Any) -> torch.Tensor:
-        return original(logits, targets, first_row, None)
+    def local(logits: Any, targets: Any, first_row: int, group: Any, ignored: Any) -> torch.Tensor:
+        return original(logits, targets, first_row, None, ignored)
 
     with mock.patch.object(llama, "cross_entropy_sum", local):
         yield
@@ -157,25 +165,40 @@ def dropout_equal_on_sequence_shards() -> Iterator[None]:
 @contextmanager
 def loss_averaged_over_replicas() -> Iterator[None]:
     """The gradient is scaled by the replica's own micro-batches: a mean of means."""
-    with mock.patch.object(Training, "step_tokens", property(lambda self: _own_tokens(self))):
+    original = Training._start
+
+    def own(self: Training, step: int, data: Any, *, training: bool) -> None:
+        original(self, step, data, training=training)
+        replica = self.plan.stage_replicas.coordinates(self.rank).data
+        train = self.config.train
+        count = len(self.plan.micro_batches[replica]) * train.micro_batch
+        self._micro_batches.predicted = count * train.seq_len
+
+    with mock.patch.object(Training, "_start", own):
         yield
-
-
-def _own_tokens(run: Training) -> int:
-    replica = run.plan.stage_replicas.coordinates(run.rank).data
-    train = run.config.train
-    return len(run.plan.micro_batches[replica]) * train.micro_batch * train.seq_len
 
 
 @contextmanager
 def gradient_scaled_by_pipeline() -> Iterator[None]:
     """The last stage's loss gradient is multiplied by the number of micro-batches."""
-    original = construction.ModelChunkRunner
+    original = MicroBatches.context
 
-    def scaled(*args: Any, loss_gradient: float, **kwargs: Any) -> Any:
-        return original(*args, loss_gradient=loss_gradient * 3, **kwargs)
+    def scaled(self: MicroBatches, micro_batch: int) -> MicroBatchContext:
+        context = original(self, micro_batch)
+        return replace(context, loss_gradient=3 * context.loss_gradient)
 
-    with mock.patch.object(construction, "ModelChunkRunner", scaled):
+    with mock.patch.object(MicroBatches, "context", scaled):
+        yield
+
+
+@contextmanager
+def stage_without_documents() -> Iterator[None]:
+    """Stages between the first and the last of a pipeline know no documents."""
+
+    def of_tokens(_: Any, chunks: Any, last_chunk: int) -> bool:
+        return not {0, last_chunk}.isdisjoint(chunks)
+
+    with mock.patch.object(training, "reads_batches", of_tokens):
         yield
 
 
@@ -200,8 +223,8 @@ def weight_gradients_computed_twice() -> Iterator[None]:
 
     def twice(self: WeightGradientQueue, parameter: Any, grad_output: Any, value: Any) -> None:
         original(self, parameter, grad_output, value)
-        if self._kept is not None and self.sink is not None:
-            self.sink.add_matmul(parameter, grad_output, value.detach())
+        if self.defers and self.has_sink:
+            self._sink.add_matmul(parameter, grad_output, value.detach())
 
     with mock.patch.object(WeightGradientQueue, "put", twice):
         yield
@@ -227,8 +250,11 @@ class _FirstSamples:
     def __init__(self, data: Any) -> None:
         self._data = data
 
-    def batch(self, step: int, micro_batch: int, **sizes: int) -> torch.Tensor:
+    def batch(self, step: int, micro_batch: int, **sizes: int) -> Any:
         return self._data.batch(step, 0, **sizes)
+
+    def predicted(self, step: int, **sizes: int) -> int:
+        return self._data.predicted(step, **sizes)
 
 
 @contextmanager

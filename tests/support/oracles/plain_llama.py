@@ -28,12 +28,31 @@ class Shape:
     tie_embeddings: bool = False
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
+@dataclass(frozen=True)
+class Packed:
+    """The documents of a batch: a place attends to places before it with the same number."""
+
+    number: Tensor
+    """int64[batch, seq]: each place's document."""
+    positions: Tensor
+    """int64[batch, seq]: each place's position in it."""
+
+    @property
+    def mask(self) -> Tensor:
+        """bool[batch, 1, query, key]"""
+        seq = self.number.shape[1]
+        same = self.number[:, :, None] == self.number[:, None, :]
+        return (same & torch.ones(seq, seq, dtype=torch.bool).tril())[:, None]
+
+
+def rotate(x: Tensor, theta: float, positions: Tensor | None = None) -> Tensor:
     """Rotary embedding with half rotation; x: float[batch, heads, seq, head_dim]."""
     seq, dim = x.shape[-2:]
     device = x.device
     frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    angle = torch.outer(torch.arange(seq, dtype=torch.float32, device=device), frequency)
+    if positions is None:
+        positions = torch.arange(seq, device=device)[None]
+    angle = positions.float()[:, None, :, None] * frequency
     cos, sin = (torch.cat([f(angle)] * 2, -1).to(x.dtype) for f in (torch.cos, torch.sin))
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
@@ -57,7 +76,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(s.hidden, s.kv_heads * dim, bias=False)
         self.o_proj = nn.Linear(s.heads * dim, s.hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
         s, (batch, seq, _) = self.shape, x.shape
         q, k, v = (
             p(x).view(batch, seq, heads, -1).transpose(1, 2)
@@ -67,8 +86,12 @@ class Attention(nn.Module):
                 (self.v_proj, s.kv_heads),
             )
         )
-        q, k = rotate(q, s.rope_theta), rotate(k, s.rope_theta)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        positions = None if packed is None else packed.positions
+        q, k = rotate(q, s.rope_theta, positions), rotate(k, s.rope_theta, positions)
+        mask = None if packed is None else packed.mask
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, -1))
 
 
@@ -91,8 +114,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(s.hidden, s.norm_eps)
         self.mlp = MLP(s)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x))
+    def forward(self, x: Tensor, packed: Packed | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), packed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -107,11 +130,11 @@ class PlainLlama(nn.Module):
         if s.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight  # pyrefly: ignore
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, packed: Packed | None = None) -> Tensor:
         """tokens: int64[batch, seq] -> logits: float[batch, seq, vocab]."""
         x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
-            x = block(x)
+            x = block(x, packed)
         return self.lm_head(self.model.norm(x))
 
     def load_named(self, values: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ def parameter_layout(plan: Plan) -> Layout:
     """Which boxes of which logical tensors each rank's parameters are."""
     holdings: dict[int, dict[str, tuple[Box, ...]]] = {}
     for rank in plan.stage_replicas.ranks:
-        index = plan.stage_replicas.shard_index(rank)
+        index = plan.part_of(rank)
         mine = holdings.setdefault(rank, {})
         for chunk in plan.chunks_of(rank):
             for layer in plan.layers_of(chunk):
@@ -24,7 +24,7 @@ def optimizer_layout(plan: Plan) -> Layout:
     holdings: dict[int, dict[str, tuple[Box, ...]]] = {r: {} for r in plan.stage_replicas.ranks}
     for index, found in enumerate(plan.blocks):
         for block, owner in zip(found, plan.owners[index], strict=True):
-            spec = plan.layers[block.layer].parameters[index][block.spec_index]
+            spec = plan.spec_of(block)
             mine = holdings[owner]
             mine[spec.name] = (*mine.get(spec.name, ()), block_box(spec, block))
     return Layout(holdings)

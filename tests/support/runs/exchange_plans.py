@@ -63,7 +63,7 @@ def after_a_loss(plan: Plan) -> Plan:
 
 
 def buffer_of(plan: Plan, rank: int) -> ParameterBuffer:
-    index, rows = plan.stage_replicas.shard_index(rank), []
+    index, rows = plan.part_of(rank), []
     for chunk in plan.chunks_of(rank):
         for layer in plan.layers_of(chunk):
             specs = plan.layers[layer].parameters[index]

@@ -65,10 +65,10 @@ def check(plan: Plan, ranks: set[int]) -> None:
         only = frozenset({1, 4, 6})
         some = {rank: training_program(plan, rank, only) for rank in programs}
         check_programs(some, len(plan.placement), sorted(only))
-        for block, owner, shadows in zip(
-            plan.blocks[index], plan.owners[index], plan.shadows[index], strict=True
-        ):
-            assert owner in plan.holders_of_layer(index, block.layer)
+    for blocks in plan.blocks:
+        for block in blocks:
+            owner, shadows = plan.owner(block.key), plan.shadows[block.part][block.index]
+            assert owner in plan.contributors(block)
             assert owner not in shadows
             assert len(set(shadows)) == len(shadows) == min(1, len(ranks) - 1)
             if len({NODES[rank] for rank in ranks}) > 1:

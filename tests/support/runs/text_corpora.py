@@ -6,7 +6,7 @@ from pathlib import Path
 
 from holdfast.trainer.config import DataConfig
 from holdfast.trainer.data import Dataset, open_dataset
-from holdfast.trainer.data.text import text_stream
+from holdfast.trainer.data.corpora.text import text_stream
 
 
 def open_text(*paths: Path, vocab: int = 300, seq_len: int = 8, **config) -> Dataset:

@@ -70,9 +70,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(model.vocab, model.hidden))
 
-    def forward(self, value: None, context: MicroBatchContext) -> Tensor:
-        assert context.tokens is not None
-        return F.embedding(context.tokens[:, :-1].t(), self.weight)
+    def forward(self, values: None, context: MicroBatchContext) -> list[Tensor]:
+        assert context.batch is not None
+        return [F.embedding(context.batch.tokens.t(), self.weight)]
 
 
 class Layer(nn.Module):
@@ -82,8 +82,8 @@ class Layer(nn.Module):
         self.up = nn.Linear(model.hidden, model.hidden * model.expansion, bias=False)
         self.down = nn.Linear(model.hidden * model.expansion, model.hidden, bias=False)
 
-    def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:
-        return value + self.down(F.gelu(self.up(self.norm(value))))
+    def forward(self, values: list[Tensor], context: MicroBatchContext) -> list[Tensor]:
+        return [value + self.down(F.gelu(self.up(self.norm(value)))) for value in values]
 
 
 class Head(nn.Module):
@@ -94,10 +94,11 @@ class Head(nn.Module):
     def logits(self, value: Tensor) -> Tensor:
         return F.linear(value, self.weight)
 
-    def forward(self, value: Tensor, context: MicroBatchContext) -> Tensor:
-        assert context.tokens is not None
+    def forward(self, values: list[Tensor], context: MicroBatchContext) -> list[Tensor]:
+        assert context.batch is not None
+        (value,) = values
         logits = self.logits(value).double().flatten(0, 1)
-        return F.cross_entropy(logits, context.tokens[:, 1:].t().flatten(), reduction="sum")
+        return [F.cross_entropy(logits, context.batch.targets.t().flatten(), reduction="sum")]
 
 
 def modules(model: TokenMLPConfig, context: ChunkContext) -> Callable[[int, LayerSpec], nn.Module]:

@@ -11,7 +11,7 @@ from tokenizers import models
 from holdfast.parallel.errors import ConfigError
 from holdfast.trainer.config import load_config
 from holdfast.trainer.config.vocabulary import tokenizer_vocab
-from holdfast.trainer.data.tokenizer import load_tokenizer
+from holdfast.trainer.data.corpora.tokenizer import load_tokenizer
 
 WORDS = {"?": 0, "a": 1, "b": 2, "far": 999}
 MODELS = {

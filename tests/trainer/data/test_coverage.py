@@ -10,7 +10,7 @@ import pytest
 from holdfast.parallel.errors import DataError
 from holdfast.trainer.config import RunConfig, convert_config
 from holdfast.trainer.data import coverage_of, known_coverage, open_dataset
-from holdfast.trainer.data.megatron import HEADER, MAGIC
+from holdfast.trainer.data.corpora.megatron import HEADER, MAGIC
 
 
 def run_config(steps: int = 100, batch: int = 16, **data: object) -> RunConfig:

@@ -19,9 +19,10 @@ from holdfast.checkpoint.convert import Conversion, convert
 from holdfast.parallel.errors import DataError, HoldfastError
 from holdfast.trainer.config import DataConfig
 from holdfast.trainer.data import open_dataset
-from holdfast.trainer.data.megatron import megatron_stream
+from holdfast.trainer.data.corpora.megatron import megatron_stream
+from holdfast.trainer.data.corpora.prepare import prepare
 from holdfast.trainer.data.opening import split_tokens
-from holdfast.trainer.data.prepare import prepare
+from support.runs.sequences import windows_of
 
 
 def indexed_dataset() -> Any:
@@ -58,7 +59,7 @@ def test_windows_cross_documents_of_a_corpus_megatron_wrote(tmp_path: Path, dtyp
         config(tmp_path / "corpus", eval_fraction=0.0), vocab=1000, seq_len=4, seed=0
     )
     assert data.size == (sum(lengths) - 1) // 4
-    rows = sorted(data.sample(i).tolist() for i in range(data.size))
+    rows = sorted(windows_of(data.sample(i))[0].tolist() for i in range(data.size))
     assert rows == sorted(tokens[4 * k : 4 * k + 5] for k in range(data.size))
     whole = split_tokens(
         config(tmp_path / "corpus.idx", eval_fraction=0.0), vocab=1000, seq_len=4, split="train"
@@ -120,7 +121,8 @@ def test_prepared_corpus_gives_the_samples_of_the_text(tmp_path: Path) -> None:
     ]
     assert opened[0].size == opened[1].size
     for index in range(2 * opened[0].size):
-        assert np.array_equal(opened[0].sample(index), opened[1].sample(index))
+        first, second = (windows_of(each.sample(index)) for each in opened)
+        assert np.array_equal(first, second)
 
 
 def test_prepare_reads_json_lines(tmp_path: Path) -> None:
@@ -171,14 +173,14 @@ def test_prefixes_with_and_without_weights(tmp_path: Path) -> None:
     plain = open_dataset(
         config(tmp_path / "a", tmp_path / "b", eval_fraction=0.0), vocab=3, seq_len=4, seed=0
     )
-    assert [int(plain.sample(i)[0]) for i in range(30)].count(1) == 10
+    assert [int(plain.sample(i).tokens[0, 0]) for i in range(30)].count(1) == 10
     mixed = open_dataset(
         config(tmp_path / "a", tmp_path / "b", weights=[0.9, 0.1], eval_fraction=0.0),
         vocab=3,
         seq_len=4,
         seed=0,
     )
-    assert [int(mixed.sample(i)[0]) for i in range(30)].count(1) == 27
+    assert [int(mixed.sample(i).tokens[0, 0]) for i in range(30)].count(1) == 27
     held_out = open_dataset(
         config(tmp_path / "a", tmp_path / "b"), vocab=3, seq_len=4, seed=0, split="eval"
     )

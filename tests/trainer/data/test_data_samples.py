@@ -8,16 +8,19 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from holdfast.parallel.errors import DataError
 from holdfast.trainer.config import DataConfig
 from holdfast.trainer.data import open_dataset
 from holdfast.trainer.data.bigram import bigram_loss
+from holdfast.trainer.data.corpora import DocumentStarts
 from holdfast.trainer.data.mixture import mixture_samples, period_shares
 from holdfast.trainer.data.permutation import EpochOrder
 from holdfast.trainer.data.synthetic import markov_samples
 from holdfast.trainer.data.windows import StreamPart, split_part, window_samples
+from support.runs.sequences import windows_of
 
 SYNTHETIC = DataConfig()
 
@@ -29,6 +32,10 @@ class Counting:
         self.count = count
         self.name = name
         self.fingerprint = f"{name} {count}"
+
+    @property
+    def documents(self) -> DocumentStarts:
+        return DocumentStarts(np.array([0]), "")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= self.count
@@ -65,15 +72,21 @@ def test_samples_are_the_same_however_the_step_is_cut(split: str) -> None:
     other = open_dataset(SYNTHETIC, vocab=50, seq_len=9, seed=3, split=split)
     for step in (0, 5):
         whole = data.batch(step, 0, global_batch=12, micro_batch_size=12)
-        assert tuple(whole.shape) == (12, 10)
-        assert whole.dtype.is_signed
+        assert tuple(whole.tokens.shape) == tuple(whole.targets.shape) == (12, 9)
+        assert whole.tokens.dtype == whole.targets.dtype == torch.int64
+        assert whole.tokens[:, 1:].equal(whole.targets[:, :-1])
+        assert data.predicted(step, global_batch=12) == 12 * 9
         for size in (1, 2, 3, 4, 6):
             order = reversed(range(12 // size))
             parts = {m: other.batch(step, m, global_batch=12, micro_batch_size=size) for m in order}
             for m, part in parts.items():
-                assert part.equal(whole[m * size : (m + 1) * size])
+                rows = slice(m * size, (m + 1) * size)
+                assert part.tokens.equal(whole.tokens[rows])
+                assert part.targets.equal(whole.targets[rows])
         for row in range(12):
-            assert np.array_equal(data.sample(step * 12 + row), whole[row].numpy())
+            alone = data.sample(step * 12 + row)
+            assert np.array_equal(alone.tokens[0], whole.tokens[row].numpy())
+            assert np.array_equal(alone.targets[0], whole.targets[row].numpy())
     assert data.fingerprint == other.fingerprint
 
 
@@ -95,14 +108,13 @@ def test_synthetic_sample_follows_the_published_generator() -> None:
     for word in words[1 : seq_len + 1]:
         leading_ones = 3 if word >= 7 << 29 else 2 if word >= 3 << 30 else word >> 31
         tokens.append(int(samples.successors[leading_ones * vocab + tokens[-1]]))
-    assert samples.rows(index, 1)[0].tolist() == tokens
+    assert windows_of(samples.sequences(index, 1))[0].tolist() == tokens
 
 
 def test_seed_and_split_change_the_samples() -> None:
     def first(seed: int, split: str) -> list[int]:
-        return (
-            open_dataset(SYNTHETIC, vocab=50, seq_len=40, seed=seed, split=split).sample(0).tolist()
-        )
+        data = open_dataset(SYNTHETIC, vocab=50, seq_len=40, seed=seed, split=split)
+        return data.sample(0).tokens.tolist()
 
     assert first(1, "train") != first(2, "train")
     assert first(1, "train") != first(1, "eval")
@@ -112,8 +124,8 @@ def test_markov_chain_can_be_learnt_and_its_entropy_is_known() -> None:
     vocab = 64
     chain = markov_samples(vocab=vocab, seq_len=1000, seed=1, split="train")
     held_out = markov_samples(vocab=vocab, seq_len=1000, seed=1, split="eval")
-    train = chain.rows(0, 300)[:, :-1].ravel()
-    test = held_out.rows(0, 20)[:, :-1].ravel()
+    train = chain.sequences(0, 300).tokens.ravel()
+    test = held_out.sequences(0, 20).tokens.ravel()
     frequencies = np.bincount(train, minlength=vocab) / len(train)
     single = -(frequencies * np.log(frequencies)).sum()
     assert single > 0.99 * np.log(vocab)
@@ -143,7 +155,7 @@ def test_epochs_splits_and_seeds_have_orders_of_their_own() -> None:
 def test_windows_cover_the_stream_once_per_epoch(count: int, size: int) -> None:
     samples = windows(count, seq_len=4)
     assert samples.size == size
-    rows = samples.rows(size, size)
+    rows = windows_of(samples.sequences(size, size))
     assert sorted(rows[:, 0].tolist()) == list(range(0, 4 * size, 4))
     assert np.array_equal(rows - rows[:, :1], np.tile(np.arange(5), (size, 1)))
 
@@ -152,7 +164,7 @@ def test_corpora_without_weights_are_one_epoch() -> None:
     parts = tuple(StreamPart(Counting(count), 0, count) for count in (9, 21, 5))
     samples = window_samples(parts, seq_len=4, vocab=100, seed=0, name="train")
     assert samples.size == 2 + 5 + 1
-    assert sorted(samples.rows(0, 8)[:, 0].tolist()) == [0, 0, 0, 4, 4, 8, 12, 16]
+    assert sorted(samples.sequences(0, 8).tokens[:, 0].tolist()) == [0, 0, 0, 4, 4, 8, 12, 16]
 
 
 @settings(max_examples=60, deadline=None)
@@ -217,10 +229,10 @@ def test_mixture_reads_the_samples_of_its_sources() -> None:
     sources = (windows(41, seed=1), windows(401, seed=2))
     mixture = mixture_samples(sources, [1.0, 3.0])
     assert mixture.size == 10 + 100
-    rows = mixture.rows(5, 30)
+    rows = windows_of(mixture.sequences(5, 30))
     for row in range(30):
         source, own = mixture.locate(5 + row)
-        assert np.array_equal(rows[row], sources[source].rows(own, 1)[0])
+        assert np.array_equal(rows[row], windows_of(sources[source].sequences(own, 1))[0])
 
 
 def test_bigram_loss_equals_the_formula_by_hand() -> None:

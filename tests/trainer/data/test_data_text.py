@@ -13,11 +13,13 @@ from tokenizers import models, pre_tokenizers
 
 from holdfast.parallel.errors import DataError
 from holdfast.trainer.config import DataConfig
-from holdfast.trainer.data import document_reading, prepare
+from holdfast.trainer.data import prepare
 from holdfast.trainer.data.bigram import bigram_loss
-from holdfast.trainer.data.documents import library_documents
+from holdfast.trainer.data.corpora import document_reading
+from holdfast.trainer.data.corpora.documents import library_documents
+from holdfast.trainer.data.corpora.text import text_stream
 from holdfast.trainer.data.opening import split_tokens
-from holdfast.trainer.data.text import text_stream
+from support.runs.sequences import windows_of
 from support.runs.text_corpora import open_text, tokens_of
 
 
@@ -82,7 +84,7 @@ def test_samples_are_windows_of_the_text(tmp_path: Path) -> None:
     assert data.size == 20
     stream = [*path.read_bytes(), 256]
     starts = [0, 10, 20]
-    rows = [data.sample(i).tolist() for i in range(20)]
+    rows = [windows_of(data.sample(i))[0].tolist() for i in range(20)]
     for start in starts:
         assert stream[start : start + 11] in rows
     assert all(row[-1] != 256 or row == stream[190:201] for row in rows)
@@ -114,7 +116,7 @@ def test_default_corpus_is_the_standard_library_without_its_tests() -> None:
     assert 2**22 < sum(file.size_bytes for file in files) <= 2**25
     data = open_text(seq_len=128)
     assert data.size > 2**15
-    assert data.sample(5).shape == (129,)
+    assert data.sample(5).tokens.shape == (1, 128)
 
 
 def test_tokenizer_file_gives_the_ids_of_the_library(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_weighted_texts_are_separate_corpora(tmp_path: Path) -> None:
     for name, letter in {"a.txt": "a", "b.txt": "b"}.items():
         (tmp_path / name).write_text(letter * 500)
     data = open_text(tmp_path / "a.txt", tmp_path / "b.txt", weights=[3.0, 1.0])
-    rows = np.stack([data.sample(i) for i in range(40)])
+    rows = np.concatenate([windows_of(data.sample(i)) for i in range(40)])
     assert (rows[:, 0] == ord("a")).sum() == 30
     assert (rows[:, 0] == ord("b")).sum() == 10
 

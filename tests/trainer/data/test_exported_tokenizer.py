@@ -11,7 +11,7 @@ import tokenizers
 import torch
 
 from holdfast.trainer.config import RunConfig
-from holdfast.trainer.data.tokenizer import load_tokenizer
+from holdfast.trainer.data.corpora.tokenizer import load_tokenizer
 from holdfast.trainer.step import huggingface_files
 from support.runs.small_runs import make_config
 

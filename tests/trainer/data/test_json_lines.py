@@ -14,9 +14,9 @@ from tokenizers import models
 from holdfast.parallel.errors import ConfigError, DataError
 from holdfast.trainer.config import DataConfig, check_data_config
 from holdfast.trainer.data import prepare
-from holdfast.trainer.data.json_lines import json_documents, looks_like_json_lines
-from holdfast.trainer.data.text import text_stream
-from holdfast.trainer.data.tokenizer import corpus_notes, load_tokenizer
+from holdfast.trainer.data.corpora.json_lines import json_documents, looks_like_json_lines
+from holdfast.trainer.data.corpora.text import text_stream
+from holdfast.trainer.data.corpora.tokenizer import corpus_notes, load_tokenizer
 from holdfast.trainer.run.resume import differing_keys
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from holdfast.parallel.errors import DataError
-from holdfast.trainer.data.token_cache import TokenWriter, cache_folder, cached_tokens
+from holdfast.trainer.data.corpora.token_cache import TokenWriter, cache_folder, cached_tokens
 from support.runs.text_corpora import open_text, tokens_of
 
 
@@ -24,10 +24,11 @@ def test_second_opening_reads_the_cache_and_changed_files_are_read_again(
     path.write_text("first version")
     assert tokens_of(path)[:5] == [*b"first"]
     (entry,) = [each for each in (cache / "tokens").iterdir() if each.is_dir()]
-    assert sorted(each.name for each in entry.iterdir()) == ["entry.json", "tokens.npy"]
+    made = ["documents.npy", "entry.json", "tokens.npy"]
+    assert sorted(each.name for each in entry.iterdir()) == made
     assert np.load(entry / "tokens.npy").tolist() == [*b"first version", 256]
     with monkeypatch.context() as patched:
-        patched.setattr("holdfast.trainer.data.text.encode_documents", None)
+        patched.setattr("holdfast.trainer.data.corpora.text.encode_documents", None)
         assert tokens_of(path)[:5] == [*b"first"]
     path.write_text("other version")
     os.utime(path, ns=(0, 0))
@@ -138,7 +139,7 @@ def test_processes_that_open_the_same_text_at_once_get_the_same(
         "sys.stdin.readline()\n"
         f"data = DataConfig(kind='text', path=[{str(corpus)!r}])\n"
         "data = open_dataset(data, vocab=257, seq_len=64, seed=1)\n"
-        "print(data.fingerprint, data.sample(11).tolist())\n"
+        "print(data.fingerprint, data.sample(11).tokens.tolist())\n"
     )
     racing = [
         subprocess.Popen(

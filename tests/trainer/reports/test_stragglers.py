@@ -12,7 +12,7 @@ from holdfast.parallel.layout.mesh import Mesh
 from holdfast.parallel.plan.initial import make_plan
 from holdfast.parallel.plan.plan import Plan
 from holdfast.parallel.plan.replan import Roster, replan
-from holdfast.parallel.step_phases import TIMED_PHASES
+from holdfast.parallel.schedules import TIMED_PHASES
 from holdfast.trainer.models.llama.table import layer_specs
 from holdfast.trainer.models.section import ModelConfig
 from holdfast.trainer.reports.stragglers import PhaseClock, find_stragglers, work_of

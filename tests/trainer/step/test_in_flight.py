@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -32,9 +35,13 @@ MICRO_BATCHES = 4
 
 
 class Alone:
-    """The tensor group of a single rank."""
+    """The groups of a single rank, each of them itself."""
 
     size, index = 1, 0
+    axes: Mapping[str, Any] = {}
+
+    def __getitem__(self, axis: str) -> Alone:
+        return self
 
 
 class Rank:

@@ -12,7 +12,7 @@ import torch
 from torch.distributed import HashStore
 
 from holdfast.parallel.errors import ConfigError, OffloadError
-from holdfast.parallel.step_phases import StepPhase
+from holdfast.parallel.schedules import StepPhase
 from holdfast.trainer.step.build import choose_device, open_training
 from holdfast.trainer.step.training import Training
 from holdfast.trainer.worlds.world import local_world

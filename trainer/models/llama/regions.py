@@ -5,14 +5,16 @@ Shapes are those of one tensor-parallel rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.parallel.layout import even_range
+from holdfast.parallel.context_parallel import ContextParallel
+from holdfast.parallel.layout import Slices, even_range
+from holdfast.parallel.pipeline import Documents
 from holdfast.trainer.models.compilation import Region
 from holdfast.trainer.models.family import RegionSizes
 from holdfast.trainer.models.section import ModelConfig
@@ -47,9 +49,14 @@ class RotaryTables(NamedTuple):
         angles = torch.outer(positions, frequencies)
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
+    def at(self, positions: Tensor) -> RotaryTables:
+        """The tables of these positions, int64[seq, batch]: float[batch, 1, seq, head_dim / 2]."""
+        cos, sin = (table[positions.t()].unsqueeze(1) for table in self)
+        return RotaryTables(cos, sin)
+
 
 def _rotated(value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`value` rotated: float[batch, heads, seq, head_dim], positions 0 to seq - 1."""
+    """`value` rotated: float[batch, heads, seq, head_dim], by tables of [seq, head_dim / 2]."""
     first, second = value.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
@@ -64,17 +71,66 @@ def attend(projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: in
         float[seq, batch, heads dim].
     """
     seq, batch, _ = projected.shape
-    cos, sin = cos[:seq], sin[:seq]
+    q, k, v = _heads(projected, cos[:seq], sin[:seq], heads, kv_heads)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+    return mixed.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+
+
+def attend_within(
+    projected: Tensor, rotary: RotaryTables, documents: Documents, heads: int, kv_heads: int
+) -> Tensor:
+    """As `attend`, with positions of their own in each document, and no attention across.
+
+    Each document is a call of its own: the work is that of the documents' squares, and a document's
+    bits do not depend on its neighbours.
+    """
+    seq, batch, _ = projected.shape
+    of_heads = _heads(projected, *rotary.at(documents.positions), heads, kv_heads)
+    # float[heads, batch seq, head_dim], cut between documents
+    q, k, v = (
+        part.transpose(0, 1).flatten(1, 2).split(documents.lengths, dim=1) for part in of_heads
+    )
+    mixed = [
+        F.scaled_dot_product_attention(
+            own_q[None], own_k[None], own_v[None], is_causal=True, enable_gqa=heads != kv_heads
+        )
+        for own_q, own_k, own_v in zip(q, k, v, strict=True)
+    ]
+    joined = torch.cat(mixed, dim=2).view(heads, batch, seq, -1)
+    return joined.permute(2, 1, 0, 3).reshape(seq, batch, -1)
+
+
+def attend_sliced(
+    projected: Sequence[Tensor],
+    rotary: RotaryTables,
+    context: ContextParallel,
+    slices: Slices,
+    documents: Documents | None,
+    heads: int,
+    kv_heads: int,
+) -> list[Tensor]:
+    """As `attend`, of each of a rank's slices; with documents, as `attend_within`. Collective over
+    the context group."""
+    of_slices = []
+    for number, value in zip(slices.own, projected, strict=True):
+        places = slices.tokens(number)
+        tables = RotaryTables(*(table[places] for table in rotary))
+        if documents is not None:
+            tables = rotary.at(documents.positions[places])
+        of_slices.append(_heads(value, *tables, heads, kv_heads))
+    q, k, v = zip(*of_slices, strict=True)
+    mixed = context.attend(q, k, v, slices, documents)
+    return [value.permute(2, 0, 1, 3).flatten(2) for value in mixed]
+
+
+def _heads(
+    projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, rotated: float[batch, heads, seq, head_dim] each."""
+    seq, batch, _ = projected.shape
     split = projected.view(seq, batch, heads + 2 * kv_heads, -1).permute(1, 2, 0, 3)
     q, k, v = split.split([heads, kv_heads, kv_heads], dim=1)
-    mixed = F.scaled_dot_product_attention(
-        _rotated(q, cos, sin),
-        _rotated(k, cos, sin),
-        v,
-        is_causal=True,
-        enable_gqa=heads != kv_heads,
-    )
-    return mixed.permute(2, 0, 1, 3).reshape(seq, batch, -1)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
 
 
 def gate(gate_up: Tensor) -> Tensor:
@@ -105,12 +161,13 @@ def regions(model: ModelConfig, sizes: RegionSizes) -> Iterator[Region]:
     yield Region(norm, (value(sizes.rows, model.hidden), weight, model.norm_eps))
     heads, kv_heads = heads_of(model, sizes.tensor)
     tables = RotaryTables.of(model, sizes.seq_len, sizes.dtype, sizes.device)
-    projected = value(sizes.seq_len, (heads + 2 * kv_heads) * model.dim_per_head)
-    yield Region(attend, (projected, *tables, heads, kv_heads))
+    if sizes.tokens == sizes.seq_len:
+        projected = value(sizes.seq_len, (heads + 2 * kv_heads) * model.dim_per_head)
+        yield Region(attend, (projected, *tables, heads, kv_heads))
     parts = {
         stop - start
         for index in range(sizes.tensor)
         for start, stop in [even_range(model.intermediate, sizes.tensor, index)]
     }
     for part in sorted(parts):
-        yield Region(gate, (value(sizes.seq_len, 2 * part),))
+        yield Region(gate, (value(sizes.tokens, 2 * part),))

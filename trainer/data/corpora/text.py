@@ -10,11 +10,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from holdfast.trainer.data.document_reading import form_for, read_documents
-from holdfast.trainer.data.documents import DocumentFile, list_documents
-from holdfast.trainer.data.json_lines import ARRAY_SUFFIX, is_json_lines
-from holdfast.trainer.data.token_cache import CachedTokens, TokenWriter, cached_tokens, found_tokens
-from holdfast.trainer.data.tokenizer import Tokenizer, load_tokenizer, require_vocab
+from holdfast.trainer.data.corpora.document_reading import form_for, read_documents
+from holdfast.trainer.data.corpora.documents import DocumentFile, list_documents
+from holdfast.trainer.data.corpora.json_lines import ARRAY_SUFFIX, is_json_lines
+from holdfast.trainer.data.corpora.token_cache import (
+    CachedTokens,
+    TokenWriter,
+    cached_tokens,
+    found_tokens,
+)
+from holdfast.trainer.data.corpora.tokenizer import Tokenizer, load_tokenizer, require_vocab
 
 # documents are handed to the tokenizer in groups of about this size, which it spreads over cores
 GROUP_BYTES = 4 * 2**20

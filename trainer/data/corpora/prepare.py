@@ -12,11 +12,11 @@ import numpy as np
 
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.files import scratch_folder, torch_caches_in
-from holdfast.trainer.data.document_reading import DocumentForm, form_for, read_documents
-from holdfast.trainer.data.documents import DocumentFile, list_documents
-from holdfast.trainer.data.megatron import indexed_dataset_module
-from holdfast.trainer.data.text import encode_documents
-from holdfast.trainer.data.tokenizer import load_tokenizer, separator_note
+from holdfast.trainer.data.corpora.document_reading import DocumentForm, form_for, read_documents
+from holdfast.trainer.data.corpora.documents import DocumentFile, list_documents
+from holdfast.trainer.data.corpora.megatron import indexed_dataset_module
+from holdfast.trainer.data.corpora.text import encode_documents
+from holdfast.trainer.data.corpora.tokenizer import load_tokenizer, separator_note
 
 _PARTIAL = ".holdfast-prepare-"
 """The beginning of the name of the folder in which the files are made."""

@@ -1,9 +1,9 @@
 """The token cache on disk: made once per machine, shared by its ranks through memory mapping.
 
-An entry is a folder `KEY/` with `tokens.npy` (uint16 or uint32, one dimension) and `entry.json`
-(count, largest id, fingerprint). It is written in a scratch folder and then renamed, so a visible
-entry is whole. A lock keeps ranks from doing the same work twice; correctness does not depend on it
-(some network file systems have none).
+An entry is a folder `KEY/` with `tokens.npy` (uint16 or uint32, one dimension), `documents.npy`
+(int64: where documents begin) and `entry.json` (counts, largest id, fingerprints). It is written in
+a scratch folder and then renamed, so a visible entry is whole. A lock keeps ranks from doing the
+same work twice; correctness does not depend on it (some network file systems have none).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,12 +28,14 @@ from holdfast.parallel.errors import DataError
 from holdfast.parallel.files import await_lock, open_lock, scratch_folder
 from holdfast.parallel.reading import MALFORMED, Count, decode_json, open_regular, read_regular
 from holdfast.parallel.waiting import Waiting
+from holdfast.trainer.data.corpora.stream import DocumentStarts
 
 _PARTIAL = ".partial-"
 """The beginning of the names of folders in which entries are made."""
 _LOCK_S = 3600.0
 """The longest time that a process makes an entry while others wait, in seconds."""
 _DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
+_PLACES = np.dtype("<i8")
 _ENTRY_BYTES = 4096
 _ATTEMPTS = 3
 """Attempts to make an entry: without file locks, another process may take it for damaged."""
@@ -44,6 +47,8 @@ class CacheEntry(msgspec.Struct, frozen=True):
     count: Count
     largest: int
     fingerprint: str
+    documents: Count
+    documents_fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class CachedTokens:
     tokens: np.ndarray
     largest: int
     fingerprint: str
+    documents: DocumentStarts
 
     @property
     def count(self) -> int:
@@ -72,7 +78,7 @@ class CachedTokens:
 
 
 class TokenWriter:
-    """Writes `tokens.npy` part by part, in constant memory."""
+    """Writes `tokens.npy` document by document; it keeps 8 bytes of each in memory."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
         self._file = file
@@ -80,36 +86,49 @@ class TokenWriter:
         self._hash = blake2b(digest_size=16)
         self._count = 0
         self._largest = -1
+        self._starts = array("q")
         self._header_bytes = self._write_header()
 
     def append(self, tokens: np.ndarray) -> None:
-        """Add tokens of any integer dtype."""
+        """Add a document: tokens of any integer dtype."""
         if len(tokens) == 0:
             return
+        self._starts.append(self._count)
         self._largest = max(self._largest, int(tokens.max()))
         content = np.ascontiguousarray(tokens, dtype=self._dtype).tobytes()
         self._hash.update(content)
         self._file.write(content)
         self._count += len(tokens)
 
-    def finish(self) -> CacheEntry:
-        """Write the final header and sync the file."""
+    def finish(self, documents: BinaryIO) -> CacheEntry:
+        """Write the final header and sync the file; write `documents.npy`."""
         self._file.seek(0)
         # numpy pads headers so that a growing first dimension keeps their length
         if self._write_header() != self._header_bytes:
             raise RuntimeError("the header of a token file has grown over its tokens")
         self._file.flush()
         os.fsync(self._file.fileno())
-        return CacheEntry(self._count, self._largest, self._hash.hexdigest())
+        starts = np.array(self._starts, dtype=_PLACES)
+        _write_header(documents, _PLACES, len(starts))
+        documents.write(starts.tobytes())
+        documents.flush()
+        os.fsync(documents.fileno())
+        named = blake2b(starts.tobytes(), digest_size=16).hexdigest()
+        return CacheEntry(self._count, self._largest, self._hash.hexdigest(), len(starts), named)
 
     def _write_header(self) -> int:
-        description = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self._count,),
-        }
-        np.lib.format.write_array_header_1_0(self._file, description)
-        return self._file.tell()
+        return _write_header(self._file, self._dtype, self._count)
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> int:
+    """Write the header of an array of one dimension. Returns the place after it."""
+    description = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (count,),
+    }
+    np.lib.format.write_array_header_1_0(file, description)
+    return file.tell()
 
 
 def cache_folder() -> Path:
@@ -203,7 +222,8 @@ def _make(folder: Path, key: str, dtype: np.dtype, write: Callable[[TokenWriter]
         with (made / "tokens.npy").open("wb") as file:
             writer = TokenWriter(file, dtype)
             write(writer)
-            entry = writer.finish()
+            with (made / "documents.npy").open("wb") as documents:
+                entry = writer.finish(documents)
         (made / "entry.json").write_bytes(msgspec.json.encode(entry))
         # a rank on another machine may have been first; its entry is as good
         if _open(folder / key, key) is not None:
@@ -220,14 +240,17 @@ def _open(path: Path, name: str) -> CachedTokens | None:
     try:
         entry = decode_json(read_regular(path / "entry.json", _ENTRY_BYTES), CacheEntry)
         with open_regular(path / "tokens.npy") as file:
-            tokens = _mapped(file, entry.count)
+            tokens = _mapped(file, entry.count, _DTYPES)
+        with open_regular(path / "documents.npy") as file:
+            starts = _mapped(file, entry.documents, (_PLACES,))
     except (OSError, *MALFORMED):
         return None
-    return CachedTokens(name, tokens, entry.largest, entry.fingerprint)
+    documents = DocumentStarts(starts, entry.documents_fingerprint)
+    return CachedTokens(name, tokens, entry.largest, entry.fingerprint, documents)
 
 
-def _mapped(file: BinaryIO, count: int) -> np.ndarray:
-    """The tokens in a file as `TokenWriter` writes it: uint16 or uint32 [count], mapped.
+def _mapped(file: BinaryIO, count: int, dtypes: Sequence[np.dtype]) -> np.ndarray:
+    """The array in a file as `TokenWriter` writes it, of one of some types: [count], mapped.
 
     Raises:
         ValueError: it has another form, type, shape or length.
@@ -236,7 +259,7 @@ def _mapped(file: BinaryIO, count: int) -> np.ndarray:
         raise ValueError("another version of the form")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     size = file.tell() + count * dtype.itemsize
-    if shape != (count,) or dtype not in _DTYPES or os.fstat(file.fileno()).st_size != size:
+    if shape != (count,) or dtype not in dtypes or os.fstat(file.fileno()).st_size != size:
         raise ValueError("another type, shape or length")
     if count == 0:  # nothing to map
         return np.empty(0, dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.reading import MOST_BYTES, open_regular
 from holdfast.trainer.config import machine_memory_bytes
-from holdfast.trainer.data.json_lines import (
+from holdfast.trainer.data.corpora.json_lines import (
     ARRAY_SUFFIX,
     SUFFIXES,
     begins_array,
@@ -26,8 +26,8 @@ from holdfast.trainer.data.json_lines import (
 )
 
 if TYPE_CHECKING:
-    from holdfast.trainer.data.documents import DocumentFile
-    from holdfast.trainer.data.tokenizer import Tokenizer
+    from holdfast.trainer.data.corpora.documents import DocumentFile
+    from holdfast.trainer.data.corpora.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

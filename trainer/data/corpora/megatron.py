@@ -22,6 +22,7 @@ import numpy as np
 from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
 from holdfast.parallel.reading import open_regular
+from holdfast.trainer.data.corpora.stream import DocumentStarts
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,6 +47,7 @@ class MegatronStream:
         fingerprint: of the sizes and of the first and last bytes of both files (reading whole
             corpora would take minutes).
         dtype: of the tokens.
+        index_path: the `.idx` file.
         file: the `.bin` file. It is not mapped: a mapped file that is cut off, or whose disk fails,
             kills its reader without a word.
     """
@@ -54,7 +56,30 @@ class MegatronStream:
     count: int
     fingerprint: str
     dtype: np.dtype
+    index_path: Path
     file: BinaryIO
+
+    @property
+    def documents(self) -> DocumentStarts:
+        """The places where documents begin, read from the index: 8 bytes each.
+
+        Raises:
+            DataError: the boundaries of documents are not in order, or not of sequences.
+        """
+        with open_regular(self.index_path) as file:
+            _, _, _, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
+            file.seek(4 * sequences, os.SEEK_CUR)
+            pointers, first = (
+                np.fromfile(file, dtype="<i8", count=count) for count in (sequences, boundaries)
+            )
+        steps = np.diff(first)
+        whole = len(pointers) == sequences and len(first) == boundaries
+        if not whole or first[0] != 0 or first[-1] != sequences or (steps < 0).any():
+            raise DataError(
+                f"{self.name}: the documents of its index do not follow one another from sequence "
+                f"0 to sequence {sequences}; prepare the data again"
+            )
+        return DocumentStarts(pointers[first[:-1][steps > 0]], "", self.dtype.itemsize)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1 of the concatenated documents: int64[stop - start].
@@ -115,8 +140,8 @@ def megatron_stream(prefix: str) -> MegatronStream:
     digest = blake2b(f"megatron 1 {HEADER.size} {size_bytes}".encode(), digest_size=16)
     for path in (index_path, token_path):
         digest.update(_ends(path))
-    file = open_regular(token_path)
-    return MegatronStream(name, size_bytes // dtype.itemsize, digest.hexdigest(), dtype, file)
+    count, file = size_bytes // dtype.itemsize, open_regular(token_path)
+    return MegatronStream(name, count, digest.hexdigest(), dtype, index_path, file)
 
 
 def _pair(prefix: str) -> tuple[str, Path, Path]:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import DataError
-from holdfast.trainer.data.json_lines import ARRAY_SUFFIX, SUFFIXES
+from holdfast.trainer.data.corpora.json_lines import ARRAY_SUFFIX, SUFFIXES
 
 LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
 LIBRARY_EXCLUDED = frozenset(

@@ -1,0 +1,1 @@
+from .operators import ContextParallel as ContextParallel

@@ -1,0 +1,146 @@
+"""Causal attention of the slices of a sequence to themselves and to the slices before them.
+
+Each slice is computed by itself: its queries with the keys of its own places, and with all keys
+before them, joined. The gradients of a slice's keys and values are added in float32 (or wider) in
+the order of the slices of queries, the last one first: the order in which slices go backward one
+after another, as in TeraPipe (Li et al. 2021). So bits depend neither on what is computed in one
+call nor on the ranks that do it. Exact-mode safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.parallel.context_parallel.kernels import (
+    Attended,
+    attend,
+    attend_backward,
+    merge,
+)
+from holdfast.parallel.context_parallel.pieces import Index, Piece, pieces_of
+from holdfast.parallel.layout import Slices
+from holdfast.parallel.pipeline import Documents
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The slices of a micro-batch's sequences, and the documents in these."""
+
+    slices: Slices
+    documents: Documents | None
+    """Attention does not cross their ends; None: each sequence is one."""
+    batch: int
+
+    def pieces(self, number: int) -> Iterator[Piece]:
+        """The pieces of a slice."""
+        places = self.slices.tokens(number)
+        return pieces_of(places.start, places.stop, self.documents, self.batch)
+
+
+def sliced_attention(
+    query: Sequence[Tensor], key: Sequence[Tensor], value: Sequence[Tensor], work: Work
+) -> list[Tensor]:
+    """Attention of all slices of a sequence, on this rank. Local.
+
+    Args:
+        query: of each slice, float[micro_batch, heads, length, head_dim], with positions applied.
+        key, value: of each slice, float[micro_batch, kv_heads, length, head_dim].
+    Returns:
+        Of each slice, float[micro_batch, heads, length, head_dim].
+    """
+    return list(_SlicedAttention.apply(work, *query, *key, *value))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The slices of keys or values one after the other: [batch, heads, seq, head_dim]."""
+    return torch.cat(list(parts), dim=2)
+
+
+class _SlicedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: Work, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = work.slices.count
+        query, key, value = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        keys, values = joined(key), joined(value)
+        found = [slice_forward(work, number, q, keys, values) for number, q in enumerate(query)]
+        ctx.work = work
+        ctx.save_for_backward(keys, values, *query, *(part for one in found for part in one))
+        return tuple(one.output for one in found)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        work, count = ctx.work, ctx.work.slices.count
+        keys, values, *rest = ctx.saved_tensors
+        query, found = rest[:count], rest[count:]
+        sums = KeyGradients(keys, values)
+        by_query: list[Tensor] = []
+        for number in reversed(range(count)):
+            attended = Attended(*found[2 * number : 2 * number + 2])
+            by_query.append(
+                slice_backward(work, number, gradients[number], query[number], attended, sums)
+            )
+        of_slices = (list(part.to(keys.dtype).chunk(count, dim=2)) for part in sums.both)
+        return None, *reversed(by_query), *(part for parts in of_slices for part in parts)
+
+
+def slice_forward(work: Work, number: int, query: Tensor, keys: Tensor, values: Tensor) -> Attended:
+    """The attention of one slice."""
+    place = work.slices.tokens(number).start
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    wide = query.dtype if query.element_size() >= 4 else torch.float32
+    logsumexp = torch.empty(query.shape[:3], dtype=wide, device=query.device)
+    for piece in work.pieces(number):
+        own = query[piece.within(place)]
+        found = attend(own, keys[piece.queries], values[piece.queries], causal=True)
+        if piece.first < piece.start:
+            before = attend(own, keys[piece.before], values[piece.before], causal=False)
+            found = merge(found, before)
+        output[piece.within(place)] = found.output
+        logsumexp[piece.within(place)] = found.logsumexp
+    return Attended(output, logsumexp)
+
+
+class KeyGradients:
+    """The sums of the gradients by keys and values, float32 or wider, from zero on."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        wide = keys.dtype if keys.element_size() >= 4 else torch.float32
+        self.both = tuple(
+            torch.zeros(part.shape, dtype=wide, device=part.device) for part in (keys, values)
+        )
+
+    def add(
+        self, gradient: Tensor, query: Tensor, attended: Attended, keys: Index, *, causal: bool
+    ) -> Tensor:
+        """Add what some queries give to some keys. Returns the gradient by the queries."""
+        found = attend_backward(
+            gradient, query, self.keys[keys], self.values[keys], attended, causal=causal
+        )
+        for total, part in zip(self.both, (found.key, found.value), strict=True):
+            total[keys] += part
+        return found.query
+
+
+def slice_backward(
+    work: Work, number: int, gradient: Tensor, query: Tensor, found: Attended, sums: KeyGradients
+) -> Tensor:
+    """The gradient by the queries of one slice; those by keys and values are added to `sums`."""
+    place = work.slices.tokens(number).start
+    by_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for piece in work.pieces(number):
+        here = piece.within(place)
+        attended = Attended(found.output[here], found.logsumexp[here])
+        by_queries = partial(sums.add, gradient[here], query[here], attended)
+        total = by_queries(piece.queries, causal=True)
+        if piece.first < piece.start:
+            total = total + by_queries(piece.before, causal=False)
+        by_query[here] = total
+    return by_query

@@ -1,0 +1,64 @@
+"""A micro-batch's tokens and documents, as the chunks of a model take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The documents in the sequences of a micro-batch.
+
+    Sequences are laid one after another and have no gaps, so `cu_seqlens` has all of their ends
+    too. Attention does not cross the end of a document, and positions begin anew there.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    """The documents' ends in the sequences one after another, ascending from 0: the field's name
+    for cumulative lengths."""
+    positions: Tensor
+    """Each token's position in its document: int64[seq, micro_batch]."""
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], micro_batch: int) -> Documents:
+        """Documents of these lengths, sequence after sequence, on the CPU.
+
+        Args:
+            lengths: 1 or more each; they fill `micro_batch` sequences of equal length.
+        """
+        ends = tuple(accumulate(lengths, initial=0))
+        starts = torch.zeros(ends[-1], dtype=torch.int64)
+        begun = torch.tensor(ends[:-1])
+        starts[begun] = begun
+        positions = torch.arange(ends[-1]) - starts.cummax(0).values
+        return cls(ends, positions.view(micro_batch, -1).t().contiguous())
+
+    @property
+    def lengths(self) -> list[int]:
+        """The documents' lengths, sequence after sequence."""
+        return [stop - start for start, stop in pairwise(self.cu_seqlens)]
+
+
+class Batch(NamedTuple):
+    """The sequences of one micro-batch."""
+
+    tokens: Tensor
+    """int64[micro_batch, seq_len]"""
+    targets: Tensor
+    """The token after each: int64[micro_batch, seq_len]; negative where none is predicted, which
+    only batches with documents have."""
+    documents: Documents | None = None
+    """None: each sequence is one document."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        documents = self.documents
+        if documents is not None:
+            documents = Documents(documents.cu_seqlens, documents.positions.to(device))
+        return Batch(self.tokens.to(device), self.targets.to(device), documents)

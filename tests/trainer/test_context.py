@@ -1,0 +1,139 @@
+"""Context parallelism: any number of ranks of a context group, with the bits of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from holdfast.trainer.check.compare import compare
+from holdfast.trainer.check.reference import run_reference
+from holdfast.trainer.config.rules import problems_of
+from support.processes.cluster import Cluster
+from support.runs.elastic_runs import Starter, bits_of, fault
+from support.runs.layouts import tiny
+from support.runs.small_runs import make_config, run_training, world_size_of
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"context": 2},
+    {"context": 4},
+    {"context": 2, "context_exchange": "keys"},
+    {"context": 4, "context_exchange": "keys", "data": 2},
+    {"context": 2, "data": 2, "pipeline": 2, "schedule": "zb-h1"},
+    {"context": 2, "data": 2, "shard": "parameters"},
+    {"context": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v", "shard": "gradients"},
+]
+
+
+def run_of(layout: dict[str, Any], precision: str = "fp32", **sections: Any) -> Any:
+    train = {"steps": 4, "seq_len": 32, "context_chunks": 4, "precision": precision}
+    return make_config(
+        model={"layers": 4, **sections.pop("model", {})},
+        train={**train, **sections.pop("train", {})},
+        parallel=layout,
+        **sections,
+    )
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("packing", ["concatenated", "documents"])
+def test_layouts_give_the_bits_of_one_process(
+    cluster: Cluster, precision: str, packing: str
+) -> None:
+    data = {"packing": packing}
+    alone = run_training(cluster, run_of({}, precision, data=data))
+    for layout in LAYOUTS:
+        assert run_training(cluster, run_of(layout, precision, data=data)) == alone, layout
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_heads_that_groups_share_and_recompute_keep_the_bits(
+    cluster: Cluster, kv_heads: int
+) -> None:
+    """With one key and value head, ranks have copies of it."""
+    keys: dict[str, Any] = {"model": {"kv_heads": kv_heads}}
+    alone = run_training(cluster, run_of({}, **keys))
+    for recompute in ("none", "selective", "full"):
+        for layout in ({"context": 4}, {"context": 2, "context_exchange": "keys"}):
+            config = run_of(layout, **keys, train={"recompute": recompute})
+            assert run_training(cluster, config) == alone, (recompute, layout)
+
+
+@pytest.mark.mp
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"context": 2},
+        {"context": 2, "context_exchange": "keys", "data": 2},
+        {"context": 2, "tensor": 2},
+        {"context": 2, "tensor": 2, "sequence_parallel": False, "pipeline": 2},
+        {"context": 4, "context_exchange": "keys", "tensor": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packing", ["concatenated", "documents"])
+def test_layouts_equal_autograd_in_float64(
+    cluster: Cluster, layout: dict[str, Any], packing: str
+) -> None:
+    config = tiny(layout, {})
+    config = msgspec.structs.replace(
+        config,
+        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=4),
+        data=msgspec.structs.replace(config.data, packing=packing),
+    )
+    ranks = cluster.run(
+        "support.runs.small_runs:check_layout",
+        world_size_of(config),
+        config=msgspec.to_builtins(config),
+    )
+    assert compare(ranks, run_reference(config)) == []
+
+
+@pytest.mark.mp
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["backward", "reduce", "gather"])
+def test_a_loss_in_a_context_group_changes_no_bit(
+    cluster: Cluster, start: Starter, phase: str
+) -> None:
+    train = {"steps": 5, "global_batch": 4, "seq_len": 32, "context_chunks": 4}
+    model = {"layers": 2}
+    expected = bits_of(run_training(cluster, make_config(model=model, train=train)))
+    run = start(
+        model=model,
+        train=train,
+        parallel={"context": 2, "data": 2},
+        elastic={"respawn": False, "chaos": [fault("kill", 2, 3, phase)]},
+    )
+    assert run.finish() == 0, run.output()
+    assert run.bits() == expected
+    (recovered,) = run.events("recovered")
+    assert recovered["plan"]["stages"] == [[[0, 1]]]
+    assert recovered["plan"]["spares"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("train", "layout", "said"),
+    [
+        ({"context_chunks": 3, "seq_len": 48}, {"context": 2}, "does not divide train.context"),
+        ({}, {"context": 2}, "set the latter to a multiple of it"),
+        (
+            {"context_chunks": 8, "seq_len": 32},
+            {"context": 8, "context_exchange": "heads"},
+            "does not divide model.heads = 4",
+        ),
+        ({"context_chunks": 16, "seq_len": 16}, {"context": 2}, "needs a multiple of 32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    train: dict[str, Any], layout: dict[str, Any], said: str
+) -> None:
+    (problem,) = problems_of(make_config(train=train, parallel=layout))
+    assert said in problem

@@ -1,0 +1,111 @@
+"""Sequences in slices: one number of slices has the same bits in every layout, and is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from holdfast.trainer.check.compare import compare
+from holdfast.trainer.check.reference import run_reference
+from holdfast.trainer.check.tiny import tiny_config
+from holdfast.trainer.config.rules import problems_of
+from support.processes.cluster import Cluster
+from support.runs.layouts import tiny
+from support.runs.small_runs import make_config, run_training, world_size_of
+
+pytestmark = [pytest.mark.mp, pytest.mark.slow]
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"data": 3},
+    {"pipeline": 2, "schedule": "zb-h1"},
+    {"data": 2, "pipeline": 2, "virtual": 2, "schedule": "zb-v"},
+    {"data": 2, "shard": "gradients"},
+    {"data": 3, "shard": "parameters"},
+]
+
+
+def run_of(layout: dict[str, Any], slices: int, precision: str, **sections: Any) -> Any:
+    train = {"steps": 4, "seq_len": 32, "context_chunks": slices, "precision": precision}
+    return make_config(
+        model={"layers": 4, **sections.pop("model", {})},
+        train={**train, **sections.pop("train", {})},
+        parallel=layout,
+        **sections,
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("packing", ["concatenated", "documents"])
+def test_layouts_give_the_same_bits(cluster: Cluster, precision: str, packing: str) -> None:
+    data = {"packing": packing}
+    alone = run_training(cluster, run_of({}, 4, precision, data=data))
+    assert len(set(alone["losses"])) == 4
+    for layout in LAYOUTS:
+        assert run_training(cluster, run_of(layout, 4, precision, data=data)) == alone, layout
+
+
+def test_recompute_and_chunks_of_the_vocabulary_keep_the_bits(cluster: Cluster) -> None:
+    for chunk in (0, 20):
+        alone = run_training(cluster, run_of({}, 4, "fp32", train={"vocab_chunk": chunk}))
+        for recompute in ("full", "selective"):
+            train = {"vocab_chunk": chunk, "recompute": recompute}
+            assert run_training(cluster, run_of({}, 4, "fp32", train=train)) == alone
+
+
+def test_the_number_of_slices_changes_results_by_rounding_only(cluster: Cluster) -> None:
+    whole, cut = (run_training(cluster, run_of({}, slices, "fp32")) for slices in (1, 8))
+    assert whole["losses"] != cut["losses"]
+    for first, second in zip(whole["losses"], cut["losses"], strict=True):
+        assert float.fromhex(first) == pytest.approx(float.fromhex(second), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": False},
+        {"pipeline": 2, "data": 2, "schedule": "zb-h1"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packing", ["concatenated", "documents"])
+def test_layouts_equal_autograd_on_whole_sequences(
+    cluster: Cluster, layout: dict[str, Any], packing: str
+) -> None:
+    config = tiny(layout, {})
+    config = msgspec.structs.replace(
+        config,
+        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=4),
+        data=msgspec.structs.replace(config.data, packing=packing),
+    )
+    ranks = cluster.run(
+        "support.runs.small_runs:check_layout",
+        world_size_of(config),
+        config=msgspec.to_builtins(config),
+    )
+    assert compare(ranks, run_reference(config)) == []
+
+
+def test_the_tiny_form_of_a_run_keeps_its_slices() -> None:
+    config = run_of({"tensor": 2}, 8, "fp32", model={"layers": 4, "heads": 4})
+    small = tiny_config(config, 3)
+    assert small.train.context_chunks == 8
+    assert small.train.seq_len % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "layout", "said"),
+    [
+        ({"seq_len": 30, "context_chunks": 4}, {}, "does not divide train.seq_len = 30"),
+        ({"seq_len": 48, "context_chunks": 8}, {"tensor": 4}, "a slice has 6 tokens"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(
+    train: dict[str, Any], layout: dict[str, Any], said: str
+) -> None:
+    config = make_config(model={"hidden": 64}, train=train, parallel=layout)
+    (problem,) = problems_of(config)
+    assert said in problem

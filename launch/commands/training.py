@@ -363,10 +363,19 @@ def _ranks(text: str, count: int) -> list[int]:
 def check(
     config: Config,
     steps: Annotated[int, typer.Option(help="Steps to replay.", min=1, max=1000)] = 3,
+    certificate: Annotated[
+        bool,
+        typer.Option("--certificate", help="Print this machine's certificate, and check nothing."),
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Replay this layout at tiny size in float64 against one process; name what is wrong."""
     run_config = load_config(config, overrides)
+    if certificate:
+        from holdfast.launch.proofs import print_certificate
+
+        print_certificate(run_config)
+        return
     layout = run_config.parallel
     require_processes(layout.ranks, f"the layout {layout.mesh.text}")
     from holdfast.launch.proofs import check_layout

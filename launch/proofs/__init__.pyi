@@ -1,5 +1,6 @@
 from .check import (
     check_layout as check_layout,
+    print_certificate as print_certificate,
 )
 from .compare_runs import (
     compare_runs as compare_runs,

@@ -25,6 +25,8 @@ from holdfast.trainer.check import (
 )
 from holdfast.trainer.config import RunConfig
 from holdfast.trainer.run import RunDirectory, RunRequest, opened_run
+from holdfast.trainer.step import choose_device
+from holdfast.trainer.terms import make_certificate
 from holdfast.trainer.worlds import WorldInfo
 
 _SHOWN = 8
@@ -66,6 +68,17 @@ def check_layout(config: RunConfig, steps: int) -> int:
         findings = compare(captures, run_reference(tiny))
     _print(tiny, findings)
     return 1 if findings else 0
+
+
+def print_certificate(config: RunConfig) -> None:
+    """Print what this machine computes in the run's kinds of operations, as hashes."""
+    device = choose_device(config, 0)
+    console = plain_console(highlight=False)
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for kind, found in make_certificate(config, device).items():
+        table.add_row(kind, found)
+    console.print(f"certificate of this machine ({device.type}, {config.train.precision}):")
+    console.print(table)
 
 
 def _print(config: RunConfig, findings: Sequence[Finding]) -> None:

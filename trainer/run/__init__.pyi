@@ -23,10 +23,12 @@ from .opening import (
     opened_run as opened_run,
 )
 from .resume import (
+    CERTIFICATE as CERTIFICATE,
     FINGERPRINT as FINGERPRINT,
     Resume as Resume,
     check_same_data as check_same_data,
     checkpoint_root as checkpoint_root,
+    differing_keys as differing_keys,
     find_resume as find_resume,
     set_aside_newer as set_aside_newer,
 )

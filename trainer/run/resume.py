@@ -49,6 +49,8 @@ DATA_PATHS = ("data.path", "data.tokenizer")
 """Keys that name files: their content counts, and not their names."""
 FINGERPRINT = "data_fingerprint"
 """The scalar of a manifest that has the fingerprint of the run's data."""
+CERTIFICATE = "certificate"
+"""The scalar of a manifest that has the certificate of the machines that made it, as JSON."""
 _OF_THE_DATA = ("data.", "model.vocab", "train.seq_len", "train.seed")
 """The keys with which the fingerprint of the data changes."""
 WORTH_SAYING = (

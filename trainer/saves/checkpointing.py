@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,11 +24,13 @@ from holdfast.parallel.comm import Communicator, separate_group
 from holdfast.parallel.errors import CheckpointError, ConfigError
 from holdfast.trainer.config import anchored
 from holdfast.trainer.run import (
+    CERTIFICATE,
     FINGERPRINT,
     RunDirectory,
     Signals,
     check_same_data,
     checkpoint_root,
+    differing_keys,
     forget_newer,
     has_state,
     memory_root,
@@ -45,7 +48,12 @@ from holdfast.trainer.step import (
     wanted_boxes,
     weights_only,
 )
-from holdfast.trainer.terms import software_versions
+from holdfast.trainer.terms import (
+    certificate_note,
+    make_certificate,
+    same_work,
+    software_versions,
+)
 from holdfast.trainer.worlds import WorldInfo
 
 logger = logging.getLogger("holdfast.checkpoint")
@@ -88,6 +96,7 @@ class Checkpoints:
             )
         self._training, self._run, self._signals, self._clock = training, run, signals, clock
         self._state = training.state()
+        self._certificate = make_certificate(training.config, training.device)
         # The participating ranks are numbered from 0 here.
         self._ranks = training.plan.stage_replicas.ranks
         generation = training.plan.generation
@@ -210,6 +219,7 @@ class Checkpoints:
                 "tokens": step * training.step_tokens,
                 "seed": config.train.seed,
                 FINGERPRINT: training.data.fingerprint,
+                CERTIFICATE: json.dumps(self._certificate),
             },
             config=msgspec.to_builtins(anchored(config)),
             versions=software_versions(),
@@ -231,9 +241,9 @@ class Checkpoints:
     def _join_group(self, host: str) -> Communicator | None:
         """A second communicator of all ranks, for weights split along columns. Local.
 
-        The shadows of one tensor's columns may be ranks of different replicas.
+        Ranks of different replicas may save one tensor's columns, as shadows or as keepers.
         """
-        if self._training.groups.shards.size == 1:
+        if self._training.plan.configured_mesh.parts == 1 or len(self._ranks) == 1:
             return None
         members = self._manager.members
         return separate_group(
@@ -382,7 +392,7 @@ class Checkpoints:
         """
         reason = ""
         for number, place in enumerate(self._run.resume.candidates):
-            step, reason = self._try(place, number)
+            step, reason = self._try(place, number, note)
             if reason:
                 note(f"{place} is passed over: {reason}")
                 continue
@@ -406,11 +416,11 @@ class Checkpoints:
                 note(f"{name} in memory: a copy of steps that the run now repeats, removed")
         return 0
 
-    def _try(self, place: str, number: int) -> tuple[int, str]:
+    def _try(self, place: str, number: int, note: Callable[[str], None]) -> tuple[int, str]:
         """Load from one place. Returns the step, and the reason if it failed on any rank."""
         step, mine = 0, ""
         try:
-            step = self._load(place, f"resume-{number}")
+            step = self._load(place, f"resume-{number}", note)
         except CheckpointError as error:
             mine = str(error)
         failed = torch.tensor([float(bool(mine))], dtype=torch.float64)
@@ -419,7 +429,7 @@ class Checkpoints:
             return step, mine or "another rank could not read it"
         return step, ""
 
-    def _load(self, place: str, name: str) -> int:
+    def _load(self, place: str, name: str, note: Callable[[str], None]) -> int:
         training = self._training
         with training.groups.recorder.busy("load", self._manager.longest_wait_s):
             manifest, self.loaded = self._manager.load(
@@ -427,11 +437,22 @@ class Checkpoints:
             )
         now, allowed = training.data.fingerprint, self._run.resume.allow_change
         check_same_data(manifest, now, place, allow_change=allowed)
+        if said := self._other_certificate(manifest, place):
+            note(said)
         if not has_state(manifest, state_format(self._training.config)):
             training.optimizer.restart()
             return 0
         training.optimizer.restore(int(manifest.scalars.get("optimizer_step", manifest.step)))
         return manifest.step
+
+    def _other_certificate(self, manifest: Manifest, place: str) -> str:
+        """What to say if a checkpoint was made on machines that compute other bits; else empty."""
+        config = self._training.config
+        changed = differing_keys(manifest.config, msgspec.to_builtins(config), ("",))
+        if not same_work(key for key, _, _ in changed):
+            return ""
+        saved = str(manifest.scalars.get(CERTIFICATE, ""))
+        return certificate_note(saved, self._certificate, place)
 
     def _prepare(self, manifest: Manifest) -> tuple[Targets, Wanted]:
         """The targets of a checkpoint's tensors; weights only if it has no more."""

@@ -36,7 +36,17 @@ _BLOCK = 4096 + 3
 
 
 def make_certificate(config: RunConfig, device: torch.device) -> dict[str, str]:
-    """The hashes, by kind of operation."""
+    """The hashes, by kind of operation. They are made once in a process."""
+    key = (msgspec.json.encode(config), str(device))
+    if key not in _made:
+        _made[key] = _certificate(config, device)
+    return _made[key]
+
+
+_made: dict[tuple[bytes, str], dict[str, str]] = {}
+
+
+def _certificate(config: RunConfig, device: torch.device) -> dict[str, str]:
     return {
         **_of_products(config, device),
         "functions": _hashed(_functions(config, device)),
@@ -85,7 +95,9 @@ def _functions(config: RunConfig, device: torch.device) -> list[Tensor]:
 def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
     """The loss of a small model of the run's family, and the gradients of its parameters."""
     train = config.train
-    model = family_of(config.model.family).tiny(config.model, 1, 1)
+    shards = min(config.numerics.tensor_shards, _TOKENS - 1)
+    strips = gcd(_TOKENS - 1, config.numerics.tensor_strips)
+    model = family_of(config.model.family).tiny(config.model, shards, 1)
     model = msgspec.structs.replace(model, max_seq_len=max(model.max_seq_len, _TOKENS))
     rows = min(train.micro_batch, 2)
     chunk = build_whole_model(
@@ -95,14 +107,17 @@ def _of_model(config: RunConfig, device: torch.device) -> dict[str, str]:
         seq_len=_TOKENS - 1,
         micro_batch=rows,
         seed=_SEED,
-        vocab_chunk=model.vocab // 2 if train.vocab_chunk else 0,
+        vocab_chunk=model.vocab // (2 * shards) if train.vocab_chunk else 0,
+        shards=shards,
+        strips=strips,
     )
     tokens = torch.arange(rows * _TOKENS).view(rows, _TOKENS) * 7 % model.vocab
     batch = Batch(tokens[:, :-1], tokens[:, 1:]).to(device)
-    slices = slices_of(_TOKENS - 1, gcd(_TOKENS - 1, train.context_chunks), 1, 0)
+    count = gcd((_TOKENS - 1) // max(shards, strips), train.context_chunks)
+    slices = slices_of(_TOKENS - 1, count, 1, 0)
     loss = chunk(None, MicroBatchContext(0, 0, True, batch, slices=slices)).sum()
     loss.backward()
-    gradients = [p.grad for _, _, p in chunk.named_specs() if p.grad is not None]
+    gradients = [p.grad for _, p in chunk.rows() if p.grad is not None]
     return {"forward pass": _hashed([loss.detach()]), "backward pass": _hashed(gradients)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -16,6 +16,7 @@ import msgspec
 
 from holdfast.checkpoint.format import expanded
 from holdfast.parallel.errors import ConfigError, named_ranks
+from holdfast.parallel.reading import decode_json
 from holdfast.trainer.config import RunConfig, flat_keys
 
 OF_A_MACHINE = (
@@ -40,6 +41,10 @@ _LONGEST = 80
 """The most characters of a value that are told."""
 _MOST_LINES = 20
 """The most differing names that are told."""
+
+
+_WORK = ("model.", "train.", "optimizer.", "numerics.tensor_")
+_NOT_THE_WORK = ("train.steps", "train.global_batch", "train.eval_", "train.activation_gib")
 
 
 class TermsDiffer(ConfigError):
@@ -109,6 +114,33 @@ def config_terms(config: RunConfig, resolved: Mapping[str, str] | None = None) -
     }
 
 
+def same_work(changed: Iterable[str]) -> bool:
+    """Whether the operations are the same though some keys differ, or lines that begin with them.
+
+    Where they are not, other hashes of results say nothing. Pure.
+    """
+    return not any(key.startswith(_WORK) and not key.startswith(_NOT_THE_WORK) for key in changed)
+
+
+def certificate_note(saved: str, own: Mapping[str, str], where: str) -> str:
+    """The line on a checkpoint that was made with another certificate; empty: with this one. Pure.
+
+    Args:
+        saved: the certificate that the checkpoint says, as JSON; empty: none.
+    """
+    try:
+        theirs = decode_json(saved, dict[str, str]) if saved else dict(own)
+    except ValueError:
+        theirs = {}
+    differing = [kind for kind in {**theirs, **own} if theirs.get(kind) != own.get(kind)]
+    if not differing:
+        return ""
+    return (
+        f"{where} was made on machines that compute other bits in the same operations "
+        f"({', '.join(differing)}); the run goes on, and its bits are no longer those of there"
+    )
+
+
 def judge(found: Mapping[int, Terms], names: Sequence[str] = ()) -> Verdict:
     """Whether ranks with these terms may train together, and why not.
 
@@ -132,9 +164,7 @@ def judge(found: Mapping[int, Terms], names: Sequence[str] = ()) -> Verdict:
             refused.append(f"{name}: {told}; {_advice(name)}")
     if len(refused) > _MOST_LINES:
         refused = [*refused[:_MOST_LINES], f"{len(refused) - _MOST_LINES} more differ"]
-    # The operations follow from these keys: where they differ, other hashes say nothing.
-    same_work = not any(line.startswith(("model.", "train.", "optimizer.")) for line in refused)
-    certified = _certificate(whole, names) if same_work else ""
+    certified = _certificate(whole, names) if same_work(refused) else ""
     needed = any(_needs_certificate(terms) for terms in whole.values())
     if certified and needed:
         refused.append(f"{certified}; use machines and settings of one kind, or {_NO_BITS}")

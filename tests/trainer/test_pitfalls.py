@@ -59,6 +59,40 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
 ]
 
 
+KEYS = {"context": 2, "context_exchange": "keys"}
+
+# (bug, layout, packing, kind of the first finding)
+IN_SLICES: list[tuple[str, dict[str, Any], str, str]] = [
+    ("positions_restart_in_each_slice", {"context": 2}, "concatenated", "activation"),
+    ("labels_shifted_after_the_split", {"context": 2}, "concatenated", "loss"),
+    ("loss_scaled_by_context", {"context": 2}, "concatenated", "activation gradient"),
+    ("dropout_equal_on_slices", {"context": 2}, "concatenated", "activation"),
+    ("key_gradients_of_own_queries_only", KEYS, "concatenated", "activation gradient"),
+    ("slices_attend_across_documents", {"context": 2}, "documents", "activation"),
+    ("documents_attend_to_each_other", {"data": 2}, "documents", "activation"),
+    ("ends_of_documents_are_predicted", {"tensor": 2}, "documents", "loss"),
+]
+
+
+@pytest.mark.parametrize(("bug", "layout", "packing", "kind"), IN_SLICES, ids=lambda v: str(v)[:40])
+def test_bug_of_slices_or_documents_is_found(
+    cluster: Cluster, bug: str, layout: dict[str, Any], packing: str, kind: str
+) -> None:
+    config = tiny(layout, {}, steps=4)
+    chunks = 4 if layout.get("context", 1) > 1 else 1
+    config = msgspec.structs.replace(
+        config,
+        train=msgspec.structs.replace(config.train, seq_len=16, context_chunks=chunks),
+        data=msgspec.structs.replace(config.data, packing=packing),
+    )
+    plain = msgspec.to_builtins(config)
+    ranks = cluster.run(
+        "support.runs.small_runs:check_layout", world_size_of(config), config=plain, bug=bug
+    )
+    findings = compare(ranks, run_reference(config))
+    assert findings[0].kind == kind, [str(finding) for finding in findings]
+
+
 @pytest.mark.parametrize(
     ("bug", "layout", "model", "kind", "said"), CASES, ids=lambda v: str(v)[:40]
 )

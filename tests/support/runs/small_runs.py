@@ -150,7 +150,8 @@ def check_layout(rank: int, world_size: int, store: Store, *, config: dict, bug:
     run_config = convert_config(config)
     if not bug:
         return run_layout(run_config, local_world(rank, world_size), store)
-    from support.oracles import bugs
+    from support.oracles import bugs, slice_bugs
 
-    with getattr(bugs, bug)():
+    known = {**vars(slice_bugs), **vars(bugs)}
+    with known[bug]():
         return run_layout(run_config, local_world(rank, world_size), store)

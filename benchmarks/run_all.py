@@ -26,6 +26,9 @@ RUNS = {
     "offload.py": ["--folder", str(OUTPUT), "--json", str(OUTPUT / "offload.json")],
     "vocab_chunk.py": ["--json", str(OUTPUT / "vocab_chunk.json")],
     "compiled_layer.py": ["--json", str(OUTPUT / "compiled_layer.json")],
+    "atoms.py": ["--json", str(OUTPUT / "atoms")],
+    "long_context.py": ["--json", str(OUTPUT / "long_context.json")],
+    "tensor_strips.py": ["--json", str(OUTPUT / "tensor_strips")],
     "documents.py": ["--json", str(OUTPUT / "documents.json")],
     "startup.py": ["--json", str(OUTPUT / "startup.json")],
 }

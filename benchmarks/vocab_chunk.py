@@ -30,7 +30,9 @@ from holdfast.parallel.pipeline import WeightGradientQueue
 from holdfast.parallel.tensor_parallel import (
     TensorParallel,
     chunked_cross_entropy_sum,
+    column_linear,
     cross_entropy_sum,
+    of_parts,
 )
 
 TORCH = "torch, transformers"
@@ -64,8 +66,9 @@ def measure(
             logits = F.linear(value, weight).float().view(-1, vocab)
             return F.cross_entropy(logits, targets.view(-1), reduction="sum")
         if contestant == WHOLE:
-            return cross_entropy_sum(tp.column_linear(value, weight, queue), targets, 0, None)
-        return chunked_cross_entropy_sum(value, weight, queue, targets, 0, tp, int(contestant))
+            logits = column_linear(value, [of_parts([weight], queue)], tp)
+            return cross_entropy_sum(logits, targets, [0], tp)
+        return chunked_cross_entropy_sum(value, [weight], queue, targets, [0], tp, int(contestant))
 
     sums.sums.zero_()  # touched before anything is measured
     sums._scratch.zero_()
